@@ -1,0 +1,73 @@
+"""Contextual pruning for Hugging Face causal LMs: really smaller models for one domain.
+
+    from hf_context_prune import PrunerConfig, prune
+
+    result = prune("HuggingFaceTB/SmolLM2-135M-Instruct", "contracts.jsonl", PrunerConfig(pruning_ratio=0.2))
+    result.save_pretrained("mini-gpt-contracts")
+
+Names are imported when they are first used, so that ``import hf_context_prune`` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .calibration import calibrate
+    from .config import PrunerConfig
+    from .criteria import CRITERIA
+    from .errors import ContextPruneError
+    from .evaluation import EvalReport
+    from .loading import load_model, load_pruned
+    from .pipeline import EvalOptions, PruneResult, evaluate, make_plan, prune
+    from .plan import PruningPlan
+    from .surgery import apply_plan
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CRITERIA": "criteria",
+    "ContextPruneError": "errors",
+    "EvalOptions": "pipeline",
+    "EvalReport": "evaluation",
+    "PruneResult": "pipeline",
+    "PrunerConfig": "config",
+    "PruningPlan": "plan",
+    "apply_plan": "surgery",
+    "calibrate": "calibration",
+    "evaluate": "pipeline",
+    "load_model": "loading",
+    "load_pruned": "loading",
+    "make_plan": "pipeline",
+    "prune": "pipeline",
+}
+
+__all__ = [
+    "CRITERIA",
+    "ContextPruneError",
+    "EvalOptions",
+    "EvalReport",
+    "PruneResult",
+    "PrunerConfig",
+    "PruningPlan",
+    "__version__",
+    "apply_plan",
+    "calibrate",
+    "evaluate",
+    "load_model",
+    "load_pruned",
+    "make_plan",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - classes and functions alike
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

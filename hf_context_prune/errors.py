@@ -1,0 +1,55 @@
+"""Every error that this package raises on purpose.
+
+Each message says what was wrong, which value was met, what is allowed and how to mend it::
+
+    ContextPruneError
+    ├── ConfigError (ValueError)         an option, criterion name or combination that is not allowed
+    │   └── BudgetError                  a size that can't be reached with the asked targets
+    ├── UnsupportedArchitectureError     a model type without an entry in the ArchSpec table
+    ├── DataError (ValueError)           a text source that is missing, empty, or lacks a column
+    ├── NumericsError (ArithmeticError)  NaN or Inf in weights, activations or statistics
+    ├── PlanError (ValueError)           a plan that is damaged or was made for another model
+    ├── SaveError (OSError)              nothing was put in place; an older folder is as it was
+    ├── LoadError (OSError)              a model folder or file that must not be loaded
+    └── DownloadError (OSError)          a package of the demo that could not be fetched or verified
+"""
+
+
+class ContextPruneError(Exception):
+    """Base class of all errors raised on purpose by this package."""
+
+
+class ConfigError(ContextPruneError, ValueError):
+    """An option has a value that is not allowed, or two options contradict each other."""
+
+
+class BudgetError(ConfigError):
+    """The asked size can't be reached; the message names what can."""
+
+
+class UnsupportedArchitectureError(ContextPruneError):
+    """The model type has no entry in the ArchSpec table."""
+
+
+class DataError(ContextPruneError, ValueError):
+    """A text source is missing, empty, unreadable or lacks the asked column."""
+
+
+class NumericsError(ContextPruneError, ArithmeticError):
+    """NaN or Inf was met where a finite number is needed."""
+
+
+class PlanError(ContextPruneError, ValueError):
+    """A pruning plan is damaged or does not belong to this model."""
+
+
+class SaveError(ContextPruneError, OSError):
+    """A folder could not be written; the target is absent or as it was before."""
+
+
+class LoadError(ContextPruneError, OSError):
+    """A model folder or file is damaged, unsafe or not a model."""
+
+
+class DownloadError(ContextPruneError, OSError):
+    """A package needed by the demo could not be fetched or failed its checksum."""
