@@ -1,0 +1,184 @@
+"""Finds the prunable parts of a model through the ArchSpec table; re-exports that table.
+
+The only module, beside `modeling/specs.py`, that turns a table entry into modules. Everything above works on
+*targets*: ``"mlp"`` (units are neurons) and ``"attention"`` (units are KV groups), each with one output projection
+whose input features belong to the units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import UnsupportedArchitectureError
+from .modeling.modeling_context_pruned import is_transposed
+from .modeling.specs import PREFIX, SPECS, ArchSpec, Geometry, LayerWidths, Projection, base_model_type, read_geometry
+
+Target = Literal["mlp", "attention"]
+TARGETS: tuple[Target, ...] = ("mlp", "attention")
+
+__all__ = [
+    "PREFIX",
+    "SPECS",
+    "TARGETS",
+    "ArchSpec",
+    "Geometry",
+    "LayerWidths",
+    "Projection",
+    "Target",
+    "UnitCosts",
+    "base_model_type",
+    "blocks",
+    "check_supported",
+    "input_magnitude",
+    "output_projection",
+    "output_weight",
+    "read_geometry",
+    "spec_of",
+    "unit_costs",
+    "unit_size",
+]
+
+UnitCosts = dict[str, int]
+"""Parameters a unit, by target."""
+
+
+def spec_of(config: PreTrainedConfig) -> ArchSpec:
+    """The table entry of a config.
+
+    Raises:
+        UnsupportedArchitectureError: There is none for ``config.model_type``.
+    """
+    spec = SPECS.get(base_model_type(config.model_type))
+    if spec is None:
+        raise UnsupportedArchitectureError(
+            f"The model type {config.model_type!r} is not supported. Supported are: {', '.join(sorted(SPECS))}. To add "
+            f"one, add its ArchSpec to hf_context_prune/modeling/specs.py (CONTRIBUTING.md has the recipe)."
+        )
+    return spec
+
+
+def check_supported(model: nn.Module) -> ArchSpec:
+    """The table entry of a model that can be pruned as it is.
+
+    Args:
+        model: A causal LM of `transformers` or of this package, with plain floating-point weights in memory.
+
+    Raises:
+        UnsupportedArchitectureError: An unknown or wrapped class, quantised weights, or weights on the meta device.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedArchitectureError(
+            f"The model is a {type(model).__name__}, not a PreTrainedModel of transformers. Pass the model itself: "
+            f"unwrap it first (model.module for DDP, model.merge_and_unload() for PEFT)."
+        )
+    spec = spec_of(model.config)
+    if type(model).__name__.removeprefix("ContextPruned") != spec.model_class:
+        raise UnsupportedArchitectureError(
+            f"The model is a {type(model).__name__}; a {spec.model_type} model must be a {spec.model_class}. Load it "
+            f"with AutoModelForCausalLM."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedArchitectureError(
+            "The model is quantised; its weights can't be sliced exactly. Load it without a quantisation config "
+            "(a .gguf file is dequantised on loading), prune, and quantise the result."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise UnsupportedArchitectureError(
+                f"The weight {name} is on the meta device, so there is nothing to prune. Load the model with weights."
+            )
+        if not parameter.is_floating_point():
+            raise UnsupportedArchitectureError(
+                f"The weight {name} has dtype {parameter.dtype}; only floating-point weights can be pruned."
+            )
+    return spec
+
+
+def blocks(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
+    """The transformer blocks of a causal LM, in order."""
+    return list(model.get_submodule(spec.layers))  # type: ignore[arg-type]
+
+
+def output_projection(block: nn.Module, spec: ArchSpec, target: Target) -> nn.Module:
+    """The projection that reads a target's units: ``down_proj`` or ``o_proj`` and their kin."""
+    return block.get_submodule(spec.mlp_output if target == "mlp" else spec.attention_output)
+
+
+def output_weight(projection: nn.Module) -> torch.Tensor:
+    """The weight of a projection as [out_features, in_features], a view where it is stored transposed."""
+    weight: torch.Tensor = projection.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    return weight.T if is_transposed(projection) else weight
+
+
+def unit_size(geometry: Geometry, target: Target) -> int:
+    """Input features of the output projection that belong to one unit."""
+    return 1 if target == "mlp" else geometry.queries_per_group * geometry.head_dim
+
+
+def _input_rows(
+    block: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int
+) -> Iterator[tuple[nn.Module, list[list[int]] | None]]:
+    """Input projections with, for each unit, its output features (None: feature j is unit j)."""
+    if target == "mlp":
+        for path in spec.mlp_inputs:
+            yield block.get_submodule(path), None
+    else:
+        for projection in spec.attention_inputs:
+            rows = [geometry.projection_features(projection, [group], groups) for group in range(groups)]
+            yield block.get_submodule(projection.path), rows
+
+
+def input_magnitude(
+    block: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int, *, gradient: bool = False
+) -> torch.Tensor:
+    """Sum of |w| (or of |w * grad|) over each unit's weights in the input projections, [units], float64.
+
+    Args:
+        block: One transformer block.
+        spec: The architecture.
+        geometry: Sizes of the model.
+        target: Which units.
+        groups: KV groups of this block.
+        gradient: Use |w * w.grad| instead of |w|.
+    """
+    total: torch.Tensor | None = None
+    for module, rows in _input_rows(block, spec, geometry, target, groups):
+        per_feature = absolute_weight(module, gradient=gradient).sum(dim=1)
+        part = per_feature if rows is None else per_feature[torch.tensor(rows)].sum(dim=1)
+        total = part if total is None else total + part
+    assert total is not None  # every ArchSpec has input projections
+    return total
+
+
+def absolute_weight(module: nn.Module, *, gradient: bool = False) -> torch.Tensor:
+    """|w| or |w * w.grad| of a projection as [out_features, in_features], float64."""
+    weight = output_weight(module).double()
+    if gradient:
+        grad: Any = module.weight.grad
+        weight = weight * (grad.T if is_transposed(module) else grad).double()
+    return weight.abs()
+
+
+def unit_costs(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> UnitCosts:
+    """Parameters that go with one neuron and with one KV group, from the shapes of the first block.
+
+    Args:
+        model: The model; its weights may be on the meta device.
+        spec: The architecture.
+        geometry: Sizes of the model.
+    """
+    block = blocks(model, spec)[0]
+    costs: UnitCosts = {}
+    for target in TARGETS:
+        total = unit_size(geometry, target) * output_weight(output_projection(block, spec, target)).shape[0]
+        groups = geometry.layers[0].kv_groups
+        for module, rows in _input_rows(block, spec, geometry, target, groups):
+            per_feature = output_weight(module).shape[1] + (module.bias is not None)
+            total += per_feature * (1 if rows is None else len(rows[0]))
+        costs[target] = total
+    return costs

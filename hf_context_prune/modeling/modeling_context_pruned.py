@@ -1,0 +1,176 @@
+"""Variable-width causal LMs: ``ContextPruned<Base>ForCausalLM`` for every entry of the table.
+
+A model is built by the stock class with the dense widths (free under `from_pretrained`, which builds on the meta
+device), then every block is narrowed to its own widths. Forward code is the stock class's, untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import transformers
+from huggingface_hub import get_local_safetensors_metadata
+from huggingface_hub.errors import NotASafetensorsRepoError
+from torch import nn
+
+from . import configuration_context_pruned
+from .configuration_context_pruned import config_class_name
+from .specs import SPECS, ArchSpec, Geometry, LayerWidths, read_geometry
+
+_CACHE: dict[str, type] = {}
+
+
+def model_class_name(spec: ArchSpec) -> str:
+    """Name of the variable-width model class of an architecture, such as ``ContextPrunedLlamaForCausalLM``."""
+    return f"ContextPruned{spec.model_class}"
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a projection stores its weight as [in_features, out_features] (`Conv1D` of GPT-2)."""
+    return isinstance(module, transformers.pytorch_utils.Conv1D)
+
+
+def narrow_projection(module: nn.Module, *, in_features: int | None = None, out_features: int | None = None) -> None:
+    """Cut a projection down to its first features, in place; on the meta device this costs nothing.
+
+    Args:
+        module: An `nn.Linear` or `Conv1D`.
+        in_features: New number of input features; None keeps them.
+        out_features: New number of output features; None keeps them.
+    """
+    weight = module.weight.data
+    rows, columns = (in_features, out_features) if is_transposed(module) else (out_features, in_features)
+    module.weight = nn.Parameter(weight[:rows, :columns].clone(), requires_grad=module.weight.requires_grad)
+    if out_features is not None and module.bias is not None:
+        module.bias = nn.Parameter(module.bias.data[:out_features].clone(), requires_grad=module.bias.requires_grad)
+    names = ("nx", "nf") if is_transposed(module) else ("in_features", "out_features")
+    for name, value in zip(names, (in_features, out_features), strict=True):
+        if value is not None:
+            setattr(module, name, value)
+
+
+def set_attention_sizes(block: nn.Module, spec: ArchSpec, geometry: Geometry, kv_groups: int) -> None:
+    """Set the size attributes that the attention module keeps beside its projections (OPT, GPT-2)."""
+    heads = kv_groups * geometry.queries_per_group
+    sizes = {"heads": heads, "features": heads * geometry.head_dim}
+    for attribute, size in spec.attention_attributes:
+        setattr(block.get_submodule(spec.attention), attribute, sizes[size])
+
+
+def narrow_block(block: nn.Module, spec: ArchSpec, geometry: Geometry, dense: LayerWidths, target: LayerWidths) -> None:
+    """Narrow one block from the dense widths to its own, in place."""
+    if target.neurons != dense.neurons:
+        for path in spec.mlp_inputs:
+            narrow_projection(block.get_submodule(path), out_features=target.neurons)
+        narrow_projection(block.get_submodule(spec.mlp_output), in_features=target.neurons)
+    if target.kv_groups != dense.kv_groups:
+        query_features = target.kv_groups * geometry.queries_per_group * geometry.head_dim
+        for projection in spec.attention_inputs:
+            kept = geometry.projection_features(projection, range(target.kv_groups), dense.kv_groups)
+            narrow_projection(block.get_submodule(projection.path), out_features=len(kept))
+        narrow_projection(block.get_submodule(spec.attention_output), in_features=query_features)
+        set_attention_sizes(block, spec, geometry, target.kv_groups)
+
+
+def check_header(folder: str, spec: ArchSpec, geometry: Geometry, prefix: str = "") -> None:
+    """Compare the config's widths with the shapes in the safetensors headers, before any weight is read.
+
+    Args:
+        folder: A local model folder.
+        spec: The architecture.
+        geometry: Sizes from the config.
+        prefix: Prefix of the tensor names.
+
+    Raises:
+        ValueError: A layer of the config is wider or narrower than its weights.
+    """
+    try:
+        metadata = get_local_safetensors_metadata(folder)
+    except NotASafetensorsRepoError:
+        return  # no safetensors here: from_pretrained itself says so
+    shapes = {name: info.shape for file in metadata.files_metadata.values() for name, info in file.tensors.items()}
+    for index, widths in enumerate(geometry.layers):
+        query_features = widths.kv_groups * geometry.queries_per_group * geometry.head_dim
+        expected = {spec.mlp_output: widths.neurons, spec.attention_output: query_features}
+        for path, features in expected.items():
+            name = f"{prefix}{spec.layers}.{index}.{path}.weight"
+            if name in shapes and features not in shapes[name]:
+                raise ValueError(
+                    f"config.json gives layer {index} {features} input features for {path}, but the weights in "
+                    f"{os.path.basename(os.path.normpath(folder))} have shape {list(shapes[name])}: the config does "
+                    f"not belong to these weights. Restore the config.json that was saved with them."
+                )
+
+
+class ContextPrunedModelMixin:
+    """Builds the stock model with dense widths, then narrows every block to its own."""
+
+    spec: ArchSpec
+    config_class: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        target = read_geometry(config, self.spec)
+        overrides = config.width_overrides()
+        config.per_layer_config = None
+        try:
+            dense = read_geometry(config, self.spec)
+            dense_config = copy.deepcopy(config)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            config.per_layer_config = overrides
+        blocks = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
+        for block, dense_widths, widths in zip(blocks, dense.layers, target.layers, strict=True):
+            narrow_block(block, self.spec, dense, dense_widths, widths)
+        for module in self.modules():  # type: ignore[attr-defined]
+            # Rotary tables depend on head_dim alone, but read it from head counts that are ambiguous once they vary.
+            if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
+                module.config = dense_config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As `PreTrainedModel.from_pretrained`, after checking a local folder's widths against its weights."""
+        folder = str(pretrained_model_name_or_path)
+        if os.path.isdir(folder):
+            config = kwargs.get("config")
+            if config is None:
+                config = cls.config_class.from_pretrained(folder)
+            check_header(folder, cls.spec, read_geometry(config, cls.spec))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    def num_parameters_by_layer(self) -> list[int]:
+        """Parameters of every block, in order."""
+        blocks = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
+        return [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+
+
+def _make(spec: ArchSpec) -> type:
+    parent = getattr(transformers, spec.model_class)
+    config_class = getattr(configuration_context_pruned, config_class_name(spec))
+    name = model_class_name(spec)
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"Variable-width {spec.model_type} causal LM: `{spec.model_class}` with per-layer widths.",
+        "spec": spec,
+        "config_class": config_class,
+        "__annotations__": {"config": config_class},
+    }
+    return type(name, (ContextPrunedModelMixin, parent), namespace)
+
+
+_SPEC_BY_NAME = {model_class_name(spec): spec for spec in SPECS.values()}
+
+
+def __getattr__(name: str) -> type:
+    """Make the model class of an architecture when its name is first asked for (PEP 562)."""
+    if name not in _SPEC_BY_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _CACHE:
+        _CACHE[name] = _make(_SPEC_BY_NAME[name])
+    return _CACHE[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SPEC_BY_NAME])

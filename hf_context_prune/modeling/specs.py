@@ -1,0 +1,242 @@
+"""The table of supported architectures: the only place that knows module paths and config attribute names.
+
+An architecture is one [`ArchSpec`][]: where the blocks are, which projections read and write the MLP neurons and the
+attention heads, and how the config calls their counts. Everything else (surgery, the model class, calibration) follows
+from the entry. To add an architecture, add an entry here and one line to ``tests/families.py``.
+
+This file travels with every saved variable-width model, so it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX = "context_pruned_"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """An input projection of the attention and what its output features hold.
+
+    Attributes:
+        path: Module path relative to the block.
+        roles: ``"query"``, ``"key"`` and/or ``"value"``, in the order in which they are stacked.
+        interleaved: False: all heads of the first role, then all of the second (GPT-2). True: head by head, each
+            with all roles (GPT-NeoX).
+    """
+
+    path: str
+    roles: tuple[str, ...]
+    interleaved: bool = False
+
+
+def _separate(prefix: str) -> tuple[Projection, ...]:
+    return tuple(Projection(f"{prefix}.{role[0]}_proj", (role,)) for role in ("query", "key", "value"))
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """Where the prunable units of one architecture are.
+
+    Attributes:
+        model_type: ``config.model_type`` of the stock architecture.
+        config_class: Name of the config class in `transformers`.
+        model_class: Name of the causal-LM class in `transformers`.
+        layers: Module path of the block list, from the causal-LM model.
+        mlp_inputs: Projections whose output features are the neurons (gate and up, or one), relative to the block.
+        mlp_output: Projection whose input features are the neurons.
+        attention_inputs: Projections whose output features are query, key and value heads.
+        attention_output: Projection whose input features are the query heads.
+        attention: The attention module, relative to the block.
+        width: Config attribute with the number of neurons.
+        query_heads: Config attribute with the number of query heads.
+        kv_heads: Config attribute with the number of key/value heads; None where every query head has its own.
+        attention_attributes: Attributes of the attention module that hold a size, with ``"heads"`` (query heads) or
+            ``"features"`` (query heads x head_dim): set anew when heads are removed.
+    """
+
+    model_type: str
+    config_class: str
+    model_class: str
+    layers: str = "model.layers"
+    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_output: str = "mlp.down_proj"
+    attention_inputs: tuple[Projection, ...] = _separate("self_attn")
+    attention_output: str = "self_attn.o_proj"
+    attention: str = "self_attn"
+    width: str = "intermediate_size"
+    query_heads: str = "num_attention_heads"
+    kv_heads: str | None = "num_key_value_heads"
+    attention_attributes: tuple[tuple[str, str], ...] = ()
+
+
+def _llama_like(model_type: str, name: str, config_class: str | None = None) -> ArchSpec:
+    return ArchSpec(model_type, config_class or f"{name}Config", f"{name}ForCausalLM")
+
+
+SPECS: dict[str, ArchSpec] = {
+    spec.model_type: spec
+    for spec in (
+        _llama_like("llama", "Llama"),
+        _llama_like("qwen2", "Qwen2"),
+        _llama_like("qwen3", "Qwen3"),
+        _llama_like("mistral", "Mistral"),
+        _llama_like("smollm3", "SmolLM3"),
+        _llama_like("gemma", "Gemma"),
+        _llama_like("gemma2", "Gemma2"),
+        _llama_like("gemma3_text", "Gemma3", "Gemma3TextConfig"),
+        _llama_like("granite", "Granite"),
+        ArchSpec(
+            "phi",
+            "PhiConfig",
+            "PhiForCausalLM",
+            mlp_inputs=("mlp.fc1",),
+            mlp_output="mlp.fc2",
+            attention_output="self_attn.dense",
+        ),
+        ArchSpec(
+            "gpt_neox",
+            "GPTNeoXConfig",
+            "GPTNeoXForCausalLM",
+            layers="gpt_neox.layers",
+            mlp_inputs=("mlp.dense_h_to_4h",),
+            mlp_output="mlp.dense_4h_to_h",
+            attention_inputs=(Projection("attention.query_key_value", ("query", "key", "value"), interleaved=True),),
+            attention_output="attention.dense",
+            attention="attention",
+            kv_heads=None,
+        ),
+        ArchSpec(
+            "opt",
+            "OPTConfig",
+            "OPTForCausalLM",
+            layers="model.decoder.layers",
+            mlp_inputs=("fc1",),
+            mlp_output="fc2",
+            attention_output="self_attn.out_proj",
+            width="ffn_dim",
+            kv_heads=None,
+            attention_attributes=(("num_heads", "heads"),),
+        ),
+        ArchSpec(
+            "gpt2",
+            "GPT2Config",
+            "GPT2LMHeadModel",
+            layers="transformer.h",
+            mlp_inputs=("mlp.c_fc",),
+            mlp_output="mlp.c_proj",
+            attention_inputs=(Projection("attn.c_attn", ("query", "key", "value")),),
+            attention_output="attn.c_proj",
+            attention="attn",
+            width="n_inner",
+            query_heads="n_head",
+            kv_heads=None,
+            attention_attributes=(("num_heads", "heads"), ("split_size", "features")),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Sizes of one block.
+
+    Attributes:
+        neurons: MLP neurons.
+        kv_groups: Attention KV groups (a key/value head with its query heads).
+    """
+
+    neurons: int
+    kv_groups: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a whole model, read from its config alone.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        head_dim: Features of one head.
+        queries_per_group: Query heads that share one key/value head.
+        layers: One [`LayerWidths`][] a block.
+    """
+
+    hidden_size: int
+    head_dim: int
+    queries_per_group: int
+    layers: tuple[LayerWidths, ...]
+
+    def head_range(self, group: int, role: str) -> range:
+        """Heads of one KV group: its query heads, or itself for key and value."""
+        if role == "query":
+            return range(group * self.queries_per_group, (group + 1) * self.queries_per_group)
+        return range(group, group + 1)
+
+    def query_features(self, groups: Sequence[int]) -> list[int]:
+        """Input features of the output projection that belong to these KV groups, ascending within each."""
+        return [
+            head * self.head_dim + feature
+            for group in groups
+            for head in self.head_range(group, "query")
+            for feature in range(self.head_dim)
+        ]
+
+    def projection_features(self, projection: Projection, groups: Sequence[int], total_groups: int) -> list[int]:
+        """Output features of an input projection that belong to these KV groups.
+
+        Args:
+            projection: What the projection's output features hold.
+            groups: Kept KV groups, ascending.
+            total_groups: KV groups of the projection as it is now.
+        """
+        dim = self.head_dim
+        if projection.interleaved:  # one head = one block of all roles; such models have one query head a group
+            block = dim * len(projection.roles)
+            return [group * block + feature for group in groups for feature in range(block)]
+        features: list[int] = []
+        offset = 0
+        for role in projection.roles:
+            for group in groups:
+                for head in self.head_range(group, role):
+                    features.extend(range(offset + head * dim, offset + (head + 1) * dim))
+            per_group = self.queries_per_group if role == "query" else 1
+            offset += total_groups * per_group * dim
+        return features
+
+
+def base_model_type(model_type: str) -> str:
+    """The stock model type behind ``context_pruned_<base>``; any other is returned as it is."""
+    return model_type.removeprefix(PREFIX)
+
+
+def neurons_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
+    """Number of MLP neurons that a (layer) config asks for."""
+    width = getattr(config, spec.width, None)
+    # GPT-2 writes None for its default of four times the hidden size.
+    return 4 * config.hidden_size if width is None else width
+
+
+def kv_groups_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
+    """Number of KV groups that a (layer) config asks for."""
+    attribute = spec.query_heads if spec.kv_heads is None else spec.kv_heads
+    return getattr(config, attribute)
+
+
+def read_geometry(config: Any, spec: ArchSpec) -> Geometry:  # noqa: ANN401
+    """Read all sizes from a config, stock or variable-width.
+
+    Args:
+        config: A `PreTrainedConfig`.
+        spec: Its table entry.
+    """
+    layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    first = layers[0]
+    heads = getattr(first, spec.query_heads)
+    return Geometry(
+        hidden_size=config.hidden_size,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        queries_per_group=heads // kv_groups_of(first, spec),
+        layers=tuple(LayerWidths(neurons_of(layer, spec), kv_groups_of(layer, spec)) for layer in layers),
+    )

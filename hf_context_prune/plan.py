@@ -1,0 +1,214 @@
+"""The pruning plan: which units of every layer are kept. A frozen value, and the auditable artefact of every run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import PlanError
+from .modeling.specs import Geometry, LayerWidths, base_model_type
+
+FORMAT_VERSION = 1
+_FINGERPRINT_VALUES = 512
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's parameter names, shapes and a spread of values.
+
+    Values are rounded to bfloat16 first, so that the same checkpoint loaded as float32 or bfloat16 agrees.
+
+    Args:
+        model: The dense model.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _FINGERPRINT_VALUES)
+        digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Kept units of one block, ascending.
+
+    Attributes:
+        neurons: Indices of the kept MLP neurons.
+        kv_groups: Indices of the kept KV groups.
+    """
+
+    neurons: tuple[int, ...]
+    kv_groups: tuple[int, ...]
+
+    def kept(self, target: str) -> tuple[int, ...]:
+        """Kept units of ``"mlp"`` or ``"attention"``."""
+        return self.neurons if target == "mlp" else self.kv_groups
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Kept units of every layer, and for which model.
+
+    Attributes:
+        model_type: Stock model type, such as ``"llama"``.
+        dense: Widths of the model that the plan is for, one a layer.
+        layers: Kept units, one a layer.
+        model_fingerprint: [`fingerprint`][] of that model; empty for a plan made from shapes alone.
+        provenance: How it was made: options, data, seed, versions (JSON values).
+    """
+
+    model_type: str
+    dense: tuple[LayerWidths, ...]
+    layers: tuple[LayerPlan, ...]
+    model_fingerprint: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse indices that are out of range, repeated or not ascending.
+
+        Raises:
+            PlanError: With layer, unit kind and value.
+        """
+        if len(self.layers) != len(self.dense):
+            raise PlanError(f"The plan has {len(self.layers)} layers, its model has {len(self.dense)}.")
+        for index, (layer, widths) in enumerate(zip(self.layers, self.dense, strict=True)):
+            for name, kept, width in (
+                ("neurons", layer.neurons, widths.neurons),
+                ("kv_groups", layer.kv_groups, widths.kv_groups),
+            ):
+                if not kept:
+                    raise PlanError(f"Layer {index} of the plan keeps no {name}; at least one must stay.")
+                if any(isinstance(unit, bool) or not isinstance(unit, int) for unit in kept):
+                    raise PlanError(f"Layer {index} of the plan has {name} that are not integers: {kept[:8]}.")
+                if kept[0] < 0 or kept[-1] >= width or any(a >= b for a, b in pairwise(kept)):
+                    raise PlanError(
+                        f"Layer {index} of the plan has {name} that are not ascending integers from 0 to {width - 1}."
+                    )
+
+    @classmethod
+    def identity(cls, model_type: str, geometry: Geometry, model_fingerprint: str = "") -> PruningPlan:
+        """The plan that keeps everything."""
+        layers = tuple(LayerPlan(tuple(range(w.neurons)), tuple(range(w.kv_groups))) for w in geometry.layers)
+        return cls(base_model_type(model_type), geometry.layers, layers, model_fingerprint)
+
+    @property
+    def widths(self) -> tuple[LayerWidths, ...]:
+        """Widths after pruning, one a layer."""
+        return tuple(LayerWidths(len(layer.neurons), len(layer.kv_groups)) for layer in self.layers)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is removed."""
+        return self.widths == self.dense
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what is kept and for which model (not of the provenance)."""
+        content = {key: value for key, value in self.to_dict().items() if key != "provenance"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def check_fits(self, model: nn.Module, model_type: str, geometry: Geometry) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Raises:
+            PlanError: Another architecture, other widths or other weights.
+        """
+        if self.model_type != base_model_type(model_type):
+            raise PlanError(
+                f"The plan was made for a {self.model_type} model, this one is {base_model_type(model_type)}. Make a "
+                f"plan with this model."
+            )
+        if self.dense != geometry.layers:
+            raise PlanError(
+                f"The plan was made for {_describe(self.dense)}, this model has {_describe(geometry.layers)}. Make a "
+                f"plan with this model."
+            )
+        if self.model_fingerprint and self.model_fingerprint != fingerprint(model):
+            raise PlanError(
+                "The plan was made for a model with other weights (the fingerprints differ), so its indices mean "
+                "nothing here. Make a plan with this model."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; [`from_dict`][] reads them."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_type": self.model_type,
+            "model_fingerprint": self.model_fingerprint,
+            "layers": [
+                {
+                    "dense_neurons": widths.neurons,
+                    "dense_kv_groups": widths.kv_groups,
+                    "neurons": list(layer.neurons),
+                    "kv_groups": list(layer.kv_groups),
+                }
+                for layer, widths in zip(self.layers, self.dense, strict=True)
+            ],
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
+        """Rebuild a plan from JSON values.
+
+        Raises:
+            PlanError: A missing field, another format version, or bad indices.
+        """
+        try:
+            if data["format_version"] != FORMAT_VERSION:
+                raise PlanError(
+                    f"The plan has format version {data['format_version']}; this package reads {FORMAT_VERSION}. "
+                    f"Update hf-context-prune."
+                )
+            return cls(
+                model_type=data["model_type"],
+                dense=tuple(LayerWidths(x["dense_neurons"], x["dense_kv_groups"]) for x in data["layers"]),
+                layers=tuple(LayerPlan(tuple(x["neurons"]), tuple(x["kv_groups"])) for x in data["layers"]),
+                model_fingerprint=data["model_fingerprint"],
+                provenance=data["provenance"],
+            )
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"This is not a pruning plan: {type(error).__name__} {error}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, one layer a line."""
+        data = self.to_dict()
+        layers = ",\n  ".join(json.dumps(layer, separators=(",", ":")) for layer in data.pop("layers"))
+        head = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
+        Path(path).write_text(f'{head[:-2]},\n "layers": [\n  {layers}\n ]\n}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan from JSON.
+
+        Raises:
+            PlanError: The file is missing, not JSON or not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path} can't be read as a pruning plan: {error}.") from error
+        if not isinstance(data, dict):
+            raise PlanError(f"{path} is not a pruning plan: its top level is a {type(data).__name__}, not an object.")
+        return cls.from_dict(data)
+
+
+def _describe(widths: tuple[LayerWidths, ...]) -> str:
+    neurons, groups = {w.neurons for w in widths}, {w.kv_groups for w in widths}
+    return f"{len(widths)} layers of {_span(neurons)} neurons and {_span(groups)} KV groups"
+
+
+def _span(values: set[int]) -> str:
+    return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"

@@ -1,0 +1,169 @@
+"""The values between calibration and scoring: per-target weights and streamed statistics.
+
+`TargetWeights` and `TargetStatistics` are all that a criterion or a reconstruction ever sees: plain tensors, no module
+names, devices or tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import DataError, NumericsError
+
+Key = tuple[int, str]
+"""(layer index, target name)."""
+
+Repair = Callable[[int, str, torch.Tensor, torch.Tensor | None, list[int]], tuple[torch.Tensor, torch.Tensor | None]]
+"""(layer, target, W [out, in], bias [out] or None, kept features) -> (new W [out, kept], new bias or None)."""
+
+Curve = tuple[tuple[int, float], ...]
+"""((kept units, loss increase in nats a token), ...), widest first; the first is (all units, 0.0)."""
+
+
+@dataclass(frozen=True)
+class TargetWeights:
+    """The weights of one target of one layer.
+
+    Attributes:
+        output: Weight of the output projection, [out_features, in_features].
+        unit_size: Input features a unit, contiguous: unit u owns features u * unit_size to (u + 1) * unit_size.
+        input_magnitude: Sum of |w| over each unit's weights in the input projections, [units], float64.
+    """
+
+    output: torch.Tensor
+    unit_size: int
+    input_magnitude: torch.Tensor
+
+    @property
+    def num_units(self) -> int:
+        """Number of units."""
+        return self.output.shape[1] // self.unit_size
+
+    def cpu(self) -> TargetWeights:
+        """The same on the CPU, where scoring runs: float64 is at home there, and the matrices are small."""
+        return TargetWeights(self.output.cpu(), self.unit_size, self.input_magnitude.cpu())
+
+    def per_unit(self, per_feature: torch.Tensor) -> torch.Tensor:
+        """Sum a per-feature quantity, [in_features], over the features of each unit: [units]."""
+        return per_feature.reshape(self.num_units, self.unit_size).sum(dim=1)
+
+
+@dataclass
+class TargetStatistics:
+    """Sums over unpadded tokens of the inputs X of one output projection.
+
+    Attributes:
+        num_tokens: Tokens counted.
+        sum: Sum of x, [in_features], float64.
+        sum_abs: Sum of |x|, [in_features], float64.
+        sum_squares: Sum of x^2, [in_features], float64.
+        gram: X^T X, [in_features, in_features], float32; None if not asked for.
+        taylor: Sum of |w * dL/dw| over each unit's weights, [units], float64; None if not asked for.
+    """
+
+    num_tokens: int
+    sum: torch.Tensor
+    sum_abs: torch.Tensor
+    sum_squares: torch.Tensor
+    gram: torch.Tensor | None = None
+    taylor: torch.Tensor | None = None
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of x, [in_features], float64."""
+        return self.sum / self.num_tokens
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Biased variance of x, [in_features], float64, not below 0."""
+        return (self.sum_squares / self.num_tokens - self.mean**2).clamp_min(0)
+
+    def require_gram(self) -> torch.Tensor:
+        """The Gram matrix in float64.
+
+        Raises:
+            DataError: It was not collected.
+        """
+        if self.gram is None:
+            raise DataError("These statistics hold no Gram matrix; calibrate with statistics={'gram'}.")
+        return self.gram.double()
+
+    def check_finite(self, where: str) -> None:
+        """Raise if any sum is NaN or Inf (`topk` ranks NaN highest, so it would silently choose the survivors).
+
+        Args:
+            where: Layer, target and batch, for the message.
+
+        Raises:
+            NumericsError: A sum is not finite.
+        """
+        for name in ("sum_squares", "taylor"):
+            value = getattr(self, name)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise NumericsError(
+                    f"NaN or Inf in the {name} statistic of {where}. Check the model's weights, or calibrate in "
+                    f"float32 (--dtype float32): half precision can overflow."
+                )
+
+
+_TENSORS = ("sum", "sum_abs", "sum_squares", "gram", "taylor")
+
+
+@dataclass
+class CalibrationStats:
+    """Everything that calibration measured; a value that can be saved and loaded.
+
+    Attributes:
+        targets: Statistics by (layer, target).
+        num_samples: Blocks of text used.
+        num_tokens: Unpadded tokens used.
+    """
+
+    targets: dict[Key, TargetStatistics] = field(default_factory=dict)
+    num_samples: int = 0
+    num_tokens: int = 0
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        tensors = {
+            f"{layer}.{target}.{name}": getattr(stats, name).contiguous()
+            for (layer, target), stats in self.targets.items()
+            for name in _TENSORS
+            if getattr(stats, name) is not None
+        }
+        counts = {f"{layer}.{target}": stats.num_tokens for (layer, target), stats in self.targets.items()}
+        header = {"num_samples": self.num_samples, "num_tokens": self.num_tokens, "counts": counts}
+        save_file(tensors, path, metadata={"calibration_stats": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> CalibrationStats:
+        """Read what [`save`][] wrote.
+
+        Raises:
+            DataError: The file is missing or is not a statistics file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["calibration_stats"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise DataError(
+                f"{path} is not a statistics file ({error}); write one with CalibrationStats.save."
+            ) from error
+        return cls(_group(tensors, header["counts"]), header["num_samples"], header["num_tokens"])
+
+
+def _group(tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> dict[Key, TargetStatistics]:
+    targets: dict[Key, TargetStatistics] = {}
+    for name, count in counts.items():
+        layer, target = name.split(".")
+        fields = {key: tensors[f"{name}.{key}"] for key in _TENSORS if f"{name}.{key}" in tensors}
+        targets[int(layer), target] = TargetStatistics(num_tokens=count, **fields)
+    return targets

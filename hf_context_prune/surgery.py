@@ -1,0 +1,278 @@
+"""Model + plan -> smaller model, by exact slicing. Does not know why a unit was chosen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from . import modeling
+from .architectures import (
+    TARGETS,
+    ArchSpec,
+    Geometry,
+    LayerWidths,
+    Target,
+    blocks,
+    check_supported,
+    output_projection,
+    read_geometry,
+    unit_size,
+)
+from .modeling.modeling_context_pruned import is_transposed
+from .plan import PruningPlan
+from .stats import Repair
+
+
+@dataclass(frozen=True)
+class StockFit:
+    """Whether the stock architecture can hold the pruned widths, and why or why not."""
+
+    fits: bool
+    reason: str
+
+
+def _with_widths(config: PreTrainedConfig, spec: ArchSpec, geometry: Geometry) -> dict[str, Any]:
+    values = config.to_dict()
+    for key in ("model_type", "auto_map", "per_layer_config", "architectures"):
+        values.pop(key, None)
+    # Explicit, since hidden_size // num_attention_heads no longer gives it once heads are removed.
+    values["head_dim"] = geometry.head_dim
+    return values
+
+
+def stock_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
+    """The stock config with uniform widths; its own validator may refuse them by raising."""
+    geometry = read_geometry(config, spec)
+    values = _with_widths(config, spec, geometry)
+    values[spec.width] = widths[0].neurons
+    values[spec.query_heads] = widths[0].kv_groups * geometry.queries_per_group
+    if spec.kv_heads is not None:
+        values[spec.kv_heads] = widths[0].kv_groups
+    stock_class = getattr(transformers, spec.config_class)
+    result: PreTrainedConfig = stock_class.from_dict({**values, "architectures": [spec.model_class]})
+    result.validate()
+    return result
+
+
+def variable_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
+    """The variable-width config: dense values stay global, widths that differ go to ``per_layer_config``."""
+    geometry = read_geometry(config, spec)
+    values = _with_widths(config, spec, geometry)
+    overrides: dict[int, dict[str, int]] = {}
+    for index, layer in enumerate(widths):
+        heads = layer.kv_groups * geometry.queries_per_group
+        override = {spec.width: layer.neurons, spec.query_heads: heads}
+        if spec.kv_heads is not None:
+            override[spec.kv_heads] = layer.kv_groups
+        overrides[index] = override
+    variable_class = modeling.config_class(spec)
+    result: PreTrainedConfig = variable_class.from_dict(
+        {
+            **values,
+            "per_layer_config": overrides,
+            "architectures": [modeling.model_class(spec).__name__],
+            "auto_map": modeling.auto_map(spec),
+        }
+    )
+    return result
+
+
+def _shapes(model_class: type[Any], config: PreTrainedConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def stock_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> StockFit:
+    """Ask the stock config and class themselves whether they can hold these widths.
+
+    Args:
+        config: Config of the model to be pruned.
+        spec: Its table entry.
+        widths: Widths after pruning, one a layer.
+    """
+    if len(set(widths)) > 1:
+        return StockFit(False, f"widths vary from layer to layer, which {spec.config_class} can't express")
+    try:
+        candidate = stock_config(config, spec, widths)
+    except (ValueError, StrictDataclassError) as error:
+        message = " ".join(str(error.__cause__ or error).split())
+        return StockFit(False, f"{spec.config_class} refuses {widths[0].kv_groups} KV groups: {message}")
+    try:
+        stock_shapes = _shapes(getattr(transformers, spec.model_class), candidate)
+    except ValueError as error:
+        return StockFit(False, f"{spec.model_class} refuses {widths[0].kv_groups} KV groups: {error}")
+    if stock_shapes != _shapes(modeling.model_class(spec), variable_config(config, spec, widths)):
+        return StockFit(
+            False,
+            f"{spec.model_class} derives its head size from the number of heads, so it can't hold "
+            f"{widths[0].kv_groups} heads of this size",
+        )
+    return StockFit(True, f"all layers have the same widths and {spec.config_class} accepts them")
+
+
+def build_empty(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedModel:
+    """A model with these widths on the meta device: the stock class where it fits, else the variable-width class."""
+    if stock_fit(config, spec, widths).fits:
+        target, model_class = stock_config(config, spec, widths), getattr(transformers, spec.model_class)
+    else:
+        target, model_class = variable_config(config, spec, widths), modeling.model_class(spec)
+    target._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(target)
+    return model
+
+
+def _slice_projection(
+    module: nn.Module, state: dict[str, torch.Tensor], name: str, *, rows: list[int] | None, columns: list[int] | None
+) -> None:
+    """Put the kept output features (rows) and input features (columns) of one projection into `state`."""
+    weight = state[f"{name}.weight"]
+    if is_transposed(module):
+        rows_of_storage, columns_of_storage = columns, rows
+    else:
+        rows_of_storage, columns_of_storage = rows, columns
+    if rows_of_storage is not None:
+        weight = weight[torch.tensor(rows_of_storage, device=weight.device)]
+    if columns_of_storage is not None:
+        weight = weight[:, torch.tensor(columns_of_storage, device=weight.device)]
+    state[f"{name}.weight"] = weight
+    if rows is not None and f"{name}.bias" in state:
+        bias = state[f"{name}.bias"]
+        state[f"{name}.bias"] = bias[torch.tensor(rows, device=bias.device)]
+
+
+def kept_features(geometry: Geometry, target: Target, units: Sequence[int]) -> list[int]:
+    """Input features of the output projection that belong to the kept units, ascending."""
+    size = unit_size(geometry, target)
+    return [unit * size + feature for unit in units for feature in range(size)]
+
+
+def _prune_block(
+    index: int,
+    block: nn.Module,
+    prefix: str,
+    state: dict[str, torch.Tensor],
+    spec: ArchSpec,
+    geometry: Geometry,
+    plan: PruningPlan,
+    repair: Repair | None,
+) -> None:
+    dense, kept = geometry.layers[index], plan.layers[index]
+    for target in TARGETS:
+        units = kept.kept(target)
+        if len(units) == (dense.neurons if target == "mlp" else dense.kv_groups):
+            continue
+        if target == "mlp":
+            for path in spec.mlp_inputs:
+                _slice_projection(block.get_submodule(path), state, f"{prefix}.{path}", rows=list(units), columns=None)
+        else:
+            for projection in spec.attention_inputs:
+                rows = geometry.projection_features(projection, units, dense.kv_groups)
+                _slice_projection(
+                    block.get_submodule(projection.path), state, f"{prefix}.{projection.path}", rows=rows, columns=None
+                )
+        path = spec.mlp_output if target == "mlp" else spec.attention_output
+        name, module = f"{prefix}.{path}", output_projection(block, spec, target)
+        features = kept_features(geometry, target, units)
+        if repair is None:
+            _slice_projection(module, state, name, rows=None, columns=features)
+            continue
+        stored, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
+        weight, new_bias = repair(index, target, stored.T if is_transposed(module) else stored, bias, features)
+        weight = weight.to(stored.dtype)
+        state[f"{name}.weight"] = weight.T.contiguous() if is_transposed(module) else weight.contiguous()
+        if new_bias is not None:
+            state[f"{name}.bias"] = new_bias.to(stored.dtype)
+
+
+def _add_missing_biases(model: nn.Module, state: dict[str, torch.Tensor], spec: ArchSpec) -> str | None:
+    """Give output projections the bias that a repair made although the architecture has none."""
+    added = 0
+    for index, block in enumerate(blocks(model, spec)):
+        for target in TARGETS:
+            path = spec.mlp_output if target == "mlp" else spec.attention_output
+            module = output_projection(block, spec, target)
+            if module.bias is None and f"{spec.layers}.{index}.{path}.bias" in state:
+                module.bias = nn.Parameter(torch.empty(module.weight.shape[0], device="meta"))  # type: ignore[union-attr,index]
+                added += 1
+    if not added:
+        return None
+    return (
+        f"{added} output projections carry a bias that {spec.config_class} has no field for, so it would vanish on "
+        f"reload. Prune with reconstruction='least_squares' (or 'none') to save; 'bias' on this architecture is for "
+        f"measuring in memory."
+    )
+
+
+def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | None = None) -> PreTrainedModel:
+    """Build the smaller model that a plan describes; the given model is left as it is.
+
+    Args:
+        model: The dense (or already pruned) model, on any device and in any floating-point dtype.
+        plan: The kept units, made for this model.
+        repair: Called for every output projection that loses features; gives its new weight and bias. None: slice.
+
+    Returns:
+        A new model, with tensors of its own, of the stock class where its config can express the widths, else of the
+        variable-width class. Same dtype, device, training mode and generation config.
+
+    Raises:
+        PlanError: The plan was made for another model.
+        UnsupportedArchitectureError: See [`check_supported`][].
+    """
+    spec = check_supported(model)
+    geometry = read_geometry(model.config, spec)
+    plan.check_fits(model, model.config.model_type, geometry)
+    smaller = build_empty(model.config, spec, plan.widths)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tied = {name for name in (model.all_tied_weights_keys or {}) if name in state}
+    for name in tied:
+        del state[name]  # tied again below, so that the tensor exists once
+    for index, block in enumerate(blocks(model, spec)):
+        _prune_block(index, block, f"{spec.layers}.{index}", state, spec, geometry, plan, repair)
+    unsavable = _add_missing_biases(smaller, state, spec)
+    originals = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        if tensor.data_ptr() == originals.get(name):
+            state[name] = tensor.clone()
+    smaller.load_state_dict(state, strict=False, assign=True)
+    smaller.tie_weights()
+    _fill_buffers(model, smaller)
+    left = [name for name, tensor in [*smaller.named_parameters(), *smaller.named_buffers()] if tensor.is_meta]
+    assert not left, f"not filled: {left}"
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in smaller.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    smaller.generation_config = copy.deepcopy(model.generation_config)
+    smaller.config.name_or_path = model.config.name_or_path
+    smaller._context_prune_unsavable = unsavable
+    return smaller.train(model.training)
+
+
+def _fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
+    """Buffers depend on head_dim and hidden size alone, so they carry over.
+
+    Those that are computed and never saved (rotary tables) are computed anew, as `from_pretrained` does, in float32:
+    a source that was cast with `.to(bfloat16)` has them rounded, and a copy would not be what the folder reloads to.
+    """
+    modules = dict(target.named_modules())
+    for path, module in source.named_modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        if not buffers:
+            continue
+        mirror, computed = modules[path], module._non_persistent_buffers_set
+        if set(buffers) <= computed and not list(module.parameters(recurse=False)):
+            mirror.to_empty(device=next(iter(buffers.values())).device)
+            target._init_weights(mirror)
+            continue
+        for name, buffer in buffers.items():
+            mirror.register_buffer(name, buffer.clone(), persistent=name not in computed)

@@ -1,0 +1,36 @@
+"""Run in a fresh process: reload saved folders with the package barred from import, and compare logits bit by bit."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
+
+
+class Barred:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_context_prune":
+            raise ImportError("hf_context_prune is barred here")
+
+
+sys.meta_path.insert(0, Barred())
+
+import torch
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(2)
+ids = torch.load(folder / "ids.pt")
+cases = json.loads((folder / "cases.json").read_text())
+for path, remote in cases.items():
+    options = {"trust_remote_code": True} if remote else {}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    expected = torch.load(folder / f"{Path(path).name}.pt")
+    if not torch.equal(logits, expected):
+        sys.exit(f"{path}: logits differ by {(logits - expected).abs().max()}")
+assert "hf_context_prune" not in sys.modules
+print(json.dumps({"checked": len(cases)}))

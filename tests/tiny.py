@@ -1,0 +1,99 @@
+"""Tiny random models of every family, and a tiny tokenizer: one line a family."""
+
+from __future__ import annotations
+
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hf_context_prune.modeling.specs import SPECS
+
+VOCABULARY = 320
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,  # large, so that a wrong slice shows
+}
+GATED = {"intermediate_size": 40, "num_key_value_heads": 3, "head_dim": 8}
+
+FAMILIES: dict[str, dict] = {
+    "llama": GATED,
+    "qwen2": GATED,
+    "qwen3": GATED | {"head_dim": 16},
+    "mistral": GATED | {"sliding_window": 16},
+    "smollm3": GATED | {"no_rope_layers": [1, 0, 1]},
+    "gemma": GATED | {"head_dim": 16},
+    "gemma2": GATED | {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma3_text": GATED | {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "granite": GATED | {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
+    "phi": {"intermediate_size": 40, "num_key_value_heads": 3, "qk_layernorm": True},
+    "gpt_neox": {"intermediate_size": 40},
+    "opt": {"ffn_dim": 40, "init_std": 0.2, "word_embed_proj_dim": 48, "dropout": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "llama-mha-untied": ("llama", {"num_key_value_heads": 6, "tie_word_embeddings": False}),
+    "llama-mqa-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3-biased-tied": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "opt-post-norm": ("opt", {"do_layer_norm_before": False}),
+    "opt-unbiased": ("opt", {"enable_bias": False}),
+    "gpt2-n_inner": ("gpt2", {"n_inner": 40, "scale_attn_by_inverse_layer_idx": True}),
+    "phi-mha": ("phi", {"num_key_value_heads": 6, "qk_layernorm": False, "tie_word_embeddings": True}),
+    "gemma3_text-mha": ("gemma3_text", {"num_key_value_heads": 6}),
+}
+
+
+def tiny_config(family: str, **overrides):
+    spec = SPECS[family]
+    return getattr(transformers, spec.config_class)(**(COMMON | FAMILIES[family] | overrides))
+
+
+def tiny_model(family: str, *, seed: int = 0, **overrides):
+    """A random model of a family, float32, in evaluation mode; biases and norms are random too."""
+    import torch
+
+    torch.manual_seed(seed)
+    model = getattr(transformers, SPECS[family].model_class)(tiny_config(family, **overrides))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                centre = 0.0 if name.endswith("bias") or "gemma" in family else 1.0
+                parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def case(name: str):
+    """The model of a family or variant by its test id."""
+    family, overrides = VARIANTS.get(name, (name, {}))
+    return tiny_model(family, **overrides)
+
+
+CASES = [*FAMILIES, *VARIANTS]
+
+TEXT = "the court finds that the party of the first part has a duty of care; the patient was given the dose. " * 8
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with at most VOCABULARY tokens, trained on a sentence."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
