@@ -1,0 +1,211 @@
+"""The sha256 manifest of a saved folder: written last, so that a folder with a manifest is a whole one.
+
+It guards against damage and half-finished copies. It is not a signature: who can write the folder can write the
+manifest too.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from .errors import LoadError, SaveError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "hf_context_prune"
+VERSION = 1
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+"""Files that run code when they are loaded. None is ever written, and none may lie beside the weights."""
+
+_WEIGHT_SUFFIXES = frozenset({".safetensors"})
+_LISTED_SUFFIXES = _WEIGHT_SUFFIXES | PICKLE_SUFFIXES | {".py"}
+_MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+def write_manifest(folder: Path) -> dict[str, Any]:
+    """Make every file of a folder durable and write the manifest, last.
+
+    Each file is read once: hashed and flushed (fsync) through the same handle. Files get the read and write
+    permissions that new files have here (`safetensors` makes its files readable by their owner alone).
+
+    Args:
+        folder: The finished folder, without a manifest.
+
+    Returns:
+        The manifest: ``{"format": "hf_context_prune", "version": 1, "files": {path: {"sha256": str, "bytes": int}}}``.
+
+    Raises:
+        SaveError: A link, device or file name that can't travel in a manifest.
+        OSError: The disk is full, or a file can't be read or flushed.
+    """
+    # The folder was made with 0o777 less the umask; the umask itself can't be read without changing it.
+    permissions = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    files: dict[str, dict[str, Any]] = {}
+    folders = []
+    for root, folder_names, file_names in os.walk(folder):
+        folders.append(Path(root))
+        for name in [*folder_names, *file_names]:
+            path = Path(root, name)
+            relative, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
+            if stat.S_ISDIR(mode):
+                continue
+            if not stat.S_ISREG(mode) or not _is_safe(relative) or relative == MANIFEST_NAME:
+                raise SaveError(
+                    f"{relative!r} can't be saved: only regular files with plain relative names (no link, no '..', "
+                    f"backslash or drive) and other than {MANIFEST_NAME} may be in a saved folder."
+                )
+            path.chmod(stat.S_IMODE(mode) | permissions)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+                files[relative] = {"sha256": digest, "bytes": os.fstat(file.fileno()).st_size}
+    manifest = {"format": FORMAT, "version": VERSION, "files": dict(sorted(files.items()))}
+    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for path in reversed(folders):
+        fsync_folder(path)
+    return manifest
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the entries of a folder durable; nothing where the file system or the system has no such call.
+
+    Raises:
+        OSError: The disk failed.
+    """
+    if os.name == "nt":
+        return  # a folder can't be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network and FUSE file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest of a folder if this package wrote one, else None. Nothing is checked against the files.
+
+    Args:
+        folder: Any path.
+
+    Returns:
+        The manifest, or None where the folder has none, has someone else's, or has one that can't be read.
+    """
+    try:
+        return _parse(Path(folder))
+    except LoadError:
+        return None
+
+
+def verify_folder(folder: str | os.PathLike[str], *, hash_weights: bool = True) -> dict[str, Any]:
+    """Check a saved folder against its manifest, before anything in it is loaded.
+
+    Args:
+        folder: A folder saved by this package.
+        hash_weights: False: of the ``*.safetensors`` files only the size is compared, which is instant. All other
+            files are always hashed.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        LoadError: The manifest is missing or malformed; a listed file is missing or has another size or checksum;
+            or weights, code or a pickle lie in the folder that the manifest does not list.
+    """
+    folder = Path(folder)
+    manifest = _parse(folder)
+    remedy = "Save or download the model again."
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != entry["bytes"]:
+                    raise LoadError(
+                        f"{name} in {folder} has {size} bytes, but the manifest says {entry['bytes']}. {remedy}"
+                    )
+                if not hash_weights and path.suffix.lower() in _WEIGHT_SUFFIXES:
+                    continue
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise LoadError(f"{name} is missing from {folder}, but the manifest lists it. {remedy}") from error
+        except OSError as error:
+            if isinstance(error, LoadError):
+                raise
+            raise LoadError(f"{name} in {folder} can't be read: {error.strerror}. {remedy}") from error
+        if digest != entry["sha256"]:
+            raise LoadError(
+                f"{name} in {folder} has sha256 {digest}, but the manifest says {entry['sha256']}: it was changed or "
+                f"damaged after it was saved. {remedy}"
+            )
+    for name in unlisted_files(folder, manifest):
+        if Path(name).suffix.lower() in _LISTED_SUFFIXES:
+            raise LoadError(
+                f"{name} in {folder} is not in the manifest. Weights, code and pickles that were not saved with the "
+                f"model are not loaded: remove that file, or save the model again."
+            )
+    return manifest
+
+
+def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Relative paths of the files and links in a folder that its manifest does not list, sorted."""
+    found = []
+    for root, folder_names, file_names in os.walk(folder):
+        links = [name for name in folder_names if Path(root, name).is_symlink()]
+        found += [Path(root, name).relative_to(folder).as_posix() for name in [*links, *file_names]]
+    return sorted(set(found) - set(manifest["files"]) - {MANIFEST_NAME})
+
+
+def _parse(folder: Path) -> dict[str, Any]:
+    """Read and validate the manifest of a folder; LoadError where there is none or it is malformed."""
+    path = folder / MANIFEST_NAME
+    hint = "The folder was not saved by this package, or was copied in part: save or download the model again."
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise LoadError(f"{folder} has no readable {MANIFEST_NAME} ({error.strerror}). {hint}") from error
+    try:
+        if len(content) > _MAX_MANIFEST_BYTES:
+            raise ValueError(f"it is larger than {_MAX_MANIFEST_BYTES} bytes")
+        manifest = json.loads(content)
+        _validate(manifest)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path} is not a manifest of this package: {error}. {hint}") from error
+    return manifest
+
+
+def _validate(manifest: object) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f'it must be an object with "format": "{FORMAT}"')
+    version = manifest.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"its version is {version!r}, this release of hf_context_prune reads {VERSION}")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ValueError('"files" must be an object')
+    for name, entry in files.items():
+        if not _is_safe(name):
+            raise ValueError(f"{name!r} is not a plain relative path inside the folder")
+        size = entry.get("bytes") if isinstance(entry, dict) else None
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if type(size) is not int or size < 0 or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f'{name!r} needs "sha256" (64 hex digits) and "bytes" (an integer from 0)')
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a path is relative, with ``/`` between its parts, and stays inside its folder on every system."""
+    if "\\" in name or "\0" in name or PureWindowsPath(name).drive:
+        return False
+    return all(part not in ("", ".", "..") for part in name.split("/"))

@@ -1,0 +1,143 @@
+"""Model folders on disk: what is in one, written by the staged write of `staging.py`, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import SaveError
+from .manifest import MANIFEST_NAME, PICKLE_SUFFIXES, read_manifest, verify_folder
+from .staging import check_target, resolve_target, staged_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAN_NAME = "pruning_plan.json"
+REPORT_NAME = "eval_report.json"
+
+_SIDE_FILES_BYTES = 8 * 2**20
+
+__all__ = [
+    "MANIFEST_NAME",
+    "PLAN_NAME",
+    "REPORT_NAME",
+    "check_target",
+    "estimate_bytes",
+    "read_manifest",
+    "save_pruned",
+    "staged_folder",
+    "verify_folder",
+    "write_model_folder",
+]
+
+
+class _Savable(Protocol):
+    """A value that writes itself to one JSON file: a `PruningPlan` or an `EvalReport`."""
+
+    def save(self, path: Path) -> object: ...
+
+
+def estimate_bytes(model: PreTrainedModel) -> int:
+    """Bytes that saving a model needs: parameters and buffers, shared ones once, and 8 MiB for tokenizer and JSON."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _SIDE_FILES_BYTES
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    target: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,  # noqa: ANN401
+    plan: _Savable | None = None,
+    report: _Savable | None = None,
+) -> Path:
+    """Write a model with its tokenizer, plan and report to a folder, whole or not at all.
+
+    Args:
+        model: The model to save; what its config and class can't express must have been checked before.
+        target: The folder: absent, empty, or an older one of ours, which is then replaced.
+        tokenizer: Saved beside the weights if given.
+        plan: Saved as ``pruning_plan.json`` if given.
+        report: Saved as ``eval_report.json`` if given.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        SaveError: Nothing was put in place; an older folder is as it was.
+    """
+    _refuse_unsavable(model)
+    goal = resolve_target(target)
+    with staged_folder(goal, required_bytes=estimate_bytes(model)) as staging:
+        write_model_folder(staging, model, tokenizer=tokenizer, plan=plan, report=report)
+    return goal
+
+
+def write_model_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    *,
+    tokenizer: Any = None,  # noqa: ANN401
+    plan: _Savable | None = None,
+    report: _Savable | None = None,
+) -> None:
+    """Write the files of a model into a staging folder.
+
+    A variable-width model also gets the flat modeling files that its ``auto_map`` names. The config is written as it
+    is: whoever trained the model has to reset ``use_cache`` before.
+
+    Args:
+        folder: An existing folder, as `staged_folder` yields it.
+        model: As in `save_pruned`.
+        tokenizer: As in `save_pruned`.
+        plan: As in `save_pruned`.
+        report: As in `save_pruned`.
+
+    Raises:
+        SaveError: The model has something that its config can't express (nothing was written then), its ``auto_map``
+            names a file that is not there, or a pickle was written.
+    """
+    _refuse_unsavable(model)
+    model.save_pretrained(folder)
+    if str(model.config.model_type).startswith("context_pruned_"):
+        for source in sorted((Path(__file__).parent / "modeling").glob("*.py")):
+            if source.name != "__init__.py":
+                shutil.copyfile(source, folder / source.name)
+        _check_auto_map(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if plan is not None:
+        plan.save(folder / PLAN_NAME)
+    if report is not None:
+        report.save(folder / REPORT_NAME)
+    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in PICKLE_SUFFIXES)
+    if pickles:
+        raise SaveError(
+            f"Saving wrote {', '.join(pickles)}: files that can run code when they are loaded. Only safetensors, JSON, "
+            f"text and our own modeling files are saved; use a tokenizer and a model that save without pickle."
+        )
+
+
+def _refuse_unsavable(model: PreTrainedModel) -> None:
+    reason = getattr(model, "_context_prune_unsavable", None)
+    if reason is not None:
+        raise SaveError(f"This {type(model).__name__} can't be saved so that it reloads as it is: {reason}")
+
+
+def _check_auto_map(folder: Path) -> None:
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map")
+    if not auto_map:
+        raise SaveError(
+            "config.json of this variable-width model has no auto_map, so it would not open without this package. "
+            "Set config.auto_map = hf_context_prune.modeling.auto_map(spec) before saving."
+        )
+    for reference in auto_map.values():
+        file_name = f"{reference.rpartition('.')[0]}.py"
+        if not (folder / file_name).is_file():  # a "repo--module" reference, to another repository, fails here too
+            raise SaveError(
+                f"auto_map in config.json names {reference!r}, but {file_name} is not one of the package's modeling "
+                f"files. Set config.auto_map = hf_context_prune.modeling.auto_map(spec) before saving."
+            )
