@@ -1,0 +1,266 @@
+"""Budget -> widths -> plan. Pure and deterministic: no model, no data, no randomness."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from .config import PrunerConfig
+from .errors import BudgetError, NumericsError
+from .modeling.specs import Geometry, LayerWidths
+from .plan import LayerPlan
+from .stats import Curve, Key
+
+Costs = Mapping[str, int]
+"""Parameters a unit, by target."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the config asks for, in parameters.
+
+    Attributes:
+        total_params: Parameters of the model as it is, tied ones once.
+        remove_params: Parameters to remove at least; None where the unit ratios alone decide.
+        asked_ratio: The share that was asked for, if one was.
+    """
+
+    total_params: int
+    remove_params: int | None
+    asked_ratio: float | None
+
+    @classmethod
+    def of(cls, config: PrunerConfig, total_params: int) -> Budget:
+        """Read the budget of a config for a model of this size.
+
+        Raises:
+            BudgetError: `target_params` is not below the model's size.
+        """
+        if config.target_params is not None:
+            if config.target_params > total_params:
+                raise BudgetError(
+                    f"target_params is {config.target_params:,}, but the model has only {total_params:,} parameters; "
+                    f"ask for fewer."
+                )
+            remove = total_params - config.target_params
+            return cls(total_params, remove, remove / total_params)
+        if config.pruning_ratio is not None:
+            # Rounded up, so that at least the asked share goes; the epsilon forgives 0.2 * 5 = 1.0000000000000002.
+            remove = -int(-(config.pruning_ratio * total_params - 1e-6) // 1)
+            return cls(total_params, remove, config.pruning_ratio)
+        return cls(total_params, None, None)
+
+
+def round_half_up(value: float) -> int:
+    """Nearest integer, halves up (and not to even, so that ratios act the same at every width)."""
+    return int(value + 0.5 + 1e-9)
+
+
+def _kept(width: int, ratio: float, multiple: int) -> int:
+    kept = width - round_half_up(width * ratio)
+    return width if kept == width else max(min(multiple, width), kept - kept % multiple)
+
+
+def _kept_groups(groups: int, ratio: float, allowed: Collection[int]) -> int:
+    kept = max(1, groups - round_half_up(groups * ratio))
+    if ratio > 0 and kept == groups:
+        reachable = ", ".join(f"{(groups - n) / groups:.3f}" for n in range(groups, 0, -1))
+        raise BudgetError(
+            f"attention_ratio is {ratio}, which is less than half of one KV group: the layers have {groups}, so "
+            f"{reachable} can be reached."
+        )
+    fitting = [n for n in allowed if n <= kept]
+    if not fitting:
+        raise BudgetError(
+            f"attention_ratio {ratio} leaves {kept} of {groups} KV groups, which the stock architecture can't hold; "
+            f"it can hold {', '.join(map(str, sorted(allowed)))}. Ask for one of those, or leave out --stock."
+        )
+    return max(fitting)
+
+
+def removed_params(dense: Sequence[LayerWidths], widths: Sequence[LayerWidths], costs: Costs) -> int:
+    """Parameters that go when the layers shrink from `dense` to `widths`."""
+    return sum(
+        costs["mlp"] * (a.neurons - b.neurons) + costs["attention"] * (a.kv_groups - b.kv_groups)
+        for a, b in zip(dense, widths, strict=True)
+    )
+
+
+def uniform_widths(
+    geometry: Geometry, costs: Costs, budget: Budget, config: PrunerConfig, *, stock_groups: Collection[int] = ()
+) -> tuple[LayerWidths, ...]:
+    """The same share of every layer.
+
+    Args:
+        geometry: Sizes of the model.
+        costs: Parameters a unit.
+        budget: What is asked for.
+        config: Ratios and rounding.
+        stock_groups: KV groups a layer that the stock architecture accepts; empty where that does not matter.
+
+    Returns:
+        Widths, one a layer. A share of all parameters is met or exceeded by less than one step of the widths.
+
+    Raises:
+        BudgetError: It can't be reached; names the maximum that can.
+    """
+    dense, multiple = geometry.layers, config.round_to
+    groups = [layer.kv_groups for layer in dense]
+    if config.attention_ratio is not None:
+        groups = [_kept_groups(n, config.attention_ratio, stock_groups or range(1, n + 1)) for n in groups]
+    neurons = [layer.neurons for layer in dense]
+    if config.mlp_ratio is not None:
+        neurons = [_kept(n, config.mlp_ratio, multiple) for n in neurons]
+    widths = _zip(neurons, groups)
+    if budget.remove_params is None:
+        return widths
+    if config.mlp_ratio is None:
+        ladder = _neuron_ladder(dense, groups, multiple)
+    else:
+        ladder = _group_ladder(dense, neurons, stock_groups)
+    position = bisect.bisect_left(ladder, budget.remove_params, key=lambda w: removed_params(dense, w, costs))
+    if position == len(ladder):
+        _refuse(budget, dense, ladder[-1], costs, config)
+    return ladder[position]
+
+
+def _zip(neurons: Sequence[int], groups: Sequence[int]) -> tuple[LayerWidths, ...]:
+    return tuple(LayerWidths(a, b) for a, b in zip(neurons, groups, strict=True))
+
+
+def _neuron_ladder(dense: Sequence[LayerWidths], groups: Sequence[int], multiple: int) -> list[tuple[LayerWidths, ...]]:
+    """All uniform choices of neurons, widest first."""
+    widest = max(layer.neurons for layer in dense)
+    steps = [widest, *range(widest - 1, 0, -1)]
+    ladder: list[tuple[LayerWidths, ...]] = []
+    for step in steps:
+        neurons = [_kept(layer.neurons, 1 - step / widest, multiple) for layer in dense]
+        if not ladder or [w.neurons for w in ladder[-1]] != neurons:
+            ladder.append(_zip(neurons, groups))
+    return ladder
+
+
+def _group_ladder(
+    dense: Sequence[LayerWidths], neurons: Sequence[int], stock_groups: Collection[int]
+) -> list[tuple[LayerWidths, ...]]:
+    """All uniform choices of KV groups, most first."""
+    most = max(layer.kv_groups for layer in dense)
+    ladder = []
+    for step in range(most, 0, -1):
+        groups = [max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most))) for layer in dense]
+        if not stock_groups or set(groups) <= {*stock_groups, most}:
+            ladder.append(_zip(neurons, groups))
+    return ladder
+
+
+def _refuse(
+    budget: Budget, dense: Sequence[LayerWidths], smallest: Sequence[LayerWidths], costs: Costs, config: PrunerConfig
+) -> None:
+    reachable = removed_params(dense, smallest, costs)
+    everything = removed_params(dense, [LayerWidths(min(config.round_to, w.neurons), 1) for w in dense], costs)
+    more = (
+        f" With --attention-ratio as well, up to {everything / budget.total_params:.4f} can."
+        if config.mlp_ratio is None and config.attention_ratio is None and everything > reachable
+        else ""
+    )
+    raise BudgetError(
+        f"Asked to remove {budget.remove_params:,} of {budget.total_params:,} parameters "
+        f"({(budget.remove_params or 0) / budget.total_params:.4f}); these options can remove at most {reachable:,} "
+        f"({reachable / budget.total_params:.4f}).{more}"
+    )
+
+
+def _convex_segments(curve: Curve) -> list[tuple[float, int]]:
+    """Lower convex hull of a curve as (loss a unit, units) from the widest end; falling losses count as free."""
+    hull: list[tuple[int, float]] = []
+    for kept, increase in curve:
+        point = (curve[0][0] - kept, max(increase, 0.0))
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [(max(_slope(a, b), 0.0), b[0] - a[0]) for a, b in pairwise(hull)]
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def adaptive_widths(
+    curves: Mapping[Key, Curve], geometry: Geometry, costs: Costs, remove_params: int, *, round_to: int = 1
+) -> tuple[LayerWidths, ...]:
+    """Spend a budget where it costs least loss a parameter.
+
+    The surrogate is additive over layers and convex within each (lower hull of the measured points), so taking the
+    segments in order of their slope is optimal for it, up to one rounding step.
+
+    Args:
+        curves: Measured loss increase by kept units, for every (layer, target) that may lose units.
+        geometry: Sizes of the model.
+        costs: Parameters a unit.
+        remove_params: Parameters to remove at least.
+        round_to: MLP widths stay multiples of this number.
+
+    Raises:
+        BudgetError: The curves do not reach that far; names the maximum.
+    """
+    steps = sorted(
+        (slope / costs[target], layer, target, position, units)
+        for (layer, target), curve in curves.items()
+        for position, (slope, units) in enumerate(_convex_segments(curve))
+    )
+    gone: dict[Key, int] = dict.fromkeys(curves, 0)
+    left = remove_params
+    for _, layer, target, _, units in steps:
+        if left <= 0:
+            break
+        take = min(units, -(-left // costs[target]))
+        gone[layer, target] += take
+        left -= take * costs[target]
+    if left > 0:
+        raise BudgetError(
+            f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most "
+            f"{remove_params - left:,}, since no layer is narrowed below its smallest probed width. Ask for less, or "
+            f"use --allocation uniform."
+        )
+    widths = []
+    for layer, dense in enumerate(geometry.layers):
+        kept = dense.neurons - gone.get((layer, "mlp"), 0)
+        neurons = dense.neurons if kept == dense.neurons else max(min(round_to, kept), kept - kept % round_to)
+        widths.append(LayerWidths(neurons, dense.kv_groups - gone.get((layer, "attention"), 0)))
+    return tuple(widths)
+
+
+def select_units(
+    importance: Mapping[Key, torch.Tensor], geometry: Geometry, widths: Sequence[LayerWidths]
+) -> tuple[LayerPlan, ...]:
+    """Keep the most important units of every layer; of equals, the lower index.
+
+    Args:
+        importance: One value a unit, [units], for every (layer, target) that loses units.
+        geometry: Sizes of the model.
+        widths: Units to keep, one entry a layer.
+
+    Raises:
+        NumericsError: An importance is NaN or Inf.
+    """
+    layers = []
+    for index, (dense, width) in enumerate(zip(geometry.layers, widths, strict=True)):
+        kept = {}
+        for target, total, count in (
+            ("mlp", dense.neurons, width.neurons),
+            ("attention", dense.kv_groups, width.kv_groups),
+        ):
+            if count == total:
+                kept[target] = tuple(range(total))
+                continue
+            scores = importance[index, target]
+            if not bool(torch.isfinite(scores).all()):
+                raise NumericsError(f"The importance of layer {index} ({target}) holds NaN or Inf; nothing was chosen.")
+            order = scores.argsort(descending=True, stable=True)[:count]
+            kept[target] = tuple(sorted(order.tolist()))
+        layers.append(LayerPlan(kept["mlp"], kept["attention"]))
+    return tuple(layers)

@@ -1,0 +1,257 @@
+"""Model + token blocks -> statistics. The only module that hooks a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import (
+    TARGETS,
+    ArchSpec,
+    Geometry,
+    Target,
+    absolute_weight,
+    blocks,
+    check_supported,
+    input_magnitude,
+    output_projection,
+    output_weight,
+    read_geometry,
+    unit_size,
+)
+from .errors import DataError, NumericsError
+from .stats import CalibrationStats, TargetStatistics, TargetWeights
+
+Batch = dict[str, torch.Tensor]
+
+
+def batches_of(token_blocks: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:
+    """Cut token blocks into batches of about `batch_tokens` tokens.
+
+    Args:
+        token_blocks: [blocks, max_seq_length], int64, without padding.
+        batch_tokens: Tokens a batch, at least one block.
+    """
+    size = max(1, batch_tokens // token_blocks.shape[1])
+    return [{"input_ids": chunk} for chunk in token_blocks.split(size)]
+
+
+def check_weights_finite(model: nn.Module) -> None:
+    """Raise if any weight is NaN or Inf.
+
+    Raises:
+        NumericsError: Names the first such weight.
+    """
+    for name, parameter in model.named_parameters():
+        # One reduction, no mask in memory: a sum of |w| is finite only if every w is (float64 can't overflow here).
+        if not bool(torch.isfinite(parameter.detach().abs().sum(dtype=torch.float64))):
+            raise NumericsError(
+                f"The weight {name} holds NaN or Inf. The checkpoint is damaged, or its dtype overflowed: load it "
+                f"again, in float32."
+            )
+
+
+def weights_of(model: PreTrainedModel, layer: int, target: Target) -> TargetWeights:
+    """The weights of one target of one layer, as a criterion sees them (the output weight is a view)."""
+    spec = check_supported(model)
+    geometry = read_geometry(model.config, spec)
+    block = blocks(model, spec)[layer]
+    return TargetWeights(
+        output=output_weight(output_projection(block, spec, target)),
+        unit_size=unit_size(geometry, target),
+        input_magnitude=input_magnitude(block, spec, geometry, target, geometry.layers[layer].kv_groups),
+    )
+
+
+class _Collector:
+    """Sums of one output projection's inputs; `hook` is a forward pre-hook."""
+
+    def __init__(self, layer: int, target: Target, features: int, device: torch.device, *, gram: bool) -> None:
+        self.where = f"layer {layer} ({target})"
+        self.mask: torch.Tensor | None = None
+        self.batch = 0
+        # MPS has no float64; there the sums move to the CPU, where they are float64 too.
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        zeros = [torch.zeros(features, dtype=torch.float64, device=self.device) for _ in range(3)]
+        self.statistics = TargetStatistics(0, *zeros)
+        if gram:
+            self.statistics.gram = torch.zeros(features, features, device=device)
+
+    def hook(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+        if self.mask is not None:
+            x = x[self.mask]
+        stats = self.statistics
+        stats.num_tokens += x.shape[0]
+        stats.sum += x.sum(dim=0).to(self.device, torch.float64)
+        stats.sum_abs += x.abs().sum(dim=0).to(self.device, torch.float64)
+        stats.sum_squares += x.square().sum(dim=0).to(self.device, torch.float64)
+        if stats.gram is not None:
+            stats.gram.addmm_(x.T, x)
+        stats.check_finite(f"{self.where}, batch {self.batch}")
+
+
+@contextmanager
+def _hooked(
+    model: PreTrainedModel, spec: ArchSpec, geometry: Geometry, targets: Iterable[Target], *, gram: bool
+) -> Iterator[dict[tuple[int, Target], _Collector]]:
+    collectors: dict[tuple[int, Target], _Collector] = {}
+    handles = []
+    for layer, block in enumerate(blocks(model, spec)):
+        for target in targets:
+            projection = output_projection(block, spec, target)
+            weight = output_weight(projection)
+            collector = _Collector(layer, target, weight.shape[1], weight.device, gram=gram)
+            collectors[layer, target] = collector
+            handles.append(projection.register_forward_pre_hook(collector.hook))
+    try:
+        yield collectors
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _prepare(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torch.Tensor | None]:
+    ids = batch["input_ids"]
+    highest = int(ids.max()) if ids.numel() else -1
+    if highest >= embedding_rows or (ids.numel() and int(ids.min()) < 0):
+        raise DataError(
+            f"Batch {index} holds the token id {highest if highest >= embedding_rows else int(ids.min())}, but the "
+            f"model's embedding has {embedding_rows} rows (ids 0 to {embedding_rows - 1}). Use the tokenizer that "
+            f"belongs to this model."
+        )
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return {"input_ids": ids}, None
+    flat = mask.reshape(-1).bool()
+    return {"input_ids": ids, "attention_mask": mask}, None if bool(flat.all()) else flat
+
+
+def calibrate(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    targets: Iterable[Target] = TARGETS,
+    statistics: frozenset[str] = frozenset(),
+) -> CalibrationStats:
+    """Run the model over text and sum up what its output projections read.
+
+    Args:
+        model: The dense model. Runs in evaluation mode, on its own device and in its own dtype.
+        batches: Dicts with ``input_ids`` [batch, length] int64 and, where there is padding, ``attention_mask`` of the
+            same shape; padded positions count in no statistic.
+        targets: ``"mlp"`` and/or ``"attention"``.
+        statistics: Beyond the moments: ``"gram"`` (X^T X) and/or ``"taylor"`` (gradients of the language-model loss).
+
+    Returns:
+        Sums in float64 (Gram matrices in float32).
+
+    Raises:
+        DataError: No batch, only padding, or token ids beyond the embedding.
+        NumericsError: NaN or Inf in weights or activations, with layer and batch.
+        UnsupportedArchitectureError: See `check_supported`.
+    """
+    spec = check_supported(model)
+    check_weights_finite(model)
+    geometry = read_geometry(model.config, spec)
+    targets = tuple(targets)
+    rows = model.get_input_embeddings().weight.shape[0]
+    batches = list(batches)
+    with_gradients = "taylor" in statistics
+    was_training = model.training
+    model.eval()
+    run = _loss_step if with_gradients else _forward_step
+    num_tokens = num_samples = 0
+    try:
+        with (
+            _hooked(model, spec, geometry, targets, gram="gram" in statistics) as collectors,
+            _only_block_gradients(model, spec, enabled=with_gradients),
+        ):
+            for index, batch in enumerate(
+                tqdm(batches, desc="Calibrating", unit="batch", name="hf_context_prune.calibration")
+            ):
+                inputs, mask = _prepare(batch, index, rows)
+                for collector in collectors.values():
+                    collector.batch, collector.mask = index, None if mask is None else mask.to(model.device)
+                ids = inputs["input_ids"]
+                kept = ids.numel() if mask is None else int(mask.sum())
+                if kept == 0:
+                    continue
+                run(model, {name: tensor.to(model.device) for name, tensor in inputs.items()})
+                num_tokens += kept
+                num_samples += ids.shape[0]
+            if num_tokens == 0:
+                raise DataError(
+                    "There is nothing to calibrate on: no batch, or every position is padding. Give text with at "
+                    "least one unpadded token."
+                )
+            if with_gradients:
+                _collect_taylor(model, spec, geometry, collectors)
+    finally:
+        model.train(was_training)
+    result = {}
+    for key, collector in collectors.items():
+        collector.statistics.check_finite(f"{collector.where}, all batches")
+        result[key] = _to_cpu(collector.statistics)
+    return CalibrationStats(result, num_samples, num_tokens)  # type: ignore[arg-type]
+
+
+def _to_cpu(stats: TargetStatistics) -> TargetStatistics:
+    tensors = {
+        name: None if value is None else value.cpu()
+        for name in ("sum", "sum_abs", "sum_squares", "gram", "taylor")
+        for value in (getattr(stats, name),)
+    }
+    return TargetStatistics(stats.num_tokens, **tensors)  # type: ignore[arg-type]
+
+
+def _forward_step(model: PreTrainedModel, inputs: Batch) -> None:
+    # The bare decoder: the head's logits are most of the memory and a fifth of the time, and nobody reads them.
+    with torch.inference_mode():
+        model.base_model(**inputs, use_cache=False)
+
+
+def _loss_step(model: PreTrainedModel, inputs: Batch) -> None:
+    labels = inputs["input_ids"]
+    if "attention_mask" in inputs:
+        labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    model(**inputs, labels=labels, use_cache=False).loss.backward()
+
+
+@contextmanager
+def _only_block_gradients(model: PreTrainedModel, spec: ArchSpec, *, enabled: bool) -> Iterator[None]:
+    """Let only the blocks' weights have gradients, and drop those gradients at the end."""
+    if not enabled:
+        yield
+        return
+    before: list[tuple[nn.Parameter, bool, torch.Tensor | None]] = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
+    inside = {id(parameter) for block in blocks(model, spec) for parameter in block.parameters()}
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(id(parameter) in inside)
+            parameter.grad = None
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required, grad in before:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+
+
+def _collect_taylor(
+    model: PreTrainedModel, spec: ArchSpec, geometry: Geometry, collectors: dict[tuple[int, Target], _Collector]
+) -> None:
+    layers = blocks(model, spec)
+    for (layer, target), collector in collectors.items():
+        groups = geometry.layers[layer].kv_groups
+        inputs = input_magnitude(layers[layer], spec, geometry, target, groups, gradient=True)
+        output = absolute_weight(output_projection(layers[layer], spec, target), gradient=True).sum(dim=0)
+        collector.statistics.taylor = inputs + output.reshape(len(inputs), -1).sum(dim=1)

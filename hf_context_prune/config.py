@@ -1,0 +1,169 @@
+"""`PrunerConfig`: every choice of a pruning run, as a dataclass that HfArgumentParser and YAML can fill."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from .errors import ConfigError
+
+CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", "obs"]
+ReconstructionName = Literal["none", "bias", "least_squares"]
+AllocationName = Literal["uniform", "adaptive"]
+
+DEFAULT_PRUNING_RATIO = 0.2
+
+
+def _option(default: Any, help: str) -> Any:  # noqa: ANN401 - `help` is HfArgumentParser's metadata key
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PrunerConfig:
+    """What to remove, how to choose it, and how to repair what is left.
+
+    The budget is one of: a share or number of *all* parameters (`pruning_ratio`, `target_params`), or a share of each
+    unit (`mlp_ratio`, `attention_ratio`). A share of all parameters may be combined with one unit's ratio: that ratio
+    is then exact, and the other unit gives the rest. With none of them, `pruning_ratio` is 0.2.
+
+    Raises:
+        ConfigError: A value out of range, an unknown name, or options that contradict each other.
+    """
+
+    pruning_ratio: float | None = _option(
+        None, "Share of all parameters to remove, from 0 up to, not including, 1 (tied embeddings counted once)."
+    )
+    target_params: int | None = _option(None, "Number of parameters to keep at most, instead of a ratio.")
+    mlp_ratio: float | None = _option(None, "Share of the MLP neurons to remove, in [0, 1).")
+    attention_ratio: float | None = _option(None, "Share of the attention KV groups to remove, in [0, 1).")
+    criterion: CriterionName = _option("obs", "Which units matter: how the importance of a unit is measured.")
+    reconstruction: ReconstructionName = _option(
+        "least_squares", "How the output projections are refitted to what is left."
+    )
+    allocation: AllocationName = _option(
+        "uniform", "uniform: the same widths in every layer; adaptive: by each layer's measured effect on the loss."
+    )
+    round_to: int = _option(1, "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).")
+    stock: bool = _option(False, "Plan only widths that the stock architecture can hold (loads without this package).")
+    ridge: float = _option(0.01, "Ridge of the refit, as a share of the mean diagonal of the Gram matrix; above 0.")
+    num_calibration_samples: int = _option(128, "Blocks of calibration text.")
+    max_seq_length: int = _option(512, "Tokens a block.")
+    text_column: str | None = _option(None, "Column with the text; found by itself where there is only one candidate.")
+    seed: int = _option(0, "Seed of everything random: choice of text, and the `random` criterion.")
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("pruning_ratio", "mlp_ratio", "attention_ratio"):
+            self._check_ratio(name)
+        for name, lowest in (
+            ("target_params", 1),
+            ("round_to", 1),
+            ("num_calibration_samples", 1),
+            ("max_seq_length", 2),
+            ("seed", 0),
+        ):
+            self._check_integer(name, lowest)
+        if not (_is_number(self.ridge) and 0 < self.ridge <= 1e6):
+            raise ConfigError(f"ridge is {self.ridge!r}; it must be a number above 0 (0.01 is a good one).")
+        for name, names in (
+            ("criterion", CriterionName),
+            ("reconstruction", ReconstructionName),
+            ("allocation", AllocationName),
+        ):
+            self._check_name(name, get_args(names))
+        self._check_budget()
+
+    def _check_ratio(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not (_is_number(value) and 0 <= value < 1):
+            raise ConfigError(
+                f"{name} is {value!r}; it must be a share in [0, 1): 0 removes nothing, 0.25 a quarter, and 1 would "
+                f"leave nothing."
+            )
+
+    def _check_integer(self, name: str, lowest: int) -> None:
+        value = getattr(self, name)
+        if value is None and name == "target_params":
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise ConfigError(f"{name} is {value!r}; it must be an integer of at least {lowest}.")
+
+    def _check_name(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ConfigError(f"Unknown {name} {value!r}; allowed are {', '.join(allowed)}.{_hint(value, allowed)}")
+
+    def _check_budget(self) -> None:
+        if self.pruning_ratio is not None and self.target_params is not None:
+            raise ConfigError("pruning_ratio and target_params both set the size; give one of them.")
+        total = self.pruning_ratio is not None or self.target_params is not None
+        if total and self.mlp_ratio is not None and self.attention_ratio is not None:
+            raise ConfigError(
+                "mlp_ratio and attention_ratio together already fix the size; leave out pruning_ratio/target_params, "
+                "or one of the two."
+            )
+        if self.allocation == "adaptive" and self.stock:
+            raise ConfigError("allocation='adaptive' gives layers different widths, which stock=True rules out.")
+        if not total and self.mlp_ratio is None and self.attention_ratio is None:
+            self.pruning_ratio = DEFAULT_PRUNING_RATIO
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PrunerConfig:
+        """Build from a mapping of options.
+
+        Raises:
+            ConfigError: An unknown key, with the nearest known one.
+        """
+        allowed = [item.name for item in dataclasses.fields(cls)]
+        for key in values:
+            if key not in allowed:
+                raise ConfigError(f"Unknown option {key!r}; allowed are {', '.join(allowed)}.{_hint(key, allowed)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> PrunerConfig:
+        """Read options from a YAML file (a flat mapping).
+
+        Raises:
+            ConfigError: The file is missing, not YAML or not a mapping, or has an unknown key.
+        """
+        return cls.from_dict(read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a flat YAML mapping.
+
+    Raises:
+        ConfigError: The file is missing, not YAML or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The config file {path} can't be read: {error}. It must be a YAML mapping.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"The config file {path} holds a {type(values).__name__}; it must be a mapping, as in 'pruning_ratio: 0.2'."
+        )
+    return values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _hint(value: object, allowed: Any) -> str:  # noqa: ANN401
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,157 @@
+"""Importance criteria: pure functions from (weights, statistics, generator) to one number a unit; higher is kept.
+
+To add one, write a function here and decorate it with `@criterion(name, needs=...)`; CONTRIBUTING.md has the recipe.
+They are compared within a layer; comparing layers is the allocation's business.
+
+Notation: X [tokens, in_features] are the inputs of the output projection W [out_features, in_features], G = X^T X.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ConfigError
+from .linalg import cholesky, inverse_spd, regularized
+from .stats import TargetStatistics, TargetWeights
+
+CriterionFunction = Callable[[TargetWeights, TargetStatistics, torch.Generator], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named criterion.
+
+    Attributes:
+        name: Its name in options and tables.
+        function: (weights, statistics, generator) to importance [units], float64.
+        needs: Optional statistics that it reads: ``"gram"``, ``"taylor"``.
+    """
+
+    name: str
+    function: CriterionFunction
+    needs: frozenset[str]
+
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str, *, needs: frozenset[str] = frozenset()) -> Callable[[CriterionFunction], CriterionFunction]:
+    """Register a criterion under a name."""
+
+    def register(function: CriterionFunction) -> CriterionFunction:
+        CRITERIA[name] = Criterion(name, function, needs)
+        return function
+
+    return register
+
+
+def get_criterion(name: str) -> Criterion:
+    """Look a criterion up.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in CRITERIA:
+        close = difflib.get_close_matches(name, CRITERIA, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"Unknown criterion {name!r}; allowed are {', '.join(CRITERIA)}.{hint}")
+    return CRITERIA[name]
+
+
+@criterion("random")
+def random(weights: TargetWeights, statistics: TargetStatistics, generator: torch.Generator) -> torch.Tensor:
+    """Uniform random scores: the floor that every criterion must beat."""
+    return torch.rand(weights.num_units, generator=generator, dtype=torch.float64)
+
+
+@criterion("magnitude")
+def magnitude(weights: TargetWeights, statistics: TargetStatistics, generator: torch.Generator) -> torch.Tensor:
+    """Sum of |w| over all weights of the unit, input and output projections alike; sees no data."""
+    return weights.input_magnitude + weights.per_unit(weights.output.double().abs().sum(dim=0))
+
+
+@criterion("l1")
+def l1(weights: TargetWeights, statistics: TargetStatistics, generator: torch.Generator) -> torch.Tensor:
+    """Mean |x| over tokens: the rule of contextual pruning (Mini-GPTs, arXiv 2312.12682)."""
+    return weights.per_unit(statistics.sum_abs / statistics.num_tokens) / weights.unit_size
+
+
+@criterion("wanda")
+def wanda(weights: TargetWeights, statistics: TargetStatistics, generator: torch.Generator) -> torch.Tensor:
+    """sqrt(sum x_j^2) * |W_:,j|_2, summed over the unit: Wanda (arXiv 2306.11695, Eq. 1) on whole columns."""
+    norms = statistics.sum_squares.clamp_min(0).sqrt()
+    return weights.per_unit(norms * weights.output.double().norm(dim=0))
+
+
+@criterion("flap")
+def flap(weights: TargetWeights, statistics: TargetStatistics, generator: torch.Generator) -> torch.Tensor:
+    """Var(x_j) * |W_:,j|_2^2, summed over the unit: FLAP (arXiv 2312.11983, Eq. 4)."""
+    return weights.per_unit(statistics.variance * weights.output.double().square().sum(dim=0))
+
+
+@criterion("taylor", needs=frozenset({"taylor"}))
+def taylor(weights: TargetWeights, statistics: TargetStatistics, generator: torch.Generator) -> torch.Tensor:
+    """Sum of |w * dL/dw| over the unit's weights: element-wise Taylor of LLM-Pruner (arXiv 2305.11627, Eq. 4)."""
+    if statistics.taylor is None:
+        raise ConfigError("The taylor criterion needs gradients; calibrate with statistics={'taylor'}.")
+    return statistics.taylor
+
+
+@criterion("obs", needs=frozenset({"gram"}))
+def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.Generator) -> torch.Tensor:
+    """Order of removal of the structured optimal brain surgeon (Hassibi & Stork 1993, on columns, in batches).
+
+    The unit with the least error after an optimal update of all other columns goes first: tr(W_u ([G^-1]_uu)^-1 W_u^T).
+    After every batch the weights and G^-1 are updated, so later scores see earlier removals. The result is the rank of
+    removal, not an error: the whole order is found once, whatever the budget.
+
+    Returns:
+        Rank of each unit, [units], float64: 0 is removed first.
+    """
+    size, units = weights.unit_size, weights.num_units
+    gram = regularized(statistics.require_gram(), RIDGE)
+    inverse = inverse_spd(gram)
+    output = weights.output.double().clone()
+    alive = torch.arange(units)
+    rank = torch.empty(units, dtype=torch.float64)
+    removed = 0
+    while len(alive) > 0:
+        score = _obs_scores(output, inverse, size)
+        # A sixteenth of what is left, at least one: fine where it matters, few factorisations in all.
+        batch = score.argsort(stable=True)[: max(1, len(alive) // 16)]
+        rank[alive[batch]] = torch.arange(removed, removed + len(batch), dtype=torch.float64)
+        removed += len(batch)
+        keep = torch.ones(len(alive), dtype=torch.bool)
+        keep[batch] = False
+        alive = alive[keep]
+        output, inverse = _obs_remove(output, inverse, keep.repeat_interleave(size))
+    return rank
+
+
+RIDGE = 0.01
+"""Share of mean diag(G) added to G's diagonal, as in the reconstruction."""
+
+
+def _obs_scores(output: torch.Tensor, inverse: torch.Tensor, size: int) -> torch.Tensor:
+    """tr(W_u ([G^-1]_uu)^-1 W_u^T) for every unit of `size` columns: [units]."""
+    if size == 1:
+        return output.square().sum(dim=0) / inverse.diagonal()
+    units = output.shape[1] // size
+    starts = torch.arange(units)
+    blocks = inverse.reshape(units, size, units, size)[starts, :, starts, :]
+    columns = output.reshape(output.shape[0], units, size).permute(1, 2, 0)
+    return (columns * torch.cholesky_solve(columns, cholesky(blocks))).sum(dim=(1, 2))
+
+
+def _obs_remove(output: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remove columns: W -= W_P ([G^-1]_PP)^-1 [G^-1]_P,: and the same Schur complement on G^-1 itself."""
+    gone = ~keep
+    if not bool(keep.any()):
+        return output[:, keep], inverse[keep][:, keep]
+    rows = inverse[gone]
+    solved = torch.cholesky_solve(rows[:, keep], cholesky(rows[:, gone]))
+    return output[:, keep] - output[:, gone] @ solved, inverse[keep][:, keep] - rows[:, keep].T @ solved
