@@ -1,0 +1,84 @@
+"""A figure with its bootstrap interval."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from ..errors import ConfigError
+
+CONFIDENCE = 0.95
+
+FloatArray = NDArray[np.float64]
+Statistic = Callable[..., FloatArray]
+
+# Resampled values held in memory at once, per column: bounds memory to tens of MB whatever the number of documents.
+_VALUES_PER_BATCH = 2_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A point estimate with its 95 % percentile bootstrap interval.
+
+    Attributes:
+        value: The point estimate over all documents.
+        interval: (low, high), or None where a single document leaves nothing to resample.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+def ratio(numerator: FloatArray, denominator: FloatArray, axis: int) -> FloatArray:
+    """Sum over `axis` of the first column over that of the second."""
+    return np.asarray(numerator.sum(axis=axis) / denominator.sum(axis=axis))
+
+
+def bits_per_byte(nll: FloatArray, num_bytes: FloatArray, axis: int) -> FloatArray:
+    """Bits a byte from losses (nats) and sizes (bytes) of documents."""
+    return ratio(nll, num_bytes, axis) / math.log(2)
+
+
+def bootstrap_estimate(
+    statistic: Statistic,
+    columns: Sequence[Sequence[float]],
+    *,
+    seed: int,
+    n_resamples: int,
+) -> Estimate:
+    """Estimate `statistic` with a percentile interval, resampling whole documents.
+
+    The columns are resampled together (row i of every column is one document), so a statistic of several columns
+    is a ratio or a paired difference as it should be, and calls with one seed see the same resamples.
+
+    Args:
+        statistic: Function of the columns ([..., documents], float64) and the keyword `axis`, reduced over `axis`.
+        columns: Equally long sequences, one value a document.
+        seed: Seed of the resampling.
+        n_resamples: Number of resamples, at least 1.
+
+    Raises:
+        ConfigError: If `n_resamples` is below 1.
+    """
+    if n_resamples < 1:
+        raise ConfigError(f"n_resamples is {n_resamples}; it must be at least 1 (2000 is a good number).")
+    arrays: list[FloatArray] = [np.asarray(column, dtype=np.float64) for column in columns]
+    value = float(statistic(*arrays, axis=-1))
+    documents = len(arrays[0])
+    if documents < 2:
+        return Estimate(value, None)
+    result = stats.bootstrap(
+        arrays,
+        statistic,
+        n_resamples=n_resamples,
+        batch=min(n_resamples, max(1, _VALUES_PER_BATCH // documents)),
+        vectorized=True,
+        paired=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return Estimate(value, (float(result.confidence_interval.low), float(result.confidence_interval.high)))

@@ -1,0 +1,66 @@
+"""Frozen dataclasses to plain JSON values and back, strict in both directions."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from ..errors import LoadError, NumericsError
+
+
+def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON has no narrower type
+    """Return what `dataclasses.asdict` gave with tuples as lists; `where` names the value in errors.
+
+    Raises:
+        NumericsError: If a number is NaN or infinite, which JSON can't hold.
+    """
+    if isinstance(value, dict):
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NumericsError(f"{where} is {value}; a report holds finite numbers only. Find out what went wrong there.")
+    return value
+
+
+def decode(annotation: Any, value: object, where: str) -> Any:  # noqa: ANN401 - any annotation, any value
+    """Return `value` (plain JSON) as what `annotation` says: a dataclass, tuple, dict, union with None, or scalar.
+
+    Raises:
+        LoadError: If a key is missing or unknown, or a value has another type; the message names the place.
+    """
+    if dataclasses.is_dataclass(annotation):
+        return _decode_dataclass(annotation, value, where)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else decode(inner, value, where)
+    if origin is dict:
+        return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
+    if origin is tuple:
+        items = _expect(list, value, where)
+        kinds = [arguments[0]] * len(items) if arguments[1:] == (Ellipsis,) else list(arguments)
+        if len(items) != len(kinds):
+            raise LoadError(f"{where} has {len(items)} items; it must have {len(kinds)}.")
+        return tuple(
+            decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, items, strict=True))
+        )
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return _expect(annotation, value, where)
+
+
+def _decode_dataclass(kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - the instance of a given class
+    given = _expect(dict, value, where)
+    fields = typing.get_type_hints(kind)
+    if given.keys() != fields.keys():
+        missing, unknown = sorted(fields.keys() - given.keys()), sorted(given.keys() - fields.keys())
+        raise LoadError(f"{where} lacks the keys {missing} and has the unknown keys {unknown}; the file is damaged.")
+    return kind(**{name: decode(hint, given[name], f"{where}.{name}") for name, hint in fields.items()})
+
+
+def _expect(kind: type, value: object, where: str) -> Any:  # noqa: ANN401 - an instance of `kind`
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise LoadError(f"{where} is {value!r:.80}; it must be of type {kind.__name__}. The file is damaged.")
+    return value

@@ -1,0 +1,97 @@
+"""Timed generation and the names of what it runs on: shared by `speed.py` and the memory worker."""
+
+import inspect
+import platform
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from ..errors import ConfigError, UnsupportedArchitectureError
+from ._inference import evaluation_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def fit_prompt(limits: Iterable[int | None], prompt_tokens: int, new_tokens: int) -> int:
+    """Return `prompt_tokens`, cut so that prompt and new tokens fit the smallest of `limits` (None: no limit).
+
+    Raises:
+        ConfigError: If a length is below 1 or no prompt fits.
+    """
+    if prompt_tokens < 1 or new_tokens < 1:
+        raise ConfigError(f"prompt_tokens is {prompt_tokens} and new_tokens {new_tokens}; both must be at least 1.")
+    room = min((limit for limit in limits if limit is not None), default=prompt_tokens + new_tokens)
+    if room <= new_tokens:
+        raise ConfigError(f"new_tokens is {new_tokens}, but the model has {room} positions. Use at most {room - 1}.")
+    return min(prompt_tokens, room - new_tokens)
+
+
+def random_prompt(vocabulary: int, batch_size: int, length: int, seed: int) -> torch.Tensor:
+    """Return random token ids [batch_size, length], int64, below `vocabulary`."""
+    return torch.randint(vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def timed_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Read `prompt` [batch, length] in one forward pass, then decode greedily, a token a step, with the KV cache.
+
+    `generate` isn't used as its time can't be split into prefill and decoding.
+
+    Returns:
+        Seconds of the prefill and of the `new_tokens` decode steps.
+
+    Raises:
+        UnsupportedArchitectureError: If the model's `forward` takes no KV cache.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    # transformers 5.24 renamed the argument, and warns about the old name where it knows the new one.
+    name = next((name for name in ("cache", "past_key_values") if name in accepted), None)
+    if name is None:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__}.forward takes neither `cache` nor `past_key_values`: its decoding with a KV cache "
+            "can't be measured. Leave speed and memory out for this model."
+        )
+    arguments: dict[str, Any] = {name: DynamicCache(config=model.config), "use_cache": True}
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = 1
+    synchronize = _synchronizer(model.device)
+    tokens = prompt.to(model.device)
+    with evaluation_mode(model):
+        synchronize()
+        start = time.perf_counter()
+        tokens = model(input_ids=tokens, **arguments).logits[:, -1:].argmax(dim=-1)
+        synchronize()
+        middle = time.perf_counter()
+        for _ in range(new_tokens):
+            tokens = model(input_ids=tokens, **arguments).logits[:, -1:].argmax(dim=-1)
+        synchronize()
+        end = time.perf_counter()
+    return middle - start, end - middle
+
+
+def _synchronizer(device: torch.device) -> Callable[[], object]:
+    """Return what waits until `device` has done its work: accelerators return from a call before that."""
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.accelerator.synchronize(device)
+
+
+def dtype_name(model: "PreTrainedModel") -> str:
+    """Return the dtype of the weights, such as "bfloat16"."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def hardware_name(device: torch.device) -> str:
+    """Return the name of the accelerator or, for the CPU, of the processor as well as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

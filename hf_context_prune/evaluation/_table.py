@@ -1,0 +1,105 @@
+"""The rows of a report's table, formatted for people."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ._bootstrap import Estimate
+from .speed import Spread
+
+if TYPE_CHECKING:
+    from .report import EvalReport, LossFacts, MemoryFacts, SizeFacts, SpeedFacts
+
+Row = tuple[str, str, str, str]
+
+
+def comparison_rows(report: "EvalReport") -> list[Row]:
+    """Return (measure, base, pruned, change) for every measure; a cell without a figure is empty."""
+    rows = [*_size_rows(report.size), *_loss_rows(report.loss)]
+    if report.speed is not None:
+        rows += _speed_rows(report.speed)
+    if report.memory is not None:
+        rows.append(_memory_row(report.memory))
+    return rows
+
+
+def _size_rows(size: "SizeFacts") -> list[Row]:
+    change = "" if size.achieved_ratio is None else _percent(-size.achieved_ratio)
+    if change and size.asked_ratio is not None:
+        change += f" (asked {_percent(-size.asked_ratio)})"
+    pruned = "" if size.pruned_parameters is None else f"{size.pruned_parameters:,}"
+    return [
+        ("parameters", f"{size.base_parameters:,}", pruned, change),
+        _bytes_row("weights on disk", size.base_weight_bytes, size.pruned_weight_bytes),
+    ]
+
+
+def _loss_rows(loss: "LossFacts") -> list[Row]:
+    base, pruned, comparison = loss.base, loss.pruned, loss.comparison
+    difference = excess = factor = ""
+    if comparison is not None:
+        difference = _estimate(comparison.bits_per_byte_difference, "{:+.4f}")
+        if comparison.excess_nats_per_token is None:
+            factor = "not comparable: other tokens"
+        else:
+            excess = _estimate(comparison.excess_nats_per_token, "{:+.4f}")
+            factor = _estimate(comparison.excess_nats_per_token, "x{:.3f}", math.exp)
+    return [
+        (
+            "bits per byte",
+            _estimate(base.bits_per_byte, "{:.4f}"),
+            "" if pruned is None else _estimate(pruned.bits_per_byte, "{:.4f}"),
+            difference,
+        ),
+        (
+            "perplexity per token",
+            _estimate(base.perplexity, "{:.2f}"),
+            "" if pruned is None else _estimate(pruned.perplexity, "{:.2f}"),
+            factor,
+        ),
+        ("excess loss (nats/token)", "", "", excess),
+    ]
+
+
+def _speed_rows(speed: "SpeedFacts") -> list[Row]:
+    base, pruned, ratio = speed.base, speed.pruned, speed.ratio()
+    if pruned is None or ratio is None:
+        return [
+            ("prefill (tokens/s)", _rate(base.prefill), "", ""),
+            ("decode (tokens/s)", _rate(base.decode), "", ""),
+        ]
+    return [
+        ("prefill (tokens/s)", _rate(base.prefill), _rate(pruned.prefill), _factor(ratio.prefill)),
+        ("decode (tokens/s)", _rate(base.decode), _rate(pruned.decode), _factor(ratio.decode)),
+    ]
+
+
+def _memory_row(memory: "MemoryFacts") -> Row:
+    base = None if memory.base is None else memory.base.peak_rss
+    pruned = None if memory.pruned is None else memory.pruned.peak_rss
+    return _bytes_row("peak RSS", base, pruned)
+
+
+def _bytes_row(measure: str, base: int | None, pruned: int | None) -> Row:
+    before, after = ("" if size is None else f"{size / 1e6:,.1f} MB" for size in (base, pruned))
+    return measure, before, after, _percent(pruned / base - 1) if base and pruned is not None else ""
+
+
+def _percent(change: float) -> str:
+    return f"{100 * change:+z.1f} %"
+
+
+def _rate(spread: Spread) -> str:
+    return f"{spread.median:,.1f} ({spread.q1:,.1f} to {spread.q3:,.1f})"
+
+
+def _factor(spread: Spread) -> str:
+    return f"x{spread.median:.2f} ({spread.q1:.2f} to {spread.q3:.2f})"
+
+
+def _estimate(estimate: Estimate, pattern: str, transform: Callable[[float], float] = float) -> str:
+    text = pattern.format(transform(estimate.value))
+    if estimate.interval is None:
+        return text
+    low, high = (pattern.format(transform(bound)) for bound in estimate.interval)
+    return f"{text} [{low}, {high}]"

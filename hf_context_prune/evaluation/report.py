@@ -1,0 +1,233 @@
+"""The facts of an evaluation as one value: saved as JSON, shown as a table, handed to the model card."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import typing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, LoadError, SaveError
+from ._codec import decode, plain
+from ._table import comparison_rows
+from .perplexity import LossComparison, LossSummary
+from .speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
+
+SCHEMA_VERSION = 1
+
+_PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """The text that the losses were measured on.
+
+    Attributes:
+        name: As `TextSource.name`.
+        revision: Hub commit, else None.
+        fingerprint: sha256 of the texts in order.
+        held_out: A sentence on how the text was kept apart from calibration.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    held_out: str
+
+
+@dataclass(frozen=True)
+class SizeFacts:
+    """Sizes; what was not measured or does not exist (one model only) is None. Build it with `SizeFacts.measured`.
+
+    Attributes:
+        base_parameters: Parameters, tied ones counted once.
+        pruned_parameters: The same of the pruned model.
+        asked_ratio: Share of all parameters that was asked to go, if it was asked that way.
+        achieved_ratio: Share of all parameters that went.
+        base_weight_bytes: Bytes of the safetensors files.
+        pruned_weight_bytes: The same of the pruned model.
+    """
+
+    base_parameters: int
+    pruned_parameters: int | None = None
+    asked_ratio: float | None = None
+    achieved_ratio: float | None = None
+    base_weight_bytes: int | None = None
+    pruned_weight_bytes: int | None = None
+
+    @classmethod
+    def measured(
+        cls,
+        base_parameters: int,
+        pruned_parameters: int | None = None,
+        *,
+        asked_ratio: float | None = None,
+        base_weight_bytes: int | None = None,
+        pruned_weight_bytes: int | None = None,
+    ) -> "SizeFacts":
+        """Return the facts with the achieved ratio worked out."""
+        achieved = None if pruned_parameters is None else 1 - pruned_parameters / base_parameters
+        return cls(base_parameters, pruned_parameters, asked_ratio, achieved, base_weight_bytes, pruned_weight_bytes)
+
+
+@dataclass(frozen=True)
+class LossFacts:
+    """Losses of the base, of the pruned model and between them; the last two are None for a single model."""
+
+    base: LossSummary
+    pruned: LossSummary | None = None
+    comparison: LossComparison | None = None
+
+
+@dataclass(frozen=True)
+class SpeedFacts:
+    """Speeds measured in one call of `measure_speed`; `pruned` is None for a single model."""
+
+    base: SpeedMeasurement
+    pruned: SpeedMeasurement | None = None
+
+    def __post_init__(self) -> None:
+        self.ratio()  # refuses measurements that can't be compared
+
+    def ratio(self) -> SpeedRatio | None:
+        """Return the speed of the pruned model over that of the base, None for a single model.
+
+        Raises:
+            ConfigError: If the two were measured in different settings.
+        """
+        return None if self.pruned is None else speed_ratio(self.base, self.pruned)
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Peak memory; None for a model that was not measured (a base without a folder) or does not exist."""
+
+    base: MemoryMeasurement | None = None
+    pruned: MemoryMeasurement | None = None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where the figures were taken: package versions, python, platform, torch threads, dtype of the losses."""
+
+    packages: dict[str, str]
+    python: str
+    platform: str
+    threads: int
+    dtype: str
+
+    @classmethod
+    def current(cls, dtype: str) -> "Environment":
+        """Describe this process; packages that are not installed are left out."""
+        packages = {}
+        for name in _PACKAGES:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                packages[name] = metadata.version(name)
+        return cls(packages, platform.python_version(), platform.platform(), torch.get_num_threads(), dtype)
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """One evaluation: of a pruned model against its base, or of a single model (every `pruned` is None).
+
+    Attributes:
+        base_model: Name of the base, or of the single model.
+        dataset: The text of the losses.
+        size: Parameters and bytes.
+        loss: Losses with intervals.
+        environment: Where it was measured.
+        speed: Speeds, None where not measured.
+        memory: Peak memory, None where not measured.
+        notes: Sentences that a reader of the figures must know.
+        created: UTC time, ISO 8601 to the second.
+        schema_version: Version of the JSON layout.
+    """
+
+    base_model: str
+    dataset: DatasetFacts
+    size: SizeFacts
+    loss: LossFacts
+    environment: Environment
+    speed: SpeedFacts | None = None
+    memory: MemoryFacts | None = None
+    notes: tuple[str, ...] = ()
+    created: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values (dicts, lists, str, int, float, None).
+
+        Raises:
+            NumericsError: If a figure is NaN or infinite; the message names it.
+        """
+        return typing.cast(dict[str, Any], plain(dataclasses.asdict(self), "report"))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "EvalReport":
+        """Return the report that `to_dict` gave.
+
+        Raises:
+            LoadError: If the schema version is unknown, or a key is missing, unknown or of the wrong type.
+        """
+        if not isinstance(data, dict):
+            raise LoadError(f"An evaluation report must be a JSON object, not {type(data).__name__}.")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise LoadError(
+                f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads "
+                f"{SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."
+            )
+        try:
+            return typing.cast(EvalReport, decode(cls, data, "report"))
+        except ConfigError as error:
+            raise LoadError(f"The evaluation report contradicts itself: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON with sorted keys; `path` is replaced whole or stays as it was.
+
+        Raises:
+            NumericsError: If a figure is NaN or infinite; nothing is written.
+            SaveError: If the file can't be written.
+        """
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        path = Path(path)
+        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            staged.write_text(text, encoding="utf-8")
+            staged.replace(path)
+        except OSError as error:
+            staged.unlink(missing_ok=True)
+            raise SaveError(
+                f"The evaluation report could not be written to {str(path)!r}: {error.strerror or error}. Name a file "
+                "in a writable folder with free space."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "EvalReport":
+        """Read a saved report.
+
+        Raises:
+            LoadError: If the file is missing, is no JSON, or is no report of a known version.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
+        return cls.from_dict(data)
+
+    def table_rows(self) -> list[tuple[str, ...]]:
+        """Return the figures for people: (measure, base, pruned, change), or (measure, value) for a single model.
+
+        Measures that were not taken are left out; a dash stands for the side that was not measured.
+        """
+        rows = [row for row in comparison_rows(self) if any(row[1:])]
+        if self.size.pruned_parameters is None:
+            return [row[:2] for row in rows if row[1]]
+        return [(row[0], *(cell or "-" for cell in row[1:])) for row in rows]

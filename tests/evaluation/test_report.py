@@ -1,0 +1,218 @@
+"""The report as a value, as JSON and as a table."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveError
+from hf_context_prune.evaluation import (
+    DatasetFacts,
+    DocumentLoss,
+    Environment,
+    EvalReport,
+    LossFacts,
+    MemoryFacts,
+    MemoryMeasurement,
+    SizeFacts,
+    SpeedFacts,
+    SpeedMeasurement,
+    Spread,
+    compare_losses,
+    summarize_losses,
+)
+
+BASE = [DocumentLoss(f"d{i}", "s", 200.0 + 9 * i, 100, 400) for i in range(5)]
+PRUNED = [dataclasses.replace(loss, nll=loss.nll + 10 + i) for i, loss in enumerate(BASE)]
+DATASET = DatasetFacts("law.jsonl", None, "ab" * 32, "A tenth of the documents, kept out of calibration.")
+ENVIRONMENT = Environment.current("float32")
+
+
+def speed(prefill, decode, threads=2):
+    return SpeedMeasurement(
+        prefill_rounds=prefill,
+        decode_rounds=decode,
+        prefill=Spread(prefill[1], prefill[0], prefill[2]),
+        decode=Spread(decode[1], decode[0], decode[2]),
+        prompt_tokens=512,
+        new_tokens=32,
+        batch_size=1,
+        dtype="float32",
+        threads=threads,
+        device="cpu",
+        hardware="a processor",
+    )
+
+
+def memory(peak):
+    return MemoryMeasurement(400_000_000, peak, 0.5, 512, 16, "float32", "VmHWM")
+
+
+@pytest.fixture
+def report():
+    return EvalReport(
+        base_model="org/base",
+        dataset=DATASET,
+        size=SizeFacts.measured(
+            1_000_000, 798_000, asked_ratio=0.2, base_weight_bytes=4_000_000, pruned_weight_bytes=3_200_000
+        ),
+        loss=LossFacts(summarize_losses(BASE), summarize_losses(PRUNED), compare_losses(BASE, PRUNED)),
+        environment=ENVIRONMENT,
+        speed=SpeedFacts(
+            speed((90.0, 100.0, 110.0), (9.0, 10.0, 11.0)), speed((135.0, 150.0, 165.0), (9.0, 10.0, 11.0))
+        ),
+        memory=MemoryFacts(memory(1_000_000_000), memory(900_000_000)),
+        notes=("A note.",),
+    )
+
+
+@pytest.fixture
+def single():
+    return EvalReport(
+        base_model="org/base",
+        dataset=DATASET,
+        size=SizeFacts.measured(1_000_000),
+        loss=LossFacts(summarize_losses(BASE)),
+        environment=ENVIRONMENT,
+    )
+
+
+def test_json_round_trip(report, single, tmp_path):
+    for original in (report, single):
+        path = tmp_path / "eval_report.json"
+        original.save(path)
+        assert EvalReport.load(path) == original
+        assert EvalReport.from_dict(json.loads(json.dumps(original.to_dict()))) == original
+        assert [entry.name for entry in tmp_path.iterdir()] == ["eval_report.json"]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["schema_version"] == 1
+    assert list(data) == sorted(data)
+
+
+def test_the_creation_time_is_utc(report):
+    assert report.created.endswith("+00:00")
+
+
+def test_the_environment_names_versions():
+    assert {"torch", "transformers"} <= ENVIRONMENT.packages.keys()
+    assert ENVIRONMENT.threads >= 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_figures_are_not_saved(single, tmp_path, bad):
+    broken = dataclasses.replace(single, size=dataclasses.replace(single.size, asked_ratio=bad))
+    with pytest.raises(NumericsError, match=r"report\.size\.asked_ratio"):
+        broken.save(tmp_path / "report.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_nothing(single, tmp_path):
+    with pytest.raises(SaveError, match="missing"):
+        single.save(tmp_path / "missing" / "report.json")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SaveError, match="folder"):
+        single.save(tmp_path / "folder")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_failed_save_keeps_the_old_file(single, tmp_path):
+    path = tmp_path / "report.json"
+    single.save(path)
+    before = path.read_bytes()
+    with pytest.raises(NumericsError):
+        dataclasses.replace(single, size=SizeFacts(1, asked_ratio=math.nan)).save(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(schema_version=2), "schema_version 2"),
+        (lambda data: data.pop("schema_version"), "schema_version None"),
+        (lambda data: data.pop("loss"), "loss"),
+        (lambda data: data.update(extra=1), "extra"),
+        (lambda data: data["dataset"].pop("fingerprint"), r"report\.dataset.*fingerprint"),
+        (lambda data: data["size"].update(base_parameters="many"), r"report\.size\.base_parameters"),
+        (lambda data: data["size"].update(base_parameters=True), r"report\.size\.base_parameters"),
+        (lambda data: data["loss"]["base"]["bits_per_byte"].update(interval=[1.0]), "interval has 1 items"),
+        (lambda data: data["speed"]["base"].update(threads=7), "contradicts itself.*threads"),
+        (lambda data: data.update(notes="text"), r"report\.notes"),
+    ],
+)
+def test_damaged_reports_are_refused(report, change, message):
+    data = report.to_dict()
+    change(data)
+    with pytest.raises(LoadError, match=message):
+        EvalReport.from_dict(data)
+
+
+def test_files_that_are_no_report_are_refused(tmp_path):
+    path = tmp_path / "report.json"
+    with pytest.raises(LoadError, match="not a readable"):
+        EvalReport.load(path)
+    for content in (b"{", b"\xff\xfe", b"[1]", b"null"):
+        path.write_bytes(content)
+        with pytest.raises(LoadError):
+            EvalReport.load(path)
+
+
+def test_unlike_speeds_can_not_be_reported():
+    with pytest.raises(ConfigError, match="threads"):
+        SpeedFacts(speed((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)), speed((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), threads=4))
+
+
+def test_a_comparison_has_four_columns(report):
+    rows = {row[0]: row[1:] for row in report.table_rows()}
+    assert list(rows) == [
+        "parameters",
+        "weights on disk",
+        "bits per byte",
+        "perplexity per token",
+        "excess loss (nats/token)",
+        "prefill (tokens/s)",
+        "decode (tokens/s)",
+        "peak RSS",
+    ]
+    assert rows["parameters"] == ("1,000,000", "798,000", "-20.2 % (asked -20.0 %)")
+    assert rows["weights on disk"] == ("4.0 MB", "3.2 MB", "-20.0 %")
+    assert rows["bits per byte"][0].startswith(f"{2.18 / math.log(2) / 4:.4f} [")
+    assert rows["bits per byte"][2].startswith("+0.0433 [+0.0")
+    assert rows["perplexity per token"][0].startswith(f"{math.exp(2.18):.2f} [")
+    assert rows["perplexity per token"][2].startswith(f"x{math.exp(0.12):.3f} [")
+    assert rows["excess loss (nats/token)"][:2] == ("-", "-")
+    assert rows["excess loss (nats/token)"][2].startswith("+0.1200 [+0.1")
+    assert rows["prefill (tokens/s)"] == ("100.0 (90.0 to 110.0)", "150.0 (135.0 to 165.0)", "x1.50 (1.50 to 1.50)")
+    assert rows["peak RSS"] == ("1,000.0 MB", "900.0 MB", "-10.0 %")
+
+
+def test_a_single_model_has_two_columns_and_only_what_was_measured(single):
+    rows = single.table_rows()
+    assert [row[0] for row in rows] == ["parameters", "bits per byte", "perplexity per token"]
+    assert all(len(row) == 2 and row[1] for row in rows)
+    timed = dataclasses.replace(single, speed=SpeedFacts(speed((90.0, 100.0, 110.0), (9.0, 10.0, 11.0))))
+    assert timed.table_rows()[-1] == ("decode (tokens/s)", "10.0 (9.0 to 11.0)")
+
+
+def test_another_vocabulary_is_said_to_be_incomparable_per_token(report):
+    recut = [dataclasses.replace(loss, num_tokens=loss.num_tokens + 1) for loss in PRUNED]
+    loss = LossFacts(summarize_losses(BASE), summarize_losses(recut), compare_losses(BASE, recut))
+    rows = {row[0]: row[1:] for row in dataclasses.replace(report, loss=loss).table_rows()}
+    assert "excess loss (nats/token)" not in rows
+    assert rows["perplexity per token"][2] == "not comparable: other tokens"
+    assert rows["bits per byte"][2].startswith("+")
+
+
+def test_no_change_has_no_minus_sign(report):
+    same = dataclasses.replace(report, size=SizeFacts.measured(1_000_000, 1_000_000))
+    assert same.table_rows()[0] == ("parameters", "1,000,000", "1,000,000", "+0.0 %")
+
+
+def test_a_side_that_was_not_measured_is_a_dash(report):
+    size = dataclasses.replace(report.size, base_weight_bytes=None)
+    rows = {
+        row[0]: row[1:]
+        for row in dataclasses.replace(report, size=size, memory=MemoryFacts(None, memory(900_000_000))).table_rows()
+    }
+    assert rows["weights on disk"] == ("-", "3.2 MB", "-")
+    assert rows["peak RSS"] == ("-", "900.0 MB", "-")
