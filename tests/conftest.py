@@ -12,7 +12,7 @@ import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
 
 
 @pytest.fixture

