@@ -1,0 +1,1 @@
+"""Benchmarks: one script a table; what they share is in `common.py`."""

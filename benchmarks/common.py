@@ -1,0 +1,100 @@
+"""What every benchmark shares: its rows on disk (resumable), its section of RESULTS.md, and the real model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_context_prune.data import TextSource, load_documents
+from hf_context_prune.demo_assets import smollm2_gguf
+from hf_context_prune.evaluation._generation import hardware_name
+from hf_context_prune.loading import LoadedModel, load_model
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "RESULTS.md"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options that all benchmarks take."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--data", type=Path, required=True, help="folder of the domains, such as shared/data")
+    options.add_argument("--domain", default="medicine")
+    options.add_argument("--work", type=Path, default=ROOT / ".work", help="folder of the finished rows (JSONL)")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
+    return options
+
+
+def smollm2() -> LoadedModel:
+    """SmolLM2-135M-Instruct from the package index, dequantised to float32; every comparison is against this."""
+    return load_model(smollm2_gguf(), dtype="float32", device="cpu")
+
+
+def corpus(options: argparse.Namespace, split: str) -> TextSource:
+    """The train or validation text of a domain."""
+    return load_documents(options.data / options.domain / f"corpus.{split}.jsonl.gz")
+
+
+class Rows:
+    """One JSON line for every finished configuration; a later run goes on where this one stopped."""
+
+    def __init__(self, options: argparse.Namespace, name: str, **setting: Any) -> None:
+        options.work.mkdir(parents=True, exist_ok=True)
+        self.path = options.work / f"{name}.jsonl"
+        if options.fresh:
+            self.path.unlink(missing_ok=True)
+        self.setting = {**setting, "commit": _commit(), "machine": machine()}
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def get(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of a configuration, measured now unless it is there."""
+        for row in self.rows:
+            if row["key"] == key:
+                return row
+        row = {"key": key, **measure(), "setting": self.setting}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        print(
+            json.dumps({"key": key, **{k: v for k, v in row.items() if k not in ("key", "setting")}})[:300], flush=True
+        )
+        return row
+
+
+def _commit() -> str:
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """Processor, threads and torch, for the caption."""
+    return f"{hardware_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column left, others right."""
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
+
+
+def write_section(name: str, text: str) -> None:
+    """Replace one benchmark's section of RESULTS.md, or add it at the end."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    section = f"{begin}\n{text.strip()}\n{end}"
+    whole = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
+    if begin in whole:
+        head, _, rest = whole.partition(begin)
+        whole = head + section + rest.partition(end)[2]
+    else:
+        whole = f"{whole.rstrip()}\n\n{section}\n"
+    RESULTS.write_text(whole, encoding="utf-8")
+    print(section)

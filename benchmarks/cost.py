@@ -1,0 +1,150 @@
+"""What pruning costs: time as a multiple of one dense forward pass, and peak memory as a multiple of the model.
+
+python -m benchmarks.cost --data PATH/TO/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.common import Rows, corpus, parser, smollm2, table, write_section
+from hf_context_prune.calibration import batches_of, calibrate
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data import token_blocks
+from hf_context_prune.evaluation._memory_worker import peak_rss
+from hf_context_prune.pipeline import make_plan, needed_statistics, needed_targets, repair_with
+from hf_context_prune.surgery import apply_plan
+
+PAIRS = (("wanda", "none"), ("wanda", "least_squares"), ("obs", "least_squares"), ("taylor", "none"))
+
+
+def prune_once(model: Any, samples: torch.Tensor, config: PrunerConfig) -> Any:
+    """Calibration, scoring and surgery, as `prune` runs them."""
+    stats = calibrate(model, batches_of(samples), targets=needed_targets(config), statistics=needed_statistics(config))
+    plan = make_plan(model, stats, config, samples=samples)
+    return apply_plan(model, plan, repair=repair_with(stats, config))
+
+
+def dense_forward(model: Any, samples: torch.Tensor) -> None:
+    """One pass over the same batches, with logits."""
+    with torch.inference_mode():
+        for batch in batches_of(samples):
+            model(**batch, use_cache=False)
+
+
+def timed(function: Any, *arguments: Any) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def measure_time(args: argparse.Namespace, criterion: str, reconstruction: str) -> dict[str, Any]:
+    model, samples, config = prepare(args, criterion, reconstruction)
+    dense_forward(model, samples[:4])
+    rounds = []
+    for _ in range(args.rounds):
+        forward = timed(dense_forward, model, samples)
+        rounds.append((timed(prune_once, model, samples, config), forward))
+    return {"rounds": rounds}
+
+
+def prepare(args: argparse.Namespace, criterion: str, reconstruction: str) -> tuple[Any, torch.Tensor, PrunerConfig]:
+    loaded = smollm2()
+    samples = token_blocks(
+        corpus(args, "train"), loaded.tokenizer, num_samples=args.blocks, max_seq_length=args.length, seed=args.seed
+    )
+    config = PrunerConfig(mlp_ratio=0.25, criterion=criterion, reconstruction=reconstruction, seed=args.seed)
+    return loaded.model, samples, config
+
+
+def measure_memory(args: argparse.Namespace, criterion: str, reconstruction: str) -> dict[str, Any]:
+    """In a fresh process, so that nothing else is in its peak."""
+    command = [sys.executable, "-m", "benchmarks.cost", "--worker", criterion, reconstruction]
+    command += ["--data", str(args.data), "--domain", args.domain, "--blocks", str(args.blocks)]
+    command += ["--length", str(args.length), "--seed", str(args.seed)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def worker(args: argparse.Namespace) -> None:
+    before = psutil.Process().memory_info().rss
+    model, samples, config = prepare(args, *args.worker)
+    loaded = psutil.Process().memory_info().rss
+    smaller = prune_once(model, samples, config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = sum(p.numel() * p.element_size() for p in smaller.parameters())
+    peak, _ = peak_rss()
+    print(json.dumps({"before": before, "loaded": loaded, "peak": peak, "model": size, "pruned": kept}))
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--blocks", type=int, default=48)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    rows = Rows(args, "cost", seed=args.seed)
+    lines, memory_lines, commit = [], [], ""
+    for criterion, reconstruction in PAIRS:
+        name = f"`{criterion}` + `{reconstruction}`"
+        common = {"criterion": criterion, "reconstruction": reconstruction, "blocks": args.blocks}
+        row = rows.get({**common, "what": "time"}, lambda c=criterion, r=reconstruction: measure_time(args, c, r))
+        ratios = sorted(prune / forward for prune, forward in row["rounds"])
+        lines.append([name, f"{statistics.median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
+        memory = rows.get(
+            {**common, "what": "memory"}, lambda c=criterion, r=reconstruction: measure_memory(args, c, r)
+        )
+        gram = (
+            30 * 1536**2 * 4
+            if "gram"
+            in needed_statistics(PrunerConfig(mlp_ratio=0.25, criterion=criterion, reconstruction=reconstruction))
+            else 0
+        )
+        gradients = memory["model"] - 49152 * 576 * 4 if criterion == "taylor" else 0
+        terms = memory["before"] + memory["model"] + max(gram + memory["pruned"], gradients)
+        memory_lines.append(
+            [
+                name,
+                f"{(memory['peak'] - memory['before']) / memory['model']:.2f}",
+                f"{memory['peak'] / 2**20:,.0f}",
+                f"{terms / 2**20:,.0f}",
+                f"{(memory['peak'] - terms) / 2**20:,.0f}",
+            ]
+        )
+        commit = row["setting"]["commit"]
+    write_section(
+        "cost",
+        f"""## Cost of pruning
+
+Calibration + scoring + surgery over one dense forward pass (with logits) on the same {args.blocks} x {args.length} tokens,
+25 % of the MLP neurons; data loading excluded, the two interleaved, median and range of {args.rounds} rounds.
+
+{table(["", "x dense forward", "range"], lines)}
+
+Peak memory of a fresh process that prunes. *Own multiple* is (peak - what the process held before loading) / model bytes.
+The formula: `process before loading + model + max(Gram matrices + pruned model, gradients of the blocks)`, where the Gram
+matrices are layers x width^2 x 4 bytes (only for `obs` and `least_squares`) and the gradients only for `taylor`; what is
+left over is one batch's activations, one layer's float64 solver workspace and the allocator's slack.
+
+{table(["", "own multiple", "peak, MiB", "formula, MiB", "left over, MiB"], memory_lines)}
+
+`python -m benchmarks.cost --data DATA` at `{commit}`, {rows.setting["machine"]}, seed {args.seed}.
+""",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Excess loss of every criterion x reconstruction: 25 % of the MLP neurons of every layer gone, one table.
+
+python -m benchmarks.criteria --data PATH/TO/data
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+from benchmarks.common import Rows, corpus, parser, smollm2, table, write_section
+from hf_context_prune.calibration import batches_of, calibrate
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.criteria import CRITERIA
+from hf_context_prune.data import token_blocks
+from hf_context_prune.evaluation import DocumentLoss, compare_losses, document_losses, summarize_losses
+from hf_context_prune.pipeline import make_plan, repair_with
+from hf_context_prune.reconstruction import RECONSTRUCTIONS
+from hf_context_prune.surgery import apply_plan
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--mlp-ratio", type=float, default=0.25)
+    options.add_argument("--blocks", type=int, default=48)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--eval-tokens", type=int, default=32_000)
+    args = options.parse_args()
+    rows = Rows(args, "criteria", seed=args.seed)
+    loaded = smollm2()
+    model, tokenizer = loaded.model, loaded.tokenizer
+    train, test = corpus(args, "train"), corpus(args, "validation")
+    samples = token_blocks(train, tokenizer, num_samples=args.blocks, max_seq_length=args.length, seed=args.seed)
+    common = {
+        "domain": args.domain,
+        "mlp_ratio": args.mlp_ratio,
+        "blocks": args.blocks,
+        "length": args.length,
+        "eval_tokens": args.eval_tokens,
+    }
+
+    @cache
+    def stats() -> Any:
+        needs = frozenset({"gram", "taylor"})
+        return calibrate(model, batches_of(samples), targets=("mlp",), statistics=needs)
+
+    def losses(candidate: Any) -> dict[str, Any]:
+        found = document_losses(candidate, tokenizer, test, max_seq_length=args.length, max_tokens=args.eval_tokens)
+        return {"losses": [dataclasses.asdict(loss) for loss in found]}
+
+    def pruned(criterion: str, reconstruction: str) -> dict[str, Any]:
+        config = PrunerConfig(
+            mlp_ratio=args.mlp_ratio,
+            criterion=criterion,
+            reconstruction=reconstruction,
+            seed=args.seed,
+        )
+        plan = make_plan(model, stats(), config)
+        return losses(apply_plan(model, plan, repair=repair_with(stats(), config)))
+
+    dense_row = rows.get({**common, "criterion": "dense"}, lambda: losses(model))
+    dense = [DocumentLoss(**loss) for loss in dense_row["losses"]]
+    cells: dict[tuple[str, str], Any] = {}
+    for criterion in CRITERIA:
+        for reconstruction in RECONSTRUCTIONS:
+            key = {**common, "criterion": criterion, "reconstruction": reconstruction}
+            row = rows.get(key, lambda c=criterion, r=reconstruction: pruned(c, r))
+            found = [DocumentLoss(**loss) for loss in row["losses"]]
+            cells[criterion, reconstruction] = compare_losses(dense, found, seed=args.seed).excess_nats_per_token
+    base = summarize_losses(dense, seed=args.seed)
+
+    def cell(estimate: Any) -> str:
+        return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+    body = table(
+        ["criterion", *RECONSTRUCTIONS],
+        [[criterion, *(cell(cells[criterion, r]) for r in RECONSTRUCTIONS)] for criterion in CRITERIA],
+    )
+    write_section(
+        "criteria",
+        f"""## Criterion x reconstruction
+
+Excess loss over the dense model in nats a token, 95 % bootstrap interval over documents, paired with the dense model.
+SmolLM2-135M-Instruct (float32, dequantised), {args.mlp_ratio:.0%} of the MLP neurons of every layer removed, calibrated on
+{args.blocks} x {args.length} tokens of `{args.domain}` train, tested on {base.num_tokens:,} tokens
+({base.num_documents} whole documents) of its validation text. Dense: {base.perplexity.value:.2f} perplexity a token,
+{base.bits_per_byte.value:.4f} bits a byte. Seed {args.seed}. `bias` adds biases that this architecture can't save: it is
+measured in memory.
+
+{body}
+
+`python -m benchmarks.criteria --data DATA` at `{dense_row["setting"]["commit"]}`, {dense_row["setting"]["machine"]}.
+""",
+    )
+
+
+if __name__ == "__main__":
+    main()
