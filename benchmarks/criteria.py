@@ -71,7 +71,7 @@ def main() -> None:
     base = summarize_losses(dense, seed=args.seed)
 
     def cell(estimate: Any) -> str:
-        return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+        return f"{estimate.value:.3f} [{estimate.interval[0]:.3f}, {estimate.interval[1]:.3f}]"
 
     body = table(
         ["criterion", *RECONSTRUCTIONS],

@@ -113,22 +113,25 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
         Rank of each unit, [units], float64: 0 is removed first.
     """
     size, units = weights.unit_size, weights.num_units
-    gram = regularized(statistics.require_gram(), RIDGE)
-    inverse = inverse_spd(gram)
+    inverse = inverse_spd(regularized(statistics.require_gram(), RIDGE))
     output = weights.output.double().clone()
     alive = torch.arange(units)
+    here = torch.ones(units, dtype=torch.bool)  # of `alive`: those not yet removed
     rank = torch.empty(units, dtype=torch.float64)
     removed = 0
-    while len(alive) > 0:
-        score = _obs_scores(output, inverse, size)
-        # A sixteenth of what is left, at least one: fine where it matters, few factorisations in all.
-        batch = score.argsort(stable=True)[: max(1, len(alive) // 16)]
+    while removed < units:
+        score = _obs_scores(output, inverse, size).masked_fill(~here, torch.inf)
+        # A sixteenth of what is left, at least one: fine where it matters, few updates in all.
+        batch = score.argsort(stable=True)[: max(1, (units - removed) // 16)]
         rank[alive[batch]] = torch.arange(removed, removed + len(batch), dtype=torch.float64)
         removed += len(batch)
-        keep = torch.ones(len(alive), dtype=torch.bool)
-        keep[batch] = False
-        alive = alive[keep]
-        output, inverse = _obs_remove(output, inverse, keep.repeat_interleave(size))
+        here[batch] = False
+        _obs_remove(output, inverse, (batch[:, None] * size + torch.arange(size)).flatten())
+        if 2 * (units - removed) <= len(alive):  # compact now and then; at every step the copies would cost most
+            features = here.nonzero() * size + torch.arange(size)
+            output = output.index_select(1, features.flatten())
+            inverse = inverse.index_select(0, features.flatten()).index_select(1, features.flatten())
+            alive, here = alive[here], here[here]
     return rank
 
 
@@ -137,21 +140,23 @@ RIDGE = 0.01
 
 
 def _obs_scores(output: torch.Tensor, inverse: torch.Tensor, size: int) -> torch.Tensor:
-    """tr(W_u ([G^-1]_uu)^-1 W_u^T) for every unit of `size` columns: [units]."""
+    """tr(W_u ([G^-1]_uu)^-1 W_u^T) for every unit of `size` columns: [units]; of removed units anything but NaN."""
     if size == 1:
-        return output.square().sum(dim=0) / inverse.diagonal()
+        return output.square().sum(dim=0) / inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
     units = output.shape[1] // size
     starts = torch.arange(units)
     blocks = inverse.reshape(units, size, units, size)[starts, :, starts, :]
     columns = output.reshape(output.shape[0], units, size).permute(1, 2, 0)
-    return (columns * torch.cholesky_solve(columns, cholesky(blocks))).sum(dim=(1, 2))
+    factor, info = torch.linalg.cholesky_ex(blocks)
+    factor[info != 0] = torch.eye(size, dtype=factor.dtype)  # a removed unit's block is zero
+    return (columns * torch.cholesky_solve(columns, factor)).sum(dim=(1, 2))
 
 
-def _obs_remove(output: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remove columns: W -= W_P ([G^-1]_PP)^-1 [G^-1]_P,: and the same Schur complement on G^-1 itself."""
-    gone = ~keep
-    if not bool(keep.any()):
-        return output[:, keep], inverse[keep][:, keep]
-    rows = inverse[gone]
-    solved = torch.cholesky_solve(rows[:, keep], cholesky(rows[:, gone]))
-    return output[:, keep] - output[:, gone] @ solved, inverse[keep][:, keep] - rows[:, keep].T @ solved
+def _obs_remove(output: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:
+    """W -= W_P ([G^-1]_PP)^-1 [G^-1]_P,: and G^-1 -= [G^-1]_:,P ([G^-1]_PP)^-1 [G^-1]_P,:, in place; P is then zero."""
+    rows = inverse.index_select(0, gone)
+    solved = torch.cholesky_solve(rows, cholesky(rows.index_select(1, gone)))
+    output.addmm_(output.index_select(1, gone), solved, alpha=-1)
+    inverse.addmm_(rows.T, solved, alpha=-1)
+    for matrix in (output.T, inverse, inverse.T):
+        matrix[gone] = 0

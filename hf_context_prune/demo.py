@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,7 +85,8 @@ def run_demo(
     if data is None:
         log("Fetching software licences (27 MB, once) ...")
         corpus = licence_texts()
-        data, eval_data, prompts = corpus.calibration, corpus.held_out, LICENCE_PROMPTS
+        data, prompts = corpus.calibration, LICENCE_PROMPTS
+        eval_data = replace(corpus.held_out, name=f"{corpus.held_out.name}, other licence families")
         source = corpus.attribution
         about += [
             f"Text: software licences from {source.source} {source.version} ({source.licence}).",
