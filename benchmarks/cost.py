@@ -62,7 +62,7 @@ def prepare(args: argparse.Namespace, criterion: str, reconstruction: str) -> tu
     samples = token_blocks(
         corpus(args, "train"), loaded.tokenizer, num_samples=args.blocks, max_seq_length=args.length, seed=args.seed
     )
-    config = PrunerConfig(mlp_ratio=0.25, criterion=criterion, reconstruction=reconstruction, seed=args.seed)
+    config = PrunerConfig(mlp_ratio=0.25, criterion=criterion, reconstruction=reconstruction, pruning_seed=args.seed)
     return loaded.model, samples, config
 
 

@@ -54,7 +54,7 @@ def main() -> None:
             mlp_ratio=args.mlp_ratio,
             criterion=criterion,
             reconstruction=reconstruction,
-            seed=args.seed,
+            pruning_seed=args.seed,
         )
         plan = make_plan(model, stats(), config)
         return losses(apply_plan(model, plan, repair=repair_with(stats(), config)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from .config import PrunerConfig
@@ -38,7 +40,7 @@ class Budget:
         """Read the budget of a config for a model of this size.
 
         Raises:
-            BudgetError: `target_params` is not below the model's size.
+            BudgetError: `target_params` is above the model's size.
         """
         if config.target_params is not None:
             if config.target_params > total_params:
@@ -67,11 +69,11 @@ def _kept(width: int, ratio: float, multiple: int) -> int:
 
 def _kept_groups(groups: int, ratio: float, allowed: Collection[int]) -> int:
     kept = max(1, groups - round_half_up(groups * ratio))
-    if ratio > 0 and kept == groups:
+    if ratio > 0 and kept == groups > 1:
         reachable = ", ".join(f"{(groups - n) / groups:.3f}" for n in range(groups, 0, -1))
         raise BudgetError(
-            f"attention_ratio is {ratio}, which is less than half of one KV group: the layers have {groups}, so "
-            f"{reachable} can be reached."
+            f"attention_ratio is {ratio}, which removes no KV group: the layers have {groups}, of which one must stay, "
+            f"so {reachable} can be reached."
         )
     fitting = [n for n in allowed if n <= kept]
     if not fitting:
@@ -111,10 +113,21 @@ def uniform_widths(
     dense, multiple = geometry.layers, config.round_to
     groups = [layer.kv_groups for layer in dense]
     if config.attention_ratio is not None:
+        if config.attention_ratio > 0 and max(groups) == 1:
+            raise BudgetError(
+                f"attention_ratio is {config.attention_ratio}, but every layer has a single KV group, which must stay. "
+                f"Leave attention_ratio out; the MLP neurons can go."
+            )
         groups = [_kept_groups(n, config.attention_ratio, stock_groups or range(1, n + 1)) for n in groups]
     neurons = [layer.neurons for layer in dense]
     if config.mlp_ratio is not None:
         neurons = [_kept(n, config.mlp_ratio, multiple) for n in neurons]
+        if config.mlp_ratio > 0 and neurons == [layer.neurons for layer in dense]:
+            widest = max(neurons)
+            raise BudgetError(
+                f"mlp_ratio is {config.mlp_ratio}, which removes no neuron: the layers have {widest}, and round_to is "
+                f"{multiple}. Ask for at least {math.ceil(1e6 / widest) / 1e6}, with round_to below {widest}."
+            )
     widths = _zip(neurons, groups)
     if budget.remove_params is None:
         return widths
@@ -124,7 +137,7 @@ def uniform_widths(
         ladder = _group_ladder(dense, neurons, stock_groups)
     position = bisect.bisect_left(ladder, budget.remove_params, key=lambda w: removed_params(dense, w, costs))
     if position == len(ladder):
-        _refuse(budget, dense, ladder[-1], costs, config)
+        _refuse(budget, dense, ladder[-1], costs, config, min(stock_groups, default=1))
     return ladder[position]
 
 
@@ -158,35 +171,61 @@ def _group_ladder(
 
 
 def _refuse(
-    budget: Budget, dense: Sequence[LayerWidths], smallest: Sequence[LayerWidths], costs: Costs, config: PrunerConfig
+    budget: Budget,
+    dense: Sequence[LayerWidths],
+    smallest: Sequence[LayerWidths],
+    costs: Costs,
+    config: PrunerConfig,
+    fewest_groups: int,
 ) -> None:
     reachable = removed_params(dense, smallest, costs)
-    everything = removed_params(dense, [LayerWidths(min(config.round_to, w.neurons), 1) for w in dense], costs)
+    everything = removed_params(
+        dense, [LayerWidths(min(config.round_to, w.neurons), min(fewest_groups, w.kv_groups)) for w in dense], costs
+    )
     more = (
-        f" With --attention-ratio as well, up to {everything / budget.total_params:.4f} can."
+        f" With --attention-ratio as well, up to {_share_below(everything, budget.total_params)} can."
         if config.mlp_ratio is None and config.attention_ratio is None and everything > reachable
         else ""
     )
     raise BudgetError(
         f"Asked to remove {budget.remove_params:,} of {budget.total_params:,} parameters "
         f"({(budget.remove_params or 0) / budget.total_params:.4f}); these options can remove at most {reachable:,} "
-        f"({reachable / budget.total_params:.4f}).{more}"
+        f"({_share_below(reachable, budget.total_params)}).{more}"
     )
 
 
-def _convex_segments(curve: Curve) -> list[tuple[float, int]]:
-    """Lower convex hull of a curve as (loss a unit, units) from the widest end; falling losses count as free."""
+def _share_below(part: int, total: int) -> str:
+    """A share with four digits, rounded down: asking for it must work."""
+    return f"{part * 10_000 // total / 10_000:.4f}"
+
+
+def _lower_hull(curve: Curve) -> list[tuple[int, float]]:
+    """Lower convex hull of a curve as (units gone, loss increase), widest first; losses below 0 count as free."""
     hull: list[tuple[int, float]] = []
     for kept, increase in curve:
         point = (curve[0][0] - kept, max(increase, 0.0))
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
         hull.append(point)
-    return [(max(_slope(a, b), 0.0), b[0] - a[0]) for a, b in pairwise(hull)]
+    return hull
 
 
 def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def _steps(curve: Curve, multiple: int) -> list[tuple[float, int]]:
+    """Steps from one allowed width to the next on a curve's lower hull, widest first, as (loss a unit, units).
+
+    Allowed are the whole width and the multiples of `multiple` down to the smallest measured width.
+    """
+    total, smallest = curve[0][0], curve[-1][0]
+    gone = [0, *(total - kept for kept in range((total - 1) // multiple * multiple, max(smallest, 1) - 1, -multiple))]
+    hull = _lower_hull(curve)
+    losses = np.interp(gone, [units for units, _ in hull], [loss for _, loss in hull]).tolist()
+    slopes = [_slope(a, b) for a, b in pairwise(zip(gone, losses, strict=True))]
+    # The hull is convex, so slopes only grow; the running maximum keeps that true of their rounding errors.
+    return list(zip(accumulate(slopes, max), (b - a for a, b in pairwise(gone)), strict=True))
 
 
 def adaptive_widths(
@@ -195,7 +234,7 @@ def adaptive_widths(
     """Spend a budget where it costs least loss a parameter.
 
     The surrogate is additive over layers and convex within each (lower hull of the measured points), so taking the
-    segments in order of their slope is optimal for it, up to one rounding step.
+    steps in order of their slope is optimal for it, up to one step.
 
     Args:
         curves: Measured loss increase by kept units, for every (layer, target) that may lose units.
@@ -210,28 +249,25 @@ def adaptive_widths(
     steps = sorted(
         (slope / costs[target], layer, target, position, units)
         for (layer, target), curve in curves.items()
-        for position, (slope, units) in enumerate(_convex_segments(curve))
+        for position, (slope, units) in enumerate(_steps(curve, round_to if target == "mlp" else 1))
     )
     gone: dict[Key, int] = dict.fromkeys(curves, 0)
     left = remove_params
     for _, layer, target, _, units in steps:
         if left <= 0:
             break
-        take = min(units, -(-left // costs[target]))
-        gone[layer, target] += take
-        left -= take * costs[target]
+        gone[layer, target] += units
+        left -= units * costs[target]
     if left > 0:
         raise BudgetError(
             f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most "
             f"{remove_params - left:,}, since no layer is narrowed below its smallest probed width. Ask for less, or "
             f"use --allocation uniform."
         )
-    widths = []
-    for layer, dense in enumerate(geometry.layers):
-        kept = dense.neurons - gone.get((layer, "mlp"), 0)
-        neurons = dense.neurons if kept == dense.neurons else max(min(round_to, kept), kept - kept % round_to)
-        widths.append(LayerWidths(neurons, dense.kv_groups - gone.get((layer, "attention"), 0)))
-    return tuple(widths)
+    return tuple(
+        LayerWidths(dense.neurons - gone.get((layer, "mlp"), 0), dense.kv_groups - gone.get((layer, "attention"), 0))
+        for layer, dense in enumerate(geometry.layers)
+    )
 
 
 def select_units(

@@ -7,8 +7,8 @@ whose input features belong to the units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ __all__ = [
     "TARGETS",
     "ArchSpec",
     "Geometry",
+    "Gradients",
     "LayerWidths",
     "Projection",
     "Target",
@@ -42,6 +43,9 @@ __all__ = [
     "unit_costs",
     "unit_size",
 ]
+
+Gradients = Mapping[int, torch.Tensor]
+"""dL/dw by the id of the parameter, in float32 or better."""
 
 UnitCosts = dict[str, int]
 """Parameters a unit, by target."""
@@ -96,7 +100,20 @@ def check_supported(model: nn.Module) -> ArchSpec:
             raise UnsupportedArchitectureError(
                 f"The weight {name} has dtype {parameter.dtype}; only floating-point weights can be pruned."
             )
+    for index, block in enumerate(blocks(model, spec)):
+        for path in _projection_paths(spec):
+            module = block.get_submodule(path)
+            if not (isinstance(module, nn.Linear) or is_transposed(module)):
+                raise UnsupportedArchitectureError(
+                    f"{spec.layers}.{index}.{path} is a {type(module).__name__}, not a plain projection: an adapter "
+                    f"or a quantiser has replaced it. Merge or unload it first (merge_and_unload() for PEFT)."
+                )
     return spec
+
+
+def _projection_paths(spec: ArchSpec) -> tuple[str, ...]:
+    inputs = (projection.path for projection in spec.attention_inputs)
+    return (*spec.mlp_inputs, spec.mlp_output, *inputs, spec.attention_output)
 
 
 def blocks(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
@@ -134,7 +151,12 @@ def _input_rows(
 
 
 def input_magnitude(
-    block: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int, *, gradient: bool = False
+    block: nn.Module,
+    spec: ArchSpec,
+    geometry: Geometry,
+    target: Target,
+    groups: int,
+    gradients: Gradients | None = None,
 ) -> torch.Tensor:
     """Sum of |w| (or of |w * grad|) over each unit's weights in the input projections, [units], float64.
 
@@ -144,23 +166,23 @@ def input_magnitude(
         geometry: Sizes of the model.
         target: Which units.
         groups: KV groups of this block.
-        gradient: Use |w * w.grad| instead of |w|.
+        gradients: dL/dw by the id of the weight: use |w * dL/dw| instead of |w|.
     """
     total: torch.Tensor | None = None
     for module, rows in _input_rows(block, spec, geometry, target, groups):
-        per_feature = absolute_weight(module, gradient=gradient).sum(dim=1)
+        per_feature = absolute_weight(module, gradients).sum(dim=1)
         part = per_feature if rows is None else per_feature[torch.tensor(rows)].sum(dim=1)
         total = part if total is None else total + part
     assert total is not None  # every ArchSpec has input projections
     return total
 
 
-def absolute_weight(module: nn.Module, *, gradient: bool = False) -> torch.Tensor:
-    """|w| or |w * w.grad| of a projection as [out_features, in_features], float64."""
+def absolute_weight(module: nn.Module, gradients: Gradients | None = None) -> torch.Tensor:
+    """|w| or |w * dL/dw| of a projection as [out_features, in_features], float64."""
     weight = output_weight(module).double()
-    if gradient:
-        grad: Any = module.weight.grad
-        weight = weight * (grad.T if is_transposed(module) else grad).double()
+    if gradients is not None:
+        gradient = gradients[id(module.weight)]
+        weight = weight * (gradient.T if is_transposed(module) else gradient).double()
     return weight.abs()
 
 

@@ -15,6 +15,7 @@ from .architectures import (
     TARGETS,
     ArchSpec,
     Geometry,
+    Gradients,
     Target,
     absolute_weight,
     blocks,
@@ -66,14 +67,18 @@ def weights_of(model: PreTrainedModel, layer: int, target: Target) -> TargetWeig
         output=output_weight(output_projection(block, spec, target)),
         unit_size=unit_size(geometry, target),
         input_magnitude=input_magnitude(block, spec, geometry, target, geometry.layers[layer].kv_groups),
+        has_bias=output_projection(block, spec, target).bias is not None,
     )
 
 
 class _Collector:
     """Sums of one output projection's inputs; `hook` is a forward pre-hook."""
 
-    def __init__(self, layer: int, target: Target, features: int, device: torch.device, *, gram: bool) -> None:
+    def __init__(
+        self, layer: int, target: Target, features: int, device: torch.device, *, gram: bool, centre: bool
+    ) -> None:
         self.where = f"layer {layer} ({target})"
+        self.centre = centre
         self.mask: torch.Tensor | None = None
         self.batch = 0
         # MPS has no float64; there the sums move to the CPU, where they are float64 too.
@@ -88,11 +93,17 @@ class _Collector:
         if self.mask is not None:
             x = x[self.mask]
         stats = self.statistics
+        if x.shape[0] == 0:
+            return
         stats.num_tokens += x.shape[0]
         stats.sum += x.sum(dim=0).to(self.device, torch.float64)
         stats.sum_abs += x.abs().sum(dim=0).to(self.device, torch.float64)
         stats.sum_squares += x.square().sum(dim=0).to(self.device, torch.float64)
         if stats.gram is not None:
+            if self.centre:
+                if stats.pivot is None:
+                    stats.pivot = x.mean(dim=0).to(self.device, torch.float64)
+                x = x - stats.pivot.to(x)
             stats.gram.addmm_(x.T, x)
         stats.check_finite(f"{self.where}, batch {self.batch}")
 
@@ -103,14 +114,15 @@ def _hooked(
 ) -> Iterator[dict[tuple[int, Target], _Collector]]:
     collectors: dict[tuple[int, Target], _Collector] = {}
     handles = []
-    for layer, block in enumerate(blocks(model, spec)):
-        for target in targets:
-            projection = output_projection(block, spec, target)
-            weight = output_weight(projection)
-            collector = _Collector(layer, target, weight.shape[1], weight.device, gram=gram)
-            collectors[layer, target] = collector
-            handles.append(projection.register_forward_pre_hook(collector.hook))
     try:
+        for layer, block in enumerate(blocks(model, spec)):
+            for target in targets:
+                projection = output_projection(block, spec, target)
+                weight = output_weight(projection)
+                centre = projection.bias is not None
+                collector = _Collector(layer, target, weight.shape[1], weight.device, gram=gram, centre=centre)
+                collectors[layer, target] = collector
+                handles.append(projection.register_forward_pre_hook(collector.hook))
         yield collectors
     finally:
         for handle in handles:
@@ -130,7 +142,11 @@ def _prepare(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torc
     if mask is None:
         return {"input_ids": ids}, None
     flat = mask.reshape(-1).bool()
-    return {"input_ids": ids, "attention_mask": mask}, None if bool(flat.all()) else flat
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if bool(flat.all()):
+        return inputs, None
+    # Left padding: GPT-2 counts its positions from the left edge, padding and all, unless it is told them.
+    return inputs | {"position_ids": (mask.long().cumsum(dim=1) - 1).clamp_min(0)}, flat
 
 
 def calibrate(
@@ -164,9 +180,10 @@ def calibrate(
     rows = model.get_input_embeddings().weight.shape[0]
     batches = list(batches)
     with_gradients = "taylor" in statistics
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     run = _loss_step if with_gradients else _forward_step
+    gradients = _GradientSums(model, spec)
     num_tokens = num_samples = 0
     try:
         with (
@@ -184,6 +201,8 @@ def calibrate(
                 if kept == 0:
                     continue
                 run(model, {name: tensor.to(model.device) for name, tensor in inputs.items()})
+                if with_gradients:
+                    gradients.take()
                 num_tokens += kept
                 num_samples += ids.shape[0]
             if num_tokens == 0:
@@ -192,9 +211,10 @@ def calibrate(
                     "least one unpadded token."
                 )
             if with_gradients:
-                _collect_taylor(model, spec, geometry, collectors)
+                _collect_taylor(model, spec, geometry, collectors, gradients.sums)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     result = {}
     for key, collector in collectors.items():
         collector.statistics.check_finite(f"{collector.where}, all batches")
@@ -205,7 +225,7 @@ def calibrate(
 def _to_cpu(stats: TargetStatistics) -> TargetStatistics:
     tensors = {
         name: None if value is None else value.cpu()
-        for name in ("sum", "sum_abs", "sum_squares", "gram", "taylor")
+        for name in ("sum", "sum_abs", "sum_squares", "gram", "taylor", "pivot")
         for value in (getattr(stats, name),)
     }
     return TargetStatistics(stats.num_tokens, **tensors)  # type: ignore[arg-type]
@@ -220,8 +240,36 @@ def _forward_step(model: PreTrainedModel, inputs: Batch) -> None:
 def _loss_step(model: PreTrainedModel, inputs: Batch) -> None:
     labels = inputs["input_ids"]
     if "attention_mask" in inputs:
-        labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
-    model(**inputs, labels=labels, use_cache=False).loss.backward()
+        text = inputs["attention_mask"].bool()
+        # The first token of a text is not predicted: what stands before it, if anything, is padding.
+        follows = text & nn.functional.pad(text[:, :-1], (1, 0))
+        labels = labels.masked_fill(~follows, -100)
+    predicted = int((labels[:, 1:] != -100).sum())
+    if predicted:  # the loss is a mean: times its tokens, so that every token weighs the same in the sum over batches
+        (model(**inputs, labels=labels, use_cache=False).loss * predicted).backward()
+    else:  # texts of one token: nothing is predicted, and the mean over nothing would be NaN
+        _forward_step(model, inputs)
+
+
+class _GradientSums:
+    """Sums of the blocks' gradients over batches, in float32: half precision would lose what it adds up."""
+
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec) -> None:
+        self.parameters = [parameter for block in blocks(model, spec) for parameter in block.parameters()]
+        self.sums: dict[int, torch.Tensor] = {}
+
+    def take(self) -> None:
+        """Add a batch's gradients; those of float32 weights are summed where they are."""
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.dtype in (torch.float32, torch.float64):
+                self.sums[id(parameter)] = gradient
+            else:
+                known = self.sums.get(id(parameter))
+                self.sums[id(parameter)] = gradient.float() if known is None else known.add_(gradient)
+                parameter.grad = None
 
 
 @contextmanager
@@ -247,11 +295,17 @@ def _only_block_gradients(model: PreTrainedModel, spec: ArchSpec, *, enabled: bo
 
 
 def _collect_taylor(
-    model: PreTrainedModel, spec: ArchSpec, geometry: Geometry, collectors: dict[tuple[int, Target], _Collector]
+    model: PreTrainedModel,
+    spec: ArchSpec,
+    geometry: Geometry,
+    collectors: dict[tuple[int, Target], _Collector],
+    gradients: Gradients,
 ) -> None:
     layers = blocks(model, spec)
+    if not gradients:
+        raise DataError("There are no gradients: no text has two tokens, so nothing was predicted. Give longer texts.")
     for (layer, target), collector in collectors.items():
         groups = geometry.layers[layer].kv_groups
-        inputs = input_magnitude(layers[layer], spec, geometry, target, groups, gradient=True)
-        output = absolute_weight(output_projection(layers[layer], spec, target), gradient=True).sum(dim=0)
+        inputs = input_magnitude(layers[layer], spec, geometry, target, groups, gradients)
+        output = absolute_weight(output_projection(layers[layer], spec, target), gradients).sum(dim=0)
         collector.statistics.taylor = inputs + output.reshape(len(inputs), -1).sum(dim=1)

@@ -179,7 +179,7 @@ def prune(
         "num_calibration_samples": num_calibration_samples,
         "max_seq_length": max_seq_length,
         "text_column": text_column,
-        "seed": seed,
+        "pruning_seed": seed,
     }
     chosen = _config(config, options)
     if dry_run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ ReconstructionName = Literal["none", "bias", "least_squares"]
 AllocationName = Literal["uniform", "adaptive"]
 
 DEFAULT_PRUNING_RATIO = 0.2
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def _option(default: Any, help: str) -> Any:  # noqa: ANN401 - `help` is HfArgumentParser's metadata key
@@ -56,7 +58,8 @@ class PrunerConfig:
     num_calibration_samples: int = _option(128, "Blocks of calibration text.")
     max_seq_length: int = _option(512, "Tokens a block.")
     text_column: str | None = _option(None, "Column with the text; found by itself where there is only one candidate.")
-    seed: int = _option(0, "Seed of everything random: choice of text, and the `random` criterion.")
+    # Not `seed`: HfArgumentParser would refuse this class beside TrainingArguments, which has that one.
+    pruning_seed: int = _option(0, "Seed of everything random: choice of text, and the `random` criterion.")
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -67,11 +70,15 @@ class PrunerConfig:
             ("round_to", 1),
             ("num_calibration_samples", 1),
             ("max_seq_length", 2),
-            ("seed", 0),
+            ("pruning_seed", 0),
         ):
             self._check_integer(name, lowest)
         if not (_is_number(self.ridge) and 0 < self.ridge <= 1e6):
-            raise ConfigError(f"ridge is {self.ridge!r}; it must be a number above 0 (0.01 is a good one).")
+            raise ConfigError(f"ridge is {self.ridge!r}; it must be a number above 0, up to 1e6 (0.01 is a good one).")
+        if not isinstance(self.stock, bool):
+            raise ConfigError(f"stock is {self.stock!r}; it must be true or false.")
+        if self.text_column is not None and not (isinstance(self.text_column, str) and self.text_column):
+            raise ConfigError(f"text_column is {self.text_column!r}; it must be the name of a column.")
         for name, names in (
             ("criterion", CriterionName),
             ("reconstruction", ReconstructionName),
@@ -120,12 +127,14 @@ class PrunerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrunerConfig:
-        """Build from a mapping of options.
+        """Build from a mapping of options; ``seed`` may stand for ``pruning_seed``, as on the command line.
 
         Raises:
             ConfigError: An unknown key, with the nearest known one.
         """
         allowed = [item.name for item in dataclasses.fields(cls)]
+        if "seed" in values and "pruning_seed" not in values:
+            values = {"pruning_seed" if name == "seed" else name: value for name, value in values.items()}
         for key in values:
             if key not in allowed:
                 raise ConfigError(f"Unknown option {key!r}; allowed are {', '.join(allowed)}.{_hint(key, allowed)}")
@@ -157,11 +166,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"The config file {path} holds a {type(values).__name__}; it must be a mapping, as in 'pruning_ratio: 0.2'."
         )
-    return values
+    # YAML 1.1 reads 1e-2 as a string; people mean the number.
+    return {
+        name: float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+        for name, value in values.items()
+    }
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _hint(value: object, allowed: Any) -> str:  # noqa: ANN401

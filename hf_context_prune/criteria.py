@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import ConfigError
+from .errors import ConfigError, NumericsError
 from .linalg import cholesky, inverse_spd, regularized
 from .stats import TargetStatistics, TargetWeights
 
@@ -111,16 +111,22 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
 
     Returns:
         Rank of each unit, [units], float64: 0 is removed first.
+
+    Raises:
+        NumericsError: W is not finite, or G is zero or singular in spite of the ridge.
     """
     size, units = weights.unit_size, weights.num_units
-    inverse = inverse_spd(regularized(statistics.require_gram(), RIDGE))
+    if not bool(torch.isfinite(weights.output).all()):  # the ranks would be finite, and hide it
+        raise NumericsError("The output weight of a layer holds NaN or Inf, so its units can't be ranked.")
+    # With a bias the mean of what is removed costs nothing, as in the reconstruction.
+    inverse = inverse_spd(regularized(statistics.second_moment(centred=weights.has_bias), RIDGE))
     output = weights.output.double().clone()
     alive = torch.arange(units)
     here = torch.ones(units, dtype=torch.bool)  # of `alive`: those not yet removed
     rank = torch.empty(units, dtype=torch.float64)
     removed = 0
     while removed < units:
-        score = _obs_scores(output, inverse, size).masked_fill(~here, torch.inf)
+        score = _obs_scores(output, inverse, size, here)
         # A sixteenth of what is left, at least one: fine where it matters, few updates in all.
         batch = score.argsort(stable=True)[: max(1, (units - removed) // 16)]
         rank[alive[batch]] = torch.arange(removed, removed + len(batch), dtype=torch.float64)
@@ -139,17 +145,18 @@ RIDGE = 0.01
 """Share of mean diag(G) added to G's diagonal, as in the reconstruction."""
 
 
-def _obs_scores(output: torch.Tensor, inverse: torch.Tensor, size: int) -> torch.Tensor:
-    """tr(W_u ([G^-1]_uu)^-1 W_u^T) for every unit of `size` columns: [units]; of removed units anything but NaN."""
+def _obs_scores(output: torch.Tensor, inverse: torch.Tensor, size: int, here: torch.Tensor) -> torch.Tensor:
+    """tr(W_u ([G^-1]_uu)^-1 W_u^T) for every unit of `size` columns: [units]; Inf for those that are not `here`."""
     if size == 1:
-        return output.square().sum(dim=0) / inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+        diagonal = inverse.diagonal().masked_fill(~here, 1.0)
+        return (output.square().sum(dim=0) / diagonal).masked_fill(~here, torch.inf)
     units = output.shape[1] // size
     starts = torch.arange(units)
     blocks = inverse.reshape(units, size, units, size)[starts, :, starts, :]
     columns = output.reshape(output.shape[0], units, size).permute(1, 2, 0)
-    factor, info = torch.linalg.cholesky_ex(blocks)
-    factor[info != 0] = torch.eye(size, dtype=factor.dtype)  # a removed unit's block is zero
-    return (columns * torch.cholesky_solve(columns, factor)).sum(dim=(1, 2))
+    blocks[~here] = torch.eye(size, dtype=blocks.dtype)  # a removed unit's block is zero
+    score = (columns * torch.cholesky_solve(columns, cholesky(blocks))).sum(dim=(1, 2))
+    return score.masked_fill(~here, torch.inf)
 
 
 def _obs_remove(output: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:

@@ -6,13 +6,30 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
-from transformers.utils import cached_file
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import modeling as modeling  # registers the variable-width classes with the auto classes
 from .architectures import spec_of
@@ -23,6 +40,10 @@ from .saving import estimate_bytes, staged_folder
 
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CONVERT = (
+    "Convert them to safetensors once, where you trust them: from_pretrained(...).save_pretrained(...) of "
+    "AutoModelForCausalLM."
+)
 
 
 @dataclass(frozen=True)
@@ -63,29 +84,40 @@ def load_model(
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}; allowed are {', '.join(_DTYPES)}.")
-    path = Path(source).expanduser()
+    path = _local_path(source)
+    if path is None:
+        return _load_hub(str(source), dtype, revision, device)
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise LoadError(f"{path} is a file; MODEL must be a model folder, a .gguf file or a Hub id.")
         folder = _dequantised(path)
-    elif path.is_dir():
+    else:
         _check_folder(path)
         folder = path
-    elif path.is_absolute() or path.suffix.lower() == ".gguf" or str(source).startswith(("./", "../", "~")):
-        raise LoadError(f"{path} does not exist; MODEL must be a model folder, a .gguf file or a Hub id.")
-    else:
-        return _load_hub(str(source), dtype, revision, device)
     model, tokenizer = _load(str(folder), dtype, device, revision=None)
     return LoadedModel(model, tokenizer, path.resolve().name, None, folder)
 
 
+def _local_path(source: str | Path) -> Path | None:
+    """The folder or GGUF file that a source names; None for a Hub id."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() != ".gguf":
+        raise LoadError(f"{path} is a file; MODEL must be a model folder, a .gguf file or a Hub id.")
+    if path.exists():
+        return path
+    if path.is_absolute() or path.suffix.lower() == ".gguf" or str(source).startswith(("./", "../", "~")):
+        raise LoadError(f"{path} does not exist; MODEL must be a model folder, a .gguf file or a Hub id.")
+    return None
+
+
 def _load(source: str, dtype: str, device: str | None, revision: str | None) -> tuple[PreTrainedModel, Any]:
     try:
-        spec_of(AutoConfig.from_pretrained(source, revision=revision))
+        config = _read_config(source, revision)
+        if revision is not None and not hasattr(config, "transformers_weights"):  # which names another file
+            _fetch_weights(source, revision)
+        # Without trust_remote_code=False, transformers would ask on the terminal whether to run a repository's code.
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_DTYPES[dtype], use_safetensors=True, revision=revision
+            source, dtype=_DTYPES[dtype], use_safetensors=True, revision=revision, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except ContextPruneError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError...
@@ -99,17 +131,72 @@ def _load(source: str, dtype: str, device: str | None, revision: str | None) -> 
         raise ConfigError(f"The device {device!r} can't be used: {error}") from error
 
 
+def _read_config(source: str, revision: str | None) -> PreTrainedConfig:
+    values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if model_type := values.get("model_type"):  # before AutoConfig, which knows fewer types and may want to run code
+        spec_of(SimpleNamespace(model_type=str(model_type)))
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    spec_of(config)
+    return config
+
+
 def _load_hub(source: str, dtype: str, revision: str | None, device: str | None) -> LoadedModel:
+    folder = _pinned(source, revision)
+    model, tokenizer = _load(source, dtype, device, revision=folder.name)
+    return LoadedModel(model, tokenizer, source, folder.name, folder)
+
+
+def _pinned(source: str, revision: str | None) -> Path:
+    """A Hub model's folder in the cache, which is named by the commit; everything else is then read at that commit."""
     try:
-        config_file = Path(cached_file(source, "config.json", revision=revision))
-    except Exception as error:  # repository not found, gated, offline, malformed id: OSError and ValueError kin
+        return Path(hf_hub_download(source, "config.json", revision=revision)).parent
+    except RemoteEntryNotFoundError as error:
         raise LoadError(
-            f"{source!r} is neither a local folder or file nor a Hub model that can be reached: {error}"
+            f"{source!r} has no config.json on the Hub, so it is no model of transformers. Of a GGUF repository, "
+            f"download the .gguf file and pass its path; of an adapter, merge it into its model first."
         ) from error
-    folder = config_file.parent
-    commit = folder.name  # the cache keeps every revision in a folder named by its commit
-    model, tokenizer = _load(source, dtype, device, revision=commit)
-    return LoadedModel(model, tokenizer, source, commit, folder)
+    except (OSError, ValueError, HTTPError) as error:
+        raise _hub_error(source, revision, error) from error
+
+
+def _fetch_weights(source: str, commit: str) -> None:
+    """Fetch a Hub model's weights, or the index of their shards, ahead of transformers.
+
+    It takes all that can go wrong with this file (no network, an overloaded Hub) for a file that is not there, and
+    then advises to load the pickle.
+    """
+    failure: Exception | None = None
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        try:
+            hf_hub_download(source, name, revision=commit)
+            return
+        except RemoteEntryNotFoundError:
+            continue
+        except (OSError, ValueError, HTTPError) as error:
+            failure = error
+    if failure is not None:
+        raise _hub_error(source, commit, failure) from failure
+    raise LoadError(
+        f"{source!r} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} at commit {commit}. Weights "
+        f"as a pickle (pytorch_model.bin) can run any code when they are loaded, and are refused. {_CONVERT}"
+    )
+
+
+def _hub_error(source: str, revision: str | None, error: Exception) -> LoadError:
+    if isinstance(error, GatedRepoError):
+        what = "is gated on the Hub; ask for access on its page, then log in with `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        what = (
+            "is neither a local folder or file nor a public model on the Hub; check the spelling, or log in with "
+            "`hf auth login` if it is private"
+        )
+    elif isinstance(error, RevisionNotFoundError):
+        what = f"has no branch, tag or commit {revision!r} on the Hub"
+    elif isinstance(error, HFValidationError):
+        what = "is neither a local folder or file nor a Hub id (owner/name)"
+    else:
+        what = "is not whole in the cache and can't be fetched from the Hub; check the network and HF_HUB_OFFLINE"
+    return LoadError(f"{source!r} {what} ({type(error).__name__}: {error})")
 
 
 def load_outline(source: str | Path, *, revision: str | None = None) -> PreTrainedModel:
@@ -123,18 +210,21 @@ def load_outline(source: str | Path, *, revision: str | None = None) -> PreTrain
         LoadError: There is no config to read.
         UnsupportedArchitectureError: Its architecture is not in the table.
     """
-    path = Path(source).expanduser()
-    gguf = {"gguf_file": path.name} if path.is_file() and path.suffix.lower() == ".gguf" else {}
+    path = _local_path(source)
+    name, commit = (str(source), _pinned(str(source), revision).name) if path is None else (str(path), None)
     try:
-        config = AutoConfig.from_pretrained(path.parent if gguf else str(source), revision=revision, **gguf)
+        if path is not None and path.is_file():
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            spec_of(config)
+        else:
+            config = _read_config(name, commit)
     except (OSError, ValueError, KeyError) as error:
         raise LoadError(
-            f"{str(source)!r} has no model config that can be read: {error}. MODEL must be a model folder, a .gguf "
-            f"file or a Hub id."
+            f"{name!r} has no model config that can be read ({error}). MODEL must be a model folder, a .gguf file or a "
+            f"Hub id."
         ) from error
-    spec_of(config)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 
@@ -162,8 +252,7 @@ def _check_folder(folder: Path) -> None:
         if pickles:
             raise LoadError(
                 f"{folder} holds its weights as a pickle ({', '.join(pickles)}), which can run any code when it is "
-                f"loaded, and is refused. Convert it to safetensors once, where you trust it: "
-                f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+                f"loaded, and is refused. {_CONVERT}"
             )
         raise LoadError(f"{folder} holds no *.safetensors file, so there are no weights to load.")
     if read_manifest(folder) is not None:

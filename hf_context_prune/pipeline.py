@@ -279,11 +279,11 @@ def make_plan(
     if config.allocation == "adaptive":
         if samples is None:
             raise ConfigError("allocation='adaptive' measures losses; pass samples=token_blocks(...).")
-        importance = score_units(model, stats, config.criterion, seed=config.seed)
+        importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
         widths = _adaptive(model, importance, stats, config, samples)
     else:
         widths = plan_widths(model, config)
-        importance = score_units(model, stats, config.criterion, seed=config.seed)
+        importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
     return PruningPlan(
         model_type=spec.model_type,
         dense=geometry.layers,
@@ -353,7 +353,7 @@ def prune(
         base.tokenizer,
         num_samples=config.num_calibration_samples,
         max_seq_length=config.max_seq_length,
-        seed=config.seed,
+        seed=config.pruning_seed,
     )
     losses = {"max_seq_length": config.max_seq_length, "max_tokens": options.max_tokens}
     base_losses = document_losses(base.model, base.tokenizer, held_out, **losses)  # type: ignore[arg-type]
@@ -381,9 +381,9 @@ def prune(
             count_parameters(base.model), count_parameters(smaller), asked_ratio=budget.asked_ratio
         ),
         loss=LossFacts(
-            base=summarize_losses(base_losses, seed=config.seed),
-            pruned=summarize_losses(pruned_losses, seed=config.seed),
-            comparison=compare_losses(base_losses, pruned_losses, seed=config.seed),
+            base=summarize_losses(base_losses, seed=config.pruning_seed),
+            pruned=summarize_losses(pruned_losses, seed=config.pruning_seed),
+            comparison=compare_losses(base_losses, pruned_losses, seed=config.pruning_seed),
         ),
         environment=Environment.current(str(smaller.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
@@ -470,10 +470,10 @@ def _as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any
 
 def _split(data: Any, eval_data: Any, config: PrunerConfig, tokenizer: Any) -> tuple[TextSource, TextSource, str]:  # noqa: ANN401
     """Calibration text, evaluation text, and a sentence on how they were kept apart."""
-    options = {"text_column": config.text_column, "tokenizer": tokenizer, "seed": config.seed}
+    options = {"text_column": config.text_column, "tokenizer": tokenizer, "seed": config.pruning_seed}
     text = load_documents(data, **options)
     if eval_data is None:
-        rest, held_out = hold_out_documents(text, seed=config.seed)
+        rest, held_out = hold_out_documents(text, seed=config.pruning_seed)
         count = f"{len(held_out):,} of {len(text):,} documents"
         return rest, held_out, f"{count} of {text.name} were held out before calibration, by document."
     given = load_documents(eval_data, **options)

@@ -76,11 +76,17 @@ class PruningPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse indices that are out of range, repeated or not ascending.
+        """Refuse fields of a wrong type, and indices that are out of range, repeated or not ascending.
 
         Raises:
-            PlanError: With layer, unit kind and value.
+            PlanError: With field or layer, unit kind and value.
         """
+        for name, kind in (("model_type", str), ("model_fingerprint", str), ("provenance", Mapping)):
+            if not isinstance(getattr(self, name), kind):
+                what = "a string" if kind is str else "a mapping"
+                raise PlanError(f"The plan's {name} is {getattr(self, name)!r}; it must be {what}.")
+        if not self.layers:
+            raise PlanError("The plan has no layers; it must have one entry for each block of its model.")
         if len(self.layers) != len(self.dense):
             raise PlanError(f"The plan has {len(self.layers)} layers, its model has {len(self.dense)}.")
         for index, (layer, widths) in enumerate(zip(self.layers, self.dense, strict=True)):
@@ -88,6 +94,8 @@ class PruningPlan:
                 ("neurons", layer.neurons, widths.neurons),
                 ("kv_groups", layer.kv_groups, widths.kv_groups),
             ):
+                if isinstance(width, bool) or not isinstance(width, int):
+                    raise PlanError(f"Layer {index} of the plan: dense_{name} is {width!r}; it must be an integer.")
                 if not kept:
                     raise PlanError(f"Layer {index} of the plan keeps no {name}; at least one must stay.")
                 if any(isinstance(unit, bool) or not isinstance(unit, int) for unit in kept):

@@ -42,6 +42,8 @@ def bias(
     Adds a bias where there was none; such a model measures in memory but its architecture can't save it.
     """
     K, P = _split(weight, kept)
+    if len(P) == 0:
+        return weight, bias
     correction = weight[:, P].double() @ statistics.mean[P]
     old = torch.zeros_like(correction) if bias is None else bias.double()
     return weight[:, K], old + correction
@@ -68,10 +70,8 @@ def least_squares(
     K, P = _split(weight, kept)
     if len(P) == 0:
         return weight, bias
-    second_moment = statistics.require_gram() / statistics.num_tokens
+    second_moment = statistics.second_moment(centred=bias is not None)
     mean = statistics.mean
-    if bias is not None:
-        second_moment = second_moment - torch.outer(mean, mean)
     W = weight.double()
     # A layer whose inputs never move needs no correction; the floor only keeps the system solvable then.
     scale = max(float(second_moment.diagonal().mean()), torch.finfo(torch.float64).tiny)

@@ -241,7 +241,10 @@ def _hub_records(reference: str, stream: Iterable[Record]) -> Iterator[Record]:
 
 
 def _hub_error(reference: str, error: Exception) -> DataError:
-    if isinstance(error, GatedRepoError) or "gated" in str(error).lower():
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    # The client's words on a repository that is not there name gated ones too; those of `datasets` don't.
+    gated = isinstance(error, DatasetNotFoundError) and "gated" in str(error)
+    if gated or isinstance(error, GatedRepoError):
         what = "the dataset is gated; ask for access on its page, then log in with `hf auth login`"
     elif isinstance(error, (RepositoryNotFoundError, DatasetNotFoundError)):
         what = (
@@ -253,6 +256,8 @@ def _hub_error(reference: str, error: Exception) -> DataError:
             "there is no such file, and the Hub can't be reached; check the path, or the network and HF_HUB_OFFLINE, "
             "or give a local file"
         )
+    elif status == 429 or status >= 500:
+        what = "the Hub does not answer now; try again in some minutes"
     else:
         what = "the Hub dataset can't be read; check config and split (id[:config][@split])"
     return DataError(f"{reference}: {what} ({type(error).__name__}: {error})")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,11 +35,13 @@ class TargetWeights:
         output: Weight of the output projection, [out_features, in_features].
         unit_size: Input features a unit, contiguous: unit u owns features u * unit_size to (u + 1) * unit_size.
         input_magnitude: Sum of |w| over each unit's weights in the input projections, [units], float64.
+        has_bias: Whether the output projection has a bias, which takes up the mean of what is removed.
     """
 
     output: torch.Tensor
     unit_size: int
     input_magnitude: torch.Tensor
+    has_bias: bool = False
 
     @property
     def num_units(self) -> int:
@@ -48,7 +50,7 @@ class TargetWeights:
 
     def cpu(self) -> TargetWeights:
         """The same on the CPU, where scoring runs: float64 is at home there, and the matrices are small."""
-        return TargetWeights(self.output.cpu(), self.unit_size, self.input_magnitude.cpu())
+        return replace(self, output=self.output.cpu(), input_magnitude=self.input_magnitude.cpu())
 
     def per_unit(self, per_feature: torch.Tensor) -> torch.Tensor:
         """Sum a per-feature quantity, [in_features], over the features of each unit: [units]."""
@@ -64,7 +66,9 @@ class TargetStatistics:
         sum: Sum of x, [in_features], float64.
         sum_abs: Sum of |x|, [in_features], float64.
         sum_squares: Sum of x^2, [in_features], float64.
-        gram: X^T X, [in_features, in_features], float32; None if not asked for.
+        gram: (X - pivot)^T (X - pivot), [in_features, in_features], float32; None if not asked for.
+        pivot: A point near the mean, [in_features], float64, where the covariance is wanted: it would drown in the
+            float32 rounding of X^T X when the mean is large beside the spread. None: the origin.
         taylor: Sum of |w * dL/dw| over each unit's weights, [units], float64; None if not asked for.
     """
 
@@ -74,6 +78,7 @@ class TargetStatistics:
     sum_squares: torch.Tensor
     gram: torch.Tensor | None = None
     taylor: torch.Tensor | None = None
+    pivot: torch.Tensor | None = None
 
     @property
     def mean(self) -> torch.Tensor:
@@ -85,15 +90,24 @@ class TargetStatistics:
         """Biased variance of x, [in_features], float64, not below 0."""
         return (self.sum_squares / self.num_tokens - self.mean**2).clamp_min(0)
 
-    def require_gram(self) -> torch.Tensor:
-        """The Gram matrix in float64.
+    def second_moment(self, *, centred: bool = False) -> torch.Tensor:
+        """X^T X / n, or the covariance of x, [in_features, in_features], float64.
+
+        Args:
+            centred: The covariance: for a projection whose bias takes up the mean.
 
         Raises:
             DataError: It was not collected.
         """
         if self.gram is None:
             raise DataError("These statistics hold no Gram matrix; calibrate with statistics={'gram'}.")
-        return self.gram.double()
+        if self.pivot is None and not centred:
+            return self.gram.double() / self.num_tokens
+        pivot = torch.zeros_like(self.sum) if self.pivot is None else self.pivot
+        # E[(x - p)(x - p)^T] = Cov + d d^T with d = mean - p, and E[x x^T] = Cov + mean mean^T.
+        shift = self.mean - pivot
+        covariance = self.gram.double() / self.num_tokens - torch.outer(shift, shift)
+        return covariance if centred else covariance + torch.outer(self.mean, self.mean)
 
     def check_finite(self, where: str) -> None:
         """Raise if any sum is NaN or Inf (`topk` ranks NaN highest, so it would silently choose the survivors).
@@ -113,7 +127,7 @@ class TargetStatistics:
                 )
 
 
-_TENSORS = ("sum", "sum_abs", "sum_squares", "gram", "taylor")
+_TENSORS = ("sum", "sum_abs", "sum_squares", "gram", "taylor", "pivot")
 
 
 @dataclass
@@ -152,12 +166,14 @@ class CalibrationStats:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["calibration_stats"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
+                # Cloned: they map the file, and saving over it would pull the memory from under them.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return cls(_group(tensors, header["counts"]), header["num_samples"], header["num_tokens"])
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise DataError(
-                f"{path} is not a statistics file ({error}); write one with CalibrationStats.save."
+                f"{path} is not a statistics file ({type(error).__name__}: {error}); write one with "
+                f"CalibrationStats.save."
             ) from error
-        return cls(_group(tensors, header["counts"]), header["num_samples"], header["num_tokens"])
 
 
 def _group(tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> dict[Key, TargetStatistics]:

@@ -240,9 +240,9 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | No
     for index, block in enumerate(blocks(model, spec)):
         _prune_block(index, block, f"{spec.layers}.{index}", state, spec, geometry, plan, repair)
     unsavable = _add_missing_biases(smaller, state, spec)
-    originals = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    originals = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     for name, tensor in state.items():
-        if tensor.data_ptr() == originals.get(name):
+        if tensor.untyped_storage().data_ptr() in originals:  # as it was, or a repair gave a view of it
             state[name] = tensor.clone()
     smaller.load_state_dict(state, strict=False, assign=True)
     smaller.tie_weights()

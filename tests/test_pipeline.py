@@ -70,7 +70,7 @@ def test_asked_and_achieved_and_the_input_model_untouched(model, tokenizer):
 
 def test_same_inputs_and_seed_give_the_same_plan_and_weights(model, tokenizer):
     first, second = (run(model, tokenizer, mlp_ratio=0.3, criterion="random") for _ in range(2))
-    other = run(model, tokenizer, mlp_ratio=0.3, criterion="random", seed=1)
+    other = run(model, tokenizer, mlp_ratio=0.3, criterion="random", pruning_seed=1)
     assert first.plan == second.plan
     assert first.plan.sha256 != other.plan.sha256
     weights = second.model.state_dict()

@@ -49,6 +49,9 @@ class ContextPrunedConfigMixin:
         """
         spec, overrides = self.spec, self.width_overrides()
         dense = {name: self._dense_value(name) for name in (spec.width, spec.query_heads, spec.kv_heads) if name}
+        for name, value in dense.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; the dense parent's width must be an integer of at least 1.")
         ratio = dense[spec.query_heads] // dense[spec.kv_heads] if spec.kv_heads else 1
         for layer, values in overrides.items():
             unknown = sorted(set(values) - set(dense))

@@ -74,14 +74,13 @@ def narrow_block(block: nn.Module, spec: ArchSpec, geometry: Geometry, dense: La
         set_attention_sizes(block, spec, geometry, target.kv_groups)
 
 
-def check_header(folder: str, spec: ArchSpec, geometry: Geometry, prefix: str = "") -> None:
+def check_header(folder: str, spec: ArchSpec, geometry: Geometry) -> None:
     """Compare the config's widths with the shapes in the safetensors headers, before any weight is read.
 
     Args:
         folder: A local model folder.
         spec: The architecture.
         geometry: Sizes from the config.
-        prefix: Prefix of the tensor names.
 
     Raises:
         ValueError: A layer of the config is wider or narrower than its weights.
@@ -95,8 +94,8 @@ def check_header(folder: str, spec: ArchSpec, geometry: Geometry, prefix: str = 
         query_features = widths.kv_groups * geometry.queries_per_group * geometry.head_dim
         expected = {spec.mlp_output: widths.neurons, spec.attention_output: query_features}
         for path, features in expected.items():
-            name = f"{prefix}{spec.layers}.{index}.{path}.weight"
-            if name in shapes and features not in shapes[name]:
+            name = f"{spec.layers}.{index}.{path}.weight"
+            if name in shapes and features != shapes[name][0 if spec.transposed else 1]:
                 raise ValueError(
                     f"config.json gives layer {index} {features} input features for {path}, but the weights in "
                     f"{os.path.basename(os.path.normpath(folder))} have shape {list(shapes[name])}: the config does "

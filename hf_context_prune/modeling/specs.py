@@ -55,6 +55,7 @@ class ArchSpec:
         kv_heads: Config attribute with the number of key/value heads; None where every query head has its own.
         attention_attributes: Attributes of the attention module that hold a size, with ``"heads"`` (query heads) or
             ``"features"`` (query heads x head_dim): set anew when heads are removed.
+        transposed: Whether projections store their weight as [in_features, out_features] (`Conv1D` of GPT-2).
     """
 
     model_type: str
@@ -70,6 +71,7 @@ class ArchSpec:
     query_heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
     attention_attributes: tuple[tuple[str, str], ...] = ()
+    transposed: bool = False
 
 
 def _llama_like(model_type: str, name: str, config_class: str | None = None) -> ArchSpec:
@@ -134,6 +136,7 @@ SPECS: dict[str, ArchSpec] = {
             query_heads="n_head",
             kv_heads=None,
             attention_attributes=(("num_heads", "heads"), ("split_size", "features")),
+            transposed=True,
         ),
     )
 }

@@ -1,0 +1,447 @@
+"""Budget -> widths -> kept units: property tests, and brute force where the cases are small."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hf_context_prune.allocation import (
+    Budget,
+    adaptive_widths,
+    removed_params,
+    round_half_up,
+    select_units,
+    uniform_widths,
+)
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError, NumericsError
+from hf_context_prune.modeling.specs import Geometry, LayerWidths
+
+COSTS = {"mlp": 3, "attention": 100}
+quick = settings(max_examples=150, deadline=None)
+
+
+def geometry(*layers):
+    """Of (neurons, KV groups) pairs."""
+    return Geometry(hidden_size=16, head_dim=4, queries_per_group=2, layers=tuple(LayerWidths(*x) for x in layers))
+
+
+def total_params(shape, costs, *, rest=1000):
+    """Units and what can't be pruned."""
+    return rest + removed_params(shape.layers, [LayerWidths(0, 0)] * len(shape.layers), costs)
+
+
+def uniform(shape, costs, total, *, stock_groups=(), **options):
+    config = PrunerConfig(**options)
+    return uniform_widths(shape, costs, Budget.of(config, total), config, stock_groups=stock_groups)
+
+
+shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=4).map(lambda x: geometry(*x))
+equal_shapes = st.tuples(st.integers(1, 3), st.integers(1, 60), st.integers(1, 6)).map(
+    lambda x: geometry(*[x[1:]] * x[0])
+)
+all_costs = st.fixed_dictionaries({"mlp": st.integers(1, 50), "attention": st.integers(1, 500)})
+ratios = st.integers(0, 999).map(lambda thousandths: thousandths / 1000)
+multiples = st.integers(1, 12)
+
+
+def allowed_neurons(width, multiple):
+    """The whole width and the multiples below it, widest first."""
+    return [width, *(n for n in range(width - 1, 0, -1) if n % multiple == 0)]
+
+
+# Uniform widths
+
+
+@quick
+@given(equal_shapes, all_costs, ratios, multiples)
+def test_a_share_is_met_by_the_widest_allowed_widths(shape, costs, ratio, multiple):
+    total = total_params(shape, costs)
+    asked = math.ceil(Fraction(str(ratio)) * total)
+    dense = shape.layers[0]
+    expected = next(
+        (
+            n
+            for n in allowed_neurons(dense.neurons, multiple)
+            if len(shape.layers) * costs["mlp"] * (dense.neurons - n) >= asked
+        ),
+        None,
+    )
+    if expected is None:
+        with pytest.raises(BudgetError):
+            uniform(shape, costs, total, pruning_ratio=ratio, round_to=multiple)
+        return
+    widths = uniform(shape, costs, total, pruning_ratio=ratio, round_to=multiple)
+    assert set(widths) == {LayerWidths(expected, dense.kv_groups)}
+
+
+@quick
+@given(shapes, all_costs, ratios, multiples)
+def test_layers_of_different_widths_share_alike(shape, costs, ratio, multiple):
+    total = total_params(shape, costs)
+    asked = math.ceil(Fraction(str(ratio)) * total)
+    try:
+        widths = uniform(shape, costs, total, pruning_ratio=ratio, round_to=multiple)
+    except BudgetError:
+        assume(False)
+    removed = removed_params(shape.layers, widths, costs)
+    assert removed >= asked
+    assert removed - asked < len(widths) * costs["mlp"] * multiple  # one step: at most a multiple in every layer
+    for dense, width in zip(shape.layers, widths, strict=True):
+        assert width.kv_groups == dense.kv_groups
+        assert width.neurons in allowed_neurons(dense.neurons, multiple)
+
+
+@quick
+@given(shapes, ratios, multiples)
+def test_mlp_ratio_is_exact(shape, ratio, multiple):
+    expected = []
+    for dense in shape.layers:
+        left = dense.neurons - math.floor(dense.neurons * Fraction(str(ratio)) + Fraction(1, 2))
+        allowed = allowed_neurons(dense.neurons, multiple)
+        expected.append(next((n for n in allowed if n <= left), allowed[-1]))
+    dense = [layer.neurons for layer in shape.layers]
+    if ratio > 0 and expected == dense:
+        with pytest.raises(BudgetError, match=f"mlp_ratio is {ratio}, which removes no neuron: .*{max(dense)}"):
+            uniform(shape, COSTS, 10_000, mlp_ratio=ratio, round_to=multiple)
+        return
+    widths = uniform(shape, COSTS, 10_000, mlp_ratio=ratio, round_to=multiple)
+    assert [width.neurons for width in widths] == expected
+    assert [width.kv_groups for width in widths] == [layer.kv_groups for layer in shape.layers]
+
+
+@pytest.mark.parametrize("neurons", [4, 40, 1536, 8192])
+def test_a_quarter_is_a_quarter(neurons):
+    (width,) = uniform(geometry((neurons, 3)), COSTS, 10**6, mlp_ratio=0.25)
+    assert width == LayerWidths(neurons * 3 // 4, 3)
+
+
+def test_round_half_up():
+    assert [round_half_up(value) for value in (0.0, 0.49, 0.5, 1.5, 2.5, 2.4999)] == [0, 0, 1, 2, 3, 2]
+    assert round_half_up(0.35 * 10) == 4  # 3.5 in decimal
+    assert round_half_up(0.145 * 100) == 15  # 14.499999999999998 in binary
+
+
+def test_mlp_ratio_that_removes_nothing_names_one_that_does():
+    shape = geometry((41, 2), (30, 2))
+    with pytest.raises(BudgetError, match=r"mlp_ratio is 0\.001") as error:
+        uniform(shape, COSTS, 10_000, mlp_ratio=0.001)
+    least = float(re.search(r"at least ([\d.]+)", str(error.value))[1])
+    assert uniform(shape, COSTS, 10_000, mlp_ratio=least)[0].neurons == 40
+    with pytest.raises(BudgetError, match=r"round_to is 64.*below 41"):
+        uniform(shape, COSTS, 10_000, mlp_ratio=0.5, round_to=64)
+
+
+@quick
+@given(shapes, ratios)
+def test_attention_ratio_rounds_half_up_and_keeps_one_group(shape, ratio):
+    expected = [
+        max(1, dense.kv_groups - math.floor(dense.kv_groups * Fraction(str(ratio)) + Fraction(1, 2)))
+        for dense in shape.layers
+    ]
+    counts = [dense.kv_groups for dense in shape.layers]
+    stuck = any(kept == count > 1 for count, kept in zip(counts, expected, strict=True))
+    if ratio > 0 and (stuck or max(counts) == 1):
+        with pytest.raises(BudgetError, match=f"attention_ratio is {ratio}, (which removes no KV group|but every)"):
+            uniform(shape, COSTS, 10_000, attention_ratio=ratio)
+        return
+    widths = uniform(shape, COSTS, 10_000, attention_ratio=ratio)
+    assert [width.kv_groups for width in widths] == expected
+    assert [width.neurons for width in widths] == [dense.neurons for dense in shape.layers]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 8])
+def test_attention_ratio_that_removes_nothing_names_those_that_do(groups):
+    shape = geometry((10, groups))
+    with pytest.raises(BudgetError, match=f"attention_ratio is 0.01.*have {groups}") as error:
+        uniform(shape, COSTS, 10_000, attention_ratio=0.01)
+    named = [float(x) for x in re.findall(r"\d\.\d{3}", str(error.value))]
+    kept = [uniform(shape, COSTS, 10_000, attention_ratio=ratio)[0].kv_groups for ratio in named]
+    assert kept == list(range(groups, 0, -1))
+
+
+@quick
+@given(equal_shapes, all_costs, ratios, ratios)
+def test_share_with_a_fixed_attention_ratio(shape, costs, ratio, attention_ratio):
+    total = total_params(shape, costs)
+    try:
+        (alone, *_) = uniform(shape, costs, total, attention_ratio=attention_ratio)
+        widths = uniform(shape, costs, total, pruning_ratio=ratio, attention_ratio=attention_ratio)
+    except BudgetError:
+        assume(False)
+    assert {width.kv_groups for width in widths} == {alone.kv_groups}
+    removed, asked = removed_params(shape.layers, widths, costs), ratio * total
+    assert removed >= asked - 1e-6
+    if widths[0].neurons < shape.layers[0].neurons:
+        assert removed - asked < len(widths) * costs["mlp"]
+    else:  # the attention alone gave enough
+        assert removed == removed_params(shape.layers, [alone] * len(widths), costs)
+
+
+@quick
+@given(equal_shapes, all_costs, ratios, ratios, multiples)
+def test_share_with_a_fixed_mlp_ratio(shape, costs, ratio, mlp_ratio, multiple):
+    total = total_params(shape, costs)
+    try:
+        (alone, *_) = uniform(shape, costs, total, mlp_ratio=mlp_ratio, round_to=multiple)
+        widths = uniform(shape, costs, total, pruning_ratio=ratio, mlp_ratio=mlp_ratio, round_to=multiple)
+    except BudgetError:
+        assume(False)
+    assert {width.neurons for width in widths} == {alone.neurons}
+    assert min(width.kv_groups for width in widths) >= 1
+    removed, asked = removed_params(shape.layers, widths, costs), ratio * total
+    assert removed >= asked - 1e-6
+    if widths[0].kv_groups < shape.layers[0].kv_groups:
+        assert removed - asked < len(widths) * costs["attention"]
+
+
+@quick
+@given(equal_shapes, all_costs, st.data())
+def test_target_params(shape, costs, data):
+    total = total_params(shape, costs)
+    target = data.draw(st.integers(1, total))
+    try:
+        widths = uniform(shape, costs, total, target_params=target)
+    except BudgetError:
+        assert total - target > len(shape.layers) * costs["mlp"] * (shape.layers[0].neurons - 1)
+        return
+    left = total - removed_params(shape.layers, widths, costs)
+    assert target - len(widths) * costs["mlp"] < left <= target
+
+
+def test_budget():
+    assert Budget.of(PrunerConfig(pruning_ratio=0.2), 5) == Budget(5, 1, 0.2)  # 0.2 * 5 is a little above 1 in binary
+    assert Budget.of(PrunerConfig(pruning_ratio=0.2), 11) == Budget(11, 3, 0.2)
+    assert Budget.of(PrunerConfig(pruning_ratio=0), 11) == Budget(11, 0, 0)
+    assert Budget.of(PrunerConfig(target_params=8), 10) == Budget(10, 2, 0.2)
+    assert Budget.of(PrunerConfig(mlp_ratio=0.5), 10) == Budget(10, None, None)
+    with pytest.raises(BudgetError, match=r"target_params is 2,000, but the model has only 1,000"):
+        Budget.of(PrunerConfig(target_params=2000), 1000)
+
+
+def named_maximum(error):
+    count, share = re.search(r"at most ([\d,]+) \((\d\.\d{4})\)", str(error)).groups()
+    return int(count.replace(",", "")), float(share)
+
+
+unreachable = st.sampled_from(
+    [{}, {"attention_ratio": 0.5}, {"mlp_ratio": 0.5}, {"round_to": 7}, {"attention_ratio": 0.9, "round_to": 3}]
+)
+
+
+@quick
+@given(equal_shapes, all_costs, unreachable)
+def test_the_named_maximum_can_be_reached(shape, costs, options):
+    total = total_params(shape, costs)
+    with pytest.raises(BudgetError) as error:
+        uniform(shape, costs, total, target_params=1, **options)
+    assume(
+        "removes no" not in str(error.value) and "single KV group" not in str(error.value)
+    )  # the unit's own ratio was refused
+    most, share = named_maximum(error.value)
+    widths = uniform(shape, costs, total, target_params=total - most, **options)
+    assert removed_params(shape.layers, widths, costs) == most
+    assert removed_params(shape.layers, uniform(shape, costs, total, pruning_ratio=share, **options), costs) <= most
+    with pytest.raises(BudgetError):
+        uniform(shape, costs, total, target_params=total - most - 1, **options)
+
+
+@quick
+@given(equal_shapes, all_costs, st.sampled_from([(), (2, 4)]))
+def test_the_hint_at_attention_can_be_reached(shape, costs, stock):
+    groups = shape.layers[0].kv_groups
+    stock = [n for n in {*stock, groups} if n <= groups] if stock else []
+    total = total_params(shape, costs, rest=10)
+    with pytest.raises(BudgetError) as error:
+        uniform(shape, costs, total, target_params=1, stock_groups=stock)
+    hint = re.search(r"With --attention-ratio as well, up to (\d\.\d{4}) can", str(error.value))
+    if min(stock, default=1) == groups:
+        assert hint is None
+        return
+    most = 1 - min(stock, default=1) / groups
+    uniform(shape, costs, total, pruning_ratio=float(hint[1]), attention_ratio=most, stock_groups=stock)
+
+
+def test_stock_groups():
+    shape, stock = geometry((20, 8), (20, 8)), [2, 4, 8]
+    total = total_params(shape, COSTS)
+
+    def groups(**options):
+        return [width.kv_groups for width in uniform(shape, COSTS, total, stock_groups=stock, **options)]
+
+    assert groups(attention_ratio=0.25) == [4, 4]  # six would do; four is the next that stays stock
+    assert groups(attention_ratio=0.5) == [4, 4]
+    assert groups(attention_ratio=0) == [8, 8]
+    with pytest.raises(BudgetError, match=r"leaves 1 of 8 KV groups.*hold 2, 4, 8"):
+        groups(attention_ratio=0.9)
+    # removing `n` groups in two layers is 200 n parameters
+    for removed, expected in ((0, 8), (1, 4), (800, 4), (801, 2), (1200, 2)):
+        assert groups(mlp_ratio=0, target_params=total - removed) == [expected] * 2
+    with pytest.raises(BudgetError, match="at most 1,200"):
+        groups(mlp_ratio=0, target_params=total - 1201)
+
+
+# Adaptive widths
+
+
+def at(curve, kept):
+    """The curve between its points, by hand."""
+    for (wide, low), (narrow, high) in itertools.pairwise(curve):
+        if narrow <= kept <= wide:
+            return low + (high - low) * (wide - kept) / (wide - narrow)
+    return curve[0][1] if kept == curve[0][0] else math.inf
+
+
+@st.composite
+def convex_problems(draw):
+    """(geometry, convex curves, costs)."""
+    layers, curves = [], {}
+    for layer in range(draw(st.integers(1, 3))):
+        widths = {}
+        for target, most in (("mlp", 9), ("attention", 4)):
+            total = draw(st.integers(2, most))
+            widths[target] = total
+            below = draw(st.sets(st.integers(1, total - 1), min_size=1))
+            points = [total, *sorted(below, reverse=True)]
+            slopes = sorted(draw(st.lists(st.integers(0, 20), min_size=len(below), max_size=len(below))))
+            curve = [(total, 0.0)]
+            for (wide, narrow), slope in zip(itertools.pairwise(points), slopes, strict=True):
+                curve.append((narrow, curve[-1][1] + slope * (wide - narrow)))
+            if draw(st.booleans()) or target == "mlp":
+                curves[layer, target] = tuple(curve)
+        layers.append((widths["mlp"], widths["attention"]))
+    costs = {"mlp": draw(st.integers(1, 4)), "attention": draw(st.integers(1, 9))}
+    return geometry(*layers), curves, costs
+
+
+def loss_of(curves, widths):
+    kept = {"mlp": lambda w: w.neurons, "attention": lambda w: w.kv_groups}
+    return sum(at(curve, kept[target](widths[layer])) for (layer, target), curve in curves.items())
+
+
+@quick
+@given(convex_problems(), st.data())
+def test_adaptive_widths_are_optimal_up_to_one_unit(problem, data):
+    shape, curves, costs = problem
+    reachable = sum(costs[target] * (curve[0][0] - curve[-1][0]) for (_, target), curve in curves.items())
+    asked = data.draw(st.integers(0, reachable))
+    widths = adaptive_widths(curves, shape, costs, asked)
+    removed = removed_params(shape.layers, widths, costs)
+    assert asked <= removed < asked + max(costs.values())
+
+    # Every choice of units to remove; states are (parameters, least loss), since the sum is additive.
+    best = {0: 0.0}
+    for (_, target), curve in curves.items():
+        states: dict[int, float] = {}
+        for gone in range(curve[0][0] - curve[-1][0] + 1):
+            loss = at(curve, curve[0][0] - gone)
+            for params, sofar in best.items():
+                key = params + gone * costs[target]
+                states[key] = min(states.get(key, math.inf), sofar + loss)
+        best = states
+    optimum = min(loss for params, loss in best.items() if params >= asked)
+    dearest = max(
+        (high - low) / (wide - narrow)
+        for curve in curves.values()
+        for (wide, low), (narrow, high) in itertools.pairwise(curve)
+    )
+    assert optimum - 1e-9 <= loss_of(curves, widths) <= optimum + dearest + 1e-9
+    if len({costs[target] for _, target in curves}) == 1:
+        assert loss_of(curves, widths) <= optimum + 1e-9  # units of one size: exactly optimal
+
+
+@quick
+@given(convex_problems(), st.integers(1, 4), st.data())
+def test_adaptive_widths_are_rounded(problem, multiple, data):
+    shape, curves, costs = problem
+    try:
+        adaptive_widths(curves, shape, costs, 10**6, round_to=multiple)
+    except BudgetError as error:
+        most = int(re.search(r"at most ([\d,]+)", str(error))[1].replace(",", ""))
+    asked = data.draw(st.integers(0, most))
+    widths = adaptive_widths(curves, shape, costs, asked, round_to=multiple)
+    removed = removed_params(shape.layers, widths, costs)
+    assert asked <= removed < asked + max(costs["mlp"] * multiple, costs["attention"])
+    for dense, width in zip(shape.layers, widths, strict=True):
+        assert width.neurons in allowed_neurons(dense.neurons, multiple)
+        assert 1 <= width.kv_groups <= dense.kv_groups
+    with pytest.raises(BudgetError, match=f"at most {most:,}"):
+        adaptive_widths(curves, shape, costs, most + 1, round_to=multiple)
+
+
+def test_curves_that_are_not_convex_are_hulled():
+    curves = {(0, "mlp"): ((8, 0.0), (6, 5.0), (4, 1.0)), (1, "mlp"): ((8, 0.0), (4, 1.2))}
+    shape, costs = geometry((8, 1), (8, 1)), {"mlp": 1, "attention": 1}
+    # The first layer's way to 4 costs 0.25 a neuron, whatever 6 was measured at; the second's costs 0.3.
+    assert [w.neurons for w in adaptive_widths(curves, shape, costs, 4)] == [4, 8]
+    assert [w.neurons for w in adaptive_widths(curves, shape, costs, 6)] == [4, 6]
+
+
+def test_losses_that_fall_are_free_and_not_a_credit():
+    curves = {(0, "mlp"): ((8, 0.0), (6, -3.0), (4, 1.0)), (1, "mlp"): ((8, 0.0), (4, 3.2))}
+    shape, costs = geometry((8, 1), (8, 1)), {"mlp": 1, "attention": 1}
+    assert [w.neurons for w in adaptive_widths(curves, shape, costs, 2)] == [6, 8]
+    # From 6 to 4 it counts from 0 to 1 (0.5 a neuron, before the other's 0.8), not from -3 to 1 (2 a neuron).
+    assert [w.neurons for w in adaptive_widths(curves, shape, costs, 4)] == [4, 8]
+
+
+def test_the_cheaper_unit_by_parameters_goes_first():
+    curves = {(0, "mlp"): ((8, 0.0), (4, 4.0)), (0, "attention"): ((4, 0.0), (2, 4.0))}
+    shape = geometry((8, 4))
+    assert adaptive_widths(curves, shape, {"mlp": 1, "attention": 10}, 10) == (LayerWidths(8, 3),)
+    assert adaptive_widths(curves, shape, {"mlp": 4, "attention": 4}, 4) == (LayerWidths(7, 4),)
+
+
+def test_adaptive_layers_without_a_curve_stay_whole():
+    curves = {(1, "mlp"): ((8, 0.0), (2, 1.0))}
+    shape = geometry((8, 3), (8, 3))
+    assert adaptive_widths(curves, shape, COSTS, 6) == (LayerWidths(8, 3), LayerWidths(6, 3))
+    with pytest.raises(BudgetError, match=r"Asked to remove 19 .*at most 18.*--allocation uniform"):
+        adaptive_widths(curves, shape, COSTS, 19)
+
+
+# Selection
+
+
+def select(scores, keep, *, total=None):
+    total = total or len(scores)
+    shape = geometry((total, 1))
+    plan = select_units({(0, "mlp"): torch.tensor(scores, dtype=torch.float64)}, shape, [LayerWidths(keep, 1)])
+    return plan[0].neurons
+
+
+def test_the_most_important_are_kept_and_of_equals_the_first():
+    assert select([0.1, 3.0, 2.0, 5.0], 2) == (1, 3)
+    assert select([1.0, 1.0, 1.0, 1.0], 2) == (0, 1)
+    assert select([2.0, 1.0, 2.0, 1.0, 1.0], 3) == (0, 1, 2)
+    assert select([0.0, -0.0, 0.0], 1) == (0,)
+    assert select([1.0] * 5000, 7) == tuple(range(7))  # long enough for an unstable sort to show
+
+
+@quick
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=30), st.data())
+def test_selection_equals_sorting_by_hand(scores, data):
+    keep = data.draw(st.integers(1, len(scores) - 1))
+    expected = sorted(sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))[:keep])
+    assert select([float(x) for x in scores], keep) == tuple(expected)
+    assert select([float(x) for x in scores], keep) == select([float(x) for x in scores], keep)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_importance_that_is_not_finite_is_refused(bad):
+    with pytest.raises(NumericsError, match=r"layer 0 \(mlp\).*nothing was chosen"):
+        select([1.0, bad, 2.0], 2)
+
+
+def test_targets_that_lose_nothing_need_no_importance():
+    shape = geometry((3, 2), (3, 2))
+    widths = [LayerWidths(3, 1), LayerWidths(3, 2)]
+    plan = select_units({(0, "attention"): torch.tensor([1.0, 2.0])}, shape, widths)
+    assert [(layer.neurons, layer.kv_groups) for layer in plan] == [((0, 1, 2), (1,)), ((0, 1, 2), (0, 1))]
