@@ -195,7 +195,10 @@ def _hub_error(source: str, revision: str | None, error: Exception) -> LoadError
     elif isinstance(error, HFValidationError):
         what = "is neither a local folder or file nor a Hub id (owner/name)"
     else:
-        what = "is not whole in the cache and can't be fetched from the Hub; check the network and HF_HUB_OFFLINE"
+        what = (
+            "is not whole in the cache and can't be fetched from the Hub; check the network and HF_HUB_OFFLINE, or try "
+            "again later"
+        )
     return LoadError(f"{source!r} {what} ({type(error).__name__}: {error})")
 
 

@@ -256,7 +256,7 @@ def _hub_error(reference: str, error: Exception) -> DataError:
             "there is no such file, and the Hub can't be reached; check the path, or the network and HF_HUB_OFFLINE, "
             "or give a local file"
         )
-    elif status == 429 or status >= 500:
+    elif status == 429 or status >= 500 or "LocalEntryNotFoundError" in str(error):  # what `datasets` makes of a 503
         what = "the Hub does not answer now; try again in some minutes"
     else:
         what = "the Hub dataset can't be read; check config and split (id[:config][@split])"
