@@ -36,9 +36,11 @@ __all__ = [
     "blocks",
     "check_supported",
     "input_magnitude",
+    "is_parallel",
     "output_projection",
     "output_weight",
     "read_geometry",
+    "residual_scale",
     "spec_of",
     "unit_costs",
     "unit_size",
@@ -130,6 +132,16 @@ def output_weight(projection: nn.Module) -> torch.Tensor:
     """The weight of a projection as [out_features, in_features], a view where it is stored transposed."""
     weight: torch.Tensor = projection.weight.detach()  # type: ignore[union-attr,operator,assignment]
     return weight.T if is_transposed(projection) else weight
+
+
+def is_parallel(config: PreTrainedConfig, spec: ArchSpec) -> bool:
+    """Whether attention and MLP of a block both read the block's input."""
+    return bool(getattr(config, spec.parallel)) if isinstance(spec.parallel, str) else spec.parallel
+
+
+def residual_scale(config: PreTrainedConfig, spec: ArchSpec) -> float:
+    """Factor on a sub-layer's output before it is added to the residual stream."""
+    return 1.0 if spec.residual_multiplier is None else float(getattr(config, spec.residual_multiplier))
 
 
 def unit_size(geometry: Geometry, target: Target) -> int:

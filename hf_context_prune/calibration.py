@@ -58,17 +58,32 @@ def check_weights_finite(model: nn.Module) -> None:
             )
 
 
+def weights_of_block(
+    block: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int
+) -> TargetWeights:
+    """The weights of one target of a block, as a criterion sees them (the output weight is a view).
+
+    Args:
+        block: One transformer block.
+        spec: The architecture.
+        geometry: Sizes of the model.
+        target: Which units.
+        groups: KV groups of this block.
+    """
+    projection = output_projection(block, spec, target)
+    return TargetWeights(
+        output=output_weight(projection),
+        unit_size=unit_size(geometry, target),
+        input_magnitude=input_magnitude(block, spec, geometry, target, groups),
+        has_bias=projection.bias is not None,
+    )
+
+
 def weights_of(model: PreTrainedModel, layer: int, target: Target) -> TargetWeights:
     """The weights of one target of one layer, as a criterion sees them (the output weight is a view)."""
     spec = check_supported(model)
     geometry = read_geometry(model.config, spec)
-    block = blocks(model, spec)[layer]
-    return TargetWeights(
-        output=output_weight(output_projection(block, spec, target)),
-        unit_size=unit_size(geometry, target),
-        input_magnitude=input_magnitude(block, spec, geometry, target, geometry.layers[layer].kv_groups),
-        has_bias=output_projection(block, spec, target).bias is not None,
-    )
+    return weights_of_block(blocks(model, spec)[layer], spec, geometry, target, geometry.layers[layer].kv_groups)
 
 
 class _Collector:
@@ -129,7 +144,12 @@ def _hooked(
             handle.remove()
 
 
-def _prepare(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torch.Tensor | None]:
+def prepare_batch(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torch.Tensor | None]:
+    """A batch as the model takes it, and its mask of unpadded positions, [batch * length], or None without padding.
+
+    Raises:
+        DataError: A token id beyond the embedding.
+    """
     ids = batch["input_ids"]
     highest = int(ids.max()) if ids.numel() else -1
     if highest >= embedding_rows or (ids.numel() and int(ids.min()) < 0):
@@ -193,7 +213,7 @@ def calibrate(
             for index, batch in enumerate(
                 tqdm(batches, desc="Calibrating", unit="batch", name="hf_context_prune.calibration")
             ):
-                inputs, mask = _prepare(batch, index, rows)
+                inputs, mask = prepare_batch(batch, index, rows)
                 for collector in collectors.values():
                     collector.batch, collector.mask = index, None if mask is None else mask.to(model.device)
                 ids = inputs["input_ids"]
@@ -218,17 +238,8 @@ def calibrate(
     result = {}
     for key, collector in collectors.items():
         collector.statistics.check_finite(f"{collector.where}, all batches")
-        result[key] = _to_cpu(collector.statistics)
+        result[key] = collector.statistics.cpu()
     return CalibrationStats(result, num_samples, num_tokens)  # type: ignore[arg-type]
-
-
-def _to_cpu(stats: TargetStatistics) -> TargetStatistics:
-    tensors = {
-        name: None if value is None else value.cpu()
-        for name in ("sum", "sum_abs", "sum_squares", "gram", "taylor", "pivot")
-        for value in (getattr(stats, name),)
-    }
-    return TargetStatistics(stats.num_tokens, **tensors)  # type: ignore[arg-type]
 
 
 def _forward_step(model: PreTrainedModel, inputs: Batch) -> None:

@@ -138,7 +138,7 @@ def prune(
         str | None, typer.Option(help="random, magnitude, l1, wanda, flap, taylor or obs (default).")
     ] = None,
     reconstruction: Annotated[
-        str | None, typer.Option(help="none, bias or least_squares (default): how what is left is repaired.")
+        str | None, typer.Option(help="none, bias, least_squares or sequential: how what is left is repaired.")
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform (default), or adaptive: by each layer's measured effect on the loss.")

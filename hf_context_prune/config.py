@@ -16,7 +16,7 @@ import yaml
 from .errors import ConfigError
 
 CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", "obs"]
-ReconstructionName = Literal["none", "bias", "least_squares"]
+ReconstructionName = Literal["none", "bias", "least_squares", "sequential"]
 AllocationName = Literal["uniform", "adaptive"]
 
 DEFAULT_PRUNING_RATIO = 0.2
@@ -115,6 +115,11 @@ class PrunerConfig:
             raise ConfigError(
                 "mlp_ratio and attention_ratio together already fix the size; leave out pruning_ratio/target_params, "
                 "or one of the two."
+            )
+        if self.reconstruction == "sequential" and self.criterion == "taylor":
+            raise ConfigError(
+                "criterion='taylor' needs gradients, which the walk of reconstruction='sequential' does not have. Use "
+                "criterion='obs', or reconstruction='least_squares'."
             )
         if self.allocation == "adaptive" and self.stock:
             raise ConfigError("allocation='adaptive' gives layers different widths, which stock=True rules out.")

@@ -49,10 +49,11 @@ from .evaluation import (
     weight_bytes,
 )
 from .loading import LoadedModel, load_model, load_outline
-from .plan import PruningPlan, fingerprint
+from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
 from .saving import REPORT_NAME, estimate_bytes, staged_folder, write_model_folder
 from .sensitivity import measure_sensitivity
+from .sequential import prune_sequentially
 from .staging import resolve_target
 from .stats import CalibrationStats, Key, Repair
 from .surgery import StockFit, apply_plan, stock_fit
@@ -136,7 +137,7 @@ class PruneResult:
 def needed_statistics(config: PrunerConfig) -> frozenset[str]:
     """Which optional statistics a config's criterion and reconstruction read."""
     needs = set(get_criterion(config.criterion).needs)
-    if config.reconstruction in NEEDS_GRAM:
+    if config.reconstruction in NEEDS_GRAM or config.reconstruction == "sequential":
         needs.add("gram")
     return frozenset(needs)
 
@@ -177,7 +178,8 @@ def score_units(
 
 def repair_with(stats: CalibrationStats, config: PrunerConfig) -> Repair:
     """The reconstruction of a config, as `apply_plan` calls it."""
-    function = get_reconstruction(config.reconstruction)
+    # Where widths are measured for a walk to come, its one-shot kin stands in.
+    function = get_reconstruction("least_squares" if config.reconstruction == "sequential" else config.reconstruction)
 
     def repair(
         layer: int, target: str, weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int]
@@ -284,16 +286,63 @@ def make_plan(
     else:
         widths = plan_widths(model, config)
         importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
+    layers = select_units(importance, geometry, widths)
+    return _plan_of(model, layers, config, stats.num_samples, stats.num_tokens, provenance)
+
+
+def plan_and_repair(
+    model: PreTrainedModel,
+    samples: torch.Tensor,
+    config: PrunerConfig,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> tuple[PruningPlan, Repair]:
+    """Token blocks -> the plan, and the repair that goes with it: what [`apply_plan`][] takes.
+
+    Args:
+        model: The dense model.
+        samples: [blocks, length], int64.
+        config: All choices.
+        provenance: Goes into the plan, beside the config and versions.
+
+    Raises:
+        ContextPruneError: See `hf_context_prune.errors`.
+    """
+    batches, targets = batches_of(samples), needed_targets(config)
+    if config.reconstruction != "sequential" or config.allocation == "adaptive":
+        stats = calibrate(model, batches, targets=targets, statistics=needed_statistics(config))
+        plan = make_plan(model, stats, config, samples=samples, provenance=provenance)
+        if config.reconstruction != "sequential":
+            return plan, repair_with(stats, config)
+        widths = plan.widths  # measured with one-shot repairs; the walk chooses the units anew
+        del stats
+    else:
+        widths = plan_widths(model, config)
+    walk = prune_sequentially(
+        model, batches, widths, get_criterion(config.criterion), ridge=config.ridge, seed=config.pruning_seed
+    )
+    return _plan_of(model, walk.layers, config, walk.num_samples, walk.num_tokens, provenance), walk.repair
+
+
+def _plan_of(
+    model: PreTrainedModel,
+    layers: tuple[LayerPlan, ...],
+    config: PrunerConfig,
+    num_samples: int,
+    num_tokens: int,
+    provenance: Mapping[str, Any] | None,
+) -> PruningPlan:
+    spec = spec_of(model.config)
     return PruningPlan(
         model_type=spec.model_type,
-        dense=geometry.layers,
-        layers=select_units(importance, geometry, widths),
+        dense=read_geometry(model.config, spec).layers,
+        layers=layers,
         model_fingerprint=fingerprint(model),
         provenance={
             **(provenance or {}),
             "config": config.to_dict(),
-            "num_calibration_samples": stats.num_samples,
-            "num_calibration_tokens": stats.num_tokens,
+            "num_calibration_samples": num_samples,
+            "num_calibration_tokens": num_tokens,
             "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         },
     )
@@ -357,18 +406,14 @@ def prune(
     )
     losses = {"max_seq_length": config.max_seq_length, "max_tokens": options.max_tokens}
     base_losses = document_losses(base.model, base.tokenizer, held_out, **losses)  # type: ignore[arg-type]
-    stats = calibrate(
-        base.model, batches_of(samples), targets=needed_targets(config), statistics=needed_statistics(config)
-    )
     provenance = {
         "base_model": base.name,
         "base_revision": base.revision,
         "data": {"name": text.name, "revision": text.revision, "fingerprint": text.fingerprint},
     }
-    plan = make_plan(base.model, stats, config, samples=samples, provenance=provenance)
-    smaller = apply_plan(base.model, plan, repair=repair_with(stats, config)).eval()
-    num_tokens = stats.num_tokens
-    del stats
+    plan, repair = plan_and_repair(base.model, samples, config, provenance=provenance)
+    smaller = apply_plan(base.model, plan, repair=repair).eval()
+    del repair  # and the statistics with it
     gc.collect()
     pruned_losses = document_losses(smaller, base.tokenizer, held_out, **losses)  # type: ignore[arg-type]
     speed = measure_speed({"base": base.model, "pruned": smaller}) if options.speed else None
@@ -388,7 +433,7 @@ def prune(
         environment=Environment.current(str(smaller.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
         notes=(
-            f"Calibrated on {num_tokens:,} tokens of {text.name}.",
+            f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}.",
             f"Saved as {type(smaller).__name__}: {stock.reason}.",
         ),
     )

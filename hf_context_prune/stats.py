@@ -80,6 +80,11 @@ class TargetStatistics:
     taylor: torch.Tensor | None = None
     pivot: torch.Tensor | None = None
 
+    def cpu(self) -> TargetStatistics:
+        """The same on the CPU."""
+        moved = {name: value.cpu() for name in _TENSORS if (value := getattr(self, name)) is not None}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
     @property
     def mean(self) -> torch.Tensor:
         """Mean of x, [in_features], float64."""

@@ -23,7 +23,7 @@ LAYERS = [
         *("criteria", "allocation", "reconstruction", "calibration", "surgery", "vocabulary"),
         *("sensitivity", "staging", "demo_assets"),
     },
-    {"recovery", "evaluation", "saving", "loading"},
+    {"recovery", "evaluation", "saving", "loading", "sequential"},
     {"card", "hub"},
     {"pipeline", "callback"},
     {"cli", "demo"},

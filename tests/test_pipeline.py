@@ -153,6 +153,24 @@ def test_adaptive_widths_reach_the_budget(model, tokenizer):
     assert sum(w.kv_groups for w in both.plan.widths) == 3 * 2
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_the_sequential_walk_end_to_end(tokenizer, tmp_path, family, allocation):
+    options = {"mlp_ratio": 0.25, "attention_ratio": 0.34, "allocation": allocation, "reconstruction": "sequential"}
+    result = run(tiny_model(family), tokenizer, **options)
+    neurons = [w.neurons for w in result.plan.widths]
+    assert sum(neurons) == 3 * 30
+    assert allocation == "adaptive" or len(set(neurons)) == 1
+    folder = result.save_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(load_pruned(folder)(input_ids=ids).logits, result.model(input_ids=ids).logits)
+    loss = result.model(input_ids=ids, labels=ids).loss
+    loss.backward()  # the refitted weights are ordinary parameters
+    with pytest.raises(ConfigError, match="gradients"):
+        PrunerConfig(reconstruction="sequential", criterion="taylor")
+
+
 def test_dry_run_agrees_with_the_real_run(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -55,6 +55,9 @@ class ArchSpec:
         kv_heads: Config attribute with the number of key/value heads; None where every query head has its own.
         attention_attributes: Attributes of the attention module that hold a size, with ``"heads"`` (query heads) or
             ``"features"`` (query heads x head_dim): set anew when heads are removed.
+        post_norms: (target, module path) of the norms between a projection and the residual stream (Gemma 2 and 3).
+        residual_multiplier: Config attribute by which a sub-layer's output is scaled before it is added (Granite).
+        parallel: Whether attention and MLP both read the block's input; or the config attribute that says so.
         transposed: Whether projections store their weight as [in_features, out_features] (`Conv1D` of GPT-2).
     """
 
@@ -71,11 +74,17 @@ class ArchSpec:
     query_heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
     attention_attributes: tuple[tuple[str, str], ...] = ()
+    post_norms: tuple[tuple[str, str], ...] = ()
+    residual_multiplier: str | None = None
+    parallel: bool | str = False
     transposed: bool = False
 
 
-def _llama_like(model_type: str, name: str, config_class: str | None = None) -> ArchSpec:
-    return ArchSpec(model_type, config_class or f"{name}Config", f"{name}ForCausalLM")
+def _llama_like(model_type: str, name: str, config_class: str | None = None, **differences: Any) -> ArchSpec:  # noqa: ANN401
+    return ArchSpec(model_type, config_class or f"{name}Config", f"{name}ForCausalLM", **differences)
+
+
+_SANDWICH = (("attention", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
 
 
 SPECS: dict[str, ArchSpec] = {
@@ -87,9 +96,9 @@ SPECS: dict[str, ArchSpec] = {
         _llama_like("mistral", "Mistral"),
         _llama_like("smollm3", "SmolLM3"),
         _llama_like("gemma", "Gemma"),
-        _llama_like("gemma2", "Gemma2"),
-        _llama_like("gemma3_text", "Gemma3", "Gemma3TextConfig"),
-        _llama_like("granite", "Granite"),
+        _llama_like("gemma2", "Gemma2", post_norms=_SANDWICH),
+        _llama_like("gemma3_text", "Gemma3", "Gemma3TextConfig", post_norms=_SANDWICH),
+        _llama_like("granite", "Granite", residual_multiplier="residual_multiplier"),
         ArchSpec(
             "phi",
             "PhiConfig",
@@ -97,6 +106,7 @@ SPECS: dict[str, ArchSpec] = {
             mlp_inputs=("mlp.fc1",),
             mlp_output="mlp.fc2",
             attention_output="self_attn.dense",
+            parallel=True,
         ),
         ArchSpec(
             "gpt_neox",
@@ -109,6 +119,7 @@ SPECS: dict[str, ArchSpec] = {
             attention_output="attention.dense",
             attention="attention",
             kv_heads=None,
+            parallel="use_parallel_residual",
         ),
         ArchSpec(
             "opt",

@@ -1,0 +1,175 @@
+"""The sequential walk, for every family: it calls the real blocks, keeps what needs no change, and lowers the error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_context_prune import sequential
+from hf_context_prune.architectures import (
+    SPECS,
+    blocks,
+    output_projection,
+    output_weight,
+    read_geometry,
+    spec_of,
+)
+from hf_context_prune.calibration import calibrate
+from hf_context_prune.criteria import CRITERIA
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.plan import PruningPlan
+from hf_context_prune.reconstruction import least_squares
+from hf_context_prune.sequential import prune_sequentially, refit
+from hf_context_prune.surgery import apply_plan
+from tests.tiny import CASES, VOCABULARY, case
+
+WALKED = [name for name in CASES if name != "opt-post-norm"]
+
+
+def batches(count=4, length=24, *, padded=False):
+    generator = torch.Generator().manual_seed(5)
+    result = []
+    for index in range(count):
+        ids = torch.randint(3, VOCABULARY, (3, length), generator=generator)
+        batch = {"input_ids": ids}
+        if padded:
+            mask = torch.ones_like(ids)
+            mask[0, length - 3 - index :] = 0
+            batch["attention_mask"] = mask
+        result.append(batch)
+    return result
+
+
+def widths_of(model, *, neurons=0.75, groups=1):
+    geometry = read_geometry(model.config, spec_of(model.config))
+    return [LayerWidths(int(w.neurons * neurons), max(1, w.kv_groups - groups)) for w in geometry.layers]
+
+
+def final_hidden(model, given):
+    """Residual stream after the last block, unpadded rows of all batches."""
+    rows = []
+    last = blocks(model, SPECS[model.config.model_type.removeprefix("context_pruned_")])[-1]
+    for batch in given:
+        seen: list[torch.Tensor] = []
+        handle = last.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            model(**batch)
+        handle.remove()
+        hidden = seen[0].reshape(-1, seen[0].shape[-1])
+        mask = batch.get("attention_mask")
+        rows.append(hidden if mask is None else hidden[mask.reshape(-1).bool()])
+    return torch.cat(rows)
+
+
+def pruned_by(model, result, given, widths):
+    spec = spec_of(model.config)
+    plan = PruningPlan(spec.model_type, read_geometry(model.config, spec).layers, result.layers)
+    assert plan.widths == tuple(widths)
+    return apply_plan(model, plan, repair=result.repair)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", WALKED)
+def test_the_error_is_lower_than_without_and_the_model_is_left_alone(name, padded):
+    model = case(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    given = batches(padded=padded)
+    widths = widths_of(model)
+    result = prune_sequentially(model, given, widths, CRITERIA["obs"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert result.num_tokens == sum(int(b.get("attention_mask", torch.ones_like(b["input_ids"])).sum()) for b in given)
+    spec = spec_of(model.config)
+    plan = PruningPlan(spec.model_type, read_geometry(model.config, spec).layers, result.layers)
+    dense = final_hidden(model, given)
+    repaired = final_hidden(pruned_by(model, result, given, widths), given)
+    sliced = final_hidden(apply_plan(model, plan), given)
+    assert (repaired - dense).square().mean() < (sliced - dense).square().mean()
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_with_equal_streams_and_nothing_removed_the_old_weights_come_back(name):
+    """A walk over a plan that removes one unit that never fires: everything else must stay as it was."""
+    model = case(name)
+    spec, geometry = spec_of(model.config), read_geometry(model.config, spec_of(model.config))
+    for block in blocks(model, spec):
+        output_weight(output_projection(block, spec, "mlp"))[:, 0] = 0  # neuron 0 feeds nothing
+    widths = [LayerWidths(w.neurons - 1, w.kv_groups) for w in geometry.layers]
+    result = prune_sequentially(model, batches(), widths, CRITERIA["obs"])
+    for index, block in enumerate(blocks(model, spec)):
+        projection = output_projection(block, spec, "mlp")
+        assert 0 not in result.layers[index].neurons
+        weight, bias = result.outputs[index, "mlp"]
+        torch.testing.assert_close(weight, output_weight(projection)[:, 1:], atol=2e-4, rtol=2e-4)
+        if projection.bias is not None:
+            torch.testing.assert_close(bias, projection.bias.detach(), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_the_walk_sees_what_the_smaller_model_does(name, monkeypatch):
+    """The walk's pruned stream and the sliced model agree block by block, since blocks are called, not imitated."""
+    model = case(name)
+    given = batches(2)
+    widths = widths_of(model)
+    streams = []
+    original = sequential._capture
+
+    def remember(*args):
+        streams.append(original(*args))
+        return streams[-1]
+
+    monkeypatch.setattr(sequential, "_capture", remember)
+    result = prune_sequentially(model, given, widths, CRITERIA["wanda"])
+    smaller = pruned_by(model, result, given, widths)
+    walked = torch.cat([stream.pruned.reshape(-1, stream.pruned.shape[-1]) for stream in streams])
+    dense = torch.cat([stream.dense.reshape(-1, stream.dense.shape[-1]) for stream in streams])
+    scale = float(dense.abs().max())
+    torch.testing.assert_close(walked / scale, final_hidden(smaller, given) / scale, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dense / scale, final_hidden(model, given) / scale, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [None, [0, 2, 3, 7, 8]])
+def test_refit_minimises_its_objective(kept):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(60, 9, generator=generator, dtype=torch.float64)
+    T = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    W = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    second, cross = X.T @ X / 60, X.T @ T / 60
+    K = list(range(9)) if kept is None else kept
+    found = refit(W, second, cross, kept, 0.1)
+    scale = float(second.diagonal().mean())
+
+    def objective(weight):
+        return ((X[:, K] @ weight.T - T) ** 2).sum() / 60 + 0.1 * scale * ((weight - W[:, K]) ** 2).sum()
+
+    best = objective(found)
+    assert best <= objective(W[:, K])
+    for _ in range(20):
+        assert best <= objective(found + 1e-3 * torch.randn(found.shape, generator=generator, dtype=torch.float64))
+
+
+def test_the_first_block_of_a_bias_free_model_is_plain_least_squares():
+    """Nothing is upstream of it, so its target is its own dense output."""
+    model = case("llama")
+    given = batches()
+    widths = widths_of(model, groups=0)
+    result = prune_sequentially(model, given, widths, CRITERIA["wanda"])
+    stats = calibrate(model, given, targets=["mlp"], statistics=frozenset({"gram"})).targets[0, "mlp"]
+    weight = model.model.layers[0].mlp.down_proj.weight.detach()
+    expected, _ = least_squares(weight, None, list(result.layers[0].neurons), stats, 0.01)
+    torch.testing.assert_close(result.outputs[0, "mlp"][0].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_same_inputs_give_the_same_result():
+    model = case("qwen3")
+    first, second = (prune_sequentially(model, batches(), widths_of(model), CRITERIA["obs"]) for _ in range(2))
+    assert first.layers == second.layers
+    for key, (weight, _) in first.outputs.items():
+        assert torch.equal(weight, second.outputs[key][0])
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="do_layer_norm_before=False"):
+        prune_sequentially(case("opt-post-norm"), batches(), widths_of(case("opt")), CRITERIA["obs"])
+    with pytest.raises(ConfigError, match="gradients"):
+        prune_sequentially(case("llama"), batches(), widths_of(case("llama")), CRITERIA["taylor"])
