@@ -17,21 +17,20 @@ import psutil
 import torch
 
 from benchmarks.common import Rows, corpus, parser, smollm2, table, write_section
-from hf_context_prune.calibration import batches_of, calibrate
+from hf_context_prune.calibration import batches_of
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import token_blocks
 from hf_context_prune.evaluation._memory_worker import peak_rss
-from hf_context_prune.pipeline import make_plan, needed_statistics, needed_targets, repair_with
+from hf_context_prune.pipeline import plan_and_repair
 from hf_context_prune.surgery import apply_plan
 
-PAIRS = (("wanda", "none"), ("wanda", "least_squares"), ("obs", "least_squares"), ("taylor", "none"))
+PAIRS = (("wanda", "least_squares"), ("obs", "least_squares"), ("obs", "sequential"))
 
 
 def prune_once(model: Any, samples: torch.Tensor, config: PrunerConfig) -> Any:
     """Calibration, scoring and surgery, as `prune` runs them."""
-    stats = calibrate(model, batches_of(samples), targets=needed_targets(config), statistics=needed_statistics(config))
-    plan = make_plan(model, stats, config, samples=samples)
-    return apply_plan(model, plan, repair=repair_with(stats, config))
+    plan, repair = plan_and_repair(model, samples, config)
+    return apply_plan(model, plan, repair=repair)
 
 
 def dense_forward(model: Any, samples: torch.Tensor) -> None:
@@ -107,14 +106,10 @@ def main() -> None:
         memory = rows.get(
             {**common, "what": "memory"}, lambda c=criterion, r=reconstruction: measure_memory(args, c, r)
         )
-        gram = (
-            30 * 1536**2 * 4
-            if "gram"
-            in needed_statistics(PrunerConfig(mlp_ratio=0.25, criterion=criterion, reconstruction=reconstruction))
-            else 0
-        )
-        gradients = memory["model"] - 49152 * 576 * 4 if criterion == "taylor" else 0
-        terms = memory["before"] + memory["model"] + max(gram + memory["pruned"], gradients)
+        layer = 1536**2 * 4
+        held = layer if reconstruction == "sequential" else 30 * layer
+        streams = 2 * args.blocks * args.length * 576 * 4 if reconstruction == "sequential" else 0
+        terms = memory["before"] + memory["model"] + memory["pruned"] + held + streams
         memory_lines.append(
             [
                 name,
@@ -135,9 +130,10 @@ Calibration + scoring + surgery over one dense forward pass (with logits) on the
 {table(["", "x dense forward", "range"], lines)}
 
 Peak memory of a fresh process that prunes. *Own multiple* is (peak - what the process held before loading) / model bytes.
-The formula: `process before loading + model + max(Gram matrices + pruned model, gradients of the blocks)`, where the Gram
-matrices are layers x width^2 x 4 bytes (only for `obs` and `least_squares`) and the gradients only for `taylor`; what is
-left over is one batch's activations, one layer's float64 solver workspace and the allocator's slack.
+The formula: `process before loading + model + pruned model + Gram matrices + streams`: the one-shot repairs hold layers x
+width^2 x 4 bytes of Gram matrices; `sequential` holds one layer's, and two streams of tokens x hidden size x 4 bytes. What
+is left over is one batch's activations, one layer's float64 solver workspace, the libraries loaded on the way and the
+allocator's slack.
 
 {table(["", "own multiple", "peak, MiB", "formula, MiB", "left over, MiB"], memory_lines)}
 
