@@ -54,8 +54,6 @@ def main() -> None:
     layers = model.config.num_hidden_layers
     cases = {
         "uniform, 25 % of the neurons (1152, a multiple of 32)": [LayerWidths(1152, 3)] * layers,
-        "uniform, 50 % of the neurons (768)": [LayerWidths(768, 3)] * layers,
-        "uniform, 25 % of the neurons and 1 of 3 KV groups": [LayerWidths(1152, 2)] * layers,
         "variable, 640 to 1536 neurons by 32": [LayerWidths(640 + 32 * (i % 29), 3) for i in range(layers)],
         "variable, 701 to 1533 neurons, 1 to 3 KV groups": [
             LayerWidths(701 + 32 * (i % 27), 1 + i % 3) for i in range(layers)
