@@ -24,8 +24,6 @@ from hf_context_prune.evaluation._memory_worker import peak_rss
 from hf_context_prune.pipeline import plan_and_repair
 from hf_context_prune.surgery import apply_plan
 
-PAIRS = (("wanda", "least_squares"), ("obs", "least_squares"), ("obs", "sequential"))
-
 
 def prune_once(model: Any, samples: torch.Tensor, config: PrunerConfig) -> Any:
     """Calibration, scoring and surgery, as `prune` runs them."""
@@ -90,6 +88,7 @@ def main() -> None:
     options.add_argument("--blocks", type=int, default=48)
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--methods", nargs="+", default=["wanda+least_squares", "obs+least_squares", "obs+sequential"])
     options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.worker:
@@ -97,7 +96,7 @@ def main() -> None:
         return
     rows = Rows(args, "cost", seed=args.seed)
     lines, memory_lines, commit = [], [], ""
-    for criterion, reconstruction in PAIRS:
+    for criterion, reconstruction in (method.split("+") for method in args.methods):
         name = f"`{criterion}` + `{reconstruction}`"
         common = {"criterion": criterion, "reconstruction": reconstruction, "blocks": args.blocks}
         row = rows.get({**common, "what": "time"}, lambda c=criterion, r=reconstruction: measure_time(args, c, r))
