@@ -21,7 +21,7 @@ from hf_context_prune.calibration import batches_of
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import token_blocks
 from hf_context_prune.evaluation._memory_worker import peak_rss
-from hf_context_prune.pipeline import plan_and_repair
+from hf_context_prune.planning import plan_and_repair
 from hf_context_prune.surgery import apply_plan
 
 

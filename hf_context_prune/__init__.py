@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from .errors import ContextPruneError
     from .evaluation import EvalReport
     from .loading import load_model, load_pruned
-    from .pipeline import EvalOptions, PruneResult, evaluate, make_plan, prune
+    from .pipeline import EvalOptions, PruneResult, evaluate, prune
     from .plan import PruningPlan
+    from .planning import make_plan
     from .surgery import apply_plan
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ _HOME = {
     "evaluate": "pipeline",
     "load_model": "loading",
     "load_pruned": "loading",
-    "make_plan": "pipeline",
+    "make_plan": "planning",
     "prune": "pipeline",
 }
 

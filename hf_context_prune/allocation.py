@@ -132,42 +132,37 @@ def uniform_widths(
     if budget.remove_params is None:
         return widths
     if config.mlp_ratio is None:
-        ladder = _neuron_ladder(dense, groups, multiple)
+        widest = max(layer.neurons for layer in dense)
+        steps = range(widest, 0, -1)
+
+        def widths_at(step: int) -> tuple[LayerWidths, ...]:
+            return _zip([_kept(layer.neurons, 1 - step / widest, multiple) for layer in dense], groups)
     else:
-        ladder = _group_ladder(dense, neurons, stock_groups)
-    position = bisect.bisect_left(ladder, budget.remove_params, key=lambda w: removed_params(dense, w, costs))
-    if position == len(ladder):
-        _refuse(budget, dense, ladder[-1], costs, config, min(stock_groups, default=1))
-    return ladder[position]
+        most = max(layer.kv_groups for layer in dense)
+        steps = range(most, 0, -1)
+        if stock_groups:
+            steps = [step for step in steps if step in {*stock_groups, most}]  # type: ignore[assignment]
+
+        def widths_at(step: int) -> tuple[LayerWidths, ...]:
+            kept = [max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most))) for layer in dense]
+            return _zip(neurons, kept)
+
+    def removed_at(step: int) -> int:
+        return removed_params(dense, widths_at(step), costs)
+
+    if removed_at(steps[0]) > budget.remove_params:
+        raise BudgetError(
+            f"The unit ratio alone removes {removed_at(steps[0]):,} parameters, more than the {budget.remove_params:,} "
+            f"asked for by pruning_ratio/target_params. Lower the unit's ratio, or leave one of the two out."
+        )
+    position = bisect.bisect_left(steps, budget.remove_params, key=removed_at)
+    if position == len(steps):
+        _refuse(budget, dense, widths_at(steps[-1]), costs, config, min(stock_groups, default=1))
+    return widths_at(steps[position])
 
 
 def _zip(neurons: Sequence[int], groups: Sequence[int]) -> tuple[LayerWidths, ...]:
     return tuple(LayerWidths(a, b) for a, b in zip(neurons, groups, strict=True))
-
-
-def _neuron_ladder(dense: Sequence[LayerWidths], groups: Sequence[int], multiple: int) -> list[tuple[LayerWidths, ...]]:
-    """All uniform choices of neurons, widest first."""
-    widest = max(layer.neurons for layer in dense)
-    steps = [widest, *range(widest - 1, 0, -1)]
-    ladder: list[tuple[LayerWidths, ...]] = []
-    for step in steps:
-        neurons = [_kept(layer.neurons, 1 - step / widest, multiple) for layer in dense]
-        if not ladder or [w.neurons for w in ladder[-1]] != neurons:
-            ladder.append(_zip(neurons, groups))
-    return ladder
-
-
-def _group_ladder(
-    dense: Sequence[LayerWidths], neurons: Sequence[int], stock_groups: Collection[int]
-) -> list[tuple[LayerWidths, ...]]:
-    """All uniform choices of KV groups, most first."""
-    most = max(layer.kv_groups for layer in dense)
-    ladder = []
-    for step in range(most, 0, -1):
-        groups = [max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most))) for layer in dense]
-        if not stock_groups or set(groups) <= {*stock_groups, most}:
-            ladder.append(_zip(neurons, groups))
-    return ladder
 
 
 def _refuse(

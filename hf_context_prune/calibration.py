@@ -26,7 +26,7 @@ from .architectures import (
     read_geometry,
     unit_size,
 )
-from .errors import DataError, NumericsError
+from .errors import ConfigError, DataError, NumericsError
 from .stats import CalibrationStats, TargetStatistics, TargetWeights
 
 Batch = dict[str, torch.Tensor]
@@ -197,6 +197,9 @@ def calibrate(
     check_weights_finite(model)
     geometry = read_geometry(model.config, spec)
     targets = tuple(targets)
+    for name, given, allowed in (("targets", targets, TARGETS), ("statistics", statistics, ("gram", "taylor"))):
+        if unknown := sorted(set(given) - set(allowed)):
+            raise ConfigError(f"Unknown {name} {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}.")
     rows = model.get_input_embeddings().weight.shape[0]
     batches = list(batches)
     with_gradients = "taylor" in statistics

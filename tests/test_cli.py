@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from hf_context_prune import cli
+from hf_context_prune import cli, demo
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 
@@ -130,6 +130,20 @@ def test_unknown_yaml_key_has_a_suggestion(run, place):
     assert "Did you mean 'pruning_ratio'?" in err
 
 
+def test_interrupted_says_so_and_exits_1(run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", interrupt)
+    code, out, err = run(*PRUNE, "--output", "@never", "--mlp-ratio", 0.25)
+    assert (code, out) == (1, "")
+    assert "Interrupted; nothing was put in place." in err
+
+
+def test_version(run):
+    assert run("--version") == (0, "hf-context-prune 0.1.0\n", "")
+
+
 def test_help_names_every_option(run):
     code, out, _ = run("--help")
     assert code == 0
@@ -137,3 +151,25 @@ def test_help_names_every_option(run):
     code, out, _ = run("prune", "--help")
     options = ("--pruning-ratio", "--target-params", "--mlp-ratio", "--attention-ratio", "--criterion", "--dry-run")
     assert all(option in out for option in options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--eval-data", "@data.jsonl"), 2, "--eval-data is"),
+        (("--text-column", "text"), 2, "--text-column is 'text'"),
+        (("--data", "@absent.jsonl"), 1, "absent.jsonl"),
+        (("--data", ""), 1, "shell variable"),
+        (("--data", "@data.jsonl", "--eval-data", "@absent.jsonl"), 1, "absent.jsonl"),
+        (("--data", "@data.jsonl", "--text-column", "nope"), 1, "its columns are text, doc"),
+    ],
+)
+def test_demo_finds_mistakes_before_it_fetches_anything(run, monkeypatch, arguments, code, message):
+    def fetch():
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(demo, "smollm2_gguf", fetch)
+    monkeypatch.setattr(demo, "licence_texts", fetch)
+    got, _, err = run("demo", *arguments)
+    assert got == code, err
+    assert message in err

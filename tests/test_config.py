@@ -241,3 +241,8 @@ def test_argument_parser_beside_training_arguments(tmp_path):
     config, training = parser.parse_args_into_dataclasses([*argv_of(EVERYTHING), "--output_dir", str(tmp_path)])
     assert config.pruning_ratio == EVERYTHING["pruning_ratio"]
     assert training.output_dir == str(tmp_path)
+
+
+def test_integers_that_no_generator_takes():
+    with pytest.raises(ConfigError, match=r"pruning_seed is 9{23}; it must be below 2\^63"):
+        PrunerConfig(pruning_seed=99999999999999999999999)

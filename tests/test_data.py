@@ -17,6 +17,7 @@ from hf_context_prune.data import (
     CalibrationWarning,
     TextDocument,
     TextSource,
+    check_readable,
     hold_out_documents,
     load_documents,
     token_blocks,
@@ -544,3 +545,45 @@ def test_separator_falls_back_to_bos_then_to_none(tokenizer):
     assert token_blocks(source, with_bos, num_samples=1, max_seq_length=17).flatten().tolist()[8] == 0
     bare = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert 0 not in token_blocks(source, bare, num_samples=1, max_seq_length=16)
+
+
+# --- slips ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_blank_source_is_not_the_current_folder(tmp_path, monkeypatch, blank):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "mine"}])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="shell variable"):
+        load_documents(blank)
+    assert len(load_documents(".")) == 1
+
+
+def test_model_folders_inside_a_folder_of_text_are_skipped(tmp_path, caplog):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "mine"}])
+    for name in ("out", "deep/out"):
+        model = tmp_path / name
+        (model / "inner").mkdir(parents=True)
+        for file in ("config.json", "manifest.json", "tokenizer.json"):
+            (model / file).write_text('{"format": "hf_context_prune"}')
+        (model / "model.safetensors").write_bytes(b"")
+        (model / "inner" / "notes.txt").write_text("not text for calibration")
+    (tmp_path / "deep" / "b.txt").write_text("yours")
+    assert [document.text for document in load_documents(tmp_path).documents] == ["mine", "yours"]
+    assert "deep/out: skipped" in caplog.text
+    with pytest.raises(DataError, match="model folder"):
+        load_documents(tmp_path / "out")
+
+
+def test_check_readable_looks_without_a_tokenizer(tmp_path):
+    chat = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    check_readable(chat)
+    check_readable(["a text"])
+    check_readable(source_of("a text"))
+    with pytest.raises(DataError, match="no such file"):
+        check_readable(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="no text column 'body'"):
+        check_readable(chat, text_column="body")
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(DataError, match="can't be read"):
+        check_readable(tmp_path / "bad.jsonl")

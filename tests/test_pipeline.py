@@ -25,7 +25,7 @@ from hf_context_prune import (
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.data import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
-from hf_context_prune.pipeline import dry_run, needed_statistics, needed_targets, repair_with
+from hf_context_prune.planning import dry_run, needed_statistics, needed_targets, repair_with
 from tests.tiny import TEXT, tiny_model
 
 QUICK = EvalOptions(max_tokens=600, speed=False, memory=False)
@@ -133,11 +133,26 @@ def test_held_out_documents_are_never_calibrated_on(model, tokenizer):
     result = run(model, tokenizer, mlp_ratio=0.25)
     assert "held out before calibration, by document" in result.report.dataset.held_out
     own = run(model, tokenizer, mlp_ratio=0.25, data=texts(20), eval_data=[*texts(20)[:5], "the dose of the court"])
-    assert "5 of its 6 documents were dropped" in own.report.dataset.held_out
+    assert "5 of these 6 documents were dropped" in own.report.dataset.held_out
     with pytest.raises(DataError, match="also in the calibration text"):
         run(model, tokenizer, mlp_ratio=0.25, data=texts(20), eval_data=texts(20)[:5])
+    for disguised in ([text + "\n" for text in texts(20)], [text.title() + " ." for text in texts(20)]):
+        with pytest.raises(DataError, match="also in the calibration text"):
+            run(model, tokenizer, mlp_ratio=0.25, data=texts(20), eval_data=disguised)
+    merged = [{"text": text, "doc": "all"} for text in texts(20)]
+    with pytest.raises(DataError, match="also in the calibration text"):
+        run(model, tokenizer, mlp_ratio=0.25, data=texts(20), eval_data=merged)
     with pytest.raises(DataError, match="eval-data"):
         run(model, tokenizer, mlp_ratio=0.25, data=["one document only, " * 40])
+
+
+def test_held_out_documents_that_repeat_the_rest_are_dropped_and_counted(model, tokenizer):
+    alike = [f"{text} {i}" for text in texts(4) for i in range(10)]
+    how = run(model, tokenizer, mlp_ratio=0.25, data=[*alike, *texts(20, seed=3)]).report.dataset.held_out
+    assert "6 of 60 documents of in-memory were held out before calibration, by document." in how
+    assert "of these 6 documents were dropped" in how
+    with pytest.raises(DataError, match=r"Every held-out document is also .*--eval-data"):
+        run(model, tokenizer, mlp_ratio=0.25, data=alike)
 
 
 def test_datasets_and_messages_are_text_too(model, tokenizer):

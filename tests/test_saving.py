@@ -623,3 +623,23 @@ def test_variable_width_model_without_its_code_is_refused(target, auto_map):
     with pytest.raises(SaveError, match="auto_map"):
         save_pruned(model, target)
     assert not list(target.parent.iterdir())
+
+
+def test_a_folder_of_ours_that_was_changed_is_not_replaced(tmp_path):
+    """Weights that were tuned in place would be lost."""
+    target = tmp_path / "out"
+    with staged_folder(target, required_bytes=1) as staging:
+        (staging / "a.txt").write_text("as saved")
+    (target / "a.txt").write_text("as tuned")
+    with pytest.raises(SaveError, match="was changed since"):
+        check_target(target)
+    with pytest.raises(SaveError, match="was changed since"), staged_folder(target, required_bytes=1):
+        pass
+    assert (target / "a.txt").read_text() == "as tuned"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with staged_folder("~/out", required_bytes=1) as staging:
+        (staging / "a.txt").write_text("x")
+    assert (tmp_path / "out" / "a.txt").is_file()

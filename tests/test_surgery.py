@@ -140,6 +140,8 @@ def test_a_bias_where_the_architecture_has_none(name, tmp_path):
         save_pruned(smaller, target)
     with pytest.raises(SaveError, match="reconstruction='least_squares'"):
         save_pruned(copy.deepcopy(smaller), target)
+    with pytest.raises(SaveError, match="reloads as it is"):
+        smaller.save_pretrained(target)  # what the Trainer and push_to_hub call
     assert list(tmp_path.iterdir()) == []
 
 
@@ -427,3 +429,19 @@ def test_quantised_models_are_refused(model):
     model.is_quantized = True
     with pytest.raises(UnsupportedArchitectureError, match="quantised"):
         check_supported(model)
+
+
+def test_a_reloaded_variable_model_saves_its_modeling_files_again(tmp_path):
+    """Also through the plain `save_pretrained`, which the Trainer and `push_to_hub` call."""
+    model = tiny_model("llama")
+    geometry = read_geometry(model.config, SPECS["llama"])
+    layers = tuple(LayerPlan(tuple(range(30 + index)), (0, 2)) for index in range(3))
+    smaller = apply_plan(model, PruningPlan("llama", geometry.layers, layers))
+    smaller.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    again.save_pretrained(tmp_path / "twice")
+    for folder in ("plain", "twice"):
+        auto_map = json.loads((tmp_path / folder / "config.json").read_text())["auto_map"]
+        for reference in auto_map.values():
+            assert (tmp_path / folder / f"{reference.split('.')[0]}.py").is_file()
+        assert (tmp_path / folder / "specs.py").is_file()

@@ -52,6 +52,11 @@ class ContextPrunedConfigMixin:
         for name, value in dense.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; the dense parent's width must be an integer of at least 1.")
+        if spec.kv_heads and dense[spec.query_heads] % dense[spec.kv_heads]:
+            raise ValueError(
+                f"{spec.query_heads} is {dense[spec.query_heads]} and {spec.kv_heads} is {dense[spec.kv_heads]}; the "
+                f"dense parent's query heads must be a multiple of its KV heads."
+            )
         ratio = dense[spec.query_heads] // dense[spec.kv_heads] if spec.kv_heads else 1
         for layer, values in overrides.items():
             unknown = sorted(set(values) - set(dense))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from typing import Any
 
 import transformers
@@ -20,6 +21,9 @@ from .configuration_context_pruned import config_class_name
 from .specs import SPECS, ArchSpec, Geometry, LayerWidths, read_geometry
 
 _CACHE: dict[str, type] = {}
+
+MODELING_FILES = ("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py")
+"""What travels flat with every saved variable-width model."""
 
 
 def model_class_name(spec: ArchSpec) -> str:
@@ -83,24 +87,47 @@ def check_header(folder: str, spec: ArchSpec, geometry: Geometry) -> None:
         geometry: Sizes from the config.
 
     Raises:
-        ValueError: A layer of the config is wider or narrower than its weights.
+        ValueError: A layer of the config is wider or narrower than its weights, has no weights, or there are weights
+            of layers that the config does not have.
     """
     try:
         metadata = get_local_safetensors_metadata(folder)
     except NotASafetensorsRepoError:
         return  # no safetensors here: from_pretrained itself says so
     shapes = {name: info.shape for file in metadata.files_metadata.values() for name, info in file.tensors.items()}
+    layers = spec.layers
+    if not any(name.startswith(f"{layers}.") for name in shapes):
+        layers = layers.partition(".")[2]  # saved from the base model, as the first GPT-2 was
+    present = {name.rpartition(".")[0] for name in shapes if not name.endswith(".bias")}  # .weight, or quantised parts
+    files = os.path.basename(os.path.normpath(folder))
+    remedy = (
+        "the config does not belong to these weights, or one of them is damaged. Restore the config.json that was "
+        "saved with them, or download or save the model again."
+    )
+    paths = (*spec.mlp_inputs, *(projection.path for projection in spec.attention_inputs))
     for index, widths in enumerate(geometry.layers):
         query_features = widths.kv_groups * geometry.queries_per_group * geometry.head_dim
         expected = {spec.mlp_output: widths.neurons, spec.attention_output: query_features}
+        for path in (*paths, *expected):
+            if f"{layers}.{index}.{path}" not in present:
+                raise ValueError(
+                    f"config.json gives {len(geometry.layers)} layers, but {layers}.{index}.{path}.weight is not among "
+                    f"the {len(shapes)} weights in {files}: {remedy}"
+                )
         for path, features in expected.items():
-            name = f"{spec.layers}.{index}.{path}.weight"
+            name = f"{layers}.{index}.{path}.weight"
             if name in shapes and features != shapes[name][0 if spec.transposed else 1]:
                 raise ValueError(
                     f"config.json gives layer {index} {features} input features for {path}, but the weights in "
-                    f"{os.path.basename(os.path.normpath(folder))} have shape {list(shapes[name])}: the config does "
-                    f"not belong to these weights. Restore the config.json that was saved with them."
+                    f"{files} have shape {list(shapes[name])}: {remedy}"
                 )
+    numbers = {name[len(layers) + 1 :].partition(".")[0] for name in shapes if name.startswith(f"{layers}.")}
+    beyond = sorted(int(number) for number in numbers if number.isdecimal() and int(number) >= len(geometry.layers))
+    if beyond:
+        raise ValueError(
+            f"config.json gives {len(geometry.layers)} layers, but the weights in {files} also have layer "
+            f"{', '.join(map(str, beyond[:3]))}{' and more' if len(beyond) > 3 else ''}: {remedy}"
+        )
 
 
 class ContextPrunedModelMixin:
@@ -137,6 +164,15 @@ class ContextPrunedModelMixin:
                 config = cls.config_class.from_pretrained(folder)
             check_header(folder, cls.spec, read_geometry(config, cls.spec))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As `PreTrainedModel.save_pretrained`, with the modeling files that ``auto_map`` names beside the weights."""
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        here = os.path.dirname(os.path.abspath(__file__))
+        for name in MODELING_FILES:
+            if os.path.abspath(save_directory) != here:
+                shutil.copyfile(os.path.join(here, name), os.path.join(save_directory, name))
+        return result
 
     def num_parameters_by_layer(self) -> list[int]:
         """Parameters of every block, in order."""

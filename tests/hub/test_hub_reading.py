@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +120,8 @@ class Place:
             "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
         }
         hub.repo("models", "org/custom", {"config.json": json.dumps(custom).encode(), "code.py": b"raise SystemExit"})
-        self.texts = [f"{TEXT[: 400 + i]} {i}" for i in range(40)]
+        draw = random.Random(0)  # texts that share no 13 words in a row: held-out ones are not dropped
+        self.texts = [f"{' '.join(draw.choices(TEXT.split(), k=80))} {i}" for i in range(40)]
         self.corpus_files = {
             "README.md": CARD.encode(),
             "law/train.jsonl.gz": gzip.compress(lines(*self.texts)),
