@@ -38,7 +38,7 @@ from .sequential import prune_sequentially
 from .stats import CalibrationStats, Key, Repair
 from .surgery import StockFit, stock_fit
 
-SENSITIVITY_BLOCKS = 8
+SENSITIVITY_BLOCKS = 4
 """Blocks of calibration text on which adaptive allocation measures the loss."""
 
 

