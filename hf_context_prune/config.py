@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from .errors import ConfigError
+from .errors import ConfigError, unknown
 
 CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", "obs"]
 ReconstructionName = Literal["none", "bias", "least_squares", "sequential"]
@@ -107,7 +106,7 @@ class PrunerConfig:
     def _check_name(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in allowed:
-            raise ConfigError(f"Unknown {name} {value!r}; allowed are {', '.join(allowed)}.{_hint(value, allowed)}")
+            raise ConfigError(unknown(name, value, allowed))
 
     def _check_budget(self) -> None:
         if self.pruning_ratio is not None and self.target_params is not None:
@@ -144,7 +143,7 @@ class PrunerConfig:
             values = {"pruning_seed" if name == "seed" else name: value for name, value in values.items()}
         for key in values:
             if key not in allowed:
-                raise ConfigError(f"Unknown option {key!r}; allowed are {', '.join(allowed)}.{_hint(key, allowed)}")
+                raise ConfigError(unknown("option", key, allowed))
         return cls(**values)
 
     @classmethod
@@ -184,8 +183,3 @@ def _is_number(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _hint(value: object, allowed: Any) -> str:  # noqa: ANN401
-    close = difflib.get_close_matches(str(value), allowed, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

@@ -8,13 +8,12 @@ Notation: X [tokens, in_features] are the inputs of the output projection W [out
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .errors import ConfigError, NumericsError
+from .errors import ConfigError, NumericsError, unknown
 from .linalg import cholesky, inverse_spd, regularized
 from .stats import TargetStatistics, TargetWeights
 
@@ -56,9 +55,7 @@ def get_criterion(name: str) -> Criterion:
         ConfigError: There is none of that name.
     """
     if name not in CRITERIA:
-        close = difflib.get_close_matches(name, CRITERIA, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"Unknown criterion {name!r}; allowed are {', '.join(CRITERIA)}.{hint}")
+        raise ConfigError(unknown("criterion", name, CRITERIA))
     return CRITERIA[name]
 
 

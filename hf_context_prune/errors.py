@@ -14,7 +14,8 @@ Each message says what was wrong, which value was met, what is allowed and how t
     └── DownloadError (OSError)          a package of the demo that could not be fetched or verified
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -56,6 +57,14 @@ class LoadError(ContextPruneError, OSError):
 
 class DownloadError(ContextPruneError, OSError):
     """A package needed by the demo could not be fetched or failed its checksum."""
+
+
+def unknown(what: str, value: object, allowed: Iterable[str]) -> str:
+    """The message about an unknown name: what is allowed, and the nearest of it."""
+    names = list(allowed)
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown {what} {value!r}; allowed are {', '.join(names)}.{hint}"
 
 
 @contextmanager

@@ -6,12 +6,11 @@ features, G = X^T X, mu the mean of x. Pure tensor maths: no module names, no de
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 import torch
 
-from .errors import ConfigError
+from .errors import ConfigError, unknown
 from .linalg import cholesky
 from .stats import TargetStatistics
 
@@ -84,6 +83,34 @@ def least_squares(
     return new_weight, bias.double() + W @ mean - new_weight @ mean[K]
 
 
+def refit(
+    weight: torch.Tensor, second_moment: torch.Tensor, cross: torch.Tensor, kept: list[int] | None, ridge: float
+) -> torch.Tensor:
+    """W_K with (E[x x^T]_KK + lambda I) W_K^T = E[x t^T]_K + lambda W_K^T: regression on a target, for `sequential.py`.
+
+    lambda = ridge * mean diag(E[x x^T]); the ridge pulls towards the old weights.
+
+    Args:
+        weight: Old W, [outputs, features], float64.
+        second_moment: E[x x^T], [features, features], float64.
+        cross: E[x t^T], [features, outputs], float64.
+        kept: Features to keep, ascending; None keeps all.
+        ridge: Share of the mean diagonal.
+
+    Returns:
+        New W, [outputs, kept], float64.
+    """
+    scale = max(float(second_moment.diagonal().mean()), torch.finfo(torch.float64).tiny)
+    if kept is not None:
+        index = torch.tensor(kept, device=weight.device)
+        weight, cross, second_moment = weight[:, index], cross[index], second_moment[index][:, index]
+    system = second_moment.clone()
+    system.diagonal().add_(ridge * scale)
+    # Solving for the change keeps the old weights exact where nothing has to change.
+    change = torch.cholesky_solve(cross - second_moment @ weight.T, cholesky(system)).T
+    return weight + change
+
+
 RECONSTRUCTIONS: dict[str, Reconstruction] = {"none": none, "bias": bias, "least_squares": least_squares}
 NEEDS_GRAM = frozenset({"least_squares"})
 
@@ -95,7 +122,5 @@ def get_reconstruction(name: str) -> Reconstruction:
         ConfigError: There is none of that name.
     """
     if name not in RECONSTRUCTIONS:
-        close = difflib.get_close_matches(name, RECONSTRUCTIONS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"Unknown reconstruction {name!r}; allowed are {', '.join(RECONSTRUCTIONS)}.{hint}")
+        raise ConfigError(unknown("reconstruction", name, RECONSTRUCTIONS))
     return RECONSTRUCTIONS[name]

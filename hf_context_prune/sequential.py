@@ -41,9 +41,9 @@ from .architectures import (
 from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_block
 from .criteria import Criterion
 from .errors import ConfigError, DataError, NumericsError, naming
-from .linalg import cholesky
 from .plan import LayerPlan
-from .stats import Key, TargetStatistics
+from .reconstruction import refit
+from .stats import Key, RegressionMoments
 from .surgery import kept_features
 
 
@@ -110,73 +110,6 @@ def _capture(model: PreTrainedModel, spec: ArchSpec, inputs: Batch, mask: torch.
         for layer in layers:
             del layer.forward
     return _Stream(first[0], first[0], calls, mask)
-
-
-class _Moments:
-    """Streamed second moments of x and between x and t over unpadded tokens: float32 products, float64 sums.
-
-    With `centre`, both are taken about a point near their mean, for projections whose bias takes the mean up.
-    """
-
-    def __init__(self, features: int, outputs: int, device: torch.device, *, centre: bool) -> None:
-        total, absolute, squares = (torch.zeros(features, dtype=torch.float64, device=device) for _ in range(3))
-        gram = torch.zeros(features, features, device=device)
-        self.statistics = TargetStatistics(0, total, absolute, squares, gram=gram)
-        self.cross = torch.zeros(features, outputs, device=device)
-        self.sum_target = torch.zeros(outputs, dtype=torch.float64, device=device)
-        self.pivot_target: torch.Tensor | None = None
-        self.centre = centre
-
-    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
-        """Add a batch: x [tokens, features], target [tokens, outputs], float32."""
-        stats = self.statistics
-        stats.num_tokens += len(x)
-        stats.sum += x.sum(dim=0)
-        stats.sum_abs += x.abs().sum(dim=0)
-        stats.sum_squares += x.square().sum(dim=0)
-        self.sum_target += target.sum(dim=0)
-        if self.centre:
-            if stats.pivot is None or self.pivot_target is None:
-                stats.pivot, self.pivot_target = x.mean(dim=0).double(), target.mean(dim=0)
-            x, target = x - stats.pivot.float(), target - self.pivot_target
-        assert stats.gram is not None
-        stats.gram.addmm_(x.T, x)
-        self.cross.addmm_(x.T, target)
-
-    def second(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(E[x x^T], E[x t^T]), or the covariances with `centre`; float64."""
-        stats = self.statistics
-        cross = self.cross.double() / stats.num_tokens
-        if self.centre and stats.pivot is not None and self.pivot_target is not None:
-            shift = self.sum_target / stats.num_tokens - self.pivot_target.double()
-            cross -= torch.outer(stats.mean - stats.pivot, shift)
-        return stats.second_moment(centred=self.centre), cross
-
-
-def refit(
-    weight: torch.Tensor, second_moment: torch.Tensor, cross: torch.Tensor, kept: list[int] | None, ridge: float
-) -> torch.Tensor:
-    """Solve the ridge regression of the module's docstring.
-
-    Args:
-        weight: Old W, [outputs, features], float64.
-        second_moment: E[x x^T], [features, features], float64.
-        cross: E[x t^T], [features, outputs], float64.
-        kept: Features to keep, ascending; None keeps all.
-        ridge: Share of the mean diagonal.
-
-    Returns:
-        New W, [outputs, kept], float64.
-    """
-    scale = max(float(second_moment.diagonal().mean()), torch.finfo(torch.float64).tiny)
-    if kept is not None:
-        index = torch.tensor(kept, device=weight.device)
-        weight, cross, second_moment = weight[:, index], cross[index], second_moment[index][:, index]
-    system = second_moment.clone()
-    system.diagonal().add_(ridge * scale)
-    # Solving for the change keeps the old weights exact where nothing has to change.
-    change = torch.cholesky_solve(cross - second_moment @ weight.T, cholesky(system)).T
-    return weight + change
 
 
 @contextmanager
@@ -380,11 +313,13 @@ class _BlockWalk:
             references.append(notes)
         return references
 
-    def _pruned_pass(self, target: Target, references: list[dict[str, torch.Tensor]], *, parallel: bool) -> _Moments:
+    def _pruned_pass(
+        self, target: Target, references: list[dict[str, torch.Tensor]], *, parallel: bool
+    ) -> RegressionMoments:
         """Sums over the pruned streams for one target; the streams stay before the block."""
         part = _SubLayer(self.block, self.spec, target, self.scale)
         weight = output_weight(part.projection)
-        moments = _Moments(weight.shape[1], weight.shape[0], weight.device, centre=part.centre)
+        moments = RegressionMoments(weight.shape[1], weight.shape[0], weight.device, centre=part.centre)
         for stream, notes in zip(self.streams, references, strict=True):
             with (
                 _watched(part.projection, inputs=True) as x,
@@ -406,7 +341,7 @@ class _BlockWalk:
         self,
         target: Target,
         count: int,
-        moments: _Moments,
+        moments: RegressionMoments,
         criterion: Criterion,
         ridge: float,
         generator: torch.Generator,

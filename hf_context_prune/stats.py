@@ -135,6 +135,47 @@ class TargetStatistics:
 _TENSORS = ("sum", "sum_abs", "sum_squares", "gram", "taylor", "pivot")
 
 
+class RegressionMoments:
+    """Streamed second moments of x and between x and t over unpadded tokens: float32 products, float64 sums.
+
+    With `centre`, both are taken about a point near their mean, for projections whose bias takes the mean up.
+    """
+
+    def __init__(self, features: int, outputs: int, device: torch.device, *, centre: bool) -> None:
+        total, absolute, squares = (torch.zeros(features, dtype=torch.float64, device=device) for _ in range(3))
+        gram = torch.zeros(features, features, device=device)
+        self.statistics = TargetStatistics(0, total, absolute, squares, gram=gram)
+        self.cross = torch.zeros(features, outputs, device=device)
+        self.sum_target = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.pivot_target: torch.Tensor | None = None
+        self.centre = centre
+
+    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        """Add a batch: x [tokens, features], target [tokens, outputs], float32."""
+        stats = self.statistics
+        stats.num_tokens += len(x)
+        stats.sum += x.sum(dim=0)
+        stats.sum_abs += x.abs().sum(dim=0)
+        stats.sum_squares += x.square().sum(dim=0)
+        self.sum_target += target.sum(dim=0)
+        if self.centre:
+            if stats.pivot is None or self.pivot_target is None:
+                stats.pivot, self.pivot_target = x.mean(dim=0).double(), target.mean(dim=0)
+            x, target = x - stats.pivot.float(), target - self.pivot_target
+        assert stats.gram is not None
+        stats.gram.addmm_(x.T, x)
+        self.cross.addmm_(x.T, target)
+
+    def second(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(E[x x^T], E[x t^T]), or the covariances with `centre`; float64."""
+        stats = self.statistics
+        cross = self.cross.double() / stats.num_tokens
+        if self.centre and stats.pivot is not None and self.pivot_target is not None:
+            shift = self.sum_target / stats.num_tokens - self.pivot_target.double()
+            cross -= torch.outer(stats.mean - stats.pivot, shift)
+        return stats.second_moment(centred=self.centre), cross
+
+
 @dataclass
 class CalibrationStats:
     """Everything that calibration measured; a value that can be saved and loaded.

@@ -19,8 +19,8 @@ from hf_context_prune.criteria import CRITERIA
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.plan import PruningPlan
-from hf_context_prune.reconstruction import least_squares
-from hf_context_prune.sequential import prune_sequentially, refit
+from hf_context_prune.reconstruction import least_squares, refit
+from hf_context_prune.sequential import prune_sequentially
 from hf_context_prune.surgery import apply_plan
 from tests.tiny import CASES, VOCABULARY, case
 
