@@ -52,7 +52,8 @@ class EvalOptions:
     Attributes:
         max_tokens: Held-out tokens at most, whole documents; None takes all.
         speed: Measure prefill and decode speed of base and pruned, interleaved.
-        memory: Measure peak memory in fresh processes when the result is saved.
+        memory: Measure peak memory in a fresh process (`evaluate`); `prune` has no folder yet, so there it is asked for
+            when the result is saved.
     """
 
     max_tokens: int | None = 20_000
