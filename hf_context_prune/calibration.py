@@ -79,13 +79,6 @@ def weights_of_block(
     )
 
 
-def weights_of(model: PreTrainedModel, layer: int, target: Target) -> TargetWeights:
-    """The weights of one target of one layer, as a criterion sees them (the output weight is a view)."""
-    spec = check_supported(model)
-    geometry = read_geometry(model.config, spec)
-    return weights_of_block(blocks(model, spec)[layer], spec, geometry, target, geometry.layers[layer].kv_groups)
-
-
 class _Collector:
     """Sums of one output projection's inputs; `hook` is a forward pre-hook."""
 

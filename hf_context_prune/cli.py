@@ -17,11 +17,10 @@ from rich.table import Table
 
 from .config import CriterionName, ReconstructionName
 from .errors import ConfigError, ContextPruneError
+from .tables import report_table, widths_table
 
 if TYPE_CHECKING:
-    from .architectures import LayerWidths
     from .config import PrunerConfig
-    from .evaluation import EvalReport
     from .pipeline import PruneResult
 
 app = typer.Typer(
@@ -90,25 +89,6 @@ def _print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=160)  # a pipe has no width; don't fold figures at 80 columns
     console.print(table)
-
-
-def _report_table(report: EvalReport) -> Table:
-    single = report.size.pruned_parameters is None
-    table = Table(title=escape(report.base_model), title_justify="left")
-    for index, name in enumerate(("measure", "value") if single else ("measure", "base", "pruned", "change")):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in report.table_rows():
-        table.add_row(*(escape(cell) for cell in row))
-    return table
-
-
-def _widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:
-    table = Table(title="Widths by layer", title_justify="left")
-    for name in ("layer", "MLP neurons", "kept", "KV groups", "kept"):
-        table.add_column(name, justify="right")
-    for index, (a, b) in enumerate(zip(dense, widths, strict=True)):
-        table.add_row(*map(str, (index, a.neurons, b.neurons, a.kv_groups, b.kv_groups)))
-    return table
 
 
 def _config(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
@@ -234,7 +214,7 @@ def _save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, f
     elif format is Format.json:
         _json({"output": str(folder), "plan_sha256": result.plan.sha256, "report": result.report.to_dict()})
     else:
-        _print_table(_report_table(result.report))
+        _print_table(report_table(result.report))
         size = result.report.size
         asked = "" if size.asked_ratio is None else f"asked {size.asked_ratio:.2%}, "
         _out(f"Removed of all parameters: {asked}achieved {size.achieved_ratio:.2%}")
@@ -256,7 +236,7 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
     elif format is Format.quiet:
         _out(str(outline.pruned_parameters))
     else:
-        _print_table(_widths_table(outline.dense, outline.widths))
+        _print_table(widths_table(outline.dense, outline.widths))
         asked = "" if outline.asked_ratio is None else f", asked {outline.asked_ratio:.2%}"
         _out(
             f"Parameters: {outline.base_parameters:,} -> {outline.pruned_parameters:,} "
@@ -297,7 +277,7 @@ def evaluate(
     elif format is Format.quiet:
         _out(f"{report.loss.base.bits_per_byte.value:.6f}")
     else:
-        _print_table(_report_table(report))
+        _print_table(report_table(report))
 
 
 @app.command()
@@ -331,9 +311,9 @@ def inspect(
     _out(f"Plan: {plan.sha256}")
     for name, value in plan.provenance.items():
         _out(f"  {name}: {json.dumps(value)}")
-    _print_table(_widths_table(plan.dense, plan.widths))
+    _print_table(widths_table(plan.dense, plan.widths))
     if report:
-        _print_table(_report_table(report))
+        _print_table(report_table(report))
 
 
 @app.command()

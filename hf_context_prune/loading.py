@@ -36,7 +36,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from . import modeling as modeling  # registers the variable-width classes with the auto classes
 from .architectures import spec_of
 from .cache import CACHE_VARIABLE, cache_dir
-from .errors import ConfigError, ContextPruneError, LoadError
+from .errors import ConfigError, ContextPruneError, LoadError, unknown
 from .manifest import PICKLE_SUFFIXES, read_manifest, verify_folder
 from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, size_fields
 from .saving import estimate_bytes, staged_folder
@@ -85,8 +85,7 @@ def load_model(
         UnsupportedArchitectureError: Its architecture is not in the table.
         ConfigError: An unknown dtype or device.
     """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"Unknown dtype {dtype!r}; allowed are {', '.join(_DTYPES)}.")
+    _check_dtype(dtype)
     path = _local_path(source)
     if path is None:
         return _load_hub(str(source), dtype, revision, device)
@@ -96,6 +95,11 @@ def load_model(
     if read_manifest(path) is not None:
         verify_folder(path)
     return _load_folder(path, path, dtype, device)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise ConfigError(unknown("dtype", dtype, _DTYPES))
 
 
 def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:
@@ -280,8 +284,7 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", verify: bool = True)
     Raises:
         LoadError: A file is missing, changed or unexpected, or a width does not belong to the weights.
     """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"Unknown dtype {dtype!r}; allowed are {', '.join(_DTYPES)}.")
+    _check_dtype(dtype)
     path = _local_path(folder)
     if path is None:
         raise LoadError(f"{folder} does not exist; load_pruned takes a local folder, load_model a Hub id too.")

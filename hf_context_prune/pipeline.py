@@ -300,7 +300,6 @@ def evaluate(
         base.model, base.tokenizer, text, max_seq_length=max_seq_length, max_tokens=options.max_tokens
     )
     speed = measure_speed({"base": base.model}) if options.speed else None
-    on_disk = base.folder is not None
     return EvalReport(
         base_model=base.name,
         dataset=DatasetFacts(text.name, text.revision, text.fingerprint, "The text that was given, as it is."),
@@ -310,5 +309,5 @@ def evaluate(
         loss=LossFacts(base=summarize_losses(losses, seed=seed)),
         environment=Environment.current(str(base.model.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"]) if speed else None,
-        memory=MemoryFacts(base=measure_peak_memory(base.folder)) if on_disk and options.memory else None,  # type: ignore[arg-type]
+        memory=MemoryFacts(base=measure_peak_memory(base.folder)) if base.folder and options.memory else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,17 @@ from .architectures import (
     Geometry,
     LayerWidths,
     Target,
+    blocks,
     check_supported,
     read_geometry,
     spec_of,
     unit_costs,
 )
-from .calibration import batches_of, calibrate, weights_of
+from .calibration import batches_of, calibrate, weights_of_block
 from .config import PrunerConfig
 from .criteria import get_criterion
 from .errors import BudgetError, ConfigError, naming
-from .evaluation import (
-    count_parameters,
-)
+from .evaluation import count_parameters
 from .loading import load_outline
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
@@ -76,12 +75,16 @@ def score_units(
     Returns:
         [units] float64 on the CPU, by (layer, target); higher is kept.
     """
+    spec = check_supported(model)
+    geometry, layers = read_geometry(model.config, spec), blocks(model, spec)
     generator = torch.Generator().manual_seed(seed)
     function = get_criterion(criterion).function
     importance = {}
     for (layer, target), statistics in stats.targets.items():
+        groups = geometry.layers[layer].kv_groups
+        weights = weights_of_block(layers[layer], spec, geometry, target, groups)  # type: ignore[arg-type]
         with naming(f"layer {layer} ({target})"):
-            importance[layer, target] = function(weights_of(model, layer, target).cpu(), statistics, generator)  # type: ignore[arg-type]
+            importance[layer, target] = function(weights.cpu(), statistics, generator)
     return importance
 
 
@@ -152,17 +155,16 @@ def _adaptive(
     widths = geometry.layers
     for target in targets:
         own = {key: curve for key, curve in curves.items() if key[1] == target}
-        share = [
-            LayerWidths(u.neurons, d.kv_groups) if target == "mlp" else LayerWidths(d.neurons, u.kv_groups)
-            for u, d in zip(uniform, geometry.layers, strict=True)
-        ]
-        remove = removed_params(geometry.layers, share, costs)
+        remove = removed_params(geometry.layers, _only(target, uniform, geometry.layers), costs)
         part = adaptive_widths(own, geometry, costs, remove, round_to=config.round_to)
-        widths = tuple(
-            LayerWidths(p.neurons, w.kv_groups) if target == "mlp" else LayerWidths(w.neurons, p.kv_groups)
-            for p, w in zip(part, widths, strict=True)
-        )
+        widths = _only(target, part, widths)
     return widths
+
+
+def _only(target: Target, widths: tuple[LayerWidths, ...], others: tuple[LayerWidths, ...]) -> tuple[LayerWidths, ...]:
+    """One target's sizes of `widths`, all else of `others`."""
+    size = "neurons" if target == "mlp" else "kv_groups"
+    return tuple(replace(other, **{size: getattr(width, size)}) for width, other in zip(widths, others, strict=True))
 
 
 def make_plan(
@@ -198,11 +200,11 @@ def make_plan(
     if config.allocation == "adaptive":
         if samples is None:
             raise ConfigError("allocation='adaptive' measures losses; pass samples=token_blocks(...).")
-        importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
-        widths = _adaptive(model, importance, stats, config, samples)
     else:
-        widths = plan_widths(model, config)
-        importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
+        widths = plan_widths(model, config)  # before scoring: it may refuse
+    importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
+    if samples is not None and config.allocation == "adaptive":
+        widths = _adaptive(model, importance, stats, config, samples)
     layers = select_units(importance, geometry, widths)
     return _plan_of(model, layers, config, stats.num_samples, stats.num_tokens, provenance)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_context_prune.calibration import calibrate, weights_of
+from hf_context_prune.architectures import SPECS, blocks, read_geometry
+from hf_context_prune.calibration import calibrate, weights_of_block
 from hf_context_prune.config import CriterionName
 from hf_context_prune.criteria import CRITERIA, criterion, get_criterion
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
@@ -126,9 +127,12 @@ def summed_by_hand(family, model, value_of):
 @pytest.mark.parametrize("family", STORED)
 def test_magnitude_of_a_model(family):
     model = tiny_model(family)
+    spec = SPECS[family]
+    geometry = read_geometry(model.config, spec)
     expected = summed_by_hand(family, model, lambda weight: weight.detach().double().abs())
     for (layer, target), value in expected.items():
-        w = weights_of(model, layer, target)
+        groups = geometry.layers[layer].kv_groups
+        w = weights_of_block(blocks(model, spec)[layer], spec, geometry, target, groups)
         got = score("magnitude", w, None)
         torch.testing.assert_close(got, value)
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"recovery", "evaluation", "saving", "loading", "sequential"},
     {"planning"},
     {"card", "hub"},
-    {"pipeline", "callback"},
+    {"pipeline", "callback", "tables"},
     {"cli", "demo"},
     {"__main__"},
 ]

@@ -12,9 +12,7 @@ from typing import Any
 import transformers
 from huggingface_hub.dataclasses import strict
 
-from .specs import PREFIX, SPECS, ArchSpec
-
-_CACHE: dict[str, type] = {}
+from .specs import PREFIX, SPECS, ArchSpec, classes_on_demand
 
 
 def config_class_name(spec: ArchSpec) -> str:
@@ -100,15 +98,7 @@ def _make(spec: ArchSpec) -> type:
 
 
 _SPEC_BY_NAME = {config_class_name(spec): spec for spec in SPECS.values()}
-
-
-def __getattr__(name: str) -> type:
-    """Make the config class of an architecture when its name is first asked for (PEP 562)."""
-    if name not in _SPEC_BY_NAME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name not in _CACHE:
-        _CACHE[name] = _make(_SPEC_BY_NAME[name])
-    return _CACHE[name]
+__getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
 
 
 def __dir__() -> list[str]:

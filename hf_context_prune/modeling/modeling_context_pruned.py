@@ -18,9 +18,7 @@ from torch import nn
 
 from . import configuration_context_pruned
 from .configuration_context_pruned import config_class_name
-from .specs import SPECS, ArchSpec, Geometry, LayerWidths, read_geometry
-
-_CACHE: dict[str, type] = {}
+from .specs import SPECS, ArchSpec, Geometry, LayerWidths, classes_on_demand, read_geometry
 
 MODELING_FILES = ("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py")
 """What travels flat with every saved variable-width model."""
@@ -174,11 +172,6 @@ class ContextPrunedModelMixin:
                 shutil.copyfile(os.path.join(here, name), os.path.join(save_directory, name))
         return result
 
-    def num_parameters_by_layer(self) -> list[int]:
-        """Parameters of every block, in order."""
-        blocks = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
-        return [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-
 
 def _make(spec: ArchSpec) -> type:
     parent = getattr(transformers, spec.model_class)
@@ -196,15 +189,7 @@ def _make(spec: ArchSpec) -> type:
 
 
 _SPEC_BY_NAME = {model_class_name(spec): spec for spec in SPECS.values()}
-
-
-def __getattr__(name: str) -> type:
-    """Make the model class of an architecture when its name is first asked for (PEP 562)."""
-    if name not in _SPEC_BY_NAME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name not in _CACHE:
-        _CACHE[name] = _make(_SPEC_BY_NAME[name])
-    return _CACHE[name]
+__getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
 
 
 def __dir__() -> list[str]:

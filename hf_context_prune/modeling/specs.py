@@ -9,7 +9,7 @@ This file travels with every saved variable-width model, so it imports nothing b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +218,28 @@ class Geometry:
             per_group = self.queries_per_group if role == "query" else 1
             offset += total_groups * per_group * dim
         return features
+
+
+def classes_on_demand(
+    module: str, specs: Mapping[str, ArchSpec], make: Callable[[ArchSpec], type]
+) -> Callable[[str], type]:
+    """A module-level ``__getattr__`` (PEP 562) that makes an architecture's class when its name is first asked for.
+
+    Args:
+        module: Name of the module, for the error.
+        specs: Table entries by class name.
+        make: Makes the class of an entry; called once for each.
+    """
+    made: dict[str, type] = {}
+
+    def get(name: str) -> type:
+        if name not in specs:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        if name not in made:
+            made[name] = make(specs[name])
+        return made[name]
+
+    return get
 
 
 def base_model_type(model_type: str) -> str:

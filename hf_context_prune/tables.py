@@ -1,0 +1,33 @@
+"""Tables for the terminal, from the facts; printing them is the command line's business."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .evaluation import EvalReport
+    from .modeling.specs import LayerWidths
+
+
+def report_table(report: EvalReport) -> Table:
+    """Base against pruned, or one model alone."""
+    single = report.size.pruned_parameters is None
+    table = Table(title=escape(report.base_model), title_justify="left")
+    for index, name in enumerate(("measure", "value") if single else ("measure", "base", "pruned", "change")):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in report.table_rows():
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:
+    """Sizes before and after, layer by layer."""
+    table = Table(title="Widths by layer", title_justify="left")
+    for name in ("layer", "MLP neurons", "kept", "KV groups", "kept"):
+        table.add_column(name, justify="right")
+    for index, (a, b) in enumerate(zip(dense, widths, strict=True)):
+        table.add_row(*map(str, (index, a.neurons, b.neurons, a.kv_groups, b.kv_groups)))
+    return table
