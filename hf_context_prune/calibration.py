@@ -26,6 +26,7 @@ from .architectures import (
     read_geometry,
     unit_size,
 )
+from .distributed import all_reduce_, reduce_statistics, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError
 from .stats import CalibrationStats, TargetStatistics, TargetWeights
 
@@ -162,6 +163,7 @@ def prepare_batch(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch,
     return inputs | {"position_ids": (mask.long().cumsum(dim=1) - 1).clamp_min(0)}, flat
 
 
+@together()
 def calibrate(
     model: PreTrainedModel,
     batches: Iterable[Batch],
@@ -170,6 +172,9 @@ def calibrate(
     statistics: frozenset[str] = frozenset(),
 ) -> CalibrationStats:
     """Run the model over text and sum up what its output projections read.
+
+    Under ``accelerate launch`` every process has to call it, with the same batches: each runs every n-th of them, and
+    all get the sums over all.
 
     Args:
         model: The dense model. Runs in evaluation mode, on its own device and in its own dtype.
@@ -194,7 +199,6 @@ def calibrate(
         if unknown := sorted(set(given) - set(allowed)):
             raise ConfigError(f"Unknown {name} {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}.")
     rows = model.get_input_embeddings().weight.shape[0]
-    batches = list(batches)
     with_gradients = "taylor" in statistics
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -206,8 +210,8 @@ def calibrate(
             _hooked(model, spec, geometry, targets, gram="gram" in statistics) as collectors,
             _only_block_gradients(model, spec, enabled=with_gradients),
         ):
-            for index, batch in enumerate(
-                tqdm(batches, desc="Calibrating", unit="batch", name="hf_context_prune.calibration")
+            for index, batch in tqdm(
+                shard(batches), desc="Calibrating", unit="batch", name="hf_context_prune.calibration"
             ):
                 inputs, mask = prepare_batch(batch, index, rows)
                 for collector in collectors.values():
@@ -221,12 +225,16 @@ def calibrate(
                     gradients.take()
                 num_tokens += kept
                 num_samples += ids.shape[0]
+            num_tokens, num_samples = sum_counts(num_tokens, num_samples)
             if num_tokens == 0:
                 raise DataError(
                     "There is nothing to calibrate on: no batch, or every position is padding. Give text with at "
                     "least one unpadded token."
                 )
+            for collector in collectors.values():
+                reduce_statistics(collector.statistics)
             if with_gradients:
+                gradients.reduce()
                 _collect_taylor(model, spec, geometry, collectors, gradients.sums)
     finally:
         for module in training:
@@ -277,6 +285,16 @@ class _GradientSums:
                 known = self.sums.get(id(parameter))
                 self.sums[id(parameter)] = gradient.float() if known is None else known.add_(gradient)
                 parameter.grad = None
+
+    def reduce(self) -> None:
+        """Sum over all processes; one that had no batch has no gradient yet."""
+        counts = sum_counts(*(id(parameter) in self.sums for parameter in self.parameters))
+        present = [parameter for parameter, count in zip(self.parameters, counts, strict=True) if count]
+        for parameter in present:
+            if id(parameter) not in self.sums:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                self.sums[id(parameter)] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        all_reduce_(self.sums[id(parameter)] for parameter in present)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -36,6 +35,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from . import modeling as modeling  # registers the variable-width classes with the auto classes
 from .architectures import spec_of
 from .cache import CACHE_VARIABLE, cache_dir
+from .distributed import device as default_device
 from .errors import ConfigError, ContextPruneError, LoadError, unknown
 from .manifest import PICKLE_SUFFIXES, read_manifest, verify_folder
 from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, size_fields
@@ -150,7 +150,7 @@ def _load(
             f"{source} can't be loaded as a causal LM with its tokenizer: {type(error).__name__}: {error}"
         ) from error
     try:
-        target = torch.device(device) if device else PartialState().device
+        target = torch.device(device) if device else default_device()
         return model.eval().to(target), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"The device {device!r} can't be used: {error}") from error

@@ -1,0 +1,5 @@
+"""``python -m hf_context_prune``: the command line, for launchers that start modules."""
+
+from .cli import main
+
+main()

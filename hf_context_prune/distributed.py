@@ -1,0 +1,354 @@
+"""Several processes under accelerate: who takes which batches, sums that are equal in all, errors that end all.
+
+Every process loads the same model and text; only the batches of calibration are split. All communication is by
+accelerate, on the process group that the launcher's variables describe or that the caller's `Accelerator` made. With
+one process every function here is a no-op, and neither torch nor accelerate is imported for it.
+
+Before numbers are exchanged, so is whether all is well (`together`): a process that failed would leave the others
+waiting for its numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from .errors import ConfigError, ContextPruneError, DataError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+    from .stats import RegressionMoments, TargetStatistics
+
+T = TypeVar("T")
+
+# One process may measure or write for long while the others wait; a process that dies ends the waiting at once.
+_TIMEOUT = timedelta(days=1)
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_SHARED = "_hf_context_prune_shared"
+"""Attribute of an error that all processes know of."""
+_CHUNK = 2**22
+"""Elements of a tensor that are gathered at once: of a large Gram matrix no process holds every other's copy."""
+
+
+class LaunchWarning(UserWarning):
+    """A launcher was asked for several processes and started one."""
+
+
+# Who is there
+
+
+def _launched() -> int:
+    """Processes that a launcher started, by its environment variables; 1 without a launcher."""
+    names = ("WORLD_SIZE", *_MPI_SIZES) if "LOCAL_RANK" in os.environ else _MPI_SIZES
+    sizes = [os.environ.get(name, "") for name in names]
+    return max([int(size) for size in sizes if size.isdigit()], default=1)
+
+
+def _has_group() -> bool:
+    torch = sys.modules.get("torch")  # whoever made a group has imported it
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _accelerate() -> PartialState:
+    """The state of accelerate; made here, with its process group, if the caller made none."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # accelerate forms a group of CPU processes only when told that they are on the CPU. MPS has no collectives.
+    on_cpu = _launched() > 1 and (accelerator is None or accelerator.type == "mps")
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or on_cpu, timeout=_TIMEOUT)
+
+
+def _group() -> PartialState | None:
+    """The processes that work together, or None for one process.
+
+    Raises:
+        ConfigError: Several were launched, but accelerate was set up as one.
+    """
+    launched = _launched()
+    if launched < 2 and not _has_group():
+        return None
+    state = _accelerate()
+    if state.num_processes > 1:
+        return state
+    if _has_group():
+        import torch
+
+        launched = torch.distributed.get_world_size()
+    if launched < 2:
+        return None
+    raise ConfigError(
+        f"{launched} processes were launched, but accelerate was set up in each as if it were alone, so each would do "
+        f"all the work and they would write over one another. Without a GPU, set ACCELERATE_USE_CPU=true, or "
+        f"make your own Accelerator(cpu=True) first."
+    )
+
+
+def num_processes() -> int:
+    """Processes that work together; 1 without a launcher."""
+    state = _group()
+    return 1 if state is None else int(state.num_processes)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes."""
+    state = _group()
+    return state is None or bool(state.is_main_process)
+
+
+def device() -> torch.device:
+    """The device that accelerate gives this process."""
+    return _accelerate().device
+
+
+def warn_if_alone() -> None:
+    """Warn if ``accelerate launch --cpu --num_processes N`` started one process, as it does without MPI.
+
+    Warns:
+        LaunchWarning: With the commands that start several.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    # Without its --mpirun_hostfile it starts one process, and tells it the address of a main process all the same.
+    if on_cpu and "MASTER_ADDR" in os.environ and _launched() < 2 and not _has_group():
+        warnings.warn(
+            "accelerate launch --cpu starts one process whatever --num_processes says, unless it has MPI "
+            "(--mpirun_hostfile). The result is the same; for several processes on the CPU: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...",
+            LaunchWarning,
+            stacklevel=3,
+        )
+
+
+# Errors and small objects
+
+
+def _exchange(error: Exception | None, value: T) -> list[T]:
+    """Tell all processes this one's error, or its value; all values in the order of the processes.
+
+    Raises:
+        ContextPruneError: Of the first other process that failed, with its type; the caller raises its own.
+        RuntimeError: The same, for errors of other types.
+    """
+    state = _group()
+    if state is None:
+        return [value]
+    from accelerate.utils import gather_object
+
+    failure = None
+    if error is not None:
+        setattr(error, _SHARED, True)
+        failure = (type(error) if isinstance(error, ContextPruneError) else None, type(error).__name__, str(error))
+    reports = gather_object([(failure, value)])
+    if error is None:
+        for index, (other, _) in enumerate(reports):
+            if other is not None:
+                kind, name, message = other
+                text = f"{message} (in process {index} of {state.num_processes})"
+                raised = RuntimeError(f"{name}: {text}") if kind is None else kind(text)
+                setattr(raised, _SHARED, True)
+                raise raised
+    return [other for _, other in reports]
+
+
+def is_shared(error: BaseException | None) -> bool:
+    """Whether all processes raise this error or the one it stems from, so that the main one need only show it."""
+    while error is not None:
+        if getattr(error, _SHARED, False):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block (or, as a decorator, a function) that succeeds in all processes or raises in all. Blocks may be nested.
+
+    Raises:
+        ContextPruneError: What was raised in this process or, with its type, in the first that failed.
+        RuntimeError: Another process failed with an error of another type.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_shared(error):
+            _exchange(error, None)
+        raise
+    _exchange(None, None)
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """Call a function in the main process alone; all processes wait for its result, or its error.
+
+    Args:
+        function: Takes nothing; what it returns is pickled.
+    """
+    value, failed = None, None
+    if is_main_process():
+        try:
+            value = function()
+        except Exception as error:
+            failed = error
+    values = _exchange(failed, value)
+    if failed is not None:
+        raise failed
+    return values[0]  # type: ignore[return-value]
+
+
+def broadcast_object(value: T) -> T:
+    """The main process's value, in all processes. Small objects: they are pickled."""
+    return _exchange(None, value)[0]
+
+
+# Batches and sums
+
+
+def shard(batches: Iterable[dict[str, torch.Tensor]]) -> list[tuple[int, dict[str, torch.Tensor]]]:
+    """This process's share of the batches, with their numbers: every n-th, so that the first is the first of all.
+
+    Args:
+        batches: The same in every process.
+
+    Returns:
+        [(number, batch), ...]; empty where there are more processes than batches.
+
+    Raises:
+        DataError: The processes were given different batches.
+    """
+    numbered = list(enumerate(batches))
+    state = _group()
+    if state is None:
+        return numbered
+    digests = _exchange(None, _digest([batch for _, batch in numbered]))
+    if len(set(digests)) > 1:
+        raise DataError(
+            f"The {state.num_processes} processes were given different batches. Give all of them the same text and "
+            f"seed: the batches are split here."
+        )
+    return numbered[state.process_index :: state.num_processes]
+
+
+def _digest(batches: Sequence[dict[str, torch.Tensor]]) -> str:
+    sha = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every process's tensor, in their order, on accelerate's device. All have one shape and dtype."""
+    from accelerate.utils import gather
+
+    rows = gather(tensor.detach().to(device()).reshape(1, -1))
+    return [row.reshape(tensor.shape) for row in rows]
+
+
+def all_reduce_(tensors: Iterable[torch.Tensor]) -> None:
+    """Sum contiguous floating-point tensors over all processes, in place.
+
+    They are gathered and added in float64, in the order of the processes. A reduction by the backend would choose its
+    order by topology and message size, and add float32 in float32: here the sum is the same, bit for bit, in all
+    processes and on any network.
+
+    Args:
+        tensors: As many, of the same shapes and dtypes, in every process.
+    """
+    if _group() is None:
+        return
+    for tensor in tensors:
+        for chunk in tensor.view(-1).split(_CHUNK):
+            total, *others = _gather(chunk)
+            total = total.double()
+            for other in others:
+                total += other
+            chunk.copy_(total)
+
+
+def sum_counts(*counts: int) -> list[int]:
+    """Sums of integers over all processes."""
+    return [sum(column) for column in zip(*_exchange(None, counts), strict=True)]
+
+
+def _first_pivot(pivot: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """The pivot of the first process that has one; it has none where it saw no token, and nowhere if none is used."""
+    holders = _exchange(None, pivot is not None)
+    if not any(holders):
+        return None
+    given = like.new_zeros(like.shape) if pivot is None else pivot.to(like)
+    return _gather(given)[holders.index(True)].to(like.device)
+
+
+def _move_pivots(
+    product: torch.Tensor,
+    count: int,
+    x: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    t: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Turn a sum of (x - p)(t - q)^T over tokens into one about other pivots p' and q', in place.
+
+    (x - p')(t - q')^T = ((x - p) + d)((t - q) + e)^T with d = p - p' and e = q - q', so it lacks
+    sum(x - p) e^T + d sum(t - q)^T + count d e^T. All pivots are near the mean, so what is added is no larger than what
+    it is added to, and float32 is enough.
+
+    Args:
+        product: [features, outputs], float32.
+        count: Tokens summed over.
+        x: (sum of x, p, p'), each [features], float64.
+        t: (sum of t, q, q'), each [outputs], float64.
+    """
+    (rest_x, d), (rest_t, e) = (
+        ((total - count * old).to(product), (old - new).to(product)) for total, old, new in (x, t)
+    )
+    product.addr_(rest_x, e).addr_(d, rest_t).addr_(d, e, alpha=count)
+
+
+def reduce_statistics(statistics: TargetStatistics) -> None:
+    """Sum one target's moments over all processes, in place; each may have used a pivot of its own, or seen no token.
+
+    `taylor` is left alone: it holds absolute values, and gradients have to be summed before those are taken.
+
+    Raises:
+        ContextPruneError: Another process failed.
+    """
+    if _group() is None:
+        return
+    pivot = _first_pivot(statistics.pivot, statistics.sum)
+    if pivot is not None and statistics.pivot is not None and statistics.gram is not None:
+        about = (statistics.sum, statistics.pivot, pivot)
+        _move_pivots(statistics.gram, statistics.num_tokens, about, about)
+    statistics.pivot = pivot
+    (statistics.num_tokens,) = sum_counts(statistics.num_tokens)
+    sums = [statistics.sum, statistics.sum_abs, statistics.sum_squares]
+    all_reduce_(sums if statistics.gram is None else [*sums, statistics.gram])
+
+
+def reduce_moments(moments: RegressionMoments) -> None:
+    """Sum regression moments over all processes, in place; each may have used pivots of its own, or seen no token.
+
+    Raises:
+        ContextPruneError: Another process failed.
+    """
+    if _group() is None:
+        return
+    statistics, own = moments.statistics, moments.pivot_target
+    pivot = _first_pivot(statistics.pivot, statistics.sum)
+    target = _first_pivot(own, moments.sum_target)
+    if pivot is not None and target is not None and statistics.pivot is not None and own is not None:
+        x = (statistics.sum, statistics.pivot, pivot)
+        t = (moments.sum_target, own.double(), target)
+        _move_pivots(moments.cross, statistics.num_tokens, x, t)
+    # float32, as `RegressionMoments.add` makes it: the numbers came from one, so nothing is lost.
+    moments.pivot_target = None if target is None else target.float()
+    all_reduce_([moments.cross, moments.sum_target])
+    reduce_statistics(statistics)
