@@ -138,8 +138,8 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
     return rank
 
 
-RIDGE = 0.01
-"""Share of mean diag(G) added to G's diagonal, as in the reconstruction."""
+RIDGE = 0.3
+"""Share of each feature's mean square added to G's diagonal, as in the reconstruction."""
 
 
 def _obs_scores(output: torch.Tensor, inverse: torch.Tensor, size: int, here: torch.Tensor) -> torch.Tensor:

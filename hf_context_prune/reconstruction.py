@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .errors import ConfigError, unknown
-from .linalg import cholesky
+from .linalg import cholesky, regularized
 from .stats import TargetStatistics
 
 Reconstruction = Callable[
@@ -51,7 +51,7 @@ def bias(
 def least_squares(
     weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int], statistics: TargetStatistics, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W_K + W_P G_PK (G_KK + lambda I)^-1, lambda = ridge * mean diag(G); with a bias on the centred covariance.
+    """W_K + W_P G_PK (G_KK + ridge diag(G_KK))^-1; with a bias on the centred covariance.
 
     The least-squares fit of the old outputs from the kept inputs, with a ridge that pulls towards the old weights:
     the empty plan is the identity. With a bias, C = G/n - mu mu^T stands for G, and b + W mu - W_K' mu_K for b.
@@ -61,7 +61,7 @@ def least_squares(
         bias: [out_features] or None.
         kept: Kept features, ascending.
         statistics: With a Gram matrix.
-        ridge: Share of the mean diagonal, above 0.
+        ridge: Share of each feature's mean square, above 0; `regularized` has its small print.
 
     Raises:
         NumericsError: The system is singular in spite of the ridge.
@@ -72,10 +72,9 @@ def least_squares(
     second_moment = statistics.second_moment(centred=bias is not None)
     mean = statistics.mean
     W = weight.double()
-    # A layer whose inputs never move needs no correction; the floor only keeps the system solvable then.
-    scale = max(float(second_moment.diagonal().mean()), torch.finfo(torch.float64).tiny)
-    system = second_moment[K][:, K]
-    system.diagonal().add_(ridge * scale)
+    if not bool(second_moment.any()):  # a layer whose inputs never move needs no correction
+        return W[:, K], None if bias is None else bias.double() + W[:, P] @ mean[P]
+    system = regularized(second_moment, ridge)[K][:, K]
     update = torch.cholesky_solve(second_moment[K][:, P] @ W[:, P].T, cholesky(system)).T
     new_weight = W[:, K] + update
     if bias is None:
@@ -84,31 +83,58 @@ def least_squares(
 
 
 def refit(
-    weight: torch.Tensor, second_moment: torch.Tensor, cross: torch.Tensor, kept: list[int] | None, ridge: float
+    weight: torch.Tensor,
+    second_moment: torch.Tensor,
+    cross: torch.Tensor,
+    kept: list[int] | None,
+    ridge: float,
+    correction_ridge: float | None = None,
 ) -> torch.Tensor:
-    """W_K with (E[x x^T]_KK + lambda I) W_K^T = E[x t^T]_K + lambda W_K^T: regression on a target, for `sequential.py`.
+    """Regression of a target t on the kept inputs, with ridges that pull towards the old weights; for `sequential.py`.
 
-    lambda = ridge * mean diag(E[x x^T]); the ridge pulls towards the old weights.
+    t = W x + e: the projection's own output, which x gives exactly, and what the residual stream lacks beside it, which
+    x gives only in part, so that few tokens overfit it. Each part has its own ridge (G = E[x x^T], D = diag G):
+
+        W_K' = W_K + W_P G_PK (G_KK + ridge D_KK)^-1 + E[e x^T]_K (G_KK + correction_ridge D_KK)^-1
 
     Args:
         weight: Old W, [outputs, features], float64.
         second_moment: E[x x^T], [features, features], float64.
         cross: E[x t^T], [features, outputs], float64.
         kept: Features to keep, ascending; None keeps all.
-        ridge: Share of the mean diagonal.
+        ridge: Share of each feature's mean square, for the own output.
+        correction_ridge: The same for the rest of the target; None: as `ridge`.
 
     Returns:
         New W, [outputs, kept], float64.
     """
-    scale = max(float(second_moment.diagonal().mean()), torch.finfo(torch.float64).tiny)
+    own = second_moment @ weight.T
+    rest = cross - own
+    correction_ridge = ridge if correction_ridge is None else correction_ridge
+    shares = {ridge, correction_ridge}
+    # Features that never fire have nothing to be refitted to.
+    systems = {share: regularized(second_moment, share) for share in shares} if bool(second_moment.any()) else {}
     if kept is not None:
         index = torch.tensor(kept, device=weight.device)
-        weight, cross, second_moment = weight[:, index], cross[index], second_moment[index][:, index]
-    system = second_moment.clone()
-    system.diagonal().add_(ridge * scale)
-    # Solving for the change keeps the old weights exact where nothing has to change.
-    change = torch.cholesky_solve(cross - second_moment @ weight.T, cholesky(system)).T
-    return weight + change
+        weight, own, rest, second_moment = weight[:, index], own[index], rest[index], second_moment[index][:, index]
+        systems = {share: system[index][:, index] for share, system in systems.items()}
+    # Solving for the changes keeps the old weights exact where nothing has to change.
+    changes = {ridge: own - second_moment @ weight.T}
+    changes[correction_ridge] = changes.get(correction_ridge, 0) + rest
+    for share, system in systems.items():
+        weight = weight + torch.cholesky_solve(changes[share], cholesky(system)).T
+    return weight
+
+
+def squared_error(weight: torch.Tensor, second_moment: torch.Tensor, cross: torch.Tensor) -> float:
+    """E|t - W x|^2 - E|t|^2: what a choice of W changes of the error.
+
+    Args:
+        weight: W, [outputs, features], float64.
+        second_moment: E[x x^T], [features, features], float64.
+        cross: E[x t^T], [features, outputs], float64.
+    """
+    return float((weight @ second_moment * weight).sum() - 2 * (weight * cross.T).sum())
 
 
 RECONSTRUCTIONS: dict[str, Reconstruction] = {"none": none, "bias": bias, "least_squares": least_squares}

@@ -11,8 +11,9 @@ import torch
 from hf_context_prune.architectures import SPECS, blocks, read_geometry
 from hf_context_prune.calibration import calibrate, weights_of_block
 from hf_context_prune.config import CriterionName
-from hf_context_prune.criteria import CRITERIA, criterion, get_criterion
+from hf_context_prune.criteria import CRITERIA, RIDGE, criterion, get_criterion
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
+from hf_context_prune.linalg import FLOOR
 from hf_context_prune.stats import TargetStatistics, TargetWeights
 from tests.problems import inputs, statistics_of, weights
 from tests.tiny import VOCABULARY, tiny_model
@@ -164,14 +165,14 @@ def test_taylor_of_a_model(family):
         torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
 
 
-def greedy_surgeon(W, X, size, *, ridge=0.01, batch=lambda alive: 1):
+def greedy_surgeon(W, X, size, *, ridge=RIDGE, batch=lambda alive: 1):
     """Optimal brain surgeon from its definition: at each step try every unit and refit from scratch.
 
-    The loss of keeping K is the least of ||X W^T - X_K V^T||^2 + lambda ||W - V||^2 over all V (V is 0 outside K).
+    The loss of keeping K is the least of ||X W^T - X_K V^T||^2 + ||(W - V) sqrt(D)||^2 over all V (V is 0 outside K).
     """
     W, X = W.double().numpy(), X.double().numpy()
-    penalty = ridge * np.mean(np.sum(X * X, axis=0))
-    A = np.vstack([X, np.sqrt(penalty) * np.eye(X.shape[1])])
+    squares = np.sum(X * X, axis=0)
+    A = np.vstack([X, np.diag(np.sqrt(ridge * (squares + FLOOR * np.mean(squares))))])
     target = A @ W.T
 
     def loss(units):

@@ -12,7 +12,7 @@ import torch
 from hf_context_prune.config import ReconstructionName
 from hf_context_prune.criteria import CRITERIA, RIDGE, _obs_remove
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.linalg import cholesky, inverse_spd, regularized
+from hf_context_prune.linalg import FLOOR, cholesky, inverse_spd, regularized
 from hf_context_prune.reconstruction import NEEDS_GRAM, RECONSTRUCTIONS, get_reconstruction
 from hf_context_prune.stats import TargetWeights
 from tests.problems import inputs, matrix, statistics_of
@@ -29,8 +29,9 @@ def problem(*, seed=0, tokens=60):
 
 
 def penalty(X, ridge, *, centred):
+    """Weight of the ridge, one a kept feature."""
     moments = X.var(dim=0, correction=0) if centred else X.square().mean(dim=0)
-    return ridge * float(moments.mean())
+    return ridge * (moments + FLOOR * moments.mean())[KEPT]
 
 
 def objective(X, W, b, V, c, ridge):
@@ -38,7 +39,7 @@ def objective(X, W, b, V, c, ridge):
     old = X @ W.T if b is None else X @ W.T + b
     new = X[:, KEPT] @ V.T if b is None else X[:, KEPT] @ V.T + c
     error = (old - new).square().sum() / len(X)
-    return float(error + penalty(X, ridge, centred=b is not None) * (V - W[:, KEPT]).square().sum())
+    return float(error + (penalty(X, ridge, centred=b is not None) * (V - W[:, KEPT]).square()).sum())
 
 
 def solve_with_numpy(X, W, b, ridge):
@@ -46,9 +47,9 @@ def solve_with_numpy(X, W, b, ridge):
     X, W = X.numpy(), W.numpy()
     kept = X[:, KEPT] / np.sqrt(len(X))
     target = X @ W.T / np.sqrt(len(X))
-    scale = np.sqrt(penalty(torch.tensor(X), ridge, centred=b is not None))
-    A = np.vstack([kept, scale * np.eye(len(KEPT))])
-    B = np.vstack([target, scale * W[:, KEPT].T])
+    scale = np.diag(np.sqrt(penalty(torch.tensor(X), ridge, centred=b is not None).numpy()))
+    A = np.vstack([kept, scale])
+    B = np.vstack([target, scale @ W[:, KEPT].T])
     if b is None:
         return torch.tensor(np.linalg.lstsq(A, B, rcond=None)[0].T), None
     ones = np.concatenate([np.ones(len(X)) / np.sqrt(len(X)), np.zeros(len(KEPT))])[:, None]
@@ -191,9 +192,9 @@ def test_what_is_missing_is_named():
 def test_linear_algebra():
     X = inputs(5)
     G = X.T @ X
-    torch.testing.assert_close(regularized(G, 0.1), G + 0.1 * G.diagonal().mean() * torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(regularized(G, 0.1), G + 0.1 * (G.diagonal() + FLOOR * G.diagonal().mean()).diag())
     torch.testing.assert_close(inverse_spd(G) @ G, torch.eye(5, dtype=torch.float64))
-    with pytest.raises(NumericsError, match=r"ridge \(say to 0\.1\)"):
+    with pytest.raises(NumericsError, match=r"ridge \(say to 1\)"):
         cholesky(-G)
     for bad in (torch.zeros(3, 3), torch.full((3, 3), float("nan"))):
         with pytest.raises(NumericsError, match="zero or not finite"):
