@@ -1,24 +1,22 @@
 """The sequential repair: one walk over the blocks with a dense and a pruned stream.
 
-At every block the target of the refit is the *dense* residual stream, so it also absorbs the error made upstream.
-Blocks are called, never re-implemented: their real arguments (masks, position embeddings) are captured from the model's
-own forward pass. One block's Gram matrix exists at a time.
+At every block the target of the refit is the *dense* residual stream, so it also absorbs the error made upstream. One
+block's Gram matrix exists at a time, and blocks are done one after the other: a walk that is killed goes on from the
+last finished block.
 
 Notation: x are the inputs of an output projection in the pruned stream, W its weight, K the kept features, and t the
-contribution that the sub-layer has to make for the pruned residual stream to equal the dense one. The refit solves
-
-    (X_K^T X_K + lambda I) W_K^T = X_K^T T + lambda W_K^T,    lambda = ridge * mean diag(X^T X),
-
-so the ridge pulls towards the old weights: with equal streams and nothing removed it returns them.
+contribution that the sub-layer has to make for the pruned residual stream to equal the dense one. `refit` has the
+equation. Its ridge on what upstream blocks left to correct is chosen block by block on text that is never fitted: every
+block fits that remainder anew on the same tokens, so a small ridge would learn those tokens by heart.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -27,7 +25,6 @@ from transformers import PreTrainedModel
 
 from .architectures import (
     ArchSpec,
-    Geometry,
     LayerWidths,
     Target,
     blocks,
@@ -40,11 +37,21 @@ from .architectures import (
 )
 from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_block
 from .criteria import Criterion
+from .distributed import broadcast_object, reduce_moments, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError, naming
 from .plan import LayerPlan
-from .reconstruction import refit
+from .reconstruction import refit, squared_error
 from .stats import Key, RegressionMoments
+from .streams import Stream, StreamStorage, capture, choose_held_out, watched
 from .surgery import kept_features
+from .walk_state import FinishedBlock, WalkState
+
+CORRECTION_RIDGES = (0.1, 0.3, 1.0, 3.0)
+"""Ridges tried for what upstream blocks left to correct, as shares of each feature's mean square."""
+DEFAULT_CORRECTION_RIDGE = 1.0
+"""Where there is too little text to hold any out."""
+HELD_OUT_EVERY = 12
+"""One batch in so many only chooses ridges."""
 
 
 @dataclass
@@ -71,66 +78,11 @@ class SequentialResult:
         return new_weight.to(weight.device), new_bias if new_bias is None else new_bias.to(weight.device)
 
 
-@dataclass
-class _Stream:
-    """One batch on its way through the blocks."""
-
-    dense: torch.Tensor
-    pruned: torch.Tensor
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    mask: torch.Tensor | None
-
-    def call(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        args, kwargs = self.calls[layer]
-        output = block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[tokens, features] of the unpadded positions, float32."""
-        flat = tensor.reshape(-1, tensor.shape[-1]).float()
-        return flat if self.mask is None else flat[self.mask]
-
-
-def _capture(model: PreTrainedModel, spec: ArchSpec, inputs: Batch, mask: torch.Tensor | None) -> _Stream:
-    """Record the first hidden states and every block's other arguments; the blocks themselves do nothing meanwhile."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    first: list[torch.Tensor] = []
-    layers = blocks(model, spec)
-
-    def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-        first.append(hidden)
-        calls.append((args, kwargs))
-        return hidden
-
-    try:
-        for layer in layers:
-            layer.forward = record  # type: ignore[assignment]
-        model.base_model(**inputs, use_cache=False)
-    finally:
-        for layer in layers:
-            del layer.forward
-    return _Stream(first[0], first[0], calls, mask)
-
-
-@contextmanager
-def _watched(module: nn.Module, *, inputs: bool) -> Iterator[list[torch.Tensor]]:
-    """Keep what a module reads (or gives) in the next call."""
-    seen: list[torch.Tensor] = []
-    if inputs:
-        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    else:
-        handle = module.register_forward_hook(lambda _, args, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 class _SubLayer:
     """One target of one block: its projection, and how its output enters the residual stream."""
 
     def __init__(self, block: nn.Module, spec: ArchSpec, target: Target, scale: float) -> None:
-        self.projection = output_projection(block, spec, target)
+        self.target, self.projection = target, output_projection(block, spec, target)
         path = dict(spec.post_norms).get(target)
         self.post_norm = None if path is None else block.get_submodule(path)
         self.scale = scale
@@ -178,6 +130,7 @@ def _rms(output: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     return (output.square().mean(dim=-1, keepdim=True) + float(norm.eps)).sqrt()  # type: ignore[arg-type]
 
 
+@together()
 @torch.no_grad()
 def prune_sequentially(
     model: PreTrainedModel,
@@ -185,18 +138,25 @@ def prune_sequentially(
     widths: Sequence[LayerWidths],
     criterion: Criterion,
     *,
-    ridge: float = 0.01,
+    ridge: float = 0.3,
     seed: int = 0,
+    state_dir: Path | None = None,
+    memory_limit: int | None = None,
 ) -> SequentialResult:
     """Walk the blocks once: choose, remove and refit, each block on the stream that the blocks before it left.
+
+    Under ``accelerate launch`` every process has to call it, with the same batches: each walks every n-th of them.
 
     Args:
         model: The dense model; as it was when this returns.
         batches: As for `calibrate`.
         widths: Widths after pruning, one a block.
         criterion: Ranks units on the pruned stream's statistics and the refitted (not yet pruned) weights.
-        ridge: Share of the mean diagonal.
+        ridge: Share of each feature's mean square.
         seed: For the `random` criterion.
+        state_dir: Where finished blocks are kept; a walk over the same inputs goes on from there, to the same bits.
+        memory_limit: Bytes of hidden states that may stay in memory, beyond which they lie in a memory-mapped file;
+            None: half of the free memory.
 
     Raises:
         ConfigError: The criterion needs gradients, or the blocks normalise the residual stream itself (OPT-350m).
@@ -212,165 +172,202 @@ def prune_sequentially(
             "stream itself after each sub-layer (do_layer_norm_before=False). Use reconstruction='least_squares'."
         )
     check_weights_finite(model)
-    geometry = read_geometry(model.config, spec)
-    rows = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    result = SequentialResult()
+    batches = list(batches)
+    state = WalkState(state_dir, model, batches, widths, f"{criterion.name} {ridge!r} {seed}")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        streams = []
-        for index, batch in enumerate(batches):
-            inputs, mask = prepare_batch(batch, index, rows)
-            kept = batch["input_ids"].numel() if mask is None else int(mask.sum())
-            if kept == 0:
-                continue
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            streams.append(_capture(model, spec, inputs, None if mask is None else mask.to(model.device)))
-            result.num_tokens += kept
-            result.num_samples += batch["input_ids"].shape[0]
-        if not streams:
-            raise DataError("There is nothing to calibrate on: no batch, or every position is padding.")
-        layers = []
+        streams, result = _streams(model, spec, batches, memory_limit)
+        walk = _Walk(model, spec, streams, criterion, ridge, seed)
         bar = tqdm(blocks(model, spec), desc="Pruning blocks", unit="block", name="hf_context_prune.sequential")
-        for index, block in enumerate(bar):
-            walk = _BlockWalk(index, block, spec, geometry, residual_scale(model.config, spec), streams)
+        for index in range(len(bar)):
             with naming(f"layer {index}"):
-                layers.append(
-                    walk.run(widths[index], criterion, ridge, generator, is_parallel(model.config, spec), result)
-                )
-        result.layers = tuple(layers)
+                done = broadcast_object(state.finished(index))  # all processes do the same
+                if done is None:
+                    done = walk.prune(index, widths[index])
+                    state.keep(index, done)
+                else:
+                    walk.replay(index, done)
+            result.layers += (done.layer,)
+            result.outputs |= {(index, target): output for target, output in done.outputs.items()}
+            bar.update()
+        bar.close()
     finally:
         for module in training:
             module.training = True
     return result
 
 
-class _BlockWalk:
-    """Both streams through one block."""
+def _streams(
+    model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], memory_limit: int | None
+) -> tuple[list[Stream], SequentialResult]:
+    """This process's streams before the first block, and the counts of all processes."""
+    table = model.get_input_embeddings().weight
+    held_out = choose_held_out(len(batches), HELD_OUT_EVERY)
+    mine, result = shard(batches), SequentialResult()
+    elements = sum(batch["input_ids"].numel() for _, batch in mine) * model.config.hidden_size
+    storage = StreamStorage(elements, table.dtype, limit=memory_limit)
+    streams = []
+    for index, batch in mine:
+        inputs, mask = prepare_batch(batch, index, table.shape[0])
+        kept = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        if kept == 0:
+            continue
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        mask = None if mask is None else mask.to(model.device)
+        streams.append(capture(model, spec, inputs, mask, storage, held_out=held_out[index]))
+        result.num_tokens += kept
+        result.num_samples += batch["input_ids"].shape[0]
+    result.num_tokens, result.num_samples = sum_counts(result.num_tokens, result.num_samples)
+    if not result.num_tokens:
+        raise DataError("There is nothing to calibrate on: no batch, or every position is padding.")
+    return streams, result
+
+
+class _Walk:
+    """Both streams on their way through the blocks."""
 
     def __init__(
         self,
-        index: int,
-        block: nn.Module,
+        model: PreTrainedModel,
         spec: ArchSpec,
-        geometry: Geometry,
-        scale: float,
-        streams: Sequence[_Stream],
-    ) -> None:
-        self.index, self.dense_block, self.spec, self.geometry, self.streams = index, block, spec, geometry, streams
-        self.block = copy.deepcopy(block)  # loses its units: their output columns become zero
-        self.scale = scale
-
-    def run(
-        self,
-        widths: LayerWidths,
+        streams: Sequence[Stream],
         criterion: Criterion,
         ridge: float,
-        generator: torch.Generator,
-        parallel: bool,
-        result: SequentialResult,
-    ) -> LayerPlan:
-        """Prune what has to be pruned, and move both streams behind the block."""
-        dense = self.geometry.layers[self.index]
-        kept: dict[Target, tuple[int, ...]] = {
-            "mlp": tuple(range(dense.neurons)),
-            "attention": tuple(range(dense.kv_groups)),
-        }
+        seed: int,
+    ) -> None:
+        self.blocks, self.spec, self.streams = blocks(model, spec), spec, streams
+        self.criterion, self.ridge, self.seed = criterion, ridge, seed
+        self.geometry = read_geometry(model.config, spec)
+        self.scale, self.parallel = residual_scale(model.config, spec), is_parallel(model.config, spec)
+
+    def prune(self, index: int, widths: LayerWidths) -> FinishedBlock:
+        """Prune one block as far as its widths ask, and move both streams behind it."""
+        dense = self.geometry.layers[index]
         todo: list[tuple[Target, int]] = []
         if widths.kv_groups < dense.kv_groups:
             todo.append(("attention", widths.kv_groups))
         if widths.neurons < dense.neurons:
             todo.append(("mlp", widths.neurons))
-        references = self._dense_pass([target for target, _ in todo], parallel=parallel)
+        done = FinishedBlock(LayerPlan(tuple(range(dense.neurons)), tuple(range(dense.kv_groups))))
+        block = copy.deepcopy(self.blocks[index])  # loses its units: their output columns become zero
+        references = self._dense_pass(index, block, [target for target, _ in todo])
         for target, count in todo:
-            moments = self._pruned_pass(target, references, parallel=parallel)
-            kept[target] = self._choose_and_refit(target, count, moments, criterion, ridge, generator, result)
+            fit, choose = self._pruned_pass(index, block, target, references)
+            part = _SubLayer(block, self.spec, target, self.scale)
+            units, output = self._choose_and_refit(index, block, part, count, fit, choose)
+            name = "neurons" if target == "mlp" else "kv_groups"
+            done = FinishedBlock(replace(done.layer, **{name: units}), {**done.outputs, target: output})
+            self._install(part, kept_features(self.geometry, target, units), *output)
         for stream in self.streams:
-            stream.pruned = stream.call(self.index, self.block, stream.pruned)
-        return LayerPlan(kept["mlp"], kept["attention"])
+            stream.pruned.copy_(stream.call(index, block, stream.pruned))
+        return done
 
-    def _dense_pass(self, targets: Sequence[Target], *, parallel: bool) -> list[dict[str, torch.Tensor]]:
+    def replay(self, index: int, done: FinishedBlock) -> None:
+        """Move both streams behind a block that an earlier, interrupted walk finished."""
+        block = copy.deepcopy(self.blocks[index])
+        for target, output in done.outputs.items():
+            part = _SubLayer(block, self.spec, target, self.scale)
+            self._install(part, kept_features(self.geometry, target, done.layer.kept(target)), *output)
+        for stream in self.streams:
+            stream.dense.copy_(stream.call(index, self.blocks[index], stream.dense))
+            stream.pruned.copy_(stream.call(index, block, stream.pruned))
+
+    def _dense_pass(self, index: int, pruned: nn.Module, targets: Sequence[Target]) -> list[dict[str, torch.Tensor]]:
         """Move the dense streams behind the block; keep what the targets are made of, one dict a stream."""
         references = []
+        block = self.blocks[index]
+        parts = {target: _SubLayer(block, self.spec, target, self.scale) for target in targets}
         for stream in self.streams:
-            before, notes = stream.dense, {}
+            notes: dict[str, torch.Tensor] = {}
             with ExitStack() as stack:
                 outputs, branches = {}, {}
-                for target in targets:
-                    part = _SubLayer(self.dense_block, self.spec, target, self.scale)
-                    outputs[target] = stack.enter_context(_watched(part.projection, inputs=False))
-                    branches[target] = stack.enter_context(_watched(part.branch, inputs=False))
-                stream.dense = stream.call(self.index, self.dense_block, stream.dense)
-            for target in targets:
-                part = _SubLayer(self.dense_block, self.spec, target, self.scale)
+                for target, part in parts.items():
+                    outputs[target] = stack.enter_context(watched(part.projection, inputs=False))
+                    branches[target] = stack.enter_context(watched(part.branch, inputs=False))
+                after = stream.call(index, block, stream.dense)
+            for target, part in parts.items():
                 if part.post_norm is not None:
                     notes[f"rms.{target}"] = _rms(stream.rows(outputs[target][0]), part.post_norm)
-                if target == "attention" and not parallel:
+                if target == "attention" and not self.parallel:
                     # What the residual stream between attention and MLP lacks: dense contribution and upstream error.
-                    lag = stream.rows(before) - stream.rows(stream.pruned)
+                    lag = stream.rows(stream.dense) - stream.rows(stream.pruned)
                     notes["middle"] = stream.rows(branches[target][0]) + lag / self.scale
+            stream.dense.copy_(after)
             references.append(notes)
         return references
 
     def _pruned_pass(
-        self, target: Target, references: list[dict[str, torch.Tensor]], *, parallel: bool
-    ) -> RegressionMoments:
-        """Sums over the pruned streams for one target; the streams stay before the block."""
-        part = _SubLayer(self.block, self.spec, target, self.scale)
+        self, index: int, block: nn.Module, target: Target, references: list[dict[str, torch.Tensor]]
+    ) -> tuple[RegressionMoments, RegressionMoments]:
+        """Sums over the pruned streams for one target, fitted and held-out text; the streams stay before the block."""
+        part = _SubLayer(block, self.spec, target, self.scale)
         weight = output_weight(part.projection)
-        moments = RegressionMoments(weight.shape[1], weight.shape[0], weight.device, centre=part.centre)
+        fit, choose = (
+            RegressionMoments(weight.shape[1], weight.shape[0], weight.device, centre=part.centre) for _ in range(2)
+        )
         for stream, notes in zip(self.streams, references, strict=True):
             with (
-                _watched(part.projection, inputs=True) as x,
-                _watched(part.projection, inputs=False) as output,
-                _watched(part.branch, inputs=False) as branch,
+                watched(part.projection, inputs=True) as x,
+                watched(part.projection, inputs=False) as output,
+                watched(part.branch, inputs=False) as branch,
             ):
-                after = stream.call(self.index, self.block, stream.pruned)
-            if target == "attention" and not parallel:
+                after = stream.call(index, block, stream.pruned)
+            if target == "attention" and not self.parallel:
                 wanted = notes["middle"]
             else:  # the last to add: its own contribution and whatever the block's output still lacks
                 wanted = stream.rows(branch[0]) + (stream.rows(stream.dense) - stream.rows(after)) / self.scale
-            moments.add(*part.regression(stream.rows(x[0]), wanted, stream.rows(output[0]), notes.get(f"rms.{target}")))
-        moments.statistics.check_finite(f"layer {self.index} ({target}), pruned stream")
-        if not bool(torch.isfinite(moments.cross).all()):
-            raise NumericsError(f"NaN or Inf in the target of layer {self.index} ({target}). Prune in float32.")
-        return moments
+            rows = part.regression(stream.rows(x[0]), wanted, stream.rows(output[0]), notes.get(f"rms.{target}"))
+            (choose if stream.held_out else fit).add(*rows)
+        for moments in (fit, choose):
+            reduce_moments(moments)
+            moments.statistics.check_finite(f"layer {index} ({target}), pruned stream")
+            if not bool(torch.isfinite(moments.cross).all()):
+                raise NumericsError(f"NaN or Inf in the target of layer {index} ({target}). Prune in float32.")
+        return fit, choose
 
     def _choose_and_refit(
         self,
-        target: Target,
+        index: int,
+        block: nn.Module,
+        part: _SubLayer,
         count: int,
-        moments: RegressionMoments,
-        criterion: Criterion,
-        ridge: float,
-        generator: torch.Generator,
-        result: SequentialResult,
-    ) -> tuple[int, ...]:
-        part = _SubLayer(self.block, self.spec, target, self.scale)
-        view, bias = output_weight(part.projection), part.projection.bias
-        old = view.double()
-        second_moment, cross = moments.second()
-        optimum = refit(old, second_moment, cross, None, ridge)
+        fit: RegressionMoments,
+        choose: RegressionMoments,
+    ) -> tuple[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]]:
+        target = part.target
+        old = output_weight(part.projection).double()
+        second_moment, cross = fit.second()
+        correction_ridge, optimum = DEFAULT_CORRECTION_RIDGE, None
+        if choose.statistics.num_tokens:
+            held_out = choose.second()
+            fits = {share: refit(old, second_moment, cross, None, self.ridge, share) for share in CORRECTION_RIDGES}
+            correction_ridge = min(fits, key=lambda share: squared_error(fits[share], *held_out))
+            optimum = fits[correction_ridge]
+        if optimum is None:
+            optimum = refit(old, second_moment, cross, None, self.ridge, correction_ridge)
         if part.post_norm is not None:  # rank by what reaches the residual stream
             optimum = part.gamma().double()[:, None] * optimum
-        groups = self.geometry.layers[self.index].kv_groups
-        weights = weights_of_block(self.block, self.spec, self.geometry, target, groups)
-        scores = criterion.function(replace(weights, output=optimum).cpu(), moments.statistics.cpu(), generator)
+        groups = self.geometry.layers[index].kv_groups
+        weights = replace(weights_of_block(block, self.spec, self.geometry, target, groups), output=optimum)
+        # A generator of its own for every block, so that a resumed walk draws what an uninterrupted one does.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 2 * index + (target == "mlp"))
+        scores = self.criterion.function(weights.cpu(), fit.statistics.cpu(), generator)
         if not bool(torch.isfinite(scores).all()):
-            raise NumericsError(
-                f"The importance of layer {self.index} ({target}) holds NaN or Inf; nothing was chosen."
-            )
+            raise NumericsError(f"The importance of layer {index} ({target}) holds NaN or Inf; nothing was chosen.")
         units = tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
         features = kept_features(self.geometry, target, units)
-        weight = refit(old, second_moment, cross, features, ridge)
-        new_bias = None
+        weight = refit(old, second_moment, cross, features, self.ridge, correction_ridge)
+        bias = part.projection.bias
         if part.centre:
-            stats = moments.statistics
-            new_bias = moments.sum_target / stats.num_tokens - weight @ stats.mean[features]
-            bias.copy_(new_bias)
+            bias = fit.sum_target / fit.statistics.num_tokens - weight @ fit.statistics.mean[features]
+        return units, (weight.float(), None if bias is None else bias.float().clone())
+
+    @staticmethod
+    def _install(part: _SubLayer, features: list[int], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Zero the output columns of what is removed, and set the refitted rest."""
+        view = output_weight(part.projection)
         view.zero_()
-        view[:, torch.tensor(features, device=view.device)] = weight.to(view.dtype)
-        kept_bias = None if bias is None else bias.float().clone()
-        result.outputs[self.index, target] = (weight.float(), kept_bias)
-        return units
+        view[:, torch.tensor(features, device=view.device)] = weight.to(view)
+        if bias is not None:
+            part.projection.bias.copy_(bias)

@@ -1,0 +1,116 @@
+"""Finished blocks of a sequential walk on disk: what a killed walk goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .architectures import TARGETS, LayerWidths, Target
+from .distributed import is_main_process
+from .errors import SaveError
+from .plan import LayerPlan, fingerprint
+
+logger = logging.getLogger(__name__)
+
+Output = tuple[torch.Tensor, torch.Tensor | None]
+"""New weight [out, kept] and bias [out] of an output projection, float32."""
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What a walk decided for one block.
+
+    Attributes:
+        layer: Kept units.
+        outputs: Refitted projections, by target.
+    """
+
+    layer: LayerPlan
+    outputs: dict[Target, Output] = field(default_factory=dict)
+
+
+class WalkState:
+    """One file a finished block, each whole or absent, in a folder of these inputs.
+
+    Args:
+        folder: Where they lie; None keeps nothing.
+        model: The dense model.
+        batches: The calibration text.
+        widths: Widths after pruning.
+        options: Whatever else decides the result.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        model: nn.Module,
+        batches: Sequence[dict[str, torch.Tensor]],
+        widths: Sequence[LayerWidths],
+        options: str,
+    ) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        digest = hashlib.sha256(f"{fingerprint(model)} {options} {[astuple(w) for w in widths]}".encode())
+        digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())  # sums may round otherwise
+        for batch in batches:
+            for name, tensor in sorted(batch.items()):
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        self.key = digest.hexdigest()
+        self.folder = folder = folder / self.key[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SaveError(f"The folder for resuming, {folder}, can't be made: {error}. Name another.") from error
+
+    def _path(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def finished(self, index: int) -> FinishedBlock | None:
+        """What an earlier walk over the same inputs decided for a block, if it came that far."""
+        if self.folder is None or not self._path(index).exists():
+            return None
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                if (file.metadata() or {}).get("key") != self.key:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s); its block is pruned again.", self._path(index).name, error)
+            return None
+        targets = [target for target in TARGETS if f"{target}.weight" in tensors]
+        return FinishedBlock(
+            LayerPlan(tuple(tensors["neurons"].tolist()), tuple(tensors["kv_groups"].tolist())),
+            {target: (tensors[f"{target}.weight"], tensors.get(f"{target}.bias")) for target in targets},
+        )
+
+    def keep(self, index: int, done: FinishedBlock) -> None:
+        """Write a finished block; the file appears whole."""
+        if self.folder is None or not is_main_process():
+            return
+        tensors = {"neurons": torch.tensor(done.layer.neurons), "kv_groups": torch.tensor(done.layer.kv_groups)}
+        for target, (weight, bias) in done.outputs.items():
+            tensors[f"{target}.weight"] = weight.cpu().contiguous()
+            if bias is not None:
+                tensors[f"{target}.bias"] = bias.cpu()
+        path = self._path(index)
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, metadata={"key": self.key})
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            raise SaveError(
+                f"A finished block can't be written to {path}: {error}. Make room, then run the same command again: "
+                f"it goes on from the last finished block."
+            ) from error
