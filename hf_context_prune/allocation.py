@@ -6,10 +6,11 @@ import bisect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .config import PrunerConfig
 from .errors import BudgetError, NumericsError
@@ -194,10 +195,35 @@ def _share_below(part: int, total: int) -> str:
     return f"{part * 10_000 // total / 10_000:.4f}"
 
 
+_BETWEEN = 8
+"""Widths between two measured ones at which the power law stands in."""
+
+
+def _densified(curve: Curve) -> Curve:
+    """A curve with points between its measured ones, on the power law (loss ~ units gone^p) through neighbours.
+
+    Losses start flat and grow ever faster, so straight lines between few points would call the first units dearer than
+    they are, and make every layer end at a measured width.
+    """
+    total = curve[0][0]
+    points = [(total - kept, loss) for kept, loss in curve[1:]]
+    result = [curve[0]]
+    before = 0
+    for index, (gone, loss) in enumerate(points):
+        left, right = (points[index - 1], points[index]) if index else (points[0], points[min(1, len(points) - 1)])
+        if 0 < left[1] < right[1] and left[0] < right[0]:
+            exponent = math.log(right[1] / left[1]) / math.log(right[0] / left[0])
+            between = sorted({round(before + (gone - before) * i / (_BETWEEN + 1)) for i in range(1, _BETWEEN + 1)})
+            result += [(total - x, loss * (x / gone) ** exponent) for x in between if before < x < gone]
+        result.append((total - gone, loss))
+        before = gone
+    return tuple(result)
+
+
 def _lower_hull(curve: Curve) -> list[tuple[int, float]]:
     """Lower convex hull of a curve as (units gone, loss increase), widest first; losses below 0 count as free."""
     hull: list[tuple[int, float]] = []
-    for kept, increase in curve:
+    for kept, increase in _densified(curve):
         point = (curve[0][0] - kept, max(increase, 0.0))
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
@@ -210,26 +236,97 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
 
 
 def _steps(curve: Curve, multiple: int) -> list[tuple[float, int]]:
-    """Steps from one allowed width to the next on a curve's lower hull, widest first, as (loss a unit, units).
+    """Steps from one allowed width to the next on a curve's lower hull, widest first, as (loss, units).
 
     Allowed are the whole width and the multiples of `multiple` down to the smallest measured width.
     """
     total, smallest = curve[0][0], curve[-1][0]
     gone = [0, *(total - kept for kept in range((total - 1) // multiple * multiple, max(smallest, 1) - 1, -multiple))]
+    losses = _on_hull(curve, gone)
+    return [(b - a, y - x) for (a, b), (x, y) in zip(pairwise(losses), pairwise(gone), strict=True)]
+
+
+def _on_hull(curve: Curve, gone: Sequence[int]) -> list[float]:
+    """Losses on a curve's lower hull at these numbers of removed units."""
     hull = _lower_hull(curve)
-    losses = np.interp(gone, [units for units, _ in hull], [loss for _, loss in hull]).tolist()
-    slopes = [_slope(a, b) for a, b in pairwise(zip(gone, losses, strict=True))]
-    # The hull is convex, so slopes only grow; the running maximum keeps that true of their rounding errors.
-    return list(zip(accumulate(slopes, max), (b - a for a, b in pairwise(gone)), strict=True))
+    return list(map(float, np.interp(gone, [units for units, _ in hull], [loss for _, loss in hull])))
+
+
+def _runs(steps: Sequence[tuple[float, int]]) -> list[tuple[float, int, int]]:
+    """Neighbouring steps that are alike but for rounding, as (loss a step, units a step, steps)."""
+    runs: list[tuple[float, int, int]] = []
+    for loss, units in steps:
+        if runs and runs[-1][1] == units and math.isclose(loss, runs[-1][0], rel_tol=1e-9):
+            runs[-1] = (runs[-1][0], units, runs[-1][2] + 1)
+        else:
+            runs.append((loss, units, 1))
+    return runs
+
+
+def _cheapest(steps: Mapping[Key, Sequence[tuple[float, int]]], costs: Costs, remove_params: int) -> dict[Key, int]:
+    """How many steps each curve takes, so that at least `remove_params` go for the least sum of losses: exact.
+
+    An integer program with one variable a run of equal steps. Within a curve losses a unit only grow, so its steps are
+    taken in order by themselves, but for a first step of another size (a width that is no multiple of `round_to`).
+    """
+    runs = {key: _runs(own) for key, own in steps.items()}
+    flat = [(key, *run) for key, own in runs.items() for run in own]
+    if remove_params <= 0 or not flat:
+        return dict.fromkeys(steps, 0)
+    sizes = [units * costs[key[1]] for key, _, units, _ in flat]
+    unit = math.gcd(*sizes)
+    counts, losses = np.array([run[3] for run in flat]), np.array([run[1] for run in flat])
+    # HiGHS stops at an absolute gap of 1e-6: of a sum of 1e6, that is nothing.
+    scale = 1e6 / float(losses @ counts) if losses.any() else 1.0
+    rows, lowest = [np.array([size // unit for size in sizes], float)], [float(-(-remove_params // unit))]
+    first = 0
+    for run in runs.values():
+        for later in range(first + 1, first + len(run)) if len(run) > 1 and run[0][1] != run[1][1] else ():
+            row = np.zeros(len(flat))
+            row[first], row[later] = counts[later], -1.0
+            rows.append(row)
+            lowest.append(0.0)
+        first += len(run)
+    result = milp(
+        losses * scale,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, counts),
+        constraints=LinearConstraint(np.array(rows), lb=lowest),
+        options={"mip_rel_gap": 0},
+    )
+    if result.x is None:
+        raise NumericsError(f"The widths could not be solved for: {result.message} Use --allocation uniform.")
+    taken = dict.fromkeys(steps, 0)
+    for (key, *_), count in zip(flat, np.rint(result.x).astype(int).tolist(), strict=True):
+        taken[key] += count
+    spare = sum(units * costs[key[1]] for key, own in steps.items() for _, units in own[: taken[key]]) - remove_params
+    if spare < 0:  # rounding within the solver's tolerance
+        return _cheapest(steps, costs, remove_params - spare)
+    for key, own in steps.items():  # steps that cost nothing may have been taken without need
+        while taken[key] and (size := own[taken[key] - 1][1] * costs[key[1]]) <= spare:
+            taken[key] -= 1
+            spare -= size
+    return taken
+
+
+def _allowed_steps(curves: Mapping[Key, Curve], round_to: int) -> dict[Key, list[tuple[float, int]]]:
+    return {key: _steps(curve, round_to if key[1] == "mlp" else 1) for key, curve in sorted(curves.items())}
+
+
+def most_removable(curves: Mapping[Key, Curve], costs: Costs, *, round_to: int = 1) -> int:
+    """Parameters that [`adaptive_widths`][] can remove at most with these curves."""
+    return sum(
+        units * costs[target] for (_, target), own in _allowed_steps(curves, round_to).items() for _, units in own
+    )
 
 
 def adaptive_widths(
     curves: Mapping[Key, Curve], geometry: Geometry, costs: Costs, remove_params: int, *, round_to: int = 1
 ) -> tuple[LayerWidths, ...]:
-    """Spend a budget where it costs least loss a parameter.
+    """Spend a budget where it costs the least loss.
 
-    The surrogate is additive over layers and convex within each (lower hull of the measured points), so taking the
-    steps in order of their slope is optimal for it, up to one step.
+    The surrogate is additive over layers and convex within each (lower hull of the measured points, losses below 0
+    count as free). The widths are those of its least sum, exactly, although units differ in size.
 
     Args:
         curves: Measured loss increase by kept units, for every (layer, target) that may lose units.
@@ -241,28 +338,25 @@ def adaptive_widths(
     Raises:
         BudgetError: The curves do not reach that far; names the maximum.
     """
-    steps = sorted(
-        (slope / costs[target], layer, target, position, units)
-        for (layer, target), curve in curves.items()
-        for position, (slope, units) in enumerate(_steps(curve, round_to if target == "mlp" else 1))
-    )
-    gone: dict[Key, int] = dict.fromkeys(curves, 0)
-    left = remove_params
-    for _, layer, target, _, units in steps:
-        if left <= 0:
-            break
-        gone[layer, target] += units
-        left -= units * costs[target]
-    if left > 0:
+    steps = _allowed_steps(curves, round_to)
+    most = most_removable(curves, costs, round_to=round_to)
+    if remove_params > most:
         raise BudgetError(
-            f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most "
-            f"{remove_params - left:,}, since no layer is narrowed below its smallest probed width. Ask for less, or "
-            f"use --allocation uniform."
+            f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}, since no "
+            f"layer is narrowed below its smallest probed width. Ask for less, or use --allocation uniform."
         )
+    taken = _cheapest(steps, costs, remove_params)
+    gone = {key: sum(units for _, units in own[: taken[key]]) for key, own in steps.items()}
     return tuple(
         LayerWidths(dense.neurons - gone.get((layer, "mlp"), 0), dense.kv_groups - gone.get((layer, "attention"), 0))
         for layer, dense in enumerate(geometry.layers)
     )
+
+
+def predicted_loss(curves: Mapping[Key, Curve], widths: Sequence[LayerWidths]) -> float:
+    """What the surrogate of [`adaptive_widths`][] says that these widths cost, in the unit of the curves."""
+    kept = {key: widths[key[0]].neurons if key[1] == "mlp" else widths[key[0]].kv_groups for key in curves}
+    return sum(_on_hull(curve, [curve[0][0] - kept[key]])[0] for key, curve in curves.items())
 
 
 def select_units(

@@ -1,14 +1,22 @@
-"""How much loss each layer pays for each width, measured at the model's output on calibration text.
+"""How much each layer pays for each width, measured at the model's output on text that the statistics have not seen.
 
 Errors of different layers are not comparable (a large error in one may not matter, a small one in another may), so the
-adaptive allocation compares what they do to the loss: each layer is narrowed alone, repaired, and the model is run.
+adaptive allocation compares what they do to the output: each layer is narrowed alone, repaired, and the model is run.
+The measure is the mean KL(dense || narrowed) of the next-token distributions in nats a token. Where the text is as the
+dense model expects it, that is the increase of the cross-entropy; it is never negative, and far less noisy, since every
+token of the vocabulary is compared and not only the one that came next.
+
+A surrogate: the sum over layers, each narrowed alone, stands for the model with all of them narrowed. Errors of several
+layers may add up to more, or make up for one another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -16,6 +24,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import (
+    ArchSpec,
+    Geometry,
+    LayerWidths,
     Target,
     blocks,
     check_supported,
@@ -24,23 +35,87 @@ from .architectures import (
     read_geometry,
     unit_size,
 )
-from .errors import NumericsError
+from .errors import ConfigError, NumericsError
+from .linalg import fast_matmul
 from .stats import Curve, Key, Repair
 
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when it is probed."""
+PROBE_BLOCKS = (4, 8)
+"""Blocks of text to probe on, at least and at most."""
+_ROWS = 512
+"""Tokens whose divergence is computed at once."""
+
+Forward = Callable[..., Any]
 
 
-def _loss(model: PreTrainedModel, token_blocks: torch.Tensor, batch_tokens: int) -> float:
-    """Mean cross-entropy a token, in nats."""
-    total, count = 0.0, 0
-    for chunk in token_blocks.split(max(1, batch_tokens // token_blocks.shape[1])):
-        ids = chunk.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        labels = ids[:, 1:]
-        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-        count += labels.numel()
-    return total / count
+@contextmanager
+def _forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
+    """Let blocks run these functions instead of their own; undone at the end."""
+    own = [vars(block).get("forward") for block in layers]  # accelerate's hooks set one on the instance
+    try:
+        for block, forward in zip(layers, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+@dataclass
+class _Probe:
+    """A batch of text with what every block of the dense model gives on it."""
+
+    model: PreTrainedModel
+    layers: Sequence[nn.Module]
+    ids: torch.Tensor
+    outputs: list[Any] = field(default_factory=list)
+
+    def record(self) -> None:
+        """Run the dense model once."""
+
+        def recorded(forward: Forward) -> Forward:
+            def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a block takes and gives
+                self.outputs.append(forward(*args, **kwargs))
+                return self.outputs[-1]
+
+            return run
+
+        with _forwards(self.layers, [recorded(block.forward) for block in self.layers]):
+            self.model.base_model(input_ids=self.ids, use_cache=False)
+
+    def logits(self, start: int) -> torch.Tensor:
+        """The output of the model as it is now, [tokens, vocabulary], if no block before `start` has changed.
+
+        Those blocks give what they gave before; masks, position embeddings, the final norm and the head are the model's
+        own.
+        """
+
+        def known(output: Any) -> Forward:  # noqa: ANN401
+            return lambda *args, **kwargs: output
+
+        with _forwards(self.layers[:start], [known(output) for output in self.outputs[:start]]):
+            return self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1)
+
+    def dense_log_probs(self) -> torch.Tensor:
+        """Of the dense model, [tokens, vocabulary], float32; no block runs, only the head."""
+        return self.logits(len(self.layers)).float().log_softmax(dim=-1)
+
+
+def _divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:
+    """Sum over tokens of KL(dense || narrowed), in nats.
+
+    Args:
+        dense: Log-probabilities, [tokens, vocabulary], float32.
+        logits: Of the narrowed model, [tokens, vocabulary], any floating-point dtype.
+    """
+    return sum(
+        float(nn.functional.kl_div(rows.float().log_softmax(dim=-1), wanted, reduction="sum", log_target=True))
+        for wanted, rows in zip(dense.split(_ROWS), logits.split(_ROWS), strict=True)
+    )
 
 
 @contextmanager
@@ -62,6 +137,32 @@ def _narrowed(
         projection.bias = old_bias
 
 
+def withhold_probe(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split token blocks for adaptive allocation, so that layers are measured on text that the refits have not seen.
+
+    A sixteenth of the blocks, the last ones, but between `PROBE_BLOCKS` and no more than half. They are blocks, not
+    documents: the first may begin with the end of a document of the rest.
+
+    Args:
+        samples: [blocks, length], int64.
+
+    Returns:
+        (blocks for the statistics, blocks to measure on).
+
+    Raises:
+        ConfigError: Fewer than two blocks.
+    """
+    if len(samples) < 2:
+        raise ConfigError(
+            f"allocation='adaptive' withholds text from the statistics to measure layers on, but there is "
+            f"{len(samples)} block of {samples.shape[-1]} tokens. Give more text (or raise num_calibration_samples), "
+            f"lower max_seq_length, or use allocation='uniform'."
+        )
+    fewest, most = PROBE_BLOCKS
+    count = min(max(fewest, len(samples) // 16), most, len(samples) // 2)
+    return samples[:-count], samples[-count:]
+
+
 def measure_sensitivity(
     model: PreTrainedModel,
     importance: Mapping[Key, torch.Tensor],
@@ -71,59 +172,108 @@ def measure_sensitivity(
     targets: Sequence[Target],
     batch_tokens: int = 2048,
 ) -> dict[Key, Curve]:
-    """Narrow every layer alone to a few widths and measure the loss.
+    """Narrow every layer alone to a few widths and measure the mean KL(dense || narrowed) at the output.
+
+    A forward pass begins at the narrowed block: what the blocks before it give is recorded once. Memory: every block's
+    output on the text, and [tokens, vocabulary] in float32 of one batch beside its logits.
 
     Args:
         model: The dense model; runs in evaluation mode, and is as it was when this returns.
         importance: One value a unit for every (layer, target).
         repair: As for `apply_plan`.
-        token_blocks: Text to measure on, [blocks, length], int64.
+        token_blocks: Text to measure on, [blocks, length], int64; better not what `repair` was fitted to.
         targets: Which units.
         batch_tokens: Tokens a batch.
 
     Returns:
-        A curve for every (layer, target) that can lose units.
+        A curve for every (layer, target) that can lose units, in nats a token.
 
     Raises:
-        NumericsError: A loss is NaN or Inf.
+        NumericsError: An output is NaN or Inf.
     """
     spec = check_supported(model)
-    geometry = read_geometry(model.config, spec)
-    probes = []
-    for layer, widths in enumerate(geometry.layers):
-        for target in targets:
-            total = widths.neurons if target == "mlp" else widths.kv_groups
-            counts = {round(total * share) for share in PROBES} if target == "mlp" else set(range(1, total))
-            probes += [(layer, target, total, count) for count in sorted(counts - {0, total}, reverse=True)]
-    curves: dict[Key, list[tuple[int, float]]] = {}
+    layers, geometry = blocks(model, spec), read_geometry(model.config, spec)
+    counts = [{target: found for target in targets if (found := _counts(widths, target))} for widths in geometry.layers]
+    ids = token_blocks.split(max(1, batch_tokens // token_blocks.shape[1]))
+    batches = [_Probe(model, layers, chunk.to(model.device)) for chunk in ids]
+    curves: dict[Key, Curve] = {}
     training = [module for module in model.modules() if module.training]
     model.eval()
+    total = len(batches) * sum(len(found) for layer in counts for found in layer.values())
+    bar = tqdm(total=total, desc="Probing layers", unit="pass", name="hf_context_prune.sensitivity")
     try:
-        with torch.inference_mode():
-            base = _checked(_loss(model, token_blocks, batch_tokens), "the dense model")
-            for layer, target, total, count in tqdm(
-                probes, desc="Probing layers", unit="probe", name="hf_context_prune.sensitivity"
-            ):
-                curve = curves.setdefault((layer, target), [(total, 0.0)])
-                units = sorted(importance[layer, target].argsort(descending=True, stable=True)[:count].tolist())
-                size = unit_size(geometry, target)
-                kept = [unit * size + feature for unit in units for feature in range(size)]
-                projection = output_projection(blocks(model, spec)[layer], spec, target)
-                weight, bias = repair(layer, target, output_weight(projection), projection.bias, kept)  # type: ignore[arg-type]
-                with _narrowed(projection, weight, bias, kept):
-                    loss = _loss(model, token_blocks, batch_tokens)
-                where = f"the model with layer {layer} ({target}) narrowed to {count} of {total} units"
-                curve.append((count, _checked(loss, where) - base))
+        with torch.inference_mode(), fast_matmul(), bar:
+            for batch in batches:
+                batch.record()
+            for layer, block in enumerate(layers):
+                trials = [
+                    _Trial(layer, target, count, block, spec, geometry, importance[layer, target], repair)
+                    for target, found in counts[layer].items()
+                    for count in found
+                ]
+                for batch in batches if trials else ():
+                    dense = batch.dense_log_probs()
+                    if not bool(torch.isfinite(dense).all()):
+                        raise _not_finite("the dense model")
+                    for trial in trials:
+                        with trial.narrowed():
+                            trial.sum += _divergence(dense, batch.logits(layer))
+                        if not math.isfinite(trial.sum):
+                            raise _not_finite(f"the model with {trial.where}")
+                        bar.update()
+                for target in counts[layer]:
+                    full = geometry.layers[layer].neurons if target == "mlp" else geometry.layers[layer].kv_groups
+                    # Not below 0 but for rounding.
+                    points = [(t.count, max(0.0, t.sum / token_blocks.numel())) for t in trials if t.target == target]
+                    curves[layer, target] = ((full, 0.0), *points)
     finally:
         for module in training:
             module.training = True
-    return {key: tuple(curve) for key, curve in curves.items()}
+    return curves
 
 
-def _checked(loss: float, where: str) -> float:
-    if not math.isfinite(loss):
-        raise NumericsError(
-            f"The loss of {where} is {loss}, so widths can't be compared. Check the model's weights, or load it in "
-            f"float32."
+def _counts(widths: LayerWidths, target: Target) -> list[int]:
+    """Units to keep when a layer is probed, widest first."""
+    if target == "attention":
+        return list(range(widths.kv_groups - 1, 0, -1))
+    return sorted({round(widths.neurons * share) for share in PROBES} - {0, widths.neurons}, reverse=True)
+
+
+class _Trial:
+    """One layer with one target narrowed to the most important units, refitted."""
+
+    def __init__(
+        self,
+        layer: int,
+        target: Target,
+        count: int,
+        block: nn.Module,
+        spec: ArchSpec,
+        geometry: Geometry,
+        importance: torch.Tensor,
+        repair: Repair,
+    ) -> None:
+        self.target, self.count, self.sum = target, count, 0.0
+        self.where = f"layer {layer} ({target}) narrowed to {count} of {len(importance)} units"
+        size = unit_size(geometry, target)
+        units = sorted(importance.argsort(descending=True, stable=True)[:count].tolist())
+        self.kept = [unit * size + feature for unit in units for feature in range(size)]
+        self.projection = output_projection(block, spec, target)
+        self.weight, self.bias = repair(
+            layer,
+            target,
+            output_weight(self.projection),
+            self.projection.bias,  # type: ignore[arg-type]
+            self.kept,
         )
-    return loss
+
+    def narrowed(self) -> AbstractContextManager[None]:
+        """The model is narrowed so within this context."""
+        return _narrowed(self.projection, self.weight, self.bias, self.kept)
+
+
+def _not_finite(where: str) -> NumericsError:
+    return NumericsError(
+        f"The output of {where} is not finite, so widths can't be compared. Check the model's weights, or load it in "
+        f"float32."
+    )

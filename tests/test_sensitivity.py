@@ -1,4 +1,4 @@
-"""Probing leaves no trace, and a probe's loss is that of the really sliced model."""
+"""Probing leaves no trace, and what it measures is the divergence of the really sliced model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
+from hf_context_prune import linalg
 from hf_context_prune.architectures import SPECS, TARGETS, base_model_type, read_geometry, unit_size
 from hf_context_prune.calibration import calibrate
-from hf_context_prune.errors import NumericsError
+from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.plan import LayerPlan, PruningPlan
 from hf_context_prune.reconstruction import RECONSTRUCTIONS
-from hf_context_prune.sensitivity import PROBES, measure_sensitivity
+from hf_context_prune.sensitivity import PROBES, measure_sensitivity, withhold_probe
 from hf_context_prune.surgery import apply_plan, kept_features
-from tests.tiny import VOCABULARY, case, tiny_model
+from tests.tiny import CASES, VOCABULARY, case, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _exact_products(monkeypatch):
+    """Full float32 products: what must agree agrees closely."""
+    monkeypatch.setattr(linalg, "FAST_PRECISION", "highest")
 
 
 def tokens(batch=3, length=16, *, seed=1):
@@ -48,10 +54,11 @@ def repair_from(model, name):
     return repair
 
 
-def loss_of(model, ids):
+def divergence(model, narrowed, ids):
+    """Mean KL(model || narrowed) a token, from whole forward passes."""
     with torch.no_grad():
-        logits = model(input_ids=ids).logits[:, :-1].double()
-    return float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+        dense, other = (x(input_ids=ids).logits.double().log_softmax(dim=-1) for x in (model, narrowed))
+    return float((dense.exp() * (dense - other)).sum(dim=-1).mean())
 
 
 def sliced_alone(model, importance, layer, target, count, repair):
@@ -76,13 +83,13 @@ def sliced_alone(model, importance, layer, target, count, repair):
         ("opt", "none"),
         ("gpt_neox", "least_squares"),
         ("gemma2", "bias"),
+        ("gemma3_text", "least_squares"),
     ],
 )
-def test_the_curve_is_the_loss_of_the_sliced_model(name, reconstruction):
+def test_the_curve_is_the_divergence_of_the_sliced_model(name, reconstruction):
     model, ids = case(name), tokens()
     importance, repair = random_importance(model), repair_from(case(name), reconstruction)
     curves = measure_sensitivity(model, importance, repair, ids, targets=TARGETS)
-    base = loss_of(model, ids)
     assert set(curves) == set(importance)
     for (layer, target), curve in curves.items():
         total = len(importance[layer, target])
@@ -91,8 +98,44 @@ def test_the_curve_is_the_loss_of_the_sliced_model(name, reconstruction):
         assert curve[0] == (total, 0.0)
         for count, increase in curve[1:]:
             sliced = sliced_alone(model, importance, layer, target, count, repair)
-            assert loss_of(sliced, ids) - base == pytest.approx(increase, abs=1e-5)
-    assert max(abs(increase) for curve in curves.values() for _, increase in curve) > 1e-2
+            assert divergence(model, sliced, ids) == pytest.approx(increase, rel=1e-4, abs=1e-6)
+            assert increase > 0
+    assert max(increase for curve in curves.values() for _, increase in curve) > 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_beginning_at_the_narrowed_block_changes_nothing(name, monkeypatch):
+    model, ids = case(name), tokens(5, 24)
+    arguments = (model, random_importance(model), slicing, ids)
+    from_the_block = measure_sensitivity(*arguments, targets=TARGETS, batch_tokens=48)
+    starts = []
+
+    def whole(probe, start):
+        starts.append(start)
+        return model(input_ids=probe.ids, use_cache=False).logits.flatten(0, 1)
+
+    monkeypatch.setattr("hf_context_prune.sensitivity._Probe.logits", whole)
+    expected = measure_sensitivity(*arguments, targets=TARGETS, batch_tokens=48)
+    assert set(starts) == {0, 1, 2, 3}
+    for key, curve in expected.items():
+        assert [count for count, _ in from_the_block[key]] == [count for count, _ in curve]
+        assert [x for _, x in from_the_block[key]] == pytest.approx([x for _, x in curve], rel=1e-6, abs=1e-6)
+
+
+def test_blocks_before_the_narrowed_one_do_not_run(model):
+    calls = [0, 0, 0]
+
+    def counting(layer):
+        def hook(*_):
+            calls[layer] += 1
+
+        return hook
+
+    handles = [block.mlp.register_forward_hook(counting(i)) for i, block in enumerate(model.model.layers)]
+    measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
+    for handle in handles:
+        handle.remove()
+    assert calls == [1 + 5, 1 + 10, 1 + 15]  # recorded once, and five probes a layer from this one up
 
 
 def everything(model):
@@ -133,7 +176,7 @@ def test_the_model_is_bit_identical_afterwards(name, dtype):
 def test_the_model_is_bit_identical_after_an_exception(name, at):
     model = case(name)
     before, modes = everything(model), [module.training for module in model.modules()]
-    calls = []
+    calls, forwards = [], []
 
     def repair(layer, target, weight, bias, kept):
         calls.append(layer)
@@ -144,14 +187,16 @@ def test_the_model_is_bit_identical_after_an_exception(name, at):
         return weight[:, kept], torch.ones(weight.shape[0])
 
     def forward(module, args):
-        if at == "forward" and len(calls) == 3:
+        forwards.append(module)
+        if at == "forward" and len(forwards) == 4:
             raise RuntimeError("stop")
 
     handle = model.register_forward_pre_hook(forward)
     with pytest.raises(RuntimeError, match="shape mismatch" if at == "shape" else "stop"):
         measure_sensitivity(model, random_importance(model), repair, tokens(), targets=TARGETS)
     handle.remove()
-    assert len(calls) == 3
+    assert (len(calls) == 3) is (at == "repair")  # a layer's repairs come before its passes
+    assert len(forwards) == {"repair": 0, "forward": 4, "shape": 3}[at]
     check_untouched(model, before, modes)
 
 
@@ -208,7 +253,7 @@ def test_targets_with_nothing_to_remove_have_no_curve():
     assert set(curves) == {(0, "mlp"), (1, "mlp"), (2, "mlp")}
 
 
-def test_a_loss_that_is_not_finite_is_refused(model):
+def test_an_output_that_is_not_finite_is_refused(model):
     def repair(layer, target, weight, bias, kept):
         return weight[:, kept] * (math.nan if (layer, target) == (1, "attention") else 1), bias
 
@@ -218,7 +263,7 @@ def test_a_loss_that_is_not_finite_is_refused(model):
     check_untouched(model, before, modes)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
-    with pytest.raises(NumericsError, match="loss of the dense model"):
+    with pytest.raises(NumericsError, match="output of the dense model"):
         measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
 
 
@@ -229,3 +274,18 @@ def test_a_pruned_model_can_be_probed(model):
     curves = measure_sensitivity(smaller, random_importance(smaller), slicing, tokens(), targets=TARGETS)
     assert [curves[layer, "mlp"][0][0] for layer in range(3)] == [20, 21, 22]
     assert [count for count, _ in curves[0, "attention"]] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "withheld"), [(2, 1), (3, 1), (5, 2), (8, 4), (16, 4), (64, 4), (96, 6), (128, 8), (1000, 8)]
+)
+def test_the_last_blocks_are_withheld(blocks, withheld):
+    samples = tokens(blocks, 2)
+    fit, probe = withhold_probe(samples)
+    assert len(probe) == withheld
+    assert torch.equal(torch.cat([fit, probe]), samples)
+
+
+def test_one_block_can_not_be_split():
+    with pytest.raises(ConfigError, match=r"1 block of 16 tokens.*num_calibration_samples.*allocation='uniform'"):
+        withhold_probe(tokens(1))
