@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cache import unfinished_work
+from .cli_options import (
+    DATA_HELP,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    Format,
+    FormatOption,
+    MaxEvalTokens,
+    ModelArgument,
+    RevisionOption,
+    SpeedOption,
+    TextColumn,
+    names,
+)
 from .config import CriterionName, ReconstructionName
+from .distributed import is_main_process, on_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
 
@@ -33,47 +49,6 @@ app = typer.Typer(
 )
 _err = Console(stderr=True, highlight=False)
 _INTERRUPTED = 130
-
-
-class Format(StrEnum):
-    """What goes to stdout."""
-
-    auto = "auto"
-    json = "json"
-    quiet = "quiet"
-
-
-class Dtype(StrEnum):
-    """Floating-point type to load the weights in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _names(literal: object) -> str:
-    return ", ".join(get_args(literal))
-
-
-_DATA_HELP = (
-    "Domain text: .txt, .jsonl[.gz], .json, .csv or .parquet files, a folder of them, a Hub dataset "
-    r"(id[:config]\[@split]), or a preset of the paper's data sets."
-)
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file, or Hub id.")]
-TextColumn = Annotated[
-    str | None, typer.Option(help="Column with the text; found by itself if there is one candidate.")
-]
-FormatOption = Annotated[
-    Format, typer.Option("--format", help="auto: a table; json: everything, for programs; quiet: only the essential.")
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point type to load the weights in.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Torch device; by default an accelerator if there is one.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub model.")]
-MaxEvalTokens = Annotated[
-    int, typer.Option("--max-eval-tokens", min=1, help="Held-out tokens to measure on at most, in whole documents.")
-]
-SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and peak memory.")]
 
 
 def _out(text: str) -> None:
@@ -97,8 +72,8 @@ def _config(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
 
     values = read_yaml(config_file) if config_file else {}
     given = {name: value for name, value in options.items() if value is not None}
-    sizes = {"pruning_ratio", "target_params"}
-    if sizes & set(given):  # either one on the command line replaces the other in the file
+    sizes = {"pruning_ratio", "target_params", "max_loss_increase"}
+    if sizes & set(given):  # any one on the command line replaces the others in the file
         values = {name: value for name, value in values.items() if name not in sizes}
     return PrunerConfig.from_dict({**values, **given})
 
@@ -121,9 +96,10 @@ def _root(
 
 
 @app.command()
+@together()
 def prune(
     model: ModelArgument,
-    data: Annotated[str | None, typer.Option(help=_DATA_HELP)] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; an older one of ours is replaced.")] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
@@ -137,9 +113,13 @@ def prune(
     attention_ratio: Annotated[
         float | None, typer.Option(help="Share of the attention KV groups to remove, in [0, 1).")
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help=f"{_names(CriterionName)}. Default obs.")] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(help="As small as possible, at most this share worse on the domain (0.03: 3 %); found by search."),
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help=f"{names(CriterionName)}. Default obs.")] = None,
     reconstruction: Annotated[
-        str | None, typer.Option(help=f"How what is left is repaired: {_names(ReconstructionName)}.")
+        str | None, typer.Option(help=f"How what is left is repaired: {names(ReconstructionName)}.")
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform (default), or adaptive: by each layer's measured effect on the loss.")
@@ -150,7 +130,7 @@ def prune(
     stock: Annotated[
         bool | None, typer.Option("--stock/--no-stock", help="Plan only widths that the stock architecture can hold.")
     ] = None,
-    ridge: Annotated[float | None, typer.Option(help="Ridge of the refit. Default 0.01.")] = None,
+    ridge: Annotated[float | None, typer.Option(help="Ridge of the refit. Default 0.3.")] = None,
     num_calibration_samples: Annotated[
         int | None, typer.Option(help="Blocks of calibration text. Default 128.")
     ] = None,
@@ -171,6 +151,7 @@ def prune(
         "target_params": target_params,
         "mlp_ratio": mlp_ratio,
         "attention_ratio": attention_ratio,
+        "max_loss_increase": max_loss_increase,
         "criterion": criterion,
         "reconstruction": reconstruction,
         "allocation": allocation,
@@ -196,19 +177,21 @@ def prune(
 
     check_target(output)
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
-    result = run(
-        loaded,
-        data,
-        chosen,
-        eval_data=eval_data,
-        evaluation=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
-        will_save=True,
-    )
-    _save_and_show(result, output, measure_memory=speed, format=format)
+    with unfinished_work(model, revision, data, eval_data, output.resolve(), chosen) as resume_dir:
+        result = run(
+            loaded,
+            data,
+            chosen,
+            eval_data=eval_data,
+            evaluation=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+            will_save=True,
+            resume_dir=resume_dir,
+        )
+        _save_and_show(result, output, measure_memory=speed, format=format)
 
 
 def _save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, format: Format) -> None:
-    folder = result.save_pretrained(output, measure_memory=measure_memory)
+    folder = on_main_process(lambda: result.save_pretrained(output, measure_memory=measure_memory))
     if format is Format.quiet:
         _out(str(folder))
     elif format is Format.json:
@@ -226,10 +209,15 @@ def _save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, f
 
 
 def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: Format) -> None:
-    from .planning import dry_run
+    from .outline import dry_run
 
     if config.allocation == "adaptive":
         raise ConfigError("--dry-run works from shapes alone, but adaptive widths are measured; use uniform with it.")
+    if config.max_loss_increase is not None:
+        raise ConfigError(
+            "--dry-run works from shapes alone, but the size for --max-loss-increase is found by measuring; use "
+            "--pruning-ratio with it."
+        )
     outline = dry_run(model, config, revision=revision)
     if format is Format.json:
         _json(outline.to_dict())
@@ -248,7 +236,7 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
 @app.command()
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help=_DATA_HELP)],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
     text_column: TextColumn = None,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     max_eval_tokens: MaxEvalTokens = 20_000,
@@ -264,13 +252,15 @@ def evaluate(
     from .pipeline import EvalOptions
     from .pipeline import evaluate as run
 
-    report = run(
-        load_model(model, dtype=dtype.value, device=device, revision=revision),
-        data,
-        text_column=text_column,
-        max_seq_length=max_seq_length,
-        seed=seed,
-        options=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+    report = on_main_process(
+        lambda: run(
+            load_model(model, dtype=dtype.value, device=device, revision=revision),
+            data,
+            text_column=text_column,
+            max_seq_length=max_seq_length,
+            seed=seed,
+            options=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+        )
     )
     if format is Format.json:
         _json(report.to_dict())
@@ -310,15 +300,17 @@ def inspect(
     _out(f"{folder}: {len(manifest['files'])} files, all as they were written")
     _out(f"Plan: {plan.sha256}")
     for name, value in plan.provenance.items():
-        _out(f"  {name}: {json.dumps(value)}")
+        many = f"{len(value)} curves (--format json has them)" if name == "sensitivity" else json.dumps(value)
+        _out(f"  {name}: {many}")
     _print_table(widths_table(plan.dense, plan.widths))
     if report:
         _print_table(report_table(report))
 
 
 @app.command()
+@together()
 def demo(
-    data: Annotated[str | None, typer.Option(help="Your own text instead of software licences. " + _DATA_HELP)] = None,
+    data: Annotated[str | None, typer.Option(help="Your own text instead of software licences. " + DATA_HELP)] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out text for --data.")] = None,
     text_column: TextColumn = None,
     output: Annotated[
@@ -384,15 +376,23 @@ def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _run() -> None:
+    if not is_main_process():  # what happens in all processes is shown once
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+        sys.stdout, _err.quiet = open(os.devnull, "w"), True  # noqa: SIM115 - open until the process ends
+    app()
+
+
 def main() -> None:
     """Entry point of the ``hf-context-prune`` command."""
-    import os
     import signal
 
     signal.signal(signal.SIGTERM, _terminate)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
-    sys.exit(_guarded(app))
+    sys.exit(_guarded(_run))
 
 
 if __name__ == "__main__":

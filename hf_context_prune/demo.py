@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .cache import unfinished_work
 from .config import PrunerConfig
 from .data import check_readable
 from .demo_assets import licence_texts, smollm2_gguf
@@ -112,7 +113,16 @@ def run_demo(
         ]
     log("Loading the model (dequantised once, then cached) ...")
     loaded = load_model(model_file, dtype="float32")
-    result = prune(loaded, data, config, eval_data=eval_data, evaluation=EvalOptions(), will_save=True)
+    with unfinished_work("demo", str(model_file), data if isinstance(data, str) else "", config) as resume_dir:
+        result = prune(
+            loaded,
+            data,
+            config,
+            eval_data=eval_data,
+            evaluation=EvalOptions(),
+            will_save=True,
+            resume_dir=resume_dir,
+        )
     log("Writing completions ...")
     completions = tuple(
         Completion(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from .architectures import (
 from .calibration import check_weights_finite
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, load_documents, token_blocks
+from .distributed import is_main_process, on_main_process, together, warn_if_alone
 from .errors import ConfigError, DataError
 from .evaluation import (
     DatasetFacts,
     Environment,
     EvalReport,
+    LossBudget,
     LossFacts,
     MemoryFacts,
     SizeFacts,
@@ -43,6 +46,9 @@ from .planning import needed_targets, plan_and_repair, plan_widths
 from .saving import REPORT_NAME, estimate_bytes, staged_folder, write_model_folder
 from .staging import resolve_target
 from .surgery import StockFit, apply_plan, stock_fit
+
+_SEARCH_TOKENS = 12_000
+"""Withheld tokens on which a size is searched at most, in whole documents."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class PruneResult:
     def save_pretrained(self, directory: str | Path, *, measure_memory: bool = False) -> Path:
         """Write model, tokenizer, plan and report to a folder, whole or not at all.
 
+        Under ``accelerate launch`` the main process writes; in the others this does nothing and does not wait.
+
         Args:
             directory: Absent, empty, or an older folder of ours, which is replaced.
             measure_memory: Also load base and pruned in fresh processes, for the report's peak memory.
@@ -95,6 +103,8 @@ class PruneResult:
             SaveError: Nothing was put in place; an older folder is as it was.
         """
         target = resolve_target(directory)
+        if not is_main_process():
+            return target
         # The work is done: better to wait for another run's save to the same place than to lose it.
         with staged_folder(target, required_bytes=estimate_bytes(self.model), wait_seconds=600) as staging:
             write_model_folder(staging, self.model, tokenizer=self.tokenizer, plan=self.plan)
@@ -130,6 +140,7 @@ def _check_saves(model: PreTrainedModel, spec: ArchSpec, config: PrunerConfig) -
             )
 
 
+@together()
 def prune(
     model: PreTrainedModel | LoadedModel | str | Path,
     data: Any,  # noqa: ANN401 - whatever load_documents reads
@@ -139,8 +150,12 @@ def prune(
     eval_data: Any = None,  # noqa: ANN401
     evaluation: EvalOptions | None = None,
     will_save: bool = False,
+    resume_dir: Path | None = None,
 ) -> PruneResult:
     """Prune a causal LM for the domain of a text, and measure on held-out text what it cost.
+
+    Under ``accelerate launch`` every process has to call it, with the same arguments. They share the calibration, and
+    all return the same plan.
 
     Args:
         model: A `PreTrainedModel` (left as it is), or what [`load_model`][] reads.
@@ -150,6 +165,8 @@ def prune(
         eval_data: Text for the figures, never used to calibrate. None holds out a tenth of `data`, by document.
         evaluation: How much is measured.
         will_save: Refuse up front what can't be saved.
+        resume_dir: Where the sequential walk keeps its finished blocks; the same call, after a kill, goes on from there
+            to the same bits. The caller removes it. None keeps nothing.
 
     Returns:
         The smaller model with plan and report. Same inputs and seed give the same plan.
@@ -161,16 +178,20 @@ def prune(
         raise ConfigError(
             f"config is a {type(config).__name__}; pass PrunerConfig(...) or PrunerConfig.from_dict(...)."
         )
+    warn_if_alone()
     config = config or PrunerConfig()
     options = evaluation or EvalOptions()
     base = _as_loaded(model, tokenizer)
     spec = check_supported(base.model)
     check_weights_finite(base.model)
-    if config.allocation == "uniform":
+    if config.allocation == "uniform" and config.max_loss_increase is None:
         plan_widths(base.model, config)  # an unreachable budget is refused before the long work
     if will_save:
         _check_saves(base.model, spec, config)
     text, held_out, how = _split(data, eval_data, config, base.tokenizer)
+    search = None
+    if config.max_loss_increase is not None:
+        text, search = _SearchText.withheld_from(text, base.tokenizer, config)
     samples = token_blocks(
         text,
         base.tokenizer,
@@ -185,13 +206,20 @@ def prune(
         "base_revision": base.revision,
         "data": {"name": text.name, "revision": text.revision, "fingerprint": text.fingerprint},
     }
-    plan, repair = plan_and_repair(base.model, samples, config, provenance=provenance)
+    loss = None
+    if search is not None:
+        loss = search.bits_per_byte
+        provenance["search_data"] = {"name": search.text.name, "fingerprint": search.text.fingerprint}
+    plan, repair = plan_and_repair(base.model, samples, config, loss=loss, provenance=provenance, resume_dir=resume_dir)
     smaller = apply_plan(base.model, plan, repair=repair).eval()
     del repair  # and the statistics with it
     gc.collect()
     pruned_losses = document_losses(smaller, base.tokenizer, held_out, **losses)  # type: ignore[arg-type]
-    speed = measure_speed({"base": base.model, "pruned": smaller}) if options.speed else None
+    speed = None
+    if options.speed:  # in one process: several would slow each other down
+        speed = on_main_process(lambda: measure_speed({"base": base.model, "pruned": smaller}))
     budget = Budget.of(config, count_parameters(base.model))
+    found = None if search is None else search.budget(plan)
     stock = stock_fit(base.model.config, spec, plan.widths)
     report = EvalReport(
         base_model=base.name,
@@ -203,16 +231,58 @@ def prune(
             base=summarize_losses(base_losses, seed=config.pruning_seed),
             pruned=summarize_losses(pruned_losses, seed=config.pruning_seed),
             comparison=compare_losses(base_losses, pruned_losses, seed=config.pruning_seed),
+            predicted_excess=plan.provenance.get("predicted_loss_increase"),
         ),
         environment=Environment.current(str(smaller.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
+        budget=found,
         notes=(
+            *((found.text,) if found else ()),
             f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}.",
             f"Saved as {type(smaller).__name__}: {stock.reason}.",
         ),
     )
     from_disk = base if base.folder is not None else None
     return PruneResult(smaller, base.tokenizer, plan, report, stock, from_disk)
+
+
+@dataclass(frozen=True)
+class _SearchText:
+    """Documents of the domain that are neither calibrated on nor reported: the size is searched on them."""
+
+    text: TextSource
+    tokenizer: Any
+    max_seq_length: int
+    num_dropped: int
+
+    @classmethod
+    def withheld_from(cls, text: TextSource, tokenizer: Any, config: PrunerConfig) -> tuple[TextSource, _SearchText]:  # noqa: ANN401
+        """(the rest of the calibration text, a tenth of its documents without those that the rest repeats)."""
+        rest, given = hold_out_documents(text, seed=config.pruning_seed)
+        own, dropped = drop_overlapping(given, rest)
+        if not len(own):
+            raise DataError(
+                f"max_loss_increase searches on documents withheld from the calibration text {text.name}, but the rest "
+                f"repeats all {len(given):,} of them. Give text that repeats itself less, or use pruning_ratio."
+            )
+        return rest, cls(own, tokenizer, config.max_seq_length, dropped)
+
+    def bits_per_byte(self, model: PreTrainedModel) -> float:
+        losses = document_losses(
+            model, self.tokenizer, self.text, max_seq_length=self.max_seq_length, max_tokens=_SEARCH_TOKENS
+        )
+        return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
+
+    def budget(self, plan: PruningPlan) -> LossBudget:
+        """What the search found, from the plan's provenance."""
+        facts = plan.provenance["loss_budget"]
+        dropped = f" ({self.num_dropped:,} that the rest repeats were dropped)" if self.num_dropped else ""
+        text = (
+            f"Size searched on at most {_SEARCH_TOKENS:,} tokens of {len(self.text):,} documents of {self.text.name}"
+            f"{dropped}, withheld from calibration and not among the held-out text of the figures: "
+            f"{facts['increase']:+.2%} bits per byte there, {facts['max_loss_increase']:+.2%} allowed."
+        )
+        return LossBudget(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))
 
 
 def _as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,34 +11,41 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import Budget, adaptive_widths, removed_params, select_units, uniform_widths
+from .allocation import (
+    Budget,
+    adaptive_widths,
+    most_removable,
+    predicted_loss,
+    removed_params,
+    select_units,
+    uniform_widths,
+)
 from .architectures import (
     TARGETS,
     ArchSpec,
     Geometry,
     LayerWidths,
     Target,
+    UnitCosts,
     blocks,
     check_supported,
     read_geometry,
     spec_of,
     unit_costs,
 )
+from .budget_search import Loss, smallest_within
 from .calibration import batches_of, calibrate, weights_of_block
 from .config import PrunerConfig
 from .criteria import get_criterion
+from .distributed import on_main_process
 from .errors import BudgetError, ConfigError, naming
 from .evaluation import count_parameters
-from .loading import load_outline
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
-from .sensitivity import measure_sensitivity
+from .sensitivity import measure_sensitivity, withhold_probe
 from .sequential import prune_sequentially
-from .stats import CalibrationStats, Key, Repair
-from .surgery import StockFit, stock_fit
-
-SENSITIVITY_BLOCKS = 4
-"""Blocks of calibration text on which adaptive allocation measures the loss."""
+from .stats import CalibrationStats, Curve, Key, Repair
+from .surgery import stock_fit
 
 
 def needed_statistics(config: PrunerConfig) -> frozenset[str]:
@@ -51,7 +58,7 @@ def needed_statistics(config: PrunerConfig) -> frozenset[str]:
 
 def needed_targets(config: PrunerConfig) -> tuple[Target, ...]:
     """Which units a config may remove."""
-    total = config.pruning_ratio is not None or config.target_params is not None
+    total = any(x is not None for x in (config.pruning_ratio, config.target_params, config.max_loss_increase))
     if config.allocation == "adaptive" and total and config.mlp_ratio is None and config.attention_ratio is None:
         return TARGETS
     wanted: dict[Target, bool] = {
@@ -105,16 +112,26 @@ def repair_with(stats: CalibrationStats, config: PrunerConfig) -> Repair:
     return repair
 
 
+def _shape(model: PreTrainedModel) -> tuple[ArchSpec, Geometry, UnitCosts]:
+    spec = spec_of(model.config)
+    geometry = read_geometry(model.config, spec)
+    return spec, geometry, unit_costs(model, spec, geometry)
+
+
 def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidths, ...]:
     """Uniform widths for a budget, from shapes alone (the weights may be on the meta device).
 
     Raises:
         BudgetError: It can't be reached, or `stock` rules every choice out.
+        ConfigError: `max_loss_increase`: the size is found by measuring.
     """
-    spec = spec_of(model.config)
-    geometry = read_geometry(model.config, spec)
+    if config.max_loss_increase is not None:
+        raise ConfigError(
+            "max_loss_increase is a size found by measuring, so shapes or statistics alone don't give widths: "
+            "use prune() or plan_and_repair(..., loss=), or give pruning_ratio."
+        )
+    spec, geometry, costs = _shape(model)
     budget = Budget.of(config, count_parameters(model))
-    costs = unit_costs(model, spec, geometry)
     stock_groups: list[int] = []
     if config.stock:
         stock_groups = _stock_groups(model, spec, geometry)
@@ -134,26 +151,15 @@ def _stock_groups(model: PreTrainedModel, spec: ArchSpec, geometry: Geometry) ->
     ]
 
 
-def _adaptive(
-    model: PreTrainedModel,
-    importance: Mapping[Key, torch.Tensor],
-    stats: CalibrationStats,
-    config: PrunerConfig,
-    samples: torch.Tensor,
-) -> tuple[LayerWidths, ...]:
-    spec = spec_of(model.config)
-    geometry, targets = read_geometry(model.config, spec), needed_targets(config)
-    costs = unit_costs(model, spec, geometry)
+def _adaptive(model: PreTrainedModel, config: PrunerConfig, curves: Mapping[Key, Curve]) -> tuple[LayerWidths, ...]:
+    _, geometry, costs = _shape(model)
     budget = Budget.of(config, count_parameters(model))
-    curves = measure_sensitivity(
-        model, importance, repair_with(stats, config), samples[:SENSITIVITY_BLOCKS], targets=targets
-    )
     if budget.remove_params is not None and config.mlp_ratio is None and config.attention_ratio is None:
         return adaptive_widths(curves, geometry, costs, budget.remove_params, round_to=config.round_to)
     # Each unit has a budget of its own: what the same options would remove with uniform widths.
     uniform = uniform_widths(geometry, costs, budget, config)
     widths = geometry.layers
-    for target in targets:
+    for target in needed_targets(config):
         own = {key: curve for key, curve in curves.items() if key[1] == target}
         remove = removed_params(geometry.layers, _only(target, uniform, geometry.layers), costs)
         part = adaptive_widths(own, geometry, costs, remove, round_to=config.round_to)
@@ -165,6 +171,58 @@ def _only(target: Target, widths: tuple[LayerWidths, ...], others: tuple[LayerWi
     """One target's sizes of `widths`, all else of `others`."""
     size = "neurons" if target == "mlp" else "kv_groups"
     return tuple(replace(other, **{size: getattr(width, size)}) for width, other in zip(widths, others, strict=True))
+
+
+@dataclass
+class _Measured:
+    """What was measured of a model, enough for a plan of any size.
+
+    Attributes:
+        importance: One value a unit, by (layer, target).
+        curves: What each layer pays for each width; None for uniform widths.
+        num_samples: Blocks of text behind it.
+        num_tokens: Unpadded tokens behind it.
+    """
+
+    importance: Mapping[Key, torch.Tensor]
+    curves: Mapping[Key, Curve] | None
+    num_samples: int
+    num_tokens: int
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, stats: CalibrationStats, config: PrunerConfig, probe: torch.Tensor | None
+    ) -> _Measured:
+        importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
+        curves = None
+        if config.allocation == "adaptive":
+            if probe is None:
+                raise ConfigError(
+                    "allocation='adaptive' measures layers on text that the statistics lack; calibrate on the first "
+                    "part of withhold_probe(token_blocks(...)), and pass the second as samples."
+                )
+            repair, targets = repair_with(stats, config), needed_targets(config)
+            curves = on_main_process(lambda: measure_sensitivity(model, importance, repair, probe, targets=targets))
+        return cls(importance, curves, stats.num_samples, stats.num_tokens)
+
+    def widths(self, model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidths, ...]:
+        return plan_widths(model, config) if self.curves is None else _adaptive(model, config, self.curves)
+
+    def plan(self, model: PreTrainedModel, config: PrunerConfig, provenance: Mapping[str, Any] | None) -> PruningPlan:
+        widths = self.widths(model, config)
+        layers = select_units(self.importance, read_geometry(model.config, spec_of(model.config)), widths)
+        facts = {**(provenance or {}), **self.prediction(widths)}
+        return _plan_of(model, layers, config, self.num_samples, self.num_tokens, facts)
+
+    def prediction(self, widths: Sequence[LayerWidths]) -> dict[str, Any]:
+        """For the provenance: the curves as {"layer.target": [[kept units, nats a token], ...]}, and their sum."""
+        if self.curves is None:
+            return {}
+        curves = {
+            f"{layer}.{target}": [[kept, float(f"{loss:.6g}")] for kept, loss in curve]
+            for (layer, target), curve in self.curves.items()
+        }
+        return {"predicted_loss_increase": predicted_loss(self.curves, widths), "sensitivity": curves}
 
 
 def make_plan(
@@ -181,15 +239,15 @@ def make_plan(
         model: The dense model.
         stats: With what [`needed_statistics`][] names, for [`needed_targets`][].
         config: Budget, criterion, allocation.
-        samples: Token blocks for adaptive allocation, [blocks, length], int64.
+        samples: Token blocks for adaptive allocation to measure on, [blocks, length], int64: the second part of
+            [`withhold_probe`][], with the statistics from the first.
         provenance: Goes into the plan, beside the config and versions.
 
     Raises:
         BudgetError: The budget can't be reached.
-        ConfigError: Adaptive allocation without samples.
+        ConfigError: Adaptive allocation without samples, or `max_loss_increase`.
     """
-    spec = check_supported(model)
-    geometry = read_geometry(model.config, spec)
+    geometry = read_geometry(model.config, check_supported(model))
     wanted = {(layer, target) for layer in range(len(geometry.layers)) for target in needed_targets(config)}
     if not wanted <= set(stats.targets):
         layer, target = min(wanted - set(stats.targets))
@@ -197,16 +255,65 @@ def make_plan(
             f"The statistics lack layer {layer} ({target}), which this config may prune. Calibrate with "
             f"targets=needed_targets(config)."
         )
-    if config.allocation == "adaptive":
-        if samples is None:
-            raise ConfigError("allocation='adaptive' measures losses; pass samples=token_blocks(...).")
-    else:
-        widths = plan_widths(model, config)  # before scoring: it may refuse
-    importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
-    if samples is not None and config.allocation == "adaptive":
-        widths = _adaptive(model, importance, stats, config, samples)
-    layers = select_units(importance, geometry, widths)
-    return _plan_of(model, layers, config, stats.num_samples, stats.num_tokens, provenance)
+    if config.allocation == "uniform" or config.max_loss_increase is not None:
+        plan_widths(model, config)  # before scoring: it may refuse
+    return _Measured.of(model, stats, config, samples).plan(model, config, provenance)
+
+
+class _Planner:
+    """A model with its text, measured once where that is needed, to be planned at any size."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        samples: torch.Tensor,
+        config: PrunerConfig,
+        provenance: Mapping[str, Any] | None,
+        resume_dir: Path | None,
+    ) -> None:
+        self.model, self.samples, self.provenance, self.resume_dir = model, samples, provenance, resume_dir
+        self.measured: _Measured | None = None
+        self.stats: CalibrationStats | None = None
+        if config.reconstruction == "sequential" and config.allocation == "uniform" and not config.max_loss_increase:
+            return  # the walk sees all it needs
+        fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
+        self.stats = calibrate(
+            model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config)
+        )
+        self.measured = _Measured.of(model, self.stats, config, probe)
+
+    def most_removable(self, config: PrunerConfig) -> int:
+        """Parameters that can go at most, where no ratio fixes a width."""
+        _, geometry, costs = _shape(self.model)
+        if self.measured is not None and self.measured.curves is not None:
+            return most_removable(self.measured.curves, costs, round_to=config.round_to)
+        narrowest = [LayerWidths(min(config.round_to, w.neurons), w.kv_groups) for w in geometry.layers]
+        return removed_params(geometry.layers, narrowest, costs)
+
+    def widths(self, config: PrunerConfig) -> tuple[LayerWidths, ...]:
+        return self.measured.widths(self.model, config) if self.measured else plan_widths(self.model, config)
+
+    def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
+        """Plan and repair from the statistics; for the sequential repair, those of its one-shot kin."""
+        assert self.measured is not None
+        assert self.stats is not None
+        return self.measured.plan(self.model, config, self.provenance), repair_with(self.stats, config)
+
+    def walk(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
+        """Plan and repair from a sequential walk, which chooses the units anew, on all of the text."""
+        self.stats = None  # a walk has statistics of its own
+        widths = self.widths(config)
+        walk = prune_sequentially(
+            self.model,
+            batches_of(self.samples),
+            widths,
+            get_criterion(config.criterion),
+            ridge=config.ridge,
+            seed=config.pruning_seed,
+            state_dir=self.resume_dir,
+        )
+        facts = {**(self.provenance or {}), **(self.measured.prediction(widths) if self.measured else {})}
+        return _plan_of(self.model, walk.layers, config, walk.num_samples, walk.num_tokens, facts), walk.repair
 
 
 def plan_and_repair(
@@ -214,7 +321,9 @@ def plan_and_repair(
     samples: torch.Tensor,
     config: PrunerConfig,
     *,
+    loss: Loss | None = None,
     provenance: Mapping[str, Any] | None = None,
+    resume_dir: Path | None = None,
 ) -> tuple[PruningPlan, Repair]:
     """Token blocks -> the plan, and the repair that goes with it: what [`apply_plan`][] takes.
 
@@ -222,25 +331,19 @@ def plan_and_repair(
         model: The dense model.
         samples: [blocks, length], int64.
         config: All choices.
+        loss: For `max_loss_increase`: the loss of a model, above 0, on text that is neither in `samples` nor reported.
         provenance: Goes into the plan, beside the config and versions.
+        resume_dir: Where walks keep their finished blocks, to go on from; None keeps nothing.
 
     Raises:
         ContextPruneError: See `hf_context_prune.errors`.
     """
-    batches, targets = batches_of(samples), needed_targets(config)
-    if config.reconstruction != "sequential" or config.allocation == "adaptive":
-        stats = calibrate(model, batches, targets=targets, statistics=needed_statistics(config))
-        plan = make_plan(model, stats, config, samples=samples, provenance=provenance)
-        if config.reconstruction != "sequential":
-            return plan, repair_with(stats, config)
-        widths = plan.widths  # measured with one-shot repairs; the walk chooses the units anew
-        del stats
-    else:
-        widths = plan_widths(model, config)
-    walk = prune_sequentially(
-        model, batches, widths, get_criterion(config.criterion), ridge=config.ridge, seed=config.pruning_seed
-    )
-    return _plan_of(model, walk.layers, config, walk.num_samples, walk.num_tokens, provenance), walk.repair
+    if config.max_loss_increase is not None and loss is None:
+        raise ConfigError("max_loss_increase is found by measuring; pass loss=, a function of a model.")
+    planner = _Planner(model, samples, config, provenance, resume_dir)
+    if loss is None or config.max_loss_increase is None:
+        return planner.walk(config) if config.reconstruction == "sequential" else planner.one_shot(config)
+    return smallest_within(planner, config, loss)
 
 
 def _plan_of(
@@ -264,56 +367,4 @@ def _plan_of(
             "num_calibration_tokens": num_tokens,
             "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         },
-    )
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What a budget comes to, from shapes alone.
-
-    Attributes:
-        base_parameters: Parameters of the model as it is, tied ones once.
-        pruned_parameters: Parameters after pruning.
-        asked_ratio: Share of all parameters that was asked for, if one was.
-        dense: Widths as they are, one a layer.
-        widths: Widths after pruning, one a layer.
-        stock: Whether the stock architecture holds them, and why or why not.
-    """
-
-    base_parameters: int
-    pruned_parameters: int
-    asked_ratio: float | None
-    dense: tuple[LayerWidths, ...]
-    widths: tuple[LayerWidths, ...]
-    stock: StockFit
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-
-def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = None) -> Outline:
-    """Work out the sizes of uniform widths without reading a weight.
-
-    Args:
-        model: A model folder, .gguf file or Hub id.
-        config: The budget.
-        revision: Branch, tag or commit of the Hub model.
-
-    Raises:
-        ContextPruneError: The model is unknown or the budget can't be reached.
-    """
-    empty = load_outline(model, revision=revision)
-    spec = spec_of(empty.config)
-    geometry = read_geometry(empty.config, spec)
-    widths = plan_widths(empty, config)
-    total = count_parameters(empty)
-    removed = removed_params(geometry.layers, widths, unit_costs(empty, spec, geometry))
-    return Outline(
-        base_parameters=total,
-        pruned_parameters=total - removed,
-        asked_ratio=Budget.of(config, total).asked_ratio,
-        dense=geometry.layers,
-        widths=widths,
-        stock=stock_fit(empty.config, spec, widths),
     )

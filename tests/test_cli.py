@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 
@@ -75,6 +76,28 @@ def test_json_is_all_of_stdout_and_config_file_is_overruled(run, place):
     assert all(w["neurons"] % 4 == 0 for w in json.loads(out)["widths"])
 
 
+def test_a_loss_budget_is_searched_and_shown(run, place):
+    (place / "size.yaml").write_text("pruning_ratio: 0.3\ncriterion: wanda\n")
+    code, out, err = run(*PRUNE, "--output", "@budget", "--config", "@size.yaml", "--max-loss-increase", 0.2, *QUICK)
+    assert code == 0, err
+    assert "bits per byte on the text of the search" in out
+    assert "(allowed +20.0 %)" in out
+    assert "Size searched on" in out
+    _, out, _ = run("inspect", "@budget", "--format", "json")
+    provenance = json.loads(out)["provenance"]
+    assert provenance["loss_budget"]["increase"] <= provenance["loss_budget"]["max_loss_increase"] == 0.2
+    assert provenance["config"]["pruning_ratio"] is None
+
+
+def test_adaptive_shows_what_it_predicted(run):
+    code, out, err = run(*PRUNE, "--output", "@adaptive", "--allocation", "adaptive", *QUICK)
+    assert code == 0, err
+    assert "(predicted +" in out
+    code, out, _ = run("inspect", "@adaptive")
+    assert code == 0
+    assert "sensitivity: 6 curves (--format json has them)" in out
+
+
 def test_dry_run_needs_no_data_and_writes_nothing(run, place):
     before = sorted(path.name for path in place.iterdir())
     code, out, _ = run("prune", "@base", "--mlp-ratio", 0.25, "--dry-run", "--format", "json")
@@ -85,6 +108,9 @@ def test_dry_run_needs_no_data_and_writes_nothing(run, place):
     assert "Parameters:" in out
     code, out, _ = run("prune", "@base", "--allocation", "adaptive", "--dry-run")
     assert code == 2
+    code, out, err = run("prune", "@base", "--max-loss-increase", 0.03, "--dry-run")
+    assert code == 2
+    assert "--max-loss-increase is found by measuring" in err
     assert sorted(path.name for path in place.iterdir()) == before
 
 
@@ -95,6 +121,8 @@ def test_dry_run_needs_no_data_and_writes_nothing(run, place):
         (("--criterion", "wnda"), 2, "Did you mean 'wanda'?"),
         (("--pruning-ratio", 0.9), 2, "can remove at most"),
         (("--target-params", 10), 2, "can remove at most"),
+        (("--max-loss-increase", 0.03, "--mlp-ratio", 0.2), 2, "mlp_ratio fixes it"),
+        (("--max-loss-increase", 3), 2, "max_loss_increase is 3.0; it must be a share above 0, up to 1"),
         (("--reconstruction", "bias"), 2, "can't be saved"),
         (("--text-column", "nope"), 1, "its columns are text, doc"),
         (("--config", "@absent.yaml"), 2, "can't be read"),
@@ -138,6 +166,30 @@ def test_interrupted_says_so_and_exits_1(run, monkeypatch):
     code, out, err = run(*PRUNE, "--output", "@never", "--mlp-ratio", 0.25)
     assert (code, out) == (1, "")
     assert "Interrupted; nothing was put in place." in err
+
+
+def test_a_killed_run_goes_on_and_leaves_no_unfinished_work(run, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CONTEXT_PRUNE_CACHE", str(tmp_path))
+    words = (*PRUNE, "--mlp-ratio", 0.25, *QUICK, "--output")
+    stale = tmp_path / "unfinished" / "stale"
+    stale.mkdir(parents=True)
+    os.utime(stale, (0, 0))
+    assert run(*words, "@whole")[0] == 0
+    assert not list((tmp_path / "unfinished").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_context_prune.pipeline.apply_plan", _interrupt)
+        assert run(*words, "@resumed")[0] == 1
+    assert len(list(tmp_path.glob("unfinished/*/*/block-*.safetensors"))) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_context_prune.sequential._Walk.prune", _interrupt)  # nothing is left to prune
+        assert run(*words, "@resumed")[0] == 0
+    assert not list((tmp_path / "unfinished").iterdir())
+    first, second = (place / name / "model.safetensors" for name in ("whole", "resumed"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_version(run):

@@ -28,6 +28,7 @@ EVERYTHING = {
     "target_params": None,
     "mlp_ratio": None,
     "attention_ratio": 0.5,
+    "max_loss_increase": None,
     "criterion": "wanda",
     "reconstruction": "bias",
     "allocation": "adaptive",
@@ -50,11 +51,13 @@ def refused(**options):
 def test_defaults():
     config = PrunerConfig()
     assert config.pruning_ratio == DEFAULT_PRUNING_RATIO == 0.2
-    assert (config.criterion, config.reconstruction, config.allocation) == ("obs", "least_squares", "uniform")
+    assert (config.criterion, config.reconstruction, config.allocation) == ("obs", "sequential", "uniform")
     assert set(EVERYTHING) == {field.name for field in dataclasses.fields(PrunerConfig)}
 
 
-@pytest.mark.parametrize("options", [{"target_params": 9}, {"mlp_ratio": 0.0}, {"attention_ratio": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"target_params": 9}, {"mlp_ratio": 0.0}, {"attention_ratio": 0.5}, {"max_loss_increase": 0.03}]
+)
 def test_another_size_leaves_the_default_ratio_out(options):
     assert PrunerConfig(**options).pruning_ratio is None
 
@@ -94,10 +97,18 @@ def test_ridge(bad):
     assert PrunerConfig(ridge=1).ridge == 1
 
 
+@pytest.mark.parametrize("bad", [0, -0.1, 0.0, 1.5, 3, math.nan, math.inf, "3%", True])
+def test_max_loss_increase(bad):
+    message = refused(max_loss_increase=bad)
+    assert message.startswith(f"max_loss_increase is {bad!r}; ")
+    assert "above 0, up to 1" in message
+    assert PrunerConfig(max_loss_increase=1).max_loss_increase == 1
+
+
 @pytest.mark.parametrize(("name", "literal"), NAMES.items())
 def test_names(name, literal):
-    for good in get_args(literal):
-        assert getattr(PrunerConfig(**{name: good}), name) == good
+    for good in get_args(literal):  # taylor needs gradients, which the walk does not have
+        assert getattr(PrunerConfig(**{"reconstruction": "none", name: good}), name) == good
     message = refused(**{name: get_args(literal)[0] + "x"})
     assert message.startswith(f"Unknown {name} '{get_args(literal)[0]}x'; allowed are ")
     assert all(good in message for good in get_args(literal))
@@ -123,6 +134,10 @@ def test_text_column_must_be_a_name(bad):
         ({"pruning_ratio": 0.2, "mlp_ratio": 0.1, "attention_ratio": 0.1}, "leave out pruning_ratio/target_params"),
         ({"target_params": 5, "mlp_ratio": 0.1, "attention_ratio": 0.1}, "leave out pruning_ratio/target_params"),
         ({"allocation": "adaptive", "stock": True}, "stock=True rules out"),
+        ({"max_loss_increase": 0.03, "pruning_ratio": 0.2}, "and pruning_ratio fixes it; give one"),
+        ({"max_loss_increase": 0.03, "target_params": 9}, "and target_params fixes it"),
+        ({"max_loss_increase": 0.03, "mlp_ratio": 0.0}, "and mlp_ratio fixes it"),
+        ({"max_loss_increase": 0.03, "attention_ratio": 0.5}, "and attention_ratio fixes it"),
     ],
 )
 def test_contradictions(options, said):

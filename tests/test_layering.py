@@ -17,16 +17,18 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # From the bottom to the top: a module imports from the layers below its own.
 LAYERS = [
     {"errors"},
-    {"cache", "linalg", "manifest", "sources", "stats"},  # helpers and values that know nothing else of the package
+    # Helpers and values that know nothing else of the package.
+    {"cache", "distributed", "linalg", "manifest", "sources", "stats"},
     {"modeling", "config", "architectures", "plan", "data", "overlap"},
     {
         *("criteria", "allocation", "reconstruction", "calibration", "surgery", "vocabulary"),
-        *("sensitivity", "staging", "demo_assets", "model_checks"),
+        *("sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
     },
     {"recovery", "evaluation", "saving", "loading", "sequential"},
+    {"budget_search"},
     {"planning"},
-    {"card", "hub"},
-    {"pipeline", "callback", "tables"},
+    {"card", "hub", "outline"},
+    {"pipeline", "callback", "tables", "cli_options"},
     {"cli", "demo"},
     {"__main__"},
 ]

@@ -25,7 +25,8 @@ from hf_context_prune import (
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.data import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
-from hf_context_prune.planning import dry_run, needed_statistics, needed_targets, repair_with
+from hf_context_prune.outline import dry_run
+from hf_context_prune.planning import needed_statistics, needed_targets, repair_with
 from tests.tiny import TEXT, tiny_model
 
 QUICK = EvalOptions(max_tokens=600, speed=False, memory=False)
@@ -98,7 +99,7 @@ def test_saved_folder_reloads_and_tells_its_story(model, tokenizer, tmp_path):
 
 
 def test_every_stage_by_itself_gives_what_prune_gives(model, tokenizer):
-    config = PrunerConfig(mlp_ratio=0.25, **OPTIONS)
+    config = PrunerConfig(mlp_ratio=0.25, reconstruction="least_squares", **OPTIONS)
     result = prune(model, texts(), config, tokenizer=tokenizer, eval_data=texts(5, seed=9), evaluation=QUICK)
     source = load_documents(texts())
     samples = token_blocks(source, tokenizer, num_samples=16, max_seq_length=32)

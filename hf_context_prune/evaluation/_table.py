@@ -16,6 +16,9 @@ Row = tuple[str, str, str, str]
 def comparison_rows(report: "EvalReport") -> list[Row]:
     """Return (measure, base, pruned, change) for every measure; a cell without a figure is empty."""
     rows = [*_size_rows(report.size), *_loss_rows(report.loss)]
+    if report.budget is not None:
+        change = f"{_percent(report.budget.measured)} (allowed {_percent(report.budget.allowed)})"
+        rows.append(("bits per byte on the text of the search", "", "", change))
     if report.speed is not None:
         rows += _speed_rows(report.speed)
     if report.memory is not None:
@@ -44,6 +47,8 @@ def _loss_rows(loss: "LossFacts") -> list[Row]:
         else:
             excess = _estimate(comparison.excess_nats_per_token, "{:+.4f}")
             factor = _estimate(comparison.excess_nats_per_token, "x{:.3f}", math.exp)
+            if loss.predicted_excess is not None:
+                excess += f" (predicted {loss.predicted_excess:+.4f})"
     return [
         (
             "bits per byte",

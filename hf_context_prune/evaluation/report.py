@@ -20,7 +20,7 @@ from ._table import comparison_rows
 from .perplexity import LossComparison, LossSummary
 from .speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
@@ -79,11 +79,37 @@ class SizeFacts:
 
 @dataclass(frozen=True)
 class LossFacts:
-    """Losses of the base, of the pruned model and between them; the last two are None for a single model."""
+    """Losses of the base, of the pruned model and between them; the last ones are None for a single model.
+
+    Attributes:
+        base: Of the base, or of the single model.
+        pruned: Of the pruned model.
+        comparison: Pruned against base.
+        predicted_excess: What adaptive allocation predicted of `comparison.excess_nats_per_token`, from what narrowing
+            each layer alone does to the output (KL) on calibration text; None for other allocations.
+    """
 
     base: LossSummary
     pruned: LossSummary | None = None
     comparison: LossComparison | None = None
+    predicted_excess: float | None = None
+
+
+@dataclass(frozen=True)
+class LossBudget:
+    """A size that was found by search: the smallest within an allowed loss increase.
+
+    Attributes:
+        allowed: Relative increase of the bits per byte that was allowed.
+        measured: The increase at the size that was taken, on the text of the search.
+        text: A sentence on that text, which is not the text of `EvalReport.loss`.
+        num_trials: Sizes that were measured.
+    """
+
+    allowed: float
+    measured: float
+    text: str
+    num_trials: int
 
 
 @dataclass(frozen=True)
@@ -145,6 +171,7 @@ class EvalReport:
         environment: Where it was measured.
         speed: Speeds, None where not measured.
         memory: Peak memory, None where not measured.
+        budget: How the size was found, None where it was given.
         notes: Sentences that a reader of the figures must know.
         created: UTC time, ISO 8601 to the second.
         schema_version: Version of the JSON layout.
@@ -157,6 +184,7 @@ class EvalReport:
     environment: Environment
     speed: SpeedFacts | None = None
     memory: MemoryFacts | None = None
+    budget: LossBudget | None = None
     notes: tuple[str, ...] = ()
     created: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema_version: int = SCHEMA_VERSION

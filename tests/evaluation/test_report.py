@@ -12,6 +12,7 @@ from hf_context_prune.evaluation import (
     DocumentLoss,
     Environment,
     EvalReport,
+    LossBudget,
     LossFacts,
     MemoryFacts,
     MemoryMeasurement,
@@ -79,14 +80,16 @@ def single():
 
 
 def test_json_round_trip(report, single, tmp_path):
-    for original in (report, single):
+    budget = LossBudget(0.03, 0.028, "On other text.", 4)
+    searched = dataclasses.replace(report, budget=budget, loss=dataclasses.replace(report.loss, predicted_excess=0.125))
+    for original in (searched, report, single):
         path = tmp_path / "eval_report.json"
         original.save(path)
         assert EvalReport.load(path) == original
         assert EvalReport.from_dict(json.loads(json.dumps(original.to_dict()))) == original
         assert [entry.name for entry in tmp_path.iterdir()] == ["eval_report.json"]
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert list(data) == sorted(data)
 
 
@@ -128,7 +131,7 @@ def test_a_failed_save_keeps_the_old_file(single, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(schema_version=2), "schema_version 2"),
+        (lambda data: data.update(schema_version=1), "schema_version 1"),
         (lambda data: data.pop("schema_version"), "schema_version None"),
         (lambda data: data.pop("loss"), "loss"),
         (lambda data: data.update(extra=1), "extra"),
@@ -216,3 +219,15 @@ def test_a_side_that_was_not_measured_is_a_dash(report):
     }
     assert rows["weights on disk"] == ("-", "3.2 MB", "-")
     assert rows["peak RSS"] == ("-", "900.0 MB", "-")
+
+
+def test_the_table_has_predicted_beside_realised_and_the_budget(report):
+    searched = dataclasses.replace(
+        report,
+        budget=LossBudget(0.03, 0.0281, "On other text.", 4),
+        loss=dataclasses.replace(report.loss, predicted_excess=0.125),
+    )
+    rows = {row[0]: row for row in searched.table_rows()}
+    excess = next(row for row in report.table_rows() if row[0].startswith("excess loss"))
+    assert rows[excess[0]][-1] == f"{excess[-1]} (predicted +0.1250)"
+    assert rows["bits per byte on the text of the search"][1:] == ("-", "-", "+2.8 % (allowed +3.0 %)")

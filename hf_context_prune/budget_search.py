@@ -1,0 +1,235 @@
+"""The smallest model within an allowed loss increase, by trial.
+
+The loss grows with the removed share about as a power of it, so the next share to try is where the power law through
+the nearest trials meets the limit, kept inside the bracket of what holds and what does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
+
+from huggingface_hub.utils import tqdm
+from transformers import PreTrainedModel
+
+from .config import PrunerConfig
+from .distributed import on_main_process
+from .errors import BudgetError
+from .evaluation import count_parameters
+from .modeling.specs import LayerWidths
+from .plan import PruningPlan
+from .stats import Repair
+from .surgery import apply_plan
+
+Loss = Callable[[PreTrainedModel], float]
+
+FIRST_SHARE = 0.15
+"""Share of all parameters that is tried first."""
+TOLERANCE = 0.005
+"""Share of all parameters below which a bracket is narrow enough."""
+MAX_TRIALS = 8
+WALKS = 3
+"""Sequential walks at most."""
+EXPONENT = 1.3
+"""Of the power law, while there is one trial only."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One size that was measured.
+
+    Attributes:
+        share: Share of all parameters that went.
+        increase: Relative increase of the loss.
+        reconstruction: How the model was repaired.
+    """
+
+    share: float
+    increase: float
+    reconstruction: str
+
+
+def search(
+    measure: Callable[[float], Trial],
+    limit: float,
+    *,
+    start: float,
+    smallest: float,
+    largest: float,
+    max_trials: int = MAX_TRIALS,
+    enough: float = 1.0,
+    aim: float = 1.0,
+) -> tuple[Trial, list[Trial]]:
+    """Find the largest share whose increase is within the limit.
+
+    Args:
+        measure: Removes at least the given share and measures; the trial says what went.
+        limit: Allowed relative increase, above 0.
+        start: Share to try first.
+        smallest: Share that is asked for where nothing else holds: the least that can go.
+        largest: Share that can go at most.
+        max_trials: Measurements at most.
+        enough: A trial that holds and uses this part of the limit ends the search.
+        aim: Part of the limit that the next trial is to use; below 1 where a trial that fails is dear.
+
+    Returns:
+        (the trial to take, all trials in order).
+
+    Raises:
+        BudgetError: None held; names the smallest.
+    """
+    trials: list[Trial] = []
+    low, high = 0.0, math.inf
+    asked = min(max(start, smallest), largest)
+    for _ in range(4 * max_trials):  # with coarse widths, several shares may come to the same trial
+        trial = measure(asked)
+        if trial not in trials:
+            trials.append(trial)
+        if trial.increase <= limit:
+            low = max(low, asked, trial.share)
+        else:
+            high = min(high, asked)
+        done = asked == smallest or (low > 0 and (low >= largest or high - low <= TOLERANCE))
+        if done or len(trials) == max_trials or enough * limit <= trial.increase <= limit:
+            break
+        last = len(trials) == max_trials - 1
+        asked = smallest if low == 0 and high <= TOLERANCE else _next(trials, limit, aim, low, high, last=last)
+        asked = min(max(asked, smallest), largest)
+    held = [trial for trial in trials if trial.increase <= limit]
+    if not held:
+        least = min(trials, key=lambda trial: trial.share)
+        raise BudgetError(
+            f"max_loss_increase is {limit:g}, but with {least.share:.2%} of the parameters gone, the least that was "
+            f"tried, the loss on the withheld text grew by {least.increase:.4f} ({least.reconstruction}). Allow more, "
+            f"give more calibration text, or use pruning_ratio."
+        )
+    return max(held, key=lambda trial: trial.share), trials
+
+
+def _next(trials: list[Trial], limit: float, aim: float, low: float, high: float, *, last: bool) -> float:
+    """The share to try next, above `low` and below `high`."""
+    goal = aim * limit
+    below = max((t for t in trials if t.increase <= limit), key=lambda t: t.share, default=None)
+    above = min((t for t in trials if t.increase > limit), key=lambda t: t.share, default=None)
+    if below is None and above is not None:
+        # Where this is the last chance, better far inside the limit than nothing at all.
+        return min(above.share * (goal * (0.5 if last else 1.0) / above.increase) ** (1 / EXPONENT), high - TOLERANCE)
+    if below is not None and above is None:
+        factor = (goal / below.increase) ** (1 / EXPONENT) if below.increase > 0 else 2.0
+        return low * min(max(factor, 1.1), 2.5)
+    assert below is not None
+    assert above is not None
+    margin = min(0.9 * TOLERANCE, (high - low) / 2)  # the next trial closes the bracket, or moves an end by that much
+    one_sided = len(trials) > 2 and len({t.increase <= limit for t in trials[-2:]}) == 1
+    if one_sided or below.increase <= 0:
+        share = (low + high) / 2
+    else:
+        exponent = math.log(above.increase / below.increase) / math.log(above.share / below.share)
+        share = low * (goal / below.increase) ** (1 / exponent)
+    return min(max(share, low + margin), high - margin)
+
+
+class Planner(Protocol):
+    """A model with its text, to be planned at any size."""
+
+    model: PreTrainedModel
+
+    def most_removable(self, config: PrunerConfig) -> int:
+        """Parameters that can go at most."""
+        ...
+
+    def widths(self, config: PrunerConfig) -> tuple[LayerWidths, ...]:
+        """Widths of a size."""
+        ...
+
+    def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
+        """Plan and repair from the statistics; for the sequential repair, those of its one-shot kin."""
+        ...
+
+    def walk(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
+        """Plan and repair from a sequential walk; `one_shot` can't be called after it."""
+        ...
+
+
+class _Trials:
+    """Sizes that were built and measured; keeps the smallest model's plan and repair that are within the limit."""
+
+    def __init__(
+        self, planner: Planner, config: PrunerConfig, loss: Loss, base: float, build: str, max_trials: int
+    ) -> None:
+        self.planner, self.config, self.loss, self.base = planner, config, loss, base
+        self.build = planner.walk if build == "sequential" else planner.one_shot
+        self.reconstruction, self.max_trials = build, max_trials
+        self.known: dict[tuple[LayerWidths, ...], Trial] = {}
+        self.best: tuple[PruningPlan, Repair] | None = None
+        self.best_share = 0.0
+
+    def search(self, start: float, largest: float, **options: float) -> tuple[Trial, list[Trial]]:
+        limit, total = self.config.max_loss_increase, count_parameters(self.planner.model)
+        assert limit is not None
+        name = "hf_context_prune.budget_search"
+        with tqdm(total=self.max_trials, desc="Searching the size", unit="trial", name=name) as self.bar:
+            return search(
+                self.measure,
+                limit,
+                start=start,
+                smallest=1 / total,
+                largest=largest,
+                max_trials=self.max_trials,
+                **options,
+            )
+
+    def measure(self, share: float) -> Trial:
+        model = self.planner.model
+        config = replace(self.config, max_loss_increase=None, pruning_ratio=share)
+        widths = self.planner.widths(config)
+        if widths in self.known:
+            return self.known[widths]
+        plan, repair = self.build(config)
+        smaller = apply_plan(model, plan, repair=repair).eval()
+        total = count_parameters(model)
+        gone = (total - count_parameters(smaller)) / total
+        increase = on_main_process(lambda: self.loss(smaller)) / self.base - 1
+        trial = self.known[widths] = Trial(gone, increase, self.reconstruction)
+        if increase <= (self.config.max_loss_increase or 0) and gone >= self.best_share:
+            self.best, self.best_share = (plan, repair), gone
+        self.bar.set_postfix_str(f"-{gone:.1%} of the parameters: {increase:+.2%}")
+        self.bar.update()
+        return trial
+
+
+def smallest_within(planner: Planner, config: PrunerConfig, loss: Loss) -> tuple[PruningPlan, Repair]:
+    """Find the smallest model whose loss is within `max_loss_increase`.
+
+    A walk is dear, so for the sequential repair its one-shot kin finds the size to begin with; then a few walks.
+
+    Args:
+        planner: The model and what was measured of it.
+        config: With `max_loss_increase`.
+        loss: The loss of a model, above 0.
+
+    Returns:
+        Plan and repair; the plan's provenance has ``loss_budget``: limit, increase and trials.
+
+    Raises:
+        BudgetError: Nothing that was tried is within it.
+    """
+    largest = planner.most_removable(config) / count_parameters(planner.model)
+    base = on_main_process(lambda: loss(planner.model))
+    walks = config.reconstruction == "sequential"
+    stage = _Trials(planner, config, loss, base, "least_squares" if walks else config.reconstruction, MAX_TRIALS)
+    found, trials = stage.search(min(FIRST_SHARE, largest / 2), largest)
+    if walks:
+        stage = _Trials(planner, config, loss, base, "sequential", WALKS)  # the first goes, and the statistics with it
+        found, more = stage.search(found.share, largest, enough=0.8, aim=0.92)
+        trials = trials + more
+    assert stage.best is not None  # `search` raises where nothing holds
+    plan, repair = stage.best
+    facts = {
+        "max_loss_increase": config.max_loss_increase,
+        "increase": found.increase,
+        "trials": [asdict(trial) for trial in trials],
+    }
+    return replace(plan, provenance={**plan.provenance, "config": config.to_dict(), "loss_budget": facts}), repair

@@ -1,0 +1,165 @@
+"""The side-by-side benchmark on a tiny model: rows, resuming, the written section and plot, and the peers' sizes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from benchmarks import common, methods, one_shot, tokens
+from benchmarks.methods import METHODS, SIZES, Size, budgets
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation import count_parameters
+from hf_context_prune.loading import LoadedModel
+from tests.tiny import tiny_model
+
+TEXT = "court party duty care patient dose trial market rate bank loan risk appeal judge nurse bond share fund"
+WORDS = TEXT.split()
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, tokenizer):
+    """Options for a run on two tiny domains; RESULTS.md and the plot go to `tmp_path`."""
+    pytest.importorskip("matplotlib")
+    generator = torch.Generator().manual_seed(0)
+    for domain in ("law", "medicine"):
+        (tmp_path / domain).mkdir()
+        for split, count in (("train", 30), ("validation", 6)):
+            picks = torch.randint(len(WORDS), (count, 60), generator=generator).tolist()
+            lines = [
+                json.dumps({"text": " ".join(WORDS[i] for i in row), "doc": f"{split}-{n}", "source": "made up"})
+                for n, row in enumerate(picks)
+            ]
+            with gzip.open(tmp_path / domain / f"corpus.{split}.jsonl.gz", "wt") as file:
+                file.write("\n".join(lines))
+    loaded = LoadedModel(tiny_model("llama"), tokenizer, "tiny", None, None)
+    for module in (one_shot, tokens):
+        monkeypatch.setattr(module, "smollm2", lambda: loaded)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    options = f"--data {tmp_path} --work {tmp_path / 'rows'} --length 32 --eval-tokens 900"
+    return tmp_path, options.split()
+
+
+def with_options(options, more):
+    return [*options, *more.split()]
+
+
+def rows_of(folder, name):
+    return [json.loads(line) for line in (folder / "rows" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_rows_section_plot_and_resume(bench, monkeypatch):
+    folder, options = bench
+    arguments = with_options(options, "--domains law medicine --sizes mlp25 all20 --methods flap+bias ours --blocks 4")
+    one_shot.main(arguments)
+    rows = rows_of(folder, "one_shot")
+    assert [(row["key"]["domain"], row["key"].get("size"), row["key"]["method"]) for row in rows] == [
+        (domain, size, method)
+        for domain in ("law", "medicine")
+        for size, method in (
+            (None, "dense"),
+            ("mlp25", "flap+bias"),
+            ("mlp25", "ours"),
+            ("all20", "flap+bias"),
+            ("all20", "ours"),
+        )
+    ]
+    dense = rows[0]
+    assert dense["calibration_tokens"] == 4 * 32
+    assert len(dense["documents"]) == len(dense["nll"]) == len(rows[2]["nll"]) > 1
+    assert rows[2]["parameters"] == dense["parameters"] - 3 * 10 * 3 * 48  # 10 of 40 neurons of each of three layers
+    assert all({"commit", "machine", "seed"} <= row["setting"].keys() for row in rows)
+    text = (folder / "RESULTS.md").read_text()
+    assert text.count("<!-- begin one_shot -->") == 1
+    for part in ("### 25 % of the MLP neurons", "### 20 %", "| `flap` + `bias` |", "| 1.00 [1.00, 1.00] |", "Goal of"):
+        assert part in text
+    assert (folder / "one_shot.png").read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(methods.Domain, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(methods.Domain, "measure_dense", lambda *_: pytest.fail("measured again"))
+    one_shot.main(arguments)
+    assert rows_of(folder, "one_shot") == rows
+    assert (folder / "RESULTS.md").read_text() == text
+
+
+def test_other_documents_than_the_dense_row_has_are_refused(bench):
+    folder, options = bench
+    arguments = with_options(options, "--domains law --sizes mlp25 --blocks 4 --methods")
+    one_shot.main([*arguments, "random"])
+    held_out = folder / "law" / "corpus.validation.jsonl.gz"
+    with gzip.open(held_out, "rt") as file:
+        fewer = file.read().splitlines()[:3]
+    with gzip.open(held_out, "wt") as file:
+        file.write("\n".join(fewer))
+    with pytest.raises(SystemExit, match="other documents"):
+        one_shot.main([*arguments, "random", "magnitude"])
+
+
+def test_adaptive_rows_compare_with_uniform_ones(bench):
+    folder, options = bench
+    one_shot.main(with_options(options, "--domains law --sizes all20 --blocks 4 --methods ours ours-adaptive"))
+    uniform, adaptive = (row["parameters"] for row in rows_of(folder, "one_shot")[1:])
+    step = 3 * 48 * 16 + 48 * 8 * 4  # no more than one KV group beyond the same total
+    assert uniform - step <= adaptive <= uniform
+    assert "adaptive minus uniform" in (folder / "RESULTS.md").read_text()
+
+
+def test_tokens(bench):
+    folder, options = bench
+    tokens.main(with_options(options, "--domain law --tokens 2 4 --methods obs+least_squares flap+bias"))
+    assert [row["key"]["blocks"] for row in rows_of(folder, "tokens")] == [2, 2, 2, 4, 4, 4]
+    assert "| 64 |" in (folder / "RESULTS.md").read_text()
+    assert (folder / "tokens.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shares_are_exact_and_their_mean_resamples_each_domain():
+    dense = {"nll": [1.0, 2.0, 3.0]}
+    reference = {"nll": [2.0, 4.0, 6.0]}
+    half, quarter = {"nll": [1.5, 3.0, 4.5]}, {"nll": [1.25, 2.5, 3.75]}
+    first, second, mean = one_shot.shares([(dense, reference, half), (dense, reference, quarter)], 0)
+    assert (first.value, second.value, mean.value) == (0.5, 0.25, 0.375)
+    assert mean.interval == pytest.approx((0.375, 0.375))
+    single = one_shot.shares([({"nll": [1.0]}, {"nll": [2.0]}, {"nll": [1.5]})], 0)
+    assert single[0].interval is None
+
+
+def test_every_method_is_a_valid_config_or_a_peer():
+    for method in METHODS.values():
+        assert (method.peer is None) == bool(method.options)
+    uniform, adaptive, removed = budgets(tiny_model("llama"), SIZES["mlp25"])
+    assert uniform == adaptive == {"mlp_ratio": 0.25}
+    assert removed == 3 * 10 * 3 * 48
+    with pytest.raises(ConfigError):
+        budgets(tiny_model("llama"), Size("none", -0.5))
+
+
+@pytest.mark.parametrize("size", ["mlp25", "mlp50", "all20"])
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("optipfair", "optipfair-maw"),
+        ("optipfair", "optipfair-ppm"),
+        ("torch_pruning", "torch-pruning"),
+        ("torch_pruning", "torch-pruning-units"),
+    ],
+)
+def test_peers_hit_the_size_and_still_run(package, name, size):
+    pytest.importorskip(package)
+    from benchmarks.peers import TOLERANCE, check_peer
+
+    # Wide enough for a neuron to be under 1 % of what goes, and with several query heads a group.
+    model = tiny_model("llama", hidden_size=96, intermediate_size=512, num_attention_heads=12, num_hidden_layers=2)
+    model.requires_grad_(True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    samples = torch.randint(3, 320, (4, 24), generator=torch.Generator().manual_seed(0))
+    remove = budgets(model, SIZES[size])[2]
+    result = METHODS[name].peer(model, samples, remove, SIZES[size].attention)
+    assert abs(count_parameters(model) - count_parameters(result.model) - remove) <= TOLERANCE * remove
+    check_peer(model, result, samples, remove)
+    assert result.version.split()[1][0].isdigit()
+    assert bool(result.note) or not SIZES[size].attention
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"instead of .* over 0.5%"):
+        check_peer(model, result, samples, 2 * remove)

@@ -1,0 +1,84 @@
+"""Statistics -> plan: what adaptive allocation withholds, measures and predicts, and the one way to plan and repair."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan
+from hf_context_prune.calibration import batches_of
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.planning import needed_statistics, needed_targets, plan_and_repair, plan_widths, repair_with
+from hf_context_prune.sensitivity import withhold_probe
+from tests.tiny import VOCABULARY, tiny_model
+
+
+def tokens(blocks, length=16):
+    return torch.randint(3, VOCABULARY, (blocks, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("reconstruction", ["least_squares", "sequential"])
+def test_adaptive_plans_carry_their_curves_and_their_prediction(model, reconstruction):
+    config = PrunerConfig(pruning_ratio=0.15, allocation="adaptive", reconstruction=reconstruction)
+    plan, _ = plan_and_repair(model, tokens(12), config, provenance={"mine": 1})
+    facts = json.loads(json.dumps(dict(plan.provenance), allow_nan=False))
+    assert facts["mine"] == 1
+    assert set(facts["sensitivity"]) == {f"{i}.{target}" for i in range(3) for target in ("mlp", "attention")}
+    by_hand = 0.0
+    for name, curve in facts["sensitivity"].items():
+        layer, target = name.split(".")
+        assert [kept for kept, _ in curve] == ([40, 30, 20, 10] if target == "mlp" else [3, 2, 1])
+        assert all(loss >= 0 for _, loss in curve)
+        width = plan.widths[int(layer)]
+        kept = width.neurons if target == "mlp" else width.kv_groups
+        by_hand += lower_envelope(curve, kept)
+    assert facts["predicted_loss_increase"] == pytest.approx(by_hand, rel=1e-4)
+    # One-shot statistics lack the withheld blocks; the walk, whose widths are settled, uses all.
+    assert facts["num_calibration_samples"] == (8 if reconstruction == "least_squares" else 12)
+
+
+def lower_envelope(curve, at):
+    """The least that any mix of two measured points gives at a width."""
+    points = [(kept, max(loss, 0.0)) for kept, loss in curve]
+    return min(
+        a[1] if a[0] == b[0] else a[1] + (b[1] - a[1]) * (a[0] - at) / (a[0] - b[0])
+        for a in points
+        for b in points
+        if a[0] >= at >= b[0] and (a[0] > b[0] or a[0] == at)
+    )
+
+
+def test_uniform_plans_predict_nothing(model):
+    plan, _ = plan_and_repair(model, tokens(4), PrunerConfig(mlp_ratio=0.25))
+    assert not {"predicted_loss_increase", "sensitivity", "loss_budget"} & set(plan.provenance)
+    assert plan.provenance["num_calibration_samples"] == 4
+
+
+def test_the_stages_give_the_adaptive_plan_too(model):
+    options = {"allocation": "adaptive", "reconstruction": "least_squares"}
+    config, samples = PrunerConfig(mlp_ratio=0.25, attention_ratio=0.34, **options), tokens(12)
+    plan, repair = plan_and_repair(model, samples, config)
+    fit, probe = withhold_probe(samples)
+    stats = calibrate(model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config))
+    again = make_plan(model, stats, config, samples=probe)
+    assert again == plan
+    one, two = (apply_plan(model, plan, repair=r).state_dict() for r in (repair, repair_with(stats, config)))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(ConfigError, match="withhold_probe"):
+        make_plan(model, stats, config)
+
+
+def test_which_units_a_loss_budget_may_remove(model):
+    assert needed_targets(PrunerConfig(max_loss_increase=0.1)) == ("mlp",)
+    assert needed_targets(PrunerConfig(max_loss_increase=0.1, allocation="adaptive")) == ("mlp", "attention")
+    config = PrunerConfig(max_loss_increase=0.1)
+    for call in (plan_widths, lambda model, config: make_plan(model, calibrate(model, batches_of(tokens(2))), config)):
+        with pytest.raises(ConfigError, match="found by measuring"):
+            call(model, config)
+
+
+def test_adaptive_needs_two_blocks():
+    with pytest.raises(ConfigError, match="there is 1 block of 16 tokens"):
+        plan_and_repair(tiny_model("llama"), tokens(1), PrunerConfig(allocation="adaptive"))
