@@ -13,6 +13,7 @@ import torch
 
 from hf_context_prune.data import TextSource, load_documents
 from hf_context_prune.demo_assets import smollm2_gguf
+from hf_context_prune.evaluation import Estimate
 from hf_context_prune.evaluation._generation import hardware_name
 from hf_context_prune.loading import LoadedModel, load_model
 
@@ -20,12 +21,18 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "RESULTS.md"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Options that all benchmarks take."""
+DOMAINS = ("law", "medicine", "finance")
+
+
+def parser(description: str, *, several: bool = False) -> argparse.ArgumentParser:
+    """Options that all benchmarks take; with `several`, ``--domains`` instead of ``--domain``."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--data", type=Path, required=True, help="folder of the domains, such as shared/data")
-    options.add_argument("--domain", default="medicine")
-    options.add_argument("--work", type=Path, default=ROOT / ".work", help="folder of the finished rows (JSONL)")
+    if several:
+        options.add_argument("--domains", nargs="+", default=list(DOMAINS), help="folders of --data")
+    else:
+        options.add_argument("--domain", default="medicine", help="a folder of --data")
+    options.add_argument("--work", type=Path, default=ROOT / "rows", help="folder of the finished rows (JSONL)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     return options
@@ -36,9 +43,9 @@ def smollm2() -> LoadedModel:
     return load_model(smollm2_gguf(), dtype="float32", device="cpu")
 
 
-def corpus(options: argparse.Namespace, split: str) -> TextSource:
-    """The train or validation text of a domain."""
-    return load_documents(options.data / options.domain / f"corpus.{split}.jsonl.gz")
+def corpus(options: argparse.Namespace, split: str, domain: str | None = None) -> TextSource:
+    """The train or validation text of a domain, by default of ``--domain``."""
+    return load_documents(options.data / (domain or options.domain) / f"corpus.{split}.jsonl.gz")
 
 
 class Rows:
@@ -78,6 +85,21 @@ def _commit() -> str:
 def machine() -> str:
     """Processor, threads and torch, for the caption."""
     return f"{hardware_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def cell(estimate: Estimate | None, digits: int = 3) -> str:
+    """A figure with its interval."""
+    if estimate is None:
+        return ""
+    text = f"{estimate.value:.{digits}f}"
+    if estimate.interval is not None:
+        text += f" [{estimate.interval[0]:.{digits}f}, {estimate.interval[1]:.{digits}f}]"
+    return text
+
+
+def plot_path(name: str) -> Path:
+    """Where a benchmark's plot goes: beside RESULTS.md, which shows it."""
+    return RESULTS.with_name(f"{name}.png")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

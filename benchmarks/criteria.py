@@ -9,7 +9,7 @@ import dataclasses
 from functools import cache
 from typing import Any
 
-from benchmarks.common import Rows, corpus, parser, smollm2, table, write_section
+from benchmarks.common import Rows, cell, corpus, parser, smollm2, table, write_section
 from hf_context_prune.calibration import batches_of, calibrate
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.criteria import CRITERIA
@@ -69,9 +69,6 @@ def main() -> None:
             found = [DocumentLoss(**loss) for loss in row["losses"]]
             cells[criterion, reconstruction] = compare_losses(dense, found, seed=args.seed).excess_nats_per_token
     base = summarize_losses(dense, seed=args.seed)
-
-    def cell(estimate: Any) -> str:
-        return f"{estimate.value:.3f} [{estimate.interval[0]:.3f}, {estimate.interval[1]:.3f}]"
 
     body = table(
         ["criterion", *RECONSTRUCTIONS],

@@ -1,0 +1,232 @@
+"""One-shot pruning side by side: every criterion of ours, our best, and peers' own code, at equal sizes.
+
+python -m benchmarks.one_shot --data PATH/TO/data            # three domains, four sizes; goes on where it stopped
+python -m benchmarks.one_shot --data PATH/TO/data --quick    # one domain, one size
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Rows, cell, parser, plot_path, smollm2, table, write_section
+from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain
+from hf_context_prune.architectures import TARGETS
+from hf_context_prune.evaluation import DocumentLoss, Estimate, compare_losses
+
+
+def losses_of(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[DocumentLoss]:
+    """The losses of a row; sizes of the documents are in the dense row alone."""
+    return [
+        DocumentLoss(doc, "", nll, tokens, size)
+        for (doc, tokens, size), nll in zip(dense["documents"], row["nll"], strict=True)
+    ]
+
+
+def excess(base: Mapping[str, Any], row: Mapping[str, Any], dense: Mapping[str, Any], seed: int) -> Estimate:
+    """Nats a token over another row (the dense one, say), paired by document."""
+    found = compare_losses(losses_of(base, dense), losses_of(row, dense), seed=seed).excess_nats_per_token
+    assert found is not None  # one tokenizer
+    return found
+
+
+def shares(
+    triples: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]], seed: int
+) -> list[Estimate]:
+    """Excess loss as a share of the reference's: one a domain, then their mean.
+
+    Intervals are 95 % percentiles of 2000 resamples of documents; both methods see the same resample, and the mean
+    resamples every domain by itself.
+
+    Args:
+        triples: (dense row, reference row, row) of each domain.
+        seed: Of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    values, resampled = [], []
+    for dense, reference, row in triples:
+        above = [np.asarray(r["nll"]) - np.asarray(dense["nll"]) for r in (row, reference)]
+        picks = rng.integers(0, len(above[0]), (2000, len(above[0])))
+        values.append(above[0].sum() / above[1].sum())
+        resampled.append(above[0][picks].sum(axis=1) / above[1][picks].sum(axis=1))
+    values.append(float(np.mean(values)))
+    resampled.append(np.mean(resampled, axis=0))
+    spans = [tuple(np.percentile(r, [2.5, 97.5]).tolist()) for r in resampled]
+    several = all(len(dense["nll"]) > 1 for dense, _, _ in triples)
+    return [Estimate(float(v), span if several else None) for v, span in zip(values, spans, strict=True)]
+
+
+Found = Mapping[tuple[str, str, str], dict[str, Any]]
+"""Rows by (domain, size, method); the dense ones by (domain, "", "dense")."""
+
+
+def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
+    """The table of one size with what follows from it."""
+    dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
+    body, lines, notes = [], [], []
+    for method in args.methods:
+        own = [rows[domain, name, method] for domain in args.domains]
+        found = [excess(dense[d], row, dense[d], args.seed) for d, row in zip(args.domains, own, strict=True)]
+        share: list[Estimate] = []
+        if REFERENCE in args.methods:
+            share = shares(
+                [(dense[d], rows[d, name, REFERENCE], rows[d, name, method]) for d in args.domains], args.seed
+            )
+        costs = [row["seconds"] / dense[d]["forward_seconds"] for d, row in zip(args.domains, own, strict=True)]
+        sizes = sorted({row["parameters"] for row in own})
+        body.append(
+            [
+                METHODS[method].label,
+                *(cell(estimate) for estimate in found),
+                *(cell(estimate, 2) for estimate in share or [None] * (len(args.domains) + 1)),
+                " to ".join(f"{size:,}" for size in sorted({sizes[0], sizes[-1]})),
+                f"{np.median(costs):.2f}",
+            ]
+        )
+        goal = SIZES[name].goal
+        if method.startswith("ours") and goal is not None and share:
+            off = share[-1].value - goal
+            verdict = "met" if off <= 0 else f"missed by {off:.3f}"
+            lines.append(
+                f"Goal of a mean share of at most {goal}: {METHODS[method].label}: {cell(share[-1])}, {verdict}."
+            )
+        if own[0].get("note"):
+            notes.append(f"- {METHODS[method].label}: {own[0]['note']}.")
+        predicted = [
+            f"{d} {row['predicted']:.3f} against {estimate.value:.3f}"
+            for d, row, estimate in zip(args.domains, own, found, strict=True)
+            if row.get("predicted") is not None
+        ]
+        if predicted:
+            lines.append(f"{METHODS[method].label}, predicted against realised excess: {'; '.join(predicted)}.")
+    if {"ours", "ours-adaptive"} <= set(args.methods):
+        gaps = [
+            f"{d} {cell(excess(rows[d, name, 'ours'], rows[d, name, 'ours-adaptive'], dense[d], args.seed), 4)}"
+            for d in args.domains
+        ]
+        lines.append(f"Ours, adaptive minus uniform widths, nats a token, paired: {'; '.join(gaps)}.")
+    header = ["method", *(f"excess, {d}" for d in args.domains), *(f"share, {d}" for d in args.domains)]
+    body_text = table([*header, "mean share", "parameters", "x dense forward"], body)
+    return "\n\n".join(
+        part for part in (f"### {SIZES[name].label}", body_text, "\n\n".join(lines), "\n".join(notes)) if part
+    )
+
+
+def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
+    """Excess by method, one panel a size, log scale, with intervals."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1,
+        len(args.sizes),
+        figsize=(3 + 3.2 * len(args.sizes), 1 + 0.35 * len(args.methods)),
+        sharey=True,
+        squeeze=False,
+    )
+    places = np.arange(len(args.methods))[::-1]
+    for axis, size in zip(axes[0], args.sizes, strict=True):
+        for turn, domain in enumerate(args.domains):
+            dense = rows[domain, "", "dense"]
+            found = [excess(dense, rows[domain, size, method], dense, args.seed) for method in args.methods]
+            errorbars(axis, places + 0.18 * ((len(args.domains) - 1) / 2 - turn), found, domain, horizontal=True)
+        axis.set(xscale="log", xlabel="excess, nats a token", title="\n".join(SIZES[size].label.split(", ")))
+        axis.title.set_fontsize("small")
+        axis.grid(axis="x", which="both", alpha=0.3)
+    axes[0][0].set_yticks(places, [METHODS[method].label.replace("`", "") for method in args.methods])
+    axes[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(plot_path(name), dpi=120)
+    plt.close(figure)
+
+
+def errorbars(axis: Any, places: Any, found: Sequence[Estimate], label: str, *, horizontal: bool) -> None:
+    """Figures with intervals on a log scale; one that is not above zero has no place there and is left out."""
+    keep = [i for i, estimate in enumerate(found) if estimate.value > 0]
+    values = [found[i].value for i in keep]
+    spans = [found[i].interval or (found[i].value, found[i].value) for i in keep]
+    bars = np.array([[v - max(low, v / 1e3), high - v] for v, (low, high) in zip(values, spans, strict=True)]).T
+    at = [places[i] for i in keep]
+    x, y, error = (values, at, "xerr") if horizontal else (at, values, "yerr")
+    axis.errorbar(x, y, **{error: bars if len(keep) else None}, fmt="o" if horizontal else "o-", ms=4, label=label)
+
+
+def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str) -> str:
+    """The section of RESULTS.md."""
+    dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
+    text = "; ".join(
+        f"{d}: {sum(tokens for _, tokens, _ in row['documents']):,} tokens of {len(row['documents'])} documents, "
+        f"perplexity {math.exp(sum(row['nll']) / sum(tokens for _, tokens, _ in row['documents'])):.2f}, "
+        f"{row['dropped']} documents dropped as overlapping, calibrated on {row['calibration_tokens']:,} tokens"
+        for d, row in dense.items()
+    )
+    calls = [
+        f"- {METHODS[method].label}, {size}: {row['version']}, `{row['call']}`"
+        for method in args.methods
+        if METHODS[method].peer
+        for size in args.sizes
+        for row in [rows[args.domains[0], size, method]]
+    ]
+    commits = sorted({row["setting"]["commit"] for row in rows.values()})
+    return f"""## One-shot pruning side by side
+
+SmolLM2-135M-Instruct (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
+dense model in nats a token; *share*: of the excess of `flap` + `bias`; 95 % bootstrap intervals over documents, paired.
+Every method has the same calibration text and the same held-out validation text ({text}).
+All widths are uniform but those called adaptive, which have the same total. `bias` adds biases that this architecture
+can't save, in memory. *x dense forward*: wall time of the whole pruning, calibration included, over one dense forward
+pass with logits over the calibration text in the same run, median of the domains; the search is part of adaptive widths.
+
+![Excess loss by method]({plot_path(name).name})
+
+{chr(10).join(f"{size_section(rows, args, size)}{chr(10)}" for size in args.sizes)}
+Peers' calls:
+
+{chr(10).join(calls) or "- none in this run"}
+
+`python -m benchmarks.one_shot --data DATA{" --quick" if args.quick else ""}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser(__doc__ or "", several=True)
+    options.add_argument("--quick", action="store_true", help="one domain, one size, little text")
+    options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    options.add_argument("--blocks", type=int, default=128)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--eval-tokens", type=int, default=24_000)
+    if "--quick" in arguments:
+        options.set_defaults(domains=["medicine"], sizes=["mlp25"], blocks=48, eval_tokens=12_000)
+    args = options.parse_args(arguments)
+    name = "one_shot_quick" if args.quick else "one_shot"
+    store, load = Rows(args, "one_shot", seed=args.seed), cache(smollm2)
+    targets = TARGETS if any(SIZES[size].attention for size in args.sizes) else ("mlp",)
+    common = {"blocks": args.blocks, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for domain_name in args.domains:
+        key = {**common, "domain": domain_name}
+        domain = Domain(load, args, domain_name, targets=targets)
+        dense = store.get({**key, "method": "dense"}, domain.measure_dense)
+        rows[domain_name, "", "dense"] = dense
+        for size in args.sizes:
+            for method in args.methods:
+                rows[domain_name, size, method] = store.get(
+                    {**key, "size": size, "method": method},
+                    lambda d=domain, m=method, s=size, row=dense: d.measure(METHODS[m], SIZES[s], row),
+                )
+    plot(rows, args, name)
+    write_section(name, results_text(rows, args, name, store.setting["machine"]))
+
+
+if __name__ == "__main__":
+    main()
