@@ -19,6 +19,7 @@ from .architectures import (
 )
 from .calibration import check_weights_finite
 from .config import PrunerConfig
+from .criteria import get_criterion
 from .data import TextSource, hold_out_documents, load_documents, token_blocks
 from .distributed import is_main_process, on_main_process, together, warn_if_alone
 from .errors import ConfigError, DataError
@@ -44,6 +45,7 @@ from .overlap import drop_overlapping
 from .plan import PruningPlan
 from .planning import needed_targets, plan_and_repair, plan_widths
 from .saving import REPORT_NAME, estimate_bytes, staged_folder, write_model_folder
+from .sequential import check_walkable
 from .staging import resolve_target
 from .surgery import StockFit, apply_plan, stock_fit
 
@@ -184,6 +186,8 @@ def prune(
     base = _as_loaded(model, tokenizer)
     spec = check_supported(base.model)
     check_weights_finite(base.model)
+    if config.reconstruction == "sequential":
+        check_walkable(base.model, get_criterion(config.criterion))
     if config.allocation == "uniform" and config.max_loss_increase is None:
         plan_widths(base.model, config)  # an unreachable budget is refused before the long work
     if will_save:

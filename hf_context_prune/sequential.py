@@ -130,6 +130,21 @@ def _rms(output: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     return (output.square().mean(dim=-1, keepdim=True) + float(norm.eps)).sqrt()  # type: ignore[arg-type]
 
 
+def check_walkable(model: PreTrainedModel, criterion: Criterion) -> None:
+    """Refuse, before any work, what the walk can't do.
+
+    Raises:
+        ConfigError: The criterion needs gradients, or the blocks normalise the residual stream itself (OPT-350m).
+    """
+    if "taylor" in criterion.needs:
+        raise ConfigError("The sequential walk has no gradients; use criterion='obs', or another reconstruction.")
+    if getattr(model.config, "do_layer_norm_before", True) is False:
+        raise ConfigError(
+            "reconstruction='sequential' needs blocks that add to the residual stream; this model normalises the "
+            "stream itself after each sub-layer (do_layer_norm_before=False). Use reconstruction='least_squares'."
+        )
+
+
 @together()
 @torch.no_grad()
 def prune_sequentially(
@@ -164,13 +179,7 @@ def prune_sequentially(
         NumericsError: NaN or Inf, with layer and sub-layer.
     """
     spec = check_supported(model)
-    if "taylor" in criterion.needs:
-        raise ConfigError("The sequential walk has no gradients; use criterion='obs', or another reconstruction.")
-    if getattr(model.config, "do_layer_norm_before", True) is False:
-        raise ConfigError(
-            "reconstruction='sequential' needs blocks that add to the residual stream; this model normalises the "
-            "stream itself after each sub-layer (do_layer_norm_before=False). Use reconstruction='least_squares'."
-        )
+    check_walkable(model, criterion)
     check_weights_finite(model)
     batches = list(batches)
     state = WalkState(state_dir, model, batches, widths, f"{criterion.name} {ridge!r} {seed}")

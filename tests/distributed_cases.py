@@ -13,7 +13,10 @@ CONFIGS = {
     for criterion, reconstruction in (
         *(("obs", "least_squares"), ("wanda", "least_squares"), ("taylor", "least_squares"), ("flap", "none")),
     )
-} | {"adaptive": {"pruning_ratio": 0.15, "allocation": "adaptive"}}
+} | {
+    "adaptive": {"pruning_ratio": 0.15, "allocation": "adaptive", "reconstruction": "least_squares"},
+    "walk": {"mlp_ratio": 0.4, "attention_ratio": 0.34},
+}
 
 
 def samples():

@@ -27,7 +27,7 @@ from hf_context_prune.data import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
 from hf_context_prune.outline import dry_run
 from hf_context_prune.planning import needed_statistics, needed_targets, repair_with
-from tests.tiny import TEXT, tiny_model
+from tests.tiny import TEXT, case, tiny_model
 
 QUICK = EvalOptions(max_tokens=600, speed=False, memory=False)
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 16}
@@ -128,6 +128,12 @@ def test_repair_lowers_the_loss_of_a_model_that_was_trained(tokenizer):
         for name in ("none", "bias", "least_squares")
     }
     assert excess["least_squares"] < excess["none"]
+
+
+def test_what_the_walk_cannot_do_is_refused_before_anything_is_measured(tokenizer, monkeypatch):
+    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match="Use reconstruction='least_squares'"):
+        run(case("opt-post-norm"), tokenizer, mlp_ratio=0.25)
 
 
 def test_held_out_documents_are_never_calibrated_on(model, tokenizer):
