@@ -228,7 +228,7 @@ def shard(batches: Iterable[dict[str, torch.Tensor]]) -> list[tuple[int, dict[st
     state = _group()
     if state is None:
         return numbered
-    digests = _exchange(None, _digest([batch for _, batch in numbered]))
+    digests = _exchange(None, digest_batches([batch for _, batch in numbered]))
     if len(set(digests)) > 1:
         raise DataError(
             f"The {state.num_processes} processes were given different batches. Give all of them the same text and "
@@ -237,7 +237,8 @@ def shard(batches: Iterable[dict[str, torch.Tensor]]) -> list[tuple[int, dict[st
     return numbered[state.process_index :: state.num_processes]
 
 
-def _digest(batches: Sequence[dict[str, torch.Tensor]]) -> str:
+def digest_batches(batches: Sequence[dict[str, torch.Tensor]]) -> str:
+    """A hash of every tensor of every batch, 64 hexadecimal digits."""
     sha = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.items()):

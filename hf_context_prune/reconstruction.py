@@ -111,7 +111,8 @@ def refit(
     own = second_moment @ weight.T
     rest = cross - own
     correction_ridge = ridge if correction_ridge is None else correction_ridge
-    shares = {ridge, correction_ridge}
+    # With all features kept, the own output needs no change, and its system is not solved.
+    shares = {correction_ridge} if kept is None else {ridge, correction_ridge}
     # Features that never fire have nothing to be refitted to.
     systems = {share: regularized(second_moment, share) for share in shares} if bool(second_moment.any()) else {}
     if kept is not None:
@@ -119,7 +120,7 @@ def refit(
         weight, own, rest, second_moment = weight[:, index], own[index], rest[index], second_moment[index][:, index]
         systems = {share: system[index][:, index] for share, system in systems.items()}
     # Solving for the changes keeps the old weights exact where nothing has to change.
-    changes = {ridge: own - second_moment @ weight.T}
+    changes = {} if kept is None else {ridge: own - second_moment @ weight.T}
     changes[correction_ridge] = changes.get(correction_ridge, 0) + rest
     for share, system in systems.items():
         weight = weight + torch.cholesky_solve(changes[share], cholesky(system)).T

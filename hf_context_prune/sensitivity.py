@@ -13,7 +13,7 @@ layers may add up to more, or make up for one another.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ from .architectures import (
 from .errors import ConfigError, NumericsError
 from .linalg import fast_matmul
 from .stats import Curve, Key, Repair
+from .streams import Forward, forwards
 
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when it is probed."""
@@ -45,24 +46,6 @@ PROBE_BLOCKS = (4, 8)
 """Blocks of text to probe on, at least and at most."""
 _ROWS = 512
 """Tokens whose divergence is computed at once."""
-
-Forward = Callable[..., Any]
-
-
-@contextmanager
-def _forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
-    """Let blocks run these functions instead of their own; undone at the end."""
-    own = [vars(block).get("forward") for block in layers]  # accelerate's hooks set one on the instance
-    try:
-        for block, forward in zip(layers, forwards, strict=True):
-            block.forward = forward
-        yield
-    finally:
-        for block, forward in zip(layers, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
 
 
 @dataclass
@@ -84,7 +67,7 @@ class _Probe:
 
             return run
 
-        with _forwards(self.layers, [recorded(block.forward) for block in self.layers]):
+        with forwards(self.layers, [recorded(block.forward) for block in self.layers]):
             self.model.base_model(input_ids=self.ids, use_cache=False)
 
     def logits(self, start: int) -> torch.Tensor:
@@ -97,7 +80,7 @@ class _Probe:
         def known(output: Any) -> Forward:  # noqa: ANN401
             return lambda *args, **kwargs: output
 
-        with _forwards(self.layers[:start], [known(output) for output in self.outputs[:start]]):
+        with forwards(self.layers[:start], [known(output) for output in self.outputs[:start]]):
             return self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1)
 
     def dense_log_probs(self) -> torch.Tensor:

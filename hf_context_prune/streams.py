@@ -7,7 +7,7 @@ own forward pass.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from .architectures import ArchSpec, blocks
 from .linalg import fast_matmul
 
 Batch = dict[str, torch.Tensor]
+Forward = Callable[..., Any]
 
 SPILL_SHARE = 0.5
 """Share of the free memory that hidden states may take; past it they lie in a memory-mapped file."""
@@ -91,6 +92,22 @@ class StreamStorage:
         return room.copy_(hidden)
 
 
+@contextmanager
+def forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
+    """Let blocks run these functions instead of their own; undone at the end."""
+    own = [vars(block).get("forward") for block in layers]  # accelerate's hooks set one on the instance
+    try:
+        for block, forward in zip(layers, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
 def capture(
     model: PreTrainedModel,
     spec: ArchSpec,
@@ -110,13 +127,8 @@ def capture(
         calls.append((args, kwargs))
         return hidden
 
-    try:
-        for layer in layers:
-            layer.forward = record  # type: ignore[assignment]
+    with forwards(layers, [record] * len(layers)):
         model.base_model(**inputs, use_cache=False)
-    finally:
-        for layer in layers:
-            del layer.forward
     hidden = first[0]
     return Stream(storage.keep(hidden), storage.keep(hidden), calls, mask, hidden.device, held_out)
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .architectures import TARGETS, LayerWidths, Target
-from .distributed import is_main_process
+from .distributed import digest_batches, is_main_process
 from .errors import SaveError
 from .plan import LayerPlan, fingerprint
 
@@ -62,10 +62,7 @@ class WalkState:
             return
         digest = hashlib.sha256(f"{fingerprint(model)} {options} {[astuple(w) for w in widths]}".encode())
         digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())  # sums may round otherwise
-        for batch in batches:
-            for name, tensor in sorted(batch.items()):
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(digest_batches(batches).encode())
         self.key = digest.hexdigest()
         self.folder = folder = folder / self.key[:16]
         try:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 
 import pytest
 
 from hf_context_prune import cli, demo
-from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+from tests.tiny import model_and_text, tiny_model
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    tiny_model("llama").save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    draw = random.Random(0)
-    lines = [json.dumps({"text": " ".join(draw.choices(TEXT.split(), k=80)), "doc": str(i)}) for i in range(40)]
-    (folder / "data.jsonl").write_text("\n".join(lines))
-    return folder
+    return model_and_text(folder, "data.jsonl")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from hf_context_prune.planning import plan_and_repair
 from hf_context_prune.stats import CalibrationStats
 from hf_context_prune.surgery import apply_plan
 from tests.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, samples
-from tests.tiny import TEXT, case, tiny_model, tiny_tokenizer
+from tests.tiny import case, model_and_text
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -168,12 +167,7 @@ def test_objects_come_from_the_main_process(results):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
-    tiny_model("llama").save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    draw = random.Random(0)
-    lines = [json.dumps({"text": " ".join(draw.choices(TEXT.split(), k=80)), "doc": str(i)}) for i in range(40)]
-    (folder / "data.0.jsonl").write_text("\n".join(lines))
-    return folder
+    return model_and_text(folder, "data.0.jsonl")
 
 
 def prune_arguments(place, data, output):

@@ -35,7 +35,7 @@ LAYERS = [
 # Modules of one layer don't import one another, but for these: (importer, what it may import).
 ALLOWED_SIBLINGS = {
     *(("architectures", "modeling"), ("plan", "modeling.specs"), ("overlap", "data")),
-    *(("loading", "saving"), ("cli", "demo")),
+    *(("loading", "saving"), ("cli", "demo"), ("sensitivity", "streams")),
 }
 # Those on top use the public API; nothing below them imports the package's own __init__.
 MAY_IMPORT_PUBLIC_API = {"cli", "demo", "__main__"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -97,3 +100,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
     )
+
+
+def model_and_text(folder, data):
+    """A tiny model in ``base`` and forty documents in the file `data`, for commands; returns the folder."""
+    tiny_model("llama").save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    draw = random.Random(0)
+    lines = [json.dumps({"text": " ".join(draw.choices(TEXT.split(), k=80)), "doc": str(i)}) for i in range(40)]
+    (folder / data).write_text("\n".join(lines))
+    return folder
