@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,16 +12,24 @@ import torch
 
 from benchmarks import peers
 from benchmarks.common import corpus
-from benchmarks.cost import dense_forward, timed
 from hf_context_prune.allocation import removed_params
 from hf_context_prune.architectures import Target, blocks, read_geometry, spec_of, unit_costs
 from hf_context_prune.calibration import batches_of, calibrate
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, token_blocks
 from hf_context_prune.evaluation import DocumentLoss, count_parameters, document_losses
+from hf_context_prune.linalg import fast_matmul
 from hf_context_prune.loading import LoadedModel
 from hf_context_prune.overlap import drop_overlapping
-from hf_context_prune.planning import make_plan, needed_statistics, plan_and_repair, plan_widths, repair_with
+from hf_context_prune.planning import (
+    Planner,
+    make_plan,
+    needed_statistics,
+    needed_targets,
+    plan_and_repair,
+    plan_widths,
+    repair_with,
+)
 from hf_context_prune.stats import CalibrationStats
 from hf_context_prune.surgery import apply_plan
 
@@ -57,7 +64,6 @@ METHODS: dict[str, Method] = {
     "obs+least_squares": _plain("obs", "least_squares"),
     "ours": Method("ours: `obs` + `sequential`", OURS),
     "ours-adaptive": Method("ours, adaptive widths", {**OURS, "allocation": "adaptive"}),
-    # A slower effort of ours is one more entry, once PrunerConfig has a field for it: {**OURS, that field: its value}.
     "optipfair-maw": Method("optipfair MAW (with data)", peer=peers.optipfair_maw),
     "optipfair-ppm": Method("optipfair PPM", peer=peers.optipfair_ppm),
     "torch-pruning": Method("torch-pruning, LLM example", peer=peers.torch_pruning_example),
@@ -105,7 +111,8 @@ class Domain:
         self, load: Callable[[], LoadedModel], args: argparse.Namespace, name: str, *, targets: tuple[Target, ...]
     ) -> None:
         self.load, self.args, self.name, self.targets = load, args, name, targets
-        self._stats: dict[frozenset[str], tuple[CalibrationStats, float]] = {}
+        self._stats: dict[frozenset[str], CalibrationStats] = {}
+        self._planners: dict[tuple[Target, ...], Planner] = {}
 
     @property
     def model(self) -> Any:
@@ -130,33 +137,37 @@ class Domain:
             seed=self.args.seed,
         )
 
-    def stats(self, needs: frozenset[str]) -> tuple[CalibrationStats, float]:
-        """Statistics with what a method needs and no more, computed once, and the seconds that took."""
+    def stats(self, needs: frozenset[str]) -> CalibrationStats:
+        """Statistics with what a method needs and no more, computed once."""
         if needs not in self._stats:
-            start = time.perf_counter()
-            found = calibrate(self.model, batches_of(self.samples), targets=self.targets, statistics=needs)
-            self._stats[needs] = found, time.perf_counter() - start
+            self._stats[needs] = calibrate(self.model, batches_of(self.samples), targets=self.targets, statistics=needs)
         return self._stats[needs]
 
+    def adaptive(self, config: PrunerConfig) -> Planner:
+        """What each layer pays for each width, measured once for all sizes."""
+        targets = needed_targets(config)
+        if targets not in self._planners:
+            self._planners[targets] = Planner(self.model, self.samples, config)
+        return self._planners[targets]
+
     def losses(self, model: Any) -> list[DocumentLoss]:
-        return document_losses(
-            model,
-            self.load().tokenizer,
-            self.held_out[0],
-            max_seq_length=self.args.length,
-            max_tokens=self.args.eval_tokens,
-        )
+        with fast_matmul():
+            return document_losses(
+                model,
+                self.load().tokenizer,
+                self.held_out[0],
+                max_seq_length=self.args.length,
+                max_tokens=self.args.eval_tokens,
+            )
 
     def measure_dense(self) -> dict[str, Any]:
         losses = self.losses(self.model)
-        dense_forward(self.model, self.samples[:4])
         return {
             "documents": [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses],
             "nll": _short(losses),
             "parameters": count_parameters(self.model),
             "dropped": self.held_out[1],
             "calibration_tokens": self.samples.numel(),
-            "forward_seconds": round(timed(dense_forward, self.model, self.samples), 4),
         }
 
     def measure(self, method: Method, size: Size, dense: dict[str, Any]) -> dict[str, Any]:
@@ -173,29 +184,22 @@ class Domain:
         uniform, adaptive, _ = budgets(self.model, size)
         options = {**(adaptive if method.adaptive else uniform), **method.options, "pruning_seed": self.args.seed}
         config = PrunerConfig(**options)
-        samples, calibration = self.samples, 0.0
-        start = time.perf_counter()
-        if config.reconstruction == "sequential" or method.adaptive:
-            plan, repair = plan_and_repair(self.model, samples, config)
+        if method.adaptive:
+            plan, repair = self.adaptive(config).walk(config)
+        elif config.reconstruction == "sequential":
+            plan, repair = plan_and_repair(self.model, self.samples, config)
         else:
-            stats, calibration = self.stats(needed_statistics(config))
-            start = time.perf_counter()
+            stats = self.stats(needed_statistics(config))
             plan, repair = make_plan(self.model, stats, config), repair_with(stats, config)
-        smaller = apply_plan(self.model, plan, repair=repair)
-        row = {"seconds": round(calibration + time.perf_counter() - start, 4)}
-        if plan.provenance.get(PREDICTED) is not None:
-            row["predicted"] = plan.provenance[PREDICTED]
-        return smaller, row
+        predicted = plan.provenance.get(PREDICTED)
+        return apply_plan(self.model, plan, repair=repair), {} if predicted is None else {"predicted": predicted}
 
     def _prune_with_peer(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
         assert method.peer is not None
         remove, samples = budgets(self.model, size)[2], self.samples
-        start = time.perf_counter()
         result = method.peer(self.model, samples, remove, size.attention)
-        seconds = time.perf_counter() - start
         peers.check_peer(self.model, result, samples, remove)
-        row = {"seconds": round(seconds, 4), "version": result.version, "call": result.call, "note": result.note}
-        return result.model, row
+        return result.model, {"version": result.version, "call": result.call, "note": result.note}
 
 
 def _short(losses: Sequence[DocumentLoss]) -> list[float]:

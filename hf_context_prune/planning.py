@@ -260,7 +260,7 @@ def make_plan(
     return _Measured.of(model, stats, config, samples).plan(model, config, provenance)
 
 
-class _Planner:
+class Planner:
     """A model with its text, measured once where that is needed, to be planned at any size."""
 
     def __init__(
@@ -268,8 +268,8 @@ class _Planner:
         model: PreTrainedModel,
         samples: torch.Tensor,
         config: PrunerConfig,
-        provenance: Mapping[str, Any] | None,
-        resume_dir: Path | None,
+        provenance: Mapping[str, Any] | None = None,
+        resume_dir: Path | None = None,
     ) -> None:
         self.model, self.samples, self.provenance, self.resume_dir = model, samples, provenance, resume_dir
         self.measured: _Measured | None = None
@@ -340,7 +340,7 @@ def plan_and_repair(
     """
     if config.max_loss_increase is not None and loss is None:
         raise ConfigError("max_loss_increase is found by measuring; pass loss=, a function of a model.")
-    planner = _Planner(model, samples, config, provenance, resume_dir)
+    planner = Planner(model, samples, config, provenance, resume_dir)
     if loss is None or config.max_loss_increase is None:
         return planner.walk(config) if config.reconstruction == "sequential" else planner.one_shot(config)
     return smallest_within(planner, config, loss)

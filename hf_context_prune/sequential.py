@@ -39,6 +39,7 @@ from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_
 from .criteria import Criterion
 from .distributed import broadcast_object, reduce_moments, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError, naming
+from .linalg import fast_matmul
 from .plan import LayerPlan
 from .reconstruction import refit, squared_error
 from .stats import Key, RegressionMoments
@@ -327,7 +328,8 @@ class _Walk:
             else:  # the last to add: its own contribution and whatever the block's output still lacks
                 wanted = stream.rows(branch[0]) + (stream.rows(stream.dense) - stream.rows(after)) / self.scale
             rows = part.regression(stream.rows(x[0]), wanted, stream.rows(output[0]), notes.get(f"rms.{target}"))
-            (choose if stream.held_out else fit).add(*rows)
+            with fast_matmul():  # what that rounds in an entry is nothing to the ridge
+                (choose if stream.held_out else fit).add(*rows)
         for moments in (fit, choose):
             reduce_moments(moments)
             moments.statistics.check_finite(f"layer {index} ({target}), pruned stream")

@@ -56,15 +56,13 @@ def test_rows_section_plot_and_resume(bench, monkeypatch):
     one_shot.main(arguments)
     rows = rows_of(folder, "one_shot")
     assert [(row["key"]["domain"], row["key"].get("size"), row["key"]["method"]) for row in rows] == [
-        (domain, size, method)
-        for domain in ("law", "medicine")
-        for size, method in (
-            (None, "dense"),
-            ("mlp25", "flap+bias"),
-            ("mlp25", "ours"),
-            ("all20", "flap+bias"),
-            ("all20", "ours"),
-        )
+        *((domain, None, "dense") for domain in ("law", "medicine")),
+        *(
+            (domain, size, method)
+            for size in ("mlp25", "all20")
+            for domain in ("law", "medicine")
+            for method in ("flap+bias", "ours")
+        ),
     ]
     dense = rows[0]
     assert dense["calibration_tokens"] == 4 * 32
