@@ -291,6 +291,7 @@ class Planner:
         return removed_params(geometry.layers, narrowest, costs)
 
     def widths(self, config: PrunerConfig) -> tuple[LayerWidths, ...]:
+        """Widths of a size."""
         return self.measured.widths(self.model, config) if self.measured else plan_widths(self.model, config)
 
     def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:

@@ -66,8 +66,8 @@ def test_rows_section_plot_and_resume(bench, monkeypatch):
     ]
     dense = rows[0]
     assert dense["calibration_tokens"] == 4 * 32
-    assert len(dense["documents"]) == len(dense["nll"]) == len(rows[2]["nll"]) > 1
-    assert rows[2]["parameters"] == dense["parameters"] - 3 * 10 * 3 * 48  # 10 of 40 neurons of each of three layers
+    assert len(dense["documents"]) == len(dense["nll"]) == len(rows[4]["nll"]) > 1
+    assert rows[3]["parameters"] == dense["parameters"] - 3 * 10 * 3 * 48  # 10 of 40 neurons of each of three layers
     assert all({"commit", "machine", "seed"} <= row["setting"].keys() for row in rows)
     text = (folder / "RESULTS.md").read_text()
     assert text.count("<!-- begin one_shot -->") == 1
