@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .plan import PruningPlan
     from .planning import make_plan
     from .surgery import apply_plan
+    from .vocabulary import prune_vocabulary
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOME = {
     "load_pruned": "loading",
     "make_plan": "planning",
     "prune": "pipeline",
+    "prune_vocabulary": "vocabulary",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "load_pruned",
     "make_plan",
     "prune",
+    "prune_vocabulary",
 ]
 
 

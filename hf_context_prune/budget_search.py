@@ -200,7 +200,9 @@ class _Trials:
         return trial
 
 
-def smallest_within(planner: Planner, config: PrunerConfig, loss: Loss) -> tuple[PruningPlan, Repair]:
+def smallest_within(
+    planner: Planner, config: PrunerConfig, loss: Loss, *, base_loss: float | None = None
+) -> tuple[PruningPlan, Repair]:
     """Find the smallest model whose loss is within `max_loss_increase`.
 
     A walk is dear, so for the sequential repair its one-shot kin finds the size to begin with; then a few walks.
@@ -209,6 +211,7 @@ def smallest_within(planner: Planner, config: PrunerConfig, loss: Loss) -> tuple
         planner: The model and what was measured of it.
         config: With `max_loss_increase`.
         loss: The loss of a model, above 0.
+        base_loss: What it is an increase over; None: the loss of the planner's model.
 
     Returns:
         Plan and repair; the plan's provenance has ``loss_budget``: limit, increase and trials.
@@ -217,7 +220,7 @@ def smallest_within(planner: Planner, config: PrunerConfig, loss: Loss) -> tuple
         BudgetError: Nothing that was tried is within it.
     """
     largest = planner.most_removable(config) / count_parameters(planner.model)
-    base = on_main_process(lambda: loss(planner.model))
+    base = on_main_process(lambda: loss(planner.model)) if base_loss is None else base_loss
     walks = config.reconstruction == "sequential"
     stage = _Trials(planner, config, loss, base, "least_squares" if walks else config.reconstruction, MAX_TRIALS)
     found, trials = stage.search(min(FIRST_SHARE, largest / 2), largest)

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,19 +19,32 @@ from rich.table import Table
 from .cache import unfinished_work
 from .cli_options import (
     DATA_HELP,
+    AllocationOption,
+    AttentionRatio,
+    CriterionOption,
     DeviceOption,
     Dtype,
     DtypeOption,
     Format,
     FormatOption,
     MaxEvalTokens,
+    MaxLossIncrease,
+    MlpRatio,
     ModelArgument,
+    PruningRatio,
+    ReconstructionOption,
     RevisionOption,
+    RoundTo,
     SpeedOption,
+    TargetParams,
     TextColumn,
-    names,
+    VocabAuto,
+    VocabCoverage,
+    VocabCriterionOption,
+    VocabMinCount,
+    VocabMultiple,
+    VocabSize,
 )
-from .config import CriterionName, ReconstructionName
 from .distributed import is_main_process, on_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
@@ -67,14 +81,18 @@ def _print_table(table: Table) -> None:
 
 
 def _config(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
-    """Options of the command line over those of the file."""
+    """Those options of the command line that are a config's, over those of the file."""
     from .config import PrunerConfig, read_yaml
 
     values = read_yaml(config_file) if config_file else {}
-    given = {name: value for name, value in options.items() if value is not None}
-    sizes = {"pruning_ratio", "target_params", "max_loss_increase"}
-    if sizes & set(given):  # any one on the command line replaces the others in the file
-        values = {name: value for name, value in values.items() if name not in sizes}
+    known = {field.name for field in fields(PrunerConfig)}
+    given = {name: value for name, value in options.items() if name in known and value is not None}
+    for sizes in (
+        {"pruning_ratio", "target_params", "max_loss_increase"},
+        {"vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto"},
+    ):
+        if sizes & set(given):  # any one on the command line replaces the others in the file
+            values = {name: value for name, value in values.items() if name not in sizes}
     return PrunerConfig.from_dict({**values, **given})
 
 
@@ -105,31 +123,24 @@ def prune(
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options; the command line wins.")] = None,
-    pruning_ratio: Annotated[
-        float | None, typer.Option(help="Share of all parameters to remove, in [0, 1). Default 0.2.")
-    ] = None,
-    target_params: Annotated[int | None, typer.Option(help="Parameters to keep at most, instead of a share.")] = None,
-    mlp_ratio: Annotated[float | None, typer.Option(help="Share of the MLP neurons to remove, in [0, 1).")] = None,
-    attention_ratio: Annotated[
-        float | None, typer.Option(help="Share of the attention KV groups to remove, in [0, 1).")
-    ] = None,
-    max_loss_increase: Annotated[
-        float | None,
-        typer.Option(help="As small as possible, at most this share worse on the domain (0.03: 3 %); found by search."),
-    ] = None,
-    criterion: Annotated[str | None, typer.Option(help=f"{names(CriterionName)}. Default obs.")] = None,
-    reconstruction: Annotated[
-        str | None, typer.Option(help=f"How what is left is repaired: {names(ReconstructionName)}.")
-    ] = None,
-    allocation: Annotated[
-        str | None, typer.Option(help="uniform (default), or adaptive: by each layer's measured effect on the loss.")
-    ] = None,
-    round_to: Annotated[
-        int | None, typer.Option(help="Keep MLP widths at multiples of this; 8 or 32 run faster. Default 1.")
-    ] = None,
+    pruning_ratio: PruningRatio = None,
+    target_params: TargetParams = None,
+    mlp_ratio: MlpRatio = None,
+    attention_ratio: AttentionRatio = None,
+    max_loss_increase: MaxLossIncrease = None,
+    criterion: CriterionOption = None,
+    reconstruction: ReconstructionOption = None,
+    allocation: AllocationOption = None,
+    round_to: RoundTo = None,
     stock: Annotated[
         bool | None, typer.Option("--stock/--no-stock", help="Plan only widths that the stock architecture can hold.")
     ] = None,
+    vocab_size: VocabSize = None,
+    vocab_coverage: VocabCoverage = None,
+    vocab_min_count: VocabMinCount = None,
+    vocab_auto: VocabAuto = None,
+    vocab_criterion: VocabCriterionOption = None,
+    vocab_multiple: VocabMultiple = None,
     ridge: Annotated[float | None, typer.Option(help="Ridge of the refit. Default 0.3.")] = None,
     num_calibration_samples: Annotated[
         int | None, typer.Option(help="Blocks of calibration text. Default 128.")
@@ -146,24 +157,7 @@ def prune(
     format: FormatOption = Format.auto,
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on held-out text, and write a model folder."""
-    options = {
-        "pruning_ratio": pruning_ratio,
-        "target_params": target_params,
-        "mlp_ratio": mlp_ratio,
-        "attention_ratio": attention_ratio,
-        "max_loss_increase": max_loss_increase,
-        "criterion": criterion,
-        "reconstruction": reconstruction,
-        "allocation": allocation,
-        "round_to": round_to,
-        "stock": stock,
-        "ridge": ridge,
-        "num_calibration_samples": num_calibration_samples,
-        "max_seq_length": max_seq_length,
-        "text_column": text_column,
-        "pruning_seed": seed,
-    }
-    chosen = _config(config, options)
+    chosen = _config(config, {**locals(), "pruning_seed": seed})
     if dry_run:
         _dry_run(model, chosen, revision, format)
         return
@@ -218,6 +212,10 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
             "--dry-run works from shapes alone, but the size for --max-loss-increase is found by measuring; use "
             "--pruning-ratio with it."
         )
+    if config.prunes_vocabulary and config.vocab_size is None:
+        raise ConfigError(
+            "--dry-run works from shapes alone, but tokens are counted on text; use --vocab-size with it."
+        )
     outline = dry_run(model, config, revision=revision)
     if format is Format.json:
         _json(outline.to_dict())
@@ -225,6 +223,8 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
         _out(str(outline.pruned_parameters))
     else:
         _print_table(widths_table(outline.dense, outline.widths))
+        if outline.tokens != outline.dense_tokens:
+            _out(f"Vocabulary: {outline.tokens:,} of {outline.dense_tokens:,} tokens kept")
         asked = "" if outline.asked_ratio is None else f", asked {outline.asked_ratio:.2%}"
         _out(
             f"Parameters: {outline.base_parameters:,} -> {outline.pruned_parameters:,} "
@@ -290,6 +290,7 @@ def inspect(
                 "plan_sha256": plan.sha256,
                 "provenance": dict(plan.provenance),
                 "widths": [{"neurons": w.neurons, "kv_groups": w.kv_groups} for w in plan.widths],
+                "vocabulary_size": len(plan.vocabulary.kept) if plan.vocabulary else None,
                 "report": report.to_dict() if report else None,
             }
         )
@@ -302,6 +303,8 @@ def inspect(
     for name, value in plan.provenance.items():
         many = f"{len(value)} curves (--format json has them)" if name == "sensitivity" else json.dumps(value)
         _out(f"  {name}: {many}")
+    if plan.vocabulary:
+        _out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} tokens kept")
     _print_table(widths_table(plan.dense, plan.widths))
     if report:
         _print_table(report_table(report))

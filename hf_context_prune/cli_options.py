@@ -7,6 +7,8 @@ from typing import Annotated, get_args
 
 import typer
 
+from .config import CriterionName, ReconstructionName, VocabCriterion
+
 
 class Format(StrEnum):
     """What goes to stdout."""
@@ -48,3 +50,41 @@ MaxEvalTokens = Annotated[
     int, typer.Option("--max-eval-tokens", min=1, help="Held-out tokens to measure on at most, in whole documents.")
 ]
 SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and peak memory.")]
+
+PruningRatio = Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1). Default 0.2.")]
+TargetParams = Annotated[int | None, typer.Option(help="Parameters to keep at most, instead of a share.")]
+MlpRatio = Annotated[float | None, typer.Option(help="Share of the MLP neurons to remove, in [0, 1).")]
+AttentionRatio = Annotated[float | None, typer.Option(help="Share of the attention KV groups to remove, in [0, 1).")]
+MaxLossIncrease = Annotated[
+    float | None,
+    typer.Option(help="As small as possible, at most this share worse on the domain (0.03: 3 %); found by search."),
+]
+CriterionOption = Annotated[str | None, typer.Option(help=f"{names(CriterionName)}. Default obs.")]
+ReconstructionOption = Annotated[
+    str | None, typer.Option(help=f"How what is left is repaired: {names(ReconstructionName)}.")
+]
+AllocationOption = Annotated[
+    str | None, typer.Option(help="uniform (default), or adaptive: by each layer's measured effect on the loss.")
+]
+RoundTo = Annotated[
+    int | None, typer.Option(help="Keep MLP widths at multiples of this; 8 or 32 run faster. Default 1.")
+]
+VocabSize = Annotated[int | None, typer.Option(help="Tokens of the vocabulary to keep. Default all.")]
+VocabCoverage = Annotated[
+    float | None, typer.Option(help="Keep as many tokens as make up this share of the text, in (0, 1], instead.")
+]
+VocabMinCount = Annotated[int | None, typer.Option(help="Keep tokens that the text has at least this often, instead.")]
+VocabAuto = Annotated[
+    bool | None,
+    typer.Option(
+        "--vocab-auto/--no-vocab-auto",
+        help="Let the budget choose the number of tokens too, by measured cost (with --allocation adaptive).",
+    ),
+]
+VocabCriterionOption = Annotated[
+    str | None,
+    typer.Option("--vocab-criterion", help=f"Which tokens matter: {names(VocabCriterion)}. Default expected."),
+]
+VocabMultiple = Annotated[
+    int | None, typer.Option(help="The number of kept tokens is rounded up to a multiple of this. Default 64.")
+]

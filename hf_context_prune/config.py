@@ -17,6 +17,7 @@ from .errors import ConfigError, unknown
 CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", "obs"]
 ReconstructionName = Literal["none", "bias", "least_squares", "sequential"]
 AllocationName = Literal["uniform", "adaptive"]
+VocabCriterion = Literal["expected", "frequency"]
 
 DEFAULT_PRUNING_RATIO = 0.2
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -32,8 +33,9 @@ class PrunerConfig:
 
     The budget is one of: a share or number of *all* parameters (`pruning_ratio`, `target_params`), a share of each unit
     (`mlp_ratio`, `attention_ratio`), or how much worse the model may get (`max_loss_increase`). A share of all
-    parameters may be combined with one unit's ratio: that ratio is then exact, and the other unit gives the rest. With
-    none of them, `pruning_ratio` is 0.2.
+    parameters may be combined with one unit's ratio: that ratio is then exact, and the other unit gives the rest.
+    Tokens go by `vocab_size`, `vocab_coverage` or `vocab_min_count`, and count towards a share of all parameters; with
+    `vocab_auto`, that budget says how many. With none of all these, `pruning_ratio` is 0.2.
 
     Raises:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
@@ -59,6 +61,22 @@ class PrunerConfig:
     )
     round_to: int = _option(1, "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).")
     stock: bool = _option(False, "Plan only widths that the stock architecture can hold (loads without this package).")
+    vocab_size: int | None = _option(None, "Tokens of the vocabulary to keep; by default all.")
+    vocab_coverage: float | None = _option(
+        None, "Keep as many tokens as make up this share of the text, in (0, 1], instead of a number."
+    )
+    vocab_min_count: int | None = _option(None, "Keep tokens that the text has at least this often, instead.")
+    vocab_auto: bool = _option(
+        False,
+        "Let the budget for all parameters choose the number of tokens too, by what they and the other units cost in "
+        "loss (with allocation=adaptive).",
+    )
+    vocab_multiple: int = _option(64, "The number of kept tokens is rounded up to a multiple of this.")
+    vocab_criterion: VocabCriterion = _option(
+        "expected",
+        "Which tokens matter. expected: documents that have them, and how probable the model holds them there; "
+        "frequency: how often the text has them.",
+    )
     ridge: float = _option(0.3, "Ridge of the refit, as a share of each feature's mean square; above 0.")
     num_calibration_samples: int = _option(128, "Blocks of calibration text.")
     max_seq_length: int = _option(512, "Tokens a block.")
@@ -72,6 +90,9 @@ class PrunerConfig:
             self._check_ratio(name)
         for name, lowest in (
             ("target_params", 1),
+            ("vocab_size", 1),
+            ("vocab_min_count", 1),
+            ("vocab_multiple", 1),
             ("round_to", 1),
             ("num_calibration_samples", 1),
             ("max_seq_length", 2),
@@ -87,14 +108,21 @@ class PrunerConfig:
             )
         if not (_is_number(self.ridge) and 0 < self.ridge <= 1e6):
             raise ConfigError(f"ridge is {self.ridge!r}; it must be a number above 0, up to 1e6 (0.3 is a good one).")
-        if not isinstance(self.stock, bool):
-            raise ConfigError(f"stock is {self.stock!r}; it must be true or false.")
+        for name in ("stock", "vocab_auto"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        if self.vocab_coverage is not None and not (_is_number(self.vocab_coverage) and 0 < self.vocab_coverage <= 1):
+            raise ConfigError(
+                f"vocab_coverage is {self.vocab_coverage!r}; it must be a share above 0, up to 1: 0.995 keeps as many "
+                f"tokens as make up 99.5 % of the text."
+            )
         if self.text_column is not None and not (isinstance(self.text_column, str) and self.text_column):
             raise ConfigError(f"text_column is {self.text_column!r}; it must be the name of a column.")
         for name, names in (
             ("criterion", CriterionName),
             ("reconstruction", ReconstructionName),
             ("allocation", AllocationName),
+            ("vocab_criterion", VocabCriterion),
         ):
             self._check_name(name, get_args(names))
         self._check_budget()
@@ -109,7 +137,7 @@ class PrunerConfig:
 
     def _check_integer(self, name: str, lowest: int) -> None:
         value = getattr(self, name)
-        if value is None and name == "target_params":
+        if value is None and name in ("target_params", "vocab_size", "vocab_min_count"):
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise ConfigError(f"{name} is {value!r}; it must be an integer of at least {lowest}.")
@@ -144,9 +172,43 @@ class PrunerConfig:
             )
         if self.allocation == "adaptive" and self.stock:
             raise ConfigError("allocation='adaptive' gives layers different widths, which stock=True rules out.")
-        sizes = (self.mlp_ratio, self.attention_ratio, self.max_loss_increase)
-        if not total and all(size is None for size in sizes):
+        self._check_vocabulary(total)
+        if not self.prunes_units and not self.prunes_vocabulary:
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
+
+    def _check_vocabulary(self, total: bool) -> None:
+        given = [
+            name
+            for name in ("vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto")
+            if getattr(self, name) not in (None, False)
+        ]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} each set the number of tokens; give one of them.")
+        if not self.vocab_auto:
+            return
+        if self.allocation != "adaptive" or self.mlp_ratio is not None or self.attention_ratio is not None:
+            raise ConfigError(
+                "vocab_auto shares one budget between tokens and other units by their measured cost: it needs "
+                "allocation='adaptive', and no mlp_ratio or attention_ratio. Or fix the tokens: vocab_size."
+            )
+        if not total:
+            raise ConfigError("vocab_auto needs a budget to share: pruning_ratio or target_params. Or give vocab_size.")
+
+    @property
+    def prunes_units(self) -> bool:
+        """Whether MLP neurons or KV groups may go."""
+        sizes = (
+            *(self.pruning_ratio, self.target_params, self.max_loss_increase),
+            *(self.mlp_ratio, self.attention_ratio),
+        )
+        return any(size is not None for size in sizes)
+
+    @property
+    def prunes_vocabulary(self) -> bool:
+        """Whether tokens may go."""
+        return self.vocab_auto or any(
+            size is not None for size in (self.vocab_size, self.vocab_coverage, self.vocab_min_count)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values."""

@@ -4,7 +4,8 @@ Each message says what was wrong, which value was met, what is allowed and how t
 
     ContextPruneError
     ├── ConfigError (ValueError)         an option, criterion name or combination that is not allowed
-    │   └── BudgetError                  a size that can't be reached with the asked targets
+    │   ├── BudgetError                  a size that can't be reached with the asked targets
+    │   └── VocabularyError              a tokenizer that can't be pruned, or tokens that must stay
     ├── UnsupportedArchitectureError     a model type without an entry in the ArchSpec table
     ├── DataError (ValueError)           a text source that is missing, empty, or lacks a column
     ├── NumericsError (ArithmeticError)  NaN or Inf in weights, activations or statistics
@@ -29,6 +30,10 @@ class ConfigError(ContextPruneError, ValueError):
 
 class BudgetError(ConfigError):
     """The asked size can't be reached; the message names what can."""
+
+
+class VocabularyError(ConfigError):
+    """The tokenizer is of a kind that can't be pruned, does not belong to the model, or must keep a token."""
 
 
 class UnsupportedArchitectureError(ContextPruneError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .allocation import Budget, removed_params
 from .architectures import LayerWidths, read_geometry, spec_of, unit_costs
 from .config import PrunerConfig
+from .embeddings import num_rows, token_cost
 from .evaluation import count_parameters
 from .loading import load_outline
 from .planning import plan_widths
@@ -25,6 +26,8 @@ class Outline:
         asked_ratio: Share of all parameters that was asked for, if one was.
         dense: Widths as they are, one a layer.
         widths: Widths after pruning, one a layer.
+        dense_tokens: Embedding rows as they are.
+        tokens: Embedding rows after pruning.
         stock: Whether the stock architecture holds them, and why or why not.
     """
 
@@ -33,6 +36,8 @@ class Outline:
     asked_ratio: float | None
     dense: tuple[LayerWidths, ...]
     widths: tuple[LayerWidths, ...]
+    dense_tokens: int
+    tokens: int
     stock: StockFit
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,14 +59,25 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     empty = load_outline(model, revision=revision)
     spec = spec_of(empty.config)
     geometry = read_geometry(empty.config, spec)
-    widths = plan_widths(empty, config)
-    total = count_parameters(empty)
-    removed = removed_params(geometry.layers, widths, unit_costs(empty, spec, geometry))
+    total, rows = count_parameters(empty), num_rows(empty)
+    budget, kept = Budget.of(config, total), rows
+    if config.vocab_size is not None:
+        kept = min(-(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple, rows)
+    removed = (rows - kept) * token_cost(empty)
+    widths = geometry.layers
+    if config.prunes_units:
+        rest = config
+        if budget.remove_params is not None:
+            rest = replace(config, pruning_ratio=None, target_params=total - max(0, budget.remove_params - removed))
+        widths = plan_widths(empty, rest)
+    removed += removed_params(geometry.layers, widths, unit_costs(empty, spec, geometry))
     return Outline(
         base_parameters=total,
         pruned_parameters=total - removed,
-        asked_ratio=Budget.of(config, total).asked_ratio,
+        asked_ratio=budget.asked_ratio,
         dense=geometry.layers,
         widths=widths,
+        dense_tokens=rows,
+        tokens=kept,
         stock=stock_fit(empty.config, spec, widths),
     )

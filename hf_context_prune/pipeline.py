@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from .architectures import (
 from .calibration import check_weights_finite
 from .config import PrunerConfig
 from .criteria import get_criterion
-from .data import TextSource, hold_out_documents, load_documents, token_blocks
+from .data import TextSource, hold_out_documents, load_documents
 from .distributed import is_main_process, on_main_process, together, warn_if_alone
 from .errors import ConfigError, DataError
 from .evaluation import (
     DatasetFacts,
     Environment,
     EvalReport,
-    LossBudget,
     LossFacts,
     MemoryFacts,
     SizeFacts,
@@ -40,17 +38,16 @@ from .evaluation import (
     summarize_losses,
     weight_bytes,
 )
+from .global_budget import smaller_model, vocabulary_note
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
 from .plan import PruningPlan
-from .planning import needed_targets, plan_and_repair, plan_widths
+from .planning import needed_targets, plan_widths
 from .saving import REPORT_NAME, estimate_bytes, staged_folder, write_model_folder
+from .search_text import SearchText
 from .sequential import check_walkable
 from .staging import resolve_target
-from .surgery import StockFit, apply_plan, stock_fit
-
-_SEARCH_TOKENS = 12_000
-"""Withheld tokens on which a size is searched at most, in whole documents."""
+from .surgery import StockFit, stock_fit
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class PruneResult:
 
     Attributes:
         model: The smaller model, in evaluation mode.
-        tokenizer: The base's tokenizer, unchanged.
+        tokenizer: The base's tokenizer, with fewer tokens where those were pruned.
         plan: What was kept, with provenance.
         report: Base against pruned on held-out text.
         stock: Whether the stock architecture holds it, and why or why not.
@@ -186,45 +183,41 @@ def prune(
     base = _as_loaded(model, tokenizer)
     spec = check_supported(base.model)
     check_weights_finite(base.model)
-    if config.reconstruction == "sequential":
+    if config.reconstruction == "sequential" and config.prunes_units:
         check_walkable(base.model, get_criterion(config.criterion))
-    if config.allocation == "uniform" and config.max_loss_increase is None:
+    if config.allocation == "uniform" and config.max_loss_increase is None and not config.prunes_vocabulary:
         plan_widths(base.model, config)  # an unreachable budget is refused before the long work
     if will_save:
         _check_saves(base.model, spec, config)
     text, held_out, how = _split(data, eval_data, config, base.tokenizer)
     search = None
     if config.max_loss_increase is not None:
-        text, search = _SearchText.withheld_from(text, base.tokenizer, config)
-    samples = token_blocks(
-        text,
-        base.tokenizer,
-        num_samples=config.num_calibration_samples,
-        max_seq_length=config.max_seq_length,
-        seed=config.pruning_seed,
+        text, search = SearchText.withheld_from(text, base.tokenizer, config)
+    length = config.max_seq_length
+    base_losses = document_losses(
+        base.model, base.tokenizer, held_out, max_seq_length=length, max_tokens=options.max_tokens
     )
-    losses = {"max_seq_length": config.max_seq_length, "max_tokens": options.max_tokens}
-    base_losses = document_losses(base.model, base.tokenizer, held_out, **losses)  # type: ignore[arg-type]
     provenance = {
         "base_model": base.name,
         "base_revision": base.revision,
         "data": {"name": text.name, "revision": text.revision, "fingerprint": text.fingerprint},
     }
-    loss = None
     if search is not None:
-        loss = search.bits_per_byte
         provenance["search_data"] = {"name": search.text.name, "fingerprint": search.text.fingerprint}
-    plan, repair = plan_and_repair(base.model, samples, config, loss=loss, provenance=provenance, resume_dir=resume_dir)
-    smaller = apply_plan(base.model, plan, repair=repair).eval()
-    del repair  # and the statistics with it
+    smaller, tokenizer, plan = smaller_model(
+        base.model, base.tokenizer, text, config, search=search, provenance=provenance, resume_dir=resume_dir
+    )
     gc.collect()
-    pruned_losses = document_losses(smaller, base.tokenizer, held_out, **losses)  # type: ignore[arg-type]
+    # The same documents, whatever number of tokens they are for another tokenizer.
+    pruned_losses = document_losses(
+        smaller, tokenizer, held_out, max_seq_length=length, docs=[loss.doc for loss in base_losses]
+    )
     speed = None
     if options.speed:  # in one process: several would slow each other down
         speed = on_main_process(lambda: measure_speed({"base": base.model, "pruned": smaller}))
     budget = Budget.of(config, count_parameters(base.model))
     found = None if search is None else search.budget(plan)
-    stock = stock_fit(base.model.config, spec, plan.widths)
+    stock = stock_fit(smaller.config, spec, plan.widths)
     report = EvalReport(
         base_model=base.name,
         dataset=DatasetFacts(held_out.name, held_out.revision, held_out.fingerprint, how),
@@ -242,51 +235,17 @@ def prune(
         budget=found,
         notes=(
             *((found.text,) if found else ()),
-            f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}.",
+            *vocabulary_note(plan, text),
+            *(
+                (f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}.",)
+                if config.prunes_units
+                else ()
+            ),
             f"Saved as {type(smaller).__name__}: {stock.reason}.",
         ),
     )
     from_disk = base if base.folder is not None else None
-    return PruneResult(smaller, base.tokenizer, plan, report, stock, from_disk)
-
-
-@dataclass(frozen=True)
-class _SearchText:
-    """Documents of the domain that are neither calibrated on nor reported: the size is searched on them."""
-
-    text: TextSource
-    tokenizer: Any
-    max_seq_length: int
-    num_dropped: int
-
-    @classmethod
-    def withheld_from(cls, text: TextSource, tokenizer: Any, config: PrunerConfig) -> tuple[TextSource, _SearchText]:  # noqa: ANN401
-        """(the rest of the calibration text, a tenth of its documents without those that the rest repeats)."""
-        rest, given = hold_out_documents(text, seed=config.pruning_seed)
-        own, dropped = drop_overlapping(given, rest)
-        if not len(own):
-            raise DataError(
-                f"max_loss_increase searches on documents withheld from the calibration text {text.name}, but the rest "
-                f"repeats all {len(given):,} of them. Give text that repeats itself less, or use pruning_ratio."
-            )
-        return rest, cls(own, tokenizer, config.max_seq_length, dropped)
-
-    def bits_per_byte(self, model: PreTrainedModel) -> float:
-        losses = document_losses(
-            model, self.tokenizer, self.text, max_seq_length=self.max_seq_length, max_tokens=_SEARCH_TOKENS
-        )
-        return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
-
-    def budget(self, plan: PruningPlan) -> LossBudget:
-        """What the search found, from the plan's provenance."""
-        facts = plan.provenance["loss_budget"]
-        dropped = f" ({self.num_dropped:,} that the rest repeats were dropped)" if self.num_dropped else ""
-        text = (
-            f"Size searched on at most {_SEARCH_TOKENS:,} tokens of {len(self.text):,} documents of {self.text.name}"
-            f"{dropped}, withheld from calibration and not among the held-out text of the figures: "
-            f"{facts['increase']:+.2%} bits per byte there, {facts['max_loss_increase']:+.2%} allowed."
-        )
-        return LossBudget(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))
+    return PruneResult(smaller, tokenizer, plan, report, stock, from_disk)
 
 
 def _as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .embeddings import num_rows
 from .errors import PlanError
 from .modeling.specs import Geometry, LayerWidths, base_model_type
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no vocabulary."""
 _FINGERPRINT_VALUES = 512
 
 
@@ -58,8 +61,50 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """The kept tokens; a token's place is its new id.
+
+    Attributes:
+        dense: Embedding rows of the model that the plan is for.
+        kept: Old ids in the order of the new ones.
+    """
+
+    dense: int
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse ids that are no integers, out of range or repeated.
+
+        Raises:
+            PlanError: With the value.
+        """
+        if isinstance(self.dense, bool) or not isinstance(self.dense, int) or not self.kept:
+            raise PlanError(
+                f"The plan's vocabulary keeps {len(self.kept)} of {self.dense!r} tokens; both must be counts."
+            )
+        for index in self.kept:
+            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.dense:
+                raise PlanError(f"The plan's vocabulary has {index!r}; ids are integers from 0 to {self.dense - 1}.")
+        if len(set(self.kept)) != len(self.kept):
+            raise PlanError("The plan's vocabulary names a token twice.")
+
+    @cached_property
+    def new_ids(self) -> dict[int, int]:
+        """New ids by old ones."""
+        return {old: new for new, old in enumerate(self.kept)}
+
+    def to_new(self, ids: Iterable[int]) -> list[int | None]:
+        """New ids of old ones; None for a token that is gone."""
+        return [self.new_ids.get(index) for index in ids]
+
+    def to_old(self, ids: Iterable[int]) -> list[int]:
+        """Old ids of new ones."""
+        return [self.kept[index] for index in ids]
+
+
+@dataclass(frozen=True)
 class PruningPlan:
-    """Kept units of every layer, and for which model.
+    """Kept units of every layer, the kept tokens, and for which model.
 
     Attributes:
         model_type: Stock model type, such as ``"llama"``.
@@ -67,6 +112,7 @@ class PruningPlan:
         layers: Kept units, one a layer.
         model_fingerprint: [`fingerprint`][] of that model; empty for a plan made from shapes alone.
         provenance: How it was made: options, data, seed, versions (JSON values).
+        vocabulary: The kept tokens; None where all stay, with their ids.
     """
 
     model_type: str
@@ -74,6 +120,7 @@ class PruningPlan:
     layers: tuple[LayerPlan, ...]
     model_fingerprint: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
         """Refuse fields of a wrong type, and indices that are out of range, repeated or not ascending.
@@ -119,7 +166,7 @@ class PruningPlan:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is removed."""
-        return self.widths == self.dense
+        return self.widths == self.dense and self.vocabulary is None
 
     @property
     def sha256(self) -> str:
@@ -143,6 +190,11 @@ class PruningPlan:
                 f"The plan was made for {_describe(self.dense)}, this model has {_describe(geometry.layers)}. Make a "
                 f"plan with this model."
             )
+        if self.vocabulary is not None and self.vocabulary.dense != (rows := num_rows(model)):
+            raise PlanError(
+                f"The plan's vocabulary is for {self.vocabulary.dense:,} embedding rows, this model has {rows:,}. Make "
+                f"a plan with this model."
+            )
         if self.model_fingerprint and self.model_fingerprint != fingerprint(model):
             raise PlanError(
                 "The plan was made for a model with other weights (the fingerprints differ), so its indices mean "
@@ -164,6 +216,9 @@ class PruningPlan:
                 }
                 for layer, widths in zip(self.layers, self.dense, strict=True)
             ],
+            "vocabulary": None
+            if self.vocabulary is None
+            else {"dense": self.vocabulary.dense, "kept": list(self.vocabulary.kept)},
             "provenance": dict(self.provenance),
         }
 
@@ -175,17 +230,19 @@ class PruningPlan:
             PlanError: A missing field, another format version, or bad indices.
         """
         try:
-            if data["format_version"] != FORMAT_VERSION:
+            if data["format_version"] not in range(1, FORMAT_VERSION + 1):
                 raise PlanError(
-                    f"The plan has format version {data['format_version']}; this package reads {FORMAT_VERSION}. "
+                    f"The plan has format version {data['format_version']}; this package reads 1 to {FORMAT_VERSION}. "
                     f"Update hf-context-prune."
                 )
+            vocabulary = data["vocabulary"] if data["format_version"] > 1 else None
             return cls(
                 model_type=data["model_type"],
                 dense=tuple(LayerWidths(x["dense_neurons"], x["dense_kv_groups"]) for x in data["layers"]),
                 layers=tuple(LayerPlan(tuple(x["neurons"]), tuple(x["kv_groups"])) for x in data["layers"]),
                 model_fingerprint=data["model_fingerprint"],
                 provenance=data["provenance"],
+                vocabulary=None if vocabulary is None else Vocabulary(vocabulary["dense"], tuple(vocabulary["kept"])),
             )
         except (KeyError, TypeError) as error:
             raise PlanError(f"This is not a pruning plan: {type(error).__name__} {error}.") from error
@@ -194,8 +251,11 @@ class PruningPlan:
         """Write as JSON, one layer a line."""
         data = self.to_dict()
         layers = ",\n  ".join(json.dumps(layer, separators=(",", ":")) for layer in data.pop("layers"))
+        vocabulary = json.dumps(data.pop("vocabulary"), separators=(",", ":"))
         head = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
-        Path(path).write_text(f'{head[:-2]},\n "layers": [\n  {layers}\n ]\n}}\n', encoding="utf-8")
+        Path(path).write_text(
+            f'{head[:-2]},\n "vocabulary": {vocabulary},\n "layers": [\n  {layers}\n ]\n}}\n', encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

@@ -174,7 +174,7 @@ def _only(target: Target, widths: tuple[LayerWidths, ...], others: tuple[LayerWi
 
 
 @dataclass
-class _Measured:
+class Measured:
     """What was measured of a model, enough for a plan of any size.
 
     Attributes:
@@ -192,7 +192,8 @@ class _Measured:
     @classmethod
     def of(
         cls, model: PreTrainedModel, stats: CalibrationStats, config: PrunerConfig, probe: torch.Tensor | None
-    ) -> _Measured:
+    ) -> Measured:
+        """Score every unit, and for adaptive allocation measure every layer on `probe`."""
         importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
         curves = None
         if config.allocation == "adaptive":
@@ -206,9 +207,11 @@ class _Measured:
         return cls(importance, curves, stats.num_samples, stats.num_tokens)
 
     def widths(self, model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidths, ...]:
+        """Widths of a size."""
         return plan_widths(model, config) if self.curves is None else _adaptive(model, config, self.curves)
 
     def plan(self, model: PreTrainedModel, config: PrunerConfig, provenance: Mapping[str, Any] | None) -> PruningPlan:
+        """The plan of a size: the most important units."""
         widths = self.widths(model, config)
         layers = select_units(self.importance, read_geometry(model.config, spec_of(model.config)), widths)
         facts = {**(provenance or {}), **self.prediction(widths)}
@@ -257,11 +260,20 @@ def make_plan(
         )
     if config.allocation == "uniform" or config.max_loss_increase is not None:
         plan_widths(model, config)  # before scoring: it may refuse
-    return _Measured.of(model, stats, config, samples).plan(model, config, provenance)
+    return Measured.of(model, stats, config, samples).plan(model, config, provenance)
 
 
 class Planner:
-    """A model with its text, measured once where that is needed, to be planned at any size."""
+    """A model with its text, measured once where that is needed, to be planned at any size.
+
+    Args:
+        model: The dense model.
+        samples: [blocks, length], int64.
+        config: All choices but the size, which every call names anew.
+        provenance: Goes into the plans, beside the config and versions.
+        resume_dir: Where walks keep their finished blocks, to go on from; None keeps nothing.
+        measured: Of the same units by another planner (of the model before its tokens went).
+    """
 
     def __init__(
         self,
@@ -270,17 +282,21 @@ class Planner:
         config: PrunerConfig,
         provenance: Mapping[str, Any] | None = None,
         resume_dir: Path | None = None,
+        *,
+        measured: Measured | None = None,
     ) -> None:
         self.model, self.samples, self.provenance, self.resume_dir = model, samples, provenance, resume_dir
-        self.measured: _Measured | None = None
+        self.measured = measured
         self.stats: CalibrationStats | None = None
+        if measured is not None and config.reconstruction == "sequential":
+            return
         if config.reconstruction == "sequential" and config.allocation == "uniform" and not config.max_loss_increase:
             return  # the walk sees all it needs
         fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
         self.stats = calibrate(
             model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config)
         )
-        self.measured = _Measured.of(model, self.stats, config, probe)
+        self.measured = measured or Measured.of(model, self.stats, config, probe)
 
     def most_removable(self, config: PrunerConfig) -> int:
         """Parameters that can go at most, where no ratio fixes a width."""
@@ -323,8 +339,10 @@ def plan_and_repair(
     config: PrunerConfig,
     *,
     loss: Loss | None = None,
+    base_loss: float | None = None,
     provenance: Mapping[str, Any] | None = None,
     resume_dir: Path | None = None,
+    measured: Measured | None = None,
 ) -> tuple[PruningPlan, Repair]:
     """Token blocks -> the plan, and the repair that goes with it: what [`apply_plan`][] takes.
 
@@ -333,18 +351,20 @@ def plan_and_repair(
         samples: [blocks, length], int64.
         config: All choices.
         loss: For `max_loss_increase`: the loss of a model, above 0, on text that is neither in `samples` nor reported.
+        base_loss: What it is an increase over; None: the loss of `model`.
         provenance: Goes into the plan, beside the config and versions.
-        resume_dir: Where walks keep their finished blocks, to go on from; None keeps nothing.
+        resume_dir: As for [`Planner`][].
+        measured: As for [`Planner`][].
 
     Raises:
         ContextPruneError: See `hf_context_prune.errors`.
     """
     if config.max_loss_increase is not None and loss is None:
         raise ConfigError("max_loss_increase is found by measuring; pass loss=, a function of a model.")
-    planner = Planner(model, samples, config, provenance, resume_dir)
+    planner = Planner(model, samples, config, provenance, resume_dir, measured=measured)
     if loss is None or config.max_loss_increase is None:
         return planner.walk(config) if config.reconstruction == "sequential" else planner.one_shot(config)
-    return smallest_within(planner, config, loss)
+    return smallest_within(planner, config, loss, base_loss=base_loss)
 
 
 def _plan_of(

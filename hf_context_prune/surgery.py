@@ -27,6 +27,7 @@ from .architectures import (
     read_geometry,
     unit_size,
 )
+from .embeddings import renumber, token_rows, with_vocabulary
 from .errors import SaveError
 from .modeling.modeling_context_pruned import is_transposed
 from .plan import PruningPlan
@@ -234,11 +235,17 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | No
     spec = check_supported(model)
     geometry = read_geometry(model.config, spec)
     plan.check_fits(model, model.config.model_type, geometry)
-    smaller = build_empty(model.config, spec, plan.widths)
+    config = model.config
+    if plan.vocabulary is not None:
+        config = with_vocabulary(config, plan.vocabulary.kept)
+    smaller = build_empty(config, spec, plan.widths)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     tied = {name for name in (model.all_tied_weights_keys or {}) if name in state}
     for name in tied:
         del state[name]  # tied again below, so that the tensor exists once
+    if plan.vocabulary is not None:
+        for name in token_rows(model).keys() & state.keys():
+            state[name] = state[name][torch.tensor(plan.vocabulary.kept, device=state[name].device)]
     for index, block in enumerate(blocks(model, spec)):
         _prune_block(index, block, f"{spec.layers}.{index}", state, spec, geometry, plan, repair)
     unsavable = _add_missing_biases(smaller, state, spec)
@@ -255,6 +262,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | No
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(name not in frozen)
     smaller.generation_config = copy.deepcopy(model.generation_config)
+    if plan.vocabulary is not None and smaller.generation_config is not None:
+        renumber(smaller.generation_config, plan.vocabulary.new_ids)
     smaller.config.name_or_path = model.config.name_or_path
     if unsavable is not None:
         smaller._context_prune_unsavable = unsavable

@@ -142,7 +142,8 @@ def test_the_smallest_model_within_the_limit(trained, tokenizer, options, monkey
         texts_scored.append(frozenset(document.text for document in source.documents))
         return scored(model, tokenizer, source, **kwargs)
 
-    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", spy)
+    for module in ("pipeline", "search_text"):
+        monkeypatch.setattr(f"hf_context_prune.{module}.document_losses", spy)
     result = run(trained, tokenizer, max_loss_increase=0.04, **options)
     budget, facts = result.report.budget, result.plan.provenance["loss_budget"]
     assert budget.allowed == facts["max_loss_increase"] == 0.04

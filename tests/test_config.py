@@ -16,13 +16,27 @@ from hf_context_prune.config import (
     CriterionName,
     PrunerConfig,
     ReconstructionName,
+    VocabCriterion,
     read_yaml,
 )
 from hf_context_prune.errors import ConfigError
 
 RATIOS = ["pruning_ratio", "mlp_ratio", "attention_ratio"]
-INTEGERS = {"target_params": 1, "round_to": 1, "num_calibration_samples": 1, "max_seq_length": 2, "pruning_seed": 0}
-NAMES = {"criterion": CriterionName, "reconstruction": ReconstructionName, "allocation": AllocationName}
+OPTIONAL_INTEGERS = {"target_params": 1, "vocab_size": 1, "vocab_min_count": 1}
+INTEGERS = {
+    **OPTIONAL_INTEGERS,
+    "round_to": 1,
+    "num_calibration_samples": 1,
+    "max_seq_length": 2,
+    "pruning_seed": 0,
+    "vocab_multiple": 1,
+}
+NAMES = {
+    "criterion": CriterionName,
+    "reconstruction": ReconstructionName,
+    "allocation": AllocationName,
+    "vocab_criterion": VocabCriterion,
+}
 EVERYTHING = {
     "pruning_ratio": 0.3,
     "target_params": None,
@@ -34,6 +48,12 @@ EVERYTHING = {
     "allocation": "adaptive",
     "round_to": 8,
     "stock": False,
+    "vocab_size": None,
+    "vocab_coverage": 0.99,
+    "vocab_min_count": None,
+    "vocab_auto": False,
+    "vocab_multiple": 8,
+    "vocab_criterion": "frequency",
     "ridge": 0.1,
     "num_calibration_samples": 7,
     "max_seq_length": 33,
@@ -56,7 +76,14 @@ def test_defaults():
 
 
 @pytest.mark.parametrize(
-    "options", [{"target_params": 9}, {"mlp_ratio": 0.0}, {"attention_ratio": 0.5}, {"max_loss_increase": 0.03}]
+    "options",
+    [
+        {"target_params": 9},
+        {"mlp_ratio": 0.0},
+        {"attention_ratio": 0.5},
+        {"max_loss_increase": 0.03},
+        {"vocab_size": 64},
+    ],
 )
 def test_another_size_leaves_the_default_ratio_out(options):
     assert PrunerConfig(**options).pruning_ratio is None
@@ -84,7 +111,7 @@ def test_integers(name, lowest):
     for bad in (lowest - 1, -5, 3.0, "4", True, False):
         message = refused(**{name: bad})
         assert message == f"{name} is {bad!r}; it must be an integer of at least {lowest}."
-    if name != "target_params":
+    if name not in OPTIONAL_INTEGERS:
         assert f"{name} is None" in refused(**{name: None})
 
 
@@ -261,3 +288,26 @@ def test_argument_parser_beside_training_arguments(tmp_path):
 def test_integers_that_no_generator_takes():
     with pytest.raises(ConfigError, match=r"pruning_seed is 9{23}; it must be below 2\^63"):
         PrunerConfig(pruning_seed=99999999999999999999999)
+
+
+@pytest.mark.parametrize("bad", [0, 0.0, -0.1, 1.01, math.nan, "0.9", True])
+def test_vocab_coverage(bad):
+    message = refused(vocab_coverage=bad)
+    assert message.startswith(f"vocab_coverage is {bad!r}; ")
+    assert PrunerConfig(vocab_coverage=1).vocab_coverage == 1
+
+
+def test_vocabulary_options_that_contradict():
+    assert refused(vocab_size=64, vocab_min_count=2) == (
+        "vocab_size and vocab_min_count each set the number of tokens; give one of them."
+    )
+    assert "allocation='adaptive'" in refused(vocab_auto=True, pruning_ratio=0.2)
+    assert "a budget to share" in refused(vocab_auto=True, allocation="adaptive")
+    assert "no mlp_ratio" in refused(vocab_auto=True, allocation="adaptive", pruning_ratio=0.2, mlp_ratio=0.1)
+    config = PrunerConfig(vocab_auto=True, allocation="adaptive", pruning_ratio=0.2)
+    assert config.prunes_units
+    assert config.prunes_vocabulary
+    alone = PrunerConfig(vocab_size=64)
+    assert alone.prunes_vocabulary
+    assert not alone.prunes_units
+    assert not PrunerConfig().prunes_vocabulary

@@ -18,16 +18,16 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = [
     {"errors"},
     # Helpers and values that know nothing else of the package.
-    {"cache", "distributed", "linalg", "manifest", "sources", "stats"},
+    {"cache", "distributed", "embeddings", "linalg", "manifest", "sources", "stats"},
     {"modeling", "config", "architectures", "plan", "data", "overlap"},
     {
         *("criteria", "allocation", "reconstruction", "calibration", "surgery", "vocabulary"),
         *("sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
     },
     {"recovery", "evaluation", "saving", "loading", "sequential"},
-    {"budget_search"},
+    {"budget_search", "search_text"},
     {"planning"},
-    {"card", "hub", "outline"},
+    {"card", "global_budget", "hub", "outline"},
     {"pipeline", "callback", "tables", "cli_options"},
     {"cli", "demo"},
     {"__main__"},
@@ -36,6 +36,7 @@ LAYERS = [
 ALLOWED_SIBLINGS = {
     *(("architectures", "modeling"), ("plan", "modeling.specs"), ("overlap", "data")),
     *(("loading", "saving"), ("cli", "demo"), ("sensitivity", "streams")),
+    ("vocabulary", "surgery"),
 }
 # Those on top use the public API; nothing below them imports the package's own __init__.
 MAY_IMPORT_PUBLIC_API = {"cli", "demo", "__main__"}

@@ -106,7 +106,7 @@ FIRST = PLAN.to_dict()["layers"][0]
     ("data", "said"),
     [
         *[(damage(**{key: "gone"}), key) for key in PLAN.to_dict()],
-        (damage(format_version=2), "format version 2; this package reads 1"),
+        (damage(format_version=3), "format version 3; this package reads 1 to 2"),
         (damage(format_version=None), "format version None"),
         (damage(layers=None), "not a pruning plan"),
         (damage(layers=7), "not a pruning plan"),

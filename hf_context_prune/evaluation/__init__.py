@@ -1,7 +1,15 @@
 """Evaluation: losses on held-out text, speed, memory and size, and the report that holds them."""
 
 from ._bootstrap import Estimate
-from .perplexity import DocumentLoss, LossComparison, LossSummary, compare_losses, document_losses, summarize_losses
+from .perplexity import (
+    DocumentLoss,
+    LossComparison,
+    LossSummary,
+    choose_documents,
+    compare_losses,
+    document_losses,
+    summarize_losses,
+)
 from .report import (
     DatasetFacts,
     Environment,
@@ -41,6 +49,7 @@ __all__ = [
     "SpeedMeasurement",
     "SpeedRatio",
     "Spread",
+    "choose_documents",
     "compare_losses",
     "count_parameters",
     "document_losses",

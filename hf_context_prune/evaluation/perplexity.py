@@ -167,6 +167,14 @@ def document_losses(
     ]
 
 
+def choose_documents(
+    source: TextSource, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int | None, seed: int = 0
+) -> list[str]:
+    """The ids of the documents that [`document_losses`][] would score under a budget, without scoring them."""
+    documents = encode_documents(group_records(source, None), source.name, tokenizer, max_tokens, seed)
+    return [document.doc for document in documents]
+
+
 def summarize_losses(losses: Sequence[DocumentLoss], *, seed: int = 0, n_resamples: int = 2000) -> LossSummary:
     """Sum up the losses of one model, with bootstrap intervals over documents.
 

@@ -1,0 +1,103 @@
+"""Rows of the token embeddings, and every place of a config that names a token by its id."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+_ID_SEQUENCES = ("bad_words_ids", "force_words_ids")
+
+
+def named_ids(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - model and generation configs alike
+    """(field, id) of every token that a config relies on: bos, eos (also several), pad, forced ones and the like.
+
+    Negative ids, which some configs have for "none", are left out; so are tokens that are only suppressed.
+    """
+    for name, value in _id_fields(config):
+        for index in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(index, int) and not isinstance(index, bool) and index >= 0:
+                yield name, index
+
+
+def renumber(config: Any, new_ids: Mapping[int, int]) -> None:  # noqa: ANN401
+    """Replace every token id of a model or generation config, in place.
+
+    Suppressed tokens and forbidden sequences that lose a token are dropped: they can't come up any more.
+
+    Args:
+        config: Model config or generation config.
+        new_ids: New ids by old ones, with all of [`named_ids`][].
+    """
+
+    def mapped(value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, list | tuple):
+            return [mapped(item) for item in value]
+        return new_ids[value] if isinstance(value, int) and value >= 0 else value
+
+    for name, value in list(_id_fields(config)):
+        setattr(config, name, mapped(value))
+    for name in _ID_LISTS:
+        if value := getattr(config, name, None):
+            setattr(config, name, [new_ids[index] for index in value if index in new_ids])
+    for name in _ID_SEQUENCES:
+        if value := getattr(config, name, None):
+            setattr(config, name, [kept for item in value if (kept := _sequence(item, new_ids))] or None)
+    if value := getattr(config, "forced_decoder_ids", None):
+        config.forced_decoder_ids = [[place, mapped(index)] for place, index in value]
+    if value := getattr(config, "sequence_bias", None):
+        pairs = value.items() if isinstance(value, Mapping) else value
+        kept = [[[new_ids[i] for i in ids], bias] for ids, bias in pairs if all(i in new_ids for i in ids)]
+        config.sequence_bias = kept or None
+
+
+def _id_fields(config: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    for name, value in sorted(config.to_dict().items()):
+        if name.endswith(("token_id", "token_ids")) and isinstance(value, int | list | tuple):
+            yield name, value
+
+
+def _sequence(item: Sequence[Any], new_ids: Mapping[int, int]) -> list[Any] | None:
+    """A sequence of ids (or, for force_words_ids, of alternatives) without what has lost a token."""
+    if item and isinstance(item[0], list | tuple):
+        return [kept for part in item if (kept := _sequence(part, new_ids))] or None
+    return [new_ids[index] for index in item] if all(index in new_ids for index in item) else None
+
+
+def with_vocabulary(config: Any, order: Sequence[int]) -> Any:  # noqa: ANN401
+    """A copy of a model config for the kept tokens, with new ids everywhere."""
+    result = copy.deepcopy(config)
+    result.vocab_size = len(order)
+    renumber(result, {old: new for new, old in enumerate(order)})
+    return result
+
+
+def token_modules(model: Any) -> list[nn.Module]:  # noqa: ANN401
+    """The input embedding and, where there is one, the head."""
+    return [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+
+
+def token_rows(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """Parameters with one row a token, by their names in the state dict: embedding, head, the head's bias."""
+    modules = {id(module) for module in token_modules(model)}
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if id(module) in modules
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def token_cost(model: Any) -> int:  # noqa: ANN401
+    """Parameters a token, tied ones once."""
+    unique = {id(parameter): parameter for parameter in token_rows(model).values()}
+    return sum(parameter[0].numel() for parameter in unique.values())
+
+
+def num_rows(model: Any) -> int:  # noqa: ANN401
+    """Rows of the input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])

@@ -1,0 +1,69 @@
+"""The text on which `max_loss_increase` searches the size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .config import PrunerConfig
+from .data import TextSource, hold_out_documents
+from .errors import DataError
+from .evaluation import LossBudget, choose_documents, document_losses
+from .overlap import drop_overlapping
+from .plan import PruningPlan
+
+_TOKENS = 12_000
+"""Withheld tokens on which a size is searched at most, in whole documents."""
+
+
+@dataclass(frozen=True)
+class SearchText:
+    """Documents of the domain that are neither calibrated on nor reported: the size is searched on them.
+
+    Attributes:
+        text: The documents.
+        docs: Those that are scored.
+        max_seq_length: Tokens a window.
+        num_dropped: Documents that the calibration text has too.
+    """
+
+    text: TextSource
+    docs: tuple[str, ...]
+    max_seq_length: int
+    num_dropped: int
+
+    @classmethod
+    def withheld_from(cls, text: TextSource, tokenizer: Any, config: PrunerConfig) -> tuple[TextSource, SearchText]:  # noqa: ANN401
+        """(the rest of the calibration text, a tenth of its documents without those that the rest repeats).
+
+        Raises:
+            DataError: The rest repeats all of them.
+        """
+        rest, given = hold_out_documents(text, seed=config.pruning_seed)
+        own, dropped = drop_overlapping(given, rest)
+        if not len(own):
+            raise DataError(
+                f"max_loss_increase searches on documents withheld from the calibration text {text.name}, but the rest "
+                f"repeats all {len(given):,} of them. Give text that repeats itself less, or use pruning_ratio."
+            )
+        docs = choose_documents(own, tokenizer, max_tokens=_TOKENS)
+        return rest, cls(own, tuple(docs), config.max_seq_length, dropped)
+
+    def bits_per_byte(self, model: PreTrainedModel, tokenizer: Any) -> float:  # noqa: ANN401 - maybe a smaller one
+        """The loss of a model on these documents."""
+        losses = document_losses(model, tokenizer, self.text, max_seq_length=self.max_seq_length, docs=self.docs)
+        return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
+
+    def budget(self, plan: PruningPlan) -> LossBudget:
+        """What the search found, from the plan's provenance."""
+        facts = plan.provenance["loss_budget"]
+        dropped = f" ({self.num_dropped:,} that the rest repeats were dropped)" if self.num_dropped else ""
+        text = (
+            f"Size searched on at most {_TOKENS:,} tokens of {len(self.text):,} documents of {self.text.name}"
+            f"{dropped}, withheld from calibration and not among the held-out text of the figures: "
+            f"{facts['increase']:+.2%} bits per byte there, {facts['max_loss_increase']:+.2%} allowed."
+        )
+        return LossBudget(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))

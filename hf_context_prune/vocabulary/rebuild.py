@@ -1,0 +1,133 @@
+"""Tokenizer + kept tokens -> smaller tokenizer, through the fast tokenizer's own JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ..errors import VocabularyError
+from .tokens import TokenTable
+
+_PROBE = (
+    "The court held 3.5% of 1,024 patients' \u201cassets\u201d:\n\n\tna\u00efve caf\u00e9 "
+    "\u4e2d\u6587 \U0001f680  <s></s>"
+)
+
+
+def table_of(tokenizer: Any) -> TokenTable:  # noqa: ANN401
+    """The vocabulary of a fast tokenizer.
+
+    Raises:
+        VocabularyError: A tokenizer without a fast backend, or of a kind that can't be pruned.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise VocabularyError(
+            f"{type(tokenizer).__name__} has no fast backend (tokenizer.json), which is what vocabulary pruning edits. "
+            f"Load it with AutoTokenizer, or prune this model without vocab_* options."
+        )
+    return TokenTable(json.loads(backend.to_str()))
+
+
+def order_of(table: TokenTable, kept: Sequence[int]) -> list[int]:
+    """Kept ids in the order of their new ids: as before, but added tokens that the model lacks come last.
+
+    `tokenizers` numbers those by itself, after the model's own.
+    """
+    own = set(table.vocab.values())
+    return sorted(kept, key=lambda index: (index not in own, index))
+
+
+def pruned_state(table: TokenTable, order: Sequence[int]) -> dict[str, Any]:
+    """The JSON of the smaller tokenizer.
+
+    Args:
+        table: Of the full tokenizer.
+        order: Kept ids; a token's place becomes its new id. With all mandatory tokens, closed under merges.
+    """
+    new_ids = {old: new for new, old in enumerate(order)}
+    state = copy.deepcopy({key: value for key, value in table.state.items() if key != "model"})
+    model = dict(table.state["model"])
+    contents = {content: new_ids[index] for content, index in table.vocab.items() if index in new_ids}
+    if table.kind == "Unigram":
+        pieces = model["vocab"]
+        model["vocab"] = [pieces[index] for index in order if index < len(pieces)]
+        if model.get("unk_id") is not None:
+            model["unk_id"] = new_ids[model["unk_id"]]
+    else:
+        model["vocab"] = dict(sorted(contents.items(), key=lambda item: item[1]))
+        model["merges"] = [
+            list(pair) for pair in table.merges if all(part in contents for part in (*pair, pair[0] + pair[1]))
+        ]
+    state["model"] = model
+    for token in state.get("added_tokens") or ():
+        token["id"] = new_ids[token["id"]]
+    if state.get("padding"):
+        state["padding"]["pad_id"] = new_ids[state["padding"]["pad_id"]]
+    state["post_processor"] = _renumbered(state.get("post_processor"), {**contents, **_ids(state)})
+    return state
+
+
+def _ids(state: Mapping[str, Any]) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in state.get("added_tokens") or ()}
+
+
+def _renumbered(processor: Any, ids: Mapping[str, int]) -> Any:  # noqa: ANN401
+    """A post-processor with new ids: templates list them, BERT's and RoBERTa's have (content, id) pairs."""
+    if processor is None:
+        return None
+    if processor["type"] == "Sequence":
+        return {**processor, "processors": [_renumbered(part, ids) for part in processor["processors"]]}
+    result = dict(processor)
+    for token in ("sep", "cls"):
+        if token in result:
+            result[token] = [result[token][0], ids[result[token][0]]]
+    if result.get("special_tokens"):
+        result["special_tokens"] = {
+            name: {**entry, "ids": [ids[content] for content in entry["tokens"]]}
+            for name, entry in result["special_tokens"].items()
+        }
+    return result
+
+
+def rebuilt(tokenizer: Any, state: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """The tokenizer that `AutoTokenizer` opens from its saved files with another ``tokenizer.json``.
+
+    Args:
+        tokenizer: The full one; as it was when this returns.
+        state: From [`pruned_state`][].
+
+    Raises:
+        VocabularyError: What it opens is not what was written: its class builds tokenizers in a way of its own.
+    """
+    # An option of LlamaTokenizer (Mistral 7B has it) that transformers reads, but forgets when it saves.
+    forgotten = {"legacy": tokenizer.legacy} if hasattr(tokenizer, "legacy") else {}
+    with tempfile.TemporaryDirectory(prefix="hf-context-prune-") as folder:
+        tokenizer.save_pretrained(folder)
+        config = Path(folder) / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | forgotten), encoding="utf-8")
+        file = Path(folder) / "tokenizer.json"
+        file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        smaller = AutoTokenizer.from_pretrained(folder)
+    smaller.name_or_path = tokenizer.name_or_path
+    smaller.init_kwargs.pop("name_or_path", None)
+    smaller.init_kwargs.update(forgotten)
+    own = json.loads(smaller.backend_tokenizer.to_str())
+    differing = [part for part in state if part not in ("padding", "truncation") and own.get(part) != state[part]]
+    if differing:
+        raise VocabularyError(
+            f"{type(tokenizer).__name__} opens the smaller vocabulary with another {' and '.join(differing)} than was "
+            f"written, so it can't be pruned safely. Prune this model without vocab_* options."
+        )
+    if smaller.decode(smaller.encode(_PROBE)) != tokenizer.decode(tokenizer.encode(_PROBE)):
+        raise VocabularyError(
+            f"{type(tokenizer).__name__} with a smaller vocabulary no longer gives a text back as it did, so it can't "
+            f"be pruned safely. Prune this model without vocab_* options."
+        )
+    return smaller

@@ -1,0 +1,177 @@
+"""Refit of the kept token rows: a few natural-gradient steps on cached hidden states.
+
+Where a token is gone, its text comes as smaller pieces which the model never saw side by side, and the second piece is
+what it predicts worst. The head is a multinomial logistic regression on the last hidden states h, so its loss on domain
+text is convex in the rows W [tokens, hidden], and no pass through the model is needed to lower it. With p the predicted
+and y the observed distribution, one step is
+
+    W_v <- W_v - a * mean_t((p_tv - y_tv) h_t) (E[h h^T] + ridge)^-1 / (max(mean p_v, mean y_v) + prior / tokens)
+
+the Kronecker-factored natural gradient (Martens and Grosse, arXiv 1503.05671) of one linear layer. The prior holds back
+rows that the text says little about. Text that is not fitted chooses the step size a, and at the end, with the whole
+model (tied rows are inputs too), whether to go all the way, half, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ..linalg import fast_matmul, inverse_spd, regularized
+
+RIDGE = 0.3
+PRIOR = 20.0
+"""Occurrences that a row's own evidence is weighed against."""
+STEP = 0.05
+MAX_STEPS = 12
+MIN_GAIN = 3e-4
+"""Nats a token on the held-out text below which no further step is taken."""
+HELD_OUT_EVERY = 12
+_ELEMENTS = 2**25
+"""Logits that exist at once."""
+
+
+@torch.no_grad()
+def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int = 4) -> dict[str, float] | None:
+    """Refit the head's rows (and tied embedding) to domain text, in place; never to worse on what is not fitted.
+
+    Args:
+        model: A model with few enough tokens; in evaluation mode.
+        samples: Token blocks in its ids, [blocks, length], int64.
+        batch_size: Blocks a forward pass.
+
+    Returns:
+        Nats a token on the held-out blocks before and after, and the share of the way taken; None where there is too
+        little text, or the logits are not linear in the last hidden states (soft caps, scales).
+    """
+    held_out = len(samples) // HELD_OUT_EVERY
+    head = model.get_output_embeddings()
+    if not held_out or head is None:
+        return None
+    states = _hidden_states(model, head, samples, batch_size)
+    if states is None:
+        return None
+    split = len(states) - held_out * (samples.shape[1] - 1)
+    targets = samples[:, 1:].reshape(-1).to(states.device)
+    weight = head.weight
+    old = weight.detach().float().clone()
+    problem = _Problem(states[:split], targets[:split], states[split:], targets[split:], head.bias)
+    new = problem.solve(old)
+    probe = samples[-held_out:]
+    losses = {}
+    for share in (0.0, 0.5, 1.0):
+        weight.copy_((old + share * (new - old)).to(weight.dtype))
+        losses[share] = _loss(model, probe, batch_size)
+    best = min(losses, key=lambda share: losses[share])
+    weight.copy_((old + best * (new - old)).to(weight.dtype))
+    return {"before": losses[0.0], "after": losses[best], "share": best}
+
+
+def _hidden_states(
+    model: PreTrainedModel, head: nn.Module, samples: torch.Tensor, batch_size: int
+) -> torch.Tensor | None:
+    """What the head reads, [blocks * (length - 1), hidden] float32; None if the model does more with its output."""
+    seen: list[torch.Tensor] = []
+    given: list[torch.Tensor] = []
+    handles = (
+        head.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        head.register_forward_hook(lambda _, args, output: given.append(output)),
+    )
+    rows: list[torch.Tensor] = []
+    try:
+        for batch in tqdm(
+            samples.split(batch_size), desc="Reading hidden states", unit="batch", name="hf_context_prune.vocabulary"
+        ):
+            seen.clear()
+            given.clear()
+            with fast_matmul():
+                logits = model(input_ids=batch.to(model.device), use_cache=False).logits
+            if not rows and not torch.equal(logits.float(), given[0].float()):
+                return None
+            rows.append(seen[0][:, :-1].float().reshape(-1, seen[0].shape[-1]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(rows)
+
+
+def _loss(model: PreTrainedModel, samples: torch.Tensor, batch_size: int) -> float:
+    total, count = 0.0, samples[:, 1:].numel()
+    for batch in samples.to(model.device).split(batch_size):
+        with fast_matmul():
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    return total / count
+
+
+class _Problem:
+    """Logistic regression of the next token on hidden states, with text that is never fitted."""
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        held_states: torch.Tensor,
+        held_targets: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self.states, self.targets, self.bias = states, targets, bias
+        self.held = held_states, held_targets
+
+    def solve(self, start: torch.Tensor) -> torch.Tensor:
+        """Rows of the lowest held-out loss that a few steps reach, [tokens, hidden] float32."""
+        count = len(self.states)
+        gram = (self.states.T @ self.states).double() / count
+        inverse = inverse_spd(regularized(gram, RIDGE)).float()
+        observed = torch.bincount(self.targets, minlength=len(start)).float() / count
+        best, step = start, STEP
+        lowest = self._held_loss(best)
+        for _ in range(MAX_STEPS):
+            gradient, predicted = self._gradient(best)
+            scale = torch.maximum(predicted, observed) + PRIOR / count
+            direction = (gradient @ inverse) / scale[:, None]
+            for _ in range(3):
+                candidate = best - step * direction
+                loss = self._held_loss(candidate)
+                if loss < lowest - MIN_GAIN:
+                    break
+                step /= 2
+            else:
+                return best
+            best, lowest = candidate, loss
+        return best
+
+    def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        with fast_matmul():
+            return functional.linear(states, weight, bias)
+
+    def _held_loss(self, weight: torch.Tensor) -> float:
+        states, targets = self.held
+        total = 0.0
+        for rows, ids in self._chunks(states, targets, len(weight)):
+            total += float(functional.cross_entropy(self._logits(rows, weight), ids, reduction="sum"))
+        return total / len(states)
+
+    def _gradient(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean (p - y) h, mean p) over the fitted positions."""
+        gradient, predicted = torch.zeros_like(weight), torch.zeros(len(weight), device=weight.device)
+        for rows, ids in self._chunks(self.states, self.targets, len(weight)):
+            probability = self._logits(rows, weight).softmax(dim=-1)
+            predicted += probability.sum(dim=0)
+            probability[torch.arange(len(ids), device=ids.device), ids] -= 1
+            with fast_matmul():
+                gradient.addmm_(probability.T, rows)
+        return gradient / len(self.states), predicted / len(self.states)
+
+    @staticmethod
+    def _chunks(
+        states: torch.Tensor, targets: torch.Tensor, tokens: int
+    ) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        size = max(1, _ELEMENTS // tokens)
+        return list(zip(states.split(size), targets.split(size), strict=True))

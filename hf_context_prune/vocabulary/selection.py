@@ -1,0 +1,202 @@
+"""Which tokens to keep: how often a domain uses them, and how often the model expects them there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub.utils import tqdm
+
+from ..data import TextSource
+from ..errors import BudgetError, ConfigError, DataError, VocabularyError
+from .tokens import TokenTable
+
+EXPECTED_WEIGHT = 0.3
+"""Weight of the model's expectation beside the counted documents; chosen on documents withheld from train text."""
+_BATCH = 256
+
+
+@dataclass
+class TokenCounts:
+    """How often a text uses each token.
+
+    Attributes:
+        occurrences: By id.
+        documents: Documents that have it at least once, by id.
+    """
+
+    occurrences: Counter[int] = field(default_factory=Counter)
+    documents: Counter[int] = field(default_factory=Counter)
+
+
+def count_tokens(tokenizer: Any, source: TextSource) -> TokenCounts:  # noqa: ANN401
+    """Count every token of a text.
+
+    Raises:
+        DataError: The text has no token.
+    """
+    counts = TokenCounts()
+    seen: dict[str, set[int]] = {}
+    with tqdm(total=len(source), desc="Counting tokens", unit="doc", name="hf_context_prune.vocabulary") as bar:
+        for some in _batches(source.documents, _BATCH):
+            encoded = tokenizer([record.text for record in some], add_special_tokens=False, verbose=False)["input_ids"]
+            for record, ids in zip(some, encoded, strict=True):
+                counts.occurrences.update(ids)
+                seen.setdefault(record.doc, set()).update(ids)
+            bar.update(len(some))
+    for ids in seen.values():
+        counts.documents.update(ids)
+    if not counts.occurrences:
+        raise DataError(f"{source.name} has no token to count, so nothing says which tokens the domain needs.")
+    return counts
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def expected_scores(counts: TokenCounts, expected: Sequence[float]) -> dict[int, float]:
+    """Documents that use a token, and a share of how often the model expects it.
+
+    A raw count follows single documents (a name that one contract repeats); the number of documents does not. And a
+    text of any size lacks most rare words of its domain, while the model's mean probability of a token over the
+    domain's contexts is above 0 for all of them.
+
+    Args:
+        counts: Of the train text.
+        expected: Mean probability of each id over contexts of that text.
+    """
+    total, mass = sum(counts.documents.values()), sum(expected)
+    return {
+        index: counts.documents[index] + EXPECTED_WEIGHT * total * float(probability) / mass
+        for index, probability in enumerate(expected)
+    }
+
+
+@dataclass(frozen=True)
+class VocabularySize:
+    """How many tokens stay: one of the three.
+
+    Attributes:
+        tokens: Number of tokens.
+        coverage: Share of the text's token occurrences that must be kept tokens.
+        min_count: A token that occurs as often stays.
+        multiple: The number of tokens is rounded up to a multiple of this.
+    """
+
+    tokens: int | None = None
+    coverage: float | None = None
+    min_count: int | None = None
+    multiple: int = 64
+
+    def check(self) -> None:
+        """Refuse values out of range, and none or several sizes.
+
+        Raises:
+            ConfigError: With the value.
+        """
+        if sum(value is not None for value in (self.tokens, self.coverage, self.min_count)) != 1:
+            raise ConfigError("Give exactly one of vocab_size, vocab_coverage and vocab_min_count.")
+        for name, value in (
+            ("vocab_size", self.tokens),
+            ("vocab_min_count", self.min_count),
+            ("the multiple of the vocabulary", self.multiple),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1.")
+        coverage = self.coverage
+        if coverage is not None and (
+            isinstance(coverage, bool) or not isinstance(coverage, int | float) or not 0 < coverage <= 1
+        ):
+            raise ConfigError(
+                f"vocab_coverage is {coverage!r}; it must be a share above 0, up to 1: 0.995 keeps as many tokens as "
+                f"make up 99.5 % of the text."
+            )
+
+
+def choose(
+    table: TokenTable,
+    scores: Mapping[int, float],
+    counts: TokenCounts,
+    size: VocabularySize,
+    *,
+    keep: Collection[int] = (),
+    remove: Collection[int] = (),
+) -> set[int]:
+    """The tokens to keep: all mandatory ones, then by score, each with what it is made from.
+
+    Args:
+        table: The full vocabulary.
+        scores: Higher is kept, by id.
+        counts: Of the train text.
+        size: How many.
+        keep: More ids that must stay.
+        remove: Ids that must go, and with them all tokens that are made from them.
+
+    Raises:
+        VocabularyError: A token to be removed must stay.
+        BudgetError: Fewer tokens are asked for than must stay, or more than there are.
+    """
+    must = table.mandatory() | table.closed(keep)
+    _check_removable(table, must, remove)
+    gone = set(remove)
+    possible = [index for index in table.contents if not table.closure(index) & gone] if gone else list(table.contents)
+    limit = len(possible)
+    if size.tokens is not None:
+        limit = -(-size.tokens // size.multiple) * size.multiple
+        if limit < len(must):
+            least = -(-len(must) // size.multiple) * size.multiple
+            raise BudgetError(
+                f"vocab_size is {size.tokens:,}, but {len(must):,} tokens must stay (special and added tokens, bytes "
+                f"or single characters, and what the chat template and the config need). Ask for at least {least:,}."
+            )
+        if size.tokens > len(table):
+            raise BudgetError(f"vocab_size is {size.tokens:,}, but the tokenizer has only {len(table):,} tokens.")
+    ranked = sorted(possible, key=lambda index: (-scores.get(index, 0.0), index))
+    kept = set(must)
+    if size.min_count is not None:
+        kept |= table.closed(index for index in possible if counts.occurrences[index] >= size.min_count)
+    elif size.coverage is not None:
+        kept = _covering(table, ranked, counts, size.coverage, kept)
+    if size.tokens is None:
+        limit = min(-(-len(kept) // size.multiple) * size.multiple, len(possible))
+    return _filled(table, ranked, kept, limit)
+
+
+def _check_removable(table: TokenTable, must: Collection[int], remove: Collection[int]) -> None:
+    for index in sorted(remove):
+        if index not in table.contents:
+            raise VocabularyError(f"The token id {index} is to be removed, but the tokenizer has no such token.")
+        if index in must:
+            raise VocabularyError(
+                f"The token {table.contents[index]!r} (id {index}) is to be removed, but it must stay: it is special, "
+                f"a byte or single character, or needed by the chat template, the config, or a token that must stay."
+            )
+
+
+def _covering(
+    table: TokenTable, ranked: Sequence[int], counts: TokenCounts, coverage: float, kept: set[int]
+) -> set[int]:
+    kept, total = set(kept), sum(counts.occurrences.values())
+    covered = sum(counts.occurrences[index] for index in kept)
+    for index in ranked:
+        if covered >= coverage * total:
+            break
+        new = table.closure(index) - kept
+        covered += sum(counts.occurrences[part] for part in new)
+        kept |= new
+    return kept
+
+
+def _filled(table: TokenTable, ranked: Sequence[int], kept: set[int], limit: int) -> set[int]:
+    """More tokens by score, as long as they fit with all that they are made from."""
+    kept = set(kept)
+    for index in ranked:
+        if len(kept) >= limit:
+            break
+        new = table.closure(index) - kept
+        if len(kept) + len(new) <= limit:
+            kept |= new
+    return kept
