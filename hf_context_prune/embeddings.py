@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import PlanError
+
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _ID_SEQUENCES = ("bad_words_ids", "force_words_ids")
 
@@ -22,6 +24,9 @@ def named_ids(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - model
         for index in value if isinstance(value, list | tuple) else [value]:
             if isinstance(index, int) and not isinstance(index, bool) and index >= 0:
                 yield name, index
+    for _, index in getattr(config, "forced_decoder_ids", None) or ():
+        if index is not None:
+            yield "forced_decoder_ids", index
 
 
 def renumber(config: Any, new_ids: Mapping[int, int]) -> None:  # noqa: ANN401
@@ -32,7 +37,16 @@ def renumber(config: Any, new_ids: Mapping[int, int]) -> None:  # noqa: ANN401
     Args:
         config: Model config or generation config.
         new_ids: New ids by old ones, with all of [`named_ids`][].
+
+    Raises:
+        PlanError: One of them has no new id.
     """
+    for name, index in named_ids(config):
+        if index not in new_ids:
+            raise PlanError(
+                f"{type(config).__name__}.{name} names the token {index}, which the plan removes. Make a plan with "
+                f"this model, or set it to a token that stays."
+            )
 
     def mapped(value: Any) -> Any:  # noqa: ANN401
         if isinstance(value, list | tuple):

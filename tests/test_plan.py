@@ -12,25 +12,39 @@ from transformers import AutoModelForCausalLM
 from hf_context_prune.architectures import SPECS, read_geometry
 from hf_context_prune.errors import PlanError
 from hf_context_prune.modeling.specs import LayerWidths
-from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.surgery import apply_plan
 from tests.tiny import tiny_model
 
 DENSE = (LayerWidths(8, 4), LayerWidths(6, 4))
 LAYERS = (LayerPlan((0, 2, 5, 7), (1,)), LayerPlan((1,), (0, 1, 2, 3)))
 PLAN = PruningPlan("llama", DENSE, LAYERS, "ab" * 32, {"seed": 3, "data": {"name": "Gesetze §", "size": 0.5}})
+VOCABULARY = Vocabulary(9, (0, 1, 5, 7, 3))
 
 
-def test_round_trip(tmp_path):
+@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, vocabulary=VOCABULARY)], ids=["units", "tokens"])
+def test_round_trip(plan, tmp_path):
     path = tmp_path / "plan.json"
-    PLAN.save(path)
-    assert PruningPlan.load(path) == PLAN
-    assert PruningPlan.load(str(path)).sha256 == PLAN.sha256
-    assert PruningPlan.from_dict(json.loads(path.read_text(encoding="utf-8"))) == PLAN
-    assert PruningPlan.from_dict(PLAN.to_dict()) == PLAN
+    plan.save(path)
+    assert PruningPlan.load(path) == plan
+    assert PruningPlan.load(str(path)).sha256 == plan.sha256
+    assert PruningPlan.from_dict(json.loads(path.read_text(encoding="utf-8"))) == plan
+    assert PruningPlan.from_dict(plan.to_dict()) == plan
     PruningPlan.load(path).save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
     assert len([line for line in path.read_text().splitlines() if '"neurons"' in line]) == len(LAYERS)
+
+
+def test_plans_from_before_vocabularies_still_load(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(damage(format_version=1, vocabulary="gone")))
+    assert PruningPlan.load(path) == PLAN
+
+
+def test_ids_of_a_vocabulary():
+    assert VOCABULARY.to_new([7, 0, 2, 3, 99]) == [3, 0, None, 4, None]
+    assert VOCABULARY.to_old([3, 0, 4]) == [7, 0, 3]
+    assert VOCABULARY.to_old(VOCABULARY.to_new(VOCABULARY.kept)) == list(VOCABULARY.kept)
 
 
 def test_widths():
@@ -48,6 +62,11 @@ def test_the_identity_keeps_everything(model):
     assert plan.layers == (LayerPlan(tuple(range(40)), (0, 1, 2)),) * 3
 
 
+def test_a_plan_that_keeps_all_units_may_still_remove_tokens(model):
+    geometry = read_geometry(model.config, SPECS["llama"])
+    assert not replace(PruningPlan.identity("llama", geometry), vocabulary=VOCABULARY).is_empty
+
+
 def test_a_plan_is_a_value():
     with pytest.raises(FrozenInstanceError):
         PLAN.model_type = "opt"
@@ -63,6 +82,9 @@ def test_the_hash_is_of_what_is_kept_and_for_which_model():
         replace(PLAN, dense=(LayerWidths(9, 4), DENSE[1])),
         replace(PLAN, layers=(LayerPlan((0, 2, 5, 6), (1,)), LAYERS[1])),
         replace(PLAN, layers=(LayerPlan((0, 2, 5, 7), (2,)), LAYERS[1])),
+        replace(PLAN, vocabulary=VOCABULARY),
+        replace(PLAN, vocabulary=replace(VOCABULARY, dense=10)),
+        replace(PLAN, vocabulary=replace(VOCABULARY, kept=(0, 1, 5, 3, 7))),
     ]
     assert len({plan.sha256 for plan in [PLAN, *changed]}) == 1 + len(changed)
 
@@ -123,6 +145,18 @@ FIRST = PLAN.to_dict()["layers"][0]
         (damage(layers=[{key: value for key, value in FIRST.items() if key != "kv_groups"}]), "kv_groups"),
         (damage(model_type=5), "model_type is 5"),
         (damage(model_fingerprint=None), "model_fingerprint is None"),
+        (damage(vocabulary=5), "not a pruning plan"),
+        (damage(vocabulary={"dense": 9}), "kept"),
+        (damage(vocabulary={"dense": 9, "kept": None}), "not a pruning plan"),
+        (damage(vocabulary={"dense": 9, "kept": []}), "keeps 0 of 9 tokens"),
+        (damage(vocabulary={"dense": "9", "kept": [0]}), "keeps 1 of '9' tokens"),
+        (damage(vocabulary={"dense": True, "kept": [0]}), "keeps 1 of True tokens"),
+        (damage(vocabulary={"dense": 9, "kept": [0, 9]}), "vocabulary has 9; ids are integers from 0 to 8"),
+        (damage(vocabulary={"dense": 9, "kept": [0, -1]}), "vocabulary has -1"),
+        (damage(vocabulary={"dense": 9, "kept": [0, True]}), "vocabulary has True"),
+        (damage(vocabulary={"dense": 9, "kept": [0, 1.0]}), r"vocabulary has 1\.0"),
+        (damage(vocabulary={"dense": 9, "kept": "012"}), "vocabulary has '0'"),
+        (damage(vocabulary={"dense": 9, "kept": [2, 0, 2]}), "names a token twice"),
         (damage(provenance=None), "provenance is None"),
         (damage(provenance=["seed"]), r"provenance is \['seed'\]"),
         ([PLAN.to_dict()], "top level is a list"),
@@ -165,11 +199,13 @@ def plan_for(model, **changes):
         (("llama", {"num_key_value_heads": 6}), "3 KV groups, this model has .* 6 KV groups"),
         (("llama", {"num_hidden_layers": 2}), "made for 3 layers .* this model has 2 layers"),
         (("llama", {"seed": 1}), "other weights"),
+        (("llama", {"vocab_size": 321}), "vocabulary is for 320 embedding rows, this model has 321"),
     ],
 )
 def test_a_plan_for_another_model(model, other, said):
     family, overrides = other
-    plan, stranger = plan_for(model), tiny_model(family, **overrides)
+    plan = plan_for(model, vocabulary=Vocabulary(320, (0, 1, 2, 9)))
+    stranger = tiny_model(family, **overrides)
     before = {name: tensor.clone() for name, tensor in stranger.state_dict().items()}
     with pytest.raises(PlanError, match=said):
         apply_plan(stranger, plan)

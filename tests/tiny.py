@@ -74,10 +74,10 @@ def tiny_model(family: str, *, seed: int = 0, **overrides):
     return model.eval()
 
 
-def case(name: str):
+def case(name: str, **more):
     """The model of a family or variant by its test id."""
     family, overrides = VARIANTS.get(name, (name, {}))
-    return tiny_model(family, **overrides)
+    return tiny_model(family, **(overrides | more))
 
 
 CASES = [*FAMILIES, *VARIANTS]

@@ -15,7 +15,7 @@ from ..architectures import check_supported, read_geometry
 from ..config import VocabCriterion
 from ..data import TextSource, load_documents, token_blocks
 from ..embeddings import named_ids, num_rows
-from ..errors import ConfigError, DataError, VocabularyError, unknown
+from ..errors import ConfigError, DataError, NumericsError, VocabularyError, unknown
 from ..linalg import fast_matmul
 from ..plan import PruningPlan, Vocabulary, fingerprint
 from ..surgery import apply_plan
@@ -153,7 +153,7 @@ class VocabularyPruner:
         size.check()
         kept = choose(self.table, self.scores, self.counts, size, keep=self.needed, remove=self.unwanted)
         order = order_of(self.table, sorted(kept))
-        tokenizer = rebuilt(self.tokenizer, pruned_state(self.table, order))
+        tokenizer = rebuilt(self.tokenizer, pruned_state(self.table, order), self.spec.model_type)
         model = self.model
         plan = replace(
             PruningPlan.identity(model.config.model_type, read_geometry(model.config, self.spec), fingerprint(model)),
@@ -192,17 +192,18 @@ def required_ids(model: PreTrainedModel, tokenizer: Any, table: TokenTable) -> s
 
 
 def _template_ids(tokenizer: Any) -> set[int]:  # noqa: ANN401
-    """Tokens of a conversation that holds nothing but what the chat template writes."""
-    if not getattr(tokenizer, "chat_template", None):
-        return set()
+    """Tokens of conversations that hold nothing but what the chat template (or each of several) writes."""
+    templates = getattr(tokenizer, "chat_template", None)
     turns = [{"role": role, "content": ""} for role in ("system", "user", "assistant")]
     found: set[int] = set()
-    for messages in (turns, turns[1:], turns[1:2]):
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=len(messages) == 1)
-        except jinja2.TemplateError:  # some templates refuse a system turn, or turns without a user
-            continue
-        found.update(tokenizer.encode(text, add_special_tokens=False))
+    for template in templates.values() if isinstance(templates, Mapping) else [templates] if templates else ():
+        for messages in (turns, turns[1:], turns[1:2]):
+            options = {"tokenize": False, "add_generation_prompt": len(messages) == 1, "chat_template": template}
+            try:
+                text = tokenizer.apply_chat_template(messages, **options)
+            except jinja2.TemplateError:  # some templates refuse a system turn, or turns without a user
+                continue
+            found.update(tokenizer.encode(text, add_special_tokens=False))
     return found
 
 
@@ -212,6 +213,9 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
     Args:
         model: The dense model.
         samples: Token blocks, [blocks, length], int64.
+
+    Raises:
+        NumericsError: The model's logits are not finite.
     """
     total = torch.zeros(num_rows(model), dtype=torch.float64)
     name = "hf_context_prune.vocabulary"
@@ -226,6 +230,11 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
     finally:
         for module in training:
             module.training = True
+    if not bool(torch.isfinite(total).all()):
+        raise NumericsError(
+            f"The model's logits on this text are not finite. Check the weights for NaN or Inf, or load the model in a "
+            f"wider dtype than {model.dtype}."
+        )
     return total / samples.numel()
 
 

@@ -96,12 +96,14 @@ def _renumbered(processor: Any, ids: Mapping[str, int]) -> Any:  # noqa: ANN401
     return result
 
 
-def rebuilt(tokenizer: Any, state: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def rebuilt(tokenizer: Any, state: Mapping[str, Any], model_type: str | None = None) -> Any:  # noqa: ANN401
     """The tokenizer that `AutoTokenizer` opens from its saved files with another ``tokenizer.json``.
 
     Args:
         tokenizer: The full one; as it was when this returns.
         state: From [`pruned_state`][].
+        model_type: Of the model that it is saved beside: for some (qwen2), `AutoTokenizer` takes the model's tokenizer
+            class, whatever the tokenizer was saved as.
 
     Raises:
         VocabularyError: What it opens is not what was written: its class builds tokenizers in a way of its own.
@@ -112,6 +114,8 @@ def rebuilt(tokenizer: Any, state: Mapping[str, Any]) -> Any:  # noqa: ANN401
         tokenizer.save_pretrained(folder)
         config = Path(folder) / "tokenizer_config.json"
         config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | forgotten), encoding="utf-8")
+        if model_type is not None:
+            (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         file = Path(folder) / "tokenizer.json"
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         smaller = AutoTokenizer.from_pretrained(folder)
@@ -122,12 +126,12 @@ def rebuilt(tokenizer: Any, state: Mapping[str, Any]) -> Any:  # noqa: ANN401
     differing = [part for part in state if part not in ("padding", "truncation") and own.get(part) != state[part]]
     if differing:
         raise VocabularyError(
-            f"{type(tokenizer).__name__} opens the smaller vocabulary with another {' and '.join(differing)} than was "
+            f"{type(smaller).__name__} opens the smaller vocabulary with another {' and '.join(differing)} than was "
             f"written, so it can't be pruned safely. Prune this model without vocab_* options."
         )
     if smaller.decode(smaller.encode(_PROBE)) != tokenizer.decode(tokenizer.encode(_PROBE)):
         raise VocabularyError(
-            f"{type(tokenizer).__name__} with a smaller vocabulary no longer gives a text back as it did, so it can't "
+            f"{type(smaller).__name__} with a smaller vocabulary no longer gives a text back as it did, so it can't "
             f"be pruned safely. Prune this model without vocab_* options."
         )
     return smaller

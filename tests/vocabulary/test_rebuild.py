@@ -17,18 +17,18 @@ from transformers import (
     GPTNeoXTokenizer,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
 )
 
 from hf_context_prune.errors import VocabularyError
 from hf_context_prune.vocabulary.rebuild import order_of, pruned_state, rebuilt, table_of
 from hf_context_prune.vocabulary.tokens import TokenTable
 from tests.vocabulary.tiny_tokenizers import (
-    ADDED,
     ALL_KINDS,
     KINDS,
     SPECIAL,
+    pieces_of,
     quick,
+    qwen2_class,
     serialized,
     state_of,
     texts,
@@ -124,12 +124,6 @@ def test_bytes_that_have_no_token_are_not_invented():
     assert smaller.decode(smaller.encode(text)) == tokenizer.decode(tokenizer.encode(text)) != text
 
 
-def pieces_of(kind):
-    state = state_of(kind)
-    vocab = {token: index for token, index in state["model"]["vocab"].items() if token not in ADDED}
-    return {"vocab": vocab, "merges": [tuple(pair) for pair in state["model"]["merges"]]}
-
-
 def gemma_pieces():
     pieces = pieces_of("gemma")
     first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -141,7 +135,7 @@ CLASSES = {
     "llama": lambda: LlamaTokenizer(**pieces_of("llama2")),
     "llama-legacy": lambda: LlamaTokenizer(**pieces_of("llama2"), legacy=True),
     "gemma": lambda: GemmaTokenizer(**gemma_pieces()),
-    "qwen2": lambda: Qwen2Tokenizer(**pieces_of("qwen"), extra_special_tokens=["<|im_start|>", "<|im_end|>"]),
+    "qwen2": qwen2_class,
     "gpt2": lambda: GPT2Tokenizer(**pieces_of("gpt2")),
     "gpt_neox": lambda: GPTNeoXTokenizer(**pieces_of("gpt2")),
 }

@@ -19,7 +19,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from hf_context_prune.vocabulary.tokens import METASPACE
 
@@ -285,6 +285,17 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
 
 def state_of(kind: str) -> dict:
     return json.loads(serialized(kind))
+
+
+def pieces_of(kind: str) -> dict:
+    """Vocabulary and merges, as the tokenizer classes of transformers take them."""
+    state = state_of(kind)
+    vocab = {token: index for token, index in state["model"]["vocab"].items() if token not in ADDED}
+    return {"vocab": vocab, "merges": [tuple(pair) for pair in state["model"]["merges"]]}
+
+
+def qwen2_class() -> Qwen2Tokenizer:
+    return Qwen2Tokenizer(**pieces_of("qwen"), extra_special_tokens=["<|im_start|>", "<|im_end|>"])
 
 
 def texts(contents) -> st.SearchStrategy[str]:

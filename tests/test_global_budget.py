@@ -1,0 +1,162 @@
+"""One budget for tokens, neurons and KV groups: it is met, shared by measured cost, or refused."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from hf_context_prune import PrunerConfig
+from hf_context_prune.architectures import SPECS, read_geometry, unit_costs
+from hf_context_prune.data import CalibrationWarning, hold_out_documents
+from hf_context_prune.embeddings import num_rows, token_cost
+from hf_context_prune.errors import BudgetError
+from hf_context_prune.evaluation import count_parameters, document_losses
+from hf_context_prune.global_budget import smaller_model
+from hf_context_prune.plan import fingerprint
+from hf_context_prune.search_text import SearchText
+from hf_context_prune.surgery import apply_plan
+from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize
+from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
+from tests.vocabulary.tiny_tokenizers import WORDS
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+SMALL = {"num_calibration_samples": 16, "max_seq_length": 32}
+AUTO = {
+    "vocab_auto": True,
+    "allocation": "adaptive",
+    "vocab_multiple": 8,
+    "reconstruction": "none",
+    "criterion": "wanda",
+}
+
+
+@cache
+def dense(name="llama"):
+    return model_for(name, shared_tokenizer("smollm2"))
+
+
+def pruned(config, *, text=None, name="llama", **options):
+    return smaller_model(dense(name), shared_tokenizer("smollm2"), text or documents(), config, **options)
+
+
+def one_unit(name="llama"):
+    spec = SPECS[dense(name).config.model_type]
+    return max(unit_costs(dense(name), spec, read_geometry(dense(name).config, spec)).values())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mqa-tied", "phi"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pruning_ratio": 0.3, "vocab_size": 256},
+        {"pruning_ratio": 0.4, "vocab_coverage": 0.9, "reconstruction": "least_squares"},
+        {"pruning_ratio": 0.4, "vocab_min_count": 5, "allocation": "adaptive", "reconstruction": "none"},
+    ],
+    ids=["size", "coverage", "min_count-adaptive"],
+)
+def test_tokens_and_units_meet_one_budget(name, options):
+    config = PrunerConfig(**options, **SMALL)
+    model, tokenizer, plan = pruned(config, name=name)
+    total, left = count_parameters(dense(name)), count_parameters(model)
+    target = (1 - config.pruning_ratio) * total
+    step = len(plan.layers) * one_unit(name)  # with uniform widths, one unit of every layer
+    assert target - (step if config.allocation == "uniform" else one_unit(name)) < left <= target
+    assert 0 < len(plan.vocabulary.kept) == len(tokenizer) == num_rows(model) < num_rows(dense(name))
+    assert plan.widths != plan.dense
+    assert plan.model_fingerprint == fingerprint(dense(name))
+    assert plan.provenance["config"] == config.to_dict()
+    if config.reconstruction == "none":  # nothing is refitted, so the plan says all
+        again = apply_plan(dense(name), plan)
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_tokens_alone_may_exceed_the_budget():
+    config = PrunerConfig(pruning_ratio=0.05, vocab_size=128, **SMALL)
+    model, _, plan = pruned(config)
+    assert plan.widths == plan.dense
+    removed = (num_rows(dense()) - 128) * token_cost(dense())
+    assert count_parameters(dense()) - count_parameters(model) == removed > 0.05 * count_parameters(dense())
+
+
+def test_tokens_without_a_budget_leave_all_units():
+    config = PrunerConfig(vocab_size=256, **SMALL)
+    model, tokenizer, plan = pruned(config, provenance={"mine": 1})
+    assert plan.widths == plan.dense
+    assert len(plan.vocabulary.kept) == len(tokenizer) == num_rows(model) == 256
+    assert plan.provenance["config"] == config.to_dict()
+    assert plan.provenance["mine"] == 1
+    assert plan.provenance["vocabulary"]["tokens_before"] == num_rows(dense())
+
+
+def test_tokens_and_a_loss_budget():
+    config = PrunerConfig(vocab_size=320, max_loss_increase=0.3, reconstruction="none", criterion="wanda", **SMALL)
+    rest, search = SearchText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
+    model, tokenizer, plan = pruned(config, text=rest, search=search)
+    base = search.bits_per_byte(dense(), shared_tokenizer("smollm2"))
+    increase = search.bits_per_byte(model, tokenizer) / base - 1
+    assert plan.provenance["loss_budget"]["increase"] == pytest.approx(increase, abs=1e-6)
+    assert increase <= 0.3
+    assert len(plan.vocabulary.kept) == 320
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("words", [WORDS[:13], WORDS], ids=["few-tokens", "all-tokens"])
+def test_the_split_has_the_least_sum_of_losses(words, ratio):
+    config = PrunerConfig(pruning_ratio=ratio, **AUTO, **SMALL)
+    model, tokenizer, plan = pruned(config, text=documents(words))
+    considered = [tuple(item) for item in plan.provenance["considered_vocabularies"]]
+    sizes, rows = [tokens for tokens, _, _ in considered], num_rows(dense())
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes) > 1
+    best, _, rest = min(considered, key=lambda item: (item[1] + item[2], -item[0]))
+    assert num_rows(model) == len(tokenizer) == best
+    assert (plan.vocabulary is None) == (best == rows)
+    assert plan.provenance["predicted_loss_increase"] == pytest.approx(rest, rel=1e-6, abs=1e-9)
+    assert plan.provenance["config"] == config.to_dict()
+    target = (1 - ratio) * count_parameters(dense())
+    assert count_parameters(model) <= target
+    assert count_parameters(model) > target - one_unit() or plan.widths == plan.dense
+    for tokens, _, units in considered:  # what the tokens alone reach costs no other unit
+        assert (units == 0) == ((rows - tokens) * token_cost(dense()) >= ratio * count_parameters(dense()))
+
+
+def test_what_a_vocabulary_costs_is_measured_on_text_that_it_was_not_counted_on():
+    config = PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL)
+    text, tokenizer = documents(WORDS), shared_tokenizer("smollm2")
+    *_, plan = pruned(config, text=text)
+    rest, withheld = hold_out_documents(text)
+    base = document_losses(dense(), tokenizer, withheld, max_seq_length=32)
+    pruner = VocabularyPruner(dense(), tokenizer, rest, num_samples=16, max_seq_length=32)
+    first, *others = plan.provenance["considered_vocabularies"]
+    assert first[:2] == [num_rows(dense()), 0.0]
+    for tokens, cost, _ in others:
+        trimmed = pruner.trim(VocabularySize(tokens, multiple=8), refit=False)
+        losses = document_losses(trimmed.model, trimmed.tokenizer, withheld, max_seq_length=32)
+        excess = sum(loss.nll for loss in losses) - sum(loss.nll for loss in base)
+        assert cost == pytest.approx(excess / sum(loss.num_tokens for loss in base), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": 256}, AUTO], ids=["size", "auto"])
+def test_the_same_config_gives_the_same(options):
+    config = PrunerConfig(pruning_ratio=0.35, **SMALL, **options)
+    (first, _, plan), (second, _, again) = pruned(config), pruned(config)
+    assert plan == again
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({**AUTO, "pruning_ratio": 0.97}, r"Asked to remove .* together can't give that many"),
+        ({"vocab_size": 256, "pruning_ratio": 0.97}, "these options can remove at most"),
+        ({"vocab_size": 64, "pruning_ratio": 0.2}, "102 tokens must stay"),
+        ({"vocab_size": 4000}, "the tokenizer has only 392 tokens"),
+        ({**AUTO, "target_params": 10**9}, "the model has only"),
+    ],
+)
+def test_budgets_that_cannot_be_met(options, said):
+    with pytest.raises(BudgetError, match=said):
+        pruned(PrunerConfig(**options, **SMALL))

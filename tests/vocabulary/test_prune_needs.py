@@ -1,0 +1,121 @@
+"""What a smaller vocabulary may not lose, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from hf_context_prune.data import CalibrationWarning, TextSource
+from hf_context_prune.errors import BudgetError, ConfigError, DataError, NumericsError, VocabularyError
+from hf_context_prune.vocabulary import prune_vocabulary
+from hf_context_prune.vocabulary.prune import required_ids
+from hf_context_prune.vocabulary.rebuild import table_of
+from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
+from tests.vocabulary.tiny_tokenizers import tokenizer_of
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "{% for turn in messages %}<|begin|>{{ turn['role'] }}, the quarter: {{ turn['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>assistant, the quarter: {% endif %}"
+)
+DEFAULTS = (
+    "{% if messages[0]['role'] != 'system' %}<|begin|>system\nrevenue rose daily<|end|>{% endif %}"
+    "{% for turn in messages %}<|begin|>{{ turn['role'] }}\n{{ turn['content'] }}<|end|>\n{% endfor %}"
+)
+ONLY_USER = "{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}revenue {{ messages[0]['content'] }}"
+CONVERSATIONS = [
+    [{"role": "user", "content": "the court"}],
+    [{"role": "user", "content": "the court"}, {"role": "assistant", "content": "finds that"}],
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (REFUSES, ["Ġquarter"]),
+        (DEFAULTS, ["Ġrose", "Ġdaily"]),
+        (ONLY_USER, ["revenue"]),
+        ({"default": REFUSES, "tool_use": DEFAULTS}, ["Ġquarter", "Ġrose"]),
+        ({"tool_use": DEFAULTS}, ["Ġrose"]),
+    ],
+    ids=["no-system", "default-system", "one-turn", "several", "no-default"],
+)
+def test_what_the_chat_template_writes_stays(template, words):
+    tokenizer = tokenizer_of("llama3")
+    model, table = model_for("llama", tokenizer), table_of(tokenizer)
+    without = required_ids(model, tokenizer, table)
+    tokenizer.chat_template = template
+    contents = {table.contents[index] for index in required_ids(model, tokenizer, table) - without}
+    assert contents >= set(words)
+    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_coverage=1.0, multiple=1, refit=False)
+    assert trimmed.tokenizer.chat_template == template
+    for name in template if isinstance(template, dict) else [None]:
+        for turns in CONVERSATIONS[: 1 if template == ONLY_USER else 2]:
+            old = tokenizer.apply_chat_template(turns, chat_template=name)["input_ids"]
+            new = trimmed.tokenizer.apply_chat_template(turns, chat_template=name)["input_ids"]
+            assert trimmed.plan.vocabulary.to_new(old) == new
+            assert trimmed.tokenizer.decode(new) == tokenizer.decode(old)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"vocab_size": 100}, BudgetError, r"vocab_size is 100, but 262 tokens must stay .* at least 320"),
+        ({"vocab_size": 468}, BudgetError, "468, but the tokenizer has only 467 tokens"),
+        ({}, ConfigError, "vocab_size, vocab_coverage"),
+        ({"vocab_size": 320, "vocab_coverage": 0.9}, ConfigError, "vocab_size, vocab_coverage"),
+        ({"vocab_size": 0}, ConfigError, "vocab_size is 0"),
+        ({"vocab_coverage": 1.5}, ConfigError, "vocab_coverage is 1.5"),
+        ({"vocab_min_count": True}, ConfigError, "vocab_min_count is True"),
+        ({"vocab_size": 320, "multiple": 0}, ConfigError, "multiple of the vocabulary is 0"),
+        ({"vocab_size": 320, "criterion": "often"}, ConfigError, "vocab_criterion"),
+        ({"vocab_size": 320, "keep": ["court zebra"]}, VocabularyError, "'court zebra' is to be kept, but"),
+        ({"vocab_size": 320, "remove": ["Ġzebra"]}, VocabularyError, "'Ġzebra' is to be removed, but"),
+        ({"vocab_size": 320, "remove": ["<|end|>"]}, VocabularyError, r"'<\|end\|>' .* it must stay"),
+        ({"vocab_size": 320, "data": []}, DataError, "in-memory"),
+        ({"vocab_size": 320, "data": ["", " "]}, DataError, "no text"),
+        ({"vocab_size": 320, "data": TextSource.from_documents([], name="none")}, DataError, "none"),
+    ],
+)
+def test_bad_arguments(options, error, said):
+    tokenizer = shared_tokenizer("llama3")
+    options = {"data": documents(), **options}
+    with pytest.raises(error, match=said):
+        prune_vocabulary(model_for("llama", tokenizer), tokenizer, **options)
+
+
+def word_piece():
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+
+class Slow:
+    pass
+
+
+def test_models_and_tokenizers_that_do_not_fit():
+    tokenizer = shared_tokenizer("llama3")
+    size = {"vocab_size": 320}
+    with pytest.raises(VocabularyError, match="ids up to 466, the model only 466 embedding rows"):
+        prune_vocabulary(model_for("llama", tokenizer, spare_rows=-1), tokenizer, documents(), **size)
+    with pytest.raises(VocabularyError, match=r"config\.pad_token_id is 470, which is no token of the tokenizer"):
+        prune_vocabulary(model_for("llama", tokenizer, spare_rows=9, pad_token_id=470), tokenizer, documents(), **size)
+    model = model_for("llama", tokenizer, spare_rows=9)
+    model.generation_config.eos_token_id = [462, 471]
+    with pytest.raises(VocabularyError, match=r"generation_config\.eos_token_id is 471"):
+        prune_vocabulary(model, tokenizer, documents(), **size)
+    model = model_for("llama", tokenizer)
+    with pytest.raises(VocabularyError, match="WordPiece"):
+        prune_vocabulary(model, word_piece(), documents(), **size)
+    with pytest.raises(VocabularyError, match="Slow has no fast backend"):
+        prune_vocabulary(model, Slow(), documents(), **size)
+    with pytest.raises(VocabularyError, match="Qwen2Tokenizer opens the smaller vocabulary with another "):
+        prune_vocabulary(model_for("qwen2", tokenizer), tokenizer, documents(), **size)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(NumericsError, match="not finite"):
+        prune_vocabulary(model, tokenizer, documents(), **size)

@@ -1,0 +1,136 @@
+"""The refit lowers the loss on text of the domain, on text that it does not fit, or changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hf_context_prune import linalg
+from hf_context_prune.vocabulary import refit
+from hf_context_prune.vocabulary.refit import HELD_OUT_EVERY, _Problem, refit_rows
+from tests.tiny import VOCABULARY, case
+
+
+@pytest.fixture(autouse=True)
+def _exact_products(monkeypatch):
+    """Full float32 products: what must agree agrees closely."""
+    monkeypatch.setattr(linalg, "FAST_PRECISION", "highest")
+
+
+def domain(blocks=36, *, first=3, tokens=12, seed=0):
+    """Blocks that use a few tokens, which a random model does not expect."""
+    return torch.randint(first, first + tokens, (blocks, 32), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def loss_of(model, samples):
+    logits = model(input_ids=samples).logits[:, :-1].float()
+    return float(functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()))
+
+
+def changed(model, before):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def copied(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+HEADS = {
+    "llama": {"lm_head.weight"},
+    "llama-mqa-tied": {"lm_head.weight", "model.embed_tokens.weight"},
+    "gpt2": {"lm_head.weight", "transformer.wte.weight"},
+    "gpt_neox": {"lm_head.weight"},
+    "phi": {"lm_head.weight"},
+    "opt": {"lm_head.weight", "model.decoder.embed_tokens.weight"},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_it_lowers_the_loss_on_text_that_is_not_fitted(name):
+    model, samples = case(name), domain()
+    before, probe = copied(model), samples[-len(samples) // HELD_OUT_EVERY :]
+    dense = loss_of(model, probe), loss_of(model, domain(seed=1))
+    result = refit_rows(model, samples)
+    assert result["before"] == pytest.approx(dense[0], abs=1e-4)
+    assert result["after"] == pytest.approx(loss_of(model, probe), abs=1e-4)
+    assert result["after"] < result["before"] - 0.02
+    assert loss_of(model, domain(seed=1)) < dense[1] - 0.02  # nor is it that text alone
+    assert result["share"] in (0.5, 1.0)
+    assert changed(model, before) == HEADS[name]
+
+
+def test_text_that_misleads_leaves_all_as_it_was():
+    model = case("llama")
+    before = copied(model)
+    torch.manual_seed(0)  # text of the model's own, which it predicts as well as can be
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 31, "min_new_tokens": 31}
+    probe = model.generate(torch.ones(3, 1, dtype=torch.long), **options)
+    result = refit_rows(model, torch.cat([domain(33), probe]))
+    assert result == {"before": result["before"], "after": result["before"], "share": 0.0}
+    assert result["before"] == pytest.approx(loss_of(model, probe), abs=1e-4)
+    assert not changed(model, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mqa-tied", "phi", "gpt2"])
+@pytest.mark.parametrize("fitted", [domain(), domain(tokens=300), domain(tokens=1)], ids=["few", "all", "one"])
+def test_never_worse_on_the_held_out_blocks(name, fitted):
+    model = case(name)
+    samples = torch.cat([fitted, domain(3, first=5, tokens=200)])
+    before = loss_of(model, samples[-3:])
+    result = refit_rows(model, samples)
+    assert result["after"] <= result["before"]
+    assert loss_of(model, samples[-3:]) <= before + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "refitted"),
+    [
+        ("gemma2", {}, False),
+        ("gemma2", {"final_logit_softcapping": None}, True),
+        ("granite", {}, False),
+        ("granite", {"logits_scaling": 1.0}, True),
+    ],
+)
+def test_only_where_the_head_alone_gives_the_logits(name, overrides, refitted):
+    model = case(name, **overrides)
+    before = copied(model)
+    result = refit_rows(model, domain())
+    assert (result is not None) == refitted
+    assert bool(changed(model, before)) == refitted
+
+
+def test_too_little_text():
+    model = case("llama")
+    before = copied(model)
+    assert refit_rows(model, domain(HELD_OUT_EVERY - 1)) is None
+    assert not changed(model, before)
+    assert refit_rows(model, domain(HELD_OUT_EVERY)) is not None
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mqa-tied"])
+def test_the_dtype_stays(name):
+    model = case(name).bfloat16()
+    before = copied(model)
+    result = refit_rows(model, domain())
+    assert result["after"] < result["before"]
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    assert changed(model, before) == HEADS[name]
+
+
+@pytest.mark.parametrize("elements", [2**25, 5 * VOCABULARY])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_gradient_is_that_of_the_loss(biased, elements, monkeypatch):
+    monkeypatch.setattr(refit, "_ELEMENTS", elements)  # all positions at once, or five
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(37, 48, generator=generator), torch.randn(VOCABULARY, 48, generator=generator)
+    bias = torch.randn(VOCABULARY, generator=generator) if biased else None
+    targets = torch.randint(0, VOCABULARY, (37,), generator=generator)
+    weight.requires_grad_(True)
+    logits = functional.linear(states, weight, bias)
+    (expected,) = torch.autograd.grad(functional.cross_entropy(logits, targets), weight)
+    with torch.no_grad():
+        gradient, predicted = _Problem(states, targets, states, targets, bias)._gradient(weight)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(predicted, logits.detach().softmax(dim=-1).mean(dim=0))
