@@ -150,14 +150,16 @@ class Domain:
             self._planners[targets] = Planner(self.model, self.samples, config)
         return self._planners[targets]
 
-    def losses(self, model: Any) -> list[DocumentLoss]:
+    def losses(self, model: Any, tokenizer: Any = None, docs: Sequence[str] | None = None) -> list[DocumentLoss]:
+        """Losses on as many held-out documents as the dense tokenizer's tokens allow, or on those named."""
         with fast_matmul():
             return document_losses(
                 model,
-                self.load().tokenizer,
+                tokenizer or self.load().tokenizer,
                 self.held_out[0],
                 max_seq_length=self.args.length,
-                max_tokens=self.args.eval_tokens,
+                max_tokens=None if docs else self.args.eval_tokens,
+                docs=docs,
             )
 
     def measure_dense(self) -> dict[str, Any]:

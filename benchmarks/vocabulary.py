@@ -1,0 +1,340 @@
+"""Pruned vocabularies: size, tokens and bits a byte by number of tokens; their share of one budget; speed.
+
+python -m benchmarks.vocabulary --data PATH/TO/data            # three domains; goes on where it stopped
+python -m benchmarks.vocabulary --data PATH/TO/data --quick    # one domain, two sizes, little text
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Rows, parser, smollm2, table, write_section
+from benchmarks.methods import OURS, Domain
+from hf_context_prune.architectures import TARGETS
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data import TextSource
+from hf_context_prune.evaluation import Estimate, count_parameters, measure_speed, speed_ratio
+from hf_context_prune.global_budget import smaller_model
+from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize, prune_vocabulary
+from hf_context_prune.vocabulary.refit import refit_rows
+
+WAYS = {
+    "frequency": ("by frequency", {"criterion": "frequency"}, False),
+    "expected": ("`expected`", {"criterion": "expected"}, False),
+    "ours": ("`expected` + refit (default)", {"criterion": "expected"}, True),
+}
+GOALS = {16_384: 0.14, 8_192: 0.17}
+"""Share of all parameters that must be gone, by tokens."""
+COMBINED_RATIO = 0.3
+SPEED_BYTES = 10_000_000
+
+
+class VocabularyDomain(Domain):
+    """A domain with what its tokens are worth, counted once a criterion."""
+
+    @cached_property
+    def _pruners(self) -> dict[str, VocabularyPruner]:
+        return {}
+
+    def trimmed(self, way: str, tokens: int) -> Any:
+        _, options, refit = WAYS[way]
+        criterion = options["criterion"]
+        if criterion not in self._pruners:
+            loaded = self.load()
+            self._pruners[criterion] = VocabularyPruner(
+                loaded.model,
+                loaded.tokenizer,
+                self.train,
+                criterion=criterion,
+                num_samples=self.args.blocks,
+                max_seq_length=self.args.length,
+                seed=self.args.seed,
+            )
+        return self._pruners[criterion].trim(VocabularySize(tokens), refit=refit)
+
+    def scored(self, model: Any, tokenizer: Any, dense: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Losses by document, on those of the dense row."""
+        losses = self.losses(model, tokenizer, [doc for doc, _, _ in dense["documents"]] if dense else None)
+        return {
+            "documents": [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses],
+            "nll": [float(f"{loss.nll:.6g}") for loss in losses],
+            "parameters": count_parameters(model),
+        }
+
+    def measure_vocabulary(self, way: str, tokens: int, dense: Mapping[str, Any]) -> dict[str, Any]:
+        trimmed = self.trimmed(way, tokens)
+        return {**self.scored(trimmed.model, trimmed.tokenizer, dense), **trimmed.plan.provenance["vocabulary"]}
+
+    def measure_dense_refit(self, dense: Mapping[str, Any]) -> dict[str, Any]:
+        """What the refit alone gives: all tokens kept."""
+        model = copy.deepcopy(self.model)
+        refit = refit_rows(model, self.samples)
+        return {**self.scored(model, self.load().tokenizer, dense), "refit": refit}
+
+    def measure_combined(self, tokens: int | str, dense: Mapping[str, Any]) -> dict[str, Any]:
+        """One budget for all parameters, with a number of tokens that is given or (``"auto"``) found."""
+        loaded = self.load()
+        how: dict[str, Any] = {"vocab_auto": True} if tokens == "auto" else {"vocab_size": tokens} if tokens else {}
+        config = PrunerConfig(
+            pruning_ratio=COMBINED_RATIO,
+            allocation="adaptive",
+            **OURS,  # type: ignore[arg-type]
+            num_calibration_samples=self.args.combined_blocks,
+            max_seq_length=self.args.length,
+            pruning_seed=self.args.seed,
+            **how,
+        )
+        model, tokenizer, plan = smaller_model(loaded.model, loaded.tokenizer, self.train, config)
+        gone = {
+            "neurons": sum(a.neurons - b.neurons for a, b in zip(plan.dense, plan.widths, strict=True)),
+            "kv_groups": sum(a.kv_groups - b.kv_groups for a, b in zip(plan.dense, plan.widths, strict=True)),
+            "tokens": plan.vocabulary.dense - len(plan.vocabulary.kept) if plan.vocabulary else 0,
+        }
+        considered = plan.provenance.get("considered_vocabularies")
+        return {**self.scored(model, tokenizer, dense), "gone": gone, "considered": considered}
+
+    def measure_speed(self, tokens: int) -> dict[str, Any]:
+        trimmed = self.trimmed("expected", tokens)
+        found = measure_speed({"base": self.model, "pruned": trimmed.model}, repeats=7)
+        ratio = speed_ratio(found["base"], found["pruned"])
+        return {
+            "rates": {name: [speed.prefill.median, speed.decode.median] for name, speed in found.items()},
+            "prefill": [ratio.prefill.median, ratio.prefill.q1, ratio.prefill.q3],
+            "decode": [ratio.decode.median, ratio.decode.q1, ratio.decode.q3],
+        }
+
+
+def measure_tool_speed(domains: Iterable[Domain]) -> dict[str, Any]:
+    """Seconds to count 10 MB and prune the vocabulary, and what the tokenizers then take for a megabyte."""
+    domains = list(domains)
+    loaded = domains[0].load()
+    records, size = [], 0
+    for record in itertools.chain.from_iterable(domain.train.documents for domain in domains):
+        records.append(record)
+        size += len(record.text.encode())
+        if size >= SPEED_BYTES:
+            break
+    source = TextSource.from_documents(records, name="10 MB")
+    start = time.perf_counter()
+    trimmed = prune_vocabulary(
+        loaded.model, loaded.tokenizer, source, vocab_size=16_384, criterion="frequency", refit=False
+    )
+    seconds = time.perf_counter() - start
+    texts = [record.text for domain in domains for record in domain.held_out[0].documents]
+    pairs = []
+    for turn in range(7):
+        order = (loaded.tokenizer, trimmed.tokenizer)[:: 1 if turn % 2 == 0 else -1]
+        taken = {id(tokenizer): _seconds(lambda t=tokenizer: t(texts)) for tokenizer in order}
+        pairs.append((taken[id(loaded.tokenizer)], taken[id(trimmed.tokenizer)]))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    return {"bytes": size, "seconds": seconds, "pairs": pairs, "megabytes": megabytes}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def relative(dense: Mapping[str, Any], row: Mapping[str, Any], seed: int) -> Estimate:
+    """Bits a byte over the dense model's, less 1, with a 95 % bootstrap interval over documents, paired."""
+    before, after = np.asarray(dense["nll"]), np.asarray(row["nll"])
+    picks = np.random.default_rng(seed).integers(0, len(before), (2000, len(before)))
+    resampled = after[picks].sum(axis=1) / before[picks].sum(axis=1) - 1
+    span = tuple(np.percentile(resampled, [2.5, 97.5]).tolist()) if len(before) > 1 else None
+    return Estimate(float(after.sum() / before.sum() - 1), span)
+
+
+def percent(estimate: Estimate) -> str:
+    """A relative change with its interval, in percent."""
+    span = f" [{estimate.interval[0]:+.1%}, {estimate.interval[1]:+.1%}]" if estimate.interval else ""
+    return f"{estimate.value:+.1%}{span}"
+
+
+def _tokens_per_byte(row: Mapping[str, Any]) -> float:
+    return sum(n for _, n, _ in row["documents"]) / sum(size for _, _, size in row["documents"])
+
+
+Found = Mapping[tuple[Any, ...], dict[str, Any]]
+
+
+def loss_table(rows: Found, args: argparse.Namespace) -> str:
+    """Bits a byte against dense, and tokens a byte, by number of tokens and way of choosing."""
+    body = []
+    for tokens in args.sizes:
+        for way, (label, _, _) in WAYS.items():
+            own = {domain: rows[domain, way, tokens] for domain in args.domains}
+            body.append(
+                [
+                    f"{tokens:,}",
+                    label,
+                    f"{1 - own[args.domains[0]]['parameters'] / rows[args.domains[0], 'dense']['parameters']:.2%}",
+                    *(percent(relative(rows[d, "dense"], row, args.seed)) for d, row in own.items()),
+                    *(f"{_tokens_per_byte(row) / _tokens_per_byte(rows[d, 'dense']):.3f}" for d, row in own.items()),
+                ]
+            )
+    refit = [percent(relative(rows[d, "dense"], rows[d, "refit"], args.seed)) for d in args.domains]
+    body.append(["all", "refit alone", "0.00%", *refit, *("1.000" for _ in args.domains)])
+    header = ["tokens", "chosen", "parameters gone", *(f"bits/byte, {d}" for d in args.domains)]
+    return table([*header, *(f"tokens/byte, {d}" for d in args.domains)], body)
+
+
+def verdicts(rows: Found, args: argparse.Namespace) -> str:
+    """Each goal with what was reached."""
+    lines = []
+    for tokens in args.sizes:
+        if tokens not in GOALS:
+            continue
+        for domain in args.domains:
+            dense, ours = rows[domain, "dense"], rows[domain, "ours", tokens]
+            loss = relative(dense, ours, args.seed).value
+            limit, what = 0.01, "1 %"
+            if tokens == 8_192:
+                limit, what = 0.03, "3 %"
+                if domain != "finance":
+                    limit = relative(dense, rows[domain, "frequency", tokens], args.seed).value / 2
+                    what = f"half of what frequency loses, {limit:.1%}"
+            gone = 1 - ours["parameters"] / dense["parameters"]
+            met = loss <= limit and gone >= GOALS[tokens]
+            lines.append(
+                f"- {tokens:,} tokens, {domain}: {gone:.2%} gone (goal {GOALS[tokens]:.0%}), {loss:+.1%} bits a byte "
+                f"(goal: at most {what}): {'met' if met else 'missed'}."
+            )
+    return "\n".join(lines)
+
+
+def combined_table(rows: Found, args: argparse.Namespace) -> str:
+    """One budget, split between tokens, neurons and KV groups in several ways."""
+    body = []
+    for domain in args.combined_domains:
+        dense = rows[domain, "dense"]
+        for tokens in ("auto", *args.combined):
+            row = rows[domain, "combined", tokens]
+            body.append(
+                [
+                    domain,
+                    "found (`--vocab-auto`)" if tokens == "auto" else f"{tokens:,}" if tokens else "all",
+                    percent(relative(dense, row, args.seed)),
+                    *(f"{row['gone'][unit]:,}" for unit in ("tokens", "neurons", "kv_groups")),
+                    f"{1 - row['parameters'] / dense['parameters']:.2%}",
+                ]
+            )
+    return table(
+        ["domain", "tokens kept", "bits/byte", "tokens gone", "neurons gone", "KV groups gone", "parameters gone"], body
+    )
+
+
+def speed_table(rows: Found, args: argparse.Namespace) -> str:
+    """Prefill and decode: tokens a second, and what is left of it as text."""
+    body = []
+    for tokens in args.sizes:
+        row = rows["speed", tokens]
+        stretch = [_tokens_per_byte(rows[d, "ours", tokens]) / _tokens_per_byte(rows[d, "dense"]) for d in args.domains]
+        texts = [
+            f"{row[what][0] / max(stretch):.2f} to {row[what][0] / min(stretch):.2f}" for what in ("prefill", "decode")
+        ]
+        rates = [f"{row['rates']['base'][i]:,.0f} -> {row['rates']['pruned'][i]:,.0f}" for i in range(2)]
+        factors = [f"{row[what][0]:.2f} ({row[what][1]:.2f} to {row[what][2]:.2f})" for what in ("prefill", "decode")]
+        body.append([f"{tokens:,}", rates[0], factors[0], texts[0], rates[1], factors[1], texts[1]])
+    header = ["tokens", "prefill, tokens/s", "ratio", "bytes/s, ratio"]
+    return table([*header, "decode, tokens/s", "ratio", "bytes/s, ratio"], body)
+
+
+def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
+    """The section of RESULTS.md."""
+    dense = {domain: rows[domain, "dense"] for domain in args.domains}
+    text = "; ".join(
+        f"{d}: {sum(n for _, n, _ in row['documents']):,} tokens of {len(row['documents'])} documents"
+        for d, row in dense.items()
+    )
+    tool = rows["tool",]
+    ratio = statistics.median(before / after for before, after in tool["pairs"])
+    speed = tool["megabytes"] / statistics.median(after for _, after in tool["pairs"])
+    commits = sorted({row["setting"]["commit"] for row in rows.values()})
+    return f"""## Vocabulary
+
+SmolLM2-135M-Instruct (float32, dequantised), tokens chosen on the train text of each domain, tested on held-out validation
+text ({text}). Bits a byte against the dense model on the same documents, with 95 % bootstrap intervals over documents; no
+training. *Refit alone*: the dense model with its rows refitted to the same text, to tell what is repair and what is
+adaptation to the domain.
+
+{loss_table(rows, args)}
+
+{verdicts(rows, args)}
+
+### One budget: {COMBINED_RATIO:.0%} of all parameters
+
+Adaptive widths, `obs` + `sequential` and the refit of rows on {args.combined_blocks} x {args.length} tokens.
+
+{combined_table(rows, args)}
+
+### Speed
+
+A prompt of 512 tokens and 32 decoded tokens, 7 interleaved rounds; ratios to the dense model (median, quartiles). Bytes a
+second: the ratio over how many more tokens the text of the three domains has.
+
+{speed_table(rows, args)}
+
+Counting {tool["bytes"] / 1e6:.1f} MB of text and pruning 49,152 tokens to 16,384 by frequency, without a refit, took
+{tool["seconds"]:.1f} s (goal: 60). The pruned tokenizer encodes {speed:.1f} MB/s, {ratio:.2f} times what the full one does
+(median of {len(tool["pairs"])} interleaved pairs).
+
+`python -m benchmarks.vocabulary --data DATA{" --quick" if args.quick else ""}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser(__doc__ or "", several=True)
+    options.add_argument("--quick", action="store_true", help="one domain, two sizes, little text")
+    options.add_argument("--sizes", nargs="+", type=int, default=[32_768, 16_384, 8_192, 4_096])
+    options.add_argument("--combined", nargs="+", type=int, default=[0, 32_768, 16_384, 8_192, 4_096], help="0: all")
+    options.add_argument("--combined-domains", nargs="+", default=["medicine"])
+    options.add_argument("--combined-blocks", type=int, default=64)
+    options.add_argument("--blocks", type=int, default=128)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--eval-tokens", type=int, default=24_000)
+    if "--quick" in arguments:
+        small: dict[str, Any] = {"domains": ["medicine"], "sizes": [16_384, 8_192], "combined": [0, 16_384]}
+        options.set_defaults(**small, combined_blocks=24, blocks=48, eval_tokens=8_000)
+    args = options.parse_args(arguments)
+    store, load = Rows(args, "vocabulary", seed=args.seed), cache(smollm2)
+    domains = {name: VocabularyDomain(load, args, name, targets=TARGETS) for name in args.domains}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def get(place: tuple[Any, ...], measure: Callable[[], dict[str, Any]], **more: Any) -> None:
+        setting = {name: getattr(args, name) for name in ("blocks", "length", "eval_tokens", "seed")}
+        rows[place] = store.get({"place": list(place), **setting, **more}, measure)
+
+    for name, domain in domains.items():
+        get((name, "dense"), lambda d=domain: d.scored(d.model, None))
+        dense = rows[name, "dense"]
+        for tokens, way in itertools.product(args.sizes, WAYS):
+            get((name, way, tokens), lambda d=domain, w=way, n=tokens, row=dense: d.measure_vocabulary(w, n, row))
+        get((name, "refit"), lambda d=domain, row=dense: d.measure_dense_refit(row))
+    first = domains[args.domains[0]]
+    for tokens in args.sizes:
+        get(("speed", tokens), lambda n=tokens: first.measure_speed(n))
+    get(("tool",), lambda: measure_tool_speed(domains.values()))
+    for name, tokens in itertools.product(args.combined_domains, ("auto", *args.combined)):
+        get(
+            (name, "combined", tokens),
+            lambda d=domains[name], n=tokens, row=rows[name, "dense"]: d.measure_combined(n, row),
+            combined_blocks=args.combined_blocks,
+        )
+    section = "vocabulary_quick" if args.quick else "vocabulary"
+    write_section(section, results_text(rows, args, store.setting["machine"]))
+
+
+if __name__ == "__main__":
+    main()
