@@ -142,9 +142,7 @@ def prune(
     vocab_criterion: VocabCriterionOption = None,
     vocab_multiple: VocabMultiple = None,
     ridge: Annotated[float | None, typer.Option(help="Ridge of the refit. Default 0.3.")] = None,
-    num_calibration_samples: Annotated[
-        int | None, typer.Option(help="Blocks of calibration text. Default 128.")
-    ] = None,
+    num_calibration_samples: Annotated[int | None, typer.Option(help="Calibration blocks. Default 128.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens a block. Default 512.")] = None,
     text_column: TextColumn = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")] = None,
@@ -213,9 +211,7 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
             "--pruning-ratio with it."
         )
     if config.prunes_vocabulary and config.vocab_size is None:
-        raise ConfigError(
-            "--dry-run works from shapes alone, but tokens are counted on text; use --vocab-size with it."
-        )
+        raise ConfigError("--dry-run works from shapes alone, but tokens are counted on text; give --vocab-size.")
     outline = dry_run(model, config, revision=revision)
     if format is Format.json:
         _json(outline.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .search_text import SearchText
 from .surgery import apply_plan
 from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize
 
-SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
+SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""
 _PROBE_TOKENS = 8_000
 
@@ -147,8 +148,10 @@ def _vocabulary_curve(
     pruner = pruner_of(model, tokenizer, rest, config)
     rows = num_rows(model)
     curve = [(rows, 0.0)]
-    sizes = sorted({int(rows * share) // config.vocab_multiple * config.vocab_multiple for share in SHARES[1:]})
-    for size in tqdm(sizes[::-1], desc="Weighing vocabularies", unit="size", name="hf_context_prune.vocabulary"):
+    sizes = {math.ceil(int(rows * share) / config.vocab_multiple) * config.vocab_multiple for share in SHARES} - {rows}
+    for size in tqdm(
+        sorted(sizes, reverse=True), desc="Weighing vocabularies", unit="size", name="hf_context_prune.vocabulary"
+    ):
         try:
             trimmed = pruner.trim(VocabularySize(size, multiple=config.vocab_multiple), refit=False)
         except BudgetError:  # fewer than must stay, or more than the tokenizer has (padded rows)
