@@ -1,0 +1,128 @@
+"""The real tokenizer and model with a smaller vocabulary, on real text: nothing is lost, kept text is exact."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from hf_context_prune import EvalOptions, PrunerConfig, load_model, prune
+from hf_context_prune.data import TextSource
+from hf_context_prune.demo import complete
+from hf_context_prune.demo_assets import licence_texts, smollm2_gguf
+from hf_context_prune.errors import BudgetError
+from hf_context_prune.evaluation import count_parameters
+from hf_context_prune.vocabulary import TrimmedModel, VocabularyPruner, VocabularySize
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+MINIMUM = 320  # 311 tokens must stay, rounded up to a multiple of 64
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    torch.set_num_threads(2)
+    yield load_model(smollm2_gguf(), dtype="float32", device="cpu")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def licences():
+    return licence_texts()
+
+
+@pytest.fixture(scope="module")
+def pruner(smollm2, licences):
+    return VocabularyPruner(smollm2.model, smollm2.tokenizer, licences.calibration, criterion="frequency")
+
+
+@pytest.fixture(scope="module", params=[8_192, MINIMUM])
+def trimmed(pruner, request) -> TrimmedModel:
+    return pruner.trim(VocabularySize(request.param), refit=False)
+
+
+def licence_documents(licences) -> Iterator[str]:
+    source: TextSource
+    for source in (licences.calibration, licences.held_out):
+        yield from (document.text for document in source.documents)
+
+
+def shared_documents() -> Iterator[str]:
+    for file in sorted(SHARED.glob("*/corpus.*.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            yield from (json.loads(line)["text"] for line in lines)
+    for file in sorted(SHARED.glob("*/mcq.jsonl")):
+        with file.open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                yield from (row["question"], row.get("context") or "", *row["choices"])
+
+
+@pytest.mark.parametrize("corpus", ["licences", "shared"])
+def test_no_text_loses_anything(corpus, smollm2, licences, trimmed):
+    if corpus == "shared" and not SHARED.is_dir():
+        pytest.skip("the six domains are not beside this checkout (../shared/data)")
+    texts = iter(licence_documents(licences) if corpus == "licences" else shared_documents())
+    full, small, vocabulary = smollm2.tokenizer, trimmed.tokenizer, trimmed.plan.vocabulary
+    documents = kept = 0
+    while batch := list(islice(texts, 512)):
+        old, new = full(batch)["input_ids"], small(batch)["input_ids"]
+        assert small.batch_decode(new) == full.batch_decode(old)
+        mapped = [vocabulary.to_new(ids) for ids in old]
+        whole = [index for index, ids in enumerate(mapped) if None not in ids]
+        assert [new[index] for index in whole] == [mapped[index] for index in whole]
+        documents, kept = documents + len(batch), kept + sum(bool(mapped[index]) for index in whole)
+    assert documents > (300 if corpus == "licences" else 10_000)
+    assert kept > 0 or len(vocabulary.kept) == MINIMUM
+
+
+def test_logits_of_kept_text_are_exact(smollm2, licences, trimmed):
+    if len(trimmed.plan.vocabulary.kept) == MINIMUM:
+        text = "a b c (1) ... <|im_start|>user\n"
+    else:
+        text = next(iter(licences.calibration.documents)).text
+    old = smollm2.tokenizer(text)["input_ids"]
+    old = [index for index in old if index in trimmed.plan.vocabulary.new_ids][:256]
+    new = trimmed.plan.vocabulary.to_new(old)
+    assert len(new) > 5
+    with torch.no_grad():
+        dense = smollm2.model(input_ids=torch.tensor([old])).logits[..., list(trimmed.plan.vocabulary.kept)]
+        torch.testing.assert_close(trimmed.model(input_ids=torch.tensor([new])).logits, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_the_least_vocabulary_is_named(pruner):
+    with pytest.raises(BudgetError, match=r"311 tokens must stay .* at least 320"):
+        pruner.trim(VocabularySize(256))
+
+
+def test_tokens_and_neurons_in_one_budget_open_with_plain_transformers(smollm2, licences, tmp_path):
+    config = PrunerConfig(
+        pruning_ratio=0.25,
+        vocab_size=16_384,
+        reconstruction="least_squares",
+        round_to=8,
+        num_calibration_samples=24,
+        max_seq_length=256,
+    )
+    quick = EvalOptions(max_tokens=2_500, speed=False, memory=False)
+    result = prune(smollm2, licences.calibration, config, eval_data=licences.held_out, evaluation=quick)
+    assert 0.25 <= result.report.size.achieved_ratio < 0.254
+    assert result.plan.provenance["vocabulary"]["tokens_before"] == 49_152
+    folder = result.save_pretrained(tmp_path / "mini-gpt")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model) is LlamaForCausalLM
+    assert count_parameters(model) == result.report.size.pruned_parameters
+    assert len(tokenizer) == model.config.vocab_size == 16_384
+    assert tokenizer.convert_ids_to_tokens(model.config.eos_token_id) == "<|im_end|>"
+    for prompt in ("THE SOFTWARE IS PROVIDED", "法院 🎉 naïve"):
+        assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
+        assert complete(model, tokenizer, prompt) == complete(result.model, result.tokenizer, prompt)
+    chat = [{"role": "user", "content": "May I copy it?"}]
+    text = smollm2.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == text
