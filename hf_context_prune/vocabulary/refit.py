@@ -32,6 +32,8 @@ MAX_STEPS = 12
 MIN_GAIN = 3e-4
 """Nats a token on the held-out text below which no further step is taken."""
 HELD_OUT_EVERY = 12
+_MOST_LOGITS = 2**30
+"""Logits a step: where there are many tokens, fewer positions are fitted (65,536 of 16,384 tokens)."""
 _ELEMENTS = 2**25
 """Logits that exist at once."""
 
@@ -49,9 +51,12 @@ def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int
         Nats a token on the held-out blocks before and after, and the share of the way taken; None where there is too
         little text, or the logits are not linear in the last hidden states (soft caps, scales).
     """
-    held_out = len(samples) // HELD_OUT_EVERY
     head = model.get_output_embeddings()
-    if not held_out or head is None:
+    if head is None:
+        return None
+    samples = samples[: max(HELD_OUT_EVERY, _MOST_LOGITS // (samples.shape[1] * head.weight.shape[0]))]
+    held_out = len(samples) // HELD_OUT_EVERY
+    if not held_out:
         return None
     states = _hidden_states(model, head, samples, batch_size)
     if states is None:

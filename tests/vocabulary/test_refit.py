@@ -109,6 +109,17 @@ def test_too_little_text():
     assert refit_rows(model, domain(HELD_OUT_EVERY)) is not None
 
 
+def test_many_tokens_are_fitted_on_fewer_positions(monkeypatch):
+    model = case("llama")
+    monkeypatch.setattr(refit, "_MOST_LOGITS", 24 * 32 * VOCABULARY)
+    first = refit_rows(model, domain(24))
+    again = case("llama")
+    assert refit_rows(again, domain(24).repeat(3, 1)) == first
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    monkeypatch.setattr(refit, "_MOST_LOGITS", 1)  # never fewer than can be split
+    assert refit_rows(case("llama"), domain(24)) == refit_rows(case("llama"), domain(HELD_OUT_EVERY))
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-mqa-tied"])
 def test_the_dtype_stays(name):
     model = case(name).bfloat16()
