@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .pipeline import EvalOptions, PruneResult, evaluate, prune
     from .plan import PruningPlan
     from .planning import make_plan
+    from .recovery import RecoveryConfig, recover
     from .surgery import apply_plan
     from .vocabulary import prune_vocabulary
 
@@ -36,6 +37,7 @@ _HOME = {
     "PruneResult": "pipeline",
     "PrunerConfig": "config",
     "PruningPlan": "plan",
+    "RecoveryConfig": "recovery",
     "apply_plan": "surgery",
     "calibrate": "calibration",
     "evaluate": "pipeline",
@@ -44,6 +46,7 @@ _HOME = {
     "make_plan": "planning",
     "prune": "pipeline",
     "prune_vocabulary": "vocabulary",
+    "recover": "recovery",
 }
 
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
     "PruneResult",
     "PrunerConfig",
     "PruningPlan",
+    "RecoveryConfig",
     "__version__",
     "apply_plan",
     "calibrate",
@@ -63,6 +67,7 @@ __all__ = [
     "make_plan",
     "prune",
     "prune_vocabulary",
+    "recover",
 ]
 
 

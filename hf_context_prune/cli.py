@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -45,13 +44,14 @@ from .cli_options import (
     VocabMultiple,
     VocabSize,
 )
+from .cli_output import errors, out, out_json, out_table, save_and_show
+from .cli_recover import recover
 from .distributed import is_main_process, on_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
 
 if TYPE_CHECKING:
     from .config import PrunerConfig
-    from .pipeline import PruneResult
 
 app = typer.Typer(
     name="hf-context-prune",
@@ -61,23 +61,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_err = Console(stderr=True, highlight=False)
 _INTERRUPTED = 130
-
-
-def _out(text: str) -> None:
-    print(text)
-
-
-def _json(value: object) -> None:
-    _out(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
-
-
-def _print_table(table: Table) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width; don't fold figures at 80 columns
-    console.print(table)
 
 
 def _config(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
@@ -100,7 +84,7 @@ def _version(value: bool) -> None:
     if value:
         from . import __version__
 
-        _out(f"hf-context-prune {__version__}")
+        out(f"hf-context-prune {__version__}")
         raise typer.Exit
 
 
@@ -179,25 +163,7 @@ def prune(
             will_save=True,
             resume_dir=resume_dir,
         )
-        _save_and_show(result, output, measure_memory=speed, format=format)
-
-
-def _save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, format: Format) -> None:
-    folder = on_main_process(lambda: result.save_pretrained(output, measure_memory=measure_memory))
-    if format is Format.quiet:
-        _out(str(folder))
-    elif format is Format.json:
-        _json({"output": str(folder), "plan_sha256": result.plan.sha256, "report": result.report.to_dict()})
-    else:
-        _print_table(report_table(result.report))
-        size = result.report.size
-        asked = "" if size.asked_ratio is None else f"asked {size.asked_ratio:.2%}, "
-        _out(f"Removed of all parameters: {asked}achieved {size.achieved_ratio:.2%}")
-        _out(f"Held-out text: {result.report.dataset.held_out}")
-        for note in result.report.notes:
-            _out(note)
-        how = "opens with plain transformers" if result.stock.fits else "opens with this package or trust_remote_code"
-        _out(f"Wrote {folder} ({how})")
+        save_and_show(result, output, measure_memory=speed, format=format)
 
 
 def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: Format) -> None:
@@ -214,19 +180,22 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
         raise ConfigError("--dry-run works from shapes alone, but tokens are counted on text; give --vocab-size.")
     outline = dry_run(model, config, revision=revision)
     if format is Format.json:
-        _json(outline.to_dict())
+        out_json(outline.to_dict())
     elif format is Format.quiet:
-        _out(str(outline.pruned_parameters))
+        out(str(outline.pruned_parameters))
     else:
-        _print_table(widths_table(outline.dense, outline.widths))
+        out_table(widths_table(outline.dense, outline.widths))
         if outline.tokens != outline.dense_tokens:
-            _out(f"Vocabulary: {outline.tokens:,} of {outline.dense_tokens:,} tokens kept")
+            out(f"Vocabulary: {outline.tokens:,} of {outline.dense_tokens:,} tokens kept")
         asked = "" if outline.asked_ratio is None else f", asked {outline.asked_ratio:.2%}"
-        _out(
+        out(
             f"Parameters: {outline.base_parameters:,} -> {outline.pruned_parameters:,} "
             f"(-{1 - outline.pruned_parameters / outline.base_parameters:.2%}{asked})"
         )
-        _out(f"Architecture: {'stock' if outline.stock.fits else 'variable-width'}: {outline.stock.reason}")
+        out(f"Architecture: {'stock' if outline.stock.fits else 'variable-width'}: {outline.stock.reason}")
+
+
+app.command()(recover)
 
 
 @app.command()
@@ -259,11 +228,11 @@ def evaluate(
         )
     )
     if format is Format.json:
-        _json(report.to_dict())
+        out_json(report.to_dict())
     elif format is Format.quiet:
-        _out(f"{report.loss.base.bits_per_byte.value:.6f}")
+        out(f"{report.loss.base.bits_per_byte.value:.6f}")
     else:
-        _print_table(report_table(report))
+        out_table(report_table(report))
 
 
 @app.command()
@@ -280,7 +249,7 @@ def inspect(
     plan = PruningPlan.load(folder / PLAN_NAME)
     report = EvalReport.load(folder / REPORT_NAME) if REPORT_NAME in manifest["files"] else None
     if format is Format.json:
-        _json(
+        out_json(
             {
                 "files": manifest["files"],
                 "plan_sha256": plan.sha256,
@@ -292,18 +261,18 @@ def inspect(
         )
         return
     if format is Format.quiet:
-        _out(plan.sha256)
+        out(plan.sha256)
         return
-    _out(f"{folder}: {len(manifest['files'])} files, all as they were written")
-    _out(f"Plan: {plan.sha256}")
+    out(f"{folder}: {len(manifest['files'])} files, all as they were written")
+    out(f"Plan: {plan.sha256}")
     for name, value in plan.provenance.items():
         many = f"{len(value)} curves (--format json has them)" if name == "sensitivity" else json.dumps(value)
-        _out(f"  {name}: {many}")
+        out(f"  {name}: {many}")
     if plan.vocabulary:
-        _out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} tokens kept")
-    _print_table(widths_table(plan.dense, plan.widths))
+        out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} tokens kept")
+    out_table(widths_table(plan.dense, plan.widths))
     if report:
-        _print_table(report_table(report))
+        out_table(report_table(report))
 
 
 @app.command()
@@ -334,38 +303,38 @@ def demo(
         text_column=text_column,
         pruning_ratio=pruning_ratio,
         num_calibration_samples=num_calibration_samples,
-        log=lambda line: _err.print(escape(line)),
+        log=lambda line: errors.print(escape(line)),
     )
-    _save_and_show(outcome.result, target, measure_memory=True, format=format)
+    save_and_show(outcome.result, target, measure_memory=True, format=format)
     if format is Format.auto:
         table = Table(title="Three completions, greedy", title_justify="left", show_lines=True)
         for name in ("prompt", "base", "pruned"):
             table.add_column(name, overflow="fold")
         for completion in outcome.completions:
             table.add_row(*(escape(x) for x in (completion.prompt, completion.base, completion.pruned)))
-        _print_table(table)
+        out_table(table)
         for line in outcome.about:
-            _out(line)
+            out(line)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     if category.__module__.startswith("hf_context_prune"):
-        _err.print(f"[yellow]Warning:[/] {escape(str(message))}", soft_wrap=True)
+        errors.print(f"[yellow]Warning:[/] {escape(str(message))}", soft_wrap=True)
 
 
 def _guarded(run: Callable[[], Any]) -> int:
     try:
         run()
     except ConfigError as error:
-        _err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
     except ContextPruneError as error:
-        _err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
         return 1
     except SystemExit as exit_:  # how typer ends; it turns Ctrl-C into 130 by itself
         if exit_.code != _INTERRUPTED:
             raise
-        _err.print("Interrupted; nothing was put in place.")
+        errors.print("Interrupted; nothing was put in place.")
         return 1
     return 0
 
@@ -380,7 +349,7 @@ def _run() -> None:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        sys.stdout, _err.quiet = open(os.devnull, "w"), True  # noqa: SIM115 - open until the process ends
+        sys.stdout, errors.quiet = open(os.devnull, "w"), True  # noqa: SIM115 - open until the process ends
     app()
 
 

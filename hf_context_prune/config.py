@@ -23,7 +23,8 @@ DEFAULT_PRUNING_RATIO = 0.2
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def _option(default: Any, help: str) -> Any:  # noqa: ANN401 - `help` is HfArgumentParser's metadata key
+def option(default: Any, help: str) -> Any:  # noqa: ANN401 - `help` is HfArgumentParser's metadata key
+    """A field of a config with its help text."""
     return field(default=default, metadata={"help": help})
 
 
@@ -41,48 +42,48 @@ class PrunerConfig:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
     """
 
-    pruning_ratio: float | None = _option(
+    pruning_ratio: float | None = option(
         None, "Share of all parameters to remove, from 0 up to, not including, 1 (tied embeddings counted once)."
     )
-    target_params: int | None = _option(None, "Number of parameters to keep at most, instead of a ratio.")
-    mlp_ratio: float | None = _option(None, "Share of the MLP neurons to remove, in [0, 1).")
-    attention_ratio: float | None = _option(None, "Share of the attention KV groups to remove, in [0, 1).")
-    max_loss_increase: float | None = _option(
+    target_params: int | None = option(None, "Number of parameters to keep at most, instead of a ratio.")
+    mlp_ratio: float | None = option(None, "Share of the MLP neurons to remove, in [0, 1).")
+    attention_ratio: float | None = option(None, "Share of the attention KV groups to remove, in [0, 1).")
+    max_loss_increase: float | None = option(
         None,
         "As small as possible, with at most this share more bits per byte on the domain (0.03: 1.03 times as many). "
         "Found by search on documents withheld from calibration.",
     )
-    criterion: CriterionName = _option("obs", "Which units matter: how the importance of a unit is measured.")
-    reconstruction: ReconstructionName = _option(
+    criterion: CriterionName = option("obs", "Which units matter: how the importance of a unit is measured.")
+    reconstruction: ReconstructionName = option(
         "sequential", "How the output projections are refitted to what is left."
     )
-    allocation: AllocationName = _option(
+    allocation: AllocationName = option(
         "uniform", "uniform: the same widths in every layer; adaptive: by each layer's measured effect on the loss."
     )
-    round_to: int = _option(1, "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).")
-    stock: bool = _option(False, "Plan only widths that the stock architecture can hold (loads without this package).")
-    vocab_size: int | None = _option(None, "Tokens of the vocabulary to keep; by default all.")
-    vocab_coverage: float | None = _option(
+    round_to: int = option(1, "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).")
+    stock: bool = option(False, "Plan only widths that the stock architecture can hold (loads without this package).")
+    vocab_size: int | None = option(None, "Tokens of the vocabulary to keep; by default all.")
+    vocab_coverage: float | None = option(
         None, "Keep as many tokens as make up this share of the text, in (0, 1], instead of a number."
     )
-    vocab_min_count: int | None = _option(None, "Keep tokens that the text has at least this often, instead.")
-    vocab_auto: bool = _option(
+    vocab_min_count: int | None = option(None, "Keep tokens that the text has at least this often, instead.")
+    vocab_auto: bool = option(
         False,
         "Let the budget for all parameters choose the number of tokens too, by what they and the other units cost in "
         "loss (with allocation=adaptive).",
     )
-    vocab_multiple: int = _option(64, "The number of kept tokens is rounded up to a multiple of this.")
-    vocab_criterion: VocabCriterion = _option(
+    vocab_multiple: int = option(64, "The number of kept tokens is rounded up to a multiple of this.")
+    vocab_criterion: VocabCriterion = option(
         "expected",
         "Which tokens matter. expected: documents that have them, and how probable the model holds them there; "
         "frequency: how often the text has them.",
     )
-    ridge: float = _option(0.3, "Ridge of the refit, as a share of each feature's mean square; above 0.")
-    num_calibration_samples: int = _option(128, "Blocks of calibration text.")
-    max_seq_length: int = _option(512, "Tokens a block.")
-    text_column: str | None = _option(None, "Column with the text; found by itself where there is only one candidate.")
+    ridge: float = option(0.3, "Ridge of the refit, as a share of each feature's mean square; above 0.")
+    num_calibration_samples: int = option(128, "Blocks of calibration text.")
+    max_seq_length: int = option(512, "Tokens a block.")
+    text_column: str | None = option(None, "Column with the text; found by itself where there is only one candidate.")
     # Not `seed`: HfArgumentParser would refuse this class beside TrainingArguments, which has that one.
-    pruning_seed: int = _option(0, "Seed of everything random: choice of text, and the `random` criterion.")
+    pruning_seed: int = option(0, "Seed of everything random: choice of text, and the `random` criterion.")
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -100,18 +101,18 @@ class PrunerConfig:
         ):
             self._check_integer(name, lowest)
         if self.max_loss_increase is not None and not (
-            _is_number(self.max_loss_increase) and 0 < self.max_loss_increase <= 1
+            is_number(self.max_loss_increase) and 0 < self.max_loss_increase <= 1
         ):
             raise ConfigError(
                 f"max_loss_increase is {self.max_loss_increase!r}; it must be a share above 0, up to 1: 0.03 allows "
                 f"3 % more bits per byte."
             )
-        if not (_is_number(self.ridge) and 0 < self.ridge <= 1e6):
+        if not (is_number(self.ridge) and 0 < self.ridge <= 1e6):
             raise ConfigError(f"ridge is {self.ridge!r}; it must be a number above 0, up to 1e6 (0.3 is a good one).")
         for name in ("stock", "vocab_auto"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
-        if self.vocab_coverage is not None and not (_is_number(self.vocab_coverage) and 0 < self.vocab_coverage <= 1):
+        if self.vocab_coverage is not None and not (is_number(self.vocab_coverage) and 0 < self.vocab_coverage <= 1):
             raise ConfigError(
                 f"vocab_coverage is {self.vocab_coverage!r}; it must be a share above 0, up to 1: 0.995 keeps as many "
                 f"tokens as make up 99.5 % of the text."
@@ -129,7 +130,7 @@ class PrunerConfig:
 
     def _check_ratio(self, name: str) -> None:
         value = getattr(self, name)
-        if value is not None and not (_is_number(value) and 0 <= value < 1):
+        if value is not None and not (is_number(value) and 0 <= value < 1):
             raise ConfigError(
                 f"{name} is {value!r}; it must be a share in [0, 1): 0 removes nothing, 0.25 a quarter, and 1 would "
                 f"leave nothing."
@@ -262,7 +263,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number (and no bool)."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)

@@ -189,7 +189,7 @@ def prune(
         plan_widths(base.model, config)  # an unreachable budget is refused before the long work
     if will_save:
         _check_saves(base.model, spec, config)
-    text, held_out, how = _split(data, eval_data, config, base.tokenizer)
+    text, held_out, how = split_text(data, eval_data, config, base.tokenizer)
     search = None
     if config.max_loss_increase is not None:
         text, search = SearchText.withheld_from(text, base.tokenizer, config)
@@ -265,17 +265,17 @@ def _as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any
                 f"No tokenizer can be loaded from {name!r}, where the model came from ({error}). Pass it: "
                 f"prune(..., tokenizer=)."
             ) from error
-    return LoadedModel(model, tokenizer, _shown(name), None, None)
+    return LoadedModel(model, tokenizer, shown_name(name), None, None)
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """How a report names the base: no machine's paths."""
     if not name:
         return "in-memory"
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-def _split(data: Any, eval_data: Any, config: PrunerConfig, tokenizer: Any) -> tuple[TextSource, TextSource, str]:  # noqa: ANN401
+def split_text(data: Any, eval_data: Any, config: PrunerConfig, tokenizer: Any) -> tuple[TextSource, TextSource, str]:  # noqa: ANN401
     """Calibration text, evaluation text, and a sentence on how they were kept apart."""
     options = {"text_column": config.text_column, "tokenizer": tokenizer, "seed": config.pruning_seed}
     text = load_documents(data, **options)

@@ -8,6 +8,7 @@ from ._bootstrap import Estimate
 from .speed import Spread
 
 if TYPE_CHECKING:
+    from .perplexity import LossComparison, LossSummary
     from .report import EvalReport, LossFacts, MemoryFacts, SizeFacts, SpeedFacts
 
 Row = tuple[str, str, str, str]
@@ -38,7 +39,19 @@ def _size_rows(size: "SizeFacts") -> list[Row]:
 
 
 def _loss_rows(loss: "LossFacts") -> list[Row]:
-    base, pruned, comparison = loss.base, loss.pruned, loss.comparison
+    rows = _losses("", loss.base, loss.pruned, loss.comparison, loss.predicted_excess)
+    if loss.recovered is not None:
+        rows += _losses(" after recovery", loss.base, loss.recovered, loss.recovered_comparison, None)
+    return rows
+
+
+def _losses(
+    when: str,
+    base: "LossSummary",
+    pruned: "LossSummary | None",
+    comparison: "LossComparison | None",
+    predicted: float | None,
+) -> list[Row]:
     difference = excess = factor = ""
     if comparison is not None:
         difference = _estimate(comparison.bits_per_byte_difference, "{:+.4f}")
@@ -47,22 +60,22 @@ def _loss_rows(loss: "LossFacts") -> list[Row]:
         else:
             excess = _estimate(comparison.excess_nats_per_token, "{:+.4f}")
             factor = _estimate(comparison.excess_nats_per_token, "x{:.3f}", math.exp)
-            if loss.predicted_excess is not None:
-                excess += f" (predicted {loss.predicted_excess:+.4f})"
+            if predicted is not None:
+                excess += f" (predicted {predicted:+.4f})"
     return [
         (
-            "bits per byte",
+            f"bits per byte{when}",
             _estimate(base.bits_per_byte, "{:.4f}"),
             "" if pruned is None else _estimate(pruned.bits_per_byte, "{:.4f}"),
             difference,
         ),
         (
-            "perplexity per token",
+            f"perplexity per token{when}",
             _estimate(base.perplexity, "{:.2f}"),
             "" if pruned is None else _estimate(pruned.perplexity, "{:.2f}"),
             factor,
         ),
-        ("excess loss (nats/token)", "", "", excess),
+        (f"excess loss{when} (nats/token)", "", "", excess),
     ]
 
 

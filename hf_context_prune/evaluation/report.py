@@ -20,8 +20,9 @@ from ._table import comparison_rows
 from .perplexity import LossComparison, LossSummary
 from .speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
+_BEFORE_RECOVERY = {"recovered": None, "recovered_comparison": None}
 _PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
@@ -87,12 +88,16 @@ class LossFacts:
         comparison: Pruned against base.
         predicted_excess: What adaptive allocation predicted of `comparison.excess_nats_per_token`, from what narrowing
             each layer alone does to the output (KL) on calibration text; None for other allocations.
+        recovered: Of the pruned model after recovery; None without one.
+        recovered_comparison: Recovered against base.
     """
 
     base: LossSummary
     pruned: LossSummary | None = None
     comparison: LossComparison | None = None
     predicted_excess: float | None = None
+    recovered: LossSummary | None = None
+    recovered_comparison: LossComparison | None = None
 
 
 @dataclass(frozen=True)
@@ -207,10 +212,12 @@ class EvalReport:
         if not isinstance(data, dict):
             raise LoadError(f"An evaluation report must be a JSON object, not {type(data).__name__}.")
         version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version == 2 and isinstance(data.get("loss"), dict):  # as 3, before recovery
+            data = {**data, "loss": {**data["loss"], **_BEFORE_RECOVERY}, "schema_version": SCHEMA_VERSION}
+        elif version != SCHEMA_VERSION:
             raise LoadError(
-                f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads "
-                f"{SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."
+                f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads 2 "
+                f"and {SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."
             )
         try:
             return typing.cast(EvalReport, decode(cls, data, "report"))

@@ -89,8 +89,31 @@ def test_json_round_trip(report, single, tmp_path):
         assert EvalReport.from_dict(json.loads(json.dumps(original.to_dict()))) == original
         assert [entry.name for entry in tmp_path.iterdir()] == ["eval_report.json"]
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data["schema_version"] == 2
+    assert data["schema_version"] == 3
     assert list(data) == sorted(data)
+
+
+def test_reports_from_before_recovery_still_load(report):
+    data = report.to_dict()
+    data["schema_version"] = 2
+    del data["loss"]["recovered"], data["loss"]["recovered_comparison"]
+    assert EvalReport.from_dict(data) == report
+    del data["loss"]["base"]
+    with pytest.raises(LoadError, match=r"report\.loss.*base"):
+        EvalReport.from_dict(data)
+
+
+def test_a_recovered_model_has_rows_of_its_own(report):
+    loss = dataclasses.replace(
+        report.loss, recovered=report.loss.pruned, recovered_comparison=report.loss.comparison, predicted_excess=0.5
+    )
+    recovered = dataclasses.replace(report, loss=loss)
+    assert EvalReport.from_dict(json.loads(json.dumps(recovered.to_dict()))) == recovered
+    rows = {row[0]: row[1:] for row in recovered.table_rows()}
+    for measure in ("bits per byte", "perplexity per token"):
+        assert rows[f"{measure} after recovery"] == rows[measure]
+    assert "predicted" in rows["excess loss (nats/token)"][2]
+    assert "predicted" not in rows["excess loss after recovery (nats/token)"][2]
 
 
 def test_the_creation_time_is_utc(report):

@@ -1,0 +1,135 @@
+"""A pruned folder -> the same, recovered: loads it with its plan and its parent, and measures all three."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..architectures import check_supported
+from ..config import PrunerConfig
+from ..errors import ConfigError
+from ..evaluation import (
+    DatasetFacts,
+    Environment,
+    EvalReport,
+    LossFacts,
+    SizeFacts,
+    SpeedFacts,
+    compare_losses,
+    count_parameters,
+    document_losses,
+    measure_speed,
+    summarize_losses,
+)
+from ..loading import LoadedModel, load_model
+from ..pipeline import EvalOptions, PruneResult, split_text
+from ..plan import PruningPlan
+from ..saving import PLAN_NAME, verify_folder
+from ..surgery import stock_fit
+from .config import RecoveryConfig
+from .run import recover
+
+
+def recover_folder(
+    folder: str | Path,
+    data: Any,  # noqa: ANN401 - whatever load_documents reads
+    config: RecoveryConfig | None = None,
+    *,
+    teacher: str | Path | None = None,
+    eval_data: Any = None,  # noqa: ANN401
+    text_column: str | None = None,
+    evaluation: EvalOptions | None = None,
+    device: str | None = None,
+) -> PruneResult:
+    """Recover a folder that this package wrote, and measure parent, pruned and recovered on held-out text.
+
+    Args:
+        folder: The pruned model, with its plan.
+        data: Text of the domain. The documents that are held out of it for the figures are those that `prune` holds out
+            of the same text.
+        config: All choices.
+        teacher: The dense parent; None: the plan's base, where that is on the Hub.
+        eval_data: Text for the figures; None holds out a tenth of `data`, by document.
+        text_column: Column with the text.
+        evaluation: How much is measured.
+        device: As for [`load_model`][].
+
+    Raises:
+        ConfigError: The parent is needed and can't be found.
+        ContextPruneError: See `hf_context_prune.errors`; the folder is only read.
+    """
+    config, options, folder = config or RecoveryConfig(), evaluation or EvalOptions(), Path(folder)
+    verify_folder(folder)
+    plan, pruned = PruningPlan.load(folder / PLAN_NAME), load_model(folder, device=device)
+    parent = _parent(plan, config, teacher, device)
+    made_with = plan.provenance.get("config") or {}
+    split = PrunerConfig(text_column=text_column, pruning_seed=made_with.get("pruning_seed", 0))
+    text, held_out, how = split_text(data, eval_data, split, pruned.tokenizer)
+    first = parent or pruned
+    how_long: dict[str, Any] = {"max_seq_length": config.max_seq_length}
+    base = document_losses(first.model, first.tokenizer, held_out, max_tokens=options.max_tokens, **how_long)
+    docs = [loss.doc for loss in base]
+    losses = {}
+    if parent is not None:
+        losses["pruned"] = document_losses(pruned.model, pruned.tokenizer, held_out, docs=docs, **how_long)
+    outcome = recover(
+        pruned.model,
+        text,
+        config,
+        tokenizer=pruned.tokenizer,
+        teacher=None if parent is None else parent.model,
+        plan=plan,
+    )
+    losses["recovered"] = document_losses(outcome.model, pruned.tokenizer, held_out, docs=docs, **how_long)
+    seed = config.recovery_seed
+    summaries = {name: summarize_losses(items, seed=seed) for name, items in losses.items()}
+    against = {name: compare_losses(base, items, seed=seed) for name, items in losses.items()}
+    history = outcome.history
+    plan = replace(
+        plan, provenance={**plan.provenance, "recovery": {"config": config.to_dict(), "history": history.to_dict()}}
+    )
+    stock = stock_fit(outcome.model.config, check_supported(outcome.model), plan.widths)
+    speed = measure_speed({"base": first.model, "pruned": outcome.model}) if options.speed else None
+    report = EvalReport(
+        base_model=first.name,
+        dataset=DatasetFacts(held_out.name, held_out.revision, held_out.fingerprint, how),
+        size=SizeFacts.measured(
+            count_parameters(first.model),
+            count_parameters(outcome.model),
+            asked_ratio=made_with.get("pruning_ratio"),
+        ),
+        loss=LossFacts(
+            base=summarize_losses(base, seed=seed),
+            pruned=summaries.get("pruned"),
+            comparison=against.get("pruned"),
+            recovered=summaries["recovered"],
+            recovered_comparison=against["recovered"],
+        ),
+        environment=Environment.current(str(outcome.model.dtype).removeprefix("torch.")),
+        speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
+        notes=(
+            f"Recovered ({config.method}) on {history.tokens:,} tokens of {text.name} in {history.steps:,} steps and "
+            f"{history.seconds / 60:.1f} minutes; the weights of step {history.best_step:,} were best on withheld "
+            f"documents. It ended because {history.ended}.",
+            *(() if parent else ("No parent was given: base is the pruned model as it was.",)),
+        ),
+    )
+    from_disk = first if first.folder is not None else None
+    return PruneResult(outcome.model, pruned.tokenizer, plan, report, stock, from_disk)
+
+
+def _parent(
+    plan: PruningPlan, config: RecoveryConfig, teacher: str | Path | None, device: str | None
+) -> LoadedModel | None:
+    if teacher is not None:
+        return load_model(teacher, device=device)
+    name, revision = plan.provenance.get("base_model"), plan.provenance.get("base_revision")
+    if name and revision:
+        return load_model(name, revision=revision, device=device)
+    if config.distillation > 0 or config.rewind != "none":
+        raise ConfigError(
+            f"The dense parent is needed as a teacher, and the plan names it only as {name!r}, which is not on the "
+            f"Hub. Give it (--teacher), or learn from the text alone (--distillation 0)."
+        )
+    return None

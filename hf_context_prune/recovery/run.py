@@ -1,0 +1,201 @@
+"""`recover()`: text -> withheld and training blocks, a teacher that fits, full or low-rank training."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from ..architectures import check_supported, read_geometry
+from ..calibration import check_weights_finite
+from ..data import CalibrationWarning, TextSource, hold_out_documents, load_documents, token_blocks
+from ..embeddings import num_rows
+from ..errors import ConfigError, DataError, PlanError
+from ..evaluation import choose_documents, document_losses
+from ..linalg import fast_matmul
+from ..overlap import drop_overlapping
+from ..plan import PruningPlan, fingerprint
+from ..surgery import apply_plan
+from .config import RecoveryConfig
+from .training import History, bfloat16_is_fast, train
+
+_WITHHELD_TOKENS = 8_000
+"""Tokens on which the way is measured, in whole documents."""
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """A recovered model and how it got there.
+
+    Attributes:
+        model: In evaluation mode; never worse on the withheld text than the one that was given.
+        history: Steps, tokens, time and losses.
+    """
+
+    model: PreTrainedModel
+    history: History
+
+
+def teacher_of(dense: PreTrainedModel, plan: PruningPlan | None, student: PreTrainedModel) -> PreTrainedModel:
+    """The dense parent as a teacher: over the student's tokens, and in bfloat16 where that is fast.
+
+    Args:
+        dense: The parent, or another model over the parent's tokens; left as it is.
+        plan: The student's, with the vocabulary that was kept.
+        student: The model to be trained.
+
+    Raises:
+        ConfigError: Their tokens are not the same.
+    """
+    teacher = dense
+    if plan is not None and plan.vocabulary is not None and num_rows(dense) == plan.vocabulary.dense:
+        spec = check_supported(dense)
+        whole = PruningPlan.identity(spec.model_type, read_geometry(dense.config, spec), fingerprint(dense))
+        teacher = apply_plan(dense, replace(whole, vocabulary=plan.vocabulary))
+    if num_rows(teacher) != num_rows(student):
+        kept = f", of which the plan keeps {len(plan.vocabulary.kept):,}" if plan and plan.vocabulary else ""
+        raise ConfigError(
+            f"The teacher has {num_rows(dense):,} tokens{kept}, and the model {num_rows(student):,}; a teacher must be "
+            f"over the same tokens. Pass the model that was pruned (and its plan), or distillation=0."
+        )
+    if teacher is dense:
+        teacher = copy.deepcopy(dense)
+    if bfloat16_is_fast(student.device):
+        cast_parameters(teacher, torch.bfloat16)
+    return teacher.to(student.device).eval().requires_grad_(False)
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights alone: computed buffers (rotary tables) stay as precise as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def rewound(dense: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel:
+    """The kept weights with the parent's values (the lottery ticket, arXiv 1803.03635, rewound to the pretrained ones).
+
+    Raises:
+        ConfigError: There is no plan.
+        PlanError: The model is not the one that the plan was made for.
+    """
+    if plan is None:
+        raise ConfigError("rewind='pretrained' needs the plan of what was kept: pass plan=.")
+    try:
+        return apply_plan(dense, plan)
+    except PlanError as error:
+        raise PlanError(f"rewind='pretrained' needs the very model that was pruned: {error}") from error
+
+
+def recover(
+    model: PreTrainedModel,
+    data: Any,  # noqa: ANN401 - whatever load_documents reads
+    config: RecoveryConfig | None = None,
+    *,
+    tokenizer: Any,  # noqa: ANN401
+    teacher: PreTrainedModel | None = None,
+    plan: PruningPlan | None = None,
+    text_column: str | None = None,
+) -> RecoveryResult:
+    """Train a pruned model back on text of its domain.
+
+    A tenth of the documents is withheld: the loss on them says which weights are kept, and when to stop. Figures to be
+    reported need text of their own.
+
+    Args:
+        model: The pruned model; left as it is.
+        data: Text of the domain: what [`load_documents`][] reads.
+        config: All choices.
+        tokenizer: The model's.
+        teacher: The dense parent, for distillation and for rewinding; left as it is.
+        plan: What was pruned; needed where tokens were, or to rewind.
+        text_column: Column with the text.
+
+    Raises:
+        ConfigError: Distillation without a teacher, or a teacher over other tokens.
+        DataError: Too little text.
+        ContextPruneError: See `hf_context_prune.errors`.
+    """
+    start = time.monotonic()
+    config = config or RecoveryConfig()
+    check_supported(model)
+    if teacher is None and (config.distillation > 0 or config.rewind != "none"):
+        raise ConfigError(
+            f"distillation={config.distillation:g} and rewind={config.rewind!r} need the dense parent: pass teacher=, "
+            f"or set distillation=0 (and rewind='none')."
+        )
+    check_weights_finite(model)
+    source = load_documents(data, text_column=text_column, tokenizer=tokenizer, seed=config.recovery_seed)
+    rest, withheld, docs = _withheld(source, tokenizer, config)
+    blocks = _all_blocks(rest, tokenizer, config)
+    student = copy.deepcopy(model) if config.rewind == "none" or teacher is None else rewound(teacher, plan)
+    cast_parameters(student.train(), torch.float32)  # half precision loses small updates
+    guide = None if teacher is None or config.distillation == 0 else teacher_of(teacher, plan, student)
+    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    adapters = None
+    if config.method == "lora":
+        torch.manual_seed(config.recovery_seed)
+        options = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+        adapters = get_peft_model(student, options)
+
+    def measure() -> float:
+        with fast_matmul(), _without_bar("hf_context_prune.evaluation"):
+            losses = document_losses(student, tokenizer, withheld, max_seq_length=config.max_seq_length, docs=docs)
+        return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
+
+    history = train(student, blocks, config, teacher=guide, measure=measure, start=start)
+    if adapters is not None:
+        student = _merged(adapters)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    cast_parameters(student, model.dtype)
+    return RecoveryResult(student.eval(), history)
+
+
+@contextmanager
+def _without_bar(name: str) -> Iterator[None]:
+    """No bar within the bar of the training."""
+    shown = not are_progress_bars_disabled(name)
+    try:
+        if shown:
+            disable_progress_bars(name)
+        yield
+    finally:
+        if shown:
+            enable_progress_bars(name)
+
+
+def _merged(adapters: PeftModel) -> PreTrainedModel:
+    merged = adapters.merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
+def _withheld(source: TextSource, tokenizer: Any, config: RecoveryConfig) -> tuple[TextSource, TextSource, list[str]]:  # noqa: ANN401
+    rest, given = hold_out_documents(source, seed=config.recovery_seed)
+    own, _ = drop_overlapping(given, rest)
+    if not len(own):
+        raise DataError(
+            f"Recovery measures its way on documents withheld from {source.name}, but the rest repeats all "
+            f"{len(given):,} of them. Give text that repeats itself less."
+        )
+    return rest, own, choose_documents(own, tokenizer, max_tokens=_WITHHELD_TOKENS)
+
+
+def _all_blocks(source: TextSource, tokenizer: Any, config: RecoveryConfig) -> torch.Tensor:  # noqa: ANN401
+    """All of the text (or as much as the steps can use), packed."""
+    wanted = 2**31 if config.max_steps is None else config.max_steps * config.batch_size
+    with warnings.catch_warnings():  # less text than could be used is what there mostly is
+        warnings.simplefilter("ignore", CalibrationWarning)
+        return token_blocks(
+            source, tokenizer, num_samples=wanted, max_seq_length=config.max_seq_length, seed=config.recovery_seed
+        )

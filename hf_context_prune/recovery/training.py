@@ -1,0 +1,313 @@
+"""The training of recovery: a `transformers.Trainer` that also learns from a teacher and keeps the best weights."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..errors import NumericsError
+from .config import RecoveryConfig
+
+_WARMUP = 0.05
+"""Share of the training in which the learning rate rises."""
+_MICRO_BATCH_TOKENS = 1024
+_LOGGER_NAME = "hf_context_prune.recovery"
+
+
+@dataclass
+class History:
+    """What happened in a recovery.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        tokens: Tokens trained on.
+        seconds: Wall time, measuring included.
+        tokens_per_second: Of training alone.
+        losses: (step, bits a byte of the withheld text), the first before training.
+        best_step: The step whose weights were kept; 0: those that were given.
+        ended: Why it ended.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int = 0
+    ended: str = "all steps were taken"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Token blocks as the Trainer takes them.
+
+    Args:
+        blocks: [blocks, length], int64.
+    """
+
+    def __init__(self, blocks: torch.Tensor) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.blocks[index]}
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32 there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        known = torch.cpu.get_capabilities()
+        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    return False
+
+
+def token_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    wanted: torch.Tensor | None,
+    *,
+    distillation: float,
+    temperature: float,
+) -> torch.Tensor:
+    """Mean over tokens of (1 - a) * cross-entropy + a * T^2 * KL(teacher || student).
+
+    Args:
+        logits: Of the student, [tokens, vocabulary], any floating-point dtype.
+        targets: Next tokens, [tokens], int64.
+        wanted: Logits of the teacher, [tokens, vocabulary]; None without a teacher.
+        distillation: a, in [0, 1].
+        temperature: T, above 0.
+    """
+    logits = logits.float()
+    if wanted is None or distillation == 0:
+        return nn.functional.cross_entropy(logits, targets)
+    student = (logits / temperature).log_softmax(dim=-1)
+    teacher = (wanted.float() / temperature).log_softmax(dim=-1)
+    divergence = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    if distillation == 1:
+        return divergence
+    own = student if temperature == 1 else logits.log_softmax(dim=-1)
+    return (1 - distillation) * nn.functional.nll_loss(own, targets) + distillation * divergence
+
+
+class _Progress(TrainerCallback):
+    """Keeps the time, measures the withheld text, keeps the best weights, and ends the training."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: RecoveryConfig,
+        total_steps: int,
+        start: float,
+        measure: Callable[[], float],
+    ) -> None:
+        self.model, self.config, self.total_steps, self.measure = model, config, total_steps, measure
+        self.start = start
+        self.budget = None if config.max_minutes is None else 60 * config.max_minutes
+        self.history = History()
+        self.bar: Any = None
+        self.measuring = self.all_measuring = 0.0
+        self.step_seconds = 0.0
+        self.best, self.without_gain, self.measured = math.inf, 0, 0
+        self.best_state: dict[str, torch.Tensor] = {}
+        self.last_step_end = start
+        self.broken = False
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def progress(self, step: int) -> float:
+        """Share of the training that is done, by steps or by time, whichever is further."""
+        done = step / self.total_steps
+        return min(1.0, done if self.budget is None else max(done, self.elapsed / self.budget))
+
+    def look(self, step: int) -> None:
+        """Measure the withheld text, and keep the weights if they are the best so far."""
+        begin = time.monotonic()
+        try:
+            loss = self.measure()
+        except NumericsError:
+            self.broken = True
+            return
+        self.history.losses.append((step, loss))
+        if loss < self.best:
+            self.best, self.history.best_step, self.without_gain = loss, step, 0
+            self.best_state = {
+                name: parameter.detach().clone()
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            }
+        else:
+            self.without_gain += 1
+        self.measuring = time.monotonic() - begin
+        self.all_measuring += self.measuring
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+        self.bar = tqdm(
+            total=1.0,
+            desc="Recovering",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            name=_LOGGER_NAME,
+        )
+        self.last_step_end = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+        now, step = time.monotonic(), state.global_step
+        seconds = now - self.last_step_end
+        self.step_seconds = seconds if step == 1 else 0.8 * self.step_seconds + 0.2 * seconds
+        self.history.steps = step
+        done = self.progress(step)
+        over = self.budget is not None and self.elapsed + self.step_seconds + 1.2 * self.measuring > self.budget
+        last = over or step >= self.total_steps
+        if last or done * self.config.evaluations >= self.measured + 1:
+            self.measured = int(done * self.config.evaluations)
+            self.look(step)
+        if self.broken:
+            self.history.ended, control.should_training_stop = "the loss is no longer a number", True
+        elif over:
+            self.history.ended, control.should_training_stop = "the time was up", True
+        elif not last and self.without_gain >= self.config.patience:
+            self.history.ended = f"{self.without_gain} measurements in a row brought no gain"
+            control.should_training_stop = True
+        self.bar.set_postfix({"bits/byte": f"{self.history.losses[-1][1]:.4f}"}, refresh=False)
+        self.bar.update(min(1.0 if last else done, 1.0) - self.bar.n)
+        self.last_step_end = time.monotonic()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+        self.bar.close()
+        self.history.seconds = self.elapsed
+
+
+class _RecoveryTrainer(Trainer):
+    """Cross-entropy and distillation on packed blocks; the learning rate follows the progress."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel | None, config: RecoveryConfig, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self.teacher, self.config = teacher, config
+        self.progress: _Progress | None = None
+        self.model_accepts_loss_kwargs = False  # every micro-batch has as many tokens, so their mean is the mean
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        ids = inputs["input_ids"]
+        fast = bfloat16_is_fast(ids.device)
+        with torch.autocast(ids.device.type, torch.bfloat16) if fast else nullcontext():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        wanted = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return token_loss(
+            logits,
+            ids[:, 1:].flatten(),
+            wanted,
+            distillation=self.config.distillation,
+            temperature=self.config.temperature,
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        progress = self.progress
+        assert progress is not None
+
+        def factor(step: int) -> float:
+            done = progress.progress(step)
+            return min(1.0, (done + 1 / progress.total_steps) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+
+def train(
+    model: PreTrainedModel,
+    blocks: torch.Tensor,
+    config: RecoveryConfig,
+    *,
+    teacher: PreTrainedModel | None,
+    measure: Callable[[], float],
+    start: float,
+) -> History:
+    """Train those weights of a model that require gradients; it ends with the best that were met, maybe the first.
+
+    Args:
+        model: Trained in place.
+        blocks: Text, [blocks, length], int64.
+        config: All choices.
+        teacher: Gives the distribution to learn from, over the same tokens; None: the text alone.
+        measure: The loss of `model` on withheld text.
+        start: `time.monotonic()` from which `max_minutes` counts.
+    """
+    micro = min(config.batch_size, max(1, _MICRO_BATCH_TOKENS // blocks.shape[1]), len(blocks))
+    accumulation = max(1, round(config.batch_size / micro))
+    steps = max(1, round(config.num_epochs * len(blocks) / (micro * accumulation)))
+    steps = min(steps, config.max_steps or steps)
+    use_cache = model.config.use_cache
+    with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=config.peak_learning_rate,
+            adam_beta2=0.95,
+            weight_decay=0.01,
+            seed=config.recovery_seed,
+            use_cpu=model.device.type == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        trainer = _RecoveryTrainer(model, arguments, train_dataset=Blocks(blocks), teacher=teacher, config=config)
+        progress = trainer.progress = _Progress(model, config, steps, start, measure)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(progress)
+        progress.look(0)
+        begin = time.monotonic() - progress.all_measuring
+        trainer.train()
+        seconds = time.monotonic() - begin - progress.all_measuring
+    history = progress.history
+    history.tokens = history.steps * micro * accumulation * blocks.shape[1]
+    history.tokens_per_second = history.tokens / seconds
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in progress.best_state:
+                parameter.copy_(progress.best_state[name])
+            parameter.grad = None
+    model.config.use_cache = use_cache
+    model.eval()
+    return history

@@ -1,0 +1,103 @@
+"""``hf-context-prune recover``: a pruned folder becomes a recovered one, with figures for both and their parent."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from hf_context_prune import PruningPlan, cli, load_pruned
+from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.evaluation import EvalReport
+from hf_context_prune.saving import verify_folder
+from tests.tiny import model_and_text
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+QUICK = ("--no-speed", "--max-eval-tokens", 400)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return model_and_text(tmp_path_factory.mktemp("recover"), "data.jsonl")
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    def call(*arguments):
+        words = [str(place / a[1:]) if isinstance(a, str) and a.startswith("@") else str(a) for a in arguments]
+        monkeypatch.setattr(sys, "argv", ["hf-context-prune", *words])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_info.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def pruned(run, place):
+    if not (place / "pruned").exists():
+        options = ("--max-seq-length", 32, "--num-calibration-samples", 16, "--mlp-ratio", 0.5, "--vocab-size", 288)
+        code, _, err = run("prune", "@base", "--data", "@data.jsonl", "--output", "@pruned", *options, *QUICK)
+        assert code == 0, err
+    return place / "pruned"
+
+
+RECOVER = ("recover", "@pruned", "--data", "@data.jsonl", "--max-seq-length", 32, "--learning-rate", 0.003, *QUICK)
+
+
+def test_the_folder_and_its_figures(run, place, pruned):
+    code, out, err = run(*RECOVER, "--output", "@out", "--teacher", "@base", "--num-epochs", 2)
+    assert code == 0, err
+    assert "bits per byte after recovery" in out
+    assert "Recovered (full) on" in out
+    verify_folder(place / "out")
+    report, before = EvalReport.load(place / "out/eval_report.json"), EvalReport.load(pruned / "eval_report.json")
+    assert report.dataset == before.dataset  # the very documents that pruning held out
+    assert report.loss.base == before.loss.base
+    assert report.loss.pruned == before.loss.pruned
+    assert report.loss.recovered.bits_per_byte.value < report.loss.pruned.bits_per_byte.value
+    plan, old = PruningPlan.load(place / "out/pruning_plan.json"), PruningPlan.load(pruned / "pruning_plan.json")
+    assert plan.sha256 == old.sha256
+    history = plan.provenance["recovery"]["history"]
+    assert history["tokens"] == history["steps"] * 4 * 32
+    assert plan.provenance["recovery"]["config"]["num_epochs"] == 2
+    assert load_pruned(place / "out").num_parameters() == load_pruned(pruned).num_parameters()
+    code, out, _ = run("inspect", "@out")
+    assert code == 0
+    assert "after recovery" in out
+
+
+def test_without_the_parent(run, place, pruned):
+    code, _, err = run(*RECOVER, "--output", "@none")
+    assert code == 2
+    assert "names it only as 'base', which is not on the Hub. Give it (--teacher)" in " ".join(err.split())
+    assert not (place / "none").exists()
+    code, out, err = run(*RECOVER, "--output", "@alone", "--distillation", 0, "--max-steps", 4, "--format", "json")
+    assert code == 0, err
+    loss = json.loads(out)["report"]["loss"]
+    assert loss["pruned"] is None
+    assert loss["recovered"]["bits_per_byte"]["value"] <= loss["base"]["bits_per_byte"]["value"] + 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "code"),
+    [
+        (("--method", "qlora"), "Unknown method 'qlora'", 2),
+        (("--distillation", 2), "distillation is 2.0", 2),
+        (("--teacher", "@missing"), "does not exist", 1),
+    ],
+)
+def test_mistakes(run, place, pruned, options, said, code):
+    got, out, err = run(*RECOVER, "--output", "@bad", *options)
+    assert (got, out) == (code, "")
+    assert said in " ".join(err.split())
+    assert not (place / "bad").exists()
+
+
+def test_a_folder_that_is_not_ours(run, place):
+    code, _, err = run("recover", "@base", "--data", "@data.jsonl", "--output", "@bad")
+    assert code == 1
+    assert "manifest.json" in err

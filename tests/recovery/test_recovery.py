@@ -1,0 +1,255 @@
+"""Recovery on tiny models: it lowers the loss on text it does not train on, or gives back what it got."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+
+from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, prune
+from hf_context_prune.data import CalibrationWarning, load_documents
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, PlanError, UnsupportedArchitectureError
+from hf_context_prune.evaluation import document_losses
+from hf_context_prune.recovery import RecoveryConfig, recover, teacher_of, training
+from hf_context_prune.recovery.training import token_loss
+from tests.tiny import TEXT, case, tiny_model
+from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+QUICK = EvalOptions(max_tokens=600, speed=False, memory=False)
+SMALL = {"max_seq_length": 32, "lora_rank": 4, "learning_rate": 3e-3}
+
+
+def texts(count=120, seed=0):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(TEXT.split(), k=60)) for _ in range(count)]
+
+
+def pruned(tokenizer, name="llama", **options):
+    dense = case(name)
+    config = PrunerConfig(**{"mlp_ratio": 0.5, "num_calibration_samples": 16, "max_seq_length": 32} | options)
+    return dense, prune(dense, texts(), config, tokenizer=tokenizer, evaluation=QUICK)
+
+
+def loss_of(model, tokenizer, seed=1):
+    losses = document_losses(model, tokenizer, load_documents(texts(20, seed=seed)), max_seq_length=32)
+    return sum(loss.nll for loss in losses) / sum(loss.num_tokens for loss in losses)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model, before):
+    state = model.state_dict()
+    return state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "llama-mqa-tied"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_it_recovers_what_pruning_cost(tokenizer, name, method):
+    dense, result = pruned(tokenizer, name)
+    before, of_parent = weights(result.model), weights(dense)
+    config = RecoveryConfig(method=method, **SMALL)
+    outcome = recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense, plan=result.plan)
+    assert loss_of(outcome.model, tokenizer) < loss_of(result.model, tokenizer) - 0.1
+    assert same(result.model, before)
+    assert same(dense, of_parent)
+    history = outcome.history
+    assert history.losses[0][0] == 0
+    assert min(loss for _, loss in history.losses) == dict(history.losses)[history.best_step] < history.losses[0][1]
+    assert history.tokens == history.steps * 4 * 32
+    assert type(outcome.model) is type(result.model)
+    assert outcome.model.state_dict().keys() == before.keys()
+    assert not outcome.model.training
+    assert all(parameter.requires_grad for parameter in outcome.model.parameters())
+    assert outcome.model.config.use_cache == result.model.config.use_cache
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_variable_width_model_saves_and_reloads(tokenizer, method, tmp_path):
+    dense, result = pruned(tokenizer, mlp_ratio=None, pruning_ratio=0.2, allocation="adaptive", reconstruction="none")
+    assert not result.stock.fits
+    config = RecoveryConfig(method=method, max_steps=4, **SMALL)
+    outcome = recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense)
+    result.model = outcome.model
+    from hf_context_prune import load_pruned
+
+    again = load_pruned(result.save_pretrained(tmp_path / "out"))
+    assert same(again, weights(outcome.model))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_gets_worse_is_not_kept(tokenizer, method):
+    _, result = pruned(tokenizer)
+    config = RecoveryConfig(**SMALL | {"method": method, "learning_rate": 30.0, "distillation": 0.0, "patience": 2})
+    outcome = recover(result.model, texts(), config, tokenizer=tokenizer)
+    assert outcome.history.best_step == 0
+    assert outcome.history.ended in ("2 measurements in a row brought no gain", "the loss is no longer a number")
+    if method == "full":
+        assert same(outcome.model, weights(result.model))
+    assert loss_of(outcome.model, tokenizer) == pytest.approx(loss_of(result.model, tokenizer), abs=1e-5)
+
+
+def test_a_loss_that_is_no_number_ends_it(tokenizer, monkeypatch):
+    _, result = pruned(tokenizer)
+    monkeypatch.setattr(training, "token_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
+    outcome = recover(result.model, texts(), RecoveryConfig(distillation=0.0, **SMALL), tokenizer=tokenizer)
+    assert outcome.history.ended == "the loss is no longer a number"
+    assert outcome.history.best_step == 0
+    assert same(outcome.model, weights(result.model))
+
+
+def test_the_same_seed_gives_the_same(tokenizer):
+    dense, result = pruned(tokenizer)
+    runs = [
+        recover(
+            result.model,
+            texts(),
+            RecoveryConfig(recovery_seed=seed, max_steps=6, **SMALL),
+            tokenizer=tokenizer,
+            teacher=dense,
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert same(runs[0].model, weights(runs[1].model))
+    assert runs[0].history.losses == runs[1].history.losses
+    assert not same(runs[0].model, weights(runs[2].model))
+
+
+def test_time_ends_it_and_measuring_counts(tokenizer, monkeypatch):
+    _, result = pruned(tokenizer)
+    now = [0.0]
+
+    def clock():
+        now[0] += 0.5
+        return now[0]
+
+    monkeypatch.setattr(training.time, "monotonic", clock)
+    config = RecoveryConfig(distillation=0.0, max_minutes=1.0, **SMALL)
+    outcome = recover(result.model, texts(), config, tokenizer=tokenizer)
+    history = outcome.history
+    assert history.ended == "the time was up"
+    assert 30 < history.seconds < 66  # the clock ticks in coarse steps
+    assert 0 < history.steps < 60
+    assert history.losses[-1][0] == history.steps  # the last weights were measured too
+
+
+def test_frozen_weights_and_half_precision_stay(tokenizer):
+    dense, result = pruned(tokenizer)
+    model = result.model.bfloat16()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = weights(model)
+    outcome = recover(model, texts(), RecoveryConfig(max_steps=8, **SMALL), tokenizer=tokenizer, teacher=dense)
+    after = outcome.model.state_dict()
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert not outcome.model.model.embed_tokens.weight.requires_grad
+    assert outcome.model.model.rotary_emb.inv_freq.dtype == torch.float32 or model.dtype == torch.bfloat16
+
+
+def test_the_teacher_of_a_smaller_vocabulary():
+    tokenizer = shared_tokenizer("smollm2")
+    dense = model_for("llama", tokenizer)
+    config = PrunerConfig(vocab_size=256, mlp_ratio=0.5, num_calibration_samples=16, max_seq_length=32)
+    result = prune(dense, documents(), config, tokenizer=tokenizer, evaluation=QUICK)
+    teacher = teacher_of(dense, result.plan, result.model)
+    kept = result.plan.vocabulary.kept
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = dense(input_ids=torch.tensor(result.plan.vocabulary.to_old(ids[0].tolist()))[None]).logits[
+            ..., list(kept)
+        ]
+        torch.testing.assert_close(teacher(input_ids=ids).logits.float(), expected, atol=0.2, rtol=0.05)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    outcome = recover(
+        result.model, documents(), RecoveryConfig(**SMALL), tokenizer=result.tokenizer, teacher=dense, plan=result.plan
+    )
+    assert outcome.history.best_step > 0
+    with pytest.raises(ConfigError, match=r"teacher has 392 tokens, and the model 256"):
+        teacher_of(dense, None, result.model)
+
+
+def test_rewinding_starts_from_the_parents_values(tokenizer):
+    dense, result = pruned(tokenizer)
+    ticket = apply_plan(dense, result.plan)
+    assert not same(result.model, weights(ticket))
+    config = RecoveryConfig(**SMALL | {"rewind": "pretrained", "max_steps": 1, "learning_rate": 1e-30})
+    outcome = recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense, plan=result.plan)
+    assert same(outcome.model, weights(ticket))
+    with pytest.raises(PlanError, match="very model that was pruned"):
+        recover(
+            result.model, texts(), config, tokenizer=tokenizer, teacher=tiny_model("llama", seed=5), plan=result.plan
+        )
+    with pytest.raises(ConfigError, match="needs the plan"):
+        recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_loss(share, temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits, wanted = (torch.randn(7, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(0, 11, (7,), generator=generator)
+    p, q = (wanted / temperature).softmax(-1), (logits / temperature).softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1).mean() * temperature**2
+    expected = (1 - share) * functional.cross_entropy(logits, targets) + share * divergence
+    got = token_loss(logits, targets, wanted, distillation=share, temperature=temperature)
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)
+    assert float(token_loss(logits, targets, None, distillation=share, temperature=temperature)) == pytest.approx(
+        float(functional.cross_entropy(logits, targets)), rel=1e-5
+    )
+
+
+def test_what_is_refused_before_any_work(tokenizer):
+    _, result = pruned(tokenizer)
+    model = result.model
+    before = weights(model)
+    with pytest.raises(ConfigError, match=r"need the dense parent: pass teacher="):
+        recover(model, texts(), RecoveryConfig(), tokenizer=tokenizer)
+    with pytest.raises(DataError, match="at least 2"):
+        recover(model, ["one text"], RecoveryConfig(distillation=0.0), tokenizer=tokenizer)
+    broken = tiny_model("llama")
+    broken.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"lm_head\.weight"):
+        recover(broken, texts(), RecoveryConfig(distillation=0.0), tokenizer=tokenizer)
+    with pytest.raises(UnsupportedArchitectureError, match="meta device"):
+        recover(tiny_model("llama").to("meta"), texts(), RecoveryConfig(distillation=0.0), tokenizer=tokenizer)
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(UnsupportedArchitectureError, match="Merge or unload it first"):
+        recover(wrapped.get_base_model(), texts(), RecoveryConfig(distillation=0.0), tokenizer=tokenizer)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "qlora"}, "Unknown method 'qlora'; allowed are full, lora"),
+        ({"rewind": "random"}, "Unknown rewind 'random'"),
+        ({"distillation": 1.5}, r"distillation is 1.5; it must be a share in \[0, 1\]"),
+        ({"distillation": float("nan")}, "distillation is nan"),
+        ({"temperature": 0}, "temperature is 0; it must be a number above 0"),
+        ({"learning_rate": -1e-3}, r"learning_rate is -0.001"),
+        ({"max_minutes": 0}, "max_minutes is 0"),
+        ({"num_epochs": True}, "num_epochs is True"),
+        ({"max_steps": 0}, "max_steps is 0; it must be an integer of at least 1"),
+        ({"batch_size": 2.0}, r"batch_size is 2.0"),
+        ({"max_seq_length": 4}, "at least 8"),
+    ],
+)
+def test_bad_options(options, said):
+    with pytest.raises(ConfigError, match=said):
+        RecoveryConfig(**options)
+
+
+def test_options_as_a_mapping():
+    config = RecoveryConfig(method="lora", max_minutes=3)
+    assert RecoveryConfig.from_dict(config.to_dict()) == config
+    assert (config.peak_learning_rate, RecoveryConfig(learning_rate=1e-5).peak_learning_rate) == (2e-3, 1e-5)
+    with pytest.raises(ConfigError, match="Did you mean 'patience'"):
+        RecoveryConfig.from_dict({"patients": 3})
