@@ -212,6 +212,11 @@ def broadcast_object(value: T) -> T:
 # Batches and sums
 
 
+def all_gather(value: T) -> list[T]:
+    """The values of all processes, in the order of their ranks; every process has to call it."""
+    return _exchange(None, value)
+
+
 def shard(batches: Iterable[dict[str, torch.Tensor]]) -> list[tuple[int, dict[str, torch.Tensor]]]:
     """This process's share of the batches, with their numbers: every n-th, so that the first is the first of all.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -269,6 +269,31 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | No
         smaller._context_prune_unsavable = unsavable
         smaller.save_pretrained = partial(_refuse_to_save, unsavable)  # type: ignore[method-assign]
     return smaller.train(model.training)
+
+
+def kept_entries(model: PreTrainedModel, plan: PruningPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Where the entries of every narrower weight come from, block by block: for states that belong to weights.
+
+    Args:
+        model: As it is before the plan is applied.
+        plan: Made for it; its vocabulary is not looked at.
+
+    Yields:
+        (name of the parameter, flat indices into it, int64 in the shape that it has after the plan).
+    """
+    spec = check_supported(model)
+    geometry = read_geometry(model.config, spec)
+    for index, block in enumerate(blocks(model, spec)):
+        prefix = f"{spec.layers}.{index}"
+        places = {
+            f"{prefix}.{name}": torch.arange(parameter.numel()).view(parameter.shape)
+            for name, parameter in block.named_parameters()
+        }
+        shapes = {name: tensor.shape for name, tensor in places.items()}
+        _prune_block(index, block, prefix, places, spec, geometry, plan, None)
+        for name, tensor in places.items():
+            if tensor.shape != shapes[name]:
+                yield name, tensor
 
 
 def _refuse_to_save(reason: str, *_: object, **__: object) -> None:

@@ -1,0 +1,351 @@
+"""`ContextPruneCallback`: prunes the model that a `transformers.Trainer` trains, by the text that it trains on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from .. import modeling as modeling  # registers the variable-width classes with the auto classes
+from ..architectures import check_supported, read_geometry
+from ..calibration import check_weights_finite
+from ..config import PrunerConfig
+from ..distributed import all_gather, num_processes
+from ..errors import ConfigError, DataError, LoadError
+from ..evaluation import count_parameters
+from ..modeling.specs import LayerWidths
+from ..plan import PruningPlan, fingerprint
+from ..planning import plan_and_repair, plan_widths
+from ..saving import PLAN_NAME
+from ..surgery import apply_plan, kept_entries
+from .checks import check_arguments, check_config, check_repair
+from .optimizer import check_optimizer, clear_entries, map_state, replace_parameters
+from .schedule import PruningSchedule, config_at
+from .transplant import composed, scatter, transplant
+
+_CONFIG_FILE = "config.json"
+
+
+class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Prunes during training: ``Trainer(..., callbacks=[ContextPruneCallback(PrunerConfig(pruning_ratio=0.2))])``.
+
+    The last training batches are the calibration text. Each pruning of the schedule chooses units by them, cuts them
+    out of the very model that the Trainer holds, repairs the rest in closed form, and maps the state of the optimizer.
+    After ``train()``, ``trainer.model`` is the smaller model, of its stock class where that can hold the widths.
+
+    With several processes (DDP), which hold on to the shapes of their weights, what is pruned is zeroed and stays zero
+    until the training ends; then it is cut out.
+
+    Args:
+        config: What to remove and how. `num_calibration_samples` x `max_seq_length` of the last tokens are used.
+        schedule: When.
+
+    Attributes:
+        plan: What was kept so far, in the units of the model that the training began with; None before.
+
+    Raises:
+        ConfigError: An option that needs more than training batches.
+    """
+
+    def __init__(
+        self,
+        config: PrunerConfig | dict[str, Any] | None = None,
+        schedule: PruningSchedule | dict[str, Any] | None = None,
+    ) -> None:
+        # Plain values are what a checkpoint gives back.
+        self.config = PrunerConfig.from_dict(config) if isinstance(config, dict) else config or PrunerConfig()
+        self.schedule = PruningSchedule(**schedule) if isinstance(schedule, dict) else schedule or PruningSchedule()
+        self.plan: PruningPlan | None = None
+        self.total_params = 0
+        self.dense: tuple[LayerWidths, ...] = ()
+        self.final: tuple[LayerWidths, ...] | None = None
+        self.tokens: list[int] = []
+        self.metrics: dict[str, float] = {}
+        self.num_done = 0
+        self._steps: tuple[int, ...] = ()
+        self._seen: list[torch.Tensor] = []
+        self._hook: Any = None
+        self._use_cache = True
+        self._fingerprint = ""
+        self._pruning = False
+        check_config(self.config)
+
+    # --- the state in a checkpoint ------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps (JSON values): `ExportableState`."""
+        return {
+            "args": {"config": self.config.to_dict(), "schedule": self.schedule.to_dict()},
+            "attributes": {
+                "progress": {
+                    "plan": None if self.plan is None else self.plan.to_dict(),
+                    "total_params": self.total_params,
+                    "dense": [[widths.neurons, widths.kv_groups] for widths in self.dense],
+                    "final": None if self.final is None else [[w.neurons, w.kv_groups] for w in self.final],
+                    "tokens": self.tokens,
+                    "metrics": self.metrics,
+                    "num_done": self.num_done,
+                    "fingerprint": self._fingerprint,
+                    "use_cache": self._use_cache,
+                }
+            },
+        }
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """The part of the state that training changes."""
+        return self.state()["attributes"]["progress"]  # type: ignore[no-any-return]
+
+    @progress.setter
+    def progress(self, values: dict[str, Any]) -> None:
+        self.plan = None if values["plan"] is None else PruningPlan.from_dict(values["plan"])
+        self.total_params, self.num_done = values["total_params"], values["num_done"]
+        self.dense = tuple(LayerWidths(*widths) for widths in values["dense"])
+        self.final = None if values["final"] is None else tuple(LayerWidths(*widths) for widths in values["final"])
+        self.tokens, self.metrics = list(values["tokens"]), dict(values["metrics"])
+        self._fingerprint, self._use_cache = values["fingerprint"], values["use_cache"]
+
+    def _resume(self, state: TrainerState, model: PreTrainedModel) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        if not saved or not saved["attributes"]["progress"]["total_params"]:
+            raise ConfigError(
+                f"The checkpoint of step {state.global_step} was written without a ContextPruneCallback. Start from "
+                f"its weights as a new training, without resume_from_checkpoint."
+            )
+        own = self.state()["args"]
+        for part in ("config", "schedule"):
+            then = saved["args"][part]
+            differing = sorted(key for key in own[part] if own[part][key] != then.get(key))
+            if differing:
+                asked = ", ".join(f"{key}={own[part][key]!r} (was {then.get(key)!r})" for key in differing)
+                raise ConfigError(
+                    f"The checkpoint of step {state.global_step} belongs to a training with another {part}: {asked}. "
+                    f"Resume with what it was begun with."
+                )
+        self.progress = saved["attributes"]["progress"]
+        widths = read_geometry(model.config, check_supported(model)).layers
+        expected = self.dense if self.plan is None or num_processes() > 1 else self.plan.widths
+        if widths != expected:
+            raise ConfigError(
+                "The model does not have the widths of the checkpoint that is resumed. Build it from the checkpoint: "
+                "Trainer(model=load_checkpoint(path), ...).train(resume_from_checkpoint=path)."
+            )
+
+    # --- events of the Trainer ----------------------------------------------------------------------------------------
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Note what the Trainer is about to switch off in the config."""
+        self._use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", True)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Refuse what can't work, while no weight has changed; take up a checkpoint's state; start to listen."""
+        model, optimizer = kwargs["model"], kwargs.get("optimizer")
+        if getattr(state, "_context_prune", self) is not self:
+            raise ConfigError("The Trainer has two ContextPruneCallbacks; give it one.")
+        state._context_prune = self
+        check_arguments(args, state)
+        spec = check_supported(model)
+        check_weights_finite(model)
+        check_optimizer(optimizer, model)
+        check_repair(model, self.config)
+        steps = self.schedule.steps(state.max_steps)
+        if state.global_step > 0:
+            self._resume(state, model)
+        else:
+            self.final = None if self.config.allocation == "adaptive" else plan_widths(model, self.config)
+            self.dense, self.total_params = read_geometry(model.config, spec).layers, count_parameters(model)
+            self.plan, self.tokens, self.num_done = None, [], 0
+            self._fingerprint = fingerprint(model)
+            self.metrics = {"pruning/parameters": self.total_params, "pruning/ratio": 0.0}
+        self._steps, self._seen = steps, []
+        self._hook = model.register_forward_pre_hook(self._listen, with_kwargs=True)
+
+    def _listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not model.training or self._pruning:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+            raise DataError(
+                f"The training batches have no input_ids (but {', '.join(sorted(kwargs)) or 'nothing'}), which are the "
+                f"text that pruning goes by. Give token ids to the model."
+            )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            ids = ids[mask.bool()]
+        self._seen.append(ids.detach().reshape(-1).cpu())
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Keep the step's tokens, and prune if it is time."""
+        if self.num_done == len(self._steps):
+            return
+        own = [int(index) for tokens in self._seen for index in tokens.tolist()]
+        self._seen = []
+        self.tokens += [index for tokens in all_gather(own) for index in tokens]
+        del self.tokens[: -self.config.num_calibration_samples * self.config.max_seq_length]
+        if state.global_step < self._steps[self.num_done]:
+            return
+        self._pruning = True
+        try:
+            self._prune(kwargs["model"], kwargs["optimizer"], state.global_step)
+        finally:
+            self._pruning = False
+        self.num_done += 1
+        # Checkpoints from before are of another size: the best model is one of those to come.
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        if self.num_done == len(self._steps):
+            self.tokens = []
+
+    def _samples(self) -> torch.Tensor:
+        length = min(self.config.max_seq_length, len(self.tokens))
+        if length < 2:
+            raise DataError(
+                "The training batches up to the first pruning hold no text. Prune later, or check the data."
+            )
+        blocks_ = len(self.tokens) // length
+        return torch.tensor(self.tokens[-blocks_ * length :]).view(blocks_, length)
+
+    def _prune(self, model: PreTrainedModel, optimizer: Any, step: int) -> None:  # noqa: ANN401
+        several = num_processes() > 1
+        current = self._cut_out(model) if several else model
+        spec = check_supported(current)
+        share = self.schedule.share(self.num_done)
+        config = config_at(
+            share, self.config, self.dense, read_geometry(current.config, spec).layers, self.final, self.total_params
+        )
+        plan, repair = plan_and_repair(current, self._samples(), config)
+        smaller = apply_plan(current, plan, repair=repair)
+        prunings = [] if self.plan is None else list(self.plan.provenance["prunings"])
+        size = count_parameters(smaller)
+        prunings.append({"step": step, "parameters": size, "tokens": len(self.tokens)})
+        provenance = {
+            "config": self.config.to_dict(),
+            "schedule": self.schedule.to_dict(),
+            "prunings": prunings,
+            "versions": plan.provenance["versions"],
+        }
+        whole = composed(self.plan, plan, model_fingerprint=self._fingerprint, provenance=provenance)
+        if several:
+            self._silence(model, smaller, whole, optimizer)
+        else:
+            own = dict(model.named_parameters())
+            map_state(optimizer, ((own[name], places) for name, places in kept_entries(model, plan)))
+            replace_parameters(optimizer, transplant(model, smaller))
+            model.config.use_cache = False
+        self.plan = whole
+        self.metrics = {"pruning/parameters": size, "pruning/ratio": 1 - size / self.total_params}
+
+    def _cut_out(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model without what was silenced so far."""
+        if self.plan is None:
+            return model
+        return apply_plan(model, composed(None, self.plan, model_fingerprint=fingerprint(model), provenance={}))
+
+    def _silence(self, model: PreTrainedModel, smaller: PreTrainedModel, plan: PruningPlan, optimizer: Any) -> None:  # noqa: ANN401
+        """Zero what a plan removes, on both sides: no gradient reaches it, and nothing moves it."""
+        narrow, wide = dict(smaller.named_parameters()), dict(model.named_parameters())
+        for name, places in kept_entries(model, plan):
+            scatter(wide[name], narrow[name].detach(), places)
+            clear_entries(optimizer, wide[name], places)
+        for name, parameter in wide.items():
+            if parameter.shape == narrow[name].shape:
+                parameter.data.copy_(narrow[name].detach())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Add the sizes to what is logged."""
+        if logs is not None and self._hook is not None:
+            logs.update(self.metrics)
+            if state.log_history:
+                state.log_history[-1].update(self.metrics)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Put the plan into a checkpoint, and ``use_cache`` back into its config."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        file = folder / _CONFIG_FILE
+        values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": self._use_cache}
+        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if self.plan is not None:
+            self.plan.save(folder / PLAN_NAME)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Stop listening, cut out what was silenced, and put ``use_cache`` back."""
+        model = kwargs["model"]
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self.plan is not None and num_processes() > 1:
+            transplant(model, self._cut_out(model))
+        model.config.use_cache = self._use_cache
+        if self.plan is not None and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.plan.save(Path(args.output_dir) / PLAN_NAME)
+
+
+def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
+    """The model of a Trainer's checkpoint, with the widths that it had then: to resume, or to use.
+
+        trainer = Trainer(model=load_checkpoint(path), callbacks=[ContextPruneCallback(config, schedule)], ...)
+        trainer.train(resume_from_checkpoint=path)
+
+    Args:
+        checkpoint: A ``checkpoint-*`` folder.
+
+    Raises:
+        LoadError: It is none.
+    """
+    folder = Path(checkpoint)
+    if not (folder / _CONFIG_FILE).is_file():
+        raise LoadError(f"{folder} is not a checkpoint of a Trainer: it holds no {_CONFIG_FILE}.")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    return model

@@ -1,0 +1,110 @@
+"""The optimizer of a model whose weights are swapped for narrower ones: the same groups, its state mapped along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers.optimization import Adafactor
+
+from ..errors import ConfigError
+
+FULL, ROWS, COLUMNS = "full", "rows", "columns"
+
+# What each state tensor of an optimizer carries: every entry of its weight, or one value a row or a column.
+_ADAM = {"exp_avg": FULL, "exp_avg_sq": FULL, "max_exp_avg_sq": FULL}
+STATES: dict[type[Optimizer], dict[str, str]] = {
+    torch.optim.AdamW: _ADAM,
+    torch.optim.Adam: _ADAM,
+    torch.optim.SGD: {"momentum_buffer": FULL},
+    torch.optim.Adafactor: {"variance": FULL, "row_var": ROWS, "col_var": COLUMNS},
+    Adafactor: {"exp_avg": FULL, "exp_avg_sq": FULL, "exp_avg_sq_row": ROWS, "exp_avg_sq_col": COLUMNS},
+}
+
+
+def bare(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, without accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
+    """Refuse an optimizer whose state can't be mapped to narrower weights.
+
+    Raises:
+        ConfigError: Its class is not in the table, or it trains weights that the model does not have.
+    """
+    if optimizer is None:
+        raise ConfigError("The Trainer has no optimizer when training begins, so its state can't be kept. Give it one.")
+    inner = bare(optimizer)
+    if type(inner) not in STATES:
+        known = ", ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in STATES)
+        raise ConfigError(
+            f"The state of the optimizer {type(inner).__module__}.{type(inner).__qualname__} can't be mapped to "
+            f"narrower weights; supported are {known}. Use one of them: TrainingArguments(optim='adamw_torch')."
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    strangers = sum(id(parameter) not in own for group in inner.param_groups for parameter in group["params"])
+    if strangers:
+        raise ConfigError(
+            f"The optimizer trains {strangers} tensors that are not weights of the model (any more). Make it from "
+            f"model.parameters() of this very model, or let the Trainer make it."
+        )
+
+
+def _mapped(value: torch.Tensor, carries: str, shape: torch.Size, places: torch.Tensor) -> torch.Tensor:
+    """One state tensor of a narrower weight.
+
+    Args:
+        value: The state of the wide weight.
+        carries: `FULL`, `ROWS` or `COLUMNS`.
+        shape: Of the wide weight.
+        places: Flat indices into the wide weight, in the shape of the narrow one.
+    """
+    places = places.to(value.device)
+    if carries == FULL:
+        return value.reshape(-1)[places]
+    index = places[:, 0] // shape[1] if carries == ROWS else places[0] % shape[1]
+    kept = value.reshape(-1)[index]
+    if value.ndim == 1:
+        return kept
+    return kept[:, None] if carries == ROWS else kept[None, :]
+
+
+def map_state(optimizer: Optimizer, places: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    """Narrow the state of weights that get narrower.
+
+    Args:
+        optimizer: One that `check_optimizer` let pass.
+        places: (wide weight, flat indices into it in the shape of the narrow one).
+    """
+    inner = bare(optimizer)
+    carries = STATES[type(inner)]
+    for parameter, index in places:
+        state = inner.state.get(parameter, {})
+        for name, value in list(state.items()):
+            if name in carries and isinstance(value, torch.Tensor):
+                state[name] = _mapped(value, carries[name], parameter.shape, index)
+
+
+def replace_parameters(optimizer: Optimizer, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Let an optimizer train the new weights in place of the old ones; groups and schedulers stay."""
+    inner = bare(optimizer)
+    for group in inner.param_groups:
+        group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
+    for old, replacement in new.items():
+        if old in inner.state:
+            inner.state[replacement] = inner.state.pop(old)
+
+
+def clear_entries(optimizer: Optimizer, parameter: nn.Parameter, places: torch.Tensor) -> None:
+    """Set the state of all entries but those at `places` (flat indices) to zero."""
+    inner = bare(optimizer)
+    carries = STATES[type(inner)]
+    for name, value in inner.state.get(parameter, {}).items():
+        if carries.get(name) == FULL and isinstance(value, torch.Tensor):
+            kept = value.reshape(-1)[places.to(value.device)].clone()
+            value.zero_().view(-1)[places.to(value.device)] = kept

@@ -1,0 +1,121 @@
+"""When to prune during training, and how far: step -> widths or parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from ..allocation import Budget, round_half_up
+from ..config import PrunerConfig, is_number
+from ..errors import ConfigError, unknown
+from ..modeling.specs import LayerWidths
+
+Shape = Literal["cubic", "linear"]
+
+
+@dataclass(frozen=True)
+class PruningSchedule:
+    """Several prunings at equal distances, from `start` to `end`.
+
+    Attributes:
+        start: First pruning: a share of the training, in (0, 1), or a step, from 1.
+        end: Last pruning, likewise.
+        num_prunings: How many; 1 prunes at `start` alone.
+        shape: Share of the units that is gone after a share t of the prunings: ``cubic`` 1 - (1 - t)^3 (Zhu and Gupta,
+            arXiv 1710.01878, Eq. 1), ``linear`` t.
+
+    Raises:
+        ConfigError: A value out of range.
+    """
+
+    start: float | int = 0.1
+    end: float | int = 0.5
+    num_prunings: int = 3
+    shape: Shape = "cubic"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if not is_number(value) or not (0 < value < 1 or (isinstance(value, int) and value >= 1)):
+                raise ConfigError(
+                    f"The schedule's {name} is {value!r}; it must be a share of the training in (0, 1), or a step from "
+                    f"1 on."
+                )
+        count = self.num_prunings
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigError(f"The schedule's num_prunings is {count!r}; it must be an integer of at least 1.")
+        if self.shape not in get_args(Shape):
+            raise ConfigError(unknown("shape", self.shape, get_args(Shape)))
+
+    def steps(self, max_steps: int) -> tuple[int, ...]:
+        """The steps after which to prune, ascending.
+
+        Args:
+            max_steps: Steps of the training.
+
+        Raises:
+            ConfigError: They do not fit into the training.
+        """
+        first, last = (
+            value if isinstance(value, int) else max(1, round(value * max_steps)) for value in (self.start, self.end)
+        )
+        if self.num_prunings == 1:
+            last = first
+        if last >= max_steps:
+            raise ConfigError(
+                f"The schedule's last pruning is at step {last}, but the training ends with step {max_steps}: nothing "
+                f"could be learnt after it. Prune earlier, or train longer."
+            )
+        if last - first < self.num_prunings - 1:
+            raise ConfigError(
+                f"The schedule has {self.num_prunings} prunings between step {first} and step {last}; at most "
+                f"{max(0, last - first) + 1} fit there (start must not be after end). Use fewer, or train longer."
+            )
+        gaps = max(1, self.num_prunings - 1)
+        return tuple(first + (last - first) * index // gaps for index in range(self.num_prunings))
+
+    def share(self, pruning: int) -> float:
+        """Share of all that will go which is gone after a pruning, counted from 0."""
+        done = (pruning + 1) / self.num_prunings
+        return done if self.shape == "linear" else 1 - (1 - done) ** 3
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def config_at(
+    share: float,
+    config: PrunerConfig,
+    dense: Sequence[LayerWidths],
+    current: Sequence[LayerWidths],
+    final: Sequence[LayerWidths] | None,
+    total_params: int,
+) -> PrunerConfig:
+    """What to ask for at a pruning, of the model as it is then.
+
+    Args:
+        share: Share of all that will go which is then gone.
+        config: Of the whole training.
+        dense: Widths at its begin.
+        current: Widths now.
+        final: Uniform widths at its end; None for adaptive ones, which are found by measuring.
+        total_params: Parameters at its begin.
+    """
+    if final is None:
+        remove = Budget.of(config, total_params).remove_params or 0
+        return replace(config, pruning_ratio=None, target_params=int(total_params - share * remove))
+    first, last, now = dense[0], final[0], current[0]
+    neurons = first.neurons - round_half_up(share * (first.neurons - last.neurons))
+    neurons = min(now.neurons, -(-neurons // config.round_to) * config.round_to) if share < 1 else last.neurons
+    groups = first.kv_groups - round_half_up(share * (first.kv_groups - last.kv_groups))
+    return replace(
+        config,
+        pruning_ratio=None,
+        target_params=None,
+        stock=False,  # the widths are known to fit, and those on the way need not
+        mlp_ratio=1 - neurons / now.neurons,
+        attention_ratio=1 - groups / now.kv_groups,
+    )

@@ -1,0 +1,77 @@
+"""A narrower model into the body of a wide one: in place, so that whoever holds the model keeps a valid reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..plan import LayerPlan, PruningPlan
+
+# Of a module's __dict__: what is torch's own, and what a training has switched on.
+_KEEP = {"training", "gradient_checkpointing"}
+
+
+def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Parameter, nn.Parameter]:
+    """Make `model` what `smaller` is: class, config, sizes and weights. Hooks and training switches stay.
+
+    Args:
+        model: Changed in place.
+        smaller: From `apply_plan` of `model`; not to be used afterwards.
+
+    Returns:
+        The new parameter of every old one.
+    """
+    old, new = dict(model.named_modules()), dict(smaller.named_modules())
+    assert old.keys() == new.keys()
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for name, module in old.items():
+        twin = new[name]
+        for key, value in twin.__dict__.items():
+            if not key.startswith("_") and key not in _KEEP:
+                module.__dict__[key] = value
+        for key, parameter in module._parameters.items():
+            counterpart = twin._parameters[key]
+            if parameter is not None and counterpart is not None:
+                replaced[parameter] = counterpart
+                module._parameters[key] = counterpart
+        if name:
+            assert type(module) is type(twin)
+    model.__class__ = type(smaller)
+    return replaced
+
+
+def scatter(parameter: nn.Parameter, narrow: torch.Tensor, places: torch.Tensor) -> None:
+    """Write a narrow weight into its places in the wide one, and zero all others.
+
+    Args:
+        parameter: The wide weight, changed in place.
+        narrow: The narrow one.
+        places: Flat indices into the wide weight, in the shape of the narrow one.
+    """
+    parameter.data.zero_()
+    parameter.data.view(-1)[places.to(parameter.device).flatten()] = narrow.to(parameter).flatten()
+
+
+def composed(first: PruningPlan | None, second: PruningPlan, **changes: Any) -> PruningPlan:  # noqa: ANN401
+    """One plan for two prunings in a row, in the units of the model before the first."""
+    layers = second.layers
+    dense = second.dense
+    if first is not None:
+        dense = first.dense
+        layers = tuple(
+            LayerPlan(
+                tuple(a.neurons[index] for index in b.neurons), tuple(a.kv_groups[index] for index in b.kv_groups)
+            )
+            for a, b in zip(first.layers, second.layers, strict=True)
+        )
+    values = {
+        "model_type": second.model_type,
+        "dense": dense,
+        "layers": layers,
+        "model_fingerprint": (first or second).model_fingerprint,
+        "provenance": second.provenance,
+    }
+    return PruningPlan(**(values | changes))

@@ -1,0 +1,324 @@
+"""Pruning inside an unchanged `transformers.Trainer`: learning goes on, folders reload, and what can't work is told."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+
+from hf_context_prune import PrunerConfig, apply_plan
+from hf_context_prune.architectures import SPECS
+from hf_context_prune.callback import ContextPruneCallback, PruningSchedule, load_checkpoint
+from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.errors import ConfigError, DataError, LoadError, NumericsError, UnsupportedArchitectureError
+from hf_context_prune.plan import PruningPlan
+from tests.callback.cases import SCHEDULE, STEPS, Snapshots, config_for, dataset, trainer_for
+from tests.tiny import FAMILIES, case, tiny_model
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+VARIABLE = {"mlp_ratio": None, "attention_ratio": None, "pruning_ratio": 0.2, "allocation": "adaptive"}
+
+
+def callback(schedule=SCHEDULE, **options):
+    return ContextPruneCallback(config_for(**options), schedule)
+
+
+def same(model, weights):
+    state = model.state_dict()
+    return state.keys() == weights.keys() and all(torch.equal(state[key], weights[key]) for key in weights)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name, tmp_path):
+    model, hook = case(name), callback()
+    trainer = trainer_for(tmp_path, hook, model=model)
+    trainer.train()
+    assert trainer.model is model
+    neurons = 96 if name == "gpt2" else 20
+    assert {(widths.neurons, widths.kv_groups) for widths in hook.plan.widths} == {(neurons, 4 if name in MHA else 2)}
+    spec = SPECS[model.config.model_type.removeprefix("context_pruned_")]
+    assert type(model).__name__.removeprefix("ContextPruned") == spec.model_class
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.5
+    assert [entry["step"] for entry in hook.plan.provenance["prunings"]] == [4, 7, 10]
+    assert model.config.use_cache
+    trainer.save_model(str(tmp_path / "final"))
+    again = load_checkpoint(tmp_path / "final")
+    assert type(again).__name__ == type(model).__name__
+    assert same(again, model.state_dict())
+    ids = torch.arange(3, 13)[None]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(again.generate(ids, **options), again.generate(ids, use_cache=False, **options))
+
+
+MHA = {"gpt_neox", "opt", "gpt2"}  # every query head is a group of its own: 6 of them
+
+
+@pytest.mark.parametrize("options", [{}, VARIABLE], ids=["uniform", "variable"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+def test_learning_goes_on_after_a_pruning(optim, options, tmp_path):
+    once = PruningSchedule(start=10, num_prunings=1)
+    hook, snapshots = callback(once, **options), Snapshots()
+    trainer = trainer_for(
+        tmp_path,
+        hook,
+        callbacks=[snapshots],
+        optim=optim,
+        optim_args="momentum=0.9" if optim == "sgd" else None,
+        learning_rate=0.1 if optim == "sgd" else 3e-3,
+        max_steps=STEPS + 1,
+    )
+    batches, compute_loss = [], trainer.compute_loss
+
+    def recorded(model, inputs, **more):
+        batches.append(dict(inputs))
+        return compute_loss(model, inputs, **more)
+
+    trainer.compute_loss = recorded
+    trainer.train()
+    learnt = losses(trainer)[10:20]
+    one_shot = tiny_model("llama")  # the model as it was right after the pruning, on the same ten batches
+    one_shot = apply_plan(one_shot, identity_of(hook.plan, one_shot))
+    one_shot.load_state_dict(snapshots.weights[10])
+    with torch.no_grad():
+        standing = [float(one_shot.eval()(**batch).loss) for batch in batches[10:20]]
+    assert learnt[0] == pytest.approx(standing[0], abs=1e-4)
+    assert sum(learnt) < sum(standing)
+    assert snapshots.weights[9]["model.layers.0.mlp.up_proj.weight"].shape == (40, 48)
+
+
+def identity_of(plan, model):
+    """The plan of a training for the model that it began with."""
+    from hf_context_prune.plan import fingerprint
+
+    return PruningPlan(plan.model_type, plan.dense, plan.layers, fingerprint(model))
+
+
+def test_sizes_are_logged_and_the_plan_is_written(tmp_path):
+    class Reporter(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs=None, **_):
+            self.seen.append(dict(logs))
+
+    hook, reporter = callback(**VARIABLE), Reporter()
+    trainer = trainer_for(tmp_path, hook, callbacks=[reporter], save_strategy="steps", save_steps=8)
+    before = trainer.model.num_parameters()
+    trainer.train()
+    ratios = [entry["pruning/ratio"] for entry in reporter.seen]
+    assert ratios[0] == 0
+    assert ratios == sorted(ratios)
+    assert len(set(ratios)) == 4
+    assert ratios[-1] == pytest.approx(1 - trainer.model.num_parameters() / before)
+    assert 0.2 <= ratios[-1] < 0.23
+    assert trainer.state.log_history[5]["pruning/parameters"] == reporter.seen[5]["pruning/parameters"]
+    assert PruningPlan.load(tmp_path / "pruning_plan.json") == hook.plan
+    half = load_checkpoint(tmp_path / "checkpoint-8")
+    assert trainer.model.num_parameters() < half.num_parameters() < before
+    assert half.config.use_cache
+    assert PruningPlan.load(tmp_path / "checkpoint-8/pruning_plan.json").provenance["prunings"][-1]["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True},
+        {"eval_strategy": "steps", "eval_steps": 3},
+        {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_strategy": "steps", "best": True},
+        {"restore_callback_states_from_checkpoint": True},
+        {"neftune_noise_alpha": 5.0},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_ways_of_training(options, tmp_path):
+    if options.pop("best", False):
+        options |= {"load_best_model_at_end": True, "save_total_limit": 1}
+    hook = callback(reconstruction="least_squares")
+    trainer = trainer_for(tmp_path, hook, eval_data=dataset(12, seed=3), **options)
+    trainer.train()
+    assert trainer.model.model.layers[0].mlp.up_proj.out_features == 20
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    if options.get("load_best_model_at_end"):
+        best = trainer.state.best_model_checkpoint
+        assert int(best.rpartition("-")[2]) >= 10  # checkpoints of other sizes don't count
+        assert same(load_checkpoint(best), trainer.model.state_dict())
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_padding_is_no_text(tmp_path):
+    plain = dataset()
+    padded = [
+        {
+            "input_ids": torch.cat([torch.zeros(8, dtype=torch.long), row["input_ids"]]),
+            "attention_mask": torch.cat([torch.zeros(8, dtype=torch.long), torch.ones(32, dtype=torch.long)]),
+            "labels": torch.cat([torch.full((8,), -100), row["labels"]]),
+        }
+        for row in plain
+    ]
+    seen = []
+    for data in (plain, padded):
+        hook = callback(PruningSchedule(start=5, num_prunings=2, end=12))
+        hook._prune = lambda *_: None
+        trainer_for(tmp_path, hook, data=data, max_steps=13).train()
+        seen.append(hook)
+    first, second = (trainer_tokens(hook) for hook in seen)
+    assert first == second
+
+
+def trainer_tokens(hook):
+    assert hook.num_done == 2
+    return hook.metrics["pruning/parameters"], hook.total_params
+
+
+def test_the_last_tokens_of_the_training_are_the_text(tmp_path):
+    hook, samples = callback(PruningSchedule(start=6, num_prunings=1)), []
+    original = hook._samples
+    hook._samples = lambda: samples.append(original()) or samples[-1]
+    trainer = trainer_for(tmp_path, hook)
+    trainer.train()
+    batches = [batch["input_ids"] for batch in list(trainer.get_train_dataloader())[2:6]]
+    assert torch.equal(samples[0], torch.cat(batches))  # 16 blocks of 32: four batches of four
+
+
+@pytest.mark.parametrize("part", ["config", "schedule"])
+def test_another_config_does_not_resume(part, tmp_path):
+    trainer = trainer_for(tmp_path, callback(), save_strategy="steps", save_steps=8)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-8"
+    model = load_checkpoint(checkpoint)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    other = callback(mlp_ratio=0.4) if part == "config" else callback(PruningSchedule(4, 12, 3))
+    said = (
+        r"another config: mlp_ratio=0\.4 \(was 0\.5\)" if part == "config" else r"another schedule: end=12 \(was 10\)"
+    )
+    with pytest.raises(ConfigError, match=said):
+        trainer_for(tmp_path, other, model=model).train(resume_from_checkpoint=str(checkpoint))
+    assert same(model, before)
+
+
+def test_a_checkpoint_without_the_callback_does_not_resume(tmp_path):
+    trainer_for(tmp_path, None, save_strategy="steps", save_steps=8).train()
+    with pytest.raises(ConfigError, match="step 8 was written without a ContextPruneCallback"):
+        trainer_for(tmp_path, callback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("at", [3, 8, 15])
+@pytest.mark.parametrize("options", [{}, VARIABLE], ids=["uniform", "variable"])
+def test_resuming_gives_the_weights_of_an_uninterrupted_training(options, at, tmp_path):
+    whole = trainer_for(tmp_path, callback(**options), save_strategy="steps", save_steps=at)
+    whole.train()
+    checkpoint = tmp_path / f"checkpoint-{at}"
+    hook = callback(**options)
+    resumed = trainer_for(tmp_path / "again", hook, model=load_checkpoint(checkpoint))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(resumed.model, whole.model.state_dict())
+    assert hook.plan == whole.callback_handler.callbacks[-1].plan or hook.plan.layers
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_wide_model_does_not_resume_a_narrow_checkpoint(tmp_path):
+    trainer_for(tmp_path, callback(), save_strategy="steps", save_steps=8).train()
+    state = json.loads((tmp_path / "checkpoint-8/trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["ContextPruneCallback"]["attributes"]["progress"]["num_done"] == 2
+    with pytest.raises(RuntimeError, match="size mismatch"):  # by the Trainer, before any callback is asked
+        trainer_for(tmp_path, callback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    with pytest.raises(LoadError, match="not a checkpoint of a Trainer"):
+        load_checkpoint(tmp_path / "checkpoint-9")
+
+
+def broken(model):
+    model.lm_head.weight.data[0, 0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "error", "said"),
+    [
+        (
+            {"schedule": PruningSchedule(0.5, 30, 2)},
+            {},
+            ConfigError,
+            "last pruning is at step 30, but",
+        ),
+        ({}, {"torch_compile": True}, ConfigError, "torch_compile: the compiled graph"),
+        ({}, {"auto_find_batch_size": True}, ConfigError, "auto_find_batch_size: it begins"),
+        ({}, {"optim": "rmsprop"}, ConfigError, "RMSprop can't be mapped"),
+        ({}, {"twice": True}, ConfigError, "two ContextPruneCallbacks"),
+        ({}, {"model": lambda: broken(tiny_model("llama"))}, NumericsError, r"lm_head\.weight"),
+        ({"reconstruction": "bias"}, {}, ConfigError, "adds biases that a llama model can't save"),
+        ({"mlp_ratio": None, "attention_ratio": None, "pruning_ratio": 0.95}, {}, ConfigError, "can remove at most"),
+    ],
+)
+def test_what_is_refused_before_the_first_step(options, arguments, error, said, tmp_path):
+    options, arguments = dict(options), dict(arguments)
+    schedule = options.pop("schedule", SCHEDULE)
+    twice, make = arguments.pop("twice", False), arguments.pop("model", lambda: tiny_model("llama"))
+    model = make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    more = [callback()] if twice else []
+    trainer = trainer_for(tmp_path, callback(schedule, **options), model=model, callbacks=more, **arguments)
+    with pytest.raises(error, match=said):
+        trainer.train()
+    assert all(torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in model.state_dict().items())
+    assert trainer.state.global_step == 0
+
+
+def test_models_that_are_wrapped(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(UnsupportedArchitectureError, match="unwrap it first"):
+        trainer_for(tmp_path, callback(), model=model).train()
+
+
+def test_batches_without_token_ids(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        embedded = [
+            {"inputs_embeds": model.model.embed_tokens(row["input_ids"]), "labels": row["labels"]}
+            for row in dataset(40)
+        ]
+    with pytest.raises(DataError, match=r"no input_ids \(but inputs_embeds, labels"):
+        trainer_for(tmp_path, callback(), model=model, data=embedded, remove_unused_columns=False).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"vocab_size": 128}, r"Prune them before: trimmed = prune_vocabulary"),
+        ({"mlp_ratio": None, "attention_ratio": None, "max_loss_increase": 0.1}, "max_loss_increase finds the size"),
+        ({"allocation": "adaptive"}, "one budget for all parameters"),
+    ],
+)
+def test_configs_that_need_more_than_batches(options, said):
+    with pytest.raises(ConfigError, match=said):
+        callback(**options)
+
+
+def test_options_from_a_command_line(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--pruning_ratio", "0.3", "--criterion", "wanda", "--seed", "3"]
+    config, arguments = HfArgumentParser((PrunerConfig, TrainingArguments)).parse_args_into_dataclasses(words)
+    assert (config.pruning_ratio, config.criterion, arguments.seed) == (0.3, "wanda", 3)
+    assert ContextPruneCallback(config).config == config
+
+
+def test_a_callback_may_be_used_again(tmp_path):
+    hook = callback()
+    first = trainer_for(tmp_path, hook)
+    first.train()
+    plan = hook.plan
+    second = trainer_for(tmp_path, hook)
+    second.train()
+    assert hook.plan == plan
+    assert same(second.model, first.model.state_dict())
