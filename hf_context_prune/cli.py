@@ -75,7 +75,8 @@ def _config(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
         {"pruning_ratio", "target_params", "max_loss_increase"},
         {"vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto"},
     ):
-        if sizes & set(given):  # any one on the command line replaces the others in the file
+        # Any one on the command line replaces the others in the file.
+        if any(name in given and given[name] is not False for name in sizes):
             values = {name: value for name, value in values.items() if name not in sizes}
     return PrunerConfig.from_dict({**values, **given})
 
@@ -186,7 +187,10 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
     else:
         out_table(widths_table(outline.dense, outline.widths))
         if outline.tokens != outline.dense_tokens:
-            out(f"Vocabulary: {outline.tokens:,} of {outline.dense_tokens:,} tokens kept")
+            out(
+                f"Vocabulary: {outline.tokens:,} of {outline.dense_tokens:,} embedding rows kept (how many tokens must "
+                f"stay is not looked at)"
+            )
         asked = "" if outline.asked_ratio is None else f", asked {outline.asked_ratio:.2%}"
         out(
             f"Parameters: {outline.base_parameters:,} -> {outline.pruned_parameters:,} "

@@ -15,13 +15,14 @@ from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, token_blocks
 from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
-from .errors import BudgetError
+from .errors import BudgetError, DataError
 from .evaluation import count_parameters, document_losses
+from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
-from .planning import Measured, Planner, plan_and_repair
+from .planning import Measured, Planner, plan_and_repair, plan_widths, versions
 from .search_text import SearchText
 from .surgery import apply_plan
-from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize
+from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_prunable
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""
@@ -56,6 +57,48 @@ def pruner_of(model: PreTrainedModel, tokenizer: Any, text: TextSource, config: 
     )
 
 
+def size_of(config: PrunerConfig) -> VocabularySize | None:
+    """How many tokens a config asks for; None where that is to be found."""
+    if config.vocab_auto:
+        return None
+    return VocabularySize(config.vocab_size, config.vocab_coverage, config.vocab_min_count, config.vocab_multiple)
+
+
+def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -> None:  # noqa: ANN401
+    """Refuse tokens that can't go, and a budget that shapes alone say can't be reached, before the long work.
+
+    Raises:
+        VocabularyError: See [`check_prunable`][].
+        BudgetError: The size can't be reached.
+    """
+    if config.prunes_vocabulary:
+        check_prunable(model, tokenizer, size_of(config))
+    if config.allocation == "uniform" and config.max_loss_increase is None and config.prunes_units:
+        tokens = min(config.vocab_size or num_rows(model), num_rows(model))
+        if config.vocab_size is not None or not config.prunes_vocabulary:
+            widths_beside(model, config, tokens)
+
+
+def widths_beside(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> tuple[LayerWidths, ...]:
+    """Uniform widths for what a number of tokens leaves of a budget, from shapes alone.
+
+    Raises:
+        BudgetError: It can't be reached.
+    """
+    budget = Budget.of(config, count_parameters(model))
+    gone = (num_rows(model) - tokens) * token_cost(model)
+    if budget.remove_params is None or not gone:
+        return plan_widths(model, config)
+    rest = max(0, budget.remove_params - gone)
+    try:
+        return plan_widths(model, replace(config, pruning_ratio=None, target_params=budget.total_params - rest))
+    except BudgetError as error:
+        raise BudgetError(
+            f"Of the {budget.remove_params:,} parameters asked to go, {gone:,} go with the tokens beyond {tokens:,}. "
+            f"For the rest: {error}"
+        ) from error
+
+
 def trimmed_for(
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
@@ -64,12 +107,8 @@ def trimmed_for(
     tokens: int | None = None,
 ) -> TrimmedModel:
     """The model with the vocabulary that a config asks for, or with a number of tokens that was found."""
-    size = VocabularySize(
-        tokens or config.vocab_size,
-        None if tokens else config.vocab_coverage,
-        None if tokens else config.vocab_min_count,
-        config.vocab_multiple,
-    )
+    size = VocabularySize(tokens, multiple=config.vocab_multiple) if tokens else size_of(config)
+    assert size is not None
     return on_main_process(
         lambda: pruner_of(model, tokenizer, text, config).trim(size, refit=config.reconstruction != "none")
     )
@@ -88,7 +127,8 @@ def split_budget(model: PreTrainedModel, tokenizer: Any, text: TextSource, confi
     """Weigh tokens against other units: the split whose losses add up to the least.
 
     What a vocabulary costs is measured (before any refit) on documents that its tokens were not counted on; what the
-    other units cost is what adaptive allocation measures of them.
+    other units cost is what adaptive allocation measures of them. Gains count as nothing lost, and no vocabulary is
+    smaller than what reaches the budget alone.
 
     Args:
         model: The dense model.
@@ -106,12 +146,13 @@ def split_budget(model: PreTrainedModel, tokenizer: Any, text: TextSource, confi
         max_seq_length=config.max_seq_length,
         seed=config.pruning_seed,
     )
+    budget = Budget.of(config, count_parameters(model))
+    rows, cost = num_rows(model), token_cost(model)
+    alone = rows - math.ceil((budget.remove_params or 0) / cost)
+    curve = on_main_process(lambda: _vocabulary_curve(model, tokenizer, text, config, alone))
     planner = Planner(model, samples, config)
     assert planner.measured is not None
     measured = planner.measured
-    curve = on_main_process(lambda: _vocabulary_curve(model, tokenizer, text, config))
-    budget = Budget.of(config, count_parameters(model))
-    rows, cost = num_rows(model), token_cost(model)
     considered = []
     for tokens, loss in curve:
         remove = (budget.remove_params or 0) - (rows - tokens) * cost
@@ -139,16 +180,27 @@ def _vocabulary_curve(
     tokenizer: Any,  # noqa: ANN401
     text: TextSource,
     config: PrunerConfig,
+    alone: int,
 ) -> list[tuple[int, float]]:
-    """(tokens, loss increase in nats a token of the full tokenizer), from all tokens down."""
-    rest, withheld = hold_out_documents(text, seed=config.pruning_seed)
+    """(tokens, loss increase in nats a token of the full tokenizer), from all tokens down to `alone`."""
+    try:
+        rest, withheld = hold_out_documents(text, seed=config.pruning_seed)
+    except DataError as error:
+        raise DataError(
+            f"vocab_auto weighs vocabularies on documents withheld from the calibration text {text.name}, which is a "
+            f"single one. Give text of several documents, or fix the number of tokens (vocab_size)."
+        ) from error
     options = {"max_seq_length": config.max_seq_length}
     base = document_losses(model, tokenizer, withheld, max_tokens=_PROBE_TOKENS, **options)  # type: ignore[arg-type]
     docs, tokens = [loss.doc for loss in base], sum(loss.num_tokens for loss in base)
     pruner = pruner_of(model, tokenizer, rest, config)
-    rows = num_rows(model)
+    rows, multiple = num_rows(model), config.vocab_multiple
     curve = [(rows, 0.0)]
-    sizes = {math.ceil(int(rows * share) / config.vocab_multiple) * config.vocab_multiple for share in SHARES} - {rows}
+    least = alone // multiple * multiple  # reaches the budget alone
+    sizes = {math.ceil(int(rows * share) / multiple) * multiple for share in SHARES}
+    sizes = {size for size in sizes if least < size < rows} | ({least} if least > 0 else set())
+    if len(pruner.table) < rows:  # padding costs nothing to remove
+        sizes.add(len(pruner.table))
     for size in tqdm(
         sorted(sizes, reverse=True), desc="Weighing vocabularies", unit="size", name="hf_context_prune.vocabulary"
     ):
@@ -158,7 +210,7 @@ def _vocabulary_curve(
             continue
         losses = document_losses(trimmed.model, trimmed.tokenizer, withheld, docs=docs, **options)  # type: ignore[arg-type]
         excess = sum(loss.nll for loss in losses) - sum(loss.nll for loss in base)
-        curve.append((trimmed.model.config.vocab_size, excess / tokens))
+        curve.append((trimmed.model.config.vocab_size, max(0.0, excess / tokens)))
     return curve
 
 
@@ -188,7 +240,7 @@ def smaller_model(
     """
     dense, full, facts = model, tokenizer, dict(provenance or {})
     vocabulary, measured, base_loss = None, None, None
-    asked = config
+    asked, alone, increase = config, None, 0.0
     if config.prunes_vocabulary:
         split = split_budget(model, tokenizer, text, config) if config.vocab_auto else None
         if search is not None:
@@ -199,9 +251,17 @@ def smaller_model(
             trimmed = trimmed_for(model, tokenizer, text, config, None if split is None else split.tokens)
             model, tokenizer, vocabulary = trimmed.model, trimmed.tokenizer, trimmed.plan.vocabulary
             facts |= trimmed.plan.provenance
-            if not config.prunes_units:
-                facts |= {"config": config.to_dict(), "num_calibration_tokens": 0}
-                return model, tokenizer, replace(trimmed.plan, provenance=facts)
+            alone = _alone(trimmed, facts, config)
+            if not config.prunes_units or _reached(config, dense, model):
+                return model, tokenizer, alone
+            if search is not None:
+                increase = on_main_process(lambda: search.bits_per_byte(model, tokenizer)) / (base_loss or 1) - 1
+                if increase > (config.max_loss_increase or 0):
+                    raise BudgetError(
+                        f"max_loss_increase is {config.max_loss_increase:g}, but with {num_rows(model):,} of "
+                        f"{num_rows(dense):,} tokens alone the loss on the withheld text grows by {increase:.4f}. Keep "
+                        f"more tokens, or allow more."
+                    )
             config = rest_of_budget(config, dense, model)
     samples = token_blocks(
         text,
@@ -210,16 +270,23 @@ def smaller_model(
         max_seq_length=config.max_seq_length,
         seed=config.pruning_seed,
     )
-    plan, repair = plan_and_repair(
-        model,
-        samples,
-        config,
-        loss=None if search is None else lambda pruned: search.bits_per_byte(pruned, tokenizer),
-        base_loss=base_loss,
-        provenance=facts,
-        resume_dir=resume_dir,
-        measured=measured,
-    )
+    try:
+        plan, repair = plan_and_repair(
+            model,
+            samples,
+            config,
+            loss=None if search is None else lambda pruned: search.bits_per_byte(pruned, tokenizer),
+            base_loss=base_loss,
+            provenance=facts,
+            resume_dir=resume_dir,
+            measured=measured,
+        )
+    except BudgetError:
+        if alone is None or search is None:
+            raise
+        # The tokens alone are within the limit, and nothing beside them is.
+        within: dict[str, Any] = {"max_loss_increase": config.max_loss_increase, "increase": increase, "trials": []}
+        return model, tokenizer, replace(alone, provenance={**alone.provenance, "loss_budget": within})
     smaller = apply_plan(model, plan, repair=repair).eval()
     if vocabulary is not None:
         plan = replace(
@@ -231,8 +298,24 @@ def smaller_model(
     return smaller, tokenizer, plan
 
 
+def _reached(config: PrunerConfig, dense: PreTrainedModel, trimmed: PreTrainedModel) -> bool:
+    """Whether the tokens that went are all that was asked for."""
+    budget = Budget.of(config, count_parameters(dense)).remove_params
+    ratios = config.mlp_ratio or config.attention_ratio or config.max_loss_increase
+    return budget is not None and not ratios and count_parameters(dense) - count_parameters(trimmed) >= budget
+
+
+def _alone(trimmed: TrimmedModel, facts: dict[str, Any], config: PrunerConfig) -> PruningPlan:
+    """The plan of a run in which only tokens went."""
+    counted = trimmed.plan.provenance["vocabulary"]["tokens_counted"]
+    own = {"config": config.to_dict(), "num_calibration_tokens": counted, "versions": versions()}
+    return replace(trimmed.plan, provenance={**facts, **own})
+
+
 def vocabulary_note(plan: PruningPlan, text: TextSource) -> tuple[str, ...]:
-    """A sentence on the vocabulary for the report; none where all tokens stay."""
+    """A sentence on the vocabulary for the report, where it was or could have been pruned."""
+    if plan.vocabulary is None and plan.provenance.get("considered_vocabularies"):
+        return ("Vocabulary: all tokens stay, since fewer would cost more than neurons and KV groups do.",)
     if plan.vocabulary is None:
         return ()
     facts = plan.provenance["vocabulary"]

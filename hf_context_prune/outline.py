@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from .allocation import Budget, removed_params
 from .architectures import LayerWidths, read_geometry, spec_of, unit_costs
 from .config import PrunerConfig
 from .embeddings import num_rows, token_cost
+from .errors import BudgetError
 from .evaluation import count_parameters
+from .global_budget import widths_beside
 from .loading import load_outline
-from .planning import plan_widths
 from .surgery import StockFit, stock_fit
 
 
@@ -62,15 +63,13 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     total, rows = count_parameters(empty), num_rows(empty)
     budget, kept = Budget.of(config, total), rows
     if config.vocab_size is not None:
+        if config.vocab_size > rows:
+            raise BudgetError(f"vocab_size is {config.vocab_size:,}, but the model has only {rows:,} embedding rows.")
         kept = min(-(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple, rows)
-    removed = (rows - kept) * token_cost(empty)
-    widths = geometry.layers
-    if config.prunes_units:
-        rest = config
-        if budget.remove_params is not None:
-            rest = replace(config, pruning_ratio=None, target_params=total - max(0, budget.remove_params - removed))
-        widths = plan_widths(empty, rest)
-    removed += removed_params(geometry.layers, widths, unit_costs(empty, spec, geometry))
+    widths = widths_beside(empty, config, kept) if config.prunes_units else geometry.layers
+    removed = (rows - kept) * token_cost(empty) + removed_params(
+        geometry.layers, widths, unit_costs(empty, spec, geometry)
+    )
     return Outline(
         base_parameters=total,
         pruned_parameters=total - removed,

@@ -38,11 +38,11 @@ from .evaluation import (
     summarize_losses,
     weight_bytes,
 )
-from .global_budget import smaller_model, vocabulary_note
+from .global_budget import check_budget, smaller_model, vocabulary_note
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
 from .plan import PruningPlan
-from .planning import needed_targets, plan_widths
+from .planning import needed_targets
 from .saving import REPORT_NAME, estimate_bytes, staged_folder, write_model_folder
 from .search_text import SearchText
 from .sequential import check_walkable
@@ -185,8 +185,7 @@ def prune(
     check_weights_finite(base.model)
     if config.reconstruction == "sequential" and config.prunes_units:
         check_walkable(base.model, get_criterion(config.criterion))
-    if config.allocation == "uniform" and config.max_loss_increase is None and not config.prunes_vocabulary:
-        plan_widths(base.model, config)  # an unreachable budget is refused before the long work
+    check_budget(base.model, base.tokenizer, config)  # before the long work
     if will_save:
         _check_saves(base.model, spec, config)
     text, held_out, how = split_text(data, eval_data, config, base.tokenizer)

@@ -367,6 +367,11 @@ def plan_and_repair(
     return smallest_within(planner, config, loss, base_loss=base_loss)
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that a plan depends on."""
+    return {name: metadata.version(name) for name in ("torch", "transformers")}
+
+
 def _plan_of(
     model: PreTrainedModel,
     layers: tuple[LayerPlan, ...],
@@ -386,6 +391,6 @@ def _plan_of(
             "config": config.to_dict(),
             "num_calibration_samples": num_samples,
             "num_calibration_tokens": num_tokens,
-            "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+            "versions": versions(),
         },
     )

@@ -219,3 +219,16 @@ def test_demo_finds_mistakes_before_it_fetches_anything(run, monkeypatch, argume
     got, _, err = run("demo", *arguments)
     assert got == code, err
     assert message in err
+
+
+def test_no_vocab_auto_leaves_the_size_of_the_file(run, place):
+    (place / "tokens.yaml").write_text("vocab_size: 300\nvocab_multiple: 1\n")
+    code, out, err = run(*PRUNE, "--output", "@tokens", "--config", "@tokens.yaml", "--no-vocab-auto", *QUICK)
+    assert code == 0, err
+    assert "Vocabulary: 300 of" in " ".join(out.split())
+
+
+def test_a_dry_run_of_too_many_tokens(run):
+    code, out, err = run("prune", "@base", "--dry-run", "--vocab-size", 100_000)
+    assert (code, out) == (2, "")
+    assert "vocab_size is 100,000, but the model has only 320 embedding rows" in " ".join(err.split())

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
-from hf_context_prune import PrunerConfig
+from hf_context_prune import PrunerConfig, global_budget
 from hf_context_prune.architectures import SPECS, read_geometry, unit_costs
 from hf_context_prune.data import CalibrationWarning, hold_out_documents
 from hf_context_prune.embeddings import num_rows, token_cost
-from hf_context_prune.errors import BudgetError
+from hf_context_prune.errors import BudgetError, DataError
 from hf_context_prune.evaluation import count_parameters, document_losses
-from hf_context_prune.global_budget import smaller_model
-from hf_context_prune.plan import fingerprint
+from hf_context_prune.global_budget import check_budget, smaller_model, vocabulary_note
+from hf_context_prune.plan import PruningPlan, fingerprint
 from hf_context_prune.search_text import SearchText
 from hf_context_prune.surgery import apply_plan
 from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize
@@ -114,11 +115,14 @@ def test_the_split_has_the_least_sum_of_losses(words, ratio):
     best, _, rest = min(considered, key=lambda item: (item[1] + item[2], -item[0]))
     assert num_rows(model) == len(tokenizer) == best
     assert (plan.vocabulary is None) == (best == rows)
-    assert plan.provenance["predicted_loss_increase"] == pytest.approx(rest, rel=1e-6, abs=1e-9)
+    if rest:
+        assert plan.provenance["predicted_loss_increase"] == pytest.approx(rest, rel=1e-6, abs=1e-9)
     assert plan.provenance["config"] == config.to_dict()
     target = (1 - ratio) * count_parameters(dense())
     assert count_parameters(model) <= target
     assert count_parameters(model) > target - one_unit() or plan.widths == plan.dense
+    assert all(loss >= 0 for _, loss, _ in considered)
+    assert sum(units == 0 for _, _, units in considered) <= 1  # no vocabulary is smaller than the budget asks
     for tokens, _, units in considered:  # what the tokens alone reach costs no other unit
         assert (units == 0) == ((rows - tokens) * token_cost(dense()) >= ratio * count_parameters(dense()))
 
@@ -160,3 +164,64 @@ def test_the_same_config_gives_the_same(options):
 def test_budgets_that_cannot_be_met(options, said):
     with pytest.raises(BudgetError, match=said):
         pruned(PrunerConfig(**options, **SMALL))
+
+
+def test_padding_is_the_first_to_go():
+    tokenizer = shared_tokenizer("smollm2")
+    model = model_for("llama", tokenizer, spare_rows=56)
+    config = PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL)
+    *_, plan = smaller_model(model, tokenizer, documents(WORDS), config)
+    considered = plan.provenance["considered_vocabularies"]
+    assert considered[:2] == [[448, 0.0, considered[0][2]], [392, 0.0, considered[1][2]]]
+    assert considered[1][2] < considered[0][2]
+    assert len(plan.vocabulary.kept) <= 392
+
+
+def test_where_all_tokens_stay_the_report_says_so():
+    plan = PruningPlan.identity("llama", read_geometry(dense().config, SPECS["llama"]), "")
+    assert vocabulary_note(plan, documents()) == ()
+    plan = replace(plan, provenance={"considered_vocabularies": [[392, 0.0, 0.1], [320, 0.4, 0.0]]})
+    assert vocabulary_note(plan, documents())[0].startswith("Vocabulary: all tokens stay")
+
+
+def test_tokens_that_cost_more_than_a_loss_budget_allows():
+    config = PrunerConfig(vocab_size=128, max_loss_increase=1e-6, reconstruction="none", criterion="wanda", **SMALL)
+    rest, search = SearchText.withheld_from(documents(WORDS), shared_tokenizer("smollm2"), config)
+    with pytest.raises(BudgetError, match=r"with 128 of 392 tokens alone the loss .* Keep more tokens"):
+        pruned(config, text=rest, search=search)
+
+
+def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
+    config = PrunerConfig(vocab_size=320, max_loss_increase=0.5, reconstruction="none", criterion="wanda", **SMALL)
+    rest, search = SearchText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
+
+    def nothing_holds(*_, **__):
+        raise BudgetError("none held")
+
+    monkeypatch.setattr(global_budget, "plan_and_repair", nothing_holds)
+    model, _, plan = pruned(config, text=rest, search=search)
+    assert plan.widths == plan.dense
+    assert num_rows(model) == 320
+    assert plan.provenance["loss_budget"]["trials"] == []
+    assert search.budget(plan).measured == plan.provenance["loss_budget"]["increase"] <= 0.5
+
+
+def test_text_of_one_document_can_not_weigh_vocabularies():
+    with pytest.raises(DataError, match=r"vocab_auto weighs .* which is a single one\. Give text of several"):
+        pruned(PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL), text=documents(count=1, length=2000))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"vocab_size": 256, "pruning_ratio": 0.97},
+            r"parameters asked to go, 13,056 go with the tokens",
+        ),
+        ({"vocab_size": 64, "pruning_ratio": 0.2}, "102 tokens must stay"),
+        ({"vocab_size": 4000}, "the tokenizer has only 392 tokens"),
+    ],
+)
+def test_what_shapes_alone_refuse_is_refused_before_the_long_work(options, said):
+    with pytest.raises(BudgetError, match=said):
+        check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(**options, **SMALL))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, get_args
 
-import jinja2
 import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ from ..plan import PruningPlan, Vocabulary, fingerprint
 from ..surgery import apply_plan
 from .rebuild import order_of, pruned_state, rebuilt, table_of
 from .refit import refit_rows
-from .selection import VocabularySize, choose, count_tokens, expected_scores
+from .selection import TokenCounts, VocabularySize, choose, count_tokens, expected_scores, must_stay
 from .tokens import TokenTable
 
 _SAMPLES, _LENGTH, _BATCH = 128, 512, 4
@@ -85,7 +85,7 @@ def prune_vocabulary(
         DataError: The text is empty.
     """
     size = VocabularySize(vocab_size, vocab_coverage, vocab_min_count, multiple)
-    size.check()
+    check_prunable(model, tokenizer, size, keep=keep, remove=remove)
     source = load_documents(data, tokenizer=tokenizer, seed=seed)
     pruner = VocabularyPruner(model, tokenizer, source, criterion=criterion, keep=keep, remove=remove, seed=seed)
     return pruner.trim(size, refit=refit)
@@ -102,7 +102,7 @@ class VocabularyPruner:
         keep: Tokens (their contents) that must stay.
         remove: Tokens that must go.
         num_samples: Blocks of text for the model's expectation, and for the refit.
-        max_seq_length: Tokens a block.
+        max_seq_length: Tokens a block; no more than the model has positions.
         seed: Of the choice of text.
 
     Raises:
@@ -128,18 +128,26 @@ class VocabularyPruner:
         if criterion not in get_args(VocabCriterion):
             raise ConfigError(unknown("vocab_criterion", criterion, get_args(VocabCriterion)))
         self.model, self.tokenizer, self.source, self.criterion = model, tokenizer, source, criterion
-        self.spec, self.table = check_supported(model), table_of(tokenizer)
-        _check_pair(model, self.table)
+        self.spec, self.table = check_supported(model), _paired(model, tokenizer)
         if not len(source):
             raise DataError(f"{source.name} has no document, so nothing says which tokens the domain needs.")
         self.needed = required_ids(model, tokenizer, self.table) | _ids_of(self.table, keep, "kept")
         self.unwanted = _ids_of(self.table, remove, "removed")
-        self.blocks = {"num_samples": num_samples, "max_seq_length": max_seq_length, "seed": seed}
-        self.counts = count_tokens(tokenizer, source)
-        self.scores: Mapping[int, float] = self.counts.occurrences
-        if criterion == "expected":
-            samples = token_blocks(source, tokenizer, **self.blocks)  # type: ignore[arg-type]
-            self.scores = expected_scores(self.counts, mean_probability(model, samples).tolist())
+        length = min(max_seq_length, getattr(model.config, "max_position_embeddings", None) or max_seq_length)
+        self.blocks = {"num_samples": num_samples, "max_seq_length": length, "seed": seed}
+
+    @cached_property
+    def counts(self) -> TokenCounts:
+        """How often the text has every token."""
+        return count_tokens(self.tokenizer, self.source)
+
+    @cached_property
+    def scores(self) -> Mapping[int, float]:
+        """What every token is worth."""
+        if self.criterion == "frequency":
+            return self.counts.occurrences
+        samples = token_blocks(self.source, self.tokenizer, **self.blocks)  # type: ignore[arg-type]
+        return expected_scores(self.counts, mean_probability(self.model, samples).tolist())
 
     @torch.no_grad()
     def trim(self, size: VocabularySize, *, refit: bool = True) -> TrimmedModel:
@@ -151,6 +159,7 @@ class VocabularyPruner:
             VocabularyError: A token that must stay is to be removed.
         """
         size.check()
+        must_stay(self.table, size, self.needed, self.unwanted)  # before anything is measured
         kept = choose(self.table, self.scores, self.counts, size, keep=self.needed, remove=self.unwanted)
         order = order_of(self.table, sorted(kept))
         tokenizer = rebuilt(self.tokenizer, pruned_state(self.table, order), self.spec.model_type)
@@ -192,18 +201,22 @@ def required_ids(model: PreTrainedModel, tokenizer: Any, table: TokenTable) -> s
 
 
 def _template_ids(tokenizer: Any) -> set[int]:  # noqa: ANN401
-    """Tokens of conversations that hold nothing but what the chat template (or each of several) writes."""
+    """Tokens of conversations that hold little but what the chat template (or each of several) writes.
+
+    Nothing at all is not enough: spaces around a turn's content would become one, and some templates refuse it.
+    """
     templates = getattr(tokenizer, "chat_template", None)
-    turns = [{"role": role, "content": ""} for role in ("system", "user", "assistant")]
     found: set[int] = set()
     for template in templates.values() if isinstance(templates, Mapping) else [templates] if templates else ():
-        for messages in (turns, turns[1:], turns[1:2]):
-            options = {"tokenize": False, "add_generation_prompt": len(messages) == 1, "chat_template": template}
-            try:
-                text = tokenizer.apply_chat_template(messages, **options)
-            except jinja2.TemplateError:  # some templates refuse a system turn, or turns without a user
-                continue
-            found.update(tokenizer.encode(text, add_special_tokens=False))
+        for content in ("", "a"):
+            turns = [{"role": role, "content": content} for role in ("system", "user", "assistant")]
+            for messages in (turns, turns[1:], turns[1:2]):
+                options = {"tokenize": False, "add_generation_prompt": len(messages) == 1, "chat_template": template}
+                try:
+                    text = tokenizer.apply_chat_template(messages, **options)
+                except Exception:  # a template is a program: it may refuse a system turn, or need tools
+                    continue
+                found.update(tokenizer.encode(text, add_special_tokens=False))
     return found
 
 
@@ -238,17 +251,66 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
     return total / samples.numel()
 
 
-def _check_pair(model: PreTrainedModel, table: TokenTable) -> None:
-    highest = max(table.contents)
-    if highest >= num_rows(model):
+def check_prunable(
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    size: VocabularySize | None,
+    *,
+    keep: Collection[str] = (),
+    remove: Collection[str] = (),
+) -> None:
+    """Refuse what can't be pruned, or not to that size, before any text is read.
+
+    Args:
+        model: A causal LM.
+        tokenizer: Its fast tokenizer.
+        size: How many tokens stay; None: that is to be found.
+        keep: Tokens (their contents) that must stay.
+        remove: Tokens that must go.
+
+    Raises:
+        VocabularyError: See [`prune_vocabulary`][].
+        BudgetError: The size can't be reached.
+    """
+    spec, table = check_supported(model), _paired(model, tokenizer)
+    needed = required_ids(model, tokenizer, table) | _ids_of(table, keep, "kept")
+    if size is not None:
+        size.check()
+        must_stay(table, size, needed, _ids_of(table, remove, "removed"))
+    whole = pruned_state(table, order_of(table, sorted(table.contents)))
+    rebuilt(tokenizer, whole, spec.model_type)  # whether its class opens what is written
+
+
+_SPARE_ROWS = (1024, 0.05)
+"""Embedding rows beyond the tokenizer that padding explains: a number, or a share of the rows if that is more."""
+
+
+def _paired(model: PreTrainedModel, tokenizer: Any) -> TokenTable:  # noqa: ANN401
+    """The tokenizer's vocabulary, if it can be this model's.
+
+    Raises:
+        VocabularyError: It has tokens of its own without a row, or far fewer tokens than there are rows.
+    """
+    rows = num_rows(model)
+    table = table_of(tokenizer, rows)
+    highest, (number, share) = max(table.contents), _SPARE_ROWS
+    if highest >= rows:
         raise VocabularyError(
-            f"The tokenizer has ids up to {highest:,}, the model only {num_rows(model):,} embedding rows: they don't "
-            f"belong together. Load the tokenizer from where the model came from."
+            f"The tokenizer has ids up to {highest:,}, the model only {rows:,} embedding rows: they don't belong "
+            f"together. Load the tokenizer from where the model came from."
         )
+    if rows - highest - 1 > max(number, share * rows):
+        raise VocabularyError(
+            f"The model has {rows:,} embedding rows, the tokenizer ids up to {highest:,} only: they don't belong "
+            f"together. Load the tokenizer from where the model came from."
+        )
+    return table
 
 
 def _ids_of(table: TokenTable, tokens: Collection[str], what: str) -> set[int]:
-    known = {**table.vocab, **table.added}
+    known = {content: index for index, content in table.contents.items()}
+    if isinstance(tokens, str):
+        raise VocabularyError(f"The tokens to be {what} are the string {tokens!r}; give a list of tokens.")
     for token in tokens:
         if token not in known:
             raise VocabularyError(

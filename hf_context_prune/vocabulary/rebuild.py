@@ -20,8 +20,8 @@ _PROBE = (
 )
 
 
-def table_of(tokenizer: Any) -> TokenTable:  # noqa: ANN401
-    """The vocabulary of a fast tokenizer.
+def table_of(tokenizer: Any, rows: int | None = None) -> TokenTable:  # noqa: ANN401
+    """The vocabulary of a fast tokenizer; `rows` as for [`TokenTable`][].
 
     Raises:
         VocabularyError: A tokenizer without a fast backend, or of a kind that can't be pruned.
@@ -32,7 +32,7 @@ def table_of(tokenizer: Any) -> TokenTable:  # noqa: ANN401
             f"{type(tokenizer).__name__} has no fast backend (tokenizer.json), which is what vocabulary pruning edits. "
             f"Load it with AutoTokenizer, or prune this model without vocab_* options."
         )
-    return TokenTable(json.loads(backend.to_str()))
+    return TokenTable(json.loads(backend.to_str()), rows)
 
 
 def order_of(table: TokenTable, kept: Sequence[int]) -> list[int]:
@@ -51,7 +51,8 @@ def pruned_state(table: TokenTable, order: Sequence[int]) -> dict[str, Any]:
         table: Of the full tokenizer.
         order: Kept ids; a token's place becomes its new id. With all mandatory tokens, closed under merges.
     """
-    new_ids = {old: new for new, old in enumerate(order)}
+    beyond = sorted(index for index in table.added.values() if index not in table.contents)
+    new_ids = {old: new for new, old in enumerate([*order, *beyond])}
     state = copy.deepcopy({key: value for key, value in table.state.items() if key != "model"})
     model = dict(table.state["model"])
     contents = {content: new_ids[index] for content, index in table.vocab.items() if index in new_ids}
@@ -69,7 +70,10 @@ def pruned_state(table: TokenTable, order: Sequence[int]) -> dict[str, Any]:
     for token in state.get("added_tokens") or ():
         token["id"] = new_ids[token["id"]]
     if state.get("padding"):
-        state["padding"]["pad_id"] = new_ids[state["padding"]["pad_id"]]
+        if state["padding"]["pad_id"] in new_ids:
+            state["padding"]["pad_id"] = new_ids[state["padding"]["pad_id"]]
+        else:  # of no token: the padding of one call, left behind
+            state["padding"] = None
     state["post_processor"] = _renumbered(state.get("post_processor"), {**contents, **_ids(state)})
     return state
 
@@ -120,6 +124,7 @@ def rebuilt(tokenizer: Any, state: Mapping[str, Any], model_type: str | None = N
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         smaller = AutoTokenizer.from_pretrained(folder)
     smaller.name_or_path = tokenizer.name_or_path
+    smaller.padding_side, smaller.truncation_side = tokenizer.padding_side, tokenizer.truncation_side
     smaller.init_kwargs.pop("name_or_path", None)
     smaller.init_kwargs.update(forgotten)
     own = json.loads(smaller.backend_tokenizer.to_str())

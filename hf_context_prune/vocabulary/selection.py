@@ -139,30 +139,56 @@ def choose(
         VocabularyError: A token to be removed must stay.
         BudgetError: Fewer tokens are asked for than must stay, or more than there are.
     """
-    must = table.mandatory() | table.closed(keep)
-    _check_removable(table, must, remove)
+    must = must_stay(table, size, keep, remove)
     gone = set(remove)
     possible = [index for index in table.contents if not table.closure(index) & gone] if gone else list(table.contents)
     limit = len(possible)
     if size.tokens is not None:
         limit = -(-size.tokens // size.multiple) * size.multiple
-        if limit < len(must):
-            least = -(-len(must) // size.multiple) * size.multiple
-            raise BudgetError(
-                f"vocab_size is {size.tokens:,}, but {len(must):,} tokens must stay (special and added tokens, bytes "
-                f"or single characters, and what the chat template and the config need). Ask for at least {least:,}."
-            )
-        if size.tokens > len(table):
-            raise BudgetError(f"vocab_size is {size.tokens:,}, but the tokenizer has only {len(table):,} tokens.")
     ranked = sorted(possible, key=lambda index: (-scores.get(index, 0.0), index))
     kept = set(must)
     if size.min_count is not None:
         kept |= table.closed(index for index in possible if counts.occurrences[index] >= size.min_count)
     elif size.coverage is not None:
         kept = _covering(table, ranked, counts, size.coverage, kept)
+        share = sum(counts.occurrences[index] for index in kept) / sum(counts.occurrences.values())
+        if share < size.coverage and gone:
+            raise BudgetError(
+                f"vocab_coverage is {size.coverage:g}, but without the tokens to be removed (and those made from them) "
+                f"the rest is {share:.2%} of the text. Ask for less, or remove fewer."
+            )
     if size.tokens is None:
         limit = min(-(-len(kept) // size.multiple) * size.multiple, len(possible))
     return _filled(table, ranked, kept, limit)
+
+
+def must_stay(
+    table: TokenTable, size: VocabularySize, keep: Collection[int] = (), remove: Collection[int] = ()
+) -> set[int]:
+    """The tokens that stay whatever the text says, of a request that can be met.
+
+    Args:
+        table: The full vocabulary.
+        size: How many.
+        keep: More ids that must stay.
+        remove: Ids that must go.
+
+    Raises:
+        VocabularyError: A token to be removed must stay.
+        BudgetError: Fewer tokens are asked for than must stay, or more than there are.
+    """
+    must = table.mandatory() | table.closed(keep)
+    _check_removable(table, must, remove)
+    if size.tokens is not None:
+        if -(-size.tokens // size.multiple) * size.multiple < len(must):
+            least = min(-(-len(must) // size.multiple) * size.multiple, len(table))
+            raise BudgetError(
+                f"vocab_size is {size.tokens:,}, but {len(must):,} tokens must stay (special and added tokens, bytes "
+                f"or single characters, and what the chat template and the config need). Ask for at least {least:,}."
+            )
+        if size.tokens > len(table):
+            raise BudgetError(f"vocab_size is {size.tokens:,}, but the tokenizer has only {len(table):,} tokens.")
+    return must
 
 
 def _check_removable(table: TokenTable, must: Collection[int], remove: Collection[int]) -> None:

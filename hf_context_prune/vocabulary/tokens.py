@@ -32,17 +32,20 @@ class TokenTable:
 
     Args:
         state: The parsed ``tokenizer.json``; never changed.
+        rows: Embedding rows of its model; added tokens beyond them (Gemma 3 has one for images, which its text models
+            lack) are no ids here, and stay added tokens beyond the rows. None: every token has a row.
 
     Attributes:
         vocab: Ids of the model's own tokens by content (added tokens that the model lacks are not among them).
         added: Ids of added tokens by content.
+        contents: Contents by id, of all tokens that have a row.
 
     Raises:
         VocabularyError: A tokenizer of another kind, with dropout, or one that gives a text back differently when a
             token is split.
     """
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, Any], rows: int | None = None) -> None:
         self.state = state
         model = state["model"]
         self.kind = model.get("type") or ("BPE" if "merges" in model else "unknown")
@@ -64,7 +67,12 @@ class TokenTable:
             else {piece: index for index, (piece, _) in enumerate(entries)}
         )
         self.added: dict[str, int] = {token["content"]: token["id"] for token in state.get("added_tokens") or ()}
-        self.contents = {index: content for content, index in {**self.vocab, **self.added}.items()}
+        own = set(self.vocab.values())
+        self.contents = {
+            index: content
+            for content, index in {**self.vocab, **self.added}.items()
+            if rows is None or index < rows or index in own
+        }
         self._closures: dict[int, frozenset[int]] = {}
         if self.kind == "Unigram":
             self._check_characters()
@@ -107,7 +115,7 @@ class TokenTable:
     def mandatory(self) -> set[int]:
         """Ids without which some text would no longer come back as the full tokenizer gives it back."""
         model = self.state["model"]
-        keep = set(self.added.values())
+        keep = {index for index in self.added.values() if index in self.contents}
         unknown = model.get("unk_token")
         if unknown in self.vocab:
             keep.add(self.vocab[unknown])

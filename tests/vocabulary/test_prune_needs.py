@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune.data import CalibrationWarning, TextSource
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, NumericsError, VocabularyError
-from hf_context_prune.vocabulary import prune_vocabulary
+from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize, prune_vocabulary
 from hf_context_prune.vocabulary.prune import required_ids
 from hf_context_prune.vocabulary.rebuild import table_of
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
@@ -100,8 +100,11 @@ class Slow:
 def test_models_and_tokenizers_that_do_not_fit():
     tokenizer = shared_tokenizer("llama3")
     size = {"vocab_size": 320}
-    with pytest.raises(VocabularyError, match="ids up to 466, the model only 466 embedding rows"):
-        prune_vocabulary(model_for("llama", tokenizer, spare_rows=-1), tokenizer, documents(), **size)
+    few = {"spare_rows": 300 - 467, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    with pytest.raises(VocabularyError, match=r"ids up to \d+, the model only 300 embedding rows"):
+        prune_vocabulary(model_for("llama", tokenizer, **few), tokenizer, documents(), **size)
+    with pytest.raises(VocabularyError, match="3,467 embedding rows, the tokenizer ids up to 466 only"):
+        prune_vocabulary(model_for("llama", tokenizer, spare_rows=3_000), tokenizer, documents(), **size)
     with pytest.raises(VocabularyError, match=r"config\.pad_token_id is 470, which is no token of the tokenizer"):
         prune_vocabulary(model_for("llama", tokenizer, spare_rows=9, pad_token_id=470), tokenizer, documents(), **size)
     model = model_for("llama", tokenizer, spare_rows=9)
@@ -119,3 +122,76 @@ def test_models_and_tokenizers_that_do_not_fit():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(NumericsError, match="not finite"):
         prune_vocabulary(model, tokenizer, documents(), **size)
+
+
+def test_added_tokens_beyond_the_rows_stay_beyond_them():
+    tokenizer = tokenizer_of("gemma")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    beyond = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    model = model_for("gemma3_text", tokenizer, spare_rows=-1)
+    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_min_count=1, multiple=8, refit=False)
+    kept = trimmed.plan.vocabulary.kept
+    assert beyond not in kept
+    assert len(kept) == trimmed.model.config.vocab_size == trimmed.tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    text = "the court <image_soft_token> finds"
+    old, new = tokenizer(text)["input_ids"], trimmed.tokenizer(text)["input_ids"]
+    assert new == [len(kept) if index == beyond else trimmed.plan.vocabulary.new_ids[index] for index in old]
+    assert trimmed.tokenizer.decode(new) == tokenizer.decode(old)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama2-metaspace", "gemma"])
+def test_templates_that_surround_a_turn_with_spaces(kind):
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = "{% for m in messages %}the {{ m['content'] }} court{% endfor %}"
+    model, table = model_for("llama", tokenizer), table_of(tokenizer)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "fell"}])["input_ids"]
+    content = set(tokenizer("the fell")["input_ids"])
+    assert set(ids) - content <= required_ids(model, tokenizer, table)
+
+
+@pytest.mark.parametrize("template", ["{% for t in tools %}{{ t }}{% endfor %}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}"])
+def test_templates_that_break(template):
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.chat_template = template
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, refit=False)
+    assert trimmed.tokenizer.chat_template == template
+
+
+def test_padding_left_behind_by_a_call_and_sides():
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.backend_tokenizer.enable_padding(pad_id=9999)
+    tokenizer.padding_side = "left"
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, refit=False)
+    assert trimmed.tokenizer.padding_side == "left"
+    assert len(trimmed.tokenizer) == 320
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_models_with_few_positions(name):
+    tokenizer = shared_tokenizer("gpt2")
+    model = model_for(name, tokenizer, max_position_embeddings=64)
+    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_size=320)
+    assert trimmed.plan.provenance["vocabulary"]["refit"] is not None
+
+
+def test_nothing_is_measured_for_what_is_refused(monkeypatch):
+    tokenizer = shared_tokenizer("llama3")
+    monkeypatch.setattr("hf_context_prune.vocabulary.prune.count_tokens", lambda *_: pytest.fail("counted"))
+    pruner = VocabularyPruner(model_for("llama", tokenizer), tokenizer, documents())
+    with pytest.raises(BudgetError, match="must stay"):
+        pruner.trim(VocabularySize(10))
+
+
+def test_the_least_that_is_named_can_be_had():
+    tokenizer = shared_tokenizer("llama3")
+    with pytest.raises(BudgetError, match="Ask for at least 467"):
+        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=10, multiple=250)
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=467, multiple=250)
+    assert len(trimmed.tokenizer) == 467
+
+
+@pytest.mark.parametrize("name", ["keep", "remove"])
+def test_a_string_is_no_list_of_tokens(name):
+    tokenizer = shared_tokenizer("llama3")
+    with pytest.raises(VocabularyError, match="are the string 'Ġcourt'; give a list"):
+        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, **{name: "Ġcourt"})

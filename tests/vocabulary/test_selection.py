@@ -141,7 +141,9 @@ def test_what_is_made_from_a_removed_token_goes_with_it():
     gone = table.vocab["Ġc"]
     made = {index for index in table.contents if gone in table.closure(index)}
     assert len(made) > 2
-    kept = choose(table, scores, counts, VocabularySize(coverage=1.0, multiple=1), remove=[gone])
+    with pytest.raises(BudgetError, match=r"vocab_coverage is 1, .* the rest is 9[0-9]\.[0-9]+% of the text"):
+        choose(table, scores, counts, VocabularySize(coverage=1.0, multiple=1), remove=[gone])
+    kept = choose(table, scores, counts, VocabularySize(min_count=1, multiple=1), remove=[gone])
     assert not kept & made
     assert len(choose(table, scores, counts, VocabularySize(len(table)), remove=[gone])) == len(table) - len(made)
     least = choose(table, scores, counts, VocabularySize(min_count=1, multiple=1), remove=[gone])
