@@ -107,7 +107,7 @@ def main(folder, mode):
         save_strategy="steps",
         save_steps=7,
         per_device_train_batch_size=batch,
-        ddp_find_unused_parameters=False if batch < 4 else None,
+        **({"ddp_find_unused_parameters": False} if batch < 4 else {}),
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rank = os.environ.get("RANK", "0")
