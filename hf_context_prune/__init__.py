@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import calibrate
+    from .callback import ContextPruneCallback, PruningSchedule
     from .config import PrunerConfig
     from .criteria import CRITERIA
     from .errors import ContextPruneError
@@ -31,12 +32,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CRITERIA": "criteria",
+    "ContextPruneCallback": "callback",
     "ContextPruneError": "errors",
     "EvalOptions": "pipeline",
     "EvalReport": "evaluation",
     "PruneResult": "pipeline",
     "PrunerConfig": "config",
     "PruningPlan": "plan",
+    "PruningSchedule": "callback",
     "RecoveryConfig": "recovery",
     "apply_plan": "surgery",
     "calibrate": "calibration",
@@ -51,12 +54,14 @@ _HOME = {
 
 __all__ = [
     "CRITERIA",
+    "ContextPruneCallback",
     "ContextPruneError",
     "EvalOptions",
     "EvalReport",
     "PruneResult",
     "PrunerConfig",
     "PruningPlan",
+    "PruningSchedule",
     "RecoveryConfig",
     "__version__",
     "apply_plan",
