@@ -1,0 +1,361 @@
+"""Recovery: what training gives back, beside the dense model trained for the same time; ablations; cost of the callback.
+
+python -m benchmarks.recovery --data PATH/TO/data            # medicine and law; goes on where it stopped
+python -m benchmarks.recovery --data PATH/TO/data --quick    # medicine, one size, a few minutes of training
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from benchmarks.common import Rows, corpus, parser, smollm2, table, write_section
+from benchmarks.methods import OURS, Domain
+from benchmarks.vocabulary import percent, relative
+from hf_context_prune.architectures import TARGETS
+from hf_context_prune.callback import ContextPruneCallback, PruningSchedule
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data import TextSource, hold_out_documents, token_blocks
+from hf_context_prune.evaluation import count_parameters, document_losses
+from hf_context_prune.global_budget import smaller_model
+from hf_context_prune.linalg import fast_matmul
+from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.overlap import drop_overlapping
+from hf_context_prune.plan import PruningPlan
+from hf_context_prune.recovery import RecoveryConfig, recover
+from hf_context_prune.saving import PLAN_NAME, save_pruned
+
+GOAL_DENSE, GOAL_TUNED = 0.0, 0.03
+"""Most that bits a byte may be above the dense model as it came, and above the dense model tuned for the same time."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the tables: what is trained, and how.
+
+    Attributes:
+        label: In the table.
+        options: Of `RecoveryConfig`; None: nothing is trained.
+        dense: Train the dense model.
+    """
+
+    label: str
+    options: Mapping[str, Any] | None = None
+    dense: bool = False
+
+
+HEADLINE = {
+    "dense": Run("dense, as it came", dense=True),
+    "dense-tuned": Run("dense, tuned", {"distillation": 0.0}, dense=True),
+    "one-shot": Run("pruned, without recovery"),
+    "ours": Run("pruned and recovered (default)", {}),
+}
+ABLATIONS = {
+    "ours-short": Run("default", {}),
+    "text-alone": Run("without distillation", {"distillation": 0.0}),
+    "teacher-alone": Run("distillation alone", {"distillation": 1.0}),
+    "lora": Run("LoRA", {"method": "lora"}),
+    "ticket": Run("kept weights rewound to the pretrained ones", {"rewind": "pretrained"}),
+}
+EQUAL_TOKENS = {
+    "gradual": "pruned during training (`ContextPruneCallback`, three prunings), without distillation",
+    "then": "pruned, then trained on as many tokens, without distillation",
+}
+
+
+class RecoveryDomain(Domain):
+    """A domain with its pruned models on disk, so that a run that goes on does not prune again."""
+
+    @cached_property
+    def general(self) -> TextSource:
+        """Held-out text of no domain, without what the domain's train text has too."""
+        return drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0]
+
+    def pruned(self, share: float) -> tuple[LoadedModel, PruningPlan]:
+        folder = self.args.work / "models" / f"{self.name}-{share:g}-{self.args.blocks}-{self.args.seed}"
+        if not folder.exists():
+            loaded = self.load()
+            config = PrunerConfig(
+                pruning_ratio=share,
+                vocab_size=self.args.tokens[str(share)],
+                allocation="adaptive",
+                **OURS,  # type: ignore[arg-type]
+                num_calibration_samples=self.args.blocks,
+                max_seq_length=self.args.length,
+                pruning_seed=self.args.seed,
+            )
+            model, tokenizer, plan = smaller_model(loaded.model, loaded.tokenizer, self.train, config)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
+        return load_model(folder, dtype="float32", device="cpu"), PruningPlan.load(folder / PLAN_NAME)
+
+    def scored(self, model: Any, tokenizer: Any, dense: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Losses by document on the domain's text and on general text, on the documents of the dense row."""
+        result: dict[str, Any] = {"parameters": count_parameters(model)}
+        for name, source in (("own", self.held_out[0]), ("general", self.general)):
+            with fast_matmul():
+                losses = document_losses(
+                    model,
+                    tokenizer,
+                    source,
+                    max_seq_length=self.args.length,
+                    max_tokens=None if dense else self.args.eval_tokens,
+                    docs=dense[name]["documents"] if dense else None,
+                )
+            result[name] = {
+                "documents": [loss.doc for loss in losses],
+                "nll": [float(f"{loss.nll:.6g}") for loss in losses],
+                "bytes": sum(loss.num_bytes for loss in losses),
+            }
+        return result
+
+    def measure(self, run: Run, share: float, minutes: float, dense: Mapping[str, Any] | None) -> dict[str, Any]:  # type: ignore[override]
+        loaded, plan = (self.load(), None) if run.dense else self.pruned(share)
+        if run.options is None:
+            return self.scored(loaded.model, loaded.tokenizer, dense)
+        config = RecoveryConfig(
+            **run.options,
+            max_minutes=minutes,
+            max_seq_length=self.args.length,
+            num_epochs=100.0,
+            recovery_seed=self.args.seed,
+        )
+        teacher = None if run.dense else self.model
+        result = recover(loaded.model, self.train, config, tokenizer=loaded.tokenizer, teacher=teacher, plan=plan)
+        return {**self.scored(result.model, loaded.tokenizer, dense), "history": result.history.to_dict()}
+
+    def measure_equal(self, way: str, share: float, steps: int, dense: Mapping[str, Any]) -> dict[str, Any]:
+        """The same text, steps and learning rate: pruned on the way, or before (without the vocabulary, either way)."""
+        model, tokenizer = copy.deepcopy(self.model), self.load().tokenizer
+        config = PrunerConfig(
+            pruning_ratio=share,
+            **OURS,  # type: ignore[arg-type]
+            num_calibration_samples=self.args.blocks,
+            max_seq_length=self.args.length,
+            pruning_seed=self.args.seed,
+        )
+        listened, pruned = _Timed(config), 0.0
+        if way == "then":
+            begin = time.perf_counter()
+            model, _, _ = smaller_model(model, tokenizer, self.train, config)
+            pruned = time.perf_counter() - begin
+        rest, _ = hold_out_documents(self.train, seed=self.args.seed)
+        batch = 4
+        count = steps * batch
+        blocks = token_blocks(rest, tokenizer, num_samples=count, max_seq_length=self.args.length, seed=self.args.seed)
+        folder = tempfile.mkdtemp(prefix="hf_context_prune-")
+        begin = time.perf_counter()
+        try:
+            trainer = Trainer(
+                model,
+                TrainingArguments(
+                    output_dir=folder,
+                    max_steps=steps,
+                    per_device_train_batch_size=batch // 2,
+                    gradient_accumulation_steps=2,
+                    learning_rate=3e-4,
+                    lr_scheduler_type="cosine",
+                    warmup_steps=max(1, steps // 20),
+                    adam_beta2=0.95,
+                    weight_decay=0.01,
+                    bf16=True,
+                    use_cpu=True,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                    seed=self.args.seed,
+                ),
+                train_dataset=[{"input_ids": row, "labels": row} for row in blocks],
+                callbacks=[listened] if way == "gradual" else [],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        seconds = time.perf_counter() - begin
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+        return {
+            **self.scored(model, tokenizer, dense),
+            "history": {
+                "tokens": steps * batch * self.args.length,
+                "seconds": seconds,
+                "listening": listened.listening,
+                "pruning": listened.pruning if way == "gradual" else pruned,
+            },
+        }
+
+
+class _Timed(ContextPruneCallback):
+    """The callback, and how long it takes."""
+
+    def __init__(self, config: Any = None, schedule: Any = None) -> None:
+        super().__init__(config, schedule or PruningSchedule(0.1, 0.4, 3))
+        self.listening = self.pruning = 0.0
+
+    def _listen(self, *args: Any) -> None:
+        begin = time.perf_counter()
+        super()._listen(*args)
+        self.listening += time.perf_counter() - begin
+
+    def _prune(self, *args: Any) -> None:
+        begin = time.perf_counter()
+        super()._prune(*args)
+        self.pruning += time.perf_counter() - begin
+
+
+Found = Mapping[tuple[Any, ...], dict[str, Any]]
+
+
+def _line(label: str, row: Mapping[str, Any], dense: Mapping[str, Any], seed: int) -> list[str]:
+    history = row.get("history")
+    return [
+        label,
+        f"{1 - row['parameters'] / dense['parameters']:.1%}",
+        *("" if row is dense else percent(relative(dense[text], row[text], seed)) for text in ("own", "general")),
+        f"{history['tokens']:,}" if history else "",
+        f"{history['tokens'] / history['seconds']:,.0f}" if history else "",
+    ]
+
+
+_HEADER = ["", "parameters gone", "bits/byte, own domain", "bits/byte, general", "tokens trained on", "tokens/s"]
+
+
+def headline(rows: Found, args: argparse.Namespace) -> str:
+    """One table a domain, and what became of the goal."""
+    parts = []
+    for domain in args.domains:
+        dense, tuned = rows[domain, "dense", 0], rows[domain, "dense-tuned", 0]
+        body = [
+            _line(HEADLINE[name].label, rows[domain, name, 0], dense, args.seed) for name in ("dense", "dense-tuned")
+        ]
+        verdicts = []
+        for share in args.shares:
+            for name in ("one-shot", "ours"):
+                body.append(_line(f"{share:.0%}: {HEADLINE[name].label}", rows[domain, name, share], dense, args.seed))
+            ours = rows[domain, "ours", share]
+            above, gap = (relative(other["own"], ours["own"], args.seed) for other in (dense, tuned))
+            met = above.value <= GOAL_DENSE and gap.value <= GOAL_TUNED
+            verdicts.append(
+                f"- {share:.0%} gone, {domain}: {percent(above)} against the dense model as it came (goal: at most "
+                f"{GOAL_DENSE:+.0%}), {percent(gap)} against the dense model tuned for the same time (goal: at most "
+                f"{GOAL_TUNED:+.0%}): {'met' if met else 'missed'}."
+            )
+        parts.append(f"### {domain}\n\n{table(_HEADER, body)}\n\n" + "\n".join(verdicts))
+    return "\n\n".join(parts)
+
+
+def ablations(rows: Found, args: argparse.Namespace) -> str:
+    """Ways of training for the same short time, and two for the same tokens."""
+    domain, share = args.domains[0], args.shares[0]
+    dense = rows[domain, "dense", 0]
+    short = [_line(run.label, rows[domain, name, share], dense, args.seed) for name, run in ABLATIONS.items()]
+    equal = [_line(label, rows[domain, name, share], dense, args.seed) for name, label in EQUAL_TOKENS.items()]
+    gradual, then = (rows[domain, name, share]["history"] for name in EQUAL_TOKENS)
+    learning = gradual["seconds"] - gradual["listening"] - gradual["pruning"]
+    return f"""### Ablations ({domain}, {share:.0%} gone, {args.short_minutes:g} minutes each)
+
+{table(_HEADER, short)}
+
+### The callback ({domain}, {share:.0%} of all parameters, neurons alone, {args.steps} steps)
+
+{table(_HEADER, equal)}
+
+Listening took {gradual["listening"] / learning:.2%} of the time of training (goal: at most 10 %); the three prunings
+{gradual["pruning"]:.0f} s, {gradual["pruning"] / learning:.1%} of it, against {then["pruning"]:.0f} s for the one before training."""
+
+
+def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
+    """The section of RESULTS.md."""
+    commits = sorted({row["setting"]["commit"] for row in rows.values()})
+    more = "" if args.quick else f"{ablations(rows, args)}\n\n"
+    tokens = ", ".join(f"{share:.0%}: {args.tokens[str(share)]:,} tokens" for share in args.shares)
+    return f"""## Recovery
+
+SmolLM2-135M-Instruct (float32 weights, bfloat16 products where the CPU has them). Pruned in one shot (vocabulary, then
+neurons and KV groups by adaptive widths; {tokens}) on {args.blocks} x {args.length} tokens of the domain's train text, then
+trained on that text for {args.minutes:g} minutes, measuring included. Bits a byte against the dense model as it came, on
+held-out validation text of the domain and of no domain (at most {args.eval_tokens:,} tokens each), 95 % bootstrap
+intervals over documents. *Tokens/s* are of training, measuring included.
+
+{headline(rows, args)}
+
+{more}`python -m benchmarks.recovery --data DATA{" --quick" if args.quick else ""}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser(__doc__ or "", several=True)
+    options.set_defaults(domains=["medicine", "law"])
+    options.add_argument("--quick", action="store_true", help="medicine, one size, a few minutes of training")
+    options.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5])
+    options.add_argument("--vocabularies", nargs="+", type=int, default=[16_384, 8_192], help="tokens, for each share")
+    options.add_argument("--minutes", type=float, default=30.0)
+    options.add_argument("--short-minutes", type=float, default=8.0)
+    options.add_argument("--steps", type=int, default=100, help="of the callback and its counterpart")
+    options.add_argument("--blocks", type=int, default=128)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--eval-tokens", type=int, default=20_000)
+    if "--quick" in arguments:
+        small: dict[str, Any] = {"domains": ["medicine"], "shares": [0.3], "vocabularies": [16_384], "minutes": 4.0}
+        options.set_defaults(**small, blocks=48, eval_tokens=8_000)
+    args = options.parse_args(arguments)
+    args.tokens = {str(share): tokens for share, tokens in zip(args.shares, args.vocabularies, strict=True)}
+    store, load = Rows(args, "recovery", seed=args.seed), cache(smollm2)
+    domains = {name: RecoveryDomain(load, args, name, targets=TARGETS) for name in args.domains}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def get(place: tuple[Any, ...], measure: Callable[[], dict[str, Any]], **more: Any) -> None:
+        setting = {name: getattr(args, name) for name in ("blocks", "length", "eval_tokens", "seed")}
+        rows[place] = store.get({"place": list(place), **setting, **more}, measure)
+
+    for name, domain in domains.items():
+        get((name, "dense", 0), lambda d=domain: d.measure(HEADLINE["dense"], 0, 0, None))
+        dense = rows[name, "dense", 0]
+        for share in args.shares:
+            tokens = args.tokens[str(share)]
+            for key in ("one-shot", "ours"):
+                minutes = args.minutes if key == "ours" else 0
+                get(
+                    (name, key, share),
+                    lambda d=domain, k=key, s=share, m=minutes, row=dense: d.measure(HEADLINE[k], s, m, row),
+                    minutes=minutes,
+                    tokens=tokens,
+                )
+        get(
+            (name, "dense-tuned", 0),
+            lambda d=domain, row=dense: d.measure(HEADLINE["dense-tuned"], 0, args.minutes, row),
+            minutes=args.minutes,
+        )
+    if not args.quick:
+        first, share = domains[args.domains[0]], args.shares[0]
+        dense = rows[args.domains[0], "dense", 0]
+        for key, run in ABLATIONS.items():
+            get(
+                (first.name, key, share),
+                lambda r=run: first.measure(r, share, args.short_minutes, dense),
+                minutes=args.short_minutes,
+                tokens=args.tokens[str(share)],
+            )
+        for key in EQUAL_TOKENS:
+            get(
+                (first.name, key, share),
+                lambda k=key: first.measure_equal(k, share, args.steps, dense),
+                steps=args.steps,
+            )
+    section = "recovery_quick" if args.quick else "recovery"
+    write_section(section, results_text(rows, args, store.setting["machine"]))
+
+
+if __name__ == "__main__":
+    main()

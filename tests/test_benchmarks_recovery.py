@@ -1,0 +1,61 @@
+"""The recovery benchmark on a tiny model: rows, verdicts, ablations, and resuming."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+
+import pytest
+
+from benchmarks import common, recovery
+from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.loading import LoadedModel
+from tests.vocabulary.tiny_domain import model_for, shared_tokenizer
+from tests.vocabulary.tiny_tokenizers import WORDS
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    draw = random.Random(0)
+    for domain in ("law", "general"):
+        (tmp_path / domain).mkdir()
+        for split, count in (("train", 80), ("validation", 6)):
+            records = [
+                {"text": " ".join(draw.choices(WORDS, k=60)), "doc": f"{split}-{i}", "source": "made up"}
+                for i in range(count)
+            ]
+            with gzip.open(tmp_path / domain / f"corpus.{split}.jsonl.gz", "wt") as file:
+                file.write("\n".join(map(json.dumps, records)))
+    tokenizer = shared_tokenizer("smollm2")
+    loaded = LoadedModel(model_for("llama", tokenizer, intermediate_size=160), tokenizer, "tiny", None, None)
+    monkeypatch.setattr(recovery, "smollm2", lambda: loaded)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    sizes = "--domains law --shares 0.3 --vocabularies 320 --minutes 0.05 --short-minutes 0.02 --steps 12"
+    return f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes} --blocks 16 --length 32 --eval-tokens 900".split()
+
+
+def test_rows_tables_and_resume(options, tmp_path, monkeypatch):
+    recovery.main(options)
+    rows = {tuple(row["key"]["place"]): row for row in map(json.loads, (tmp_path / "rows/recovery.jsonl").open())}
+    dense = rows["law", "dense", 0]
+    for name in ("one-shot", "ours", "text-alone", "teacher-alone", "lora", "ticket"):
+        row = rows["law", name, 0.3]
+        assert row["parameters"] <= 0.7 * dense["parameters"]
+        assert row["own"]["documents"] == dense["own"]["documents"]
+        assert row["general"]["bytes"] == dense["general"]["bytes"]
+    assert sum(rows["law", "ours", 0.3]["own"]["nll"]) < sum(rows["law", "one-shot", 0.3]["own"]["nll"])
+    assert sum(rows["law", "dense-tuned", 0]["own"]["nll"]) < sum(dense["own"]["nll"])
+    gradual, then = rows["law", "gradual", 0.3], rows["law", "then", 0.3]
+    assert gradual["parameters"] == then["parameters"]
+    assert gradual["history"]["tokens"] == then["history"]["tokens"] == 12 * 4 * 32
+    assert 0 < gradual["history"]["listening"] < gradual["history"]["seconds"]
+    text = (tmp_path / "RESULTS.md").read_text()
+    for part in ("### law", "- 30% gone, law:", "### Ablations", "Listening took", "pruned and recovered (default)"):
+        assert part in text
+
+    monkeypatch.setattr(recovery.RecoveryDomain, "scored", lambda *_: pytest.fail("measured again"))
+    recovery.main(options)
+    assert (tmp_path / "RESULTS.md").read_text() == text
