@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -18,6 +18,8 @@ CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", 
 ReconstructionName = Literal["none", "bias", "least_squares", "sequential"]
 AllocationName = Literal["uniform", "adaptive"]
 VocabCriterion = Literal["expected", "frequency"]
+
+Config = TypeVar("Config")
 
 DEFAULT_PRUNING_RATIO = 0.2
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -222,13 +224,9 @@ class PrunerConfig:
         Raises:
             ConfigError: An unknown key, with the nearest known one.
         """
-        allowed = [item.name for item in dataclasses.fields(cls)]
         if "seed" in values and "pruning_seed" not in values:
             values = {"pruning_seed" if name == "seed" else name: value for name, value in values.items()}
-        for key in values:
-            if key not in allowed:
-                raise ConfigError(unknown("option", key, allowed))
-        return cls(**values)
+        return from_options(cls, values)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> PrunerConfig:
@@ -238,6 +236,19 @@ class PrunerConfig:
             ConfigError: The file is missing, not YAML or not a mapping, or has an unknown key.
         """
         return cls.from_dict(read_yaml(path))
+
+
+def from_options(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build a config from a mapping of options.
+
+    Raises:
+        ConfigError: An unknown key, with the nearest known one.
+    """
+    allowed = [item.name for item in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in allowed:
+            raise ConfigError(unknown("option", key, allowed))
+    return config_class(**values)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Set before anything imports the Hub client: no test may reach the Hub."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -13,6 +14,41 @@ import torch
 from tests.tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The real SmolLM2-135M-Instruct, for tests that are marked real; two threads while they run."""
+    from hf_context_prune import load_model
+    from hf_context_prune.demo_assets import smollm2_gguf
+
+    torch.set_num_threads(2)
+    yield load_model(smollm2_gguf(), dtype="float32", device="cpu")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def licences():
+    """Real text: software licences from the package index."""
+    from hf_context_prune.demo_assets import licence_texts
+
+    return licence_texts()
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    """The command line in this process: (exit code, stdout, stderr); "@name" is a path in the test's `place`."""
+    from hf_context_prune import cli
+
+    def call(*arguments):
+        words = [str(place / a[1:]) if isinstance(a, str) and a.startswith("@") else str(a) for a in arguments]
+        monkeypatch.setattr(sys, "argv", ["hf-context-prune", *words])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_info.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

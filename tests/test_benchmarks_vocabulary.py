@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import random
 
 import pytest
 
 from benchmarks import common, vocabulary
 from hf_context_prune.data import CalibrationWarning
 from hf_context_prune.loading import LoadedModel
-from tests.vocabulary.tiny_domain import model_for, shared_tokenizer
-from tests.vocabulary.tiny_tokenizers import WORDS
+from tests.vocabulary.tiny_domain import model_for, shared_tokenizer, write_domains
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
 
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
-    draw = random.Random(0)
-    for domain in ("law", "medicine"):
-        (tmp_path / domain).mkdir()
-        for split, count in (("train", 60), ("validation", 6)):
-            records = [
-                {"text": " ".join(draw.choices(WORDS, k=60)), "doc": f"{split}-{i}", "source": "made up"}
-                for i in range(count)
-            ]
-            with gzip.open(tmp_path / domain / f"corpus.{split}.jsonl.gz", "wt") as file:
-                file.write("\n".join(map(json.dumps, records)))
+    write_domains(tmp_path, ("law", "medicine"))
     tokenizer = shared_tokenizer("smollm2")
     loaded = LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
     monkeypatch.setattr(vocabulary, "smollm2", lambda: loaded)

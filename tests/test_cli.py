@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 import pytest
 
-from hf_context_prune import cli, demo
+from hf_context_prune import demo
 from tests.tiny import model_and_text, tiny_model
 
 
@@ -16,19 +15,6 @@ from tests.tiny import model_and_text, tiny_model
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     return model_and_text(folder, "data.jsonl")
-
-
-@pytest.fixture
-def run(place, capsys, monkeypatch):
-    def call(*arguments):
-        words = [str(place / a[1:]) if isinstance(a, str) and a.startswith("@") else str(a) for a in arguments]
-        monkeypatch.setattr(sys, "argv", ["hf-context-prune", *words])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_info.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 PRUNE = ("prune", "@base", "--data", "@data.jsonl", "--max-seq-length", 32, "--num-calibration-samples", 16)

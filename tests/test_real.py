@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from hf_context_prune import EvalOptions, PrunerConfig, load_model, prune
 from hf_context_prune.architectures import read_geometry, spec_of
 from hf_context_prune.demo import complete
-from hf_context_prune.demo_assets import licence_texts, smollm2_gguf
 from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
@@ -21,18 +20,6 @@ from hf_context_prune.surgery import apply_plan
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent / "reload_without_package.py"
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    torch.set_num_threads(2)
-    yield load_model(smollm2_gguf(), dtype="float32", device="cpu")
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def licences():
-    return licence_texts()
 
 
 def test_prune_20_percent_and_repair(smollm2, licences, tmp_path):

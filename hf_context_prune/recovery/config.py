@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..config import is_number, option
+from ..config import from_options, is_number, option
 from ..errors import ConfigError, unknown
 
 MethodName = Literal["full", "lora"]
@@ -96,8 +96,4 @@ class RecoveryConfig:
         Raises:
             ConfigError: An unknown key, with the nearest known one.
         """
-        allowed = [item.name for item in dataclasses.fields(cls)]
-        for key in values:
-            if key not in allowed:
-                raise ConfigError(unknown("option", key, allowed))
-        return cls(**values)
+        return from_options(cls, values)

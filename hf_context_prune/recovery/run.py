@@ -127,7 +127,7 @@ def recover(
     """
     start = time.monotonic()
     config = config or RecoveryConfig()
-    check_supported(model)
+    spec = check_supported(model)
     if teacher is None and (config.distillation > 0 or config.rewind != "none"):
         raise ConfigError(
             f"distillation={config.distillation:g} and rewind={config.rewind!r} need the dense parent: pass teacher=, "
@@ -144,7 +144,12 @@ def recover(
     adapters = None
     if config.method == "lora":
         torch.manual_seed(config.recovery_seed)
-        options = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+        options = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules="all-linear",
+            fan_in_fan_out=spec.transposed,
+        )
         adapters = get_peft_model(student, options)
 
     def measure() -> float:

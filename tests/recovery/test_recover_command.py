@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from hf_context_prune import PruningPlan, cli, load_pruned
+from hf_context_prune import PruningPlan, load_pruned
 from hf_context_prune.data import CalibrationWarning
 from hf_context_prune.evaluation import EvalReport
 from hf_context_prune.saving import verify_folder
@@ -21,19 +20,6 @@ QUICK = ("--no-speed", "--max-eval-tokens", 400)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return model_and_text(tmp_path_factory.mktemp("recover"), "data.jsonl")
-
-
-@pytest.fixture
-def run(place, capsys, monkeypatch):
-    def call(*arguments):
-        words = [str(place / a[1:]) if isinstance(a, str) and a.startswith("@") else str(a) for a in arguments]
-        monkeypatch.setattr(sys, "argv", ["hf-context-prune", *words])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_info.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

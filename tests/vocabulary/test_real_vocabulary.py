@@ -12,10 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from hf_context_prune import EvalOptions, PrunerConfig, load_model, prune
+from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.data import TextSource
 from hf_context_prune.demo import complete
-from hf_context_prune.demo_assets import licence_texts, smollm2_gguf
 from hf_context_prune.errors import BudgetError
 from hf_context_prune.evaluation import count_parameters
 from hf_context_prune.vocabulary import TrimmedModel, VocabularyPruner, VocabularySize
@@ -24,18 +23,6 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 MINIMUM = 320  # 311 tokens must stay, rounded up to a multiple of 64
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    torch.set_num_threads(2)
-    yield load_model(smollm2_gguf(), dtype="float32", device="cpu")
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def licences():
-    return licence_texts()
 
 
 @pytest.fixture(scope="module")

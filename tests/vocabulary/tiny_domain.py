@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from functools import cache
 
@@ -27,6 +29,18 @@ def documents(words=DOMAIN, *, count: int = 40, length: int = 60) -> TextSource:
     draw = random.Random(0)
     texts = [" ".join(draw.choices(words, k=length)) for _ in range(count)]
     return TextSource.from_documents([TextDocument(text, str(i), "s") for i, text in enumerate(texts)], name="domain")
+
+
+def write_domains(folder, names) -> None:
+    """Folders as in shared/data, with train and validation text of random words."""
+    draw = random.Random(0)
+    for name in names:
+        (folder / name).mkdir()
+        for split, count in (("train", 80), ("validation", 6)):
+            texts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(count)]
+            records = [{"text": text, "doc": f"{split}-{i}", "source": "made up"} for i, text in enumerate(texts)]
+            with gzip.open(folder / name / f"corpus.{split}.jsonl.gz", "wt") as file:
+                file.write("\n".join(map(json.dumps, records)))
 
 
 def model_for(name: str, tokenizer, *, spare_rows: int = 0, **overrides):
