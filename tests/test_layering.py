@@ -19,7 +19,7 @@ LAYERS = [
     {"errors"},
     # Helpers and values that know nothing else of the package.
     {"cache", "distributed", "embeddings", "linalg", "manifest", "sources", "stats"},
-    {"modeling", "config", "architectures", "plan", "data", "overlap"},
+    {"modeling", "config", "architectures", "plan", "data", "overlap", "questions"},
     {
         *("criteria", "allocation", "reconstruction", "calibration", "surgery", "vocabulary"),
         *("sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),

@@ -1,0 +1,282 @@
+"""Multiple choice: which answer a model holds most likely, by several scorers, with intervals and paired tests."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
+from scipy import stats
+
+from ..errors import ConfigError, unknown
+from ..questions import LETTERS, Question, QuestionSet, prompt
+from ._bootstrap import CONFIDENCE, Estimate, bootstrap_estimate
+from ._continuations import Alternatives, continuation_log_probs
+from ._inference import evaluation_mode, max_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Scorer = Literal["likelihood_normalised", "likelihood", "letter", "paper"]
+_GENERATED = re.compile(r"^\s*(?:Answer:\s*)?\(?([A-Z])\b")
+_GENERATED_TOKENS = 8
+ALL = "all"
+"""Name of the group of all questions."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered.
+
+    Attributes:
+        id: Of the question.
+        source: Of the question.
+        scores: One a choice, higher is better.
+        chosen: Index of the choice with the highest.
+        correct: Whether it is the right one.
+        shots: Examples that were shown.
+    """
+
+    id: str
+    source: str
+    scores: tuple[float, ...]
+    chosen: int
+    correct: bool
+    shots: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Answers of a group of questions.
+
+    Attributes:
+        source: The group, or ``"all"``.
+        num_questions: Questions.
+        num_correct: Right answers.
+        accuracy: Their share, with its 95 % Wilson interval.
+        chance: Share that guessing gives.
+        shots: Fewest and most examples that a question was shown.
+    """
+
+    source: str
+    num_questions: int
+    num_correct: int
+    accuracy: Estimate
+    chance: float
+    shots: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PairedAccuracy:
+    """A pruned model against its base on the same questions.
+
+    Attributes:
+        source: The group, or ``"all"``.
+        difference: Accuracy, pruned less base, with a paired bootstrap interval over questions.
+        only_base: Questions that only the base answers rightly.
+        only_pruned: Questions that only the pruned model answers rightly.
+        p_value: Of the exact McNemar test: how often chance alone would set them apart as much.
+    """
+
+    source: str
+    difference: Estimate
+    only_base: int
+    only_pruned: int
+    p_value: float
+
+
+def answer_questions(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: QuestionSet,
+    *,
+    scorer: Scorer = "likelihood_normalised",
+    num_shots: int = 0,
+    batch_tokens: int = 4096,
+) -> list[Answer]:
+    """Answer every question.
+
+    Scorers: ``likelihood`` sums the log-probabilities of a choice's tokens after the question, "Answer:" and a space;
+    ``likelihood_normalised`` divides that by the bytes of the choice (as ``acc_norm`` of lm-evaluation-harness does);
+    ``letter`` lists the choices and compares the letters as the next token; ``paper`` (arXiv 2312.12682) lists them,
+    generates a few tokens and takes the letter that it answers with, else the choice whose question + choice has the
+    lowest perplexity a token.
+
+    Args:
+        model: A causal LM, in any mode and dtype, on any device.
+        tokenizer: Its tokenizer.
+        questions: With examples.
+        scorer: See above.
+        num_shots: Examples of the question's own source; fewer where there are fewer.
+        batch_tokens: Tokens a batch, padding included.
+
+    Raises:
+        ConfigError: An unknown scorer, or `num_shots` below 0.
+    """
+    if scorer not in get_args(Scorer):
+        raise ConfigError(unknown("scorer", scorer, get_args(Scorer)))
+    if num_shots < 0:
+        raise ConfigError(f"num_shots is {num_shots}; it must be 0 or more.")
+    letters = scorer in ("letter", "paper")
+    shots = [questions.examples.get(question.source, ())[:num_shots] for question in questions.questions]
+    prompts = [
+        prompt(question, examples, letters=letters)
+        for question, examples in zip(questions.questions, shots, strict=True)
+    ]
+    items = [
+        _alternatives(tokenizer, text, [f" {answer}" for answer in (_letters(q) if letters else q.choices)])
+        for q, text in zip(questions.questions, prompts, strict=True)
+    ]
+    if scorer == "paper":
+        scores = _paper_scores(model, tokenizer, questions.questions, prompts, batch_tokens)
+    else:
+        scores = continuation_log_probs(model, items, batch_tokens=batch_tokens)
+    if scorer == "likelihood_normalised":
+        scores = [
+            [score / len(choice.encode()) for score, choice in zip(row, question.choices, strict=True)]
+            for row, question in zip(scores, questions.questions, strict=True)
+        ]
+    return [
+        _answer(question, row, len(examples))
+        for question, row, examples in zip(questions.questions, scores, shots, strict=True)
+    ]
+
+
+def _letters(question: Question) -> Sequence[str]:
+    return LETTERS[: len(question.choices)]
+
+
+def _answer(question: Question, scores: Sequence[float], shots: int) -> Answer:
+    chosen = max(range(len(scores)), key=lambda index: scores[index])  # the first of equals
+    return Answer(question.id, question.source, tuple(scores), chosen, chosen == question.answer, shots)
+
+
+def _alternatives(tokenizer: Any, text: str, answers: Sequence[str]) -> Alternatives:  # noqa: ANN401
+    """A text with several continuations, cut as lm-evaluation-harness does: where the tokens of the text alone end."""
+    start = len(tokenizer.encode(text, add_special_tokens=False))
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    lead = bos if tokenizer.encode("a")[:1] == bos else []  # only where the tokenizer itself would put it
+    sequences = [[*lead, *tokenizer.encode(text + answer, add_special_tokens=False)] for answer in answers]
+    start += len(lead)
+    return Alternatives(
+        tuple(tuple(sequence) for sequence in sequences),
+        tuple(max(1, min(start, len(sequence) - 1)) for sequence in sequences),
+    )
+
+
+def _paper_scores(
+    model: "PreTrainedModel",
+    tokenizer: Any,  # noqa: ANN401
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    batch_tokens: int,
+) -> list[list[float]]:
+    """1 for the letter that is generated, else minus the perplexity of question + choice."""
+    items = [
+        _whole(_alternatives(tokenizer, question.question, [f" {choice}" for choice in question.choices]))
+        for question in questions
+    ]
+    sums = continuation_log_probs(model, items, batch_tokens=batch_tokens)
+    scores = []
+    generated = _generated(model, tokenizer, prompts)
+    for question, item, row, text in zip(questions, items, sums, generated, strict=True):
+        match = _GENERATED.match(text)
+        if match and match.group(1) in _letters(question):
+            scores.append([float(letter == match.group(1)) for letter in _letters(question)])
+        else:
+            lengths = [len(sequence) - 1 for sequence in item.sequences]
+            scores.append([-math.exp(-total / length) for total, length in zip(row, lengths, strict=True)])
+    return scores
+
+
+def _whole(item: Alternatives) -> Alternatives:
+    """The same, scored from the second token on."""
+    return Alternatives(item.sequences, tuple(1 for _ in item.sequences))
+
+
+def _generated(model: "PreTrainedModel", tokenizer: Any, prompts: Sequence[str]) -> list[str]:  # noqa: ANN401
+    """What a model goes on with, greedily, after each prompt."""
+    texts = []
+    limit = max_positions(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with evaluation_mode(model):
+        for text in tqdm(prompts, desc="Generating", unit="question", name="hf_context_prune.evaluation"):
+            ids = tokenizer.encode(text)[-(limit - _GENERATED_TOKENS) if limit else None :]
+            tensor = torch.tensor([ids], device=model.device)
+            output = model.generate(
+                tensor,
+                attention_mask=torch.ones_like(tensor),
+                max_new_tokens=_GENERATED_TOKENS,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+            texts.append(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+    return texts
+
+
+def summarize_answers(questions: QuestionSet, answers: Sequence[Answer]) -> tuple[Accuracy, ...]:
+    """Accuracy by source, in alphabetical order, and last of all questions.
+
+    Args:
+        questions: What was asked.
+        answers: One a question, in the same order.
+    """
+    pairs = list(zip(answers, questions.questions, strict=True))
+    return tuple(
+        _accuracy(source, [answers[i] for i in group], [1 / len(pairs[i][1].choices) for i in group])
+        for source, group in _groups(answers)
+    )
+
+
+def _groups(answers: Sequence[Answer]) -> list[tuple[str, list[int]]]:
+    """Indices of the answers by source, and of all."""
+    sources = sorted({answer.source for answer in answers})
+    groups = [(source, [i for i, answer in enumerate(answers) if answer.source == source]) for source in sources]
+    return [*groups, (ALL, list(range(len(answers))))]
+
+
+def _accuracy(source: str, answers: Sequence[Answer], chances: Sequence[float]) -> Accuracy:
+    count, right = len(answers), sum(answer.correct for answer in answers)
+    interval = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
+    shots = [answer.shots for answer in answers]
+    return Accuracy(
+        source,
+        count,
+        right,
+        Estimate(right / count, (float(interval.low), float(interval.high))),
+        sum(chances) / count,
+        (min(shots), max(shots)),
+    )
+
+
+def compare_answers(
+    base: Sequence[Answer], pruned: Sequence[Answer], *, seed: int = 0, n_resamples: int = 2000
+) -> tuple[PairedAccuracy, ...]:
+    """The same questions answered by two models, by source, and last all of them.
+
+    Args:
+        base: Answers of the base.
+        pruned: Answers of the pruned model, to the same questions in the same order.
+        seed: Of the bootstrap.
+        n_resamples: Of the bootstrap.
+
+    Raises:
+        ConfigError: Other questions.
+    """
+    if [answer.id for answer in base] != [answer.id for answer in pruned]:
+        raise ConfigError("The two models answered different questions, so they can't be compared.")
+    result = []
+    for source, group in _groups(base):
+        pairs = [(base[i].correct, pruned[i].correct) for i in group]
+        only_base, only_pruned = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+        changed = only_base + only_pruned
+        p_value = stats.binomtest(only_base, changed).pvalue if changed else 1.0
+        columns = [[float(b) - float(a) for a, b in pairs]]
+        difference = bootstrap_estimate(
+            lambda values, axis: np.asarray(values.mean(axis=axis)), columns, seed=seed, n_resamples=n_resamples
+        )
+        result.append(PairedAccuracy(source, difference, only_base, only_pruned, float(p_value)))
+    return tuple(result)

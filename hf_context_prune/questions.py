@@ -1,0 +1,170 @@
+"""Multiple-choice questions: read from a file or a Hub dataset, and written as prompts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError, DataError, unknown
+from .sources import open_source
+
+FIELDS = ("question", "choices", "answer", "source", "split", "id", "context")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its choices.
+
+    Attributes:
+        id: Names it in results.
+        question: Its text.
+        choices: At least two.
+        answer: Index of the right choice, from 0.
+        source: Where it comes from; results are told apart by it.
+        split: ``"dev"`` rows are examples for the others of their source.
+        context: Goes before the question; may be empty.
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    source: str
+    split: str = "test"
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions to answer, and examples by source.
+
+    Attributes:
+        questions: To be answered.
+        examples: ``dev`` rows by source.
+        name: A file's base name or a Hub id.
+        revision: Commit of a Hub dataset.
+    """
+
+    questions: tuple[Question, ...]
+    examples: Mapping[str, tuple[Question, ...]]
+    name: str
+    revision: str | None
+
+
+def load_questions(
+    source: Any,  # noqa: ANN401 - whatever load_documents opens
+    *,
+    columns: Mapping[str, str] | None = None,
+    splits: Sequence[str] = ("test",),
+    max_questions: int | None = None,
+) -> QuestionSet:
+    """Read questions.
+
+    Args:
+        source: A ``.jsonl`` (or .json, .csv, .parquet) file, a Hub dataset id ``id[:config][@split]``, or rows.
+        columns: Names of the columns in the data by ours (`FIELDS`), where they differ.
+        splits: Rows of these splits are answered; ``dev`` rows are examples. Rows without a split are all answered.
+        max_questions: No more than that, evenly spread over the rows; None takes all.
+
+    Raises:
+        DataError: Nothing there, or a row without a question, choices or a valid answer; says which.
+        ConfigError: An unknown name in `columns`, or `max_questions` below 1.
+    """
+    for name in columns or {}:
+        if name not in FIELDS:
+            raise ConfigError(unknown("question column", name, FIELDS))
+    if max_questions is not None and max_questions < 1:
+        raise ConfigError(f"max_questions is {max_questions}; it must be at least 1.")
+    with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
+        opened = open_source(source, text_column="question", seed=0, scratch=scratch)
+        rows = [
+            _question(record, columns or {}, f"{table.name}, record {index}", opened.name)
+            for table in opened.tables
+            for index, record in enumerate(table.records)
+        ]
+    if not rows:
+        raise DataError(f"{opened.name}: no question in it.")
+    examples: dict[str, tuple[Question, ...]] = {}
+    for row in rows:
+        if row.split == "dev":
+            examples[row.source] = (*examples.get(row.source, ()), row)
+    chosen = [row for row in rows if row.split in splits]
+    if not chosen:
+        found = ", ".join(sorted({repr(row.split) for row in rows}))
+        raise DataError(f"{opened.name}: no question of the splits {', '.join(map(repr, splits))}; there are {found}.")
+    if max_questions is not None and max_questions < len(chosen):
+        chosen = [chosen[index * len(chosen) // max_questions] for index in range(max_questions)]
+    return QuestionSet(tuple(chosen), examples, opened.name, opened.revision)
+
+
+def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str, name: str) -> Question:
+    values = {field: record.get(columns.get(field, field)) for field in FIELDS}
+    question, choices = values["question"], values["choices"]
+    if isinstance(choices, Mapping) and isinstance(choices.get("text"), Sequence):  # as ARC has them
+        choices = choices["text"]
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(
+            f"{where}: {columns.get('question', 'question')!r} is {question!r:.80}; it must be the text of a question."
+        )
+    if (
+        not isinstance(choices, Sequence)
+        or isinstance(choices, str)
+        or not 2 <= len(choices) <= len(LETTERS)
+        or not all(isinstance(choice, str) and choice.strip() for choice in choices)
+    ):
+        raise DataError(
+            f"{where}: {columns.get('choices', 'choices')!r} is {choices!r:.80}; it must be a list of 2 to "
+            f"{len(LETTERS)} texts."
+        )
+    answer = _index(values["answer"], len(choices))
+    if answer is None:
+        raise DataError(
+            f"{where}: {columns.get('answer', 'answer')!r} is {values['answer']!r:.80}; it must be the index of one of "
+            f"the {len(choices)} choices, from 0, or its letter."
+        )
+    return Question(
+        id=str(values["id"] if values["id"] not in (None, "") else where),
+        question=question.strip(),
+        choices=tuple(choice.strip() for choice in choices),
+        answer=answer,
+        source=str(values["source"] or name),
+        split=str(values["split"] or "test"),
+        context=str(values["context"] or "").strip(),
+    )
+
+
+def _index(answer: object, count: int) -> int | None:
+    if isinstance(answer, str):
+        text = answer.strip()
+        if len(text) == 1 and text.upper() in LETTERS[:count]:
+            return LETTERS.index(text.upper())
+        answer = int(text) if text.isdecimal() else None
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < count:
+        return None
+    return answer
+
+
+def shown(question: Question, *, letters: bool = False) -> str:
+    """The question up to where its answer goes: "Question: ...", "Answer:", with its context before it.
+
+    Args:
+        question: The question.
+        letters: List the choices with letters.
+    """
+    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
+    context = f"{question.context}\n\n" if question.context else ""
+    return f"{context}Question: {question.question}{listed if letters else ''}\nAnswer:"
+
+
+def answered(question: Question, *, letters: bool = False) -> str:
+    """A question with its right answer: an example."""
+    answer = LETTERS[question.answer] if letters else question.choices[question.answer]
+    return f"{shown(question, letters=letters)} {answer}"
+
+
+def prompt(question: Question, examples: Iterable[Question] = (), *, letters: bool = False) -> str:
+    """Examples and then the question, separated by blank lines."""
+    return "\n\n".join([*(answered(row, letters=letters) for row in examples), shown(question, letters=letters)])

@@ -1,0 +1,94 @@
+"""Continuations on a shared cache are scored as whole sequences are, one by one, for every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_context_prune.evaluation._continuations import Alternatives, continuation_log_probs
+from tests.tiny import CASES, case, tiny_model
+
+
+def alternatives(generator, shared, rests, *, back=0):
+    """A text of `shared` tokens with continuations of these lengths; scored from `back` tokens before they differ."""
+
+    def draw(count):
+        return torch.randint(3, 300, (count,), generator=generator).tolist()
+
+    prefix = draw(shared)
+    sequences = [(*prefix, 303 + number, *draw(length - 1)) for number, length in enumerate(rests)]
+    return Alternatives(tuple(sequences), tuple(max(1, shared - back) for _ in rests))
+
+
+def one_by_one(model, items):
+    result = []
+    for item in items:
+        scores = []
+        for sequence, start in zip(item.sequences, item.starts, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([sequence])).logits[0].log_softmax(dim=-1)
+            scores.append(sum(float(logits[place - 1, sequence[place]]) for place in range(start, len(sequence))))
+        result.append(scores)
+    return result
+
+
+def items_for(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        alternatives(generator, 9, [1, 1, 1, 1]),
+        alternatives(generator, 17, [3, 1, 5], back=4),
+        alternatives(generator, 24, [2, 6]),
+        alternatives(generator, 5, [4, 4, 4, 4, 9], back=20),
+        alternatives(generator, 1, [2, 3]),
+        alternatives(generator, 30, [7, 2], back=2),
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_those_of_whole_sequences(name):
+    model, items = case(name), items_for()
+    expected = one_by_one(model, items)
+    for batch_tokens in (1, 150, 4096):
+        got = continuation_log_probs(model, items, batch_tokens=batch_tokens)
+        for scores, exact in zip(got, expected, strict=True):
+            assert scores == pytest.approx(exact, abs=2e-3)
+
+
+def test_sequences_that_share_nothing():
+    model = tiny_model("llama")
+    items = [Alternatives(((5, 6, 7), (8, 9)), (1, 1)), Alternatives(((5, 6), (8, 9, 11, 12)), (1, 2))]
+    expected = one_by_one(model, items)
+    for batch_tokens in (1, 4096):
+        got = continuation_log_probs(model, items, batch_tokens=batch_tokens)
+        assert [score for scores in got for score in scores] == pytest.approx(
+            [score for scores in expected for score in scores], abs=1e-4
+        )
+
+
+def test_what_does_not_fit_loses_its_begin():
+    model = tiny_model("gpt2", max_position_embeddings=16)
+    item = alternatives(torch.Generator().manual_seed(0), 20, [3, 2])
+    short = item.shortened(16)
+    assert [len(sequence) for sequence in short.sequences] == [16, 15]
+    assert short.starts == (13, 13)
+    assert continuation_log_probs(model, [item]) == continuation_log_probs(model, [short])
+    assert item.shortened(None) is item.shortened(40) is item
+
+
+def test_the_shared_part_runs_once():
+    model = tiny_model("llama")
+    item = alternatives(torch.Generator().manual_seed(0), 60, [5, 4, 6, 5])
+    tokens = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    continuation_log_probs(model, [item])
+    assert tokens == [60, 4 * 5]  # the last token of a choice predicts nothing
+    assert sum(tokens) <= 1.3 * (60 + 5 + 4 + 6 + 5)
+
+
+def test_the_mode_is_given_back_and_nothing_has_a_gradient():
+    model = tiny_model("llama").train()
+    continuation_log_probs(model, items_for())
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,145 @@
+"""Multiple choice: scorers against brute force, intervals, and paired comparison."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from scipy import stats
+
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation import multiple_choice
+from hf_context_prune.evaluation.multiple_choice import (
+    ALL,
+    Answer,
+    answer_questions,
+    compare_answers,
+    summarize_answers,
+)
+from hf_context_prune.questions import load_questions, prompt
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+
+WORDS = TEXT.split()
+
+
+def questions(count=12, *, dev=3):
+    draw = random.Random(0)
+
+    def words(number):
+        return " ".join(draw.choices(WORDS, k=number))
+
+    rows = []
+    for index in range(count):
+        for split in ("test", "dev") if index < dev else ("test",):
+            choices = [words(draw.randint(1, 4)) + f" {letter}" for letter in "abcd"[: draw.randint(2, 4)]]
+            rows.append(
+                {
+                    "id": f"{split}-{index}",
+                    "question": words(draw.randint(3, 9)),
+                    "choices": choices,
+                    "answer": draw.randrange(len(choices)),
+                    "source": "abc"[index % 3],
+                    "split": split,
+                }
+            )
+    return load_questions(rows)
+
+
+def log_prob(model, ids, start):
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+    return sum(float(logits[place - 1, ids[place]]) for place in range(start, len(ids)))
+
+
+@pytest.mark.parametrize("scorer", ["likelihood", "likelihood_normalised", "letter"])
+@pytest.mark.parametrize("num_shots", [0, 2])
+def test_scores_by_brute_force(scorer, num_shots):
+    model, tokenizer, asked = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), questions()
+    answers = answer_questions(model, tokenizer, asked, scorer=scorer, num_shots=num_shots)
+    letters = scorer == "letter"
+    for question, answer in zip(asked.questions, answers, strict=True):
+        examples = asked.examples.get(question.source, ())[:num_shots]
+        text = prompt(question, examples, letters=letters)
+        expected = []
+        for letter, choice in zip("ABCD", question.choices, strict=False):
+            own = letter if letters else choice
+            ids, start = tokenizer.encode(f"{text} {own}"), len(tokenizer.encode(text))
+            score = log_prob(model, ids, start)
+            expected.append(score / len(choice.encode()) if scorer == "likelihood_normalised" else score)
+        assert answer.scores == pytest.approx(expected, abs=1e-3)
+        assert answer.chosen == expected.index(max(expected))
+        assert answer.correct == (answer.chosen == question.answer)
+        assert answer.shots == len(examples)
+
+
+def test_the_papers_two_ways(monkeypatch):
+    model, tokenizer, asked = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), questions(4)
+    texts = ["Answer: B because", "nothing", " (A) it is", "Z"]
+    monkeypatch.setattr(multiple_choice, "_generated", lambda *_: texts)
+    answers = answer_questions(model, tokenizer, asked, scorer="paper")
+    assert [answers[0].chosen, answers[2].chosen] == [1, 0]
+    for index in (1, 3):  # no letter, or one that is no choice: the lowest perplexity of question + choice
+        question = asked.questions[index]
+        perplexities = []
+        for choice in question.choices:
+            ids = tokenizer.encode(f"{question.question} {choice}")
+            with torch.no_grad():
+                perplexities.append(math.exp(float(model(input_ids=(x := torch.tensor([ids])), labels=x).loss)))
+        assert [-score for score in answers[index].scores] == pytest.approx(perplexities, rel=1e-3)
+        assert answers[index].chosen == perplexities.index(min(perplexities))
+
+
+def test_what_is_generated():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompts = ["the court finds", "the patient was given the dose. " * 40]
+    texts = multiple_choice._generated(model, tokenizer, prompts)
+    ids = torch.tensor([tokenizer.encode(prompts[0])])
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert texts[0] == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert len(texts) == 2  # what is longer than the model's positions loses its begin
+
+
+def answer(number, source, correct):
+    return Answer(str(number), source, (0.0, 1.0), int(correct), correct, 0)
+
+
+def test_accuracy_by_source():
+    asked = questions(12)
+    answers = answer_questions(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), asked, num_shots=2)
+    summary = summarize_answers(asked, answers)
+    assert [row.source for row in summary] == ["a", "b", "c", ALL]
+    assert sum(row.num_questions for row in summary[:-1]) == summary[-1].num_questions == 12
+    assert sum(row.num_correct for row in summary[:-1]) == summary[-1].num_correct
+    assert summary[-1].shots == (1, 1)  # one example a source, though two were asked for
+    for row in summary:
+        interval = stats.binomtest(row.num_correct, row.num_questions).proportion_ci(0.95, method="wilson")
+        assert row.accuracy.interval == pytest.approx((interval.low, interval.high))
+    chances = [1 / len(question.choices) for question in asked.questions]
+    assert summary[-1].chance == pytest.approx(sum(chances) / 12)
+
+
+def test_paired_comparison():
+    base = [answer(number, "ab"[number % 2], number < 14) for number in range(20)]
+    pruned = [answer(number, "ab"[number % 2], number < 10 or number == 19) for number in range(20)]
+    rows = compare_answers(base, pruned)
+    assert [row.source for row in rows] == ["a", "b", ALL]
+    assert (rows[-1].only_base, rows[-1].only_pruned) == (4, 1)
+    assert rows[-1].difference.value == pytest.approx(-0.15)
+    low, high = rows[-1].difference.interval
+    assert low < -0.15 < high
+    assert rows[-1].p_value == pytest.approx(stats.binomtest(4, 5).pvalue)
+    same = compare_answers(base, base)[-1]
+    assert (same.p_value, same.difference.value, same.difference.interval) == (1.0, 0.0, (0.0, 0.0))
+    with pytest.raises(ConfigError, match="different questions"):
+        compare_answers(base, pruned[::-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"scorer": "likelyhood"}, "Did you mean 'likelihood'"), ({"num_shots": -1}, "num_shots is -1")],
+)
+def test_options_that_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        answer_questions(tiny_model("llama"), tiny_tokenizer(), questions(2), **options)

@@ -1,0 +1,85 @@
+"""Multiple-choice questions: what is read, what is refused, and what a model gets to see."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.questions import Question, answered, load_questions, prompt, shown
+
+ROW = {"id": "q1", "question": "Who decides?", "choices": ["The court", "The clerk"], "answer": 0, "source": "a/law"}
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "mcq.jsonl"
+    path.write_text("\n".join(json.dumps(ROW | row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_rows_of_a_file(tmp_path):
+    path = write(tmp_path, {}, {"split": "dev", "id": "d"}, {"split": "train"}, {"context": " A bench \u2028 sat. "})
+    found = load_questions(path)
+    assert found.name == "mcq.jsonl"
+    assert [question.split for question in found.questions] == ["test", "test"]
+    assert found.questions[0] == Question("q1", "Who decides?", ("The court", "The clerk"), 0, "a/law")
+    assert found.questions[1].context == "A bench \u2028 sat."
+    assert [question.id for question in found.examples["a/law"]] == ["d"]
+    assert len(load_questions(path, splits=("train", "test")).questions) == 3
+    assert [question.id for question in load_questions(path, max_questions=1).questions] == ["q1"]
+
+
+def test_a_data_set_with_columns_of_its_own():
+    rows = [
+        {"query": "One?", "options": ["a", "b", "c"], "label": "C", "topic": "x"},
+        {"query": "Two?", "options": ["a", "b", "c"], "label": "1", "topic": None},
+    ]
+    columns = {"question": "query", "choices": "options", "answer": "label", "source": "topic"}
+    found = load_questions(Dataset.from_list(rows), columns=columns).questions
+    assert [question.answer for question in found] == [2, 1]
+    assert [question.source for question in found] == ["x", "in-memory"]
+    assert len({question.id for question in found}) == 2
+
+
+def test_choices_as_arc_has_them():
+    rows = [{"question": "One?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}]
+    assert load_questions(rows, columns={"answer": "answerKey"}).questions[0].choices == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": " "}, r"record 0: 'question' is ' '; it must be the text of a question"),
+        ({"choices": ["one"]}, r"'choices' is \['one'\]; it must be a list of 2 to 26 texts"),
+        ({"choices": "one or two"}, "'choices' is 'one or two'"),
+        ({"choices": ["one", 2]}, "'choices' is"),
+        ({"answer": 2}, "'answer' is 2; it must be the index of one of the 2 choices, from 0, or its letter"),
+        ({"answer": "C"}, "'answer' is 'C'"),
+        ({"answer": True}, "'answer' is True"),
+        ({"answer": None}, "'answer' is None"),
+        ({"split": "dev"}, "no question of the splits 'test'; there are 'dev'"),
+    ],
+)
+def test_rows_that_are_refused(tmp_path, row, said):
+    with pytest.raises(DataError, match=said):
+        load_questions(write(tmp_path, row))
+
+
+def test_options_that_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"Unknown question column 'choice'; .* Did you mean 'choices'"):
+        load_questions(write(tmp_path, {}), columns={"choice": "x"})
+    with pytest.raises(ConfigError, match="max_questions is 0"):
+        load_questions(write(tmp_path, {}), max_questions=0)
+    with pytest.raises(DataError, match="no such file"):
+        load_questions(tmp_path / "missing.jsonl")
+
+
+def test_prompts():
+    question = Question("q", "Who decides?", ("The court", "The clerk"), 1, "law", context="A case.")
+    assert shown(question) == "A case.\n\nQuestion: Who decides?\nAnswer:"
+    assert answered(question, letters=True) == (
+        "A case.\n\nQuestion: Who decides?\nA. The court\nB. The clerk\nAnswer: B"
+    )
+    assert prompt(question, [question]) == f"{answered(question)}\n\n{shown(question)}"
