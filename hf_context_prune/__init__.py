@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .errors import ContextPruneError
     from .evaluation import EvalReport
     from .loading import load_model, load_pruned
-    from .pipeline import EvalOptions, PruneResult, evaluate, prune
+    from .measuring import QuestionOptions, evaluate
+    from .pipeline import EvalOptions, PruneResult, prune
     from .plan import PruningPlan
     from .planning import make_plan
     from .recovery import RecoveryConfig, recover
@@ -43,7 +44,8 @@ _HOME = {
     "RecoveryConfig": "recovery",
     "apply_plan": "surgery",
     "calibrate": "calibration",
-    "evaluate": "pipeline",
+    "QuestionOptions": "measuring",
+    "evaluate": "measuring",
     "load_model": "loading",
     "load_pruned": "loading",
     "make_plan": "planning",
@@ -62,6 +64,7 @@ __all__ = [
     "PrunerConfig",
     "PruningPlan",
     "PruningSchedule",
+    "QuestionOptions",
     "RecoveryConfig",
     "__version__",
     "apply_plan",

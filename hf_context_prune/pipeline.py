@@ -180,7 +180,7 @@ def prune(
     warn_if_alone()
     config = config or PrunerConfig()
     options = evaluation or EvalOptions()
-    base = _as_loaded(model, tokenizer)
+    base = as_loaded(model, tokenizer)
     spec = check_supported(base.model)
     check_weights_finite(base.model)
     if config.reconstruction == "sequential" and config.prunes_units:
@@ -247,7 +247,12 @@ def prune(
     return PruneResult(smaller, tokenizer, plan, report, stock, from_disk)
 
 
-def _as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
+def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
+    """A model with its tokenizer and name, loaded where it is named only.
+
+    Raises:
+        ConfigError: No tokenizer can be found.
+    """
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, str | Path):
@@ -299,47 +304,3 @@ def split_text(data: Any, eval_data: Any, config: PrunerConfig, tokenizer: Any) 
             "their 13-word sequences too."
         )
     return rest, held_out, how
-
-
-def evaluate(
-    model: PreTrainedModel | LoadedModel | str | Path,
-    data: Any,  # noqa: ANN401 - whatever load_documents reads
-    *,
-    tokenizer: Any = None,  # noqa: ANN401
-    text_column: str | None = None,
-    max_seq_length: int = 512,
-    seed: int = 0,
-    options: EvalOptions | None = None,
-) -> EvalReport:
-    """Measure one model on text: bits per byte and perplexity, size and speed.
-
-    Args:
-        model: A `PreTrainedModel`, or what [`load_model`][] reads.
-        data: What [`load_documents`][] reads; whether the model saw it before, only the caller knows.
-        tokenizer: As for [`prune`][].
-        text_column: Column with the text.
-        max_seq_length: Tokens a window.
-        seed: Of the bootstrap and of the choice of documents.
-        options: How much is measured.
-
-    Raises:
-        ContextPruneError: See `hf_context_prune.errors`.
-    """
-    options = options or EvalOptions()
-    base = _as_loaded(model, tokenizer)
-    text = load_documents(data, text_column=text_column, tokenizer=base.tokenizer, seed=seed)
-    losses = document_losses(
-        base.model, base.tokenizer, text, max_seq_length=max_seq_length, max_tokens=options.max_tokens
-    )
-    speed = measure_speed({"base": base.model}) if options.speed else None
-    return EvalReport(
-        base_model=base.name,
-        dataset=DatasetFacts(text.name, text.revision, text.fingerprint, "The text that was given, as it is."),
-        size=SizeFacts.measured(
-            count_parameters(base.model), base_weight_bytes=weight_bytes(base.folder) if base.folder else None
-        ),
-        loss=LossFacts(base=summarize_losses(losses, seed=seed)),
-        environment=Environment.current(str(base.model.dtype).removeprefix("torch.")),
-        speed=SpeedFacts(speed["base"]) if speed else None,
-        memory=MemoryFacts(base=measure_peak_memory(base.folder)) if base.folder and options.memory else None,
-    )

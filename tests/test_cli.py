@@ -218,3 +218,34 @@ def test_a_dry_run_of_too_many_tokens(run):
     code, out, err = run("prune", "@base", "--dry-run", "--vocab-size", 100_000)
     assert (code, out) == (2, "")
     assert "vocab_size is 100,000, but the model has only 320 embedding rows" in " ".join(err.split())
+
+
+def test_questions_and_a_base(run, place):
+    choices = ["a duty", "a dose", "care"]
+    rows = [
+        {"query": f"What is found {i}?", "choices": choices, "answer": i % 3, "source": "ab"[i % 2]} for i in range(12)
+    ]
+    rows += [dict(row, split="dev") for row in rows[:2]]
+    (place / "mcq.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = run(*PRUNE, "--output", "@asked", "--mlp-ratio", 0.25, *QUICK)
+    assert code == 0, err
+    asked = ("--mcq", "@mcq.jsonl", "--mcq-columns", "question=query", "--few-shot", 2)
+    measured = ("--data", "@data.jsonl", "--max-seq-length", 32, *QUICK)
+    code, out, err = run("evaluate", "@asked", "--base", "@base", *measured, *asked)
+    assert code == 0, err
+    assert "accuracy, a (6 questions, 1-shot, chance 33%)" in out
+    assert "accuracy, all (12 questions, 1-shot, chance 33%)" in out
+    assert "McNemar p" in out
+    code, out, _ = run("evaluate", "@base", *measured, *asked, "--mcq-scorer", "letter", "--format", "json")
+    facts = json.loads(out)["multiple_choice"]
+    assert (facts["scorer"], facts["num_shots"], facts["pruned"]) == ("letter", 2, None)
+    assert facts["base"][-1]["num_questions"] == 12
+    code, _, err = run("evaluate", "@base", *measured, "--mcq", "@mcq.jsonl")
+    assert code == 1
+    assert "'question' is None" in err
+    code, _, err = run("evaluate", "@base", *measured, *asked, "--mcq-scorer", "guess")
+    assert code == 2
+    assert "Unknown scorer 'guess'" in err
+    code, _, err = run("evaluate", "@base", *measured, "--mcq", "@mcq.jsonl", "--mcq-columns", "question")
+    assert code == 2
+    assert "it must be pairs" in err

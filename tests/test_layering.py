@@ -29,7 +29,7 @@ LAYERS = [
     {"planning"},
     {"card", "global_budget", "hub"},
     {"outline"},
-    {"pipeline", "recovery", "callback", "tables", "cli_options"},
+    {"pipeline", "measuring", "recovery", "callback", "tables", "cli_options"},
     {"cli_output"},
     {"cli_recover"},
     {"cli", "demo"},
@@ -39,7 +39,7 @@ LAYERS = [
 ALLOWED_SIBLINGS = {
     *(("architectures", "modeling"), ("plan", "modeling.specs"), ("overlap", "data")),
     *(("loading", "saving"), ("cli", "demo"), ("sensitivity", "streams")),
-    *(("vocabulary", "surgery"), ("recovery", "pipeline")),
+    *(("vocabulary", "surgery"), ("recovery", "pipeline"), ("measuring", "pipeline")),
 }
 # Those on top use the public API; nothing below them imports the package's own __init__.
 MAY_IMPORT_PUBLIC_API = {"cli", "demo", "__main__"}

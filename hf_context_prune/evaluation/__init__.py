@@ -1,6 +1,14 @@
 """Evaluation: losses on held-out text, speed, memory and size, and the report that holds them."""
 
 from ._bootstrap import Estimate
+from .multiple_choice import (
+    Accuracy,
+    Answer,
+    PairedAccuracy,
+    answer_questions,
+    compare_answers,
+    summarize_answers,
+)
 from .perplexity import (
     DocumentLoss,
     LossComparison,
@@ -17,6 +25,7 @@ from .report import (
     LossBudget,
     LossFacts,
     MemoryFacts,
+    MultipleChoiceFacts,
     SizeFacts,
     SpeedFacts,
 )
@@ -33,6 +42,8 @@ from .speed import (
 )
 
 __all__ = [
+    "Accuracy",
+    "Answer",
     "DatasetFacts",
     "DocumentLoss",
     "Environment",
@@ -44,18 +55,23 @@ __all__ = [
     "LossSummary",
     "MemoryFacts",
     "MemoryMeasurement",
+    "MultipleChoiceFacts",
+    "PairedAccuracy",
     "SizeFacts",
     "SpeedFacts",
     "SpeedMeasurement",
     "SpeedRatio",
     "Spread",
+    "answer_questions",
     "choose_documents",
+    "compare_answers",
     "compare_losses",
     "count_parameters",
     "document_losses",
     "measure_peak_memory",
     "measure_speed",
     "speed_ratio",
+    "summarize_answers",
     "summarize_losses",
     "weight_bytes",
 ]

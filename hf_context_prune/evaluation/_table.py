@@ -9,7 +9,7 @@ from .speed import Spread
 
 if TYPE_CHECKING:
     from .perplexity import LossComparison, LossSummary
-    from .report import EvalReport, LossFacts, MemoryFacts, SizeFacts, SpeedFacts
+    from .report import EvalReport, LossFacts, MemoryFacts, MultipleChoiceFacts, SizeFacts, SpeedFacts
 
 Row = tuple[str, str, str, str]
 
@@ -20,6 +20,8 @@ def comparison_rows(report: "EvalReport") -> list[Row]:
     if report.budget is not None:
         change = f"{_percent(report.budget.measured)} (allowed {_percent(report.budget.allowed)})"
         rows.append(("bits per byte on the text of the search", "", "", change))
+    if report.multiple_choice is not None:
+        rows += _choice_rows(report.multiple_choice)
     if report.speed is not None:
         rows += _speed_rows(report.speed)
     if report.memory is not None:
@@ -77,6 +79,24 @@ def _losses(
         ),
         (f"excess loss{when} (nats/token)", "", "", excess),
     ]
+
+
+def _choice_rows(facts: "MultipleChoiceFacts") -> list[Row]:
+    rows = []
+    for index, base in enumerate(facts.base):
+        change = ""
+        if facts.paired is not None:
+            paired = facts.paired[index]
+            change = f"{_points(paired.difference, '{:+.1f}')} points (McNemar p {paired.p_value:.2g})"
+        shots = "-".join(str(count) for count in sorted(set(base.shots)))
+        measure = f"accuracy, {base.source} ({base.num_questions:,} questions, {shots}-shot, chance {base.chance:.0%})"
+        pruned = "" if facts.pruned is None else f"{_points(facts.pruned[index].accuracy, '{:.1f}')} %"
+        rows.append((measure, f"{_points(base.accuracy, '{:.1f}')} %", pruned, change))
+    return rows
+
+
+def _points(estimate: Estimate, pattern: str) -> str:
+    return _estimate(estimate, pattern, lambda value: 100 * value)
 
 
 def _speed_rows(speed: "SpeedFacts") -> list[Row]:

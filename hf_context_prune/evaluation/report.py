@@ -17,12 +17,13 @@ import torch
 from ..errors import ConfigError, LoadError, SaveError
 from ._codec import decode, plain
 from ._table import comparison_rows
+from .multiple_choice import Accuracy, PairedAccuracy
 from .perplexity import LossComparison, LossSummary
 from .speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
 
 SCHEMA_VERSION = 3
 
-_BEFORE_RECOVERY = {"recovered": None, "recovered_comparison": None}
+_ADDED_IN_3 = {"recovered": None, "recovered_comparison": None}
 _PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
@@ -145,6 +146,29 @@ class MemoryFacts:
 
 
 @dataclass(frozen=True)
+class MultipleChoiceFacts:
+    """Answers to multiple-choice questions; the last two are None for a single model.
+
+    Attributes:
+        name: As `QuestionSet.name`.
+        revision: Hub commit, else None.
+        scorer: How answers were chosen.
+        num_shots: Examples asked for.
+        base: By source and of all, of the base or of the single model.
+        pruned: The same of the pruned model.
+        paired: Pruned against base.
+    """
+
+    name: str
+    revision: str | None
+    scorer: str
+    num_shots: int
+    base: tuple[Accuracy, ...]
+    pruned: tuple[Accuracy, ...] | None = None
+    paired: tuple[PairedAccuracy, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Environment:
     """Where the figures were taken: package versions, python, platform, torch threads, dtype of the losses."""
 
@@ -177,6 +201,7 @@ class EvalReport:
         speed: Speeds, None where not measured.
         memory: Peak memory, None where not measured.
         budget: How the size was found, None where it was given.
+        multiple_choice: Answers to questions, None where none were asked.
         notes: Sentences that a reader of the figures must know.
         created: UTC time, ISO 8601 to the second.
         schema_version: Version of the JSON layout.
@@ -190,6 +215,7 @@ class EvalReport:
     speed: SpeedFacts | None = None
     memory: MemoryFacts | None = None
     budget: LossBudget | None = None
+    multiple_choice: MultipleChoiceFacts | None = None
     notes: tuple[str, ...] = ()
     created: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema_version: int = SCHEMA_VERSION
@@ -212,8 +238,9 @@ class EvalReport:
         if not isinstance(data, dict):
             raise LoadError(f"An evaluation report must be a JSON object, not {type(data).__name__}.")
         version = data.get("schema_version")
-        if version == 2 and isinstance(data.get("loss"), dict):  # as 3, before recovery
-            data = {**data, "loss": {**data["loss"], **_BEFORE_RECOVERY}, "schema_version": SCHEMA_VERSION}
+        if version == 2 and isinstance(data.get("loss"), dict):  # as 3, before recovery and questions
+            loss = {**data["loss"], **_ADDED_IN_3}
+            data = {**data, "loss": loss, "multiple_choice": None, "schema_version": SCHEMA_VERSION}
         elif version != SCHEMA_VERSION:
             raise LoadError(
                 f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads 2 "

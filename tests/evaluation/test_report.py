@@ -96,7 +96,7 @@ def test_json_round_trip(report, single, tmp_path):
 def test_reports_from_before_recovery_still_load(report):
     data = report.to_dict()
     data["schema_version"] = 2
-    del data["loss"]["recovered"], data["loss"]["recovered_comparison"]
+    del data["loss"]["recovered"], data["loss"]["recovered_comparison"], data["multiple_choice"]
     assert EvalReport.from_dict(data) == report
     del data["loss"]["base"]
     with pytest.raises(LoadError, match=r"report\.loss.*base"):

@@ -1,0 +1,142 @@
+"""`evaluate()`: one model, or a model against its base, on text and on multiple-choice questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .data import load_documents
+from .evaluation import (
+    DatasetFacts,
+    Environment,
+    EvalReport,
+    LossFacts,
+    MemoryFacts,
+    MultipleChoiceFacts,
+    SizeFacts,
+    SpeedFacts,
+    answer_questions,
+    compare_answers,
+    compare_losses,
+    count_parameters,
+    document_losses,
+    measure_peak_memory,
+    measure_speed,
+    summarize_answers,
+    summarize_losses,
+    weight_bytes,
+)
+from .evaluation.multiple_choice import Scorer
+from .loading import LoadedModel
+from .pipeline import EvalOptions, as_loaded
+from .questions import load_questions
+
+
+@dataclass(frozen=True)
+class QuestionOptions:
+    """Multiple-choice questions to answer.
+
+    Attributes:
+        source: What [`load_questions`][] reads.
+        columns: Names of its columns, where they differ.
+        scorer: See [`answer_questions`][].
+        num_shots: Examples, at most.
+        max_questions: Questions at most; None takes all.
+    """
+
+    source: Any
+    columns: Mapping[str, str] | None = None
+    scorer: Scorer = "likelihood_normalised"
+    num_shots: int = 0
+    max_questions: int | None = None
+
+
+def evaluate(
+    model: PreTrainedModel | LoadedModel | str | Path,
+    data: Any,  # noqa: ANN401 - whatever load_documents reads
+    *,
+    base: PreTrainedModel | LoadedModel | str | Path | None = None,
+    tokenizer: Any = None,  # noqa: ANN401
+    text_column: str | None = None,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    options: EvalOptions | None = None,
+    questions: QuestionOptions | None = None,
+) -> EvalReport:
+    """Measure a model on text: bits per byte and perplexity, size and speed; and its answers to questions.
+
+    Args:
+        model: A `PreTrainedModel`, or what [`load_model`][] reads.
+        data: What [`load_documents`][] reads; whether the model saw it before, only the caller knows.
+        base: The model that it was pruned from: both are measured, on the same documents and questions.
+        tokenizer: Of `model`, as for [`prune`][].
+        text_column: Column with the text.
+        max_seq_length: Tokens a window.
+        seed: Of the bootstrap and of the choice of documents.
+        options: How much is measured.
+        questions: Multiple-choice questions, if any.
+
+    Raises:
+        ContextPruneError: See `hf_context_prune.errors`.
+    """
+    options = options or EvalOptions()
+    own = as_loaded(model, tokenizer)
+    first = own if base is None else as_loaded(base, None)
+    asked = None
+    if questions is not None:  # read before anything long
+        asked = load_questions(questions.source, columns=questions.columns, max_questions=questions.max_questions)
+    text = load_documents(data, text_column=text_column, tokenizer=first.tokenizer, seed=seed)
+    base_losses = document_losses(
+        first.model, first.tokenizer, text, max_seq_length=max_seq_length, max_tokens=options.max_tokens
+    )
+    losses = LossFacts(base=summarize_losses(base_losses, seed=seed))
+    if base is not None:
+        docs = [loss.doc for loss in base_losses]
+        own_losses = document_losses(own.model, own.tokenizer, text, max_seq_length=max_seq_length, docs=docs)
+        losses = LossFacts(
+            base=losses.base,
+            pruned=summarize_losses(own_losses, seed=seed),
+            comparison=compare_losses(base_losses, own_losses, seed=seed),
+        )
+    choice = None
+    if questions is not None and asked is not None:
+        how: dict[str, Any] = {"scorer": questions.scorer, "num_shots": questions.num_shots}
+        answers = answer_questions(first.model, first.tokenizer, asked, **how)
+        pruned = None if base is None else answer_questions(own.model, own.tokenizer, asked, **how)
+        choice = MultipleChoiceFacts(
+            asked.name,
+            asked.revision,
+            questions.scorer,
+            questions.num_shots,
+            summarize_answers(asked, answers),
+            None if pruned is None else summarize_answers(asked, pruned),
+            None if pruned is None else compare_answers(answers, pruned, seed=seed),
+        )
+    both = {"base": first.model} if base is None else {"base": first.model, "pruned": own.model}
+    speed = measure_speed(both) if options.speed else None
+    return EvalReport(
+        base_model=first.name,
+        dataset=DatasetFacts(text.name, text.revision, text.fingerprint, "The text that was given, as it is."),
+        size=SizeFacts.measured(
+            count_parameters(first.model),
+            None if base is None else count_parameters(own.model),
+            base_weight_bytes=weight_bytes(first.folder) if first.folder else None,
+            pruned_weight_bytes=weight_bytes(own.folder) if base is not None and own.folder else None,
+        ),
+        loss=losses,
+        environment=Environment.current(str(own.model.dtype).removeprefix("torch.")),
+        speed=SpeedFacts(speed["base"], speed.get("pruned")) if speed else None,
+        memory=_memory(first, None if base is None else own) if options.memory else None,
+        multiple_choice=choice,
+    )
+
+
+def _memory(base: LoadedModel, pruned: LoadedModel | None) -> MemoryFacts | None:
+    peaks = [
+        None if model is None or not model.folder else measure_peak_memory(model.folder) for model in (base, pruned)
+    ]
+    return MemoryFacts(*peaks) if any(peaks) else None
