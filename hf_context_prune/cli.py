@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cache import unfinished_work
+from .cli_evaluate import evaluate
 from .cli_options import (
     DATA_HELP,
     AllocationOption,
@@ -46,7 +47,7 @@ from .cli_options import (
 )
 from .cli_output import errors, out, out_json, out_table, save_and_show
 from .cli_recover import recover
-from .distributed import is_main_process, on_main_process, together
+from .distributed import is_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
 
@@ -202,77 +203,7 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
 app.command()(recover)
 
 
-@app.command()
-def evaluate(
-    model: ModelArgument,
-    data: Annotated[str, typer.Option(help=DATA_HELP)],
-    base: Annotated[
-        str | None, typer.Option(help="The model that it was pruned from: both are measured, and compared in pairs.")
-    ] = None,
-    mcq: Annotated[
-        str | None,
-        typer.Option(help="Multiple-choice questions: a .jsonl file (question, choices, answer, ...) or Hub dataset."),
-    ] = None,
-    mcq_columns: Annotated[
-        str | None, typer.Option(help="Names of its columns, where they differ: question=query,choices=options.")
-    ] = None,
-    mcq_scorer: Annotated[
-        str, typer.Option(help="likelihood_normalised (a byte), likelihood, letter, or paper (arXiv 2312.12682).")
-    ] = "likelihood_normalised",
-    few_shot: Annotated[int, typer.Option(min=0, help="Examples from the dev rows of a question's source.")] = 0,
-    max_questions: Annotated[int | None, typer.Option(min=1, help="Questions at most, evenly spread.")] = None,
-    text_column: TextColumn = None,
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
-    max_eval_tokens: MaxEvalTokens = 20_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap and of the choice of documents.")] = 0,
-    speed: SpeedOption = True,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    format: FormatOption = Format.auto,
-) -> None:
-    """Measure MODEL on a text (and questions): bits per byte, perplexity, accuracy, size, speed and memory."""
-    from .loading import load_model
-    from .measuring import QuestionOptions
-    from .measuring import evaluate as run
-    from .pipeline import EvalOptions
-
-    questions = None
-    if mcq is not None:
-        questions = QuestionOptions(
-            mcq,
-            _columns(mcq_columns),
-            mcq_scorer,  # type: ignore[arg-type]  # checked where it is used
-            few_shot,
-            max_questions,
-        )
-    report = on_main_process(
-        lambda: run(
-            load_model(model, dtype=dtype.value, device=device, revision=revision),
-            data,
-            base=None if base is None else load_model(base, dtype=dtype.value, device=device),
-            questions=questions,
-            text_column=text_column,
-            max_seq_length=max_seq_length,
-            seed=seed,
-            options=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
-        )
-    )
-    if format is Format.json:
-        out_json(report.to_dict())
-    elif format is Format.quiet:
-        out(f"{report.loss.base.bits_per_byte.value:.6f}")
-    else:
-        out_table(report_table(report))
-
-
-def _columns(text: str | None) -> dict[str, str]:
-    """``ours=theirs,...`` as a mapping."""
-    pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
-    for ours, _, theirs in pairs:
-        if not ours.strip() or not theirs.strip():
-            raise ConfigError(f"--mcq-columns is {text!r}; it must be pairs, as in question=query,choices=options.")
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+app.command()(evaluate)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from .evaluation import (
     summarize_losses,
     weight_bytes,
 )
+from .evaluation.harness import write_harness_task
 from .evaluation.multiple_choice import Scorer
 from .loading import LoadedModel
 from .pipeline import EvalOptions, as_loaded
@@ -46,6 +47,7 @@ class QuestionOptions:
         scorer: See [`answer_questions`][].
         num_shots: Examples, at most.
         max_questions: Questions at most; None takes all.
+        harness_task: Folder to write them to as a task of lm-evaluation-harness; None writes none.
     """
 
     source: Any
@@ -53,6 +55,7 @@ class QuestionOptions:
     scorer: Scorer = "likelihood_normalised"
     num_shots: int = 0
     max_questions: int | None = None
+    harness_task: str | Path | None = None
 
 
 def evaluate(
@@ -89,6 +92,8 @@ def evaluate(
     asked = None
     if questions is not None:  # read before anything long
         asked = load_questions(questions.source, columns=questions.columns, max_questions=questions.max_questions)
+        if questions.harness_task is not None:
+            write_harness_task(asked, questions.harness_task, num_shots=questions.num_shots)
     text = load_documents(data, text_column=text_column, tokenizer=first.tokenizer, seed=seed)
     base_losses = document_losses(
         first.model, first.tokenizer, text, max_seq_length=max_seq_length, max_tokens=options.max_tokens

@@ -240,6 +240,11 @@ def test_questions_and_a_base(run, place):
     facts = json.loads(out)["multiple_choice"]
     assert (facts["scorer"], facts["num_shots"], facts["pruned"]) == ("letter", 2, None)
     assert facts["base"][-1]["num_questions"] == 12
+    code, _, err = run("evaluate", "@base", *measured, *asked, "--harness-task", "@task")
+    assert code == 0, err
+    assert (place / "task/context_prune_mcq.yaml").exists()
+    code, _, err = run("evaluate", "@base", *measured, "--harness-task", "@task")
+    assert (code, "give --mcq too" in err) == (2, True)
     code, _, err = run("evaluate", "@base", *measured, "--mcq", "@mcq.jsonl")
     assert code == 1
     assert "'question' is None" in err

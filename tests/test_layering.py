@@ -31,7 +31,7 @@ LAYERS = [
     {"outline"},
     {"pipeline", "measuring", "recovery", "callback", "tables", "cli_options"},
     {"cli_output"},
-    {"cli_recover"},
+    {"cli_evaluate", "cli_recover"},
     {"cli", "demo"},
     {"__main__"},
 ]

@@ -100,7 +100,7 @@ def answer_questions(
     """Answer every question.
 
     Scorers: ``likelihood`` sums the log-probabilities of a choice's tokens after the question, "Answer:" and a space;
-    ``likelihood_normalised`` divides that by the bytes of the choice (as ``acc_norm`` of lm-evaluation-harness does);
+    ``likelihood_normalised`` divides that by the bytes of the choice (lm-evaluation-harness: by its characters);
     ``letter`` lists the choices and compares the letters as the next token; ``paper`` (arXiv 2312.12682) lists them,
     generates a few tokens and takes the letter that it answers with, else the choice whose question + choice has the
     lowest perplexity a token.

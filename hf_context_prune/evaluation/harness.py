@@ -1,0 +1,67 @@
+"""Questions as a local task of lm-evaluation-harness, with the very prompts that `answer_questions` uses."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from ..errors import SaveError
+from ..questions import QuestionSet, prompt
+
+_ROWS = "questions.jsonl"
+
+
+def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots: int = 0) -> str:
+    """Write a task folder for ``lm_eval --include_path FOLDER --tasks NAME --num_fewshot 0``.
+
+    Examples are part of each prompt, since they are those of the question's own source. ``acc`` is the scorer
+    ``likelihood``; ``acc_norm`` divides by characters, ``likelihood_normalised`` by bytes: the same for ASCII.
+
+    Args:
+        questions: What is asked.
+        folder: Made if it is not there; an older task of that name is replaced.
+        num_shots: Examples, at most.
+
+    Returns:
+        The task's name.
+
+    Raises:
+        SaveError: The folder can't be written.
+    """
+    folder = Path(folder).resolve()
+    name = "context_prune_" + (re.sub(r"\W+", "_", Path(questions.name).stem.lower()).strip("_") or "questions")
+    rows = [
+        {
+            "id": question.id,
+            "source": question.source,
+            "prompt": prompt(question, questions.examples.get(question.source, ())[:num_shots]),
+            "choices": list(question.choices),
+            "answer": question.answer,
+        }
+        for question in questions.questions
+    ]
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / _ROWS)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": " ",
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
+        "metadata": {"version": 1.0, "num_shots": num_shots},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _ROWS).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"The task can't be written to {folder}: {error}. Name a folder that can be.") from error
+    return name
