@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cache import unfinished_work
-from .cli_evaluate import evaluate
+from .cli_evaluate import bench, evaluate
 from .cli_options import (
     DATA_HELP,
     AllocationOption,
@@ -204,6 +204,7 @@ app.command()(recover)
 
 
 app.command()(evaluate)
+app.command()(bench)
 
 
 @app.command()

@@ -1,9 +1,9 @@
-"""``hf-context-prune evaluate``."""
+"""``hf-context-prune evaluate`` and ``bench``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,7 +23,10 @@ from .cli_options import (
 from .cli_output import out, out_json, out_table
 from .distributed import on_main_process
 from .errors import ConfigError
-from .tables import report_table
+from .tables import bench_table, report_table
+
+if TYPE_CHECKING:
+    from .evaluation.bench import Bench
 
 
 def evaluate(
@@ -102,3 +105,37 @@ def _columns(text: str | None) -> dict[str, str]:
         if not ours.strip() or not theirs.strip():
             raise ConfigError(f"--mcq-columns is {text!r}; it must be pairs, as in question=query,choices=options.")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def bench(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The dense model: folder, .gguf file, or Hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model.")],
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of prefill and decoding.")] = 5,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    format: FormatOption = Format.auto,
+) -> None:
+    """Measure BASE and MODEL in turns: load time, prefill, decoding, peak memory, bytes on disk."""
+    from .evaluation.bench import bench as run
+    from .loading import load_model
+
+    def measure() -> Bench:
+        first, second = (load_model(name, dtype=dtype.value, device=device) for name in (base, model))
+        return run(
+            first.model,
+            second.model,
+            base_folder=first.folder,
+            pruned_folder=second.folder,
+            new_tokens=new_tokens,
+            repeats=repeats,
+        )
+
+    result = on_main_process(measure)
+    if format is Format.json:
+        out_json(result.to_dict())
+    elif format is Format.quiet:
+        out("\n".join("\t".join(row) for row in result.table_rows()))
+    else:
+        out_table(bench_table(result))
+        out(result.caption())

@@ -9,6 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .evaluation import EvalReport
+    from .evaluation.bench import Bench
     from .modeling.specs import LayerWidths
 
 
@@ -19,6 +20,16 @@ def report_table(report: EvalReport) -> Table:
     for index, name in enumerate(("measure", "value") if single else ("measure", "base", "pruned", "change")):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in report.table_rows():
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def bench_table(bench: Bench) -> Table:
+    """Speed, memory and disk of two models."""
+    table = Table(title="Base and pruned, in turns", title_justify="left")
+    for index, name in enumerate(("measure", "base", "pruned", "pruned / base")):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in bench.table_rows():
         table.add_row(*(escape(cell) for cell in row))
     return table
 

@@ -207,6 +207,14 @@ def test_demo_finds_mistakes_before_it_fetches_anything(run, monkeypatch, argume
     assert message in err
 
 
+def test_bench(run):
+    code, out, err = run("bench", "@base", "@base", "--repeats", 1, "--new-tokens", 2)
+    assert code == 0, err
+    for measure in ("prefill, 127 tokens", "decode, batch 4", "load time", "peak RSS", "weights on disk"):
+        assert measure in out
+    assert "base and pruned in turns" in out
+
+
 def test_no_vocab_auto_leaves_the_size_of_the_file(run, place):
     (place / "tokens.yaml").write_text("vocab_size: 300\nvocab_multiple: 1\n")
     code, out, err = run(*PRUNE, "--output", "@tokens", "--config", "@tokens.yaml", "--no-vocab-auto", *QUICK)

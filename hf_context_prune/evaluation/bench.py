@@ -1,0 +1,147 @@
+"""A pruned model beside its base: load time, prefill, decoding, memory and disk, each measured in turns."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .speed import MemoryMeasurement, SpeedMeasurement, measure_peak_memory, measure_speed, speed_ratio, weight_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPTS = (128, 512, 2048)
+BATCHES = (1, 4)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One setting, measured on both models in turns."""
+
+    base: SpeedMeasurement
+    pruned: SpeedMeasurement
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All measurements of two models.
+
+    Attributes:
+        prefill: By length of the prompt.
+        decode: By sequences at once.
+        base_memory: Rounds of fresh processes that load and use the base; empty where it has no folder.
+        pruned_memory: The same of the pruned model.
+        base_bytes: Of the safetensors files; None without a folder.
+        pruned_bytes: The same of the pruned model.
+    """
+
+    prefill: tuple[Pair, ...]
+    decode: tuple[Pair, ...]
+    base_memory: tuple[MemoryMeasurement, ...]
+    pruned_memory: tuple[MemoryMeasurement, ...]
+    base_bytes: int | None
+    pruned_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return dataclasses.asdict(self)
+
+    def table_rows(self) -> list[tuple[str, ...]]:
+        """(measure, base, pruned, ratio with quartiles); above 1: the pruned model is faster, or takes more."""
+        rows = [
+            *(_speed_row(f"prefill, {p.base.prompt_tokens} tokens (tokens/s)", p, "prefill") for p in self.prefill),
+            *(_speed_row(f"decode, batch {p.base.batch_size} (tokens/s)", p, "decode") for p in self.decode),
+        ]
+        if self.base_memory or self.pruned_memory:
+            rows.append(self._memory_row("load time (s)", "load_seconds", 1.0, ".2f"))
+            rows.append(self._memory_row("peak RSS (MB)", "peak_rss", 1e-6, ",.0f"))
+        if self.base_bytes or self.pruned_bytes:
+            sizes = ["-" if size is None else f"{size / 1e6:,.1f}" for size in (self.base_bytes, self.pruned_bytes)]
+            ratio = f"x{self.pruned_bytes / self.base_bytes:.2f}" if self.base_bytes and self.pruned_bytes else ""
+            rows.append(("weights on disk (MB)", *sizes, ratio))
+        return rows
+
+    def _memory_row(self, label: str, name: str, scale: float, pattern: str) -> tuple[str, ...]:
+        values = [[scale * getattr(one, name) for one in rounds] for rounds in (self.base_memory, self.pruned_memory)]
+        cells = [format(statistics.median(some), pattern) if some else "-" for some in values]
+        ratio = ""
+        if all(values):
+            ratios = [pruned / base for base, pruned in zip(*values, strict=True)]
+            ratio = f"x{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        return label, *cells, ratio
+
+    def caption(self) -> str:
+        """Machine, threads and dtypes."""
+        one = (self.prefill or self.decode)[0]
+        dtypes = " and ".join(dict.fromkeys((one.base.dtype, one.pruned.dtype)))
+        rounds = len(one.base.prefill_rounds)
+        return (
+            f"{one.base.hardware} ({one.base.device}), {one.base.threads} threads, {dtypes}; base and pruned in turns, "
+            f"medians of {rounds} rounds, ratios round by round with quartiles (memory: range)."
+        )
+
+
+def _speed_row(label: str, pair: Pair, what: str) -> tuple[str, ...]:
+    base, pruned = getattr(pair.base, what), getattr(pair.pruned, what)
+    ratio = getattr(speed_ratio(pair.base, pair.pruned), what)
+    return (
+        label,
+        f"{base.median:,.1f}",
+        f"{pruned.median:,.1f}",
+        f"x{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})",
+    )
+
+
+def bench(
+    base: "PreTrainedModel",
+    pruned: "PreTrainedModel",
+    *,
+    base_folder: Path | None = None,
+    pruned_folder: Path | None = None,
+    prompts: Sequence[int] = PROMPTS,
+    batches: Sequence[int] = BATCHES,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    memory_repeats: int = 3,
+) -> Bench:
+    """Measure two models in turns.
+
+    Args:
+        base: The base, on the device of `pruned`.
+        pruned: The pruned model.
+        base_folder: Where the base lies, for load time, memory and disk; None leaves them out.
+        pruned_folder: The same of the pruned model.
+        prompts: Lengths of the prompts, cut to the models' positions; those that then are the same count once.
+        batches: Sequences decoded at once, after 128 tokens each.
+        new_tokens: Decode steps.
+        repeats: Rounds of prefill and decoding.
+        memory_repeats: Fresh processes a model.
+
+    Raises:
+        ConfigError: The models are on different devices, or a number is below 1.
+    """
+    if base.device.type != pruned.device.type:
+        raise ConfigError(
+            f"The base is on {base.device}, the pruned model on {pruned.device}; load both on one device."
+        )
+    models = {"base": base, "pruned": pruned}
+    prefill: dict[int, Pair] = {}
+    for length in prompts:
+        found = measure_speed(models, prompt_tokens=length, new_tokens=1, repeats=repeats)
+        prefill[found["base"].prompt_tokens] = Pair(found["base"], found["pruned"])
+    decode = []
+    for size in batches:
+        found = measure_speed(models, prompt_tokens=128, new_tokens=new_tokens, repeats=repeats, batch_size=size)
+        decode.append(Pair(found["base"], found["pruned"]))
+    folders = {"base": base_folder, "pruned": pruned_folder}
+    memory: dict[str, list[MemoryMeasurement]] = {name: [] for name in folders}
+    for turn in range(memory_repeats):
+        for name in list(folders) if turn % 2 == 0 else reversed(list(folders)):
+            folder = folders[name]
+            if folder is not None:
+                memory[name].append(measure_peak_memory(folder))
+    sizes = [None if folder is None else weight_bytes(folder) for folder in folders.values()]
+    return Bench(tuple(prefill.values()), tuple(decode), tuple(memory["base"]), tuple(memory["pruned"]), *sizes)
