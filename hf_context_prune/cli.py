@@ -47,6 +47,7 @@ from .cli_options import (
 )
 from .cli_output import errors, out, out_json, out_table, save_and_show
 from .cli_recover import recover
+from .cli_report import report
 from .distributed import is_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
@@ -205,6 +206,7 @@ app.command()(recover)
 
 app.command()(evaluate)
 app.command()(bench)
+app.command()(report)
 
 
 @app.command()
@@ -219,7 +221,7 @@ def inspect(
 
     manifest = verify_folder(folder)
     plan = PruningPlan.load(folder / PLAN_NAME)
-    report = EvalReport.load(folder / REPORT_NAME) if REPORT_NAME in manifest["files"] else None
+    figures = EvalReport.load(folder / REPORT_NAME) if REPORT_NAME in manifest["files"] else None
     if format is Format.json:
         out_json(
             {
@@ -228,7 +230,7 @@ def inspect(
                 "provenance": dict(plan.provenance),
                 "widths": [{"neurons": w.neurons, "kv_groups": w.kv_groups} for w in plan.widths],
                 "vocabulary_size": len(plan.vocabulary.kept) if plan.vocabulary else None,
-                "report": report.to_dict() if report else None,
+                "report": figures.to_dict() if figures else None,
             }
         )
         return
@@ -243,8 +245,8 @@ def inspect(
     if plan.vocabulary:
         out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} tokens kept")
     out_table(widths_table(plan.dense, plan.widths))
-    if report:
-        out_table(report_table(report))
+    if figures:
+        out_table(report_table(figures))
 
 
 @app.command()

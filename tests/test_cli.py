@@ -207,6 +207,18 @@ def test_demo_finds_mistakes_before_it_fetches_anything(run, monkeypatch, argume
     assert message in err
 
 
+def test_report(run, place):
+    code, _, err = run(*PRUNE, "--output", "@reported", "--mlp-ratio", 0.25, *QUICK)
+    assert code == 0, err
+    code, out, err = run("report", "@reported", "--output", "@report")
+    assert code == 0, err
+    assert "bits per byte" in out
+    assert (place / "report/report.md").exists()
+    code, _, err = run("report", "@base")
+    assert code == 1
+    assert "manifest.json" in err
+
+
 def test_bench(run):
     code, out, err = run("bench", "@base", "@base", "--repeats", 1, "--new-tokens", 2)
     assert code == 0, err

@@ -1,0 +1,168 @@
+"""Reports of pruned folders as Markdown and pictures, from the facts in the folders alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, LoadError
+from .evaluation import EvalReport
+from .plan import PruningPlan
+from .saving import PLAN_NAME, REPORT_NAME, staged_folder, verify_folder
+
+REPORT_MARKDOWN = "report.md"
+LOSS_PICTURE = "loss-against-size.png"
+_INSTALL = "Pictures need matplotlib: pip install 'hf-context-prune[plots]'."
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a pruned folder tells.
+
+    Attributes:
+        name: Of the folder.
+        plan: What was kept.
+        report: What it cost.
+    """
+
+    name: str
+    plan: PruningPlan
+    report: EvalReport
+
+
+def read_folder(folder: str | Path) -> Folder:
+    """Read the facts of a folder, after checking its files.
+
+    Raises:
+        LoadError: It is not one that this package wrote, is damaged, or has no report.
+    """
+    path = Path(folder)
+    manifest = verify_folder(path)
+    if REPORT_NAME not in manifest["files"]:
+        raise LoadError(f"{path} has no {REPORT_NAME}: it was saved without figures. Prune it anew, or measure it.")
+    return Folder(path.resolve().name, PruningPlan.load(path / PLAN_NAME), EvalReport.load(path / REPORT_NAME))
+
+
+def markdown(folders: Sequence[Folder], *, pictures: bool) -> str:
+    """The figures of folders, one section each.
+
+    Args:
+        folders: In the order of the sections.
+        pictures: Refer to the pictures of [`render`][].
+    """
+    parts = ["# Pruned models", ""]
+    if pictures and len(folders) > 1:
+        parts += [f"![Loss against size]({LOSS_PICTURE})", ""]
+    for folder in folders:
+        report = folder.report
+        rows = report.table_rows()
+        header = ("measure", "base", "pruned", "change")[: len(rows[0])]
+        parts += [f"## {_inert(folder.name)}", "", f"Pruned from {_inert(report.base_model)}.", ""]
+        parts += [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
+        parts += [_line([_inert(cell) for cell in row]) for row in rows]
+        parts += ["", _inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"), ""]
+        parts += [f"- {_inert(note)}" for note in report.notes]
+        if pictures:
+            parts += ["", f"![Widths of {_inert(folder.name)}]({_widths_picture(folder)})"]
+        parts += ["", f"Plan `{folder.plan.sha256}`, measured {report.created} on {_inert(_machine(report))}.", ""]
+    return "\n".join(parts)
+
+
+def render(folders: Sequence[Folder], target: str | Path) -> Path:
+    """Write ``report.md`` with its pictures to a folder, whole or not at all.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or two folders have one name.
+        SaveError: The folder can't be written, or holds something else.
+    """
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"The folders are named {', '.join(names)}; a report needs names that differ.")
+    figure_class = _figure_class()
+    goal = Path(target).resolve()
+    with staged_folder(goal, required_bytes=len(folders) * 2**20) as staging:
+        for folder in folders:
+            _widths_figure(figure_class, folder).savefig(staging / _widths_picture(folder), dpi=120)
+        if len(folders) > 1:
+            _loss_figure(figure_class, folders).savefig(staging / LOSS_PICTURE, dpi=120)
+        (staging / REPORT_MARKDOWN).write_text(markdown(folders, pictures=True), encoding="utf-8")
+    return goal
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _inert(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    text = " ".join(text.split())
+    for character in "\\`*_{}[]<>#|!":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _machine(report: EvalReport) -> str:
+    environment = report.environment
+    return f"{environment.platform}, {environment.threads} threads, {environment.dtype}"
+
+
+def _widths_picture(folder: Folder) -> str:
+    safe = "".join(character if character.isalnum() or character in "-_" else "-" for character in folder.name)
+    return f"widths-{safe}.png"
+
+
+def _figure_class() -> Any:  # noqa: ANN401 - matplotlib is not a requirement
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(_INSTALL) from error
+
+    def figure(**options: Any) -> Any:  # noqa: ANN401 - no pyplot: no window, no state
+        made = Figure(layout="constrained", **options)
+        FigureCanvasAgg(made)
+        return made
+
+    return figure
+
+
+def _widths_figure(figure_class: Any, folder: Folder) -> Any:  # noqa: ANN401
+    figure = figure_class(figsize=(8, 4.5))
+    axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    layers = range(len(folder.plan.dense))
+    for axis, unit, label in ((axes[0], "neurons", "MLP neurons"), (axes[1], "kv_groups", "KV groups")):
+        axis.bar(layers, [getattr(w, unit) for w in folder.plan.dense], color="0.85", label="before")
+        axis.bar(layers, [getattr(w, unit) for w in folder.plan.widths], color="tab:blue", label="kept")
+        axis.set_ylabel(label)
+    axes[0].set_title(f"Widths of {folder.name}")
+    axes[0].legend(loc="lower right")
+    axes[1].set_xlabel("layer")
+    return figure
+
+
+def _loss_figure(figure_class: Any, folders: Sequence[Folder]) -> Any:  # noqa: ANN401
+    figure = figure_class(figsize=(7, 4.5))
+    axis = figure.subplots()
+    for folder in folders:
+        loss, size = folder.report.loss, folder.report.size
+        for summary, marker, when in ((loss.pruned, "o", ""), (loss.recovered, "s", " (recovered)")):
+            if summary is None or size.pruned_parameters is None:
+                continue
+            value = summary.bits_per_byte
+            low, high = value.interval or (value.value, value.value)
+            axis.errorbar(
+                size.pruned_parameters / 1e6,
+                value.value,
+                yerr=[[value.value - low], [high - value.value]],
+                fmt=marker,
+                capsize=3,
+                label=f"{folder.name}{when}",
+            )
+        base = loss.base.bits_per_byte.value
+        axis.plot(size.base_parameters / 1e6, base, "*", color="0.4", markersize=11)
+    axis.set_xlabel("parameters, millions (stars: bases)")
+    axis.set_ylabel("bits a byte, held-out text")
+    axis.legend(fontsize="small")
+    return figure
