@@ -10,6 +10,7 @@ import typer
 
 from .cli_options import DATA_HELP, DeviceOption, Format, FormatOption, MaxEvalTokens, SpeedOption, TextColumn
 from .cli_output import save_and_show
+from .errors import ConfigError
 
 
 def recover(
@@ -49,7 +50,8 @@ def recover(
 ) -> None:
     """Train a pruned folder back on text of its domain, with its dense parent as the teacher, and write a new folder.
 
-    The weights that are best on withheld documents are kept: the result is never worse there than the folder was.
+    The weights that are best on withheld documents are kept: the result is never worse there than the folder was (but
+    with --rewind: than the rewound weights).
     """
     chosen = {**locals(), "recovery_seed": seed}
     from .pipeline import EvalOptions
@@ -58,6 +60,8 @@ def recover(
 
     config = RecoveryConfig(**{item.name: chosen[item.name] for item in fields(RecoveryConfig) if item.name in chosen})
     check_target(output)
+    if folder.resolve() in output.resolve().parents:
+        raise ConfigError(f"--output {output} lies inside {folder}, which would then be damaged. Name another folder.")
     result = recover_folder(
         folder,
         data,

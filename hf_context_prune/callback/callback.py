@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -18,24 +18,28 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from .. import modeling as modeling  # registers the variable-width classes with the auto classes
 from ..architectures import check_supported, read_geometry
 from ..calibration import check_weights_finite
-from ..config import PrunerConfig
+from ..config import PrunerConfig, from_options
 from ..distributed import all_gather, num_processes
-from ..errors import ConfigError, DataError, LoadError
+from ..errors import ConfigError, DataError
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan, fingerprint
-from ..planning import plan_and_repair, plan_widths
+from ..planning import plan_and_repair, plan_widths, versions
 from ..saving import PLAN_NAME
 from ..surgery import apply_plan, kept_entries
-from .checks import check_arguments, check_config, check_repair
+from .checkpoints import CONFIG_FILE, progress_of
+from .checks import check_arguments, check_config, check_not_cut, check_reachable, check_repair, check_types
 from .optimizer import check_optimizer, clear_entries, map_state, replace_parameters
 from .schedule import PruningSchedule, config_at
 from .transplant import composed, scatter, transplant
 
-_CONFIG_FILE = "config.json"
+_ADAPTIVE_BLOCKS = 16
+
+
+class PruningWarning(UserWarning):
+    """A training that pruned less than was asked."""
 
 
 class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -66,7 +70,9 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
     ) -> None:
         # Plain values are what a checkpoint gives back.
         self.config = PrunerConfig.from_dict(config) if isinstance(config, dict) else config or PrunerConfig()
-        self.schedule = PruningSchedule(**schedule) if isinstance(schedule, dict) else schedule or PruningSchedule()
+        given = from_options(PruningSchedule, schedule) if isinstance(schedule, dict) else schedule
+        self.schedule = given or PruningSchedule()
+        check_types(self.config, self.schedule)
         self.plan: PruningPlan | None = None
         self.total_params = 0
         self.dense: tuple[LayerWidths, ...] = ()
@@ -74,7 +80,9 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         self.tokens: list[int] = []
         self.metrics: dict[str, float] = {}
         self.num_done = 0
-        self._steps: tuple[int, ...] = ()
+        self.steps: tuple[int, ...] = ()
+        self.num_processes = 1
+        self._training = False
         self._seen: list[torch.Tensor] = []
         self._hook: Any = None
         self._use_cache = True
@@ -99,6 +107,8 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
                     "num_done": self.num_done,
                     "fingerprint": self._fingerprint,
                     "use_cache": self._use_cache,
+                    "steps": list(self.steps),
+                    "num_processes": self.num_processes,
                 }
             },
         }
@@ -116,29 +126,13 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         self.final = None if values["final"] is None else tuple(LayerWidths(*widths) for widths in values["final"])
         self.tokens, self.metrics = list(values["tokens"]), dict(values["metrics"])
         self._fingerprint, self._use_cache = values["fingerprint"], values["use_cache"]
+        self.steps, self.num_processes = tuple(values["steps"]), values["num_processes"]
 
-    def _resume(self, state: TrainerState, model: PreTrainedModel) -> None:
+    def _resume(self, state: TrainerState, model: PreTrainedModel, steps: tuple[int, ...]) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) and saved else saved
-        if not saved or not saved["attributes"]["progress"]["total_params"]:
-            raise ConfigError(
-                f"The checkpoint of step {state.global_step} was written without a ContextPruneCallback. Start from "
-                f"its weights as a new training, without resume_from_checkpoint."
-            )
-        own = self.state()["args"]
-        for part in ("config", "schedule"):
-            then = saved["args"][part]
-            differing = sorted(key for key in own[part] if own[part][key] != then.get(key))
-            if differing:
-                asked = ", ".join(f"{key}={own[part][key]!r} (was {then.get(key)!r})" for key in differing)
-                raise ConfigError(
-                    f"The checkpoint of step {state.global_step} belongs to a training with another {part}: {asked}. "
-                    f"Resume with what it was begun with."
-                )
-        self.progress = saved["attributes"]["progress"]
+        self.progress = progress_of(saved, self.state()["args"], state, steps)
         widths = read_geometry(model.config, check_supported(model)).layers
-        expected = self.dense if self.plan is None or num_processes() > 1 else self.plan.widths
-        if widths != expected:
+        if widths != (self.dense if self.plan is None or num_processes() > 1 else self.plan.widths):
             raise ConfigError(
                 "The model does not have the widths of the checkpoint that is resumed. Build it from the checkpoint: "
                 "Trainer(model=load_checkpoint(path), ...).train(resume_from_checkpoint=path)."
@@ -174,16 +168,27 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         check_optimizer(optimizer, model)
         check_repair(model, self.config)
         steps = self.schedule.steps(state.max_steps)
+        widths = read_geometry(model.config, spec).layers
         if state.global_step > 0:
-            self._resume(state, model)
+            self._resume(state, model, steps)
         else:
+            check_not_cut(self.plan if self._training else None, widths)
+            check_reachable(model, self.config)
             self.final = None if self.config.allocation == "adaptive" else plan_widths(model, self.config)
-            self.dense, self.total_params = read_geometry(model.config, spec).layers, count_parameters(model)
+            self.dense, self.total_params = widths, count_parameters(model)
             self.plan, self.tokens, self.num_done = None, [], 0
             self._fingerprint = fingerprint(model)
             self.metrics = {"pruning/parameters": self.total_params, "pruning/ratio": 0.0}
-        self._steps, self._seen = steps, []
-        self._hook = model.register_forward_pre_hook(self._listen, with_kwargs=True)
+            self.steps, self.num_processes = steps, num_processes()
+        self._stop_listening()  # to a training that did not end
+        self._training = True
+        if self.num_done < len(self.steps):
+            self._hook = model.register_forward_pre_hook(self._listen, with_kwargs=True)
+
+    def _stop_listening(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._seen = None, []
 
     def _listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or self._pruning:
@@ -207,13 +212,13 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Keep the step's tokens, and prune if it is time."""
-        if self.num_done == len(self._steps):
+        if self._hook is None:
             return
         own = [int(index) for tokens in self._seen for index in tokens.tolist()]
         self._seen = []
         self.tokens += [index for tokens in all_gather(own) for index in tokens]
         del self.tokens[: -self.config.num_calibration_samples * self.config.max_seq_length]
-        if state.global_step < self._steps[self.num_done]:
+        if state.global_step < self.steps[self.num_done]:
             return
         self._pruning = True
         try:
@@ -223,17 +228,22 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         self.num_done += 1
         # Checkpoints from before are of another size: the best model is one of those to come.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-        if self.num_done == len(self._steps):
+        if self.num_done == len(self.steps):
             self.tokens = []
+            self._stop_listening()
 
-    def _samples(self) -> torch.Tensor:
-        length = min(self.config.max_seq_length, len(self.tokens))
+    def _samples(self, model: PreTrainedModel) -> torch.Tensor:
+        """The last tokens as blocks, no longer than the model has positions; adaptive allocation needs several."""
+        positions = getattr(model.config, "max_position_embeddings", None) or self.config.max_seq_length
+        fewest = _ADAPTIVE_BLOCKS if self.config.allocation == "adaptive" else 1
+        length = min(self.config.max_seq_length, positions, len(self.tokens) // fewest)
         if length < 2:
             raise DataError(
-                "The training batches up to the first pruning hold no text. Prune later, or check the data."
+                f"The training batches up to the first pruning hold {len(self.tokens)} tokens, which is too little. "
+                f"Prune later, or check the data."
             )
-        blocks_ = len(self.tokens) // length
-        return torch.tensor(self.tokens[-blocks_ * length :]).view(blocks_, length)
+        count = len(self.tokens) // length
+        return torch.tensor(self.tokens[-count * length :]).view(count, length)
 
     def _prune(self, model: PreTrainedModel, optimizer: Any, step: int) -> None:  # noqa: ANN401
         several = num_processes() > 1
@@ -243,33 +253,47 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         config = config_at(
             share, self.config, self.dense, read_geometry(current.config, spec).layers, self.final, self.total_params
         )
-        plan, repair = plan_and_repair(current, self._samples(), config)
-        smaller = apply_plan(current, plan, repair=repair)
+        smaller, size = None, count_parameters(current)
+        if self.final is None and (config.target_params or 0) >= size:  # whole units: the last one went far enough
+            plan = PruningPlan.identity(spec.model_type, read_geometry(current.config, spec))
+        else:
+            plan, repair = plan_and_repair(current, self._samples(current), config)
+            smaller = apply_plan(current, plan, repair=repair)
+            size = count_parameters(smaller)
         prunings = [] if self.plan is None else list(self.plan.provenance["prunings"])
-        size = count_parameters(smaller)
         prunings.append({"step": step, "parameters": size, "tokens": len(self.tokens)})
         provenance = {
             "config": self.config.to_dict(),
             "schedule": self.schedule.to_dict(),
             "prunings": prunings,
-            "versions": plan.provenance["versions"],
+            "versions": versions(),
         }
         whole = composed(self.plan, plan, model_fingerprint=self._fingerprint, provenance=provenance)
-        if several:
+        if smaller is None:
+            pass
+        elif several:
             self._silence(model, smaller, whole, optimizer)
         else:
-            own = dict(model.named_parameters())
-            map_state(optimizer, ((own[name], places) for name, places in kept_entries(model, plan)))
-            replace_parameters(optimizer, transplant(model, smaller))
+            self._cut(model, optimizer, plan, smaller)
             model.config.use_cache = False
         self.plan = whole
         self.metrics = {"pruning/parameters": size, "pruning/ratio": 1 - size / self.total_params}
 
     def _cut_out(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model without what was silenced so far."""
-        if self.plan is None:
-            return model
-        return apply_plan(model, composed(None, self.plan, model_fingerprint=fingerprint(model), provenance={}))
+        return model if self.plan is None else apply_plan(model, self._exact(model))
+
+    def _exact(self, model: PreTrainedModel) -> PruningPlan:
+        """What was silenced so far, as a plan for the weights as they are now."""
+        assert self.plan is not None
+        return composed(None, self.plan, model_fingerprint=fingerprint(model), provenance={})
+
+    @staticmethod
+    def _cut(model: PreTrainedModel, optimizer: Any, plan: PruningPlan, smaller: PreTrainedModel) -> None:  # noqa: ANN401
+        """Make `model` the smaller one in place, for the optimizer too."""
+        own = dict(model.named_parameters())
+        map_state(optimizer, ((own[name], places) for name, places in kept_entries(model, plan)))
+        replace_parameters(optimizer, transplant(model, smaller))
 
     def _silence(self, model: PreTrainedModel, smaller: PreTrainedModel, plan: PruningPlan, optimizer: Any) -> None:  # noqa: ANN401
         """Zero what a plan removes, on both sides: no gradient reaches it, and nothing moves it."""
@@ -290,7 +314,7 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Add the sizes to what is logged."""
-        if logs is not None and self._hook is not None:
+        if logs is not None and self._training:
             logs.update(self.metrics)
             if state.log_history:
                 state.log_history[-1].update(self.metrics)
@@ -306,9 +330,15 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        file = folder / _CONFIG_FILE
+        file = folder / CONFIG_FILE
         values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": self._use_cache}
-        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if (
+            "per_layer_config" in values
+        ):  # the Trainer reads it as a bare config when it resumes, which needs the number
+            values.setdefault("num_hidden_layers", len(self.dense))
+        staged = file.with_name(f"{CONFIG_FILE}.tmp")
+        staged.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        staged.replace(file)
         if self.plan is not None:
             self.plan.save(folder / PLAN_NAME)
 
@@ -320,32 +350,19 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Stop listening, cut out what was silenced, and put ``use_cache`` back."""
-        model = kwargs["model"]
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._stop_listening()
+        self._training = False
+        if self.num_done < len(self.steps):
+            warnings.warn(
+                f"The training ended at step {state.global_step}, after {self.num_done} of {len(self.steps)} prunings "
+                f"(planned after the steps {', '.join(map(str, self.steps))}): fewer units went than were asked for.",
+                PruningWarning,
+                stacklevel=2,
+            )
         if self.plan is not None and num_processes() > 1:
-            transplant(model, self._cut_out(model))
+            self._cut(model, optimizer, self._exact(model), self._cut_out(model))
         model.config.use_cache = self._use_cache
         if self.plan is not None and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             self.plan.save(Path(args.output_dir) / PLAN_NAME)
-
-
-def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
-    """The model of a Trainer's checkpoint, with the widths that it had then: to resume, or to use.
-
-        trainer = Trainer(model=load_checkpoint(path), callbacks=[ContextPruneCallback(config, schedule)], ...)
-        trainer.train(resume_from_checkpoint=path)
-
-    Args:
-        checkpoint: A ``checkpoint-*`` folder.
-
-    Raises:
-        LoadError: It is none.
-    """
-    folder = Path(checkpoint)
-    if not (folder / _CONFIG_FILE).is_file():
-        raise LoadError(f"{folder} is not a checkpoint of a Trainer: it holds no {_CONFIG_FILE}.")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    return model

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from ..architectures import blocks, check_supported, output_projection
+from ..allocation import Budget, removed_params
+from ..architectures import blocks, check_supported, output_projection, read_geometry, unit_costs
 from ..config import PrunerConfig
 from ..criteria import get_criterion
-from ..errors import ConfigError
+from ..errors import BudgetError, ConfigError
+from ..evaluation import count_parameters
+from ..modeling.specs import LayerWidths
+from ..plan import PruningPlan
 from ..planning import needed_targets
 from ..sequential import check_walkable
+from .schedule import PruningSchedule
 
 
 def check_config(config: PrunerConfig) -> None:
@@ -36,6 +44,59 @@ def check_config(config: PrunerConfig) -> None:
         )
     if config.criterion == "taylor" and config.reconstruction == "sequential":
         raise ConfigError("criterion='taylor' needs reconstruction='least_squares' or 'none'.")
+
+
+def check_types(config: object, schedule: object) -> None:
+    """Refuse arguments of another type, such as the two swapped.
+
+    Raises:
+        ConfigError: One of them.
+    """
+    for value, kind, name in ((config, PrunerConfig, "config"), (schedule, PruningSchedule, "schedule")):
+        if not isinstance(value, kind):
+            raise ConfigError(
+                f"The callback's {name} is a {type(value).__name__}; it must be a {kind.__name__}: "
+                f"ContextPruneCallback(PrunerConfig(...), PruningSchedule(...))."
+            )
+
+
+def check_not_cut(unfinished: PruningPlan | None, widths: Sequence[LayerWidths]) -> None:
+    """Refuse to begin anew with a model that a training which did not end has cut already.
+
+    Raises:
+        ConfigError: It is that model.
+    """
+    if unfinished is not None and tuple(widths) == unfinished.widths != unfinished.dense:
+        raise ConfigError(
+            "The last training with this callback did not end, and its model is cut already. Resume from a checkpoint "
+            "(load_checkpoint), or begin anew with a new model."
+        )
+
+
+def check_reachable(model: PreTrainedModel, config: PrunerConfig) -> None:
+    """Refuse, from shapes alone, a size that can't be reached, and uniform widths where they vary already.
+
+    Raises:
+        BudgetError: Fewer parameters than the narrowest layers have.
+        ConfigError: The widths vary.
+    """
+    spec = check_supported(model)
+    geometry = read_geometry(model.config, spec)
+    if config.allocation == "uniform":
+        if len(set(geometry.layers)) > 1:
+            raise ConfigError(
+                "The model's widths vary from layer to layer; allocation='uniform' during training needs equal ones. "
+                "Use allocation='adaptive' with pruning_ratio."
+            )
+        return
+    remove = Budget.of(config, count_parameters(model)).remove_params or 0
+    narrowest = [LayerWidths(min(config.round_to, widths.neurons), 1) for widths in geometry.layers]
+    most = removed_params(geometry.layers, narrowest, unit_costs(model, spec, geometry))
+    if remove > most:
+        raise BudgetError(
+            f"Asked to remove {remove:,} of {count_parameters(model):,} parameters; neurons and KV groups can give at "
+            f"most {most:,}. Ask for less."
+        )
 
 
 def check_repair(model: PreTrainedModel, config: PrunerConfig) -> None:
@@ -65,7 +126,10 @@ def check_arguments(args: TrainingArguments, state: TrainerState) -> None:
     reasons = {
         "fsdp": (args.fsdp, "its shards can't change their shape"),
         "deepspeed": (args.deepspeed, "its flat partitions can't change their shape"),
-        "torch_compile": (args.torch_compile, "the compiled graph has the old shapes"),
+        "torch_compile (or accelerate's dynamo backend)": (
+            args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO",
+            "the compiled graph has the old shapes",
+        ),
         "auto_find_batch_size": (args.auto_find_batch_size, "it begins the training again with a model pruned already"),
         "more than one GPU in one process (DataParallel)": (
             args.n_gpu > 1,

@@ -43,6 +43,8 @@ class PruningSchedule:
                     f"The schedule's {name} is {value!r}; it must be a share of the training in (0, 1), or a step from "
                     f"1 on."
                 )
+        if type(self.start) is type(self.end) and self.num_prunings != 1 and self.start > self.end:
+            raise ConfigError(f"The schedule's start is {self.start!r}, after its end {self.end!r}; swap them.")
         count = self.num_prunings
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ConfigError(f"The schedule's num_prunings is {count!r}; it must be an integer of at least 1.")

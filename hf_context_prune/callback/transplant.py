@@ -6,16 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..plan import LayerPlan, PruningPlan
 
-# Of a module's __dict__: what is torch's own, and what a training has switched on.
-_KEEP = {"training", "gradient_checkpointing"}
-
 
 def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Parameter, nn.Parameter]:
-    """Make `model` what `smaller` is: class, config, sizes and weights. Hooks and training switches stay.
+    """Make `model` what `smaller` is: class, config, sizes and weights. Hooks and what else was set on modules stay.
 
     Args:
         model: Changed in place.
@@ -30,7 +27,8 @@ def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Para
     for name, module in old.items():
         twin = new[name]
         for key, value in twin.__dict__.items():
-            if not key.startswith("_") and key not in _KEEP:
+            size = isinstance(value, int) and not isinstance(value, bool)
+            if not key.startswith("_") and (size or isinstance(value, PreTrainedConfig)):
                 module.__dict__[key] = value
         for key, parameter in module._parameters.items():
             counterpart = twin._parameters[key]

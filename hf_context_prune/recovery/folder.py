@@ -86,9 +86,8 @@ def recover_folder(
     summaries = {name: summarize_losses(items, seed=seed) for name, items in losses.items()}
     against = {name: compare_losses(base, items, seed=seed) for name, items in losses.items()}
     history = outcome.history
-    plan = replace(
-        plan, provenance={**plan.provenance, "recovery": {"config": config.to_dict(), "history": history.to_dict()}}
-    )
+    run = {"config": config.to_dict(), "history": history.to_dict()}
+    plan = replace(plan, provenance={**plan.provenance, "recoveries": [*plan.provenance.get("recoveries", ()), run]})
     stock = stock_fit(outcome.model.config, check_supported(outcome.model), plan.widths)
     speed = measure_speed({"base": first.model, "pruned": outcome.model}) if options.speed else None
     report = EvalReport(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -38,7 +40,7 @@ class RecoveryResult:
     """A recovered model and how it got there.
 
     Attributes:
-        model: In evaluation mode; never worse on the withheld text than the one that was given.
+        model: In evaluation mode; never worse on the withheld text than the one given (or its rewound weights).
         history: Steps, tokens, time and losses.
     """
 
@@ -96,6 +98,19 @@ def rewound(dense: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
         raise PlanError(f"rewind='pretrained' needs the very model that was pruned: {error}") from error
 
 
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Leave the caller's random numbers as they are: the Trainer seeds all of them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@_own_randomness()
 def recover(
     model: PreTrainedModel,
     data: Any,  # noqa: ANN401 - whatever load_documents reads
@@ -109,7 +124,8 @@ def recover(
     """Train a pruned model back on text of its domain.
 
     A tenth of the documents is withheld: the loss on them says which weights are kept, and when to stop. Figures to be
-    reported need text of their own.
+    reported need text of their own. With ``rewind="pretrained"`` the best of what follows from the rewound weights is
+    kept, which may be worse than what was given: that is what such an experiment is to show.
 
     Args:
         model: The pruned model; left as it is.
@@ -128,6 +144,17 @@ def recover(
     start = time.monotonic()
     config = config or RecoveryConfig()
     spec = check_supported(model)
+    for value, kinds, what in (
+        (config, RecoveryConfig, "config"),
+        (plan, PruningPlan | None, "plan"),
+        (teacher, PreTrainedModel | None, "teacher"),
+    ):
+        if not isinstance(value, kinds):
+            raise ConfigError(f"{what} is a {type(value).__name__}; it must be a {getattr(kinds, '__name__', kinds)}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "No weight of the model requires a gradient; set requires_grad_(True) on those to be trained."
+        )
     if teacher is None and (config.distillation > 0 or config.rewind != "none"):
         raise ConfigError(
             f"distillation={config.distillation:g} and rewind={config.rewind!r} need the dense parent: pass teacher=, "
@@ -138,9 +165,12 @@ def recover(
     rest, withheld, docs = _withheld(source, tokenizer, config)
     blocks = _all_blocks(rest, tokenizer, config)
     student = copy.deepcopy(model) if config.rewind == "none" or teacher is None else rewound(teacher, plan)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     cast_parameters(student.train(), torch.float32)  # half precision loses small updates
     guide = None if teacher is None or config.distillation == 0 else teacher_of(teacher, plan, student)
-    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
     adapters = None
     if config.method == "lora":
         torch.manual_seed(config.recovery_seed)
@@ -162,8 +192,14 @@ def recover(
         student = _merged(adapters)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    cast_parameters(student, model.dtype)
-    return RecoveryResult(student.eval(), history)
+        parameter.data = parameter.data.to(dtypes[name])
+    student.eval()
+    if set(dtypes.values()) != {torch.float32} and config.rewind == "none":
+        rounded = measure()
+        history.losses.append((history.steps, rounded))
+        if rounded > history.losses[0][1]:  # rounding took more than the training gave
+            history.best_step, student = 0, copy.deepcopy(model).eval()
+    return RecoveryResult(student, history)
 
 
 @contextmanager

@@ -213,6 +213,7 @@ class _RecoveryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.teacher, self.config = teacher, config
         self.progress: _Progress | None = None
+        self.num_tokens = 0
         self.model_accepts_loss_kwargs = False  # every micro-batch has as many tokens, so their mean is the mean
 
     def compute_loss(
@@ -223,6 +224,7 @@ class _RecoveryTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         ids = inputs["input_ids"]
+        self.num_tokens += ids.numel()
         fast = bfloat16_is_fast(ids.device)
         with torch.autocast(ids.device.type, torch.bfloat16) if fast else nullcontext():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -269,9 +271,10 @@ def train(
         measure: The loss of `model` on withheld text.
         start: `time.monotonic()` from which `max_minutes` counts.
     """
-    micro = min(config.batch_size, max(1, _MICRO_BATCH_TOKENS // blocks.shape[1]), len(blocks))
-    accumulation = max(1, round(config.batch_size / micro))
-    steps = max(1, round(config.num_epochs * len(blocks) / (micro * accumulation)))
+    most = max(1, _MICRO_BATCH_TOKENS // blocks.shape[1])
+    micro = max(size for size in range(1, min(config.batch_size, most) + 1) if config.batch_size % size == 0)
+    accumulation = config.batch_size // micro
+    steps = max(1, round(config.num_epochs * math.ceil(math.ceil(len(blocks) / micro) / accumulation)))
     steps = min(steps, config.max_steps or steps)
     use_cache = model.config.use_cache
     with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
@@ -301,7 +304,7 @@ def train(
         trainer.train()
         seconds = time.monotonic() - begin - progress.all_measuring
     history = progress.history
-    history.tokens = history.steps * micro * accumulation * blocks.shape[1]
+    history.tokens = trainer.num_tokens
     history.tokens_per_second = history.tokens / seconds
     with torch.no_grad():
         for name, parameter in model.named_parameters():

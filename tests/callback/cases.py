@@ -1,6 +1,6 @@
 """A tiny training that the tests of the callback share, also as a script in processes of its own.
 
-Usage: python -m tests.callback.cases FOLDER [resume]
+Usage: python -m tests.callback.cases FOLDER [killed|resume]
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Snapshots(TrainerCallback):
         self.weights[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
 
 
-class Slowly(TrainerCallback):
-    """Tell a step by a file, and wait a little, so that a kill can hit the middle."""
+class WaitForTheKill(TrainerCallback):
+    """After step 9, tell by a file that it is time."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -85,8 +85,9 @@ class Slowly(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         import time
 
-        (self.folder / f"step-{state.global_step}").touch()
-        time.sleep(0.1)
+        if state.global_step == 9:
+            (self.folder / "now").touch()
+            time.sleep(600)
 
 
 def main(folder, mode):
@@ -103,7 +104,7 @@ def main(folder, mode):
         folder,
         ContextPruneCallback(config_for(), SCHEDULE),
         model=model,
-        callbacks=[snapshots, *([Slowly(folder)] if mode == "slow" else [])],
+        callbacks=[snapshots, *([WaitForTheKill(folder)] if mode == "killed" else [])],
         save_strategy="steps",
         save_steps=7,
         per_device_train_batch_size=batch,

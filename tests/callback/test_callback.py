@@ -7,15 +7,22 @@ import math
 
 import pytest
 import torch
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_context_prune import PrunerConfig, apply_plan
 from hf_context_prune.architectures import SPECS
-from hf_context_prune.callback import ContextPruneCallback, PruningSchedule, load_checkpoint
+from hf_context_prune.callback import (
+    ContextPruneCallback,
+    ContextPruneTrainerMixin,
+    PruningSchedule,
+    PruningWarning,
+    load_checkpoint,
+)
 from hf_context_prune.data import CalibrationWarning
 from hf_context_prune.errors import ConfigError, DataError, LoadError, NumericsError, UnsupportedArchitectureError
 from hf_context_prune.plan import PruningPlan
 from tests.callback.cases import SCHEDULE, STEPS, Snapshots, config_for, dataset, trainer_for
+from tests.callback.cases import arguments as arguments_for
 from tests.tiny import FAMILIES, case, tiny_model
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
@@ -184,7 +191,7 @@ def trainer_tokens(hook):
 def test_the_last_tokens_of_the_training_are_the_text(tmp_path):
     hook, samples = callback(PruningSchedule(start=6, num_prunings=1)), []
     original = hook._samples
-    hook._samples = lambda: samples.append(original()) or samples[-1]
+    hook._samples = lambda model: samples.append(original(model)) or samples[-1]
     trainer = trainer_for(tmp_path, hook)
     trainer.train()
     batches = [batch["input_ids"] for batch in list(trainer.get_train_dataloader())[2:6]]
@@ -251,13 +258,14 @@ def broken(model):
             ConfigError,
             "last pruning is at step 30, but",
         ),
-        ({}, {"torch_compile": True}, ConfigError, "torch_compile: the compiled graph"),
+        ({}, {"torch_compile": True}, ConfigError, "the compiled graph has the old shapes"),
         ({}, {"auto_find_batch_size": True}, ConfigError, "auto_find_batch_size: it begins"),
         ({}, {"optim": "rmsprop"}, ConfigError, "RMSprop can't be mapped"),
         ({}, {"twice": True}, ConfigError, "two ContextPruneCallbacks"),
         ({}, {"model": lambda: broken(tiny_model("llama"))}, NumericsError, r"lm_head\.weight"),
         ({"reconstruction": "bias"}, {}, ConfigError, "adds biases that a llama model can't save"),
         ({"mlp_ratio": None, "attention_ratio": None, "pruning_ratio": 0.95}, {}, ConfigError, "can remove at most"),
+        (VARIABLE | {"pruning_ratio": 0.95}, {}, ConfigError, "neurons and KV groups can give at most"),
     ],
 )
 def test_what_is_refused_before_the_first_step(options, arguments, error, said, tmp_path):
@@ -322,3 +330,149 @@ def test_a_callback_may_be_used_again(tmp_path):
     second.train()
     assert hook.plan == plan
     assert same(second.model, first.model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-biased-tied"])
+@pytest.mark.parametrize("ratio", [0.02, 0.2])
+def test_prunings_for_which_whole_units_went_far_enough_already(name, ratio, tmp_path):
+    hook = callback(PruningSchedule(2, 17, 8), **VARIABLE | {"pruning_ratio": ratio})
+    trainer = trainer_for(tmp_path, hook, model=case(name))
+    trainer.train()
+    sizes = [entry["parameters"] for entry in hook.plan.provenance["prunings"]]
+    assert len(sizes) == 8
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == trainer.model.num_parameters() <= (1 - ratio) * hook.total_params
+
+
+@pytest.mark.parametrize("options", [{}, VARIABLE], ids=["uniform", "variable"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi"])
+def test_other_families_resume_too(name, options, tmp_path):
+    whole = trainer_for(tmp_path, callback(**options), model=case(name), save_strategy="steps", save_steps=8)
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-8"
+    resumed = trainer_for(tmp_path / "again", callback(**options), model=load_checkpoint(checkpoint))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(resumed.model, whole.model.state_dict())
+
+
+def test_blocks_are_no_longer_than_the_positions(tmp_path):
+    model = tiny_model("gpt2", max_position_embeddings=48)
+    hook, lengths = callback(max_seq_length=512), []
+    original = hook._samples
+    hook._samples = lambda model: lengths.append((samples := original(model)).shape[1]) or samples
+    trainer_for(tmp_path, hook, model=model).train()
+    assert lengths == [48, 48, 48]
+
+
+def test_little_text_is_cut_into_blocks_for_adaptive_widths(tmp_path):
+    hook = callback(PruningSchedule(1, 10, 3), **VARIABLE | {"max_seq_length": 512})
+    trainer_for(tmp_path, hook, per_device_train_batch_size=2).train()
+    assert hook.num_done == 3
+
+
+def test_a_training_that_did_not_end(tmp_path):
+    class Stop(TrainerCallback):
+        def __init__(self, at):
+            self.at = at
+
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == self.at:
+                raise KeyboardInterrupt
+
+    for at, hooks in ((2, 1), (6, 1)):
+        hook, model = callback(), tiny_model("llama")
+        with pytest.raises(KeyboardInterrupt):
+            trainer_for(tmp_path, hook, model=model, callbacks=[Stop(at)]).train()
+        again = trainer_for(tmp_path, hook, model=model)
+        if at < 4:  # nothing was cut: it may begin anew, and listens once
+            again.train()
+            assert [entry["tokens"] for entry in hook.plan.provenance["prunings"]] == [512, 512, 512]
+            assert not model._forward_pre_hooks
+        else:
+            with pytest.raises(ConfigError, match="did not end, and its model is cut already"):
+                again.train()
+            assert len(model._forward_pre_hooks) == hooks
+            fresh = trainer_for(tmp_path, hook)
+            fresh.train()
+            assert hook.num_done == 3
+
+
+def test_nothing_listens_after_the_last_pruning(tmp_path):
+    class Look(TrainerCallback):
+        seen = ()
+
+        def on_step_end(self, args, state, control, model=None, **_):
+            self.seen += (len(model._forward_pre_hooks),)
+
+    look, hook = Look(), callback()
+    trainer_for(tmp_path, hook, callbacks=[look]).train()
+    assert look.seen == (1,) * 9 + (0,) * 11
+    assert hook._seen == hook.tokens == []
+
+
+def test_a_model_of_variable_widths_needs_adaptive_allocation(tmp_path):
+    first = trainer_for(tmp_path, callback(**VARIABLE))
+    first.train()
+    with pytest.raises(ConfigError, match="widths vary from layer to layer; allocation='uniform'"):
+        trainer_for(tmp_path, callback(), model=first.model).train()
+    again = callback(**VARIABLE)
+    trainer_for(tmp_path, again, model=first.model).train()
+    assert again.metrics["pruning/ratio"] >= 0.2
+
+
+def test_a_training_that_ends_early_says_so(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 5
+
+    with pytest.warns(PruningWarning, match=r"ended at step 5, after 1 of 3 prunings \(planned after the steps 4, 7"):
+        trainer_for(tmp_path, callback(), callbacks=[Stop()]).train()
+
+
+def test_what_was_set_on_modules_stays(tmp_path):
+    model = tiny_model("gpt2", attn_pdrop=0.1, resid_pdrop=0.1)
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in dropouts:
+        module.p = 0.0
+    trainer_for(tmp_path, callback(), model=model).train()
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+
+
+def test_another_number_of_steps_does_not_resume(tmp_path):
+    schedule = PruningSchedule(0.2, 0.5, 3)
+    trainer_for(tmp_path, callback(schedule), save_strategy="steps", save_steps=8).train()
+    checkpoint = tmp_path / "checkpoint-8"
+    longer = trainer_for(tmp_path, callback(schedule), model=load_checkpoint(checkpoint), max_steps=40)
+    with pytest.raises(ConfigError, match=r"prunes after the steps \[4, 7, 10\]; with 40 steps in all they would be"):
+        longer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("x",), "config is a str; it must be a PrunerConfig"),
+        ((PruningSchedule(),), "config is a PruningSchedule"),
+        ((PrunerConfig(), 3), "schedule is a int; it must be a PruningSchedule"),
+        ((None, {"strat": 1}), "Did you mean 'start'"),
+    ],
+)
+def test_arguments_of_other_types(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        ContextPruneCallback(*arguments)
+
+
+def test_the_mixin_gives_the_sizes_to_every_reporter(tmp_path):
+    class Reporter(TrainerCallback):
+        seen = ()
+
+        def on_log(self, args, state, control, logs=None, **_):
+            self.seen += (dict(logs),)
+
+    class Mixed(ContextPruneTrainerMixin, Trainer):
+        pass
+
+    reporter, hook = Reporter(), callback()
+    trainer = Mixed(tiny_model("llama"), arguments_for(tmp_path), train_dataset=dataset(), callbacks=[reporter, hook])
+    trainer.train()
+    assert [entry["pruning/ratio"] for entry in reporter.seen][-1] == hook.metrics["pruning/ratio"] > 0
+    assert all("pruning/parameters" in entry for entry in reporter.seen)

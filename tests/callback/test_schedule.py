@@ -42,6 +42,7 @@ def test_shares():
         ({"end": float("nan")}, "end is nan"),
         ({"num_prunings": 0}, "num_prunings is 0"),
         ({"num_prunings": 2.0}, r"num_prunings is 2\.0"),
+        ({"start": 0.5, "end": 0.2}, "start is 0.5, after its end 0.2; swap them"),
         ({"shape": "square"}, "Unknown shape 'square'; allowed are cubic, linear"),
     ],
 )
@@ -55,7 +56,7 @@ def test_bad_values(options, said):
     [
         (PruningSchedule(0.5, 100, 2), "last pruning is at step 100, but the training ends with step 100"),
         (PruningSchedule(200, 0.5, 1), "last pruning is at step 200"),
-        (PruningSchedule(0.5, 0.2, 2), "at most 1 fit there"),
+        (PruningSchedule(60, 0.2, 2), "at most 1 fit there"),
         (PruningSchedule(10, 12, 4), "4 prunings between step 10 and step 12; at most 3 fit"),
     ],
 )

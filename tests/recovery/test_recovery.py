@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -62,7 +63,7 @@ def test_it_recovers_what_pruning_cost(tokenizer, name, method):
     history = outcome.history
     assert history.losses[0][0] == 0
     assert min(loss for _, loss in history.losses) == dict(history.losses)[history.best_step] < history.losses[0][1]
-    assert history.tokens == history.steps * 4 * 32
+    assert 0 < history.tokens <= history.steps * 4 * 32
     assert type(outcome.model) is type(result.model)
     assert outcome.model.state_dict().keys() == before.keys()
     assert not outcome.model.training
@@ -253,3 +254,76 @@ def test_options_as_a_mapping():
     assert (config.peak_learning_rate, RecoveryConfig(learning_rate=1e-5).peak_learning_rate) == (2e-3, 1e-5)
     with pytest.raises(ConfigError, match="Did you mean 'patience'"):
         RecoveryConfig.from_dict({"patients": 3})
+
+
+@pytest.mark.parametrize(("batch_size", "length"), [(3, 512), (5, 512), (6, 300), (1, 32)])
+def test_a_step_has_the_blocks_that_were_asked_for(batch_size, length, tokenizer, monkeypatch):
+    model = tiny_model("llama", max_position_embeddings=512)
+    sizes = []
+    original = training.token_loss
+    monkeypatch.setattr(
+        training, "token_loss", lambda logits, *a, **k: sizes.append(len(logits)) or original(logits, *a, **k)
+    )
+    config = RecoveryConfig(distillation=0.0, batch_size=batch_size, max_seq_length=length, max_steps=2, evaluations=1)
+    outcome = recover(model, texts(400), config, tokenizer=tokenizer)
+    assert sum(sizes) == outcome.history.steps * batch_size * (length - 1) == 2 * batch_size * (length - 1)
+    assert outcome.history.tokens == 2 * batch_size * length
+
+
+def test_epochs_are_as_many_as_asked_and_tokens_are_counted(tokenizer):
+    _, result = pruned(tokenizer)
+    config = RecoveryConfig(distillation=0.0, num_epochs=3, patience=99, **SMALL)
+    history = recover(result.model, texts(9), config, tokenizer=tokenizer).history
+    blocks = history.tokens // 32 // 3
+    assert history.tokens == 3 * 32 * blocks
+    assert history.steps == 3 * -(-blocks // 4)
+
+
+def test_the_callers_random_numbers_are_left_alone(tokenizer):
+    _, result = pruned(tokenizer)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    for method in ("full", "lora"):
+        recover(
+            result.model,
+            texts(),
+            RecoveryConfig(distillation=0.0, method=method, max_steps=2, **SMALL),
+            tokenizer=tokenizer,
+        )
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_a_frozen_teacher_freezes_nothing(tokenizer):
+    dense, result = pruned(tokenizer)
+    config = RecoveryConfig(rewind="pretrained", max_steps=4, **SMALL)
+    dense.requires_grad_(False)
+    outcome = recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense, plan=result.plan)
+    assert outcome.history.best_step > 0
+    assert all(parameter.requires_grad for parameter in outcome.model.parameters())
+    with pytest.raises(ConfigError, match="No weight of the model requires a gradient"):
+        recover(
+            result.model.requires_grad_(False), texts(), config, tokenizer=tokenizer, teacher=dense, plan=result.plan
+        )
+
+
+def test_what_rounding_takes_is_measured(tokenizer):
+    _, result = pruned(tokenizer)
+    model = result.model.bfloat16()
+    outcome = recover(model, texts(), RecoveryConfig(distillation=0.0, max_steps=6, **SMALL), tokenizer=tokenizer)
+    assert [step for step, _ in outcome.history.losses][-2:] == [6, 6]
+    tiny = RecoveryConfig(**SMALL | {"distillation": 0.0, "max_steps": 1, "learning_rate": 1e-9})
+    again = recover(model, texts(), tiny, tokenizer=tokenizer)
+    assert loss_of(again.model, tokenizer) <= loss_of(model, tokenizer) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"config": {"max_steps": 3}}, "config is a dict; it must be a RecoveryConfig"),
+        ({"plan": {}}, "plan is a dict"),
+        ({"teacher": "base"}, "teacher is a str"),
+    ],
+)
+def test_arguments_of_other_types(tokenizer, options, said):
+    with pytest.raises(ConfigError, match=said):
+        recover(tiny_model("llama"), texts(), tokenizer=tokenizer, **options)
