@@ -261,6 +261,15 @@ def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
     ratio = statistics.median(before / after for before, after in tool["pairs"])
     speed = tool["megabytes"] / statistics.median(after for _, after in tool["pairs"])
     commits = sorted({row["setting"]["commit"] for row in rows.values()})
+    combined = ""
+    if args.combined_domains:
+        combined = f"""### One budget: {COMBINED_RATIO:.0%} of all parameters
+
+Adaptive widths, `obs` + `sequential` and the refit of rows on {args.combined_blocks} x {args.length} tokens.
+
+{combined_table(rows, args)}
+
+"""
     return f"""## Vocabulary
 
 SmolLM2-135M-Instruct (float32, dequantised), tokens chosen on the train text of each domain, tested on held-out validation
@@ -272,13 +281,7 @@ adaptation to the domain.
 
 {verdicts(rows, args)}
 
-### One budget: {COMBINED_RATIO:.0%} of all parameters
-
-Adaptive widths, `obs` + `sequential` and the refit of rows on {args.combined_blocks} x {args.length} tokens.
-
-{combined_table(rows, args)}
-
-### Speed
+{combined}### Speed
 
 A prompt of 512 tokens and 32 decoded tokens, 7 interleaved rounds; ratios to the dense model (median, quartiles). Bytes a
 second: the ratio over how many more tokens the text of the three domains has.
@@ -299,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--quick", action="store_true", help="one domain, two sizes, little text")
     options.add_argument("--sizes", nargs="+", type=int, default=[32_768, 16_384, 8_192, 4_096])
     options.add_argument("--combined", nargs="+", type=int, default=[0, 32_768, 16_384, 8_192, 4_096], help="0: all")
-    options.add_argument("--combined-domains", nargs="+", default=["medicine"])
+    options.add_argument("--combined-domains", nargs="*", default=["medicine"], help="none: leave that part out")
     options.add_argument("--combined-blocks", type=int, default=64)
     options.add_argument("--blocks", type=int, default=128)
     options.add_argument("--length", type=int, default=512)

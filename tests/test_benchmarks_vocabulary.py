@@ -54,6 +54,8 @@ def test_rows_verdicts_and_resume(options, tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary.VocabularyDomain, "scored", lambda *_: pytest.fail("measured again"))
     vocabulary.main(options)
     assert (tmp_path / "RESULTS.md").read_text() == text
+    vocabulary.main([*options, "--combined-domains"])
+    assert "### One budget" not in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_relative_loss_is_paired():
