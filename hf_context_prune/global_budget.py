@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
@@ -123,6 +124,17 @@ def rest_of_budget(config: PrunerConfig, model: PreTrainedModel, trimmed: PreTra
     return replace(config, pruning_ratio=None, target_params=target)
 
 
+def _samples(text: TextSource, tokenizer: Any, config: PrunerConfig) -> torch.Tensor:  # noqa: ANN401
+    """The calibration blocks of a config, [blocks, length], int64."""
+    return token_blocks(
+        text,
+        tokenizer,
+        num_samples=config.num_calibration_samples,
+        max_seq_length=config.max_seq_length,
+        seed=config.pruning_seed,
+    )
+
+
 def split_budget(model: PreTrainedModel, tokenizer: Any, text: TextSource, config: PrunerConfig) -> Split:  # noqa: ANN401
     """Weigh tokens against other units: the split whose losses add up to the least.
 
@@ -139,13 +151,7 @@ def split_budget(model: PreTrainedModel, tokenizer: Any, text: TextSource, confi
     Raises:
         BudgetError: No split reaches the budget.
     """
-    samples = token_blocks(
-        text,
-        tokenizer,
-        num_samples=config.num_calibration_samples,
-        max_seq_length=config.max_seq_length,
-        seed=config.pruning_seed,
-    )
+    samples = _samples(text, tokenizer, config)
     budget = Budget.of(config, count_parameters(model))
     rows, cost = num_rows(model), token_cost(model)
     alone = rows - math.ceil((budget.remove_params or 0) / cost)
@@ -263,13 +269,7 @@ def smaller_model(
                         f"more tokens, or allow more."
                     )
             config = rest_of_budget(config, dense, model)
-    samples = token_blocks(
-        text,
-        tokenizer,
-        num_samples=config.num_calibration_samples,
-        max_seq_length=config.max_seq_length,
-        seed=config.pruning_seed,
-    )
+    samples = _samples(text, tokenizer, config)
     try:
         plan, repair = plan_and_repair(
             model,
