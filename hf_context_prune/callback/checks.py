@@ -42,8 +42,6 @@ def check_config(config: PrunerConfig) -> None:
             "allocation='adaptive' during training needs one budget for all parameters: give pruning_ratio or "
             "target_params, without mlp_ratio and attention_ratio."
         )
-    if config.criterion == "taylor" and config.reconstruction == "sequential":
-        raise ConfigError("criterion='taylor' needs reconstruction='least_squares' or 'none'.")
 
 
 def check_types(config: object, schedule: object) -> None:

@@ -126,13 +126,13 @@ def answer_questions(
         prompt(question, examples, letters=letters)
         for question, examples in zip(questions.questions, shots, strict=True)
     ]
-    items = [
-        _alternatives(tokenizer, text, [f" {answer}" for answer in (_letters(q) if letters else q.choices)])
-        for q, text in zip(questions.questions, prompts, strict=True)
-    ]
     if scorer == "paper":
         scores = _paper_scores(model, tokenizer, questions.questions, prompts, batch_tokens)
     else:
+        items = [
+            _alternatives(tokenizer, text, [f" {answer}" for answer in (_letters(q) if letters else q.choices)])
+            for q, text in zip(questions.questions, prompts, strict=True)
+        ]
         scores = continuation_log_probs(model, items, batch_tokens=batch_tokens)
     if scorer == "likelihood_normalised":
         scores = [
