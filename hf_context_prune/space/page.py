@@ -137,7 +137,7 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
                 empty = "No report has multiple-choice questions: `hf-context-prune evaluate --base --mcq` asks them."
                 gr.HTML(_table(questions(facts), QUESTIONS_CAPTION, empty), elem_id="questions")
 
-        def compare(
+        def show(
             domain: str, prompt: str, mode: str, length: float, temperature: float
         ) -> Iterator[tuple[str, str, str, str, str]]:
             for view in comparer.compare(domain, _wish(prompt, mode, length, temperature)):
@@ -171,7 +171,7 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
 
         writing = gr.on(
             [run.click, prompt.submit],
-            compare,
+            show,
             [domain, prompt, mode, length, temperature],
             [status, *panels],
             concurrency_id=_GENERATION,
@@ -179,7 +179,15 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
             show_progress="minimal",
             show_progress_on=[status],
         )
-        stop.click(None, cancels=[writing], api_visibility="private", queue=False)
+        stop.click(
+            lambda: render("status", text="Stopped.", bad=False),
+            None,
+            [status],
+            cancels=[writing],
+            api_visibility="private",
+            queue=False,
+            show_progress="hidden",
+        )
         domain.change(
             choose,
             [domain],
