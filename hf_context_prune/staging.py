@@ -113,7 +113,7 @@ def _check_occupant(goal: Path) -> None:
             f"move them away, or choose another --output."
         )
     try:
-        verify_folder(goal)
+        verify_folder(goal, allow_edits=False)
     except LoadError as error:
         raise SaveError(
             f"{goal} was made by this package, but was changed since, and the changes would be lost ({error}): {remedy}"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = [
     {"errors"},
     # Helpers and values that know nothing else of the package.
-    {"cache", "distributed", "embeddings", "linalg", "manifest", "sources", "stats"},
+    {"cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "sources", "stats"},
     {"modeling", "config", "architectures", "plan", "data", "overlap", "questions"},
     {
         *("criteria", "allocation", "reconstruction", "calibration", "surgery", "vocabulary"),
