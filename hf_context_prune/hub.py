@@ -230,12 +230,12 @@ class _Push:
             again += " --repo-type space"
         if self.unfinished:
             return (
-                f"main of it is as it was; the pull request {self.unfinished} is half filled: fill it with `{again} "
+                f"Its main branch is as it was; the pull request {self.unfinished} is half filled: fill it with `{again} "
                 f"--revision {self.unfinished}`, or close it."
             )
         return (
-            f"It is as it was (or, if only the last answer was lost, holds the whole new commit). Then run `{again}`: "
-            f"what arrived already is not sent again."
+            f"Nothing there changed (or, if only the Hub's last answer was lost, all did). Then run `{again}`: what "
+            f"arrived already is not sent again."
         )
 
     def _head(self, private: bool | None, revision: str | None) -> str:

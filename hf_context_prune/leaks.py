@@ -57,7 +57,8 @@ def _refuse_in(path: Path, name: str, own: bytes | None) -> None:
             if at >= 0:
                 number = line + text.count(b"\n", 0, at)
                 raise PublishError(
-                    f"{name} holds {kind} in line {number} ({shown.decode()}...). Nothing was uploaded. Remove it there, save the folder again, and revoke that token if it was ever shared."
+                    f"{name} holds {kind} in line {number} ({shown.decode()}...). Nothing was uploaded. Remove it, "
+                    f"save the folder again, and revoke that token if it was ever shared."
                 )
             rest = text[-_OVERLAP:]
             line += text[: len(text) - len(rest)].count(b"\n")
