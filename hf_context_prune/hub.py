@@ -230,8 +230,8 @@ class _Push:
             again += " --repo-type space"
         if self.unfinished:
             return (
-                f"Its main branch is as it was; the pull request {self.unfinished} is half filled: fill it with `{again} "
-                f"--revision {self.unfinished}`, or close it."
+                f"Its main branch is as it was; the pull request {self.unfinished} is half filled: fill it with "
+                f"`{again} --revision {self.unfinished}`, or close it."
             )
         return (
             f"Nothing there changed (or, if only the Hub's last answer was lost, all did). Then run `{again}`: what "

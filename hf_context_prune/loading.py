@@ -59,6 +59,7 @@ class LoadedModel:
         name: Hub id, or the base name of the folder or file.
         revision: Commit of the Hub, else None.
         folder: Local folder with its safetensors files, for measuring memory; None for a model given in memory.
+        source: The local folder or GGUF file that was named; None for a Hub id, or without a place of its own.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class LoadedModel:
     name: str
     revision: str | None
     folder: Path | None
+    source: Path | None = None
 
 
 def load_model(
@@ -104,7 +106,7 @@ def _check_dtype(dtype: str) -> None:
 
 def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:
     model, tokenizer = _load(str(folder), folder, dtype, device, revision=None)
-    return LoadedModel(model, tokenizer, source.resolve().name, None, folder)
+    return LoadedModel(model, tokenizer, source.resolve().name, None, folder, source)
 
 
 def _local_path(source: str | Path) -> Path | None:

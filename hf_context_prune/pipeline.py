@@ -16,6 +16,7 @@ from .architectures import (
     check_supported,
     output_projection,
 )
+from .base_card import base_card
 from .calibration import check_weights_finite
 from .config import PrunerConfig
 from .criteria import get_criterion
@@ -38,6 +39,7 @@ from .evaluation import (
     summarize_losses,
     weight_bytes,
 )
+from .evaluation.texts import general_losses, read_general
 from .global_budget import check_budget, smaller_model, vocabulary_note
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
@@ -59,11 +61,14 @@ class EvalOptions:
         speed: Measure prefill and decode speed of base and pruned, interleaved.
         memory: Measure peak memory in a fresh process (`evaluate`); `prune` has no folder yet, so there it is asked for
             when the result is saved.
+        general_data: Text of no domain, as `load_documents` reads it: what the model forgot is measured on it. None
+            leaves that open, and the model card says so.
     """
 
     max_tokens: int | None = 20_000
     speed: bool = True
     memory: bool = True
+    general_data: Any = None
 
 
 @dataclass
@@ -189,6 +194,7 @@ def prune(
     if will_save:
         _check_saves(base.model, spec, config)
     text, held_out, how = split_text(data, eval_data, config, base.tokenizer)
+    general = read_general(options.general_data, apart_from=text, tokenizer=base.tokenizer, seed=config.pruning_seed)
     search = None
     if config.max_loss_increase is not None:
         text, search = SearchText.withheld_from(text, base.tokenizer, config)
@@ -199,6 +205,7 @@ def prune(
     provenance = {
         "base_model": base.name,
         "base_revision": base.revision,
+        "base_card": base_card(base),
         "data": {"name": text.name, "revision": text.revision, "fingerprint": text.fingerprint},
     }
     if search is not None:
@@ -210,6 +217,14 @@ def prune(
     # The same documents, whatever number of tokens they are for another tokenizer.
     pruned_losses = document_losses(
         smaller, tokenizer, held_out, max_seq_length=length, docs=[loss.doc for loss in base_losses]
+    )
+    general_facts = general_losses(
+        general,
+        (base.model, base.tokenizer),
+        pruned=(smaller, tokenizer),
+        max_seq_length=length,
+        max_tokens=options.max_tokens,
+        seed=config.pruning_seed,
     )
     speed = None
     if options.speed:  # in one process: several would slow each other down
@@ -232,6 +247,7 @@ def prune(
         environment=Environment.current(str(smaller.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
         budget=found,
+        general=general_facts,
         notes=(
             *((found.text,) if found else ()),
             *vocabulary_note(plan, text),
@@ -269,7 +285,8 @@ def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any)
                 f"No tokenizer can be loaded from {name!r}, where the model came from ({error}). Pass it: "
                 f"prune(..., tokenizer=)."
             ) from error
-    return LoadedModel(model, tokenizer, shown_name(name), None, None)
+    source = Path(name) if name and Path(name).is_dir() else None
+    return LoadedModel(model, tokenizer, shown_name(name), None, None, source)
 
 
 def shown_name(name: str) -> str:

@@ -17,6 +17,8 @@ Row = tuple[str, str, str, str]
 def comparison_rows(report: "EvalReport") -> list[Row]:
     """Return (measure, base, pruned, change) for every measure; a cell without a figure is empty."""
     rows = [*_size_rows(report.size), *_loss_rows(report.loss)]
+    if report.general is not None:
+        rows += _loss_rows(report.general.loss, " on general text")
     if report.budget is not None:
         change = f"{_percent(report.budget.measured)} (allowed {_percent(report.budget.allowed)})"
         rows.append(("bits per byte on the text of the search", "", "", change))
@@ -40,10 +42,10 @@ def _size_rows(size: "SizeFacts") -> list[Row]:
     ]
 
 
-def _loss_rows(loss: "LossFacts") -> list[Row]:
-    rows = _losses("", loss.base, loss.pruned, loss.comparison, loss.predicted_excess)
+def _loss_rows(loss: "LossFacts", where: str = "") -> list[Row]:
+    rows = _losses(where, loss.base, loss.pruned, loss.comparison, loss.predicted_excess)
     if loss.recovered is not None:
-        rows += _losses(" after recovery", loss.base, loss.recovered, loss.recovered_comparison, None)
+        rows += _losses(f"{where} after recovery", loss.base, loss.recovered, loss.recovered_comparison, None)
     return rows
 
 
