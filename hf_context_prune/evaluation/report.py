@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ConfigError, LoadError, SaveError
 from ._codec import decode, plain
-from ._table import comparison_rows
+from ._table import grouped_rows, text_rows
 from .multiple_choice import Accuracy, PairedAccuracy
 from .perplexity import LossComparison, LossSummary
 from .speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
@@ -300,12 +300,20 @@ class EvalReport:
             raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
         return cls.from_dict(data)
 
-    def table_rows(self) -> list[tuple[str, ...]]:
+    def table_rows(self, *groups: str) -> list[tuple[str, ...]]:
         """Return the figures for people: (measure, base, pruned, change), or (measure, value) for a single model.
 
         Measures that were not taken are left out; a dash stands for the side that was not measured.
+
+        Args:
+            groups: Some of "size", "loss", "general", "budget", "multiple_choice", "speed", "memory"; none: all.
         """
-        rows = [row for row in comparison_rows(self) if any(row[1:])]
+        found = grouped_rows(self)
+        rows = [row for name in groups or found for row in found.get(name, []) if any(row[1:])]
         if self.size.pruned_parameters is None:
             return [row[:2] for row in rows if row[1]]
         return [(row[0], *(cell or "-" for cell in row[1:])) for row in rows]
+
+    def text_rows(self) -> list[tuple[str, ...]]:
+        """Return bits per byte on each text, of base, pruned and recovered model; the first row holds the headings."""
+        return text_rows(self)
