@@ -48,6 +48,7 @@ from .cli_options import (
     VocabSize,
 )
 from .cli_output import errors, out, out_json, out_table, save_and_show
+from .cli_publish import card, push
 from .cli_recover import recover
 from .cli_report import report
 from .distributed import is_main_process, together
@@ -211,6 +212,8 @@ app.command()(recover)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(report)
+app.command()(card)
+app.command()(push)
 
 
 @app.command()

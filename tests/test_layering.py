@@ -29,10 +29,10 @@ LAYERS = [
     {"budget_search", "search_text"},
     {"planning"},
     {"card", "global_budget", "hub"},
-    {"outline"},
+    {"outline", "result"},
     {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options"},
     {"cli_output"},
-    {"cli_evaluate", "cli_recover", "cli_report"},
+    {"cli_evaluate", "cli_publish", "cli_recover", "cli_report"},
     {"cli", "demo"},
     {"__main__"},
 ]

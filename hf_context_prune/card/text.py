@@ -279,25 +279,22 @@ def _forgotten(facts: CardFacts) -> Trusted:
         )
     change = 100 * (last.bits_per_byte_ratio.value - 1)
     now = loss.recovered or loss.pruned or loss.base
+    before, after = loss.base.bits_per_byte.value, now.bits_per_byte.value
     return Trusted(
         f"**What it forgot:** on general text ({code(general.dataset.name)}, {loss.base.num_documents:,} documents) "
-        f"bits per byte went from {loss.base.bits_per_byte.value:.4f} to {now.bits_per_byte.value:.4f} ({change:+.1f} %)."
+        f"bits per byte went from {before:.4f} to {after:.4f} ({change:+.1f} %)."
     )
 
 
 def _licence(facts: CardFacts) -> Trusted:
     base, licence = facts.base, facts.base.get("license")
-    stated_by = inert(str(base.get("stated_by", "")))
     if not licence:
-        why = inert(str(base.get("unknown") or "")) or (
-            f"{stated_by} names none" if stated_by else "the plan names none"
-        )
+        why = inert(str(base.get("unknown") or f"{base.get('stated_by', 'the plan')} names none"))
         return Trusted(
             f"The base's licence is not known ({why}), so none is given here. Find out under which licence "
             f"{code(facts.base_name)} is before you use or share this model."
         )
     shown = ", ".join(str(item) for item in licence) if isinstance(licence, list) else str(licence)
     name = f" ({inert(str(base['license_name']))})" if base.get("license_name") else ""
-    return Trusted(
-        f"That of the base, {inert(shown)}{name}, as stated by {stated_by or 'the plan'}. It binds this model too."
-    )
+    stated_by = inert(str(base.get("stated_by", "the plan")))
+    return Trusted(f"That of the base, {inert(shown)}{name}, as stated by {stated_by}. It binds this model too.")

@@ -24,8 +24,9 @@ from ..evaluation import (
 )
 from ..evaluation.texts import general_losses, read_general
 from ..loading import LoadedModel, load_model
-from ..pipeline import EvalOptions, PruneResult, split_text
+from ..pipeline import EvalOptions, split_text
 from ..plan import PruningPlan
+from ..result import PruneResult
 from ..saving import PLAN_NAME, verify_folder
 from ..surgery import stock_fit
 from .config import RecoveryConfig
