@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
+from transformers import PreTrainedModel
 
 from .demo_assets import SMOLLM2
 from .loading import LoadedModel
@@ -47,6 +48,20 @@ def base_card(base: LoadedModel) -> dict[str, Any]:
     except (OSError, ValueError, HTTPError):  # none there, no network, gated, ...
         return {"id": base.name, "unknown": "its model card could not be read"}
     return {"id": base.name, **_of_readme(Path(file), "its model card")}
+
+
+def in_memory(model: PreTrainedModel, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
+    """A model that is loaded already, with the place that it says it is from."""
+    name = model.config.name_or_path
+    source = Path(name) if name and Path(name).is_dir() else None
+    return LoadedModel(model, tokenizer, shown_name(name), None, None, source)
+
+
+def shown_name(name: str) -> str:
+    """How a report names the base: no machine's paths."""
+    if not name:
+        return "in-memory"
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _of_readme(file: Path, where: str) -> dict[str, Any]:

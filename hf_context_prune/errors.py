@@ -69,6 +69,10 @@ class PublishError(ContextPruneError, OSError):
     """A folder could not or must not go to the Hub; the repository is as it was, or holds the whole new commit."""
 
 
+class PruningWarning(UserWarning):
+    """A training that pruned less than was asked, or whose push would not be what was meant."""
+
+
 def unknown(what: str, value: object, allowed: Iterable[str]) -> str:
     """The message about an unknown name: what is allowed, and the nearest of it."""
     names = list(allowed)

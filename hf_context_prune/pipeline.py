@@ -16,7 +16,7 @@ from .architectures import (
     check_supported,
     output_projection,
 )
-from .base_card import base_card
+from .base_card import base_card, in_memory
 from .calibration import check_weights_finite
 from .config import PrunerConfig
 from .criteria import get_criterion
@@ -220,15 +220,7 @@ def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any)
                 f"No tokenizer can be loaded from {name!r}, where the model came from ({error}). Pass it: "
                 f"prune(..., tokenizer=)."
             ) from error
-    source = Path(name) if name and Path(name).is_dir() else None
-    return LoadedModel(model, tokenizer, shown_name(name), None, None, source)
-
-
-def shown_name(name: str) -> str:
-    """How a report names the base: no machine's paths."""
-    if not name:
-        return "in-memory"
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return in_memory(model, tokenizer)
 
 
 def split_text(data: Any, eval_data: Any, config: PrunerConfig, tokenizer: Any) -> tuple[TextSource, TextSource, str]:  # noqa: ANN401

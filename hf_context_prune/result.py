@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .card import write_card
+from .card import facts_in, write_card
 from .distributed import is_main_process, on_main_process
 from .evaluation import EvalReport, MemoryFacts, measure_peak_memory, weight_bytes
 from .hub import PushResult, push_folder
@@ -66,7 +66,7 @@ class PruneResult:
             write_model_folder(staging, self.model, tokenizer=self.tokenizer, plan=self.plan)
             self.report = self._with_footprint(staging, measure_memory=measure_memory)
             self.report.save(staging / REPORT_NAME)
-            write_card(staging, name=card_name or target.name)
+            write_card(staging, facts_in(staging, name=card_name or target.name))
         self.model.name_or_path = str(target)  # whence a variable-width model's own push_to_hub takes what goes with it
         return target
 

@@ -26,7 +26,16 @@ CARD_NAME = "README.md"
 RESULTS_NAME = ".eval_results/questions.yaml"
 CARD_FILES = (CARD_NAME, PICTURE_NAME, RESULTS_NAME)
 
-__all__ = ["CARD_NAME", "PICTURE_NAME", "CardFacts", "build_card", "read_facts", "rewrite_card", "write_card"]
+__all__ = [
+    "CARD_NAME",
+    "PICTURE_NAME",
+    "CardFacts",
+    "build_card",
+    "facts_in",
+    "read_facts",
+    "rewrite_card",
+    "write_card",
+]
 
 
 @cache
@@ -53,17 +62,8 @@ def build_card(facts: CardFacts) -> ModelCard:
     return ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{body}\n")
 
 
-def write_card(folder: Path, *, name: str) -> None:
-    """Write the card into a folder that is being written, beside its plan and report.
-
-    Args:
-        folder: With ``config.json`` and ``pruning_plan.json``.
-        name: Of the model.
-
-    Raises:
-        NumericsError: NaN or Inf among the figures.
-    """
-    facts = facts_in(folder, name=name)
+def write_card(folder: Path, facts: CardFacts) -> None:
+    """Write the card with its picture into a folder, such as one that is being written."""
     (folder / CARD_NAME).write_text(str(build_card(facts)), encoding="utf-8")
     widths_figure(facts.plan, "Widths by layer").savefig(folder / PICTURE_NAME, dpi=120)
     if facts.report is not None and (results := benchmark_results(facts.report)) is not None:
@@ -98,7 +98,7 @@ def rewrite_card(folder: str | Path, *, name: str | None = None, overwrite: bool
             if file not in CARD_FILES:
                 (staging / file).parent.mkdir(parents=True, exist_ok=True)
                 _link_or_copy(path / file, staging / file)
-        write_card(staging, name=name or path.name)
+        write_card(staging, facts_in(staging, name=name or path.name))
     return path / CARD_NAME
 
 
