@@ -23,10 +23,12 @@ from .cli_options import (
     AttentionRatio,
     CriterionOption,
     DeviceOption,
+    DomainOption,
     Dtype,
     DtypeOption,
     Format,
     FormatOption,
+    GeneralData,
     MaxEvalTokens,
     MaxLossIncrease,
     MlpRatio,
@@ -46,6 +48,7 @@ from .cli_options import (
     VocabSize,
 )
 from .cli_output import errors, out, out_json, out_table, save_and_show
+from .cli_publish import card, push
 from .cli_recover import recover
 from .cli_report import report
 from .distributed import is_main_process, together
@@ -109,6 +112,7 @@ def prune(
     eval_data: Annotated[
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
     ] = None,
+    general_data: GeneralData = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options; the command line wins.")] = None,
     pruning_ratio: PruningRatio = None,
     target_params: TargetParams = None,
@@ -132,6 +136,7 @@ def prune(
     num_calibration_samples: Annotated[int | None, typer.Option(help="Calibration blocks. Default 128.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens a block. Default 512.")] = None,
     text_column: TextColumn = None,
+    domain: DomainOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
@@ -162,7 +167,7 @@ def prune(
             data,
             chosen,
             eval_data=eval_data,
-            evaluation=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+            evaluation=EvalOptions(max_eval_tokens, speed, memory=speed, general_data=general_data),
             will_save=True,
             resume_dir=resume_dir,
         )
@@ -207,6 +212,8 @@ app.command()(recover)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(report)
+app.command()(card)
+app.command()(push)
 
 
 @app.command()

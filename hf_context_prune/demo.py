@@ -15,7 +15,8 @@ from .data import check_readable
 from .demo_assets import LICENCE_PROMPTS, licence_texts, smollm2_gguf
 from .errors import ConfigError
 from .loading import load_model
-from .pipeline import EvalOptions, PruneResult, prune
+from .pipeline import EvalOptions, prune
+from .result import PruneResult
 
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")
 

@@ -18,20 +18,21 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = [
     {"errors"},
     # Helpers and values that know nothing else of the package.
-    {"cache", "distributed", "embeddings", "linalg", "manifest", "sources", "stats"},
+    {"cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "sources", "stats"},
     {"modeling", "config", "architectures", "plan", "data", "overlap", "questions"},
     {
         *("criteria", "allocation", "reconstruction", "calibration", "surgery", "vocabulary"),
-        *("sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
+        *("figures", "sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
     },
     {"evaluation", "saving", "loading", "sequential"},
+    {"base_card"},
     {"budget_search", "search_text"},
     {"planning"},
     {"card", "global_budget", "hub"},
-    {"outline"},
+    {"outline", "result"},
     {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options"},
     {"cli_output"},
-    {"cli_evaluate", "cli_recover", "cli_report"},
+    {"cli_evaluate", "cli_publish", "cli_recover", "cli_report"},
     {"cli", "demo"},
     {"__main__"},
 ]
