@@ -51,6 +51,7 @@ from .cli_output import errors, out, out_json, out_table, save_and_show
 from .cli_publish import card, push
 from .cli_recover import recover
 from .cli_report import report
+from .cli_space import space
 from .distributed import is_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
@@ -212,6 +213,7 @@ app.command()(recover)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(report)
+app.command()(space)
 app.command()(card)
 app.command()(push)
 

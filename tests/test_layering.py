@@ -30,9 +30,9 @@ LAYERS = [
     {"planning"},
     {"card", "global_budget", "hub"},
     {"outline", "result"},
-    {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options"},
+    {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options", "space"},
     {"cli_output"},
-    {"cli_evaluate", "cli_publish", "cli_recover", "cli_report"},
+    {"cli_evaluate", "cli_publish", "cli_recover", "cli_report", "cli_space"},
     {"cli", "demo"},
     {"__main__"},
 ]

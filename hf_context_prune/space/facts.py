@@ -12,12 +12,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 
 from ..errors import ContextPruneError, LoadError
-from ..evaluation import Estimate, EvalReport
+from ..evaluation import Estimate, EvalReport, LossFacts
 from ..plan import PruningPlan
 from ..saving import PLAN_NAME, REPORT_NAME, verify_folder
 from .settings import Entry, Source
 
 OWN = "own domain"
+GENERAL = "general text"
 _CRITERIA = {
     "random": "at random",
     "magnitude": "by the size of their weights",
@@ -152,19 +153,26 @@ def _units(what: str, dense: Sequence[int], kept: Sequence[int]) -> str:
 
 def matrix(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the domain matrix: each pruned model against its base, on each text it was measured on."""
-    texts = list(dict.fromkeys(name for fact in facts.values() for name in fact.others))
-    rows = []
-    for name, fact in facts.items():
-        reports = [fact.report, *(fact.others.get(text) for text in texts)]
-        if any(reports):
-            rows.append([name, *map(_change, reports)])
-    return ["model", OWN, *texts], rows
+    by_model = {name: _losses(fact) for name, fact in facts.items()}
+    texts = list(dict.fromkeys(text for losses in by_model.values() for text in losses))
+    rows = [[name, *(_change(losses.get(text)) for text in texts)] for name, losses in by_model.items() if losses]
+    return ["model", *texts], rows
 
 
-def _change(report: EvalReport | None) -> str:
-    if report is None:
+def _losses(facts: Facts) -> dict[str, LossFacts]:
+    """Losses by the name of the text, the own domain first."""
+    found = {}
+    if facts.report is not None:
+        found[OWN] = facts.report.loss
+        if facts.report.general is not None:
+            found[GENERAL] = facts.report.general.loss
+    return found | {name: report.loss for name, report in facts.others.items()}
+
+
+def _change(loss: LossFacts | None) -> str:
+    if loss is None:
         return "not measured"
-    comparison = report.loss.recovered_comparison or report.loss.comparison
+    comparison = loss.recovered_comparison or loss.comparison
     if comparison is None:
         return "one model only"
     return f"{_percent(comparison.bits_per_byte_ratio)}, {comparison.num_documents:,} documents"

@@ -10,12 +10,12 @@ from typing import Any
 from ..errors import ConfigError
 from .compare import Comparer, Side, View
 from .facts import Facts, figures, matrix, questions, read_facts, removed_in_words
+from .gradio_import import gradio
 from .html import render, text_file
 from .race import ANSWER, CONTINUE, MAX_TEMPERATURE, Wish
 from .settings import Entry, Settings
 from .store import ModelStore
 
-INSTALL = 'The Space needs Gradio: pip install "hf-context-prune[space]".'
 MATRIX_CAPTION = (
     "Change of the bits per byte against the dense model on held-out text, with the 95 % interval over documents. Zero "
     "is as good as the dense model, below it is better, and text that is not the model's domain usually suffers more."
@@ -28,19 +28,6 @@ _LOGGER = logging.getLogger(__name__)
 _GENERATION = "generation"  # one queue for the page and the API
 _UPLOAD_BYTES = 1  # nothing here takes a file
 _FORGET_SECONDS = 3_600
-
-
-def gradio() -> Any:  # noqa: ANN401 - an optional package
-    """The package, or the error that says how to get it.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    try:
-        import gradio
-    except ImportError as error:
-        raise ConfigError(INSTALL) from error
-    return gradio
 
 
 def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: ANN401 - gradio.Blocks

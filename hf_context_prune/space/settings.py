@@ -19,7 +19,8 @@ DEMO = "demo"
 """The base model that `hf-context-prune demo` fetches from the package index."""
 DEMO_FOLDER = "mini-gpt-licences"
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _MAX_NAME = 60
 _MAX_PROMPTS = 8
 
@@ -114,7 +115,10 @@ class Settings:
         """
         names = [entry.name for entry in self.entries]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"The models of a Space are named {names}; there must be at least one, and none twice.")
+            raise ConfigError(
+                f"The models of a Space are named {names}: it needs one at least, and names that differ. A SPACE.yaml "
+                f"gives models names of your choice."
+            )
 
 
 def demo_settings(folder: Path) -> Settings:
@@ -169,16 +173,6 @@ def write_settings(settings: Settings, path: Path) -> None:
     path.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
 
 
-def hub_source(text: str) -> Source:
-    """``owner/name@revision`` as a source; the revision need not be a commit yet.
-
-    Raises:
-        ConfigError: It is no such thing.
-    """
-    repo, _, revision = text.partition("@")
-    return Source(repo=_repo(repo, "MODEL"), revision=revision or None)
-
-
 def _entry(value: object, where: str, default_base: object, folder: Path) -> Entry:
     keys = {"name", "repo", "revision", "path", "base", "prompts", "reports"}
     model = _fields(value, where, required={"name"}, allowed=keys)
@@ -211,7 +205,7 @@ def _source(value: object, where: str, folder: Path) -> Source:
             raise ConfigError(f"{where} has a path and a revision; only a repo has a revision.")
         return Source(path=folder / _text(place["path"], f"{where}.path"))
     revision = place.get("revision")
-    if not isinstance(revision, str) or not _COMMIT.fullmatch(revision):
+    if not isinstance(revision, str) or not COMMIT.fullmatch(revision):
         raise ConfigError(
             f"{where}.revision is {revision!r}; it must be the commit of the repo (40 hexadecimal digits), so that "
             f"what is shown can't change unseen."
@@ -220,7 +214,7 @@ def _source(value: object, where: str, folder: Path) -> Source:
 
 
 def _repo(value: object, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", value, re.ASCII):
+    if not isinstance(value, str) or not REPO.fullmatch(value):
         raise ConfigError(f"{where} is {value!r:.120}; it must be a Hub id, as in owner/name.")
     return value
 
