@@ -92,8 +92,9 @@ class Comparer:
         try:
             entry, wish = self.entry(domain), wish.checked(self.settings.limits)
         except ConfigError as error:
-            first = self.settings.entries[0].name
-            yield replace(self.idle(domain if domain in self._entries else first), status=str(error), refused=True)
+            known = isinstance(domain, str) and domain in self._entries
+            shown = self.idle(domain if known else self.settings.entries[0].name)
+            yield replace(shown, status=str(error), refused=True)
             return
         sides = list(self.idle(domain).sides)
         runners: dict[int, Runner] = {}

@@ -119,7 +119,7 @@ class Runner:
         most = min(limits.prompt_tokens, (room - wish.new_tokens) if room else limits.prompt_tokens)
         if not 0 < ids.shape[1] <= most:
             raise ConfigError(
-                f"The text has {ids.shape[1]:,} tokens for {loaded.name}; at most {most:,} are taken here."
+                f"The text has {ids.shape[1]:,} tokens for {loaded.name}; at most {max(most, 0):,} are taken here."
             )
         self._ids = ids.to(loaded.model.device)
         self._unread = self._ids

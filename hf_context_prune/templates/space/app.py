@@ -12,9 +12,9 @@ HERE = Path(__file__).resolve().parent
 
 for wheel in HERE.glob("hf_context_prune-*.whl"):
     # A Space's build sees requirements.txt and none of the files beside it, so the wheel is unpacked here.
-    unpacked = tempfile.mkdtemp(prefix="hf-context-prune-")
-    zipfile.ZipFile(wheel).extractall(unpacked)
-    sys.path.insert(0, unpacked)
+    unpacked = tempfile.TemporaryDirectory(prefix="hf-context-prune-")  # goes when Python ends
+    zipfile.ZipFile(wheel).extractall(unpacked.name)
+    sys.path.insert(0, unpacked.name)
 
 from hf_context_prune.space import main  # noqa: E402
 
