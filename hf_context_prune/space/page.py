@@ -219,6 +219,7 @@ def serve(blocks: Any, settings: Settings, **launch: Any) -> Any:  # noqa: ANN40
         css=text_file("style.css"),
         show_error=False,
         max_file_size=_UPLOAD_BYTES,
+        enable_monitoring=False,
         ssr_mode=False,
         footer_links=["api", "gradio"],
         **launch,

@@ -197,9 +197,8 @@ def _entry(value: object, where: str, default_base: object, folder: Path) -> Ent
 def _source(value: object, where: str, folder: Path) -> Source:
     place = _fields(value, where, required=set(), allowed={"repo", "revision", "path"})
     if ("repo" in place) == ("path" in place):
-        raise ConfigError(
-            f"{where} must have a repo (with its revision) or a path; it has {sorted(place) or 'neither'}."
-        )
+        has = ", ".join(sorted(place)) or "neither"
+        raise ConfigError(f"{where} must have a repo (with its revision) or a path; it has {has}.")
     if "path" in place:
         if "revision" in place:
             raise ConfigError(f"{where} has a path and a revision; only a repo has a revision.")

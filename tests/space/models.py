@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.space.page import build, serve
 from hf_context_prune.space.settings import Entry, Limits, Settings, Source
 from hf_context_prune.space.store import ModelStore, load_source
 from tests.test_pipeline import OPTIONS, texts
@@ -46,16 +49,30 @@ def settings_of(place: Path, *, limits: Limits | None = None) -> Settings:
     return Settings("Tiny Mini-GPTs", entries, limits or Limits(new_tokens=100, prompt_characters=400))
 
 
+@contextmanager
+def serving(settings: Settings, store: ModelStore) -> Iterator[str]:
+    """A server in this process; yields its address."""
+    blocks = build(settings, store)
+    _, address, _ = serve(
+        blocks, settings, prevent_thread_lock=True, server_name="127.0.0.1", server_port=None, quiet=True
+    )
+    try:
+        yield address.rstrip("/")
+    finally:
+        blocks.close()
+
+
 class HeldStore(ModelStore):
     """Counts the steps of all models, and lets them through one by one while it is held."""
 
     def __init__(self, decode=None) -> None:
         super().__init__(self._counted)
-        self.steps, self._free, self._permits = 0, threading.Event(), threading.Semaphore(0)
+        self.steps, self._decode, self._free = 0, decode, threading.Event()
+        self.hold()
         self._free.set()
-        self._decode, self.waits = decode, threading.Semaphore(0)
 
     def hold(self) -> None:
+        self._permits, self.waits = threading.Semaphore(0), threading.Semaphore(0)
         self._free.clear()
 
     def let(self, steps: int) -> None:
