@@ -25,6 +25,8 @@ QUESTIONS_CAPTION = (
     "difference says nothing."
 )
 _LOGGER = logging.getLogger(__name__)
+_HEAD = "<style>@media (max-width: 640px) { .gradio-container > .main { padding: 0.75rem !important; } }</style>"
+"""What `css` can't reach: Gradio confines it to what lies within."""
 _GENERATION = "generation"  # one queue for the page and the API
 _UPLOAD_BYTES = 1  # nothing here takes a file
 _FORGET_SECONDS = 3_600
@@ -217,6 +219,7 @@ def serve(blocks: Any, settings: Settings, **launch: Any) -> Any:  # noqa: ANN40
     return blocks.launch(
         theme=theme,
         css=text_file("style.css"),
+        head=_HEAD,
         show_error=False,
         max_file_size=_UPLOAD_BYTES,
         enable_monitoring=False,

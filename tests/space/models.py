@@ -23,7 +23,7 @@ def make_models(place: Path) -> Path:
     """``base``, ``uniform`` (the stock architecture) and ``variable`` (our class) below a folder."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
-    model = tiny_model("llama", tie_word_embeddings=True)
+    model = tiny_model("llama", tie_word_embeddings=True, max_position_embeddings=512)
     model.generation_config.eos_token_id = None  # they write to the end, whatever it is
     model.save_pretrained(place / "base")
     tokenizer.save_pretrained(place / "base")

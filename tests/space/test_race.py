@@ -116,12 +116,12 @@ def test_what_is_refused(wish, message):
 
 def test_prompts_that_a_model_has_no_room_for(loaded):
     long = "the court finds that " * 150
-    with pytest.raises(ConfigError, match="at most 88 are taken"):  # 128 positions, less what is to be written
+    with pytest.raises(ConfigError, match="at most 472 are taken"):  # 512 positions, less what is to be written
         Runner(loaded[0], Wish(long, new_tokens=40), LIMITS)
     with pytest.raises(ConfigError, match="at most 16 are taken"):
         Runner(loaded[0], Wish(long, new_tokens=40), Limits(prompt_tokens=16))
     with pytest.raises(ConfigError, match="at most 0 are taken"):
-        Runner(loaded[0], Wish("the", new_tokens=200), LIMITS)
+        Runner(loaded[0], Wish("the", new_tokens=600), LIMITS)
 
 
 def test_no_chat_template(loaded):
