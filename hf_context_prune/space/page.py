@@ -61,7 +61,6 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
             placeholder=f"Up to {limits.prompt_characters:,} characters",
             lines=3,
             max_lines=10,
-            max_length=limits.prompt_characters,
             elem_id="prompt",
         )
         examples = gr.Dataset(

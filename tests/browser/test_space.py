@@ -127,7 +127,7 @@ def test_a_question_is_put_as_one(visit):
 
 def test_too_much_text_and_markup(visit):
     page = visit()
-    page.fill("#prompt textarea", "x" * 50_000)  # past the length that typing is held to
+    page.fill("#prompt textarea", "x" * 50_000)
     page.click("#run")
     wait_for_status(page, "50,000 characters; at most 400")
     page.fill("#prompt textarea", "  ")
