@@ -86,8 +86,8 @@ class SweepRow:
 
     Attributes:
         point: The thresholds.
-        zeroed: Share of the dense parameters that stay as zeros.
-        zeros: Share of the dense parameters that the paper's code would zero, and call removed.
+        zeroed: Share of the dense parameters that became zero and stay.
+        zeros: Share of the dense parameters that became zero, as in the paper's code, which calls them removed.
         pruned: Scores after pruning.
         tuned: Scores after the training, if there was one.
     """
@@ -119,48 +119,55 @@ class Sweep:
     rows: tuple[SweepRow, ...]
     seed: int = field(default=0)
 
-    HEADER = (
-        *("linear", "activation", "embedding", "removed", "zeroed, not removed", "paper's non-zero size"),
-        *("bits/byte, base", "pruned", "tuned", "perplexity, base", "pruned", "tuned"),
-        *("accuracy, base", "pruned", "tuned"),
-    )
-
-    def table_rows(self) -> list[tuple[str, ...]]:
-        """The figures for people, one row a point; perplexities behind ``*`` are a token of another vocabulary."""
-        return [self._row(row) for row in self.rows]
-
-    def _row(self, row: SweepRow) -> tuple[str, ...]:
-        dense = self.base.parameters
-        both = (self.base, row.pruned, row.tuned)
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Names of the columns of [`table_rows`][]; what was not measured has none."""
+        measures = ("bits/byte", "perplexity", *(["accuracy"] if self.base.answers is not None else []))
         return (
-            *(_threshold(value) for value in row.point),
-            f"{1 - row.pruned.parameters / dense:.2%}",
-            f"{row.zeroed:.2%}",
-            f"{1 - row.zeros:.2%}",
-            *(self._bits(scores) for scores in both),
-            *(self._perplexity(scores) for scores in both),
-            *(self._accuracy(scores) for scores in both),
+            *("linear", "activation", "embedding", "removed", "zeroed, not removed", "paper's non-zero size"),
+            *(f"{measure}{when}" for measure in measures for when in self._whens),
         )
 
-    def _bits(self, scores: Scores | None) -> str:
-        if scores is None:
-            return ""
+    @property
+    def _whens(self) -> tuple[str, ...]:
+        return ("", ", tuned") if any(row.tuned for row in self.rows) else ("",)
+
+    def table_rows(self) -> list[tuple[str, ...]]:
+        """The figures for people: the dense model, then one row a point.
+
+        Perplexities with ``*`` are a token of another vocabulary.
+        """
+        dense = ("dense", "", "", "", "", "", *self._cells(self.base, None))
+        return [dense, *(self._row(row) for row in self.rows)]
+
+    def _row(self, row: SweepRow) -> tuple[str, ...]:
+        return (
+            *(_threshold(value) for value in row.point),
+            f"{1 - row.pruned.parameters / self.base.parameters:.2%}",
+            f"{row.zeroed:.2%}",
+            f"{1 - row.zeros:.2%}",
+            *self._cells(row.pruned, row.tuned),
+        )
+
+    def _cells(self, pruned: Scores, tuned: Scores | None) -> list[str]:
+        shown = (pruned, tuned)[: len(self._whens)]
+        measures = [self._bits, self._perplexity, *([self._accuracy] if self.base.answers is not None else [])]
+        return ["" if scores is None else measure(scores) for measure in measures for scores in shown]
+
+    def _bits(self, scores: Scores) -> str:
         summary = summarize_losses(scores.losses, seed=self.seed).bits_per_byte
         if scores is self.base:
             return f"{summary.value:.4f}"
         ratio = compare_losses(self.base.losses, scores.losses, seed=self.seed).bits_per_byte_ratio
         return f"{summary.value:.4f} ({_percent(ratio)})"
 
-    def _perplexity(self, scores: Scores | None) -> str:
-        if scores is None:
-            return ""
+    def _perplexity(self, scores: Scores) -> str:
         value = summarize_losses(scores.losses, seed=self.seed).perplexity.value
         same = [x.num_tokens for x in scores.losses] == [x.num_tokens for x in self.base.losses]
         return f"{value:,.2f}{'' if same else '*'}"
 
-    def _accuracy(self, scores: Scores | None) -> str:
-        if scores is None or scores.answers is None or self.held_out.questions is None:
-            return ""
+    def _accuracy(self, scores: Scores) -> str:
+        assert scores.answers is not None and self.held_out.questions is not None  # noqa: PT018
         value = summarize_answers(self.held_out.questions, scores.answers)[-1].accuracy.value
         if scores is self.base or self.base.answers is None:
             return f"{value:.1%}"
@@ -189,7 +196,7 @@ class Sweep:
 
     def markdown(self) -> str:
         """The table as Markdown, with what it means."""
-        lines = [f"| {' | '.join(self.HEADER)} |", f"| {' | '.join(['---:'] * len(self.HEADER))} |"]
+        lines = [f"| {' | '.join(self.header)} |", f"| {' | '.join(['---:'] * len(self.header))} |"]
         lines += [f"| {' | '.join(row)} |" for row in self.table_rows()]
         losses = self.base.losses
         asked = self.held_out.questions

@@ -40,7 +40,7 @@ def bench_table(bench: Bench) -> Table:
 def sweep_table(sweep: Sweep) -> Table:
     """The paper's grid."""
     table = Table(title=escape(sweep.name), title_justify="left")
-    for name in sweep.HEADER:
+    for name in sweep.header:
         table.add_column(name, justify="right")
     for row in sweep.table_rows():
         table.add_row(*row)

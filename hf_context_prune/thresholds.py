@@ -36,8 +36,8 @@ class ZeroCounts:
     Attributes:
         dense: Of the dense model.
         removed: Cut out.
-        zeroed: Zeros among those that stay.
-        zeros: Zeros of the model that is only zeroed, as the paper's code leaves it.
+        zeroed: Those that became zero and stay.
+        zeros: Those that became zero at all, as in the model that the paper's code leaves.
     """
 
     dense: int
@@ -169,7 +169,9 @@ def prune_by_thresholds(
     )
     smaller = apply_plan(zeroed, plan).eval()
     dense, left = (sum(parameter.numel() for parameter in m.parameters()) for m in (model, smaller))
-    counts = ZeroCounts(dense, dense - left, count_zeros(smaller), count_zeros(zeroed))
+    before = apply_plan(model, replace(plan, model_fingerprint=fingerprint(model)))
+    zeroed_left = count_zeros(smaller) - count_zeros(before)
+    counts = ZeroCounts(dense, dense - left, zeroed_left, count_zeros(zeroed) - count_zeros(model))
     facts = {
         "config": config.to_dict(),
         "num_calibration_samples": samples.shape[0],
