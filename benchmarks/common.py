@@ -56,7 +56,7 @@ class Rows:
         self.path = options.work / f"{name}.jsonl"
         if options.fresh:
             self.path.unlink(missing_ok=True)
-        self.setting = {**setting, "commit": _commit(), "machine": machine()}
+        self.setting = {**setting, "commit": commit(), "machine": machine()}
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
@@ -75,7 +75,8 @@ class Rows:
         return row
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the code, marked where it was changed."""
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -72,13 +72,13 @@ class Scores:
     answers: tuple[Answer, ...] | None
 
     def to_row(self) -> dict[str, Any]:
-        """As JSON values."""
+        """As JSON values, losses to six digits."""
         return {
             "parameters": self.parameters,
-            "losses": [[x.doc, x.source, x.nll, x.num_tokens, x.num_bytes] for x in self.losses],
+            "losses": [[x.doc, x.source, _short(x.nll), x.num_tokens, x.num_bytes] for x in self.losses],
             "answers": None
             if self.answers is None
-            else [[x.id, x.source, list(x.scores), x.chosen, x.correct, x.shots] for x in self.answers],
+            else [[x.id, x.source, [*map(_short, x.scores)], x.chosen, x.correct, x.shots] for x in self.answers],
         }
 
     @classmethod
@@ -92,6 +92,10 @@ class Scores:
             if answers is None
             else tuple(Answer(i, source, tuple(scores), *rest) for i, source, scores, *rest in answers),
         )
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def score(model: PreTrainedModel, tokenizer: Any, held_out: HeldOut) -> Scores:  # noqa: ANN401
