@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.common import Rows, corpus, parser, smollm2, table, write_section
+from benchmarks.common import Rows, corpus, parser, table, write_section
+from benchmarks.models import smollm2
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import token_blocks

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.common import Rows, machine, parser, smollm2, table, write_section
+from benchmarks.common import Rows, machine, parser, table, write_section
 from benchmarks.common import commit as current_commit
+from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, load_documents
 from hf_context_prune.evaluation import summarize_answers
