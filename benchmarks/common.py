@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from hf_context_prune.data import TextSource, load_documents
-from hf_context_prune.demo_assets import smollm2_gguf
 from hf_context_prune.evaluation import Estimate
 from hf_context_prune.evaluation._generation import hardware_name
-from hf_context_prune.loading import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "RESULTS.md"
@@ -36,11 +34,6 @@ def parser(description: str, *, several: bool = False) -> argparse.ArgumentParse
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     return options
-
-
-def smollm2() -> LoadedModel:
-    """SmolLM2-135M-Instruct from the package index, dequantised to float32; every comparison is against this."""
-    return load_model(smollm2_gguf(), dtype="float32", device="cpu")
 
 
 def corpus(options: argparse.Namespace, split: str, domain: str | None = None) -> TextSource:
