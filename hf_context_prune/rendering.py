@@ -133,9 +133,6 @@ def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float
         names: Domains, in order.
         changes: Change of the bits a byte against the dense model, by (calibrated on, measured on).
         path: PNG file to write.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
     """
     side = 2.5 + 0.9 * len(names)
     figure = new_figure(figsize=(side + 1.5, side), layout="constrained")
