@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from hf_context_prune.data import TextSource, load_documents
-from hf_context_prune.demo_assets import smollm2_gguf
 from hf_context_prune.evaluation import Estimate
 from hf_context_prune.evaluation._generation import hardware_name
-from hf_context_prune.loading import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "RESULTS.md"
@@ -38,11 +36,6 @@ def parser(description: str, *, several: bool = False) -> argparse.ArgumentParse
     return options
 
 
-def smollm2() -> LoadedModel:
-    """SmolLM2-135M-Instruct from the package index, dequantised to float32; every comparison is against this."""
-    return load_model(smollm2_gguf(), dtype="float32", device="cpu")
-
-
 def corpus(options: argparse.Namespace, split: str, domain: str | None = None) -> TextSource:
     """The train or validation text of a domain, by default of ``--domain``."""
     return load_documents(options.data / (domain or options.domain) / f"corpus.{split}.jsonl.gz")
@@ -56,7 +49,7 @@ class Rows:
         self.path = options.work / f"{name}.jsonl"
         if options.fresh:
             self.path.unlink(missing_ok=True)
-        self.setting = {**setting, "commit": _commit(), "machine": machine()}
+        self.setting = {**setting, "commit": commit(), "machine": machine()}
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
@@ -75,7 +68,8 @@ class Rows:
         return row
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the working tree, marked if it was changed."""
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -9,7 +9,8 @@ import dataclasses
 from functools import cache
 from typing import Any
 
-from benchmarks.common import Rows, cell, corpus, parser, smollm2, table, write_section
+from benchmarks.common import Rows, cell, corpus, parser, table, write_section
+from benchmarks.models import smollm2
 from hf_context_prune.calibration import batches_of, calibrate
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.criteria import CRITERIA

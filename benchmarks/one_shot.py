@@ -2,6 +2,7 @@
 
 python -m benchmarks.one_shot --data PATH/TO/data            # three domains, four sizes; goes on where it stopped
 python -m benchmarks.one_shot --data PATH/TO/data --quick    # one domain, one size
+python -m benchmarks.one_shot --data PATH/TO/data --model gemma3-270m --sizes mlp25 --methods flap+bias ours ...
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Rows, cell, parser, plot_path, smollm2, table, write_section
+from benchmarks.common import Rows, cell, parser, plot_path, table, write_section
 from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain
+from benchmarks.models import MODELS
 from hf_context_prune.architectures import TARGETS
 from hf_context_prune.evaluation import DocumentLoss, Estimate, compare_losses
 
@@ -62,6 +64,7 @@ def shares(
     return [Estimate(float(v), span if several else None) for v, span in zip(values, spans, strict=True)]
 
 
+DEFAULT_MODEL = "smollm2-135m"
 Found = Mapping[tuple[str, str, str], dict[str, Any]]
 """Rows by (domain, size, method); the dense ones by (domain, "", "dense")."""
 
@@ -174,9 +177,12 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str)
         for row in [rows[args.domains[0], size, method]]
     ]
     commits = sorted({row["setting"]["commit"] for row in rows.values()})
-    return f"""## One-shot pruning side by side
+    title, chosen = "", ""
+    if args.model != DEFAULT_MODEL:
+        title, chosen = f", {MODELS[args.model][0]}", f" --model {args.model}"
+    return f"""## One-shot pruning side by side{title}
 
-SmolLM2-135M-Instruct (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
+{MODELS[args.model][0]} (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
 dense model in nats a token; *share*: of the excess of `flap` + `bias`; 95 % bootstrap intervals over documents, paired.
 Every method has the same calibration text and the same held-out validation text ({text}).
 All widths are uniform but those called adaptive, which have the same total. `bias` adds biases that this architecture
@@ -190,7 +196,7 @@ Peers' calls:
 
 {chr(10).join(calls) or "- none in this run"}
 
-`python -m benchmarks.one_shot --data DATA{" --quick" if args.quick else ""}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+`python -m benchmarks.one_shot --data DATA{" --quick" if args.quick else ""}{chosen}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
 """
 
 
@@ -198,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser(__doc__ or "", several=True)
     options.add_argument("--quick", action="store_true", help="one domain, one size, little text")
+    options.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL)
     options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options.add_argument("--blocks", type=int, default=128)
@@ -207,9 +214,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.set_defaults(domains=["medicine"], sizes=["mlp25"], blocks=48, eval_tokens=12_000)
     args = options.parse_args(arguments)
     section = "one_shot_quick" if args.quick else "one_shot"
-    store, load = Rows(args, "one_shot", seed=args.seed), cache(smollm2)
+    if args.model != DEFAULT_MODEL:
+        section += f"_{args.model}"
+    store, load = Rows(args, "one_shot", seed=args.seed), cache(MODELS[args.model][1])
     targets = TARGETS if any(SIZES[size].attention for size in args.sizes) else ("mlp",)
     common = {"blocks": args.blocks, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
+    if args.model != DEFAULT_MODEL:
+        common["model"] = args.model
     domains = {domain: Domain(load, args, domain, targets=targets) for domain in args.domains}
     keys = {domain: {**common, "domain": domain} for domain in domains}
     rows: dict[tuple[str, str, str], dict[str, Any]] = {

@@ -19,8 +19,9 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from benchmarks.common import Rows, corpus, parser, smollm2, table, write_section
+from benchmarks.common import Rows, corpus, parser, table, write_section
 from benchmarks.methods import OURS, Domain
+from benchmarks.models import smollm2
 from benchmarks.vocabulary import percent, relative
 from hf_context_prune.architectures import TARGETS
 from hf_context_prune.callback import ContextPruneCallback, PruningSchedule

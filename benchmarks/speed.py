@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import Rows, parser, smollm2, table, write_section
+from benchmarks.common import Rows, parser, table, write_section
+from benchmarks.models import smollm2
 from hf_context_prune.architectures import read_geometry, spec_of
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.plan import LayerPlan, PruningPlan

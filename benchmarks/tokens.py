@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from benchmarks.common import Rows, cell, parser, plot_path, smollm2, table, write_section
+from benchmarks.common import Rows, cell, parser, plot_path, table, write_section
 from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain
+from benchmarks.models import smollm2
 from benchmarks.one_shot import errorbars, excess
 from hf_context_prune.evaluation import Estimate
 

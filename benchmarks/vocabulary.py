@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Rows, parser, smollm2, table, write_section
+from benchmarks.common import Rows, parser, table, write_section
 from benchmarks.methods import OURS, Domain
+from benchmarks.models import smollm2
 from hf_context_prune.architectures import TARGETS
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from .cache import unfinished_work
 from .cli_evaluate import bench, evaluate
 from .cli_options import (
     DATA_HELP,
+    ActivationThreshold,
     AllocationOption,
     AttentionRatio,
     CriterionOption,
@@ -26,9 +26,11 @@ from .cli_options import (
     DomainOption,
     Dtype,
     DtypeOption,
+    EmbeddingThreshold,
     Format,
     FormatOption,
     GeneralData,
+    LinearThreshold,
     MaxEvalTokens,
     MaxLossIncrease,
     MlpRatio,
@@ -46,8 +48,10 @@ from .cli_options import (
     VocabMinCount,
     VocabMultiple,
     VocabSize,
+    given_options,
 )
 from .cli_output import errors, out, out_json, out_table, save_and_show
+from .cli_proof import matrix, sweep
 from .cli_publish import card, push
 from .cli_recover import recover
 from .cli_report import report
@@ -68,23 +72,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _INTERRUPTED = 130
-
-
-def _config(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
-    """Those options of the command line that are a config's, over those of the file."""
-    from .config import PrunerConfig, read_yaml
-
-    values = read_yaml(config_file) if config_file else {}
-    known = {field.name for field in fields(PrunerConfig)}
-    given = {name: value for name, value in options.items() if name in known and value is not None}
-    for sizes in (
-        {"pruning_ratio", "target_params", "max_loss_increase"},
-        {"vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto"},
-    ):
-        # Any one on the command line replaces the others in the file.
-        if any(name in given and given[name] is not False for name in sizes):
-            values = {name: value for name, value in values.items() if name not in sizes}
-    return PrunerConfig.from_dict({**values, **given})
 
 
 def _version(value: bool) -> None:
@@ -133,6 +120,9 @@ def prune(
     vocab_auto: VocabAuto = None,
     vocab_criterion: VocabCriterionOption = None,
     vocab_multiple: VocabMultiple = None,
+    linear_threshold: LinearThreshold = None,
+    activation_threshold: ActivationThreshold = None,
+    embedding_threshold: EmbeddingThreshold = None,
     ridge: Annotated[float | None, typer.Option(help="Ridge of the refit. Default 0.3.")] = None,
     num_calibration_samples: Annotated[int | None, typer.Option(help="Calibration blocks. Default 128.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens a block. Default 512.")] = None,
@@ -148,7 +138,7 @@ def prune(
     format: FormatOption = Format.auto,
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on held-out text, and write a model folder."""
-    chosen = _config(config, {**locals(), "pruning_seed": seed})
+    chosen = given_options(config, {**locals(), "pruning_seed": seed})
     if dry_run:
         _dry_run(model, chosen, revision, format)
         return
@@ -185,6 +175,8 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
             "--dry-run works from shapes alone, but the size for --max-loss-increase is found by measuring; use "
             "--pruning-ratio with it."
         )
+    if config.thresholds_units:
+        raise ConfigError("--dry-run works from shapes alone, but what lies below thresholds is measured on text.")
     if config.prunes_vocabulary and config.vocab_size is None:
         raise ConfigError("--dry-run works from shapes alone, but tokens are counted on text; give --vocab-size.")
     outline = dry_run(model, config, revision=revision)
@@ -216,6 +208,8 @@ app.command()(report)
 app.command()(space)
 app.command()(card)
 app.command()(push)
+app.command()(matrix)
+app.command()(sweep)
 
 
 @app.command()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from enum import StrEnum
-from typing import Annotated, get_args
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import typer
 
-from .config import CriterionName, ReconstructionName, VocabCriterion
+from .config import CriterionName, PrunerConfig, ReconstructionName, VocabCriterion, read_yaml
 
 
 class Format(StrEnum):
@@ -64,6 +66,19 @@ MaxLossIncrease = Annotated[
     float | None,
     typer.Option(help="As small as possible, at most this share worse on the domain (0.03: 3 %); found by search."),
 ]
+LinearThreshold = Annotated[
+    float | None,
+    typer.Option(
+        help="The paper's protocol, with --criterion l1 --reconstruction none: zero rows and columns of linear layers "
+        "with mean |x| of at most this, remove the units that are then dead."
+    ),
+]
+ActivationThreshold = Annotated[
+    float | None, typer.Option(help="The same: MLP neurons with a mean |activation| of at most this.")
+]
+EmbeddingThreshold = Annotated[
+    float | None, typer.Option(help="The same: tokens whose share of the text is at most this.")
+]
 CriterionOption = Annotated[str | None, typer.Option(help=f"{names(CriterionName)}. Default obs.")]
 ReconstructionOption = Annotated[
     str | None, typer.Option(help=f"How what is left is repaired: {names(ReconstructionName)}.")
@@ -93,3 +108,18 @@ VocabCriterionOption = Annotated[
 VocabMultiple = Annotated[
     int | None, typer.Option(help="The number of kept tokens is rounded up to a multiple of this. Default 64.")
 ]
+
+
+def given_options(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
+    """Those options of the command line that are a config's, over those of the file."""
+    values = read_yaml(config_file) if config_file else {}
+    known = {field.name for field in fields(PrunerConfig)}
+    given = {name: value for name, value in options.items() if name in known and value is not None}
+    for sizes in (
+        {"pruning_ratio", "target_params", "max_loss_increase"},
+        {"vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto", "embedding_threshold"},
+    ):
+        # Any one on the command line replaces the others in the file.
+        if any(name in given and given[name] is not False for name in sizes):
+            values = {name: value for name, value in values.items() if name not in sizes}
+    return PrunerConfig.from_dict({**values, **given})

@@ -22,6 +22,7 @@ VocabCriterion = Literal["expected", "frequency"]
 Config = TypeVar("Config")
 
 DEFAULT_PRUNING_RATIO = 0.2
+THRESHOLDS = ("linear_threshold", "activation_threshold", "embedding_threshold")
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -38,7 +39,8 @@ class PrunerConfig:
     (`mlp_ratio`, `attention_ratio`), or how much worse the model may get (`max_loss_increase`). A share of all
     parameters may be combined with one unit's ratio: that ratio is then exact, and the other unit gives the rest.
     Tokens go by `vocab_size`, `vocab_coverage` or `vocab_min_count`, and count towards a share of all parameters; with
-    `vocab_auto`, that budget says how many. With none of all these, `pruning_ratio` is 0.2.
+    `vocab_auto`, that budget says how many. The paper's protocol has thresholds in place of a budget
+    (`linear_threshold`, `activation_threshold`, `embedding_threshold`). With none of all these, `pruning_ratio` is 0.2.
 
     Raises:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
@@ -79,6 +81,17 @@ class PrunerConfig:
         "expected",
         "Which tokens matter. expected: documents that have them, and how probable the model holds them there; "
         "frequency: how often the text has them.",
+    )
+    linear_threshold: float | None = option(
+        None,
+        "The paper's protocol (with criterion=l1, reconstruction=none): zero the rows and columns of linear layers "
+        "with mean |x| of at most this, and remove the units that are then dead.",
+    )
+    activation_threshold: float | None = option(
+        None, "The paper's protocol: remove the MLP neurons whose mean |activation| is at most this."
+    )
+    embedding_threshold: float | None = option(
+        None, "The paper's protocol: remove the tokens whose share of the text is at most this (0: those it lacks)."
     )
     ridge: float = option(0.3, "Ridge of the refit, as a share of each feature's mean square; above 0.")
     num_calibration_samples: int = option(128, "Blocks of calibration text.")
@@ -178,15 +191,36 @@ class PrunerConfig:
             )
         if self.allocation == "adaptive" and self.stock:
             raise ConfigError("allocation='adaptive' gives layers different widths, which stock=True rules out.")
+        self._check_thresholds(total)
         self._check_vocabulary(total)
         if not self.prunes_units and not self.prunes_vocabulary:
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
 
+    def _check_thresholds(self, total: bool) -> None:
+        given = [name for name in THRESHOLDS if getattr(self, name) is not None]
+        for name in given:
+            value = getattr(self, name)
+            if not (is_number(value) and value >= 0):
+                raise ConfigError(f"{name} is {value!r}; it must be a number of at least 0 (the paper has 1e-3).")
+        if not given:
+            return
+        sized = total or self.max_loss_increase is not None or bool(self.mlp_ratio or self.attention_ratio)
+        if sized or self.allocation == "adaptive" or self.stock or self.round_to > 1:
+            raise ConfigError(
+                f"{given[0]} says by itself what goes, layer by layer; leave out sizes (pruning_ratio, target_params, "
+                f"mlp_ratio, attention_ratio, max_loss_increase), allocation, stock and round_to, or the thresholds."
+            )
+        if self.criterion != "l1" or self.reconstruction != "none":
+            raise ConfigError(
+                f"{given[0]} is the paper's rule, which compares mean |x| and repairs nothing: give criterion='l1' and "
+                f"reconstruction='none' with it (here: {self.criterion!r}, {self.reconstruction!r})."
+            )
+
     def _check_vocabulary(self, total: bool) -> None:
         given = [
             name
-            for name in ("vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto")
-            if getattr(self, name) not in (None, False)
+            for name in ("vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto", "embedding_threshold")
+            if (value := getattr(self, name)) is not None and value is not False
         ]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} each set the number of tokens; give one of them.")
@@ -207,13 +241,19 @@ class PrunerConfig:
             *(self.pruning_ratio, self.target_params, self.max_loss_increase),
             *(self.mlp_ratio, self.attention_ratio),
         )
-        return any(size is not None for size in sizes)
+        return self.thresholds_units or any(size is not None for size in sizes)
+
+    @property
+    def thresholds_units(self) -> bool:
+        """Whether the paper's thresholds say which neurons and KV groups go."""
+        return self.linear_threshold is not None or self.activation_threshold is not None
 
     @property
     def prunes_vocabulary(self) -> bool:
         """Whether tokens may go."""
         return self.vocab_auto or any(
-            size is not None for size in (self.vocab_size, self.vocab_coverage, self.vocab_min_count)
+            size is not None
+            for size in (self.vocab_size, self.vocab_coverage, self.vocab_min_count, self.embedding_threshold)
         )
 
     def to_dict(self) -> dict[str, Any]:

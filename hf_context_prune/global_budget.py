@@ -23,6 +23,7 @@ from .plan import PruningPlan, fingerprint
 from .planning import Measured, Planner, plan_and_repair, plan_widths, versions
 from .search_text import SearchText
 from .surgery import apply_plan
+from .thresholds import prune_by_thresholds
 from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_prunable
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
@@ -62,7 +63,13 @@ def size_of(config: PrunerConfig) -> VocabularySize | None:
     """How many tokens a config asks for; None where that is to be found."""
     if config.vocab_auto:
         return None
-    return VocabularySize(config.vocab_size, config.vocab_coverage, config.vocab_min_count, config.vocab_multiple)
+    return VocabularySize(
+        config.vocab_size,
+        config.vocab_coverage,
+        config.vocab_min_count,
+        config.vocab_multiple,
+        config.embedding_threshold,
+    )
 
 
 def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -> None:  # noqa: ANN401
@@ -74,7 +81,8 @@ def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -
     """
     if config.prunes_vocabulary:
         check_prunable(model, tokenizer, size_of(config))
-    if config.allocation == "uniform" and config.max_loss_increase is None and config.prunes_units:
+    sized = config.prunes_units and not config.thresholds_units
+    if config.allocation == "uniform" and config.max_loss_increase is None and sized:
         tokens = min(config.vocab_size or num_rows(model), num_rows(model))
         if config.vocab_size is not None or not config.prunes_vocabulary:
             widths_beside(model, config, tokens)
@@ -270,6 +278,9 @@ def smaller_model(
                     )
             config = rest_of_budget(config, dense, model)
     samples = _samples(text, tokenizer, config)
+    if config.thresholds_units:
+        smaller, plan, _ = prune_by_thresholds(model, samples, config, facts)
+        return smaller, tokenizer, replace(plan, vocabulary=vocabulary, model_fingerprint=fingerprint(dense))
     try:
         plan, repair = plan_and_repair(
             model,

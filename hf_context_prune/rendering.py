@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _widths_picture(folder: Folder) -> str:
 
 
 def _loss_figure(folders: Sequence[Folder]) -> Any:  # noqa: ANN401 - matplotlib's
-    figure = new_figure(figsize=(7, 4.5))
+    figure = new_figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for folder in folders:
         loss, size = folder.report.loss, folder.report.size
@@ -124,3 +124,30 @@ def _loss_figure(folders: Sequence[Folder]) -> Any:  # noqa: ANN401 - matplotlib
     axis.set_ylabel("bits a byte, held-out text")
     axis.legend(fontsize="small")
     return figure
+
+
+def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float], path: Path) -> None:
+    """Draw the domain matrix as a heat map.
+
+    Args:
+        names: Domains, in order.
+        changes: Change of the bits a byte against the dense model, by (calibrated on, measured on).
+        path: PNG file to write.
+    """
+    side = 2.5 + 0.9 * len(names)
+    figure = new_figure(figsize=(side + 1.5, side), layout="constrained")
+    axis = figure.subplots()
+    values = [[100 * changes[row, column] for column in names] for row in names]
+    most = max(1e-9, *(abs(value) for line in values for value in line))
+    image = axis.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most)  # white: as the dense model
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            colour = "white" if abs(value) > 0.6 * most else "black"
+            axis.text(column, row, f"{value:+.1f} %", ha="center", va="center", color=colour)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("measured on")
+    axis.set_ylabel("calibrated on")
+    axis.set_title("Bits a byte against the dense model")
+    figure.colorbar(image, ax=axis, shrink=0.8, label="per cent")
+    figure.savefig(path, dpi=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -10,7 +11,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .evaluation import EvalReport
     from .evaluation.bench import Bench
+    from .matrix import DomainMatrix
     from .modeling.specs import LayerWidths
+    from .sweep import Sweep
 
 
 def report_table(report: EvalReport) -> Table:
@@ -32,6 +35,40 @@ def bench_table(bench: Bench) -> Table:
     for row in bench.table_rows():
         table.add_row(*(escape(cell) for cell in row))
     return table
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """The paper's grid."""
+    table = Table(title=escape(sweep.name), title_justify="left")
+    for name in sweep.header:
+        table.add_column(name, justify="right")
+    for row in sweep.table_rows():
+        table.add_row(*row)
+    return table
+
+
+def matrix_tables(matrix: DomainMatrix, reference: str) -> list[Table]:
+    """Losses, whether the context matters, and accuracies, of those that were measured."""
+    parts: list[tuple[str, Sequence[str], Sequence[tuple[str, ...]]]] = [
+        ("Bits a byte", ("calibrated on", "parameters", *matrix.domains), matrix.loss_rows()),
+        (
+            f"Own domain against {reference}: change of the bits a byte",
+            ("domain", "on its own text", f"on {reference} text"),
+            matrix.context_rows(reference) if reference in matrix.domains else [],
+        ),
+        ("Accuracy", ("calibrated on", *matrix.asked), matrix.accuracy_rows()),
+    ]
+    tables = []
+    for title, header, rows in parts:
+        if not rows:
+            continue
+        table = Table(title=escape(title), title_justify="left")
+        for index, name in enumerate(header):
+            table.add_column(escape(name), justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        tables.append(table)
+    return tables
 
 
 def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:

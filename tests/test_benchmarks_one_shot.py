@@ -35,8 +35,9 @@ def bench(tmp_path, monkeypatch, tokenizer):
             with gzip.open(tmp_path / domain / f"corpus.{split}.jsonl.gz", "wt") as file:
                 file.write("\n".join(lines))
     loaded = LoadedModel(tiny_model("llama"), tokenizer, "tiny", None, None)
-    for module in (one_shot, tokens):
-        monkeypatch.setattr(module, "smollm2", lambda: loaded)
+    monkeypatch.setattr(tokens, "smollm2", lambda: loaded)
+    for name, (label, _) in one_shot.MODELS.items():
+        monkeypatch.setitem(one_shot.MODELS, name, (label, lambda: loaded))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
     options = f"--data {tmp_path} --work {tmp_path / 'rows'} --length 32 --eval-tokens 900"
     return tmp_path, options.split()
@@ -161,3 +162,16 @@ def test_peers_hit_the_size_and_still_run(package, name, size):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match=r"instead of .* over 0.5%"):
         check_peer(model, result, samples, 2 * remove)
+
+
+def test_another_model_has_rows_and_a_section_of_its_own(bench):
+    folder, options = bench
+    small = "--domains law --sizes mlp25 --methods flap+bias obs+least_squares --blocks 8"
+    one_shot.main(with_options(options, small))
+    one_shot.main(with_options(options, f"{small} --model gemma3-270m"))
+    rows = rows_of(folder, "one_shot")
+    assert [row["key"].get("model") for row in rows] == [None] * 3 + ["gemma3-270m"] * 3
+    text = (folder / "RESULTS.md").read_text()
+    assert "## One-shot pruning side by side, Gemma 3 270M" in text
+    assert "--model gemma3-270m`" in text
+    assert (folder / "one_shot_gemma3-270m.png").is_file()

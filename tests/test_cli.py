@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 
 import pytest
 
@@ -274,3 +275,80 @@ def test_questions_and_a_base(run, place):
     code, _, err = run("evaluate", "@base", *measured, "--mcq", "@mcq.jsonl", "--mcq-columns", "question")
     assert code == 2
     assert "it must be pairs" in err
+
+
+# The paper's grid, and the matrix
+
+
+def domain_file(place, name, seed):
+    draw = random.Random(seed)
+    rows = [{"text": " ".join(draw.choices("abcdefghij", k=80)), "doc": f"{seed}-{i}"} for i in range(30)]
+    (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(place / f"{name}.jsonl")
+
+
+def test_matrix_takes_domains_as_people_write_them(run, place):
+    law, general = (domain_file(place, name, seed) for seed, name in enumerate(("law", "general")))
+    options = ("--mlp-ratio", "0.25", "--num-calibration-samples", "4", "--max-seq-length", "32")
+    code, out, err = run(
+        "matrix",
+        "@base",
+        "--domains",
+        f"law={law}",
+        f"general={general}",
+        "--output",
+        "@m",
+        *options,
+        "--format",
+        "json",
+    )
+    assert code == 0, err
+    cells = json.loads(out)["cells"]
+    assert {(cell["calibrated"], cell["measured"]) for cell in cells} == {
+        (a, b) for a in ("dense", "law", "general") for b in ("law", "general")
+    }
+    assert (place / "m" / "matrix.png").is_file()
+    code, _, err = run("matrix", "@base", "--domains", "law", f"general={general}", "--output", "@m", *options)
+    assert (code, "law=laws.jsonl" in err) == (2, True)
+    code, _, err = run("matrix", "@base", "--domains", f"law={law}", f"law={law}", "--output", "@m", *options)
+    assert (code, "twice" in err) == (2, True)
+
+
+def test_sweep_writes_the_table_of_the_paper(run, place):
+    law = domain_file(place, "law", 0)
+    small = ("--num-calibration-samples", "4", "--max-seq-length", "32")
+    grid = ("--linear", "off,0.1", "--activation", "off,0.1", "--embedding", "off")
+    code, out, err = run("sweep", "@base", "--data", law, "--output", "@s", *grid, *small, "--format", "json")
+    assert code == 0, err
+    assert [(row["linear"], row["activation"]) for row in json.loads(out)["rows"]] == [
+        (None, 0.1),
+        (0.1, None),
+        (0.1, 0.1),
+    ]
+    assert (place / "s" / "sweep.md").read_text().count("\n| ") == 6  # header, line, dense, three points
+    code, _, err = run("sweep", "@base", "--data", law, "--output", "@s", "--linear", "much", *small)
+    assert (code, "'much'" in err) == (2, True)
+
+
+def test_thresholds_prune_and_reload(run, place):
+    law = domain_file(place, "law", 0)
+    paper = (
+        "--criterion",
+        "l1",
+        "--reconstruction",
+        "none",
+        "--num-calibration-samples",
+        "4",
+        "--max-seq-length",
+        "32",
+    )
+    code, _, err = run(
+        "prune", "@base", "--data", law, "--output", "@t", "--activation-threshold", "0.2", *paper, "--no-speed"
+    )
+    assert code == 0, err
+    plan = json.loads((place / "t" / "pruning_plan.json").read_text())
+    assert plan["provenance"]["zeroed"]["removed"] > 0
+    code, _, err = run("prune", "@base", "--activation-threshold", "0.2", *paper, "--dry-run")
+    assert (code, "measured on text" in err) == (2, True)
+    code, _, err = run("prune", "@base", "--data", law, "--output", "@t", "--activation-threshold", "0.2")
+    assert (code, "criterion='l1'" in err) == (2, True)

@@ -54,10 +54,14 @@ EVERYTHING = {
     "vocab_auto": False,
     "vocab_multiple": 8,
     "vocab_criterion": "frequency",
+    "linear_threshold": None,
+    "activation_threshold": None,
+    "embedding_threshold": None,
     "ridge": 0.1,
     "num_calibration_samples": 7,
     "max_seq_length": 33,
     "text_column": "body",
+    "domain": "law",
     "pruning_seed": 5,
 }
 
@@ -152,6 +156,11 @@ def test_stock_must_be_a_bool(bad):
 @pytest.mark.parametrize("bad", [3, True, ["text"], ""])
 def test_text_column_must_be_a_name(bad):
     assert f"text_column is {bad!r}" in refused(text_column=bad)
+
+
+@pytest.mark.parametrize("bad", ["", "  ", 3, True, ["law"]])
+def test_domain_must_be_a_name(bad):
+    assert f"domain is {bad!r}" in refused(domain=bad)
 
 
 @pytest.mark.parametrize(

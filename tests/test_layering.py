@@ -18,21 +18,24 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = [
     {"errors"},
     # Helpers and values that know nothing else of the package.
-    {"cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "sources", "stats"},
+    {"cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "rows", "sources", "stats"},
     {"modeling", "config", "architectures", "plan", "data", "overlap", "questions"},
     {
-        *("criteria", "allocation", "reconstruction", "calibration", "surgery", "vocabulary"),
+        *("criteria", "allocation", "reconstruction", "calibration", "magnitudes", "surgery", "vocabulary"),
         *("figures", "sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
     },
     {"evaluation", "saving", "loading", "sequential"},
     {"base_card"},
     {"budget_search", "search_text"},
     {"planning"},
+    {"thresholds"},
     {"card", "global_budget", "hub"},
     {"outline", "result"},
     {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options", "space"},
+    {"scores"},
+    {"sweep", "matrix"},
     {"cli_output"},
-    {"cli_evaluate", "cli_publish", "cli_recover", "cli_report", "cli_space"},
+    {"cli_evaluate", "cli_proof", "cli_publish", "cli_recover", "cli_report", "cli_space"},
     {"cli", "demo"},
     {"__main__"},
 ]
@@ -40,7 +43,7 @@ LAYERS = [
 ALLOWED_SIBLINGS = {
     *(("architectures", "modeling"), ("plan", "modeling.specs"), ("overlap", "data")),
     *(("loading", "saving"), ("cli", "demo"), ("sensitivity", "streams")),
-    *(("vocabulary", "surgery"), ("recovery", "pipeline"), ("measuring", "pipeline")),
+    *(("vocabulary", "surgery"), ("magnitudes", "calibration"), ("recovery", "pipeline"), ("measuring", "pipeline")),
 }
 # Those on top use the public API; nothing below them imports the package's own __init__.
 MAY_IMPORT_PUBLIC_API = {"cli", "demo", "__main__"}

@@ -33,6 +33,11 @@ def check_config(config: PrunerConfig) -> None:
             "trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "
             "trimmed.tokenizer to the Trainer, and leave the vocab_* options out here."
         )
+    if config.thresholds_units:
+        raise ConfigError(
+            "The paper's thresholds decide once, on calibration text. Use prune() with them, and recover() after it; "
+            "give pruning_ratio here."
+        )
     if config.max_loss_increase is not None:
         raise ConfigError(
             "max_loss_increase finds the size on withheld text, which a training does not have. Give pruning_ratio "

@@ -66,15 +66,15 @@ def benchmark_results(report: EvalReport) -> str | None:
 def _results(facts: CardFacts) -> list[EvalResult]:
     report = facts.report
     assert report is not None
-    texts = [("held-out text of the domain", report.dataset, report.loss)]
+    texts = [("domain", "held-out text of the domain", report.dataset, report.loss)]
     if report.general is not None:
-        texts.append(("general text", report.general.dataset, report.general.loss))
+        texts.append(("general", "general text", report.general.dataset, report.general.loss))
     results = []
-    for what, dataset, loss in texts:
+    for kind, what, dataset, loss in texts:
         last = loss.recovered or loss.pruned or loss.base
         common: dict[str, Any] = {
             "task_type": "text-generation",
-            "dataset_type": _hub_id(dataset.name.partition("@")[0].partition(":")[0]) or "text",
+            **_identity(dataset.name, "text", kind),
             "dataset_name": one_line(f"{dataset.name} ({what})"),
             "dataset_revision": dataset.revision,
         }
@@ -87,7 +87,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
         results.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=_hub_id(questions.name.partition("@")[0].partition(":")[0]) or "multiple-choice",
+                **_identity(questions.name, "multiple-choice", "questions"),
                 dataset_name=one_line(questions.name),
                 dataset_revision=questions.revision,
                 metric_type="accuracy",
@@ -95,6 +95,15 @@ def _results(facts: CardFacts) -> list[EvalResult]:
             )
         )
     return results
+
+
+def _identity(name: str, local: str, kind: str) -> dict[str, Any]:
+    """Data set, config and split of a name; the client takes figures of one identity for figures on one text."""
+    path, _, split = name.partition("@")
+    repo, _, config = path.partition(":")
+    if (found := _hub_id(repo)) is None:
+        return {"dataset_type": local, "dataset_split": kind}
+    return {"dataset_type": found, "dataset_config": one_line(config) or None, "dataset_split": one_line(split) or kind}
 
 
 def _number(value: float) -> float:

@@ -47,6 +47,7 @@ class ArchSpec:
         layers: Module path of the block list, from the causal-LM model.
         mlp_inputs: Projections whose output features are the neurons (gate and up, or one), relative to the block.
         mlp_output: Projection whose input features are the neurons.
+        activation: The MLP's activation function; it reads the first of `mlp_inputs`.
         attention_inputs: Projections whose output features are query, key and value heads.
         attention_output: Projection whose input features are the query heads.
         attention: The attention module, relative to the block.
@@ -67,6 +68,7 @@ class ArchSpec:
     layers: str = "model.layers"
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
     attention_inputs: tuple[Projection, ...] = _separate("self_attn")
     attention_output: str = "self_attn.o_proj"
     attention: str = "self_attn"
@@ -105,6 +107,7 @@ SPECS: dict[str, ArchSpec] = {
             "PhiForCausalLM",
             mlp_inputs=("mlp.fc1",),
             mlp_output="mlp.fc2",
+            activation="mlp.activation_fn",
             attention_output="self_attn.dense",
             parallel=True,
         ),
@@ -115,6 +118,7 @@ SPECS: dict[str, ArchSpec] = {
             layers="gpt_neox.layers",
             mlp_inputs=("mlp.dense_h_to_4h",),
             mlp_output="mlp.dense_4h_to_h",
+            activation="mlp.act",
             attention_inputs=(Projection("attention.query_key_value", ("query", "key", "value"), interleaved=True),),
             attention_output="attention.dense",
             attention="attention",
@@ -128,6 +132,7 @@ SPECS: dict[str, ArchSpec] = {
             layers="model.decoder.layers",
             mlp_inputs=("fc1",),
             mlp_output="fc2",
+            activation="activation_fn",
             attention_output="self_attn.out_proj",
             width="ffn_dim",
             kv_heads=None,
@@ -140,6 +145,7 @@ SPECS: dict[str, ArchSpec] = {
             layers="transformer.h",
             mlp_inputs=("mlp.c_fc",),
             mlp_output="mlp.c_proj",
+            activation="mlp.act",
             attention_inputs=(Projection("attn.c_attn", ("query", "key", "value")),),
             attention_output="attn.c_proj",
             attention="attn",

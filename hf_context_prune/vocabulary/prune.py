@@ -177,6 +177,11 @@ class VocabularyPruner:
             "coverage": sum(self.counts.occurrences[index] for index in kept) / total,
             "refit": None,
         }
+        if size.above_share is not None:
+            special, most = set(self.tokenizer.all_special_ids), size.above_share * total
+            facts["rows_zeroed_by_paper"] = sum(
+                self.counts.occurrences[index] <= most for index in self.table.contents if index not in special
+            )
         if refit:
             facts["refit"] = refit_rows(smaller, token_blocks(self.source, tokenizer, **self.blocks))  # type: ignore[arg-type]
         return TrimmedModel(smaller, tokenizer, replace(plan, provenance={"vocabulary": facts}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,12 +78,13 @@ def expected_scores(counts: TokenCounts, expected: Sequence[float]) -> dict[int,
 
 @dataclass(frozen=True)
 class VocabularySize:
-    """How many tokens stay: one of the three.
+    """How many tokens stay: one of the four.
 
     Attributes:
         tokens: Number of tokens.
         coverage: Share of the text's token occurrences that must be kept tokens.
         min_count: A token that occurs as often stays.
+        above_share: A token whose share of all occurrences is larger stays (the paper's embedding threshold).
         multiple: The number of tokens is rounded up to a multiple of this.
     """
 
@@ -90,6 +92,7 @@ class VocabularySize:
     coverage: float | None = None
     min_count: int | None = None
     multiple: int = 64
+    above_share: float | None = None
 
     def check(self) -> None:
         """Refuse values out of range, and none or several sizes.
@@ -97,8 +100,11 @@ class VocabularySize:
         Raises:
             ConfigError: With the value.
         """
-        if sum(value is not None for value in (self.tokens, self.coverage, self.min_count)) != 1:
-            raise ConfigError("Give exactly one of vocab_size, vocab_coverage and vocab_min_count.")
+        sizes = (self.tokens, self.coverage, self.min_count, self.above_share)
+        if sum(value is not None for value in sizes) != 1:
+            raise ConfigError(
+                "Give exactly one of vocab_size, vocab_coverage, vocab_min_count and embedding_threshold."
+            )
         for name, value in (
             ("vocab_size", self.tokens),
             ("vocab_min_count", self.min_count),
@@ -147,8 +153,9 @@ def choose(
         limit = -(-size.tokens // size.multiple) * size.multiple
     ranked = sorted(possible, key=lambda index: (-scores.get(index, 0.0), index))
     kept = set(must)
-    if size.min_count is not None:
-        kept |= table.closed(index for index in possible if counts.occurrences[index] >= size.min_count)
+    if size.min_count is not None or size.above_share is not None:
+        least = size.min_count or math.floor((size.above_share or 0) * counts.occurrences.total()) + 1
+        kept |= table.closed(index for index in possible if counts.occurrences[index] >= least)
     elif size.coverage is not None:
         kept = _covering(table, ranked, counts, size.coverage, kept)
         share = sum(counts.occurrences[index] for index in kept) / sum(counts.occurrences.values())

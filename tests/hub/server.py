@@ -235,8 +235,8 @@ class _Handler(Writing, BaseHTTPRequestHandler):
                 return self._api(self._repo(kind, f"{owner}/{name}"), rest, query, form)
             case ["api", "resolve-cache", kind, owner, name, sha, *file]:
                 return self._content(self._repo(kind, f"{owner}/{name}"), sha, file, {"X-Repo-Commit": sha})
-            case ["cdn", kind, owner, name, sha, *file]:
-                return self._content(self._repo(kind, f"{owner}/{name}"), sha, file, {})
+            case ["cdn", kind, owner, name, sha, *file]:  # to know the address is enough
+                return self._content(self.hub.repos[kind, f"{owner}/{name}"], sha, file, {})
             case [("datasets" | "spaces") as kind, owner, name, "resolve", revision, *file]:
                 return self._file(self._repo(kind, f"{owner}/{name}"), revision, "/".join(file))
             case [owner, name, "resolve", revision, *file]:
@@ -244,6 +244,8 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         return _Answer(501)
 
     def _repo(self, kind: str, id: str) -> Repo:
+        if self.token and self.token not in self.hub.tokens:
+            raise RefusalError(401, "", "Invalid username or password.")
         repo = self.hub.repos.get((kind, id))
         if repo is None or (
             repo.private and self.token not in self.hub.tokens

@@ -1,0 +1,245 @@
+"""The proof: the domain matrix with multiple choice, and the paper's grid of thresholds.
+
+python -m benchmarks.proof --data PATH/TO/data            # four domains at two sizes, the grid on two; goes on where it stopped
+python -m benchmarks.proof --data PATH/TO/data --quick    # two domains at one size, four points, few questions
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.common import Rows, machine, parser, table, write_section
+from benchmarks.common import commit as current_commit
+from benchmarks.models import smollm2
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data import TextSource, load_documents
+from hf_context_prune.evaluation import summarize_answers
+from hf_context_prune.loading import LoadedModel
+from hf_context_prune.matrix import DENSE, MODELS, PICTURE_NAME, DomainMatrix, domain_matrix
+from hf_context_prune.measuring import QuestionOptions, evaluate
+from hf_context_prune.pipeline import EvalOptions
+from hf_context_prune.recovery import RecoveryConfig
+from hf_context_prune.sweep import GRID, Sweep, SweepOptions, sweep
+
+GOAL_MINUTES = 15.0
+"""For half a megabyte of text and 500 questions, base and pruned, on two cores."""
+FOUR = ("law", "medicine", "finance", "general")
+
+
+def folder(args: argparse.Namespace, name: str) -> Path:
+    return Path(args.work / "proof" / name)
+
+
+def corpora(args: argparse.Namespace, split: str, domains: Sequence[str]) -> dict[str, str]:
+    return {domain: str(args.data / domain / f"corpus.{split}.jsonl.gz") for domain in domains}
+
+
+def asked(args: argparse.Namespace, domain: str, number: int, **how: Any) -> QuestionOptions:
+    return QuestionOptions(str(args.data / domain / "mcq.jsonl"), max_questions=number, **how)
+
+
+def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) -> DomainMatrix:
+    config = PrunerConfig(
+        pruning_ratio=share,
+        num_calibration_samples=args.blocks,
+        max_seq_length=args.length,
+        pruning_seed=args.seed,
+    )
+    return domain_matrix(
+        base,
+        corpora(args, "train", args.domains),
+        folder(args, f"matrix-{share:g}"),
+        config,
+        eval_data=corpora(args, "validation", args.domains),
+        questions={domain: asked(args, domain, args.questions, num_shots=args.shots) for domain in args.domains},
+        max_tokens=args.eval_tokens,
+    )
+
+
+def measure_grid(base: LoadedModel, args: argparse.Namespace, domain: str) -> Sweep:
+    options = SweepOptions(
+        linear=args.grid,
+        activation=args.grid,
+        # As the paper trains: on the text alone.
+        recovery=RecoveryConfig(
+            max_steps=args.steps, num_epochs=1e6, distillation=0.0, max_seq_length=args.length, recovery_seed=args.seed
+        ),
+        num_calibration_samples=args.grid_blocks,
+        max_seq_length=args.length,
+        max_tokens=args.eval_tokens,
+        seed=args.seed,
+    )
+    return sweep(
+        base,
+        corpora(args, "train", [domain])[domain],
+        folder(args, f"sweep-{domain}"),
+        options,
+        eval_data=corpora(args, "validation", [domain])[domain],
+        questions=asked(args, domain, args.grid_questions, scorer="paper"),
+    )
+
+
+def measure_time(base: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds that base and pruned take on text and questions."""
+    domain = args.domains[0]
+    text = load_documents(corpora(args, "train", [domain])[domain])
+    documents, size = [], 0
+    for document in text.documents:
+        if size >= args.timed_bytes:
+            break
+        documents.append(document)
+        size += len(document.text.encode())
+    begin = time.perf_counter()
+    evaluate(
+        folder(args, f"matrix-{args.shares[0]:g}") / MODELS / domain,
+        TextSource.from_documents(documents, name=text.name),
+        base=base,
+        questions=asked(args, domain, args.questions),
+        options=EvalOptions(max_tokens=None, speed=False, memory=False),
+    )
+    return {"seconds": time.perf_counter() - begin, "bytes": size, "questions": args.questions}
+
+
+def matrix_section(found: DomainMatrix, share: float, section: str) -> str:
+    """The tables of one size."""
+    header = ("calibrated on", "parameters", *(f"on {domain}" for domain in found.domains))
+    parts = [
+        f"### {share:.0%} of all parameters",
+        f"![Change of the bits a byte](matrix-{section}-{share:g}.png)",
+        table(header, found.loss_rows()),
+    ]
+    if "general" in found.domains:
+        parts += [
+            "Own domain against general text, models of equal size (below 0: the own domain's context is worth it):",
+            table(("domain", "on its own text", "on general text"), found.context_rows("general")),
+        ]
+    parts += [table(("accuracy, calibrated on", *(f"on {domain}" for domain in found.asked)), found.accuracy_rows())]
+    return "\n\n".join(parts)
+
+
+def signal_section(found: DomainMatrix) -> str:
+    """Which sources of questions the dense model answers better than guessing, and what its own domain's model does."""
+    rows, silent = [], []
+    for domain in found.domains:
+        questions, scores = found.held_out[domain].questions, found.scores[DENSE, domain]
+        if questions is None or scores.answers is None:
+            continue
+        own = found.scores[domain, domain].answers
+        assert own is not None
+        pairs = zip(summarize_answers(questions, scores.answers), summarize_answers(questions, own), strict=True)
+        for before, after in pairs:
+            low, high = before.accuracy.interval or (0.0, 1.0)
+            if low <= before.chance:
+                silent.append(f"{domain} / {before.source} ({before.num_questions})")
+                continue
+            rows.append(
+                (
+                    f"{domain} / {before.source}",
+                    f"{before.num_questions:,}",
+                    f"{before.chance:.0%}",
+                    f"{before.accuracy.value:.1%} [{low:.1%}, {high:.1%}]",
+                    f"{after.accuracy.value:.1%}",
+                )
+            )
+    body = table(("questions", "number", "guessing", "dense", "pruned on its domain"), rows)
+    return (
+        f"Sources on which the dense model is above guessing (95 % Wilson interval clear of it):\n\n{body}\n\n"
+        f"On all others a model of 135M guesses, so pruning can't show there, and they say nothing: "
+        f"{'; '.join(silent) or 'none'}."
+    )
+
+
+def results_text(
+    matrices: Mapping[float, DomainMatrix],
+    grids: Mapping[str, Sweep],
+    timed: Mapping[str, Any] | None,
+    args: argparse.Namespace,
+    section: str,
+) -> str:
+    """The section of RESULTS.md."""
+    first = next(iter(matrices.values()))
+    parts = [
+        "## The proof",
+        f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, uniform widths) on "
+        f"{args.blocks} x {args.length} tokens of each domain's train text; measured on validation text of every domain "
+        f"(at most {args.eval_tokens:,} tokens) and on up to {args.questions} questions each (likelihood a byte, "
+        f"{args.shots}-shot). In brackets 95 % intervals: bootstrap over documents, Wilson over questions; p of "
+        f"McNemar's exact test against the dense model.",
+        *(matrix_section(found, share, section) for share, found in matrices.items()),
+        signal_section(first),
+    ]
+    for domain, grid in grids.items():
+        parts += [
+            f"### The paper's grid, {domain}",
+            table(grid.header, grid.table_rows()),
+        ]
+    if grids:
+        parts.append(
+            f"Thresholds of linear layers, activations and embedding as in arXiv 2312.12682, calibrated on "
+            f"{args.grid_blocks} x {args.length} tokens; *tuned*: {args.steps} steps of cross-entropy on the train text; "
+            f"{args.grid_questions} questions, the paper's scorer. *Removed* is gone from the file; *zeroed* stays in it "
+            f"as zeros; the *non-zero size* is what the paper calls the relative size. A perplexity with * is a token of "
+            f"another vocabulary."
+        )
+    if timed is not None:
+        parts.append(
+            f"`evaluate --base` on {timed['bytes'] / 1e6:.1f} MB of text and {timed['questions']} questions, both "
+            f"models: {timed['seconds'] / 60:.1f} minutes (goal: under {GOAL_MINUTES:g})."
+        )
+    parts.append(
+        f"`python -m benchmarks.proof --data DATA{' --quick' if args.quick else ''}` at `{current_commit()}`, "
+        f"{machine()}, seed {args.seed}."
+    )
+    return "\n\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser(__doc__ or "", several=True)
+    options.set_defaults(domains=list(FOUR))
+    options.add_argument("--quick", action="store_true", help="two domains, one size, four points, few questions")
+    options.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.3])
+    options.add_argument("--grids", nargs="*", default=["law", "medicine"], help="domains of the paper's grid")
+    options.add_argument("--blocks", type=int, default=96)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--eval-tokens", type=int, default=20_000)
+    options.add_argument("--questions", type=int, default=500)
+    options.add_argument("--shots", type=int, default=0)
+    options.add_argument("--grid-blocks", type=int, default=32)
+    options.add_argument("--grid-questions", type=int, default=100)
+    options.add_argument("--timed-bytes", type=int, default=500_000, help="of text, for the time that evaluating takes")
+    options.add_argument("--steps", type=int, default=40, help="of training after each point of the grid")
+    options.set_defaults(grid=GRID)
+    if "--quick" in arguments:
+        small: dict[str, Any] = {"domains": ["medicine", "general"], "shares": [0.2], "grids": ["medicine"]}
+        options.set_defaults(**small, blocks=16, eval_tokens=4_000, questions=40, grid=(1e-3, 1e-1))
+        options.set_defaults(grid_blocks=8, grid_questions=20, steps=4, timed_bytes=20_000)
+    args = options.parse_args(arguments)
+    section, base = "proof_quick" if args.quick else "proof", smollm2()
+    if args.fresh:
+        shutil.rmtree(folder(args, ""), ignore_errors=True)
+    matrices: dict[float, DomainMatrix] = {}
+    grids: dict[str, Sweep] = {}
+    for share in args.shares:
+        matrices[share] = measure_matrix(base, args, share)
+        picture = folder(args, f"matrix-{share:g}") / PICTURE_NAME
+        shutil.copy(picture, common.plot_path(f"matrix-{section}-{share:g}"))
+        write_section(section, results_text(matrices, grids, None, args, section))
+    for domain in args.grids:
+        grids[domain] = measure_grid(base, args, domain)
+        write_section(section, results_text(matrices, grids, None, args, section))
+    store = Rows(args, section, seed=args.seed)
+    key = {"bytes": args.timed_bytes, "questions": args.questions, "share": args.shares[0]}
+    timed = store.get(key, lambda: measure_time(base, args))
+    write_section(section, results_text(matrices, grids, timed, args, section))
+
+
+if __name__ == "__main__":
+    main()

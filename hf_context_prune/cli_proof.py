@@ -1,0 +1,182 @@
+"""``hf-context-prune matrix`` and ``sweep``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import (
+    DATA_HELP,
+    AllocationOption,
+    AttentionRatio,
+    CriterionOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    Format,
+    FormatOption,
+    MaxEvalTokens,
+    MlpRatio,
+    ModelArgument,
+    PruningRatio,
+    ReconstructionOption,
+    RevisionOption,
+    TargetParams,
+    TextColumn,
+    VocabSize,
+    given_options,
+)
+from .cli_output import out, out_json, out_table
+from .errors import ConfigError
+from .tables import matrix_tables, sweep_table
+
+
+def _thresholds(name: str, text: str) -> tuple[float | None, ...]:
+    """``1e-5,0.1,off`` as thresholds."""
+    try:
+        return tuple(None if part.strip() == "off" else float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}; it must be numbers or 'off', as in 1e-5,1e-3,off.") from error
+
+
+def sweep(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    output: Annotated[Path, typer.Option(help="Folder of the rows and the table; the same command goes on from it.")],
+    linear: Annotated[str, typer.Option(help="Thresholds of linear layers; off: none.")] = "1e-5,1e-3,1e-1",
+    activation: Annotated[str, typer.Option(help="Thresholds of activations.")] = "1e-5,1e-3,1e-1",
+    embedding: Annotated[str, typer.Option(help="Thresholds of the embedding: shares of the text.")] = "off,0",
+    tune_steps: Annotated[
+        int | None, typer.Option(min=1, help="Also train every pruned model on the text for so many steps.")
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
+    ] = None,
+    mcq: Annotated[str | None, typer.Option(help="Multiple-choice questions, as for evaluate.")] = None,
+    mcq_scorer: Annotated[str, typer.Option(help="As for evaluate; the paper's own is paper.")] = "paper",
+    max_questions: Annotated[int, typer.Option(min=1, help="Questions at most, evenly spread.")] = 100,
+    num_calibration_samples: Annotated[int, typer.Option(min=1, help="Calibration blocks.")] = 128,
+    max_seq_length: Annotated[int, typer.Option(min=8, help="Tokens a block.")] = 512,
+    text_column: TextColumn = None,
+    max_eval_tokens: MaxEvalTokens = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    format: FormatOption = Format.auto,
+) -> None:
+    """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
+    from .loading import load_model
+    from .measuring import QuestionOptions
+    from .recovery import RecoveryConfig
+    from .sweep import SweepOptions
+    from .sweep import sweep as run
+
+    options = SweepOptions(
+        _thresholds("--linear", linear),
+        _thresholds("--activation", activation),
+        _thresholds("--embedding", embedding),
+        None
+        if tune_steps is None
+        # As in the paper: cross-entropy on the text alone.
+        else RecoveryConfig(
+            max_steps=tune_steps, num_epochs=1e6, distillation=0.0, max_seq_length=max_seq_length, recovery_seed=seed
+        ),
+        num_calibration_samples,
+        max_seq_length,
+        max_eval_tokens,
+        seed,
+    )
+    questions = None
+    if mcq is not None:
+        questions = QuestionOptions(mcq, scorer=mcq_scorer, max_questions=max_questions)  # type: ignore[arg-type]
+    loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
+    result = run(loaded, data, output, options, eval_data=eval_data, text_column=text_column, questions=questions)
+    if format is Format.json:
+        out_json(result.to_dict())
+    elif format is Format.quiet:
+        out(str(output / "sweep.md"))
+    else:
+        out_table(sweep_table(result))
+        out(f"Wrote {output / 'sweep.md'}")
+
+
+def _pairs(name: str, values: list[str] | None) -> dict[str, str]:
+    """``law=laws.jsonl`` as a mapping; order is kept."""
+    found: dict[str, str] = {}
+    for text in values or []:
+        domain, _, source = text.partition("=")
+        if not domain.strip() or not source.strip():
+            raise ConfigError(f"{name} is {text!r}; it must be a name and a source, as in law=laws.jsonl.")
+        if domain.strip() in found:
+            raise ConfigError(f"{name} names {domain.strip()!r} twice.")
+        found[domain.strip()] = source.strip()
+    return found
+
+
+def matrix(
+    model: ModelArgument,
+    domains: Annotated[list[str], typer.Option(metavar="NAME=SOURCE", help=f"A domain. {DATA_HELP}")],
+    output: Annotated[Path, typer.Option(help="Folder of all results; the same command goes on from it.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[NAME=SOURCE]...", help="More domains.")] = None,
+    eval_data: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="Text for the figures of a domain.")
+    ] = None,
+    mcq: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="Multiple-choice questions of a domain.")
+    ] = None,
+    mcq_scorer: Annotated[str, typer.Option(help="As for evaluate.")] = "likelihood_normalised",
+    few_shot: Annotated[int, typer.Option(min=0, help="Examples from the dev rows of a question's source.")] = 0,
+    max_questions: Annotated[int | None, typer.Option(min=1, help="Questions a domain at most.")] = None,
+    reference: Annotated[str, typer.Option(help="The domain that is no domain: others are compared with it.")] = (
+        "general"
+    ),
+    config: Annotated[Path | None, typer.Option(help="YAML file with options, as for prune.")] = None,
+    pruning_ratio: PruningRatio = None,
+    target_params: TargetParams = None,
+    mlp_ratio: MlpRatio = None,
+    attention_ratio: AttentionRatio = None,
+    vocab_size: VocabSize = None,
+    criterion: CriterionOption = None,
+    reconstruction: ReconstructionOption = None,
+    allocation: AllocationOption = None,
+    num_calibration_samples: Annotated[int | None, typer.Option(help="Calibration blocks. Default 128.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Tokens a block. Default 512.")] = None,
+    text_column: TextColumn = None,
+    max_eval_tokens: MaxEvalTokens = 20_000,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    format: FormatOption = Format.auto,
+) -> None:
+    """Prune MODEL once for each domain, and measure every result on every domain."""
+    chosen = given_options(config, {**locals(), "pruning_seed": seed})
+    from .loading import load_model
+    from .matrix import domain_matrix
+    from .measuring import QuestionOptions
+
+    asked = {
+        name: QuestionOptions(source, None, mcq_scorer, few_shot, max_questions)  # type: ignore[arg-type]
+        for name, source in _pairs("--mcq", mcq).items()
+    }
+    result = domain_matrix(
+        load_model(model, dtype=dtype.value, device=device, revision=revision),
+        _pairs("--domains", [*domains, *(more or [])]),
+        output,
+        chosen,
+        eval_data=_pairs("--eval-data", eval_data),
+        questions=asked,
+        reference=reference,
+        max_tokens=max_eval_tokens,
+    )
+    if format is Format.json:
+        out_json(result.to_dict())
+    elif format is Format.quiet:
+        out(str(output / "matrix.md"))
+    else:
+        for table in matrix_tables(result, reference):
+            out_table(table)
+        out(f"Wrote {output / 'matrix.md'}")

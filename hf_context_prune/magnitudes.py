@@ -1,0 +1,161 @@
+"""Model + token blocks -> mean |x| around every linear layer: the statistics of the paper's thresholds.
+
+The paper (Mini-GPTs, arXiv 2312.12682) looks at every `nn.Linear`, the head included, and at the activation functions;
+`calibration.py`, which serves all other criteria, looks at the output projections alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import ArchSpec, blocks, check_supported, read_geometry
+from .calibration import Batch, check_weights_finite, prepare_batch
+from .distributed import all_reduce_, shard, sum_counts, together
+from .errors import ConfigError, DataError, NumericsError
+
+
+@dataclass(frozen=True)
+class LinearMagnitudes:
+    """Means over unpadded tokens, of one linear layer y = W x + b.
+
+    Attributes:
+        inputs: Mean |x|, [in_features], float64.
+        outputs: Mean |y|, [out_features], float64.
+        unbiased: Mean |y - b|, [out_features], float64; None without a bias.
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    unbiased: torch.Tensor | None
+
+    @property
+    def smallest_outputs(self) -> torch.Tensor:
+        """The smaller of mean |y| and mean |y - b|, [out_features]: what the paper's code compares."""
+        return self.outputs if self.unbiased is None else torch.minimum(self.outputs, self.unbiased)
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """What the thresholds are compared with.
+
+    Attributes:
+        linears: By the name of the module.
+        activations: Mean |a| of the MLP's activation function, [neurons], float64, one a layer.
+        num_tokens: Unpadded tokens.
+    """
+
+    linears: dict[str, LinearMagnitudes]
+    activations: tuple[torch.Tensor, ...]
+    num_tokens: int
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear layer with its name, the head included."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
+class _Sums:
+    """Sums of |x| over unpadded tokens, by name."""
+
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec) -> None:
+        self.mask: torch.Tensor | None = None
+        sizes = {f"activation.{layer}": w.neurons for layer, w in enumerate(read_geometry(model.config, spec).layers)}
+        for name, module in linear_layers(model):
+            sizes |= {f"{name}.inputs": module.in_features, f"{name}.outputs": module.out_features}
+            if module.bias is not None:
+                sizes[f"{name}.unbiased"] = module.out_features
+        self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+
+    def take(self, name: str, x: torch.Tensor) -> None:
+        """Add |x|, [..., features]."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        if self.mask is not None:
+            x = x[self.mask]
+        self.sums[name] += x.float().abs().sum(dim=0, dtype=torch.float64).cpu()
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, spec: ArchSpec, sums: _Sums) -> Iterator[None]:
+    def around(name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            sums.take(f"{name}.inputs", inputs[0])
+            sums.take(f"{name}.outputs", output)
+            if module.bias is not None:
+                sums.take(f"{name}.unbiased", output - module.bias)
+
+        return hook
+
+    def behind(layer: int) -> Callable[..., None]:
+        return lambda _, inputs, output: sums.take(f"activation.{layer}", output)
+
+    handles = []
+    try:
+        handles += [module.register_forward_hook(around(name)) for name, module in linear_layers(model)]
+        for layer, block in enumerate(blocks(model, spec)):
+            handles.append(block.get_submodule(spec.activation).register_forward_hook(behind(layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@together()
+@torch.inference_mode()
+def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magnitudes:
+    """Run the model over text and average |x| before and behind every linear layer and activation function.
+
+    Args:
+        model: The dense model. Runs in evaluation mode, on its own device and in its own dtype.
+        batches: As for [`calibrate`][]; padded positions don't count.
+
+    Raises:
+        ConfigError: The architecture keeps its projections in another class than `nn.Linear` (GPT-2).
+        DataError: Nothing but padding.
+        NumericsError: NaN or Inf in weights or activations.
+    """
+    spec = check_supported(model)
+    if spec.transposed:
+        raise ConfigError(
+            f"The paper's thresholds are rules for nn.Linear, and the projections of a {spec.model_type} model are "
+            f"Conv1D. Give a size instead: pruning_ratio."
+        )
+    check_weights_finite(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    sums, num_tokens = _Sums(model, spec), 0
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with _hooked(model, spec, sums):
+            for index, batch in tqdm(
+                shard(batches), desc="Calibrating", unit="batch", name="hf_context_prune.calibration"
+            ):
+                inputs, mask = prepare_batch(batch, index, rows)
+                sums.mask = None if mask is None else mask.to(model.device)
+                num_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+                model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False)
+    finally:
+        for module in training:
+            module.training = True
+    (num_tokens,) = sum_counts(num_tokens)
+    if num_tokens == 0:
+        raise DataError("There is nothing to calibrate on: no batch, or every position is padding.")
+    all_reduce_(sums.sums.values())
+    means = {name: total / num_tokens for name, total in sums.sums.items()}
+    for name, mean in means.items():
+        if not bool(torch.isfinite(mean).all()):
+            raise NumericsError(f"Mean |x| of {name} is NaN or Inf on the calibration text. Load the model in float32.")
+    return Magnitudes(
+        {
+            name: LinearMagnitudes(means[f"{name}.inputs"], means[f"{name}.outputs"], means.get(f"{name}.unbiased"))
+            for name, _ in linear_layers(model)
+        },
+        tuple(means[f"activation.{layer}"] for layer in range(len(blocks(model, spec)))),
+        num_tokens,
+    )

@@ -1,0 +1,145 @@
+"""What a model scored on texts and questions, document by document, as JSON values: compared whenever it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .data import TextSource
+from .evaluation import (
+    Answer,
+    DocumentLoss,
+    answer_questions,
+    choose_documents,
+    compare_answers,
+    compare_losses,
+    count_parameters,
+    document_losses,
+    summarize_answers,
+    summarize_losses,
+)
+from .evaluation.multiple_choice import Scorer
+from .measuring import QuestionOptions
+from .questions import QuestionSet, load_questions
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What models are compared on.
+
+    Attributes:
+        text: Held-out text.
+        docs: The documents that are scored.
+        questions: Multiple-choice questions, if any.
+        scorer: See [`answer_questions`][].
+        num_shots: Examples, at most.
+        max_seq_length: Tokens a window.
+    """
+
+    text: TextSource
+    docs: tuple[str, ...]
+    questions: QuestionSet | None = None
+    scorer: Scorer = "likelihood_normalised"
+    num_shots: int = 0
+    max_seq_length: int = 512
+
+    def setting(self) -> dict[str, Any]:
+        """All that scores depend on, beside the model."""
+        asked = self.questions
+        return {
+            "text": [self.text.name, self.text.fingerprint, len(self.docs)],
+            "questions": None if asked is None else [asked.name, asked.revision, len(asked.questions), self.scorer],
+            "num_shots": self.num_shots,
+            "max_seq_length": self.max_seq_length,
+        }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one model on what was held out.
+
+    Attributes:
+        parameters: Of the model, tied ones once.
+        losses: One a document.
+        answers: One a question, in their order; None where none were asked.
+    """
+
+    parameters: int
+    losses: tuple[DocumentLoss, ...]
+    answers: tuple[Answer, ...] | None
+
+    def to_row(self) -> dict[str, Any]:
+        """As JSON values, losses to six digits."""
+        return {
+            "parameters": self.parameters,
+            "losses": [[x.doc, x.source, _short(x.nll), x.num_tokens, x.num_bytes] for x in self.losses],
+            "answers": None
+            if self.answers is None
+            else [[x.id, x.source, [*map(_short, x.scores)], x.chosen, x.correct, x.shots] for x in self.answers],
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Scores:
+        """Back from JSON values."""
+        answers = row["answers"]
+        return cls(
+            row["parameters"],
+            tuple(DocumentLoss(*values) for values in row["losses"]),
+            None
+            if answers is None
+            else tuple(Answer(i, source, tuple(scores), *rest) for i, source, scores, *rest in answers),
+        )
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def score(model: PreTrainedModel, tokenizer: Any, held_out: HeldOut) -> Scores:  # noqa: ANN401
+    """Score a model."""
+    answers = None
+    losses = document_losses(
+        model, tokenizer, held_out.text, max_seq_length=held_out.max_seq_length, docs=held_out.docs
+    )
+    if held_out.questions is not None:
+        answers = tuple(
+            answer_questions(model, tokenizer, held_out.questions, scorer=held_out.scorer, num_shots=held_out.num_shots)
+        )
+    return Scores(count_parameters(model), tuple(losses), answers)
+
+
+def summary_of(scores: Scores, held_out: HeldOut, base: Scores | None = None, *, seed: int = 0) -> dict[str, Any]:
+    """Figures with intervals as plain JSON values; against a base in pairs, where one is given."""
+    found: dict[str, Any] = {
+        "parameters": scores.parameters,
+        "loss": asdict(summarize_losses(scores.losses, seed=seed)),
+    }
+    if base is not None:
+        found["change"] = asdict(compare_losses(base.losses, scores.losses, seed=seed))
+    if scores.answers is not None and held_out.questions is not None:
+        found["accuracy"] = [asdict(group) for group in summarize_answers(held_out.questions, scores.answers)]
+        if base is not None and base.answers is not None:
+            found["accuracy_change"] = [
+                asdict(group) for group in compare_answers(base.answers, scores.answers, seed=seed)
+            ]
+    return found
+
+
+def held_out_of(
+    text: TextSource,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    max_tokens: int | None,
+    max_seq_length: int,
+    questions: QuestionOptions | None = None,
+) -> HeldOut:
+    """Fix the documents and questions, so that all models are scored on the same."""
+    asked, how = None, dict[str, Any]()
+    if questions is not None:
+        asked = load_questions(questions.source, columns=questions.columns, max_questions=questions.max_questions)
+        how = {"scorer": questions.scorer, "num_shots": questions.num_shots}
+    docs = tuple(choose_documents(text, tokenizer, max_tokens=max_tokens))
+    return HeldOut(text, docs, asked, max_seq_length=max_seq_length, **how)

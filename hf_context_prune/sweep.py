@@ -1,0 +1,338 @@
+"""The paper's grid of thresholds on one domain: what goes for real, what is only zeroed, and what it costs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .config import PrunerConfig
+from .embeddings import token_cost
+from .errors import ConfigError
+from .evaluation import Estimate, compare_answers, compare_losses, summarize_answers, summarize_losses
+from .global_budget import smaller_model
+from .loading import LoadedModel
+from .measuring import QuestionOptions
+from .pipeline import as_loaded, split_text
+from .plan import fingerprint
+from .recovery import RecoveryConfig, recover
+from .rows import Rows
+from .scores import HeldOut, Scores, held_out_of, score, summary_of
+
+Point = tuple[float | None, float | None, float | None]
+"""Thresholds of linear layers, activations and embedding; None: off."""
+
+GRID: tuple[float | None, ...] = (1e-5, 1e-3, 1e-1)
+"""The paper's thresholds for linear layers, and for activations."""
+ROWS_NAME, TABLE_NAME = "sweep.jsonl", "sweep.md"
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Which thresholds, and how the results are measured.
+
+    Attributes:
+        linear: Of linear layers; None: off.
+        activation: Of activations.
+        embedding: Of the embedding.
+        recovery: Training after the pruning; None: none.
+        num_calibration_samples: Blocks of calibration text.
+        max_seq_length: Tokens a block, and a window of held-out text.
+        max_tokens: Held-out tokens at most, whole documents.
+        seed: Of everything random.
+    """
+
+    linear: tuple[float | None, ...] = GRID
+    activation: tuple[float | None, ...] = GRID
+    embedding: tuple[float | None, ...] = (None, 0.0)
+    recovery: RecoveryConfig | None = None
+    num_calibration_samples: int = 128
+    max_seq_length: int = 512
+    max_tokens: int | None = 20_000
+    seed: int = 0
+
+    @property
+    def points(self) -> list[Point]:
+        """The grid, without the point where nothing is pruned."""
+        grid = itertools.product(self.linear, self.activation, self.embedding)
+        return [point for point in grid if any(threshold is not None for threshold in point)]
+
+    def config(self, point: Point) -> PrunerConfig:
+        """The options of one point.
+
+        Raises:
+            ConfigError: A threshold that is none.
+        """
+        linear, activation, embedding = point
+        return PrunerConfig(
+            criterion="l1",
+            reconstruction="none",
+            linear_threshold=linear,
+            activation_threshold=activation,
+            embedding_threshold=embedding,
+            num_calibration_samples=self.num_calibration_samples,
+            max_seq_length=self.max_seq_length,
+            pruning_seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One point of the grid.
+
+    Attributes:
+        point: The thresholds.
+        zeroed: Share of the dense parameters that became zero and stay.
+        zeros: Share of the dense parameters that became zero, as in the paper's code, which calls them removed.
+        pruned: Scores after pruning.
+        tuned: Scores after the training, if there was one.
+    """
+
+    point: Point
+    zeroed: float
+    zeros: float
+    pruned: Scores
+    tuned: Scores | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points, beside the dense model.
+
+    Attributes:
+        name: Of the dense model.
+        text: How the text was kept apart.
+        held_out: What was scored.
+        base: Scores of the dense model.
+        rows: In the order of the grid.
+        seed: Of the intervals.
+    """
+
+    name: str
+    text: str
+    held_out: HeldOut
+    base: Scores
+    rows: tuple[SweepRow, ...]
+    seed: int = field(default=0)
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Names of the columns of [`table_rows`][]; what was not measured has none."""
+        measures = ("bits/byte", "perplexity", *(["accuracy"] if self.base.answers is not None else []))
+        return (
+            *("linear", "activation", "embedding", "removed", "zeroed, not removed", "paper's non-zero size"),
+            *(f"{measure}{when}" for measure in measures for when in self._whens),
+        )
+
+    @property
+    def _whens(self) -> tuple[str, ...]:
+        return ("", ", tuned") if any(row.tuned for row in self.rows) else ("",)
+
+    def table_rows(self) -> list[tuple[str, ...]]:
+        """The figures for people: the dense model, then one row a point.
+
+        Perplexities with ``*`` are a token of another vocabulary.
+        """
+        dense = ("dense", "", "", "", "", "", *self._cells(self.base, None))
+        return [dense, *(self._row(row) for row in self.rows)]
+
+    def _row(self, row: SweepRow) -> tuple[str, ...]:
+        return (
+            *(_threshold(value) for value in row.point),
+            f"{1 - row.pruned.parameters / self.base.parameters:.2%}",
+            f"{row.zeroed:.2%}",
+            f"{1 - row.zeros:.2%}",
+            *self._cells(row.pruned, row.tuned),
+        )
+
+    def _cells(self, pruned: Scores, tuned: Scores | None) -> list[str]:
+        shown = (pruned, tuned)[: len(self._whens)]
+        measures = [self._bits, self._perplexity, *([self._accuracy] if self.base.answers is not None else [])]
+        return ["" if scores is None else measure(scores) for measure in measures for scores in shown]
+
+    def _bits(self, scores: Scores) -> str:
+        summary = summarize_losses(scores.losses, seed=self.seed).bits_per_byte
+        if scores is self.base:
+            return f"{summary.value:.4f}"
+        ratio = compare_losses(self.base.losses, scores.losses, seed=self.seed).bits_per_byte_ratio
+        return f"{summary.value:.4f} ({_percent(ratio)})"
+
+    def _perplexity(self, scores: Scores) -> str:
+        value = summarize_losses(scores.losses, seed=self.seed).perplexity.value
+        same = [x.num_tokens for x in scores.losses] == [x.num_tokens for x in self.base.losses]
+        return f"{value:,.2f}{'' if same else '*'}"
+
+    def _accuracy(self, scores: Scores) -> str:
+        assert scores.answers is not None and self.held_out.questions is not None  # noqa: PT018
+        value = summarize_answers(self.held_out.questions, scores.answers)[-1].accuracy.value
+        if scores is self.base or self.base.answers is None:
+            return f"{value:.1%}"
+        paired = compare_answers(self.base.answers, scores.answers, seed=self.seed)[-1]
+        return f"{value:.1%} (p {paired.p_value:.2g})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain JSON values."""
+        return {
+            "model": self.name,
+            "base": summary_of(self.base, self.held_out, seed=self.seed),
+            "rows": [
+                {
+                    **dict(zip(("linear", "activation", "embedding"), row.point, strict=True)),
+                    "removed": 1 - row.pruned.parameters / self.base.parameters,
+                    "zeroed_not_removed": row.zeroed,
+                    "nonzero_of_paper": 1 - row.zeros,
+                    **{
+                        name: None if scores is None else summary_of(scores, self.held_out, self.base, seed=self.seed)
+                        for name, scores in (("pruned", row.pruned), ("tuned", row.tuned))
+                    },
+                }
+                for row in self.rows
+            ],
+        }
+
+    def markdown(self) -> str:
+        """The table as Markdown, with what it means."""
+        lines = [f"| {' | '.join(self.header)} |", f"| {' | '.join(['---:'] * len(self.header))} |"]
+        lines += [f"| {' | '.join(row)} |" for row in self.table_rows()]
+        losses = self.base.losses
+        asked = self.held_out.questions
+        questions = ""
+        if asked is not None and self.base.answers is not None:
+            group = summarize_answers(asked, self.base.answers)[-1]
+            questions = (
+                f" Accuracy: {group.num_questions:,} questions of {asked.name}, scorer `{self.held_out.scorer}`, "
+                f"{self.held_out.num_shots}-shot, guessing gives {group.chance:.0%}; p of McNemar's exact test against "
+                f"the base."
+            )
+        return "\n".join(
+            [
+                f"# Thresholds of the paper (arXiv 2312.12682) on {self.name}",
+                "",
+                *lines,
+                "",
+                f"{self.text} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} documents; in "
+                f"brackets the change of the bits a byte, with a 95 % interval over documents.{questions}",
+                "",
+                "*Removed*: share of the parameters that are gone from the file. *Zeroed, not removed*: zeros that "
+                "stay in the file, since no whole unit is dead; training may bring them back. *Paper's non-zero "
+                "size*: what the paper's code would call the relative size, with everything in the file. A perplexity "
+                "with * is a token of another vocabulary, and can't be compared.",
+                "",
+            ]
+        )
+
+
+def _threshold(value: float | None) -> str:
+    return "off" if value is None else f"{value:g}"
+
+
+def _percent(ratio: Estimate) -> str:
+    low, high = ratio.interval or (ratio.value, ratio.value)
+    text = f"{ratio.value - 1:+.1%}"
+    return text if ratio.interval is None else f"{text} [{low - 1:+.1%}, {high - 1:+.1%}]"
+
+
+def sweep(
+    model: PreTrainedModel | LoadedModel | str | Path,
+    data: Any,  # noqa: ANN401 - whatever load_documents reads
+    output: str | Path,
+    options: SweepOptions | None = None,
+    *,
+    tokenizer: Any = None,  # noqa: ANN401
+    eval_data: Any = None,  # noqa: ANN401
+    text_column: str | None = None,
+    questions: QuestionOptions | None = None,
+) -> Sweep:
+    """Run the grid, and write ``sweep.jsonl`` and ``sweep.md`` to a folder; a run that was killed goes on from there.
+
+    Args:
+        model: A `PreTrainedModel`, or what [`load_model`][] reads.
+        data: Text of the domain.
+        output: Folder of the rows and the table.
+        options: Which thresholds, and how the results are measured.
+        tokenizer: As for [`prune`][].
+        eval_data: Text for the figures; None holds out a tenth of `data`, by document.
+        text_column: Column with the text.
+        questions: Multiple-choice questions, if any.
+
+    Raises:
+        ContextPruneError: See `hf_context_prune.errors`. Rows that were finished stay.
+    """
+    options, folder = options or SweepOptions(), Path(output)
+    points = options.points
+    if not points:
+        raise ConfigError("Every threshold of the grid is off, so nothing would be pruned. Give one.")
+    configs = [options.config(point) for point in points]
+    base = as_loaded(model, tokenizer)
+    shared = replace(configs[0], text_column=text_column)
+    text, given, how = split_text(data, eval_data, shared, base.tokenizer)
+    held_out = held_out_of(
+        given,
+        base.tokenizer,
+        max_tokens=options.max_tokens,
+        max_seq_length=options.max_seq_length,
+        questions=questions,
+    )
+    rows = Rows(
+        folder / ROWS_NAME,
+        {
+            "model": [base.name, fingerprint(base.model)],
+            "data": [text.name, text.fingerprint],
+            "held_out": held_out.setting(),
+            "recovery": None if options.recovery is None else options.recovery.to_dict(),
+            **{name: getattr(options, name) for name in ("num_calibration_samples", "max_seq_length", "seed")},
+        },
+    )
+    dense = rows.get(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
+    measured, seen = [], dict[str, dict[str, Any]]()
+    for point, config in zip(points, configs, strict=True):
+        row = rows.get(list(point), lambda c=config: _measure(base, text, held_out, c, options, seen))  # type: ignore[misc]
+        seen.setdefault(row["weights"], row)
+        tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
+        measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
+    result = Sweep(base.name, how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
+    (folder / TABLE_NAME).write_text(result.markdown(), encoding="utf-8")
+    return result
+
+
+def _measure(
+    base: LoadedModel,
+    text: Any,  # noqa: ANN401 - a TextSource
+    held_out: HeldOut,
+    config: PrunerConfig,
+    options: SweepOptions,
+    seen: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Prune by one point and score it; a point that leaves the same weights as an earlier one is not scored again."""
+    smaller, tokenizer, plan = smaller_model(base.model, base.tokenizer, text, config)
+    dense = sum(parameter.numel() for parameter in base.model.parameters())
+    counts = plan.provenance.get("zeroed", {"zeroed_not_removed": 0, "zeros_of_paper": 0})
+    # Tokens that the paper zeroes; those that other tokens are made from stay whole here.
+    tokens = plan.provenance.get("vocabulary", {}).get("rows_zeroed_by_paper", 0) * token_cost(base.model)
+    weights = _digest(smaller)
+    facts = {
+        "weights": weights,
+        "zeroed": counts["zeroed_not_removed"] / dense,
+        "zeros": (counts["zeros_of_paper"] + tokens) / dense,
+    }
+    if weights in seen:
+        return {**facts, "pruned": seen[weights]["pruned"], "tuned": seen[weights]["tuned"]}
+    tuned = None
+    pruned = score(smaller, tokenizer, held_out).to_row()
+    if options.recovery is not None:
+        result = recover(smaller, text, options.recovery, tokenizer=tokenizer, teacher=base.model, plan=plan)
+        tuned = score(result.model, tokenizer, held_out).to_row()
+    return {**facts, "pruned": pruned, "tuned": tuned}
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """sha256 of every weight, 64 hexadecimal digits."""
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        sha.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
+    return sha.hexdigest()

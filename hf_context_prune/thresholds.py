@@ -1,0 +1,183 @@
+"""The paper's own protocol: zero what lies below a threshold, and remove for real the units that are then dead.
+
+Mini-GPTs (arXiv 2312.12682, section 3) and its code compare mean |x| over the calibration text with thresholds, and
+write zeros into the weights: nothing gets smaller. Here the same weights become zero; a unit that thereby adds nothing
+to the output any more is cut out, exactly; what no unit covers (rows and columns of single layers, such as inputs of
+q, k and v) stays as zeros, and is counted apart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import ArchSpec, Geometry, blocks, check_supported, output_projection, output_weight, read_geometry
+from .calibration import batches_of
+from .config import PrunerConfig
+from .errors import ConfigError
+from .magnitudes import Magnitudes, linear_layers, measure_magnitudes
+from .plan import LayerPlan, PruningPlan, fingerprint
+from .planning import versions
+from .surgery import apply_plan
+
+_BATCH_TOKENS = 1024  # the head's output is measured too, and is wide
+
+
+@dataclass(frozen=True)
+class ZeroCounts:
+    """Parameters by what became of them; tied ones once.
+
+    Attributes:
+        dense: Of the dense model.
+        removed: Cut out.
+        zeroed: Those that became zero and stay.
+        zeros: Those that became zero at all, as in the model that the paper's code leaves.
+    """
+
+    dense: int
+    removed: int
+    zeroed: int
+    zeros: int
+
+    @property
+    def removed_share(self) -> float:
+        """Share of the parameters that went."""
+        return self.removed / self.dense
+
+    @property
+    def nonzero_share(self) -> float:
+        """The paper's relative size: non-zero parameters over all."""
+        return 1 - self.zeros / self.dense
+
+
+@torch.no_grad()
+def zero_below_(
+    model: PreTrainedModel, magnitudes: Magnitudes, *, linear: float | None = None, activation: float | None = None
+) -> None:
+    """Write zeros where the paper's code does (`prune_linear`, `prune_activations`), in place.
+
+    Args:
+        model: The model that was measured, or a copy.
+        magnitudes: From [`measure_magnitudes`][].
+        linear: Columns with mean |x| <= this, rows with mean |y| or mean |y - b| <= this, and biases with mean |y| <=
+            this become zero, in every linear layer. None: no layer is touched.
+        activation: Neurons whose activation has mean |a| <= this lose their row and bias in the layer before it. None:
+            no neuron does.
+    """
+    spec = check_supported(model)
+    if linear is not None:
+        for name, module in linear_layers(model):
+            found, weight = magnitudes.linears[name], module.weight
+            weight[found.smallest_outputs.to(weight.device) <= linear] = 0
+            weight[:, found.inputs.to(weight.device) <= linear] = 0
+            if module.bias is not None:
+                module.bias[found.outputs.to(weight.device) <= linear] = 0
+    if activation is not None:
+        for block, mean in zip(blocks(model, spec), magnitudes.activations, strict=True):
+            module = block.get_submodule(spec.mlp_inputs[0])
+            assert isinstance(module, nn.Linear)
+            gone = mean.to(module.weight.device) <= activation
+            module.weight[gone] = 0
+            if module.bias is not None:
+                module.bias[gone] = 0
+
+
+def _rows_alive(module: nn.Module) -> torch.Tensor:
+    """Output features that are not zero whatever the input, [out_features], bool."""
+    assert isinstance(module, nn.Linear)
+    alive = module.weight.ne(0).any(dim=1)
+    return alive if module.bias is None else alive | module.bias.ne(0)
+
+
+def _live_neurons(block: nn.Module, spec: ArchSpec) -> torch.Tensor:
+    alive = output_weight(output_projection(block, spec, "mlp")).ne(0).any(dim=0)
+    activation = block.get_submodule(spec.activation)
+    vanishes = bool((activation(torch.zeros(1, device=alive.device)) == 0).all())  # sigmoid does not
+    for index, path in enumerate(spec.mlp_inputs):
+        if index > 0 or vanishes:
+            alive = alive & _rows_alive(block.get_submodule(path))
+    return alive
+
+
+def _live_groups(block: nn.Module, spec: ArchSpec, geometry: Geometry, groups: int) -> torch.Tensor:
+    dim = geometry.head_dim
+    columns = output_weight(output_projection(block, spec, "attention")).ne(0).any(dim=0).reshape(groups, -1, dim)
+    for projection in spec.attention_inputs:
+        if projection.roles == ("value",):  # stacked ones: the columns alone decide
+            columns = columns & _rows_alive(block.get_submodule(projection.path)).reshape(groups, 1, dim)
+    return columns.flatten(1).any(dim=1)
+
+
+def live_units(model: PreTrainedModel) -> tuple[LayerPlan, ...]:
+    """The units of every layer that can still add something to the output; at least one of each.
+
+    A neuron is dead if its column of the output projection is zero, or its activation is zero whatever the input; a KV
+    group, if that holds of every feature of its values.
+    """
+    spec = check_supported(model)
+    geometry = read_geometry(model.config, spec)
+    plans = []
+    for block, widths in zip(blocks(model, spec), geometry.layers, strict=True):
+        kept = [
+            tuple(alive.nonzero().flatten().tolist()) or (0,)
+            for alive in (_live_neurons(block, spec), _live_groups(block, spec, geometry, widths.kv_groups))
+        ]
+        plans.append(LayerPlan(*kept))
+    return tuple(plans)
+
+
+def count_zeros(model: nn.Module) -> int:
+    """Parameters that are zero, tied ones once."""
+    return sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in model.parameters())
+
+
+def prune_by_thresholds(
+    model: PreTrainedModel, samples: torch.Tensor, config: PrunerConfig, provenance: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, PruningPlan, ZeroCounts]:
+    """The paper's rule on a model: zeros below the thresholds, dead units cut out.
+
+    Args:
+        model: The dense model; left as it is.
+        samples: Calibration text, [blocks, length], int64.
+        config: With `linear_threshold`, `activation_threshold`, or both.
+        provenance: Goes into the plan.
+
+    Returns:
+        (the smaller model, whose logits equal those of the zeroed one, the plan, what was counted).
+
+    Raises:
+        ContextPruneError: See [`measure_magnitudes`][].
+    """
+    if config.linear_threshold is None and config.activation_threshold is None:
+        raise ConfigError("There is no threshold for units; give linear_threshold or activation_threshold.")
+    spec = check_supported(model)
+    magnitudes = measure_magnitudes(model, batches_of(samples, batch_tokens=_BATCH_TOKENS))
+    zeroed = copy.deepcopy(model)
+    zero_below_(zeroed, magnitudes, linear=config.linear_threshold, activation=config.activation_threshold)
+    plan = PruningPlan(
+        model_type=spec.model_type,
+        dense=read_geometry(model.config, spec).layers,
+        layers=live_units(zeroed),
+        model_fingerprint=fingerprint(zeroed),
+        provenance={},
+    )
+    smaller = apply_plan(zeroed, plan).eval()
+    dense, left = (sum(parameter.numel() for parameter in m.parameters()) for m in (model, smaller))
+    before = apply_plan(model, replace(plan, model_fingerprint=fingerprint(model)))
+    zeroed_left = count_zeros(smaller) - count_zeros(before)
+    counts = ZeroCounts(dense, dense - left, zeroed_left, count_zeros(zeroed) - count_zeros(model))
+    facts = {
+        "config": config.to_dict(),
+        "num_calibration_samples": samples.shape[0],
+        "num_calibration_tokens": magnitudes.num_tokens,
+        "versions": versions(),
+        "zeroed": {"removed": counts.removed, "zeroed_not_removed": counts.zeroed, "zeros_of_paper": counts.zeros},
+    }
+    final = replace(plan, model_fingerprint=fingerprint(model), provenance={**(provenance or {}), **facts})
+    return smaller, final, counts

@@ -1,0 +1,190 @@
+"""The domain matrix and the paper's grid on tiny models: what is measured, what is written, how a run goes on."""
+
+import json
+import random
+
+import pytest
+
+from hf_context_prune import EvalOptions, prune
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.matrix import DENSE, domain_matrix
+from hf_context_prune.measuring import QuestionOptions
+from hf_context_prune.recovery import RecoveryConfig
+from hf_context_prune.sweep import SweepOptions, sweep
+from tests.vocabulary.tiny_domain import model_for, shared_tokenizer
+from tests.vocabulary.tiny_tokenizers import WORDS
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+CONFIG = PrunerConfig(mlp_ratio=0.3, num_calibration_samples=6, max_seq_length=64)
+PARTS = {"law": WORDS[:10], "general": WORDS}
+
+
+def texts(words, seed, count=30):
+    draw = random.Random(seed)
+    return [{"text": " ".join(draw.choices(words, k=40)), "doc": f"{seed}-{i}"} for i in range(count)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base():
+    tokenizer = shared_tokenizer("llama3")
+    return LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
+
+
+@pytest.fixture
+def domains(tmp_path):
+    return {
+        name: write(tmp_path / f"{name}.jsonl", texts(words, seed)) for seed, (name, words) in enumerate(PARTS.items())
+    }
+
+
+@pytest.fixture
+def questions(tmp_path):
+    draw = random.Random(7)
+    rows = [
+        {
+            "question": " ".join(draw.choices(WORDS, k=5)),
+            "choices": draw.sample(WORDS, 3),
+            "answer": i % 3,
+            "source": "s",
+        }
+        for i in range(9)
+    ]
+    return QuestionOptions(write(tmp_path / "questions.jsonl", rows))
+
+
+def test_the_matrix_measures_every_model_on_every_domain(base, domains, questions, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    found = domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
+    assert set(found.scores) == {(a, b) for a in (DENSE, *PARTS) for b in PARTS}
+    for name in PARTS:  # the folders are those of prune() and reload
+        loaded = load_model(out / "models" / name)
+        assert sum(p.numel() for p in loaded.model.parameters()) == found.scores[name, "law"].parameters
+    alone = prune(base, domains["law"], CONFIG, evaluation=EvalOptions(max_tokens=None, speed=False, memory=False))
+    own = found.scores["law", "law"]
+    assert alone.report.size.pruned_parameters == own.parameters
+    nll, size = sum(x.nll for x in own.losses), sum(x.num_bytes for x in own.losses)
+    pruned = alone.report.loss.pruned
+    assert pruned is not None
+    assert pruned.num_bytes == size
+    assert pruned.nats_per_token.value == pytest.approx(nll / pruned.num_tokens, rel=1e-5)
+    # the paired change of a model against itself is nothing
+    assert found.change("law", "law", against="law").value == 0
+    assert [row[0] for row in found.loss_rows()] == [DENSE, "law", "general"]
+    assert [row[0] for row in found.context_rows("general")] == ["law"]
+    assert [len(row) for row in found.accuracy_rows()] == [2, 2, 2]
+    text = (out / "matrix.md").read_text()
+    assert "Does the context matter?" in text
+    assert (out / "matrix.png").read_bytes().startswith(b"\x89PNG")
+    json.dumps(found.to_dict(), allow_nan=False)
+
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("hf_context_prune.matrix.smaller_model", never)
+    monkeypatch.setattr("hf_context_prune.matrix.score", never)
+    again = domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
+    assert again.scores == found.scores
+    with pytest.raises(ConfigError, match="other values of config"):
+        domain_matrix(base, domains, out, PrunerConfig(mlp_ratio=0.5), questions={"law": questions}, max_tokens=None)
+
+
+def test_held_out_text_that_another_domain_calibrates_on_is_dropped(base, domains, tmp_path):
+    shared = texts(WORDS, 9, 6)
+    write(tmp_path / "law.jsonl", texts(PARTS["law"], 0) + shared)
+    held_out = write(tmp_path / "held.jsonl", [*texts(WORDS, 11, 4), *shared])
+    found = domain_matrix(base, domains, tmp_path / "out", CONFIG, eval_data={"general": held_out}, max_tokens=None)
+    assert len(found.scores[DENSE, "general"].losses) == 4
+    assert "6 more were dropped" in found.splits["general"]
+
+
+def test_a_model_of_another_run_is_not_taken(base, domains, tmp_path):
+    out = tmp_path / "out"
+    domain_matrix(base, domains, out, CONFIG, max_tokens=None)
+    (out / "matrix.jsonl").unlink()
+    with pytest.raises(ConfigError, match="other options or text"):
+        domain_matrix(base, domains, out, PrunerConfig(mlp_ratio=0.5, max_seq_length=64), max_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("domains", "more"),
+    [
+        ({}, {}),
+        ({"law": "a"}, {}),
+        ({"law": "a", "dense": "b"}, {}),
+        ({"law": "a", "a/b": "b"}, {}),
+        ({"law": "a", "b": "b"}, {"eval_data": {"lav": "x"}}),
+        ({"law": "a", "b": "b"}, {"questions": {"c": "x"}}),
+    ],
+)
+def test_bad_domains_are_refused(base, tmp_path, domains, more):
+    with pytest.raises(ConfigError):
+        domain_matrix(base, domains, tmp_path / "out", CONFIG, **more)
+    assert not (tmp_path / "out").exists()
+
+
+OPTIONS = SweepOptions(
+    linear=(None, 1e-3, 0.3),
+    activation=(1e-9, 0.3),
+    embedding=(None, 0.0),
+    num_calibration_samples=4,
+    max_seq_length=64,
+)
+
+
+def test_the_grid_tells_removed_from_zeroed(base, domains, questions, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    found = sweep(base, domains["law"], out, OPTIONS, questions=questions)
+    assert len(found.rows) == 12
+    dense = found.base.parameters
+    by_point = {row.point: row for row in found.rows}
+    nothing, much = by_point[None, 1e-9, None], by_point[0.3, 0.3, None]
+    assert nothing.pruned.parameters == dense
+    assert nothing.pruned.losses == found.base.losses
+    assert much.pruned.parameters < dense
+    assert much.zeros > nothing.zeros
+    assert by_point[1e-3, 1e-9, None].pruned == nothing.pruned  # the same weights: scored once
+    tokens = by_point[None, 1e-9, 0.0]
+    assert tokens.pruned.parameters < dense
+    assert tokens.zeros > 0
+    for row in found.rows:
+        assert row.tuned is None
+        assert row.pruned.answers is not None
+        assert len(row.pruned.answers) == 9
+    text = (out / "sweep.md").read_text()
+    assert text.count("\n| off |") + text.count("\n| 0.001 |") + text.count("\n| 0.3 |") == 12
+    json.dumps(found.to_dict(), allow_nan=False)
+    monkeypatch.setattr("hf_context_prune.sweep.smaller_model", None)
+    assert sweep(base, domains["law"], out, OPTIONS, questions=questions).rows == found.rows
+
+
+def test_the_grid_trains_what_it_pruned(base, domains, tmp_path):
+    options = SweepOptions(
+        linear=(None,),
+        activation=(0.3,),
+        embedding=(None, 0.0),
+        recovery=RecoveryConfig(max_steps=3, num_epochs=100.0, distillation=0.0, max_seq_length=64, batch_size=2),
+        num_calibration_samples=4,
+        max_seq_length=64,
+    )
+    found = sweep(base, domains["law"], tmp_path / "out", options)
+    for row in found.rows:
+        assert row.tuned is not None
+        assert row.tuned.parameters == row.pruned.parameters
+    assert {len(cells) for cells in found.table_rows()} == {len(found.header)} == {10}
+
+
+def test_a_grid_that_prunes_nothing_is_refused(base, domains, tmp_path):
+    with pytest.raises(ConfigError, match="off"):
+        sweep(base, domains["law"], tmp_path / "out", SweepOptions((None,), (None,), (None,)))
+    with pytest.raises(ConfigError, match="linear_threshold is -1"):
+        sweep(base, domains["law"], tmp_path / "out", SweepOptions((-1.0,), (None,), (None,)))
+    assert not (tmp_path / "out").exists()

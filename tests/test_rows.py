@@ -1,0 +1,68 @@
+"""Rows of a long run: kept one by one, never of another setting."""
+
+import pytest
+
+from hf_context_prune.errors import ConfigError, SaveError
+from hf_context_prune.rows import Rows
+
+SETTING = {"seed": 0, "text": ["a", None]}
+
+
+def counted(value):
+    calls = []
+    return calls, lambda: calls.append(1) or {"value": value}
+
+
+def test_a_finished_row_is_not_measured_again(tmp_path):
+    calls, measure = counted(0.1)
+    path = tmp_path / "deep" / "rows.jsonl"
+    first = Rows(path, SETTING).get(["a", None, 0.1], measure)
+    again = Rows(path, dict(reversed(SETTING.items()))).get(["a", None, 0.1], measure)
+    assert again == first == {"key": ["a", None, 0.1], "value": 0.1}
+    assert len(calls) == 1
+
+
+def test_a_line_that_was_cut_short_is_measured_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = Rows(path, SETTING)
+    rows.get([1], lambda: {"value": 1})
+    rows.get([2], lambda: {"value": 2})
+    path.write_text(path.read_text()[:-5])
+    calls, measure = counted(3)
+    rows = Rows(path, SETTING)
+    assert rows.get([1], measure)["value"] == 1
+    assert rows.get([2], measure)["value"] == 3
+    assert len(calls) == 1
+    assert Rows(path, SETTING).get([2], measure)["value"] == 3
+
+
+def test_a_failure_leaves_what_was_finished(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = Rows(path, SETTING)
+    rows.get([1], lambda: {"value": 1})
+    with pytest.raises(ZeroDivisionError):
+        rows.get([2], lambda: {"value": 1 / 0})
+    with pytest.raises(ValueError, match="JSON"):
+        rows.get([3], lambda: {"value": float("nan")})
+    assert list(Rows(path, SETTING).rows) == ["[1]"]
+
+
+def test_rows_of_another_setting_are_refused_by_name(tmp_path):
+    Rows(tmp_path / "rows.jsonl", SETTING)
+    with pytest.raises(ConfigError, match="other values of extra, seed"):
+        Rows(tmp_path / "rows.jsonl", {**SETTING, "seed": 1, "extra": 2})
+
+
+@pytest.mark.parametrize("text", ["hello\n", "[1]\n", '{"a": 1}\n', '{"setting": {}}\n{"b": 2}\n'])
+def test_another_file_is_refused_and_left(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        Rows(path, {})
+    assert path.read_text() == text
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError):
+        Rows(tmp_path / "file" / "rows.jsonl", SETTING)
