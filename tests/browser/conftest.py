@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.space.models import make_models
-
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -31,8 +29,3 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="session")
-def tiny_space(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("browser-models"))
