@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from .criteria import CRITERIA
     from .errors import ContextPruneError
     from .evaluation import EvalReport
+    from .hub import push_folder
     from .loading import load_model, load_pruned
     from .measuring import QuestionOptions, evaluate
-    from .pipeline import EvalOptions, PruneResult, prune
+    from .pipeline import EvalOptions, prune
     from .plan import PruningPlan
     from .planning import make_plan
     from .recovery import RecoveryConfig, recover
+    from .result import PruneResult
     from .surgery import apply_plan
     from .vocabulary import prune_vocabulary
 
@@ -37,7 +39,7 @@ _HOME = {
     "ContextPruneError": "errors",
     "EvalOptions": "pipeline",
     "EvalReport": "evaluation",
-    "PruneResult": "pipeline",
+    "PruneResult": "result",
     "PrunerConfig": "config",
     "PruningPlan": "plan",
     "PruningSchedule": "callback",
@@ -51,6 +53,7 @@ _HOME = {
     "make_plan": "planning",
     "prune": "pipeline",
     "prune_vocabulary": "vocabulary",
+    "push_folder": "hub",
     "recover": "recovery",
 }
 
@@ -75,6 +78,7 @@ __all__ = [
     "make_plan",
     "prune",
     "prune_vocabulary",
+    "push_folder",
     "recover",
 ]
 

@@ -23,11 +23,13 @@ from .cli_options import (
     AttentionRatio,
     CriterionOption,
     DeviceOption,
+    DomainOption,
     Dtype,
     DtypeOption,
     EmbeddingThreshold,
     Format,
     FormatOption,
+    GeneralData,
     LinearThreshold,
     MaxEvalTokens,
     MaxLossIncrease,
@@ -50,6 +52,7 @@ from .cli_options import (
 )
 from .cli_output import errors, out, out_json, out_table, save_and_show
 from .cli_proof import matrix, sweep
+from .cli_publish import card, push
 from .cli_recover import recover
 from .cli_report import report
 from .distributed import is_main_process, together
@@ -96,6 +99,7 @@ def prune(
     eval_data: Annotated[
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
     ] = None,
+    general_data: GeneralData = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options; the command line wins.")] = None,
     pruning_ratio: PruningRatio = None,
     target_params: TargetParams = None,
@@ -122,6 +126,7 @@ def prune(
     num_calibration_samples: Annotated[int | None, typer.Option(help="Calibration blocks. Default 128.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens a block. Default 512.")] = None,
     text_column: TextColumn = None,
+    domain: DomainOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default 0.")] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
@@ -152,7 +157,7 @@ def prune(
             data,
             chosen,
             eval_data=eval_data,
-            evaluation=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+            evaluation=EvalOptions(max_eval_tokens, speed, memory=speed, general_data=general_data),
             will_save=True,
             resume_dir=resume_dir,
         )
@@ -201,6 +206,8 @@ app.command()(bench)
 app.command()(report)
 app.command()(matrix)
 app.command()(sweep)
+app.command()(card)
+app.command()(push)
 
 
 @app.command()

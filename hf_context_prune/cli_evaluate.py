@@ -14,6 +14,7 @@ from .cli_options import (
     DtypeOption,
     Format,
     FormatOption,
+    GeneralData,
     MaxEvalTokens,
     ModelArgument,
     RevisionOption,
@@ -50,6 +51,7 @@ def evaluate(
     harness_task: Annotated[
         Path | None, typer.Option(help="Also write the questions to this folder, as a task of lm-evaluation-harness.")
     ] = None,
+    general_data: GeneralData = None,
     text_column: TextColumn = None,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     max_eval_tokens: MaxEvalTokens = 20_000,
@@ -87,7 +89,7 @@ def evaluate(
             text_column=text_column,
             max_seq_length=max_seq_length,
             seed=seed,
-            options=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+            options=EvalOptions(max_eval_tokens, speed, memory=speed, general_data=general_data),
         )
     )
     if format is Format.json:

@@ -51,8 +51,13 @@ RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit 
 MaxEvalTokens = Annotated[
     int, typer.Option("--max-eval-tokens", min=1, help="Held-out tokens to measure on at most, in whole documents.")
 ]
+GeneralData = Annotated[
+    str | None,
+    typer.Option(help="Text of no domain, to measure what the model forgot: the model card says if it is missing."),
+]
 SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and peak memory.")]
 
+DomainOption = Annotated[str | None, typer.Option(help="Name of the domain, such as law, for the model card.")]
 PruningRatio = Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1). Default 0.2.")]
 TargetParams = Annotated[int | None, typer.Option(help="Parameters to keep at most, instead of a share.")]
 MlpRatio = Annotated[float | None, typer.Option(help="Share of the MLP neurons to remove, in [0, 1).")]

@@ -14,7 +14,7 @@ from .distributed import on_main_process
 from .tables import report_table
 
 if TYPE_CHECKING:
-    from .pipeline import PruneResult
+    from .result import PruneResult
 
 errors = Console(stderr=True, highlight=False)
 

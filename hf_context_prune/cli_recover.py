@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import DATA_HELP, DeviceOption, Format, FormatOption, MaxEvalTokens, SpeedOption, TextColumn
+from .cli_options import (
+    DATA_HELP,
+    DeviceOption,
+    Format,
+    FormatOption,
+    GeneralData,
+    MaxEvalTokens,
+    SpeedOption,
+    TextColumn,
+)
 from .cli_output import save_and_show
 from .errors import ConfigError
 
@@ -23,6 +32,7 @@ def recover(
     eval_data: Annotated[
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
     ] = None,
+    general_data: GeneralData = None,
     method: Annotated[str, typer.Option(help="full, or lora: low-rank adapters, merged before saving.")] = "full",
     max_minutes: Annotated[float | None, typer.Option(help="Stop in that time, measuring included.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after that many steps.")] = None,
@@ -69,7 +79,7 @@ def recover(
         teacher=teacher,
         eval_data=eval_data,
         text_column=text_column,
-        evaluation=EvalOptions(max_tokens=max_eval_tokens, speed=speed, memory=speed),
+        evaluation=EvalOptions(max_eval_tokens, speed, memory=speed, general_data=general_data),
         device=device,
     )
     save_and_show(result, output, measure_memory=speed, format=format)

@@ -97,6 +97,7 @@ class PrunerConfig:
     num_calibration_samples: int = option(128, "Blocks of calibration text.")
     max_seq_length: int = option(512, "Tokens a block.")
     text_column: str | None = option(None, "Column with the text; found by itself where there is only one candidate.")
+    domain: str | None = option(None, "Name of the domain, such as law: for the model card and its tags.")
     # Not `seed`: HfArgumentParser would refuse this class beside TrainingArguments, which has that one.
     pruning_seed: int = option(0, "Seed of everything random: choice of text, and the `random` criterion.")
 
@@ -134,6 +135,8 @@ class PrunerConfig:
             )
         if self.text_column is not None and not (isinstance(self.text_column, str) and self.text_column):
             raise ConfigError(f"text_column is {self.text_column!r}; it must be the name of a column.")
+        if self.domain is not None and not (isinstance(self.domain, str) and self.domain.strip()):
+            raise ConfigError(f"domain is {self.domain!r}; it must be a name, such as 'law'.")
         for name, names in (
             ("criterion", CriterionName),
             ("reconstruction", ReconstructionName),

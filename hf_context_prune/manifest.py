@@ -23,6 +23,9 @@ VERSION = 1
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 """Files that run code when they are loaded. None is ever written, and none may lie beside the weights."""
 
+EDITABLE = frozenset({"README.md"})
+"""Files that people edit and nothing reads: a folder in which only these changed is still a whole one."""
+
 _WEIGHT_SUFFIXES = frozenset({".safetensors"})
 _LISTED_SUFFIXES = _WEIGHT_SUFFIXES | PICKLE_SUFFIXES | {".py"}
 _MAX_MANIFEST_BYTES = 16 * 2**20
@@ -75,6 +78,12 @@ def write_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the entries of a folder durable; nothing where the file system or the system has no such call.
 
@@ -108,13 +117,16 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
 
 
-def verify_folder(folder: str | os.PathLike[str], *, hash_weights: bool = True) -> dict[str, Any]:
+def verify_folder(
+    folder: str | os.PathLike[str], *, hash_weights: bool = True, allow_edits: bool = True
+) -> dict[str, Any]:
     """Check a saved folder against its manifest, before anything in it is loaded.
 
     Args:
         folder: A folder saved by this package.
         hash_weights: False: of the ``*.safetensors`` files only the size is compared, which is instant. All other
             files are always hashed.
+        allow_edits: The card may have been edited since; it must still be there.
 
     Returns:
         The manifest.
@@ -131,6 +143,8 @@ def verify_folder(folder: str | os.PathLike[str], *, hash_weights: bool = True) 
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
+                if allow_edits and name in EDITABLE:
+                    continue
                 if size != entry["bytes"]:
                     raise LoadError(
                         f"{name} in {folder} has {size} bytes, but the manifest says {entry['bytes']}. {remedy}"

@@ -14,24 +14,21 @@ from .evaluation import (
     DatasetFacts,
     Environment,
     EvalReport,
-    LossFacts,
     MemoryFacts,
     MultipleChoiceFacts,
     SizeFacts,
     SpeedFacts,
     answer_questions,
     compare_answers,
-    compare_losses,
     count_parameters,
-    document_losses,
     measure_peak_memory,
     measure_speed,
     summarize_answers,
-    summarize_losses,
     weight_bytes,
 )
 from .evaluation.harness import write_harness_task
 from .evaluation.multiple_choice import Scorer
+from .evaluation.texts import general_losses, losses_on, read_general
 from .loading import LoadedModel
 from .pipeline import EvalOptions, as_loaded
 from .questions import load_questions
@@ -95,18 +92,11 @@ def evaluate(
         if questions.harness_task is not None:
             write_harness_task(asked, questions.harness_task, num_shots=questions.num_shots)
     text = load_documents(data, text_column=text_column, tokenizer=first.tokenizer, seed=seed)
-    base_losses = document_losses(
-        first.model, first.tokenizer, text, max_seq_length=max_seq_length, max_tokens=options.max_tokens
-    )
-    losses = LossFacts(base=summarize_losses(base_losses, seed=seed))
-    if base is not None:
-        docs = [loss.doc for loss in base_losses]
-        own_losses = document_losses(own.model, own.tokenizer, text, max_seq_length=max_seq_length, docs=docs)
-        losses = LossFacts(
-            base=losses.base,
-            pruned=summarize_losses(own_losses, seed=seed),
-            comparison=compare_losses(base_losses, own_losses, seed=seed),
-        )
+    general = read_general(options.general_data, apart_from=None, tokenizer=first.tokenizer, seed=seed)
+    how_long: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens, "seed": seed}
+    dense, pair = (first.model, first.tokenizer), None if base is None else (own.model, own.tokenizer)
+    losses = losses_on(text, dense, pruned=pair, **how_long)
+    general_facts = general_losses(general, dense, pruned=pair, **how_long)
     choice = None
     if questions is not None and asked is not None:
         how: dict[str, Any] = {"scorer": questions.scorer, "num_shots": questions.num_shots}
@@ -137,6 +127,7 @@ def evaluate(
         speed=SpeedFacts(speed["base"], speed.get("pruned")) if speed else None,
         memory=_memory(first, None if base is None else own) if options.memory else None,
         multiple_choice=choice,
+        general=general_facts,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,35 @@ from .architectures import (
     check_supported,
     output_projection,
 )
+from .base_card import base_card, in_memory
 from .calibration import check_weights_finite
 from .config import PrunerConfig
 from .criteria import get_criterion
 from .data import TextSource, hold_out_documents, load_documents
-from .distributed import is_main_process, on_main_process, together, warn_if_alone
+from .distributed import on_main_process, together, warn_if_alone
 from .errors import ConfigError, DataError
 from .evaluation import (
     DatasetFacts,
     Environment,
     EvalReport,
     LossFacts,
-    MemoryFacts,
     SizeFacts,
     SpeedFacts,
     compare_losses,
     count_parameters,
     document_losses,
-    measure_peak_memory,
     measure_speed,
     summarize_losses,
-    weight_bytes,
 )
+from .evaluation.texts import general_losses, read_general
 from .global_budget import check_budget, smaller_model, vocabulary_note
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
-from .plan import PruningPlan
 from .planning import needed_targets
-from .saving import REPORT_NAME, estimate_bytes, staged_folder, write_model_folder
+from .result import PruneResult
 from .search_text import SearchText
 from .sequential import check_walkable
-from .staging import resolve_target
-from .surgery import StockFit, stock_fit
+from .surgery import stock_fit
 
 
 @dataclass(frozen=True)
@@ -59,71 +56,14 @@ class EvalOptions:
         speed: Measure prefill and decode speed of base and pruned, interleaved.
         memory: Measure peak memory in a fresh process (`evaluate`); `prune` has no folder yet, so there it is asked for
             when the result is saved.
+        general_data: Text of no domain, as `load_documents` reads it: what the model forgot is measured on it. None
+            leaves that open, and the model card says so.
     """
 
     max_tokens: int | None = 20_000
     speed: bool = True
     memory: bool = True
-
-
-@dataclass
-class PruneResult:
-    """A pruned model with what was done and what it cost.
-
-    Attributes:
-        model: The smaller model, in evaluation mode.
-        tokenizer: The base's tokenizer, with fewer tokens where those were pruned.
-        plan: What was kept, with provenance.
-        report: Base against pruned on held-out text.
-        stock: Whether the stock architecture holds it, and why or why not.
-        base: Where the dense model came from, if `prune` loaded it.
-    """
-
-    model: PreTrainedModel
-    tokenizer: Any
-    plan: PruningPlan
-    report: EvalReport
-    stock: StockFit
-    base: LoadedModel | None = None
-
-    def save_pretrained(self, directory: str | Path, *, measure_memory: bool = False) -> Path:
-        """Write model, tokenizer, plan and report to a folder, whole or not at all.
-
-        Under ``accelerate launch`` the main process writes; in the others this does nothing and does not wait.
-
-        Args:
-            directory: Absent, empty, or an older folder of ours, which is replaced.
-            measure_memory: Also load base and pruned in fresh processes, for the report's peak memory.
-
-        Returns:
-            The absolute path.
-
-        Raises:
-            SaveError: Nothing was put in place; an older folder is as it was.
-        """
-        target = resolve_target(directory)
-        if not is_main_process():
-            return target
-        # The work is done: better to wait for another run's save to the same place than to lose it.
-        with staged_folder(target, required_bytes=estimate_bytes(self.model), wait_seconds=600) as staging:
-            write_model_folder(staging, self.model, tokenizer=self.tokenizer, plan=self.plan)
-            self.report = self._with_footprint(staging, measure_memory=measure_memory)
-            self.report.save(staging / REPORT_NAME)
-        return target
-
-    def _with_footprint(self, folder: Path, *, measure_memory: bool) -> EvalReport:
-        base_folder = self.base.folder if self.base else None
-        size = replace(
-            self.report.size,
-            base_weight_bytes=weight_bytes(base_folder) if base_folder else None,
-            pruned_weight_bytes=weight_bytes(folder),
-        )
-        memory = self.report.memory
-        if measure_memory:
-            memory = MemoryFacts(
-                base=measure_peak_memory(base_folder) if base_folder else None, pruned=measure_peak_memory(folder)
-            )
-        return replace(self.report, size=size, memory=memory)
+    general_data: Any = None
 
 
 def _check_saves(model: PreTrainedModel, spec: ArchSpec, config: PrunerConfig) -> None:
@@ -189,6 +129,7 @@ def prune(
     if will_save:
         _check_saves(base.model, spec, config)
     text, held_out, how = split_text(data, eval_data, config, base.tokenizer)
+    general = read_general(options.general_data, apart_from=text, tokenizer=base.tokenizer, seed=config.pruning_seed)
     search = None
     if config.max_loss_increase is not None:
         text, search = SearchText.withheld_from(text, base.tokenizer, config)
@@ -199,6 +140,7 @@ def prune(
     provenance = {
         "base_model": base.name,
         "base_revision": base.revision,
+        "base_card": base_card(base),
         "data": {"name": text.name, "revision": text.revision, "fingerprint": text.fingerprint},
     }
     if search is not None:
@@ -210,6 +152,14 @@ def prune(
     # The same documents, whatever number of tokens they are for another tokenizer.
     pruned_losses = document_losses(
         smaller, tokenizer, held_out, max_seq_length=length, docs=[loss.doc for loss in base_losses]
+    )
+    general_facts = general_losses(
+        general,
+        (base.model, base.tokenizer),
+        pruned=(smaller, tokenizer),
+        max_seq_length=length,
+        max_tokens=options.max_tokens,
+        seed=config.pruning_seed,
     )
     speed = None
     if options.speed:  # in one process: several would slow each other down
@@ -232,6 +182,7 @@ def prune(
         environment=Environment.current(str(smaller.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
         budget=found,
+        general=general_facts,
         notes=(
             *((found.text,) if found else ()),
             *vocabulary_note(plan, text),
@@ -269,14 +220,7 @@ def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any)
                 f"No tokenizer can be loaded from {name!r}, where the model came from ({error}). Pass it: "
                 f"prune(..., tokenizer=)."
             ) from error
-    return LoadedModel(model, tokenizer, shown_name(name), None, None)
-
-
-def shown_name(name: str) -> str:
-    """How a report names the base: no machine's paths."""
-    if not name:
-        return "in-memory"
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return in_memory(model, tokenizer)
 
 
 def split_text(data: Any, eval_data: Any, config: PrunerConfig, tokenizer: Any) -> tuple[TextSource, TextSource, str]:  # noqa: ANN401

@@ -9,12 +9,13 @@ from typing import Any
 
 from .errors import ConfigError, LoadError
 from .evaluation import EvalReport
+from .figures import new_figure, widths_figure
+from .markdown import inert, table
 from .plan import PruningPlan
 from .saving import PLAN_NAME, REPORT_NAME, staged_folder, verify_folder
 
 REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"
-_INSTALL = "Pictures need matplotlib: pip install 'hf-context-prune[plots]'."
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,13 @@ def markdown(folders: Sequence[Folder], *, pictures: bool) -> str:
         report = folder.report
         rows = report.table_rows()
         header = ("measure", "base", "pruned", "change")[: len(rows[0])]
-        parts += [f"## {_inert(folder.name)}", "", f"Pruned from {_inert(report.base_model)}.", ""]
-        parts += [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
-        parts += [_line([_inert(cell) for cell in row]) for row in rows]
-        parts += ["", _inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"), ""]
-        parts += [f"- {_inert(note)}" for note in report.notes]
+        parts += [f"## {inert(folder.name)}", "", f"Pruned from {inert(report.base_model)}.", ""]
+        parts += [table(header, rows)]
+        parts += ["", inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"), ""]
+        parts += [f"- {inert(note)}" for note in report.notes]
         if pictures:
-            parts += ["", f"![Widths of {_inert(folder.name)}]({_widths_picture(folder)})"]
-        parts += ["", f"Plan `{folder.plan.sha256}`, measured {report.created} on {_inert(_machine(report))}.", ""]
+            parts += ["", f"![Widths of {inert(folder.name)}]({_widths_picture(folder)})"]
+        parts += ["", f"Plan `{folder.plan.sha256}`, measured {report.created} on {inert(_machine(report))}.", ""]
     return "\n".join(parts)
 
 
@@ -74,33 +74,20 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
     """Write ``report.md`` with its pictures to a folder, whole or not at all.
 
     Raises:
-        ConfigError: matplotlib is not installed, or two folders have one name.
+        ConfigError: Two folders have one name.
         SaveError: The folder can't be written, or holds something else.
     """
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         raise ConfigError(f"The folders are named {', '.join(names)}; a report needs names that differ.")
-    figure_class = _figure_class()
     goal = Path(target).resolve()
     with staged_folder(goal, required_bytes=len(folders) * 2**20) as staging:
         for folder in folders:
-            _widths_figure(figure_class, folder).savefig(staging / _widths_picture(folder), dpi=120)
+            widths_figure(folder.plan, f"Widths of {folder.name}").savefig(staging / _widths_picture(folder), dpi=120)
         if len(folders) > 1:
-            _loss_figure(figure_class, folders).savefig(staging / LOSS_PICTURE, dpi=120)
+            _loss_figure(folders).savefig(staging / LOSS_PICTURE, dpi=120)
         (staging / REPORT_MARKDOWN).write_text(markdown(folders, pictures=True), encoding="utf-8")
     return goal
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _inert(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    text = " ".join(text.split())
-    for character in "\\`*_{}[]<>#|!":
-        text = text.replace(character, f"\\{character}")
-    return text
 
 
 def _machine(report: EvalReport) -> str:
@@ -113,37 +100,8 @@ def _widths_picture(folder: Folder) -> str:
     return f"widths-{safe}.png"
 
 
-def _figure_class() -> Any:  # noqa: ANN401 - matplotlib is not a requirement
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(_INSTALL) from error
-
-    def figure(**options: Any) -> Any:  # noqa: ANN401 - no pyplot: no window, no state
-        made = Figure(layout="constrained", **options)
-        FigureCanvasAgg(made)
-        return made
-
-    return figure
-
-
-def _widths_figure(figure_class: Any, folder: Folder) -> Any:  # noqa: ANN401
-    figure = figure_class(figsize=(8, 4.5))
-    axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    layers = range(len(folder.plan.dense))
-    for axis, unit, label in ((axes[0], "neurons", "MLP neurons"), (axes[1], "kv_groups", "KV groups")):
-        axis.bar(layers, [getattr(w, unit) for w in folder.plan.dense], color="0.85", label="before")
-        axis.bar(layers, [getattr(w, unit) for w in folder.plan.widths], color="tab:blue", label="kept")
-        axis.set_ylabel(label)
-    axes[0].set_title(f"Widths of {folder.name}")
-    axes[0].legend(loc="lower right")
-    axes[1].set_xlabel("layer")
-    return figure
-
-
-def _loss_figure(figure_class: Any, folders: Sequence[Folder]) -> Any:  # noqa: ANN401
-    figure = figure_class(figsize=(7, 4.5))
+def _loss_figure(folders: Sequence[Folder]) -> Any:  # noqa: ANN401 - matplotlib's
+    figure = new_figure(figsize=(7, 4.5))
     axis = figure.subplots()
     for folder in folders:
         loss, size = folder.report.loss, folder.report.size
@@ -175,12 +133,9 @@ def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float
         names: Domains, in order.
         changes: Change of the bits a byte against the dense model, by (calibrated on, measured on).
         path: PNG file to write.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
     """
     side = 2.5 + 0.9 * len(names)
-    figure = _figure_class()(figsize=(side + 1.5, side))
+    figure = new_figure(figsize=(side + 1.5, side))
     axis = figure.subplots()
     values = [[100 * changes[row, column] for column in names] for row in names]
     most = max(1e-9, *(abs(value) for line in values for value in line))

@@ -42,7 +42,7 @@ _WRITE_ERRNOS = {
 _LOGGER = logging.getLogger(__name__)
 
 
-def check_target(target: str | os.PathLike[str]) -> None:
+def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False) -> None:
     """Refuse a folder that can't or must not be written, before the long work; leaves nothing behind.
 
     Allowed is a path that is absent (missing parents are made later), an empty folder, or a folder that this package
@@ -50,12 +50,13 @@ def check_target(target: str | os.PathLike[str]) -> None:
 
     Args:
         target: The output folder.
+        discard_edits: Its card may have been edited by hand; it is lost.
 
     Raises:
         SaveError: The target is something else, or its parent is not a folder that may be written.
     """
     goal = resolve_target(target)
-    _check_occupant(goal)
+    _check_occupant(goal, discard_edits=discard_edits)
     parent = _nearest_existing(goal.parent)
     if not parent.is_dir():
         raise SaveError(f"{parent} is not a folder, so {goal} can't be made in it: choose another --output.")
@@ -90,8 +91,8 @@ def resolve_target(target: str | os.PathLike[str]) -> Path:
     return goal
 
 
-def _check_occupant(goal: Path) -> None:
-    """Refuse to replace anything but an empty folder or an untouched one of ours."""
+def _check_occupant(goal: Path, *, discard_edits: bool = False) -> None:
+    """Refuse to replace anything but an empty folder or an untouched one of ours (but for its card, if so asked)."""
     if not os.path.lexists(goal):
         return
     remedy = "choose another --output, or move or remove it."
@@ -113,7 +114,7 @@ def _check_occupant(goal: Path) -> None:
             f"move them away, or choose another --output."
         )
     try:
-        verify_folder(goal)
+        verify_folder(goal, allow_edits=discard_edits)
     except LoadError as error:
         raise SaveError(
             f"{goal} was made by this package, but was changed since, and the changes would be lost ({error}): {remedy}"
@@ -130,13 +131,16 @@ def _nearest_existing(path: Path) -> Path:
 
 
 @contextmanager
-def staged_folder(target: str | os.PathLike[str], *, required_bytes: int, wait_seconds: float = 0) -> Iterator[Path]:
+def staged_folder(
+    target: str | os.PathLike[str], *, required_bytes: int, wait_seconds: float = 0, discard_edits: bool = False
+) -> Iterator[Path]:
     """Yield a new empty folder that becomes the target when the block ends, and vanishes when the block fails.
 
     Args:
         target: The folder to make or replace; see `check_target`.
         required_bytes: What will be written, in bytes; that plus 5 % and 16 MiB must be free.
         wait_seconds: How long to wait for another run that is saving to the same target.
+        discard_edits: Replace an older folder of ours although its card was edited.
 
     Yields:
         The absolute path of the staging folder.
@@ -153,7 +157,7 @@ def staged_folder(target: str | os.PathLike[str], *, required_bytes: int, wait_s
         in_block = False
         try:
             _sweep(goal)
-            check_target(goal)
+            check_target(goal, discard_edits=discard_edits)
             goal.parent.mkdir(parents=True, exist_ok=True)
             _check_space(goal, required_bytes, needed)
             staging.mkdir()
@@ -161,7 +165,7 @@ def staged_folder(target: str | os.PathLike[str], *, required_bytes: int, wait_s
             yield staging
             in_block = False
             write_manifest(staging)
-            _check_occupant(goal)  # again: the block may have taken hours
+            _check_occupant(goal, discard_edits=discard_edits)  # again: the block may have taken hours
             older = _put_in_place(staging, goal)
             _finish(goal, new_parents, older)
         except BaseException as error:

@@ -18,23 +18,24 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = [
     {"errors"},
     # Helpers and values that know nothing else of the package.
-    {"cache", "distributed", "embeddings", "linalg", "manifest", "rows", "sources", "stats"},
+    {"cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "rows", "sources", "stats"},
     {"modeling", "config", "architectures", "plan", "data", "overlap", "questions"},
     {
         *("criteria", "allocation", "reconstruction", "calibration", "magnitudes", "surgery", "vocabulary"),
-        *("sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
+        *("figures", "sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
     },
     {"evaluation", "saving", "loading", "sequential"},
+    {"base_card"},
     {"budget_search", "search_text"},
     {"planning"},
     {"thresholds"},
     {"card", "global_budget", "hub"},
-    {"outline"},
+    {"outline", "result"},
     {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options"},
     {"scores"},
     {"sweep", "matrix"},
     {"cli_output"},
-    {"cli_evaluate", "cli_proof", "cli_recover", "cli_report"},
+    {"cli_evaluate", "cli_proof", "cli_publish", "cli_recover", "cli_report"},
     {"cli", "demo"},
     {"__main__"},
 ]

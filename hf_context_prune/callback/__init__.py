@@ -1,6 +1,7 @@
 """Pruning inside `transformers.Trainer`."""
 
-from .callback import ContextPruneCallback, PruningWarning
+from ..errors import PruningWarning
+from .callback import ContextPruneCallback
 from .checkpoints import load_checkpoint
 from .mixin import ContextPruneTrainerMixin
 from .schedule import PruningSchedule

@@ -22,7 +22,7 @@ from ..architectures import check_supported, read_geometry
 from ..calibration import check_weights_finite
 from ..config import PrunerConfig, from_options
 from ..distributed import all_gather, num_processes
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, PruningWarning
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan, fingerprint
@@ -30,19 +30,24 @@ from ..planning import plan_and_repair, plan_widths, versions
 from ..saving import PLAN_NAME
 from ..surgery import apply_plan, kept_entries
 from .checkpoints import CONFIG_FILE, progress_of
-from .checks import check_arguments, check_config, check_not_cut, check_reachable, check_repair, check_types
+from .checks import (
+    check_arguments,
+    check_config,
+    check_not_cut,
+    check_reachable,
+    check_repair,
+    check_types,
+    warn_of_plain_push,
+)
 from .optimizer import check_optimizer, clear_entries, map_state, replace_parameters
+from .publishing import Publishable, base_facts
 from .schedule import PruningSchedule, config_at
 from .transplant import composed, scatter, transplant
 
 _ADAPTIVE_BLOCKS = 16
 
 
-class PruningWarning(UserWarning):
-    """A training that pruned less than was asked."""
-
-
-class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # type: ignore[misc]
     """Prunes during training: ``Trainer(..., callbacks=[ContextPruneCallback(PrunerConfig(pruning_ratio=0.2))])``.
 
     The last training batches are the calibration text. Each pruning of the schedule chooses units by them, cuts them
@@ -85,9 +90,12 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         self._training = False
         self._seen: list[torch.Tensor] = []
         self._hook: Any = None
-        self._use_cache = True
+        self.use_cache = True
         self._fingerprint = ""
         self._pruning = False
+        self._base: dict[str, Any] = {}
+        self._result = None
+        self.pushed_by_mixin = False
         check_config(self.config)
 
     # --- the state in a checkpoint ------------------------------------------------------------------------------------
@@ -106,8 +114,9 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
                     "metrics": self.metrics,
                     "num_done": self.num_done,
                     "fingerprint": self._fingerprint,
-                    "use_cache": self._use_cache,
+                    "use_cache": self.use_cache,
                     "steps": list(self.steps),
+                    "base": self._base,
                     "num_processes": self.num_processes,
                 }
             },
@@ -125,8 +134,9 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         self.dense = tuple(LayerWidths(*widths) for widths in values["dense"])
         self.final = None if values["final"] is None else tuple(LayerWidths(*widths) for widths in values["final"])
         self.tokens, self.metrics = list(values["tokens"]), dict(values["metrics"])
-        self._fingerprint, self._use_cache = values["fingerprint"], values["use_cache"]
+        self._fingerprint, self.use_cache = values["fingerprint"], values["use_cache"]
         self.steps, self.num_processes = tuple(values["steps"]), values["num_processes"]
+        self._base = dict(values.get("base") or {})  # checkpoints of earlier versions have none
 
     def _resume(self, state: TrainerState, model: PreTrainedModel, steps: tuple[int, ...]) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -148,7 +158,7 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Note what the Trainer is about to switch off in the config."""
-        self._use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", True)
+        self.use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", True)
 
     def on_train_begin(
         self,
@@ -177,9 +187,12 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
             self.final = None if self.config.allocation == "adaptive" else plan_widths(model, self.config)
             self.dense, self.total_params = widths, count_parameters(model)
             self.plan, self.tokens, self.num_done = None, [], 0
-            self._fingerprint = fingerprint(model)
+            self._fingerprint, self._base = fingerprint(model), base_facts(model)
             self.metrics = {"pruning/parameters": self.total_params, "pruning/ratio": 0.0}
             self.steps, self.num_processes = steps, num_processes()
+        if args.push_to_hub and not self.pushed_by_mixin and state.is_world_process_zero:
+            warn_of_plain_push()
+        self._result = None
         self._stop_listening()  # to a training that did not end
         self._training = True
         if self.num_done < len(self.steps):
@@ -263,6 +276,7 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         prunings = [] if self.plan is None else list(self.plan.provenance["prunings"])
         prunings.append({"step": step, "parameters": size, "tokens": len(self.tokens)})
         provenance = {
+            **self._base,
             "config": self.config.to_dict(),
             "schedule": self.schedule.to_dict(),
             "prunings": prunings,
@@ -331,7 +345,7 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         file = folder / CONFIG_FILE
-        values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": self._use_cache}
+        values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": self.use_cache}
         if (
             "per_layer_config" in values
         ):  # the Trainer reads it as a bare config when it resumes, which needs the number
@@ -362,7 +376,8 @@ class ContextPruneCallback(TrainerCallback, ExportableState):  # type: ignore[mi
             )
         if self.plan is not None and num_processes() > 1:
             self._cut(model, optimizer, self._exact(model), self._cut_out(model))
-        model.config.use_cache = self._use_cache
+        model.config.use_cache = self.use_cache
+        self._result = (model, kwargs.get("processing_class"))
         if self.plan is not None and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             self.plan.save(Path(args.output_dir) / PLAN_NAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
@@ -11,7 +12,7 @@ from ..allocation import Budget, removed_params
 from ..architectures import blocks, check_supported, output_projection, read_geometry, unit_costs
 from ..config import PrunerConfig
 from ..criteria import get_criterion
-from ..errors import BudgetError, ConfigError
+from ..errors import BudgetError, ConfigError, PruningWarning
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan
@@ -47,6 +48,17 @@ def check_config(config: PrunerConfig) -> None:
             "allocation='adaptive' during training needs one budget for all parameters: give pruning_ratio or "
             "target_params, without mlp_ratio and attention_ratio."
         )
+
+
+def warn_of_plain_push() -> None:
+    """Say, before the first step, what a Trainer without the mixin will push."""
+    warnings.warn(
+        "push_to_hub=True of a plain Trainer uploads the Trainer's own model card, without plan and figures of the "
+        "pruning, and training_args.bin, a pickle that holds hub_token. Use class MyTrainer(ContextPruneTrainerMixin, "
+        "Trainer), or leave push_to_hub out and call callback.push_to_hub(repo_id) after train().",
+        PruningWarning,
+        stacklevel=3,
+    )
 
 
 def check_types(config: object, schedule: object) -> None:

@@ -2,23 +2,140 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from transformers import TrainingArguments
+from transformers.utils.hub import PushInProgress
+
+from ..card import write_card
+from ..errors import ConfigError, PruningWarning
 from .callback import ContextPruneCallback
+from .publishing import PushedFolder, facts_of
+
+_ONLY_THE_MODEL = ("end", "every_save")
 
 
 class ContextPruneTrainerMixin:
-    """Gives the sizes to all reporters: ``class MyTrainer(ContextPruneTrainerMixin, Trainer)``.
+    """Gives a Trainer our card, our push and the sizes: ``class MyTrainer(ContextPruneTrainerMixin, Trainer)``.
 
-    A Trainer calls its reporters (TensorBoard, W&B, ...) before the callbacks that it was given, so what a callback
-    adds to the logs reaches the console and ``state.log_history``, but not them.
+    - ``push_to_hub`` (its own, or by ``push_to_hub=True``) uploads model, tokenizer, plan and card in one commit, and
+      never ``training_args.bin`` or optimizer state. So ``hub_strategy`` must be ``end`` or ``every_save``.
+    - The sizes reach all reporters: a Trainer calls its reporters (TensorBoard, W&B, ...) before the callbacks that it
+      was given, so what a callback adds to the logs reaches the console and ``state.log_history``, but not them.
     """
 
+    args: TrainingArguments
+    model: Any
+    processing_class: Any
     callback_handler: Any
+    hub_model_id: str | None
+    push_in_progress: Any
+
+    def _pruning_callback(self) -> ContextPruneCallback | None:
+        found = (item for item in self.callback_handler.callbacks if isinstance(item, ContextPruneCallback))
+        return next(found, None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As ``Trainer.train``.
+
+        Raises:
+            ConfigError: A ``hub_strategy`` that uploads whole checkpoints.
+        """
+        callback = self._pruning_callback()
+        if callback is not None:
+            callback.pushed_by_mixin = True
+        strategy = getattr(self.args.hub_strategy, "value", self.args.hub_strategy)
+        if self.args.push_to_hub and strategy not in _ONLY_THE_MODEL:
+            raise ConfigError(
+                f"hub_strategy={strategy!r} uploads whole checkpoints, with optimizer state and training_args.bin, a "
+                f"pickle that holds hub_token. Use 'end' or 'every_save'."
+            )
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """As ``Trainer.log``, with the sizes."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ContextPruneCallback):
-                logs.update(callback.metrics)
+        if (callback := self._pruning_callback()) is not None:
+            logs.update(callback.metrics)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Write our card and its picture to ``output_dir``; before anything is pruned, the Trainer's own."""
+        callback = self._pruning_callback()
+        if callback is None or callback.plan is None:
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        elif self.is_world_process_zero():  # type: ignore[attr-defined]
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_card(folder, facts_of(self.model, callback.plan, self._repo_name()))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Save the model to ``output_dir``, and upload it with tokenizer, plan and our card, in one commit.
+
+        Args:
+            commit_message: First line of the commit.
+            blocking: Whether to wait for the upload; else a ``Future`` is returned.
+            token: As for ``Trainer.push_to_hub``.
+            revision: The same.
+            private: The same.
+            kwargs: Of ``Trainer.create_model_card``; our card does not need them.
+
+        Returns:
+            A `PushResult` in the main process, None in the others.
+        """
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)  # type: ignore[attr-defined]
+        self.save_model(_internal_call=True)  # type: ignore[attr-defined]
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()  # type: ignore[attr-defined]
+        return self._push_now(
+            blocking, token, revision if revision is not None else self.args.hub_revision, commit_message
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What ``hub_strategy="every_save"`` does at a checkpoint, in the background."""
+        strategy = getattr(self.args.hub_strategy, "value", self.args.hub_strategy)
+        callback = self._pruning_callback()
+        if not self.is_world_process_zero() or strategy == "end":  # type: ignore[attr-defined]
+            return
+        if callback is not None and callback.num_processes > 1:
+            return  # what is pruned is zeroed, not cut out, until the end
+        if self.push_in_progress is not None:
+            if not self.push_in_progress.is_done():
+                if not self.args.hub_always_push:
+                    return
+                self._finish_current_push()  # type: ignore[attr-defined]
+            self._warn_of_failed_push()
+        step = self.state.global_step  # type: ignore[attr-defined]
+        job = self._push_now(False, self.args.hub_token, self.args.hub_revision, f"Training in progress, step {step}")
+        self.push_in_progress = PushInProgress([job])
+
+    def _push_now(self, blocking: bool, token: str | None, revision: str | None, message: str | None) -> Any:  # noqa: ANN401
+        callback = self._pruning_callback()
+        plan, use_cache = (None, True) if callback is None else (callback.plan, callback.use_cache)
+        saved = PushedFolder(self.model, self.processing_class, plan, name=self._repo_name(), use_cache=use_cache)
+        options = {"token": token, "revision": revision, "commit_message": message}
+        if blocking:
+            return saved.push(str(self.hub_model_id), **options)
+        return HfApi().run_as_future(saved.push, str(self.hub_model_id), **options)
+
+    def _repo_name(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+
+    def _warn_of_failed_push(self) -> None:
+        for job in self.push_in_progress.jobs:
+            if (error := job.exception()) is not None:
+                warnings.warn(f"A push of this training failed: {error}", PruningWarning, stacklevel=3)

@@ -28,6 +28,7 @@ from .report import (
     MultipleChoiceFacts,
     SizeFacts,
     SpeedFacts,
+    TextLosses,
 )
 from .speed import (
     MemoryMeasurement,
@@ -62,6 +63,7 @@ __all__ = [
     "SpeedMeasurement",
     "SpeedRatio",
     "Spread",
+    "TextLosses",
     "answer_questions",
     "choose_documents",
     "compare_answers",

@@ -14,19 +14,45 @@ if TYPE_CHECKING:
 Row = tuple[str, str, str, str]
 
 
-def comparison_rows(report: "EvalReport") -> list[Row]:
-    """Return (measure, base, pruned, change) for every measure; a cell without a figure is empty."""
-    rows = [*_size_rows(report.size), *_loss_rows(report.loss)]
+def grouped_rows(report: "EvalReport") -> dict[str, list[Row]]:
+    """Return (measure, base, pruned, change) for every measure, by group; a cell without a figure is empty."""
+    groups = {"size": _size_rows(report.size), "loss": _loss_rows(report.loss)}
+    if report.general is not None:
+        groups["general"] = _loss_rows(report.general.loss, " on general text")
     if report.budget is not None:
         change = f"{_percent(report.budget.measured)} (allowed {_percent(report.budget.allowed)})"
-        rows.append(("bits per byte on the text of the search", "", "", change))
+        groups["budget"] = [("bits per byte on the text of the search", "", "", change)]
     if report.multiple_choice is not None:
-        rows += _choice_rows(report.multiple_choice)
+        groups["multiple_choice"] = _choice_rows(report.multiple_choice)
     if report.speed is not None:
-        rows += _speed_rows(report.speed)
+        groups["speed"] = _speed_rows(report.speed)
     if report.memory is not None:
-        rows.append(_memory_row(report.memory))
-    return rows
+        groups["memory"] = [_memory_row(report.memory)]
+    return groups
+
+
+def text_rows(report: "EvalReport") -> list[tuple[str, ...]]:
+    """Return the bits per byte of base, pruned and recovered model on each text, with a first row of headings.
+
+    The change is of the last model against the base. A column that no model of the report has is left out.
+    """
+    texts = [("domain", report.dataset.name, report.loss)]
+    if report.general is not None:
+        texts.append(("general", report.general.dataset.name, report.general.loss))
+    table: list[tuple[str, ...]] = [("text", "documents", "base", "pruned", "recovered", "change")]
+    for kind, name, loss in texts:
+        last = loss.comparison if loss.recovered is None else loss.recovered_comparison
+        models = (loss.base, loss.pruned, loss.recovered)
+        table.append(
+            (
+                f"{kind}: {name}",
+                f"{loss.base.num_documents:,} ({loss.base.num_tokens:,} tokens of the base)",
+                *("" if model is None else _estimate(model.bits_per_byte, "{:.4f}") for model in models),
+                "" if last is None else _estimate(last.bits_per_byte_ratio, "{:+.1f} %", lambda x: 100 * (x - 1)),
+            )
+        )
+    kept = [index for index in range(len(table[0])) if any(line[index] for line in table[1:])]
+    return [tuple(line[index] for index in kept) for line in table]
 
 
 def _size_rows(size: "SizeFacts") -> list[Row]:
@@ -40,10 +66,10 @@ def _size_rows(size: "SizeFacts") -> list[Row]:
     ]
 
 
-def _loss_rows(loss: "LossFacts") -> list[Row]:
-    rows = _losses("", loss.base, loss.pruned, loss.comparison, loss.predicted_excess)
+def _loss_rows(loss: "LossFacts", where: str = "") -> list[Row]:
+    rows = _losses(where, loss.base, loss.pruned, loss.comparison, loss.predicted_excess)
     if loss.recovered is not None:
-        rows += _losses(" after recovery", loss.base, loss.recovered, loss.recovered_comparison, None)
+        rows += _losses(f"{where} after recovery", loss.base, loss.recovered, loss.recovered_comparison, None)
     return rows
 
 

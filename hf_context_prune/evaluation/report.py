@@ -16,12 +16,12 @@ import torch
 
 from ..errors import ConfigError, LoadError, SaveError
 from ._codec import decode, plain
-from ._table import comparison_rows
+from ._table import grouped_rows, text_rows
 from .multiple_choice import Accuracy, PairedAccuracy
 from .perplexity import LossComparison, LossSummary
 from .speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _ADDED_IN_3 = {"recovered": None, "recovered_comparison": None}
 _PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
@@ -99,6 +99,19 @@ class LossFacts:
     predicted_excess: float | None = None
     recovered: LossSummary | None = None
     recovered_comparison: LossComparison | None = None
+
+
+@dataclass(frozen=True)
+class TextLosses:
+    """Losses on a second text.
+
+    Attributes:
+        dataset: The text.
+        loss: As `EvalReport.loss`.
+    """
+
+    dataset: DatasetFacts
+    loss: LossFacts
 
 
 @dataclass(frozen=True)
@@ -202,6 +215,7 @@ class EvalReport:
         memory: Peak memory, None where not measured.
         budget: How the size was found, None where it was given.
         multiple_choice: Answers to questions, None where none were asked.
+        general: Losses on text of no domain, which show what was forgotten; None where not measured.
         notes: Sentences that a reader of the figures must know.
         created: UTC time, ISO 8601 to the second.
         schema_version: Version of the JSON layout.
@@ -216,6 +230,7 @@ class EvalReport:
     memory: MemoryFacts | None = None
     budget: LossBudget | None = None
     multiple_choice: MultipleChoiceFacts | None = None
+    general: TextLosses | None = None
     notes: tuple[str, ...] = ()
     created: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema_version: int = SCHEMA_VERSION
@@ -238,13 +253,14 @@ class EvalReport:
         if not isinstance(data, dict):
             raise LoadError(f"An evaluation report must be a JSON object, not {type(data).__name__}.")
         version = data.get("schema_version")
-        if version == 2 and isinstance(data.get("loss"), dict):  # as 3, before recovery and questions
-            loss = {**data["loss"], **_ADDED_IN_3}
-            data = {**data, "loss": loss, "multiple_choice": None, "schema_version": SCHEMA_VERSION}
+        if version == 2 and isinstance(data.get("loss"), dict):  # before recovery and questions
+            data = {**data, "loss": {**data["loss"], **_ADDED_IN_3}, "multiple_choice": None}
+        if version in (2, 3):  # before the general text
+            data = {**data, "general": None, "schema_version": SCHEMA_VERSION}
         elif version != SCHEMA_VERSION:
             raise LoadError(
-                f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads 2 "
-                f"and {SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."
+                f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads 2 to "
+                f"{SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."
             )
         try:
             return typing.cast(EvalReport, decode(cls, data, "report"))
@@ -284,12 +300,20 @@ class EvalReport:
             raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
         return cls.from_dict(data)
 
-    def table_rows(self) -> list[tuple[str, ...]]:
+    def table_rows(self, *groups: str) -> list[tuple[str, ...]]:
         """Return the figures for people: (measure, base, pruned, change), or (measure, value) for a single model.
 
         Measures that were not taken are left out; a dash stands for the side that was not measured.
+
+        Args:
+            groups: Some of "size", "loss", "general", "budget", "multiple_choice", "speed", "memory"; none: all.
         """
-        rows = [row for row in comparison_rows(self) if any(row[1:])]
+        found = grouped_rows(self)
+        rows = [row for name in groups or found for row in found.get(name, []) if any(row[1:])]
         if self.size.pruned_parameters is None:
             return [row[:2] for row in rows if row[1]]
         return [(row[0], *(cell or "-" for cell in row[1:])) for row in rows]
+
+    def text_rows(self) -> list[tuple[str, ...]]:
+        """Return bits per byte on each text, of base, pruned and recovered model; the first row holds the headings."""
+        return text_rows(self)

@@ -7,6 +7,8 @@ device), then every block is narrowed to its own widths. Forward code is the sto
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import shutil
 from typing import Any
@@ -128,6 +130,38 @@ def check_header(folder: str, spec: ArchSpec, geometry: Geometry) -> None:
         )
 
 
+def add_companions(source: str, target: str) -> None:
+    """Copy card, plan, report and tokenizer from the folder that a model is from, if the saved weights are still those.
+
+    They describe these very weights, so a model that was changed since goes without them.
+
+    Args:
+        source: Where the model was loaded from or saved to; anything but a folder with a manifest is passed over.
+        target: A folder with the model as it was just saved.
+    """
+    manifest_file = os.path.join(source, "manifest.json")
+    if not os.path.isfile(manifest_file):
+        return
+    with open(manifest_file, encoding="utf-8") as file:
+        files = json.load(file).get("files", {})
+    sums = {name: files[name]["sha256"] for name in files if os.path.isfile(os.path.join(source, name))}
+    saved = {name: _sha256(os.path.join(target, name)) for name in os.listdir(target) if name.endswith(".safetensors")}
+    if saved != {name: total for name, total in sums.items() if name.endswith(".safetensors")}:
+        return
+    for name in sums:
+        path = os.path.join(target, name)
+        if name == "README.md" or not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            shutil.copyfile(os.path.join(source, name), path)
+    if all(name == "README.md" or _sha256(os.path.join(target, name)) == total for name, total in sums.items()):
+        shutil.copyfile(manifest_file, os.path.join(target, "manifest.json"))
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class ContextPrunedModelMixin:
     """Builds the stock model with dense widths, then narrows every block to its own."""
 
@@ -171,6 +205,11 @@ class ContextPrunedModelMixin:
             if os.path.abspath(save_directory) != here:
                 shutil.copyfile(os.path.join(here, name), os.path.join(save_directory, name))
         return result
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """What `push_to_hub` calls with the saved model; adds what its folder holds beside the same weights."""
+        add_companions(str(self.name_or_path), str(working_dir))  # type: ignore[attr-defined]
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
 def _make(spec: ArchSpec) -> type:

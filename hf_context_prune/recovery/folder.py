@@ -22,9 +22,11 @@ from ..evaluation import (
     measure_speed,
     summarize_losses,
 )
+from ..evaluation.texts import general_losses, read_general
 from ..loading import LoadedModel, load_model
-from ..pipeline import EvalOptions, PruneResult, split_text
+from ..pipeline import EvalOptions, split_text
 from ..plan import PruningPlan
+from ..result import PruneResult
 from ..saving import PLAN_NAME, verify_folder
 from ..surgery import stock_fit
 from .config import RecoveryConfig
@@ -66,6 +68,8 @@ def recover_folder(
     made_with = plan.provenance.get("config") or {}
     split = PrunerConfig(text_column=text_column, pruning_seed=made_with.get("pruning_seed", 0))
     text, held_out, how = split_text(data, eval_data, split, pruned.tokenizer)
+    seed = config.recovery_seed
+    general = read_general(options.general_data, apart_from=text, tokenizer=pruned.tokenizer, seed=seed)
     first = parent or pruned
     how_long: dict[str, Any] = {"max_seq_length": config.max_seq_length}
     base = document_losses(first.model, first.tokenizer, held_out, max_tokens=options.max_tokens, **how_long)
@@ -82,7 +86,15 @@ def recover_folder(
         plan=plan,
     )
     losses["recovered"] = document_losses(outcome.model, pruned.tokenizer, held_out, docs=docs, **how_long)
-    seed = config.recovery_seed
+    general_facts = general_losses(
+        general,
+        (first.model, first.tokenizer),
+        pruned=None if parent is None else (pruned.model, pruned.tokenizer),
+        recovered=(outcome.model, pruned.tokenizer),
+        max_tokens=options.max_tokens,
+        seed=seed,
+        **how_long,
+    )
     summaries = {name: summarize_losses(items, seed=seed) for name, items in losses.items()}
     against = {name: compare_losses(base, items, seed=seed) for name, items in losses.items()}
     history = outcome.history
@@ -107,6 +119,7 @@ def recover_folder(
         ),
         environment=Environment.current(str(outcome.model.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
+        general=general_facts,
         notes=(
             f"Recovered ({config.method}) on {history.tokens:,} tokens of {text.name} in {history.steps:,} steps and "
             f"{history.seconds / 60:.1f} minutes; the weights of step {history.best_step:,} were best on withheld "

@@ -20,6 +20,7 @@ from hf_context_prune.evaluation import (
     SpeedFacts,
     SpeedMeasurement,
     Spread,
+    TextLosses,
     compare_losses,
     summarize_losses,
 )
@@ -89,12 +90,15 @@ def test_json_round_trip(report, single, tmp_path):
         assert EvalReport.from_dict(json.loads(json.dumps(original.to_dict()))) == original
         assert [entry.name for entry in tmp_path.iterdir()] == ["eval_report.json"]
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data["schema_version"] == 3
+    assert data["schema_version"] == 4
     assert list(data) == sorted(data)
 
 
-def test_reports_from_before_recovery_still_load(report):
+def test_older_reports_still_load(report):
     data = report.to_dict()
+    data["schema_version"] = 3
+    del data["general"]
+    assert EvalReport.from_dict(json.loads(json.dumps(data))) == report
     data["schema_version"] = 2
     del data["loss"]["recovered"], data["loss"]["recovered_comparison"], data["multiple_choice"]
     assert EvalReport.from_dict(data) == report
@@ -114,6 +118,22 @@ def test_a_recovered_model_has_rows_of_its_own(report):
         assert rows[f"{measure} after recovery"] == rows[measure]
     assert "predicted" in rows["excess loss (nats/token)"][2]
     assert "predicted" not in rows["excess loss after recovery (nats/token)"][2]
+
+
+def test_general_text_has_rows_of_its_own(report):
+    general = TextLosses(dataclasses.replace(DATASET, name="general text"), report.loss)
+    both = dataclasses.replace(report, general=general)
+    assert EvalReport.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+    rows = {row[0]: row[1:] for row in both.table_rows()}
+    for measure in ("bits per byte", "perplexity per token"):
+        assert rows[f"{measure} on general text"] == rows[measure]
+    assert both.table_rows("general")[0][0] == "bits per byte on general text"
+    header, domain, other = both.text_rows()
+    assert header == ("text", "documents", "base", "pruned", "change")
+    assert (domain[0], other[0]) == (f"domain: {DATASET.name}", "general: general text")
+    assert domain[1:] == other[1:]
+    loss = dataclasses.replace(report.loss, recovered=report.loss.base, recovered_comparison=report.loss.comparison)
+    assert dataclasses.replace(report, loss=loss).text_rows()[0][-2] == "recovered"
 
 
 def test_the_creation_time_is_utc(report):

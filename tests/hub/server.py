@@ -1,16 +1,21 @@
-"""A small server on 127.0.0.1 that speaks the read side of the Hub's protocol, for the real client.
+"""A small server on 127.0.0.1 that speaks the Hub's protocol, for the real client.
 
 Repositories live in memory: commits by sha, branches that name one, files as bytes. Answers have the shape of the real
 ones where the clients (`huggingface_hub`, `transformers`, `datasets`) look: a small file is a relative 307 to a cached
 copy, an LFS file a 302 with ``X-Linked-*`` to another origin (a second port here), every error has its
 ``X-Error-Code``, and a repository that does not exist is a 401, as for everyone without a token. Every request is
 logged; an unknown route is a 501, so that a client that starts to ask something else shows.
+
+What is written (`writing.py`) needs a token: `Hub.tokens` says to which owners each may write. A token may open pull
+requests everywhere. ``python -m tests.hub.server TOKEN OWNER`` serves an empty Hub until its standard input ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,9 +23,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".gz")
+from tests.hub.writing import LFS_SUFFIXES, RefusalError, Writing, blob_id, sha256
+
 DATE = "2026-01-02T03:04:05.000Z"
-MAX_BODY = 2**20
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -29,23 +34,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def blob_id(content: bytes) -> str:
-    """As git names a file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 @dataclass
 class Repo:
     """A repository: its commits, and the branches and other refs that name one of them."""
 
-    kind: str  # "models" or "datasets"
+    kind: str  # "models", "datasets" or "spaces"
     id: str
     gated: bool = False
     busy: bool = False
+    private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
@@ -70,7 +67,7 @@ class Repo:
             "sha": sha,
             "createdAt": DATE,
             "lastModified": DATE,
-            "private": False,
+            "private": self.private,
             "gated": "manual" if self.gated else False,
             "disabled": False,
             "downloads": 0,
@@ -111,10 +108,18 @@ class Hub:
 
     Attributes:
         log: Every request, in the order of the answers.
+        tokens: Each with the owners to whose repositories it may write.
+        blobs: What was uploaded to large file storage, by sha256.
+        cuts: Uploads that are cut in the middle, from the next on.
+        faults: Statuses that requests get instead of an answer, once each: (method, end of the path, status, code).
     """
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
+        self.tokens: dict[str, set[str]] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.cuts = 0
+        self.faults: list[tuple[str, str, int, str]] = []
         self.log: list[Request] = []
         self.lock = threading.RLock()
         self._watches: list[tuple[str, Callable[[], object]]] = []
@@ -158,19 +163,11 @@ class _Answer:
     body: bytes = b""
 
 
-class _RefusalError(Exception):
-    """Ends the handling of a request with an error."""
-
-    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
-        body = json.dumps({"error": message}).encode()
-        self.answer = _Answer(status, {"X-Error-Code": code, "X-Error-Message": message, **headers}, body)
-
-
 def _json(value: object) -> _Answer:
     return _Answer(200, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(value).encode())
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Writing, BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body leave together: in two packets each answer would wait 40 ms for an ACK
@@ -185,18 +182,24 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._handle()
 
+    def do_PUT(self) -> None:
+        self._handle()
+
     def log_message(self, *_: object) -> None:
         pass
 
     def _handle(self) -> None:
-        size = int(self.headers.get("Content-Length") or 0)
-        form = parse_qs(self.rfile.read(size).decode()) if size <= MAX_BODY else {}
         path, _, query = self.path.partition("?")
+        body = self._body()
+        if body is None:  # cut in the middle
+            self.hub.answered(Request(self.command, unquote(path), 0))
+            return
         with self.hub.lock:
             try:
-                answer = self._route([unquote(part) for part in path.strip("/").split("/")], parse_qs(query), form)
-            except _RefusalError as refusal:
-                answer = refusal.answer
+                self._fault(path)
+                answer = self._route([unquote(part) for part in path.strip("/").split("/")], parse_qs(query), body)
+            except RefusalError as refusal:
+                answer = _Answer(refusal.status, refusal.headers, refusal.body)
             self.hub.answered(Request(self.command, unquote(path), answer.status))
         self.send_response(answer.status)
         for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
@@ -205,32 +208,57 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(answer.body)
 
-    def _route(self, parts: list[str], query: dict, form: dict) -> _Answer:
+    def _body(self) -> bytes | None:
+        """What came with the request; None where the connection is to be cut."""
+        size = int(self.headers.get("Content-Length") or 0)
+        if self.command == "PUT" and self.hub.cuts > 0:
+            self.hub.cuts -= 1
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return None
+        return self.rfile.read(size)
+
+    def _fault(self, path: str) -> None:
+        for fault in self.hub.faults:
+            method, end, status, code = fault
+            if method == self.command and path.endswith(end):
+                self.hub.faults.remove(fault)
+                raise RefusalError(status, code, "As the test wants it")
+
+    def _route(self, parts: list[str], query: dict, body: bytes) -> _Answer:
+        if self.command in ("POST", "PUT") and (value := self.written(parts, query, body)) is not None:
+            return _json(value)
         match parts:
-            case ["api", ("models" | "datasets") as kind, owner, name, *rest]:
+            case ["api", ("models" | "datasets" | "spaces") as kind, owner, name, *rest]:
+                form = parse_qs(body.decode()) if self.command == "POST" else {}
                 return self._api(self._repo(kind, f"{owner}/{name}"), rest, query, form)
             case ["api", "resolve-cache", kind, owner, name, sha, *file]:
                 return self._content(self._repo(kind, f"{owner}/{name}"), sha, file, {"X-Repo-Commit": sha})
-            case ["cdn", kind, owner, name, sha, *file]:
-                return self._content(self._repo(kind, f"{owner}/{name}"), sha, file, {})
-            case ["datasets", owner, name, "resolve", revision, *file]:
-                return self._file(self._repo("datasets", f"{owner}/{name}"), revision, "/".join(file))
+            case ["cdn", kind, owner, name, sha, *file]:  # to know the address is enough
+                return self._content(self.hub.repos[kind, f"{owner}/{name}"], sha, file, {})
+            case [("datasets" | "spaces") as kind, owner, name, "resolve", revision, *file]:
+                return self._file(self._repo(kind, f"{owner}/{name}"), revision, "/".join(file))
             case [owner, name, "resolve", revision, *file]:
                 return self._file(self._repo("models", f"{owner}/{name}"), revision, "/".join(file))
         return _Answer(501)
 
     def _repo(self, kind: str, id: str) -> Repo:
+        if self.token and self.token not in self.hub.tokens:
+            raise RefusalError(401, "", "Invalid username or password.")
         repo = self.hub.repos.get((kind, id))
-        if repo is None:  # without a token nobody learns whether it is missing or private
-            raise _RefusalError(401, "RepoNotFound", "Repository not found")
+        if repo is None or (
+            repo.private and self.token not in self.hub.tokens
+        ):  # without a token nobody learns whether it is missing or private
+            raise RefusalError(401, "RepoNotFound", "Repository not found")
         if repo.busy:
-            raise _RefusalError(503, "Unavailable", "Service Unavailable")
+            raise RefusalError(503, "Unavailable", "Service Unavailable")
         return repo
 
     def _sha(self, repo: Repo, revision: str) -> str:
         sha = repo.resolve(revision)
         if sha is None:
-            raise _RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha
 
     def _api(self, repo: Repo, rest: list[str], query: dict, form: dict) -> _Answer:
@@ -253,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, repo: Repo, revision: str, folder: str, query: dict) -> _Answer:
         entries = repo.entries(self._sha(repo, revision), expand=_is_true(query, "expand"))
         if folder and entries.get(folder, {}).get("type") != "directory":
-            raise _RefusalError(404, "EntryNotFound", f"{folder} does not exist on {revision!r}")
+            raise RefusalError(404, "EntryNotFound", f"{folder} does not exist on {revision!r}")
         below = [entry for path, entry in entries.items() if not folder or path.startswith(f"{folder}/")]
         if not _is_true(query, "recursive"):
             below = [entry for entry in below if "/" not in entry["path"][len(folder) :].strip("/")]
@@ -261,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, repo: Repo, revision: str, name: str) -> _Answer:
         if repo.gated:
-            raise _RefusalError(
+            raise RefusalError(
                 401,
                 "GatedRepo",
                 f"Access to {repo.kind[:-1]} {repo.id} is restricted. You must have access to it and be authenticated "
@@ -270,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
         sha = self._sha(repo, revision)
         content = repo.commits[sha].get(name)
         if content is None:
-            raise _RefusalError(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": sha})
+            raise RefusalError(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": sha})
         lfs = name.endswith(LFS_SUFFIXES)
         etag = sha256(content) if lfs else blob_id(content)
         headers = {"X-Repo-Commit": sha, "X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{etag}"'}
@@ -295,3 +323,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _is_true(values: dict[str, list[str]], name: str) -> bool:
     return values.get(name, [""])[0].lower() in ("true", "1")
+
+
+if __name__ == "__main__":
+    with Hub() as served:
+        served.tokens[sys.argv[1]] = {sys.argv[2]}
+        print(served.endpoint, flush=True)
+        sys.stdin.read()

@@ -9,26 +9,22 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from hf_context_prune.architectures import SPECS, read_geometry
 from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.saving import PLAN_NAME, REPORT_NAME, save_pruned
 from hf_context_prune.surgery import apply_plan
-from tests.hub.server import Hub, files_of, sha256
+from tests.hub.client import client, digest
+from tests.hub.server import Hub, files_of
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 PARQUET_EXPORT = "refs/convert/parquet"
 CARD = """---
 configs:
@@ -42,32 +38,6 @@ configs:
   data_files: medicine/*.jsonl
 ---
 """
-#: Steps of every client: it prints one line of JSON, last.
-PREAMBLE = """
-import hashlib, json, sys, torch
-torch.set_num_threads(1)
-arguments = json.loads(sys.argv[1])
-
-def digest(model):
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return hashlib.sha256(logits.numpy().tobytes()).hexdigest()
-
-def attempt(function, *args, **options):
-    from hf_context_prune.errors import ContextPruneError
-    try:
-        function(*args, **options)
-    except ContextPruneError as error:
-        return [type(error).__name__, str(error)]
-"""
-
-
-def digest(model) -> str:
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return sha256(logits.numpy().tobytes())
 
 
 def pruned_model(model):
@@ -136,31 +106,7 @@ class Place:
 
     def run(self, code: str, *, arguments: dict | None = None, package: bool = True, **variables: str) -> dict:
         """Run a client in a fresh process; returns the JSON of its last line."""
-        prefixes = ("HF_", "HUGGING", "TRANSFORMERS_")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)} | {
-            "HF_ENDPOINT": self.hub.endpoint,
-            "HF_HOME": str(self.home),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",  # it would also ask for a list of tools to name itself after
-            "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT) if package else "",
-        }
-        result = subprocess.run(
-            [sys.executable, "-c", PREAMBLE + code, json.dumps(arguments)],
-            cwd=self.folder,
-            env=environment | variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert not [request for request in self.hub.log if request.status == 501]
-        return json.loads(result.stdout.splitlines()[-1])
+        return client(self.hub, self.folder, self.home, code, arguments=arguments, package=package, **variables)
 
 
 @pytest.fixture(scope="module")

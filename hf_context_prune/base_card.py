@@ -1,0 +1,98 @@
+"""What a dense model says of itself: licence, language, id. Copied when it is pruned, and never made up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import HFValidationError, HTTPError
+from transformers import PreTrainedModel
+
+from .demo_assets import SMOLLM2
+from .loading import LoadedModel
+from .manifest import sha256_of
+
+_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_IN_GGUF = {
+    "license": "general.license",
+    "license_name": "general.license.name",
+    "license_link": "general.license.link",
+    "language": "general.languages",
+}
+_LONGEST = 300
+
+
+def base_card(base: LoadedModel) -> dict[str, Any]:
+    """The facts of a base that its card repeats, for the plan's provenance.
+
+    Args:
+        base: Read from a folder with a ``README.md``, from the Hub, or from a GGUF file, which has them in its header.
+
+    Returns:
+        ``license``, ``license_name``, ``license_link``, ``language``, ``pipeline_tag`` and ``id``, each only if it is
+        told; ``stated_by`` says where, or ``unknown`` why nothing could be read.
+    """
+    if base.source is not None and base.source.is_file():
+        return _of_gguf(base.source)
+    if base.source is not None:
+        return _of_readme(base.source / "README.md", "the README.md in its folder")
+    if base.revision is None and "/" not in base.name:
+        return {"unknown": "it was given in memory"}
+    try:
+        file = hf_hub_download(base.name, "README.md", revision=base.revision)
+    except HFValidationError:
+        return {"unknown": "it was given in memory"}
+    except (OSError, ValueError, HTTPError):  # none there, no network, gated, ...
+        return {"id": base.name, "unknown": "its model card could not be read"}
+    return {"id": base.name, **_of_readme(Path(file), "its model card")}
+
+
+def in_memory(model: PreTrainedModel, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
+    """A model that is loaded already, with the place that it says it is from."""
+    name = model.config.name_or_path
+    source = Path(name) if name and Path(name).is_dir() else None
+    return LoadedModel(model, tokenizer, shown_name(name), None, None, source)
+
+
+def shown_name(name: str) -> str:
+    """How a report names the base: no machine's paths."""
+    if not name:
+        return "in-memory"
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _of_readme(file: Path, where: str) -> dict[str, Any]:
+    try:
+        values = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+    except FileNotFoundError:
+        return {"unknown": "there is no README.md in its folder"}
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {"unknown": f"{where} can't be read"}
+    return {**_plain(values), "stated_by": where}
+
+
+def _of_gguf(file: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    if sha256_of(file) == SMOLLM2["sha256"]:
+        return {name: value for name, value in SMOLLM2.items() if name != "sha256"}
+    try:
+        fields = GGUFReader(file).fields
+        values = {ours: fields[theirs].contents() for ours, theirs in _IN_GGUF.items() if theirs in fields}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        return {"unknown": f"the header of its GGUF file can't be read ({type(error).__name__})"}
+    return {**_plain(values), "stated_by": "the header of its GGUF file"}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields that are a short string, or a few of them."""
+    found = {}
+    for name in _FIELDS:
+        value = values.get(name)
+        items = value if isinstance(value, list) else [value]
+        if items and len(items) <= 50 and all(isinstance(item, str) and 0 < len(item) <= _LONGEST for item in items):
+            found[name] = value
+    return found

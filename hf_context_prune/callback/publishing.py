@@ -1,0 +1,123 @@
+"""The model of a pruning training as a folder of ours, with its plan and card: to keep, or to push."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..base_card import base_card, in_memory
+from ..card import CardFacts, write_card
+from ..errors import ConfigError
+from ..hub import PushResult, push_folder
+from ..plan import PruningPlan
+from ..saving import estimate_bytes, staged_folder, write_model_folder
+
+
+def base_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What the plan's provenance says of the model that a training begins with."""
+    base = in_memory(model, None)
+    return {"base_model": base.name, "base_revision": base.revision, "base_card": base_card(base)}
+
+
+def facts_of(model: PreTrainedModel, plan: PruningPlan, name: str) -> CardFacts:
+    """The facts of the card: nothing was measured."""
+    return CardFacts(name, plan, None, str(model.config.model_type), type(model).__name__)
+
+
+def save_folder(
+    target: str | Path,
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    plan: PruningPlan | None,
+    *,
+    name: str | None = None,
+    use_cache: bool = True,
+) -> Path:
+    """Write model, tokenizer, plan and card, whole or not at all; without a plan there is no card.
+
+    Args:
+        target: As for `save_pruned`.
+        model: As it is now.
+        tokenizer: None leaves it out.
+        plan: What was kept so far.
+        name: How the card names the model; None takes the folder's name.
+        use_cache: What the config is to say, which a Trainer switches off while it trains.
+
+    Raises:
+        SaveError: Nothing was put in place.
+    """
+    path = Path(target).expanduser().resolve()
+    training, model.config.use_cache = model.config.use_cache, use_cache
+    try:
+        with staged_folder(path, required_bytes=estimate_bytes(model)) as staging:
+            write_model_folder(staging, model, tokenizer=tokenizer, plan=plan)
+            if plan is not None:
+                write_card(staging, facts_of(model, plan, name or path.name))
+    finally:
+        model.config.use_cache = training
+    return path
+
+
+class PushedFolder:
+    """A model saved to a temporary folder, which is removed once it is pushed."""
+
+    def __init__(self, model: PreTrainedModel, *what: Any, **how: Any) -> None:  # noqa: ANN401 - as save_folder's
+        self._place = tempfile.TemporaryDirectory()
+        self._folder = save_folder(Path(self._place.name) / "model", model, *what, **how)
+
+    def push(self, repo_id: str, **options: Any) -> PushResult:  # noqa: ANN401 - as push_folder's
+        """Push the folder, and remove it whatever happens."""
+        with self._place:
+            return push_folder(self._folder, repo_id, **options)
+
+
+class Publishable:
+    """A callback whose training leaves a model to save and to push."""
+
+    plan: PruningPlan | None
+    use_cache: bool
+    _result: tuple[PreTrainedModel, Any] | None  # of a training that ended: model and tokenizer
+
+    def _outcome(self) -> tuple[PreTrainedModel, Any, PruningPlan]:
+        if self._result is None or self.plan is None:
+            raise ConfigError(
+                "There is no pruned model yet: the training did not end, or nothing was pruned in it. Call this after "
+                "trainer.train()."
+            )
+        return *self._result, self.plan
+
+    def save_pretrained(self, directory: str | Path, *, tokenizer: Any = None) -> Path:  # noqa: ANN401
+        """Write the trained model with tokenizer, plan and model card to a folder, whole or not at all.
+
+        Under ``accelerate launch`` call it in the main process alone.
+
+        Args:
+            directory: Absent, empty, or an older folder of ours, which is replaced.
+            tokenizer: The model's; None takes the Trainer's ``processing_class``.
+
+        Raises:
+            ConfigError: No training ended yet.
+            SaveError: Nothing was put in place.
+        """
+        model, own, plan = self._outcome()
+        return save_folder(directory, model, tokenizer or own, plan, use_cache=self.use_cache)
+
+    def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **options: Any) -> PushResult:  # noqa: ANN401
+        """Upload what `save_pretrained` writes, in one commit; never optimizer state or training arguments.
+
+        Args:
+            repo_id: ``owner/name``.
+            tokenizer: As for `save_pretrained`.
+            options: `private`, `revision`, `create_pr`, `commit_message` and `token` of [`push_folder`][].
+
+        Raises:
+            ConfigError: No training ended yet.
+            PublishError: The upload failed; says what to do.
+        """
+        model, own, plan = self._outcome()
+        return PushedFolder(model, tokenizer or own, plan, name=repo_id, use_cache=self.use_cache).push(
+            repo_id, **options
+        )

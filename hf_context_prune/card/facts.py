@@ -1,0 +1,107 @@
+"""The facts of a card, read from a saved folder alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoadError, NumericsError
+from ..evaluation import EvalReport
+from ..manifest import verify_folder
+from ..modeling.specs import PREFIX
+from ..plan import PruningPlan
+from ..saving import PLAN_NAME, REPORT_NAME
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells.
+
+    Attributes:
+        name: Of the model: the folder's name, or its id on the Hub.
+        plan: What was kept, how it was chosen, and what the base states of itself (its provenance).
+        report: What it cost; None where nothing was measured.
+        model_type: Of config.json.
+        architecture: Class of config.json.
+    """
+
+    name: str
+    plan: PruningPlan
+    report: EvalReport | None = None
+    model_type: str = ""
+    architecture: str = ""
+    base: Mapping[str, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse figures that are no numbers.
+
+        Raises:
+            NumericsError: NaN or Inf in the report or in the plan's provenance.
+        """
+        try:
+            json.dumps(dict(self.plan.provenance), allow_nan=False)
+        except ValueError as error:
+            raise NumericsError(
+                f"The plan's provenance holds NaN or Inf ({error}); a card shows numbers only."
+            ) from error
+        if self.report is not None:
+            self.report.to_dict()
+        object.__setattr__(self, "base", self.told("base_card"))
+
+    def told(self, name: str) -> Mapping[str, Any]:
+        """A mapping of the plan's provenance; empty where there is none."""
+        value = self.plan.provenance.get(name)
+        return value if isinstance(value, Mapping) else {}
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether plain transformers opens it."""
+        return not self.model_type.startswith(PREFIX)
+
+    @property
+    def base_name(self) -> str:
+        """The base's id on the Hub, or else how the plan names it."""
+        return str(
+            self.base.get("id") or self.plan.provenance.get("base_model") or "a model that the plan does not name"
+        )
+
+    @property
+    def domain(self) -> str | None:
+        """The domain's name, if it was given."""
+        value = self.told("config").get("domain")
+        return value if isinstance(value, str) and value.strip() else None
+
+
+def read_facts(folder: str | Path, *, name: str | None = None) -> CardFacts:
+    """Read a folder that this package saved, after checking its files.
+
+    Args:
+        folder: With a plan; the report may be missing.
+        name: Of the model; None takes the folder's.
+
+    Raises:
+        LoadError: It was not saved by this package, is damaged, or has no plan.
+        NumericsError: NaN or Inf among the figures.
+    """
+    path = Path(folder)
+    files = verify_folder(path, hash_weights=False)["files"]
+    if PLAN_NAME not in files:
+        raise LoadError(f"{path} has no {PLAN_NAME}, so there is nothing that a card could tell. Prune a model first.")
+    return facts_in(path, name=name or path.resolve().name)
+
+
+def facts_in(folder: Path, *, name: str) -> CardFacts:
+    """As [`read_facts`][], of a folder that is being written and has no manifest yet."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    report = folder / REPORT_NAME
+    architectures = config.get("architectures") or [""]
+    return CardFacts(
+        name=name,
+        plan=PruningPlan.load(folder / PLAN_NAME),
+        report=EvalReport.load(report) if report.is_file() else None,
+        model_type=str(config.get("model_type", "")),
+        architecture=str(architectures[0]),
+    )

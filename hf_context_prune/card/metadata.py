@@ -1,0 +1,147 @@
+"""The YAML of a card, as `ModelCardData`; what the Hub would refuse or misread is left to the text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+
+from ..evaluation import EvalReport
+from ..markdown import one_line
+from .facts import CardFacts
+
+TAGS = ("pruned", "structured-pruning", "context-pruning")
+_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,60}")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,8})*|code|multilingual")
+_TASK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_LINK = re.compile(r"https?://[^\s\"'<>]+|[A-Za-z0-9._-]+")
+
+
+def card_data(facts: CardFacts) -> ModelCardData:
+    """The metadata of a card."""
+    licence = _matching(_LICENCE, facts.base.get("license"))
+    base = _hub_id(facts.base.get("id"))
+    domain = [_slug(facts.domain)] if facts.domain and _slug(facts.domain) else []
+    data = _hub_id(_dataset(facts.told("data")))
+    results = _results(facts) if facts.report else []
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_matching(_TASK, facts.base.get("pipeline_tag")) or "text-generation",
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=[data] if data else None,
+        language=_languages(facts.base.get("language")),
+        license=licence,
+        license_name=one_line(facts.base["license_name"]) if licence and "license_name" in facts.base else None,
+        license_link=_link(facts, base) if licence else None,
+        tags=[*TAGS, *domain],
+        model_name=one_line(facts.name) if results else None,
+        eval_results=results or None,
+    )
+
+
+def benchmark_results(report: EvalReport) -> str | None:
+    """The answers to a Hub data set of questions, in the form of ``.eval_results/*.yaml``; None for other questions."""
+    facts = report.multiple_choice
+    if facts is None or facts.revision is None or facts.pruned is None:
+        return None
+    name, _, config = facts.name.partition("@")[0].partition(":")
+    if (dataset := _hub_id(name)) is None:
+        return None
+    entry = EvalResultEntry(
+        dataset_id=dataset,
+        task_id=one_line(config) or "default",
+        value=round(100 * facts.pruned[-1].accuracy.value, 4),
+        dataset_revision=facts.revision,
+        date=report.created,
+        notes=f"accuracy in %, {facts.pruned[-1].num_questions} questions, {facts.num_shots}-shot, {facts.scorer}",
+    )
+    return str(yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+
+
+def _results(facts: CardFacts) -> list[EvalResult]:
+    report = facts.report
+    assert report is not None
+    texts = [("domain", "held-out text of the domain", report.dataset, report.loss)]
+    if report.general is not None:
+        texts.append(("general", "general text", report.general.dataset, report.general.loss))
+    results = []
+    for kind, what, dataset, loss in texts:
+        last = loss.recovered or loss.pruned or loss.base
+        common: dict[str, Any] = {
+            "task_type": "text-generation",
+            **_identity(dataset.name, "text", kind),
+            "dataset_name": one_line(f"{dataset.name} ({what})"),
+            "dataset_revision": dataset.revision,
+        }
+        results.append(
+            EvalResult(metric_type="bits_per_byte", metric_value=_number(last.bits_per_byte.value), **common)
+        )
+        results.append(EvalResult(metric_type="perplexity", metric_value=_number(last.perplexity.value), **common))
+    questions = report.multiple_choice
+    if questions is not None and questions.pruned is not None:
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                **_identity(questions.name, "multiple-choice", "questions"),
+                dataset_name=one_line(questions.name),
+                dataset_revision=questions.revision,
+                metric_type="accuracy",
+                metric_value=_number(questions.pruned[-1].accuracy.value),
+            )
+        )
+    return results
+
+
+def _identity(name: str, local: str, kind: str) -> dict[str, Any]:
+    """Data set, config and split of a name; the client takes figures of one identity for figures on one text."""
+    path, _, split = name.partition("@")
+    repo, _, config = path.partition(":")
+    if (found := _hub_id(repo)) is None:
+        return {"dataset_type": local, "dataset_split": kind}
+    return {"dataset_type": found, "dataset_config": one_line(config) or None, "dataset_split": one_line(split) or kind}
+
+
+def _number(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _dataset(data: Any) -> object:  # noqa: ANN401 - of the provenance
+    """The id of the calibration text, where it is a data set of the Hub: those have a revision."""
+    name = data.get("name") if data.get("revision") else None
+    return name.partition("@")[0].partition(":")[0] if isinstance(name, str) else None
+
+
+def _hub_id(value: object) -> str | None:
+    if not isinstance(value, str) or "/" not in value:
+        return None
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return None
+    return value
+
+
+def _matching(form: re.Pattern[str], value: object) -> str | None:
+    return value if isinstance(value, str) and form.fullmatch(value) else None
+
+
+def _languages(value: object) -> str | list[str] | None:
+    given: Iterable[object] = value if isinstance(value, list) else [value]
+    return [found for item in given if (found := _matching(_LANGUAGE, item))] or None
+
+
+def _link(facts: CardFacts, base: str | None) -> str | None:
+    """A link to the licence; one that is relative leads into the base's repository."""
+    link = _matching(_LINK, facts.base.get("license_link"))
+    if link is None or link.startswith("http"):
+        return link
+    return f"https://huggingface.co/{base}/blob/main/{link}" if base else None
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:50]

@@ -1,0 +1,75 @@
+"""``hf-context-prune card`` and ``hf-context-prune push``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import Format, FormatOption
+from .cli_output import out, out_json
+
+
+class RepoType(StrEnum):
+    """Kind of repository."""
+
+    model = "model"
+    space = "space"
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned folder that this tool wrote.")],
+    name: Annotated[
+        str | None, typer.Option(help="How the card names the model, such as owner/name. Default: the folder's name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that was edited by hand.")] = False,
+) -> None:
+    """Write the model card (README.md, picture) of a pruned folder anew, from the folder alone."""
+    from .card import rewrite_card
+
+    out(f"Wrote {rewrite_card(folder, name=name, overwrite=overwrite)}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this tool wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; made if it does not exist.")],
+    repo_type: Annotated[RepoType, typer.Option(help="model or space.")] = RepoType.model,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; one that exists must be so.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist, or refs/pr/N.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request against main instead.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+    format: FormatOption = Format.auto,
+) -> None:
+    """Upload a folder to the Hub in one commit, card included; nothing happens if it is there already.
+
+    Log in first with `hf auth login`, or set HF_TOKEN. Files beside those that this tool saved are left out, and text
+    that holds an access token is refused.
+    """
+    from .hub import push_folder
+
+    done = push_folder(
+        folder,
+        repo_id,
+        repo_type=repo_type.value,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    if format is Format.json:
+        out_json(done.to_dict())
+    elif format is Format.quiet:
+        out(done.url)
+    else:
+        if done.left_out:
+            out(f"Left out, as this tool did not save them: {', '.join(done.left_out)}")
+        if not done.changed:
+            out(f"{done.repo_id} holds this folder already: no commit was made ({done.url})")
+        else:
+            out(f"Pushed and verified: {done.url}")
+        if done.pull_request:
+            out(f"Pull request, to be merged: {done.pull_request}")

@@ -1,0 +1,64 @@
+"""Access tokens in files: looked for before anything leaves the machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import PublishError
+
+_CHUNK = 1 << 20
+_OVERLAP = 4096  # longer than any form below
+_OPAQUE = {".safetensors", ".png", ".whl", ".model"}  # no text that people or libraries write settings into
+_FORMS: dict[str, bytes] = {
+    "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
+    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,})",
+    "a GitLab token": rb"\bglpat-[A-Za-z0-9_-]{20,}",
+    "an API key (sk-...)": rb"\bsk-(?:proj-|ant-|or-v1-)?[A-Za-z0-9_-]{32,}",
+    "an AWS access key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a Google API key": rb"\bAIza[A-Za-z0-9_-]{35}",
+    "a Slack token": rb"\bxox[abeprs]-[A-Za-z0-9-]{20,}",
+    "a PyPI token": rb"\bpypi-AgE[A-Za-z0-9_-]{50,}",
+    "an NVIDIA key": rb"\bnvapi-[A-Za-z0-9_-]{40,}",
+    "a private key": rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----",
+}
+_ANY = re.compile(b"|".join(b"(%s)" % form for form in _FORMS.values()))
+
+
+def refuse_tokens(folder: Path, names: list[str], own_token: str | None = None) -> None:
+    """Look for access tokens in the text files of a folder, in constant memory.
+
+    Args:
+        folder: Where the files are.
+        names: Their relative paths.
+        own_token: A token that must not be in them either, whatever its form.
+
+    Raises:
+        PublishError: One is there; the message says in which file and line, and shows its first characters only.
+    """
+    own = own_token.encode() if own_token and len(own_token) >= 8 else None
+    for name in names:
+        if Path(name).suffix.lower() not in _OPAQUE:
+            _refuse_in(folder / name, name, own)
+
+
+def _refuse_in(path: Path, name: str, own: bytes | None) -> None:
+    line, rest = 1, b""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            text = rest + chunk
+            match = _ANY.search(text)
+            at, kind, shown = -1, "", b""
+            if match is not None:
+                at, kind = match.start(), list(_FORMS)[(match.lastindex or 1) - 1]
+                shown = match.group()[:6]
+            elif own is not None and own in text:
+                at, kind, shown = text.index(own), "the token of this upload", own[:3]
+            if at >= 0:
+                number = line + text.count(b"\n", 0, at)
+                raise PublishError(
+                    f"{name} holds {kind} in line {number} ({shown.decode()}...). Nothing was uploaded. Remove it, "
+                    f"save the folder again, and revoke that token if it was ever shared."
+                )
+            rest = text[-_OVERLAP:]
+            line += text[: len(text) - len(rest)].count(b"\n")

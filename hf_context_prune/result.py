@@ -1,0 +1,120 @@
+"""`PruneResult`: a pruned model with what was done, saved to a folder or to the Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .card import facts_in, write_card
+from .distributed import is_main_process, on_main_process
+from .evaluation import EvalReport, MemoryFacts, measure_peak_memory, weight_bytes
+from .hub import PushResult, push_folder
+from .loading import LoadedModel
+from .plan import PruningPlan
+from .saving import REPORT_NAME, estimate_bytes, staged_folder, write_model_folder
+from .staging import resolve_target
+from .surgery import StockFit
+
+
+@dataclass
+class PruneResult:
+    """A pruned model with what was done and what it cost.
+
+    Attributes:
+        model: The smaller model, in evaluation mode.
+        tokenizer: The base's tokenizer, with fewer tokens where those were pruned.
+        plan: What was kept, with provenance.
+        report: Base against pruned on held-out text.
+        stock: Whether the stock architecture holds it, and why or why not.
+        base: Where the dense model came from, if `prune` loaded it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    plan: PruningPlan
+    report: EvalReport
+    stock: StockFit
+    base: LoadedModel | None = None
+
+    def save_pretrained(
+        self, directory: str | Path, *, measure_memory: bool = False, card_name: str | None = None
+    ) -> Path:
+        """Write model, tokenizer, plan, report and model card to a folder, whole or not at all.
+
+        Under ``accelerate launch`` the main process writes; in the others this does nothing and does not wait.
+
+        Args:
+            directory: Absent, empty, or an older folder of ours, which is replaced.
+            measure_memory: Also load base and pruned in fresh processes, for the report's peak memory.
+            card_name: How the card names the model; None takes the folder's name.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            SaveError: Nothing was put in place; an older folder is as it was.
+        """
+        target = resolve_target(directory)
+        if not is_main_process():
+            return target
+        # The work is done: better to wait for another run's save to the same place than to lose it.
+        with staged_folder(target, required_bytes=estimate_bytes(self.model), wait_seconds=600) as staging:
+            write_model_folder(staging, self.model, tokenizer=self.tokenizer, plan=self.plan)
+            self.report = self._with_footprint(staging, measure_memory=measure_memory)
+            self.report.save(staging / REPORT_NAME)
+            write_card(staging, facts_in(staging, name=card_name or target.name))
+        self.model.name_or_path = str(target)  # whence a variable-width model's own push_to_hub takes what goes with it
+        return target
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> PushResult:
+        """Upload what [`save_pretrained`][] writes, in one commit; see [`push_folder`][] for arguments and errors.
+
+        Under ``accelerate launch`` every process has to call it; the main one uploads, and all get the result.
+        """
+
+        def push() -> PushResult:
+            with tempfile.TemporaryDirectory() as place:
+                folder = Path(place) / "model"
+                self.save_pretrained(folder, card_name=repo_id)
+                return push_folder(
+                    folder,
+                    repo_id,
+                    private=private,
+                    revision=revision,
+                    create_pr=create_pr,
+                    commit_message=commit_message,
+                    token=token,
+                )
+
+        name = self.model.name_or_path
+        try:
+            return on_main_process(push)
+        finally:
+            self.model.name_or_path = name
+
+    def _with_footprint(self, folder: Path, *, measure_memory: bool) -> EvalReport:
+        base_folder = self.base.folder if self.base else None
+        size = replace(
+            self.report.size,
+            base_weight_bytes=weight_bytes(base_folder) if base_folder else None,
+            pruned_weight_bytes=weight_bytes(folder),
+        )
+        memory = self.report.memory
+        if measure_memory:
+            memory = MemoryFacts(
+                base=measure_peak_memory(base_folder) if base_folder else None, pruned=measure_peak_memory(folder)
+            )
+        return replace(self.report, size=size, memory=memory)

@@ -1,0 +1,153 @@
+"""What may leave the machine: decided from the folder, before any connection."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_context_prune.errors import ConfigError, LoadError, PublishError
+from hf_context_prune.hub import files_to_push, is_allowed, push_folder
+from hf_context_prune.leaks import refuse_tokens
+from hf_context_prune.saving import save_pruned, staged_folder
+from tests.tiny import tiny_model, tiny_tokenizer
+
+A_TOKEN = "hf" + "_" + "aB3" * 11 + "x"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_pruned(tiny_model("llama"), tmp_path / "model", tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "x.pkl"),
+        *(
+            "pytorch_model.bin",
+            ".env",
+            ".git/config",
+            "notes.txt",
+            "sub/model.safetensors",
+            "setup.py",
+            "events.tfevents",
+        ),
+    ],
+)
+def test_files_that_never_go_to_a_model_repository(name):
+    assert not is_allowed(name, "model")
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "model.safetensors", "x.pkl", ".env", "a/b.sh", "data.gz"])
+def test_files_that_never_go_to_a_space(name):
+    assert not is_allowed(name, "space")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "model.safetensors", "model-00001-of-00002.safetensors"),
+        *("model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "README.md"),
+        *("modeling_context_pruned.py", "pruning_plan.json", "eval_report.json", "widths.png", "manifest.json"),
+        ".eval_results/questions.yaml",
+    ],
+)
+def test_files_of_a_model(name):
+    assert is_allowed(name, "model")
+
+
+def test_what_the_manifest_does_not_list_is_left_out(folder):
+    (folder / "notes.txt").write_text(A_TOKEN)
+    (folder / "trainer_state.json").write_text("{}")
+    files, left_out = files_to_push(folder, "model")
+    assert left_out == ("notes.txt", "trainer_state.json")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "manifest.json"} <= files.keys()
+    refuse_tokens(folder, list(files))
+
+
+def test_pickles_beside_the_weights_stop_a_push(folder):
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    with pytest.raises(LoadError, match=r"training_args\.bin"):
+        push_folder(folder, "org/x")
+
+
+def test_a_listed_file_that_may_not_go_stops_a_push(tmp_path):
+    with staged_folder(tmp_path / "model", required_bytes=0) as staging:
+        (staging / "config.json").write_text("{}")
+        (staging / "server.sh").write_text("true")
+    with pytest.raises(PublishError, match=r"server\.sh.*may not go to a model repository"):
+        push_folder(tmp_path / "model", "org/x")
+
+
+def test_a_folder_of_others_or_damaged_is_refused(folder, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "theirs")
+    with pytest.raises(LoadError, match=r"manifest\.json"):
+        push_folder(tmp_path / "theirs", "org/x")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(LoadError, match=r"model\.safetensors"):
+        push_folder(folder, "org/x")
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        A_TOKEN,
+        "ghp_" + "a1B2" * 9,
+        "github_pat_" + "a1B2_" * 10,
+        "glpat-" + "a1B2" * 6,
+        "sk-proj-" + "a1B2" * 10,
+        "sk-ant-" + "a1B2" * 10,
+        "AKIA" + "ABCD" * 4,
+        "AIza" + "a1B2C" * 7,
+        "xoxb-" + "1234-" * 6,
+        "pypi-AgE" + "a1B2" * 14,
+        "nvapi-" + "a1B2" * 12,
+        "-----BEGIN " + "RSA PRIVATE KEY-----",
+    ],
+)
+def test_tokens_in_text_are_found_and_not_shown(tmp_path, token):
+    (tmp_path / "config.json").write_text(f'{{\n "a": 1,\n "b": "{token}"\n}}')
+    with pytest.raises(PublishError, match=r"config\.json holds .* in line 3") as caught:
+        refuse_tokens(tmp_path, ["config.json"])
+    assert token not in str(caught.value)
+
+
+def test_a_token_across_two_reads_is_found(tmp_path):
+    (tmp_path / "x.json").write_text("\n" * (2**20 - 10) + f" {A_TOKEN} ")
+    with pytest.raises(PublishError, match=f"in line {2**20 - 9:d}"):
+        refuse_tokens(tmp_path, ["x.json"])
+
+
+def test_the_token_of_the_upload_is_found_whatever_its_form(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": "of-no-known-form"}')
+    refuse_tokens(tmp_path, ["config.json"])
+    with pytest.raises(PublishError, match="the token of this upload"):
+        refuse_tokens(tmp_path, ["config.json"], "of-no-known-form")
+
+
+def test_a_token_in_the_folder_stops_the_push(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"note": A_TOKEN}
+    with staged_folder(folder.with_name("leaking"), required_bytes=0) as staging:
+        for path in folder.iterdir():
+            if path.name != "manifest.json":
+                (staging / path.name).write_bytes(path.read_bytes())
+        (staging / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PublishError, match=r"config\.json holds a Hugging Face token"):
+        push_folder(folder.with_name("leaking"), "org/x")
+
+
+def test_arguments_that_contradict_each_other(folder):
+    with pytest.raises(ConfigError, match="pull request against main"):
+        push_folder(folder, "org/x", revision="dev", create_pr=True)
+    with pytest.raises(ConfigError, match="'model' or 'space'"):
+        push_folder(folder, "org/x", repo_type="dataset")
+    with pytest.raises(ConfigError, match="not the id of a repository"):
+        push_folder(folder, "a/b/c")
+
+
+def test_without_a_network_it_says_what_to_run(folder):
+    """HF_HUB_OFFLINE is set for the tests."""
+    with pytest.raises(PublishError, match=r"HF_HUB_OFFLINE.*hf-context-prune push .*model org/x"):
+        push_folder(folder, "org/x")
