@@ -30,6 +30,7 @@ from .cli_options import (
     Format,
     FormatOption,
     GeneralData,
+    GeneralMix,
     LinearThreshold,
     MaxEvalTokens,
     MaxLossIncrease,
@@ -100,6 +101,7 @@ def prune(
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
     ] = None,
     general_data: GeneralData = None,
+    general_mix: GeneralMix = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options; the command line wins.")] = None,
     pruning_ratio: PruningRatio = None,
     target_params: TargetParams = None,

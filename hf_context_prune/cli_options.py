@@ -55,6 +55,13 @@ GeneralData = Annotated[
     str | None,
     typer.Option(help="Text of no domain, to measure what the model forgot: the model card says if it is missing."),
 ]
+GeneralMix = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the calibration blocks that comes from --general-data (a tenth of whose documents is then held "
+        "out for the figures), in [0, 1). Default 0."
+    ),
+]
 SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and peak memory.")]
 
 DomainOption = Annotated[str | None, typer.Option(help="Name of the domain, such as law, for the model card.")]

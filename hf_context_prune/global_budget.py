@@ -16,7 +16,7 @@ from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, token_blocks
 from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
-from .errors import BudgetError, DataError
+from .errors import BudgetError, ConfigError, DataError
 from .evaluation import count_parameters, document_losses
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
@@ -88,6 +88,19 @@ def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -
             widths_beside(model, config, tokens)
 
 
+def check_general_mix(config: PrunerConfig, general: object) -> None:
+    """Refuse a share of a text that is not there.
+
+    Raises:
+        ConfigError: `general_mix` without general text.
+    """
+    if config.general_mix and general is None:
+        raise ConfigError(
+            f"general_mix is {config.general_mix:g}, but there is no general text to take blocks from. Give it: "
+            f"--general-data, EvalOptions(general_data=...)."
+        )
+
+
 def widths_beside(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> tuple[LayerWidths, ...]:
     """Uniform widths for what a number of tokens leaves of a budget, from shapes alone.
 
@@ -132,18 +145,38 @@ def rest_of_budget(config: PrunerConfig, model: PreTrainedModel, trimmed: PreTra
     return replace(config, pruning_ratio=None, target_params=target)
 
 
-def _samples(text: TextSource, tokenizer: Any, config: PrunerConfig) -> torch.Tensor:  # noqa: ANN401
-    """The calibration blocks of a config, [blocks, length], int64."""
-    return token_blocks(
-        text,
-        tokenizer,
-        num_samples=config.num_calibration_samples,
-        max_seq_length=config.max_seq_length,
-        seed=config.pruning_seed,
-    )
+def _samples(
+    text: TextSource,
+    tokenizer: Any,  # noqa: ANN401
+    config: PrunerConfig,
+    general: TextSource | None,
+) -> torch.Tensor:
+    """The calibration blocks of a config, [blocks, length], int64; those of general text are spread among the others.
+
+    Raises:
+        ConfigError: `general_mix` without general text.
+    """
+    check_general_mix(config, general)
+
+    def blocks(source: TextSource, count: int) -> torch.Tensor:
+        length, seed = config.max_seq_length, config.pruning_seed
+        return token_blocks(source, tokenizer, num_samples=count, max_seq_length=length, seed=seed)
+
+    whole = config.num_calibration_samples
+    mixed = min(whole - 1, round(config.general_mix * whole))
+    if not mixed or general is None:
+        return blocks(text, whole)
+    both = torch.cat([blocks(text, whole - mixed), blocks(general, mixed)])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(config.pruning_seed))]
 
 
-def split_budget(model: PreTrainedModel, tokenizer: Any, text: TextSource, config: PrunerConfig) -> Split:  # noqa: ANN401
+def split_budget(
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+    general: TextSource | None = None,
+) -> Split:
     """Weigh tokens against other units: the split whose losses add up to the least.
 
     What a vocabulary costs is measured (before any refit) on documents that its tokens were not counted on; what the
@@ -155,11 +188,12 @@ def split_budget(model: PreTrainedModel, tokenizer: Any, text: TextSource, confi
         tokenizer: Its tokenizer.
         text: Calibration text.
         config: With `vocab_auto` and a budget for all parameters.
+        general: For `general_mix`.
 
     Raises:
         BudgetError: No split reaches the budget.
     """
-    samples = _samples(text, tokenizer, config)
+    samples = _samples(text, tokenizer, config, general)
     budget = Budget.of(config, count_parameters(model))
     rows, cost = num_rows(model), token_cost(model)
     alone = rows - math.ceil((budget.remove_params or 0) / cost)
@@ -234,6 +268,7 @@ def smaller_model(
     text: TextSource,
     config: PrunerConfig,
     *,
+    general: TextSource | None = None,
     search: SearchText | None = None,
     provenance: dict[str, Any] | None = None,
     resume_dir: Path | None = None,
@@ -245,6 +280,7 @@ def smaller_model(
         tokenizer: Its tokenizer; left as it is.
         text: Calibration text.
         config: All choices.
+        general: Calibration text of no domain, for `general_mix`; tokens are counted on `text` alone.
         search: For `max_loss_increase`.
         provenance: Goes into the plan, beside the config and versions.
         resume_dir: Where walks keep their finished blocks, to go on from; None keeps nothing.
@@ -256,7 +292,7 @@ def smaller_model(
     vocabulary, measured, base_loss = None, None, None
     asked, alone, increase = config, None, 0.0
     if config.prunes_vocabulary:
-        split = split_budget(model, tokenizer, text, config) if config.vocab_auto else None
+        split = split_budget(model, tokenizer, text, config, general) if config.vocab_auto else None
         if search is not None:
             base_loss = on_main_process(lambda: search.bits_per_byte(dense, full))
         if split is not None:
@@ -277,7 +313,7 @@ def smaller_model(
                         f"more tokens, or allow more."
                     )
             config = rest_of_budget(config, dense, model)
-    samples = _samples(text, tokenizer, config)
+    samples = _samples(text, tokenizer, config, general)
     if config.thresholds_units:
         smaller, plan, _ = prune_by_thresholds(model, samples, config, facts)
         return smaller, tokenizer, replace(plan, vocabulary=vocabulary, model_fingerprint=fingerprint(dense))

@@ -13,7 +13,7 @@ from .config import PrunerConfig
 from .data import TextSource
 from .errors import ConfigError, unknown
 from .evaluation import Estimate, compare_answers, compare_losses, summarize_answers, summarize_losses
-from .global_budget import check_budget, smaller_model
+from .global_budget import check_budget, check_general_mix, smaller_model
 from .loading import LoadedModel, load_model
 from .measuring import QuestionOptions
 from .overlap import drop_overlapping
@@ -210,6 +210,7 @@ def domain_matrix(
     _check_names(names, eval_data or {}, questions or {})
     base = as_loaded(model, tokenizer)
     check_budget(base.model, base.tokenizer, config)
+    check_general_mix(config, None)
     train, held_out, splits = _texts(base, domains, eval_data or {}, questions or {}, config, max_tokens)
     rows = Rows(
         folder / ROWS_NAME,
