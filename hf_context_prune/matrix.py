@@ -50,8 +50,7 @@ class DomainMatrix:
 
     def change(self, calibrated: str, measured: str, against: str = DENSE) -> Estimate:
         """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
-        base, own = self.scores[against, measured], self.scores[calibrated, measured]
-        return _less_one(compare_losses(base.losses, own.losses, seed=self.seed).bits_per_byte_ratio)
+        return relative_change(self.scores[against, measured], self.scores[calibrated, measured], self.seed)
 
     def loss_rows(self) -> list[tuple[str, ...]]:
         """Bits a byte: (calibrated on, parameters, one cell a domain)."""
@@ -154,17 +153,19 @@ class DomainMatrix:
         return "\n\n".join(parts[: -len(self.splits)]) + "\n\n" + "\n".join(parts[-len(self.splits) :]) + "\n"
 
 
+def relative_change(base: Scores, own: Scores, seed: int) -> Estimate:
+    """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
+    ratio = compare_losses(base.losses, own.losses, seed=seed).bits_per_byte_ratio
+    interval = None if ratio.interval is None else (ratio.interval[0] - 1, ratio.interval[1] - 1)
+    return Estimate(ratio.value - 1, interval)
+
+
 def percent(estimate: Estimate) -> str:
     """A share with its interval, in per cent with a sign."""
     text = f"{estimate.value:+.1%}"
     if estimate.interval is None:
         return text
     return f"{text} [{estimate.interval[0]:+.1%}, {estimate.interval[1]:+.1%}]"
-
-
-def _less_one(ratio: Estimate) -> Estimate:
-    interval = None if ratio.interval is None else (ratio.interval[0] - 1, ratio.interval[1] - 1)
-    return Estimate(ratio.value - 1, interval)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]] | list[tuple[str, str, str]]) -> str:
