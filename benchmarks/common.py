@@ -69,7 +69,7 @@ class Rows:
 
 
 def commit() -> str:
-    """The commit of the code, marked where it was changed."""
+    """The commit of the working tree, marked if it was changed."""
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -65,10 +65,10 @@ def shown_name(name: str) -> str:
 
 
 def _of_readme(file: Path, where: str) -> dict[str, Any]:
+    if not file.is_file():
+        return {"unknown": "there is no README.md in its folder"}
     try:
         values = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-    except FileNotFoundError:
-        return {"unknown": "there is no README.md in its folder"}
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {"unknown": f"{where} can't be read"}
     return {**_plain(values), "stated_by": where}

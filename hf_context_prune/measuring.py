@@ -28,10 +28,10 @@ from .evaluation import (
 )
 from .evaluation.harness import write_harness_task
 from .evaluation.multiple_choice import Scorer
-from .evaluation.texts import general_losses, losses_on, read_general
+from .evaluation.texts import Pair, general_losses, losses_on, read_general
 from .loading import LoadedModel
 from .pipeline import EvalOptions, as_loaded
-from .questions import load_questions
+from .questions import QuestionSet, load_questions
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,7 @@ def evaluate(
     general_facts = general_losses(general, dense, pruned=pair, **how_long)
     choice = None
     if questions is not None and asked is not None:
-        how: dict[str, Any] = {"scorer": questions.scorer, "num_shots": questions.num_shots}
-        answers = answer_questions(first.model, first.tokenizer, asked, **how)
-        pruned = None if base is None else answer_questions(own.model, own.tokenizer, asked, **how)
-        choice = MultipleChoiceFacts(
-            asked.name,
-            asked.revision,
-            questions.scorer,
-            questions.num_shots,
-            summarize_answers(asked, answers),
-            None if pruned is None else summarize_answers(asked, pruned),
-            None if pruned is None else compare_answers(answers, pruned, seed=seed),
-        )
+        choice = answered(asked, questions, dense, pair, seed=seed)
     both = {"base": first.model} if base is None else {"base": first.model, "pruned": own.model}
     speed = measure_speed(both) if options.speed else None
     return EvalReport(
@@ -128,6 +117,32 @@ def evaluate(
         memory=_memory(first, None if base is None else own) if options.memory else None,
         multiple_choice=choice,
         general=general_facts,
+    )
+
+
+def answered(
+    asked: QuestionSet, options: QuestionOptions, base: Pair, pruned: Pair | None = None, *, seed: int = 0
+) -> MultipleChoiceFacts:
+    """Answers of one model, or of a base and what was pruned from it, to the same questions.
+
+    Args:
+        asked: The questions, as [`load_questions`][] gave them.
+        options: How they are answered; its `source` is not read again.
+        base: Model and tokenizer.
+        pruned: The same of the pruned model.
+        seed: Of the bootstrap.
+    """
+    how: dict[str, Any] = {"scorer": options.scorer, "num_shots": options.num_shots}
+    answers = answer_questions(*base, asked, **how)
+    others = None if pruned is None else answer_questions(*pruned, asked, **how)
+    return MultipleChoiceFacts(
+        asked.name,
+        asked.revision,
+        options.scorer,
+        options.num_shots,
+        summarize_answers(asked, answers),
+        None if others is None else summarize_answers(asked, others),
+        None if others is None else compare_answers(answers, others, seed=seed),
     )
 
 

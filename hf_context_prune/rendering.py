@@ -101,7 +101,7 @@ def _widths_picture(folder: Folder) -> str:
 
 
 def _loss_figure(folders: Sequence[Folder]) -> Any:  # noqa: ANN401 - matplotlib's
-    figure = new_figure(figsize=(7, 4.5))
+    figure = new_figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for folder in folders:
         loss, size = folder.report.loss, folder.report.size

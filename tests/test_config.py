@@ -63,6 +63,7 @@ EVERYTHING = {
     "num_calibration_samples": 7,
     "max_seq_length": 33,
     "text_column": "body",
+    "domain": "law",
     "pruning_seed": 5,
 }
 
@@ -157,6 +158,11 @@ def test_stock_must_be_a_bool(bad):
 @pytest.mark.parametrize("bad", [3, True, ["text"], ""])
 def test_text_column_must_be_a_name(bad):
     assert f"text_column is {bad!r}" in refused(text_column=bad)
+
+
+@pytest.mark.parametrize("bad", ["", "  ", 3, True, ["law"]])
+def test_domain_must_be_a_name(bad):
+    assert f"domain is {bad!r}" in refused(domain=bad)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""The cards of `model_cards/`: SmolLM2-135M pruned for law, medicine and finance, measured, with their pictures.
+
+python -m benchmarks.model_cards --data PATH/TO/data    # goes on where it stopped; the models stay in --work
+
+Each domain's train text calibrates, its validation text and the general validation text measure, and its questions are
+asked; text of the final figures (sealed) is not used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, corpus, parser, smollm2
+from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
+from hf_context_prune.card import CARD_NAME, PICTURE_NAME, read_facts
+from hf_context_prune.data import TextSource
+from hf_context_prune.errors import LoadError
+from hf_context_prune.loading import LoadedModel
+from hf_context_prune.measuring import answered
+from hf_context_prune.questions import load_questions
+
+CARDS = ROOT.parent / "model_cards"
+BASE = "SmolLM2-135M"
+
+
+def text(args: argparse.Namespace, split: str, domain: str) -> TextSource:
+    """A corpus, named by its domain too, so that a reader of the card knows which it is."""
+    source = corpus(args, split, domain)
+    return replace(source, name=f"{domain}/{source.name}")
+
+
+def configuration(args: argparse.Namespace, domain: str) -> PrunerConfig:
+    return PrunerConfig(
+        pruning_ratio=args.ratio,
+        allocation=args.allocation,
+        reconstruction=args.reconstruction,
+        vocab_size=args.vocab_size or None,
+        num_calibration_samples=args.blocks,
+        max_seq_length=args.length,
+        pruning_seed=args.seed,
+        domain=domain,
+    )
+
+
+def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], LoadedModel]) -> Path:
+    """The folder of a domain's model: from an earlier run with the same options, or made now."""
+    config = configuration(args, domain)
+    setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory]
+    place = args.work / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
+    folder = place / f"{BASE}-{domain}"
+    if not args.fresh and folder.is_dir():
+        try:
+            read_facts(folder)
+            return folder
+        except LoadError as error:
+            print(f"{folder} is made anew: {error}", flush=True)
+    base = load()
+    print(f"{domain}: pruning", flush=True)
+    walk = place / f"{domain}-walk"
+    result = prune(
+        base,
+        text(args, "train", domain),
+        config,
+        eval_data=text(args, "validation", domain),
+        evaluation=EvalOptions(max_tokens=args.eval_tokens, general_data=text(args, "validation", "general")),
+        will_save=True,
+        resume_dir=walk,
+    )
+    if args.questions:
+        print(f"{domain}: questions", flush=True)
+        asked = load_questions(args.data / domain / "mcq.jsonl", max_questions=args.questions)
+        pairs = (base.model, base.tokenizer), (result.model, result.tokenizer)
+        answers = answered(asked, QuestionOptions(asked.name), *pairs, seed=args.seed)
+        result.report = replace(result.report, multiple_choice=replace(answers, name=f"{domain}/{answers.name}"))
+    result.save_pretrained(folder, measure_memory=args.memory)
+    shutil.rmtree(walk, ignore_errors=True)
+    return folder
+
+
+def publish(folder: Path, target: Path) -> Path:
+    """Copy a folder's card and picture, the picture under the card's name."""
+    target.mkdir(parents=True, exist_ok=True)
+    card = (folder / CARD_NAME).read_text(encoding="utf-8").replace(f"]({PICTURE_NAME})", f"]({folder.name}.png)")
+    shutil.copyfile(folder / PICTURE_NAME, target / f"{folder.name}.png")
+    path = target / f"{folder.name}.md"
+    path.write_text(card, encoding="utf-8")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser(__doc__ or "", several=True)
+    options.set_defaults(work=ROOT / "work")
+    options.add_argument("--output", type=Path, default=CARDS, help="folder of the cards")
+    options.add_argument("--ratio", type=float, default=0.3, help="share of all parameters to remove")
+    options.add_argument("--vocab-size", type=int, default=16_384, help="tokens to keep; 0: all")
+    options.add_argument("--allocation", default="adaptive")
+    options.add_argument("--reconstruction", default="sequential")
+    options.add_argument("--blocks", type=int, default=128)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--eval-tokens", type=int, default=24_000)
+    options.add_argument("--questions", type=int, default=300, help="multiple-choice questions a domain; 0: none")
+    options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    args = options.parse_args(arguments)
+    loaded: list[Any] = []
+
+    def load() -> LoadedModel:
+        loaded[:] = loaded or [smollm2()]
+        return loaded[0]
+
+    for domain in args.domains:
+        print(f"Wrote {publish(pruned_folder(args, domain, load), args.output)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Figures of publishing: the time to build a card from facts, and the memory of a push.
+
+python -m benchmarks.publishing                     # a model is pruned quickly to have facts of the real size
+python -m benchmarks.publishing --folder mini-gpt   # the facts of a folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks.common import ROOT, commit, machine, smollm2, write_section
+from hf_context_prune import EvalOptions, PrunerConfig, prune
+from hf_context_prune.card import build_card, read_facts, write_card
+from hf_context_prune.data import TextSource
+from hf_context_prune.demo_assets import licence_texts
+from hf_context_prune.staging import staged_folder
+
+GOAL_SECONDS, GOAL_MEGABYTES = 1.0, 400
+TOKEN = "hf_of_the_benchmark"
+
+
+@dataclass(frozen=True)
+class Push:
+    """One run of ``hf-context-prune push``."""
+
+    seconds: float
+    peak_megabytes: float
+
+
+def quick_folder(place: Path) -> Path:
+    """A pruned SmolLM2 with a small report: a card of the real size, in a minute."""
+    texts = licence_texts()
+    some = TextSource.from_documents(texts.calibration.documents[:40], name=texts.calibration.name)
+    config = PrunerConfig(mlp_ratio=0.25, criterion="magnitude", reconstruction="none", num_calibration_samples=4)
+    options = EvalOptions(max_tokens=2_000, speed=True, general_data=texts.held_out)
+    return prune(smollm2(), some, config, evaluation=options).save_pretrained(place / "mini-gpt")
+
+
+def card_seconds(folder: Path, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of building the text alone, and of writing text and picture, in turns; the first of each is left out."""
+    facts = read_facts(folder)
+    alone, whole = [], []
+    with tempfile.TemporaryDirectory() as place:
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            build_card(facts)
+            alone.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            write_card(Path(place), facts)
+            whole.append(time.perf_counter() - start)
+    return alone[1:], whole[1:]
+
+
+def first_card_seconds(folder: Path) -> float:
+    """Seconds of the first card of a process, text and picture: matplotlib is imported too."""
+    code = (
+        "import sys, time, pathlib, tempfile\n"
+        "from hf_context_prune.card import read_facts, write_card\n"
+        "facts = read_facts(sys.argv[1])\n"
+        "start = time.perf_counter()\n"
+        "write_card(pathlib.Path(tempfile.mkdtemp()), facts)\n"
+        "print(time.perf_counter() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def pushes(megabytes: int, place: Path) -> tuple[Push, Push]:
+    """Push a folder of that size to a local server in a process of its own, and once more."""
+    with staged_folder(place / "big", required_bytes=megabytes * 10**6) as staging:
+        weights = np.random.default_rng(0).standard_normal(megabytes * 250_000, dtype=np.float32)
+        save_file({"weight": weights}, staging / "model.safetensors")
+        (staging / "config.json").write_text("{}\n")
+        (staging / "README.md").write_text("---\ntags: [pruned]\n---\n\n# A large model\n")
+    del weights
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.hub.server", TOKEN, "org"],
+        cwd=ROOT.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    try:
+        environment = os.environ | {
+            "HF_ENDPOINT": server.stdout.readline().strip(),
+            "HF_HOME": str(place / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_TOKEN": TOKEN,
+            "NO_PROXY": "127.0.0.1",
+        }
+        words = ["push", str(place / "big"), "org/big"]
+        return _watched(words, environment, place), _watched(words, environment, place)
+    finally:
+        server.stdin.close()
+        server.wait(timeout=30)
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from hf_context_prune.cli import main
+try:
+    main()
+finally:
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    Path(sys.argv[0]).write_text(peak.split()[1])
+"""
+
+
+def _watched(words: Sequence[str], environment: dict[str, str], place: Path) -> Push:
+    """Run the command line; its peak is read inside it, as what a parent is told also counts the parent's own memory."""
+    peak = place / "peak"
+    code = f"import sys; sys.argv[0] = {str(peak)!r}\n{_RUN}"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.DEVNULL, check=True)
+    return Push(time.perf_counter() - start, int(peak.read_text()) * 1024 / 1e6)
+
+
+def results_text(
+    folder: Path,
+    alone: list[float],
+    whole: list[float],
+    first: float,
+    sent: tuple[Push, Push],
+    args: argparse.Namespace,
+) -> str:
+    push, again = sent
+    worst = max(first, *whole)
+    card = "met" if worst < GOAL_SECONDS else "missed"
+    memory = "met" if max(push.peak_megabytes, again.peak_megabytes) < GOAL_MEGABYTES else "missed"
+    return f"""## Publishing
+
+Card of a pruned SmolLM2-135M-Instruct ({len(read_facts(folder).plan.layers)} layers) from its facts in memory: the text in
+{1000 * statistics.median(alone):.0f} ms, text and picture in {statistics.median(whole):.2f} s (medians of {len(whole)});
+{first:.2f} s for the first of a process, which imports matplotlib. Goal: under {GOAL_SECONDS:.0f} s: {card}.
+
+`hf-context-prune push` of {args.megabytes} MB to a local server in another process (large-file upload, not Xet): peak RSS
+{push.peak_megabytes:.0f} MB, {push.seconds:.1f} s; once more, with nothing to send: {again.peak_megabytes:.0f} MB,
+{again.seconds:.1f} s. Goal: under {GOAL_MEGABYTES} MB: {memory}.
+
+`python -m benchmarks.publishing` at `{commit()}`, {machine()}.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--folder", type=Path, help="a pruned folder with a report; none: one is made")
+    options.add_argument("--megabytes", type=int, default=300, help="size of what is pushed")
+    options.add_argument("--repeats", type=int, default=5)
+    args = options.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        folder = args.folder or quick_folder(place)
+        alone, whole = card_seconds(folder, args.repeats)
+        first = first_card_seconds(folder)
+        sent = pushes(args.megabytes, place)
+        write_section("publishing", results_text(folder, alone, whole, first, sent, args))
+
+
+if __name__ == "__main__":
+    main()
