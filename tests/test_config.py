@@ -63,7 +63,6 @@ EVERYTHING = {
     "num_calibration_samples": 7,
     "max_seq_length": 33,
     "text_column": "body",
-    "domain": "law",
     "pruning_seed": 5,
 }
 
