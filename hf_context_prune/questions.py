@@ -165,6 +165,19 @@ def answered(question: Question, *, letters: bool = False) -> str:
     return f"{shown(question, letters=letters)} {answer}"
 
 
+def shown_by_the_paper(question: Question) -> str:
+    """The question as the paper's code asks it: small letters before the choices, and no "Answer:" behind them."""
+    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS.lower(), question.choices, strict=False))
+    context = f"{question.context}\n\n" if question.context else ""
+    return f"{context}Answer the following question:\n{question.question}{listed}"
+
+
+def papers_prompt(question: Question, examples: Iterable[Question] = ()) -> str:
+    """Examples and then the question, as the paper's code asks; its own runs have no examples."""
+    told = [f"{shown_by_the_paper(row)}\nAnswer: {LETTERS[row.answer]}" for row in examples]
+    return "\n\n".join([*told, shown_by_the_paper(question)])
+
+
 def prompt(question: Question, examples: Iterable[Question] = (), *, letters: bool = False) -> str:
     """Examples and then the question, separated by blank lines."""
     return "\n\n".join([*(answered(row, letters=letters) for row in examples), shown(question, letters=letters)])

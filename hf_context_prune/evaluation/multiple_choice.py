@@ -12,7 +12,7 @@ from huggingface_hub.utils import tqdm
 from scipy import stats
 
 from ..errors import ConfigError, unknown
-from ..questions import LETTERS, Question, QuestionSet, prompt
+from ..questions import LETTERS, Question, QuestionSet, papers_prompt, prompt
 from ._bootstrap import CONFIDENCE, Estimate, bootstrap_estimate
 from ._continuations import Alternatives, continuation_log_probs
 from ._inference import evaluation_mode, max_positions
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Scorer = Literal["likelihood_normalised", "likelihood", "letter", "paper"]
-_GENERATED = re.compile(r"^\s*(?:Answer:\s*)?\(?([A-Z])\b")
-_GENERATED_TOKENS = 8
+_GENERATED = re.compile(r"Answer: +([^ ])")
+_GENERATED_TOKENS = 10
 ALL = "all"
 """Name of the group of all questions."""
 
@@ -101,9 +101,9 @@ def answer_questions(
 
     Scorers: ``likelihood`` sums the log-probabilities of a choice's tokens after the question, "Answer:" and a space;
     ``likelihood_normalised`` divides that by the bytes of the choice (lm-evaluation-harness: by its characters);
-    ``letter`` lists the choices and compares the letters as the next token; ``paper`` (arXiv 2312.12682) lists them,
-    generates a few tokens and takes the letter that it answers with, else the choice whose question + choice has the
-    lowest perplexity a token.
+    ``letter`` lists the choices and compares the letters as the next token; ``paper`` (arXiv 2312.12682) asks as the
+    paper's code does, and takes the letter behind a generated "Answer: ", else the choice whose question + choice has
+    the lowest perplexity over its number of tokens: that code divides so, and thereby favours long choices.
 
     Args:
         model: A causal LM, in any mode and dtype, on any device.
@@ -116,22 +116,21 @@ def answer_questions(
     Raises:
         ConfigError: An unknown scorer, or `num_shots` below 0.
     """
-    if scorer not in get_args(Scorer):
-        raise ConfigError(unknown("scorer", scorer, get_args(Scorer)))
-    if num_shots < 0:
-        raise ConfigError(f"num_shots is {num_shots}; it must be 0 or more.")
-    letters = scorer in ("letter", "paper")
+    check_scoring(scorer, num_shots)
     shots = [questions.examples.get(question.source, ())[:num_shots] for question in questions.questions]
-    prompts = [
-        prompt(question, examples, letters=letters)
-        for question, examples in zip(questions.questions, shots, strict=True)
-    ]
+    pairs = list(zip(questions.questions, shots, strict=True))
     if scorer == "paper":
+        prompts = [papers_prompt(question, examples) for question, examples in pairs]
         scores = _paper_scores(model, tokenizer, questions.questions, prompts, batch_tokens)
     else:
+        letters = scorer == "letter"
         items = [
-            _alternatives(tokenizer, text, [f" {answer}" for answer in (_letters(q) if letters else q.choices)])
-            for q, text in zip(questions.questions, prompts, strict=True)
+            _alternatives(
+                tokenizer,
+                prompt(question, examples, letters=letters),
+                [f" {answer}" for answer in (_letters(question) if letters else question.choices)],
+            )
+            for question, examples in pairs
         ]
         scores = continuation_log_probs(model, items, batch_tokens=batch_tokens)
     if scorer == "likelihood_normalised":
@@ -143,6 +142,18 @@ def answer_questions(
         _answer(question, row, len(examples))
         for question, row, examples in zip(questions.questions, scores, shots, strict=True)
     ]
+
+
+def check_scoring(scorer: str, num_shots: int) -> None:
+    """Refuse what [`answer_questions`][] would, before any work.
+
+    Raises:
+        ConfigError: An unknown scorer, or `num_shots` below 0.
+    """
+    if scorer not in get_args(Scorer):
+        raise ConfigError(unknown("scorer", scorer, get_args(Scorer)))
+    if isinstance(num_shots, bool) or not isinstance(num_shots, int) or num_shots < 0:
+        raise ConfigError(f"num_shots is {num_shots!r}; it must be an integer of 0 or more.")
 
 
 def _letters(question: Question) -> Sequence[str]:
@@ -174,7 +185,10 @@ def _paper_scores(
     prompts: Sequence[str],
     batch_tokens: int,
 ) -> list[list[float]]:
-    """1 for the letter that is generated, else minus the perplexity of question + choice."""
+    """1 for the letter that is generated, else minus the log of the paper's perplexity over tokens.
+
+    A generated character that names no choice counts as none; the paper's code counts it as a wrong answer.
+    """
     items = [
         _whole(_alternatives(tokenizer, question.question, [f" {choice}" for choice in question.choices]))
         for question in questions
@@ -183,12 +197,12 @@ def _paper_scores(
     scores = []
     generated = _generated(model, tokenizer, prompts)
     for question, item, row, text in zip(questions, items, sums, generated, strict=True):
-        match = _GENERATED.match(text)
-        if match and match.group(1) in _letters(question):
-            scores.append([float(letter == match.group(1)) for letter in _letters(question)])
+        match, letters = _GENERATED.search(text), _letters(question)
+        if match and match.group(1).upper() in letters:
+            scores.append([float(letter == match.group(1).upper()) for letter in letters])
         else:
-            lengths = [len(sequence) - 1 for sequence in item.sequences]
-            scores.append([-math.exp(-total / length) for total, length in zip(row, lengths, strict=True)])
+            lengths = [len(sequence) for sequence in item.sequences]
+            scores.append([x / (length - 1) + math.log(length) for x, length in zip(row, lengths, strict=True)])
     return scores
 
 
