@@ -21,7 +21,7 @@ from .pipeline import as_loaded, split_text
 from .plan import PruningPlan, fingerprint
 from .rendering import matrix_picture
 from .rows import Rows
-from .saving import PLAN_NAME, save_pruned
+from .saving import PLAN_NAME, check_target, save_pruned
 from .scores import HeldOut, Scores, held_out_of, score, summary_of
 
 DENSE = "dense"
@@ -216,12 +216,14 @@ def domain_matrix(
     rows = Rows(
         folder / ROWS_NAME,
         {
-            "model": [base.name, fingerprint(base.model)],
+            "model": [base.name, fingerprint(base.model), str(base.model.dtype)],
             "config": config.to_dict(),
             "domains": {name: [text.name, text.fingerprint] for name, text in train.items()},
             "held_out": {name: one.setting() for name, one in held_out.items()},
         },
     )
+    for name, text in train.items():  # before the long work
+        _finished(base, text, folder / MODELS / name, config)
     scores: dict[tuple[str, str], Scores] = {}
     for calibrated in (DENSE, *names):
         loaded: list[LoadedModel] = []
@@ -289,19 +291,40 @@ def _texts(
     return train, held_out, splits
 
 
-def _pruned(base: LoadedModel, text: TextSource, folder: Path, config: PrunerConfig) -> LoadedModel:
-    """The model of a domain, from its folder if an earlier run left it there."""
-    provenance = {
+def _provenance(base: LoadedModel, text: TextSource) -> dict[str, Any]:
+    return {
         "base_model": base.name,
         "base_revision": base.revision,
+        "dtype": str(base.model.dtype),
         "data": {"name": text.name, "revision": text.revision, "fingerprint": text.fingerprint},
     }
-    if not folder.exists():
-        model, tokenizer, plan = smaller_model(base.model, base.tokenizer, text, config, provenance=provenance)
-        save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
-    known = PruningPlan.load(folder / PLAN_NAME).provenance
-    if (known.get("config"), known.get("data")) != (config.to_dict(), provenance["data"]):
+
+
+def _finished(base: LoadedModel, text: TextSource, folder: Path, config: PrunerConfig) -> bool:
+    """Whether an earlier run left the very model of a domain in its folder.
+
+    Raises:
+        ConfigError: It holds another one.
+        SaveError: It holds something else, or can't be written.
+    """
+    if not (folder / PLAN_NAME).is_file():
+        check_target(folder)
+        return False
+    plan, asked = PruningPlan.load(folder / PLAN_NAME), {**_provenance(base, text), "config": config.to_dict()}
+    known = {name: plan.provenance.get(name) for name in asked}
+    if plan.model_fingerprint != fingerprint(base.model) or known != asked:
         raise ConfigError(
-            f"{folder} holds a model that was pruned with other options or text. Name another --output, or remove it."
+            f"{folder} holds a model that was pruned from another one, or with other options or text. Name another "
+            f"--output, or remove it."
         )
+    return True
+
+
+def _pruned(base: LoadedModel, text: TextSource, folder: Path, config: PrunerConfig) -> LoadedModel:
+    """The model of a domain, from its folder if an earlier run left it there."""
+    if not _finished(base, text, folder, config):
+        model, tokenizer, plan = smaller_model(
+            base.model, base.tokenizer, text, config, provenance=_provenance(base, text)
+        )
+        save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
     return load_model(folder, device=str(base.model.device))

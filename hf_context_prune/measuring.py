@@ -27,7 +27,7 @@ from .evaluation import (
     weight_bytes,
 )
 from .evaluation.harness import write_harness_task
-from .evaluation.multiple_choice import Scorer
+from .evaluation.multiple_choice import Scorer, check_scoring
 from .evaluation.texts import Pair, general_losses, losses_on, read_general
 from .loading import LoadedModel
 from .pipeline import EvalOptions, as_loaded
@@ -45,6 +45,9 @@ class QuestionOptions:
         num_shots: Examples, at most.
         max_questions: Questions at most; None takes all.
         harness_task: Folder to write them to as a task of lm-evaluation-harness; None writes none.
+
+    Raises:
+        ConfigError: An unknown scorer, or a number out of range.
     """
 
     source: Any
@@ -53,6 +56,10 @@ class QuestionOptions:
     num_shots: int = 0
     max_questions: int | None = None
     harness_task: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what would else be found after long work."""
+        check_scoring(self.scorer, self.num_shots)
 
 
 def evaluate(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import ConfigError, DataError, unknown
@@ -52,6 +54,13 @@ class QuestionSet:
     examples: Mapping[str, tuple[Question, ...]]
     name: str
     revision: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that is asked and shown, 64 hexadecimal digits."""
+        rows = [self.questions, *(self.examples[source] for source in sorted(self.examples))]
+        text = json.dumps([[asdict(question) for question in some] for some in rows], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_questions(

@@ -51,7 +51,7 @@ class HeldOut:
         asked = self.questions
         return {
             "text": [self.text.name, self.text.fingerprint, len(self.docs)],
-            "questions": None if asked is None else [asked.name, asked.revision, len(asked.questions), self.scorer],
+            "questions": None if asked is None else [asked.name, asked.fingerprint, self.scorer],
             "num_shots": self.num_shots,
             "max_seq_length": self.max_seq_length,
         }

@@ -280,7 +280,7 @@ def sweep(
     rows = Rows(
         folder / ROWS_NAME,
         {
-            "model": [base.name, fingerprint(base.model)],
+            "model": [base.name, fingerprint(base.model), str(base.model.dtype)],
             "data": [text.name, text.fingerprint],
             "held_out": held_out.setting(),
             "recovery": None if options.recovery is None else options.recovery.to_dict(),

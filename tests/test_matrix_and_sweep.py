@@ -1,14 +1,19 @@
 """The domain matrix and the paper's grid on tiny models: what is measured, what is written, how a run goes on."""
 
+import copy
 import json
 import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from hf_context_prune import EvalOptions, prune
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import CalibrationWarning
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.matrix import DENSE, domain_matrix
 from hf_context_prune.measuring import QuestionOptions
@@ -106,12 +111,48 @@ def test_held_out_text_that_another_domain_calibrates_on_is_dropped(base, domain
     assert "6 more were dropped" in found.splits["general"]
 
 
-def test_a_model_of_another_run_is_not_taken(base, domains, tmp_path):
+def louder(base, **changes):
+    """The same architecture with other weights."""
+    model = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    return replace(base, model=model, **changes)
+
+
+def test_a_model_of_another_run_is_not_taken(base, domains, tmp_path, monkeypatch):
     out = tmp_path / "out"
     domain_matrix(base, domains, out, CONFIG, max_tokens=None)
+    half = replace(base, model=copy.deepcopy(base.model).to(torch.bfloat16))
+    for other in (louder(base), half):
+        with pytest.raises(ConfigError, match="other values of model"):
+            domain_matrix(other, domains, out, CONFIG, max_tokens=None)
     (out / "matrix.jsonl").unlink()
-    with pytest.raises(ConfigError, match="other options or text"):
-        domain_matrix(base, domains, out, PrunerConfig(mlp_ratio=0.5, max_seq_length=64), max_tokens=None)
+    monkeypatch.setattr("hf_context_prune.matrix.score", None)  # refused before anything is measured
+    for other, config in ((base, replace(CONFIG, mlp_ratio=0.5)), (louder(base), CONFIG), (half, CONFIG)):
+        with pytest.raises(ConfigError, match="other options or text"):
+            domain_matrix(other, domains, out, config, max_tokens=None)
+        (out / "matrix.jsonl").unlink()
+    shutil.rmtree(out / "models" / "law")
+    (out / "models" / "law").mkdir()
+    (out / "models" / "law" / "mine.txt").touch()
+    with pytest.raises(SaveError, match="was not made by this package"):
+        domain_matrix(base, domains, out, CONFIG, max_tokens=None)
+
+
+def test_other_questions_are_not_answered_by_old_rows(base, domains, questions, tmp_path):
+    out = tmp_path / "out"
+    domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
+    rows = [json.loads(line) for line in Path(questions.source).read_text().splitlines()]
+    write(Path(questions.source), [row | {"answer": (row["answer"] + 1) % 3} for row in rows])
+    with pytest.raises(ConfigError, match="other values of held_out"):
+        domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
+
+
+@pytest.mark.parametrize("options", [{"scorer": "likelyhood"}, {"num_shots": -1}])
+def test_how_questions_are_scored_is_checked_at_once(options):
+    with pytest.raises(ConfigError, match=str(next(iter(options.values())))):
+        QuestionOptions("questions.jsonl", **options)
 
 
 @pytest.mark.parametrize(
