@@ -19,20 +19,14 @@ from benchmarks import common
 from benchmarks.common import Rows, machine, parser, table, write_section
 from benchmarks.common import commit as current_commit
 from benchmarks.models import smollm2
+from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, load_documents
 from hf_context_prune.evaluation import summarize_answers
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.loading import LoadedModel
-from hf_context_prune.matrix import (
-    DENSE,
-    MODELS,
-    PICTURE_NAME,
-    DomainMatrix,
-    domain_matrix,
-    percent,
-    relative_change,
-)
+from hf_context_prune.matrix import MODELS, REFERENCE, domain_matrix
+from hf_context_prune.matrix_facts import DENSE, PICTURE_NAME, DomainMatrix, relative_change
 from hf_context_prune.measuring import QuestionOptions, evaluate
 from hf_context_prune.pipeline import EvalOptions
 from hf_context_prune.recovery import RecoveryConfig
@@ -41,7 +35,6 @@ from hf_context_prune.sweep import GRID, Sweep, SweepOptions, sweep
 
 GOAL_MINUTES = 15.0
 """For half a megabyte of text and 500 questions, base and pruned, on two cores."""
-REFERENCE = "general"
 FOUR = ("law", "medicine", "finance", REFERENCE)
 
 
@@ -170,10 +163,10 @@ def matrix_section(found: DomainMatrix, share: float, section: str) -> str:
         f"![Change of the bits a byte](matrix-{section}-{share:g}.png)",
         table(header, found.loss_rows()),
     ]
-    if "general" in found.domains:
+    if found.reference is not None:
         parts += [
             "Own domain against general text, models of equal size (below 0: the own domain's context is worth it):",
-            table(("domain", "on its own text", "on general text"), found.context_rows("general")),
+            table(("domain", "on its own text", "on general text"), found.context_rows()),
         ]
     parts += [table(("accuracy, calibrated on", *(f"on {domain}" for domain in found.asked)), found.accuracy_rows())]
     return "\n\n".join(parts)

@@ -12,12 +12,14 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import Budget, predicted_loss
+from .architectures import check_supported
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, token_blocks
 from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError, ConfigError, DataError
 from .evaluation import count_parameters, document_losses
+from .magnitudes import check_linear
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
 from .planning import Measured, Planner, plan_and_repair, plan_widths, versions
@@ -73,12 +75,15 @@ def size_of(config: PrunerConfig) -> VocabularySize | None:
 
 
 def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -> None:  # noqa: ANN401
-    """Refuse tokens that can't go, and a budget that shapes alone say can't be reached, before the long work.
+    """Refuse what can't be pruned so, and a budget that shapes alone say can't be reached, before the long work.
 
     Raises:
+        ConfigError: See [`check_linear`][].
         VocabularyError: See [`check_prunable`][].
         BudgetError: The size can't be reached.
     """
+    if config.thresholds_units:
+        check_linear(check_supported(model))
     if config.prunes_vocabulary:
         check_prunable(model, tokenizer, size_of(config))
     sized = config.prunes_units and not config.thresholds_units

@@ -61,6 +61,19 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
+def check_linear(spec: ArchSpec) -> None:
+    """Refuse an architecture whose projections are of another class than `nn.Linear` (GPT-2).
+
+    Raises:
+        ConfigError: With what to do instead.
+    """
+    if spec.transposed:
+        raise ConfigError(
+            f"The paper's thresholds are rules for nn.Linear, and the projections of a {spec.model_type} model are "
+            f"Conv1D. Give a size instead: pruning_ratio."
+        )
+
+
 class _Sums:
     """Sums of |x| over unpadded tokens, by name."""
 
@@ -116,16 +129,12 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
         batches: As for [`calibrate`][]; padded positions don't count.
 
     Raises:
-        ConfigError: The architecture keeps its projections in another class than `nn.Linear` (GPT-2).
+        ConfigError: See [`check_linear`][].
         DataError: Nothing but padding.
         NumericsError: NaN or Inf in weights or activations.
     """
     spec = check_supported(model)
-    if spec.transposed:
-        raise ConfigError(
-            f"The paper's thresholds are rules for nn.Linear, and the projections of a {spec.model_type} model are "
-            f"Conv1D. Give a size instead: pruning_ratio."
-        )
+    check_linear(spec)
     check_weights_finite(model)
     rows = model.get_input_embeddings().weight.shape[0]
     sums, num_tokens = _Sums(model, spec), 0

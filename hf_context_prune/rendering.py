@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,13 +127,12 @@ def _loss_figure(folders: Sequence[Folder]) -> Any:  # noqa: ANN401 - matplotlib
     return figure
 
 
-def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float], path: Path) -> None:
-    """Draw the domain matrix as a heat map.
+def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float]) -> bytes:
+    """Draw the domain matrix as a heat map; a PNG file's bytes.
 
     Args:
         names: Domains, in order.
         changes: Change of the bits a byte against the dense model, by (calibrated on, measured on).
-        path: PNG file to write.
     """
     side = 2.5 + 0.9 * len(names)
     figure = new_figure(figsize=(side + 1.5, side))
@@ -150,4 +150,6 @@ def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float
     axis.set_ylabel("calibrated on")
     axis.set_title("Bits a byte against the dense model")
     figure.colorbar(image, ax=axis, shrink=0.8, label="per cent")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()

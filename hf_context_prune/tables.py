@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .evaluation import EvalReport
     from .evaluation.bench import Bench
-    from .matrix import DomainMatrix
+    from .matrix_facts import DomainMatrix
     from .modeling.specs import LayerWidths
     from .sweep import Sweep
 
@@ -47,16 +47,17 @@ def sweep_table(sweep: Sweep) -> Table:
     return table
 
 
-def matrix_tables(matrix: DomainMatrix, reference: str) -> list[Table]:
+def matrix_tables(matrix: DomainMatrix) -> list[Table]:
     """Losses, whether the context matters, and accuracies, of those that were measured."""
     parts: list[tuple[str, Sequence[str], Sequence[tuple[str, ...]]]] = [
         ("Bits a byte", ("calibrated on", "parameters", *matrix.domains), matrix.loss_rows()),
         (
-            f"Own domain against {reference}: change of the bits a byte",
-            ("domain", "on its own text", f"on {reference} text"),
-            matrix.context_rows(reference) if reference in matrix.domains else [],
+            f"Own domain against {matrix.reference}: change of the bits a byte",
+            ("domain", "on its own text", f"on {matrix.reference} text"),
+            matrix.context_rows(),
         ),
-        ("Accuracy", ("calibrated on", *matrix.asked), matrix.accuracy_rows()),
+        ("Accuracy, all sources (*: not clear of guessing)", ("calibrated on", *matrix.asked), matrix.accuracy_rows()),
+        ("Accuracy by source", matrix.source_header, matrix.source_rows()),
     ]
     tables = []
     for title, header, rows in parts:
