@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from .allocation import Budget, predicted_loss
 from .architectures import check_supported
+from .calibration import batches_of
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, token_blocks
 from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError, ConfigError, DataError
 from .evaluation import count_parameters, document_losses
-from .magnitudes import check_linear
+from .magnitudes import check_linear, measure_magnitudes
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
 from .planning import Measured, Planner, plan_and_repair, plan_widths, versions
@@ -31,6 +32,8 @@ from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_pr
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""
 _PROBE_TOKENS = 8_000
+_HEAD_TOKENS = 1024
+"""Tokens a batch where the head's output, which is wide, is measured too."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,8 @@ def smaller_model(
     Returns:
         (the smaller model, its tokenizer, the plan).
     """
+    if config.thresholds_units:
+        return _below_thresholds(model, tokenizer, text, config, general, dict(provenance or {}))
     dense, full, facts = model, tokenizer, dict(provenance or {})
     vocabulary, measured, base_loss = None, None, None
     asked, alone, increase = config, None, 0.0
@@ -319,9 +324,6 @@ def smaller_model(
                     )
             config = rest_of_budget(config, dense, model)
     samples = _samples(text, tokenizer, config, general)
-    if config.thresholds_units:
-        smaller, plan, _ = prune_by_thresholds(model, samples, config, facts)
-        return smaller, tokenizer, replace(plan, vocabulary=vocabulary, model_fingerprint=fingerprint(dense))
     try:
         plan, repair = plan_and_repair(
             model,
@@ -348,6 +350,29 @@ def smaller_model(
             provenance={**plan.provenance, "config": asked.to_dict()},
         )
     return smaller, tokenizer, plan
+
+
+def _below_thresholds(
+    dense: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+    general: TextSource | None,
+    facts: dict[str, Any],
+) -> tuple[PreTrainedModel, Any, PruningPlan]:
+    """The paper's rule: what it compares is measured on the dense model, with all tokens, also where some go."""
+    samples = _samples(text, tokenizer, config, general)
+    facts["num_calibration_samples"] = samples.shape[0]
+    magnitudes = measure_magnitudes(dense, batches_of(samples, batch_tokens=_HEAD_TOKENS))
+    model, vocabulary = dense, None
+    if config.prunes_vocabulary:
+        trimmed = trimmed_for(dense, tokenizer, text, config)
+        model, tokenizer, vocabulary = trimmed.model, trimmed.tokenizer, trimmed.plan.vocabulary
+        assert vocabulary is not None
+        magnitudes = magnitudes.of_tokens(dense, vocabulary.kept)
+        facts |= trimmed.plan.provenance
+    smaller, plan, _ = prune_by_thresholds(model, magnitudes, config, facts)
+    return smaller, tokenizer, replace(plan, vocabulary=vocabulary, model_fingerprint=fingerprint(dense))
 
 
 def _reached(config: PrunerConfig, dense: PreTrainedModel, trimmed: PreTrainedModel) -> bool:

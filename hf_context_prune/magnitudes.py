@@ -6,9 +6,9 @@ The paper (Mini-GPTs, arXiv 2312.12682) looks at every `nn.Linear`, the head inc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -54,6 +54,19 @@ class Magnitudes:
     linears: dict[str, LinearMagnitudes]
     activations: tuple[torch.Tensor, ...]
     num_tokens: int
+
+    def of_tokens(self, model: PreTrainedModel, kept: Sequence[int]) -> Magnitudes:
+        """The same, for a model that has only some rows of the head left.
+
+        Args:
+            model: The dense model.
+            kept: Indices of the rows, in their new order.
+        """
+        rows, head = torch.tensor(kept), model.get_output_embeddings()
+        name = next(name for name, module in linear_layers(model) if module is head)
+        old = self.linears[name]
+        unbiased = None if old.unbiased is None else old.unbiased[rows]
+        return replace(self, linears={**self.linears, name: LinearMagnitudes(old.inputs, old.outputs[rows], unbiased)})
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -224,8 +224,8 @@ class Sweep:
         if asked is not None and self.base.answers is not None:
             group = summarize_answers(asked, self.base.answers)[-1]
             questions = (
-                f" Accuracy: {group.num_questions:,} questions of {inert(asked.name)}, scorer `{self.held_out.scorer}`, "
-                f"{self.held_out.num_shots}-shot, guessing gives {group.chance:.0%}; p of McNemar's exact test against "
+                f" Accuracy: {group.num_questions:,} questions of {inert(asked.name)}, scorer "
+                f"`{self.held_out.scorer}`, {self.held_out.num_shots}-shot, guessing gives {group.chance:.0%}; p of McNemar's exact test against "
                 f"the base."
             )
             by_source = ["", "Accuracy by source:", "", table(*self.source_table())]
@@ -235,8 +235,8 @@ class Sweep:
                 "",
                 table(self.header, self.table_rows()),
                 "",
-                f"{inert(self.text)} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} documents; in "
-                f"brackets the change of the bits a byte, with a 95 % interval over documents.{questions}",
+                f"{inert(self.text)} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} "
+                f"documents; in brackets the change of the bits a byte, with a 95 % interval over documents.{questions}",
                 "",
                 "*Removed*: share of the parameters that are gone from the file. *Zeroed, not removed*: zeros that "
                 "stay in the file, since no whole unit is dead; training may bring them back. *Paper's non-zero "
