@@ -20,6 +20,7 @@ from .cli_options import (
     RevisionOption,
     SpeedOption,
     TextColumn,
+    needs_questions,
 )
 from .cli_output import out, out_json, out_table
 from .distributed import on_main_process
@@ -78,8 +79,15 @@ def evaluate(
             max_questions,
             harness_task,
         )
-    elif harness_task is not None:
-        raise ConfigError("--harness-task writes the questions of --mcq as a task; give --mcq too.")
+    else:
+        needs_questions(
+            {
+                "--mcq-columns": mcq_columns,
+                "--few-shot": few_shot,
+                "--max-questions": max_questions,
+                "--harness-task": harness_task,
+            }
+        )
     report = on_main_process(
         lambda: run(
             load_model(model, dtype=dtype.value, device=device, revision=revision),

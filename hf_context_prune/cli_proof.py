@@ -27,6 +27,7 @@ from .cli_options import (
     TextColumn,
     VocabSize,
     given_options,
+    needs_questions,
 )
 from .cli_output import out, out_json, out_table
 from .errors import ConfigError
@@ -57,7 +58,9 @@ def sweep(
     ] = None,
     mcq: Annotated[str | None, typer.Option(help="Multiple-choice questions, as for evaluate.")] = None,
     mcq_scorer: Annotated[str, typer.Option(help="As for evaluate; the paper's own is paper.")] = "paper",
-    max_questions: Annotated[int, typer.Option(min=1, help="Questions at most, evenly spread.")] = 100,
+    max_questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions at most, evenly spread. Default 100.")
+    ] = None,
     num_calibration_samples: Annotated[int, typer.Option(min=1, help="Calibration blocks.")] = 128,
     max_seq_length: Annotated[int, typer.Option(min=8, help="Tokens a block.")] = 512,
     text_column: TextColumn = None,
@@ -92,7 +95,9 @@ def sweep(
     )
     questions = None
     if mcq is not None:
-        questions = QuestionOptions(mcq, scorer=mcq_scorer, max_questions=max_questions)  # type: ignore[arg-type]
+        questions = QuestionOptions(mcq, scorer=mcq_scorer, max_questions=max_questions or 100)  # type: ignore[arg-type]
+    else:
+        needs_questions({"--max-questions": max_questions})
     options.configs()  # refused before the model is loaded
     check_writable(output)
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
@@ -166,6 +171,8 @@ def matrix(
         name: QuestionOptions(source, None, mcq_scorer, few_shot, max_questions)  # type: ignore[arg-type]
         for name, source in _pairs("--mcq", mcq).items()
     }
+    if not asked:
+        needs_questions({"--few-shot": few_shot, "--max-questions": max_questions})
     check_matrix(tuple(texts), output, chosen, held_out, asked, reference)
     result = domain_matrix(
         load_model(model, dtype=dtype.value, device=device, revision=revision),

@@ -111,7 +111,7 @@ class DomainMatrix:
     def _paired(self, name: str, domain: str, against: str) -> tuple[PairedAccuracy, ...]:
         base, own = self.scores[against, domain].answers, self.scores[name, domain].answers
         assert base is not None and own is not None  # noqa: PT018
-        return compare_answers(base, own, seed=self.seed)
+        return compare_answers(base, own)
 
     def _accuracy(self, name: str, domain: str, index: int) -> str:
         group = self._groups(name, domain)[index]

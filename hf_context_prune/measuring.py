@@ -106,7 +106,7 @@ def evaluate(
     general_facts = general_losses(general, dense, pruned=pair, **how_long)
     choice = None
     if questions is not None and asked is not None:
-        choice = answered(asked, questions, dense, pair, seed=seed)
+        choice = answered(asked, questions, dense, pair)
     both = {"base": first.model} if base is None else {"base": first.model, "pruned": own.model}
     speed = measure_speed(both) if options.speed else None
     return EvalReport(
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def answered(
-    asked: QuestionSet, options: QuestionOptions, base: Pair, pruned: Pair | None = None, *, seed: int = 0
+    asked: QuestionSet, options: QuestionOptions, base: Pair, pruned: Pair | None = None
 ) -> MultipleChoiceFacts:
     """Answers of one model, or of a base and what was pruned from it, to the same questions.
 
@@ -137,7 +137,6 @@ def answered(
         options: How they are answered; its `source` is not read again.
         base: Model and tokenizer.
         pruned: The same of the pruned model.
-        seed: Of the bootstrap.
     """
     how: dict[str, Any] = {"scorer": options.scorer, "num_shots": options.num_shots}
     answers = answer_questions(*base, asked, **how)
@@ -149,7 +148,7 @@ def answered(
         options.num_shots,
         summarize_answers(asked, answers),
         None if others is None else summarize_answers(asked, others),
-        None if others is None else compare_answers(answers, others, seed=seed),
+        None if others is None else compare_answers(answers, others),
     )
 
 

@@ -37,7 +37,7 @@ from .evaluation import (
     summarize_losses,
 )
 from .evaluation.texts import general_losses, read_general
-from .global_budget import check_budget, check_general_mix, smaller_model, vocabulary_note
+from .global_budget import check_budget, check_general_mix, smaller_model
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
 from .planning import needed_targets
@@ -45,6 +45,7 @@ from .result import PruneResult
 from .search_text import SearchText
 from .sequential import check_walkable
 from .surgery import stock_fit
+from .vocabulary.notes import vocabulary_note
 
 
 @dataclass(frozen=True)

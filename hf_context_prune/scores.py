@@ -122,9 +122,7 @@ def summary_of(scores: Scores, held_out: HeldOut, base: Scores | None = None, *,
     if scores.answers is not None and held_out.questions is not None:
         found["accuracy"] = [asdict(group) for group in summarize_answers(held_out.questions, scores.answers)]
         if base is not None and base.answers is not None:
-            found["accuracy_change"] = [
-                asdict(group) for group in compare_answers(base.answers, scores.answers, seed=seed)
-            ]
+            found["accuracy_change"] = [asdict(group) for group in compare_answers(base.answers, scores.answers)]
     return found
 
 

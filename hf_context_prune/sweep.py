@@ -178,7 +178,7 @@ class Sweep:
         value = summarize_answers(self.held_out.questions, scores.answers)[index].accuracy.value
         if scores is self.base or self.base.answers is None:
             return f"{value:.1%}"
-        paired = compare_answers(self.base.answers, scores.answers, seed=self.seed)[index]
+        paired = compare_answers(self.base.answers, scores.answers)[index]
         return f"{value:.1%} (p {paired.p_value:.2g})"
 
     def source_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -225,8 +225,8 @@ class Sweep:
             group = summarize_answers(asked, self.base.answers)[-1]
             questions = (
                 f" Accuracy: {group.num_questions:,} questions of {inert(asked.name)}, scorer "
-                f"`{self.held_out.scorer}`, {self.held_out.num_shots}-shot, guessing gives {group.chance:.0%}; p of McNemar's exact test against "
-                f"the base."
+                f"`{self.held_out.scorer}`, {self.held_out.num_shots}-shot, guessing gives {group.chance:.0%}; p of "
+                f"McNemar's exact test against the base."
             )
             by_source = ["", "Accuracy by source:", "", table(*self.source_table())]
         return "\n".join(
@@ -236,7 +236,8 @@ class Sweep:
                 table(self.header, self.table_rows()),
                 "",
                 f"{inert(self.text)} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} "
-                f"documents; in brackets the change of the bits a byte, with a 95 % interval over documents.{questions}",
+                f"documents; in brackets the change of the bits a byte, with a 95 % interval over documents."
+                f"{questions}",
                 "",
                 "*Removed*: share of the parameters that are gone from the file. *Zeroed, not removed*: zeros that "
                 "stay in the file, since no whole unit is dead; training may bring them back. *Paper's non-zero "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -136,9 +137,27 @@ def test_paired_comparison():
     assert low < -0.15 < high
     assert rows[-1].p_value == pytest.approx(stats.binomtest(4, 5).pvalue)
     same = compare_answers(base, base)[-1]
-    assert (same.p_value, same.difference.value, same.difference.interval) == (1.0, 0.0, (0.0, 0.0))
+    assert (same.p_value, same.difference.value) == (1.0, 0.0)
+    assert same.difference.interval[0] < 0 < same.difference.interval[1]  # twenty questions don't prove "no loss"
     with pytest.raises(ConfigError, match="different questions"):
         compare_answers(base, pruned[::-1])
+
+
+@pytest.mark.parametrize("shares", [(0.4, 0.2, 0.1, 0.3), (0.3, 0.02, 0.02, 0.66), (0.1, 0.3, 0.3, 0.3)])
+def test_the_interval_of_the_difference_covers_the_truth(shares):
+    """Of shares of questions that both, only the base, only the pruned model, and neither answer rightly."""
+    draws = np.random.default_rng(0).multinomial(60, shares, size=300).tolist()
+    covered = 0
+    for both, only_base, only_pruned, _ in draws:
+        low, high = multiple_choice._difference(both, only_base, only_pruned, 60).interval
+        covered += low <= shares[2] - shares[1] <= high
+    assert covered / len(draws) >= 0.93
+
+
+def test_the_interval_where_nothing_differs():
+    # Wilson's lower end for 54 of 54 is 54 / (54 + 1.96^2)
+    assert multiple_choice._difference(54, 0, 0, 54).interval == pytest.approx((-0.0664, 0.0664), abs=1e-4)
+    assert multiple_choice._difference(0, 0, 0, 1).interval == pytest.approx((-0.7935, 0.7935), abs=1e-3)
 
 
 @pytest.mark.parametrize(
