@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, corpus, parser, smollm2
+from benchmarks.common import ROOT, corpus, parser
+from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
 from hf_context_prune.card import CARD_NAME, PICTURE_NAME, read_facts
 from hf_context_prune.data import TextSource
@@ -104,10 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--vocab-size", type=int, default=16_384, help="tokens to keep; 0: all")
     options.add_argument("--allocation", default="adaptive")
     options.add_argument("--reconstruction", default="sequential")
-    options.add_argument("--blocks", type=int, default=128)
+    options.add_argument("--blocks", type=int, default=64)
     options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=24_000)
-    options.add_argument("--questions", type=int, default=300, help="multiple-choice questions a domain; 0: none")
+    options.add_argument("--eval-tokens", type=int, default=16_000)
+    options.add_argument("--questions", type=int, default=200, help="multiple-choice questions a domain; 0: none")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     args = options.parse_args(arguments)
     loaded: list[Any] = []
