@@ -79,7 +79,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         print(f"{domain}: questions", flush=True)
         asked = load_questions(args.data / domain / "mcq.jsonl", max_questions=args.questions)
         pairs = (base.model, base.tokenizer), (result.model, result.tokenizer)
-        answers = answered(asked, QuestionOptions(asked.name), *pairs, seed=args.seed)
+        answers = answered(asked, QuestionOptions(asked.name), *pairs)
         result.report = replace(result.report, multiple_choice=replace(answers, name=f"{domain}/{answers.name}"))
     result.save_pretrained(folder, measure_memory=args.memory)
     shutil.rmtree(walk, ignore_errors=True)
