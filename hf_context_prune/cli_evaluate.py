@@ -121,7 +121,9 @@ def bench(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The dense model: folder, .gguf file, or Hub id.")],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model.")],
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds of prefill and decoding.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Rounds of prefill and decoding; of loading in fresh processes, at most 3.")
+    ] = 5,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     format: FormatOption = Format.auto,
@@ -139,6 +141,7 @@ def bench(
             pruned_folder=second.folder,
             new_tokens=new_tokens,
             repeats=repeats,
+            memory_repeats=min(repeats, 3),
         )
 
     result = on_main_process(measure)

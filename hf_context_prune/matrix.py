@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from .config import PrunerConfig
@@ -77,7 +78,8 @@ def domain_matrix(
     with open_rows(folder / ROWS_NAME, setting) as rows:
         for name, text in train.items():  # before the long work
             _finished(base, text, folder / MODELS / name, config)
-        for calibrated in (DENSE, *names):
+        models = (DENSE, *names)
+        for calibrated in tqdm(models, desc="Matrix", unit="model", name="hf_context_prune.matrix"):
             loaded: list[LoadedModel] = []
 
             def smaller(name: str = calibrated, loaded: list[LoadedModel] = loaded) -> LoadedModel:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from .cells import less_one, percent
@@ -304,7 +305,8 @@ def sweep(
     with open_rows(folder / ROWS_NAME, setting) as rows:
         dense = rows.get(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
         measured, seen = [], dict[str, dict[str, Any]]()
-        for point, config in zip(points, configs, strict=True):
+        grid = tqdm(configs, desc="Grid", unit="point", name="hf_context_prune.sweep")
+        for point, config in zip(points, grid, strict=True):
             row = rows.get(list(point), lambda c=config: _measure(base, text, held_out, c, options, seen))  # type: ignore[misc]
             seen.setdefault(row["weights"], row)
             tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
