@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, corpus, parser, smollm2
+from benchmarks.common import ROOT, corpus, parser
+from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
 from hf_context_prune.card import CARD_NAME, PICTURE_NAME, read_facts
 from hf_context_prune.data import TextSource
