@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .cache import unfinished_work
 from .cli_evaluate import bench, evaluate
+from .cli_export import export, show_export
 from .cli_options import (
     DATA_HELP,
     AllocationOption,
@@ -207,6 +208,7 @@ app.command()(recover)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(report)
+app.command()(export)
 
 
 @app.command()
@@ -214,12 +216,16 @@ def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this tool wrote.")],
     format: FormatOption = Format.auto,
 ) -> None:
-    """Verify a pruned folder and show what was removed, how, and what it cost."""
+    """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
     from .evaluation import EvalReport
+    from .export import EXPORT_REPORT_NAME, read_export
     from .plan import PruningPlan
     from .saving import PLAN_NAME, REPORT_NAME, verify_folder
 
     manifest = verify_folder(folder)
+    if EXPORT_REPORT_NAME in manifest["files"]:
+        show_export(read_export(folder), format)
+        return
     plan = PruningPlan.load(folder / PLAN_NAME)
     figures = EvalReport.load(folder / REPORT_NAME) if REPORT_NAME in manifest["files"] else None
     if format is Format.json:

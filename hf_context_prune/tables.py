@@ -10,6 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .evaluation import EvalReport
     from .evaluation.bench import Bench
+    from .export import ExportReport
     from .modeling.specs import LayerWidths
 
 
@@ -30,6 +31,18 @@ def bench_table(bench: Bench) -> Table:
     for index, name in enumerate(("measure", "base", "pruned", "pruned / base")):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in bench.table_rows():
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def export_table(report: ExportReport) -> Table:
+    """An export beside the folder it was made from."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.packages.items())
+    title = f"{report.source} as {report.format}, {report.weights} ({versions})"
+    table = Table(title=escape(title), title_justify="left")
+    for index, name in enumerate(("measure", "folder", "export", "change")):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in report.table_rows():
         table.add_row(*(escape(cell) for cell in row))
     return table
 

@@ -29,9 +29,9 @@ LAYERS = [
     {"planning"},
     {"card", "global_budget", "hub"},
     {"outline"},
-    {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options"},
+    {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options", "export"},
     {"cli_output"},
-    {"cli_evaluate", "cli_recover", "cli_report"},
+    {"cli_evaluate", "cli_export", "cli_recover", "cli_report"},
     {"cli", "demo"},
     {"__main__"},
 ]
