@@ -30,7 +30,7 @@ def export(
         typer.Option(help="Held-out text to compare on; by default text that the model itself writes. " + DATA_HELP),
     ] = None,
     text_column: TextColumn = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of --data to compare on at most.")] = 1000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of --data to compare on at most.")] = 2000,
     tolerance: Annotated[
         float | None, typer.Option(help="Relative difference of the perplexity to allow, instead of the format's.")
     ] = None,

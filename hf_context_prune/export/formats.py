@@ -99,6 +99,26 @@ FORMATS: dict[str, Format] = {
             ("*.safetensors",),
         ),
         Format("torchao", "torchao", ("torchao",), {"int8": _QUANTISED}, ("*.safetensors",)),
+        Format(
+            "onnx",
+            "onnx",
+            ("onnx", "onnxscript", "onnxruntime"),
+            {"float32": Tolerance(perplexity=0.001, gap=0.001), "int8": _QUANTISED},
+            ("*.onnx", "*.onnx.data"),
+            dtype="float32",
+        ),
+        Format(
+            "gguf",
+            "gguf",
+            ("xllamacpp",),
+            {
+                "f16": Tolerance(perplexity=0.01, gap=_TIE),
+                "bf16": Tolerance(perplexity=0.02, gap=0.2),
+                "q8_0": _QUANTISED,
+            },
+            ("*.gguf",),
+            dtype="float32",
+        ),
     )
 }
 

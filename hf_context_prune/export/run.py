@@ -48,7 +48,7 @@ def export(
     weights: str | None = None,
     data: Any = None,  # noqa: ANN401 - whatever load_documents reads
     text_column: str | None = None,
-    max_tokens: int = 1000,
+    max_tokens: int = 2000,
     tolerance: float | None = None,
     seed: int = 0,
 ) -> ExportResult:

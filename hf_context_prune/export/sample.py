@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..data import load_documents
-from ..errors import DataError
 from ..evaluation._inference import evaluation_mode, max_positions
 from ..evaluation._windows import context_token, cut_windows, encode_documents, group_records
 from ..loading import LoadedModel
@@ -54,7 +53,7 @@ class Sample:
 
 
 def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_tokens: int, seed: int) -> Sample:  # noqa: ANN401
-    """Whole documents of a text, in shuffled order while they fit, and the beginnings of five windows as prompts.
+    """Whole documents of a text, in shuffled order while they fit; their beginnings are the prompts.
 
     Args:
         loaded: The folder's model.
@@ -73,13 +72,15 @@ def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_
     cut = list(cut_windows(documents, context_token(loaded.tokenizer), length - 1))
     windows = tuple((window.inputs[0], *window.targets) for window in cut)
     starts = sorted(windows, key=len, reverse=True)[: len(PROMPTS)]
+    room = max(length - new_tokens, 1)
+    prompts = [window[: min(_PROMPT_TOKENS, room)] for window in starts]
     return Sample(
         windows,
-        tuple(window[: min(_PROMPT_TOKENS, length - new_tokens)] for window in starts),
+        tuple([*prompts, *_prompts(loaded, room)][: len(PROMPTS)]),
         new_tokens,
         tuple(record.text for document in documents for record in groups[document.doc]),
         sum(document.num_bytes for document in documents),
-        f"{len(documents)} documents of {source.name}",
+        f"{len(documents)} of the documents of {source.name}",
     )
 
 
@@ -88,21 +89,21 @@ def own_sample(loaded: LoadedModel, *, seed: int) -> Sample:
 
     Over a model's own samples, the mean by which another model's loss is higher estimates the KL divergence between
     the two: zero for the same model, more for any other.
-
-    Raises:
-        DataError: The tokenizer writes no prompt.
     """
     length, new_tokens = _lengths(loaded)
     room = max(length - new_tokens, 1)
-    encoded = [loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"][:room] for prompt in PROMPTS]
-    prompts = tuple((context_token(loaded.tokenizer), *ids)[:room] for ids in encoded)
-    if not all(encoded):
-        raise DataError("The tokenizer gives no tokens for the built-in prompts; give a text with --data.")
+    prompts = _prompts(loaded, room)
     windows = _sampled(loaded, prompts, min(_OWN_TOKENS, length - max(map(len, prompts))), seed)
     texts = tuple(loaded.tokenizer.decode(window[1:]) for window in windows)
     return Sample(
         windows, prompts, new_tokens, texts, None, f"what the model itself writes after {len(prompts)} prompts"
     )
+
+
+def _prompts(loaded: LoadedModel, room: int) -> tuple[tuple[int, ...], ...]:
+    """The built-in prompts, led by the token that leads documents."""
+    encoded = [loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
+    return tuple((context_token(loaded.tokenizer), *ids)[:room] for ids in encoded)
 
 
 def _lengths(loaded: LoadedModel) -> tuple[int, int]:
