@@ -5,7 +5,9 @@ would load torch. Arguments: the file, positions, threads. The address is the la
 """
 
 import json
+import os
 import sys
+import traceback
 
 import xllamacpp
 
@@ -26,4 +28,11 @@ def main() -> None:
     sys.stdin.read()
 
 
-main()
+code = 0
+try:
+    main()
+except Exception:
+    traceback.print_exc()
+    code = 1
+sys.stderr.flush()
+os._exit(code)  # llama.cpp's threads can hold up an orderly end

@@ -35,10 +35,13 @@ class _Family:
     """How llama.cpp calls an architecture, and in which order it wants the features of a query or key head.
 
     transformers rotates feature i with i + half; llama.cpp's older architectures rotate neighbours (`interleaved`).
+    A norm multiplies by its weight, or by one more (`norm_offset`), which is then added to the weight.
     """
 
     arch: MODEL_ARCH
     interleaved: bool
+    activation: tuple[str, ...] = ("silu",)
+    norm_offset: float = 0.0
 
 
 _FAMILIES = {
@@ -46,6 +49,9 @@ _FAMILIES = {
     "mistral": _Family(MODEL_ARCH.LLAMA, interleaved=True),
     "qwen2": _Family(MODEL_ARCH.QWEN2, interleaved=False),
     "qwen3": _Family(MODEL_ARCH.QWEN3, interleaved=False),
+    "smollm3": _Family(MODEL_ARCH.SMOLLM3, interleaved=True),
+    "granite": _Family(MODEL_ARCH.GRANITE, interleaved=True),
+    "gemma": _Family(MODEL_ARCH.GEMMA, interleaved=False, activation=("gelu_pytorch_tanh", "gelu"), norm_offset=1.0),
 }
 _VARIABLE = ("llama", "mistral")
 
@@ -77,8 +83,16 @@ def check(loaded: LoadedModel, weights: str) -> None:
             f"llama.cpp's architecture for widths that vary has no biases, but {', '.join(biases)} have them. Prune to "
             f"uniform widths (prune --stock), or export to another format."
         )
-    if config.hidden_act != "silu":
-        raise ExportError(f"llama.cpp computes {family} with silu, but hidden_act is {config.hidden_act!r}.")
+    if config.hidden_act not in _FAMILIES[family].activation:
+        raise ExportError(
+            f"llama.cpp computes {family} with {_FAMILIES[family].activation[0]}, but hidden_act is "
+            f"{config.hidden_act!r}. Export to another format."
+        )
+    if family == "smollm3" and any(bool(use) != bool((i + 1) % 4) for i, use in enumerate(config.no_rope_layers)):
+        raise ExportError(
+            f"llama.cpp rotates all but every fourth layer of smollm3, but no_rope_layers is {config.no_rope_layers}. "
+            f"Export to another format."
+        )
     kind = _rope_kind(config)
     if kind not in ("default", "linear", "llama3"):
         raise ExportError(
@@ -99,7 +113,7 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         rows = loaded.model.get_input_embeddings().weight.shape[0]
         write_tokenizer(writer, loaded.model, loaded.tokenizer, rows)
-        for name, values in _tensors(loaded, geometry, arch, interleaved=family.interleaved):
+        for name, values in _tensors(loaded, geometry, arch, family):
             chosen = _type_of(values, kind)
             # A quantised array's type can't be read off it; those of numpy's types can.
             raw = None if chosen in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) else chosen
@@ -149,6 +163,11 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry) ->
     writer.add_rope_dimension_count(geometry.head_dim)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+        writer.add_attention_scale(config.attention_multiplier)
     writer.add_vocab_size(loaded.model.get_input_embeddings().weight.shape[0])
 
 
@@ -157,7 +176,7 @@ def _slides(config: Any) -> bool:  # noqa: ANN401
 
 
 def _tensors(
-    loaded: LoadedModel, geometry: Geometry, arch: MODEL_ARCH, *, interleaved: bool
+    loaded: LoadedModel, geometry: Geometry, arch: MODEL_ARCH, family: _Family
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Names and values of llama.cpp's tensors, float32."""
     names = gguf.get_tensor_name_map(arch, len(geometry.layers))
@@ -166,8 +185,10 @@ def _tensors(
         if tied and name.startswith("lm_head."):
             continue  # llama.cpp takes the embedding where the head is missing
         values = parameter.float()
-        if interleaved and any(f".{role}_proj." in name for role in "qk"):
+        if family.interleaved and any(f".{role}_proj." in name for role in "qk"):
             values = _neighbours(values, geometry.head_dim)
+        if name.endswith("norm.weight"):
+            values = values + family.norm_offset
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise ExportError(f"llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]} has no tensor for {name}.")

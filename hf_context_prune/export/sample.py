@@ -72,7 +72,7 @@ def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_
     cut = list(cut_windows(documents, context_token(loaded.tokenizer), length - 1))
     windows = tuple((window.inputs[0], *window.targets) for window in cut)
     starts = sorted(windows, key=len, reverse=True)[: len(PROMPTS)]
-    room = max(length - new_tokens, 1)
+    room = max(length - new_tokens - 1, 1)
     prompts = [window[: min(_PROMPT_TOKENS, room)] for window in starts]
     return Sample(
         windows,
@@ -91,7 +91,7 @@ def own_sample(loaded: LoadedModel, *, seed: int) -> Sample:
     the two: zero for the same model, more for any other.
     """
     length, new_tokens = _lengths(loaded)
-    room = max(length - new_tokens, 1)
+    room = max(length - new_tokens - 1, 1)
     prompts = _prompts(loaded, room)
     windows = _sampled(loaded, prompts, min(_OWN_TOKENS, length - max(map(len, prompts))), seed)
     texts = tuple(loaded.tokenizer.decode(window[1:]) for window in windows)
