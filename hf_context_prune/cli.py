@@ -49,6 +49,7 @@ from .cli_options import (
 from .cli_output import errors, out, out_json, out_table, save_and_show
 from .cli_recover import recover
 from .cli_report import report
+from .cli_serve import serve
 from .distributed import is_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
@@ -209,6 +210,7 @@ app.command()(evaluate)
 app.command()(bench)
 app.command()(report)
 app.command()(export)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 @app.command()

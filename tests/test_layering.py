@@ -31,7 +31,7 @@ LAYERS = [
     {"outline"},
     {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options", "export"},
     {"cli_output"},
-    {"cli_evaluate", "cli_export", "cli_recover", "cli_report"},
+    {"cli_evaluate", "cli_export", "cli_recover", "cli_report", "cli_serve"},
     {"cli", "demo"},
     {"__main__"},
 ]
