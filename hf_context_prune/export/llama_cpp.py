@@ -65,7 +65,8 @@ class LlamaCppRuntime:
     def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
         """As in [`Runtime`][]."""
         found = self._complete(list(ids), n_predict=new_tokens, temperature=0.0, cache_prompt=False)
-        return [int(token) for token in found["tokens"]]
+        tokens = [int(token) for token in found["tokens"]]
+        return tokens[:-1] if found["stop_type"] == "eos" else tokens
 
     def encode(self, text: str) -> list[int] | None:
         """As in [`Runtime`][]."""

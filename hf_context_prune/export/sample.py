@@ -22,7 +22,7 @@ PROMPTS = (
 )
 _NEW_TOKENS = 32
 _WINDOW = 256
-_OWN_TOKENS = 96  # of each prompt's continuation
+_OWN_TOKENS = 64  # of each prompt's continuation
 _PROMPT_TOKENS = 16
 
 
