@@ -34,7 +34,8 @@ def folders(tmp_path_factory):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
     root = tmp_path_factory.mktemp("serving")
-    return {kind: save(root / kind, variable=kind == "variable", tokenizer=tokenizer) for kind in ("stock", "variable")}
+    variable = save(root / "variable", variable=True, fewer_tokens=True, tokenizer=tokenizer)
+    return {"stock": save(root / "stock", tokenizer=tokenizer), "variable": variable}
 
 
 @contextmanager

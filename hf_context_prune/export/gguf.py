@@ -93,10 +93,11 @@ def check(loaded: LoadedModel, weights: str) -> None:
             f"llama.cpp rotates all but every fourth layer of smollm3, but no_rope_layers is {config.no_rope_layers}. "
             f"Export to another format."
         )
-    kind = _rope_kind(config)
-    if kind not in ("default", "linear", "llama3"):
+    kind, kinds = _rope_kind(config), ("default", "linear", "llama3") if family in _VARIABLE else ("default",)
+    if kind not in kinds:
         raise ExportError(
-            f"The rope type {kind!r} is not written to GGUF; default, linear and llama3 are. Export to another format."
+            f"The rope type {kind!r} of a {family} model is not written to GGUF ({', '.join(kinds)} can be). Export to "
+            f"another format."
         )
     check_tokenizer(loaded.tokenizer)
 

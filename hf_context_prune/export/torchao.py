@@ -19,9 +19,12 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    source = loaded.folder
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=loaded.model.dtype, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), device_map="cpu"
+        loaded.folder,
+        dtype=loaded.model.dtype,
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
+        device_map="cpu",
+        trust_remote_code=False,
     )
     model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)

@@ -173,7 +173,7 @@ def check(found: Verification) -> None:
         ExportError: It differs by more, or its losses are no numbers.
     """
     limit = found.tolerance
-    if not math.isfinite(found.after) or abs(found.perplexity_change) > limit.perplexity:
+    if not (math.isfinite(found.after) and abs(found.perplexity_change) <= limit.perplexity):
         raise ExportError(
             f"The artefact's perplexity on {found.text} differs by {found.perplexity_change:+.2%} from the folder's "
             f"({found.after:.4f} against {found.before:.4f} nats a token); allowed are {limit.perplexity:.2%}. Nothing "

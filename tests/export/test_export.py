@@ -24,7 +24,7 @@ EASY = {"tolerance": 1e6}  # random tiny models: only the path is tested, not ho
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
-    return {kind: save(root / kind, variable=kind == "variable") for kind in ("stock", "variable")}
+    return {"stock": save(root / "stock"), "variable": save(root / "variable", variable=True, fewer_tokens=True)}
 
 
 def losses_of(folder):
@@ -175,3 +175,19 @@ def test_the_command_writes_shows_and_inspects(place, run):
     code, _, stderr = run("export", "@stock", "--format", "wav", "--output", "@other")
     assert code == 2
     assert "allowed are" in stderr
+
+
+def test_serving_needs_its_packages_and_a_whole_folder(place, run, monkeypatch):
+    (place / "copy").mkdir()
+    for path in (place / "stock").iterdir():
+        (place / "copy" / path.name).write_bytes(path.read_bytes())
+    (place / "copy/config.json").write_text("{}")
+    code, _, stderr = run("serve", "@copy", "--port", 1)
+    assert code == 1
+    assert "config.json" in stderr
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, stderr = run("serve", "@stock")
+    assert code == 2
+    assert "hf-context-prune[serving]" in stderr

@@ -145,6 +145,7 @@ def test_the_chat_template_and_special_tokens_travel(tmp_path):
         ("llama", {"variable": True, "attention_bias": True}, "no biases, but .*q_proj.*--stock"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("smollm3", {}, "every fourth layer"),
+        ("qwen2", {"rope_parameters": ROPES[0]}, "rope type 'linear' of a qwen2"),
         ("llama", {"tokenizer": "unigram"}, "of type Unigram"),
         ("llama", {"tokenizer": "metaspace"}, "does not know"),
     ],

@@ -23,7 +23,7 @@ PROMPTS = ([1, 40, 41, 90, 91, 200], [7, 8], [30, 31, 32])
 def variable(tmp_path_factory):
     """(folder, its export)"""
     root = tmp_path_factory.mktemp("onnx")
-    folder = save(root / "variable", variable=True)
+    folder = save(root / "variable", variable=True, fewer_tokens=True)
     return folder, export(folder, root / "out", format="onnx")
 
 
@@ -37,7 +37,7 @@ def test_it_says_what_the_folder_says(variable):
 def test_one_graph_reads_a_prompt_and_decodes_in_any_steps(variable):
     folder, result = variable
     runtime, model = open_export(result.folder), load_pruned(folder)
-    ids = torch.randint(3, 320, (3, 11), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 250, (3, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(input_ids=ids).logits.numpy()
     mask = np.ones((3, 11), dtype=np.int64)
