@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .cache import unfinished_work
 from .cli_evaluate import bench, evaluate
+from .cli_export import export, show_export
 from .cli_options import (
     DATA_HELP,
     ActivationThreshold,
@@ -56,6 +57,7 @@ from .cli_proof import matrix, sweep
 from .cli_publish import card, push
 from .cli_recover import recover
 from .cli_report import report
+from .cli_serve import serve
 from .distributed import is_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
@@ -210,6 +212,8 @@ app.command()(matrix)
 app.command()(sweep)
 app.command()(card)
 app.command()(push)
+app.command()(export)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 @app.command()
@@ -217,12 +221,16 @@ def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this tool wrote.")],
     format: FormatOption = Format.auto,
 ) -> None:
-    """Verify a pruned folder and show what was removed, how, and what it cost."""
+    """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
     from .evaluation import EvalReport
+    from .export import EXPORT_REPORT_NAME, read_export
     from .plan import PruningPlan
     from .saving import PLAN_NAME, REPORT_NAME, verify_folder
 
     manifest = verify_folder(folder)
+    if EXPORT_REPORT_NAME in manifest["files"]:
+        show_export(read_export(folder), format)
+        return
     plan = PruningPlan.load(folder / PLAN_NAME)
     figures = EvalReport.load(folder / REPORT_NAME) if REPORT_NAME in manifest["files"] else None
     if format is Format.json:

@@ -11,6 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .evaluation import EvalReport
     from .evaluation.bench import Bench
+    from .export import ExportReport
     from .matrix_facts import DomainMatrix
     from .modeling.specs import LayerWidths
     from .sweep import Sweep
@@ -70,6 +71,18 @@ def matrix_tables(matrix: DomainMatrix) -> list[Table]:
             table.add_row(*map(escape, row))
         tables.append(table)
     return tables
+
+
+def export_table(report: ExportReport) -> Table:
+    """An export beside the folder it was made from."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.packages.items())
+    title = f"{report.source} as {report.format}, {report.weights} ({versions})"
+    table = Table(title=escape(title), title_justify="left")
+    for index, name in enumerate(("measure", "folder", "export", "change")):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in report.table_rows():
+        table.add_row(*(escape(cell) for cell in row))
+    return table
 
 
 def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:
