@@ -319,7 +319,7 @@ def _guarded(run: Callable[[], Any]) -> int:
     except SystemExit as exit_:  # how typer ends; it turns Ctrl-C into 130 by itself
         if exit_.code != _INTERRUPTED:
             raise
-        errors.print("Interrupted; nothing was put in place.")
+        errors.print("Interrupted; nothing was put in place. What long work had finished is kept: the same command goes on.")
         return 1
     return 0
 
