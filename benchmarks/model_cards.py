@@ -54,7 +54,7 @@ def configuration(args: argparse.Namespace, domain: str) -> PrunerConfig:
 def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], LoadedModel]) -> Path:
     """The folder of a domain's model: from an earlier run with the same options, or made now."""
     config = configuration(args, domain)
-    setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory]
+    setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory, *([] if args.speed else ["no speed"])]
     place = args.work / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
     folder = place / f"{BASE}-{domain}"
     if not args.fresh and folder.is_dir():
@@ -71,7 +71,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         text(args, "train", domain),
         config,
         eval_data=text(args, "validation", domain),
-        evaluation=EvalOptions(max_tokens=args.eval_tokens, general_data=text(args, "validation", "general")),
+        evaluation=EvalOptions(args.eval_tokens, args.speed, general_data=text(args, "validation", "general")),
         will_save=True,
         resume_dir=walk,
     )
@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--eval-tokens", type=int, default=16_000)
     options.add_argument("--questions", type=int, default=200, help="multiple-choice questions a domain; 0: none")
+    options.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="measure speed")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     args = options.parse_args(arguments)
     loaded: list[Any] = []
