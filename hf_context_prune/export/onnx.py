@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import DynamicCache
 
+from ..errors import ExportError
 from ..loading import LoadedModel
 from .runtime import end_tokens
 
@@ -26,7 +28,19 @@ _CACHE = "cache.layers."
 
 
 def check(loaded: LoadedModel, weights: str) -> None:
-    """Every model fits; the comparison shows if a graph does not say what the model says."""
+    """Refuse sliding windows, whose cache drops what has left the window: a graph with sizes traced can't follow that.
+
+    Raises:
+        ExportError: A layer has one that is shorter than the model's positions.
+    """
+    config = loaded.model.config
+    cache = DynamicCache(config=config)
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise ExportError(
+            f"{loaded.name} has layers with a sliding window of {config.sliding_window} tokens, which the ONNX graph "
+            f"can't hold. Export to quanto or torchao (Mistral also to gguf), or, if you need no more tokens than the "
+            f"window has, set sliding_window to null in config.json and prune the model anew."
+        )
 
 
 def write(loaded: LoadedModel, folder: Path, weights: str) -> None:

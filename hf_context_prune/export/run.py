@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..errors import ConfigError, ContextPruneError, ExportError, LoadError
 from ..evaluation import weight_bytes
@@ -18,7 +19,7 @@ from ..loading import LoadedModel, load_model
 from ..plan import PruningPlan
 from ..saving import PLAN_NAME, check_target, estimate_bytes, staged_folder, verify_folder
 from ..staging import resolve_target
-from .formats import FORMATS, Format, format_of
+from .formats import FORMATS, Format, FormatModule, format_of
 from .report import EXPORT_REPORT_NAME, ExportReport
 from .runtime import Runtime, TorchRuntime
 from .sample import own_sample, read_sample
@@ -100,7 +101,7 @@ def export(
     plan_sha256, bytes_before = _plan_sha256(loaded), _bytes_of(loaded)
     with staged_folder(goal, required_bytes=estimate_bytes(loaded.model)) as staging:
         _LOGGER.info("Writing %s.", kind.name)
-        module.write(load_model(folder, dtype=kind.dtype, device="cpu"), staging, chosen)
+        _write(kind, module, load_model(folder, dtype=kind.dtype, device="cpu"), staging, chosen)
         _LOGGER.info("Running it.")
         with _opened(kind, staging) as runtime:
             check_tokens(runtime, loaded.tokenizer, sample)
@@ -140,6 +141,20 @@ def read_export(folder: str | Path) -> ExportReport:
     if report.format not in FORMATS:
         raise LoadError(f"{folder} is an export to {report.format!r}, which this release does not know.")
     return report
+
+
+def _write(kind: Format, module: FormatModule, loaded: LoadedModel, staging: Path, weights: str) -> None:
+    try:
+        module.write(loaded, staging, weights)
+    except (ContextPruneError, OSError, SafetensorError):  # the staged write tells full disks from other failures
+        raise
+    except Exception as error:
+        if type(error) is Exception:  # how tokenizers reports a failed write
+            raise
+        raise ExportError(
+            f"{loaded.name} can't be written as {kind.name}: {type(error).__name__}: {error}. Nothing was put in "
+            f"place. Export to another format."
+        ) from error
 
 
 @contextmanager

@@ -106,6 +106,16 @@ def test_an_artefact_that_does_not_run_is_not_left(folders, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch):
+    def fail(*_):
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(FORMATS["quanto"].module(), "write", fail)
+    with pytest.raises(ExportError, match="can't be written as quanto: IndexError"):
+        export(folders["stock"], tmp_path / "out", format="quanto")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

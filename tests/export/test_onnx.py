@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_context_prune import load_pruned
+from hf_context_prune.errors import ExportError
 from hf_context_prune.export import export, open_export
 from hf_context_prune.export.onnx import OnnxRuntime
 from hf_context_prune.export.runtime import TorchRuntime
@@ -92,3 +93,11 @@ def test_int8_is_smaller_and_near(variable, tmp_path):
     assert graph["weights"] == "int8"
     losses = open_export(result.folder).losses(PROMPTS[0])
     assert open_export(small.folder).losses(PROMPTS[0]) == pytest.approx(losses, abs=0.5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_sliding_windows_are_refused(family, tmp_path):
+    folder = save(tmp_path / "model", family=family)
+    with pytest.raises(ExportError, match="sliding window of 16 tokens"):
+        export(folder, tmp_path / "out", format="onnx")
+    assert not (tmp_path / "out").exists()
