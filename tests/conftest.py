@@ -59,3 +59,11 @@ def model():
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_space(tmp_path_factory):
+    """A dense and two pruned tiny models, for the tests of the Space."""
+    from tests.space.models import make_models
+
+    return make_models(tmp_path_factory.mktemp("space-models"))

@@ -36,13 +36,8 @@ def random_prompt(vocabulary: int, batch_size: int, length: int, seed: int) -> t
     return torch.randint(vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
-def timed_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Read `prompt` [batch, length] in one forward pass, then decode greedily, a token a step, with the KV cache.
-
-    `generate` isn't used as its time can't be split into prefill and decoding.
-
-    Returns:
-        Seconds of the prefill and of the `new_tokens` decode steps.
+def cache_arguments(model: "PreTrainedModel") -> dict[str, Any]:
+    """Return what `forward` needs for decoding a token a step: an empty KV cache under its name, and the last logits.
 
     Raises:
         UnsupportedArchitectureError: If the model's `forward` takes no KV cache.
@@ -58,6 +53,21 @@ def timed_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens:
     arguments: dict[str, Any] = {name: DynamicCache(config=model.config), "use_cache": True}
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = 1
+    return arguments
+
+
+def timed_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Read `prompt` [batch, length] in one forward pass, then decode greedily, a token a step, with the KV cache.
+
+    `generate` isn't used as its time can't be split into prefill and decoding.
+
+    Returns:
+        Seconds of the prefill and of the `new_tokens` decode steps.
+
+    Raises:
+        UnsupportedArchitectureError: If the model's `forward` takes no KV cache.
+    """
+    arguments = cache_arguments(model)
     synchronize = _synchronizer(model.device)
     tokens = prompt.to(model.device)
     with evaluation_mode(model):

@@ -1,0 +1,145 @@
+"""A visitor's request from the first check to the last token, as values that a page or a program can show."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from ..errors import ConfigError, ContextPruneError
+from .race import Progress, Runner, Wish, race
+from .settings import Entry, Settings, Source
+from .store import ModelStore
+
+_LOGGER = logging.getLogger(__name__)
+_SECONDS_BETWEEN = 0.08  # a page can't show more, and sending takes time from the models
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model of the two.
+
+    Attributes:
+        kind: ``"dense"`` or ``"pruned"``.
+        name: Of the model.
+        megabytes: Of its weights in memory; None while it is not loaded.
+        progress: What it has written.
+        problem: Why it can't write; "" if it can.
+    """
+
+    kind: str
+    name: str
+    megabytes: float | None = None
+    progress: Progress = field(default_factory=Progress)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be shown at a moment.
+
+    Attributes:
+        sides: The dense and the pruned model.
+        status: A sentence on what happens.
+        refused: The request was refused; `status` says why.
+    """
+
+    sides: tuple[Side, Side]
+    status: str = ""
+    refused: bool = False
+
+
+class Comparer:
+    """Compares the models of a Space's domains."""
+
+    def __init__(self, settings: Settings, store: ModelStore) -> None:
+        """Keep what the Space may show.
+
+        Args:
+            settings: The allowed models, and the limits.
+            store: Their copies in memory.
+        """
+        self.settings = settings
+        self._entries = {entry.name: entry for entry in settings.entries}
+        self._store = store
+
+    def entry(self, domain: str) -> Entry:
+        """A domain by name.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
+        if not isinstance(domain, str) or domain not in self._entries:
+            raise ConfigError(f"Choose one of the domains: {', '.join(self._entries)}.")
+        return self._entries[domain]
+
+    def idle(self, domain: str) -> View:
+        """Before anything is asked."""
+        entry = self.entry(domain)
+        return View((self._side("dense", entry.base), self._side("pruned", entry.model)))
+
+    def compare(self, domain: str, wish: Wish) -> Iterator[View]:
+        """Let both models of a domain write; stops between two tokens when it is no longer iterated.
+
+        Args:
+            domain: Name of the entry.
+            wish: What is asked; checked here.
+
+        Yields:
+            Views, a few a second.
+        """
+        try:
+            entry, wish = self.entry(domain), wish.checked(self.settings.limits)
+        except ConfigError as error:
+            known = isinstance(domain, str) and domain in self._entries
+            shown = self.idle(domain if known else self.settings.entries[0].name)
+            yield replace(shown, status=str(error), refused=True)
+            return
+        sides = list(self.idle(domain).sides)
+        runners: dict[int, Runner] = {}
+        for index, source in enumerate((entry.base, entry.model)):
+            if not self._store.has(source):
+                yield View((sides[0], sides[1]), f"Loading {source.label} (once, for everybody) ...")
+            try:
+                loaded = self._store.get(source)
+                sides[index] = self._side(sides[index].kind, source)
+                runners[index] = Runner(loaded, wish, self.settings.limits)
+            except ContextPruneError as error:
+                sides[index] = replace(sides[index], problem=str(error))
+            except Exception:  # one model must not take the other down; visitors see no insides
+                _LOGGER.exception("%s can't be used", source.label)
+                sides[index] = replace(sides[index], problem="It can't be loaded; the log of the Space says why.")
+        yield from self._race(sides, runners)
+
+    def _race(self, sides: list[Side], runners: dict[int, Runner]) -> Iterator[View]:
+        shown = 0.0
+        was_first = dict.fromkeys(runners, False)
+        yield View((sides[0], sides[1]), "Writing, in turns on the same processor ...")
+        for all_progress in race(list(runners.values()), self.settings.limits.seconds):
+            news = False
+            for index, progress in zip(runners, all_progress, strict=True):
+                news = news or bool(progress.tokens and not was_first[index])
+                was_first[index] = bool(progress.tokens)
+                sides[index] = replace(sides[index], progress=progress)
+            if news or time.perf_counter() - shown >= _SECONDS_BETWEEN:
+                yield View((sides[0], sides[1]), "Writing, in turns on the same processor ...")
+                shown = time.perf_counter()
+        yield View((sides[0], sides[1]), self._summary(sides))
+
+    def _side(self, kind: str, source: Source) -> Side:
+        size = self._store.get(source).model.get_memory_footprint() / 1e6 if self._store.has(source) else None
+        return Side(kind, source.label, size)
+
+    def _summary(self, sides: list[Side]) -> str:
+        dense, pruned = (side.progress for side in sides)
+        if all(side.problem for side in sides):
+            return "Neither model could write."
+        if "time" in (dense.stopped, pruned.stopped):
+            return f"Stopped after {self.settings.limits.seconds} seconds, the limit of this page."
+        fast, slow = pruned.tokens_per_second, dense.tokens_per_second
+        before, after = sides[0].megabytes, sides[1].megabytes
+        if not fast or not slow or not before or not after:
+            return "Done."
+        faster, smaller = fast / slow, after / before
+        return f"The pruned model wrote {faster:.2f} times as fast as the dense one, from {smaller:.0%} of its bytes."

@@ -1,0 +1,242 @@
+"""A ready Space as a folder, written whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import HfApi, SpaceCardData
+from huggingface_hub.errors import HTTPError
+
+from ..demo_assets import GGUF_NAME, SMOLLM2
+from ..errors import ConfigError, LoadError
+from ..hub import is_allowed
+from ..manifest import MANIFEST_NAME, read_manifest, verify_folder
+from ..markdown import Trusted, code, inert, table
+from ..staging import resolve_target, staged_folder
+from .facts import read_facts
+from .gradio_import import gradio
+from .html import environment, text_file
+from .prompts import prompts_for
+from .settings import (
+    COMMIT,
+    DEMO,
+    DEMO_FOLDER,
+    REPO,
+    Entry,
+    Settings,
+    Source,
+    check_name,
+    demo_settings,
+    write_settings,
+)
+from .wheel import requirements, write_wheel
+
+TITLE = "Mini-GPTs"
+SETTINGS_NAME = "space.yaml"
+_OTHER_FILES_BYTES = 8 * 2**20
+_PREFIX = re.compile(r"^mini(-?gpts?)?[-_ ]", re.IGNORECASE)
+
+
+def settings_for(models: Sequence[str], *, base: str | None = None, title: str | None = None) -> Settings:
+    """The settings of a Space for pruned models.
+
+    Args:
+        models: Folders that this package wrote, or Hub ids (``owner/name``, ``owner/name@revision``), which are pinned
+            to a commit. What exists locally wins.
+        base: The same for the dense model of all of them, or ``"demo"`` for the one that the demo fetches; None takes
+            what each one's plan says.
+        title: Heading of the page.
+
+    Raises:
+        ConfigError: A name that is neither, or a base that has to be given.
+        LoadError: A plan or a revision can't be read.
+    """
+    given = None if base is None else Source() if base == DEMO else _pinned(base)
+    entries = []
+    for model in models:
+        source = _pinned(model)
+        name = _PREFIX.sub("", source.label.rpartition("/")[2]).replace("-", " ").replace("_", " ").strip()
+        name = check_name((name[:1].upper() + name[1:]) or source.label, "the name of a model")
+        entry = Entry(name, source, given or Source(), prompts_for(name))
+        entries.append(entry if given else replace(entry, base=_base_of(entry)))
+    return Settings(title or TITLE, tuple(entries))
+
+
+def write_space(settings: Settings, target: str | Path) -> Path:
+    """Write the folder of a Space: app, settings, requirements, front matter, our wheel, and models that are local.
+
+    Args:
+        settings: What it shows.
+        target: The folder: absent, empty, or an older one of ours, which is then replaced.
+
+    Raises:
+        SaveError: Nothing was put in place; an older folder is as it was.
+        LoadError: A local model is damaged or is no model folder.
+    """
+    goal = resolve_target(target)
+    needed = requirements()
+    sources = dict.fromkeys(source for entry in settings.entries for source in (entry.base, entry.model))
+    local = {source: _model_files(source.path) for source in sources if source.path is not None}
+    size = sum(file.stat().st_size for found in local.values() for file in found.values())
+    with staged_folder(goal, required_bytes=size + _OTHER_FILES_BYTES) as staging:
+        places = _copy_models(local, staging)
+        moved = replace(
+            settings,
+            entries=tuple(_moved(index, entry, places, staging) for index, entry in enumerate(settings.entries)),
+        )
+        write_settings(moved, staging / SETTINGS_NAME)
+        wheel = write_wheel(staging)
+        _write(staging / "app.py", text_file("app.py"))
+        _write(staging / "README.md", readme(moved, wheel=wheel.name))
+        _write(staging / "requirements.txt", "".join(f"{line}\n" for line in needed))
+    return goal
+
+
+def readme(settings: Settings, *, wheel: str | None) -> str:
+    """The README.md of a Space, with the front matter that the Hub reads.
+
+    Args:
+        settings: What the Space shows.
+        wheel: Name of our wheel beside it; None in the checkout.
+
+    Raises:
+        ConfigError: Gradio is not installed.
+    """
+    repos = [source.repo for entry in settings.entries for source in (entry.base, entry.model) if source.repo]
+    card = SpaceCardData(
+        title=settings.title,
+        emoji="✂️",
+        colorFrom="green",
+        colorTo="gray",
+        sdk="gradio",
+        sdk_version=gradio().__version__,
+        python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
+        app_file="app.py",
+        short_description="A dense and a pruned language model, side by side",
+        models=list(dict.fromkeys(repos)) or None,
+        tags=["pruning", "context-pruning"],
+    )
+    rows = [(entry.name, _shown(entry.model), _shown(entry.base)) for entry in settings.entries]
+    shown = {"title": inert(settings.title), "models": table(("domain", "pruned", "dense"), rows), "wheel": wheel}
+    return environment().get_template("README.md.jinja").render(metadata=card.to_yaml().strip(), **shown)
+
+
+def demo_files() -> dict[str, str]:
+    """The repository's ``spaces/`` by file name: the embedded default, run from the checkout."""
+    return {
+        "app.py": text_file("app.py"),
+        "README.md": readme(demo_settings(Path(DEMO_FOLDER)), wheel=None),
+        "requirements.txt": "# In the root of the checkout: pip install -r spaces/requirements.txt\n.[space]\n",
+    }
+
+
+def check_publishable(settings: Settings) -> None:
+    """Refuse to push a Space with models in its folder: on the Hub it reads them from their own repositories.
+
+    Raises:
+        ConfigError: With the first of them, and what to do.
+    """
+    for entry in settings.entries:
+        for what, source in (("model", entry.model), ("base", entry.base)):
+            if source.path is not None:
+                raise ConfigError(
+                    f"The {what} of {entry.name!r} is the folder {source.path}. A Space on the Hub reads models from "
+                    f"their own repositories: `hf-context-prune push {source.path.name} owner/name` it, then name "
+                    f"owner/name here."
+                )
+
+
+def _pinned(text: str) -> Source:
+    """A folder, or a Hub id at a commit."""
+    path = Path(text).expanduser()
+    if path.exists() or not REPO.fullmatch(text.partition("@")[0]) or text.startswith((".", "/", "~")):
+        if not path.is_dir():
+            raise ConfigError(f"{text!r} is neither a folder nor a Hub id (owner/name, owner/name@revision).")
+        return Source(path=path.absolute())
+    repo, _, revision = text.partition("@")
+    if COMMIT.fullmatch(revision):
+        return Source(repo, revision)
+    try:
+        commit = HfApi().model_info(repo, revision=revision or None).sha
+    except (OSError, ValueError, HTTPError) as error:
+        raise LoadError(
+            f"The commit of {text!r} can't be asked for ({type(error).__name__}). Check the name and the network, or "
+            f"give it: {repo}@COMMIT."
+        ) from error
+    if not commit:
+        raise LoadError(f"The Hub names no commit of {text!r}.")
+    return Source(repo, commit)
+
+
+def _base_of(entry: Entry) -> Source:
+    facts = read_facts(entry)
+    if facts.plan is None:
+        raise LoadError(f"{entry.model.label}: {' '.join(facts.problems)}")
+    name, revision = (facts.plan.provenance.get(key) for key in ("base_model", "base_revision"))
+    if name == GGUF_NAME and (facts.plan.provenance.get("base_card") or {}).get("id") in (None, SMOLLM2["id"]):
+        return Source()
+    if isinstance(name, str) and isinstance(revision, str) and REPO.fullmatch(name) and COMMIT.fullmatch(revision):
+        return Source(name, revision)
+    raise ConfigError(
+        f"{entry.model.label} was pruned from {name!r} at revision {revision!r}, which is not a commit of a Hub "
+        f"repository: give the dense model with --base (a folder, owner/name, owner/name@revision, or demo)."
+    )
+
+
+def _model_files(path: Path) -> dict[str, Path]:
+    """The files of a local model by the names that they travel under."""
+    if path.is_file():
+        return {path.name: path}
+    if not (path / "config.json").is_file():
+        raise LoadError(f"{path} holds no config.json, so it is not a model folder.")
+    if read_manifest(path) is None:
+        names = [file.name for file in sorted(path.iterdir()) if file.is_file() and is_allowed(file.name, "model")]
+    else:
+        names = [*verify_folder(path)["files"], MANIFEST_NAME]
+    return {name: path / name for name in names}
+
+
+def _copy_models(local: dict[Source, dict[str, Path]], staging: Path) -> dict[Source, Source]:
+    places = {}
+    for source, found in local.items():
+        assert source.path is not None
+        folder = (
+            staging / "models" / source.path.stem if source.path.is_file() else staging / "models" / source.path.name
+        )
+        while folder.exists():
+            folder = folder.with_name(f"{folder.name}-2")
+        for name, file in found.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+        places[source] = Source(path=folder / source.path.name if source.path.is_file() else folder)
+    return places
+
+
+def _moved(index: int, entry: Entry, places: dict[Source, Source], staging: Path) -> Entry:
+    reports = {}
+    for number, (text, file) in enumerate(entry.reports.items()):
+        reports[text] = staging / "reports" / f"{index}-{number}.json"
+        reports[text].parent.mkdir(exist_ok=True)
+        try:
+            shutil.copyfile(file, reports[text])
+        except FileNotFoundError as error:
+            raise LoadError(f"The report {file} of {entry.name!r} is missing.") from error
+    model, base = (places.get(source, source) for source in (entry.model, entry.base))
+    return replace(entry, model=model, base=base, reports=reports)
+
+
+def _shown(source: Source) -> str:
+    if source.repo is None:
+        return source.label
+    return Trusted(
+        f"[{inert(source.repo)}](https://huggingface.co/{source.repo}) at {code((source.revision or '')[:12])}"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

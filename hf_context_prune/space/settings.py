@@ -1,0 +1,251 @@
+"""What a Space shows: one small YAML file, checked field by field. Nothing but the models it names is ever loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import read_yaml
+from ..demo_assets import LICENCE_PROMPTS
+from ..errors import ConfigError, unknown
+
+DEMO = "demo"
+"""The base model that `hf-context-prune demo` fetches from the package index."""
+DEMO_FOLDER = "mini-gpt-licences"
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_MAX_NAME = 60
+_MAX_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a Hub repository at a commit, a local folder, or the model of the demo (neither is set).
+
+    Attributes:
+        repo: Hub id.
+        revision: Commit of the repository.
+        path: Local folder.
+    """
+
+    repo: str | None = None
+    revision: str | None = None
+    path: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name for people."""
+        return self.repo or (self.path.name if self.path else "SmolLM2-135M-Instruct")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A domain: a pruned model, the model it was pruned from, and what to ask them.
+
+    Attributes:
+        name: Of the domain, as people choose it.
+        model: The pruned model.
+        base: The dense model.
+        prompts: Examples. One that ends with a question mark is put as a question, any other is continued.
+        reports: Evaluations of the pruned model on other texts, by the name of the text.
+    """
+
+    name: str
+    model: Source
+    base: Source
+    prompts: tuple[str, ...] = ()
+    reports: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one visitor may ask for; enforced on the server.
+
+    Attributes:
+        prompt_characters: Characters of a prompt.
+        prompt_tokens: Tokens of a prompt.
+        new_tokens: Tokens that each model writes.
+        seconds: From the first to the last token of both.
+        waiting: Requests in the queue, after which more are turned away.
+    """
+
+    prompt_characters: int = 4_000
+    prompt_tokens: int = 1_024
+    new_tokens: int = 256
+    seconds: int = 60
+    waiting: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse what is no positive integer.
+
+        Raises:
+            ConfigError: With the name and the value.
+        """
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"limits.{name} is {value!r}; it must be a positive integer.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A Space.
+
+    Attributes:
+        title: Heading of the page.
+        entries: Its domains; at least one, with different names.
+        limits: What one visitor may ask for.
+    """
+
+    title: str
+    entries: tuple[Entry, ...]
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        """Refuse no domain, or two of one name.
+
+        Raises:
+            ConfigError: With the names.
+        """
+        names = [entry.name for entry in self.entries]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"The models of a Space are named {names}: it needs one at least, and names that differ. A SPACE.yaml "
+                f"gives models names of your choice."
+            )
+
+
+def demo_settings(folder: Path) -> Settings:
+    """The embedded default: the folder that `hf-context-prune demo` writes, against the model that it fetches."""
+    entry = Entry("Software licences", Source(path=folder), Source(), LICENCE_PROMPTS)
+    return Settings("Mini-GPT: software licences", (entry,))
+
+
+def read_settings(path: str | Path) -> Settings:
+    """Read the YAML of a Space; paths in it are relative to its folder.
+
+    Raises:
+        ConfigError: It can't be read, or a field is missing, unknown or not of its type; the message names the field.
+    """
+    path = Path(path)
+    values = _fields(read_yaml(path), str(path), required={"models"}, allowed={"title", "base", "models", "limits"})
+    models = values["models"]
+    if not isinstance(models, list) or not models:
+        raise ConfigError(f"models in {path} is {models!r:.80}; it must be a list with at least one model.")
+    folder = path.resolve().parent
+    limits = _fields(values.get("limits", {}), "limits", required=set(), allowed=_names(Limits))
+    return Settings(
+        _text(values.get("title", "Mini-GPTs"), "title"),
+        tuple(_entry(model, f"models[{index}]", values.get("base"), folder) for index, model in enumerate(models)),
+        Limits(**limits),
+    )
+
+
+def write_settings(settings: Settings, path: Path) -> None:
+    """Write YAML that `read_settings` reads back, with paths relative to its folder.
+
+    Args:
+        settings: Whose paths lie below the folder of `path`.
+        path: The file.
+    """
+    folder = path.resolve().parent
+
+    def source(value: Source) -> Any:  # noqa: ANN401 - a mapping or a word
+        if value.path is not None:
+            return {"path": value.path.relative_to(folder).as_posix()}
+        return {"repo": value.repo, "revision": value.revision} if value.repo else DEMO
+
+    models = []
+    for entry in settings.entries:
+        model: dict[str, Any] = {"name": entry.name, **source(entry.model), "base": source(entry.base)}
+        if entry.prompts:
+            model["prompts"] = list(entry.prompts)
+        if entry.reports:
+            model["reports"] = {name: file.relative_to(folder).as_posix() for name, file in entry.reports.items()}
+        models.append(model)
+    document = {"title": settings.title, "models": models, "limits": dataclasses.asdict(settings.limits)}
+    path.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+
+
+def _entry(value: object, where: str, default_base: object, folder: Path) -> Entry:
+    keys = {"name", "repo", "revision", "path", "base", "prompts", "reports"}
+    model = _fields(value, where, required={"name"}, allowed=keys)
+    base = model.get("base", default_base)
+    if base is None:
+        raise ConfigError(f"{where} has no base; give it one, or the whole file: the model that it was pruned from.")
+    prompts, reports = model.get("prompts", []), model.get("reports", {})
+    if not isinstance(prompts, list) or len(prompts) > _MAX_PROMPTS:
+        raise ConfigError(f"{where}.prompts is {prompts!r:.80}; it must be a list of at most {_MAX_PROMPTS} texts.")
+    if not isinstance(reports, dict):
+        raise ConfigError(f"{where}.reports is {reports!r:.80}; it must map names of texts to files.")
+    place = {key: model[key] for key in ("repo", "revision", "path") if key in model}
+    return Entry(
+        check_name(model["name"], f"{where}.name"),
+        _source(place, where, folder),
+        Source() if base == DEMO else _source(base, f"{where}.base", folder),
+        tuple(_text(prompt, f"{where}.prompts") for prompt in prompts),
+        {_text(name, f"{where}.reports"): folder / _text(file, f"{where}.reports") for name, file in reports.items()},
+    )
+
+
+def _source(value: object, where: str, folder: Path) -> Source:
+    place = _fields(value, where, required=set(), allowed={"repo", "revision", "path"})
+    if ("repo" in place) == ("path" in place):
+        has = ", ".join(sorted(place)) or "neither"
+        raise ConfigError(f"{where} must have a repo (with its revision) or a path; it has {has}.")
+    if "path" in place:
+        if "revision" in place:
+            raise ConfigError(f"{where} has a path and a revision; only a repo has a revision.")
+        return Source(path=folder / _text(place["path"], f"{where}.path"))
+    revision = place.get("revision")
+    if not isinstance(revision, str) or not COMMIT.fullmatch(revision):
+        raise ConfigError(
+            f"{where}.revision is {revision!r}; it must be the commit of the repo (40 hexadecimal digits), so that "
+            f"what is shown can't change unseen."
+        )
+    return Source(repo=_repo(place["repo"], f"{where}.repo"), revision=revision)
+
+
+def _repo(value: object, where: str) -> str:
+    if not isinstance(value, str) or not REPO.fullmatch(value):
+        raise ConfigError(f"{where} is {value!r:.120}; it must be a Hub id, as in owner/name.")
+    return value
+
+
+def check_name(value: object, where: str) -> str:
+    """The name of a domain.
+
+    Raises:
+        ConfigError: It is empty, long, or not one line.
+    """
+    text = _text(value, where)
+    if len(text) > _MAX_NAME or not text.isprintable():
+        raise ConfigError(f"{where} is {text!r:.80}; it must be one line of at most {_MAX_NAME} characters.")
+    return text
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{where} is {value!r:.80}; it must be a text.")
+    return value
+
+
+def _fields(value: object, where: str, *, required: set[str], allowed: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is {value!r:.80}; it must be a mapping with {', '.join(sorted(allowed))}.")
+    for name in value:
+        if name not in allowed:
+            raise ConfigError(f"{where}: {unknown('field', name, sorted(allowed))}")
+    if missing := required - value.keys():
+        raise ConfigError(f"{where} lacks {', '.join(sorted(missing))}.")
+    return value
+
+
+def _names(kind: type[Limits]) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(kind)}

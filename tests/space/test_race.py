@@ -1,0 +1,141 @@
+"""Two models in turns: what they write, when they stop, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_context_prune import load_model
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.space.race import ANSWER, CONTINUE, Progress, Runner, Wish, race
+from hf_context_prune.space.settings import Limits
+
+LIMITS = Limits(new_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_space):
+    return load_model(tiny_space / "base"), load_model(tiny_space / "variable")
+
+
+def test_each_writes_what_generate_writes(loaded):
+    wish = Wish("the court finds that", new_tokens=12)
+    runners = [Runner(model, wish, LIMITS) for model in loaded]
+    *_, last = race(runners, seconds=60)
+    for model, progress in zip(loaded, last, strict=True):
+        inputs = model.tokenizer(wish.prompt, return_tensors="pt")
+        ids = model.model.generate(**inputs, max_new_tokens=12, do_sample=False, repetition_penalty=1.15)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        assert progress.text == model.tokenizer.decode(new, skip_special_tokens=True)
+        assert (progress.tokens, progress.stopped) == (12, "length")
+        assert 0 < progress.first_seconds <= progress.seconds
+        assert progress.tokens_per_second > 0
+
+
+def test_an_answer_goes_through_the_chat_template(loaded):
+    runner = Runner(loaded[0], Wish("the dose", mode=ANSWER, new_tokens=1), LIMITS)
+    assert loaded[0].tokenizer.decode(runner._ids[0]) == "<s>the dose"
+
+
+def test_drawn_tokens_are_the_same_again(loaded):
+    texts = set()
+    for _ in range(2):
+        *_, last = race([Runner(loaded[0], Wish("the", new_tokens=8, temperature=1.0), LIMITS)], seconds=60)
+        texts.add(last[0].text)
+    assert len(texts) == 1
+
+
+def test_the_end_of_the_text_ends_it(loaded):
+    runner = Runner(loaded[0], Wish("the court", new_tokens=20), LIMITS)
+    runner._ends = set(range(320))
+    *_, last = race([runner], seconds=60)
+    assert (last[0].tokens, last[0].stopped) == (1, "end")
+
+
+class Paced:
+    """Takes a set time for a step."""
+
+    def __init__(self, seconds, tokens):
+        self.progress, self._seconds, self._tokens = Progress(), seconds, tokens
+
+    def step(self):
+        done = self.progress.tokens + 1
+        stopped = "length" if done == self._tokens else ""
+        self.progress = Progress("x" * done, done, self._seconds, done * self._seconds, stopped)
+
+    stop = Runner.stop
+
+
+def test_the_faster_one_is_let_ahead():
+    views = list(race([Paced(2.0, 10), Paced(1.0, 10)], seconds=1_000))
+    at = next(fast.tokens for slow, fast in views if slow.tokens == 4)
+    assert at == 6  # the same time each: 3 to 4 slow steps
+    assert [view.stopped for view in views[-1]] == ["length", "length"]
+
+
+def test_the_deadline_holds_between_tokens():
+    now = iter(range(1_000))
+    *_, last = race([Paced(1, 100), Paced(1, 100)], seconds=7, clock=lambda: next(now))
+    assert [progress.stopped for progress in last] == ["time", "time"]
+    assert sum(progress.tokens for progress in last) == 6
+
+
+def test_nobody_asking_means_no_steps(loaded):
+    steps = []
+    runner = Runner(loaded[0], Wish("the court", new_tokens=30), LIMITS)
+    real = runner.step
+    runner.step = lambda: (steps.append(1), real())
+    running = race([runner], seconds=60)
+    next(running)
+    next(running)
+    running.close()
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (Wish(""), "no text"),
+        (Wish(" \n"), "no text"),
+        (Wish(None), "no text"),
+        (Wish("x" * 4_001), "4,001 characters; at most 4,000"),
+        (Wish("x", mode="eval"), "mode"),
+        (Wish("x", new_tokens=0), "from 1 to 40"),
+        (Wish("x", new_tokens=10**9), "from 1 to 40"),
+        (Wish("x", new_tokens=True), "from 1 to 40"),
+        (Wish("x", new_tokens="8"), "from 1 to 40"),
+        (Wish("x", new_tokens=9, temperature=float("nan")), "from 0 to 1.5"),
+        (Wish("x", new_tokens=9, temperature=-1), "from 0 to 1.5"),
+        (Wish("x", new_tokens=9, temperature=9), "from 0 to 1.5"),
+    ],
+)
+def test_what_is_refused(wish, message):
+    with pytest.raises(ConfigError, match=message):
+        wish.checked(LIMITS)
+
+
+def test_prompts_that_a_model_has_no_room_for(loaded):
+    long = "the court finds that " * 150
+    with pytest.raises(ConfigError, match="at most 472 are taken"):  # 512 positions, less what is to be written
+        Runner(loaded[0], Wish(long, new_tokens=40), LIMITS)
+    with pytest.raises(ConfigError, match="at most 16 are taken"):
+        Runner(loaded[0], Wish(long, new_tokens=40), Limits(prompt_tokens=16))
+    with pytest.raises(ConfigError, match="at most 0 are taken"):
+        Runner(loaded[0], Wish("the", new_tokens=600), LIMITS)
+
+
+def test_no_chat_template(loaded):
+    tokenizer = loaded[0].tokenizer
+    before, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(ConfigError, match="no chat template"):
+            Runner(loaded[0], Wish("the", mode=ANSWER), LIMITS)
+        Runner(loaded[0], Wish("the", mode=CONTINUE), LIMITS)
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_shared_weights_are_only_read(loaded):
+    before = [parameter.clone() for parameter in loaded[0].model.parameters()]
+    list(race([Runner(loaded[0], Wish("the dose", new_tokens=5), LIMITS)], seconds=60))
+    assert all(torch.equal(a, b) for a, b in zip(before, loaded[0].model.parameters(), strict=True))
