@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, corpus, parser, smollm2
+from benchmarks.common import ROOT, corpus, parser
+from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
 from hf_context_prune.card import CARD_NAME, PICTURE_NAME, read_facts
 from hf_context_prune.data import TextSource
@@ -53,7 +54,7 @@ def configuration(args: argparse.Namespace, domain: str) -> PrunerConfig:
 def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], LoadedModel]) -> Path:
     """The folder of a domain's model: from an earlier run with the same options, or made now."""
     config = configuration(args, domain)
-    setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory]
+    setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory, *([] if args.speed else ["no speed"])]
     place = args.work / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
     folder = place / f"{BASE}-{domain}"
     if not args.fresh and folder.is_dir():
@@ -70,7 +71,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         text(args, "train", domain),
         config,
         eval_data=text(args, "validation", domain),
-        evaluation=EvalOptions(max_tokens=args.eval_tokens, general_data=text(args, "validation", "general")),
+        evaluation=EvalOptions(args.eval_tokens, args.speed, general_data=text(args, "validation", "general")),
         will_save=True,
         resume_dir=walk,
     )
@@ -78,7 +79,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         print(f"{domain}: questions", flush=True)
         asked = load_questions(args.data / domain / "mcq.jsonl", max_questions=args.questions)
         pairs = (base.model, base.tokenizer), (result.model, result.tokenizer)
-        answers = answered(asked, QuestionOptions(asked.name), *pairs, seed=args.seed)
+        answers = answered(asked, QuestionOptions(asked.name), *pairs)
         result.report = replace(result.report, multiple_choice=replace(answers, name=f"{domain}/{answers.name}"))
     result.save_pretrained(folder, measure_memory=args.memory)
     shutil.rmtree(walk, ignore_errors=True)
@@ -104,10 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--vocab-size", type=int, default=16_384, help="tokens to keep; 0: all")
     options.add_argument("--allocation", default="adaptive")
     options.add_argument("--reconstruction", default="sequential")
-    options.add_argument("--blocks", type=int, default=128)
+    options.add_argument("--blocks", type=int, default=64)
     options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=24_000)
-    options.add_argument("--questions", type=int, default=300, help="multiple-choice questions a domain; 0: none")
+    options.add_argument("--eval-tokens", type=int, default=16_000)
+    options.add_argument("--questions", type=int, default=200, help="multiple-choice questions a domain; 0: none")
+    options.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="measure speed")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     args = options.parse_args(arguments)
     loaded: list[Any] = []

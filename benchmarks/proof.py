@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,23 @@ from benchmarks import common
 from benchmarks.common import Rows, machine, parser, table, write_section
 from benchmarks.common import commit as current_commit
 from benchmarks.models import smollm2
+from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, load_documents
 from hf_context_prune.evaluation import summarize_answers
+from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.loading import LoadedModel
-from hf_context_prune.matrix import DENSE, MODELS, PICTURE_NAME, DomainMatrix, domain_matrix
+from hf_context_prune.matrix import MODELS, REFERENCE, domain_matrix
+from hf_context_prune.matrix_facts import DENSE, PICTURE_NAME, DomainMatrix, relative_change
 from hf_context_prune.measuring import QuestionOptions, evaluate
 from hf_context_prune.pipeline import EvalOptions
 from hf_context_prune.recovery import RecoveryConfig
+from hf_context_prune.scores import Scores, score
 from hf_context_prune.sweep import GRID, Sweep, SweepOptions, sweep
 
 GOAL_MINUTES = 15.0
 """For half a megabyte of text and 500 questions, base and pruned, on two cores."""
-FOUR = ("law", "medicine", "finance", "general")
+FOUR = ("law", "medicine", "finance", REFERENCE)
 
 
 def folder(args: argparse.Namespace, name: str) -> Path:
@@ -60,6 +65,49 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
         eval_data=corpora(args, "validation", args.domains),
         questions={domain: asked(args, domain, args.questions, num_shots=args.shots) for domain in args.domains},
         max_tokens=args.eval_tokens,
+    )
+
+
+def measure_mixes(
+    base: LoadedModel, args: argparse.Namespace, store: Rows, found: DomainMatrix
+) -> list[tuple[float, Scores, Scores]]:
+    """(share of general text, scores on the domain, scores on general text), from none to all of the calibration text."""
+    domain, share = args.mix_domain, args.shares[0]
+    texts = {name: load_documents(path) for name, path in corpora(args, "train", (domain, REFERENCE)).items()}
+    curve = [(0.0, found.scores[domain, domain], found.scores[domain, REFERENCE])]
+    for mix in args.mixes:
+        config = PrunerConfig(
+            pruning_ratio=share,
+            num_calibration_samples=args.blocks,
+            max_seq_length=args.length,
+            pruning_seed=args.seed,
+            general_mix=mix,
+        )
+
+        def measure(config: PrunerConfig = config) -> dict[str, Any]:
+            model, tokenizer, _ = smaller_model(
+                base.model, base.tokenizer, texts[domain], config, general=texts[REFERENCE]
+            )
+            held_out = {name: replace(found.held_out[name], questions=None) for name in (domain, REFERENCE)}
+            return {name: score(model, tokenizer, one).to_row() for name, one in held_out.items()}
+
+        key = {"mix": mix, "domain": domain, "share": share, "blocks": args.blocks, "length": args.length}
+        row = store.get({**key, "eval_tokens": args.eval_tokens}, measure)
+        curve.append((mix, Scores.from_row(row[domain]), Scores.from_row(row[REFERENCE])))
+    return [*curve, (1.0, found.scores[REFERENCE, domain], found.scores[REFERENCE, REFERENCE])]
+
+
+def mix_section(curve: Sequence[tuple[float, Scores, Scores]], found: DomainMatrix, args: argparse.Namespace) -> str:
+    """The curve as a table."""
+    rows = []
+    for mix, *both in curve:
+        dense = (found.scores[DENSE, name] for name in (args.mix_domain, REFERENCE))
+        changes = (relative_change(base, own, args.seed) for base, own in zip(dense, both, strict=True))
+        rows.append((f"{mix:.0%}", *map(percent, changes)))
+    return (
+        f"### General text mixed in (`general_mix`; {args.mix_domain}, {args.shares[0]:.0%} of all parameters)\n\n"
+        f"Change of the bits a byte against the dense model, by the share of general text among the calibration "
+        f"blocks.\n\n{table(('general text', f'on {args.mix_domain}', 'on general'), rows)}"
     )
 
 
@@ -115,10 +163,10 @@ def matrix_section(found: DomainMatrix, share: float, section: str) -> str:
         f"![Change of the bits a byte](matrix-{section}-{share:g}.png)",
         table(header, found.loss_rows()),
     ]
-    if "general" in found.domains:
+    if found.reference is not None:
         parts += [
             "Own domain against general text, models of equal size (below 0: the own domain's context is worth it):",
-            table(("domain", "on its own text", "on general text"), found.context_rows("general")),
+            table(("domain", "on its own text", "on general text"), found.context_rows()),
         ]
     parts += [table(("accuracy, calibrated on", *(f"on {domain}" for domain in found.asked)), found.accuracy_rows())]
     return "\n\n".join(parts)
@@ -158,6 +206,7 @@ def signal_section(found: DomainMatrix) -> str:
 
 def results_text(
     matrices: Mapping[float, DomainMatrix],
+    curve: Sequence[tuple[float, Scores, Scores]],
     grids: Mapping[str, Sweep],
     timed: Mapping[str, Any] | None,
     args: argparse.Namespace,
@@ -175,6 +224,8 @@ def results_text(
         *(matrix_section(found, share, section) for share, found in matrices.items()),
         signal_section(first),
     ]
+    if curve:
+        parts.append(mix_section(curve, first, args))
     for domain, grid in grids.items():
         parts += [
             f"### The paper's grid, {domain}",
@@ -206,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.set_defaults(domains=list(FOUR))
     options.add_argument("--quick", action="store_true", help="two domains, one size, four points, few questions")
     options.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.3])
+    options.add_argument("--mix-domain", default="medicine", help="of the curve of general_mix")
+    options.add_argument("--mixes", nargs="*", type=float, default=[0.25, 0.5, 0.75], help="shares of general text")
     options.add_argument("--grids", nargs="*", default=["law", "medicine"], help="domains of the paper's grid")
     options.add_argument("--blocks", type=int, default=96)
     options.add_argument("--length", type=int, default=512)
@@ -218,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--steps", type=int, default=40, help="of training after each point of the grid")
     options.set_defaults(grid=GRID)
     if "--quick" in arguments:
-        small: dict[str, Any] = {"domains": ["medicine", "general"], "shares": [0.2], "grids": ["medicine"]}
+        small: dict[str, Any] = {"domains": ["medicine", REFERENCE], "shares": [0.2], "grids": ["medicine"]}
+        options.set_defaults(mixes=[0.5])
         options.set_defaults(**small, blocks=16, eval_tokens=4_000, questions=40, grid=(1e-3, 1e-1))
         options.set_defaults(grid_blocks=8, grid_questions=20, steps=4, timed_bytes=20_000)
     args = options.parse_args(arguments)
@@ -227,18 +281,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder(args, ""), ignore_errors=True)
     matrices: dict[float, DomainMatrix] = {}
     grids: dict[str, Sweep] = {}
+    curve: list[tuple[float, Scores, Scores]] = []
+    store = Rows(args, section, seed=args.seed)
     for share in args.shares:
         matrices[share] = measure_matrix(base, args, share)
         picture = folder(args, f"matrix-{share:g}") / PICTURE_NAME
         shutil.copy(picture, common.plot_path(f"matrix-{section}-{share:g}"))
-        write_section(section, results_text(matrices, grids, None, args, section))
+        write_section(section, results_text(matrices, curve, grids, None, args, section))
+    if {args.mix_domain, REFERENCE} <= set(args.domains):
+        curve = measure_mixes(base, args, store, matrices[args.shares[0]])
+        write_section(section, results_text(matrices, curve, grids, None, args, section))
     for domain in args.grids:
         grids[domain] = measure_grid(base, args, domain)
-        write_section(section, results_text(matrices, grids, None, args, section))
-    store = Rows(args, section, seed=args.seed)
+        write_section(section, results_text(matrices, curve, grids, None, args, section))
     key = {"bytes": args.timed_bytes, "questions": args.questions, "share": args.shares[0]}
     timed = store.get(key, lambda: measure_time(base, args))
-    write_section(section, results_text(matrices, grids, timed, args, section))
+    write_section(section, results_text(matrices, curve, grids, timed, args, section))
 
 
 if __name__ == "__main__":

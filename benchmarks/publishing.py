@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.common import ROOT, commit, machine, smollm2, write_section
+from benchmarks.common import ROOT, commit, machine, write_section
+from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.card import build_card, read_facts, write_card
 from hf_context_prune.data import TextSource

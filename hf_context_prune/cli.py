@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .cache import unfinished_work
 from .cli_evaluate import bench, evaluate
+from .cli_export import export, show_export
 from .cli_options import (
     DATA_HELP,
     ActivationThreshold,
@@ -30,6 +31,7 @@ from .cli_options import (
     Format,
     FormatOption,
     GeneralData,
+    GeneralMix,
     LinearThreshold,
     MaxEvalTokens,
     MaxLossIncrease,
@@ -55,6 +57,7 @@ from .cli_proof import matrix, sweep
 from .cli_publish import card, push
 from .cli_recover import recover
 from .cli_report import report
+from .cli_serve import serve
 from .cli_space import space
 from .distributed import is_main_process, together
 from .errors import ConfigError, ContextPruneError
@@ -101,6 +104,7 @@ def prune(
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
     ] = None,
     general_data: GeneralData = None,
+    general_mix: GeneralMix = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options; the command line wins.")] = None,
     pruning_ratio: PruningRatio = None,
     target_params: TargetParams = None,
@@ -206,10 +210,12 @@ app.command()(evaluate)
 app.command()(bench)
 app.command()(report)
 app.command()(space)
-app.command()(card)
-app.command()(push)
 app.command()(matrix)
 app.command()(sweep)
+app.command()(card)
+app.command()(push)
+app.command()(export)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 @app.command()
@@ -217,12 +223,16 @@ def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this tool wrote.")],
     format: FormatOption = Format.auto,
 ) -> None:
-    """Verify a pruned folder and show what was removed, how, and what it cost."""
+    """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
     from .evaluation import EvalReport
+    from .export import EXPORT_REPORT_NAME, read_export
     from .plan import PruningPlan
     from .saving import PLAN_NAME, REPORT_NAME, verify_folder
 
     manifest = verify_folder(folder)
+    if EXPORT_REPORT_NAME in manifest["files"]:
+        show_export(read_export(folder), format)
+        return
     plan = PruningPlan.load(folder / PLAN_NAME)
     figures = EvalReport.load(folder / REPORT_NAME) if REPORT_NAME in manifest["files"] else None
     if format is Format.json:
@@ -311,7 +321,9 @@ def _guarded(run: Callable[[], Any]) -> int:
     except SystemExit as exit_:  # how typer ends; it turns Ctrl-C into 130 by itself
         if exit_.code != _INTERRUPTED:
             raise
-        errors.print("Interrupted; nothing was put in place.")
+        errors.print(
+            "Interrupted; nothing was put in place. What long work had finished is kept: the same command goes on."
+        )
         return 1
     return 0
 

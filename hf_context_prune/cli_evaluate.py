@@ -20,6 +20,7 @@ from .cli_options import (
     RevisionOption,
     SpeedOption,
     TextColumn,
+    needs_questions,
 )
 from .cli_output import out, out_json, out_table
 from .distributed import on_main_process
@@ -78,8 +79,15 @@ def evaluate(
             max_questions,
             harness_task,
         )
-    elif harness_task is not None:
-        raise ConfigError("--harness-task writes the questions of --mcq as a task; give --mcq too.")
+    else:
+        needs_questions(
+            {
+                "--mcq-columns": mcq_columns,
+                "--few-shot": few_shot,
+                "--max-questions": max_questions,
+                "--harness-task": harness_task,
+            }
+        )
     report = on_main_process(
         lambda: run(
             load_model(model, dtype=dtype.value, device=device, revision=revision),
@@ -113,7 +121,9 @@ def bench(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The dense model: folder, .gguf file, or Hub id.")],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model.")],
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds of prefill and decoding.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Rounds of prefill and decoding; of loading in fresh processes, at most 3.")
+    ] = 5,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     format: FormatOption = Format.auto,
@@ -131,6 +141,7 @@ def bench(
             pruned_folder=second.folder,
             new_tokens=new_tokens,
             repeats=repeats,
+            memory_repeats=min(repeats, 3),
         )
 
     result = on_main_process(measure)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from .config import CriterionName, PrunerConfig, ReconstructionName, VocabCriterion, read_yaml
+from .errors import ConfigError
 
 
 class Format(StrEnum):
@@ -54,6 +55,13 @@ MaxEvalTokens = Annotated[
 GeneralData = Annotated[
     str | None,
     typer.Option(help="Text of no domain, to measure what the model forgot: the model card says if it is missing."),
+]
+GeneralMix = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the calibration blocks that comes from --general-data (a tenth of whose documents is then held "
+        "out for the figures), in [0, 1). Default 0."
+    ),
 ]
 SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and peak memory.")]
 
@@ -123,3 +131,17 @@ def given_options(config_file: Path | None, options: dict[str, Any]) -> PrunerCo
         if any(name in given and given[name] is not False for name in sizes):
             values = {name: value for name, value in values.items() if name not in sizes}
     return PrunerConfig.from_dict({**values, **given})
+
+
+def needs_questions(options: dict[str, Any]) -> None:
+    """Refuse options for questions where there is no ``--mcq``.
+
+    Args:
+        options: Values by name; false ones were not given.
+
+    Raises:
+        ConfigError: One was given.
+    """
+    for name, value in options.items():
+        if value:
+            raise ConfigError(f"{name} says what to do with the questions of --mcq; give --mcq too.")

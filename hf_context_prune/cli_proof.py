@@ -27,9 +27,11 @@ from .cli_options import (
     TextColumn,
     VocabSize,
     given_options,
+    needs_questions,
 )
 from .cli_output import out, out_json, out_table
 from .errors import ConfigError
+from .files import check_writable
 from .tables import matrix_tables, sweep_table
 
 
@@ -56,7 +58,9 @@ def sweep(
     ] = None,
     mcq: Annotated[str | None, typer.Option(help="Multiple-choice questions, as for evaluate.")] = None,
     mcq_scorer: Annotated[str, typer.Option(help="As for evaluate; the paper's own is paper.")] = "paper",
-    max_questions: Annotated[int, typer.Option(min=1, help="Questions at most, evenly spread.")] = 100,
+    max_questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions at most, evenly spread. Default 100.")
+    ] = None,
     num_calibration_samples: Annotated[int, typer.Option(min=1, help="Calibration blocks.")] = 128,
     max_seq_length: Annotated[int, typer.Option(min=8, help="Tokens a block.")] = 512,
     text_column: TextColumn = None,
@@ -91,7 +95,11 @@ def sweep(
     )
     questions = None
     if mcq is not None:
-        questions = QuestionOptions(mcq, scorer=mcq_scorer, max_questions=max_questions)  # type: ignore[arg-type]
+        questions = QuestionOptions(mcq, scorer=mcq_scorer, max_questions=max_questions or 100)  # type: ignore[arg-type]
+    else:
+        needs_questions({"--max-questions": max_questions})
+    options.configs()  # refused before the model is loaded
+    check_writable(output)
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
     result = run(loaded, data, output, options, eval_data=eval_data, text_column=text_column, questions=questions)
     if format is Format.json:
@@ -130,9 +138,9 @@ def matrix(
     mcq_scorer: Annotated[str, typer.Option(help="As for evaluate.")] = "likelihood_normalised",
     few_shot: Annotated[int, typer.Option(min=0, help="Examples from the dev rows of a question's source.")] = 0,
     max_questions: Annotated[int | None, typer.Option(min=1, help="Questions a domain at most.")] = None,
-    reference: Annotated[str, typer.Option(help="The domain that is no domain: others are compared with it.")] = (
-        "general"
-    ),
+    reference: Annotated[
+        str | None, typer.Option(help="The domain that the others are compared with. Default general, if it is one.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options, as for prune.")] = None,
     pruning_ratio: PruningRatio = None,
     target_params: TargetParams = None,
@@ -155,19 +163,23 @@ def matrix(
     """Prune MODEL once for each domain, and measure every result on every domain."""
     chosen = given_options(config, {**locals(), "pruning_seed": seed})
     from .loading import load_model
-    from .matrix import domain_matrix
+    from .matrix import check_matrix, domain_matrix
     from .measuring import QuestionOptions
 
+    texts, held_out = _pairs("--domains", [*domains, *(more or [])]), _pairs("--eval-data", eval_data)
     asked = {
         name: QuestionOptions(source, None, mcq_scorer, few_shot, max_questions)  # type: ignore[arg-type]
         for name, source in _pairs("--mcq", mcq).items()
     }
+    if not asked:
+        needs_questions({"--few-shot": few_shot, "--max-questions": max_questions})
+    check_matrix(tuple(texts), output, chosen, held_out, asked, reference)
     result = domain_matrix(
         load_model(model, dtype=dtype.value, device=device, revision=revision),
-        _pairs("--domains", [*domains, *(more or [])]),
+        texts,
         output,
         chosen,
-        eval_data=_pairs("--eval-data", eval_data),
+        eval_data=held_out,
         questions=asked,
         reference=reference,
         max_tokens=max_eval_tokens,
@@ -177,6 +189,6 @@ def matrix(
     elif format is Format.quiet:
         out(str(output / "matrix.md"))
     else:
-        for table in matrix_tables(result, reference):
+        for table in matrix_tables(result):
             out_table(table)
         out(f"Wrote {output / 'matrix.md'}")

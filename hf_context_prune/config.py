@@ -96,6 +96,11 @@ class PrunerConfig:
     ridge: float = option(0.3, "Ridge of the refit, as a share of each feature's mean square; above 0.")
     num_calibration_samples: int = option(128, "Blocks of calibration text.")
     max_seq_length: int = option(512, "Tokens a block.")
+    general_mix: float = option(
+        0.0,
+        "Share of the calibration blocks that comes from text of no domain, in [0, 1): the domain loses a little, and "
+        "less is forgotten elsewhere. Needs such a text.",
+    )
     text_column: str | None = option(None, "Column with the text; found by itself where there is only one candidate.")
     domain: str | None = option(None, "Name of the domain, such as law: for the model card and its tags.")
     # Not `seed`: HfArgumentParser would refuse this class beside TrainingArguments, which has that one.
@@ -116,6 +121,11 @@ class PrunerConfig:
             ("pruning_seed", 0),
         ):
             self._check_integer(name, lowest)
+        if not (is_number(self.general_mix) and 0 <= self.general_mix < 1):
+            raise ConfigError(
+                f"general_mix is {self.general_mix!r}; it must be a share in [0, 1): 0.25 takes a quarter of the "
+                f"calibration blocks from general text."
+            )
         if self.max_loss_increase is not None and not (
             is_number(self.max_loss_increase) and 0 < self.max_loss_increase <= 1
         ):

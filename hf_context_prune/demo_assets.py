@@ -263,7 +263,7 @@ def build_licence_corpus(wheel: Path, *, version: str, seed: int = 0) -> Licence
         licence="CC-BY-4.0",  # says NOTICE in the wheel's dist-info, and licensedcode/data/scancode-data.ABOUT
         notice="Copyright (c) nexB Inc. and others. ScanCode is a trademark of nexB Inc.",
     )
-    name = f"software licences (licensedcode-data {version})"
+    name = f"software licences (licensedcode-data {version}, CC-BY-4.0)"
     sides = []
     for side in (calibration, held):
         chosen = sorted((licences[i] for i in side), key=lambda licence: _shuffle_key(seed, licence.key))

@@ -12,6 +12,7 @@ Each message says what was wrong, which value was met, what is allowed and how t
     ├── PlanError (ValueError)           a plan that is damaged or was made for another model
     ├── SaveError (OSError)              nothing was put in place; an older folder is as it was
     ├── LoadError (OSError)              a model folder or file that must not be loaded
+    ├── ExportError                      a format that can't hold the model, or an artefact that failed its check
     ├── DownloadError (OSError)          a package of the demo that could not be fetched or verified
     └── PublishError (OSError)           a folder that could not or must not go to the Hub; the repository stays whole
 """
@@ -59,6 +60,10 @@ class SaveError(ContextPruneError, OSError):
 
 class LoadError(ContextPruneError, OSError):
     """A model folder or file is damaged, unsafe or not a model."""
+
+
+class ExportError(ContextPruneError):
+    """A format can't hold the model, or what was written failed its check in the runtime; nothing was put in place."""
 
 
 class DownloadError(ContextPruneError, OSError):

@@ -12,12 +12,15 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import Budget, predicted_loss
+from .architectures import check_supported
+from .calibration import batches_of
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, token_blocks
 from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
-from .errors import BudgetError, DataError
+from .errors import BudgetError, ConfigError, DataError
 from .evaluation import count_parameters, document_losses
+from .magnitudes import check_linear, measure_magnitudes
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
 from .planning import Measured, Planner, plan_and_repair, plan_widths, versions
@@ -29,6 +32,8 @@ from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_pr
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""
 _PROBE_TOKENS = 8_000
+_HEAD_TOKENS = 1024
+"""Tokens a batch where the head's output, which is wide, is measured too."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,15 @@ def size_of(config: PrunerConfig) -> VocabularySize | None:
 
 
 def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -> None:  # noqa: ANN401
-    """Refuse tokens that can't go, and a budget that shapes alone say can't be reached, before the long work.
+    """Refuse what can't be pruned so, and a budget that shapes alone say can't be reached, before the long work.
 
     Raises:
+        ConfigError: See [`check_linear`][].
         VocabularyError: See [`check_prunable`][].
         BudgetError: The size can't be reached.
     """
+    if config.thresholds_units:
+        check_linear(check_supported(model))
     if config.prunes_vocabulary:
         check_prunable(model, tokenizer, size_of(config))
     sized = config.prunes_units and not config.thresholds_units
@@ -86,6 +94,19 @@ def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -
         tokens = min(config.vocab_size or num_rows(model), num_rows(model))
         if config.vocab_size is not None or not config.prunes_vocabulary:
             widths_beside(model, config, tokens)
+
+
+def check_general_mix(config: PrunerConfig, general: object) -> None:
+    """Refuse a share of a text that is not there.
+
+    Raises:
+        ConfigError: `general_mix` without general text.
+    """
+    if config.general_mix and general is None:
+        raise ConfigError(
+            f"general_mix is {config.general_mix:g}, but there is no general text to take blocks from. Give it: "
+            f"--general-data, EvalOptions(general_data=...)."
+        )
 
 
 def widths_beside(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> tuple[LayerWidths, ...]:
@@ -132,18 +153,38 @@ def rest_of_budget(config: PrunerConfig, model: PreTrainedModel, trimmed: PreTra
     return replace(config, pruning_ratio=None, target_params=target)
 
 
-def _samples(text: TextSource, tokenizer: Any, config: PrunerConfig) -> torch.Tensor:  # noqa: ANN401
-    """The calibration blocks of a config, [blocks, length], int64."""
-    return token_blocks(
-        text,
-        tokenizer,
-        num_samples=config.num_calibration_samples,
-        max_seq_length=config.max_seq_length,
-        seed=config.pruning_seed,
-    )
+def _samples(
+    text: TextSource,
+    tokenizer: Any,  # noqa: ANN401
+    config: PrunerConfig,
+    general: TextSource | None,
+) -> torch.Tensor:
+    """The calibration blocks of a config, [blocks, length], int64; those of general text are spread among the others.
+
+    Raises:
+        ConfigError: `general_mix` without general text.
+    """
+    check_general_mix(config, general)
+
+    def blocks(source: TextSource, count: int) -> torch.Tensor:
+        length, seed = config.max_seq_length, config.pruning_seed
+        return token_blocks(source, tokenizer, num_samples=count, max_seq_length=length, seed=seed)
+
+    whole = config.num_calibration_samples
+    mixed = min(whole - 1, round(config.general_mix * whole))
+    if not mixed or general is None:
+        return blocks(text, whole)
+    both = torch.cat([blocks(text, whole - mixed), blocks(general, mixed)])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(config.pruning_seed))]
 
 
-def split_budget(model: PreTrainedModel, tokenizer: Any, text: TextSource, config: PrunerConfig) -> Split:  # noqa: ANN401
+def split_budget(
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+    general: TextSource | None = None,
+) -> Split:
     """Weigh tokens against other units: the split whose losses add up to the least.
 
     What a vocabulary costs is measured (before any refit) on documents that its tokens were not counted on; what the
@@ -155,11 +196,12 @@ def split_budget(model: PreTrainedModel, tokenizer: Any, text: TextSource, confi
         tokenizer: Its tokenizer.
         text: Calibration text.
         config: With `vocab_auto` and a budget for all parameters.
+        general: For `general_mix`.
 
     Raises:
         BudgetError: No split reaches the budget.
     """
-    samples = _samples(text, tokenizer, config)
+    samples = _samples(text, tokenizer, config, general)
     budget = Budget.of(config, count_parameters(model))
     rows, cost = num_rows(model), token_cost(model)
     alone = rows - math.ceil((budget.remove_params or 0) / cost)
@@ -234,6 +276,7 @@ def smaller_model(
     text: TextSource,
     config: PrunerConfig,
     *,
+    general: TextSource | None = None,
     search: SearchText | None = None,
     provenance: dict[str, Any] | None = None,
     resume_dir: Path | None = None,
@@ -245,6 +288,7 @@ def smaller_model(
         tokenizer: Its tokenizer; left as it is.
         text: Calibration text.
         config: All choices.
+        general: Calibration text of no domain, for `general_mix`; tokens are counted on `text` alone.
         search: For `max_loss_increase`.
         provenance: Goes into the plan, beside the config and versions.
         resume_dir: Where walks keep their finished blocks, to go on from; None keeps nothing.
@@ -252,11 +296,13 @@ def smaller_model(
     Returns:
         (the smaller model, its tokenizer, the plan).
     """
+    if config.thresholds_units:
+        return _below_thresholds(model, tokenizer, text, config, general, dict(provenance or {}))
     dense, full, facts = model, tokenizer, dict(provenance or {})
     vocabulary, measured, base_loss = None, None, None
     asked, alone, increase = config, None, 0.0
     if config.prunes_vocabulary:
-        split = split_budget(model, tokenizer, text, config) if config.vocab_auto else None
+        split = split_budget(model, tokenizer, text, config, general) if config.vocab_auto else None
         if search is not None:
             base_loss = on_main_process(lambda: search.bits_per_byte(dense, full))
         if split is not None:
@@ -277,10 +323,7 @@ def smaller_model(
                         f"more tokens, or allow more."
                     )
             config = rest_of_budget(config, dense, model)
-    samples = _samples(text, tokenizer, config)
-    if config.thresholds_units:
-        smaller, plan, _ = prune_by_thresholds(model, samples, config, facts)
-        return smaller, tokenizer, replace(plan, vocabulary=vocabulary, model_fingerprint=fingerprint(dense))
+    samples = _samples(text, tokenizer, config, general)
     try:
         plan, repair = plan_and_repair(
             model,
@@ -309,6 +352,29 @@ def smaller_model(
     return smaller, tokenizer, plan
 
 
+def _below_thresholds(
+    dense: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+    general: TextSource | None,
+    facts: dict[str, Any],
+) -> tuple[PreTrainedModel, Any, PruningPlan]:
+    """The paper's rule: what it compares is measured on the dense model, with all tokens, also where some go."""
+    samples = _samples(text, tokenizer, config, general)
+    facts["num_calibration_samples"] = samples.shape[0]
+    magnitudes = measure_magnitudes(dense, batches_of(samples, batch_tokens=_HEAD_TOKENS))
+    model, vocabulary = dense, None
+    if config.prunes_vocabulary:
+        trimmed = trimmed_for(dense, tokenizer, text, config)
+        model, tokenizer, vocabulary = trimmed.model, trimmed.tokenizer, trimmed.plan.vocabulary
+        assert vocabulary is not None
+        magnitudes = magnitudes.of_tokens(dense, vocabulary.kept)
+        facts |= trimmed.plan.provenance
+    smaller, plan, _ = prune_by_thresholds(model, magnitudes, config, facts)
+    return smaller, tokenizer, replace(plan, vocabulary=vocabulary, model_fingerprint=fingerprint(dense))
+
+
 def _reached(config: PrunerConfig, dense: PreTrainedModel, trimmed: PreTrainedModel) -> bool:
     """Whether the tokens that went are all that was asked for."""
     budget = Budget.of(config, count_parameters(dense)).remove_params
@@ -321,23 +387,3 @@ def _alone(trimmed: TrimmedModel, facts: dict[str, Any], config: PrunerConfig) -
     counted = trimmed.plan.provenance["vocabulary"]["tokens_counted"]
     own = {"config": config.to_dict(), "num_calibration_tokens": counted, "versions": versions()}
     return replace(trimmed.plan, provenance={**facts, **own})
-
-
-def vocabulary_note(plan: PruningPlan, text: TextSource) -> tuple[str, ...]:
-    """A sentence on the vocabulary for the report, where it was or could have been pruned."""
-    if plan.vocabulary is None and plan.provenance.get("considered_vocabularies"):
-        return ("Vocabulary: all tokens stay, since fewer would cost more than neurons and KV groups do.",)
-    if plan.vocabulary is None:
-        return ()
-    facts = plan.provenance["vocabulary"]
-    refit = facts["refit"]
-    repaired = "their rows are as they were"
-    if refit is not None and refit["share"]:
-        repaired = (
-            f"their rows were refitted ({refit['before']:.3f} -> {refit['after']:.3f} nats a token, withheld blocks)"
-        )
-    return (
-        f"Vocabulary: {len(plan.vocabulary.kept):,} of {facts['tokens_before']:,} tokens, {facts['coverage']:.2%} of "
-        f"the token occurrences in {text.name}; {repaired}. Losses a token don't compare between the two tokenizers; "
-        f"bits per byte do.",
-    )

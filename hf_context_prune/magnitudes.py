@@ -6,9 +6,9 @@ The paper (Mini-GPTs, arXiv 2312.12682) looks at every `nn.Linear`, the head inc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -55,10 +55,36 @@ class Magnitudes:
     activations: tuple[torch.Tensor, ...]
     num_tokens: int
 
+    def of_tokens(self, model: PreTrainedModel, kept: Sequence[int]) -> Magnitudes:
+        """The same, for a model that has only some rows of the head left.
+
+        Args:
+            model: The dense model.
+            kept: Indices of the rows, in their new order.
+        """
+        rows, head = torch.tensor(kept), model.get_output_embeddings()
+        name = next(name for name, module in linear_layers(model) if module is head)
+        old = self.linears[name]
+        unbiased = None if old.unbiased is None else old.unbiased[rows]
+        return replace(self, linears={**self.linears, name: LinearMagnitudes(old.inputs, old.outputs[rows], unbiased)})
+
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Every linear layer with its name, the head included."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
+def check_linear(spec: ArchSpec) -> None:
+    """Refuse an architecture whose projections are of another class than `nn.Linear` (GPT-2).
+
+    Raises:
+        ConfigError: With what to do instead.
+    """
+    if spec.transposed:
+        raise ConfigError(
+            f"The paper's thresholds are rules for nn.Linear, and the projections of a {spec.model_type} model are "
+            f"Conv1D. Give a size instead: pruning_ratio."
+        )
 
 
 class _Sums:
@@ -116,16 +142,12 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
         batches: As for [`calibrate`][]; padded positions don't count.
 
     Raises:
-        ConfigError: The architecture keeps its projections in another class than `nn.Linear` (GPT-2).
+        ConfigError: See [`check_linear`][].
         DataError: Nothing but padding.
         NumericsError: NaN or Inf in weights or activations.
     """
     spec = check_supported(model)
-    if spec.transposed:
-        raise ConfigError(
-            f"The paper's thresholds are rules for nn.Linear, and the projections of a {spec.model_type} model are "
-            f"Conv1D. Give a size instead: pruning_ratio."
-        )
+    check_linear(spec)
     check_weights_finite(model)
     rows = model.get_input_embeddings().weight.shape[0]
     sums, num_tokens = _Sums(model, spec), 0

@@ -27,7 +27,7 @@ from .evaluation import (
     weight_bytes,
 )
 from .evaluation.harness import write_harness_task
-from .evaluation.multiple_choice import Scorer
+from .evaluation.multiple_choice import Scorer, check_scoring
 from .evaluation.texts import Pair, general_losses, losses_on, read_general
 from .loading import LoadedModel
 from .pipeline import EvalOptions, as_loaded
@@ -45,6 +45,9 @@ class QuestionOptions:
         num_shots: Examples, at most.
         max_questions: Questions at most; None takes all.
         harness_task: Folder to write them to as a task of lm-evaluation-harness; None writes none.
+
+    Raises:
+        ConfigError: An unknown scorer, or a number out of range.
     """
 
     source: Any
@@ -53,6 +56,10 @@ class QuestionOptions:
     num_shots: int = 0
     max_questions: int | None = None
     harness_task: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what would else be found after long work."""
+        check_scoring(self.scorer, self.num_shots)
 
 
 def evaluate(
@@ -99,7 +106,7 @@ def evaluate(
     general_facts = general_losses(general, dense, pruned=pair, **how_long)
     choice = None
     if questions is not None and asked is not None:
-        choice = answered(asked, questions, dense, pair, seed=seed)
+        choice = answered(asked, questions, dense, pair)
     both = {"base": first.model} if base is None else {"base": first.model, "pruned": own.model}
     speed = measure_speed(both) if options.speed else None
     return EvalReport(
@@ -121,7 +128,7 @@ def evaluate(
 
 
 def answered(
-    asked: QuestionSet, options: QuestionOptions, base: Pair, pruned: Pair | None = None, *, seed: int = 0
+    asked: QuestionSet, options: QuestionOptions, base: Pair, pruned: Pair | None = None
 ) -> MultipleChoiceFacts:
     """Answers of one model, or of a base and what was pruned from it, to the same questions.
 
@@ -130,7 +137,6 @@ def answered(
         options: How they are answered; its `source` is not read again.
         base: Model and tokenizer.
         pruned: The same of the pruned model.
-        seed: Of the bootstrap.
     """
     how: dict[str, Any] = {"scorer": options.scorer, "num_shots": options.num_shots}
     answers = answer_questions(*base, asked, **how)
@@ -142,7 +148,7 @@ def answered(
         options.num_shots,
         summarize_answers(asked, answers),
         None if others is None else summarize_answers(asked, others),
-        None if others is None else compare_answers(answers, others, seed=seed),
+        None if others is None else compare_answers(answers, others),
     )
 
 

@@ -37,7 +37,7 @@ from .evaluation import (
     summarize_losses,
 )
 from .evaluation.texts import general_losses, read_general
-from .global_budget import check_budget, smaller_model, vocabulary_note
+from .global_budget import check_budget, check_general_mix, smaller_model
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
 from .planning import needed_targets
@@ -45,6 +45,7 @@ from .result import PruneResult
 from .search_text import SearchText
 from .sequential import check_walkable
 from .surgery import stock_fit
+from .vocabulary.notes import vocabulary_note
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,15 @@ def prune(
     check_budget(base.model, base.tokenizer, config)  # before the long work
     if will_save:
         _check_saves(base.model, spec, config)
+    check_general_mix(config, options.general_data)
     text, held_out, how = split_text(data, eval_data, config, base.tokenizer)
-    general = read_general(options.general_data, apart_from=text, tokenizer=base.tokenizer, seed=config.pruning_seed)
+    general = read_general(
+        options.general_data,
+        apart_from=text,
+        tokenizer=base.tokenizer,
+        seed=config.pruning_seed,
+        hold_out=config.general_mix > 0,
+    )
     search = None
     if config.max_loss_increase is not None:
         text, search = SearchText.withheld_from(text, base.tokenizer, config)
@@ -145,8 +153,18 @@ def prune(
     }
     if search is not None:
         provenance["search_data"] = {"name": search.text.name, "fingerprint": search.text.fingerprint}
+    mixed_in = None if general is None else general.calibration
+    if general is not None and mixed_in is not None:
+        provenance["general_data"] = general.whole
     smaller, tokenizer, plan = smaller_model(
-        base.model, base.tokenizer, text, config, search=search, provenance=provenance, resume_dir=resume_dir
+        base.model,
+        base.tokenizer,
+        text,
+        config,
+        general=mixed_in,
+        search=search,
+        provenance=provenance,
+        resume_dir=resume_dir,
     )
     gc.collect()
     # The same documents, whatever number of tokens they are for another tokenizer.
@@ -187,7 +205,10 @@ def prune(
             *((found.text,) if found else ()),
             *vocabulary_note(plan, text),
             *(
-                (f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}.",)
+                (
+                    f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}"
+                    + (f", a share of {config.general_mix:g} of {mixed_in.name}." if mixed_in is not None else "."),
+                )
                 if config.prunes_units
                 else ()
             ),

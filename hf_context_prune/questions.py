@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import ConfigError, DataError, unknown
@@ -52,6 +54,13 @@ class QuestionSet:
     examples: Mapping[str, tuple[Question, ...]]
     name: str
     revision: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that is asked and shown, 64 hexadecimal digits."""
+        rows = [self.questions, *(self.examples[source] for source in sorted(self.examples))]
+        text = json.dumps([[asdict(question) for question in some] for some in rows], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_questions(
@@ -163,6 +172,19 @@ def answered(question: Question, *, letters: bool = False) -> str:
     """A question with its right answer: an example."""
     answer = LETTERS[question.answer] if letters else question.choices[question.answer]
     return f"{shown(question, letters=letters)} {answer}"
+
+
+def shown_by_the_paper(question: Question) -> str:
+    """The question as the paper's code asks it: small letters before the choices, and no "Answer:" behind them."""
+    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS.lower(), question.choices, strict=False))
+    context = f"{question.context}\n\n" if question.context else ""
+    return f"{context}Answer the following question:\n{question.question}{listed}"
+
+
+def papers_prompt(question: Question, examples: Iterable[Question] = ()) -> str:
+    """Examples and then the question, as the paper's code asks; its own runs have no examples."""
+    told = [f"{shown_by_the_paper(row)}\nAnswer: {LETTERS[row.answer]}" for row in examples]
+    return "\n\n".join([*told, shown_by_the_paper(question)])
 
 
 def prompt(question: Question, examples: Iterable[Question] = (), *, letters: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,16 +127,15 @@ def _loss_figure(folders: Sequence[Folder]) -> Any:  # noqa: ANN401 - matplotlib
     return figure
 
 
-def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float], path: Path) -> None:
-    """Draw the domain matrix as a heat map.
+def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float]) -> bytes:
+    """Draw the domain matrix as a heat map; a PNG file's bytes.
 
     Args:
         names: Domains, in order.
         changes: Change of the bits a byte against the dense model, by (calibrated on, measured on).
-        path: PNG file to write.
     """
     side = 2.5 + 0.9 * len(names)
-    figure = new_figure(figsize=(side + 1.5, side), layout="constrained")
+    figure = new_figure(figsize=(side + 1.5, side))
     axis = figure.subplots()
     values = [[100 * changes[row, column] for column in names] for row in names]
     most = max(1e-9, *(abs(value) for line in values for value in line))
@@ -150,4 +150,6 @@ def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float
     axis.set_ylabel("calibrated on")
     axis.set_title("Bits a byte against the dense model")
     figure.colorbar(image, ax=axis, shrink=0.8, label="per cent")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, SaveError
+from .errors import ConfigError, NumericsError, SaveError
+from .files import exclusive
 
 
 class Rows:
@@ -55,9 +57,11 @@ class Rows:
             text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
             whole, _, rest = text.rpartition("\n")
             if rest:  # a line that a kill cut short
-                self.path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SaveError(f"{self.path} can't be read: {error}") from error
+                os.truncate(self.path, len(f"{whole}\n".encode()) if whole else 0)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.path} is not a file of rows that this tool wrote ({error}).") from error
+        except OSError as error:
+            raise SaveError(f"{self.path} can't be read: {error.strerror or error}. Name another --output.") from error
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
@@ -68,14 +72,38 @@ class Rows:
 
     def _append(self, row: Mapping[str, Any], *, new: bool = False) -> None:
         try:
+            line = json.dumps(row, allow_nan=False) + "\n"
+        except ValueError as error:
+            raise NumericsError(
+                f"A figure of the row {row.get('key')} for {self.path} is NaN or Inf, so it is not kept. Load the "
+                f"model in float32."
+            ) from error
+        size = None
+        try:
             if new:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                size = os.fstat(file.fileno()).st_size
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            if size is not None:  # no half a line
+                with suppress(OSError):
+                    os.truncate(self.path, size)
             raise SaveError(
                 f"A row could not be written to {self.path}: {error.strerror or error}. Rows that were finished before "
-                f"are kept; free some space and run the same command again."
+                f"are kept; mend that, or free some space, and run the same command again."
             ) from error
+
+
+@contextmanager
+def open_rows(path: Path, setting: Mapping[str, Any]) -> Iterator[Rows]:
+    """[`Rows`][] that no other run can write meanwhile.
+
+    Raises:
+        ConfigError: See [`Rows`][].
+        SaveError: Another run has them, or they can't be read or written.
+    """
+    with exclusive(Path(os.path.realpath(path))):
+        yield Rows(path, setting)

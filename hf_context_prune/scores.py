@@ -51,7 +51,7 @@ class HeldOut:
         asked = self.questions
         return {
             "text": [self.text.name, self.text.fingerprint, len(self.docs)],
-            "questions": None if asked is None else [asked.name, asked.revision, len(asked.questions), self.scorer],
+            "questions": None if asked is None else [asked.name, asked.fingerprint, self.scorer],
             "num_shots": self.num_shots,
             "max_seq_length": self.max_seq_length,
         }
@@ -122,9 +122,7 @@ def summary_of(scores: Scores, held_out: HeldOut, base: Scores | None = None, *,
     if scores.answers is not None and held_out.questions is not None:
         found["accuracy"] = [asdict(group) for group in summarize_answers(held_out.questions, scores.answers)]
         if base is not None and base.answers is not None:
-            found["accuracy_change"] = [
-                asdict(group) for group in compare_answers(base.answers, scores.answers, seed=seed)
-            ]
+            found["accuracy_change"] = [asdict(group) for group in compare_answers(base.answers, scores.answers)]
     return found
 
 

@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import logging
 import os
 import re
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .errors import ContextPruneError, LoadError, SaveError
+from .files import check_writable, exclusive, nearest_existing
 from .manifest import fsync_folder, read_manifest, unlisted_files, verify_folder, write_manifest
 
 _MARGIN_BYTES = 16 * 2**20
@@ -57,11 +55,7 @@ def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False)
     """
     goal = resolve_target(target)
     _check_occupant(goal, discard_edits=discard_edits)
-    parent = _nearest_existing(goal.parent)
-    if not parent.is_dir():
-        raise SaveError(f"{parent} is not a folder, so {goal} can't be made in it: choose another --output.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise SaveError(f"{parent} can't be written by this user: change its permissions or choose another --output.")
+    check_writable(goal.parent)
 
 
 def resolve_target(target: str | os.PathLike[str]) -> Path:
@@ -126,10 +120,6 @@ def _is_empty(folder: Path) -> bool:
         return next(entries, None) is None
 
 
-def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-
-
 @contextmanager
 def staged_folder(
     target: str | os.PathLike[str], *, required_bytes: int, wait_seconds: float = 0, discard_edits: bool = False
@@ -150,7 +140,7 @@ def staged_folder(
             write fails. Other exceptions of the block pass as they are. In each case the target is as it was.
     """
     goal = resolve_target(target)
-    with _exclusive(goal, wait_seconds):
+    with exclusive(goal, wait_seconds):
         needed = required_bytes + required_bytes // 20 + _MARGIN_BYTES
         staging = _new_staging_path(goal)
         new_parents = [folder for folder in goal.parents if not os.path.exists(folder)]
@@ -174,25 +164,6 @@ def staged_folder(
             if save_error is None:
                 raise
             raise save_error from error
-
-
-@contextmanager
-def _exclusive(goal: Path, wait_seconds: float) -> Iterator[None]:
-    """Hold the lock of a target, or raise SaveError after waiting. The system frees it when a process dies."""
-    user = os.getuid() if hasattr(os, "getuid") else 0  # another user's file in a shared folder can't be opened
-    key = hashlib.sha256(os.fsencode(goal)).hexdigest()[:32]
-    path = Path(tempfile.gettempdir(), f"hf_context_prune-{user}-{key}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=wait_seconds)
-    except Timeout as error:
-        raise SaveError(f"Another run is saving to {goal}: wait for it to end, or choose another --output.") from error
-    except OSError as error:
-        raise SaveError(f"The lock file {path} can't be used ({error.strerror}): remove it and run again.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _new_staging_path(goal: Path) -> Path:
@@ -342,7 +313,7 @@ def _as_save_error(error: BaseException, staging: Path, goal: Path, needed: int,
 
 
 def _remedy(number: int | None, staging: Path, goal: Path, needed: int) -> str:
-    parent = _nearest_existing(goal.parent)
+    parent = nearest_existing(goal.parent)
     if number == errno.EFBIG:
         return "The file is over this process's file-size limit: raise it (ulimit -f) or choose another --output."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -8,19 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
+from .cells import less_one, percent
 from .config import PrunerConfig
 from .embeddings import token_cost
 from .errors import ConfigError
-from .evaluation import Estimate, compare_answers, compare_losses, summarize_answers, summarize_losses
-from .global_budget import smaller_model
+from .evaluation import compare_answers, compare_losses, summarize_answers, summarize_losses
+from .files import check_writable, write_file
+from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel
+from .markdown import inert, table
 from .measuring import QuestionOptions
 from .pipeline import as_loaded, split_text
 from .plan import fingerprint
 from .recovery import RecoveryConfig, recover
-from .rows import Rows
+from .rows import open_rows
 from .scores import HeldOut, Scores, held_out_of, score, summary_of
 
 Point = tuple[float | None, float | None, float | None]
@@ -61,23 +65,27 @@ class SweepOptions:
         grid = itertools.product(self.linear, self.activation, self.embedding)
         return [point for point in grid if any(threshold is not None for threshold in point)]
 
-    def config(self, point: Point) -> PrunerConfig:
-        """The options of one point.
+    def configs(self) -> list[PrunerConfig]:
+        """The options of every point.
 
         Raises:
-            ConfigError: A threshold that is none.
+            ConfigError: There is no point, or a threshold that is none.
         """
-        linear, activation, embedding = point
-        return PrunerConfig(
-            criterion="l1",
-            reconstruction="none",
-            linear_threshold=linear,
-            activation_threshold=activation,
-            embedding_threshold=embedding,
-            num_calibration_samples=self.num_calibration_samples,
-            max_seq_length=self.max_seq_length,
-            pruning_seed=self.seed,
-        )
+        if not self.points:
+            raise ConfigError("Every threshold of the grid is off, so nothing would be pruned. Give one.")
+        return [
+            PrunerConfig(
+                criterion="l1",
+                reconstruction="none",
+                linear_threshold=linear,
+                activation_threshold=activation,
+                embedding_threshold=embedding,
+                num_calibration_samples=self.num_calibration_samples,
+                max_seq_length=self.max_seq_length,
+                pruning_seed=self.seed,
+            )
+            for linear, activation, embedding in self.points
+        ]
 
 
 @dataclass(frozen=True)
@@ -159,20 +167,36 @@ class Sweep:
         if scores is self.base:
             return f"{summary.value:.4f}"
         ratio = compare_losses(self.base.losses, scores.losses, seed=self.seed).bits_per_byte_ratio
-        return f"{summary.value:.4f} ({_percent(ratio)})"
+        return f"{summary.value:.4f} ({percent(less_one(ratio))})"
 
     def _perplexity(self, scores: Scores) -> str:
         value = summarize_losses(scores.losses, seed=self.seed).perplexity.value
         same = [x.num_tokens for x in scores.losses] == [x.num_tokens for x in self.base.losses]
         return f"{value:,.2f}{'' if same else '*'}"
 
-    def _accuracy(self, scores: Scores) -> str:
+    def _accuracy(self, scores: Scores, index: int = -1) -> str:
         assert scores.answers is not None and self.held_out.questions is not None  # noqa: PT018
-        value = summarize_answers(self.held_out.questions, scores.answers)[-1].accuracy.value
+        value = summarize_answers(self.held_out.questions, scores.answers)[index].accuracy.value
         if scores is self.base or self.base.answers is None:
             return f"{value:.1%}"
-        paired = compare_answers(self.base.answers, scores.answers, seed=self.seed)[-1]
+        paired = compare_answers(self.base.answers, scores.answers)[index]
         return f"{value:.1%} (p {paired.p_value:.2g})"
+
+    def source_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """(header, rows) of the accuracies source by source, and last of all; no rows where none were measured."""
+        asked, answers = self.held_out.questions, self.base.answers
+        groups = () if asked is None or answers is None else summarize_answers(asked, answers)
+        header = tuple(f"{x.source} (n {x.num_questions:,}, guessing {x.chance:.0%})" for x in groups)
+        models = [("dense", "", "", "", self.base)]
+        for row in self.rows:
+            point = [_threshold(value) for value in row.point]
+            models += [
+                (*point, when, scores)  # type: ignore[misc]
+                for when, scores in (("pruned", row.pruned), ("tuned", row.tuned))
+                if scores is not None
+            ]
+        rows = [(*names, *(self._accuracy(x, i) for i in range(len(groups)))) for *names, x in models]
+        return ("linear", "activation", "embedding", "", *header), rows if groups else []
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain JSON values."""
@@ -196,31 +220,31 @@ class Sweep:
 
     def markdown(self) -> str:
         """The table as Markdown, with what it means."""
-        lines = [f"| {' | '.join(self.header)} |", f"| {' | '.join(['---:'] * len(self.header))} |"]
-        lines += [f"| {' | '.join(row)} |" for row in self.table_rows()]
-        losses = self.base.losses
-        asked = self.held_out.questions
-        questions = ""
+        losses, asked = self.base.losses, self.held_out.questions
+        questions, by_source = "", list[str]()
         if asked is not None and self.base.answers is not None:
             group = summarize_answers(asked, self.base.answers)[-1]
             questions = (
-                f" Accuracy: {group.num_questions:,} questions of {asked.name}, scorer `{self.held_out.scorer}`, "
-                f"{self.held_out.num_shots}-shot, guessing gives {group.chance:.0%}; p of McNemar's exact test against "
-                f"the base."
+                f" Accuracy: {group.num_questions:,} questions of {inert(asked.name)}, scorer "
+                f"`{self.held_out.scorer}`, {self.held_out.num_shots}-shot, guessing gives {group.chance:.0%}; p of "
+                f"McNemar's exact test against the base."
             )
+            by_source = ["", "Accuracy by source:", "", table(*self.source_table())]
         return "\n".join(
             [
-                f"# Thresholds of the paper (arXiv 2312.12682) on {self.name}",
+                f"# Thresholds of the paper (arXiv 2312.12682) on {inert(self.name)}",
                 "",
-                *lines,
+                table(self.header, self.table_rows()),
                 "",
-                f"{self.text} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} documents; in "
-                f"brackets the change of the bits a byte, with a 95 % interval over documents.{questions}",
+                f"{inert(self.text)} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} "
+                f"documents; in brackets the change of the bits a byte, with a 95 % interval over documents."
+                f"{questions}",
                 "",
                 "*Removed*: share of the parameters that are gone from the file. *Zeroed, not removed*: zeros that "
                 "stay in the file, since no whole unit is dead; training may bring them back. *Paper's non-zero "
                 "size*: what the paper's code would call the relative size, with everything in the file. A perplexity "
                 "with * is a token of another vocabulary, and can't be compared.",
+                *by_source,
                 "",
             ]
         )
@@ -228,12 +252,6 @@ class Sweep:
 
 def _threshold(value: float | None) -> str:
     return "off" if value is None else f"{value:g}"
-
-
-def _percent(ratio: Estimate) -> str:
-    low, high = ratio.interval or (ratio.value, ratio.value)
-    text = f"{ratio.value - 1:+.1%}"
-    return text if ratio.interval is None else f"{text} [{low - 1:+.1%}, {high - 1:+.1%}]"
 
 
 def sweep(
@@ -263,11 +281,11 @@ def sweep(
         ContextPruneError: See `hf_context_prune.errors`. Rows that were finished stay.
     """
     options, folder = options or SweepOptions(), Path(output)
-    points = options.points
-    if not points:
-        raise ConfigError("Every threshold of the grid is off, so nothing would be pruned. Give one.")
-    configs = [options.config(point) for point in points]
+    points, configs = options.points, options.configs()
+    check_writable(folder)
     base = as_loaded(model, tokenizer)
+    for config in {config.embedding_threshold: config for config in configs}.values():
+        check_budget(base.model, base.tokenizer, config)
     shared = replace(configs[0], text_column=text_column)
     text, given, how = split_text(data, eval_data, shared, base.tokenizer)
     held_out = held_out_of(
@@ -277,25 +295,24 @@ def sweep(
         max_seq_length=options.max_seq_length,
         questions=questions,
     )
-    rows = Rows(
-        folder / ROWS_NAME,
-        {
-            "model": [base.name, fingerprint(base.model)],
-            "data": [text.name, text.fingerprint],
-            "held_out": held_out.setting(),
-            "recovery": None if options.recovery is None else options.recovery.to_dict(),
-            **{name: getattr(options, name) for name in ("num_calibration_samples", "max_seq_length", "seed")},
-        },
-    )
-    dense = rows.get(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
-    measured, seen = [], dict[str, dict[str, Any]]()
-    for point, config in zip(points, configs, strict=True):
-        row = rows.get(list(point), lambda c=config: _measure(base, text, held_out, c, options, seen))  # type: ignore[misc]
-        seen.setdefault(row["weights"], row)
-        tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
-        measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
-    result = Sweep(base.name, how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
-    (folder / TABLE_NAME).write_text(result.markdown(), encoding="utf-8")
+    setting = {
+        "model": [base.name, fingerprint(base.model), str(base.model.dtype)],
+        "data": [text.name, text.fingerprint],
+        "held_out": held_out.setting(),
+        "recovery": None if options.recovery is None else options.recovery.to_dict(),
+        **{name: getattr(options, name) for name in ("num_calibration_samples", "max_seq_length", "seed")},
+    }
+    with open_rows(folder / ROWS_NAME, setting) as rows:
+        dense = rows.get(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
+        measured, seen = [], dict[str, dict[str, Any]]()
+        grid = tqdm(configs, desc="Grid", unit="point", name="hf_context_prune.sweep")
+        for point, config in zip(points, grid, strict=True):
+            row = rows.get(list(point), lambda c=config: _measure(base, text, held_out, c, options, seen))  # type: ignore[misc]
+            seen.setdefault(row["weights"], row)
+            tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
+            measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
+        result = Sweep(base.name, how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
+        write_file(folder / TABLE_NAME, result.markdown())
     return result
 
 

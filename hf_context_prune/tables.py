@@ -11,7 +11,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .evaluation import EvalReport
     from .evaluation.bench import Bench
-    from .matrix import DomainMatrix
+    from .export import ExportReport
+    from .matrix_facts import DomainMatrix
     from .modeling.specs import LayerWidths
     from .sweep import Sweep
 
@@ -47,16 +48,17 @@ def sweep_table(sweep: Sweep) -> Table:
     return table
 
 
-def matrix_tables(matrix: DomainMatrix, reference: str) -> list[Table]:
+def matrix_tables(matrix: DomainMatrix) -> list[Table]:
     """Losses, whether the context matters, and accuracies, of those that were measured."""
     parts: list[tuple[str, Sequence[str], Sequence[tuple[str, ...]]]] = [
         ("Bits a byte", ("calibrated on", "parameters", *matrix.domains), matrix.loss_rows()),
         (
-            f"Own domain against {reference}: change of the bits a byte",
-            ("domain", "on its own text", f"on {reference} text"),
-            matrix.context_rows(reference) if reference in matrix.domains else [],
+            f"Own domain against {matrix.reference}: change of the bits a byte",
+            ("domain", "on its own text", f"on {matrix.reference} text"),
+            matrix.context_rows(),
         ),
-        ("Accuracy", ("calibrated on", *matrix.asked), matrix.accuracy_rows()),
+        ("Accuracy, all sources (*: not clear of guessing)", ("calibrated on", *matrix.asked), matrix.accuracy_rows()),
+        ("Accuracy by source", matrix.source_header, matrix.source_rows()),
     ]
     tables = []
     for title, header, rows in parts:
@@ -69,6 +71,18 @@ def matrix_tables(matrix: DomainMatrix, reference: str) -> list[Table]:
             table.add_row(*map(escape, row))
         tables.append(table)
     return tables
+
+
+def export_table(report: ExportReport) -> Table:
+    """An export beside the folder it was made from."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.packages.items())
+    title = f"{report.source} as {report.format}, {report.weights} ({versions})"
+    table = Table(title=escape(title), title_justify="left")
+    for index, name in enumerate(("measure", "folder", "export", "change")):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in report.table_rows():
+        table.add_row(*(escape(cell) for cell in row))
+    return table
 
 
 def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:

@@ -18,15 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import ArchSpec, Geometry, blocks, check_supported, output_projection, output_weight, read_geometry
-from .calibration import batches_of
 from .config import PrunerConfig
 from .errors import ConfigError
-from .magnitudes import Magnitudes, linear_layers, measure_magnitudes
+from .magnitudes import Magnitudes, linear_layers
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .planning import versions
 from .surgery import apply_plan
-
-_BATCH_TOKENS = 1024  # the head's output is measured too, and is wide
 
 
 @dataclass(frozen=True)
@@ -138,13 +135,13 @@ def count_zeros(model: nn.Module) -> int:
 
 
 def prune_by_thresholds(
-    model: PreTrainedModel, samples: torch.Tensor, config: PrunerConfig, provenance: Mapping[str, Any] | None = None
+    model: PreTrainedModel, magnitudes: Magnitudes, config: PrunerConfig, provenance: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PruningPlan, ZeroCounts]:
     """The paper's rule on a model: zeros below the thresholds, dead units cut out.
 
     Args:
-        model: The dense model; left as it is.
-        samples: Calibration text, [blocks, length], int64.
+        model: The dense model, perhaps with fewer tokens; left as it is.
+        magnitudes: Measured on the dense model.
         config: With `linear_threshold`, `activation_threshold`, or both.
         provenance: Goes into the plan.
 
@@ -152,12 +149,11 @@ def prune_by_thresholds(
         (the smaller model, whose logits equal those of the zeroed one, the plan, what was counted).
 
     Raises:
-        ContextPruneError: See [`measure_magnitudes`][].
+        ConfigError: There is neither.
     """
     if config.linear_threshold is None and config.activation_threshold is None:
         raise ConfigError("There is no threshold for units; give linear_threshold or activation_threshold.")
     spec = check_supported(model)
-    magnitudes = measure_magnitudes(model, batches_of(samples, batch_tokens=_BATCH_TOKENS))
     zeroed = copy.deepcopy(model)
     zero_below_(zeroed, magnitudes, linear=config.linear_threshold, activation=config.activation_threshold)
     plan = PruningPlan(
@@ -174,7 +170,6 @@ def prune_by_thresholds(
     counts = ZeroCounts(dense, dense - left, zeroed_left, count_zeros(zeroed) - count_zeros(model))
     facts = {
         "config": config.to_dict(),
-        "num_calibration_samples": samples.shape[0],
         "num_calibration_tokens": magnitudes.num_tokens,
         "versions": versions(),
         "zeroed": {"removed": counts.removed, "zeroed_not_removed": counts.zeroed, "zeros_of_paper": counts.zeros},

@@ -36,7 +36,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "GRID", (0.3,))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
     sizes = "--domains law general --shares 0.1 --grids law --blocks 8 --grid-blocks 4 --length 32 --steps 2"
-    more = "--questions 6 --grid-questions 4 --timed-bytes 500"
+    more = "--mix-domain law --mixes 0.5 --questions 6 --grid-questions 4 --timed-bytes 500"
     return f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes} {more} --eval-tokens 900".split()
 
 
@@ -46,11 +46,13 @@ def test_sections_and_going_on(options, tmp_path, monkeypatch):
     for part in ("### 10% of all parameters", "Own domain against general text", "accuracy, calibrated on"):
         assert part in text
     assert "### The paper's grid, law" in text
+    assert text.count("\n| 50% |") == 1
     assert "500 bytes" not in text
     assert "6 questions, both models" in text
     assert (tmp_path / "matrix-proof-0.1.png").is_file()
     for name in ("smaller_model", "score"):
         monkeypatch.setattr(f"hf_context_prune.matrix.{name}", None)
         monkeypatch.setattr(f"hf_context_prune.sweep.{name}", None)
+        monkeypatch.setattr(proof, name, None)
     proof.main(options)
     assert (tmp_path / "RESULTS.md").read_text() == text

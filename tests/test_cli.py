@@ -147,6 +147,7 @@ def test_interrupted_says_so_and_exits_1(run, monkeypatch):
     code, out, err = run(*PRUNE, "--output", "@never", "--mlp-ratio", 0.25)
     assert (code, out) == (1, "")
     assert "Interrupted; nothing was put in place." in err
+    assert "the same command goes on" in err
 
 
 def test_a_killed_run_goes_on_and_leaves_no_unfinished_work(run, place, tmp_path, monkeypatch):
@@ -264,8 +265,9 @@ def test_questions_and_a_base(run, place):
     code, _, err = run("evaluate", "@base", *measured, *asked, "--harness-task", "@task")
     assert code == 0, err
     assert (place / "task/context_prune_mcq.yaml").exists()
-    code, _, err = run("evaluate", "@base", *measured, "--harness-task", "@task")
-    assert (code, "give --mcq too" in err) == (2, True)
+    for option in (("--harness-task", "@task"), ("--few-shot", 2), ("--max-questions", 3), ("--mcq-columns", "a=b")):
+        code, _, err = run("evaluate", "@base", *measured, *option)
+        assert (code, f"{option[0]} says what to do" in err, "give --mcq too" in err) == (2, True, True)
     code, _, err = run("evaluate", "@base", *measured, "--mcq", "@mcq.jsonl")
     assert code == 1
     assert "'question' is None" in err
@@ -312,6 +314,16 @@ def test_matrix_takes_domains_as_people_write_them(run, place):
     assert (code, "law=laws.jsonl" in err) == (2, True)
     code, _, err = run("matrix", "@base", "--domains", f"law={law}", f"law={law}", "--output", "@m", *options)
     assert (code, "twice" in err) == (2, True)
+    both = ("--domains", f"law={law}", f"general={general}", *options)
+    for wrong, said in (
+        (("--output", "@m", "--reference", "genral"), "Did you mean 'general'"),
+        (("--output", "@m", "--mcq", "lav=x"), "Did you mean 'law'"),
+        (("--output", "@m", "--mcq", "law=x", "--mcq-scorer", "guess"), "Unknown scorer 'guess'"),
+        (("--output", "@m", "--few-shot", 2), "give --mcq too"),
+        (("--output", "@law.jsonl"), "is not a folder"),
+    ):
+        code, _, err = run("matrix", "@absent", *both, *wrong)  # before the model is looked for
+        assert (code, said in " ".join(err.split())) == (1 if "folder" in said else 2, True), err
 
 
 def test_sweep_writes_the_table_of_the_paper(run, place):
@@ -326,8 +338,16 @@ def test_sweep_writes_the_table_of_the_paper(run, place):
         (0.1, 0.1),
     ]
     assert (place / "s" / "sweep.md").read_text().count("\n| ") == 6  # header, line, dense, three points
-    code, _, err = run("sweep", "@base", "--data", law, "--output", "@s", "--linear", "much", *small)
-    assert (code, "'much'" in err) == (2, True)
+    for wrong, said in (
+        (("--linear", "much"), "'much'"),
+        (("--linear", "-1"), "linear_threshold is -1"),
+        (("--activation", "nan"), "activation_threshold is nan"),
+        (("--linear", "off", "--activation", "off", "--embedding", "off"), "Every threshold of the grid is off"),
+        (("--mcq-scorer", "guess", "--mcq", "x"), "Unknown scorer 'guess'"),
+        (("--max-questions", 5), "give --mcq too"),
+    ):
+        code, _, err = run("sweep", "@absent", "--data", law, "--output", "@s", *small, *wrong)
+        assert (code, said in " ".join(err.split())) == (2, True), err
 
 
 def test_thresholds_prune_and_reload(run, place):

@@ -58,10 +58,11 @@ EVERYTHING = {
     "activation_threshold": None,
     "embedding_threshold": None,
     "ridge": 0.1,
+    "general_mix": 0.25,
+    "domain": "law",
     "num_calibration_samples": 7,
     "max_seq_length": 33,
     "text_column": "body",
-    "domain": "law",
     "pruning_seed": 5,
 }
 

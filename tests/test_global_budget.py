@@ -14,11 +14,12 @@ from hf_context_prune.data import CalibrationWarning, hold_out_documents
 from hf_context_prune.embeddings import num_rows, token_cost
 from hf_context_prune.errors import BudgetError, DataError
 from hf_context_prune.evaluation import count_parameters, document_losses
-from hf_context_prune.global_budget import check_budget, smaller_model, vocabulary_note
+from hf_context_prune.global_budget import check_budget, smaller_model
 from hf_context_prune.plan import PruningPlan, fingerprint
 from hf_context_prune.search_text import SearchText
 from hf_context_prune.surgery import apply_plan
 from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize
+from hf_context_prune.vocabulary.notes import vocabulary_note
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
 

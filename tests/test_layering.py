@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # From the bottom to the top: a module imports from the layers below its own.
 LAYERS = [
     {"errors"},
+    {"files"},
     # Helpers and values that know nothing else of the package.
     {"cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "rows", "sources", "stats"},
     {"modeling", "config", "architectures", "plan", "data", "overlap", "questions"},
@@ -31,11 +32,12 @@ LAYERS = [
     {"thresholds"},
     {"card", "global_budget", "hub"},
     {"outline", "result"},
-    {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options", "space"},
-    {"scores"},
+    {"pipeline", "measuring", "rendering", "recovery", "callback", "tables", "cli_options", "export", "space"},
+    {"scores", "cells"},
+    {"matrix_facts"},
     {"sweep", "matrix"},
     {"cli_output"},
-    {"cli_evaluate", "cli_proof", "cli_publish", "cli_recover", "cli_report", "cli_space"},
+    {"cli_evaluate", "cli_export", "cli_proof", "cli_publish", "cli_recover", "cli_report", "cli_serve", "cli_space"},
     {"cli", "demo"},
     {"__main__"},
 ]

@@ -1,16 +1,22 @@
 """The domain matrix and the paper's grid on tiny models: what is measured, what is written, how a run goes on."""
 
+import copy
 import json
 import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from hf_context_prune import EvalOptions, prune
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import CalibrationWarning
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.loading import LoadedModel, load_model
-from hf_context_prune.matrix import DENSE, domain_matrix
+from hf_context_prune.matrix import domain_matrix
+from hf_context_prune.matrix_facts import DENSE
 from hf_context_prune.measuring import QuestionOptions
 from hf_context_prune.recovery import RecoveryConfig
 from hf_context_prune.sweep import SweepOptions, sweep
@@ -54,11 +60,11 @@ def questions(tmp_path):
             "question": " ".join(draw.choices(WORDS, k=5)),
             "choices": draw.sample(WORDS, 3),
             "answer": i % 3,
-            "source": "s",
+            "source": "st"[i % 2],
         }
         for i in range(9)
     ]
-    return QuestionOptions(write(tmp_path / "questions.jsonl", rows))
+    return QuestionOptions(write(tmp_path / "questions.jsonl", rows), num_shots=2)
 
 
 def test_the_matrix_measures_every_model_on_every_domain(base, domains, questions, tmp_path, monkeypatch):
@@ -79,10 +85,16 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     # the paired change of a model against itself is nothing
     assert found.change("law", "law", against="law").value == 0
     assert [row[0] for row in found.loss_rows()] == [DENSE, "law", "general"]
-    assert [row[0] for row in found.context_rows("general")] == ["law"]
+    assert [row[0] for row in found.context_rows()] == ["law"]
     assert [len(row) for row in found.accuracy_rows()] == [2, 2, 2]
+    rows = found.source_rows()
+    assert [row[:2] for row in rows] == [("law / s", "5"), ("law / t", "4"), ("law / all", "9")]
+    assert {len(row) for row in rows} == {len(found.source_header)} == {6}
+    assert found.source_header[-1] == "own against general"
+    assert [row[1] for row in found.accuracy_rows()] == list(rows[-1][2:5])
     text = (out / "matrix.md").read_text()
-    assert "Does the context matter?" in text
+    for part in ("Does the context matter?", "| law / t | 4 |", "2-shot (of some sources only 0: they have no more"):
+        assert part in text
     assert (out / "matrix.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -106,12 +118,48 @@ def test_held_out_text_that_another_domain_calibrates_on_is_dropped(base, domain
     assert "6 more were dropped" in found.splits["general"]
 
 
-def test_a_model_of_another_run_is_not_taken(base, domains, tmp_path):
+def louder(base, **changes):
+    """The same architecture with other weights."""
+    model = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    return replace(base, model=model, **changes)
+
+
+def test_a_model_of_another_run_is_not_taken(base, domains, tmp_path, monkeypatch):
     out = tmp_path / "out"
     domain_matrix(base, domains, out, CONFIG, max_tokens=None)
+    half = replace(base, model=copy.deepcopy(base.model).to(torch.bfloat16))
+    for other in (louder(base), half):
+        with pytest.raises(ConfigError, match="other values of model"):
+            domain_matrix(other, domains, out, CONFIG, max_tokens=None)
     (out / "matrix.jsonl").unlink()
-    with pytest.raises(ConfigError, match="other options or text"):
-        domain_matrix(base, domains, out, PrunerConfig(mlp_ratio=0.5, max_seq_length=64), max_tokens=None)
+    monkeypatch.setattr("hf_context_prune.matrix.score", None)  # refused before anything is measured
+    for other, config in ((base, replace(CONFIG, mlp_ratio=0.5)), (louder(base), CONFIG), (half, CONFIG)):
+        with pytest.raises(ConfigError, match="other options or text"):
+            domain_matrix(other, domains, out, config, max_tokens=None)
+        (out / "matrix.jsonl").unlink()
+    shutil.rmtree(out / "models" / "law")
+    (out / "models" / "law").mkdir()
+    (out / "models" / "law" / "mine.txt").touch()
+    with pytest.raises(SaveError, match="was not made by this package"):
+        domain_matrix(base, domains, out, CONFIG, max_tokens=None)
+
+
+def test_other_questions_are_not_answered_by_old_rows(base, domains, questions, tmp_path):
+    out = tmp_path / "out"
+    domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
+    rows = [json.loads(line) for line in Path(questions.source).read_text().splitlines()]
+    write(Path(questions.source), [row | {"answer": (row["answer"] + 1) % 3} for row in rows])
+    with pytest.raises(ConfigError, match="other values of held_out"):
+        domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
+
+
+@pytest.mark.parametrize("options", [{"scorer": "likelyhood"}, {"num_shots": -1}])
+def test_how_questions_are_scored_is_checked_at_once(options):
+    with pytest.raises(ConfigError, match=str(next(iter(options.values())))):
+        QuestionOptions("questions.jsonl", **options)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +171,73 @@ def test_a_model_of_another_run_is_not_taken(base, domains, tmp_path):
         ({"law": "a", "a/b": "b"}, {}),
         ({"law": "a", "b": "b"}, {"eval_data": {"lav": "x"}}),
         ({"law": "a", "b": "b"}, {"questions": {"c": "x"}}),
+        ({"law": "a", "general": "b"}, {"reference": "genral"}),
+        ({"law": "a", "general": "b"}, {"config": PrunerConfig(max_loss_increase=0.1)}),
     ],
 )
-def test_bad_domains_are_refused(base, tmp_path, domains, more):
+def test_bad_domains_are_refused(base, tmp_path, domains, more, monkeypatch):
+    monkeypatch.setattr("hf_context_prune.matrix.as_loaded", None)  # refused before a model is loaded
     with pytest.raises(ConfigError):
-        domain_matrix(base, domains, tmp_path / "out", CONFIG, **more)
+        domain_matrix(base, domains, tmp_path / "out", **{"config": CONFIG, **more})
     assert not (tmp_path / "out").exists()
+
+
+def test_without_general_text_there_is_no_reference(base, domains, tmp_path):
+    domains["finance"] = domains.pop("general")
+    found = domain_matrix(base, domains, tmp_path / "out", CONFIG, max_tokens=None)
+    assert (found.reference, found.context_rows(), found.accuracy_rows(), found.source_rows()) == (None, [], [], [])
+    assert "Does the context matter?" not in (tmp_path / "out" / "matrix.md").read_text()
+    shutil.rmtree(tmp_path / "out")
+    found = domain_matrix(base, domains, tmp_path / "out", CONFIG, max_tokens=None, reference="finance")
+    assert [row[0] for row in found.context_rows()] == ["law"]
+
+
+def test_texts_that_tell_no_domains_apart(base, domains, tmp_path):
+    with pytest.raises(ConfigError, match="law and general are the same text"):
+        domain_matrix(base, {**domains, "general": domains["law"]}, tmp_path / "out", CONFIG)
+    part = write(tmp_path / "part.jsonl", texts(PARTS["law"], 0, 5))
+    with pytest.raises(ConfigError, match=r"None of the 5 held-out documents of general .* in the text of law"):
+        domain_matrix(base, domains, tmp_path / "out", CONFIG, eval_data={"general": part})
+
+
+@pytest.mark.parametrize("run", ["matrix", "sweep"])
+def test_a_second_run_into_one_folder_waits_its_turn(base, domains, tmp_path, monkeypatch, run):
+    out = tmp_path / "out"
+
+    def go():
+        if run == "matrix":
+            return domain_matrix(base, domains, out, CONFIG, max_tokens=None)
+        return sweep(base, domains["law"], out, OPTIONS)
+
+    def beside(*_):
+        with pytest.raises(SaveError, match="Another run is saving"):
+            go()
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"hf_context_prune.{run}.score", beside)
+        with pytest.raises(InterruptedError):
+            go()
+    assert (out / f"{run}.jsonl").read_text().count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(base, domains, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name in ("matrix", "sweep"):
+        monkeypatch.setattr(f"hf_context_prune.{name}.as_loaded", None)
+    for out in (tmp_path / "file", tmp_path / "file" / "deep"):
+        with pytest.raises(SaveError, match="is not a folder, so nothing can be made in it"):
+            domain_matrix(base, domains, out, CONFIG)
+        with pytest.raises(SaveError, match="is not a folder, so nothing can be made in it"):
+            sweep(base, domains["law"], out, OPTIONS)
+
+
+def test_thresholds_for_another_kind_of_layer_are_refused_first(domains, tmp_path, monkeypatch):
+    tokenizer = shared_tokenizer("llama3")
+    gpt2 = LoadedModel(model_for("gpt2", tokenizer), tokenizer, "tiny", None, None)
+    monkeypatch.setattr("hf_context_prune.sweep.score", None)
+    with pytest.raises(ConfigError, match="Conv1D"):
+        sweep(gpt2, domains["law"], tmp_path / "out", OPTIONS)
 
 
 OPTIONS = SweepOptions(
@@ -159,8 +268,12 @@ def test_the_grid_tells_removed_from_zeroed(base, domains, questions, tmp_path, 
         assert row.tuned is None
         assert row.pruned.answers is not None
         assert len(row.pruned.answers) == 9
+    header, sources = found.source_table()
+    assert header[4:] == ("s (n 5, guessing 33%)", "t (n 4, guessing 33%)", "all (n 9, guessing 33%)")
+    assert len(sources) == 13
     text = (out / "sweep.md").read_text()
-    assert text.count("\n| off |") + text.count("\n| 0.001 |") + text.count("\n| 0.3 |") == 12
+    assert text.count("\n| off |") + text.count("\n| 0.001 |") + text.count("\n| 0.3 |") == 2 * 12
+    assert "Accuracy by source" in text
     json.dumps(found.to_dict(), allow_nan=False)
     monkeypatch.setattr("hf_context_prune.sweep.smaller_model", None)
     assert sweep(base, domains["law"], out, OPTIONS, questions=questions).rows == found.rows

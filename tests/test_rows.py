@@ -1,9 +1,12 @@
 """Rows of a long run: kept one by one, never of another setting."""
 
+import errno
+import os
+
 import pytest
 
-from hf_context_prune.errors import ConfigError, SaveError
-from hf_context_prune.rows import Rows
+from hf_context_prune.errors import ConfigError, NumericsError, SaveError
+from hf_context_prune.rows import Rows, open_rows
 
 SETTING = {"seed": 0, "text": ["a", None]}
 
@@ -42,9 +45,38 @@ def test_a_failure_leaves_what_was_finished(tmp_path):
     rows.get([1], lambda: {"value": 1})
     with pytest.raises(ZeroDivisionError):
         rows.get([2], lambda: {"value": 1 / 0})
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(NumericsError, match=r"row \[3\]"):
         rows.get([3], lambda: {"value": float("nan")})
     assert list(Rows(path, SETTING).rows) == ["[1]"]
+
+
+def test_a_row_that_does_not_fit_leaves_no_half_a_line(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    rows = Rows(path, SETTING)
+    rows.get(["\u00e4"], lambda: {"value": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SaveError, match="No space left"):
+            rows.get([2], lambda: {"value": 2})
+    assert rows.get([3], lambda: {"value": 3})["value"] == 3  # the same run may go on
+    assert list(Rows(path, SETTING).rows) == ['["\\u00e4"]', "[3]"]
+
+
+def test_one_run_at_a_time(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(path)
+    with open_rows(path, SETTING) as rows:
+        rows.get([1], lambda: {"value": 1})
+        path.open("a").write('{"key": [2], "va')  # as another run in the middle of a line would see it
+        with pytest.raises(SaveError, match="Another run is saving"), open_rows(tmp_path / "link.jsonl", SETTING):
+            pytest.fail("entered beside another run")
+        assert path.read_text().endswith('"va')  # not taken for what a kill cut short
+    with open_rows(path, SETTING) as rows:
+        assert list(rows.rows) == ["[1]"]
 
 
 def test_rows_of_another_setting_are_refused_by_name(tmp_path):

@@ -1,6 +1,7 @@
 """The paper's protocol against a computation of its own: the zeros are the paper's, the cuts change nothing."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ from torch import nn
 
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data import token_blocks
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.magnitudes import measure_magnitudes
 from hf_context_prune.surgery import apply_plan
 from hf_context_prune.thresholds import count_zeros, prune_by_thresholds, zero_below_
 
 from .tiny import VOCABULARY, case
+from .vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 
 PAPER = {
     "phi": ("mlp.activation_fn", "mlp.fc1"),
@@ -25,6 +29,10 @@ CASES = ["phi", "opt", "llama", "llama-biased", "opt-unbiased", "phi-mha", "llam
 
 def samples(num=6, length=16):
     return torch.randint(0, VOCABULARY, (num, length), generator=torch.Generator().manual_seed(3))
+
+
+def measured(model, blocks=None):
+    return measure_magnitudes(model, batches_of(samples() if blocks is None else blocks))
 
 
 def quieter(model, seed=0):
@@ -134,7 +142,7 @@ def test_what_is_cut_out_was_dead(model, linear, activation):
         criterion="l1", reconstruction="none", linear_threshold=linear, activation_threshold=activation
     )
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    smaller, plan, counts = prune_by_thresholds(model, blocks, config)
+    smaller, plan, counts = prune_by_thresholds(model, measured(model, blocks), config)
     zeroed = copy.deepcopy(model)
     zero_below_(zeroed, measure_magnitudes(model, batches_of(blocks)), linear=linear, activation=activation)
     other = samples(num=2)  # not only on the calibration text
@@ -160,17 +168,40 @@ def test_no_unit_is_cut_that_a_bias_keeps_alive():
         layer.fc1.weight[7], layer.fc1.bias[7] = 0, 3.0  # a constant, not nothing
         layer.fc1.weight[8], layer.fc1.bias[8] = 0, 0.0
     config = PrunerConfig(criterion="l1", reconstruction="none", linear_threshold=0.0)
-    _, plan, _ = prune_by_thresholds(model, samples(), config)
+    _, plan, _ = prune_by_thresholds(model, measured(model), config)
     assert 7 in plan.layers[0].neurons
     assert 8 not in plan.layers[0].neurons
 
 
 def test_a_layer_keeps_one_unit_of_each():
     config = PrunerConfig(criterion="l1", reconstruction="none", linear_threshold=1e9)
-    smaller, plan, counts = prune_by_thresholds(case("llama"), samples(), config)
+    model = case("llama")
+    smaller, plan, counts = prune_by_thresholds(model, measured(model), config)
     assert {(len(layer.neurons), len(layer.kv_groups)) for layer in plan.layers} == {(1, 1)}
     assert torch.isfinite(smaller(samples()).logits).all()
     assert counts.nonzero_share < 0.5
+
+
+@pytest.mark.parametrize("name", ["llama", "phi-mha"])
+@pytest.mark.parametrize("embedding", [0.0, 0.02])
+def test_the_dense_model_is_measured_where_tokens_go_too(name, embedding):
+    tokenizer = shared_tokenizer("llama3")
+    model, text = quieter(model_for(name, tokenizer)), documents()
+    options = {"criterion": "l1", "reconstruction": "none", "linear_threshold": 0.1, "activation_threshold": 0.1}
+    config = PrunerConfig(**options, num_calibration_samples=8, max_seq_length=32, vocab_multiple=1)
+    _, _, alone = smaller_model(model, tokenizer, text, config)
+    both = replace(config, embedding_threshold=embedding)
+    smaller, fewer, plan = smaller_model(model, tokenizer, text, both)
+    assert len(fewer) == len(plan.vocabulary.kept) < len(tokenizer)
+    assert plan.layers == alone.layers  # the tokens of a smaller vocabulary are other ones
+    assert [len(x.neurons) for x in plan.layers] != [40, 40, 40]
+    zeroed = copy.deepcopy(model)
+    samples = token_blocks(text, tokenizer, num_samples=8, max_seq_length=32, seed=0)
+    zero_below_(zeroed, measured(model, samples), linear=0.1, activation=0.1)
+    kept = torch.tensor(plan.vocabulary.kept)
+    ids = torch.arange(len(kept))[None]
+    with torch.no_grad():
+        assert torch.allclose(smaller(ids).logits, zeroed(kept[None]).logits[..., kept], atol=1e-5)
 
 
 def test_padding_counts_nowhere(model):

@@ -33,6 +33,11 @@ def check_config(config: PrunerConfig) -> None:
             "trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "
             "trimmed.tokenizer to the Trainer, and leave the vocab_* options out here."
         )
+    if config.general_mix:
+        raise ConfigError(
+            "The training batches are all that the callback calibrates on; mix general text into the training data "
+            "itself, and leave general_mix out."
+        )
     if config.thresholds_units:
         raise ConfigError(
             "The paper's thresholds decide once, on calibration text. Use prune() with them, and recover() after it; "

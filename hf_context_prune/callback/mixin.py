@@ -22,7 +22,8 @@ class ContextPruneTrainerMixin:
     """Gives a Trainer our card, our push and the sizes: ``class MyTrainer(ContextPruneTrainerMixin, Trainer)``.
 
     - ``push_to_hub`` (its own, or by ``push_to_hub=True``) uploads model, tokenizer, plan and card in one commit, and
-      never ``training_args.bin`` or optimizer state. So ``hub_strategy`` must be ``end`` or ``every_save``.
+      never ``training_args.bin`` or optimizer state. So ``hub_strategy`` must be ``end`` or ``every_save``. With
+      several processes, whose checkpoints are as wide as before, only the end is pushed.
     - The sizes reach all reporters: a Trainer calls its reporters (TensorBoard, W&B, ...) before the callbacks that it
       was given, so what a callback adds to the logs reaches the console and ``state.log_history``, but not them.
     """

@@ -62,11 +62,15 @@ class CardFacts:
         return not self.model_type.startswith(PREFIX)
 
     @property
-    def base_name(self) -> str:
-        """The base's id on the Hub, or else how the plan names it."""
-        return str(
-            self.base.get("id") or self.plan.provenance.get("base_model") or "a model that the plan does not name"
-        )
+    def base_place(self) -> str:
+        """How the plan names the base: an id, a folder or a file. This is what was pruned, and what commands take."""
+        return str(self.plan.provenance.get("base_model") or self.base.get("id") or "BASE")
+
+    @property
+    def base_id(self) -> str | None:
+        """The base's id on the Hub, where it differs from that."""
+        value = self.base.get("id")
+        return str(value) if value and value != self.base_place else None
 
     @property
     def domain(self) -> str | None:

@@ -72,7 +72,8 @@ def _share(now: int, before: int) -> str:
 
 def _summary(facts: CardFacts) -> Trusted:
     what = f"the domain *{inert(facts.domain)}*" if facts.domain else "one domain"
-    text = f"{code(facts.base_name)}, made smaller for {what} by contextual pruning"
+    base = f"{code(facts.base_id)} (from {code(facts.base_place)})" if facts.base_id else f"{code(facts.base_place)}"
+    text = f"{base}, made smaller for {what} by contextual pruning"
     size = facts.report.size if facts.report else None
     if size and size.pruned_parameters is not None:
         text += (
@@ -217,7 +218,7 @@ def _reproduce(facts: CardFacts) -> Trusted:
             sources.append(_option("general_data", report.general.dataset.name))
     revision = [_option("revision", provenance["base_revision"])] if provenance.get("base_revision") else []
     options = [*revision, *sources, *(_option(*item) for item in chosen.items()), _option("output", name)]
-    commands = [_command("prune", facts.base_name, options)]
+    commands = [_command("prune", facts.base_place, options)]
     for number, run in enumerate(recoveries if isinstance(recoveries, list) else (), 1):
         made_with = run.get("config") if isinstance(run, Mapping) else None
         if isinstance(made_with, Mapping):
@@ -240,11 +241,13 @@ def _versions(facts: CardFacts) -> Trusted:
 
 
 def _evaluate(facts: CardFacts) -> str:
-    return _command("evaluate", facts.name, [_option("base", facts.base_name), "--data DATA", "--general-data GENERAL"])
+    return _command(
+        "evaluate", facts.name, [_option("base", facts.base_place), "--data DATA", "--general-data GENERAL"]
+    )
 
 
 def _bench(facts: CardFacts) -> Trusted:
-    return code(f"hf-context-prune bench {shlex.quote(one_line(facts.base_name))} {shlex.quote(one_line(facts.name))}")
+    return code(f"hf-context-prune bench {shlex.quote(one_line(facts.base_place))} {shlex.quote(one_line(facts.name))}")
 
 
 def _limits(facts: CardFacts) -> list[Trusted]:
@@ -292,7 +295,7 @@ def _licence(facts: CardFacts) -> Trusted:
         why = inert(str(base.get("unknown") or f"{base.get('stated_by', 'the plan')} names none"))
         return Trusted(
             f"The base's licence is not known ({why}), so none is given here. Find out under which licence "
-            f"{code(facts.base_name)} is before you use or share this model."
+            f"{code(facts.base_place)} is before you use or share this model."
         )
     shown = ", ".join(str(item) for item in licence) if isinstance(licence, list) else str(licence)
     name = f" ({inert(str(base['license_name']))})" if base.get("license_name") else ""

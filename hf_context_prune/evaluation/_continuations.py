@@ -1,5 +1,6 @@
 """Log-probabilities of several continuations of one text: what they share is computed once, with a KV cache."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BATCH_TOKENS = 4096
+_PADDING = 1.2
+"""Tokens that run, padding included, over those that there are: at most that, batch by batch."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def continuation_log_probs(
     """Sum of log-probabilities (nats) of the scored tokens of every sequence.
 
     Items are batched by the length of what their sequences share. A batch's shared part runs once, padded on the left;
-    the rests run on its repeated KV cache, padded on the right. Results do not depend on the batching.
+    the rests run on its repeated KV cache, padded on the right, in groups of about equal lengths. So padding adds at
+    most a fifth to the tokens that there are, and results do not depend on the batching.
 
     Args:
         model: A causal LM, in any mode and dtype, on any device.
@@ -79,50 +83,65 @@ def continuation_log_probs(
 
 
 def _batches(items: Sequence[Alternatives], batch_tokens: int) -> list[list[Alternatives]]:
+    """Items, the longest shared parts first, in batches that waste little on padding."""
     batches: list[list[Alternatives]] = [[]]
     for item in items:
-        rows = sum(len(other.sequences) for other in [*batches[-1], item])
-        longest = max(len(sequence) for other in [*batches[-1], item] for sequence in other.sequences)
-        # What shares nothing has no cache, so it does not go with what does.
-        if batches[-1] and (rows * longest > batch_tokens or (not item.shared and batches[-1][0].shared)):
+        more = [*batches[-1], item]
+        rows = sum(len(other.sequences) for other in more)
+        longest = max(len(sequence) for other in more for sequence in other.sequences)
+        padded = len(more) * more[0].shared > _PADDING * sum(other.shared for other in more)
+        if batches[-1] and (rows * longest > batch_tokens or padded):
             batches.append([])
         batches[-1].append(item)
     return [batch for batch in batches if batch]
 
 
+def _chunks(rests: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of what has more than its first token, in groups of about equal lengths."""
+    chunks: list[list[int]] = []
+    for index in sorted(range(len(rests)), key=lambda index: -len(rests[index])):
+        if len(rests[index]) == 1:  # its only token is predicted by what comes before
+            continue
+        more = [*chunks[-1], index] if chunks else [index]
+        width = len(rests[more[0]]) - 1  # the last token of each predicts nothing
+        if chunks and width * len(more) <= _PADDING * sum(len(rests[other]) for other in more):
+            chunks[-1].append(index)
+        else:
+            chunks.append([index])
+    return chunks
+
+
 def _score(model: "PreTrainedModel", batch: Sequence[Alternatives]) -> list[list[float]]:
     shared = [item.shared for item in batch]
-    prefixes = [item.sequences[0][:length] for item, length in zip(batch, shared, strict=True)]
-    rests = [sequence[length:] for item, length in zip(batch, shared, strict=True) for sequence in item.sequences]
-    owner = torch.tensor([index for index, item in enumerate(batch) for _ in item.sequences])
-    # Logits of a prefix are needed from its last scored token on; its last position predicts every rest's first token.
-    needed = max(max(length - min(item.starts), 0) for item, length in zip(batch, shared, strict=True)) + 1
     width = max(shared)
-    ids, mask = _padded(prefixes, width, left=True)
-    if width == 0:  # sequences that share nothing: no first token is ever scored
-        log_probs, cache = torch.zeros(len(batch), 0, 0), None
-    else:
-        log_probs, cache = _forward(model, ids, mask, None, None, keep=min(needed, width))
     totals = [[0.0] * len(item.sequences) for item in batch]
-    for index, (item, length) in enumerate(zip(batch, shared, strict=True)):
-        for number, (sequence, start) in enumerate(zip(item.sequences, item.starts, strict=True)):
-            for place in range(start, min(length + 1, len(sequence))):
-                if length:  # the row of logits at position place - 1, counted from the end of the prefix
+    cache, mask = None, None
+    if width:  # sequences that share nothing have no cache, and their first token is never scored
+        prefixes = [item.sequences[0][:length] for item, length in zip(batch, shared, strict=True)]
+        ids, mask = _padded(prefixes, width, left=True)
+        # Logits are needed from the first scored token on; those of the last place predict every rest's first token.
+        needed = max(max(length - min(item.starts), 0) for item, length in zip(batch, shared, strict=True)) + 1
+        log_probs, cache = _forward(model, ids, mask, None, None, keep=min(needed, width))
+        for index, (item, length) in enumerate(zip(batch, shared, strict=True)):
+            for number, (sequence, start) in enumerate(zip(item.sequences, item.starts, strict=True)):
+                for place in range(start, length + 1):  # place - 1, counted from the end of the prefix
                     totals[index][number] += float(log_probs[index, place - 1 - length, sequence[place]])
-    tail = max(len(rest) for rest in rests) - (1 if width else 0)
-    if tail > 0:
-        inputs = [rest[: len(rest) - 1] for rest in rests]
-        more, rest_mask = _padded(inputs, max(len(rest) for rest in inputs), left=False)
-        if cache is not None:
-            cache.batch_select_indices(owner.to(model.device))
-        before = mask[owner] if width else None
-        rest_log_probs, _ = _forward(model, more, rest_mask, before, cache, keep=None)
-        for row, (index, rest) in enumerate(zip(owner.tolist(), rests, strict=True)):
-            number = row - int((owner < index).sum())
-            start = batch[index].starts[number]
-            for place in range(1, len(rest)):
-                if shared[index] + place >= start:
-                    totals[index][number] += float(rest_log_probs[row, place - 1, rest[place]])
+    rows = [(index, number) for index, item in enumerate(batch) for number in range(len(item.sequences))]
+    rests = [batch[index].sequences[number][shared[index] :] for index, number in rows]
+    chunks = _chunks(rests)
+    for chunk in chunks:
+        owners = torch.tensor([rows[row][0] for row in chunk])
+        more, more_mask = _padded([rests[row][:-1] for row in chunk], len(rests[chunk[0]]) - 1, left=False)
+        own = cache if chunk is chunks[-1] else copy.deepcopy(cache)
+        if own is not None:
+            own.batch_select_indices(owners.to(model.device))
+        before = None if mask is None else mask[owners]
+        log_probs, _ = _forward(model, more, more_mask, before, own, keep=None)
+        for at, row in enumerate(chunk):
+            index, number = rows[row]
+            first = max(1, batch[index].starts[number] - shared[index])
+            for place in range(first, len(rests[row])):
+                totals[index][number] += float(log_probs[at, place - 1, rests[row][place]])
     return totals
 
 

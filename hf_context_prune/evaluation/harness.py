@@ -7,9 +7,8 @@ from pathlib import Path
 import yaml
 
 from ..errors import SaveError
+from ..files import write_file
 from ..questions import QuestionSet, prompt
-
-_ROWS = "questions.jsonl"
 
 
 def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots: int = 0) -> str:
@@ -44,7 +43,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots:
     task = {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / _ROWS)}},
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{prompt}}",
@@ -58,10 +57,9 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _ROWS).write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise SaveError(f"The task can't be written to {folder}: {error}. Name a folder that can be.") from error
+    # Each task has rows of its own: several may lie in one folder.
+    write_file(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_file(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
     return name

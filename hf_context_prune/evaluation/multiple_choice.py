@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 from scipy import stats
 
 from ..errors import ConfigError, unknown
-from ..questions import LETTERS, Question, QuestionSet, prompt
-from ._bootstrap import CONFIDENCE, Estimate, bootstrap_estimate
+from ..questions import LETTERS, Question, QuestionSet, papers_prompt, prompt
+from ._bootstrap import CONFIDENCE, Estimate
 from ._continuations import Alternatives, continuation_log_probs
 from ._inference import evaluation_mode, max_positions
 
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Scorer = Literal["likelihood_normalised", "likelihood", "letter", "paper"]
-_GENERATED = re.compile(r"^\s*(?:Answer:\s*)?\(?([A-Z])\b")
-_GENERATED_TOKENS = 8
+_GENERATED = re.compile(r"Answer: +([^ ])")
+_GENERATED_TOKENS = 10
 ALL = "all"
 """Name of the group of all questions."""
 
@@ -75,7 +74,7 @@ class PairedAccuracy:
 
     Attributes:
         source: The group, or ``"all"``.
-        difference: Accuracy, pruned less base, with a paired bootstrap interval over questions.
+        difference: Accuracy, pruned less base, with Newcombe's 95 % interval for pairs.
         only_base: Questions that only the base answers rightly.
         only_pruned: Questions that only the pruned model answers rightly.
         p_value: Of the exact McNemar test: how often chance alone would set them apart as much.
@@ -101,9 +100,9 @@ def answer_questions(
 
     Scorers: ``likelihood`` sums the log-probabilities of a choice's tokens after the question, "Answer:" and a space;
     ``likelihood_normalised`` divides that by the bytes of the choice (lm-evaluation-harness: by its characters);
-    ``letter`` lists the choices and compares the letters as the next token; ``paper`` (arXiv 2312.12682) lists them,
-    generates a few tokens and takes the letter that it answers with, else the choice whose question + choice has the
-    lowest perplexity a token.
+    ``letter`` lists the choices and compares the letters as the next token; ``paper`` (arXiv 2312.12682) asks as the
+    paper's code does, and takes the letter behind a generated "Answer: ", else the choice whose question + choice has
+    the lowest perplexity over its number of tokens: that code divides so, and thereby favours long choices.
 
     Args:
         model: A causal LM, in any mode and dtype, on any device.
@@ -116,22 +115,21 @@ def answer_questions(
     Raises:
         ConfigError: An unknown scorer, or `num_shots` below 0.
     """
-    if scorer not in get_args(Scorer):
-        raise ConfigError(unknown("scorer", scorer, get_args(Scorer)))
-    if num_shots < 0:
-        raise ConfigError(f"num_shots is {num_shots}; it must be 0 or more.")
-    letters = scorer in ("letter", "paper")
+    check_scoring(scorer, num_shots)
     shots = [questions.examples.get(question.source, ())[:num_shots] for question in questions.questions]
-    prompts = [
-        prompt(question, examples, letters=letters)
-        for question, examples in zip(questions.questions, shots, strict=True)
-    ]
+    pairs = list(zip(questions.questions, shots, strict=True))
     if scorer == "paper":
+        prompts = [papers_prompt(question, examples) for question, examples in pairs]
         scores = _paper_scores(model, tokenizer, questions.questions, prompts, batch_tokens)
     else:
+        letters = scorer == "letter"
         items = [
-            _alternatives(tokenizer, text, [f" {answer}" for answer in (_letters(q) if letters else q.choices)])
-            for q, text in zip(questions.questions, prompts, strict=True)
+            _alternatives(
+                tokenizer,
+                prompt(question, examples, letters=letters),
+                [f" {answer}" for answer in (_letters(question) if letters else question.choices)],
+            )
+            for question, examples in pairs
         ]
         scores = continuation_log_probs(model, items, batch_tokens=batch_tokens)
     if scorer == "likelihood_normalised":
@@ -143,6 +141,18 @@ def answer_questions(
         _answer(question, row, len(examples))
         for question, row, examples in zip(questions.questions, scores, shots, strict=True)
     ]
+
+
+def check_scoring(scorer: str, num_shots: int) -> None:
+    """Refuse what [`answer_questions`][] would, before any work.
+
+    Raises:
+        ConfigError: An unknown scorer, or `num_shots` below 0.
+    """
+    if scorer not in get_args(Scorer):
+        raise ConfigError(unknown("scorer", scorer, get_args(Scorer)))
+    if isinstance(num_shots, bool) or not isinstance(num_shots, int) or num_shots < 0:
+        raise ConfigError(f"num_shots is {num_shots!r}; it must be an integer of 0 or more.")
 
 
 def _letters(question: Question) -> Sequence[str]:
@@ -174,7 +184,10 @@ def _paper_scores(
     prompts: Sequence[str],
     batch_tokens: int,
 ) -> list[list[float]]:
-    """1 for the letter that is generated, else minus the perplexity of question + choice."""
+    """1 for the letter that is generated, else minus the log of the paper's perplexity over tokens.
+
+    A generated character that names no choice counts as none; the paper's code counts it as a wrong answer.
+    """
     items = [
         _whole(_alternatives(tokenizer, question.question, [f" {choice}" for choice in question.choices]))
         for question in questions
@@ -183,12 +196,12 @@ def _paper_scores(
     scores = []
     generated = _generated(model, tokenizer, prompts)
     for question, item, row, text in zip(questions, items, sums, generated, strict=True):
-        match = _GENERATED.match(text)
-        if match and match.group(1) in _letters(question):
-            scores.append([float(letter == match.group(1)) for letter in _letters(question)])
+        match, letters = _GENERATED.search(text), _letters(question)
+        if match and match.group(1).upper() in letters:
+            scores.append([float(letter == match.group(1).upper()) for letter in letters])
         else:
-            lengths = [len(sequence) - 1 for sequence in item.sequences]
-            scores.append([-math.exp(-total / length) for total, length in zip(row, lengths, strict=True)])
+            lengths = [len(sequence) for sequence in item.sequences]
+            scores.append([x / (length - 1) + math.log(length) for x, length in zip(row, lengths, strict=True)])
     return scores
 
 
@@ -238,30 +251,30 @@ def _groups(answers: Sequence[Answer]) -> list[tuple[str, list[int]]]:
     return [*groups, (ALL, list(range(len(answers))))]
 
 
+def _wilson(right: int, count: int) -> tuple[float, float]:
+    interval = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def _accuracy(source: str, answers: Sequence[Answer], chances: Sequence[float]) -> Accuracy:
     count, right = len(answers), sum(answer.correct for answer in answers)
-    interval = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
     shots = [answer.shots for answer in answers]
     return Accuracy(
         source,
         count,
         right,
-        Estimate(right / count, (float(interval.low), float(interval.high))),
+        Estimate(right / count, _wilson(right, count)),
         sum(chances) / count,
         (min(shots), max(shots)),
     )
 
 
-def compare_answers(
-    base: Sequence[Answer], pruned: Sequence[Answer], *, seed: int = 0, n_resamples: int = 2000
-) -> tuple[PairedAccuracy, ...]:
+def compare_answers(base: Sequence[Answer], pruned: Sequence[Answer]) -> tuple[PairedAccuracy, ...]:
     """The same questions answered by two models, by source, and last all of them.
 
     Args:
         base: Answers of the base.
         pruned: Answers of the pruned model, to the same questions in the same order.
-        seed: Of the bootstrap.
-        n_resamples: Of the bootstrap.
 
     Raises:
         ConfigError: Other questions.
@@ -274,9 +287,32 @@ def compare_answers(
         only_base, only_pruned = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
         changed = only_base + only_pruned
         p_value = stats.binomtest(only_base, changed).pvalue if changed else 1.0
-        columns = [[float(b) - float(a) for a, b in pairs]]
-        difference = bootstrap_estimate(
-            lambda values, axis: np.asarray(values.mean(axis=axis)), columns, seed=seed, n_resamples=n_resamples
-        )
+        difference = _difference(sum(a and b for a, b in pairs), only_base, only_pruned, len(pairs))
         result.append(PairedAccuracy(source, difference, only_base, only_pruned, float(p_value)))
     return tuple(result)
+
+
+def _difference(both: int, only_base: int, only_pruned: int, count: int) -> Estimate:
+    """Accuracy of the pruned model less the base's, with Newcombe's interval for pairs (1998, method 10).
+
+    It joins the two Wilson intervals by the correlation of the pairs; so a few questions that both models answer alike
+    are no proof that there is no difference, as a bootstrap over them would have it.
+    """
+    neither = count - both - only_base - only_pruned
+    first, second = ((both + only_base) / count, (both + only_pruned) / count)
+    first_low, first_high = _wilson(both + only_base, count)
+    second_low, second_high = _wilson(both + only_pruned, count)
+    margins = [both + only_base, only_pruned + neither, both + only_pruned, only_base + neither]
+    correlation = 0.0
+    if all(margins):
+        surplus = float(both * neither - only_base * only_pruned)
+        surplus = max(surplus - count / 2, 0.0) if surplus > 0 else surplus
+        correlation = surplus / math.sqrt(math.prod(margins))
+
+    def distance(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
+
+    value = (only_pruned - only_base) / count
+    low = value - distance(second - second_low, first_high - first)
+    high = value + distance(second_high - second, first - first_low)
+    return Estimate(value, (max(-1.0, low), min(1.0, high)))

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, LoadError, SaveError
+from ..errors import ConfigError, LoadError
+from ..files import write_file
 from ._codec import decode, plain
 from ._table import grouped_rows, text_rows
 from .multiple_choice import Accuracy, PairedAccuracy
@@ -275,17 +276,7 @@ class EvalReport:
             SaveError: If the file can't be written.
         """
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-        path = Path(path)
-        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            staged.write_text(text, encoding="utf-8")
-            staged.replace(path)
-        except OSError as error:
-            staged.unlink(missing_ok=True)
-            raise SaveError(
-                f"The evaluation report could not be written to {str(path)!r}: {error.strerror or error}. Name a file "
-                "in a writable folder with free space."
-            ) from error
+        write_file(path, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EvalReport":

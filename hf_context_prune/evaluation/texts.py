@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..data import TextSource, load_documents
+from ..data import TextSource, hold_out_documents, load_documents
 from ..errors import DataError
 from ..overlap import drop_overlapping
 from .perplexity import compare_losses, document_losses, summarize_losses
@@ -17,18 +17,35 @@ Pair = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class GeneralText:
-    """Text of no domain, with the facts of the report."""
+    """Text of no domain, with the facts of the report.
+
+    Attributes:
+        source: What is measured on.
+        facts: On it, for the report.
+        calibration: The rest of its documents, where a part of it is calibrated on; else None.
+        whole: Name, revision and fingerprint of all of it, for the plan.
+    """
 
     source: TextSource
     facts: DatasetFacts
+    calibration: TextSource | None
+    whole: dict[str, Any]
 
 
-def read_general(data: Any, *, apart_from: TextSource | None, tokenizer: Any, seed: int) -> GeneralText | None:  # noqa: ANN401
+def read_general(
+    data: Any,  # noqa: ANN401
+    *,
+    apart_from: TextSource | None,
+    tokenizer: Any,  # noqa: ANN401
+    seed: int,
+    hold_out: bool = False,
+) -> GeneralText | None:
     """The general text that a report is asked to have; None where none is asked for.
 
     Args:
         data: What `load_documents` reads, or None.
         apart_from: Calibration text; documents that share over a quarter of their 13-word sequences with it go.
+        hold_out: Measure on a tenth of its documents alone: the rest is, or was, calibrated on.
         tokenizer: For chat messages.
         seed: Of the order of a streamed data set.
 
@@ -38,18 +55,31 @@ def read_general(data: Any, *, apart_from: TextSource | None, tokenizer: Any, se
     if data is None:
         return None
     source = load_documents(data, tokenizer=tokenizer, seed=seed)
-    how = "The text that was given, as it is."
+    whole = {"name": source.name, "revision": source.revision, "fingerprint": source.fingerprint}
+    how, rest, all_of_it, dropped = "The text that was given, as it is.", None, source, 0
+    if hold_out:
+        rest, given = hold_out_documents(source, seed=seed)
+        source, dropped = drop_overlapping(given, rest)
+        if not len(source):
+            raise DataError(
+                f"general_mix calibrates on the general text {all_of_it.name}, which repeats all {len(given):,} "
+                f"documents of it that were held out for the figures. Give text that repeats itself less."
+            )
     if apart_from is not None:
-        source, dropped = drop_overlapping(source, apart_from)
+        source, more = drop_overlapping(source, apart_from)
+        dropped += more
         if not len(source):
             raise DataError(
                 f"Every document of the general text {source.name} is also in the calibration text {apart_from.name} "
                 f"(over a quarter of its 13-word sequences are). Give other text, or leave --general-data out."
             )
         how = f"Text of its own ({source.name}), beside the calibration text {apart_from.name}."
+        if rest is not None:
+            how = f"A tenth of the documents of {all_of_it.name}, of which the rest is calibrated on as well."
         if dropped:
             how += f" {dropped:,} of its documents were dropped, as they are in the calibration text too."
-    return GeneralText(source, DatasetFacts(source.name, source.revision, source.fingerprint, how))
+    facts = DatasetFacts(source.name, source.revision, source.fingerprint, how)
+    return GeneralText(source, facts, rest, whole)
 
 
 def losses_on(

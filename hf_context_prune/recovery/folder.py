@@ -8,6 +8,7 @@ from typing import Any
 
 from ..architectures import check_supported
 from ..config import PrunerConfig
+from ..data import TextSource
 from ..errors import ConfigError
 from ..evaluation import (
     DatasetFacts,
@@ -22,7 +23,7 @@ from ..evaluation import (
     measure_speed,
     summarize_losses,
 )
-from ..evaluation.texts import general_losses, read_general
+from ..evaluation.texts import GeneralText, general_losses, read_general
 from ..loading import LoadedModel, load_model
 from ..pipeline import EvalOptions, split_text
 from ..plan import PruningPlan
@@ -69,7 +70,7 @@ def recover_folder(
     split = PrunerConfig(text_column=text_column, pruning_seed=made_with.get("pruning_seed", 0))
     text, held_out, how = split_text(data, eval_data, split, pruned.tokenizer)
     seed = config.recovery_seed
-    general = read_general(options.general_data, apart_from=text, tokenizer=pruned.tokenizer, seed=seed)
+    general = _general(options.general_data, text, pruned.tokenizer, plan, seed)
     first = parent or pruned
     how_long: dict[str, Any] = {"max_seq_length": config.max_seq_length}
     base = document_losses(first.model, first.tokenizer, held_out, max_tokens=options.max_tokens, **how_long)
@@ -129,6 +130,16 @@ def recover_folder(
     )
     from_disk = first if first.folder is not None else None
     return PruneResult(outcome.model, pruned.tokenizer, plan, report, stock, from_disk)
+
+
+def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, seed: int) -> GeneralText | None:  # noqa: ANN401
+    """General text to measure on, without what the pruning calibrated on."""
+    general = read_general(data, apart_from=text, tokenizer=tokenizer, seed=seed)
+    mixed_in = plan.provenance.get("general_data")
+    if general is None or mixed_in is None or general.whole["fingerprint"] != mixed_in["fingerprint"]:
+        return general
+    first = plan.provenance["config"]["pruning_seed"]
+    return read_general(data, apart_from=text, tokenizer=tokenizer, seed=first, hold_out=True)
 
 
 def _parent(

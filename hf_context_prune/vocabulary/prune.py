@@ -178,10 +178,9 @@ class VocabularyPruner:
             "refit": None,
         }
         if size.above_share is not None:
-            special, most = set(self.tokenizer.all_special_ids), size.above_share * total
-            facts["rows_zeroed_by_paper"] = sum(
-                self.counts.occurrences[index] <= most for index in self.table.contents if index not in special
-            )
+            stay = {index for index, count in self.counts.occurrences.items() if count}
+            stay = (stay - self.counts.rare(size.above_share)) | set(self.tokenizer.all_special_ids)
+            facts["rows_zeroed_by_paper"] = len(self.table.contents.keys() - stay)
         if refit:
             facts["refit"] = refit_rows(smaller, token_blocks(self.source, tokenizer, **self.blocks))  # type: ignore[arg-type]
         return TrimmedModel(smaller, tokenizer, replace(plan, provenance={"vocabulary": facts}))

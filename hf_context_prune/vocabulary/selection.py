@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,11 @@ class TokenCounts:
 
     occurrences: Counter[int] = field(default_factory=Counter)
     documents: Counter[int] = field(default_factory=Counter)
+
+    def rare(self, share: float) -> set[int]:
+        """Ids that the text has, but at most with this share of all occurrences."""
+        total = self.occurrences.total()
+        return {index for index, count in self.occurrences.items() if count / total <= share}
 
 
 def count_tokens(tokenizer: Any, source: TextSource) -> TokenCounts:  # noqa: ANN401
@@ -153,9 +157,11 @@ def choose(
         limit = -(-size.tokens // size.multiple) * size.multiple
     ranked = sorted(possible, key=lambda index: (-scores.get(index, 0.0), index))
     kept = set(must)
-    if size.min_count is not None or size.above_share is not None:
-        least = size.min_count or math.floor((size.above_share or 0) * counts.occurrences.total()) + 1
-        kept |= table.closed(index for index in possible if counts.occurrences[index] >= least)
+    if size.min_count is not None:
+        kept |= table.closed(index for index in possible if counts.occurrences[index] >= size.min_count)
+    elif size.above_share is not None:
+        rare = counts.rare(size.above_share)
+        kept |= table.closed(index for index in possible if counts.occurrences[index] and index not in rare)
     elif size.coverage is not None:
         kept = _covering(table, ranked, counts, size.coverage, kept)
         share = sum(counts.occurrences[index] for index in kept) / sum(counts.occurrences.values())

@@ -207,6 +207,9 @@ def test_a_base_of_the_hub_is_named_in_the_metadata(facts):
     assert (card["base_model"], card["base_model_relation"]) == ("org/base", "finetune")
     assert card["license_link"] == "https://huggingface.co/org/base/blob/main/LICENSE.md"
     assert card["datasets"] == ["org/corpus"]
+    from_file = build_card(with_provenance(facts, base_card=stated, base_model="base.Q4.gguf")).text
+    assert "`org/base` (from `base.Q4.gguf`), made smaller" in from_file
+    assert "hf-context-prune prune base.Q4.gguf" in from_file  # the file is what was pruned
 
 
 def markup(card: ModelCard) -> tuple[Counter, list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -75,16 +77,35 @@ def test_what_does_not_fit_loses_its_begin():
     assert item.shortened(None) is item.shortened(40) is item
 
 
-def test_the_shared_part_runs_once():
-    model = tiny_model("llama")
-    item = alternatives(torch.Generator().manual_seed(0), 60, [5, 4, 6, 5])
+def run_tokens(model, items, **options):
+    """How many tokens went through the model, padding included."""
     tokens = []
-    model.model.register_forward_pre_hook(
+    handle = model.model.register_forward_pre_hook(
         lambda _, __, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    continuation_log_probs(model, [item])
-    assert tokens == [60, 4 * 5]  # the last token of a choice predicts nothing
-    assert sum(tokens) <= 1.3 * (60 + 5 + 4 + 6 + 5)
+    continuation_log_probs(model, items, **options)
+    handle.remove()
+    return tokens
+
+
+def test_the_shared_part_runs_once():
+    item = alternatives(torch.Generator().manual_seed(0), 60, [5, 4, 6, 5, 1])
+    assert run_tokens(tiny_model("llama"), [item]) == [60, 4 * 5]  # the last token of a choice predicts nothing
+
+
+@pytest.mark.parametrize("lengths", [(1, 90), (1, 8), (60, 61)])
+def test_a_question_costs_little_more_than_its_tokens(lengths):
+    draw = random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        alternatives(generator, draw.randint(*lengths), [draw.randint(1, 30) for _ in range(draw.randint(2, 6))])
+        for _ in range(60)
+    ]
+    there = sum(item.shared + sum(len(sequence) - item.shared for sequence in item.sequences) for item in items)
+    for batch_tokens in (400, 4096):
+        ran = run_tokens(tiny_model("llama"), items, batch_tokens=batch_tokens)
+        assert sum(ran) <= 1.3 * there
+        assert len(ran) < 4 * len(items)  # and still in batches
 
 
 def test_the_mode_is_given_back_and_nothing_has_a_gradient():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,11 +25,14 @@ from tests.tiny import tiny_model, tiny_tokenizer
 def test_the_task_has_our_prompts(tmp_path):
     asked = questions(12)
     name = write_harness_task(asked, tmp_path / "task", num_shots=1)
-    rows = [json.loads(line) for line in (tmp_path / "task/questions.jsonl").open(encoding="utf-8")]
+    write_harness_task(replace(asked, name="others.jsonl", questions=asked.questions[:1]), tmp_path / "task")
+    task = yaml.safe_load((tmp_path / f"task/{name}.yaml").read_text())
+    path = Path(task["dataset_kwargs"]["data_files"]["test"])
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    assert len(rows) == 12  # another task in the folder does not replace them
     for row, question in zip(rows, asked.questions, strict=True):
         assert row["prompt"] == prompt(question, asked.examples[question.source][:1])
         assert (tuple(row["choices"]), row["answer"]) == (question.choices, question.answer)
-    task = yaml.safe_load((tmp_path / f"task/{name}.yaml").read_text())
     assert task["task"] == name == "context_prune_in_memory"
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="Name a folder that can be"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -75,19 +76,24 @@ def test_scores_by_brute_force(scorer, num_shots):
 
 
 def test_the_papers_two_ways(monkeypatch):
-    model, tokenizer, asked = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), questions(4)
-    texts = ["Answer: B because", "nothing", " (A) it is", "Z"]
-    monkeypatch.setattr(multiple_choice, "_generated", lambda *_: texts)
+    model, tokenizer, asked = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), questions(5)
+    texts = ["\nAnswer: b because", "nothing", " so. Answer:  A", "Answer: Z", "(A) it is"]
+    prompts = []
+    monkeypatch.setattr(multiple_choice, "_generated", lambda *given: prompts.extend(given[2]) or texts)
     answers = answer_questions(model, tokenizer, asked, scorer="paper")
+    first = asked.questions[0]
+    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip("abcd", first.choices, strict=False))
+    assert prompts[0] == f"Answer the following question:\n{first.question}{listed}"
     assert [answers[0].chosen, answers[2].chosen] == [1, 0]
-    for index in (1, 3):  # no letter, or one that is no choice: the lowest perplexity of question + choice
+    for index in (1, 3, 4):  # no "Answer: ", or no choice behind it: question + choice, as the paper's code computes it
         question = asked.questions[index]
         perplexities = []
         for choice in question.choices:
             ids = tokenizer.encode(f"{question.question} {choice}")
             with torch.no_grad():
-                perplexities.append(math.exp(float(model(input_ids=(x := torch.tensor([ids])), labels=x).loss)))
-        assert [-score for score in answers[index].scores] == pytest.approx(perplexities, rel=1e-3)
+                loss = float(model(input_ids=(x := torch.tensor([ids])), labels=x).loss)
+            perplexities.append(math.exp(loss) / len(ids))
+        assert [math.exp(-score) for score in answers[index].scores] == pytest.approx(perplexities, rel=1e-3)
         assert answers[index].chosen == perplexities.index(min(perplexities))
 
 
@@ -96,7 +102,7 @@ def test_what_is_generated():
     prompts = ["the court finds", "the patient was given the dose. " * 40]
     texts = multiple_choice._generated(model, tokenizer, prompts)
     ids = torch.tensor([tokenizer.encode(prompts[0])])
-    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
     assert texts[0] == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     assert len(texts) == 2  # what is longer than the model's positions loses its begin
 
@@ -131,14 +137,36 @@ def test_paired_comparison():
     assert low < -0.15 < high
     assert rows[-1].p_value == pytest.approx(stats.binomtest(4, 5).pvalue)
     same = compare_answers(base, base)[-1]
-    assert (same.p_value, same.difference.value, same.difference.interval) == (1.0, 0.0, (0.0, 0.0))
+    assert (same.p_value, same.difference.value) == (1.0, 0.0)
+    assert same.difference.interval[0] < 0 < same.difference.interval[1]  # twenty questions don't prove "no loss"
     with pytest.raises(ConfigError, match="different questions"):
         compare_answers(base, pruned[::-1])
 
 
+@pytest.mark.parametrize("shares", [(0.4, 0.2, 0.1, 0.3), (0.3, 0.02, 0.02, 0.66), (0.1, 0.3, 0.3, 0.3)])
+def test_the_interval_of_the_difference_covers_the_truth(shares):
+    """Of shares of questions that both, only the base, only the pruned model, and neither answer rightly."""
+    draws = np.random.default_rng(0).multinomial(60, shares, size=300).tolist()
+    covered = 0
+    for both, only_base, only_pruned, _ in draws:
+        low, high = multiple_choice._difference(both, only_base, only_pruned, 60).interval
+        covered += low <= shares[2] - shares[1] <= high
+    assert covered / len(draws) >= 0.93
+
+
+def test_the_interval_where_nothing_differs():
+    # Wilson's lower end for 54 of 54 is 54 / (54 + 1.96^2)
+    assert multiple_choice._difference(54, 0, 0, 54).interval == pytest.approx((-0.0664, 0.0664), abs=1e-4)
+    assert multiple_choice._difference(0, 0, 0, 1).interval == pytest.approx((-0.7935, 0.7935), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"scorer": "likelyhood"}, "Did you mean 'likelihood'"), ({"num_shots": -1}, "num_shots is -1")],
+    [
+        ({"scorer": "likelyhood"}, "Did you mean 'likelihood'"),
+        ({"num_shots": -1}, "num_shots is -1"),
+        ({"num_shots": 1.5}, "num_shots is 1.5"),
+    ],
 )
 def test_options_that_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):

@@ -287,12 +287,18 @@ sys.meta_path.insert(0, Barred())
         + READ_BACK
         + f"""
 results = {{"variable": read_back("org/variable"{remote}), "stock": read_back("org/used")}}
+if {package}:
+    from huggingface_hub import snapshot_download
+    from hf_context_prune import load_pruned
+    folder = snapshot_download("org/variable", token=arguments["token"])
+    results["verified"] = digest(load_pruned(folder))
 print(json.dumps(results))
 """,
         arguments={"token": TOKEN},
         package=package,
         home=f"empty cache {package}",
     )
+    assert not package or facts["verified"] == place[2]["variable"]
     for name, kind in (("variable", "ContextPrunedLlamaForCausalLM"), ("stock", "LlamaForCausalLM")):
         assert (facts[name]["digest"], facts[name]["class"]) == (place[2][name], kind)
         assert facts[name]["ids"] == tiny_tokenizer()("the court").input_ids

@@ -1,0 +1,169 @@
+"""A 30 %-pruned SmolLM2 in every runtime that it is exported to: size, loss and speed, beside the dense model.
+
+python -m benchmarks.export --data PATH/TO/data [--stock FOLDER --variable FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Rows, corpus, parser, smollm2, table, write_section
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.evaluation import weight_bytes
+from hf_context_prune.export import export, open_export
+from hf_context_prune.export.runtime import TorchRuntime
+from hf_context_prune.loading import load_model
+from hf_context_prune.pipeline import EvalOptions, prune
+
+EXPORTS = (
+    ("quanto", "int8"),
+    ("quanto", "int4"),
+    ("torchao", "int8"),
+    ("onnx", "float32"),
+    ("onnx", "int8"),
+    ("gguf", "f16"),
+    ("gguf", "q8_0"),
+)
+DENSE_EXPORTS = (("gguf", "f16"), ("gguf", "q8_0"))
+ANY = 1e6  # the figures are shown, whatever they are
+
+
+def pruned_folder(kind: str, given: Path | None, options: argparse.Namespace, scratch: Path) -> Path:
+    """The folder that was given, or one that is pruned now."""
+    if given is not None:
+        return given
+    config = PrunerConfig(
+        pruning_ratio=0.3,
+        vocab_size=16_384,
+        allocation="adaptive" if kind == "variable" else "uniform",
+        stock=kind == "stock",
+        num_calibration_samples=options.blocks,
+        pruning_seed=options.seed,
+    )
+    quick = EvalOptions(max_tokens=options.tokens, speed=False, memory=False)
+    result = prune(
+        smollm2(), corpus(options, "train"), config, eval_data=corpus(options, "validation"), evaluation=quick
+    )
+    return result.save_pretrained(scratch / kind)
+
+
+def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argparse.Namespace) -> dict[str, Any]:
+    """Export a folder to everything, then time all that came out, in turns."""
+    text = options.data / options.domain / "corpus.validation.jsonl.gz"
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as open_until_timed:
+        loaded = load_model(folder, device="cpu")
+        runtimes: dict[str, Any] = {"transformers": TorchRuntime(loaded.model)}
+        for format, weights in exports:
+            name = f"{format} {weights}"
+            result = export(
+                folder,
+                Path(scratch, name.replace(" ", "-")),
+                format=format,
+                weights=weights,
+                data=text,
+                max_tokens=options.tokens,
+                tolerance=ANY,
+                seed=options.seed,
+            )
+            report = result.report.to_dict()
+            found[name] = {key: report[key] for key in ("packages", "verification")}
+            runtimes[name] = open_until_timed.enter_context(closing(open_export(result.folder)))
+        prompt = loaded.tokenizer("The", add_special_tokens=False)["input_ids"] * 16
+        speeds: dict[str, list[float]] = {name: [] for name in runtimes}
+        for turn in range(options.rounds + 1):
+            for name, runtime in runtimes.items():
+                start = time.perf_counter()
+                count = len(runtime.generate(prompt, options.new_tokens))
+                if turn:  # the first turn warms up
+                    speeds[name].append(count / (time.perf_counter() - start))
+    return {"exports": found, "speeds": speeds, "bytes": weight_bytes(folder)}
+
+
+def lines_of(kind: str, row: dict[str, Any], dense_speed: float) -> list[list[str]]:
+    """The rows of the table: the folder itself, then its exports."""
+    middle = {name: statistics.median(values) for name, values in row["speeds"].items()}
+
+    def line(name: str, size: int, bits: str, change: str, equal: str) -> list[str]:
+        speed = middle[name]
+        return [
+            f"{kind}: {name}",
+            f"{size / 1e6:.1f}",
+            bits,
+            change,
+            equal,
+            f"{speed:.1f}",
+            f"{speed / dense_speed:.2f}",
+        ]
+
+    checks = {name: entry["verification"] for name, entry in row["exports"].items()}
+    before = next(iter(checks.values()))["bits_per_byte_before"]
+    lines = [line("transformers", row["bytes"], f"{before:.4f}", "", "")]
+    for name, check in checks.items():
+        change = check["bits_per_byte_after"] / check["bits_per_byte_before"] - 1
+        equal = f"{check['equal_texts']} of {check['prompts']}"
+        lines.append(line(name, check["bytes_after"], f"{check['bits_per_byte_after']:.4f}", f"{change:+.2%}", equal))
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--stock", type=Path, help="a pruned folder of stock widths; without it one is made")
+    options.add_argument("--variable", type=Path, help="a pruned folder of variable widths; without it one is made")
+    options.add_argument("--blocks", type=int, default=64, help="calibration blocks of 512 tokens, where one is made")
+    options.add_argument("--tokens", type=int, default=2000, help="held-out tokens to compare on")
+    options.add_argument("--new-tokens", type=int, default=48, help="tokens to decode in a timed turn")
+    options.add_argument("--rounds", type=int, default=5, help="timed turns of each runtime")
+    args = options.parse_args(arguments)
+    rows = Rows(args, "export", seed=args.seed, tokens=args.tokens, new_tokens=args.new_tokens, rounds=args.rounds)
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def of(kind: str, given: Path | None) -> dict[str, Any]:
+            return rows.get(
+                {"folder": kind, "domain": args.domain},
+                lambda: measure(pruned_folder(kind, given, args, Path(scratch)), EXPORTS, args),
+            )
+
+        dense_folder = smollm2().folder
+        assert dense_folder is not None
+        dense = rows.get({"folder": "dense", "domain": args.domain}, lambda: measure(dense_folder, DENSE_EXPORTS, args))
+        found = {"dense": dense, "stock": of("stock", args.stock), "variable": of("variable", args.variable)}
+    dense_speed = statistics.median(dense["speeds"]["transformers"])
+    header = ["", "MB", "bits a byte", "export's change", "equal texts", "tokens/s", "x dense in transformers"]
+    packages = {
+        name: version
+        for row in found.values()
+        for e in row["exports"].values()
+        for name, version in e["packages"].items()
+    }
+    tokens = next(iter(dense["exports"].values()))["verification"]["num_tokens"]
+    write_section(
+        "export",
+        f"""## Exports
+
+SmolLM2-135M-Instruct (float32, dequantised), dense and with 30 % of its parameters pruned (vocabulary of 16,384 tokens, then
+MLP neurons; stock: uniform widths, variable: adaptive ones), in every runtime of `hf-context-prune export`. Bits a byte on
+about {tokens:,} held-out tokens of `{args.domain}` (a check of the export, not of pruning: too little text for that); greedy
+texts of 32 tokens against the folder's own; decoding of {args.new_tokens} tokens, one sequence, median of {args.rounds}
+rounds in which the runtimes of a folder take turns.
+
+{table(header, [line for kind, row in found.items() for line in lines_of(kind, row, dense_speed)])}
+
+{", ".join(f"{name} {version}" for name, version in sorted(packages.items()))}.
+
+`python -m benchmarks.export --data DATA` at `{dense["setting"]["commit"]}`, {dense["setting"]["machine"]}, seed {args.seed}.
+""",
+    )
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

@@ -1,0 +1,38 @@
+"""A process of its own that serves one GGUF file with llama.cpp, until its standard input ends.
+
+Run as a script, not as a part of the package: llama.cpp ends its process on files that it can't run, and the package
+would load torch. Arguments: the file, positions, threads. The address is the last line of its standard output.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+import xllamacpp
+
+
+def main() -> None:
+    """Serve on this machine alone, at a free port."""
+    path, positions, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx = positions
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.warmup = False
+    server = xllamacpp.Server(params)
+    sys.stdout.write("\n" + json.dumps({"address": server.listening_address}) + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+
+
+code = 0
+try:
+    main()
+except Exception:
+    traceback.print_exc()
+    code = 1
+sys.stderr.flush()
+os._exit(code)  # llama.cpp's threads can hold up an orderly end

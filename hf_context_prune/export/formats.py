@@ -1,0 +1,141 @@
+"""The formats: what each needs, what its weights can be, and what an artefact may differ by."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from ..errors import ConfigError, unknown
+from ..loading import LoadedModel
+from .runtime import Runtime
+from .verify import Tolerance
+
+
+class FormatModule(Protocol):
+    """What the module of a format has."""
+
+    def check(self, loaded: LoadedModel, weights: str) -> None:
+        """Raise ExportError where the format can't hold the model."""
+
+    def write(self, loaded: LoadedModel, folder: Path, weights: str) -> None:
+        """Write the artefact to an empty folder; the model may be changed."""
+
+    def load(self, folder: Path) -> Runtime:
+        """Open the artefact in the format's own runtime."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        name: As users call it; the module of this name has its functions.
+        extra: Of this package, with what it needs.
+        packages: Import names of what it needs.
+        weights: What the weights can be, with what is allowed then; the first is the default.
+        files: Patterns of the files that count as its size.
+        dtype: What the model is loaded in; ``"auto"``: as it was saved.
+    """
+
+    name: str
+    extra: str
+    packages: tuple[str, ...]
+    weights: Mapping[str, Tolerance]
+    files: tuple[str, ...]
+    dtype: str = "auto"
+
+    def module(self) -> FormatModule:
+        """Its functions.
+
+        Raises:
+            ConfigError: A package is not installed.
+        """
+        missing = [name for name in self.packages if not _is_installed(name)]
+        if missing:
+            raise ConfigError(
+                f"The format {self.name!r} needs packages that are not installed ({', '.join(missing)}): "
+                f'pip install "hf-context-prune[{self.extra}]".'
+            )
+        return cast("FormatModule", importlib.import_module(f".{self.name}", __package__))
+
+    def versions(self) -> dict[str, str]:
+        """Versions of torch, transformers and what the format needs, by distribution."""
+        found = importlib.metadata.packages_distributions()
+        tops = ["torch", "transformers", *(name.partition(".")[0] for name in self.packages)]
+        names = sorted({distribution for top in tops for distribution in found.get(top, ())})
+        return {name: importlib.metadata.version(name) for name in names}
+
+    def size(self, folder: Path) -> int:
+        """Bytes of the artefact in a folder."""
+        return sum(path.stat().st_size for pattern in self.files for path in folder.glob(pattern))
+
+    def tolerance(self, weights: str) -> Tolerance:
+        """What is allowed with these weights.
+
+        Raises:
+            ConfigError: The format has no such weights.
+        """
+        if weights not in self.weights:
+            raise ConfigError(unknown(f"--weights for {self.name}", weights, self.weights))
+        return self.weights[weights]
+
+
+_QUANTISED = Tolerance(perplexity=0.03)
+_TIE = 0.05
+
+FORMATS: dict[str, Format] = {
+    item.name: item
+    for item in (
+        Format(
+            "quanto",
+            "quanto",
+            ("optimum.quanto",),
+            {"int8": Tolerance(perplexity=0.05), "int4": Tolerance(perplexity=1.0)},
+            ("*.safetensors",),
+        ),
+        Format("torchao", "torchao", ("torchao",), {"int8": _QUANTISED}, ("*.safetensors",)),
+        Format(
+            "onnx",
+            "onnx",
+            ("onnx", "onnxscript", "onnxruntime"),
+            {"float32": Tolerance(perplexity=0.001, gap=0.001), "int8": _QUANTISED},
+            ("*.onnx", "*.onnx.data"),
+            dtype="float32",
+        ),
+        Format(
+            "gguf",
+            "gguf",
+            ("xllamacpp",),
+            {
+                "f16": Tolerance(perplexity=0.01, gap=_TIE),
+                "bf16": Tolerance(perplexity=0.02, gap=0.2),
+                "q8_0": _QUANTISED,
+            },
+            ("*.gguf",),
+            dtype="float32",
+        ),
+    )
+}
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package that it is a part of
+        return False
+
+
+def format_of(name: str) -> Format:
+    """A format by its name.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in FORMATS:
+        raise ConfigError(unknown("format", name, FORMATS))
+    return FORMATS[name]

@@ -1,0 +1,222 @@
+"""GGUF files for llama.cpp: stock architectures for uniform widths, ``deci`` for Llama widths that vary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from numpy.typing import NDArray
+
+from ..architectures import read_geometry, spec_of
+from ..errors import ExportError
+from ..loading import LoadedModel
+from ..modeling.specs import Geometry, base_model_type
+from .gguf_tokenizer import check_tokenizer, write_tokenizer
+from .llama_cpp import LlamaCppRuntime
+
+FILE_NAME = "model.gguf"
+
+_TYPES = {
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_Q8_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How llama.cpp calls an architecture, and in which order it wants the features of a query or key head.
+
+    transformers rotates feature i with i + half; llama.cpp's older architectures rotate neighbours (`interleaved`).
+    A norm multiplies by its weight, or by one more (`norm_offset`), which is then added to the weight.
+    """
+
+    arch: MODEL_ARCH
+    interleaved: bool
+    activation: tuple[str, ...] = ("silu",)
+    norm_offset: float = 0.0
+
+
+_FAMILIES = {
+    "llama": _Family(MODEL_ARCH.LLAMA, interleaved=True),
+    "mistral": _Family(MODEL_ARCH.LLAMA, interleaved=True),
+    "qwen2": _Family(MODEL_ARCH.QWEN2, interleaved=False),
+    "qwen3": _Family(MODEL_ARCH.QWEN3, interleaved=False),
+    "smollm3": _Family(MODEL_ARCH.SMOLLM3, interleaved=True),
+    "granite": _Family(MODEL_ARCH.GRANITE, interleaved=True),
+    "gemma": _Family(MODEL_ARCH.GEMMA, interleaved=False, activation=("gelu_pytorch_tanh", "gelu"), norm_offset=1.0),
+}
+_VARIABLE = ("llama", "mistral")
+
+
+def check(loaded: LoadedModel, weights: str) -> None:
+    """Refuse what llama.cpp has no architecture for.
+
+    Raises:
+        ExportError: The family, its variable widths, or its rope, activation, biases or tokenizer.
+    """
+    config = loaded.model.config
+    family = base_model_type(config.model_type)
+    if family not in _FAMILIES:
+        raise ExportError(
+            f"GGUF is written for {', '.join(_FAMILIES)}; this is a {family} model. Export to another format, such as "
+            f"onnx."
+        )
+    variable = _is_variable(_geometry(loaded))
+    if variable and family not in _VARIABLE:
+        raise ExportError(
+            f"llama.cpp has no {family} architecture whose widths vary from layer to layer (it has one for "
+            f"{', '.join(_VARIABLE)}). Prune to uniform widths (prune --stock), or export to another format."
+        )
+    biases = sorted(
+        {name.rpartition(".")[0].rpartition(".")[2] for name in loaded.model.state_dict() if ".bias" in name}
+    )
+    if variable and biases:
+        raise ExportError(
+            f"llama.cpp's architecture for widths that vary has no biases, but {', '.join(biases)} have them. Prune to "
+            f"uniform widths (prune --stock), or export to another format."
+        )
+    if config.hidden_act not in _FAMILIES[family].activation:
+        raise ExportError(
+            f"llama.cpp computes {family} with {_FAMILIES[family].activation[0]}, but hidden_act is "
+            f"{config.hidden_act!r}. Export to another format."
+        )
+    if family == "smollm3" and any(bool(use) != bool((i + 1) % 4) for i, use in enumerate(config.no_rope_layers)):
+        raise ExportError(
+            f"llama.cpp rotates all but every fourth layer of smollm3, but no_rope_layers is {config.no_rope_layers}. "
+            f"Export to another format."
+        )
+    kind, kinds = _rope_kind(config), ("default", "linear", "llama3") if family in _VARIABLE else ("default",)
+    if kind not in kinds:
+        raise ExportError(
+            f"The rope type {kind!r} of a {family} model is not written to GGUF ({', '.join(kinds)} can be). Export to "
+            f"another format."
+        )
+    check_tokenizer(loaded.tokenizer)
+
+
+def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
+    """Write the one file."""
+    geometry, family = _geometry(loaded), _FAMILIES[base_model_type(loaded.model.config.model_type)]
+    arch = MODEL_ARCH.DECI if _is_variable(geometry) else family.arch
+    kind, file_type = _TYPES[weights]
+    writer = GGUFWriter(folder / FILE_NAME, gguf.MODEL_ARCH_NAMES[arch])
+    try:
+        _write_sizes(writer, loaded, geometry)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        rows = loaded.model.get_input_embeddings().weight.shape[0]
+        write_tokenizer(writer, loaded.model, loaded.tokenizer, rows)
+        for name, values in _tensors(loaded, geometry, arch, family):
+            chosen = _type_of(values, kind)
+            # A quantised array's type can't be read off it; those of numpy's types can.
+            raw = None if chosen in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) else chosen
+            writer.add_tensor(name, gguf.quants.quantize(values, chosen), raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def load(folder: Path) -> LlamaCppRuntime:
+    """The file in llama.cpp, with as many threads as torch has."""
+    return LlamaCppRuntime(folder / FILE_NAME, threads=torch.get_num_threads())
+
+
+def _geometry(loaded: LoadedModel) -> Geometry:
+    return read_geometry(loaded.model.config, spec_of(loaded.model.config))
+
+
+def _is_variable(geometry: Geometry) -> bool:
+    return len(set(geometry.layers)) > 1
+
+
+def _rope_kind(config: Any) -> str:  # noqa: ANN401
+    return str((config.rope_parameters or {}).get("rope_type", "default"))
+
+
+def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry) -> None:
+    config = loaded.model.config
+    neurons = [widths.neurons for widths in geometry.layers]
+    kv_heads = [widths.kv_groups for widths in geometry.layers]
+    heads = [count * geometry.queries_per_group for count in kv_heads]
+    if not _is_variable(geometry):
+        neurons, kv_heads, heads = neurons[0], kv_heads[0], heads[0]  # type: ignore[assignment]
+    writer.add_name(loaded.name)
+    writer.add_block_count(len(geometry.layers))
+    # Beyond a sliding window, which is not written, the file would say other things than the model.
+    window = getattr(config, "sliding_window", None) if _slides(config) else None
+    writer.add_context_length(min(filter(None, (config.max_position_embeddings, window))))
+    writer.add_embedding_length(geometry.hidden_size)
+    writer.add_feed_forward_length(neurons)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(geometry.head_dim)
+    writer.add_value_length(geometry.head_dim)
+    writer.add_rope_dimension_count(geometry.head_dim)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+        writer.add_attention_scale(config.attention_multiplier)
+    writer.add_vocab_size(loaded.model.get_input_embeddings().weight.shape[0])
+
+
+def _slides(config: Any) -> bool:  # noqa: ANN401
+    return bool(getattr(config, "use_sliding_window", True))
+
+
+def _tensors(
+    loaded: LoadedModel, geometry: Geometry, arch: MODEL_ARCH, family: _Family
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Names and values of llama.cpp's tensors, float32."""
+    names = gguf.get_tensor_name_map(arch, len(geometry.layers))
+    tied = bool(loaded.model.config.tie_word_embeddings)
+    for name, parameter in loaded.model.state_dict().items():
+        if tied and name.startswith("lm_head."):
+            continue  # llama.cpp takes the embedding where the head is missing
+        values = parameter.float()
+        if family.interleaved and any(f".{role}_proj." in name for role in "qk"):
+            values = _neighbours(values, geometry.head_dim)
+        if name.endswith("norm.weight"):
+            values = values + family.norm_offset
+        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise ExportError(f"llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]} has no tensor for {name}.")
+        yield new, values.numpy()
+    if _rope_kind(loaded.model.config) != "default":
+        yield "rope_freqs.weight", _rope_factors(loaded.model, geometry.head_dim)
+
+
+def _neighbours(values: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Reorder the features of every head so that those that are rotated together, i and i + half, are neighbours."""
+    halves = values.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).reshape(values.shape)
+
+
+def _rope_factors(model: Any, head_dim: int) -> NDArray[np.float32]:  # noqa: ANN401
+    """By what each plain frequency is divided: how linear and Llama 3 scaling are written."""
+    used = model.get_decoder().rotary_emb.inv_freq.double()
+    theta = float(model.config.rope_parameters["rope_theta"])
+    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    factors: NDArray[np.float32] = (plain / used.cpu()).float().numpy()
+    return factors
+
+
+def _type_of(values: NDArray[np.float32], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Vectors stay float32; rows that are no multiple of a block of Q8_0 become F16, as llama.cpp does it."""
+    if values.ndim == 1:
+        return GGMLQuantizationType.F32
+    if kind is GGMLQuantizationType.Q8_0 and values.shape[-1] % _Q8_BLOCK:
+        return GGMLQuantizationType.F16
+    return kind

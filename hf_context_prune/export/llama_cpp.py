@@ -1,0 +1,123 @@
+"""A GGUF file in llama.cpp itself, through the prebuilt server of the package xllamacpp."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExportError
+
+_WORKER = Path(__file__).with_name("_llama_worker.py")
+_POSITIONS = 512
+_TIMEOUT = 600
+_CANDIDATES = 10
+_TRIES = 40
+
+
+class LlamaCppRuntime:
+    """A process that serves a GGUF file on this machine, and ends with this object.
+
+    Args:
+        file: The GGUF file.
+        threads: How many it uses.
+
+    Raises:
+        ExportError: llama.cpp can't open the file; the message has what it said.
+    """
+
+    def __init__(self, file: Path, *, threads: int) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._process = subprocess.Popen(
+            # -P: the worker's folder has modules that are named like libraries.
+            [sys.executable, "-P", str(_WORKER), str(file), str(_POSITIONS), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self._address = ""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(b'{"address"'):
+                self._address = json.loads(line)["address"]
+                break
+        else:
+            said = self._said()
+            self.close()
+            raise ExportError(f"llama.cpp can't open {file.name}: {said}")
+
+    def losses(self, ids: Sequence[int], expected: Sequence[float] | None = None) -> list[float]:
+        """As in [`Runtime`][], one token a request.
+
+        The server tells the probabilities of the likeliest tokens alone. So the asked token's logit is raised, by
+        about as much as makes it one of two equals, and what that does to its probability is taken back.
+        """
+        about = [5.0] * (len(ids) - 1) if expected is None else expected
+        return [self._loss(ids[: i + 1], ids[i + 1], about[i]) for i in range(len(ids) - 1)]
+
+    def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """As in [`Runtime`][]."""
+        found = self._complete(list(ids), n_predict=new_tokens, temperature=0.0, cache_prompt=False)
+        tokens = [int(token) for token in found["tokens"]]
+        return tokens[:-1] if found["stop_type"] == "eos" else tokens
+
+    def encode(self, text: str) -> list[int] | None:
+        """As in [`Runtime`][]."""
+        return [int(token) for token in self._post("/tokenize", content=text, parse_special=True)["tokens"]]
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()  # it holds nothing that an orderly end would save
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                stream.close()
+
+    def _loss(self, before: Sequence[int], token: int, about: float) -> float:
+        bias = about + math.log(max(-math.expm1(-about), 1e-6))  # log((1 - p) / p)
+        for seed in range(_TRIES):
+            found = self._complete(
+                list(before),
+                n_predict=1,
+                temperature=1.0,
+                samplers=[],
+                seed=seed,
+                logit_bias=[[token, bias]],
+                n_probs=_CANDIDATES,
+                post_sampling_probs=True,
+            )
+            if "completion_probabilities" not in found:
+                continue  # an end-of-text token was drawn, of which the server tells nothing
+            likeliest = {int(item["id"]): item["prob"] for item in found["completion_probabilities"][0]["top_probs"]}
+            raised = likeliest.get(token, 0.0)
+            if 0.0 < raised < 0.999:  # nearer to 1 little is left of a float32
+                return math.log(raised + (1.0 - raised) * math.exp(bias)) - math.log(raised)
+            bias += 8.0 if raised == 0.0 else -8.0
+        return math.inf
+
+    def _complete(self, prompt: list[int], **options: Any) -> Any:  # noqa: ANN401
+        return self._post("/completion", prompt=prompt, return_tokens=True, **{"cache_prompt": True, **options})
+
+    def _post(self, path: str, **body: Any) -> Any:  # noqa: ANN401
+        request = urllib.request.Request(
+            self._address + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+        )
+        try:
+            with self._open(request, timeout=_TIMEOUT) as answer:
+                return json.load(answer)
+        except OSError as error:
+            raise ExportError(f"llama.cpp failed: {error}. {self._said()}") from error
+
+    def _said(self) -> str:
+        """The last errors in the log of the process."""
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()
+        errors = [line for line in lines if "error" in line.lower() or "assert" in line.lower()] or lines
+        return " ".join(" ".join(errors[-3:]).split())[-500:]

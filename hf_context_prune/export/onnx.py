@@ -1,0 +1,223 @@
+"""ONNX: one graph with a KV cache that reads a prompt (empty cache) and decodes, for ONNX Runtime.
+
+The graph is made by transformers' own exporter. All its sizes are dynamic: sequences, tokens a step, and what is in the
+cache; widths and KV heads may vary from layer to layer. `OnnxRuntime` runs it with onnxruntime and numpy alone.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache
+
+from ..errors import ExportError
+from ..loading import LoadedModel
+from .runtime import end_tokens
+
+GRAPH_NAME = "model.onnx"
+_CACHE = "cache.layers."
+
+
+def check(loaded: LoadedModel, weights: str) -> None:
+    """Refuse sliding windows, whose cache drops what has left the window: a graph with sizes traced can't follow that.
+
+    Raises:
+        ExportError: A layer has one that is shorter than the model's positions.
+    """
+    config = loaded.model.config
+    cache = DynamicCache(config=config)
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise ExportError(
+            f"{loaded.name} has layers with a sliding window of {config.sliding_window} tokens, which the ONNX graph "
+            f"can't hold. Export to quanto or torchao (Mistral also to gguf), or, if you need no more tokens than the "
+            f"window has, set sliding_window to null in config.json and prune the model anew."
+        )
+
+
+def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
+    """Export the graph with the configs and the tokenizer."""
+    from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    model = loaded.model
+    ids = torch.arange(12).reshape(2, 6) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # padded, so that the mask is not traced away
+    config = OnnxConfig(dynamic=True)
+    with _quiet():
+        stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
+        exported = OnnxExporter().export(*stages["decode"], config=config)
+    _tidy(exported.program)
+    ExportedModel(
+        exported.components, exported.export_format, config=model.config, generation_config=model.generation_config
+    ).save_pretrained(folder)
+    if weights == "int8":
+        with _quiet():
+            _quantise(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def load(folder: Path) -> OnnxRuntime:
+    """The graph, in ONNX Runtime on the CPU, with as many threads as torch has."""
+    from transformers import GenerationConfig
+
+    class Ends:
+        generation_config = GenerationConfig.from_pretrained(folder)
+        config = None
+
+    return OnnxRuntime(folder, threads=torch.get_num_threads(), ends=end_tokens(Ends))
+
+
+class OnnxRuntime:
+    """A graph in ONNX Runtime.
+
+    Args:
+        folder: With the graph.
+        threads: Of one operator; 0: what ONNX Runtime takes by itself.
+        ends: Token ids that end a text.
+    """
+
+    def __init__(self, folder: str | Path, *, threads: int = 0, ends: Sequence[int] = ()) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        path = Path(folder) / GRAPH_NAME
+        self._session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._empty = {
+            spec.name: np.zeros((spec.shape[1], 0, spec.shape[3]), dtype=np.float32)
+            for spec in self._session.get_inputs()
+            if _CACHE in spec.name
+        }
+        self._ends = set(ends)
+
+    def step(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: dict[str, NDArray[np.float32]] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        """Run the graph on the next tokens.
+
+        Args:
+            ids: [sequence, token].
+            mask: 1 for a token and 0 for padding, of what is in the cache and of the new tokens.
+            cache: What the last step returned; None before the first.
+
+        Returns:
+            Logits [sequence, token, vocabulary], and the cache with these tokens.
+        """
+        positions = np.maximum(mask.cumsum(axis=-1) - 1, 0)[:, -ids.shape[1] :]
+        if cache is None:
+            cache = {name: np.repeat(empty[None], len(ids), axis=0) for name, empty in self._empty.items()}
+        logits, *new = self._session.run(
+            None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
+        )
+        names = [spec.name.replace("output.", "input.", 1) for spec in self._session.get_outputs()[1:]]
+        return logits, dict(zip(names, new, strict=True))
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of several prompts at once; the shorter ones are padded on the left."""
+        width = max(map(len, prompts))
+        ids = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
+        mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=np.int64)
+        texts: list[list[int]] = [[] for _ in prompts]
+        running, cache = [True] * len(prompts), None
+        for _ in range(new_tokens):
+            logits, cache = self.step(ids, mask, cache)
+            ids = logits[:, -1:].argmax(axis=-1)
+            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+            for row, token in enumerate(ids[:, 0].tolist()):
+                running[row] = running[row] and token not in self._ends
+                if running[row]:
+                    texts[row].append(token)
+            if not any(running):
+                break
+        return texts
+
+    def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
+        """As in [`Runtime`][]."""
+        return self.generate_batch([ids], new_tokens)[0]
+
+    def losses(self, ids: Sequence[int], expected: Sequence[float] | None = None) -> list[float]:
+        """As in [`Runtime`][]: the first half of the tokens as a prompt, the others in one further step."""
+        tokens = np.array([list(ids)], dtype=np.int64)
+        half = max(tokens.shape[1] // 2, 1)
+        first, cache = self.step(tokens[:, :half], np.ones_like(tokens[:, :half]))
+        parts = [first]
+        if half < tokens.shape[1]:
+            parts.append(self.step(tokens[:, half:], np.ones_like(tokens), cache)[0])
+        scores = torch.log_softmax(torch.from_numpy(np.concatenate(parts, axis=1)[0, :-1]), dim=-1)
+        return [-value for value in scores.gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).squeeze(-1).tolist()]
+
+    def encode(self, text: str) -> list[int] | None:
+        """None: the tokenizer is that of transformers."""
+        return None
+
+    def close(self) -> None:
+        """Drop the session."""
+        self._session = None
+
+
+def _quantise(folder: Path) -> None:
+    """Put int8 weights in place of the projections', with a scale for every 32 inputs.
+
+    Level 4 has ONNX Runtime quantise the activations too, dynamically, in blocks as small: a single scale for a whole
+    activation, as `quantize_dynamic` has it, is ruined by the few huge features that language models have.
+    """
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    path = folder / GRAPH_NAME
+    quantizer = MatMulNBitsQuantizer(onnx.load(path), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    data = path.with_name(f"{GRAPH_NAME}.data")
+    data.unlink()
+    onnx.save_model(quantizer.model.model, path, save_as_external_data=True, location=data.name)
+
+
+def _tidy(program: Any) -> None:  # noqa: ANN401
+    """Give the axes names, the cache's inputs their sizes, and leave out where in the sources each node is from."""
+    import onnx_ir
+
+    graph = program.graph
+    sizes = {value.name.partition(".")[2]: value.shape for value in graph.outputs}
+    axes = {"input_ids": ["batch", "tokens"], "position_ids": ["batch", "tokens"], "attention_mask": ["batch", "total"]}
+    for value in graph.inputs:
+        if value.name in axes:
+            value.shape = onnx_ir.Shape(axes[value.name])
+        elif _CACHE in value.name:
+            size = sizes[value.name.partition(".")[2]]
+            value.shape = onnx_ir.Shape(["batch", size[1], "cached", size[3]])
+    for value in graph.outputs:
+        if _CACHE in value.name:
+            value.shape = onnx_ir.Shape(["batch", value.shape[1], "total", value.shape[3]])
+        else:
+            value.shape = onnx_ir.Shape(["batch", "tokens", value.shape[2]])
+    for node in graph:
+        node.metadata_props.clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say about their own workings (deprecations inside torch, progress on stdout)."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "onnxruntime", "root")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

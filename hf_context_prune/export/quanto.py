@@ -1,0 +1,50 @@
+"""Quantised weights by Optimum's Quanto: int8 or int4, in a folder that `QuantizedModelForCausalLM` opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..loading import LoadedModel
+from .runtime import TorchRuntime
+
+_SMALLEST_GROUP = 32  # inputs that share a scale; Quanto takes the largest of 128, 96, 64, 32 that divides
+
+
+def check(loaded: LoadedModel, weights: str) -> None:
+    """Every model fits."""
+
+
+def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
+    """Quantise the projections **in place** and save them with the tokenizer.
+
+    The head stays as it is: where it is the embedding too (tied), two copies would make the folder larger. With int4,
+    projections whose inputs can't be cut into groups become int8: a single scale for a whole row of int4 weights loses
+    far more. Widths at multiples of 32 (``--round-to 32``) have groups everywhere.
+    """
+    from optimum.quanto import QuantizedModelForCausalLM, freeze, qint4, qint8, quantize
+
+    model, done = loaded.model, ["lm_head"]
+    if weights == "int4" and (wide := _ungrouped(model)):
+        quantize(model, weights=qint8, include=wide, exclude="lm_head")
+        done += wide
+    quantize(model, weights={"int8": qint8, "int4": qint4}[weights], exclude=done)
+    freeze(model)
+    QuantizedModelForCausalLM(model).save_pretrained(folder)
+    (folder / "README.md").unlink()  # the Hub client's placeholder for a model card
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def load(folder: Path) -> TorchRuntime:
+    """The quantised model, on the CPU."""
+    from optimum.quanto import QuantizedModelForCausalLM
+
+    return TorchRuntime(QuantizedModelForCausalLM.from_pretrained(folder)._wrapped)
+
+
+def _ungrouped(model: Any) -> list[str]:  # noqa: ANN401
+    """Projections whose input features are no multiple of the smallest group."""
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and module.in_features % _SMALLEST_GROUP]

@@ -1,0 +1,86 @@
+"""What is known about an export: written beside the artefact, read back by `inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoadError
+from .verify import Tolerance, Verification
+
+EXPORT_REPORT_NAME = "export_report.json"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An export and how it compares.
+
+    Attributes:
+        format: Name of the format.
+        weights: What the weights are.
+        source: Name of the folder or Hub id.
+        plan_sha256: Of the pruning plan; None for a folder without one.
+        packages: Versions of what wrote and ran it.
+        machine: Processor and threads of the speed.
+        verification: The comparison.
+    """
+
+    format: str
+    weights: str
+    source: str
+    plan_sha256: str | None
+    packages: dict[str, str]
+    machine: str
+    verification: Verification
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"schema": _SCHEMA, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> ExportReport:
+        """Read it back.
+
+        Raises:
+            LoadError: The file is not one.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("schema") != _SCHEMA:
+                raise ValueError(f"its schema is not {_SCHEMA}")
+            found = values.pop("verification")
+            return cls(**values, verification=Verification(**{**found, "tolerance": Tolerance(**found["tolerance"])}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LoadError(f"{path} is not an export report: {error}. Export the model again.") from error
+
+    def table_rows(self) -> list[tuple[str, str, str, str]]:
+        """Measure, the folder's own model, the artefact, change."""
+        found = self.verification
+        rows = [
+            ("loss, nats a token", f"{found.before:.4f}", f"{found.after:.4f}", f"{found.after - found.before:+.4f}"),
+            ("perplexity", "", "", f"{found.perplexity_change:+.3%} (allowed: {found.tolerance.perplexity:.2%})"),
+            ("largest difference of a token, nats", "", "", f"{found.largest_difference:.2g}"),
+            (
+                f"greedy texts of {found.new_tokens} tokens",
+                "",
+                f"{found.equal_texts} of {found.prompts} equal",
+                f"largest gap {found.largest_gap:.2g} nats",
+            ),
+            _ratio("weights, bytes", found.bytes_before, found.bytes_after, ",.0f"),
+            _ratio("tokens a second, greedy", found.tokens_per_second_before, found.tokens_per_second_after, ".1f"),
+        ]
+        if found.bits_per_byte_before is not None and found.bits_per_byte_after is not None:
+            before, after = found.bits_per_byte_before, found.bits_per_byte_after
+            rows.insert(0, ("bits a byte", f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}"))
+        return rows
+
+
+def _ratio(name: str, before: float, after: float, layout: str) -> tuple[str, str, str, str]:
+    return (name, format(before, layout), format(after, layout), f"x{after / before:.2f}")

@@ -1,0 +1,199 @@
+"""A model folder -> an artefact of another format, compared in its runtime before it is put in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..errors import ConfigError, ContextPruneError, ExportError, LoadError
+from ..evaluation import weight_bytes
+from ..evaluation._generation import hardware_name
+from ..loading import LoadedModel, load_model
+from ..plan import PruningPlan
+from ..saving import PLAN_NAME, check_target, estimate_bytes, staged_folder, verify_folder
+from ..staging import resolve_target
+from .formats import FORMATS, Format, FormatModule, format_of
+from .report import EXPORT_REPORT_NAME, ExportReport
+from .runtime import Runtime, TorchRuntime
+from .sample import own_sample, read_sample
+from .verify import check, check_tokens, compare, measure
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A written export.
+
+    Attributes:
+        folder: Where it is.
+        report: What it is, and how it compares with the folder it was made from.
+    """
+
+    folder: Path
+    report: ExportReport
+
+
+def export(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    format: str,
+    weights: str | None = None,
+    data: Any = None,  # noqa: ANN401 - whatever load_documents reads
+    text_column: str | None = None,
+    max_tokens: int = 2000,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> ExportResult:
+    """Write a model folder in another format, run it there, and put it in place if it says what the model says.
+
+    Args:
+        folder: A pruned folder; any other model that `load_model` opens works too.
+        output: Folder to write: absent, empty, or an untouched older one of ours.
+        format: ``"quanto"``, ``"torchao"``, ``"onnx"`` or ``"gguf"``.
+        weights: What the weights become; None: the format's default (the first of its entry in `FORMATS`).
+        data: Held-out text for the comparison; None: text that the model itself writes, for which there are no bits
+            a byte.
+        text_column: Column with the text.
+        max_tokens: Tokens of `data` to compare on at most, in whole documents.
+        tolerance: Relative difference of the perplexity to allow, instead of the format's own.
+        seed: Of the choice of documents, or of the model's own text.
+
+    Raises:
+        ConfigError: An unknown format or weights, or a package that is not installed.
+        ExportError: The format can't hold the model, or the artefact differs by more than the tolerance.
+        SaveError: The output can't be written.
+        ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
+    """
+    kind = format_of(format)
+    chosen = next(iter(kind.weights)) if weights is None else weights
+    allowed = kind.tolerance(chosen)
+    if tolerance is not None:
+        if not 0 <= tolerance < float("inf"):
+            raise ConfigError(
+                f"tolerance is {tolerance}; it must be a relative difference of at least 0, such as 0.05."
+            )
+        allowed = replace(allowed, perplexity=tolerance)
+    module = kind.module()
+    goal = resolve_target(output)
+    source = Path(folder).resolve()
+    if goal == source or source in goal.parents:
+        raise ConfigError(f"--output {output} lies in {folder}, which would then be damaged. Name another folder.")
+    check_target(goal)
+    loaded = load_model(folder, dtype=kind.dtype, device="cpu")
+    module.check(loaded, chosen)
+    _LOGGER.info("Measuring the folder's own model.")
+    sample = (
+        own_sample(loaded, seed=seed)
+        if data is None
+        else read_sample(loaded, data, text_column, max_tokens=max_tokens, seed=seed)
+    )
+    reference = TorchRuntime(loaded.model)
+    before = measure(reference, sample)
+    plan_sha256, bytes_before = _plan_sha256(loaded), _bytes_of(loaded)
+    with staged_folder(goal, required_bytes=estimate_bytes(loaded.model)) as staging:
+        _LOGGER.info("Writing %s.", kind.name)
+        _write(kind, module, load_model(folder, dtype=kind.dtype, device="cpu"), staging, chosen)
+        _LOGGER.info("Running it.")
+        with _opened(kind, staging) as runtime:
+            check_tokens(runtime, loaded.tokenizer, sample)
+            after = measure(runtime, sample, before)
+        found = compare(
+            before, after, reference, sample, allowed, bytes_before=bytes_before, bytes_after=kind.size(staging)
+        )
+        check(found)
+        report = ExportReport(kind.name, chosen, loaded.name, plan_sha256, kind.versions(), _machine(), found)
+        report.save(staging / EXPORT_REPORT_NAME)
+    return ExportResult(goal, report)
+
+
+def open_export(folder: str | Path) -> Runtime:
+    """Load an export in its runtime, after checking its files against the manifest.
+
+    Args:
+        folder: What [`export`][] wrote.
+
+    Raises:
+        LoadError: A file is missing or was changed, or the folder is no export.
+        ConfigError: A package is not installed.
+    """
+    return _load(format_of(read_export(folder).format), Path(folder))
+
+
+def read_export(folder: str | Path) -> ExportReport:
+    """The report of an export, after checking its files against the manifest.
+
+    Raises:
+        LoadError: A file is missing or was changed, or the folder is no export.
+    """
+    manifest = verify_folder(folder)
+    if EXPORT_REPORT_NAME not in manifest["files"]:
+        raise LoadError(f"{folder} has no {EXPORT_REPORT_NAME}: it is no export. Open it with load_pruned.")
+    report = ExportReport.load(Path(folder) / EXPORT_REPORT_NAME)
+    if report.format not in FORMATS:
+        raise LoadError(f"{folder} is an export to {report.format!r}, which this release does not know.")
+    return report
+
+
+def _write(kind: Format, module: FormatModule, loaded: LoadedModel, staging: Path, weights: str) -> None:
+    try:
+        module.write(loaded, staging, weights)
+    except (ContextPruneError, OSError, SafetensorError):  # the staged write tells full disks from other failures
+        raise
+    except Exception as error:
+        if type(error) is Exception:  # how tokenizers reports a failed write
+            raise
+        raise ExportError(
+            f"{loaded.name} can't be written as {kind.name}: {type(error).__name__}: {error}. Nothing was put in "
+            f"place. Export to another format."
+        ) from error
+
+
+@contextmanager
+def _opened(kind: Format, folder: Path) -> Iterator[Runtime]:
+    runtime = _load(kind, folder)
+    try:
+        yield runtime
+    except ContextPruneError:
+        raise
+    except Exception as error:  # runtimes raise whatever they meet
+        raise ExportError(
+            f"The artefact fails in its runtime ({kind.name}): {type(error).__name__}: {error}. Nothing was put in "
+            f"place. Export to another format."
+        ) from error
+    finally:
+        runtime.close()
+
+
+def _load(kind: Format, folder: Path) -> Runtime:
+    try:
+        return kind.module().load(folder)
+    except ContextPruneError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{folder} can't be opened by the runtime of {kind.name}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _plan_sha256(loaded: LoadedModel) -> str | None:
+    path = None if loaded.folder is None else loaded.folder / PLAN_NAME
+    return PruningPlan.load(path).sha256 if path is not None and path.is_file() else None
+
+
+def _bytes_of(loaded: LoadedModel) -> int:
+    if loaded.folder is None:
+        raise ConfigError(f"{loaded.name} is not a folder of safetensors files.")
+    return weight_bytes(loaded.folder)
+
+
+def _machine() -> str:
+    return f"{hardware_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"

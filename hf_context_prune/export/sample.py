@@ -1,0 +1,140 @@
+"""The text on which an artefact is compared with the folder's own model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data import load_documents
+from ..evaluation._inference import evaluation_mode, max_positions
+from ..evaluation._windows import context_token, cut_windows, encode_documents, group_records
+from ..loading import LoadedModel
+from .runtime import NEUTRAL
+
+PROMPTS = (
+    "The agreement between the two parties states that",
+    "The patient was admitted to the hospital because",
+    "In the third quarter of the year, the company reported",
+    "Once upon a time, in a small village by the sea,",
+    "To install the program, first open a terminal and",
+)
+_NEW_TOKENS = 32
+_WINDOW = 256
+_OWN_TOKENS = 64  # of each prompt's continuation
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text to compare on.
+
+    Attributes:
+        windows: Token ids; the first one of each is context and is not scored.
+        prompts: Token ids to continue.
+        new_tokens: How many tokens a continuation has at most.
+        texts: The same as text, for comparing tokenizers.
+        num_bytes: UTF-8 bytes of what is scored; None for the model's own text.
+        description: What it is, for people.
+    """
+
+    windows: tuple[tuple[int, ...], ...]
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int
+    texts: tuple[str, ...]
+    num_bytes: int | None
+    description: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are scored."""
+        return sum(len(window) - 1 for window in self.windows)
+
+
+def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_tokens: int, seed: int) -> Sample:  # noqa: ANN401
+    """Whole documents of a text, in shuffled order while they fit; their beginnings are the prompts.
+
+    Args:
+        loaded: The folder's model.
+        data: What `load_documents` reads.
+        text_column: Column with the text.
+        max_tokens: Tokens to score at most; at least one document is taken.
+        seed: Of the order.
+
+    Raises:
+        DataError: There is no text to score.
+    """
+    source = load_documents(data, text_column=text_column)
+    groups = group_records(source, None)
+    documents = encode_documents(groups, source.name, loaded.tokenizer, max_tokens, seed)
+    length, new_tokens = _lengths(loaded)
+    cut = list(cut_windows(documents, context_token(loaded.tokenizer), length - 1))
+    windows = tuple((window.inputs[0], *window.targets) for window in cut)
+    starts = sorted(windows, key=len, reverse=True)[: len(PROMPTS)]
+    room = max(length - new_tokens - 1, 1)
+    prompts = [window[: min(_PROMPT_TOKENS, room)] for window in starts]
+    return Sample(
+        windows,
+        tuple([*prompts, *_prompts(loaded, room)][: len(PROMPTS)]),
+        new_tokens,
+        tuple(record.text for document in documents for record in groups[document.doc]),
+        sum(document.num_bytes for document in documents),
+        f"{len(documents)} of the documents of {source.name}",
+    )
+
+
+def own_sample(loaded: LoadedModel, *, seed: int) -> Sample:
+    """Text that the model itself writes: samples at temperature 1 that continue five prompts.
+
+    Over a model's own samples, the mean by which another model's loss is higher estimates the KL divergence between
+    the two: zero for the same model, more for any other.
+    """
+    length, new_tokens = _lengths(loaded)
+    room = max(length - new_tokens - 1, 1)
+    prompts = _prompts(loaded, room)
+    windows = _sampled(loaded, prompts, min(_OWN_TOKENS, length - max(map(len, prompts))), seed)
+    texts = tuple(loaded.tokenizer.decode(window[1:]) for window in windows)
+    return Sample(
+        windows, prompts, new_tokens, texts, None, f"what the model itself writes after {len(prompts)} prompts"
+    )
+
+
+def _prompts(loaded: LoadedModel, room: int) -> tuple[tuple[int, ...], ...]:
+    """The built-in prompts, led by the token that leads documents."""
+    encoded = [loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
+    return tuple((context_token(loaded.tokenizer), *ids)[:room] for ids in encoded)
+
+
+def _lengths(loaded: LoadedModel) -> tuple[int, int]:
+    """Tokens of a window, and of a continuation, within the model's positions."""
+    limit = max_positions(loaded.model)
+    length = _WINDOW if limit is None else min(_WINDOW, limit)
+    return length, min(_NEW_TOKENS, max(length // 2, 1))
+
+
+def _sampled(
+    loaded: LoadedModel, prompts: tuple[tuple[int, ...], ...], new_tokens: int, seed: int
+) -> tuple[tuple[int, ...], ...]:
+    """Prompts with a sampled continuation, padded on the left to one batch; drawn by a generator of its own."""
+    width, model = max(map(len, prompts)), loaded.model
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    with evaluation_mode(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output: Any = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,  # an end-of-text token would leave padding behind it
+            pad_token_id=0,
+            **NEUTRAL,
+        )
+    return tuple(tuple(row[width - len(prompt) :].tolist()) for row, prompt in zip(output.cpu(), prompts, strict=True))

@@ -1,0 +1,36 @@
+"""Int8 weights by torchao, in a folder that `AutoModelForCausalLM` opens wherever torchao is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from ..loading import LoadedModel
+from .runtime import TorchRuntime
+
+
+def check(loaded: LoadedModel, weights: str) -> None:
+    """Every model fits."""
+
+
+def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
+    """Quantise the projections and save them with the tokenizer."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        loaded.folder,
+        dtype=loaded.model.dtype,
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
+        device_map="cpu",
+        trust_remote_code=False,
+    )
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def load(folder: Path) -> TorchRuntime:
+    """The quantised model, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, device_map="cpu")
+    return TorchRuntime(model.eval())

@@ -1,0 +1,187 @@
+"""An artefact in its runtime against the folder's own model: losses, greedy text, tokens, speed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import ExportError
+from .runtime import Runtime, TorchRuntime
+from .sample import Sample
+
+# What a tokenizer of another runtime gets wrong, if its kind was not recognised.
+TOKENIZER_PROBES = (
+    "It's 3.5% of 1,024; they'll pay $20000.\n\n  Then:\tnaïve café",
+    "中文 и русский 🚀🚀  \n \n end ",
+    "def f(x):\n    return x**2  # 12345 != 67",
+)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an artefact is allowed to differ by.
+
+    Attributes:
+        perplexity: Relative difference of the perplexity on the sample.
+        gap: The folder's model may prefer another token than the artefact's greedy one by this much (nats), which
+            allows for ties alone; None allows any.
+    """
+
+    perplexity: float
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and how the two differ; `before` is the folder's own model, `after` the artefact.
+
+    Attributes:
+        text: What was scored.
+        num_tokens: Tokens scored.
+        before: Nats a token.
+        after: The same of the artefact.
+        bits_per_byte_before: None where the model scored its own text.
+        bits_per_byte_after: The same of the artefact.
+        perplexity_change: exp(after - before) - 1.
+        largest_difference: Of the log-probability of one token (nats).
+        prompts: Greedy continuations compared.
+        new_tokens: Tokens of each at most.
+        equal_texts: How many of them are the same token by token.
+        largest_gap: By how much the folder's model preferred another token than the artefact's (nats).
+        tokens_per_second_before: Greedy, one sequence, prompt included; median over the prompts.
+        tokens_per_second_after: The same of the artefact.
+        bytes_before: Of the weights on disk.
+        bytes_after: Of the artefact.
+        tolerance: What was allowed.
+    """
+
+    text: str
+    num_tokens: int
+    before: float
+    after: float
+    bits_per_byte_before: float | None
+    bits_per_byte_after: float | None
+    perplexity_change: float
+    largest_difference: float
+    prompts: int
+    new_tokens: int
+    equal_texts: int
+    largest_gap: float
+    tokens_per_second_before: float
+    tokens_per_second_after: float
+    bytes_before: int
+    bytes_after: int
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one runtime gives on a sample: losses of every window, texts, tokens a second."""
+
+    losses: tuple[tuple[float, ...], ...]
+    texts: tuple[tuple[int, ...], ...]
+    tokens_per_second: float
+
+
+def measure(runtime: Runtime, sample: Sample, before: Measurement | None = None) -> Measurement:
+    """Score the windows of a sample and continue its prompts.
+
+    Args:
+        runtime: What to run.
+        sample: On what.
+        before: What the folder's own model gave, for runtimes that need to know about what to expect.
+    """
+    expected: Sequence[Sequence[float] | None] = before.losses if before else [None] * len(sample.windows)
+    losses = [runtime.losses(window, about) for window, about in zip(sample.windows, expected, strict=True)]
+    runtime.generate(sample.prompts[0], 2)  # the first call pays for buffers
+    texts, speeds = [], []
+    for prompt in sample.prompts:
+        start = time.perf_counter()
+        text = runtime.generate(prompt, sample.new_tokens)
+        texts.append(tuple(text))
+        speeds.append(max(len(text), 1) / (time.perf_counter() - start))
+    return Measurement(tuple(map(tuple, losses)), tuple(texts), statistics.median(speeds))
+
+
+def check_tokens(runtime: Runtime, tokenizer: object, sample: Sample) -> None:
+    """Compare the tokens of a runtime that has its own tokenizer with the folder's.
+
+    Raises:
+        ExportError: A text has other tokens; the message shows where.
+    """
+    for text in (*TOKENIZER_PROBES, *sample.texts):
+        theirs = runtime.encode(text)
+        if theirs is None:
+            return
+        ours = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[operator]
+        if ours != theirs:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
+            raise ExportError(
+                f"The runtime cuts a text into other tokens than the model was trained with: after "
+                f"{tokenizer.decode(ours[:place])[-40:]!r} it has {theirs[place : place + 4]}, where the folder's "  # type: ignore[attr-defined]
+                f"tokenizer has {ours[place : place + 4]}. Nothing was put in place. Export to another format."
+            )
+
+
+def compare(
+    before: Measurement,
+    after: Measurement,
+    reference: TorchRuntime,
+    sample: Sample,
+    tolerance: Tolerance,
+    *,
+    bytes_before: int,
+    bytes_after: int,
+) -> Verification:
+    """Put two measurements on one sample side by side; `reference` scores the artefact's texts."""
+    old, new = ([loss for window in m.losses for loss in window] for m in (before, after))
+    gaps = [
+        max(reference.gaps(prompt, text), default=0.0) for prompt, text in zip(sample.prompts, after.texts, strict=True)
+    ]
+    means = [math.fsum(losses) / len(losses) for losses in (old, new)]
+    to_bits = None if sample.num_bytes is None else len(old) / (math.log(2) * sample.num_bytes)
+    return Verification(
+        text=sample.description,
+        num_tokens=sample.num_tokens,
+        before=means[0],
+        after=means[1],
+        bits_per_byte_before=None if to_bits is None else means[0] * to_bits,
+        bits_per_byte_after=None if to_bits is None else means[1] * to_bits,
+        perplexity_change=math.exp(min(means[1] - means[0], 700.0)) - 1,
+        largest_difference=max(abs(a - b) for a, b in zip(old, new, strict=True)),
+        prompts=len(sample.prompts),
+        new_tokens=sample.new_tokens,
+        equal_texts=sum(a == b for a, b in zip(before.texts, after.texts, strict=True)),
+        largest_gap=max(gaps),
+        tokens_per_second_before=before.tokens_per_second,
+        tokens_per_second_after=after.tokens_per_second,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+        tolerance=tolerance,
+    )
+
+
+def check(found: Verification) -> None:
+    """Hold a verification against its tolerance.
+
+    Raises:
+        ExportError: It differs by more, or its losses are no numbers.
+    """
+    limit = found.tolerance
+    if not (math.isfinite(found.after) and abs(found.perplexity_change) <= limit.perplexity):
+        raise ExportError(
+            f"The artefact's perplexity on {found.text} differs by {found.perplexity_change:+.2%} from the folder's "
+            f"({found.after:.4f} against {found.before:.4f} nats a token); allowed are {limit.perplexity:.2%}. Nothing "
+            f"was put in place. Choose wider --weights, or allow more with --tolerance."
+        )
+    if limit.gap is not None and not found.largest_gap <= limit.gap:
+        raise ExportError(
+            f"The artefact's greedy text has a token to which the folder's model prefers another by "
+            f"{found.largest_gap:.3f} nats; at most {limit.gap} is a tie. {found.equal_texts} of {found.prompts} texts "
+            f"are equal. Nothing was put in place. Export to another format."
+        )

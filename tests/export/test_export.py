@@ -1,0 +1,203 @@
+"""`export`: what every format has in common, and what each promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_context_prune import load_pruned
+from hf_context_prune.errors import ConfigError, DataError, ExportError, LoadError, SaveError
+from hf_context_prune.export import export, open_export, read_export
+from hf_context_prune.export import run as run_module
+from hf_context_prune.export.formats import FORMATS
+from hf_context_prune.export.runtime import TorchRuntime
+from tests.export.folders import save
+from tests.tiny import TEXT
+
+IDS = (1, 40, 41, 90, 91, 200, 201, 7)
+EASY = {"tolerance": 1e6}  # random tiny models: only the path is tested, not how much is lost
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    return {"stock": save(root / "stock"), "variable": save(root / "variable", variable=True, fewer_tokens=True)}
+
+
+def losses_of(folder):
+    return TorchRuntime(load_pruned(folder)).losses(IDS)
+
+
+@pytest.mark.parametrize("kind", ["stock", "variable"])
+@pytest.mark.parametrize(("format", "weights"), [("quanto", "int8"), ("quanto", "int4"), ("torchao", "int8")])
+def test_quantised_weights_reload_and_are_smaller(folders, kind, format, weights, tmp_path):
+    result = export(folders[kind], tmp_path / "out", format=format, weights=weights, **EASY)
+    found = result.report.verification
+    assert found.bytes_after < found.bytes_before
+    assert found.tokens_per_second_after > 0
+    runtime = open_export(result.folder)
+    near = 0.5 if weights == "int8" else 6.0
+    assert runtime.losses(IDS) == pytest.approx(losses_of(folders[kind]), abs=near)
+    again = open_export(result.folder)
+    assert again.losses(IDS) == runtime.losses(IDS)
+    assert again.generate(IDS, 5) == runtime.generate(IDS, 5)
+
+
+def test_int4_falls_back_to_int8_where_inputs_have_no_groups(folders, tmp_path):
+    folder = export(folders["stock"], tmp_path / "out", format="quanto", weights="int4", **EASY).folder
+    types = {name: entry["weights"] for name, entry in json.loads((folder / "quanto_qmap.json").read_text()).items()}
+    assert types["model.layers.0.mlp.down_proj"] == "qint4"  # 32 inputs
+    assert types["model.layers.0.mlp.up_proj"] == "qint8"  # 48
+    assert "lm_head" not in types
+
+
+def test_torchao_opens_with_transformers_alone(folders, tmp_path):
+    folder = export(folders["stock"], tmp_path / "out", format="torchao", **EASY).folder
+    plain = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    assert "LlamaForCausalLM" in type(plain).__name__
+    assert TorchRuntime(plain).losses(IDS) == open_export(folder).losses(IDS)
+
+
+def test_text_gives_bits_a_byte(folders, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    result = export(folders["stock"], tmp_path / "out", format="quanto", data=tmp_path / "text.txt", **EASY)
+    found = result.report.verification
+    assert found.bits_per_byte_before > 0
+    assert found.bits_per_byte_after == pytest.approx(found.bits_per_byte_before * found.after / found.before)
+    assert "text.txt" in found.text
+    assert read_export(result.folder) == result.report
+    with pytest.raises(DataError):
+        export(folders["stock"], tmp_path / "other", format="quanto", data=tmp_path / "missing.txt")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_random_state_of_the_caller_is_left_alone(folders, tmp_path):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = export(folders["stock"], tmp_path / "out", format="quanto", **EASY).report.verification
+    assert torch.equal(torch.get_rng_state(), state)
+    second = export(folders["stock"], tmp_path / "again", format="quanto", **EASY).report.verification
+    assert (first.before, first.after, first.largest_gap) == (second.before, second.after, second.largest_gap)
+
+
+def test_what_fails_its_tolerance_is_not_left(folders, tmp_path, monkeypatch):
+    with pytest.raises(ExportError, match=r"differs by .* allowed are 0\.00%"):
+        export(folders["variable"], tmp_path / "out", format="quanto", weights="int4", tolerance=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+    def broken(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(TorchRuntime, "generate", broken)
+    monkeypatch.setattr(run_module, "measure", lambda runtime, *_: runtime.generate(IDS, 2))
+    with pytest.raises(RuntimeError):  # the folder's own model: not an export's fault
+        export(folders["stock"], tmp_path / "out", format="quanto")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artefact_that_does_not_run_is_not_left(folders, tmp_path, monkeypatch):
+    module = FORMATS["quanto"].module()
+    monkeypatch.setattr(module, "load", lambda folder: json.loads("nonsense"))
+    with pytest.raises(ExportError, match="can't be opened by the runtime of quanto"):
+        export(folders["stock"], tmp_path / "out", format="quanto")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch):
+    def fail(*_):
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(FORMATS["quanto"].module(), "write", fail)
+    with pytest.raises(ExportError, match="can't be written as quanto: IndexError"):
+        export(folders["stock"], tmp_path / "out", format="quanto")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"format": "quant"}, ConfigError, "Did you mean 'quanto'"),
+        ({"format": "torchao", "weights": "int4"}, ConfigError, "allowed are int8"),
+        ({"format": "quanto", "tolerance": -1.0}, ConfigError, "at least 0"),
+    ],
+)
+def test_options_are_checked_first(tmp_path, options, error, words):
+    with pytest.raises(error, match=words):
+        export(tmp_path / "no model is read", tmp_path / "out", **options)
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    gone = ("optimum", "torchao", "onnx", "onnxruntime", "onnxscript", "xllamacpp")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith(gone) else find(name))
+    for format in FORMATS.values():
+        with pytest.raises(ConfigError, match=rf"hf-context-prune\[{format.extra}\]"):
+            export(tmp_path, tmp_path / "out", format=format.name)
+
+
+def test_an_output_that_is_not_ours_is_kept(folders, tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "thesis.txt").write_text("mine")
+    with pytest.raises(SaveError, match="not made by this package"):
+        export(folders["stock"], target, format="quanto")
+    assert (target / "thesis.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match="would then be damaged"):
+        export(folders["stock"], folders["stock"] / "inside", format="quanto")
+    with pytest.raises(ConfigError, match="would then be damaged"):
+        export(folders["stock"], folders["stock"], format="quanto")
+
+
+def test_a_damaged_artefact_is_not_opened(folders, tmp_path):
+    folder = export(folders["stock"], tmp_path / "out", format="quanto", **EASY).folder
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(LoadError, match="changed or damaged"):
+        open_export(folder)
+    with pytest.raises(LoadError, match="it is no export"):
+        open_export(folders["stock"])
+
+
+@pytest.fixture
+def place(folders, tmp_path):
+    (tmp_path / "stock").symlink_to(folders["stock"])
+    return tmp_path
+
+
+def test_the_command_writes_shows_and_inspects(place, run):
+    code, stdout, _ = run("export", "@stock", "--format", "quanto", "--output", "@out", "--tolerance", 10)
+    assert code == 0
+    assert "tokens a second" in stdout
+    assert "what the model itself writes" in stdout
+    code, stdout, _ = run("inspect", "@out", "--format", "json")
+    assert code == 0
+    assert json.loads(stdout)["format"] == "quanto"
+    (place / "out/config.json").write_text("{}")
+    code, _, stderr = run("inspect", "@out")
+    assert code == 1
+    assert "config.json" in stderr
+    code, _, stderr = run("export", "@stock", "--format", "wav", "--output", "@other")
+    assert code == 2
+    assert "allowed are" in stderr
+
+
+def test_serving_needs_its_packages_and_a_whole_folder(place, run, monkeypatch):
+    (place / "copy").mkdir()
+    for path in (place / "stock").iterdir():
+        (place / "copy" / path.name).write_bytes(path.read_bytes())
+    (place / "copy/config.json").write_text("{}")
+    code, _, stderr = run("serve", "@copy", "--port", 1)
+    assert code == 1
+    assert "config.json" in stderr
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, stderr = run("serve", "@stock")
+    assert code == 2
+    assert "hf-context-prune[serving]" in stderr

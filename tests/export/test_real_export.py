@@ -1,0 +1,33 @@
+"""The real SmolLM2-135M, its widths and KV heads varied: in llama.cpp it says the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_context_prune.architectures import read_geometry, spec_of
+from hf_context_prune.export import export
+from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.saving import save_pruned
+from hf_context_prune.surgery import apply_plan
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def variable(smollm2, tmp_path_factory):
+    """A few neurons of every layer gone, and a KV group of one: it still writes English."""
+    geometry = read_geometry(smollm2.model.config, spec_of(smollm2.model.config))
+    layers = [LayerPlan(tuple(range(16 + 3 * (i % 5), 1536)), (0, 1, 2)) for i in range(30)]
+    layers[28] = LayerPlan(layers[28].neurons, (0, 2))
+    plan = PruningPlan("llama", geometry.layers, tuple(layers), fingerprint(smollm2.model))
+    folder = tmp_path_factory.mktemp("real") / "variable"
+    return save_pruned(apply_plan(smollm2.model, plan), folder, tokenizer=smollm2.tokenizer, plan=plan)
+
+
+def test_llama_cpp_says_the_same(variable, tmp_path):
+    found = export(variable, tmp_path / "out", format="gguf").report.verification
+    assert (found.prompts, found.new_tokens) == (5, 32)
+    assert found.largest_gap < 0.005  # no other token, but for ties
+    assert found.equal_texts >= 4
+    assert abs(found.perplexity_change) < 0.01
+    assert found.bytes_after < 0.51 * found.bytes_before

@@ -1,0 +1,95 @@
+"""A share of the calibration blocks from general text: which blocks, what is held out, what the plan says."""
+
+import random
+
+import pytest
+import torch
+
+from hf_context_prune import EvalOptions, PrunerConfig, prune
+from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.evaluation.texts import read_general
+from hf_context_prune.global_budget import _samples
+from hf_context_prune.loading import LoadedModel
+from hf_context_prune.matrix import domain_matrix
+from hf_context_prune.recovery import RecoveryConfig, recover_folder
+from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
+from tests.vocabulary.tiny_tokenizers import WORDS
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+OPTIONS = {"mlp_ratio": 0.3, "num_calibration_samples": 8, "max_seq_length": 32}
+
+
+def general_text(count=30):
+    draw = random.Random(5)
+    return [{"text": " ".join(draw.choices(WORDS[20:], k=40)), "doc": f"g{i}"} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def base():
+    tokenizer = shared_tokenizer("llama3")
+    return LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
+
+
+@pytest.mark.parametrize(("mix", "mixed"), [(0.0, 0), (0.25, 2), (0.5, 4), (0.99, 7)])
+def test_the_share_of_blocks_is_the_one_asked_for(base, mix, mixed):
+    domain, general = documents(WORDS[:8]), documents(WORDS[20:])
+    config = PrunerConfig(**OPTIONS, general_mix=mix)
+    blocks = _samples(domain, base.tokenizer, config, general)
+    assert blocks.shape == (8, 32)
+    both = [any(w in WORDS[20:] for w in base.tokenizer.decode(block).split()) for block in blocks]
+    assert sum(both) == mixed
+    assert torch.equal(blocks, _samples(domain, base.tokenizer, config, general))
+    if 1 < mixed < 7:
+        assert sorted(both) != both  # spread, not at the end
+
+
+def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
+    options = EvalOptions(speed=False, memory=False, general_data=general_text())
+    config = PrunerConfig(**OPTIONS, general_mix=0.5)
+    domain = documents(WORDS[:8])
+    result = prune(base, domain, config, evaluation=options)
+    facts = result.plan.provenance
+    whole = read_general(general_text(), apart_from=None, tokenizer=base.tokenizer, seed=0)
+    assert whole is not None
+    assert facts["general_data"] == whole.whole
+    assert facts["config"]["general_mix"] == 0.5
+    part = read_general(general_text(), apart_from=None, tokenizer=base.tokenizer, seed=0, hold_out=True)
+    assert part is not None
+    assert part.calibration is not None
+    held_out, fitted = ({x.text for x in one.documents} for one in (part.source, part.calibration))
+    assert not held_out & fitted
+    assert len(held_out) + len(fitted) == 30
+    assert result.report.general is not None
+    assert result.report.general.dataset.fingerprint == part.facts.fingerprint
+    assert "a share of 0.5 of" in " ".join(result.report.notes)
+    plain = prune(base, domain, PrunerConfig(**OPTIONS), evaluation=options)
+    assert plain.report.general is not None
+    assert plain.report.general.dataset.fingerprint == whole.facts.fingerprint  # nothing of it was calibrated on
+    assert plain.plan.layers != result.plan.layers or not torch.equal(
+        next(plain.model.model.layers[0].mlp.down_proj.parameters()),
+        next(result.model.model.layers[0].mlp.down_proj.parameters()),
+    )
+    # recovery measures on the same part
+    folder = result.save_pretrained(tmp_path / "mixed")
+    recovery = RecoveryConfig(max_steps=1, num_epochs=9.0, max_seq_length=32, batch_size=2, distillation=0.0)
+    later = recover_folder(folder, domain, recovery, evaluation=options)
+    assert later.report.general is not None
+    assert later.report.general.dataset.fingerprint == part.facts.fingerprint
+
+
+def test_mixing_needs_a_text_and_says_so_before_the_work(base, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", None)
+    with pytest.raises(ConfigError, match=r"general_mix is 0\.5.*--general-data"):
+        prune(base, documents(WORDS[:8]), PrunerConfig(**OPTIONS, general_mix=0.5))
+    with pytest.raises(ConfigError, match="general_mix"):
+        domain_matrix(base, {"a": "x", "b": "y"}, tmp_path, PrunerConfig(**OPTIONS, general_mix=0.5))
+    with pytest.raises(DataError):
+        read_general(general_text(1), apart_from=None, tokenizer=base.tokenizer, seed=0, hold_out=True)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, "half", True, float("nan")])
+def test_shares_out_of_range(value):
+    with pytest.raises(ConfigError, match="general_mix is"):
+        PrunerConfig(general_mix=value)
