@@ -6,6 +6,8 @@ python -m benchmarks.export --data PATH/TO/data [--stock FOLDER --variable FOLDE
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import statistics
 import tempfile
 import time
@@ -34,6 +36,7 @@ EXPORTS = (
     ("gguf", "q8_0"),
 )
 DENSE_EXPORTS = (("gguf", "f16"), ("gguf", "q8_0"))
+KINDS = ("dense", "stock", "variable")
 DENSE = "dense in transformers"
 ANY = 1e6  # the figures are shown, whatever they are
 
@@ -122,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__ or "")
     options.add_argument("--stock", type=Path, help="a pruned folder of stock widths; without it one is made")
     options.add_argument("--variable", type=Path, help="a pruned folder of variable widths; without it one is made")
+    options.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows of the table")
     options.add_argument("--blocks", type=int, default=64, help="calibration blocks of 512 tokens, where one is made")
     options.add_argument("--tokens", type=int, default=2000, help="held-out tokens to compare on")
     options.add_argument("--new-tokens", type=int, default=48, help="tokens to decode in a timed turn")
@@ -130,16 +134,16 @@ def main(arguments: list[str] | None = None) -> None:
     rows = Rows(args, "export", seed=args.seed, tokens=args.tokens, new_tokens=args.new_tokens, rounds=args.rounds)
     with tempfile.TemporaryDirectory() as scratch:
 
-        def of(kind: str, given: Path | None) -> dict[str, Any]:
-            return rows.get(
-                {"folder": kind, "domain": args.domain},
-                lambda: measure(pruned_folder(kind, given, args, Path(scratch)), EXPORTS, args),
-            )
+        def of(kind: str) -> dict[str, Any]:
+            if kind == "dense":
+                folder = smollm2().folder
+                assert folder is not None
+                return measure(folder, DENSE_EXPORTS, args)
+            return measure(pruned_folder(kind, getattr(args, kind), args, Path(scratch)), EXPORTS, args)
 
-        dense_folder = smollm2().folder
-        assert dense_folder is not None
-        dense = rows.get({"folder": "dense", "domain": args.domain}, lambda: measure(dense_folder, DENSE_EXPORTS, args))
-        found = {"dense": dense, "stock": of("stock", args.stock), "variable": of("variable", args.variable)}
+        found = {
+            kind: rows.get({"folder": kind, "domain": args.domain}, functools.partial(of, kind)) for kind in args.kinds
+        }
     header = ["", "MB", "bits a byte", "export's change", "equal texts", "tokens/s", "x dense in transformers"]
     packages = {
         name: version
@@ -147,7 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
         for e in row["exports"].values()
         for name, version in e["packages"].items()
     }
-    tokens = next(iter(dense["exports"].values()))["verification"]["num_tokens"]
+    first = next(iter(found.values()))
+    tokens = next(iter(first["exports"].values()))["verification"]["num_tokens"]
     write_section(
         "export",
         f"""## Exports
@@ -156,13 +161,14 @@ SmolLM2-135M-Instruct (float32, dequantised), dense and with 30 % of its paramet
 MLP neurons; stock: uniform widths, variable: adaptive ones), in every runtime of `hf-context-prune export`. Bits a byte on
 about {tokens:,} held-out tokens of `{args.domain}` (a check of the export, not of pruning: too little text for that); greedy
 texts of 32 tokens against the folder's own; decoding of {args.new_tokens} tokens, one sequence, median of {args.rounds}
-rounds in which the runtimes of a folder take turns.
+rounds in which the runtimes of a folder and the dense model take turns. Load average of the machine when this was written:
+{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (speeds mean little above 1 a core: run it again on a quiet machine).
 
 {table(header, [line for kind, row in found.items() for line in lines_of(kind, row)])}
 
 {", ".join(f"{name} {version}" for name, version in sorted(packages.items()))}.
 
-`python -m benchmarks.export --data DATA` at `{dense["setting"]["commit"]}`, {dense["setting"]["machine"]}, seed {args.seed}.
+`python -m benchmarks.export --data DATA` at `{first["setting"]["commit"]}`, {first["setting"]["machine"]}, seed {args.seed}.
 """,
     )
 
