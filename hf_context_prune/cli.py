@@ -322,7 +322,8 @@ def _guarded(run: Callable[[], Any]) -> int:
         if exit_.code != _INTERRUPTED:
             raise
         errors.print(
-            "Interrupted; nothing was put in place. What long work had finished is kept: the same command goes on."
+            "Interrupted; nothing was put in place. What long work had finished is kept: the same command goes on.",
+            soft_wrap=True,
         )
         return 1
     return 0
