@@ -10,19 +10,22 @@ from .errors import PublishError
 _CHUNK = 1 << 20
 _OVERLAP = 4096  # longer than any form below
 _OPAQUE = {".safetensors", ".png", ".whl", ".model"}  # no text that people or libraries write settings into
+# Where a token may begin: also after an escape of JSON ("\n", "\u00e9"), whose last character is a letter or digit.
+_START = rb"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9a-fA-F]{4}))"
 _FORMS: dict[str, bytes] = {
-    "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,})",
-    "a GitLab token": rb"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an API key (sk-...)": rb"\bsk-(?:proj-|ant-|or-v1-)?[A-Za-z0-9_-]{32,}",
-    "an AWS access key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google API key": rb"\bAIza[A-Za-z0-9_-]{35}",
-    "a Slack token": rb"\bxox[abeprs]-[A-Za-z0-9-]{20,}",
-    "a PyPI token": rb"\bpypi-AgE[A-Za-z0-9_-]{50,}",
-    "an NVIDIA key": rb"\bnvapi-[A-Za-z0-9_-]{40,}",
+    "a Hugging Face token": rb"(?:hf|api_org)_[A-Za-z0-9]{30,}",
+    "a GitHub token": rb"(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,})",
+    "a GitLab token": rb"glpat-[A-Za-z0-9_-]{20,}",
+    "an API key (sk-...)": rb"sk-(?:proj-|ant-|or-v1-)?[A-Za-z0-9_-]{32,}",
+    "an AWS access key": rb"(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a Google API key": rb"AIza[A-Za-z0-9_-]{35}",
+    "a Slack token": rb"xox[abeprs]-[A-Za-z0-9-]{20,}",
+    "a PyPI token": rb"pypi-AgE[A-Za-z0-9_-]{50,}",
+    "an NVIDIA key": rb"nvapi-[A-Za-z0-9_-]{40,}",
     "a private key": rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----",
 }
-_ANY = re.compile(b"|".join(b"(%s)" % form for form in _FORMS.values()))
+*_WORDS, _KEY = _FORMS.values()
+_ANY = re.compile(b"%s(?:%s)|(%s)" % (_START, b"|".join(b"(%s)" % form for form in _WORDS), _KEY))
 
 
 def refuse_tokens(folder: Path, names: list[str], own_token: str | None = None) -> None:

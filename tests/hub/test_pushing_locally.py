@@ -114,6 +114,16 @@ def test_tokens_in_text_are_found_and_not_shown(tmp_path, token):
     assert token not in str(caught.value)
 
 
+@pytest.mark.parametrize("before", ["line\n", "\t", "\u00e9", "HF_TOKEN_", "https://user:"])
+@pytest.mark.parametrize("token", [A_TOKEN, "ghp_" + "a1B2" * 9, "AKIA" + "ABCD" * 4])
+def test_tokens_after_an_escape_of_json_or_a_name_are_found(tmp_path, before, token):
+    (tmp_path / "report.json").write_text(json.dumps({"completion": before + token}))
+    with pytest.raises(PublishError, match=r"report\.json holds"):
+        refuse_tokens(tmp_path, ["report.json"])
+    (tmp_path / "report.json").write_text(json.dumps({"completion": f"x{token}"}))  # a word that ends like one
+    refuse_tokens(tmp_path, ["report.json"])
+
+
 def test_a_token_across_two_reads_is_found(tmp_path):
     (tmp_path / "x.json").write_text("\n" * (2**20 - 10) + f" {A_TOKEN} ")
     with pytest.raises(PublishError, match=f"in line {2**20 - 9:d}"):
