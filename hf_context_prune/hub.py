@@ -139,7 +139,13 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
             f"and wheel of a Space. Nothing was uploaded."
         )
     for name in (MANIFEST_NAME, *(name for name in EDITABLE if name in files)):
-        files[name] = sha256_of(folder / name)
+        found = sha256_of(folder / name)
+        if (folder / name).is_symlink() and found != files.get(name, found):  # no edit, but any file of this machine
+            raise PublishError(
+                f"{name} in {folder} is a link to another file than the one that was saved. Nothing was uploaded. Put "
+                f"the text itself there, or save the folder again."
+            )
+        files[name] = found
     return files, tuple(unlisted_files(folder, manifest))
 
 
