@@ -165,6 +165,10 @@ def _blob_id(path: Path) -> str:
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
+def _is_weights(name: str) -> bool:
+    return any(_matches(name, pattern) for pattern in _WEIGHTS)
+
+
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -224,7 +228,7 @@ class _Push:
             first = [name for name in changed if name not in _LAST]
             groups = [first[start : start + MAX_FILES] for start in range(0, len(first), MAX_FILES)]
             groups.append([name for name in changed if name in _LAST])
-        parts: list[list[Any]] = [[CommitOperationAdd(name, self.folder / name) for name in group] for group in groups]
+        parts: list[list[Any]] = [[self._addition(name) for name in group] for group in groups]
         parts[-1] += [CommitOperationDelete(name) for name in stale]
         return [operations for operations in parts if operations]
 
@@ -242,6 +246,16 @@ class _Push:
             f"Nothing there changed (or, if only the Hub's last answer was lost, all did). Then run `{again}`: what "
             f"arrived already is not sent again."
         )
+
+    def _addition(self, name: str) -> CommitOperationAdd:
+        """A file as it was when it was looked through for tokens; text is held in memory until it is sent."""
+        path = self.folder / name
+        operation = CommitOperationAdd(name, path if _is_weights(name) else path.read_bytes())
+        if operation.upload_info.sha256.hex() != self.files[name]:
+            raise PublishError(
+                f"{name} in {self.folder} changed while it was pushed. Nothing was uploaded. Push again."
+            )
+        return operation
 
     def _head(self, private: bool | None, revision: str | None) -> str:
         """The commit that a branch names; the branch is made if it is not there."""
@@ -277,7 +291,7 @@ class _Push:
             file = self.api.hf_hub_download(**self._repo, filename=MANIFEST_NAME, revision=commit)
             older = set((read_manifest(Path(file).parent) or {"files": {}})["files"])
         if self.repo_type == "model":
-            older |= {name for name in there if any(_matches(name, pattern) for pattern in _WEIGHTS)}
+            older |= {name for name in there if _is_weights(name)}
         return (older & set(there)) - set(self.files)
 
     def _verify(self, commit: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 
 import pytest
 
 from hf_context_prune.errors import ConfigError, LoadError, PublishError
 from hf_context_prune.hub import files_to_push, is_allowed, push_folder
 from hf_context_prune.leaks import refuse_tokens
+from hf_context_prune.modeling.modeling_context_pruned import add_companions
 from hf_context_prune.saving import save_pruned, staged_folder
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -175,3 +177,22 @@ def test_without_a_network_it_says_what_to_run(folder):
     """HF_HUB_OFFLINE is set for the tests."""
     with pytest.raises(PublishError, match=r"HF_HUB_OFFLINE.*hf-context-prune push .*model org/x"):
         push_folder(folder, "org/x")
+
+
+def test_what_a_models_own_push_takes_along_was_saved_in_its_folder(tmp_path):
+    source, target = tmp_path / "a" / "source", tmp_path / "b" / "target"
+    source.mkdir(parents=True)
+    target.mkdir(parents=True)
+    (tmp_path / "secret").write_text("password 1234")
+    (source.parent / "above.txt").write_text("of someone else")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (source / name).write_text(name)
+    for name in ("README.md", "vocab.json"):
+        (source / name).symlink_to(tmp_path / "secret")
+    (target / "model.safetensors").write_text("model.safetensors")
+    sums = {path.name: {"sha256": sha256(path.name.encode()).hexdigest()} for path in source.iterdir()}
+    above = {"../above.txt": {"sha256": sha256(b"of someone else").hexdigest()}}
+    (source / "manifest.json").write_text(json.dumps({"files": sums | above}))
+    add_companions(str(source), str(target))
+    assert {path.name for path in target.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
