@@ -144,7 +144,7 @@ def add_companions(source: str, target: str) -> None:
         return
     with open(manifest_file, encoding="utf-8") as file:
         files = json.load(file).get("files", {})
-    sums = {name: files[name]["sha256"] for name in files if os.path.isfile(os.path.join(source, name))}
+    sums = {name: files[name]["sha256"] for name in files if _is_as_saved(source, name, files[name]["sha256"])}
     saved = {name: _sha256(os.path.join(target, name)) for name in os.listdir(target) if name.endswith(".safetensors")}
     if saved != {name: total for name, total in sums.items() if name.endswith(".safetensors")}:
         return
@@ -153,8 +153,18 @@ def add_companions(source: str, target: str) -> None:
         if name == "README.md" or not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             shutil.copyfile(os.path.join(source, name), path)
+    if len(sums) < len(files):
+        return
     if all(name == "README.md" or _sha256(os.path.join(target, name)) == total for name, total in sums.items()):
         shutil.copyfile(manifest_file, os.path.join(target, "manifest.json"))
+
+
+def _is_as_saved(folder: str, name: str, sha256: str) -> bool:
+    """Whether a listed file may travel: inside of the folder, and what was saved; the card may have been edited."""
+    path = os.path.join(folder, name)
+    if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or not os.path.isfile(path):
+        return False
+    return (name == "README.md" and not os.path.islink(path)) or _sha256(path) == sha256
 
 
 def _sha256(path: str) -> str:

@@ -6,7 +6,9 @@ import json
 from hashlib import sha256
 
 import pytest
+from huggingface_hub import RepoUrl
 
+from hf_context_prune import hub
 from hf_context_prune.errors import ConfigError, LoadError, PublishError
 from hf_context_prune.hub import files_to_push, is_allowed, push_folder
 from hf_context_prune.leaks import refuse_tokens
@@ -94,6 +96,19 @@ def test_a_card_that_is_a_link_out_of_the_folder_stops_a_push(tmp_path):
     card.symlink_to(tmp_path / "secret")
     with pytest.raises(PublishError, match=r"README\.md .* is a link to another file"):
         push_folder(tmp_path / "model", "org/x")
+
+
+def test_a_file_that_changes_while_it_is_pushed_does_not_leave(folder, monkeypatch):
+    def reached(api, *_, **__):
+        (folder / "config.json").write_text(json.dumps({"note": A_TOKEN}))
+        return RepoUrl("https://localhost/org/x", endpoint="https://localhost")
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", reached)
+    monkeypatch.setattr(hub._Push, "_head", lambda *_: "a" * 40)
+    monkeypatch.setattr(hub._Push, "_files_at", lambda *_: {})
+    monkeypatch.setattr(hub.HfApi, "create_commit", lambda *_, **__: pytest.fail("it was sent"))
+    with pytest.raises(PublishError, match=r"config\.json in .* changed while it was pushed"):
+        push_folder(folder, "org/x")
 
 
 def test_a_folder_of_others_or_damaged_is_refused(folder, tmp_path):
