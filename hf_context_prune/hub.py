@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -117,7 +118,11 @@ def push_folder(
     files, left_out = files_to_push(path, repo_type)
     refuse_tokens(path, sorted(files), token)
     message = commit_message or f"Upload {'Space' if repo_type == 'space' else 'pruned model'} with hf-context-prune"
-    push = _Push(path, repo_id, repo_type, files, token)
+    options = ["--repo-type", repo_type] if repo_type != "model" else []
+    options += [] if private is None else ["--private" if private else "--public"]
+    options += ["--commit-message", commit_message] if commit_message else []
+    where = ["--create-pr"] if create_pr else [] if revision is None else ["--revision", revision]
+    push = _Push(path, repo_id, repo_type, files, token, options, where)
     with _explained(push):
         return push.run(private, revision, create_pr, message, left_out)
 
@@ -160,15 +165,15 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
+def _is_weights(name: str) -> bool:
+    return any(_matches(name, pattern) for pattern in _WEIGHTS)
+
+
 def _blob_id(path: Path) -> str:
     """As git names a file."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-def _is_weights(name: str) -> bool:
-    return any(_matches(name, pattern) for pattern in _WEIGHTS)
-
-
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -177,10 +182,18 @@ class _Push:
     """One push: the folder's files, and the client with the repository."""
 
     def __init__(
-        self, folder: Path, repo_id: str, repo_type: RepoType, files: Mapping[str, str], token: str | None
+        self,
+        folder: Path,
+        repo_id: str,
+        repo_type: RepoType,
+        files: Mapping[str, str],
+        token: str | None,
+        options: list[str],
+        where: list[str],
     ) -> None:
         self.folder, self.repo_id, self.repo_type, self.files = folder, repo_id, repo_type, files
         self.api = HfApi(token=token, library_name="hf-context-prune", library_version=__version__)
+        self._options, self._where = options, where  # of the command that does this push
         self.unfinished: str | None = None  # the pull request that is being filled
 
     @property
@@ -218,6 +231,8 @@ class _Push:
             if commit.pr_url:
                 pull_request, where = commit.pr_url, {"revision": commit.pr_revision}
                 self.unfinished = commit.pr_revision
+            elif len(parts) > 1:  # into a pull request that was there
+                self.unfinished = revision
         self._verify(head)
         return PushResult(self.repo_id, commit_url, head, True, pull_request, left_out)
 
@@ -232,21 +247,6 @@ class _Push:
         parts[-1] += [CommitOperationDelete(name) for name in stale]
         return [operations for operations in parts if operations]
 
-    def state(self) -> str:
-        """The repository after a push that broke off, and what to run."""
-        again = f"hf-context-prune push {self.folder} {self.repo_id}"
-        if self.repo_type == "space":
-            again += " --repo-type space"
-        if self.unfinished:
-            return (
-                f"Its main branch is as it was; the pull request {self.unfinished} is half filled: fill it with "
-                f"`{again} --revision {self.unfinished}`, or close it."
-            )
-        return (
-            f"Nothing there changed (or, if only the Hub's last answer was lost, all did). Then run `{again}`: what "
-            f"arrived already is not sent again."
-        )
-
     def _addition(self, name: str) -> CommitOperationAdd:
         """A file as it was when it was looked through for tokens; text is held in memory until it is sent."""
         path = self.folder / name
@@ -256,6 +256,20 @@ class _Push:
                 f"{name} in {self.folder} changed while it was pushed. Nothing was uploaded. Push again."
             )
         return operation
+
+    def state(self) -> str:
+        """The repository after a push that broke off, and what to run."""
+        where = ["--revision", self.unfinished] if self.unfinished else self._where
+        again = shlex.join(["hf-context-prune", "push", str(self.folder), self.repo_id, *self._options, *where])
+        if self.unfinished:
+            return (
+                f"Its main branch is as it was; the pull request {self.unfinished} is half filled: fill it with "
+                f"`{again}`, or close it."
+            )
+        return (
+            f"Nothing there changed (or, if only the Hub's last answer was lost, all did). Then run `{again}`: what "
+            f"arrived already is not sent again."
+        )
 
     def _head(self, private: bool | None, revision: str | None) -> str:
         """The commit that a branch names; the branch is made if it is not there."""

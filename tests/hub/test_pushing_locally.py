@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from hashlib import sha256
 
 import pytest
@@ -211,3 +212,14 @@ def test_what_a_models_own_push_takes_along_was_saved_in_its_folder(tmp_path):
     add_companions(str(source), str(target))
     assert {path.name for path in target.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
     assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_what_it_says_to_run_does_the_same_push(folder):
+    spaced = folder.rename(folder.with_name("a model; id"))
+    with pytest.raises(PublishError) as caught:
+        push_folder(spaced, "org/x", private=True, revision="dev", commit_message="It's mine")
+    words = shlex.split(str(caught.value).partition("`")[2].partition("`")[0])
+    private = ["--private", "--commit-message", "It's mine", "--revision", "dev"]
+    assert words == ["hf-context-prune", "push", str(spaced), "org/x", *private]
+    with pytest.raises(PublishError, match=r"push '[^']*a model; id' org/x --create-pr`"):
+        push_folder(spaced, "org/x", create_pr=True)
