@@ -214,7 +214,8 @@ def serve(blocks: Any, settings: Settings, **launch: Any) -> Any:  # noqa: ANN40
         button_primary_background_fill_hover_dark="*primary_500",
         button_primary_text_color_dark="white",
     )  # with the system's fonts: none is fetched
-    blocks.queue(max_size=settings.limits.waiting, default_concurrency_limit=1)
+    # api_open: outside of the Hub's Spaces, Gradio would let a plain POST skip the queue.
+    blocks.queue(max_size=settings.limits.waiting, default_concurrency_limit=1, api_open=False)
     return blocks.launch(
         theme=theme,
         css=text_file("style.css"),
