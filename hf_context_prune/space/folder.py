@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -157,7 +158,7 @@ def _pinned(text: str) -> Source:
     if path.exists() or not REPO.fullmatch(text.partition("@")[0]) or text.startswith((".", "/", "~")):
         if not path.is_dir():
             raise ConfigError(f"{text!r} is neither a folder nor a Hub id (owner/name, owner/name@revision).")
-        return Source(path=path.absolute())
+        return Source(path=Path(os.path.abspath(path)))
     repo, _, revision = text.partition("@")
     if COMMIT.fullmatch(revision):
         return Source(repo, revision)

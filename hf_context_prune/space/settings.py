@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -202,7 +203,8 @@ def _source(value: object, where: str, folder: Path) -> Source:
     if "path" in place:
         if "revision" in place:
             raise ConfigError(f"{where} has a path and a revision; only a repo has a revision.")
-        return Source(path=folder / _text(place["path"], f"{where}.path"))
+        # Without "..", as the folder's name is what the page shows and where a copy of it goes.
+        return Source(path=Path(os.path.normpath(folder / _text(place["path"], f"{where}.path"))))
     revision = place.get("revision")
     if not isinstance(revision, str) or not COMMIT.fullmatch(revision):
         raise ConfigError(

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.space.folder import settings_for
 from hf_context_prune.space.page import picked
 from hf_context_prune.space.settings import Entry, Limits, Source, demo_settings, read_settings, write_settings
 
@@ -39,6 +40,16 @@ def test_all_that_it_may_say(tmp_path):
     assert settings.limits == Limits(new_tokens=64)
     write_settings(settings, tmp_path / "again.yaml")
     assert read_settings(tmp_path / "again.yaml") == settings
+
+
+def test_a_path_that_climbs_is_the_folder_that_it_leads_to(tmp_path, monkeypatch):
+    inner = tmp_path / "mini-law" / "space"
+    inner.mkdir(parents=True)
+    path = written(inner, {"base": "demo", "models": [{"name": "Law", "path": ".."}]})
+    assert read_settings(path).entries[0].model == Source(path=tmp_path / "mini-law")
+    monkeypatch.chdir(inner)
+    entry = settings_for([".."], base="demo").entries[0]
+    assert (entry.name, entry.model) == ("Law", Source(path=tmp_path / "mini-law"))
 
 
 def model(**values):
