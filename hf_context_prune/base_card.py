@@ -69,7 +69,7 @@ def _of_readme(file: Path, where: str) -> dict[str, Any]:
         return {"unknown": "there is no README.md in its folder"}
     try:
         values = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {"unknown": f"{where} can't be read"}
     return {**_plain(values), "stated_by": where}
 

@@ -266,7 +266,7 @@ class PruningPlan:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path} can't be read as a pruning plan: {error}.") from error
         if not isinstance(data, dict):
             raise PlanError(f"{path} is not a pruning plan: its top level is a {type(data).__name__}, not an object.")

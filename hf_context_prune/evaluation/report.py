@@ -287,7 +287,7 @@ class EvalReport:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
         return cls.from_dict(data)
 

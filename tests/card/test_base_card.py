@@ -33,7 +33,14 @@ def test_a_folder_states_it_in_its_readme(tmp_path, text, expected):
     assert base_card(base(tmp_path)) == expected | {"stated_by": "the README.md in its folder"}
 
 
-@pytest.mark.parametrize("content", [b"---\nlicense: [\n---\n", b"---\n- a\n---\n", b"---\nlicense: \xff\n---\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"---\nlicense: [\n---\n", b"---\n- a\n---\n", b"---\nlicense: \xff\n---\n"),
+        b"---\nlicense: " + 3000 * b"[" + 3000 * b"]" + b"\n---\n",
+    ],
+    ids=range(4),
+)
 def test_a_readme_that_cant_be_read(tmp_path, content):
     (tmp_path / "README.md").write_bytes(content)
     assert base_card(base(tmp_path)) == {"unknown": "the README.md in its folder can't be read"}

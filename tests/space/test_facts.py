@@ -44,9 +44,12 @@ def test_a_missing_folder_is_named(facts):
 def test_a_damaged_plan_leaves_the_rest(tiny_space, tmp_path):
     folder = shutil.copytree(tiny_space / "uniform", tmp_path / "damaged")
     (folder / "pruning_plan.json").write_text("{}")
-    found = read_facts(Entry("X", Source(path=folder), Source(), reports={"g": tmp_path / "none.json"}))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    found = read_facts(
+        Entry("X", Source(path=folder), Source(), reports={"g": tmp_path / "none.json", "d": tmp_path / "deep.json"})
+    )
     assert found.plan is None
-    assert len(found.problems) == 2
+    assert len(found.problems) == 3
 
 
 def test_the_matrix_has_a_column_a_text(facts, tiny_space):
