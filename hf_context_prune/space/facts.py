@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
 from ..errors import ContextPruneError, LoadError
 from ..evaluation import Estimate, EvalReport, LossFacts
@@ -84,7 +84,10 @@ def _fact_files(source: Source) -> tuple[Path, Path | None]:
         raise LoadError("The demo's model is a dense one, and can't stand for a pruned one.")
     try:
         plan = hf_hub_download(source.repo, PLAN_NAME, revision=source.revision)
-        report = hf_hub_download(source.repo, REPORT_NAME, revision=source.revision)
+        try:
+            report = hf_hub_download(source.repo, REPORT_NAME, revision=source.revision)
+        except RemoteEntryNotFoundError:  # nothing was measured, as after a training
+            return Path(plan), None
     except (OSError, ValueError, HTTPError) as error:
         raise LoadError(
             f"{PLAN_NAME} and {REPORT_NAME} of {source.repo} can't be fetched at {source.revision} "

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
+import httpx
 import pytest
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from hf_context_prune.evaluation import EvalReport, MultipleChoiceFacts, TextLosses, summarize_answers
 from hf_context_prune.evaluation.multiple_choice import Answer
 from hf_context_prune.plan import PruningPlan
 from hf_context_prune.questions import Question, QuestionSet
+from hf_context_prune.space import facts as facts_module
 from hf_context_prune.space.facts import Facts, figures, matrix, questions, read_facts, removed_in_words
 from hf_context_prune.space.html import render
 from hf_context_prune.space.prompts import prompts_for
@@ -39,6 +42,19 @@ def test_a_missing_folder_is_named(facts):
     assert lost.plan is None
     assert "There is no folder" in lost.problems[0]
     assert removed_in_words(lost) == []
+
+
+def test_a_repository_without_a_report_has_its_plan(tiny_space, monkeypatch):
+    def download(repo, name, *, revision):
+        if name == "eval_report.json":
+            response = httpx.Response(404, request=httpx.Request("GET", "https://localhost"))
+            raise RemoteEntryNotFoundError(f"no {name} in {repo}", response=response)
+        return str(tiny_space / "uniform" / name)
+
+    monkeypatch.setattr(facts_module, "hf_hub_download", download)
+    found = read_facts(Entry("X", Source("org/x", "a" * 40), Source()))
+    assert found.plan is not None
+    assert (found.report, found.problems) == (None, ())
 
 
 def test_a_damaged_plan_leaves_the_rest(tiny_space, tmp_path):
