@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import LoadError
-from .verify import Tolerance, Verification
+from ..evaluation._codec import decode
+from .verify import Verification
 
 EXPORT_REPORT_NAME = "export_report.json"
 _SCHEMA = 1
@@ -55,9 +56,8 @@ class ExportReport:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("schema") != _SCHEMA:
                 raise ValueError(f"its schema is not {_SCHEMA}")
-            found = values.pop("verification")
-            return cls(**values, verification=Verification(**{**found, "tolerance": Tolerance(**found["tolerance"])}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cast("ExportReport", decode(cls, values, "it"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LoadError(f"{path} is not an export report: {error}. Export the model again.") from error
 
     def table_rows(self) -> list[tuple[str, str, str, str]]:

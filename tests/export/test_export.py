@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_context_prune import load_pruned
 from hf_context_prune.errors import ConfigError, DataError, ExportError, LoadError, SaveError
-from hf_context_prune.export import export, open_export, read_export
+from hf_context_prune.export import ExportReport, Verification, export, open_export, read_export
 from hf_context_prune.export import run as run_module
 from hf_context_prune.export.formats import FORMATS
 from hf_context_prune.export.runtime import TorchRuntime
+from hf_context_prune.export.verify import Tolerance
 from tests.export.folders import save
 from tests.tiny import TEXT
 
@@ -162,6 +163,21 @@ def test_a_damaged_artefact_is_not_opened(folders, tmp_path):
         open_export(folder)
     with pytest.raises(LoadError, match="it is no export"):
         open_export(folders["stock"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"weights": 7}, {"format": []}, {"more": 1}, {"verification": {"before": "x"}}, "["]
+)
+def test_a_report_that_is_none_is_said_to_be_none(tmp_path, change):
+    found = Verification("text", 1, *[1.0] * 6, 5, 32, 5, 0.0, 1.0, 1.0, 2, 1, Tolerance(0.1))
+    report = ExportReport("gguf", "f16", "mini", None, {}, "machine", found)
+    path = tmp_path / "export_report.json"
+    report.save(path)
+    assert ExportReport.load(path) == report
+    values = report.to_dict()
+    path.write_text("[" * 100_000 if change == "[" else json.dumps(values | change))
+    with pytest.raises(LoadError, match="is not an export report"):
+        ExportReport.load(path)
 
 
 @pytest.fixture
