@@ -20,8 +20,9 @@ def serve(
 
     `transformers serve` alone looks for a model's class in transformers, and finds those of stock widths only.
     """
-    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise ConfigError('Serving needs fastapi and uvicorn: pip install "hf-context-prune[serving]".')
+    missing = [name for name in ("fastapi", "openai", "pydantic", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'Serving needs {", ".join(missing)}: pip install "hf-context-prune[serving]".')
     import transformers
     from transformers.cli.transformers import main
 

@@ -213,7 +213,8 @@ def test_serving_needs_its_packages_and_a_whole_folder(place, run, monkeypatch):
     assert "config.json" in stderr
     import importlib.util
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
     code, _, stderr = run("serve", "@stock")
     assert code == 2
     assert "hf-context-prune[serving]" in stderr
