@@ -204,7 +204,8 @@ def _reproduce(facts: CardFacts) -> Trusted:
         name: value for name, value in config.items() if name in defaults and value not in (None, False, defaults[name])
     }
     if provenance.get("schedule"):
-        schedule = ", ".join(f"{name}={value!r}" for name, value in facts.told("schedule").items())
+        told = facts.told("schedule").items()
+        schedule = ", ".join(f"{name}={value!r}" for name, value in told if name.isidentifier())  # not code
         given = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
         call = f"ContextPruneCallback(PrunerConfig({one_line(given)}), PruningSchedule({one_line(schedule)}))"
         return Trusted(f"Train the base with this callback:\n\n{block('python', call)}")

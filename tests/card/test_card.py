@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 import re
@@ -289,6 +290,15 @@ def test_hostile_values_in_code_stay_in_their_block(facts):
     assert "\nimport os\n" not in python
     shell = next(code for _, language, code in blocks if language == "sh")
     assert "'$(touch x); `id` '\"'\"'a'\"'\"''" in shell
+
+
+def test_a_schedule_is_values_and_no_code(facts):
+    schedule = {"start": 0.1, "x)\nimport os\nos.system('id')  #": 1, "shape": "'); import os  #"}
+    text = build_card(with_provenance(facts, schedule=schedule)).text
+    call = next(code for code in re.findall(r"(?ms)^```python\n(.*?)^```", text) if "PruningSchedule(" in code)
+    [statement] = ast.parse(call).body
+    assert isinstance(statement.value, ast.Call)
+    assert "os.system" not in call
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
