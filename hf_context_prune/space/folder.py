@@ -15,6 +15,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..demo_assets import GGUF_NAME, SMOLLM2
 from ..errors import ConfigError, LoadError
+from ..evaluation import EvalReport
 from ..hub import is_allowed
 from ..manifest import MANIFEST_NAME, read_manifest, verify_folder
 from ..markdown import Trusted, code, inert, table
@@ -223,10 +224,10 @@ def _moved(index: int, entry: Entry, places: dict[Source, Source], staging: Path
     for number, (text, file) in enumerate(entry.reports.items()):
         reports[text] = staging / "reports" / f"{index}-{number}.json"
         reports[text].parent.mkdir(exist_ok=True)
-        try:
-            shutil.copyfile(file, reports[text])
-        except FileNotFoundError as error:
-            raise LoadError(f"The report {file} of {entry.name!r} is missing.") from error
+        if not file.is_file():
+            raise LoadError(f"The report {file} of {entry.name!r} is missing.")
+        EvalReport.load(file)  # nothing else that a YAML names travels, perhaps to the Hub
+        shutil.copyfile(file, reports[text])
     model, base = (places.get(source, source) for source in (entry.model, entry.base))
     return replace(entry, model=model, base=base, reports=reports)
 

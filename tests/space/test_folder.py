@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -170,6 +171,9 @@ def test_failures_leave_nothing(tiny_space, tmp_path):
         write_space(settings_for([str(tiny_space / "uniform")], base="demo"), tmp_path / "mine")
     entry = Entry("Law", Source(path=tiny_space / "uniform"), Source(), reports={"x": tmp_path / "none.json"})
     with pytest.raises(LoadError, match="report"):
+        write_space(Settings("X", (entry,)), tmp_path / "out")
+    entry = replace(entry, reports={"x": tmp_path / "mine/notes.txt"})
+    with pytest.raises(LoadError, match="not a readable evaluation report"):
         write_space(Settings("X", (entry,)), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "mine"]
 
