@@ -133,12 +133,17 @@ def verify_folder(
 
     Raises:
         LoadError: The manifest is missing or malformed; a listed file is missing or has another size or checksum;
-            or weights, code or a pickle lie in the folder that the manifest does not list.
+            or weights or code lie in the folder that the manifest does not list, or a pickle, listed or not.
     """
     folder = Path(folder)
     manifest = _parse(folder)
     remedy = "Save or download the model again."
     for name, entry in manifest["files"].items():
+        if Path(name).suffix.lower() in PICKLE_SUFFIXES:
+            raise LoadError(
+                f"The manifest of {folder} lists {name}, but this package saves no pickles: the folder was changed by "
+                f"someone else. {remedy}"
+            )
         path = folder / name
         try:
             with path.open("rb") as file:

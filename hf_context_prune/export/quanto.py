@@ -41,7 +41,8 @@ def load(folder: Path) -> TorchRuntime:
     """The quantised model, on the CPU."""
     from optimum.quanto import QuantizedModelForCausalLM
 
-    return TorchRuntime(QuantizedModelForCausalLM.from_pretrained(folder)._wrapped)
+    # Without trust_remote_code=False, transformers would ask on the terminal whether to run a folder's code.
+    return TorchRuntime(QuantizedModelForCausalLM.from_pretrained(folder, trust_remote_code=False)._wrapped)
 
 
 def _ungrouped(model: Any) -> list[str]:  # noqa: ANN401

@@ -32,5 +32,10 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
 
 def load(folder: Path) -> TorchRuntime:
     """The quantised model, on the CPU."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        use_safetensors=True,  # a manifest can list a pickle too
+        trust_remote_code=False,
+        device_map="cpu",
+    )
     return TorchRuntime(model.eval())

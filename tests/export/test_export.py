@@ -15,8 +15,10 @@ from hf_context_prune.export import run as run_module
 from hf_context_prune.export.formats import FORMATS
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import Tolerance
+from hf_context_prune.manifest import write_manifest
+from hf_context_prune.staging import staged_folder
 from tests.export.folders import save
-from tests.tiny import TEXT
+from tests.tiny import TEXT, tiny_model
 
 IDS = (1, 40, 41, 90, 91, 200, 201, 7)
 EASY = {"tolerance": 1e6}  # random tiny models: only the path is tested, not how much is lost
@@ -163,6 +165,24 @@ def test_a_damaged_artefact_is_not_opened(folders, tmp_path):
         open_export(folder)
     with pytest.raises(LoadError, match="it is no export"):
         open_export(folders["stock"])
+
+
+@pytest.mark.parametrize("format", ["torchao", "quanto"])
+def test_a_pickle_in_place_of_the_weights_is_not_opened(tmp_path, format):
+    model = tiny_model("llama")
+    found = Verification("text", 1, *[1.0] * 6, 5, 32, 5, 0.0, 1.0, 1.0, 2, 1, Tolerance(0.1))
+    with staged_folder(tmp_path / "out", required_bytes=0) as staging:
+        model.config.save_pretrained(staging)
+        torch.save(model.state_dict(), staging / "pytorch_model.bin")
+        (staging / "quanto_qmap.json").write_text("{}")
+        ExportReport(format, "int8", "mini", None, {}, "machine", found).save(staging / "export_report.json")
+    with pytest.raises(LoadError, match=r"lists pytorch_model\.bin, but this package saves no pickles"):
+        open_export(tmp_path / "out")
+    (tmp_path / "out/pytorch_model.bin").unlink()
+    (tmp_path / "out/manifest.json").unlink()
+    write_manifest(tmp_path / "out")
+    with pytest.raises(ExportError, match=r"can't be opened.*safetensor"):
+        open_export(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
