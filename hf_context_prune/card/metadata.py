@@ -74,7 +74,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
         last = loss.recovered or loss.pruned or loss.base
         common: dict[str, Any] = {
             "task_type": "text-generation",
-            **_identity(dataset.name, "text", kind),
+            **_identity(dataset.name, dataset.revision, "text", kind),
             "dataset_name": one_line(f"{dataset.name} ({what})"),
             "dataset_revision": dataset.revision,
         }
@@ -87,7 +87,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
         results.append(
             EvalResult(
                 task_type="text-generation",
-                **_identity(questions.name, "multiple-choice", "questions"),
+                **_identity(questions.name, questions.revision, "multiple-choice", "questions"),
                 dataset_name=one_line(questions.name),
                 dataset_revision=questions.revision,
                 metric_type="accuracy",
@@ -97,11 +97,14 @@ def _results(facts: CardFacts) -> list[EvalResult]:
     return results
 
 
-def _identity(name: str, local: str, kind: str) -> dict[str, Any]:
-    """Data set, config and split of a name; the client takes figures of one identity for figures on one text."""
+def _identity(name: str, revision: str | None, local: str, kind: str) -> dict[str, Any]:
+    """Data set, config and split of a name; the client takes figures of one identity for figures on one text.
+
+    A data set of the Hub has a revision; without one, ``law/validation.jsonl`` is a file of that name.
+    """
     path, _, split = name.partition("@")
     repo, _, config = path.partition(":")
-    if (found := _hub_id(repo)) is None:
+    if revision is None or (found := _hub_id(repo)) is None:
         return {"dataset_type": local, "dataset_split": kind}
     return {"dataset_type": found, "dataset_config": one_line(config) or None, "dataset_split": one_line(split) or kind}
 

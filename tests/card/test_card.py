@@ -213,6 +213,14 @@ def test_a_base_of_the_hub_is_named_in_the_metadata(facts):
     assert "hf-context-prune prune base.Q4.gguf" in from_file  # the file is what was pruned
 
 
+@pytest.mark.parametrize(("revision", "expected"), [(None, "text"), ("a" * 40, "org/corpus")])
+def test_figures_name_a_data_set_of_the_hub_only_where_there_is_one(facts, revision, expected):
+    dataset = dataclasses.replace(facts.report.dataset, name="org/corpus", revision=revision)
+    card = build_card(dataclasses.replace(facts, report=dataclasses.replace(facts.report, dataset=dataset)))
+    shown = card.data.to_dict()["model-index"][0]["results"]
+    assert [result["dataset"]["type"] for result in shown if "domain" in result["dataset"]["name"]] == [expected]
+
+
 def markup(card: ModelCard) -> tuple[Counter, list[str]]:
     """How often each kind of Markdown is in a card's body, as a real parser sees it; and its texts outside of code."""
     kinds, found = Counter(), []
