@@ -385,6 +385,10 @@ def test_what_has_no_card(place, copy, tmp_path):
         rewrite_card(copy)
 
 
+def test_there_are_cards_of_three_domains():
+    assert {path.stem.rpartition("-")[2] for path in CARDS} == {"law", "medicine", "finance"}
+
+
 @pytest.mark.parametrize("path", CARDS, ids=[path.stem for path in CARDS])
 def test_committed_cards(path):
     """`model_cards/`: real ones, with all that a card can tell."""
@@ -394,4 +398,5 @@ def test_committed_cards(path):
     assert (data["base_model"], data["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
     assert path.stem.rpartition("-")[2] in data["tags"]
     assert "**What it forgot:**" in card.text
+    assert "(from `SmolLM2-135M-Instruct.Q4_1.gguf`)" in card.text
     assert (path.parent / f"{path.stem}.png").read_bytes().startswith(b"\x89PNG")
