@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gradio_client import Client
 
-from benchmarks.common import ROOT, _commit, machine, table, write_section
+from benchmarks.common import ROOT, commit, machine, table, write_section
 from hf_context_prune.space.settings import DEMO_FOLDER
 
 APP = ROOT.parent / "spaces" / "app.py"
@@ -54,7 +54,7 @@ cache. Seconds, median and range of {args.starts} starts and {args.asks} warm re
 
 {table(["", "seconds", "goal"], rows)}
 
-`python -m benchmarks.space --folder FOLDER` at `{_commit()}`, {os.cpu_count()} cores, load average
+`python -m benchmarks.space --folder FOLDER` at `{commit()}`, {os.cpu_count()} cores, load average
 {os.getloadavg()[0]:.1f} at the end, {machine()}.
 """,
     )
