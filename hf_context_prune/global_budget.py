@@ -20,13 +20,13 @@ from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError, ConfigError, DataError
 from .evaluation import count_parameters, document_losses
-from .magnitudes import check_linear, measure_magnitudes
+from .magnitudes import Magnitudes, check_linear, measure_magnitudes
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
 from .planning import Measured, Planner, plan_and_repair, plan_widths, versions
 from .search_text import SearchText
 from .surgery import apply_plan
-from .thresholds import prune_by_thresholds
+from .thresholds import below_thresholds
 from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_prunable
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
@@ -297,7 +297,9 @@ def smaller_model(
         (the smaller model, its tokenizer, the plan).
     """
     if config.thresholds_units:
-        return _below_thresholds(model, tokenizer, text, config, general, dict(provenance or {}))
+        magnitudes = threshold_magnitudes(model, tokenizer, text, config, general)
+        trimmed = trimmed_for(model, tokenizer, text, config) if config.prunes_vocabulary else None
+        return below_thresholds(model, tokenizer, config, magnitudes, trimmed, provenance)
     dense, full, facts = model, tokenizer, dict(provenance or {})
     vocabulary, measured, base_loss = None, None, None
     asked, alone, increase = config, None, 0.0
@@ -352,27 +354,16 @@ def smaller_model(
     return smaller, tokenizer, plan
 
 
-def _below_thresholds(
+def threshold_magnitudes(
     dense: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
     text: TextSource,
     config: PrunerConfig,
-    general: TextSource | None,
-    facts: dict[str, Any],
-) -> tuple[PreTrainedModel, Any, PruningPlan]:
-    """The paper's rule: what it compares is measured on the dense model, with all tokens, also where some go."""
+    general: TextSource | None = None,
+) -> Magnitudes:
+    """What the paper's thresholds are compared with: measured on the dense model, also where tokens go."""
     samples = _samples(text, tokenizer, config, general)
-    facts["num_calibration_samples"] = samples.shape[0]
-    magnitudes = measure_magnitudes(dense, batches_of(samples, batch_tokens=_HEAD_TOKENS))
-    model, vocabulary = dense, None
-    if config.prunes_vocabulary:
-        trimmed = trimmed_for(dense, tokenizer, text, config)
-        model, tokenizer, vocabulary = trimmed.model, trimmed.tokenizer, trimmed.plan.vocabulary
-        assert vocabulary is not None
-        magnitudes = magnitudes.of_tokens(dense, vocabulary.kept)
-        facts |= trimmed.plan.provenance
-    smaller, plan, _ = prune_by_thresholds(model, magnitudes, config, facts)
-    return smaller, tokenizer, replace(plan, vocabulary=vocabulary, model_fingerprint=fingerprint(dense))
+    return measure_magnitudes(dense, batches_of(samples, batch_tokens=_HEAD_TOKENS))
 
 
 def _reached(config: PrunerConfig, dense: PreTrainedModel, trimmed: PreTrainedModel) -> bool:

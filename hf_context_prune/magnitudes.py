@@ -48,11 +48,13 @@ class Magnitudes:
     Attributes:
         linears: By the name of the module.
         activations: Mean |a| of the MLP's activation function, [neurons], float64, one a layer.
+        num_samples: Blocks of text.
         num_tokens: Unpadded tokens.
     """
 
     linears: dict[str, LinearMagnitudes]
     activations: tuple[torch.Tensor, ...]
+    num_samples: int
     num_tokens: int
 
     def of_tokens(self, model: PreTrainedModel, kept: Sequence[int]) -> Magnitudes:
@@ -150,7 +152,7 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
     check_linear(spec)
     check_weights_finite(model)
     rows = model.get_input_embeddings().weight.shape[0]
-    sums, num_tokens = _Sums(model, spec), 0
+    sums, num_samples, num_tokens = _Sums(model, spec), 0, 0
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -160,12 +162,13 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
             ):
                 inputs, mask = prepare_batch(batch, index, rows)
                 sums.mask = None if mask is None else mask.to(model.device)
+                num_samples += inputs["input_ids"].shape[0]
                 num_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
                 model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False)
     finally:
         for module in training:
             module.training = True
-    (num_tokens,) = sum_counts(num_tokens)
+    num_samples, num_tokens = sum_counts(num_samples, num_tokens)
     if num_tokens == 0:
         raise DataError("There is nothing to calibrate on: no batch, or every position is padding.")
     all_reduce_(sums.sums.values())
@@ -179,5 +182,6 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
             for name, _ in linear_layers(model)
         },
         tuple(means[f"activation.{layer}"] for layer in range(len(blocks(model, spec)))),
+        num_samples,
         num_tokens,
     )

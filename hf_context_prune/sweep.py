@@ -13,19 +13,23 @@ from transformers import PreTrainedModel
 
 from .cells import less_one, percent
 from .config import PrunerConfig
+from .data import TextSource
 from .embeddings import token_cost
 from .errors import ConfigError
-from .evaluation import compare_answers, compare_losses, summarize_answers, summarize_losses
+from .evaluation import compare_answers, compare_losses, count_parameters, summarize_answers, summarize_losses
 from .files import check_writable, write_file
-from .global_budget import check_budget, smaller_model
+from .global_budget import check_budget, smaller_model, threshold_magnitudes, trimmed_for
 from .loading import LoadedModel
+from .magnitudes import Magnitudes
 from .markdown import inert, table
 from .measuring import QuestionOptions
 from .pipeline import as_loaded, split_text
-from .plan import fingerprint
+from .plan import PruningPlan, fingerprint
 from .recovery import RecoveryConfig, recover
 from .rows import open_rows
 from .scores import HeldOut, Scores, held_out_of, score, summary_of
+from .thresholds import below_thresholds
+from .vocabulary import TrimmedModel
 
 Point = tuple[float | None, float | None, float | None]
 """Thresholds of linear layers, activations and embedding; None: off."""
@@ -304,10 +308,10 @@ def sweep(
     }
     with open_rows(folder / ROWS_NAME, setting) as rows:
         dense = rows.get(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
-        measured, seen = [], dict[str, dict[str, Any]]()
+        measured, seen, pruner = [], dict[str, dict[str, Any]](), _Pruner(base, text)
         grid = tqdm(configs, desc="Grid", unit="point", name="hf_context_prune.sweep")
         for point, config in zip(points, grid, strict=True):
-            row = rows.get(list(point), lambda c=config: _measure(base, text, held_out, c, options, seen))  # type: ignore[misc]
+            row = rows.get(list(point), lambda c=config: _measure(pruner, held_out, c, options, seen))  # type: ignore[misc]
             seen.setdefault(row["weights"], row)
             tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
             measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
@@ -316,17 +320,38 @@ def sweep(
     return result
 
 
+class _Pruner:
+    """The dense model with its text; what several points have in common is measured once, when it is first needed."""
+
+    def __init__(self, base: LoadedModel, text: TextSource) -> None:
+        self.base, self.text = base, text
+        self._magnitudes: Magnitudes | None = None
+        self._trimmed: dict[float | None, TrimmedModel | None] = {None: None}
+
+    def prune(self, config: PrunerConfig) -> tuple[PreTrainedModel, Any, PruningPlan]:
+        """The model of a point, its tokenizer and its plan."""
+        whole = (self.base.model, self.base.tokenizer)
+        if not config.thresholds_units:
+            return smaller_model(*whole, self.text, config)
+        if self._magnitudes is None:
+            self._magnitudes = threshold_magnitudes(*whole, self.text, config)
+        threshold = config.embedding_threshold
+        if threshold not in self._trimmed:
+            self._trimmed[threshold] = trimmed_for(*whole, self.text, config)
+        return below_thresholds(*whole, config, self._magnitudes, self._trimmed[threshold])
+
+
 def _measure(
-    base: LoadedModel,
-    text: Any,  # noqa: ANN401 - a TextSource
+    pruner: _Pruner,
     held_out: HeldOut,
     config: PrunerConfig,
     options: SweepOptions,
     seen: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Prune by one point and score it; a point that leaves the same weights as an earlier one is not scored again."""
-    smaller, tokenizer, plan = smaller_model(base.model, base.tokenizer, text, config)
-    dense = sum(parameter.numel() for parameter in base.model.parameters())
+    base = pruner.base
+    smaller, tokenizer, plan = pruner.prune(config)
+    dense = count_parameters(base.model)
     counts = plan.provenance.get("zeroed", {"zeroed_not_removed": 0, "zeros_of_paper": 0})
     # Tokens that the paper zeroes; those that other tokens are made from stay whole here.
     tokens = plan.provenance.get("vocabulary", {}).get("rows_zeroed_by_paper", 0) * token_cost(base.model)
@@ -341,7 +366,7 @@ def _measure(
     tuned = None
     pruned = score(smaller, tokenizer, held_out).to_row()
     if options.recovery is not None:
-        result = recover(smaller, text, options.recovery, tokenizer=tokenizer, teacher=base.model, plan=plan)
+        result = recover(smaller, pruner.text, options.recovery, tokenizer=tokenizer, teacher=base.model, plan=plan)
         tuned = score(result.model, tokenizer, held_out).to_row()
     return {**facts, "pruned": pruned, "tuned": tuned}
 

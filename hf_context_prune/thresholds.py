@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 from .architectures import ArchSpec, Geometry, blocks, check_supported, output_projection, output_weight, read_geometry
 from .config import PrunerConfig
 from .errors import ConfigError
+from .evaluation import count_parameters
 from .magnitudes import Magnitudes, linear_layers
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .planning import versions
 from .surgery import apply_plan
+from .vocabulary import TrimmedModel
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,6 @@ class ZeroCounts:
     removed: int
     zeroed: int
     zeros: int
-
-    @property
-    def removed_share(self) -> float:
-        """Share of the parameters that went."""
-        return self.removed / self.dense
 
     @property
     def nonzero_share(self) -> float:
@@ -164,15 +161,47 @@ def prune_by_thresholds(
         provenance={},
     )
     smaller = apply_plan(zeroed, plan).eval()
-    dense, left = (sum(parameter.numel() for parameter in m.parameters()) for m in (model, smaller))
+    dense, left = count_parameters(model), count_parameters(smaller)
     before = apply_plan(model, replace(plan, model_fingerprint=fingerprint(model)))
     zeroed_left = count_zeros(smaller) - count_zeros(before)
     counts = ZeroCounts(dense, dense - left, zeroed_left, count_zeros(zeroed) - count_zeros(model))
     facts = {
         "config": config.to_dict(),
+        "num_calibration_samples": magnitudes.num_samples,
         "num_calibration_tokens": magnitudes.num_tokens,
         "versions": versions(),
         "zeroed": {"removed": counts.removed, "zeroed_not_removed": counts.zeroed, "zeros_of_paper": counts.zeros},
     }
     final = replace(plan, model_fingerprint=fingerprint(model), provenance={**(provenance or {}), **facts})
     return smaller, final, counts
+
+
+def below_thresholds(
+    dense: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    config: PrunerConfig,
+    magnitudes: Magnitudes,
+    trimmed: TrimmedModel | None,
+    provenance: dict[str, Any] | None = None,
+) -> tuple[PreTrainedModel, Any, PruningPlan]:
+    """The paper's rule on units, by magnitudes that serve any thresholds.
+
+    Args:
+        dense: The dense model; left as it is.
+        tokenizer: Its tokenizer.
+        config: With thresholds for units.
+        magnitudes: Of the dense model.
+        trimmed: The model with fewer tokens, where tokens go too.
+        provenance: Goes into the plan.
+
+    Returns:
+        (the smaller model, its tokenizer, the plan, which is one for the dense model).
+    """
+    model, vocabulary, facts = dense, None, dict(provenance or {})
+    if trimmed is not None:
+        model, tokenizer, vocabulary = trimmed.model, trimmed.tokenizer, trimmed.plan.vocabulary
+        assert vocabulary is not None
+        magnitudes = magnitudes.of_tokens(dense, vocabulary.kept)
+        facts |= trimmed.plan.provenance
+    smaller, plan, _ = prune_by_thresholds(model, magnitudes, config, facts)
+    return smaller, tokenizer, replace(plan, vocabulary=vocabulary, model_fingerprint=fingerprint(dense))
