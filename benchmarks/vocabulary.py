@@ -22,6 +22,7 @@ from benchmarks.common import Rows, parser, table, write_section
 from benchmarks.methods import OURS, Domain
 from benchmarks.models import smollm2
 from hf_context_prune.architectures import TARGETS
+from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource
 from hf_context_prune.evaluation import Estimate, count_parameters, measure_speed, speed_ratio
@@ -158,12 +159,6 @@ def relative(dense: Mapping[str, Any], row: Mapping[str, Any], seed: int) -> Est
     resampled = after[picks].sum(axis=1) / before[picks].sum(axis=1) - 1
     span = tuple(np.percentile(resampled, [2.5, 97.5]).tolist()) if len(before) > 1 else None
     return Estimate(float(after.sum() / before.sum() - 1), span)
-
-
-def percent(estimate: Estimate) -> str:
-    """A relative change with its interval, in percent."""
-    span = f" [{estimate.interval[0]:+.1%}, {estimate.interval[1]:+.1%}]" if estimate.interval else ""
-    return f"{estimate.value:+.1%}{span}"
 
 
 def _tokens_per_byte(row: Mapping[str, Any]) -> float:
