@@ -50,6 +50,11 @@ def base_card(base: LoadedModel) -> dict[str, Any]:
     return {"id": base.name, **_of_readme(Path(file), "its model card")}
 
 
+def provenance_of(base: LoadedModel) -> dict[str, Any]:
+    """What a plan's provenance says of the dense model."""
+    return {"base_model": base.name, "base_revision": base.revision, "base_card": base_card(base)}
+
+
 def in_memory(model: PreTrainedModel, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
     """A model that is loaded already, with the place that it says it is from."""
     name = model.config.name_or_path

@@ -97,6 +97,11 @@ class TextSource:
         return cls(documents, name, revision, digest.hexdigest())
 
     @property
+    def identity(self) -> dict[str, str | None]:
+        """Name, revision and fingerprint: what a plan says of a text."""
+        return {"name": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
+
+    @property
     def num_bytes(self) -> int:
         """Size of all texts in UTF-8 bytes."""
         return sum(len(document.text.encode()) for document in self.documents)

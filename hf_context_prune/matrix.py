@@ -182,7 +182,7 @@ def _provenance(base: LoadedModel, text: TextSource) -> dict[str, Any]:
         "base_model": base.name,
         "base_revision": base.revision,
         "dtype": str(base.model.dtype),
-        "data": {"name": text.name, "revision": text.revision, "fingerprint": text.fingerprint},
+        "data": text.identity,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .architectures import (
     check_supported,
     output_projection,
 )
-from .base_card import base_card, in_memory
+from .base_card import in_memory, provenance_of
 from .calibration import check_weights_finite
 from .config import PrunerConfig
 from .criteria import get_criterion
@@ -27,16 +27,13 @@ from .evaluation import (
     DatasetFacts,
     Environment,
     EvalReport,
-    LossFacts,
     SizeFacts,
     SpeedFacts,
-    compare_losses,
     count_parameters,
     document_losses,
     measure_speed,
-    summarize_losses,
 )
-from .evaluation.texts import general_losses, read_general
+from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, check_general_mix, smaller_model
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
@@ -146,10 +143,8 @@ def prune(
         base.model, base.tokenizer, held_out, max_seq_length=length, max_tokens=options.max_tokens
     )
     provenance = {
-        "base_model": base.name,
-        "base_revision": base.revision,
-        "base_card": base_card(base),
-        "data": {"name": text.name, "revision": text.revision, "fingerprint": text.fingerprint},
+        **provenance_of(base),
+        "data": text.identity,
     }
     if search is not None:
         provenance["search_data"] = {"name": search.text.name, "fingerprint": search.text.fingerprint}
@@ -191,10 +186,8 @@ def prune(
         size=SizeFacts.measured(
             count_parameters(base.model), count_parameters(smaller), asked_ratio=budget.asked_ratio
         ),
-        loss=LossFacts(
-            base=summarize_losses(base_losses, seed=config.pruning_seed),
-            pruned=summarize_losses(pruned_losses, seed=config.pruning_seed),
-            comparison=compare_losses(base_losses, pruned_losses, seed=config.pruning_seed),
+        loss=replace(
+            loss_facts(base_losses, {"pruned": pruned_losses}, seed=config.pruning_seed),
             predicted_excess=plan.provenance.get("predicted_loss_increase"),
         ),
         environment=Environment.current(str(smaller.dtype).removeprefix("torch.")),

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from ..architectures import check_supported, read_geometry
+from ..base_card import in_memory, provenance_of
 from ..calibration import check_weights_finite
 from ..config import PrunerConfig, from_options
 from ..distributed import all_gather, num_processes
@@ -40,7 +41,7 @@ from .checks import (
     warn_of_plain_push,
 )
 from .optimizer import check_optimizer, clear_entries, map_state, replace_parameters
-from .publishing import Publishable, base_facts
+from .publishing import Publishable
 from .schedule import PruningSchedule, config_at
 from .transplant import composed, scatter, transplant
 
@@ -187,7 +188,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             self.final = None if self.config.allocation == "adaptive" else plan_widths(model, self.config)
             self.dense, self.total_params = widths, count_parameters(model)
             self.plan, self.tokens, self.num_done = None, [], 0
-            self._fingerprint, self._base = fingerprint(model), base_facts(model)
+            self._fingerprint, self._base = fingerprint(model), provenance_of(in_memory(model, None))
             self.metrics = {"pruning/parameters": self.total_params, "pruning/ratio": 0.0}
             self.steps, self.num_processes = steps, num_processes()
         if args.push_to_hub and not self.pushed_by_mixin and state.is_world_process_zero:

@@ -8,18 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..base_card import base_card, in_memory
 from ..card import CardFacts, write_card
 from ..errors import ConfigError
 from ..hub import PushResult, push_folder
 from ..plan import PruningPlan
 from ..saving import estimate_bytes, staged_folder, write_model_folder
-
-
-def base_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What the plan's provenance says of the model that a training begins with."""
-    base = in_memory(model, None)
-    return {"base_model": base.name, "base_revision": base.revision, "base_card": base_card(base)}
 
 
 def facts_of(model: PreTrainedModel, plan: PruningPlan, name: str) -> CardFacts:

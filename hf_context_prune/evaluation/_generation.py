@@ -56,6 +56,15 @@ def cache_arguments(model: "PreTrainedModel") -> dict[str, Any]:
     return arguments
 
 
+def end_tokens(model: "PreTrainedModel") -> list[int]:
+    """Return the token ids that end a text, by the generation config, else by the config."""
+    for config in (model.generation_config, model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return [int(index) for index in (found if isinstance(found, list | tuple) else [found])]
+    return []
+
+
 def timed_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Read `prompt` [batch, length] in one forward pass, then decode greedily, a token a step, with the KV cache.
 

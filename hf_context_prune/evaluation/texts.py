@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..data import TextSource, hold_out_documents, load_documents
 from ..errors import DataError
 from ..overlap import drop_overlapping
-from .perplexity import compare_losses, document_losses, summarize_losses
+from .perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
 from .report import DatasetFacts, LossFacts, TextLosses
 
 Pair = tuple[Any, Any]
@@ -55,7 +56,7 @@ def read_general(
     if data is None:
         return None
     source = load_documents(data, tokenizer=tokenizer, seed=seed)
-    whole = {"name": source.name, "revision": source.revision, "fingerprint": source.fingerprint}
+    whole = source.identity
     how, rest, all_of_it, dropped = "The text that was given, as it is.", None, source, 0
     if hold_out:
         rest, given = hold_out_documents(source, seed=seed)
@@ -95,14 +96,26 @@ def losses_on(
     """Measure models on the same documents of a text; those that are not given are None in the facts."""
     first = document_losses(*base, source, max_seq_length=max_seq_length, max_tokens=max_tokens)
     docs = [loss.doc for loss in first]
-    summaries, against = {}, {}
-    for name, pair in (("pruned", pruned), ("recovered", recovered)):
-        if pair is not None:
-            losses = document_losses(*pair, source, max_seq_length=max_seq_length, docs=docs)
-            summaries[name] = summarize_losses(losses, seed=seed)
-            against[name] = compare_losses(first, losses, seed=seed)
+    others = {
+        name: document_losses(*pair, source, max_seq_length=max_seq_length, docs=docs)
+        for name, pair in (("pruned", pruned), ("recovered", recovered))
+        if pair is not None
+    }
+    return loss_facts(first, others, seed=seed)
+
+
+def loss_facts(base: Sequence[DocumentLoss], others: Mapping[str, Sequence[DocumentLoss]], *, seed: int) -> LossFacts:
+    """Losses on the same documents as facts of a report.
+
+    Args:
+        base: Of the base.
+        others: Of the ``"pruned"`` and the ``"recovered"`` model, those that there are.
+        seed: Of the intervals.
+    """
+    summaries = {name: summarize_losses(losses, seed=seed) for name, losses in others.items()}
+    against = {name: compare_losses(base, losses, seed=seed) for name, losses in others.items()}
     return LossFacts(
-        base=summarize_losses(first, seed=seed),
+        base=summarize_losses(base, seed=seed),
         pruned=summaries.get("pruned"),
         comparison=against.get("pruned"),
         recovered=summaries.get("recovered"),

@@ -9,7 +9,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from ..errors import ExportError
-from .runtime import end_tokens
+from ..evaluation._generation import end_tokens
 
 _GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}

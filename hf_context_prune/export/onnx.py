@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from ..errors import ExportError
+from ..evaluation._generation import end_tokens
 from ..loading import LoadedModel
-from .runtime import end_tokens
 
 GRAPH_NAME = "model.onnx"
 _CACHE = "cache.layers."

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ..evaluation._generation import end_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -85,12 +87,3 @@ class TorchRuntime:
         scores = self.log_probabilities([*prompt, *text])[len(prompt) - 1 : -1]
         chosen = scores.gather(-1, torch.tensor(list(text), dtype=torch.long).unsqueeze(-1)).squeeze(-1)
         return (scores.amax(dim=-1) - chosen).tolist()
-
-
-def end_tokens(model: Any) -> list[int]:  # noqa: ANN401
-    """The token ids that end a text, by the generation config, else by the config."""
-    for config in (model.generation_config, model.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return [int(index) for index in (found if isinstance(found, list | tuple) else [found])]
-    return []

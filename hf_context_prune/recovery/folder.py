@@ -8,22 +8,19 @@ from typing import Any
 
 from ..architectures import check_supported
 from ..config import PrunerConfig
-from ..data import TextSource
+from ..data import TextSource, load_documents
 from ..errors import ConfigError
 from ..evaluation import (
     DatasetFacts,
     Environment,
     EvalReport,
-    LossFacts,
     SizeFacts,
     SpeedFacts,
-    compare_losses,
     count_parameters,
     document_losses,
     measure_speed,
-    summarize_losses,
 )
-from ..evaluation.texts import GeneralText, general_losses, read_general
+from ..evaluation.texts import GeneralText, general_losses, loss_facts, read_general
 from ..loading import LoadedModel, load_model
 from ..pipeline import EvalOptions, split_text
 from ..plan import PruningPlan
@@ -96,8 +93,6 @@ def recover_folder(
         seed=seed,
         **how_long,
     )
-    summaries = {name: summarize_losses(items, seed=seed) for name, items in losses.items()}
-    against = {name: compare_losses(base, items, seed=seed) for name, items in losses.items()}
     history = outcome.history
     run = {"config": config.to_dict(), "history": history.to_dict()}
     plan = replace(plan, provenance={**plan.provenance, "recoveries": [*plan.provenance.get("recoveries", ()), run]})
@@ -111,13 +106,7 @@ def recover_folder(
             count_parameters(outcome.model),
             asked_ratio=made_with.get("pruning_ratio"),
         ),
-        loss=LossFacts(
-            base=summarize_losses(base, seed=seed),
-            pruned=summaries.get("pruned"),
-            comparison=against.get("pruned"),
-            recovered=summaries["recovered"],
-            recovered_comparison=against["recovered"],
-        ),
+        loss=loss_facts(base, losses, seed=seed),
         environment=Environment.current(str(outcome.model.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
         general=general_facts,
@@ -134,12 +123,13 @@ def recover_folder(
 
 def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, seed: int) -> GeneralText | None:  # noqa: ANN401
     """General text to measure on, without what the pruning calibrated on."""
-    general = read_general(data, apart_from=text, tokenizer=tokenizer, seed=seed)
-    mixed_in = plan.provenance.get("general_data")
-    if general is None or mixed_in is None or general.whole["fingerprint"] != mixed_in["fingerprint"]:
-        return general
+    if data is None:
+        return None
+    source, mixed_in = load_documents(data, tokenizer=tokenizer, seed=seed), plan.provenance.get("general_data")
+    if mixed_in is None or source.fingerprint != mixed_in["fingerprint"]:
+        return read_general(source, apart_from=text, tokenizer=tokenizer, seed=seed)
     first = plan.provenance["config"]["pruning_seed"]
-    return read_general(data, apart_from=text, tokenizer=tokenizer, seed=first, hold_out=True)
+    return read_general(source, apart_from=text, tokenizer=tokenizer, seed=first, hold_out=True)
 
 
 def _parent(

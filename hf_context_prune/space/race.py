@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..errors import ConfigError
-from ..evaluation._generation import cache_arguments
+from ..evaluation._generation import cache_arguments, end_tokens
 from ..evaluation._inference import max_positions
 from ..loading import LoadedModel
 from .settings import Limits
@@ -125,8 +125,7 @@ class Runner:
         self._unread = self._ids
         self._prompt_length = ids.shape[1]
         self._arguments = cache_arguments(loaded.model)
-        ends = loaded.model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._ends = set(end_tokens(loaded.model))
         self._processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(_REPETITION_PENALTY)])
         if wish.temperature:
             self._processors += [TemperatureLogitsWarper(wish.temperature), TopPLogitsWarper(_TOP_P)]
