@@ -12,14 +12,15 @@ import torch
 
 from hf_context_prune import EvalOptions, prune
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.data import CalibrationWarning, load_documents
 from hf_context_prune.errors import ConfigError, SaveError
+from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.matrix_facts import DENSE
 from hf_context_prune.measuring import QuestionOptions
 from hf_context_prune.recovery import RecoveryConfig
-from hf_context_prune.sweep import SweepOptions, sweep
+from hf_context_prune.sweep import SweepOptions, _Pruner, sweep
 from tests.vocabulary.tiny_domain import model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
 
@@ -301,3 +302,14 @@ def test_a_grid_that_prunes_nothing_is_refused(base, domains, tmp_path):
     with pytest.raises(ConfigError, match="linear_threshold is -1"):
         sweep(base, domains["law"], tmp_path / "out", SweepOptions((-1.0,), (None,), (None,)))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_point_of_the_grid_is_what_prune_makes_of_its_options(base, domains):
+    """What points have in common is measured once; that changes no weight and no word of a plan."""
+    text, pruner = load_documents(domains["law"]), _Pruner(base, load_documents(domains["law"]))
+    for config in OPTIONS.configs():
+        own, _, plan = pruner.prune(config)
+        alone, _, expected = smaller_model(base.model, base.tokenizer, text, config)
+        assert plan == expected
+        for (name, got), wanted in zip(own.named_parameters(), alone.parameters(), strict=True):
+            assert torch.equal(got, wanted), name
