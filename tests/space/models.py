@@ -24,7 +24,8 @@ def make_models(place: Path) -> Path:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
     model = tiny_model("llama", tie_word_embeddings=True, max_position_embeddings=512)
-    model.generation_config.eos_token_id = None  # they write to the end, whatever it is
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = None  # they write to the end, whatever it is
     model.save_pretrained(place / "base")
     tokenizer.save_pretrained(place / "base")
     quick = EvalOptions(max_tokens=400, speed=False, memory=False)
