@@ -16,6 +16,7 @@ from ..errors import SaveError
 
 _DISTRIBUTION = "hf-context-prune"
 _PACKAGE = "hf_context_prune"
+_SUFFIXES = {".py", ".typed", ".jinja", ".css"}  # what the package consists of; an editor may have left more
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same package gives the same bytes
 _WHEEL = "Wheel-Version: 1.0\nGenerator: hf-context-prune\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
@@ -38,7 +39,7 @@ def write_wheel(folder: Path) -> Path:
     root = Path(str(files(_PACKAGE)))
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
-        if path.is_file() and "__pycache__" not in relative.parts:
+        if path.is_file() and path.suffix in _SUFFIXES:
             content[f"{_PACKAGE}/{relative.as_posix()}"] = path.read_bytes()
     for name in ("METADATA", "entry_points.txt", "licenses/LICENSE"):
         text = installed.read_text(name)

@@ -79,6 +79,8 @@ def test_the_wheel_is_a_wheel(folder, tmp_path):
     (wheel,) = folder.glob("*.whl")
     assert write_wheel(tmp_path).read_bytes() == wheel.read_bytes()  # the same every time
     names = zipfile.ZipFile(wheel).namelist()
+    own = {Path(name).suffix for name in names if name.startswith("hf_context_prune/")}
+    assert own == {".py", ".typed", ".jinja", ".css"}  # nothing that an editor or a run left in the package
     for name in ("space/page.py", "templates/space/style.css", "templates/space/app.py", "py.typed"):
         assert f"hf_context_prune/{name}" in names
     assert not [name for name in names if "__pycache__" in name]
