@@ -87,6 +87,7 @@ def push_folder(
     create_pr: bool = False,
     commit_message: str | None = None,
     token: str | None = None,
+    again: str | None = None,
 ) -> PushResult:
     """Upload a folder that this package saved, in one commit; nothing happens where the repository holds it already.
 
@@ -104,6 +105,8 @@ def push_folder(
         create_pr: Open a pull request against ``main`` instead, which needs no right to write.
         commit_message: First line of the commit.
         token: Access token; None takes the one that you logged in with.
+        again: What to call after a push that broke off, for a folder that will be gone by then; None is the command
+            that pushes this folder.
 
     Raises:
         LoadError: The folder was not saved by this package, or is damaged.
@@ -122,7 +125,7 @@ def push_folder(
     options += [] if private is None else ["--private" if private else "--public"]
     options += ["--commit-message", commit_message] if commit_message else []
     where = ["--create-pr"] if create_pr else [] if revision is None else ["--revision", revision]
-    push = _Push(path, repo_id, repo_type, files, token, options, where)
+    push = _Push(path, repo_id, repo_type, files, token, options, where, again)
     with _explained(push):
         return push.run(private, revision, create_pr, message, left_out)
 
@@ -152,6 +155,23 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
             )
         files[name] = found
     return files, tuple(unlisted_files(folder, manifest))
+
+
+def refuse_upload(folder: str | Path, token: str | None = None) -> None:
+    """Check a folder that a model's own ``push_to_hub`` wrote: every file must be allowed, and hold no access token.
+
+    Raises:
+        PublishError: Says which file may not leave, and why.
+    """
+    path = Path(folder)
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    refused = [name for name in names if not is_allowed(name, "model")]
+    if refused:
+        raise PublishError(
+            f"The saved model holds {', '.join(refused[:5])}, which may not go to a model repository. Nothing was "
+            f"uploaded."
+        )
+    refuse_tokens(path, names, token)
 
 
 def is_allowed(name: str, repo_type: RepoType) -> bool:
@@ -190,10 +210,12 @@ class _Push:
         token: str | None,
         options: list[str],
         where: list[str],
+        again: str | None,
     ) -> None:
         self.folder, self.repo_id, self.repo_type, self.files = folder, repo_id, repo_type, files
         self.api = HfApi(token=token, library_name="hf-context-prune", library_version=__version__)
         self._options, self._where = options, where  # of the command that does this push
+        self._again = again  # what does it instead
         self.unfinished: str | None = None  # the pull request that is being filled
 
     @property
@@ -260,16 +282,23 @@ class _Push:
     def state(self) -> str:
         """The repository after a push that broke off, and what to run."""
         where = ["--revision", self.unfinished] if self.unfinished else self._where
-        again = shlex.join(["hf-context-prune", "push", str(self.folder), self.repo_id, *self._options, *where])
+        command = shlex.join(["hf-context-prune", "push", str(self.folder), self.repo_id, *self._options, *where])
         if self.unfinished:
+            again = f"{self._again} with revision={self.unfinished!r}" if self._again else f"`{command}`"
             return (
                 f"Its main branch is as it was; the pull request {self.unfinished} is half filled: fill it with "
-                f"`{again}`, or close it."
+                f"{again}, or close it."
             )
+        again = f"call {self._again} again" if self._again else f"run `{command}`"
         return (
-            f"Nothing there changed (or, if only the Hub's last answer was lost, all did). Then run `{again}`: what "
+            f"Nothing there changed (or, if only the Hub's last answer was lost, all did). Then {again}: what "
             f"arrived already is not sent again."
         )
+
+    @property
+    def what(self) -> str:
+        """What is pushed, in words."""
+        return "The model" if self._again else str(self.folder)
 
     def _head(self, private: bool | None, revision: str | None) -> str:
         """The commit that a branch names; the branch is made if it is not there."""
@@ -330,7 +359,7 @@ def _explained(push: _Push) -> Iterator[None]:
         raise ConfigError(f"{push.repo_id!r} is not the id of a repository (owner/name): {error}") from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise PublishError(
-            f"{push.folder} was not pushed to {push.repo_id}: {_reason(error, push.repo_id)} {push.state()} "
+            f"{push.what} was not pushed to {push.repo_id}: {_reason(error, push.repo_id)} {push.state()} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:500]})"
         ) from error
 

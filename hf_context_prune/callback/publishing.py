@@ -64,7 +64,7 @@ class PushedFolder:
     def push(self, repo_id: str, **options: Any) -> PushResult:  # noqa: ANN401 - as push_folder's
         """Push the folder, and remove it whatever happens."""
         with self._place:
-            return push_folder(self._folder, repo_id, **options)
+            return push_folder(self._folder, repo_id, again="push_to_hub", **options)
 
 
 class Publishable:

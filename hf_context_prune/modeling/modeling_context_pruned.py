@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -217,8 +218,13 @@ class ContextPrunedModelMixin:
         return result
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """What `push_to_hub` calls with the saved model; adds what its folder holds beside the same weights."""
+        """What `push_to_hub` calls with the saved model; adds what its folder holds beside the same weights.
+
+        Where the package is installed it also looks through the files, as its own push does.
+        """
         add_companions(str(self.name_or_path), str(working_dir))  # type: ignore[attr-defined]
+        if __name__.startswith("hf_context_prune."):  # no import statement: this file also travels without the package
+            importlib.import_module("hf_context_prune.hub").refuse_upload(working_dir, kwargs.get("token"))
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 

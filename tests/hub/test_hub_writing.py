@@ -313,21 +313,33 @@ def test_results_models_and_commands_push_the_same(place):
     facts = run(
         place,
         """
-import contextlib, io, os
+import contextlib, io, os, shutil
 os.environ["HF_TOKEN"] = arguments["token"]
 import torch
 from hf_context_prune import EvalOptions, PrunerConfig, cli, load_pruned, prune
+from hf_context_prune.errors import PublishError
 
 model = load_pruned("variable")
 model.push_to_hub("org/own", token=arguments["token"])
 with torch.no_grad():
     model.lm_head.weight.mul_(2)
 model.push_to_hub("org/changed", token=arguments["token"])
+shutil.copytree("variable", "leaky")
+with open("leaky/README.md", "a") as file:
+    file.write("token: " + arguments["token"])
+refused = {}
+def attempt(name, call):
+    try:
+        call()
+    except PublishError as error:
+        refused[name] = " ".join(str(error).split())
+attempt("own", lambda: load_pruned("leaky").push_to_hub("org/leaky", token=arguments["token"]))
 
 config = PrunerConfig(mlp_ratio=0.25, num_calibration_samples=8, max_seq_length=32)
 result = prune("base", arguments["texts"], config, evaluation=EvalOptions(speed=False, memory=False, max_tokens=300))
 pushed = result.push_to_hub("org/result", token=arguments["token"], commit_message="From Python")
 again = result.push_to_hub("org/result", token=arguments["token"])
+attempt("result", lambda: result.push_to_hub("else/where", token=arguments["token"]))
 
 def command(*words):
     sys.argv = ["hf-context-prune", *words]
@@ -340,7 +352,7 @@ def command(*words):
 
 open("variable/notes.txt", "w").close()
 results = {
-    "pushed": pushed.to_dict(), "again": again.to_dict(),
+    "pushed": pushed.to_dict(), "again": again.to_dict(), "refused": refused,
     "command": command("push", "variable", "org/command"),
     "same": command("push", "variable", "org/command", "--format", "quiet"),
     "json": command("push", "variable", "org/command", "--create-pr", "--format", "json"),
@@ -365,6 +377,14 @@ print(json.dumps(results))
     assert {"README.md", "widths.png", "pruning_plan.json", "eval_report.json", "manifest.json"} <= files.keys()
     assert '"org/result"' in ModelCard(files["README.md"].decode()).text
     assert not facts["again"]["changed"]
+
+    assert "README.md holds" in facts["refused"]["own"]
+    assert repo_of(place, "leaky").refs.keys() == {"main"}
+    assert not any("README.md" in files for files in repo_of(place, "leaky").commits.values())
+    broken = facts["refused"]["result"]  # its folder is gone
+    assert broken.startswith("The model was not pushed to else/where")
+    assert "Then call push_to_hub again" in broken
+    assert "hf-context-prune push" not in broken
 
     code, out, err = facts["command"]
     assert code == 0, err
