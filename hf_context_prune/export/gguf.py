@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
 from ..architectures import read_geometry, spec_of
+from ..base_card import base_card
 from ..errors import ExportError
 from ..loading import LoadedModel
 from ..modeling.specs import Geometry, base_model_type
@@ -110,6 +111,7 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
     writer = GGUFWriter(folder / FILE_NAME, gguf.MODEL_ARCH_NAMES[arch])
     try:
         _write_sizes(writer, loaded, geometry)
+        _write_licence(writer, base_card(loaded))
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         rows = loaded.model.get_input_embeddings().weight.shape[0]
@@ -170,6 +172,17 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry) ->
         writer.add_logit_scale(config.logits_scaling)
         writer.add_attention_scale(config.attention_multiplier)
     writer.add_vocab_size(loaded.model.get_input_embeddings().weight.shape[0])
+
+
+def _write_licence(writer: GGUFWriter, card: Mapping[str, Any]) -> None:
+    """What the model's card says of its licence and languages, as far as it does."""
+    add = {"license": writer.add_license, "license_name": writer.add_license_name}
+    add["license_link"] = writer.add_license_link
+    for field, write_field in add.items():
+        if isinstance(card.get(field), str):
+            write_field(card[field])
+    if (languages := card.get("language")) is not None:
+        writer.add_languages([languages] if isinstance(languages, str) else languages)
 
 
 def _slides(config: Any) -> bool:  # noqa: ANN401

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +45,17 @@ class LlamaCppRuntime:
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self._address = ""
         assert self._process.stdout is not None
+        self._expired = False
+        limit = threading.Timer(_TIMEOUT, self._expire)
+        limit.daemon = True
+        limit.start()
         for line in self._process.stdout:
             if line.startswith(b'{"address"'):
                 self._address = json.loads(line)["address"]
                 break
-        else:
-            said = self._said()
+        limit.cancel()
+        if not self._address:
+            said = f"it did not answer within {_TIMEOUT} s" if self._expired else self._said()
             self.close()
             raise ExportError(f"llama.cpp can't open {file.name}: {said}")
 
@@ -79,6 +85,10 @@ class LlamaCppRuntime:
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
                 stream.close()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._process.kill()
 
     def _loss(self, before: Sequence[int], token: int, about: float) -> float:
         bias = about + math.log(max(-math.expm1(-about), 1e-6))  # log((1 - p) / p)

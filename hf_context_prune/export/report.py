@@ -56,7 +56,10 @@ class ExportReport:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("schema") != _SCHEMA:
                 raise ValueError(f"its schema is not {_SCHEMA}")
-            return cast("ExportReport", decode(cls, values, "it"))
+            report = cast("ExportReport", decode(cls, values, "it"))
+            if report.verification.bytes_before <= 0 or report.verification.tokens_per_second_before <= 0:
+                raise ValueError("a model has bytes, and writes tokens in some time")
+            return report
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LoadError(f"{path} is not an export report: {error}. Export the model again.") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import closing
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune import prune_vocabulary
 from hf_context_prune.errors import ExportError
-from hf_context_prune.export import export, gguf, open_export
+from hf_context_prune.export import export, gguf, llama_cpp, open_export
 from hf_context_prune.export.llama_cpp import LlamaCppRuntime
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import TOKENIZER_PROBES
@@ -134,6 +135,28 @@ def test_the_chat_template_and_special_tokens_travel(tmp_path):
     assert fields["tokenizer.ggml.bos_token_id"].contents() == tokenizer.bos_token_id
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
+def test_the_licence_of_the_card_travels(variable, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(variable, model)
+    (model / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: of-our-own\nlicense_link: LICENSE\nlanguage:\n- en\n- de\n---\n# Card\n"
+    )
+    export(model, tmp_path / "out", format="gguf")
+    fields = GGUFReader(tmp_path / "out/model.gguf").fields
+    names = ("license", "license.name", "license.link", "languages")
+    found = [fields[f"general.{name}"].contents() for name in names]
+    assert found == ["other", "of-our-own", "LICENSE", ["en", "de"]]
+
+
+def test_llama_cpp_that_never_answers_is_ended(variable, tmp_path, monkeypatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(llama_cpp, "_WORKER", worker)
+    monkeypatch.setattr(llama_cpp, "_TIMEOUT", 1)
+    with pytest.raises(ExportError, match="did not answer within 1 s"):
+        LlamaCppRuntime(tmp_path / "any.gguf", threads=1)
 
 
 @pytest.mark.parametrize(
