@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from hf_context_prune import prune_vocabulary
 from hf_context_prune.architectures import read_geometry, spec_of
 from hf_context_prune.errors import SaveError
 from hf_context_prune.evaluation import answer_questions
@@ -20,6 +21,8 @@ from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
 from tests.evaluation.test_multiple_choice import questions
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.vocabulary.tiny_domain import documents, model_for
+from tests.vocabulary.tiny_tokenizers import tokenizer_of
 
 
 def test_the_task_has_our_prompts(tmp_path):
@@ -40,13 +43,21 @@ def test_the_task_has_our_prompts(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variable", [False, True])
-def test_log_likelihoods_agree(variable, tmp_path):
+@pytest.mark.parametrize("kind", ["stock", "variable", "pruned vocabulary"])
+def test_log_likelihoods_agree(kind, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
-    model = tiny_model("llama", max_position_embeddings=512)
-    if variable:
+    model, tokenizer = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer()
+    if kind == "pruned vocabulary":
+        tokenizer = tokenizer_of("gpt2")
+        text = documents(count=200)
+        smaller = prune_vocabulary(
+            model_for("llama", tokenizer), tokenizer, text, vocab_size=330, criterion="frequency", refit=False
+        )
+        assert len(smaller.tokenizer) < len(tokenizer)
+        model, tokenizer = smaller.model, smaller.tokenizer
+    if kind == "variable":
         layers = (
             LayerPlan(tuple(range(30)), (0, 2)),
             LayerPlan(tuple(range(9, 40)), (1,)),
@@ -54,7 +65,7 @@ def test_log_likelihoods_agree(variable, tmp_path):
         )
         geometry = read_geometry(model.config, spec_of(model.config))
         model = apply_plan(model, PruningPlan("llama", geometry.layers, layers, fingerprint(model)))
-    tokenizer, asked = tiny_tokenizer(), questions(12)
+    asked = questions(12)
     tokenizer.model_max_length = 512
     folder = save_pruned(model, tmp_path / "model", tokenizer=tokenizer)
     name = write_harness_task(asked, tmp_path / "task", num_shots=1)
