@@ -9,9 +9,13 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
+from .allocation import Budget
+from .base_card import provenance_of
+from .card import rewrite_card
 from .config import PrunerConfig
 from .data import TextSource
 from .errors import ConfigError, unknown
+from .evaluation import weight_bytes
 from .files import check_writable, write_file
 from .global_budget import check_budget, check_general_mix, smaller_model
 from .loading import LoadedModel, load_model
@@ -22,7 +26,7 @@ from .pipeline import as_loaded, split_text
 from .plan import PruningPlan, fingerprint
 from .rendering import matrix_picture
 from .rows import open_rows
-from .saving import PLAN_NAME, check_target, save_pruned
+from .saving import PLAN_NAME, REPORT_NAME, check_target, save_pruned
 from .scores import HeldOut, Scores, held_out_of, score
 
 REFERENCE = "general"
@@ -43,8 +47,8 @@ def domain_matrix(
 ) -> DomainMatrix:
     """Prune a model once for each domain, and measure every result on every domain.
 
-    Writes ``matrix.md``, ``matrix.png``, ``matrix.jsonl`` and the pruned folders (``models/<domain>``); a run that was
-    killed goes on from there.
+    Writes ``matrix.md``, ``matrix.png``, ``matrix.jsonl`` and the pruned folders with report and card
+    (``models/<domain>``); a run that was killed goes on from there.
 
     Args:
         model: A `PreTrainedModel`, or what [`load_model`][] reads.
@@ -97,6 +101,8 @@ def domain_matrix(
         changes = {(a, b): result.change(a, b).value for a in names for b in names}
         write_file(folder / PICTURE_NAME, matrix_picture(names, changes))
         write_file(folder / TABLE_NAME, result.markdown())
+        for name in names:
+            _tell(result, name, base, folder / MODELS / name, config)
     return result
 
 
@@ -178,12 +184,21 @@ def _texts(
 
 
 def _provenance(base: LoadedModel, text: TextSource) -> dict[str, Any]:
-    return {
-        "base_model": base.name,
-        "base_revision": base.revision,
-        "dtype": str(base.model.dtype),
-        "data": text.identity,
-    }
+    return {**provenance_of(base), "dtype": str(base.model.dtype), "data": text.identity}
+
+
+def _tell(result: DomainMatrix, name: str, base: LoadedModel, folder: Path, config: PrunerConfig) -> None:
+    """Put the report and the card into a domain's folder, unless an earlier run did."""
+    if (folder / REPORT_NAME).is_file():
+        return
+    report = result.report(
+        name,
+        str(base.model.dtype).removeprefix("torch."),
+        base_bytes=None if base.folder is None else weight_bytes(base.folder),
+        pruned_bytes=weight_bytes(folder),
+        asked=Budget.of(config, result.scores[DENSE, name].parameters).asked_ratio,
+    )
+    rewrite_card(folder, report=report)
 
 
 def _finished(base: LoadedModel, text: TextSource, folder: Path, config: PrunerConfig) -> bool:
@@ -197,6 +212,7 @@ def _finished(base: LoadedModel, text: TextSource, folder: Path, config: PrunerC
         check_target(folder)
         return False
     plan, asked = PruningPlan.load(folder / PLAN_NAME), {**_provenance(base, text), "config": config.to_dict()}
+    del asked["base_card"]  # what could be read of it may differ from day to day
     known = {name: plan.provenance.get(name) for name in asked}
     if plan.model_fingerprint != fingerprint(base.model) or known != asked:
         raise ConfigError(

@@ -9,14 +9,22 @@ from typing import Any
 from .cells import less_one, percent
 from .evaluation import (
     Accuracy,
+    DatasetFacts,
+    Environment,
     Estimate,
+    EvalReport,
+    LossFacts,
     PairedAccuracy,
+    SizeFacts,
+    TextLosses,
     compare_answers,
     compare_losses,
     summarize_answers,
     summarize_losses,
 )
+from .evaluation.texts import loss_facts
 from .markdown import inert, table
+from .measuring import choice_facts
 from .scores import HeldOut, Scores, summary_of
 
 DENSE, PICTURE_NAME = "dense", "matrix.png"
@@ -52,6 +60,50 @@ class DomainMatrix:
     def change(self, calibrated: str, measured: str, against: str = DENSE) -> Estimate:
         """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
         return relative_change(self.scores[against, measured], self.scores[calibrated, measured], self.seed)
+
+    def report(
+        self, domain: str, dtype: str, *, base_bytes: int | None, pruned_bytes: int, asked: float | None
+    ) -> EvalReport:
+        """What a domain's model scored on its own text and questions, and on the reference, as a report.
+
+        Args:
+            domain: The one that it was calibrated on.
+            dtype: Of the weights.
+            base_bytes: Size of the dense weights on disk, if they are there.
+            pruned_bytes: Size of its own.
+            asked: Share of the parameters that was to go, if the config has one.
+        """
+        dense, own, held_out = self.scores[DENSE, domain], self.scores[domain, domain], self.held_out[domain]
+        choice = None
+        if held_out.questions is not None and dense.answers is not None:
+            how: dict[str, Any] = {"scorer": held_out.scorer, "num_shots": held_out.num_shots}
+            choice = choice_facts(held_out.questions, dense.answers, own.answers, **how)
+        general = None
+        if self.reference not in (None, domain):
+            general = TextLosses(self._dataset(self.reference), self._losses(domain, self.reference))
+        return EvalReport(
+            base_model=self.name,
+            dataset=self._dataset(domain),
+            size=SizeFacts.measured(
+                dense.parameters,
+                own.parameters,
+                asked_ratio=asked,
+                base_weight_bytes=base_bytes,
+                pruned_weight_bytes=pruned_bytes,
+            ),
+            loss=self._losses(domain, domain),
+            environment=Environment.current(dtype),
+            multiple_choice=choice,
+            general=general,
+        )
+
+    def _dataset(self, domain: str) -> DatasetFacts:
+        text = self.held_out[domain].text
+        return DatasetFacts(text.name, text.revision, text.fingerprint, self.splits[domain])
+
+    def _losses(self, calibrated: str, measured: str) -> LossFacts:
+        pruned = {"pruned": self.scores[calibrated, measured].losses}
+        return loss_facts(self.scores[DENSE, measured].losses, pruned, seed=self.seed)
 
     def loss_rows(self) -> list[tuple[str, ...]]:
         """Bits a byte: (calibrated on, parameters, one cell a domain)."""

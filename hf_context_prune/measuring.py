@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .data import load_documents
 from .evaluation import (
+    Answer,
     DatasetFacts,
     Environment,
     EvalReport,
@@ -140,12 +141,23 @@ def answered(
     """
     how: dict[str, Any] = {"scorer": options.scorer, "num_shots": options.num_shots}
     answers = answer_questions(*base, asked, **how)
-    others = None if pruned is None else answer_questions(*pruned, asked, **how)
+    return choice_facts(asked, answers, None if pruned is None else answer_questions(*pruned, asked, **how), **how)
+
+
+def choice_facts(
+    asked: QuestionSet,
+    answers: Sequence[Answer],
+    others: Sequence[Answer] | None,
+    *,
+    scorer: Scorer,
+    num_shots: int,
+) -> MultipleChoiceFacts:
+    """Answers of a base, and of what was pruned from it if they are given, as facts of a report."""
     return MultipleChoiceFacts(
         asked.name,
         asked.revision,
-        options.scorer,
-        options.num_shots,
+        scorer,
+        num_shots,
         summarize_answers(asked, answers),
         None if others is None else summarize_answers(asked, others),
         None if others is None else compare_answers(answers, others),

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from hf_context_prune import EvalOptions, prune
+from hf_context_prune.card import read_facts
+from hf_context_prune.cells import less_one
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import CalibrationWarning, load_documents
 from hf_context_prune.errors import ConfigError, SaveError
@@ -98,6 +100,13 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
         assert part in text
     assert (out / "matrix.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(found.to_dict(), allow_nan=False)
+    facts = read_facts(out / "models/law")  # each folder tells what was measured
+    assert less_one(facts.report.loss.comparison.bits_per_byte_ratio) == found.change("law", "law")
+    assert facts.report.general.loss.pruned.num_bytes == sum(x.num_bytes for x in found.scores["law", "general"].losses)
+    assert facts.report.multiple_choice.pruned[-1].num_questions == 9
+    assert facts.report.size.pruned_weight_bytes == (out / "models/law/model.safetensors").stat().st_size
+    assert read_facts(out / "models/general").report.general is None
+    assert "law.jsonl" in (out / "models/law/README.md").read_text()
 
     def never(*_, **__):
         raise AssertionError("measured again")

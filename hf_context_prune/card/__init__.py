@@ -13,10 +13,11 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
 from ..errors import ConfigError, LoadError
+from ..evaluation import EvalReport
 from ..figures import widths_figure
 from ..manifest import sha256_of, verify_folder
 from ..markdown import Trusted, inert
-from ..saving import PLAN_NAME
+from ..saving import PLAN_NAME, REPORT_NAME
 from ..staging import staged_folder
 from .facts import CardFacts, facts_in, read_facts
 from .metadata import benchmark_results, card_data
@@ -71,13 +72,16 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         (folder / RESULTS_NAME).write_text(results, encoding="utf-8")
 
 
-def rewrite_card(folder: str | Path, *, name: str | None = None, overwrite: bool = False) -> Path:
+def rewrite_card(
+    folder: str | Path, *, name: str | None = None, overwrite: bool = False, report: EvalReport | None = None
+) -> Path:
     """Make a folder's card anew from the folder alone, and put it in place, whole or not at all.
 
     Args:
         folder: A saved folder with a plan.
         name: Of the model, such as its id on the Hub; None takes the folder's name.
         overwrite: Replace a card that was edited by hand.
+        report: What was measured meanwhile: goes into the folder, in place of its own report.
 
     Returns:
         The path of the card.
@@ -95,9 +99,11 @@ def rewrite_card(folder: str | Path, *, name: str | None = None, overwrite: bool
         raise ConfigError(f"{path / CARD_NAME} was edited by hand, which would be lost. Replace it with --overwrite.")
     with staged_folder(path, required_bytes=2**20, discard_edits=overwrite) as staging:
         for file in files:
-            if file not in CARD_FILES:
+            if file not in (*CARD_FILES, *([REPORT_NAME] if report else [])):
                 (staging / file).parent.mkdir(parents=True, exist_ok=True)
                 _link_or_copy(path / file, staging / file)
+        if report is not None:
+            report.save(staging / REPORT_NAME)
         write_card(staging, facts_in(staging, name=name or path.name))
     return path / CARD_NAME
 
