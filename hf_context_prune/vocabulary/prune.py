@@ -224,6 +224,7 @@ def _template_ids(tokenizer: Any) -> set[int]:  # noqa: ANN401
     return found
 
 
+@torch.no_grad()
 def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Tensor:
     """How probable the model holds every token, on average over all positions, [rows] float64 on the CPU.
 
