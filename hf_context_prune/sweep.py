@@ -245,8 +245,8 @@ class Sweep:
                 f"{questions}",
                 "",
                 "*Removed*: share of the parameters that are gone from the file. *Zeroed, not removed*: zeros that "
-                "stay in the file, since no whole unit is dead; training may bring them back. *Paper's non-zero "
-                "size*: what the paper's code would call the relative size, with everything in the file. A perplexity "
+                "stay in the file, since no whole unit is dead; training leaves them zero. *Paper's non-zero size*: "
+                "what the paper's code would call the relative size, with everything in the file. A perplexity "
                 "with * is a token of another vocabulary, and can't be compared.",
                 *by_source,
                 "",

@@ -206,6 +206,27 @@ class _Progress(TrainerCallback):
         self.history.seconds = self.elapsed
 
 
+class _KeepZeros(TrainerCallback):
+    """Rows and columns of weights that are zero as a whole stay zero: thresholds pruned them, and nothing holds them.
+
+    Adapters begin as zeros and have to leave them, so this is for training all weights.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.zeros: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for weight in model.parameters():
+            if weight.requires_grad and weight.ndim == 2:
+                rows, columns = ((weight == 0).all(dim=dim) for dim in (1, 0))
+                if bool(rows.any()) or bool(columns.any()):
+                    self.zeros.append((weight, rows, columns))
+
+    @torch.no_grad()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+        for weight, rows, columns in self.zeros:
+            weight[rows] = 0
+            weight[:, columns] = 0
+
+
 class _RecoveryTrainer(Trainer):
     """Cross-entropy and distillation on packed blocks; the learning rate follows the progress."""
 
@@ -298,6 +319,8 @@ def train(
         trainer = _RecoveryTrainer(model, arguments, train_dataset=Blocks(blocks), teacher=teacher, config=config)
         progress = trainer.progress = _Progress(model, config, steps, start, measure)
         trainer.remove_callback(PrinterCallback)
+        if config.method == "full":
+            trainer.add_callback(_KeepZeros(model))  # before what measures and keeps the weights
         trainer.add_callback(progress)
         progress.look(0)
         begin = time.monotonic() - progress.all_measuring

@@ -71,6 +71,22 @@ def test_it_recovers_what_pruning_cost(tokenizer, name, method):
     assert outcome.model.config.use_cache == result.model.config.use_cache
 
 
+def test_what_is_zero_as_a_whole_stays_zero(tokenizer):
+    dense, result = pruned(tokenizer)
+    attention = result.model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight[:, 3] = 0  # an input that a threshold pruned, of one projection alone
+        attention.o_proj.weight[5] = 0
+    options = {"method": "full", **SMALL}
+    outcome = recover(result.model, texts(), RecoveryConfig(**options), tokenizer=tokenizer, teacher=dense)
+    trained = outcome.model.model.layers[1].self_attn
+    assert outcome.history.best_step > 0
+    assert not trained.q_proj.weight[:, 3].any()
+    assert not trained.o_proj.weight[5].any()
+    assert trained.k_proj.weight[:, 3].all()
+    assert not torch.equal(trained.q_proj.weight[:, 4], attention.q_proj.weight[:, 4])
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_variable_width_model_saves_and_reloads(tokenizer, method, tmp_path):
     dense, result = pruned(tokenizer, mlp_ratio=None, pruning_ratio=0.2, allocation="adaptive", reconstruction="none")
