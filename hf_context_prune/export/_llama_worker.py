@@ -12,7 +12,7 @@ import traceback
 import xllamacpp
 
 
-def main() -> None:
+def started() -> xllamacpp.Server:
     """Serve on this machine alone, at a free port."""
     path, positions, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     params = xllamacpp.CommonParams()
@@ -22,16 +22,16 @@ def main() -> None:
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = False
-    server = xllamacpp.Server(params)
-    sys.stdout.write("\n" + json.dumps({"address": server.listening_address}) + "\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+    return xllamacpp.Server(params)
 
 
 code = 0
 try:
-    main()
-except Exception:
+    server = started()  # kept to the very end: to give it up is to wait for its threads, perhaps for ever
+    sys.stdout.write("\n" + json.dumps({"address": server.listening_address}) + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+except BaseException:  # a pipe whose reader was killed, Ctrl-C
     traceback.print_exc()
     code = 1
 sys.stderr.flush()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 
 import pytest
@@ -157,6 +160,32 @@ def test_llama_cpp_that_never_answers_is_ended(variable, tmp_path, monkeypatch):
     monkeypatch.setattr(llama_cpp, "_TIMEOUT", 1)
     with pytest.raises(ExportError, match="did not answer within 1 s"):
         LlamaCppRuntime(tmp_path / "any.gguf", threads=1)
+
+
+@pytest.mark.parametrize("killed", ["while it loads", "afterwards"])
+def test_the_worker_ends_with_a_process_that_was_killed(tmp_path, killed):
+    # As llama.cpp does now and then: its server waits for threads that don't end.
+    (tmp_path / "xllamacpp.py").write_text(
+        "import time\n\nclass Any: pass\n\nclass CommonParams: model = cpuparams = cpuparams_batch = Any()\n\n"
+        "class Server:\n    listening_address = ''\n    def __init__(self, params): pass\n"
+        "    def __del__(self): time.sleep(600)\n"
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-P", llama_cpp._WORKER, "any.gguf", "8", "1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    if killed == "afterwards":
+        assert any(line.startswith(b'{"address"') for line in worker.stdout)
+    worker.stdout.close()
+    worker.stdin.close()
+    try:
+        worker.wait(30)
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 @pytest.mark.parametrize(
