@@ -26,11 +26,18 @@ def serve(
     import transformers
     from transformers.cli.transformers import main
 
+    from .export.report import EXPORT_REPORT_NAME, ExportReport
     from .modeling import SPECS, model_class
     from .modeling.modeling_context_pruned import model_class_name
     from .saving import verify_folder
 
-    verify_folder(folder)
+    if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
+        report = ExportReport.load(folder / EXPORT_REPORT_NAME)
+        if report.format != "torchao":  # transformers would draw the weights that it does not find at random
+            raise ConfigError(
+                f"{folder} is an export to {report.format}, which transformers can't serve. Serve the folder that it "
+                f"was made from ({report.source}), or an export to torchao."
+            )
     for spec in SPECS.values():
         setattr(transformers, model_class_name(spec), model_class(spec))
     sys.argv = ["transformers", "serve", str(folder), *context.args]

@@ -241,3 +241,11 @@ def test_serving_needs_its_packages_and_a_whole_folder(place, run, monkeypatch):
     code, _, stderr = run("serve", "@stock")
     assert code == 2
     assert "hf-context-prune[serving]" in stderr
+
+
+def test_an_export_that_transformers_cannot_read_is_not_served(place, run):
+    export(place / "stock", place / "out", format="quanto", **EASY)
+    code, _, stderr = run("serve", "@out", "--port", 1)
+    assert code == 2
+    assert "an export to quanto" in stderr
+    assert "(stock)" in stderr
