@@ -68,7 +68,7 @@ def export(
         seed: Of the choice of documents, or of the model's own text.
 
     Raises:
-        ConfigError: An unknown format or weights, or a package that is not installed.
+        ConfigError: An unknown format or weights, a package that is not installed, or a folder that is an export.
         ExportError: The format can't hold the model, or the artefact differs by more than the tolerance.
         SaveError: The output can't be written.
         ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
@@ -87,6 +87,11 @@ def export(
     source = Path(folder).resolve()
     if goal == source or source in goal.parents:
         raise ConfigError(f"--output {output} lies in {folder}, which would then be damaged. Name another folder.")
+    if (source / EXPORT_REPORT_NAME).is_file():
+        made = read_export(source)
+        raise ConfigError(
+            f"{folder} is an export to {made.format} itself. Export the folder that it was made from ({made.source})."
+        )
     check_target(goal)
     loaded = load_model(folder, dtype=kind.dtype, device="cpu")
     module.check(loaded, chosen)

@@ -156,6 +156,12 @@ def test_an_output_that_is_not_ours_is_kept(folders, tmp_path):
         export(folders["stock"], folders["stock"], format="quanto")
 
 
+def test_an_export_is_not_exported_again(folders, tmp_path):
+    folder = export(folders["stock"], tmp_path / "out", format="quanto", **EASY).folder
+    with pytest.raises(ConfigError, match=r"an export to quanto itself.*\(stock\)"):
+        export(folder, tmp_path / "again", format="torchao")
+
+
 def test_a_damaged_artefact_is_not_opened(folders, tmp_path):
     folder = export(folders["stock"], tmp_path / "out", format="quanto", **EASY).folder
     content = bytearray((folder / "model.safetensors").read_bytes())
