@@ -49,6 +49,7 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
         for problem in fact.problems:
             _LOGGER.warning("%s: %s", name, problem)
     first, limits = settings.entries[0], settings.limits
+    usual_tokens = min(96, limits.new_tokens)
     with gr.Blocks(
         title=settings.title, analytics_enabled=False, delete_cache=(_FORGET_SECONDS, _FORGET_SECONDS)
     ) as blocks:
@@ -76,7 +77,7 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
             length = gr.Slider(
                 1,
                 limits.new_tokens,
-                value=min(96, limits.new_tokens),
+                value=usual_tokens,
                 step=1,
                 label="Tokens at most",
                 elem_id="length",
@@ -150,7 +151,7 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
             return text, ANSWER if text.rstrip().endswith("?") else CONTINUE
 
         def program(
-            domain: str, prompt: str, mode: str = CONTINUE, new_tokens: int = 96, temperature: float = 0.0
+            domain: str, prompt: str, mode: str = CONTINUE, new_tokens: int = usual_tokens, temperature: float = 0.0
         ) -> Iterator[dict[str, Any]]:
             for view in comparer.compare(domain, _wish(prompt, mode, new_tokens, temperature)):
                 if view.refused:

@@ -48,6 +48,12 @@ def test_a_program_streams_both(client):
     assert client.predict("Medicine", "the patient", new_tokens=12, api_name="/compare")["dense"] != {}
 
 
+def test_what_a_program_leaves_out_is_within_the_limits(tiny_space):
+    with serving(settings_of(tiny_space, limits=Limits(new_tokens=5)), HeldStore()) as address:
+        last = Client(address, verbose=False).predict("Law", "the court", api_name="/compare")
+    assert last["dense"]["tokens"] == 5
+
+
 def test_one_model_down(client):
     last = client.predict("Lost", "the patient", new_tokens=3, api_name="/compare")
     assert last["dense"]["tokens"] == 3
