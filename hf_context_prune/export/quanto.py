@@ -8,13 +8,19 @@ from typing import Any
 from torch import nn
 
 from ..loading import LoadedModel
+from .projections import check_projections
 from .runtime import TorchRuntime
 
 _SMALLEST_GROUP = 32  # inputs that share a scale; Quanto takes the largest of 128, 96, 64, 32 that divides
 
 
 def check(loaded: LoadedModel, weights: str) -> None:
-    """Every model fits."""
+    """Refuse what would not get smaller.
+
+    Raises:
+        ExportError: Its projections are no ``nn.Linear``.
+    """
+    check_projections(loaded, "Quanto")
 
 
 def write(loaded: LoadedModel, folder: Path, weights: str) -> None:

@@ -7,11 +7,17 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from ..loading import LoadedModel
+from .projections import check_projections
 from .runtime import TorchRuntime
 
 
 def check(loaded: LoadedModel, weights: str) -> None:
-    """Every model fits."""
+    """Refuse what would not get smaller.
+
+    Raises:
+        ExportError: Its projections are no ``nn.Linear``.
+    """
+    check_projections(loaded, "torchao")
 
 
 def write(loaded: LoadedModel, folder: Path, weights: str) -> None:

@@ -57,6 +57,14 @@ def test_int4_falls_back_to_int8_where_inputs_have_no_groups(folders, tmp_path):
     assert "lm_head" not in types
 
 
+@pytest.mark.parametrize("format", ["quanto", "torchao"])
+def test_projections_that_are_not_quantised_are_refused(tmp_path, format):
+    folder = save(tmp_path / "model", family="gpt2")
+    with pytest.raises(ExportError, match=r"gpt2 model are Conv1D.*onnx"):
+        export(folder, tmp_path / "out", format=format, **EASY)
+    assert not (tmp_path / "out").exists()
+
+
 def test_torchao_opens_with_transformers_alone(folders, tmp_path):
     folder = export(folders["stock"], tmp_path / "out", format="torchao", **EASY).folder
     plain = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
