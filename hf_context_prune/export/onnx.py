@@ -176,11 +176,47 @@ def _quantise(folder: Path) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     path = folder / GRAPH_NAME
-    quantizer = MatMulNBitsQuantizer(onnx.load(path), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    model = onnx.load(path)
+    _split_gemm(model.graph)
+    quantizer = MatMulNBitsQuantizer(model, bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     data = path.with_name(f"{GRAPH_NAME}.data")
     data.unlink()
     onnx.save_model(quantizer.model.model, path, save_as_external_data=True, location=data.name)
+
+
+def _split_gemm(graph: Any) -> None:  # noqa: ANN401
+    """Put a product and a sum in place of each Gemm (of GPT-2, and of OPT's MLPs), which the quantiser passes over."""
+    from onnx import helper, numpy_helper
+
+    constants, replaced = {tensor.name: tensor for tensor in graph.initializer}, set()
+    for place in reversed(range(len(graph.node))):
+        node = graph.node[place]
+        options = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        transposed = options.pop("transB", 0)
+        scaled = any(
+            options.get(name, usual) != usual for name, usual in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
+        )
+        if node.op_type != "Gemm" or scaled or len(node.input) < 3 or node.input[1] not in constants:
+            continue
+        inputs, weight, bias = node.input
+        if transposed:
+            values = numpy_helper.to_array(constants[weight]).T
+            replaced.add(weight)
+            weight = f"{weight}.{place}"  # another node may read the one that is there
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), weight))
+        product = f"{node.output[0]}.product"
+        parts = (
+            helper.make_node("MatMul", [inputs, weight], [product], name=f"{node.name}.product"),
+            helper.make_node("Add", [product, bias], list(node.output), name=f"{node.name}.sum"),
+        )
+        del graph.node[place]
+        for part in reversed(parts):
+            graph.node.insert(place, part)
+    replaced -= {name for node in graph.node for name in node.input}
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name in replaced:
+            del graph.initializer[place]
 
 
 def _tidy(program: Any) -> None:  # noqa: ANN401

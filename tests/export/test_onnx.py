@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -93,6 +94,15 @@ def test_int8_is_smaller_and_near(variable, tmp_path):
     assert graph["weights"] == "int8"
     losses = open_export(result.folder).losses(PROMPTS[0])
     assert open_export(small.folder).losses(PROMPTS[0]) == pytest.approx(losses, abs=0.5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_int8_holds_projections_with_biases_too(tmp_path, family):
+    folder = save(tmp_path / "model", family=family)
+    result = export(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
+    nodes = onnx.load(result.folder / "model.onnx", load_external_data=False).graph.node
+    layers = load_pruned(folder).config.num_hidden_layers
+    assert sum(node.op_type == "MatMulNBits" for node in nodes) == layers * {"gpt2": 4, "opt": 6}[family]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
