@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
         done += wide
     quantize(model, weights={"int8": qint8, "int4": qint4}[weights], exclude=done)
     freeze(model)
+    # Quanto reads tensors back by the names of the modules; transformers would save GPT-NeoX's head under an older one.
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     QuantizedModelForCausalLM(model).save_pretrained(folder)
     (folder / "README.md").unlink()  # the Hub client's placeholder for a model card
     loaded.tokenizer.save_pretrained(folder)

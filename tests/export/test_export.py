@@ -18,7 +18,7 @@ from hf_context_prune.export.verify import Tolerance
 from hf_context_prune.manifest import write_manifest
 from hf_context_prune.staging import staged_folder
 from tests.export.folders import save
-from tests.tiny import TEXT, tiny_model
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 IDS = (1, 40, 41, 90, 91, 200, 201, 7)
 EASY = {"tolerance": 1e6}  # random tiny models: only the path is tested, not how much is lost
@@ -55,6 +55,13 @@ def test_int4_falls_back_to_int8_where_inputs_have_no_groups(folders, tmp_path):
     assert types["model.layers.0.mlp.down_proj"] == "qint4"  # 32 inputs
     assert types["model.layers.0.mlp.up_proj"] == "qint8"  # 48
     assert "lm_head" not in types
+
+
+def test_quanto_reads_back_a_head_that_checkpoints_call_otherwise(tmp_path):
+    tiny_model("gpt_neox").save_pretrained(tmp_path / "model")  # as embed_out, like Pythia's on the Hub
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    found = export(tmp_path / "model", tmp_path / "out", format="quanto").report.verification
+    assert found.largest_difference < 1.0
 
 
 @pytest.mark.parametrize("format", ["quanto", "torchao"])
