@@ -322,7 +322,7 @@ def _guarded(run: Callable[[], Any]) -> int:
         if exit_.code != _INTERRUPTED:
             raise
         errors.print(
-            "Interrupted; nothing was put in place. What long work had finished is kept: the same command goes on.",
+            "Interrupted; nothing was put in place. The same command starts again, from the last part that it keeps.",
             soft_wrap=True,
         )
         return 1

@@ -26,10 +26,10 @@ def serve(
     import transformers
     from transformers.cli.transformers import main
 
-    from .export.report import EXPORT_REPORT_NAME, ExportReport
+    from .export.report import ExportReport
     from .modeling import SPECS, model_class
     from .modeling.modeling_context_pruned import model_class_name
-    from .saving import verify_folder
+    from .saving import EXPORT_REPORT_NAME, verify_folder
 
     if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
         report = ExportReport.load(folder / EXPORT_REPORT_NAME)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 PLAN_NAME = "pruning_plan.json"
 REPORT_NAME = "eval_report.json"
+EXPORT_REPORT_NAME = "export_report.json"
 
 _SIDE_FILES_BYTES = 8 * 2**20
 
 __all__ = [
+    "EXPORT_REPORT_NAME",
     "MANIFEST_NAME",
     "PLAN_NAME",
     "REPORT_NAME",

@@ -11,7 +11,6 @@ from ..errors import LoadError
 from ..evaluation._codec import decode
 from .verify import Verification
 
-EXPORT_REPORT_NAME = "export_report.json"
 _SCHEMA = 1
 
 

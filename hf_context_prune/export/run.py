@@ -12,15 +12,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ConfigError, ContextPruneError, ExportError, LoadError
+from ..errors import ConfigError, ContextPruneError, ExportError, LoadError, SaveError
 from ..evaluation import weight_bytes
 from ..evaluation._generation import hardware_name
 from ..loading import LoadedModel, load_model
 from ..plan import PruningPlan
-from ..saving import PLAN_NAME, check_target, estimate_bytes, staged_folder, verify_folder
+from ..saving import (
+    EXPORT_REPORT_NAME,
+    PLAN_NAME,
+    check_target,
+    estimate_bytes,
+    read_manifest,
+    staged_folder,
+    verify_folder,
+)
 from ..staging import resolve_target
 from .formats import FORMATS, Format, FormatModule, format_of
-from .report import EXPORT_REPORT_NAME, ExportReport
+from .report import ExportReport
 from .runtime import Runtime, TorchRuntime
 from .sample import own_sample, read_sample
 from .verify import check, check_tokens, compare, measure
@@ -57,7 +65,7 @@ def export(
 
     Args:
         folder: A pruned folder; any other model that `load_model` opens works too.
-        output: Folder to write: absent, empty, or an untouched older one of ours.
+        output: Folder to write: absent, empty, or an untouched older export.
         format: ``"quanto"``, ``"torchao"``, ``"onnx"`` or ``"gguf"``.
         weights: What the weights become; None: the format's default (the first of its entry in `FORMATS`).
         data: Held-out text for the comparison; None: text that the model itself writes, for which there are no bits
@@ -93,6 +101,12 @@ def export(
             f"{folder} is an export to {made.format} itself. Export the folder that it was made from ({made.source})."
         )
     check_target(goal)
+    older = read_manifest(goal)
+    if older is not None and EXPORT_REPORT_NAME not in older["files"]:
+        raise SaveError(
+            f"{output} holds a saved model or Space, which an export does not replace. Name another folder, or remove "
+            f"that one."
+        )
     loaded = load_model(folder, dtype=kind.dtype, device="cpu")
     module.check(loaded, chosen)
     _LOGGER.info("Measuring the folder's own model.")

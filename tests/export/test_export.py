@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -156,6 +157,14 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     for format in FORMATS.values():
         with pytest.raises(ConfigError, match=rf"hf-context-prune\[{format.extra}\]"):
             export(tmp_path, tmp_path / "out", format=format.name)
+
+
+def test_a_model_is_not_replaced_by_an_export(folders, tmp_path):
+    model = shutil.copytree(folders["stock"], tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(SaveError, match="holds a saved model"):
+        export(folders["variable"], model, format="onnx")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
 def test_an_output_that_is_not_ours_is_kept(folders, tmp_path):
