@@ -106,7 +106,10 @@ class Comparer:
                 sides[index] = self._side(sides[index].kind, source)
                 runners[index] = Runner(loaded, wish, self.settings.limits)
             except ContextPruneError as error:
-                sides[index] = replace(sides[index], problem=str(error))
+                problem = str(error)
+                if source.path is not None:  # visitors need not know where on the server it is
+                    problem = problem.replace(str(source.path.absolute()), source.path.name)
+                sides[index] = replace(sides[index], problem=problem)
             except Exception:  # one model must not take the other down; visitors see no insides
                 _LOGGER.exception("%s can't be used", source.label)
                 sides[index] = replace(sides[index], problem="It can't be loaded; the log of the Space says why.")

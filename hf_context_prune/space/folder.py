@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ..evaluation import EvalReport
 from ..hub import is_allowed
 from ..manifest import MANIFEST_NAME, read_manifest, verify_folder
 from ..markdown import Trusted, code, inert, table
+from ..saving import EXPORT_REPORT_NAME
 from ..staging import resolve_target, staged_folder
 from .facts import read_facts
 from .gradio_import import gradio
@@ -146,10 +148,10 @@ def check_publishable(settings: Settings) -> None:
     for entry in settings.entries:
         for what, source in (("model", entry.model), ("base", entry.base)):
             if source.path is not None:
+                command = shlex.join(["hf-context-prune", "push", str(source.path), "owner/name"])
                 raise ConfigError(
                     f"The {what} of {entry.name!r} is the folder {source.path}. A Space on the Hub reads models from "
-                    f"their own repositories: `hf-context-prune push {source.path.name} owner/name` it, then name "
-                    f"owner/name here."
+                    f"their own repositories: push it (`{command}`), then name owner/name here."
                 )
 
 
@@ -199,7 +201,10 @@ def _model_files(path: Path) -> dict[str, Path]:
     if read_manifest(path) is None:
         names = [file.name for file in sorted(path.iterdir()) if file.is_file() and is_allowed(file.name, "model")]
     else:
-        names = [*verify_folder(path)["files"], MANIFEST_NAME]
+        files = verify_folder(path)["files"]
+        if EXPORT_REPORT_NAME in files:
+            raise LoadError(f"{path} is an export, which a Space can't load. Give the folder that it was made from.")
+        names = [*files, MANIFEST_NAME]
     return {name: path / name for name in names}
 
 

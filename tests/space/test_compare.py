@@ -38,7 +38,7 @@ def test_a_model_that_fails_leaves_the_other(comparer):
     *_, last = comparer.compare("Lost", Wish("the court", new_tokens=4))
     dense, pruned = last.sides
     assert dense.progress.tokens == 4
-    assert "does not exist" in pruned.problem
+    assert pruned.problem.startswith("lost does not exist")  # not where on the server it was looked for
     assert pruned.progress.tokens == 0
 
 

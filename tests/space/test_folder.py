@@ -17,6 +17,7 @@ from huggingface_hub import SpaceCard
 
 from hf_context_prune import __version__
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
+from hf_context_prune.export import export
 from hf_context_prune.plan import PruningPlan
 from hf_context_prune.saving import verify_folder
 from hf_context_prune.space.folder import demo_files, settings_for, write_space
@@ -153,13 +154,19 @@ def test_what_is_refused(run, place, tiny_space):
             (
                 ["@models/uniform", "--base", "demo", "--push", "us/space"],
                 2,
-                "hf-context-prune push uniform owner/name",
+                "/models/uniform owner/name`",
             ),
             (["@none.yaml"], 2, "can't be read"),
         )
     ):
         got, _, err = run("space", *arguments, "--output", f"@out{number}")
         assert (got, words in " ".join(err.split())) == (code, True), (arguments, err)
+
+
+def test_an_export_is_no_model_of_a_space(tiny_space, tmp_path):
+    export(tiny_space / "uniform", tmp_path / "exported", format="quanto", tolerance=10.0)
+    with pytest.raises(LoadError, match="is an export, which a Space can't load"):
+        write_space(settings_for([str(tmp_path / "exported")], base="demo"), tmp_path / "out")
 
 
 def test_failures_leave_nothing(tiny_space, tmp_path):
