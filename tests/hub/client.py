@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from tests.hub.server import Hub, sha256
+from tests.hub.process import HubProcess
+from tests.hub.server import sha256
 
 ROOT = Path(__file__).parents[2]
 #: Steps of every client: it prints one line of JSON, last.
@@ -46,7 +47,7 @@ def digest(model) -> str:
 
 
 def client(
-    hub: Hub,
+    hub: HubProcess,
     folder: Path,
     home: Path,
     code: str,

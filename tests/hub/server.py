@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 
 from tests.hub.writing import LFS_SUFFIXES, RefusalError, Writing, blob_id, sha256
@@ -139,15 +140,38 @@ class Hub:
             server.shutdown()
             server.server_close()
 
-    def repo(self, kind: str, id: str, files: Mapping[str, bytes], *, gated: bool = False, busy: bool = False) -> Repo:
+    def create(self, kind: str, id: str, files: Mapping[str, bytes], *, gated: bool = False, busy: bool = False) -> str:
         """Create a repository whose branch main holds these files, perhaps behind a gate or an overloaded server."""
         repo = self.repos[kind, id] = Repo(kind, id, gated, busy)
-        repo.commit(files)
-        return repo
+        return repo.commit(files)
 
-    def once_after(self, path: str, action: Callable[[], object]) -> None:
-        """Call something once, after the first answer to this path and before the next request is answered."""
-        self._watches.append((path, action))
+    def commit(self, kind: str, id: str, files: Mapping[str, bytes], *, ref: str = "main") -> str:
+        """As `Repo.commit`."""
+        return self.repos[kind, id].commit(files, ref=ref)
+
+    def read(self, kind: str, id: str) -> Repo:
+        """A repository as it is now."""
+        return self.repos[kind, id]
+
+    def requests(self) -> list[Request]:
+        """The log."""
+        return self.log
+
+    def allow(self, token: str, *owners: str) -> None:
+        """Let a token write to the repositories of these owners."""
+        self.tokens[token] = set(owners)
+
+    def cut(self, uploads: int) -> None:
+        """Cut that many uploads in the middle, from the next one on."""
+        self.cuts = uploads
+
+    def fault(self, method: str, end: str, status: int) -> None:
+        """Answer one request, by method and end of its path, with a status."""
+        self.faults.append((method, end, status, ""))
+
+    def once_after(self, path: str, method: str, *arguments: Any, **options: Any) -> None:
+        """Call a method of this class once: after the first answer to a path, before the next request is answered."""
+        self._watches.append((path, lambda: getattr(self, method)(*arguments, **options)))
 
     def answered(self, request: Request) -> None:
         self.log.append(request)
@@ -327,6 +351,6 @@ def _is_true(values: dict[str, list[str]], name: str) -> bool:
 
 if __name__ == "__main__":
     with Hub() as served:
-        served.tokens[sys.argv[1]] = {sys.argv[2]}
+        served.allow(sys.argv[1], sys.argv[2])
         print(served.endpoint, flush=True)
         sys.stdin.read()

@@ -20,7 +20,8 @@ from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.saving import PLAN_NAME, REPORT_NAME, save_pruned
 from hf_context_prune.surgery import apply_plan
 from tests.hub.client import client, digest
-from tests.hub.server import Hub, files_of
+from tests.hub.process import HubProcess
+from tests.hub.server import files_of
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -62,7 +63,7 @@ def parquet(*texts: str) -> bytes:
 class Place:
     """The hub with its repositories, what their models compute, and a folder for the clients with one cache."""
 
-    def __init__(self, hub: Hub, folder: Path) -> None:
+    def __init__(self, hub: HubProcess, folder: Path) -> None:
         self.hub, self.folder, self.home = hub, folder, folder / "home"
         tokenizer = tiny_tokenizer()
         models = {"llama": tiny_model("llama"), "old": tiny_model("llama", seed=1), "new": tiny_model("llama", seed=2)}
@@ -111,7 +112,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    with Hub() as hub:
+    with HubProcess() as hub:
         yield Place(hub, tmp_path_factory.mktemp("hub"))
 
 
@@ -120,7 +121,7 @@ def reads(place):
     """Models by id, while the branch main of one moves as soon as it was resolved; and models that are refused."""
     first, since = place.llama.refs["main"], len(place.hub.log)
     path = "/org/llama/resolve/main/config.json"
-    place.hub.once_after(path, lambda: place.llama.commit(place.files["new"]))
+    place.hub.once_after(path, "commit", "models", "org/llama", place.files["new"])
     facts = place.run(
         """
 from pathlib import Path
@@ -279,10 +280,11 @@ def test_a_dataset_by_id_is_read_at_one_commit(place):
     first, export = place.corpus.refs["main"], place.legal.refs[PARQUET_EXPORT]
     since = len(place.hub.log)
     moved = place.corpus_files | {"law/train.jsonl.gz": gzip.compress(lines("moved"))}
-    place.hub.once_after("/api/datasets/org/corpus", lambda: place.corpus.commit(moved))
+    place.hub.once_after("/api/datasets/org/corpus", "commit", "datasets", "org/corpus", moved)
     place.hub.once_after(
         f"/api/datasets/org/legal/revision/{PARQUET_EXPORT}",
-        lambda: place.legal.commit({"us/test/0000.parquet": parquet("moved")}, ref=PARQUET_EXPORT),
+        *("commit", "datasets", "org/legal", {"us/test/0000.parquet": parquet("moved")}),
+        ref=PARQUET_EXPORT,
     )
     facts = place.run(
         """

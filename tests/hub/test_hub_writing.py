@@ -11,7 +11,8 @@ from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.card import rewrite_card
 from hf_context_prune.saving import save_pruned, staged_folder
 from tests.hub.client import client, digest
-from tests.hub.server import Hub, files_of
+from tests.hub.process import HubProcess
+from tests.hub.server import files_of
 from tests.hub.test_hub_reading import pruned_model
 from tests.test_pipeline import OPTIONS, QUICK, texts
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -53,8 +54,9 @@ def place(tmp_path_factory):
         (staging / "app.py").write_text("print('a Space')\n")
         (staging / "README.md").write_text("---\ntitle: Minis\nsdk: gradio\n---\n")
         (staging / "ours-0.1-py3-none-any.whl").write_bytes(b"PK a wheel")
-    with Hub() as hub:
-        hub.tokens |= {TOKEN: {"org"}, STRANGER: {"someone"}}
+    with HubProcess() as hub:
+        hub.ask("allow", TOKEN, "org")
+        hub.ask("allow", STRANGER, "someone")
         yield folder, hub, {"variable": digest(model), "stock": digest(result.model)}
 
 
@@ -71,18 +73,13 @@ def pushes(place):
     for name in ("used", "cut", "raced"):
         hub.repo("models", f"org/{name}", older)
     hub.repo("models", "org/public", {})
-    before = {name: hub.repos["models", f"org/{name}"].refs["main"] for name in ("used", "cut", "raced")}
+    before = {name: hub.at("models", f"org/{name}").refs["main"] for name in ("used", "cut", "raced")}
 
-    def set_cuts(number):
-        return lambda: setattr(hub, "cuts", number)
-
-    hub.once_after("/api/models/org/once", set_cuts(1))
-    hub.once_after("/api/models/org/cut", set_cuts(99))
-    hub.once_after("/api/models/org/healed", set_cuts(0))
-    hub.once_after("/api/models/org/raced", lambda: hub.repos["models", "org/raced"].commit(older | {"new": b""}))
-    hub.once_after("/api/models/org/faulty", lambda: hub.faults.append(("POST", "/commit/main", 403, "")))
-    hub.once_after("/api/models/org/busy", lambda: hub.faults.append(("POST", "/commit/main", 409, "")))
-    hub.once_after("/api/models/org/down", lambda: hub.faults.append(("POST", "/commit/main", 500, "")))
+    for name, number in (("once", 1), ("cut", 99), ("healed", 0)):
+        hub.once_after(f"/api/models/org/{name}", "cut", number)
+    hub.once_after("/api/models/org/raced", "commit", "models", "org/raced", older | {"new": b""})
+    for name, status in (("faulty", 403), ("busy", 409), ("down", 500)):
+        hub.once_after(f"/api/models/org/{name}", "fault", "POST", "/commit/main", status)
     results = run(
         place,
         STEPS
@@ -124,7 +121,7 @@ print(json.dumps(results))
 
 
 def repo_of(place, name, kind="models"):
-    return place[1].repos[kind, f"org/{name}"]
+    return place[1].at(kind, f"org/{name}")
 
 
 def test_the_same_folder_arrives_in_one_commit(place, pushes):

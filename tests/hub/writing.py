@@ -102,7 +102,8 @@ class Writing:
             refusal = RefusalError(409, "", "You already created this repo")
             refusal.body = json.dumps(url).encode()
             raise refusal
-        repo = self.hub.repo(kind, id, {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.hub.create(kind, id, {".gitattributes": b"*.safetensors filter=lfs\n"})
+        repo = self.hub.repos[kind, id]
         repo.private = asked.get("visibility") == "private"
         return url
 

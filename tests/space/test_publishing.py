@@ -7,7 +7,8 @@ import yaml
 
 from hf_context_prune.saving import verify_folder
 from tests.hub.client import client
-from tests.hub.server import Hub, files_of
+from tests.hub.process import HubProcess
+from tests.hub.server import files_of
 
 pytestmark = pytest.mark.slow
 
@@ -43,14 +44,14 @@ print(json.dumps({
 
 
 def test_to_the_hub_and_back(tiny_space, tmp_path):
-    with Hub() as hub:
-        hub.tokens["hf_token_of_org"] = {"org"}
+    with HubProcess() as hub:
+        hub.ask("allow", "hf_token_of_org", "org")
         commits = {}
         for name, folder in (("dense", "base"), ("mini", "variable")):
             commits[name] = hub.repo("models", f"org/{name}", files_of(tiny_space / folder)).resolve("main")
         found = client(hub, tmp_path, tmp_path / "home", CODE, HF_TOKEN="hf_token_of_org")
         assert found["codes"] == [0, 0, 1, 2]
-        app = hub.repos["spaces", "org/app"]
+        app = hub.at("spaces", "org/app")
         assert app.private
         assert sum("/commit/" in request.path for request in hub.log) == 1  # the second push had nothing to do
         sent = app.commits[app.refs["main"]]
