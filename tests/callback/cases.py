@@ -1,6 +1,6 @@
 """A tiny training that the tests of the callback share, also as a script in processes of its own.
 
-Usage: python -m tests.callback.cases FOLDER [killed|resume]
+Usage: python -m tests.callback.cases FOLDER [killed|resume|push]
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_context_prune import PrunerConfig
-from hf_context_prune.callback import ContextPruneCallback, PruningSchedule, load_checkpoint
+from hf_context_prune.callback import (
+    ContextPruneCallback,
+    ContextPruneTrainerMixin,
+    PruningSchedule,
+    load_checkpoint,
+)
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 SCHEDULE = PruningSchedule(start=4, end=10, num_prunings=3)
@@ -51,11 +56,15 @@ def arguments(folder, **options):
     return TrainingArguments(**(chosen | options))
 
 
-def trainer_for(folder, callback, *, model=None, callbacks=(), data=None, eval_data=None, **options):
+class OurTrainer(ContextPruneTrainerMixin, Trainer):
+    """Pushes as the package does."""
+
+
+def trainer_for(folder, callback, *, kind=Trainer, model=None, callbacks=(), data=None, eval_data=None, **options):
     """A Trainer on the tiny data, that prints nothing."""
     from transformers import PrinterCallback
 
-    trainer = Trainer(
+    trainer = kind(
         model or tiny_model("llama"),
         arguments(folder, **options),
         train_dataset=data or dataset(),
@@ -109,6 +118,7 @@ def main(folder, mode):
         save_steps=7,
         per_device_train_batch_size=batch,
         **({"ddp_find_unused_parameters": False} if batch < 4 else {}),
+        **({"kind": OurTrainer, "push_to_hub": True, "hub_model_id": "org/two"} if mode == "push" else {}),
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rank = os.environ.get("RANK", "0")
@@ -118,6 +128,8 @@ def main(folder, mode):
         folder / f"result.{rank}.pt",
     )
     trainer.save_model(str(folder / "final"))
+    if mode == "push":
+        trainer.push_to_hub(commit_message="The end")
 
 
 if __name__ == "__main__":

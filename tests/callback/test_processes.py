@@ -15,20 +15,29 @@ import torch
 from hf_context_prune.architectures import read_geometry, spec_of
 from hf_context_prune.callback import load_checkpoint
 from tests.callback import cases
+from tests.hub.process import HubProcess
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.slow
 
+TOKEN = "hf_token_of_org"
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(folder, *mode, launcher=()):
+LAUNCHER = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--main_process_ip", "127.0.0.1", "--main_process_port", "0", "--mixed_precision", "no"),
+    *("--dynamo_backend", "no"),
+)
+
+
+def run(folder, *mode, launcher=(), **variables):
     """A training in processes of its own; none outlives the call."""
     command = [sys.executable, *launcher, "-m", "tests.callback.cases", str(folder), *mode]
     if launcher:
         command = [sys.executable, *launcher, str(Path(cases.__file__)), str(folder), *mode]
-    environment = os.environ | ENVIRONMENT | {"HF_HOME": str(folder / "home")}
+    environment = os.environ | ENVIRONMENT | {"HF_HOME": str(folder / "home")} | variables
     if launcher:
         environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
@@ -76,10 +85,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", "0"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    finish(run(folder, launcher=launcher))
+    finish(run(folder, launcher=LAUNCHER))
     return folder
 
 
@@ -109,3 +115,21 @@ def test_their_folder_is_small(two):
     checkpoint = load_checkpoint(two / "checkpoint-14")  # as wide as before, with zeros
     assert checkpoint.num_parameters() == tiny_model("llama").num_parameters()
     assert (checkpoint.model.layers[0].mlp.up_proj.weight == 0).all(dim=1).sum() == 20
+
+
+def test_their_push_is_one_commit_of_the_end(tmp_path):
+    with HubProcess() as hub:
+        hub.ask("allow", TOKEN, "org")
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
+        finish(run(tmp_path, "push", launcher=LAUNCHER, HF_HUB_DISABLE_XET="1", **online))
+        repo, log = hub.at("models", "org/two"), hub.log
+        sent = repo.commits[repo.refs["main"]]
+    assert sum("/commit/" in request.path for request in log) == 1  # checkpoints are as wide as before
+    assert {"README.md", "pruning_plan.json", "manifest.json", "model.safetensors"} <= sent.keys()
+    assert not [name for name in sent if name.endswith((".bin", ".pt")) or "optimizer" in name]
+    (tmp_path / "arrived").mkdir()
+    for name, content in sent.items():
+        (tmp_path / "arrived" / name).write_bytes(content)
+    arrived = load_checkpoint(tmp_path / "arrived").state_dict()
+    final = torch.load(tmp_path / "result.0.pt")["final"]
+    assert all(torch.equal(value, final[name]) for name, value in arrived.items())
