@@ -183,8 +183,14 @@ def _texts(
     return train, held_out, splits
 
 
-def _provenance(base: LoadedModel, text: TextSource) -> dict[str, Any]:
-    return {**provenance_of(base), "dtype": str(base.model.dtype), "data": text.identity}
+def _identity(base: LoadedModel, text: TextSource) -> dict[str, Any]:
+    """What a model of a domain is known by; the base's card is not: it may lie on the Hub, and change."""
+    return {
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "dtype": str(base.model.dtype),
+        "data": text.identity,
+    }
 
 
 def _tell(result: DomainMatrix, name: str, base: LoadedModel, folder: Path, config: PrunerConfig) -> None:
@@ -211,8 +217,7 @@ def _finished(base: LoadedModel, text: TextSource, folder: Path, config: PrunerC
     if not (folder / PLAN_NAME).is_file():
         check_target(folder)
         return False
-    plan, asked = PruningPlan.load(folder / PLAN_NAME), {**_provenance(base, text), "config": config.to_dict()}
-    del asked["base_card"]  # what could be read of it may differ from day to day
+    plan, asked = PruningPlan.load(folder / PLAN_NAME), {**_identity(base, text), "config": config.to_dict()}
     known = {name: plan.provenance.get(name) for name in asked}
     if plan.model_fingerprint != fingerprint(base.model) or known != asked:
         raise ConfigError(
@@ -226,7 +231,7 @@ def _pruned(base: LoadedModel, text: TextSource, folder: Path, config: PrunerCon
     """The model of a domain, from its folder if an earlier run left it there."""
     if not _finished(base, text, folder, config):
         model, tokenizer, plan = smaller_model(
-            base.model, base.tokenizer, text, config, provenance=_provenance(base, text)
+            base.model, base.tokenizer, text, config, provenance=provenance_of(base) | _identity(base, text)
         )
         save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
     return load_model(folder, device=str(base.model.device))
