@@ -36,6 +36,19 @@ def parser(description: str, *, several: bool = False) -> argparse.ArgumentParse
     return options
 
 
+def given(options: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The options of a run that are not the defaults, as one types them after the command; paths are left out."""
+    words = []
+    for action in options._actions:
+        if action.dest in ("help", "data", "work", "fresh"):
+            continue
+        value = getattr(args, action.dest)
+        if value != action.default and action.option_strings:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [action.option_strings[-1], *map(str, values)]
+    return "".join(f" {word}" for word in words)
+
+
 def corpus(options: argparse.Namespace, split: str, domain: str | None = None) -> TextSource:
     """The train or validation text of a domain, by default of ``--domain``."""
     return load_documents(options.data / (domain or options.domain) / f"corpus.{split}.jsonl.gz")

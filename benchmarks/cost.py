@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.common import Rows, corpus, parser, table, write_section
+from benchmarks.common import Rows, corpus, given, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.config import PrunerConfig
@@ -126,6 +126,7 @@ def main() -> None:
     options.add_argument("--memory-blocks", type=int, nargs="+", default=[32, 96, 192], help="blocks, for the default")
     options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args()
+    args.given = given(options, args)
     if args.worker:
         worker(args)
         return
@@ -167,7 +168,7 @@ allocator's slack.
 
 {table(["", "calibration tokens", "own multiple", "peak, MiB", "formula, MiB", "left over, MiB"], memory_lines)}
 
-`python -m benchmarks.cost --data DATA` at {", ".join(f"`{commit}`" for commit in sorted(commits))}, {rows.setting["machine"]}, seed {args.seed}.
+`python -m benchmarks.cost --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in sorted(commits))}, {rows.setting["machine"]}, seed {args.seed}.
 """,
     )
 

@@ -9,7 +9,7 @@ import dataclasses
 from functools import cache
 from typing import Any
 
-from benchmarks.common import Rows, cell, corpus, parser, table, write_section
+from benchmarks.common import Rows, cell, corpus, given, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.calibration import batches_of, calibrate
 from hf_context_prune.config import PrunerConfig
@@ -28,6 +28,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--eval-tokens", type=int, default=32_000)
     args = options.parse_args()
+    args.given = given(options, args)
     rows = Rows(args, "criteria", seed=args.seed)
     loaded = smollm2()
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -88,7 +89,7 @@ measured in memory.
 
 {body}
 
-`python -m benchmarks.criteria --data DATA` at `{dense_row["setting"]["commit"]}`, {dense_row["setting"]["machine"]}.
+`python -m benchmarks.criteria --data DATA{args.given}` at `{dense_row["setting"]["commit"]}`, {dense_row["setting"]["machine"]}.
 """,
     )
 

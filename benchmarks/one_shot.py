@@ -1,6 +1,7 @@
 """One-shot pruning side by side: every criterion of ours, our best, and peers' own code, at equal sizes.
 
-python -m benchmarks.one_shot --data PATH/TO/data            # three domains, four sizes; goes on where it stopped
+python -m benchmarks.one_shot --data PATH/TO/data            # three domains, neurons; goes on where it stopped
+python -m benchmarks.one_shot --data PATH/TO/data --sizes all20 all30 --blocks 64    # neurons and KV groups
 python -m benchmarks.one_shot --data PATH/TO/data --quick    # one domain, one size
 python -m benchmarks.one_shot --data PATH/TO/data --model gemma3-270m --sizes mlp25 --methods flap+bias ours ...
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Rows, cell, parser, plot_path, table, write_section
+from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
 from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain
 from benchmarks.models import MODELS
 from hf_context_prune.architectures import TARGETS
@@ -177,9 +178,9 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str)
         for row in [rows[args.domains[0], size, method]]
     ]
     commits = sorted({row["setting"]["commit"] for row in rows.values()})
-    title, chosen = "", ""
-    if args.model != DEFAULT_MODEL:
-        title, chosen = f", {MODELS[args.model][0]}", f" --model {args.model}"
+    title = "" if args.model == DEFAULT_MODEL else f", {MODELS[args.model][0]}"
+    if args.targets == TARGETS:
+        title += ", neurons and KV groups"
     return f"""## One-shot pruning side by side{title}
 
 {MODELS[args.model][0]} (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
@@ -196,7 +197,7 @@ Peers' calls:
 
 {chr(10).join(calls) or "- none in this run"}
 
-`python -m benchmarks.one_shot --data DATA{" --quick" if args.quick else ""}{chosen}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+`python -m benchmarks.one_shot --data DATA{args.given}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
 """
 
 
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "", several=True)
     options.add_argument("--quick", action="store_true", help="one domain, one size, little text")
     options.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL)
-    options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    options.add_argument("--sizes", nargs="+", choices=SIZES, default=["mlp25", "mlp50"], help="of one kind of unit")
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options.add_argument("--blocks", type=int, default=128)
     options.add_argument("--length", type=int, default=512)
@@ -213,15 +214,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "--quick" in arguments:
         options.set_defaults(domains=["medicine"], sizes=["mlp25"], blocks=48, eval_tokens=12_000)
     args = options.parse_args(arguments)
+    if len({SIZES[size].attention for size in args.sizes}) > 1:
+        options.error("--sizes: mlp… and all… go to tables of their own; give one kind.")
+    args.targets = TARGETS if SIZES[args.sizes[0]].attention else ("mlp",)
+    args.given = given(options, args)
     section = "one_shot_quick" if args.quick else "one_shot"
+    if args.targets == TARGETS:
+        section += "_all"
     if args.model != DEFAULT_MODEL:
         section += f"_{args.model}"
     store, load = Rows(args, "one_shot", seed=args.seed), cache(MODELS[args.model][1])
-    targets = TARGETS if any(SIZES[size].attention for size in args.sizes) else ("mlp",)
     common = {"blocks": args.blocks, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
     if args.model != DEFAULT_MODEL:
         common["model"] = args.model
-    domains = {domain: Domain(load, args, domain, targets=targets) for domain in args.domains}
+    domains = {domain: Domain(load, args, domain, targets=args.targets) for domain in args.domains}
     keys = {domain: {**common, "domain": domain} for domain in domains}
     rows: dict[tuple[str, str, str], dict[str, Any]] = {
         (name, "", "dense"): store.get({**keys[name], "method": "dense"}, domain.measure_dense)

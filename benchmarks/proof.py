@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.common import Rows, machine, parser, table, write_section
+from benchmarks.common import Rows, given, machine, parser, table, write_section
 from benchmarks.common import commit as current_commit
 from benchmarks.models import smollm2
 from hf_context_prune.cells import percent
@@ -245,8 +245,7 @@ def results_text(
             f"models: {timed['seconds'] / 60:.1f} minutes (goal: under {GOAL_MINUTES:g})."
         )
     parts.append(
-        f"`python -m benchmarks.proof --data DATA{' --quick' if args.quick else ''}` at `{current_commit()}`, "
-        f"{machine()}, seed {args.seed}."
+        f"`python -m benchmarks.proof --data DATA{args.given}` at `{current_commit()}`, {machine()}, seed {args.seed}."
     )
     return "\n\n".join(parts)
 
@@ -276,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.set_defaults(**small, blocks=16, eval_tokens=4_000, questions=40, grid=(1e-3, 1e-1))
         options.set_defaults(grid_blocks=8, grid_questions=20, steps=4, timed_bytes=20_000)
     args = options.parse_args(arguments)
+    args.given = given(options, args)
     section, base = "proof_quick" if args.quick else "proof", smollm2()
     if args.fresh:
         shutil.rmtree(folder(args, ""), ignore_errors=True)

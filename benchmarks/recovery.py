@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from benchmarks.common import Rows, corpus, parser, table, write_section
+from benchmarks.common import Rows, corpus, given, parser, table, write_section
 from benchmarks.methods import OURS, Domain
 from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
@@ -291,7 +291,7 @@ intervals over documents. *Tokens/s* are of training, measuring included.
 
 {headline(rows, args)}
 
-{more}`python -m benchmarks.recovery --data DATA{" --quick" if args.quick else ""}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+{more}`python -m benchmarks.recovery --data DATA{args.given}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
 """
 
 
@@ -312,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         small: dict[str, Any] = {"domains": ["medicine"], "shares": [0.3], "vocabularies": [16_384], "minutes": 4.0}
         options.set_defaults(**small, blocks=48, eval_tokens=8_000)
     args = options.parse_args(arguments)
+    args.given = given(options, args)
     args.tokens = {str(share): tokens for share, tokens in zip(args.shares, args.vocabularies, strict=True)}
     store, load = Rows(args, "recovery", seed=args.seed), cache(smollm2)
     domains = {name: RecoveryDomain(load, args, name, targets=TARGETS) for name in args.domains}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import Rows, parser, table, write_section
+from benchmarks.common import Rows, given, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.architectures import read_geometry, spec_of
 from hf_context_prune.modeling.specs import LayerWidths
@@ -49,6 +49,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--length", type=int, default=512)
     args = options.parse_args()
+    args.given = given(options, args)
     rows = Rows(args, "speed", seed=args.seed)
     model = smollm2().model
     ids = torch.randint(100, 40_000, (args.batch, args.length), generator=torch.Generator().manual_seed(args.seed))
@@ -97,7 +98,7 @@ is the share of the removed work that turns up as time.
 
 {table(["widths", "dense time / pruned time", "IQR", "dense FLOPs / pruned FLOPs", "time gain / FLOP gain"], lines)}
 
-`python -m benchmarks.speed --data DATA` at `{commit}`, {rows.setting["machine"]}, seed {args.seed}.
+`python -m benchmarks.speed --data DATA{args.given}` at `{commit}`, {rows.setting["machine"]}, seed {args.seed}.
 """,
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from benchmarks.common import Rows, cell, parser, plot_path, table, write_section
+from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
 from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain
 from benchmarks.models import smollm2
 from benchmarks.one_shot import errorbars, excess
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--eval-tokens", type=int, default=24_000)
     args = options.parse_args(arguments)
+    args.given = given(options, args)
     store, load = Rows(args, "tokens", seed=args.seed), cache(smollm2)
     common = {"domain": args.domain, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
     found: dict[str, list[Estimate]] = {method: [] for method in args.methods}
@@ -86,7 +87,7 @@ its validation text.
 
 {body}
 
-`python -m benchmarks.tokens --data DATA` at `{dense_rows[-1]["setting"]["commit"]}`, {store.setting["machine"]}, seed {args.seed}.
+`python -m benchmarks.tokens --data DATA{args.given}` at `{dense_rows[-1]["setting"]["commit"]}`, {store.setting["machine"]}, seed {args.seed}.
 """,
     )
 

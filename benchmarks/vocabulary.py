@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Rows, parser, table, write_section
+from benchmarks.common import Rows, given, parser, table, write_section
 from benchmarks.methods import OURS, Domain
 from benchmarks.models import smollm2
 from hf_context_prune.architectures import TARGETS
@@ -288,7 +288,7 @@ Counting {tool["bytes"] / 1e6:.1f} MB of text and pruning the vocabulary to {SPE
 {tool["seconds"]:.1f} s (goal: 60). The pruned tokenizer encodes {speed:.1f} MB/s, {ratio:.2f} times what the full one does
 (median of {len(tool["pairs"])} interleaved pairs).
 
-`python -m benchmarks.vocabulary --data DATA{" --quick" if args.quick else ""}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+`python -m benchmarks.vocabulary --data DATA{args.given}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
 """
 
 
@@ -307,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         small: dict[str, Any] = {"domains": ["medicine"], "sizes": [16_384, 8_192], "combined": [0, 16_384]}
         options.set_defaults(**small, combined_blocks=24, blocks=48, eval_tokens=8_000)
     args = options.parse_args(arguments)
+    args.given = given(options, args)
     store, load = Rows(args, "vocabulary", seed=args.seed), cache(smollm2)
     domains = {name: VocabularyDomain(load, args, name, targets=TARGETS) for name in args.domains}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -53,14 +53,14 @@ def rows_of(folder, name):
 
 def test_rows_section_plot_and_resume(bench, monkeypatch):
     folder, options = bench
-    arguments = with_options(options, "--domains law medicine --sizes mlp25 all20 --methods flap+bias ours --blocks 4")
+    arguments = with_options(options, "--domains law medicine --sizes mlp25 mlp50 --methods flap+bias ours --blocks 4")
     one_shot.main(arguments)
     rows = rows_of(folder, "one_shot")
     assert [(row["key"]["domain"], row["key"].get("size"), row["key"]["method"]) for row in rows] == [
         *((domain, None, "dense") for domain in ("law", "medicine")),
         *(
             (domain, size, method)
-            for size in ("mlp25", "all20")
+            for size in ("mlp25", "mlp50")
             for domain in ("law", "medicine")
             for method in ("flap+bias", "ours")
         ),
@@ -72,8 +72,12 @@ def test_rows_section_plot_and_resume(bench, monkeypatch):
     assert all({"commit", "machine", "seed"} <= row["setting"].keys() for row in rows)
     text = (folder / "RESULTS.md").read_text()
     assert text.count("<!-- begin one_shot -->") == 1
-    for part in ("### 25 % of the MLP neurons", "### 20 %", "| `flap` + `bias` |", "| 1.00 [1.00, 1.00] |", "Goal of"):
+    for part in ("### 25 % of the MLP neurons", "### 50 %", "| `flap` + `bias` |", "| 1.00 [1.00, 1.00] |", "Goal of"):
         assert part in text
+    # The sizes are those of the plain command; what differs from it is named, paths are not.
+    named = "--domains law medicine --blocks 4 --length 32 --eval-tokens 900 --methods flap+bias ours"
+    command = text.split("benchmarks.one_shot --data DATA", 1)[1].split("`")[0]
+    assert sorted(command.split()) == sorted(named.split())
     assert (folder / "one_shot.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(methods.Domain, "measure", lambda *_: pytest.fail("measured again"))
@@ -102,7 +106,16 @@ def test_adaptive_rows_compare_with_uniform_ones(bench):
     uniform, adaptive = (row["parameters"] for row in rows_of(folder, "one_shot")[1:])
     step = 3 * 48 * 16 + 48 * 8 * 4  # no more than one KV group beyond the same total
     assert uniform - step <= adaptive <= uniform
-    assert "adaptive minus uniform" in (folder / "RESULTS.md").read_text()
+    text = (folder / "RESULTS.md").read_text()
+    assert "adaptive minus uniform" in text
+    assert "<!-- begin one_shot_all -->" in text
+    assert "--sizes all20" in text
+
+
+def test_sizes_of_one_kind_a_run(bench, capsys):
+    with pytest.raises(SystemExit):
+        one_shot.main(with_options(bench[1], "--sizes mlp25 all20"))
+    assert "give one kind" in capsys.readouterr().err
 
 
 def test_tokens(bench):
@@ -173,5 +186,5 @@ def test_another_model_has_rows_and_a_section_of_its_own(bench):
     assert [row["key"].get("model") for row in rows] == [None] * 3 + ["gemma3-270m"] * 3
     text = (folder / "RESULTS.md").read_text()
     assert "## One-shot pruning side by side, Gemma 3 270M" in text
-    assert "--model gemma3-270m`" in text
+    assert "--model gemma3-270m " in text
     assert (folder / "one_shot_gemma3-270m.png").is_file()
