@@ -341,15 +341,20 @@ def adaptive_widths(
     steps = _allowed_steps(curves, round_to)
     most = most_removable(curves, costs, round_to=round_to)
     if remove_params > most:
-        raise BudgetError(
-            f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}, since no "
-            f"layer is narrowed below its smallest probed width. Ask for less, or use --allocation uniform."
-        )
+        raise beyond_probes(remove_params, most)
     taken = _cheapest(steps, costs, remove_params)
     gone = {key: sum(units for _, units in own[: taken[key]]) for key, own in steps.items()}
     return tuple(
         LayerWidths(dense.neurons - gone.get((layer, "mlp"), 0), dense.kv_groups - gone.get((layer, "attention"), 0))
         for layer, dense in enumerate(geometry.layers)
+    )
+
+
+def beyond_probes(remove_params: int, most: int) -> BudgetError:
+    """The error of a budget that adaptive widths can't reach."""
+    return BudgetError(
+        f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}, since no layer is "
+        f"narrowed below its smallest probed width. Ask for less, or use --allocation uniform."
     )
 
 

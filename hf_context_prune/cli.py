@@ -172,8 +172,6 @@ def prune(
 def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: Format) -> None:
     from .outline import dry_run
 
-    if config.allocation == "adaptive":
-        raise ConfigError("--dry-run works from shapes alone, but adaptive widths are measured; use uniform with it.")
     if config.max_loss_increase is not None:
         raise ConfigError(
             "--dry-run works from shapes alone, but the size for --max-loss-increase is found by measuring; use "
@@ -189,7 +187,8 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
     elif format is Format.quiet:
         out(str(outline.pruned_parameters))
     else:
-        out_table(widths_table(outline.dense, outline.widths))
+        if outline.widths is not None:
+            out_table(widths_table(outline.dense, outline.widths))
         if outline.tokens != outline.dense_tokens:
             out(
                 f"Vocabulary: {outline.tokens:,} of {outline.dense_tokens:,} embedding rows kept (how many tokens must "

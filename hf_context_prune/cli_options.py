@@ -92,7 +92,11 @@ ReconstructionOption = Annotated[
     str | None, typer.Option(help=f"How what is left is repaired: {names(ReconstructionName)}.")
 ]
 AllocationOption = Annotated[
-    str | None, typer.Option(help="uniform (default), or adaptive: by each layer's measured effect on the loss.")
+    str | None,
+    typer.Option(
+        help="adaptive: widths by each layer's measured effect on the loss; uniform: the same in every layer. Default "
+        "adaptive, but uniform with --mlp-ratio, --attention-ratio, --stock or thresholds."
+    ),
 ]
 RoundTo = Annotated[
     int | None, typer.Option(help="Keep MLP widths at multiples of this; 8 or 32 run faster. Default 1.")

@@ -41,6 +41,7 @@ class PrunerConfig:
     Tokens go by `vocab_size`, `vocab_coverage` or `vocab_min_count`, and count towards a share of all parameters; with
     `vocab_auto`, that budget says how many. The paper's protocol has thresholds in place of a budget
     (`linear_threshold`, `activation_threshold`, `embedding_threshold`). With none of all these, `pruning_ratio` is 0.2.
+    What is left open (`pruning_ratio`, `allocation`) is filled in, so that a config always says what is done.
 
     Raises:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
@@ -61,8 +62,10 @@ class PrunerConfig:
     reconstruction: ReconstructionName = option(
         "sequential", "How the output projections are refitted to what is left."
     )
-    allocation: AllocationName = option(
-        "uniform", "uniform: the same widths in every layer; adaptive: by each layer's measured effect on the loss."
+    allocation: AllocationName | None = option(
+        None,
+        "adaptive: widths by each layer's measured effect on the loss; uniform: the same in every layer. By default "
+        "adaptive where the budget is for all parameters or the loss, uniform with unit ratios, stock or thresholds.",
     )
     round_to: int = option(1, "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).")
     stock: bool = option(False, "Plan only widths that the stock architecture can hold (loads without this package).")
@@ -153,7 +156,9 @@ class PrunerConfig:
             ("allocation", AllocationName),
             ("vocab_criterion", VocabCriterion),
         ):
-            self._check_name(name, get_args(names))
+            if name != "allocation" or self.allocation is not None:
+                self._check_name(name, get_args(names))
+        self._fill_in()
         self._check_budget()
 
     def _check_ratio(self, name: str) -> None:
@@ -177,6 +182,17 @@ class PrunerConfig:
         value = getattr(self, name)
         if value not in allowed:
             raise ConfigError(unknown(name, value, allowed))
+
+    def _fill_in(self) -> None:
+        if not self.prunes_units and not self.prunes_vocabulary:
+            self.pruning_ratio = DEFAULT_PRUNING_RATIO
+        if self.allocation is None:
+            fixed = self.mlp_ratio is not None or self.attention_ratio is not None or self.stock
+            self.allocation = "adaptive" if self._open_budget and not fixed else "uniform"
+
+    @property
+    def _open_budget(self) -> bool:
+        return any(x is not None for x in (self.pruning_ratio, self.target_params, self.max_loss_increase))
 
     def _check_budget(self) -> None:
         if self.pruning_ratio is not None and self.target_params is not None:
@@ -203,8 +219,6 @@ class PrunerConfig:
             raise ConfigError("allocation='adaptive' gives layers different widths, which stock=True rules out.")
         self._check_thresholds(total)
         self._check_vocabulary(total)
-        if not self.prunes_units and not self.prunes_vocabulary:
-            self.pruning_ratio = DEFAULT_PRUNING_RATIO
 
     def _check_thresholds(self, total: bool) -> None:
         given = [name for name in THRESHOLDS if getattr(self, name) is not None]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import Budget, predicted_loss
-from .architectures import check_supported
+from .allocation import Budget, predicted_loss, removed_params
+from .architectures import check_supported, read_geometry, spec_of, unit_costs
 from .calibration import batches_of
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, token_blocks
@@ -23,7 +25,7 @@ from .evaluation import count_parameters, document_losses
 from .magnitudes import Magnitudes, check_linear, measure_magnitudes
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
-from .planning import Measured, Planner, plan_and_repair, plan_widths, versions
+from .planning import Measured, Planner, check_adaptive, plan_and_repair, plan_widths, versions
 from .search_text import SearchText
 from .surgery import apply_plan
 from .thresholds import below_thresholds
@@ -90,10 +92,28 @@ def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -
     if config.prunes_vocabulary:
         check_prunable(model, tokenizer, size_of(config))
     sized = config.prunes_units and not config.thresholds_units
-    if config.allocation == "uniform" and config.max_loss_increase is None and sized:
+    if config.max_loss_increase is None and sized and (config.vocab_size or not config.prunes_vocabulary):
         tokens = min(config.vocab_size or num_rows(model), num_rows(model))
-        if config.vocab_size is not None or not config.prunes_vocabulary:
-            widths_beside(model, config, tokens)
+        check_units_budget(model, config, tokens)
+
+
+def check_units_budget(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> int:
+    """Parameters that neurons and KV groups have to give beside a number of tokens, from shapes alone.
+
+    Raises:
+        BudgetError: They can't give as many.
+    """
+    remove, fixed = Budget.of(config, count_parameters(model)).remove_params, (config.mlp_ratio, config.attention_ratio)
+    if config.allocation == "adaptive" and remove is not None and fixed == (None, None):
+        gone = (num_rows(model) - tokens) * token_cost(model)
+        rest = max(0, remove - gone)
+        with _naming_tokens(remove, gone, tokens):
+            check_adaptive(model, config, rest)
+        return rest
+    spec = spec_of(model.config)
+    geometry = read_geometry(model.config, spec)
+    widths = widths_beside(model, config, tokens)
+    return removed_params(geometry.layers, widths, unit_costs(model, spec, geometry))
 
 
 def check_general_mix(config: PrunerConfig, general: object) -> None:
@@ -120,11 +140,20 @@ def widths_beside(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> 
     if budget.remove_params is None or not gone:
         return plan_widths(model, config)
     rest = max(0, budget.remove_params - gone)
-    try:
+    with _naming_tokens(budget.remove_params, gone, tokens):
         return plan_widths(model, replace(config, pruning_ratio=None, target_params=budget.total_params - rest))
+
+
+@contextmanager
+def _naming_tokens(remove: int, gone: int, tokens: int) -> Iterator[None]:
+    """Say in the error of a budget what part of it goes with the tokens."""
+    try:
+        yield
     except BudgetError as error:
+        if not gone:
+            raise
         raise BudgetError(
-            f"Of the {budget.remove_params:,} parameters asked to go, {gone:,} go with the tokens beyond {tokens:,}. "
+            f"Of the {remove:,} parameters asked to go, {gone:,} go with the tokens beyond {tokens:,}. "
             f"For the rest: {error}"
         ) from error
 

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .allocation import Budget, removed_params
-from .architectures import LayerWidths, read_geometry, spec_of, unit_costs
+from .allocation import Budget
+from .architectures import LayerWidths, read_geometry, spec_of
 from .config import PrunerConfig
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError
 from .evaluation import count_parameters
-from .global_budget import widths_beside
+from .global_budget import check_units_budget, widths_beside
 from .loading import load_outline
 from .surgery import StockFit, stock_fit
 
@@ -23,10 +23,10 @@ class Outline:
 
     Attributes:
         base_parameters: Parameters of the model as it is, tied ones once.
-        pruned_parameters: Parameters after pruning.
+        pruned_parameters: Parameters after pruning; adaptive widths may remove up to a unit more.
         asked_ratio: Share of all parameters that was asked for, if one was.
         dense: Widths as they are, one a layer.
-        widths: Widths after pruning, one a layer.
+        widths: Widths after pruning, one a layer; None for adaptive ones, which are measured.
         dense_tokens: Embedding rows as they are.
         tokens: Embedding rows after pruning.
         stock: Whether the stock architecture holds them, and why or why not.
@@ -36,7 +36,7 @@ class Outline:
     pruned_parameters: int
     asked_ratio: float | None
     dense: tuple[LayerWidths, ...]
-    widths: tuple[LayerWidths, ...]
+    widths: tuple[LayerWidths, ...] | None
     dense_tokens: int
     tokens: int
     stock: StockFit
@@ -47,7 +47,7 @@ class Outline:
 
 
 def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = None) -> Outline:
-    """Work out the sizes of uniform widths without reading a weight.
+    """Work out the sizes without reading a weight.
 
     Args:
         model: A model folder, .gguf file or Hub id.
@@ -66,10 +66,11 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         if config.vocab_size > rows:
             raise BudgetError(f"vocab_size is {config.vocab_size:,}, but the model has only {rows:,} embedding rows.")
         kept = min(-(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple, rows)
-    widths = widths_beside(empty, config, kept) if config.prunes_units else geometry.layers
-    removed = (rows - kept) * token_cost(empty) + removed_params(
-        geometry.layers, widths, unit_costs(empty, spec, geometry)
-    )
+    widths: tuple[LayerWidths, ...] | None = geometry.layers
+    removed = (rows - kept) * token_cost(empty)
+    if config.prunes_units:
+        removed += check_units_budget(empty, config, kept)
+        widths = None if config.allocation == "adaptive" else widths_beside(empty, config, kept)
     return Outline(
         base_parameters=total,
         pruned_parameters=total - removed,
@@ -78,5 +79,7 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         widths=widths,
         dense_tokens=rows,
         tokens=kept,
-        stock=stock_fit(empty.config, spec, widths),
+        stock=StockFit(False, "adaptive widths are measured")
+        if widths is None
+        else stock_fit(empty.config, spec, widths),
     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .allocation import (
     Budget,
     adaptive_widths,
+    beyond_probes,
     most_removable,
     predicted_loss,
     removed_params,
@@ -42,7 +43,7 @@ from .errors import BudgetError, ConfigError, naming
 from .evaluation import count_parameters
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
-from .sensitivity import measure_sensitivity, withhold_probe
+from .sensitivity import SEARCH_TOKENS, measure_sensitivity, probed_counts, withhold_probe
 from .sequential import prune_sequentially
 from .stats import CalibrationStats, Curve, Key, Repair
 from .surgery import stock_fit
@@ -139,6 +140,24 @@ def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidt
     if config.stock and not (fit := stock_fit(model.config, spec, widths)).fits:
         raise BudgetError(f"No such widths stay stock: {fit.reason}. Leave out --stock, or ask for another ratio.")
     return widths
+
+
+def check_adaptive(model: PreTrainedModel, config: PrunerConfig, remove_params: int) -> None:
+    """Refuse, from shapes alone, a budget that adaptive widths can't reach, before anything is measured.
+
+    Raises:
+        BudgetError: Names the most that can go.
+    """
+    _, geometry, costs = _shape(model)
+    probed: dict[Key, Curve] = {}
+    for layer, widths in enumerate(geometry.layers):
+        for target in TARGETS:
+            full = widths.neurons if target == "mlp" else widths.kv_groups
+            if counts := probed_counts(widths, target):
+                probed[layer, target] = ((full, 0.0), *((count, 0.0) for count in counts))
+    most = most_removable(probed, costs, round_to=config.round_to)
+    if remove_params > most:
+        raise beyond_probes(remove_params, most)
 
 
 def _stock_groups(model: PreTrainedModel, spec: ArchSpec, geometry: Geometry) -> list[int]:
@@ -293,6 +312,8 @@ class Planner:
         if config.reconstruction == "sequential" and config.allocation == "uniform" and not config.max_loss_increase:
             return  # the walk sees all it needs
         fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
+        if config.reconstruction == "sequential" and not config.max_loss_increase:  # no model is built of them
+            fit = fit[: max(1, SEARCH_TOKENS // fit.shape[1])]
         self.stats = calibrate(
             model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config)
         )

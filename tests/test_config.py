@@ -76,7 +76,7 @@ def refused(**options):
 def test_defaults():
     config = PrunerConfig()
     assert config.pruning_ratio == DEFAULT_PRUNING_RATIO == 0.2
-    assert (config.criterion, config.reconstruction, config.allocation) == ("obs", "sequential", "uniform")
+    assert (config.criterion, config.reconstruction, config.allocation) == ("obs", "sequential", "adaptive")
     assert set(EVERYTHING) == {field.name for field in dataclasses.fields(PrunerConfig)}
 
 
@@ -146,7 +146,30 @@ def test_names(name, literal):
     assert all(good in message for good in get_args(literal))
     assert message.endswith(f"Did you mean '{get_args(literal)[0]}'?")
     for bad in (None, 3, ["obs"], ""):
-        assert f"Unknown {name} {bad!r}" in refused(**{name: bad})
+        if (name, bad) != ("allocation", None):  # to be filled in
+            assert f"Unknown {name} {bad!r}" in refused(**{name: bad})
+
+
+@pytest.mark.parametrize(
+    ("options", "allocation"),
+    [
+        ({"pruning_ratio": 0.3}, "adaptive"),
+        ({"target_params": 1000}, "adaptive"),
+        ({"max_loss_increase": 0.03}, "adaptive"),
+        ({"pruning_ratio": 0.3, "vocab_size": 64}, "adaptive"),
+        ({"pruning_ratio": 0.3, "attention_ratio": 0.5}, "uniform"),
+        ({"mlp_ratio": 0.25}, "uniform"),
+        ({"pruning_ratio": 0.3, "stock": True}, "uniform"),
+        ({"vocab_size": 64}, "uniform"),
+        ({"linear_threshold": 0.001, "criterion": "l1", "reconstruction": "none"}, "uniform"),
+        ({"pruning_ratio": 0.3, "allocation": "uniform"}, "uniform"),
+        ({"mlp_ratio": 0.25, "allocation": "adaptive"}, "adaptive"),
+    ],
+)
+def test_allocation_that_is_not_given_follows_from_the_budget(options, allocation):
+    config = PrunerConfig(**options)
+    assert config.allocation == allocation
+    assert PrunerConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("bad", ["no", "false", 0, 1, None])
@@ -311,10 +334,10 @@ def test_vocabulary_options_that_contradict():
     assert refused(vocab_size=64, vocab_min_count=2) == (
         "vocab_size and vocab_min_count each set the number of tokens; give one of them."
     )
-    assert "allocation='adaptive'" in refused(vocab_auto=True, pruning_ratio=0.2)
+    assert "allocation='adaptive'" in refused(vocab_auto=True, pruning_ratio=0.2, allocation="uniform")
     assert "a budget to share" in refused(vocab_auto=True, allocation="adaptive")
     assert "no mlp_ratio" in refused(vocab_auto=True, allocation="adaptive", pruning_ratio=0.2, mlp_ratio=0.1)
-    config = PrunerConfig(vocab_auto=True, allocation="adaptive", pruning_ratio=0.2)
+    config = PrunerConfig(vocab_auto=True, pruning_ratio=0.2)
     assert config.prunes_units
     assert config.prunes_vocabulary
     alone = PrunerConfig(vocab_size=64)

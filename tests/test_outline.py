@@ -7,20 +7,31 @@ import json
 import pytest
 
 from hf_context_prune import PrunerConfig
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.outline import dry_run
 from hf_context_prune.planning import plan_widths
 
 
 def test_the_outline_is_that_of_the_loaded_model(model, tmp_path):
     model.save_pretrained(tmp_path)
-    config = PrunerConfig(pruning_ratio=0.1)
+    config = PrunerConfig(pruning_ratio=0.1, allocation="uniform")
     outline = dry_run(tmp_path, config)
     assert outline.widths == plan_widths(model, config)
     assert outline.base_parameters == model.num_parameters()
     assert outline.asked_ratio == 0.1
     assert outline.pruned_parameters <= 0.9 * outline.base_parameters
     assert json.loads(json.dumps(outline.to_dict()))["widths"][0]["kv_groups"] == 3
+
+
+def test_adaptive_widths_are_measured_and_their_size_is_known(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    outline = dry_run(tmp_path, PrunerConfig(pruning_ratio=0.1))
+    assert outline.widths is None
+    assert not outline.stock.fits
+    assert outline.pruned_parameters == outline.base_parameters - -(-outline.base_parameters // 10)
+    assert json.loads(json.dumps(outline.to_dict()))["widths"] is None
+    with pytest.raises(BudgetError, match="adaptive widths can remove at most"):
+        dry_run(tmp_path, PrunerConfig(pruning_ratio=0.9))
 
 
 def test_a_size_that_has_to_be_measured_is_refused(model, tmp_path):

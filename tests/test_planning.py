@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan
+from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan, planning
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.planning import needed_statistics, needed_targets, plan_and_repair, plan_widths, repair_with
@@ -70,9 +70,20 @@ def test_the_stages_give_the_adaptive_plan_too(model):
         make_plan(model, stats, config)
 
 
+@pytest.mark.parametrize(("reconstruction", "used"), [("sequential", 3), ("least_squares", 8)])
+def test_a_search_alone_takes_less_text(model, monkeypatch, reconstruction, used):
+    monkeypatch.setattr(planning, "SEARCH_TOKENS", 50)
+    config = PrunerConfig(pruning_ratio=0.1, reconstruction=reconstruction)
+    planner = planning.Planner(model, tokens(12), config)
+    assert planner.stats.num_samples == used
+    if reconstruction == "sequential":
+        plan, _ = planner.walk(config)
+        assert plan.provenance["num_calibration_samples"] == 12
+
+
 def test_which_units_a_loss_budget_may_remove(model):
-    assert needed_targets(PrunerConfig(max_loss_increase=0.1)) == ("mlp",)
-    assert needed_targets(PrunerConfig(max_loss_increase=0.1, allocation="adaptive")) == ("mlp", "attention")
+    assert needed_targets(PrunerConfig(max_loss_increase=0.1, allocation="uniform")) == ("mlp",)
+    assert needed_targets(PrunerConfig(max_loss_increase=0.1)) == ("mlp", "attention")
     config = PrunerConfig(max_loss_increase=0.1)
     for call in (plan_widths, lambda model, config: make_plan(model, calibrate(model, batches_of(tokens(2))), config)):
         with pytest.raises(ConfigError, match="found by measuring"):

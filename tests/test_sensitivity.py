@@ -276,9 +276,7 @@ def test_a_pruned_model_can_be_probed(model):
     assert [count for count, _ in curves[0, "attention"]] == [2, 1]
 
 
-@pytest.mark.parametrize(
-    ("blocks", "withheld"), [(2, 1), (3, 1), (5, 2), (8, 4), (16, 4), (64, 4), (96, 6), (128, 8), (1000, 8)]
-)
+@pytest.mark.parametrize(("blocks", "withheld"), [(2, 1), (3, 1), (5, 2), (8, 4), (16, 4), (1000, 4)])
 def test_the_last_blocks_are_withheld(blocks, withheld):
     samples = tokens(blocks, 2)
     fit, probe = withhold_probe(samples)

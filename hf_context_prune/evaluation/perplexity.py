@@ -29,8 +29,8 @@ from ._windows import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Rows of logits upcast to float32 at once: the float32 copy and its log-softmax stay below 2048 x vocabulary.
-_LOGIT_ROWS = 512
+# Rows of logits upcast to float32 at once: few enough for the processor's cache.
+_LOGIT_ROWS = 32
 
 
 @dataclass(frozen=True)

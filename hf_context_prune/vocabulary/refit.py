@@ -34,8 +34,8 @@ MIN_GAIN = 3e-4
 HELD_OUT_EVERY = 12
 _MOST_LOGITS = 2**30
 """Logits a step: where there are many tokens, fewer positions are fitted (65,536 of 16,384 tokens)."""
-_ELEMENTS = 2**25
-"""Logits that exist at once."""
+_ELEMENTS = 2**22
+"""Logits that exist at once: few enough to stay in the processor's cache."""
 
 
 @torch.no_grad()
