@@ -216,7 +216,7 @@ def results_text(
     first = next(iter(matrices.values()))
     parts = [
         "## The proof",
-        f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, uniform widths) on "
+        f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, adaptive widths) on "
         f"{args.blocks} x {args.length} tokens of each domain's train text; measured on validation text of every domain "
         f"(at most {args.eval_tokens:,} tokens) and on up to {args.questions} questions each (likelihood a byte, "
         f"{args.shots}-shot). In brackets 95 % intervals: bootstrap over documents, Wilson over questions; p of "

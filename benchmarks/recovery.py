@@ -141,6 +141,7 @@ class RecoveryDomain(Domain):
         model, tokenizer = copy.deepcopy(self.model), self.load().tokenizer
         config = PrunerConfig(
             pruning_ratio=share,
+            allocation="uniform",
             **OURS,  # type: ignore[arg-type]
             num_calibration_samples=self.args.blocks,
             max_seq_length=self.args.length,

@@ -27,7 +27,12 @@ def test_prune_20_percent_and_repair(smollm2, licences, tmp_path):
     excess = {}
     for reconstruction in ("none", "least_squares"):
         config = PrunerConfig(
-            pruning_ratio=0.2, round_to=8, num_calibration_samples=16, max_seq_length=256, reconstruction=reconstruction
+            pruning_ratio=0.2,
+            round_to=8,
+            allocation="uniform",
+            num_calibration_samples=16,
+            max_seq_length=256,
+            reconstruction=reconstruction,
         )
         result = prune(smollm2, licences.calibration, config, eval_data=licences.held_out, evaluation=quick)
         excess[reconstruction] = result.report.loss.comparison.excess_nats_per_token.value
