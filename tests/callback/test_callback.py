@@ -264,7 +264,7 @@ def broken(model):
         ({}, {"twice": True}, ConfigError, "two ContextPruneCallbacks"),
         ({}, {"model": lambda: broken(tiny_model("llama"))}, NumericsError, r"lm_head\.weight"),
         ({"reconstruction": "bias"}, {}, ConfigError, "adds biases that a llama model can't save"),
-        ({"mlp_ratio": None, "attention_ratio": None, "pruning_ratio": 0.95}, {}, ConfigError, "KV groups can give at most"),
+        ({"mlp_ratio": None, "attention_ratio": None, "pruning_ratio": 0.95}, {}, ConfigError, "can give at most"),
         (VARIABLE | {"pruning_ratio": 0.95}, {}, ConfigError, "neurons and KV groups can give at most"),
     ],
 )
