@@ -27,6 +27,7 @@ from transformers import (
 
 from ..errors import NumericsError
 from .config import RecoveryConfig
+from .loss import token_loss
 
 _WARMUP = 0.05
 """Share of the training in which the learning rate rises."""
@@ -86,35 +87,6 @@ def bfloat16_is_fast(device: torch.device) -> bool:
         known = torch.cpu.get_capabilities()
         return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     return False
-
-
-def token_loss(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    wanted: torch.Tensor | None,
-    *,
-    distillation: float,
-    temperature: float,
-) -> torch.Tensor:
-    """Mean over tokens of (1 - a) * cross-entropy + a * T^2 * KL(teacher || student).
-
-    Args:
-        logits: Of the student, [tokens, vocabulary], any floating-point dtype.
-        targets: Next tokens, [tokens], int64.
-        wanted: Logits of the teacher, [tokens, vocabulary]; None without a teacher.
-        distillation: a, in [0, 1].
-        temperature: T, above 0.
-    """
-    logits = logits.float()
-    if wanted is None or distillation == 0:
-        return nn.functional.cross_entropy(logits, targets)
-    student = (logits / temperature).log_softmax(dim=-1)
-    teacher = (wanted.float() / temperature).log_softmax(dim=-1)
-    divergence = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-    if distillation == 1:
-        return divergence
-    own = student if temperature == 1 else logits.log_softmax(dim=-1)
-    return (1 - distillation) * nn.functional.nll_loss(own, targets) + distillation * divergence
 
 
 class _Progress(TrainerCallback):

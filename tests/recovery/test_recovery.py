@@ -15,7 +15,7 @@ from hf_context_prune.data import CalibrationWarning, load_documents
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PlanError, UnsupportedArchitectureError
 from hf_context_prune.evaluation import document_losses
 from hf_context_prune.recovery import RecoveryConfig, recover, teacher_of, training
-from hf_context_prune.recovery.training import token_loss
+from hf_context_prune.recovery.loss import token_loss
 from tests.tiny import TEXT, case, tiny_model
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 
@@ -220,6 +220,30 @@ def test_the_loss(share, temperature):
     assert float(got) == pytest.approx(float(expected), rel=1e-5)
     assert float(token_loss(logits, targets, None, distillation=share, temperature=temperature)) == pytest.approx(
         float(functional.cross_entropy(logits, targets)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_gradient_of_the_loss(share, temperature, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits, wanted = (torch.randn(70, 11, generator=generator).to(dtype) for _ in range(2))  # several chunks
+    targets = torch.randint(0, 11, (70,), generator=generator)
+    got = logits.clone().requires_grad_()
+    (3 * token_loss(got, targets, wanted, distillation=share, temperature=temperature)).backward()
+    by_autograd = logits.double().requires_grad_()
+    divergence = functional.kl_div(
+        (by_autograd / temperature).log_softmax(-1),
+        (wanted.double() / temperature).log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    loss = (1 - share) * functional.cross_entropy(by_autograd, targets) + share * temperature**2 * divergence
+    (3 * loss).backward()
+    assert got.grad.dtype == dtype
+    torch.testing.assert_close(
+        got.grad.double(), by_autograd.grad, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6
     )
 
 
