@@ -22,6 +22,8 @@ from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain
 from benchmarks.models import MODELS
 from hf_context_prune.architectures import TARGETS
 from hf_context_prune.evaluation import DocumentLoss, Estimate, compare_losses
+from hf_context_prune.sensitivity import PROBE_TOKENS
+from hf_context_prune.width_search import SEARCH_TOKENS
 
 
 def losses_of(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[DocumentLoss]:
@@ -236,8 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for turn, size in enumerate(args.sizes, start=1):
         for domain_name, domain in domains.items():
             for method in args.methods:
+                searched = {"search": [SEARCH_TOKENS, PROBE_TOKENS]} if METHODS[method].adaptive else {}
                 rows[domain_name, size, method] = store.get(
-                    {**keys[domain_name], "size": size, "method": method},
+                    {**keys[domain_name], "size": size, "method": method, **searched},
                     lambda d=domain, m=method, s=size, row=rows[domain_name, "", "dense"]: d.measure(
                         METHODS[m], SIZES[s], row
                     ),

@@ -350,11 +350,12 @@ def adaptive_widths(
     )
 
 
-def beyond_probes(remove_params: int, most: int) -> BudgetError:
-    """The error of a budget that adaptive widths can't reach."""
+def beyond_probes(remove_params: int, most: int, total: int | None = None) -> BudgetError:
+    """The error of a budget that adaptive widths can't reach; with the model's parameters, it names a share that is."""
+    share = "" if total is None else f" ({_share_below(most, total)} of all)"
     return BudgetError(
-        f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}, since no layer is "
-        f"narrowed below its smallest probed width. Ask for less, or use --allocation uniform."
+        f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}{share}, since no "
+        f"layer is narrowed below its smallest probed width. Ask for less, or use --allocation uniform."
     )
 
 

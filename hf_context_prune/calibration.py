@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,13 +119,18 @@ class _Collector:
 
 @contextmanager
 def _hooked(
-    model: PreTrainedModel, spec: ArchSpec, geometry: Geometry, targets: Iterable[Target], *, gram: bool
+    model: PreTrainedModel,
+    spec: ArchSpec,
+    targets: Iterable[Target],
+    layers: Collection[int] | None,
+    *,
+    gram: bool,
 ) -> Iterator[dict[tuple[int, Target], _Collector]]:
     collectors: dict[tuple[int, Target], _Collector] = {}
     handles = []
     try:
         for layer, block in enumerate(blocks(model, spec)):
-            for target in targets:
+            for target in targets if layers is None or layer in layers else ():
                 projection = output_projection(block, spec, target)
                 weight = output_weight(projection)
                 centre = projection.bias is not None
@@ -170,6 +175,7 @@ def calibrate(
     *,
     targets: Iterable[Target] = TARGETS,
     statistics: frozenset[str] = frozenset(),
+    layers: Collection[int] | None = None,
 ) -> CalibrationStats:
     """Run the model over text and sum up what its output projections read.
 
@@ -182,6 +188,7 @@ def calibrate(
             same shape; padded positions count in no statistic.
         targets: ``"mlp"`` and/or ``"attention"``.
         statistics: Beyond the moments: ``"gram"`` (X^T X) and/or ``"taylor"`` (gradients of the language-model loss).
+        layers: Those to sum up; None: all. Gram matrices of all at once may be more than the memory holds.
 
     Returns:
         Sums in float64 (Gram matrices in float32).
@@ -207,7 +214,7 @@ def calibrate(
     num_tokens = num_samples = 0
     try:
         with (
-            _hooked(model, spec, geometry, targets, gram="gram" in statistics) as collectors,
+            _hooked(model, spec, targets, layers, gram="gram" in statistics) as collectors,
             _only_block_gradients(model, spec, enabled=with_gradients),
         ):
             for index, batch in tqdm(

@@ -138,7 +138,9 @@ def prune(
     revision: RevisionOption = None,
     max_eval_tokens: MaxEvalTokens = 20_000,
     speed: SpeedOption = True,
-    dry_run: Annotated[bool, typer.Option(help="Only print the sizes, layer by layer, from shapes alone.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only print the sizes, from shapes alone (uniform widths layer by layer).")
+    ] = False,
     format: FormatOption = Format.auto,
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on held-out text, and write a model folder."""

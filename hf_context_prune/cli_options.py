@@ -110,7 +110,7 @@ VocabAuto = Annotated[
     bool | None,
     typer.Option(
         "--vocab-auto/--no-vocab-auto",
-        help="Let the budget choose the number of tokens too, by measured cost (with --allocation adaptive).",
+        help="Let the budget choose the number of tokens too, by measured cost (not with --allocation uniform).",
     ),
 ]
 VocabCriterionOption = Annotated[

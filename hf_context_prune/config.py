@@ -77,7 +77,7 @@ class PrunerConfig:
     vocab_auto: bool = option(
         False,
         "Let the budget for all parameters choose the number of tokens too, by what they and the other units cost in "
-        "loss (with allocation=adaptive).",
+        "loss (not with allocation=uniform).",
     )
     vocab_multiple: int = option(64, "The number of kept tokens is rounded up to a multiple of this.")
     vocab_criterion: VocabCriterion = option(
@@ -188,7 +188,8 @@ class PrunerConfig:
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if self.allocation is None:
             fixed = self.mlp_ratio is not None or self.attention_ratio is not None or self.stock
-            self.allocation = "adaptive" if self._open_budget and not fixed else "uniform"
+            nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
+            self.allocation = "adaptive" if self._open_budget and not (fixed or nothing) else "uniform"
 
     @property
     def _open_budget(self) -> bool:
@@ -216,7 +217,10 @@ class PrunerConfig:
                 "criterion='obs', or reconstruction='least_squares'."
             )
         if self.allocation == "adaptive" and self.stock:
-            raise ConfigError("allocation='adaptive' gives layers different widths, which stock=True rules out.")
+            raise ConfigError(
+                "allocation='adaptive' gives layers different widths, which stock=True rules out; leave allocation out "
+                "(None; a config fills it in)."
+            )
         self._check_thresholds(total)
         self._check_vocabulary(total)
 
@@ -250,13 +254,14 @@ class PrunerConfig:
             raise ConfigError(f"{' and '.join(given)} each set the number of tokens; give one of them.")
         if not self.vocab_auto:
             return
+        if not total:
+            raise ConfigError("vocab_auto needs a budget to share: pruning_ratio or target_params. Or give vocab_size.")
         if self.allocation != "adaptive" or self.mlp_ratio is not None or self.attention_ratio is not None:
             raise ConfigError(
                 "vocab_auto shares one budget between tokens and other units by their measured cost: it needs "
-                "allocation='adaptive', and no mlp_ratio or attention_ratio. Or fix the tokens: vocab_size."
+                "allocation='adaptive' (so not stock), and no mlp_ratio or attention_ratio. Or fix the tokens: "
+                "vocab_size."
             )
-        if not total:
-            raise ConfigError("vocab_auto needs a budget to share: pruning_ratio or target_params. Or give vocab_size.")
 
     @property
     def prunes_units(self) -> bool:

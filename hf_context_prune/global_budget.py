@@ -25,7 +25,16 @@ from .evaluation import count_parameters, document_losses
 from .magnitudes import Magnitudes, check_linear, measure_magnitudes
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
-from .planning import Measured, Planner, check_adaptive, plan_and_repair, plan_widths, versions
+from .planning import (
+    Measured,
+    Planner,
+    check_adaptive,
+    needed_targets,
+    plan_and_repair,
+    plan_widths,
+    removed_of,
+    versions,
+)
 from .search_text import SearchText
 from .surgery import apply_plan
 from .thresholds import below_thresholds
@@ -112,8 +121,10 @@ def check_units_budget(model: PreTrainedModel, config: PrunerConfig, tokens: int
         return rest
     spec = spec_of(model.config)
     geometry = read_geometry(model.config, spec)
-    widths = widths_beside(model, config, tokens)
-    return removed_params(geometry.layers, widths, unit_costs(model, spec, geometry))
+    widths, costs = widths_beside(model, config, tokens), unit_costs(model, spec, geometry)
+    for target in needed_targets(config) if config.allocation == "adaptive" else ():
+        check_adaptive(model, config, removed_of(target, geometry.layers, widths, costs), [target])
+    return removed_params(geometry.layers, widths, costs)
 
 
 def check_general_mix(config: PrunerConfig, general: object) -> None:
@@ -354,6 +365,8 @@ def smaller_model(
                         f"more tokens, or allow more."
                     )
             config = rest_of_budget(config, dense, model)
+            if search is None:
+                check_units_budget(model, config, num_rows(model))
     samples = _samples(text, tokenizer, config, general)
     try:
         plan, repair = plan_and_repair(

@@ -230,8 +230,8 @@ class DomainMatrix:
         ]
         if self.reference is not None:
             parts += [
-                f"Does the context matter? Models of equal size, calibrated on their own domain, against the one "
-                f"calibrated on {self.reference} (below 0: better):",
+                f"Does the context matter? Models of equal size (to one unit), calibrated on their own domain, against "
+                f"the one calibrated on {self.reference} (below 0: better):",
                 table(("domain", "on its own text", f"on {self.reference} text"), self.context_rows()),
             ]
         if self.asked:

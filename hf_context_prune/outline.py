@@ -23,7 +23,7 @@ class Outline:
 
     Attributes:
         base_parameters: Parameters of the model as it is, tied ones once.
-        pruned_parameters: Parameters after pruning; adaptive widths may remove up to a unit more.
+        pruned_parameters: Parameters after pruning; adaptive widths may remove up to one step more.
         asked_ratio: Share of all parameters that was asked for, if one was.
         dense: Widths as they are, one a layer.
         widths: Widths after pruning, one a layer; None for adaptive ones, which are measured.
@@ -69,8 +69,9 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     widths: tuple[LayerWidths, ...] | None = geometry.layers
     removed = (rows - kept) * token_cost(empty)
     if config.prunes_units:
-        removed += check_units_budget(empty, config, kept)
-        widths = None if config.allocation == "adaptive" else widths_beside(empty, config, kept)
+        gone = check_units_budget(empty, config, kept)
+        removed += gone
+        widths = None if config.allocation == "adaptive" and gone else widths_beside(empty, config, kept)
     return Outline(
         base_parameters=total,
         pruned_parameters=total - removed,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .allocation import (
     Budget,
+    Costs,
     adaptive_widths,
     beyond_probes,
     most_removable,
@@ -43,10 +44,11 @@ from .errors import BudgetError, ConfigError, naming
 from .evaluation import count_parameters
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
-from .sensitivity import SEARCH_TOKENS, measure_sensitivity, probed_counts, withhold_probe
+from .sensitivity import measure_sensitivity, probed_counts, withhold_probe
 from .sequential import prune_sequentially
 from .stats import CalibrationStats, Curve, Key, Repair
 from .surgery import stock_fit
+from .width_search import search_curves
 
 
 def needed_statistics(config: PrunerConfig) -> frozenset[str]:
@@ -83,9 +85,14 @@ def score_units(
     Returns:
         [units] float64 on the CPU, by (layer, target); higher is kept.
     """
+    return _score(model, stats, criterion, torch.Generator().manual_seed(seed))
+
+
+def _score(
+    model: PreTrainedModel, stats: CalibrationStats, criterion: str, generator: torch.Generator
+) -> dict[Key, torch.Tensor]:
     spec = check_supported(model)
     geometry, layers = read_geometry(model.config, spec), blocks(model, spec)
-    generator = torch.Generator().manual_seed(seed)
     function = get_criterion(criterion).function
     importance = {}
     for (layer, target), statistics in stats.targets.items():
@@ -142,8 +149,10 @@ def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidt
     return widths
 
 
-def check_adaptive(model: PreTrainedModel, config: PrunerConfig, remove_params: int) -> None:
-    """Refuse, from shapes alone, a budget that adaptive widths can't reach, before anything is measured.
+def check_adaptive(
+    model: PreTrainedModel, config: PrunerConfig, remove_params: int, targets: Sequence[Target] = TARGETS
+) -> None:
+    """Refuse, from shapes alone, a budget that adaptive widths of these units can't reach, before anything is measured.
 
     Raises:
         BudgetError: Names the most that can go.
@@ -151,13 +160,13 @@ def check_adaptive(model: PreTrainedModel, config: PrunerConfig, remove_params: 
     _, geometry, costs = _shape(model)
     probed: dict[Key, Curve] = {}
     for layer, widths in enumerate(geometry.layers):
-        for target in TARGETS:
+        for target in targets:
             full = widths.neurons if target == "mlp" else widths.kv_groups
             if counts := probed_counts(widths, target):
                 probed[layer, target] = ((full, 0.0), *((count, 0.0) for count in counts))
     most = most_removable(probed, costs, round_to=config.round_to)
     if remove_params > most:
-        raise beyond_probes(remove_params, most)
+        raise beyond_probes(remove_params, most, count_parameters(model))
 
 
 def _stock_groups(model: PreTrainedModel, spec: ArchSpec, geometry: Geometry) -> list[int]:
@@ -180,10 +189,15 @@ def _adaptive(model: PreTrainedModel, config: PrunerConfig, curves: Mapping[Key,
     widths = geometry.layers
     for target in needed_targets(config):
         own = {key: curve for key, curve in curves.items() if key[1] == target}
-        remove = removed_params(geometry.layers, _only(target, uniform, geometry.layers), costs)
+        remove = removed_of(target, geometry.layers, uniform, costs)
         part = adaptive_widths(own, geometry, costs, remove, round_to=config.round_to)
         widths = _only(target, part, widths)
     return widths
+
+
+def removed_of(target: Target, dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...], costs: Costs) -> int:
+    """Parameters that one kind of unit gives when the layers shrink from `dense` to `widths`."""
+    return removed_params(dense, _only(target, widths, dense), costs)
 
 
 def _only(target: Target, widths: tuple[LayerWidths, ...], others: tuple[LayerWidths, ...]) -> tuple[LayerWidths, ...]:
@@ -197,7 +211,7 @@ class Measured:
     """What was measured of a model, enough for a plan of any size.
 
     Attributes:
-        importance: One value a unit, by (layer, target).
+        importance: One value a unit, by (layer, target); empty where a walk chooses the units.
         curves: What each layer pays for each width; None for uniform widths.
         num_samples: Blocks of text behind it.
         num_tokens: Unpadded tokens behind it.
@@ -311,13 +325,29 @@ class Planner:
             return
         if config.reconstruction == "sequential" and config.allocation == "uniform" and not config.max_loss_increase:
             return  # the walk sees all it needs
+        if config.reconstruction == "sequential" and not config.max_loss_increase:  # no model is built of statistics
+            self.measured = Measured({}, self._search(config), 0, 0)
+            return
         fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
-        if config.reconstruction == "sequential" and not config.max_loss_increase:  # no model is built of them
-            fit = fit[: max(1, SEARCH_TOKENS // fit.shape[1])]
         self.stats = calibrate(
             model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config)
         )
         self.measured = measured or Measured.of(model, self.stats, config, probe)
+
+    def _search(self, config: PrunerConfig) -> dict[Key, Curve]:
+        generator = torch.Generator().manual_seed(config.pruning_seed)  # one for all layers, whatever the turns
+        return search_curves(
+            self.model,
+            self.samples,
+            targets=needed_targets(config),
+            statistics=needed_statistics(config),
+            prepare=lambda stats: (
+                _score(self.model, stats, config.criterion, generator),
+                repair_with(stats, config),
+            ),
+            identity=f"{config.criterion} {config.ridge!r} {config.pruning_seed}",
+            state_dir=self.resume_dir,
+        )
 
     def most_removable(self, config: PrunerConfig) -> int:
         """Parameters that can go at most, where no ratio fixes a width."""

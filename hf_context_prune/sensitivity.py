@@ -42,10 +42,8 @@ from .streams import Forward, forwards
 
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when it is probed."""
-PROBE_BLOCKS = 4
-"""Blocks of text to probe on, at most."""
-SEARCH_TOKENS = 16_384
-"""Text of the statistics at most, where the search alone uses them: widths need less of it than a refit."""
+PROBE_TOKENS = 2048
+"""Text to probe on, in whole blocks, two at least."""
 _ROWS = 32
 """Tokens whose divergence is computed at once: few enough for the processor's cache, which is five times as fast."""
 
@@ -59,8 +57,8 @@ class _Probe:
     ids: torch.Tensor
     outputs: list[Any] = field(default_factory=list)
 
-    def record(self) -> None:
-        """Run the dense model once."""
+    def record(self) -> torch.Tensor:
+        """Run the dense model once; its log-probabilities, [tokens, vocabulary], float32."""
 
         def recorded(forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a block takes and gives
@@ -70,7 +68,8 @@ class _Probe:
             return run
 
         with forwards(self.layers, [recorded(block.forward) for block in self.layers]):
-            self.model.base_model(input_ids=self.ids, use_cache=False)
+            logits = self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1)
+        return torch.cat([rows.float().log_softmax(dim=-1) for rows in logits.split(_ROWS)])
 
     def logits(self, start: int) -> torch.Tensor:
         """The output of the model as it is now, [tokens, vocabulary], if no block before `start` has changed.
@@ -84,10 +83,6 @@ class _Probe:
 
         with forwards(self.layers[:start], [known(output) for output in self.outputs[:start]]):
             return self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1)
-
-    def dense_log_probs(self) -> torch.Tensor:
-        """Of the dense model, [tokens, vocabulary], float32; no block runs, only the head."""
-        return self.logits(len(self.layers)).float().log_softmax(dim=-1)
 
 
 def _divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:
@@ -125,8 +120,8 @@ def _narrowed(
 def withhold_probe(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split token blocks for adaptive allocation, so that layers are measured on text that the refits have not seen.
 
-    `PROBE_BLOCKS` blocks, the last ones, but no more than half. They are blocks, not documents: the first may begin
-    with the end of a document of the rest.
+    `PROBE_TOKENS`, but no more than a quarter, from places spread evenly over the text, so that no single document
+    decides. They are blocks, not documents: others may hold more of the same document.
 
     Args:
         samples: [blocks, length], int64.
@@ -139,12 +134,14 @@ def withhold_probe(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if len(samples) < 2:
         raise ConfigError(
-            f"allocation='adaptive' withholds text from the statistics to measure layers on, but there is "
+            f"Adaptive widths are measured on text that is withheld from the statistics, but there is "
             f"{len(samples)} block of {samples.shape[-1]} tokens. Give more text (or raise num_calibration_samples), "
             f"lower max_seq_length, or use allocation='uniform'."
         )
-    count = min(PROBE_BLOCKS, len(samples) // 2)
-    return samples[:-count], samples[-count:]
+    count = max(1, min(max(2, math.ceil(PROBE_TOKENS / samples.shape[1])), len(samples) // 4))
+    withheld = torch.zeros(len(samples), dtype=torch.bool)
+    withheld[(2 * torch.arange(count) + 1) * len(samples) // (2 * count)] = True
+    return samples[~withheld], samples[withheld]
 
 
 def measure_sensitivity(
@@ -159,11 +156,11 @@ def measure_sensitivity(
     """Narrow every layer alone to a few widths and measure the mean KL(dense || narrowed) at the output.
 
     A forward pass begins at the narrowed block: what the blocks before it give is recorded once. Memory: every block's
-    output on the text, and [tokens, vocabulary] in float32 of one batch beside its logits.
+    output on the text, [tokens, vocabulary] in float32, the logits of a batch, and one refitted projection.
 
     Args:
         model: The dense model; runs in evaluation mode, and is as it was when this returns.
-        importance: One value a unit for every (layer, target).
+        importance: One value a unit for every (layer, target) that is to be measured.
         repair: As for `apply_plan`.
         token_blocks: Text to measure on, [blocks, length], int64; better not what `repair` was fitted to.
         targets: Which units.
@@ -177,41 +174,40 @@ def measure_sensitivity(
     """
     spec = check_supported(model)
     layers, geometry = blocks(model, spec), read_geometry(model.config, spec)
-    counts = [
-        {target: found for target in targets if (found := probed_counts(widths, target))} for widths in geometry.layers
-    ]
+    counts = {
+        (layer, target): found
+        for layer, widths in enumerate(geometry.layers)
+        for target in targets
+        if (layer, target) in importance and (found := probed_counts(widths, target))
+    }
     ids = token_blocks.split(max(1, batch_tokens // token_blocks.shape[1]))
     batches = [_Probe(model, layers, chunk.to(model.device)) for chunk in ids]
     curves: dict[Key, Curve] = {}
     training = [module for module in model.modules() if module.training]
     model.eval()
-    total = len(batches) * sum(len(found) for layer in counts for found in layer.values())
+    total = len(batches) * sum(map(len, counts.values()))
     bar = tqdm(total=total, desc="Probing layers", unit="pass", name="hf_context_prune.sensitivity")
     try:
         with torch.inference_mode(), fast_matmul(), bar:
-            for batch in batches:
-                batch.record()
-            for layer, block in enumerate(layers):
-                trials = [
-                    _Trial(layer, target, count, block, spec, geometry, importance[layer, target], repair)
-                    for target, found in counts[layer].items()
-                    for count in found
-                ]
-                for batch in batches if trials else ():
-                    dense = batch.dense_log_probs()
-                    if not bool(torch.isfinite(dense).all()):
-                        raise _not_finite("the dense model")
-                    for trial in trials:
-                        with trial.narrowed():
-                            trial.sum += _divergence(dense, batch.logits(layer))
-                        if not math.isfinite(trial.sum):
-                            raise _not_finite(f"the model with {trial.where}")
-                        bar.update()
-                for target in counts[layer]:
-                    full = geometry.layers[layer].neurons if target == "mlp" else geometry.layers[layer].kv_groups
-                    # Not below 0 but for rounding.
-                    points = [(t.count, max(0.0, t.sum / token_blocks.numel())) for t in trials if t.target == target]
-                    curves[layer, target] = ((full, 0.0), *points)
+            dense = [batch.record() for batch in batches] if counts else []
+            if not all(bool(torch.isfinite(rows).all()) for rows in dense):
+                raise _not_finite("the dense model")
+            for (layer, target), found in counts.items():
+                widths = geometry.layers[layer]
+                points = [(widths.neurons if target == "mlp" else widths.kv_groups, 0.0)]
+                for count in found:
+                    trial = _Trial(
+                        layer, target, count, layers[layer], spec, geometry, importance[layer, target], repair
+                    )
+                    divergence = 0.0
+                    with trial.narrowed():
+                        for batch, wanted in zip(batches, dense, strict=True):
+                            divergence += _divergence(wanted, batch.logits(layer))
+                            bar.update()
+                    if not math.isfinite(divergence):
+                        raise _not_finite(f"the model with {trial.where}")
+                    points.append((count, max(0.0, divergence / token_blocks.numel())))  # not below 0 but for rounding
+                curves[layer, target] = tuple(points)
     finally:
         for module in training:
             module.training = True
@@ -220,9 +216,11 @@ def measure_sensitivity(
 
 def probed_counts(widths: LayerWidths, target: Target) -> list[int]:
     """Units to keep when a layer is probed, widest first."""
+    total = widths.neurons if target == "mlp" else widths.kv_groups
+    counts = {round(total * share) for share in PROBES}
     if target == "attention":
-        return list(range(widths.kv_groups - 1, 0, -1))
-    return sorted({round(widths.neurons * share) for share in PROBES} - {0, widths.neurons}, reverse=True)
+        counts |= {total - 1, 1}  # few units, each of which costs much
+    return sorted(counts - {0, total}, reverse=True)
 
 
 class _Trial:
@@ -239,7 +237,6 @@ class _Trial:
         importance: torch.Tensor,
         repair: Repair,
     ) -> None:
-        self.target, self.count, self.sum = target, count, 0.0
         self.where = f"layer {layer} ({target}) narrowed to {count} of {len(importance)} units"
         size = unit_size(geometry, target)
         units = sorted(importance.argsort(descending=True, stable=True)[:count].tolist())

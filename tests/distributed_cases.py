@@ -16,6 +16,7 @@ CONFIGS = {
 } | {
     "adaptive": {"pruning_ratio": 0.15, "allocation": "adaptive", "reconstruction": "least_squares"},
     "walk": {"mlp_ratio": 0.4, "attention_ratio": 0.34},
+    "searched walk": {"pruning_ratio": 0.15},
 }
 
 

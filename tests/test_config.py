@@ -161,6 +161,8 @@ def test_names(name, literal):
         ({"mlp_ratio": 0.25}, "uniform"),
         ({"pruning_ratio": 0.3, "stock": True}, "uniform"),
         ({"vocab_size": 64}, "uniform"),
+        ({"pruning_ratio": 0}, "uniform"),
+        ({"num_calibration_samples": 1}, "uniform"),
         ({"linear_threshold": 0.001, "criterion": "l1", "reconstruction": "none"}, "uniform"),
         ({"pruning_ratio": 0.3, "allocation": "uniform"}, "uniform"),
         ({"mlp_ratio": 0.25, "allocation": "adaptive"}, "adaptive"),
@@ -335,7 +337,8 @@ def test_vocabulary_options_that_contradict():
         "vocab_size and vocab_min_count each set the number of tokens; give one of them."
     )
     assert "allocation='adaptive'" in refused(vocab_auto=True, pruning_ratio=0.2, allocation="uniform")
-    assert "a budget to share" in refused(vocab_auto=True, allocation="adaptive")
+    assert "a budget to share" in refused(vocab_auto=True)
+    assert "so not stock" in refused(vocab_auto=True, pruning_ratio=0.2, stock=True)
     assert "no mlp_ratio" in refused(vocab_auto=True, allocation="adaptive", pruning_ratio=0.2, mlp_ratio=0.1)
     config = PrunerConfig(vocab_auto=True, pruning_ratio=0.2)
     assert config.prunes_units

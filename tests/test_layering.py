@@ -25,7 +25,7 @@ LAYERS = [
         *("criteria", "allocation", "reconstruction", "calibration", "magnitudes", "surgery", "vocabulary"),
         *("figures", "sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
     },
-    {"evaluation", "saving", "loading", "sequential"},
+    {"evaluation", "saving", "loading", "sequential", "width_search"},
     {"base_card"},
     {"budget_search", "search_text"},
     {"planning"},

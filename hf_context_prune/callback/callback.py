@@ -184,7 +184,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             self._resume(state, model, steps)
         else:
             check_not_cut(self.plan if self._training else None, widths)
-            check_reachable(model, self.config)
+            check_reachable(model, self.config, self.schedule.share(0))
             self.final = None if self.config.allocation == "adaptive" else plan_widths(model, self.config)
             self.dense, self.total_params = widths, count_parameters(model)
             self.plan, self.tokens, self.num_done = None, [], 0

@@ -16,7 +16,7 @@ from ..errors import BudgetError, ConfigError, PruningWarning
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan
-from ..planning import needed_targets
+from ..planning import check_adaptive, needed_targets
 from ..sequential import check_walkable
 from .schedule import PruningSchedule
 
@@ -93,11 +93,16 @@ def check_not_cut(unfinished: PruningPlan | None, widths: Sequence[LayerWidths])
         )
 
 
-def check_reachable(model: PreTrainedModel, config: PrunerConfig) -> None:
+def check_reachable(model: PreTrainedModel, config: PrunerConfig, first: float) -> None:
     """Refuse, from shapes alone, a size that can't be reached, and uniform widths where they vary already.
 
+    Args:
+        model: As it is before the training.
+        config: What is asked for.
+        first: Share of all that will go which goes at the first pruning.
+
     Raises:
-        BudgetError: Fewer parameters than the narrowest layers have.
+        BudgetError: Fewer parameters than the narrowest layers have, or too many at once.
         ConfigError: The widths vary.
     """
     spec = check_supported(model)
@@ -117,6 +122,10 @@ def check_reachable(model: PreTrainedModel, config: PrunerConfig) -> None:
             f"Asked to remove {remove:,} of {count_parameters(model):,} parameters; neurons and KV groups can give at "
             f"most {most:,}. Ask for less."
         )
+    try:
+        check_adaptive(model, config, int(first * remove))
+    except BudgetError as error:
+        raise BudgetError(f"At the first pruning of the schedule: {error} Or prune in more steps.") from error
 
 
 def check_repair(model: PreTrainedModel, config: PrunerConfig) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 _ROWS = {"cpu": 32}
 """Tokens at once by device; elsewhere `_MANY`."""
@@ -48,14 +49,15 @@ class _Distilled(torch.autograd.Function):
         temperature: float,
     ) -> torch.Tensor:
         gradient = torch.empty_like(logits)
-        total = torch.zeros((), device=logits.device)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
         rows = _ROWS.get(logits.device.type, _MANY)
         for z, ids, other, out in zip(*(x.split(rows) for x in (logits, targets, wanted, gradient)), strict=True):
             own = z.float().log_softmax(dim=-1)
             warm = own if temperature == 1 else (z.float() / temperature).log_softmax(dim=-1)
             teacher = (other.float() / temperature).log_softmax(dim=-1)
             expected = teacher.exp()
-            total -= (1 - share) * own.gather(-1, ids[:, None]).sum()
+            if share < 1:
+                total -= (1 - share) * own.gather(-1, ids[:, None]).sum()
             total += share * temperature**2 * (expected * (teacher - warm)).sum()
             probability = own.exp()
             slope = probability if temperature == 1 else warm.exp()
@@ -66,6 +68,7 @@ class _Distilled(torch.autograd.Function):
         return total / len(targets)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override] # noqa: ANN401
         (gradient,) = ctx.saved_tensors
         return gradient * scale.to(gradient.dtype), None, None, None, None

@@ -36,6 +36,7 @@ _MOST_LOGITS = 2**30
 """Logits a step: where there are many tokens, fewer positions are fitted (65,536 of 16,384 tokens)."""
 _ELEMENTS = 2**22
 """Logits that exist at once: few enough to stay in the processor's cache."""
+_FEWEST_ROWS = 256
 
 
 @torch.no_grad()
@@ -178,5 +179,5 @@ class _Problem:
     def _chunks(
         states: torch.Tensor, targets: torch.Tensor, tokens: int
     ) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
-        size = max(1, _ELEMENTS // tokens)
+        size = max(_FEWEST_ROWS, _ELEMENTS // tokens)  # every chunk reads all the weights
         return list(zip(states.split(size), targets.split(size), strict=True))

@@ -264,8 +264,14 @@ def broken(model):
         ({}, {"twice": True}, ConfigError, "two ContextPruneCallbacks"),
         ({}, {"model": lambda: broken(tiny_model("llama"))}, NumericsError, r"lm_head\.weight"),
         ({"reconstruction": "bias"}, {}, ConfigError, "adds biases that a llama model can't save"),
-        ({"mlp_ratio": None, "attention_ratio": None, "pruning_ratio": 0.95}, {}, ConfigError, "can give at most"),
+        (VARIABLE | {"pruning_ratio": 0.95, "allocation": "uniform"}, {}, ConfigError, "options can remove at most"),
         (VARIABLE | {"pruning_ratio": 0.95}, {}, ConfigError, "neurons and KV groups can give at most"),
+        (
+            VARIABLE | {"pruning_ratio": 0.4, "schedule": PruningSchedule(5, 5, 1)},
+            {},
+            ConfigError,
+            "At the first pruning of the schedule: .* can remove at most .* Or prune in more steps",
+        ),
     ],
 )
 def test_what_is_refused_before_the_first_step(options, arguments, error, said, tmp_path):

@@ -1,0 +1,129 @@
+"""The search of adaptive widths where a walk follows: statistics of some layers at a time, curves kept for a resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from .architectures import Target, blocks, check_supported, output_projection, output_weight, read_geometry
+from .calibration import batches_of, calibrate
+from .distributed import broadcast_object, digest_batches, is_main_process, on_main_process
+from .errors import SaveError
+from .plan import fingerprint
+from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
+from .stats import CalibrationStats, Curve, Key, Repair
+
+SEARCH_TOKENS = 16_384
+"""Text of the statistics, or `TOKENS_A_FEATURE` times the widest layer: widths need less of it than the refit."""
+TOKENS_A_FEATURE = 4
+GRAM_SHARE = 0.25
+"""Share of the free memory that Gram matrices may take at once."""
+_NAME = "widths.json"
+
+Prepare = Callable[[CalibrationStats], tuple[Mapping[Key, torch.Tensor], Repair]]
+
+
+def search_curves(
+    model: PreTrainedModel,
+    samples: torch.Tensor,
+    *,
+    targets: tuple[Target, ...],
+    statistics: frozenset[str],
+    prepare: Prepare,
+    identity: str,
+    state_dir: Path | None = None,
+    memory_limit: int | None = None,
+) -> dict[Key, Curve]:
+    """Measure what every layer pays for every width, within a memory that does not grow with the number of layers.
+
+    Args:
+        model: The dense model.
+        samples: Text of the walk, [blocks, length], int64; a part of it is used.
+        targets: Which units.
+        statistics: As for `calibrate`.
+        prepare: Importance and repair from statistics.
+        identity: Whatever decides the result beside model and text.
+        state_dir: Where the curves are kept once they are complete; the same search takes them from there.
+        memory_limit: Bytes of Gram matrices at once; None: `GRAM_SHARE` of the free memory. The curves don't depend on
+            it: a limit costs passes over the text.
+
+    Returns:
+        As `measure_sensitivity`.
+
+    Raises:
+        ConfigError: Too little text.
+        SaveError: The curves can't be kept.
+    """
+    fit, probe = withhold_probe(samples)
+    widest = max(widths.neurons for widths in read_geometry(model.config, check_supported(model)).layers)
+    fit = fit[: max(1, max(SEARCH_TOKENS, TOKENS_A_FEATURE * widest) // fit.shape[1])]
+    path, key = None, ""
+    if state_dir is not None:
+        digest = hashlib.sha256(f"{fingerprint(model)} {identity} {targets} {PROBES} {PROBE_TOKENS}".encode())
+        digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())
+        digest.update(digest_batches([{"fit": fit, "probe": probe}]).encode())
+        path, key = state_dir / _NAME, digest.hexdigest()
+        if (known := broadcast_object(_read(path, key))) is not None:
+            return known
+    curves: dict[Key, Curve] = {}
+    limit = memory_limit if memory_limit is not None else int(GRAM_SHARE * free_memory(model.device))
+    for layers in _turns(model, targets, broadcast_object(limit)):
+        stats = calibrate(model, batches_of(fit), targets=targets, statistics=statistics, layers=layers)
+        measure = partial(measure_sensitivity, model, *prepare(stats), probe, targets=targets)
+        curves |= on_main_process(measure)
+    if path is not None and is_main_process():
+        _keep(path, key, curves)
+    return curves
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had there."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _turns(model: PreTrainedModel, targets: tuple[Target, ...], limit: int) -> Iterator[range]:
+    """Neighbouring layers whose Gram matrices fit in together."""
+    spec = check_supported(model)
+    first = held = 0
+    layers = blocks(model, spec)
+    for index, block in enumerate(layers):
+        widths = (output_weight(output_projection(block, spec, target)).shape[1] for target in targets)
+        size = sum(4 * width**2 for width in widths)
+        if index > first and held + size > limit:
+            yield range(first, index)
+            first, held = index, 0
+        held += size
+    yield range(first, len(layers))
+
+
+def _read(path: Path, key: str) -> dict[Key, Curve] | None:
+    """The curves of the same search, if it came to its end."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(kept, dict) or kept.get("key") != key:
+        return None
+    return {(layer, target): tuple(map(tuple, curve)) for layer, target, curve in kept["curves"]}  # type: ignore[misc]
+
+
+def _keep(path: Path, key: str, curves: Mapping[Key, Curve]) -> None:
+    """Write the curves; the file appears whole."""
+    staged = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = [[layer, target, curve] for (layer, target), curve in curves.items()]
+        staged.write_text(json.dumps({"key": key, "curves": values}), encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        raise SaveError(f"The measured widths can't be kept in {path}: {error}. Make room, or name another.") from error
