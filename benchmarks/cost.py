@@ -26,6 +26,7 @@ from hf_context_prune.planning import Planner, plan_and_repair
 from hf_context_prune.surgery import apply_plan
 
 DEFAULT, SEARCH = "obs+sequential", "search"
+SEARCHED = "`obs` + `sequential` with adaptive widths"
 
 
 def prune_once(model: Any, samples: torch.Tensor, config: PrunerConfig) -> Any:
@@ -72,10 +73,10 @@ def prepare(
     samples = token_blocks(
         corpus(args, "train"), loaded.tokenizer, num_samples=blocks, max_seq_length=args.length, seed=args.seed
     )
-    options: dict[str, Any] = {"reconstruction": reconstruction}
-    if reconstruction == SEARCH:
-        options = {"reconstruction": "sequential", "allocation": "adaptive"}
-    config = PrunerConfig(mlp_ratio=0.25, criterion=criterion, **options, pruning_seed=args.seed)
+    options: dict[str, Any] = {"mlp_ratio": 0.25, "reconstruction": reconstruction}
+    if reconstruction == SEARCH:  # neurons and KV groups, as with the default budget
+        options = {"pruning_ratio": 0.15, "reconstruction": "sequential"}
+    config = PrunerConfig(criterion=criterion, **options, pruning_seed=args.seed)
     return loaded.model, samples, config
 
 
@@ -102,8 +103,9 @@ def worker(args: argparse.Namespace) -> None:
 def memory_line(name: str, memory: dict[str, Any], blocks: int, length: int) -> list[str]:
     """Peak against the formula."""
     layer = 1536**2 * 4
-    walks = "sequential" in name
-    held = layer if walks else 30 * layer
+    search = name == SEARCHED
+    walks = "sequential" in name or search
+    held = 30 * (layer + 576**2 * 4) if search else layer if walks else 30 * layer
     streams = 2 * blocks * length * 576 * 4 if walks else 0
     terms = memory["before"] + memory["model"] + memory["pruned"] + held + streams
     mebibyte = 2**20
@@ -137,16 +139,17 @@ def main() -> None:
         key = {"criterion": criterion, "reconstruction": reconstruction, "blocks": blocks, "what": "memory"}
         row = rows.get(key, lambda: measure_memory(args, criterion, reconstruction, blocks))
         commits.add(row["setting"]["commit"])
-        memory_lines.append(memory_line(f"`{criterion}` + `{reconstruction}`", row, blocks, args.length))
+        name = SEARCHED if reconstruction == SEARCH else f"`{criterion}` + `{reconstruction}`"
+        memory_lines.append(memory_line(name, row, blocks, args.length))
 
     for criterion, reconstruction in (method.split("+") for method in args.methods):
-        name = f"`{criterion}` + `{reconstruction}`" if reconstruction != SEARCH else "the search of adaptive widths"
+        name = f"`{criterion}` + `{reconstruction}`" if reconstruction != SEARCH else "its search of adaptive widths"
         key = {"criterion": criterion, "reconstruction": reconstruction, "blocks": args.blocks, "what": "time"}
         row = rows.get(key, lambda c=criterion, r=reconstruction: measure_time(args, c, r))
         commits.add(row["setting"]["commit"])
         ratios = sorted(prune / forward for prune, forward in row["rounds"])
         lines.append([name, f"{statistics.median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
-        if f"{criterion}+{reconstruction}" != DEFAULT and reconstruction != SEARCH:
+        if f"{criterion}+{reconstruction}" != DEFAULT:
             add_memory(criterion, reconstruction, args.blocks)
     for blocks in args.memory_blocks:
         add_memory(*DEFAULT.split("+"), blocks)
@@ -156,14 +159,14 @@ def main() -> None:
 
 Calibration + scoring + surgery over one dense forward pass (with logits) on the same {args.blocks} x {args.length} tokens,
 25 % of the MLP neurons; data loading excluded, the two interleaved, median and range of {args.rounds} rounds (the search:
-one). With adaptive widths, the search comes before the walk.
+one). With adaptive widths, the search (neurons and KV groups, 15 % of all parameters) comes before the walk.
 
 {table(["", "x dense forward", "range"], lines)}
 
 Peak memory of a fresh process that prunes. *Own multiple* is (peak - what the process held before loading) / model bytes.
 The formula: `process before loading + model + pruned model + Gram matrices + streams`: the one-shot repairs hold layers x
-width^2 x 4 bytes of Gram matrices; `sequential` holds one layer's, and two streams of tokens x hidden size x 4 bytes. What
-is left over is one batch's activations, one layer's float64 solver workspace, the libraries loaded on the way and the
+width^2 x 4 bytes of Gram matrices (the search too, of as many layers at once as a quarter of the free memory holds);
+`sequential` holds one layer's, and two streams of tokens x hidden size x 4 bytes. What is left over is one batch's activations, one layer's float64 solver workspace, the libraries loaded on the way and the
 allocator's slack.
 
 {table(["", "calibration tokens", "own multiple", "peak, MiB", "formula, MiB", "left over, MiB"], memory_lines)}
