@@ -117,14 +117,17 @@ def _narrowed(
         projection.bias = old_bias
 
 
-def withhold_probe(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def withhold_probe(samples: torch.Tensor, fit_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Split token blocks for adaptive allocation, so that layers are measured on text that the refits have not seen.
 
-    `PROBE_TOKENS`, but no more than a quarter, from places spread evenly over the text, so that no single document
-    decides. They are blocks, not documents: others may hold more of the same document.
+    Refits do better on other parts of the documents that they were fitted to, in some layers more than in others, so
+    what is measured on comes after what is fitted: `PROBE_TOKENS`, but no more than a quarter. They are blocks, not
+    documents: the first may begin with the end of a document of the rest.
 
     Args:
         samples: [blocks, length], int64.
+        fit_tokens: Text for the statistics, if not all of it is to be used. Where enough is left, the blocks to measure
+            on are spread over what is left, so that no single document decides.
 
     Returns:
         (blocks for the statistics, blocks to measure on).
@@ -139,9 +142,12 @@ def withhold_probe(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             f"lower max_seq_length, or use allocation='uniform'."
         )
     count = max(1, min(max(2, math.ceil(PROBE_TOKENS / samples.shape[1])), len(samples) // 4))
-    withheld = torch.zeros(len(samples), dtype=torch.bool)
-    withheld[(2 * torch.arange(count) + 1) * len(samples) // (2 * count)] = True
-    return samples[~withheld], samples[withheld]
+    fitted = len(samples) - count
+    if fit_tokens is not None:
+        fitted = min(fitted, max(1, fit_tokens // samples.shape[1]))
+    left = len(samples) - fitted
+    places = fitted + torch.arange(1, count + 1) * left // count - 1
+    return samples[:fitted], samples[places]
 
 
 def measure_sensitivity(

@@ -62,9 +62,8 @@ def search_curves(
         ConfigError: Too little text.
         SaveError: The curves can't be kept.
     """
-    fit, probe = withhold_probe(samples)
     widest = max(widths.neurons for widths in read_geometry(model.config, check_supported(model)).layers)
-    fit = fit[: max(1, max(SEARCH_TOKENS, TOKENS_A_FEATURE * widest) // fit.shape[1])]
+    fit, probe = withhold_probe(samples, max(SEARCH_TOKENS, TOKENS_A_FEATURE * widest))
     path, key = None, ""
     if state_dir is not None:
         digest = hashlib.sha256(f"{fingerprint(model)} {identity} {targets} {PROBES} {PROBE_TOKENS}".encode())

@@ -277,22 +277,25 @@ def test_a_pruned_model_can_be_probed(model):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "length", "withheld"),
+    ("blocks", "length", "fit_tokens", "fitted", "withheld"),
     [
-        (2, 512, [1]),
-        (3, 512, [1]),
-        (8, 512, [2, 6]),
-        (16, 512, [2, 6, 10, 14]),
-        (1000, 512, [125, 375, 625, 875]),
-        (1000, 2048, [250, 750]),
-        (16, 2, [2, 6, 10, 14]),
+        (2, 512, None, 1, [1]),
+        (3, 512, None, 2, [2]),
+        (8, 512, None, 6, [6, 7]),
+        (128, 512, None, 124, [124, 125, 126, 127]),
+        (128, 2048, None, 126, [126, 127]),
+        (16, 2, None, 12, [12, 13, 14, 15]),
+        (128, 512, 16_384, 32, [55, 79, 103, 127]),
+        (34, 512, 16_384, 30, [30, 31, 32, 33]),
+        (36, 512, 16_384, 32, [32, 33, 34, 35]),
+        (12, 512, 100, 1, [3, 7, 11]),
     ],
 )
-def test_blocks_are_withheld_from_all_over_the_text(blocks, length, withheld):
+def test_what_is_measured_on_comes_after_what_is_fitted(blocks, length, fit_tokens, fitted, withheld):
     samples = torch.arange(blocks * length).view(blocks, length)
-    fit, probe = withhold_probe(samples)
+    fit, probe = withhold_probe(samples, fit_tokens)
+    assert torch.equal(fit, samples[:fitted])
     assert (probe[:, 0] // length).tolist() == withheld
-    assert torch.equal(torch.cat([fit, probe])[:, 0].sort().values, samples[:, 0])
 
 
 def test_one_block_can_not_be_split():
