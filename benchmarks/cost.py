@@ -166,8 +166,8 @@ one). With adaptive widths, the search (neurons and KV groups, 15 % of all param
 Peak memory of a fresh process that prunes. *Own multiple* is (peak - what the process held before loading) / model bytes.
 The formula: `process before loading + model + pruned model + Gram matrices + streams`: the one-shot repairs hold layers x
 width^2 x 4 bytes of Gram matrices (the search too, of as many layers at once as a quarter of the free memory holds);
-`sequential` holds one layer's, and two streams of tokens x hidden size x 4 bytes. What is left over is one batch's activations, one layer's float64 solver workspace, the libraries loaded on the way and the
-allocator's slack.
+`sequential` holds one layer's, and two streams of tokens x hidden size x 4 bytes. What is left over is one batch's
+activations, one layer's float64 solver workspace, the libraries loaded on the way and the allocator's slack.
 
 {table(["", "calibration tokens", "own multiple", "peak, MiB", "formula, MiB", "left over, MiB"], memory_lines)}
 

@@ -189,10 +189,11 @@ class PrunerConfig:
         if self.allocation is None:
             fixed = self.mlp_ratio is not None or self.attention_ratio is not None or self.stock
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
-            self.allocation = "adaptive" if self._open_budget and not (fixed or nothing) else "uniform"
+            self.allocation = "adaptive" if self.has_total_budget and not (fixed or nothing) else "uniform"
 
     @property
-    def _open_budget(self) -> bool:
+    def has_total_budget(self) -> bool:
+        """Whether the budget is for all parameters, or for the loss."""
         return any(x is not None for x in (self.pruning_ratio, self.target_params, self.max_loss_increase))
 
     def _check_budget(self) -> None:

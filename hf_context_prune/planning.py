@@ -61,7 +61,7 @@ def needed_statistics(config: PrunerConfig) -> frozenset[str]:
 
 def needed_targets(config: PrunerConfig) -> tuple[Target, ...]:
     """Which units a config may remove."""
-    total = any(x is not None for x in (config.pruning_ratio, config.target_params, config.max_loss_increase))
+    total = config.has_total_budget
     if config.allocation == "adaptive" and total and config.mlp_ratio is None and config.attention_ratio is None:
         return TARGETS
     wanted: dict[Target, bool] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from .architectures import Target, blocks, check_supported, output_projection, o
 from .calibration import batches_of, calibrate
 from .distributed import broadcast_object, digest_batches, is_main_process, on_main_process
 from .errors import SaveError
+from .files import write_file
 from .plan import fingerprint
 from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
 from .stats import CalibrationStats, Curve, Key, Repair
@@ -40,9 +40,11 @@ def search_curves(
     prepare: Prepare,
     identity: str,
     state_dir: Path | None = None,
-    memory_limit: int | None = None,
 ) -> dict[Key, Curve]:
     """Measure what every layer pays for every width, within a memory that does not grow with the number of layers.
+
+    Where the Gram matrices of all layers would not fit, layers take turns: that costs passes over the text and changes
+    no curve.
 
     Args:
         model: The dense model.
@@ -52,8 +54,6 @@ def search_curves(
         prepare: Importance and repair from statistics.
         identity: Whatever decides the result beside model and text.
         state_dir: Where the curves are kept once they are complete; the same search takes them from there.
-        memory_limit: Bytes of Gram matrices at once; None: `GRAM_SHARE` of the free memory. The curves don't depend on
-            it: a limit costs passes over the text.
 
     Returns:
         As `measure_sensitivity`.
@@ -73,8 +73,8 @@ def search_curves(
         if (known := broadcast_object(_read(path, key))) is not None:
             return known
     curves: dict[Key, Curve] = {}
-    limit = memory_limit if memory_limit is not None else int(GRAM_SHARE * free_memory(model.device))
-    for layers in _turns(model, targets, broadcast_object(limit)):
+    limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))  # all processes take the same turns
+    for layers in _turns(model, targets, limit):
         stats = calibrate(model, batches_of(fit), targets=targets, statistics=statistics, layers=layers)
         measure = partial(measure_sensitivity, model, *prepare(stats), probe, targets=targets)
         curves |= on_main_process(measure)
@@ -117,12 +117,9 @@ def _read(path: Path, key: str) -> dict[Key, Curve] | None:
 
 
 def _keep(path: Path, key: str, curves: Mapping[Key, Curve]) -> None:
-    """Write the curves; the file appears whole."""
-    staged = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = [[layer, target, curve] for (layer, target), curve in curves.items()]
-        staged.write_text(json.dumps({"key": key, "curves": values}), encoding="utf-8")
-        os.replace(staged, path)
     except OSError as error:
-        raise SaveError(f"The measured widths can't be kept in {path}: {error}. Make room, or name another.") from error
+        raise SaveError(f"The measured widths can't be kept in {path}: {error}. Name another.") from error
+    values = [[layer, target, curve] for (layer, target), curve in curves.items()]
+    write_file(path, json.dumps({"key": key, "curves": values}))

@@ -64,6 +64,7 @@ def test_a_search_that_was_finished_is_not_made_again(model, tmp_path, calibrati
     assert curves_of(model, resume_dir=tmp_path) == first
     assert len(calibrations) == 1
     assert not list(tmp_path.glob("*.partial"))
+    assert [path.name for path in tmp_path.iterdir()] == ["widths.json"]
     for other in (
         {"config": PrunerConfig(ridge=0.5)},
         {"config": PrunerConfig(criterion="wanda")},
