@@ -25,13 +25,12 @@ from hf_context_prune.planning import (
     Planner,
     make_plan,
     needed_statistics,
-    needed_targets,
     plan_and_repair,
-    plan_widths,
     repair_with,
 )
 from hf_context_prune.stats import CalibrationStats
 from hf_context_prune.surgery import apply_plan
+from hf_context_prune.widths import needed_targets, plan_widths
 
 OURS = {"criterion": "obs", "reconstruction": "sequential"}
 REFERENCE = "flap+bias"

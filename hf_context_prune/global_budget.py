@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import Budget, predicted_loss, removed_params
-from .architectures import check_supported, read_geometry, spec_of, unit_costs
+from .allocation import Budget, predicted_loss
+from .architectures import check_supported
 from .calibration import batches_of
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, token_blocks
@@ -23,22 +21,13 @@ from .embeddings import num_rows, token_cost
 from .errors import BudgetError, ConfigError, DataError
 from .evaluation import count_parameters, document_losses
 from .magnitudes import Magnitudes, check_linear, measure_magnitudes
-from .modeling.specs import LayerWidths
 from .plan import PruningPlan, fingerprint
-from .planning import (
-    Measured,
-    Planner,
-    check_adaptive,
-    needed_targets,
-    plan_and_repair,
-    plan_widths,
-    removed_of,
-    versions,
-)
+from .planning import Measured, Planner, plan_and_repair, versions
 from .search_text import SearchText
 from .surgery import apply_plan
 from .thresholds import below_thresholds
 from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_prunable
+from .widths import check_units_budget
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""
@@ -106,27 +95,6 @@ def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -
         check_units_budget(model, config, tokens)
 
 
-def check_units_budget(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> int:
-    """Parameters that neurons and KV groups have to give beside a number of tokens, from shapes alone.
-
-    Raises:
-        BudgetError: They can't give as many.
-    """
-    remove, fixed = Budget.of(config, count_parameters(model)).remove_params, (config.mlp_ratio, config.attention_ratio)
-    if config.allocation == "adaptive" and remove is not None and fixed == (None, None):
-        gone = (num_rows(model) - tokens) * token_cost(model)
-        rest = max(0, remove - gone)
-        with _naming_tokens(remove, gone, tokens):
-            check_adaptive(model, config, rest)
-        return rest
-    spec = spec_of(model.config)
-    geometry = read_geometry(model.config, spec)
-    widths, costs = widths_beside(model, config, tokens), unit_costs(model, spec, geometry)
-    for target in needed_targets(config) if config.allocation == "adaptive" else ():
-        check_adaptive(model, config, removed_of(target, geometry.layers, widths, costs), [target])
-    return removed_params(geometry.layers, widths, costs)
-
-
 def check_general_mix(config: PrunerConfig, general: object) -> None:
     """Refuse a share of a text that is not there.
 
@@ -138,35 +106,6 @@ def check_general_mix(config: PrunerConfig, general: object) -> None:
             f"general_mix is {config.general_mix:g}, but there is no general text to take blocks from. Give it: "
             f"--general-data, EvalOptions(general_data=...)."
         )
-
-
-def widths_beside(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> tuple[LayerWidths, ...]:
-    """Uniform widths for what a number of tokens leaves of a budget, from shapes alone.
-
-    Raises:
-        BudgetError: It can't be reached.
-    """
-    budget = Budget.of(config, count_parameters(model))
-    gone = (num_rows(model) - tokens) * token_cost(model)
-    if budget.remove_params is None or not gone:
-        return plan_widths(model, config)
-    rest = max(0, budget.remove_params - gone)
-    with _naming_tokens(budget.remove_params, gone, tokens):
-        return plan_widths(model, replace(config, pruning_ratio=None, target_params=budget.total_params - rest))
-
-
-@contextmanager
-def _naming_tokens(remove: int, gone: int, tokens: int) -> Iterator[None]:
-    """Say in the error of a budget what part of it goes with the tokens."""
-    try:
-        yield
-    except BudgetError as error:
-        if not gone:
-            raise
-        raise BudgetError(
-            f"Of the {remove:,} parameters asked to go, {gone:,} go with the tokens beyond {tokens:,}. "
-            f"For the rest: {error}"
-        ) from error
 
 
 def trimmed_for(

@@ -12,9 +12,9 @@ from .config import PrunerConfig
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError
 from .evaluation import count_parameters
-from .global_budget import check_units_budget, widths_beside
 from .loading import load_outline
 from .surgery import StockFit, stock_fit
+from .widths import check_units_budget, widths_beside
 
 
 @dataclass(frozen=True)

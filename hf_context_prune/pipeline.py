@@ -37,12 +37,12 @@ from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, check_general_mix, smaller_model
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
-from .planning import needed_targets
 from .result import PruneResult
 from .search_text import SearchText
 from .sequential import check_walkable
 from .surgery import stock_fit
 from .vocabulary.notes import vocabulary_note
+from .widths import needed_targets
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,43 +12,31 @@ import torch
 from transformers import PreTrainedModel
 
 from .allocation import (
-    Budget,
-    Costs,
-    adaptive_widths,
-    beyond_probes,
     most_removable,
     predicted_loss,
     removed_params,
     select_units,
-    uniform_widths,
 )
 from .architectures import (
-    TARGETS,
-    ArchSpec,
-    Geometry,
     LayerWidths,
-    Target,
-    UnitCosts,
     blocks,
     check_supported,
     read_geometry,
     spec_of,
-    unit_costs,
 )
 from .budget_search import Loss, smallest_within
 from .calibration import batches_of, calibrate, weights_of_block
 from .config import PrunerConfig
 from .criteria import get_criterion
 from .distributed import on_main_process
-from .errors import BudgetError, ConfigError, naming
-from .evaluation import count_parameters
+from .errors import ConfigError, naming
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
-from .sensitivity import measure_sensitivity, probed_counts, withhold_probe
+from .sensitivity import measure_sensitivity, withhold_probe
 from .sequential import prune_sequentially
 from .stats import CalibrationStats, Curve, Key, Repair
-from .surgery import stock_fit
 from .width_search import search_curves
+from .widths import measured_widths, needed_targets, plan_widths, shape_of
 
 
 def needed_statistics(config: PrunerConfig) -> frozenset[str]:
@@ -57,18 +45,6 @@ def needed_statistics(config: PrunerConfig) -> frozenset[str]:
     if config.reconstruction in NEEDS_GRAM or config.reconstruction == "sequential":
         needs.add("gram")
     return frozenset(needs)
-
-
-def needed_targets(config: PrunerConfig) -> tuple[Target, ...]:
-    """Which units a config may remove."""
-    total = config.has_total_budget
-    if config.allocation == "adaptive" and total and config.mlp_ratio is None and config.attention_ratio is None:
-        return TARGETS
-    wanted: dict[Target, bool] = {
-        "mlp": bool(config.mlp_ratio) or (total and config.mlp_ratio is None),
-        "attention": bool(config.attention_ratio) or (total and config.mlp_ratio is not None),
-    }
-    return tuple(target for target in TARGETS if wanted[target])
 
 
 def score_units(
@@ -120,92 +96,6 @@ def repair_with(stats: CalibrationStats, config: PrunerConfig) -> Repair:
     return repair
 
 
-def _shape(model: PreTrainedModel) -> tuple[ArchSpec, Geometry, UnitCosts]:
-    spec = spec_of(model.config)
-    geometry = read_geometry(model.config, spec)
-    return spec, geometry, unit_costs(model, spec, geometry)
-
-
-def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidths, ...]:
-    """Uniform widths for a budget, from shapes alone (the weights may be on the meta device).
-
-    Raises:
-        BudgetError: It can't be reached, or `stock` rules every choice out.
-        ConfigError: `max_loss_increase`: the size is found by measuring.
-    """
-    if config.max_loss_increase is not None:
-        raise ConfigError(
-            "max_loss_increase is a size found by measuring, so shapes or statistics alone don't give widths: "
-            "use prune() or plan_and_repair(..., loss=), or give pruning_ratio."
-        )
-    spec, geometry, costs = _shape(model)
-    budget = Budget.of(config, count_parameters(model))
-    stock_groups: list[int] = []
-    if config.stock:
-        stock_groups = _stock_groups(model, spec, geometry)
-    widths = uniform_widths(geometry, costs, budget, config, stock_groups=stock_groups)
-    if config.stock and not (fit := stock_fit(model.config, spec, widths)).fits:
-        raise BudgetError(f"No such widths stay stock: {fit.reason}. Leave out --stock, or ask for another ratio.")
-    return widths
-
-
-def check_adaptive(
-    model: PreTrainedModel, config: PrunerConfig, remove_params: int, targets: Sequence[Target] = TARGETS
-) -> None:
-    """Refuse, from shapes alone, a budget that adaptive widths of these units can't reach, before anything is measured.
-
-    Raises:
-        BudgetError: Names the most that can go.
-    """
-    _, geometry, costs = _shape(model)
-    probed: dict[Key, Curve] = {}
-    for layer, widths in enumerate(geometry.layers):
-        for target in targets:
-            full = widths.neurons if target == "mlp" else widths.kv_groups
-            if counts := probed_counts(widths, target):
-                probed[layer, target] = ((full, 0.0), *((count, 0.0) for count in counts))
-    most = most_removable(probed, costs, round_to=config.round_to)
-    if remove_params > most:
-        raise beyond_probes(remove_params, most, count_parameters(model))
-
-
-def _stock_groups(model: PreTrainedModel, spec: ArchSpec, geometry: Geometry) -> list[int]:
-    """KV groups a layer that the stock architecture accepts, all layers alike."""
-    first = geometry.layers[0]
-    return [
-        groups
-        for groups in range(1, first.kv_groups + 1)
-        if stock_fit(model.config, spec, [LayerWidths(first.neurons, groups)] * len(geometry.layers)).fits
-    ]
-
-
-def _adaptive(model: PreTrainedModel, config: PrunerConfig, curves: Mapping[Key, Curve]) -> tuple[LayerWidths, ...]:
-    _, geometry, costs = _shape(model)
-    budget = Budget.of(config, count_parameters(model))
-    if budget.remove_params is not None and config.mlp_ratio is None and config.attention_ratio is None:
-        return adaptive_widths(curves, geometry, costs, budget.remove_params, round_to=config.round_to)
-    # Each unit has a budget of its own: what the same options would remove with uniform widths.
-    uniform = uniform_widths(geometry, costs, budget, config)
-    widths = geometry.layers
-    for target in needed_targets(config):
-        own = {key: curve for key, curve in curves.items() if key[1] == target}
-        remove = removed_of(target, geometry.layers, uniform, costs)
-        part = adaptive_widths(own, geometry, costs, remove, round_to=config.round_to)
-        widths = _only(target, part, widths)
-    return widths
-
-
-def removed_of(target: Target, dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...], costs: Costs) -> int:
-    """Parameters that one kind of unit gives when the layers shrink from `dense` to `widths`."""
-    return removed_params(dense, _only(target, widths, dense), costs)
-
-
-def _only(target: Target, widths: tuple[LayerWidths, ...], others: tuple[LayerWidths, ...]) -> tuple[LayerWidths, ...]:
-    """One target's sizes of `widths`, all else of `others`."""
-    size = "neurons" if target == "mlp" else "kv_groups"
-    return tuple(replace(other, **{size: getattr(width, size)}) for width, other in zip(widths, others, strict=True))
-
-
 @dataclass
 class Measured:
     """What was measured of a model, enough for a plan of any size.
@@ -241,7 +131,7 @@ class Measured:
 
     def widths(self, model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidths, ...]:
         """Widths of a size."""
-        return plan_widths(model, config) if self.curves is None else _adaptive(model, config, self.curves)
+        return plan_widths(model, config) if self.curves is None else measured_widths(model, config, self.curves)
 
     def plan(self, model: PreTrainedModel, config: PrunerConfig, provenance: Mapping[str, Any] | None) -> PruningPlan:
         """The plan of a size: the most important units."""
@@ -351,7 +241,7 @@ class Planner:
 
     def most_removable(self, config: PrunerConfig) -> int:
         """Parameters that can go at most, where no ratio fixes a width."""
-        _, geometry, costs = _shape(self.model)
+        _, geometry, costs = shape_of(self.model)
         if self.measured is not None and self.measured.curves is not None:
             return most_removable(self.measured.curves, costs, round_to=config.round_to)
         narrowest = [LayerWidths(min(config.round_to, w.neurons), w.kv_groups) for w in geometry.layers]

@@ -26,7 +26,7 @@ LAYERS = [
         *("figures", "sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
     },
     {"evaluation", "saving", "loading", "sequential", "width_search"},
-    {"base_card"},
+    {"base_card", "widths"},
     {"budget_search", "search_text"},
     {"planning"},
     {"thresholds"},

@@ -26,7 +26,8 @@ from hf_context_prune.calibration import batches_of
 from hf_context_prune.data import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
 from hf_context_prune.outline import dry_run
-from hf_context_prune.planning import needed_statistics, needed_targets, repair_with
+from hf_context_prune.planning import needed_statistics, repair_with
+from hf_context_prune.widths import needed_targets
 from tests.tiny import TEXT, case, tiny_model
 
 QUICK = EvalOptions(max_tokens=600, speed=False, memory=False)

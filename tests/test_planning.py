@@ -10,8 +10,9 @@ import torch
 from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.planning import needed_statistics, needed_targets, plan_and_repair, plan_widths, repair_with
+from hf_context_prune.planning import needed_statistics, plan_and_repair, repair_with
 from hf_context_prune.sensitivity import withhold_probe
+from hf_context_prune.widths import needed_targets, plan_widths
 from tests.tiny import VOCABULARY, tiny_model
 
 

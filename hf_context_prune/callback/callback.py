@@ -27,9 +27,10 @@ from ..errors import ConfigError, DataError, PruningWarning
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan, fingerprint
-from ..planning import plan_and_repair, plan_widths, versions
+from ..planning import plan_and_repair, versions
 from ..saving import PLAN_NAME
 from ..surgery import apply_plan, kept_entries
+from ..widths import plan_widths
 from .checkpoints import CONFIG_FILE, progress_of
 from .checks import (
     check_arguments,

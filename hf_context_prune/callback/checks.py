@@ -16,8 +16,8 @@ from ..errors import BudgetError, ConfigError, PruningWarning
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan
-from ..planning import check_adaptive, needed_targets
 from ..sequential import check_walkable
+from ..widths import check_adaptive, needed_targets
 from .schedule import PruningSchedule
 
 
