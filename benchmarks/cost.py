@@ -1,4 +1,6 @@
-"""What pruning costs: time as a multiple of one dense forward pass, and peak memory as a multiple of the model.
+"""What calibration text costs and what it gives: loss, time and peak memory of a pruning by the number of its tokens.
+
+Every pruning has a process of its own, so that nothing else is in its peak. Times are worth something on a quiet machine.
 
 python -m benchmarks.cost --data PATH/TO/data
 """
@@ -7,173 +9,221 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import psutil
 import torch
 
-from benchmarks.common import Rows, corpus, given, parser, table, write_section
+from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
+from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain
 from benchmarks.models import smollm2
+from benchmarks.one_shot import errorbars, excess
+from hf_context_prune.architectures import TARGETS, read_geometry, spec_of
 from hf_context_prune.calibration import batches_of
-from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import token_blocks
+from hf_context_prune.evaluation import Estimate
 from hf_context_prune.evaluation._memory_worker import peak_rss
-from hf_context_prune.planning import Planner, plan_and_repair
-from hf_context_prune.surgery import apply_plan
+from hf_context_prune.sensitivity import PROBE_TOKENS
+from hf_context_prune.width_search import SEARCH_TOKENS
 
-DEFAULT, SEARCH = "obs+sequential", "search"
-SEARCHED = "`obs` + `sequential` with adaptive widths"
-
-
-def prune_once(model: Any, samples: torch.Tensor, config: PrunerConfig) -> Any:
-    """Calibration, scoring and surgery, as `prune` runs them."""
-    plan, repair = plan_and_repair(model, samples, config)
-    return apply_plan(model, plan, repair=repair)
+COMPARED = ("ours", "obs+least_squares", REFERENCE)
+SEARCHED = "ours-adaptive"
+SIZE, SEARCHED_SIZE = "mlp25", "all20"
+"""Uniform widths at the first; the search, of neurons and KV groups as with the default budget, at the second."""
+GOAL = 3.0
+"""Dense forward passes that a pruning of uniform widths may take."""
 
 
-def dense_forward(model: Any, samples: torch.Tensor) -> None:
-    """One pass over the same batches, with logits."""
-    with torch.inference_mode():
-        for batch in batches_of(samples):
-            model(**batch, use_cache=False)
-
-
-def timed(function: Any, *arguments: Any) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def search_widths(model: Any, samples: torch.Tensor, config: PrunerConfig) -> None:
-    """What adaptive allocation measures before anything is cut: statistics, and the loss of every narrowed layer."""
-    Planner(model, samples, config)
-
-
-def measure_time(args: argparse.Namespace, criterion: str, reconstruction: str) -> dict[str, Any]:
-    model, samples, config = prepare(args, criterion, reconstruction, args.blocks)
-    run, rounds = prune_once, args.rounds
-    if reconstruction == SEARCH:
-        run, rounds = search_widths, 1  # as long as several walks
-    dense_forward(model, samples[:4])
-    found = []
-    for _ in range(rounds):
-        forward = timed(dense_forward, model, samples)
-        found.append((timed(run, model, samples, config), forward))
-    return {"rounds": found}
-
-
-def prepare(
-    args: argparse.Namespace, criterion: str, reconstruction: str, blocks: int
-) -> tuple[Any, torch.Tensor, PrunerConfig]:
-    loaded = smollm2()
-    samples = token_blocks(
-        corpus(args, "train"), loaded.tokenizer, num_samples=blocks, max_seq_length=args.length, seed=args.seed
-    )
-    options: dict[str, Any] = {"mlp_ratio": 0.25, "reconstruction": reconstruction}
-    if reconstruction == SEARCH:  # neurons and KV groups, as with the default budget
-        options = {"pruning_ratio": 0.15, "reconstruction": "sequential"}
-    config = PrunerConfig(criterion=criterion, **options, pruning_seed=args.seed)
-    return loaded.model, samples, config
-
-
-def measure_memory(args: argparse.Namespace, criterion: str, reconstruction: str, blocks: int) -> dict[str, Any]:
-    """In a fresh process, so that nothing else is in its peak."""
-    command = [sys.executable, "-m", "benchmarks.cost", "--worker", criterion, reconstruction]
-    command += ["--data", str(args.data), "--domain", args.domain, "--blocks", str(blocks)]
-    command += ["--length", str(args.length), "--seed", str(args.seed)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def worker(args: argparse.Namespace) -> None:
+def run_once(args: argparse.Namespace, method: str, blocks: int) -> dict[str, Any]:
+    """Prune in this process: seconds, bytes and losses."""
+    size = SIZES[SEARCHED_SIZE if method == SEARCHED else SIZE]
+    own = argparse.Namespace(**{**vars(args), "blocks": blocks})
+    domain = Domain(cache(smollm2), own, args.domain, targets=TARGETS if size.attention else ("mlp",))
+    domain.held_out  # noqa: B018  # text, read before anything is counted
     before = psutil.Process().memory_info().rss
-    model, samples, config = prepare(args, *args.worker, args.blocks)
-    loaded = psutil.Process().memory_info().rss
-    smaller = prune_once(model, samples, config)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    kept = sum(p.numel() * p.element_size() for p in smaller.parameters())
+    model, samples = domain.model, domain.samples
+    begin = time.perf_counter()
+    config = domain.config(METHODS[method], size)
+    if METHODS[method].adaptive:
+        domain.adaptive(config)
+    searched = time.perf_counter()
+    smaller, _ = domain.prune(METHODS[method], size)
+    pruned = time.perf_counter()
     peak, _ = peak_rss()
-    print(json.dumps({"before": before, "loaded": loaded, "peak": peak, "model": size, "pruned": kept}))
+    row = {
+        "before": before,
+        "peak": peak,
+        "model": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "pruned": sum(p.numel() * p.element_size() for p in smaller.parameters()),
+        "held": held_bytes(model, samples, method),
+        "tokens": samples.numel(),
+        "search_seconds": searched - begin,
+        "seconds": pruned - searched,
+    }
+    if blocks in args.timed:  # after the peak was read: the logits of a batch are large
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            for batch in batches_of(samples):
+                model(**batch, use_cache=False)
+        row["forward_seconds"] = time.perf_counter() - begin
+    losses = [] if method == SEARCHED else domain.losses(smaller)  # of another size: not in the table of losses
+    documents = [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses]
+    return {**row, "documents": documents, "nll": [float(f"{loss.nll:.6g}") for loss in losses]}
 
 
-def memory_line(name: str, memory: dict[str, Any], blocks: int, length: int) -> list[str]:
-    """Peak against the formula."""
-    layer = 1536**2 * 4
-    search = name == SEARCHED
-    walks = "sequential" in name or search
-    held = 30 * (layer + 576**2 * 4) if search else layer if walks else 30 * layer
-    streams = 2 * blocks * length * 576 * 4 if walks else 0
-    terms = memory["before"] + memory["model"] + memory["pruned"] + held + streams
+def held_bytes(model: Any, samples: torch.Tensor, method: str) -> int:
+    """Gram matrices and streams, by the formula: those of all layers, or for a walk one layer's and two streams."""
+    geometry = read_geometry(model.config, spec_of(model.config))
+    neurons = [4 * widths.neurons**2 for widths in geometry.layers]
+    heads = [4 * (w.kv_groups * geometry.queries_per_group * geometry.head_dim) ** 2 for w in geometry.layers]
+    streams = 2 * samples.numel() * geometry.hidden_size * 4
+    if method == SEARCHED:
+        return sum(neurons) + sum(heads) + streams
+    if method == "ours":
+        return max(neurons) + streams
+    return sum(neurons) if "least_squares" in method else 0
+
+
+def in_fresh_process(args: argparse.Namespace, method: str, blocks: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.cost", "--worker", method, str(blocks)]
+    for name in ("data", "domain", "length", "eval_tokens", "seed"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    result = subprocess.run([*command, "--timed", *map(str, args.timed)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr}")
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def plot(tokens: Sequence[int], found: Mapping[str, Sequence[Estimate]]) -> None:
+    """Excess over calibration tokens, both on log scales."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for method, estimates in found.items():
+        errorbars(axis, tokens, estimates, METHODS[method].label.replace("`", ""), horizontal=False)
+    drawn = any(estimate.value > 0 for estimates in found.values() for estimate in estimates)
+    axis.set(
+        xscale="log",
+        yscale="log" if drawn else "linear",
+        xlabel="calibration tokens",
+        ylabel="excess, nats a token",
+        title=SIZES[SIZE].label,
+    )
+    axis.grid(which="both", alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(plot_path("cost"), dpi=120)
+    plt.close(figure)
+
+
+def cost_cells(method: str, row: Mapping[str, Any]) -> list[str]:
+    """One line of the table of time and memory."""
     mebibyte = 2**20
+    formula = row["before"] + row["model"] + row["pruned"] + row["held"]
+    forward = row.get("forward_seconds")
     return [
-        name,
-        f"{blocks * length:,}",
-        f"{(memory['peak'] - memory['before']) / memory['model']:.2f}",
-        *(f"{part / mebibyte:,.0f}" for part in (memory["peak"], terms, memory["peak"] - terms)),
+        METHODS[method].label + (f", {SIZES[SEARCHED_SIZE].label}" if method == SEARCHED else ""),
+        f"{row['tokens']:,}",
+        f"{row['seconds']:.0f}",
+        f"{row['seconds'] / forward:.2f}" if forward else "",
+        f"{row['search_seconds'] / forward:.2f}" if forward and METHODS[method].adaptive else "",
+        f"{(row['peak'] - row['before']) / row['model']:.2f}",
+        *(f"{part / mebibyte:,.0f}" for part in (row["peak"], formula, row["peak"] - formula)),
     ]
 
 
-def main() -> None:
+COST_HEADER = [
+    *("", "calibration tokens", "seconds", "x dense forward", "its search, x dense forward"),
+    *("own multiple", "peak, MiB", "formula, MiB", "left over, MiB"),
+]
+
+
+def results_text(
+    dense: Mapping[str, Any], rows: Mapping[tuple[str, int], dict[str, Any]], args: argparse.Namespace, machine: str
+) -> str:
+    """The section of RESULTS.md."""
+    sizes = sorted({blocks for method, blocks in rows if method != SEARCHED})
+    found = {
+        method: [excess(dense, rows[method, blocks], dense, args.seed) for blocks in sizes] for method in args.methods
+    }
+    tokens = [blocks * args.length for blocks in sizes]
+    plot(tokens, found)
+    losses = table(
+        ["calibration tokens", *(METHODS[method].label for method in args.methods)],
+        [[f"{n:,}", *(cell(found[method][i]) for method in args.methods)] for i, n in enumerate(tokens)],
+    )
+    ours = [row for (method, _), row in rows.items() if method == "ours" and "forward_seconds" in row]
+    most = max((row["seconds"] / row["forward_seconds"] for row in ours), default=0.0)
+    verdict = (
+        f" Uniform widths, `sequential`: at most {most:.2f} dense forward passes (goal: {GOAL:g})." if ours else ""
+    )
+    commits = sorted({row["setting"]["commit"] for row in rows.values()})
+    return f"""## Cost of pruning, and loss by calibration text
+
+SmolLM2-135M-Instruct, {SIZES[SIZE].label} (but for adaptive widths), calibrated on blocks of {args.length} tokens of
+`{args.domain}` train, every pruning in a process of its own. Excess loss over the dense model in nats a token on
+{sum(tokens for _, tokens, _ in dense["documents"]):,} tokens ({len(dense["documents"])} whole documents) of its validation text, 95 % bootstrap
+interval over documents, paired.
+
+![Excess loss by calibration tokens]({plot_path("cost").name})
+
+{losses}
+
+*Seconds*: calibration, scoring and surgery, data loading excluded; the dense forward pass (with logits) is over the same
+tokens, in the same process afterwards. The search of adaptive widths comes before the walk.{verdict}
+
+*Own multiple* is (peak - what the process held before loading) / model bytes. The formula: `process before loading + model
++ pruned model + Gram matrices + streams`. `least_squares` and the search hold layers x width^2 x 4 bytes of Gram matrices
+(of as many layers at once as a quarter of the free memory holds); `sequential` holds one layer's, and two streams of tokens
+x hidden size x 4 bytes. What is left over is one batch's activations, one layer's float64 solver workspace, the libraries
+loaded on the way and the allocator's slack.
+
+{table(COST_HEADER, [cost_cells(method, row) for (method, _), row in sorted(rows.items())])}
+
+`python -m benchmarks.cost --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {machine}, seed {args.seed}.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--blocks", type=int, default=48)
+    options.add_argument("--blocks", type=int, nargs="+", default=[16, 32, 96, 192, 256], help="of calibration text")
+    options.add_argument("--timed", type=int, nargs="+", default=[32, 96], help="of --blocks: beside a dense pass")
+    options.add_argument("--search-blocks", type=int, default=96, help="for adaptive widths; one of --timed")
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED), help="of uniform widths")
     options.add_argument("--length", type=int, default=512)
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument(
-        "--methods", nargs="+", default=["wanda+least_squares", "obs+least_squares", DEFAULT, f"obs+{SEARCH}"]
-    )
-    options.add_argument("--memory-blocks", type=int, nargs="+", default=[32, 96, 192], help="blocks, for the default")
+    options.add_argument("--eval-tokens", type=int, default=24_000)
     options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    args = options.parse_args()
-    args.given = given(options, args)
+    args = options.parse_args(arguments)
     if args.worker:
-        worker(args)
+        print(json.dumps(run_once(args, args.worker[0], int(args.worker[1]))))
         return
-    rows = Rows(args, "cost", seed=args.seed)
-    lines, memory_lines, commits = [], [], set()
-
-    def add_memory(criterion: str, reconstruction: str, blocks: int) -> None:
-        key = {"criterion": criterion, "reconstruction": reconstruction, "blocks": blocks, "what": "memory"}
-        row = rows.get(key, lambda: measure_memory(args, criterion, reconstruction, blocks))
-        commits.add(row["setting"]["commit"])
-        name = SEARCHED if reconstruction == SEARCH else f"`{criterion}` + `{reconstruction}`"
-        memory_lines.append(memory_line(name, row, blocks, args.length))
-
-    for criterion, reconstruction in (method.split("+") for method in args.methods):
-        name = f"`{criterion}` + `{reconstruction}`" if reconstruction != SEARCH else "its search of adaptive widths"
-        key = {"criterion": criterion, "reconstruction": reconstruction, "blocks": args.blocks, "what": "time"}
-        row = rows.get(key, lambda c=criterion, r=reconstruction: measure_time(args, c, r))
-        commits.add(row["setting"]["commit"])
-        ratios = sorted(prune / forward for prune, forward in row["rounds"])
-        lines.append([name, f"{statistics.median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
-        if f"{criterion}+{reconstruction}" != DEFAULT:
-            add_memory(criterion, reconstruction, args.blocks)
-    for blocks in args.memory_blocks:
-        add_memory(*DEFAULT.split("+"), blocks)
-    write_section(
-        "cost",
-        f"""## Cost of pruning
-
-Calibration + scoring + surgery over one dense forward pass (with logits) on the same {args.blocks} x {args.length} tokens,
-25 % of the MLP neurons; data loading excluded, the two interleaved, median and range of {args.rounds} rounds (the search:
-one). With adaptive widths, the search (neurons and KV groups, 15 % of all parameters) comes before the walk.
-
-{table(["", "x dense forward", "range"], lines)}
-
-Peak memory of a fresh process that prunes. *Own multiple* is (peak - what the process held before loading) / model bytes.
-The formula: `process before loading + model + pruned model + Gram matrices + streams`: the one-shot repairs hold layers x
-width^2 x 4 bytes of Gram matrices (the search too, of as many layers at once as a quarter of the free memory holds);
-`sequential` holds one layer's, and two streams of tokens x hidden size x 4 bytes. What is left over is one batch's
-activations, one layer's float64 solver workspace, the libraries loaded on the way and the allocator's slack.
-
-{table(["", "calibration tokens", "own multiple", "peak, MiB", "formula, MiB", "left over, MiB"], memory_lines)}
-
-`python -m benchmarks.cost --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in sorted(commits))}, {rows.setting["machine"]}, seed {args.seed}.
-""",
+    args.given = given(options, args)
+    store = Rows(args, "cost", seed=args.seed)
+    common = {"domain": args.domain, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
+    own = argparse.Namespace(**{**vars(args), "blocks": 1})
+    dense = store.get(
+        {**common, "method": "dense"}, Domain(cache(smollm2), own, args.domain, targets=("mlp",)).measure_dense
     )
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for method, blocks in [
+        *((method, blocks) for blocks in args.blocks for method in args.methods),
+        (SEARCHED, args.search_blocks),
+    ]:
+        key = {**common, "method": method, "blocks": blocks, "timed": blocks in args.timed}
+        if method == SEARCHED:
+            key["search"] = [SEARCH_TOKENS, PROBE_TOKENS]
+        row = store.get(key, lambda m=method, b=blocks: in_fresh_process(args, m, b))
+        if method != SEARCHED and row["documents"] != dense["documents"]:
+            raise SystemExit("The dense row was measured on other documents than are there now; start over: --fresh.")
+        rows[method, blocks] = row
+    write_section("cost", results_text(dense, rows, args, store.setting["machine"]))
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class Domain:
 
     def measure(self, method: Method, size: Size, dense: dict[str, Any]) -> dict[str, Any]:
         """Prune by one method and score it on the documents of the dense row."""
-        smaller, row = self._prune_with_peer(method, size) if method.peer else self._prune(method, size)
+        smaller, row = self._prune_with_peer(method, size) if method.peer else self.prune(method, size)
         losses = self.losses(smaller)
         if [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses] != dense["documents"]:
             raise SystemExit(
@@ -181,10 +181,15 @@ class Domain:
             )
         return {**row, "parameters": count_parameters(smaller), "nll": _short(losses)}
 
-    def _prune(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
+    def config(self, method: Method, size: Size) -> PrunerConfig:
+        """What one of our methods is asked for."""
         uniform, adaptive, _ = budgets(self.model, size)
         options = {**(adaptive if method.adaptive else uniform), **method.options, "pruning_seed": self.args.seed}
-        config = PrunerConfig(**options)
+        return PrunerConfig(**options)
+
+    def prune(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
+        """The smaller model of one of our methods, and what adaptive widths predicted."""
+        config = self.config(method, size)
         if method.adaptive:
             plan, repair = self.adaptive(config).walk(config)
         elif config.reconstruction == "sequential":

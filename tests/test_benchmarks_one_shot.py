@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 
 import pytest
 import torch
 
-from benchmarks import common, methods, one_shot, tokens
+from benchmarks import common, cost, methods, one_shot
 from benchmarks.methods import METHODS, SIZES, Size, budgets
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation import count_parameters
@@ -35,7 +36,8 @@ def bench(tmp_path, monkeypatch, tokenizer):
             with gzip.open(tmp_path / domain / f"corpus.{split}.jsonl.gz", "wt") as file:
                 file.write("\n".join(lines))
     loaded = LoadedModel(tiny_model("llama"), tokenizer, "tiny", None, None)
-    monkeypatch.setattr(tokens, "smollm2", lambda: loaded)
+    monkeypatch.setattr(cost, "smollm2", lambda: loaded)
+    monkeypatch.setattr(cost, "in_fresh_process", cost.run_once)
     for name, (label, _) in one_shot.MODELS.items():
         monkeypatch.setitem(one_shot.MODELS, name, (label, lambda: loaded))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
@@ -118,12 +120,32 @@ def test_sizes_of_one_kind_a_run(bench, capsys):
     assert "give one kind" in capsys.readouterr().err
 
 
-def test_tokens(bench):
+def test_cost(bench):
     folder, options = bench
-    tokens.main(with_options(options, "--domain law --tokens 2 4 --methods obs+least_squares flap+bias"))
-    assert [row["key"]["blocks"] for row in rows_of(folder, "tokens")] == [2, 2, 2, 4, 4, 4]
-    assert "| 64 |" in (folder / "RESULTS.md").read_text()
-    assert (folder / "tokens.png").read_bytes().startswith(b"\x89PNG")
+    sizes = "--blocks 2 4 --timed 4 --search-blocks 4"
+    arguments = with_options(options, f"--domain law {sizes} --methods obs+least_squares ours flap+bias")
+    cost.main(arguments)
+    rows = rows_of(folder, "cost")
+    assert [(row["key"]["method"], row["key"].get("blocks")) for row in rows] == [
+        ("dense", None),
+        *((method, blocks) for blocks in (2, 4) for method in ("obs+least_squares", "ours", "flap+bias")),
+        ("ours-adaptive", 4),
+    ]
+    pruned = rows[1:]
+    assert all(row["peak"] > row["model"] > row["pruned"] > 0 for row in pruned)
+    assert all(("forward_seconds" in row) == (row["key"]["blocks"] == 4) for row in pruned)
+    assert [row["held"] for row in pruned[:3]] == [3 * 4 * 40**2, 4 * 40**2 + 2 * 2 * 32 * 48 * 4, 0]
+    assert pruned[-1]["search_seconds"] > 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "| 64 |" in text
+    assert "dense forward passes (goal: 3)" in text
+    assert (folder / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cost_in_a_process_of_its_own_says_what_failed(tmp_path):
+    args = argparse.Namespace(data=tmp_path / "absent", domain="law", length=32, eval_tokens=900, seed=0, timed=[4])
+    with pytest.raises(SystemExit, match="absent"):
+        cost.in_fresh_process(args, "ours", 4)
 
 
 def test_shares_are_exact_and_their_mean_resamples_each_domain():
