@@ -24,17 +24,19 @@ from benchmarks.models import smollm2
 from hf_context_prune.architectures import TARGETS
 from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import TextSource
+from hf_context_prune.data import TextSource, token_blocks
 from hf_context_prune.evaluation import Estimate, count_parameters, measure_speed, speed_ratio
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize, prune_vocabulary
-from hf_context_prune.vocabulary.refit import refit_rows
+from hf_context_prune.vocabulary.refit import MAX_STEPS, MORE_TEXT, blocks_to_read, refit_rows
 
 WAYS = {
     "frequency": ("by frequency", {"criterion": "frequency"}, False),
     "expected": ("`expected`", {"criterion": "expected"}, False),
     "ours": ("`expected` + refit (default)", {"criterion": "expected"}, True),
 }
+REFIT = {"refit": [MORE_TEXT, MAX_STEPS]}
+"""In the keys of the rows with a refit."""
 GOALS: dict[int, tuple[float, dict[str, float | None]]] = {
     16_384: (0.14, {"law": 0.01, "medicine": 0.01, "finance": 0.01}),
     8_192: (0.17, {"law": None, "medicine": None, "finance": 0.03}),
@@ -84,7 +86,11 @@ class VocabularyDomain(Domain):
     def measure_dense_refit(self, dense: Mapping[str, Any]) -> dict[str, Any]:
         """What the refit alone gives: all tokens kept."""
         model = copy.deepcopy(self.model)
-        refit = refit_rows(model, self.samples)
+        blocks = blocks_to_read(model, self.args.blocks, self.args.length)
+        samples = token_blocks(
+            self.train, self.load().tokenizer, num_samples=blocks, max_seq_length=self.args.length, seed=self.args.seed
+        )
+        refit = refit_rows(model, samples)
         return {**self.scored(model, self.load().tokenizer, dense), "refit": refit}
 
     def measure_combined(self, tokens: int | str, dense: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,7 +267,7 @@ def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
     if args.combined_domains:
         combined = f"""### One budget: {COMBINED_RATIO:.0%} of all parameters
 
-Adaptive widths, `obs` + `sequential` and the refit of rows on {args.combined_blocks} x {args.length} tokens.
+Adaptive widths and `obs` + `sequential` on {args.combined_blocks} x {args.length} tokens, the refit of rows on up to {MORE_TEXT} times as many.
 
 {combined_table(rows, args)}
 
@@ -270,7 +276,8 @@ Adaptive widths, `obs` + `sequential` and the refit of rows on {args.combined_bl
 
 SmolLM2-135M-Instruct (float32, dequantised), tokens chosen on the train text of each domain, tested on held-out validation
 text ({text}). Bits a byte against the dense model on the same documents, with 95 % bootstrap intervals over documents; no
-training. *Refit alone*: the dense model with its rows refitted to the same text, to tell what is repair and what is
+training. The refit reads {args.blocks} x {args.length} tokens of the train text with 32,768 tokens, twice that with 16,384 and {MORE_TEXT} times with
+fewer (as many logits each). *Refit alone*: the dense model with its rows refitted, to tell what is repair and what is
 adaptation to the domain.
 
 {loss_table(rows, args)}
@@ -320,8 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         get((name, "dense"), lambda d=domain: d.scored(d.model, None))
         dense = rows[name, "dense"]
         for tokens, way in itertools.product(args.sizes, WAYS):
-            get((name, way, tokens), lambda d=domain, w=way, n=tokens, row=dense: d.measure_vocabulary(w, n, row))
-        get((name, "refit"), lambda d=domain, row=dense: d.measure_dense_refit(row))
+            how = REFIT if WAYS[way][2] else {}
+            get(
+                (name, way, tokens), lambda d=domain, w=way, n=tokens, row=dense: d.measure_vocabulary(w, n, row), **how
+            )
+        get((name, "refit"), lambda d=domain, row=dense: d.measure_dense_refit(row), **REFIT)
     first = domains[args.domains[0]]
     for tokens in args.sizes:
         get(("speed", tokens), lambda n=tokens: first.measure_speed(n))
@@ -331,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (name, "combined", tokens),
             lambda d=domains[name], n=tokens, row=rows[name, "dense"]: d.measure_combined(n, row),
             combined_blocks=args.combined_blocks,
+            **(REFIT if tokens else {}),
         )
     section = "vocabulary_quick" if args.quick else "vocabulary"
     write_section(section, results_text(rows, args, store.setting["machine"]))

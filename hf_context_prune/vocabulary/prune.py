@@ -20,7 +20,7 @@ from ..linalg import fast_matmul
 from ..plan import PruningPlan, Vocabulary, fingerprint
 from ..surgery import apply_plan
 from .rebuild import order_of, pruned_state, rebuilt, table_of
-from .refit import refit_rows
+from .refit import blocks_to_read, refit_rows
 from .selection import TokenCounts, VocabularySize, choose, count_tokens, expected_scores, must_stay
 from .tokens import TokenTable
 
@@ -182,7 +182,9 @@ class VocabularyPruner:
             stay = (stay - self.counts.rare(size.above_share)) | set(self.tokenizer.all_special_ids)
             facts["rows_zeroed_by_paper"] = len(self.table.contents.keys() - stay)
         if refit:
-            facts["refit"] = refit_rows(smaller, token_blocks(self.source, tokenizer, **self.blocks))  # type: ignore[arg-type]
+            count = blocks_to_read(smaller, self.blocks["num_samples"], self.blocks["max_seq_length"])
+            samples = token_blocks(self.source, tokenizer, **{**self.blocks, "num_samples": count})  # type: ignore[arg-type]
+            facts["refit"] = refit_rows(smaller, samples)
         return TrimmedModel(smaller, tokenizer, replace(plan, provenance={"vocabulary": facts}))
 
 

@@ -7,13 +7,18 @@ and y the observed distribution, one step is
 
     W_v <- W_v - a * mean_t((p_tv - y_tv) h_t) (E[h h^T] + ridge)^-1 / (max(mean p_v, mean y_v) + prior / tokens)
 
-the Kronecker-factored natural gradient (Martens and Grosse, arXiv 1503.05671) of one linear layer. The prior holds back
-rows that the text says little about. Text that is not fitted chooses the step size a, and at the end, with the whole
-model (tied rows are inputs too), whether to go all the way, half, or not at all.
+the Kronecker-factored natural gradient (Martens and Grosse, arXiv 1503.05671) of one linear layer, with momentum. The
+prior holds back rows that the text says little about. Text that is not fitted chooses the step size a, and at the end,
+with the whole model (tied rows are inputs too), whether to go all the way, half, or not at all.
+
+A few million values of rows easily learn a little text by heart: what the refit gives on text that it has not seen
+grows with the amount of text more than with anything else, so it reads more than the repair of the blocks does, and
+takes each step on a part of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,18 +30,36 @@ from transformers import PreTrainedModel
 from ..linalg import fast_matmul, inverse_spd, regularized
 
 RIDGE = 0.3
-PRIOR = 20.0
+PRIOR = 100.0
 """Occurrences that a row's own evidence is weighed against."""
-STEP = 0.05
-MAX_STEPS = 12
+STEP = 0.1
+MOMENTUM = 0.7
+MAX_STEPS = 16
 MIN_GAIN = 3e-4
-"""Nats a token on the held-out text below which no further step is taken."""
+"""Nats a token on the held-out text below which a step is not taken."""
 HELD_OUT_EVERY = 12
-_MOST_LOGITS = 2**30
-"""Logits a step: where there are many tokens, fewer positions are fitted (65,536 of 16,384 tokens)."""
+_MOST_HELD_OUT = 16
+"""Blocks, one in `HELD_OUT_EVERY` but no more."""
+MORE_TEXT = 4
+"""Blocks that are read, as a multiple of those that the blocks of the model are repaired by."""
+_MOST_LOGITS = 2**31
+"""Logits of all the text: where there are many tokens, fewer positions are read (131,072 of 16,384 tokens)."""
+_MOST_STATES = 2**28
+"""Values of the hidden states, 1 GiB: where they are wide, fewer positions are read."""
+_STEP_LOGITS = 2**29
 _ELEMENTS = 2**22
 """Logits that exist at once: few enough to stay in the processor's cache."""
 _FEWEST_ROWS = 256
+
+
+def blocks_to_read(model: PreTrainedModel, num_samples: int, length: int) -> int:
+    """How many blocks of text [`refit_rows`][] is worth giving, where the repair of the blocks has `num_samples`."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return num_samples
+    tokens, hidden = head.weight.shape
+    positions = min(_MOST_LOGITS // tokens, _MOST_STATES // hidden)
+    return max(HELD_OUT_EVERY, min(MORE_TEXT * num_samples, positions // length))
 
 
 @torch.no_grad()
@@ -45,7 +68,7 @@ def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int
 
     Args:
         model: A model with few enough tokens; in evaluation mode.
-        samples: Token blocks in its ids, [blocks, length], int64.
+        samples: Token blocks in its ids, [blocks, length], int64; all of them are used, see [`blocks_to_read`][].
         batch_size: Blocks a forward pass.
 
     Returns:
@@ -55,8 +78,7 @@ def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int
     head = model.get_output_embeddings()
     if head is None:
         return None
-    samples = samples[: max(HELD_OUT_EVERY, _MOST_LOGITS // (samples.shape[1] * head.weight.shape[0]))]
-    held_out = len(samples) // HELD_OUT_EVERY
+    held_out = min(len(samples) // HELD_OUT_EVERY, _MOST_HELD_OUT)
     if not held_out:
         return None
     states = _hidden_states(model, head, samples, batch_size)
@@ -135,21 +157,22 @@ class _Problem:
         gram = (self.states.T @ self.states).double() / count
         inverse = inverse_spd(regularized(gram, RIDGE)).float()
         observed = torch.bincount(self.targets, minlength=len(start)).float() / count
-        best, step = start, STEP
-        lowest = self._held_loss(best)
-        for _ in range(MAX_STEPS):
-            gradient, predicted = self._gradient(best)
+        number = max(1, round(count * len(start) / _STEP_LOGITS))
+        parts = list(zip(self.states.tensor_split(number), self.targets.tensor_split(number), strict=True))
+        best, step, idle = start, STEP, False
+        lowest, direction = self._held_loss(best), torch.zeros_like(start)
+        for turn in tqdm(range(MAX_STEPS), desc="Refitting rows", unit="step", name="hf_context_prune.vocabulary"):
+            gradient, predicted = self._gradient(best, *parts[turn % len(parts)])
             scale = torch.maximum(predicted, observed) + PRIOR / count
-            direction = (gradient @ inverse) / scale[:, None]
-            for _ in range(3):
-                candidate = best - step * direction
-                loss = self._held_loss(candidate)
-                if loss < lowest - MIN_GAIN:
-                    break
-                step /= 2
+            direction = MOMENTUM * direction + (gradient @ inverse) / scale[:, None]
+            loss, size = min((self._held_loss(best - size * direction), size) for size in (2 * step, step, step / 2))
+            if loss < lowest - MIN_GAIN:
+                best, lowest, step, idle = best - size * direction, loss, size, False
+            elif idle:
+                break
             else:
-                return best
-            best, lowest = candidate, loss
+                step, idle = step / 4, True
+                direction.zero_()
         return best
 
     def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -162,18 +185,20 @@ class _Problem:
         total = 0.0
         for rows, ids in self._chunks(states, targets, len(weight)):
             total += float(functional.cross_entropy(self._logits(rows, weight), ids, reduction="sum"))
-        return total / len(states)
+        return total / len(states) if math.isfinite(total) else math.inf  # too long a step
 
-    def _gradient(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean (p - y) h, mean p) over the fitted positions."""
+    def _gradient(
+        self, weight: torch.Tensor, states: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean (p - y) h, mean p) over positions."""
         gradient, predicted = torch.zeros_like(weight), torch.zeros(len(weight), device=weight.device)
-        for rows, ids in self._chunks(self.states, self.targets, len(weight)):
+        for rows, ids in self._chunks(states, targets, len(weight)):
             probability = self._logits(rows, weight).softmax(dim=-1)
             predicted += probability.sum(dim=0)
             probability[torch.arange(len(ids), device=ids.device), ids] -= 1
             with fast_matmul():
                 gradient.addmm_(probability.T, rows)
-        return gradient / len(self.states), predicted / len(self.states)
+        return gradient / len(states), predicted / len(states)
 
     @staticmethod
     def _chunks(

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from hf_context_prune import linalg
 from hf_context_prune.vocabulary import refit
-from hf_context_prune.vocabulary.refit import HELD_OUT_EVERY, _Problem, refit_rows
+from hf_context_prune.vocabulary.refit import HELD_OUT_EVERY, _Problem, blocks_to_read, refit_rows
 from tests.tiny import VOCABULARY, case
 
 
@@ -109,15 +109,36 @@ def test_too_little_text():
     assert refit_rows(model, domain(HELD_OUT_EVERY)) is not None
 
 
-def test_many_tokens_are_fitted_on_fewer_positions(monkeypatch):
+def test_text_is_read_as_far_as_it_pays(monkeypatch):
     model = case("llama")
+    assert blocks_to_read(model, 30, 32) == 120
     monkeypatch.setattr(refit, "_MOST_LOGITS", 24 * 32 * VOCABULARY)
-    first = refit_rows(model, domain(24))
-    again = case("llama")
-    assert refit_rows(again, domain(24).repeat(3, 1)) == first
-    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    assert blocks_to_read(model, 30, 32) == 24
+    monkeypatch.setattr(refit, "_MOST_STATES", 20 * 32 * model.config.hidden_size)
+    assert blocks_to_read(model, 30, 32) == 20
     monkeypatch.setattr(refit, "_MOST_LOGITS", 1)  # never fewer than can be split
-    assert refit_rows(case("llama"), domain(24)) == refit_rows(case("llama"), domain(HELD_OUT_EVERY))
+    assert blocks_to_read(model, 30, 32) == HELD_OUT_EVERY
+
+
+def test_more_text_generalises_better():
+    """Rare continuations that a little text shows by chance alone are not learnt by heart."""
+    other = domain(200, seed=1, tokens=60)
+    losses = []
+    for blocks in (24, 240):
+        model = case("llama")
+        refit_rows(model, domain(blocks, tokens=60))
+        losses.append(loss_of(model, other))
+    assert losses[1] < losses[0] < loss_of(case("llama"), other)
+
+
+def test_steps_on_parts_of_the_text(monkeypatch):
+    whole, parts = case("llama"), case("llama")
+    first = refit_rows(whole, domain(60))
+    monkeypatch.setattr(refit, "_STEP_LOGITS", 256 * VOCABULARY)
+    second = refit_rows(parts, domain(60))
+    assert second["before"] == first["before"]
+    assert second["after"] != first["after"]
+    assert second["before"] - second["after"] > 0.7 * (first["before"] - first["after"])
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-mqa-tied"])
@@ -142,6 +163,6 @@ def test_the_gradient_is_that_of_the_loss(biased, elements, monkeypatch):
     logits = functional.linear(states, weight, bias)
     (expected,) = torch.autograd.grad(functional.cross_entropy(logits, targets), weight)
     with torch.no_grad():
-        gradient, predicted = _Problem(states, targets, states, targets, bias)._gradient(weight)
+        gradient, predicted = _Problem(states, targets, states, targets, bias)._gradient(weight, states, targets)
     torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(predicted, logits.detach().softmax(dim=-1).mean(dim=0))
