@@ -101,7 +101,7 @@ class VocabularyPruner:
         criterion: As for [`prune_vocabulary`][].
         keep: Tokens (their contents) that must stay.
         remove: Tokens that must go.
-        num_samples: Blocks of text for the model's expectation, and for the refit.
+        num_samples: Blocks of text for the model's expectation; the refit reads up to four times as many.
         max_seq_length: Tokens a block; no more than the model has positions.
         seed: Of the choice of text.
 
