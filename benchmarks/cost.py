@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
-from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain
+from benchmarks.methods import METHODS, REFERENCE, SIZES, Domain, documents_of, rounded
 from benchmarks.models import smollm2
 from benchmarks.one_shot import errorbars, excess
 from hf_context_prune.architectures import TARGETS, read_geometry, spec_of
@@ -71,8 +71,7 @@ def run_once(args: argparse.Namespace, method: str, blocks: int) -> dict[str, An
                 model(**batch, use_cache=False)
         row["forward_seconds"] = time.perf_counter() - begin
     losses = [] if method == SEARCHED else domain.losses(smaller)  # of another size: not in the table of losses
-    documents = [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses]
-    return {**row, "documents": documents, "nll": [float(f"{loss.nll:.6g}") for loss in losses]}
+    return {**row, "documents": documents_of(losses), "nll": rounded(losses)}
 
 
 def held_bytes(model: Any, samples: torch.Tensor, method: str) -> int:

@@ -164,8 +164,8 @@ class Domain:
     def measure_dense(self) -> dict[str, Any]:
         losses = self.losses(self.model)
         return {
-            "documents": [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses],
-            "nll": _short(losses),
+            "documents": documents_of(losses),
+            "nll": rounded(losses),
             "parameters": count_parameters(self.model),
             "dropped": self.held_out[1],
             "calibration_tokens": self.samples.numel(),
@@ -175,11 +175,11 @@ class Domain:
         """Prune by one method and score it on the documents of the dense row."""
         smaller, row = self._prune_with_peer(method, size) if method.peer else self.prune(method, size)
         losses = self.losses(smaller)
-        if [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses] != dense["documents"]:
+        if documents_of(losses) != dense["documents"]:
             raise SystemExit(
                 f"The dense row of {self.name} was measured on other documents than are there now; start over: --fresh."
             )
-        return {**row, "parameters": count_parameters(smaller), "nll": _short(losses)}
+        return {**row, "parameters": count_parameters(smaller), "nll": rounded(losses)}
 
     def config(self, method: Method, size: Size) -> PrunerConfig:
         """What one of our methods is asked for."""
@@ -208,6 +208,11 @@ class Domain:
         return result.model, {"version": result.version, "call": result.call, "note": result.note}
 
 
-def _short(losses: Sequence[DocumentLoss]) -> list[float]:
+def documents_of(losses: Sequence[DocumentLoss]) -> list[list[Any]]:
+    """What was scored: [name, tokens, bytes] of every document."""
+    return [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses]
+
+
+def rounded(losses: Sequence[DocumentLoss]) -> list[float]:
     """Losses by document to six digits: rows are kept in the repository."""
     return [float(f"{loss.nll:.6g}") for loss in losses]

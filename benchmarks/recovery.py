@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from benchmarks.common import Rows, corpus, given, parser, table, write_section
-from benchmarks.methods import OURS, Domain
+from benchmarks.methods import OURS, Domain, rounded
 from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
 from hf_context_prune.architectures import TARGETS
@@ -116,7 +116,7 @@ class RecoveryDomain(Domain):
                 )
             result[name] = {
                 "documents": [loss.doc for loss in losses],
-                "nll": [float(f"{loss.nll:.6g}") for loss in losses],
+                "nll": rounded(losses),
                 "bytes": sum(loss.num_bytes for loss in losses),
             }
         return result

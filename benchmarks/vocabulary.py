@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Rows, given, parser, table, write_section
-from benchmarks.methods import OURS, Domain
+from benchmarks.methods import OURS, Domain, documents_of, rounded
 from benchmarks.models import smollm2
 from hf_context_prune.architectures import TARGETS
 from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import TextSource, token_blocks
+from hf_context_prune.data import TextSource
 from hf_context_prune.evaluation import Estimate, count_parameters, measure_speed, speed_ratio
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize, prune_vocabulary
-from hf_context_prune.vocabulary.refit import MAX_STEPS, MORE_TEXT, blocks_to_read, refit_rows
+from hf_context_prune.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text
 
 WAYS = {
     "frequency": ("by frequency", {"criterion": "frequency"}, False),
@@ -74,8 +74,8 @@ class VocabularyDomain(Domain):
         """Losses by document, on those of the dense row."""
         losses = self.losses(model, tokenizer, [doc for doc, _, _ in dense["documents"]] if dense else None)
         return {
-            "documents": [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses],
-            "nll": [float(f"{loss.nll:.6g}") for loss in losses],
+            "documents": documents_of(losses),
+            "nll": rounded(losses),
             "parameters": count_parameters(model),
         }
 
@@ -86,12 +86,11 @@ class VocabularyDomain(Domain):
     def measure_dense_refit(self, dense: Mapping[str, Any]) -> dict[str, Any]:
         """What the refit alone gives: all tokens kept."""
         model = copy.deepcopy(self.model)
-        blocks = blocks_to_read(model, self.args.blocks, self.args.length)
-        samples = token_blocks(
-            self.train, self.load().tokenizer, num_samples=blocks, max_seq_length=self.args.length, seed=self.args.seed
+        tokenizer, args = self.load().tokenizer, self.args
+        refit = refit_to_text(
+            model, tokenizer, self.train, num_samples=args.blocks, max_seq_length=args.length, seed=args.seed
         )
-        refit = refit_rows(model, samples)
-        return {**self.scored(model, self.load().tokenizer, dense), "refit": refit}
+        return {**self.scored(model, tokenizer, dense), "refit": refit}
 
     def measure_combined(self, tokens: int | str, dense: Mapping[str, Any]) -> dict[str, Any]:
         """One budget for all parameters, with a number of tokens that is given or (``"auto"``) found."""
@@ -276,8 +275,8 @@ Adaptive widths and `obs` + `sequential` on {args.combined_blocks} x {args.lengt
 
 SmolLM2-135M-Instruct (float32, dequantised), tokens chosen on the train text of each domain, tested on held-out validation
 text ({text}). Bits a byte against the dense model on the same documents, with 95 % bootstrap intervals over documents; no
-training. The refit reads {args.blocks} x {args.length} tokens of the train text with 32,768 tokens, twice that with 16,384 and {MORE_TEXT} times with
-fewer (as many logits each). *Refit alone*: the dense model with its rows refitted, to tell what is repair and what is
+training. The refit reads up to {MORE_TEXT} times {args.blocks} x {args.length} tokens of the train text, fewer where many tokens are left.
+*Refit alone*: the dense model with its rows refitted, to tell what is repair and what is
 adaptation to the domain.
 
 {loss_table(rows, args)}

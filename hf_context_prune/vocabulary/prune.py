@@ -20,7 +20,7 @@ from ..linalg import fast_matmul
 from ..plan import PruningPlan, Vocabulary, fingerprint
 from ..surgery import apply_plan
 from .rebuild import order_of, pruned_state, rebuilt, table_of
-from .refit import blocks_to_read, refit_rows
+from .refit import refit_to_text
 from .selection import TokenCounts, VocabularySize, choose, count_tokens, expected_scores, must_stay
 from .tokens import TokenTable
 
@@ -73,7 +73,7 @@ def prune_vocabulary(
         multiple: The number of tokens is rounded up to a multiple of this.
         criterion: ``"frequency"``: tokens by how often the text has them. ``"expected"``: by how many documents have
             them and by how probable the model holds them there (one forward pass over 65,536 tokens).
-        refit: Refit the kept rows to the text, see [`refit_rows`][]; never to worse on withheld text.
+        refit: Refit the kept rows to the text, see [`refit_to_text`][]; never to worse on withheld text.
         keep: Tokens (their contents) that must stay.
         remove: Tokens that must go.
         seed: Of the choice of text.
@@ -182,9 +182,7 @@ class VocabularyPruner:
             stay = (stay - self.counts.rare(size.above_share)) | set(self.tokenizer.all_special_ids)
             facts["rows_zeroed_by_paper"] = len(self.table.contents.keys() - stay)
         if refit:
-            count = blocks_to_read(smaller, self.blocks["num_samples"], self.blocks["max_seq_length"])
-            samples = token_blocks(self.source, tokenizer, **{**self.blocks, "num_samples": count})  # type: ignore[arg-type]
-            facts["refit"] = refit_rows(smaller, samples)
+            facts["refit"] = refit_to_text(smaller, tokenizer, self.source, **self.blocks)
         return TrimmedModel(smaller, tokenizer, replace(plan, provenance={"vocabulary": facts}))
 
 

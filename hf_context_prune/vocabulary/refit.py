@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -27,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ..data import TextSource, token_blocks
 from ..linalg import fast_matmul, inverse_spd, regularized
 
 RIDGE = 0.3
@@ -60,6 +62,21 @@ def blocks_to_read(model: PreTrainedModel, num_samples: int, length: int) -> int
     tokens, hidden = head.weight.shape
     positions = min(_MOST_LOGITS // tokens, _MOST_STATES // hidden)
     return max(HELD_OUT_EVERY, min(MORE_TEXT * num_samples, positions // length))
+
+
+def refit_to_text(
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    source: TextSource,
+    *,
+    num_samples: int,
+    max_seq_length: int,
+    seed: int,
+) -> dict[str, float] | None:
+    """[`refit_rows`][] on as many blocks of a text as [`blocks_to_read`][] names."""
+    count = blocks_to_read(model, num_samples, max_seq_length)
+    samples = token_blocks(source, tokenizer, num_samples=count, max_seq_length=max_seq_length, seed=seed)
+    return refit_rows(model, samples)
 
 
 @torch.no_grad()
