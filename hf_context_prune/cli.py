@@ -27,6 +27,7 @@ from .cli_options import (
     DomainOption,
     Dtype,
     DtypeOption,
+    EffortOption,
     EmbeddingThreshold,
     Format,
     FormatOption,
@@ -114,6 +115,7 @@ def prune(
     criterion: CriterionOption = None,
     reconstruction: ReconstructionOption = None,
     allocation: AllocationOption = None,
+    effort: EffortOption = None,
     round_to: RoundTo = None,
     stock: Annotated[
         bool | None, typer.Option("--stock/--no-stock", help="Plan only widths that the stock architecture can hold.")
@@ -127,7 +129,7 @@ def prune(
     linear_threshold: LinearThreshold = None,
     activation_threshold: ActivationThreshold = None,
     embedding_threshold: EmbeddingThreshold = None,
-    ridge: Annotated[float | None, typer.Option(help="Ridge of the refit. Default 0.3.")] = None,
+    ridge: Annotated[float | None, typer.Option(help="Ridge of the blocks' refit. Default 0.3.")] = None,
     num_calibration_samples: Annotated[int | None, typer.Option(help="Calibration blocks. Default 128.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens a block. Default 512.")] = None,
     text_column: TextColumn = None,
@@ -257,7 +259,7 @@ def inspect(
         many = f"{len(value)} curves (--format json has them)" if name == "sensitivity" else json.dumps(value)
         out(f"  {name}: {many}")
     if plan.vocabulary:
-        out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} tokens kept")
+        out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} embedding rows kept")
     out_table(widths_table(plan.dense, plan.widths))
     if figures:
         out_table(report_table(figures))

@@ -27,6 +27,7 @@ from .search_text import SearchText
 from .surgery import apply_plan
 from .thresholds import below_thresholds
 from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_prunable
+from .vocabulary.refit import blocks_to_read, refit_rows
 from .widths import check_units_budget
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
@@ -91,8 +92,9 @@ def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -
         check_prunable(model, tokenizer, size_of(config))
     sized = config.prunes_units and not config.thresholds_units
     if config.max_loss_increase is None and sized and (config.vocab_size or not config.prunes_vocabulary):
-        tokens = min(config.vocab_size or num_rows(model), num_rows(model))
-        check_units_budget(model, config, tokens)
+        rows = num_rows(model)
+        tokens = VocabularySize(multiple=config.vocab_multiple).rounded(config.vocab_size or rows)
+        check_units_budget(model, config, min(tokens, rows))
 
 
 def check_general_mix(config: PrunerConfig, general: object) -> None:
@@ -202,9 +204,10 @@ def split_budget(
         assert measured.curves is not None
         considered.append((tokens, loss, predicted_loss(measured.curves, widths)))
     if not considered:
+        most = (rows - min(tokens for tokens, _ in curve)) * cost + planner.most_removable(config)
         raise BudgetError(
             f"Asked to remove {budget.remove_params:,} of {budget.total_params:,} parameters; tokens, neurons and KV "
-            f"groups together can't give that many. Ask for less."
+            f"groups together can give {most:,} ({most / budget.total_params:.4f} of all). Ask for less."
         )
     best = min(considered, key=lambda item: (item[1] + item[2], -item[0]))[0]
     return Split(None if best == curve[0][0] else best, measured, tuple(considered))
@@ -231,18 +234,17 @@ def _vocabulary_curve(
     pruner = pruner_of(model, tokenizer, rest, config)
     rows, multiple = num_rows(model), config.vocab_multiple
     curve = [(rows, 0.0)]
-    least = alone // multiple * multiple  # reaches the budget alone
+    least = max(alone // multiple * multiple, pruner.fewest(multiple))  # what reaches the budget alone, if any does
     sizes = {math.ceil(int(rows * share) / multiple) * multiple for share in SHARES}
-    sizes = {size for size in sizes if least < size < rows} | ({least} if least > 0 else set())
+    sizes = {size for size in (*sizes, least) if least <= size < rows}
     if len(pruner.table) < rows:  # padding costs nothing to remove
         sizes.add(len(pruner.table))
     for size in tqdm(
         sorted(sizes, reverse=True), desc="Weighing vocabularies", unit="size", name="hf_context_prune.vocabulary"
     ):
-        try:
-            trimmed = pruner.trim(VocabularySize(size, multiple=config.vocab_multiple), refit=False)
-        except BudgetError:  # fewer than must stay, or more than the tokenizer has (padded rows)
+        if size > len(pruner.table):  # padded rows
             continue
+        trimmed = pruner.trim(VocabularySize(size, multiple=multiple), refit=False)
         losses = document_losses(trimmed.model, trimmed.tokenizer, withheld, docs=docs, **options)  # type: ignore[arg-type]
         excess = sum(loss.nll for loss in losses) - sum(loss.nll for loss in base)
         curve.append((trimmed.model.config.vocab_size, max(0.0, excess / tokens)))
@@ -305,7 +307,7 @@ def smaller_model(
                     )
             config = rest_of_budget(config, dense, model)
             if search is None:
-                check_units_budget(model, config, num_rows(model))
+                check_units_budget(dense, asked, num_rows(model))
     samples = _samples(text, tokenizer, config, general)
     try:
         plan, repair = plan_and_repair(
@@ -325,6 +327,9 @@ def smaller_model(
         within: dict[str, Any] = {"max_loss_increase": config.max_loss_increase, "increase": increase, "trials": []}
         return model, tokenizer, replace(alone, provenance={**alone.provenance, "loss_budget": within})
     smaller = apply_plan(model, plan, repair=repair).eval()
+    if config.effort == "high":
+        found = _refit_rows(smaller, tokenizer, text, config, general)
+        plan = replace(plan, provenance={**plan.provenance, "refit": found})
     if vocabulary is not None:
         plan = replace(
             plan,
@@ -333,6 +338,29 @@ def smaller_model(
             provenance={**plan.provenance, "config": asked.to_dict()},
         )
     return smaller, tokenizer, plan
+
+
+def _refit_rows(
+    smaller: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+    general: TextSource | None,
+) -> dict[str, float] | None:
+    """Refit the rows of the tokens to what the pruned blocks give, in place, the same in all processes."""
+    count = blocks_to_read(smaller, config.num_calibration_samples, config.max_seq_length)
+    samples = _samples(text, tokenizer, replace(config, num_calibration_samples=count), general)
+    head = smaller.get_output_embeddings()
+
+    def refitted() -> tuple[dict[str, float] | None, torch.Tensor | None]:
+        found = refit_rows(smaller, samples)
+        return found, None if found is None else head.weight.detach().cpu()
+
+    found, rows = on_main_process(refitted)
+    if rows is not None:
+        with torch.no_grad():
+            head.weight.copy_(rows)
+    return found
 
 
 def threshold_magnitudes(

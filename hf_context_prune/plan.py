@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from .embeddings import num_rows
-from .errors import PlanError
+from .errors import PlanError, VocabularyError
 from .modeling.specs import Geometry, LayerWidths, base_model_type
 
 FORMAT_VERSION = 2
@@ -94,12 +95,34 @@ class Vocabulary:
         return {old: new for new, old in enumerate(self.kept)}
 
     def to_new(self, ids: Iterable[int]) -> list[int | None]:
-        """New ids of old ones; None for a token that is gone."""
-        return [self.new_ids.get(index) for index in ids]
+        """New ids of old ones, a flat sequence (or tensor); None for a token that is gone.
+
+        Raises:
+            VocabularyError: One is no id of the old vocabulary.
+        """
+        return [self.new_ids.get(index) for index in _ids(ids, self.dense, "old")]
 
     def to_old(self, ids: Iterable[int]) -> list[int]:
-        """Old ids of new ones."""
-        return [self.kept[index] for index in ids]
+        """Old ids of new ones, a flat sequence (or tensor).
+
+        Raises:
+            VocabularyError: One is no id of the new vocabulary.
+        """
+        return [self.kept[index] for index in _ids(ids, len(self.kept), "new")]
+
+
+def _ids(ids: Iterable[int], count: int, which: str) -> Iterator[int]:
+    for value in ids:
+        try:
+            index = operator.index(value)
+        except TypeError:
+            index = -1  # a list of lists, or a number that is not whole
+        if not 0 <= index < count:
+            raise VocabularyError(
+                f"{value!r} is no id of the {which} vocabulary; give a flat sequence of integers from 0 to "
+                f"{count - 1:,} (labels of -100 and the like left out)."
+            )
+        yield index
 
 
 @dataclass(frozen=True)

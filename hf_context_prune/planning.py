@@ -171,8 +171,14 @@ def make_plan(
 
     Raises:
         BudgetError: The budget can't be reached.
-        ConfigError: Adaptive allocation without samples, or `max_loss_increase`.
+        ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what is not planned here: tokens, and
+            the refit of their rows.
     """
+    if config.prunes_vocabulary or config.effort == "high":
+        raise ConfigError(
+            "make_plan plans neurons and KV groups alone. For tokens, use prune(), or prune_vocabulary() before, "
+            "without the vocab_* options here; for effort='high', use prune()."
+        )
     geometry = read_geometry(model.config, check_supported(model))
     wanted = {(layer, target) for layer in range(len(geometry.layers)) for target in needed_targets(config)}
     if not wanted <= set(stats.targets):

@@ -14,6 +14,7 @@ from hf_context_prune.config import (
     DEFAULT_PRUNING_RATIO,
     AllocationName,
     CriterionName,
+    EffortName,
     PrunerConfig,
     ReconstructionName,
     VocabCriterion,
@@ -36,6 +37,7 @@ NAMES = {
     "reconstruction": ReconstructionName,
     "allocation": AllocationName,
     "vocab_criterion": VocabCriterion,
+    "effort": EffortName,
 }
 EVERYTHING = {
     "pruning_ratio": 0.3,
@@ -46,6 +48,7 @@ EVERYTHING = {
     "criterion": "wanda",
     "reconstruction": "bias",
     "allocation": "adaptive",
+    "effort": "high",
     "round_to": 8,
     "stock": False,
     "vocab_size": None,
@@ -120,6 +123,10 @@ def test_integers(name, lowest):
         assert f"{name} is None" in refused(**{name: None})
 
 
+def test_effort_needs_a_repair():
+    assert "effort='high' repairs more" in refused(effort="high", reconstruction="none")
+
+
 @pytest.mark.parametrize("bad", [0, -1, 0.0, math.nan, math.inf, "0.01", True, None, 2e6])
 def test_ridge(bad):
     message = refused(ridge=bad)
@@ -140,7 +147,7 @@ def test_max_loss_increase(bad):
 @pytest.mark.parametrize(("name", "literal"), NAMES.items())
 def test_names(name, literal):
     for good in get_args(literal):  # taylor needs gradients, which the walk does not have
-        assert getattr(PrunerConfig(**{"reconstruction": "none", name: good}), name) == good
+        assert getattr(PrunerConfig(**{"reconstruction": "bias", name: good}), name) == good
     message = refused(**{name: get_args(literal)[0] + "x"})
     assert message.startswith(f"Unknown {name} '{get_args(literal)[0]}x'; allowed are ")
     assert all(good in message for good in get_args(literal))

@@ -10,7 +10,7 @@ import torch
 
 from hf_context_prune import PrunerConfig, global_budget
 from hf_context_prune.architectures import SPECS, read_geometry, unit_costs
-from hf_context_prune.data import CalibrationWarning, hold_out_documents
+from hf_context_prune.data import CalibrationWarning, TextSource, hold_out_documents
 from hf_context_prune.embeddings import num_rows, token_cost
 from hf_context_prune.errors import BudgetError, DataError
 from hf_context_prune.evaluation import count_parameters, document_losses
@@ -19,7 +19,7 @@ from hf_context_prune.plan import PruningPlan, fingerprint
 from hf_context_prune.search_text import SearchText
 from hf_context_prune.surgery import apply_plan
 from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize
-from hf_context_prune.vocabulary.notes import vocabulary_note
+from hf_context_prune.vocabulary.notes import effort_note, vocabulary_note
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
 
@@ -155,7 +155,7 @@ def test_the_same_config_gives_the_same(options):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({**AUTO, "pruning_ratio": 0.97}, r"Asked to remove .* together can't give that many"),
+        ({**AUTO, "pruning_ratio": 0.97}, r"Asked to remove .* together can give [\d,]+ \(0\.\d+ of all\)"),
         ({"vocab_size": 256, "pruning_ratio": 0.97}, "adaptive widths can remove at most"),
         ({"vocab_size": 64, "pruning_ratio": 0.2}, "102 tokens must stay"),
         ({"vocab_size": 4000}, "the tokenizer has only 392 tokens"),
@@ -165,6 +165,65 @@ def test_the_same_config_gives_the_same(options):
 def test_budgets_that_cannot_be_met(options, said):
     with pytest.raises(BudgetError, match=said):
         pruned(PrunerConfig(**options, **SMALL))
+
+
+def test_the_fewest_tokens_are_considered_too():
+    """A budget that needs them can be met, as it can with that number of tokens given."""
+    most = replace(PrunerConfig(pruning_ratio=0.5, **AUTO), **SMALL)
+    with pytest.raises(BudgetError) as refused:
+        pruned(replace(most, pruning_ratio=0.97))
+    possible = float(str(refused.value).split("(")[-1].split(" ")[0])
+    *_, plan = pruned(replace(most, pruning_ratio=possible - 0.005))
+    fewest = VocabularyPruner(dense(), shared_tokenizer("smollm2"), documents()).fewest(8)
+    assert len(plan.vocabulary.kept) == fewest == plan.provenance["considered_vocabularies"][-1][0]
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": 300, "vocab_multiple": 64}, {"vocab_coverage": 0.5}])
+def test_what_is_left_for_units_is_told_in_terms_of_the_whole(options):
+    """Whether it is known before the text is read or only after."""
+    with pytest.raises(
+        BudgetError, match=r"Of the ([\d,]+) parameters asked to go, [\d,]+ go with the tokens"
+    ) as error:
+        pruned(PrunerConfig(pruning_ratio=0.96, allocation="uniform", **options, **SMALL))
+    asked = int(str(error.value).split(" ")[2].replace(",", ""))
+    assert asked == round(0.96 * count_parameters(dense()))
+    if "vocab_size" in options:
+        assert "beyond 320." in str(error.value)
+        with pytest.raises(BudgetError, match="beyond 320"):
+            check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(pruning_ratio=0.96, **options, **SMALL))
+
+
+HIGH = {**SMALL, "num_calibration_samples": 48, "pruning_ratio": 0.2}
+
+
+@pytest.mark.parametrize("options", [{}, {"vocab_size": 256}, {"stock": True}], ids=["units", "tokens", "stock"])
+@pytest.mark.parametrize("name", ["llama", "llama-mqa-tied"])
+def test_high_effort_refits_the_rows_of_the_pruned_model(name, options):
+    text, withheld = hold_out_documents(documents(), seed=3)
+    config = PrunerConfig(**HIGH, **options)
+    low, tokenizer, plan = pruned(config, text=text, name=name)
+    high, again, longer = pruned(replace(config, effort="high"), text=text, name=name)
+    assert "refit" not in plan.provenance
+    refit = longer.provenance["refit"]
+    assert refit["after"] < refit["before"]
+    assert (longer.layers, longer.vocabulary) == (plan.layers, plan.vocabulary)
+    changed = {key for key, value in low.state_dict().items() if not torch.equal(value, high.state_dict()[key])}
+    assert changed == {"lm_head.weight"} | ({"model.embed_tokens.weight"} if "tied" in name else set())
+    if "vocab_size" not in options:  # where tokens went, their rows were refitted before
+        losses = [
+            sum(loss.nll for loss in document_losses(model, own, withheld, max_seq_length=32))
+            for model, own in ((low, tokenizer), (high, again))
+        ]
+        assert losses[1] < losses[0]
+    assert effort_note(plan) == ()
+    assert "the rows of the tokens were refitted" in effort_note(longer)[0]
+
+
+def test_high_effort_with_little_text_says_so():
+    config = PrunerConfig(mlp_ratio=0.3, effort="high", num_calibration_samples=2, max_seq_length=2000)
+    *_, plan = pruned(config, text=TextSource.from_documents([next(iter(documents().documents))], name="one"))
+    assert plan.provenance["refit"] is None
+    assert "the text is too little" in effort_note(plan)[0]
 
 
 def test_padding_is_the_first_to_go():

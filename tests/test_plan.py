@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from hf_context_prune.architectures import SPECS, read_geometry
-from hf_context_prune.errors import PlanError
+from hf_context_prune.errors import PlanError, VocabularyError
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.surgery import apply_plan
@@ -42,9 +43,19 @@ def test_plans_from_before_vocabularies_still_load(tmp_path):
 
 
 def test_ids_of_a_vocabulary():
-    assert VOCABULARY.to_new([7, 0, 2, 3, 99]) == [3, 0, None, 4, None]
+    assert VOCABULARY.to_new([7, 0, 2, 3]) == [3, 0, None, 4]
     assert VOCABULARY.to_old([3, 0, 4]) == [7, 0, 3]
     assert VOCABULARY.to_old(VOCABULARY.to_new(VOCABULARY.kept)) == list(VOCABULARY.kept)
+    assert VOCABULARY.to_new(torch.tensor([7, 2])) == VOCABULARY.to_new(np.array([7, 2])) == [3, None]
+    assert VOCABULARY.to_old(torch.tensor([3, 0])) == [7, 0]
+
+
+@pytest.mark.parametrize("bad", [[99], [-100], [9], [1.5], [[1, 2]], ["1"], torch.tensor([[1, 2]]), [None]])
+def test_ids_of_no_vocabulary(bad):
+    with pytest.raises(VocabularyError, match=r"is no id of the old vocabulary; .* from 0 to 8"):
+        VOCABULARY.to_new(bad)
+    with pytest.raises(VocabularyError, match=r"is no id of the new vocabulary; .* from 0 to 4"):
+        VOCABULARY.to_old(bad)
 
 
 def test_widths():

@@ -80,6 +80,13 @@ def test_which_units_a_loss_budget_may_remove(model):
             call(model, config)
 
 
+@pytest.mark.parametrize("options", [{"vocab_size": 128}, {"effort": "high"}])
+def test_what_is_no_plan_of_units_is_not_left_out_silently(model, options):
+    config = PrunerConfig(mlp_ratio=0.25, **options)
+    with pytest.raises(ConfigError, match="make_plan plans neurons and KV groups alone"):
+        make_plan(model, calibrate(model, batches_of(tokens(2))), config)
+
+
 def test_adaptive_needs_two_blocks():
     with pytest.raises(ConfigError, match="there is 1 block of 16 tokens"):
         plan_and_repair(tiny_model("llama"), tokens(1), PrunerConfig(allocation="adaptive"))

@@ -38,6 +38,10 @@ def check_config(config: PrunerConfig) -> None:
             "The training batches are all that the callback calibrates on; mix general text into the training data "
             "itself, and leave general_mix out."
         )
+    if config.effort == "high":
+        raise ConfigError(
+            "effort='high' refits the rows of the tokens to the text, which training does itself; leave effort out."
+        )
     if config.thresholds_units:
         raise ConfigError(
             "The paper's thresholds decide once, on calibration text. Use prune() with them, and recover() after it; "

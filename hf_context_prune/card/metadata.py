@@ -81,7 +81,9 @@ def _results(facts: CardFacts) -> list[EvalResult]:
         results.append(
             EvalResult(metric_type="bits_per_byte", metric_value=_number(last.bits_per_byte.value), **common)
         )
-        results.append(EvalResult(metric_type="perplexity", metric_value=_number(last.perplexity.value), **common))
+        compared = loss.recovered_comparison if loss.recovered is not None else loss.comparison
+        if compared is None or compared.excess_nats_per_token is not None:  # else of other tokens than the base's
+            results.append(EvalResult(metric_type="perplexity", metric_value=_number(last.perplexity.value), **common))
     questions = report.multiple_choice
     if questions is not None and questions.pruned is not None:
         results.append(

@@ -1,6 +1,8 @@
-"""What a report says of a pruned vocabulary."""
+"""What a report says of a pruned vocabulary, and of rows that were refitted."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from ..data import TextSource
 from ..plan import PruningPlan
@@ -13,14 +15,30 @@ def vocabulary_note(plan: PruningPlan, text: TextSource) -> tuple[str, ...]:
     if plan.vocabulary is None:
         return ()
     facts = plan.provenance["vocabulary"]
-    refit = facts["refit"]
-    repaired = "their rows are as they were"
-    if refit is not None and refit["share"]:
-        repaired = (
-            f"their rows were refitted ({refit['before']:.3f} -> {refit['after']:.3f} nats a token, withheld blocks)"
-        )
     return (
         f"Vocabulary: {len(plan.vocabulary.kept):,} of {facts['tokens_before']:,} tokens, {facts['coverage']:.2%} of "
-        f"the token occurrences in {text.name}; {repaired}. Losses a token don't compare between the two tokenizers; "
-        f"bits per byte do.",
+        f"the token occurrences in {text.name}; {_rows(facts['refit'])}. Losses a token compare between two tokenizers "
+        f"only where both cut the text into as many tokens; bits per byte always do.",
+    )
+
+
+def effort_note(plan: PruningPlan) -> tuple[str, ...]:
+    """A sentence on what ``effort="high"`` gave, where it was asked for."""
+    if "refit" not in plan.provenance:
+        return ()
+    refit = plan.provenance["refit"]
+    why = ""
+    if refit is None:
+        why = ", since the text is too little to withhold some of it, or the logits are not linear in the hidden states"
+    return (f"With the blocks done, {_rows(refit)}{why}.",)
+
+
+def _rows(refit: Mapping[str, float] | None) -> str:
+    if refit is None:
+        return "the rows of the tokens are as they were"
+    if not refit["share"]:
+        return "the rows of the tokens are as they were, since withheld text would not have gained"
+    return (
+        f"the rows of the tokens were refitted ({refit['before']:.3f} -> {refit['after']:.3f} nats a token, withheld "
+        f"blocks)"
     )

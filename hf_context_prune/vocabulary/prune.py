@@ -22,6 +22,7 @@ from ..surgery import apply_plan
 from .rebuild import order_of, pruned_state, rebuilt, table_of
 from .refit import refit_to_text
 from .selection import TokenCounts, VocabularySize, choose, count_tokens, expected_scores, must_stay
+from .template import template_ids
 from .tokens import TokenTable
 
 _SAMPLES, _LENGTH, _BATCH = 128, 512, 4
@@ -136,6 +137,11 @@ class VocabularyPruner:
         length = min(max_seq_length, getattr(model.config, "max_position_embeddings", None) or max_seq_length)
         self.blocks = {"num_samples": num_samples, "max_seq_length": length, "seed": seed}
 
+    def fewest(self, multiple: int) -> int:
+        """The fewest tokens that it can be trimmed to."""
+        size = VocabularySize(multiple=multiple)
+        return min(size.rounded(len(must_stay(self.table, size, self.needed, self.unwanted))), len(self.table))
+
     @cached_property
     def counts(self) -> TokenCounts:
         """How often the text has every token."""
@@ -190,38 +196,28 @@ def required_ids(model: PreTrainedModel, tokenizer: Any, table: TokenTable) -> s
     """Ids that the configs, the tokenizer's special tokens and the chat template rely on.
 
     Raises:
-        VocabularyError: A config names an id that the tokenizer lacks.
+        VocabularyError: A config names an id that the tokenizer lacks, or an ordinary token as the begin or end of a
+            text that the tokenizer begins or ends otherwise.
     """
     ids = {index for index in tokenizer.all_special_ids if index in table.contents}
+    special = ids | tokenizer.added_tokens_decoder.keys()
     for kind, config in (("config", model.config), ("generation_config", model.generation_config)):
         for name, index in named_ids(config) if config is not None else ():
             if index not in table.contents:
                 raise VocabularyError(
                     f"{kind}.{name} is {index}, which is no token of the tokenizer, so it would have no id in the "
-                    f"smaller vocabulary. Set it to one of the tokenizer's ids."
+                    f"smaller vocabulary. Load the tokenizer from where the model came from, or set it to one of the "
+                    f"tokenizer's ids."
+                )
+            own = getattr(tokenizer, name, None) if name in ("bos_token_id", "eos_token_id") else None
+            if own is not None and own != index and index not in special:
+                raise VocabularyError(
+                    f"{kind}.{name} is {index}, which is the ordinary token {table.contents[index]!r} of this "
+                    f"tokenizer; its own is {tokenizer.convert_ids_to_tokens(own)!r} ({own}): they don't belong "
+                    f"together. Load the tokenizer from where the model came from, or set {kind}.{name} to {own}."
                 )
             ids.add(index)
-    return ids | _template_ids(tokenizer)
-
-
-def _template_ids(tokenizer: Any) -> set[int]:  # noqa: ANN401
-    """Tokens of conversations that hold little but what the chat template (or each of several) writes.
-
-    Nothing at all is not enough: spaces around a turn's content would become one, and some templates refuse it.
-    """
-    templates = getattr(tokenizer, "chat_template", None)
-    found: set[int] = set()
-    for template in templates.values() if isinstance(templates, Mapping) else [templates] if templates else ():
-        for content in ("", "a"):
-            turns = [{"role": role, "content": content} for role in ("system", "user", "assistant")]
-            for messages in (turns, turns[1:], turns[1:2]):
-                options = {"tokenize": False, "add_generation_prompt": len(messages) == 1, "chat_template": template}
-                try:
-                    text = tokenizer.apply_chat_template(messages, **options)
-                except Exception:  # a template is a program: it may refuse a system turn, or need tools
-                    continue
-                found.update(tokenizer.encode(text, add_special_tokens=False))
-    return found
+    return ids | template_ids(tokenizer)
 
 
 @torch.no_grad()
@@ -314,8 +310,8 @@ def _paired(model: PreTrainedModel, tokenizer: Any) -> TokenTable:  # noqa: ANN4
 
 def _ids_of(table: TokenTable, tokens: Collection[str], what: str) -> set[int]:
     known = {content: index for index, content in table.contents.items()}
-    if isinstance(tokens, str):
-        raise VocabularyError(f"The tokens to be {what} are the string {tokens!r}; give a list of tokens.")
+    if isinstance(tokens, str) or not isinstance(tokens, Collection):
+        raise VocabularyError(f"The tokens to be {what} are {tokens!r}; give a list of tokens.")
     for token in tokens:
         if token not in known:
             raise VocabularyError(

@@ -11,9 +11,12 @@ the Kronecker-factored natural gradient (Martens and Grosse, arXiv 1503.05671) o
 prior holds back rows that the text says little about. Text that is not fitted chooses the step size a, and at the end,
 with the whole model (tied rows are inputs too), whether to go all the way, half, or not at all.
 
+Rows of tokens that the text neither has nor expects would hardly move: they stay as they are, and their part of the
+softmax's denominator is computed once, so that a step costs what the domain's tokens cost and not what all do.
+
 A few million values of rows easily learn a little text by heart: what the refit gives on text that it has not seen
-grows with the amount of text more than with anything else, so it reads more than the repair of the blocks does, and
-takes each step on a part of it.
+grows with the amount of text more than with anything else, so it reads more than the repair of the blocks does where
+that is cheap, and takes each step on a part of it.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ PRIOR = 100.0
 STEP = 0.1
 MOMENTUM = 0.7
 MAX_STEPS = 16
+LEAST_EXPECTED = 0.1
+"""Occurrences that the model has to expect, at least, for the row of a token that the text lacks to be fitted."""
 MIN_GAIN = 3e-4
 """Nats a token on the held-out text below which a step is not taken."""
 HELD_OUT_EVERY = 12
@@ -45,7 +50,8 @@ _MOST_HELD_OUT = 16
 MORE_TEXT = 4
 """Blocks that are read, as a multiple of those that the blocks of the model are repaired by."""
 _MOST_LOGITS = 2**31
-"""Logits of all the text: where there are many tokens, fewer positions are read (131,072 of 16,384 tokens)."""
+"""Logits of all the text: where there are many tokens, fewer positions are read (131,072 of 16,384 tokens), though as
+many as the blocks of the model are repaired by."""
 _MOST_STATES = 2**28
 """Values of the hidden states, 1 GiB: where they are wide, fewer positions are read."""
 _STEP_LOGITS = 2**29
@@ -60,8 +66,8 @@ def blocks_to_read(model: PreTrainedModel, num_samples: int, length: int) -> int
     if head is None:
         return num_samples
     tokens, hidden = head.weight.shape
-    positions = min(_MOST_LOGITS // tokens, _MOST_STATES // hidden)
-    return max(HELD_OUT_EVERY, min(MORE_TEXT * num_samples, positions // length))
+    cheap = max(num_samples, _MOST_LOGITS // tokens // length)
+    return max(HELD_OUT_EVERY, min(MORE_TEXT * num_samples, cheap, _MOST_STATES // hidden // length))
 
 
 def refit_to_text(
@@ -105,8 +111,7 @@ def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int
     targets = samples[:, 1:].reshape(-1).to(states.device)
     weight = head.weight
     old = weight.detach().float().clone()
-    problem = _Problem(states[:split], targets[:split], states[split:], targets[split:], head.bias)
-    new = problem.solve(old)
+    new = _Problem(old, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:])).solve()
     probe = samples[-held_out:]
     losses = {}
     for share in (0.0, 0.5, 1.0):
@@ -154,33 +159,43 @@ def _loss(model: PreTrainedModel, samples: torch.Tensor, batch_size: int) -> flo
     return total / count
 
 
+Text = tuple[torch.Tensor, torch.Tensor]
+"""Hidden states, [positions, hidden] float32, and the next tokens, [positions] int64."""
+
+
 class _Problem:
-    """Logistic regression of the next token on hidden states, with text that is never fitted."""
+    """Logistic regression of the next token on hidden states, with text that is never fitted.
 
-    def __init__(
-        self,
-        states: torch.Tensor,
-        targets: torch.Tensor,
-        held_states: torch.Tensor,
-        held_targets: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> None:
-        self.states, self.targets, self.bias = states, targets, bias
-        self.held = held_states, held_targets
+    Attributes:
+        rows: Tokens whose rows are fitted, [fitted] int64: what the text has, or the model expects there
+            (`LEAST_EXPECTED`).
+    """
 
-    def solve(self, start: torch.Tensor) -> torch.Tensor:
-        """Rows of the lowest held-out loss that a few steps reach, [tokens, hidden] float32."""
-        count = len(self.states)
-        gram = (self.states.T @ self.states).double() / count
+    def __init__(self, old: torch.Tensor, bias: torch.Tensor | None, fitted: Text, held_out: Text) -> None:
+        self.old, self.bias = old, None if bias is None else bias.float()
+        self.count, part = len(fitted[0]), max(1, _STEP_LOGITS // len(old))
+        active = self._predicted(fitted[0][:part]) * self.count >= LEAST_EXPECTED
+        active[torch.cat([fitted[1], held_out[1]])] = True
+        self.rows = active.nonzero().squeeze(1)
+        place = active.cumsum(0) - 1  # of a token among the fitted ones
+        self.fitted, self.held = (
+            (states, place[targets], self._others(states, ~active)) for states, targets in (fitted, held_out)
+        )
+        self.fitted_bias = None if self.bias is None else self.bias[self.rows]
+
+    def solve(self) -> torch.Tensor:
+        """All rows, [tokens, hidden] float32, at the lowest held-out loss that a few steps reach."""
+        states, targets, _ = self.fitted
+        gram = (states.T @ states).double() / self.count
         inverse = inverse_spd(regularized(gram, RIDGE)).float()
-        observed = torch.bincount(self.targets, minlength=len(start)).float() / count
-        number = max(1, round(count * len(start) / _STEP_LOGITS))
-        parts = list(zip(self.states.tensor_split(number), self.targets.tensor_split(number), strict=True))
-        best, step, idle = start, STEP, False
-        lowest, direction = self._held_loss(best), torch.zeros_like(start)
+        observed = torch.bincount(targets, minlength=len(self.rows)).float() / self.count
+        number = max(1, round(self.count * len(self.rows) / _STEP_LOGITS))
+        parts = list(zip(*(values.tensor_split(number) for values in self.fitted), strict=True))
+        best, step, idle = self.old[self.rows], STEP, False
+        lowest, direction = self._held_loss(best), torch.zeros_like(best)
         for turn in tqdm(range(MAX_STEPS), desc="Refitting rows", unit="step", name="hf_context_prune.vocabulary"):
             gradient, predicted = self._gradient(best, *parts[turn % len(parts)])
-            scale = torch.maximum(predicted, observed) + PRIOR / count
+            scale = torch.maximum(predicted, observed) + PRIOR / self.count
             direction = MOMENTUM * direction + (gradient @ inverse) / scale[:, None]
             loss, size = min((self._held_loss(best - size * direction), size) for size in (2 * step, step, step / 2))
             if loss < lowest - MIN_GAIN:
@@ -190,36 +205,52 @@ class _Problem:
             else:
                 step, idle = step / 4, True
                 direction.zero_()
-        return best
-
-    def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        with fast_matmul():
-            return functional.linear(states, weight, bias)
+        new = self.old.clone()
+        new[self.rows] = best
+        return new
 
     def _held_loss(self, weight: torch.Tensor) -> float:
-        states, targets = self.held
+        """Nats a token of the text that is not fitted, with these rows, [fitted, hidden]."""
         total = 0.0
-        for rows, ids in self._chunks(states, targets, len(weight)):
-            total += float(functional.cross_entropy(self._logits(rows, weight), ids, reduction="sum"))
-        return total / len(states) if math.isfinite(total) else math.inf  # too long a step
+        for states, targets, others in self._chunks(self.held, len(weight)):
+            logits = _logits(states, weight, self.fitted_bias)
+            chosen = logits.gather(1, targets[:, None]).squeeze(1)
+            total += float((logits.logsumexp(dim=-1).logaddexp(others) - chosen).sum())
+        return total / len(self.held[0]) if math.isfinite(total) else math.inf  # too long a step
 
     def _gradient(
-        self, weight: torch.Tensor, states: torch.Tensor, targets: torch.Tensor
+        self, weight: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, others: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean (p - y) h, mean p) over positions."""
+        """(mean (p - y) h, mean p) over positions, for the fitted rows."""
         gradient, predicted = torch.zeros_like(weight), torch.zeros(len(weight), device=weight.device)
-        for rows, ids in self._chunks(states, targets, len(weight)):
-            probability = self._logits(rows, weight).softmax(dim=-1)
+        for rows, ids, rest in self._chunks((states, targets, others), len(weight)):
+            logits = _logits(rows, weight, self.fitted_bias)
+            probability = logits.sub_(logits.logsumexp(dim=-1).logaddexp(rest)[:, None]).exp_()
             predicted += probability.sum(dim=0)
             probability[torch.arange(len(ids), device=ids.device), ids] -= 1
             with fast_matmul():
                 gradient.addmm_(probability.T, rows)
         return gradient / len(states), predicted / len(states)
 
+    def _predicted(self, states: torch.Tensor) -> torch.Tensor:
+        """How often the old rows expect every token, [tokens]: mean p over positions."""
+        total = torch.zeros(len(self.old), device=states.device)
+        for (rows,) in self._chunks((states,), len(self.old)):
+            total += _logits(rows, self.old, self.bias).softmax(dim=-1).sum(dim=0)
+        return total / len(states)
+
+    def _others(self, states: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Log-sum-exp of the logits of tokens whose rows stay, [positions]; -inf where there are none."""
+        weight, bias = self.old[others], None if self.bias is None else self.bias[others]
+        chunks = self._chunks((states,), max(1, len(weight)))
+        return torch.cat([_logits(rows, weight, bias).logsumexp(dim=-1) for (rows,) in chunks])
+
     @staticmethod
-    def _chunks(
-        states: torch.Tensor, targets: torch.Tensor, tokens: int
-    ) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+    def _chunks(values: Sequence[torch.Tensor], tokens: int) -> list[tuple[torch.Tensor, ...]]:
         size = max(_FEWEST_ROWS, _ELEMENTS // tokens)  # every chunk reads all the weights
-        return list(zip(states.split(size), targets.split(size), strict=True))
+        return list(zip(*(tensor.split(size) for tensor in values), strict=True))
+
+
+def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    with fast_matmul():
+        return functional.linear(states, weight, bias)

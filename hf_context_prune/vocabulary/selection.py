@@ -98,6 +98,10 @@ class VocabularySize:
     multiple: int = 64
     above_share: float | None = None
 
+    def rounded(self, tokens: int) -> int:
+        """A number of tokens, up to the next multiple."""
+        return -(-tokens // self.multiple) * self.multiple
+
     def check(self) -> None:
         """Refuse values out of range, and none or several sizes.
 
@@ -154,7 +158,7 @@ def choose(
     possible = [index for index in table.contents if not table.closure(index) & gone] if gone else list(table.contents)
     limit = len(possible)
     if size.tokens is not None:
-        limit = -(-size.tokens // size.multiple) * size.multiple
+        limit = size.rounded(size.tokens)
     ranked = sorted(possible, key=lambda index: (-scores.get(index, 0.0), index))
     kept = set(must)
     if size.min_count is not None:
@@ -171,7 +175,7 @@ def choose(
                 f"the rest is {share:.2%} of the text. Ask for less, or remove fewer."
             )
     if size.tokens is None:
-        limit = min(-(-len(kept) // size.multiple) * size.multiple, len(possible))
+        limit = min(size.rounded(len(kept)), len(possible))
     return _filled(table, ranked, kept, limit)
 
 
@@ -193,8 +197,8 @@ def must_stay(
     must = table.mandatory() | table.closed(keep)
     _check_removable(table, must, remove)
     if size.tokens is not None:
-        if -(-size.tokens // size.multiple) * size.multiple < len(must):
-            least = min(-(-len(must) // size.multiple) * size.multiple, len(table))
+        if size.rounded(size.tokens) < len(must):
+            least = min(size.rounded(len(must)), len(table))
             raise BudgetError(
                 f"vocab_size is {size.tokens:,}, but {len(must):,} tokens must stay (special and added tokens, bytes "
                 f"or single characters, and what the chat template and the config need). Ask for at least {least:,}."

@@ -313,6 +313,7 @@ def test_batches_without_token_ids(tmp_path):
         ({"vocab_size": 128}, r"Prune them before: trimmed = prune_vocabulary"),
         ({"mlp_ratio": None, "attention_ratio": None, "max_loss_increase": 0.1}, "max_loss_increase finds the size"),
         ({"allocation": "adaptive"}, "one budget for all parameters"),
+        ({"effort": "high"}, "training does itself"),
     ],
 )
 def test_configs_that_need_more_than_batches(options, said):

@@ -319,6 +319,17 @@ def test_figures_that_are_no_numbers_are_refused(facts, bad):
         with_provenance(facts, predicted_loss_increase=bad)
 
 
+@pytest.mark.parametrize("excess", [None, Estimate(0.1, None)])
+def test_perplexities_of_other_tokens_are_no_figures(facts, excess):
+    """They can't be compared with the base's; bits a byte can."""
+    comparison = dataclasses.replace(facts.report.loss.comparison, excess_nats_per_token=excess)
+    loss = dataclasses.replace(facts.report.loss, comparison=comparison)
+    card = build_card(dataclasses.replace(facts, report=dataclasses.replace(facts.report, loss=loss, general=None)))
+    results = card.data.to_dict()["model-index"][0]["results"]
+    shown = [metric["type"] for result in results for metric in result["metrics"]]
+    assert shown == (["bits_per_byte"] if excess is None else ["bits_per_byte", "perplexity"])
+
+
 def test_questions_of_the_hub_give_a_results_file(facts):
     row = {"source": "all", "accuracy": {"value": 0.5, "interval": None}, "num_questions": 4, "num_correct": 2}
     accuracy = (decode(Accuracy, row | {"chance": 0.25, "shots": [0, 0]}, "row"),)

@@ -17,6 +17,12 @@ from tests.vocabulary.tiny_tokenizers import tokenizer_of
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
 
+CALLS = (
+    "{% if tools %}the revenue {{ tools[0]['function']['name'] }} {% endif %}"
+    "{% if documents %}rose {% endif %}{% if enable_thinking %} daily{% endif %}"
+    "{% for turn in messages %}{% if turn.tool_calls %}the quarter {{ turn.tool_calls[0].function.name }}{% endif %}"
+    "{% if turn.role == 'tool' %}the patient {% endif %}{{ turn.content }}{% endfor %}"
+)
 REFUSES = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     "{% for turn in messages %}<|begin|>{{ turn['role'] }}, the quarter: {{ turn['content'] }}<|end|>\n{% endfor %}"
@@ -41,8 +47,9 @@ CONVERSATIONS = [
         (ONLY_USER, ["revenue"]),
         ({"default": REFUSES, "tool_use": DEFAULTS}, ["Ġquarter", "Ġrose"]),
         ({"tool_use": DEFAULTS}, ["Ġrose"]),
+        (CALLS, ["Ġrevenue", "rose", "Ġdaily", "Ġquarter", "Ġpatient"]),
     ],
-    ids=["no-system", "default-system", "one-turn", "several", "no-default"],
+    ids=["no-system", "default-system", "one-turn", "several", "no-default", "tools"],
 )
 def test_what_the_chat_template_writes_stays(template, words):
     tokenizer = tokenizer_of("llama3")
@@ -86,6 +93,28 @@ def test_bad_arguments(options, error, said):
     options = {"data": documents(), **options}
     with pytest.raises(error, match=said):
         prune_vocabulary(model_for("llama", tokenizer), tokenizer, **options)
+
+
+@pytest.mark.parametrize("date", ["26 Jul 2024", "01 December", "Wednesday"])
+def test_no_day_of_a_template_is_lost(date):
+    tokenizer = tokenizer_of("llama3")
+    template = "Today: {{ strftime_now('%d %b %Y, %A %B') }}. {{ messages[0].content }}"
+    tokenizer.chat_template = template
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_min_count=1, multiple=1)
+    ids = tokenizer.encode(f"Today: {date}", add_special_tokens=False)
+    assert None not in trimmed.plan.vocabulary.to_new(ids)
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
+@pytest.mark.parametrize("where", ["config", "generation_config"])
+def test_another_tokenizer_with_ids_that_fit(name, where):
+    tokenizer = shared_tokenizer("llama3")
+    model = model_for("llama", tokenizer)
+    ordinary = tokenizer.convert_tokens_to_ids("Ġcourt")
+    setattr(getattr(model, where), name, ordinary)
+    said = rf"{where}\.{name} is {ordinary}, which is the ordinary token 'Ġcourt' .* they don't belong together"
+    with pytest.raises(VocabularyError, match=said):
+        prune_vocabulary(model, tokenizer, documents(), vocab_size=320)
 
 
 def word_piece():
@@ -191,7 +220,8 @@ def test_the_least_that_is_named_can_be_had():
 
 
 @pytest.mark.parametrize("name", ["keep", "remove"])
-def test_a_string_is_no_list_of_tokens(name):
+@pytest.mark.parametrize("value", ["Ġcourt", None, 3])
+def test_tokens_come_as_a_list(name, value):
     tokenizer = shared_tokenizer("llama3")
-    with pytest.raises(VocabularyError, match="are the string 'Ġcourt'; give a list"):
-        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, **{name: "Ġcourt"})
+    with pytest.raises(VocabularyError, match=f"are {value!r}; give a list"):
+        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, **{name: value})

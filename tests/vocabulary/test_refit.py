@@ -112,11 +112,13 @@ def test_too_little_text():
 def test_text_is_read_as_far_as_it_pays(monkeypatch):
     model = case("llama")
     assert blocks_to_read(model, 30, 32) == 120
-    monkeypatch.setattr(refit, "_MOST_LOGITS", 24 * 32 * VOCABULARY)
-    assert blocks_to_read(model, 30, 32) == 24
+    monkeypatch.setattr(refit, "_MOST_LOGITS", 48 * 32 * VOCABULARY)
+    assert blocks_to_read(model, 30, 32) == 48
+    monkeypatch.setattr(refit, "_MOST_LOGITS", 1)  # what the blocks of the model are repaired by
+    assert blocks_to_read(model, 30, 32) == 30
     monkeypatch.setattr(refit, "_MOST_STATES", 20 * 32 * model.config.hidden_size)
     assert blocks_to_read(model, 30, 32) == 20
-    monkeypatch.setattr(refit, "_MOST_LOGITS", 1)  # never fewer than can be split
+    monkeypatch.setattr(refit, "_MOST_STATES", 1)  # never fewer than can be split
     assert blocks_to_read(model, 30, 32) == HELD_OUT_EVERY
 
 
@@ -129,6 +131,39 @@ def test_more_text_generalises_better():
         refit_rows(model, domain(blocks, tokens=60))
         losses.append(loss_of(model, other))
     assert losses[1] < losses[0] < loss_of(case("llama"), other)
+
+
+def test_rows_that_the_text_has_no_use_for_stay_and_count():
+    """Tokens that are neither there nor expected keep their rows, and their part of the probability is counted."""
+    model, samples = case("llama"), domain(60)
+    with torch.no_grad():
+        bias = model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY), requires_grad=False)
+        bias[100:] = -9.0
+    old, before = model.lm_head.weight.clone(), loss_of(model, samples[-5:])
+    result = refit_rows(model, samples)
+    moved = (model.lm_head.weight != old).any(dim=1)
+    assert moved[3:15].all()  # the domain's
+    assert moved[:100].all()  # a random model expects them all
+    assert not moved[100:].any()
+    assert result["before"] == pytest.approx(before, abs=1e-4)
+    assert result["after"] == pytest.approx(loss_of(model, samples[-5:]), abs=1e-4)
+    assert result["after"] < before - 0.02
+
+
+def test_held_loss_is_the_same_with_rows_that_stay():
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(64, 48, generator=generator), torch.randn(VOCABULARY, 48, generator=generator)
+    weight[200:] *= 0.01
+    bias = torch.full((VOCABULARY,), -9.0)
+    bias[:200] = 0.0
+    targets = torch.randint(0, 200, (64,), generator=generator)
+    targets[-1] = 300  # of the withheld text alone
+    text = (states[:32], targets[:32]), (states[32:], targets[32:])
+    problem = _Problem(weight, bias, *text)
+    assert set(range(200, VOCABULARY)) - set(problem.rows.tolist())
+    assert 300 in problem.rows
+    expected = float(functional.cross_entropy(functional.linear(states[32:], weight, bias), targets[32:]))
+    assert problem._held_loss(weight[problem.rows]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_steps_on_parts_of_the_text(monkeypatch):
@@ -163,6 +198,7 @@ def test_the_gradient_is_that_of_the_loss(biased, elements, monkeypatch):
     logits = functional.linear(states, weight, bias)
     (expected,) = torch.autograd.grad(functional.cross_entropy(logits, targets), weight)
     with torch.no_grad():
-        gradient, predicted = _Problem(states, targets, states, targets, bias)._gradient(weight, states, targets)
-    torch.testing.assert_close(gradient, expected)
-    torch.testing.assert_close(predicted, logits.detach().softmax(dim=-1).mean(dim=0))
+        problem = _Problem(weight.detach(), bias, (states, targets), (states, targets))
+        gradient, predicted = problem._gradient(weight.detach()[problem.rows], *problem.fitted)
+    torch.testing.assert_close(gradient, expected[problem.rows])
+    torch.testing.assert_close(predicted, logits.detach().softmax(dim=-1).mean(dim=0)[problem.rows])

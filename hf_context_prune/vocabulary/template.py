@@ -1,0 +1,64 @@
+"""The tokens that a chat template writes by itself: they must stay, whatever the domain's text has."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from datetime import date
+from typing import Any
+
+_PROPERTIES = {"a": {"type": "string", "description": "a", "enum": ["a"]}}
+_FUNCTION = {
+    "name": "a",
+    "description": "a",
+    "parameters": {"type": "object", "properties": _PROPERTIES, "required": ["a"]},
+    "return": {"type": "string", "description": "a"},
+}
+_CALL = {"type": "function", "id": "a", "function": {"name": "a", "arguments": {"a": "a"}}}
+_OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"tools": [{"type": "function", "function": _FUNCTION}]},
+    {"documents": [{"title": "a", "text": "a"}]},
+    {"enable_thinking": True},
+    {"enable_thinking": False},
+)
+"""What templates of the Hub look at beside the turns."""
+
+
+def template_ids(tokenizer: Any) -> set[int]:  # noqa: ANN401
+    """Tokens of conversations that hold little but what the chat template (or each of several) writes.
+
+    Nothing at all is not enough: spaces around a turn's content would become one, and some templates refuse it.
+    """
+    templates = getattr(tokenizer, "chat_template", None)
+    found: set[int] = set()
+    for template in templates.values() if isinstance(templates, Mapping) else [templates] if templates else ():
+        texts = list(_dates()) if "strftime_now" in template else []
+        for messages, options in itertools.product(_conversations(), _OPTIONS):
+            last = messages[-1]["role"] != "assistant"
+            how = {"tokenize": False, "add_generation_prompt": last, "chat_template": template, **options}
+            try:
+                texts.append(tokenizer.apply_chat_template(messages, **how))
+            except Exception:  # a template is a program: it may refuse a system turn, or need tools
+                continue
+        for text in texts:
+            found.update(tokenizer.encode(text, add_special_tokens=False))
+    return found
+
+
+def _conversations() -> Iterator[list[dict[str, Any]]]:
+    for content in ("", "a"):
+        turns: list[dict[str, Any]] = [{"role": role, "content": content} for role in ("system", "user", "assistant")]
+        called: list[dict[str, Any]] = [turns[1], {"role": "assistant", "content": content, "tool_calls": [_CALL]}]
+        answer = {"role": "tool", "content": content, "name": "a", "tool_call_id": "a"}
+        yield from (turns, turns[1:], turns[1:2], [*called, answer], [*called, answer, turns[2]])
+        thought = {"role": "assistant", "content": content, "reasoning_content": "a"}
+        yield [turns[1], thought]
+
+
+def _dates() -> Iterator[str]:
+    """Every day and month that a template may write: today's are not tomorrow's."""
+    for month in range(1, 13):
+        yield date(2024, month, 1).strftime("%B %B %b %b")
+    for day in range(1, 32):
+        yield date(2024, 1, day).strftime(f"%d {day} %A %A %a %a")
