@@ -104,12 +104,20 @@ def test_other_documents_than_the_dense_row_has_are_refused(bench):
 
 def test_adaptive_rows_compare_with_uniform_ones(bench):
     folder, options = bench
-    one_shot.main(with_options(options, "--domains law --sizes all20 --blocks 4 --methods ours ours-adaptive"))
-    uniform, adaptive = (row["parameters"] for row in rows_of(folder, "one_shot")[1:])
+    one_shot.main(
+        with_options(options, "--domains law --sizes all20 --blocks 12 --methods ours ours-adaptive ours-high")
+    )
+    _, refit, *rows = rows_of(folder, "one_shot")
+    uniform, adaptive, high = (row["parameters"] for row in rows)
     step = 3 * 48 * 16 + 48 * 8 * 4  # no more than one KV group beyond the same total
     assert uniform - step <= adaptive <= uniform
+    assert high == adaptive
+    assert rows[2]["refit"]["before"] != refit["refit"]["before"]  # the pruned model's rows, the dense one's
+    assert rows[2]["predicted"] == rows[1]["predicted"]
+    assert (rows[2]["nll"] == rows[1]["nll"]) == (rows[2]["refit"]["share"] == 0)
     text = (folder / "RESULTS.md").read_text()
     assert "adaptive minus uniform" in text
+    assert "on the dense model, nothing removed" in text
     assert "<!-- begin one_shot_all -->" in text
     assert "--sizes all20" in text
 
