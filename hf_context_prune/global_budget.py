@@ -235,7 +235,7 @@ def _vocabulary_curve(
     rows, multiple = num_rows(model), config.vocab_multiple
     curve = [(rows, 0.0)]
     least = max(alone // multiple * multiple, pruner.fewest(multiple))  # what reaches the budget alone, if any does
-    sizes = {math.ceil(int(rows * share) / multiple) * multiple for share in SHARES}
+    sizes = {VocabularySize(multiple=multiple).rounded(int(rows * share)) for share in SHARES}
     sizes = {size for size in (*sizes, least) if least <= size < rows}
     if len(pruner.table) < rows:  # padding costs nothing to remove
         sizes.add(len(pruner.table))

@@ -14,6 +14,7 @@ from .errors import BudgetError
 from .evaluation import count_parameters
 from .loading import load_outline
 from .surgery import StockFit, stock_fit
+from .vocabulary import VocabularySize
 from .widths import check_units_budget, widths_beside
 
 
@@ -65,7 +66,7 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     if config.vocab_size is not None:
         if config.vocab_size > rows:
             raise BudgetError(f"vocab_size is {config.vocab_size:,}, but the model has only {rows:,} embedding rows.")
-        kept = min(-(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple, rows)
+        kept = min(VocabularySize(multiple=config.vocab_multiple).rounded(config.vocab_size), rows)
     widths: tuple[LayerWidths, ...] | None = geometry.layers
     removed = (rows - kept) * token_cost(empty)
     if config.prunes_units:
