@@ -52,8 +52,8 @@ class Budget:
             remove = total_params - config.target_params
             return cls(total_params, remove, remove / total_params)
         if config.pruning_ratio is not None:
-            # Rounded up, so that at least the asked share goes; the epsilon forgives 0.2 * 5 = 1.0000000000000002.
-            remove = -int(-(config.pruning_ratio * total_params - 1e-6) // 1)
+            # Rounded up, so that at least the asked share goes; the slack forgives 0.2 * 5 = 1.0000000000000002.
+            remove = -int(-(config.pruning_ratio * total_params - max(1e-6, 4e-16 * total_params)) // 1)
             return cls(total_params, remove, config.pruning_ratio)
         return cls(total_params, None, None)
 
@@ -183,6 +183,8 @@ def _refuse(
         if config.mlp_ratio is None and config.attention_ratio is None and everything > reachable
         else ""
     )
+    if config.round_to > 1 and config.mlp_ratio is None:
+        more += f" MLP widths stay multiples of round_to={config.round_to}; with a smaller one, more can go."
     raise BudgetError(
         f"Asked to remove {budget.remove_params:,} of {budget.total_params:,} parameters "
         f"({(budget.remove_params or 0) / budget.total_params:.4f}); these options can remove at most {reachable:,} "
@@ -355,7 +357,8 @@ def beyond_probes(remove_params: int, most: int, total: int | None = None) -> Bu
     share = "" if total is None else f" ({_share_below(most, total)} of all)"
     return BudgetError(
         f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}{share}, since no "
-        f"layer is narrowed below its smallest probed width. Ask for less, or use --allocation uniform."
+        f"layer is narrowed below its smallest probed width. Ask for less, let tokens go too (--vocab-size), or fix "
+        f"both shares (--mlp-ratio, --attention-ratio, --allocation uniform), which reach further."
     )
 
 

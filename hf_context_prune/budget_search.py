@@ -219,7 +219,13 @@ def smallest_within(
     Raises:
         BudgetError: Nothing that was tried is within it.
     """
-    largest = planner.most_removable(config) / count_parameters(planner.model)
+    most = planner.most_removable(config)
+    if not most:
+        raise BudgetError(
+            f"Nothing can go: MLP widths stay multiples of round_to={config.round_to}, and the layers are no wider. "
+            f"Give a smaller one."
+        )
+    largest = most / count_parameters(planner.model)
     base = on_main_process(lambda: loss(planner.model)) if base_loss is None else base_loss
     walks = config.reconstruction == "sequential"
     stage = _Trials(planner, config, loss, base, "least_squares" if walks else config.reconstruction, MAX_TRIALS)

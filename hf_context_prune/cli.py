@@ -14,7 +14,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .cache import unfinished_work
 from .cli_evaluate import bench, evaluate
 from .cli_export import export, show_export
 from .cli_options import (
@@ -157,10 +156,11 @@ def prune(
     from .pipeline import EvalOptions
     from .pipeline import prune as run
     from .saving import check_target
+    from .unfinished import unfinished_work
 
     check_target(output)
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
-    with unfinished_work(model, revision, data, eval_data, output.resolve(), chosen) as resume_dir:
+    with unfinished_work("prune", output.resolve(), model, revision, data, eval_data, chosen) as resume_dir:
         result = run(
             loaded,
             data,
@@ -284,18 +284,22 @@ def demo(
     """
     from .demo import run_demo
     from .saving import check_target
+    from .unfinished import unfinished_work
 
     target = output or Path("mini-gpt" if data else "mini-gpt-licences")
     check_target(target)
-    outcome = run_demo(
-        data,
-        eval_data=eval_data,
-        text_column=text_column,
-        pruning_ratio=pruning_ratio,
-        num_calibration_samples=num_calibration_samples,
-        log=lambda line: errors.print(escape(line)),
-    )
-    save_and_show(outcome.result, target, measure_memory=True, format=format)
+    sizes = (pruning_ratio, num_calibration_samples)
+    with unfinished_work("demo", target.resolve(), data, eval_data, text_column, sizes) as resume_dir:
+        outcome = run_demo(
+            data,
+            eval_data=eval_data,
+            text_column=text_column,
+            pruning_ratio=pruning_ratio,
+            num_calibration_samples=num_calibration_samples,
+            resume_dir=resume_dir,
+            log=lambda line: errors.print(escape(line)),
+        )
+        save_and_show(outcome.result, target, measure_memory=True, format=format)
     if format is Format.auto:
         table = Table(title="Three completions, greedy", title_justify="left", show_lines=True)
         for name in ("prompt", "base", "pruned"):

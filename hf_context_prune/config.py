@@ -354,11 +354,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"The config file {path} holds a {type(values).__name__}; it must be a mapping, as in 'pruning_ratio: 0.2'."
         )
-    # YAML 1.1 reads 1e-2 as a string; people mean the number.
     return {
-        name: float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+        name: _number(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
         for name, value in values.items()
     }
+
+
+def _number(value: str) -> float | int:
+    """What people mean by 1e-2 or 5e7, which YAML 1.1 reads as strings."""
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def is_number(value: object) -> bool:

@@ -237,7 +237,13 @@ def hold_out_documents(
 
 
 def token_blocks(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, *, num_samples: int, max_seq_length: int, seed: int = 0
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int,
+    max_seq_length: int,
+    seed: int = 0,
+    fewer: bool = False,
 ) -> torch.LongTensor:
     """Cuts documents into blocks of tokens for calibration.
 
@@ -251,6 +257,7 @@ def token_blocks(
         num_samples: Blocks asked for.
         max_seq_length: Tokens of a block.
         seed: Order of the documents, and the stretch taken of a long one.
+        fewer: Nobody asked for as many, so fewer are no reason to warn.
 
     Returns:
         int64 token ids [blocks, max_seq_length] without padding, blocks <= num_samples. With less text than one block,
@@ -282,7 +289,7 @@ def token_blocks(
                 "give more text"
             )
         blocks, max_seq_length = 1, len(tokens)
-    if blocks * max_seq_length < needed:
+    if blocks * max_seq_length < needed and not fewer:
         warnings.warn(
             f"{source.name}: asked for {num_samples} blocks ({needed} tokens), but there is text for {blocks} of "
             f"{max_seq_length} tokens: calibrating on those. Give more text, or lower num_calibration_samples.",

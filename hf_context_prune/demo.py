@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .cache import unfinished_work
 from .config import PrunerConfig
 from .data import check_readable
 from .demo_assets import LICENCE_PROMPTS, licence_texts, smollm2_gguf
@@ -55,6 +55,7 @@ def run_demo(
     text_column: str | None = None,
     pruning_ratio: float = 0.2,
     num_calibration_samples: int = 128,
+    resume_dir: Path | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> DemoOutcome:
     """Fetch, prune, measure and complete.
@@ -65,6 +66,7 @@ def run_demo(
         text_column: Column with the text of `data` and `eval_data`; not without them.
         pruning_ratio: Share of all parameters to remove.
         num_calibration_samples: Blocks of 512 tokens.
+        resume_dir: As for `prune`.
         log: Called with a line on what happens next.
 
     Raises:
@@ -110,16 +112,15 @@ def run_demo(
         ]
     log("Loading the model (dequantised once, then cached) ...")
     loaded = load_model(model_file, dtype="float32")
-    with unfinished_work("demo", str(model_file), data if isinstance(data, str) else "", config) as resume_dir:
-        result = prune(
-            loaded,
-            data,
-            config,
-            eval_data=eval_data,
-            evaluation=EvalOptions(),
-            will_save=True,
-            resume_dir=resume_dir,
-        )
+    result = prune(
+        loaded,
+        data,
+        config,
+        eval_data=eval_data,
+        evaluation=EvalOptions(),
+        will_save=True,
+        resume_dir=resume_dir,
+    )
     log("Writing completions ...")
     completions = tuple(
         Completion(

@@ -75,7 +75,7 @@ class PublishError(ContextPruneError, OSError):
 
 
 class PruningWarning(UserWarning):
-    """A training that pruned less than was asked, or whose push would not be what was meant."""
+    """A run does less than was meant: a training that pruned less, a push without its card, no way to resume."""
 
 
 def unknown(what: str, value: object, allowed: Iterable[str]) -> str:

@@ -36,12 +36,13 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def exclusive(goal: Path, wait_seconds: float = 0) -> Iterator[None]:
+def exclusive(goal: Path, wait_seconds: float = 0, *, what: str | None = None) -> Iterator[None]:
     """Hold the lock of a file or folder that this run writes. The system frees it when a process dies.
 
     Args:
         goal: Its absolute path; need not exist.
         wait_seconds: How long to wait for another run.
+        what: What the other run is doing, for the message; by default saving to the goal.
 
     Raises:
         SaveError: Another run has it still.
@@ -53,7 +54,8 @@ def exclusive(goal: Path, wait_seconds: float = 0) -> Iterator[None]:
     try:
         lock.acquire(timeout=wait_seconds)
     except Timeout as error:
-        raise SaveError(f"Another run is saving to {goal}: wait for it to end, or choose another --output.") from error
+        doing = what or f"saving to {goal}"
+        raise SaveError(f"Another run is {doing}: wait for it to end, or choose another --output.") from error
     except OSError as error:
         raise SaveError(f"The lock file {path} can't be used ({error.strerror}): remove it and run again.") from error
     try:

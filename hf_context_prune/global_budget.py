@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import Budget, predicted_loss
 from .architectures import check_supported
+from .budget_search import Loss
 from .calibration import batches_of
+from .calibration_text import calibration_blocks, refit_rows_in_all, rows_text
 from .config import PrunerConfig
-from .data import TextSource, hold_out_documents, token_blocks
+from .data import TextSource, hold_out_documents
 from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
-from .errors import BudgetError, ConfigError, DataError
+from .errors import BudgetError, DataError
 from .evaluation import count_parameters, document_losses
 from .magnitudes import Magnitudes, check_linear, measure_magnitudes
 from .plan import PruningPlan, fingerprint
@@ -27,7 +28,7 @@ from .search_text import SearchText
 from .surgery import apply_plan
 from .thresholds import below_thresholds
 from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_prunable
-from .vocabulary.refit import blocks_to_read, refit_rows
+from .vocabulary.refit import refit_rows
 from .widths import check_units_budget
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
@@ -97,19 +98,6 @@ def check_budget(model: PreTrainedModel, tokenizer: Any, config: PrunerConfig) -
         check_units_budget(model, config, min(tokens, rows))
 
 
-def check_general_mix(config: PrunerConfig, general: object) -> None:
-    """Refuse a share of a text that is not there.
-
-    Raises:
-        ConfigError: `general_mix` without general text.
-    """
-    if config.general_mix and general is None:
-        raise ConfigError(
-            f"general_mix is {config.general_mix:g}, but there is no general text to take blocks from. Give it: "
-            f"--general-data, EvalOptions(general_data=...)."
-        )
-
-
 def trimmed_for(
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
@@ -134,37 +122,13 @@ def rest_of_budget(config: PrunerConfig, model: PreTrainedModel, trimmed: PreTra
     return replace(config, pruning_ratio=None, target_params=target)
 
 
-def _samples(
-    text: TextSource,
-    tokenizer: Any,  # noqa: ANN401
-    config: PrunerConfig,
-    general: TextSource | None,
-) -> torch.Tensor:
-    """The calibration blocks of a config, [blocks, length], int64; those of general text are spread among the others.
-
-    Raises:
-        ConfigError: `general_mix` without general text.
-    """
-    check_general_mix(config, general)
-
-    def blocks(source: TextSource, count: int) -> torch.Tensor:
-        length, seed = config.max_seq_length, config.pruning_seed
-        return token_blocks(source, tokenizer, num_samples=count, max_seq_length=length, seed=seed)
-
-    whole = config.num_calibration_samples
-    mixed = min(whole - 1, round(config.general_mix * whole))
-    if not mixed or general is None:
-        return blocks(text, whole)
-    both = torch.cat([blocks(text, whole - mixed), blocks(general, mixed)])
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(config.pruning_seed))]
-
-
 def split_budget(
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
     text: TextSource,
     config: PrunerConfig,
     general: TextSource | None = None,
+    resume_dir: Path | None = None,
 ) -> Split:
     """Weigh tokens against other units: the split whose losses add up to the least.
 
@@ -178,16 +142,17 @@ def split_budget(
         text: Calibration text.
         config: With `vocab_auto` and a budget for all parameters.
         general: For `general_mix`.
+        resume_dir: Where the measured widths are kept, to go on from; None keeps nothing.
 
     Raises:
         BudgetError: No split reaches the budget.
     """
-    samples = _samples(text, tokenizer, config, general)
+    samples = calibration_blocks(text, tokenizer, config, general)
     budget = Budget.of(config, count_parameters(model))
     rows, cost = num_rows(model), token_cost(model)
     alone = rows - math.ceil((budget.remove_params or 0) / cost)
     curve = on_main_process(lambda: _vocabulary_curve(model, tokenizer, text, config, alone))
-    planner = Planner(model, samples, config)
+    planner = Planner(model, samples, config, resume_dir=resume_dir)
     assert planner.measured is not None
     measured = planner.measured
     considered = []
@@ -251,6 +216,24 @@ def _vocabulary_curve(
     return curve
 
 
+def _loss(
+    search: SearchText,
+    whole: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+    general: TextSource | None,
+) -> Loss:
+    """What the size is searched by: bits a byte, of a pruned model with its rows refitted if that is to come."""
+
+    def loss(model: PreTrainedModel) -> float:
+        if config.effort == "high" and model is not whole:
+            refit_rows(model, rows_text(model, tokenizer, text, config, general))
+        return search.bits_per_byte(model, tokenizer)
+
+    return loss
+
+
 def smaller_model(
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
@@ -285,7 +268,7 @@ def smaller_model(
     vocabulary, measured, base_loss = None, None, None
     asked, alone, increase = config, None, 0.0
     if config.prunes_vocabulary:
-        split = split_budget(model, tokenizer, text, config, general) if config.vocab_auto else None
+        split = split_budget(model, tokenizer, text, config, general, resume_dir) if config.vocab_auto else None
         if search is not None:
             base_loss = on_main_process(lambda: search.bits_per_byte(dense, full))
         if split is not None:
@@ -308,13 +291,13 @@ def smaller_model(
             config = rest_of_budget(config, dense, model)
             if search is None:
                 check_units_budget(dense, asked, num_rows(model))
-    samples = _samples(text, tokenizer, config, general)
+    samples = calibration_blocks(text, tokenizer, config, general)
     try:
         plan, repair = plan_and_repair(
             model,
             samples,
             config,
-            loss=None if search is None else lambda pruned: search.bits_per_byte(pruned, tokenizer),
+            loss=None if search is None else _loss(search, model, tokenizer, text, config, general),
             base_loss=base_loss,
             provenance=facts,
             resume_dir=resume_dir,
@@ -328,7 +311,7 @@ def smaller_model(
         return model, tokenizer, replace(alone, provenance={**alone.provenance, "loss_budget": within})
     smaller = apply_plan(model, plan, repair=repair).eval()
     if config.effort == "high":
-        found = _refit_rows(smaller, tokenizer, text, config, general)
+        found = refit_rows_in_all(smaller, rows_text(smaller, tokenizer, text, config, general))
         plan = replace(plan, provenance={**plan.provenance, "refit": found})
     if vocabulary is not None:
         plan = replace(
@@ -340,29 +323,6 @@ def smaller_model(
     return smaller, tokenizer, plan
 
 
-def _refit_rows(
-    smaller: PreTrainedModel,
-    tokenizer: Any,  # noqa: ANN401
-    text: TextSource,
-    config: PrunerConfig,
-    general: TextSource | None,
-) -> dict[str, float] | None:
-    """Refit the rows of the tokens to what the pruned blocks give, in place, the same in all processes."""
-    count = blocks_to_read(smaller, config.num_calibration_samples, config.max_seq_length)
-    samples = _samples(text, tokenizer, replace(config, num_calibration_samples=count), general)
-    head = smaller.get_output_embeddings()
-
-    def refitted() -> tuple[dict[str, float] | None, torch.Tensor | None]:
-        found = refit_rows(smaller, samples)
-        return found, None if found is None else head.weight.detach().cpu()
-
-    found, rows = on_main_process(refitted)
-    if rows is not None:
-        with torch.no_grad():
-            head.weight.copy_(rows)
-    return found
-
-
 def threshold_magnitudes(
     dense: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
@@ -371,7 +331,7 @@ def threshold_magnitudes(
     general: TextSource | None = None,
 ) -> Magnitudes:
     """What the paper's thresholds are compared with: measured on the dense model, also where tokens go."""
-    samples = _samples(text, tokenizer, config, general)
+    samples = calibration_blocks(text, tokenizer, config, general)
     return measure_magnitudes(dense, batches_of(samples, batch_tokens=_HEAD_TOKENS))
 
 

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from .allocation import Budget
 from .base_card import provenance_of
+from .calibration_text import check_general_mix
 from .card import rewrite_card
 from .config import PrunerConfig
 from .data import TextSource
 from .errors import ConfigError, unknown
 from .evaluation import weight_bytes
 from .files import check_writable, write_file
-from .global_budget import check_budget, check_general_mix, smaller_model
+from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
 from .matrix_facts import DENSE, PICTURE_NAME, DomainMatrix
 from .measuring import QuestionOptions

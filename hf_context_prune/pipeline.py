@@ -18,6 +18,7 @@ from .architectures import (
 )
 from .base_card import in_memory, provenance_of
 from .calibration import check_weights_finite
+from .calibration_text import check_general_mix
 from .config import PrunerConfig
 from .criteria import get_criterion
 from .data import TextSource, hold_out_documents, load_documents
@@ -34,7 +35,7 @@ from .evaluation import (
     measure_speed,
 )
 from .evaluation.texts import general_losses, loss_facts, read_general
-from .global_budget import check_budget, check_general_mix, smaller_model
+from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
 from .result import PruneResult

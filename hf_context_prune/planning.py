@@ -25,7 +25,7 @@ from .architectures import (
     spec_of,
 )
 from .budget_search import Loss, smallest_within
-from .calibration import batches_of, calibrate, weights_of_block
+from .calibration import batches_of, weights_of_block
 from .config import PrunerConfig
 from .criteria import get_criterion
 from .distributed import on_main_process
@@ -35,7 +35,7 @@ from .reconstruction import NEEDS_GRAM, get_reconstruction
 from .sensitivity import measure_sensitivity, withhold_probe
 from .sequential import prune_sequentially
 from .stats import CalibrationStats, Curve, Key, Repair
-from .width_search import search_curves
+from .width_search import calibrate_in_turns, search_curves
 from .widths import measured_widths, needed_targets, plan_widths, shape_of
 
 
@@ -80,8 +80,25 @@ def _score(
 
 
 def repair_with(stats: CalibrationStats, config: PrunerConfig) -> Repair:
-    """The reconstruction of a config, as `apply_plan` calls it."""
-    # Where widths are measured for a walk to come, its one-shot kin stands in.
+    """The reconstruction of a config, as `apply_plan` calls it.
+
+    Raises:
+        ConfigError: `reconstruction="sequential"`, which is no function of these statistics.
+    """
+    _refuse_walk(config)
+    return _one_shot_repair(stats, config)
+
+
+def _refuse_walk(config: PrunerConfig) -> None:
+    if config.reconstruction == "sequential":
+        raise ConfigError(
+            "reconstruction='sequential' chooses and refits on its own walk over the blocks, not from these "
+            "statistics: use plan_and_repair(model, samples, config), or reconstruction='least_squares'."
+        )
+
+
+def _one_shot_repair(stats: CalibrationStats, config: PrunerConfig) -> Repair:
+    # Where a walk is to come, its one-shot kin stands in.
     function = get_reconstruction("least_squares" if config.reconstruction == "sequential" else config.reconstruction)
 
     def repair(
@@ -125,7 +142,7 @@ class Measured:
                     "allocation='adaptive' measures layers on text that the statistics lack; calibrate on the first "
                     "part of withhold_probe(token_blocks(...)), and pass the second as samples."
                 )
-            repair, targets = repair_with(stats, config), needed_targets(config)
+            repair, targets = _one_shot_repair(stats, config), needed_targets(config)
             curves = on_main_process(lambda: measure_sensitivity(model, importance, repair, probe, targets=targets))
         return cls(importance, curves, stats.num_samples, stats.num_tokens)
 
@@ -171,14 +188,15 @@ def make_plan(
 
     Raises:
         BudgetError: The budget can't be reached.
-        ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what is not planned here: tokens, and
-            the refit of their rows.
+        ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what is not planned here: a walk
+            (`reconstruction="sequential"`), tokens, and the refit of their rows.
     """
     if config.prunes_vocabulary or config.effort == "high":
         raise ConfigError(
             "make_plan plans neurons and KV groups alone. For tokens, use prune(), or prune_vocabulary() before, "
             "without the vocab_* options here; for effort='high', use prune()."
         )
+    _refuse_walk(config)
     geometry = read_geometry(model.config, check_supported(model))
     wanted = {(layer, target) for layer in range(len(geometry.layers)) for target in needed_targets(config)}
     if not wanted <= set(stats.targets):
@@ -225,7 +243,7 @@ class Planner:
             self.measured = Measured({}, self._search(config), 0, 0)
             return
         fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
-        self.stats = calibrate(
+        self.stats = calibrate_in_turns(
             model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config)
         )
         self.measured = measured or Measured.of(model, self.stats, config, probe)
@@ -239,7 +257,7 @@ class Planner:
             statistics=needed_statistics(config),
             prepare=lambda stats: (
                 _score(self.model, stats, config.criterion, generator),
-                repair_with(stats, config),
+                _one_shot_repair(stats, config),
             ),
             identity=f"{config.criterion} {config.ridge!r} {config.pruning_seed}",
             state_dir=self.resume_dir,
@@ -261,7 +279,7 @@ class Planner:
         """Plan and repair from the statistics; for the sequential repair, those of its one-shot kin."""
         assert self.measured is not None
         assert self.stats is not None
-        return self.measured.plan(self.model, config, self.provenance), repair_with(self.stats, config)
+        return self.measured.plan(self.model, config, self.provenance), _one_shot_repair(self.stats, config)
 
     def walk(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
         """Plan and repair from a sequential walk, which chooses the units anew, on all of the text."""

@@ -40,9 +40,15 @@ class SearchText:
         """(the rest of the calibration text, a tenth of its documents without those that the rest repeats).
 
         Raises:
-            DataError: The rest repeats all of them.
+            DataError: There is a single document, or the rest repeats all of them.
         """
-        rest, given = hold_out_documents(text, seed=config.pruning_seed)
+        try:
+            rest, given = hold_out_documents(text, seed=config.pruning_seed)
+        except DataError as error:
+            raise DataError(
+                f"max_loss_increase searches on documents withheld from the calibration text, and {text.name} has one "
+                f"left to calibrate on. Give more documents, or use pruning_ratio."
+            ) from error
         own, dropped = drop_overlapping(given, rest)
         if not len(own):
             raise DataError(

@@ -191,8 +191,15 @@ def measure_sensitivity(
     curves: dict[Key, Curve] = {}
     training = [module for module in model.modules() if module.training]
     model.eval()
-    total = len(batches) * sum(map(len, counts.values()))
-    bar = tqdm(total=total, desc="Probing layers", unit="pass", name="hf_context_prune.sensitivity")
+    # A pass costs the blocks that it runs, and the head with what is compared there.
+    head = model.get_output_embeddings().weight.numel() / sum(weight.numel() for weight in layers[0].parameters())
+    work = {key: len(layers) - key[0] + head for key in counts}
+    bar = tqdm(
+        total=len(batches) * sum(len(found) * work[key] for key, found in counts.items()),
+        desc="Probing layers",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        name="hf_context_prune.sensitivity",
+    )
     try:
         with torch.inference_mode(), fast_matmul(), bar:
             dense = [batch.record() for batch in batches] if counts else []
@@ -209,7 +216,7 @@ def measure_sensitivity(
                     with trial.narrowed():
                         for batch, wanted in zip(batches, dense, strict=True):
                             divergence += _divergence(wanted, batch.logits(layer))
-                            bar.update()
+                            bar.update(work[layer, target])
                     if not math.isfinite(divergence):
                         raise _not_finite(f"the model with {trial.where}")
                     points.append((count, max(0.0, divergence / token_blocks.numel())))  # not below 0 but for rounding

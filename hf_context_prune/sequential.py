@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -146,6 +147,10 @@ def check_walkable(model: PreTrainedModel, criterion: Criterion) -> None:
         )
 
 
+def _bar(what: str, total: int, done: int = 0) -> Any:  # noqa: ANN401 - huggingface_hub's tqdm
+    return tqdm(total=total, initial=done, desc=what, unit="block", name="hf_context_prune.sequential")
+
+
 @together()
 @torch.no_grad()
 def prune_sequentially(
@@ -183,16 +188,21 @@ def prune_sequentially(
     check_walkable(model, criterion)
     check_weights_finite(model)
     batches = list(batches)
-    state = WalkState(state_dir, model, batches, widths, f"{criterion.name} {ridge!r} {seed}")
+    state = WalkState(state_dir, model, batches, widths, criterion.name, ridge, seed)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         streams, result = _streams(model, spec, batches, memory_limit)
         walk = _Walk(model, spec, streams, criterion, ridge, seed)
-        bar = tqdm(blocks(model, spec), desc="Pruning blocks", unit="block", name="hf_context_prune.sequential")
-        for index in range(len(bar)):
+        bar, taking_up = None, False
+        for index in range(len(widths)):
             with naming(f"layer {index}"):
                 done = broadcast_object(state.finished(index))  # all processes do the same
+                if bar is None or (taking_up and done is None):  # a bar of its own: its pace says nothing of the rest
+                    if bar is not None:
+                        bar.close()
+                    taking_up = done is not None
+                    bar = _bar("Taking up finished blocks" if taking_up else "Pruning blocks", len(widths), index)
                 if done is None:
                     done = walk.prune(index, widths[index])
                     state.keep(index, done)
@@ -201,7 +211,8 @@ def prune_sequentially(
             result.layers += (done.layer,)
             result.outputs |= {(index, target): output for target, output in done.outputs.items()}
             bar.update()
-        bar.close()
+        if bar is not None:
+            bar.close()
     finally:
         for module in training:
             module.training = True
@@ -362,7 +373,7 @@ class _Walk:
         groups = self.geometry.layers[index].kv_groups
         weights = replace(weights_of_block(block, self.spec, self.geometry, target, groups), output=optimum)
         # A generator of its own for every block, so that a resumed walk draws what an uninterrupted one does.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 2 * index + (target == "mlp"))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + 2 * index + (target == "mlp")) % 2**63)
         scores = self.criterion.function(weights.cpu(), fit.statistics.cpu(), generator)
         if not bool(torch.isfinite(scores).all()):
             raise NumericsError(f"The importance of layer {index} ({target}) holds NaN or Inf; nothing was chosen.")

@@ -6,11 +6,11 @@ own forward pass.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import ArchSpec, blocks
+from .errors import SaveError
 from .linalg import fast_matmul
 
 Batch = dict[str, torch.Tensor]
@@ -61,6 +62,32 @@ class Stream:
         return flat if self.mask is None else flat[self.mask]
 
 
+def mapped(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Room in a memory-mapped file of the folder for temporary files (``$TMPDIR``), which dies with the tensor.
+
+    Args:
+        elements: How many.
+        dtype: Of the tensor.
+
+    Returns:
+        [elements], zeros.
+
+    Raises:
+        SaveError: The disk has no room.
+    """
+    size = elements * dtype.itemsize
+    try:
+        with tempfile.NamedTemporaryFile(prefix="hf-context-prune-") as file:  # the mapping keeps the file alive
+            if hasattr(os, "posix_fallocate"):  # else a full disk shows as a signal, when the room is written to
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_file(file.name, shared=True, size=elements, dtype=dtype)
+    except (OSError, RuntimeError) as error:
+        raise SaveError(
+            f"What does not fit into memory needs {size:,} bytes in {tempfile.gettempdir()}: {error}. Make room there, "
+            f"set TMPDIR to a folder of a larger disk, or calibrate on fewer blocks (num_calibration_samples)."
+        ) from error
+
+
 class StreamStorage:
     """Room for both hidden states of every batch: memory, or past a limit a memory-mapped file that dies with it.
 
@@ -75,15 +102,7 @@ class StreamStorage:
             limit = int(SPILL_SHARE * psutil.virtual_memory().available)
         self.spilled = 2 * elements * dtype.itemsize > limit
         self._used = 0
-        if self.spilled:
-            with tempfile.NamedTemporaryFile(prefix="hf-context-prune-", suffix=".streams", delete=False) as file:
-                path = Path(file.name)
-            try:
-                self._flat = torch.from_file(str(path), shared=True, size=2 * elements, dtype=dtype)
-            finally:
-                path.unlink()  # the mapping keeps the file alive, and nothing is left behind if the process is killed
-        else:
-            self._flat = torch.empty(2 * elements, dtype=dtype)
+        self._flat = mapped(2 * elements, dtype) if self.spilled else torch.empty(2 * elements, dtype=dtype)
 
     def keep(self, hidden: torch.Tensor) -> torch.Tensor:
         """A copy of hidden states, in this storage."""

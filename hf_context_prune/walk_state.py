@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from .architectures import TARGETS, LayerWidths, Target
-from .distributed import digest_batches, is_main_process
+from .distributed import is_main_process
 from .errors import SaveError
-from .plan import LayerPlan, fingerprint
+from .plan import LayerPlan
+from .unfinished import resume_key
 
 logger = logging.getLogger(__name__)
 
@@ -52,23 +52,22 @@ class WalkState:
     def __init__(
         self,
         folder: Path | None,
-        model: nn.Module,
+        model: PreTrainedModel,
         batches: Sequence[dict[str, torch.Tensor]],
         widths: Sequence[LayerWidths],
-        options: str,
+        *options: object,
     ) -> None:
         self.folder = folder
         if folder is None:
             return
-        digest = hashlib.sha256(f"{fingerprint(model)} {options} {[astuple(w) for w in widths]}".encode())
-        digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())  # sums may round otherwise
-        digest.update(digest_batches(batches).encode())
-        self.key = digest.hexdigest()
+        self.key = resume_key(model, batches, list(widths), *options)
         self.folder = folder = folder / self.key[:16]
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SaveError(f"The folder for resuming, {folder}, can't be made: {error}. Name another.") from error
+            raise SaveError(
+                f"The folder for resuming, {folder}, can't be made: {error}. Name another (resume_dir)."
+            ) from error
 
     def _path(self, index: int) -> Path:
         assert self.folder is not None

@@ -1,10 +1,10 @@
-"""The search of adaptive widths where a walk follows: statistics of some layers at a time, curves kept for a resume."""
+"""Statistics of some layers at a time, and the search of adaptive widths by them, its curves kept for a resume."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from .architectures import Target, blocks, check_supported, output_projection, output_weight, read_geometry
 from .calibration import batches_of, calibrate
-from .distributed import broadcast_object, digest_batches, is_main_process, on_main_process
+from .distributed import broadcast_object, is_main_process, on_main_process
 from .errors import SaveError
 from .files import write_file
-from .plan import fingerprint
 from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
 from .stats import CalibrationStats, Curve, Key, Repair
+from .streams import mapped
+from .unfinished import resume_key
 
 SEARCH_TOKENS = 16_384
 """Text of the statistics, or `TOKENS_A_FEATURE` times the widest layer: widths need less of it than the refit."""
@@ -66,10 +67,8 @@ def search_curves(
     fit, probe = withhold_probe(samples, max(SEARCH_TOKENS, TOKENS_A_FEATURE * widest))
     path, key = None, ""
     if state_dir is not None:
-        digest = hashlib.sha256(f"{fingerprint(model)} {identity} {targets} {PROBES} {PROBE_TOKENS}".encode())
-        digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())
-        digest.update(digest_batches([{"fit": fit, "probe": probe}]).encode())
-        path, key = state_dir / _NAME, digest.hexdigest()
+        path = state_dir / _NAME
+        key = resume_key(model, [{"fit": fit, "probe": probe}], identity, targets, PROBES, PROBE_TOKENS)
         if (known := broadcast_object(_read(path, key))) is not None:
             return known
     curves: dict[Key, Curve] = {}
@@ -81,6 +80,33 @@ def search_curves(
     if path is not None and is_main_process():
         _keep(path, key, curves)
     return curves
+
+
+def calibrate_in_turns(
+    model: PreTrainedModel,
+    batches: Sequence[dict[str, torch.Tensor]],
+    *,
+    targets: tuple[Target, ...],
+    statistics: frozenset[str],
+) -> CalibrationStats:
+    """As [`calibrate`][], within the same memory: Gram matrices that would not fit lie in a memory-mapped file.
+
+    Raises:
+        SaveError: The disk has no room for them.
+    """
+    limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))
+    turns = list(_turns(model, targets, limit)) if "gram" in statistics else []
+    if len(turns) < 2:
+        return calibrate(model, batches, targets=targets, statistics=statistics)
+    result = CalibrationStats()
+    for layers in turns:
+        found = calibrate(model, batches, targets=targets, statistics=statistics, layers=layers)
+        for key, own in found.targets.items():
+            assert own.gram is not None
+            room = mapped(own.gram.numel(), own.gram.dtype).view(own.gram.shape)
+            result.targets[key] = replace(own, gram=room.copy_(own.gram))
+        result.num_samples, result.num_tokens = found.num_samples, found.num_tokens
+    return result
 
 
 def free_memory(device: torch.device) -> int:
@@ -120,6 +146,8 @@ def _keep(path: Path, key: str, curves: Mapping[Key, Curve]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaveError(f"The measured widths can't be kept in {path}: {error}. Name another.") from error
+        raise SaveError(
+            f"The measured widths can't be kept in {path}: {error}. Name another folder (resume_dir)."
+        ) from error
     values = [[layer, target, curve] for (layer, target), curve in curves.items()]
     write_file(path, json.dumps({"key": key, "curves": values}))

@@ -227,6 +227,9 @@ def test_budget():
     assert Budget.of(PrunerConfig(pruning_ratio=0), 11) == Budget(11, 0, 0)
     assert Budget.of(PrunerConfig(target_params=8), 10) == Budget(10, 2, 0.2)
     assert Budget.of(PrunerConfig(mlp_ratio=0.5), 10) == Budget(10, None, None)
+    for total in (70_553_706_496, 405_853_388_800, 10**13 + 7):  # doubles are coarse there
+        for gone in (1, 12_345_678_901, total // 3, total - 1):
+            assert Budget.of(PrunerConfig(pruning_ratio=gone / total), total).remove_params == gone
     with pytest.raises(BudgetError, match=r"target_params is 2,000, but the model has only 1,000"):
         Budget.of(PrunerConfig(target_params=2000), 1000)
 

@@ -11,9 +11,10 @@ import torch
 from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, pipeline, prune
 from hf_context_prune.budget_search import TOLERANCE, WALKS, Trial, search
 from hf_context_prune.data import load_documents, token_blocks
-from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune.errors import BudgetError, ConfigError, DataError
 from hf_context_prune.evaluation import count_parameters
 from hf_context_prune.planning import plan_and_repair
+from hf_context_prune.search_text import SearchText
 from tests.tiny import TEXT, tiny_model
 
 RANGE = {"start": 0.15, "smallest": 1e-6, "largest": 0.55}
@@ -169,6 +170,26 @@ def test_the_smallest_model_within_the_limit(trained, tokenizer, options, monkey
     assert any("allowed +4.0 %" in row[-1] for row in result.report.table_rows())
     if options.get("allocation") == "adaptive":
         assert result.report.loss.predicted_excess > 0
+
+
+def test_with_a_refit_of_rows_the_size_is_searched_for_the_model_that_comes_out(trained, tokenizer):
+    result = run(trained, tokenizer, max_loss_increase=0.04, effort="high")
+    facts = result.plan.provenance["loss_budget"]
+    assert facts["increase"] <= 0.04
+    text = load_documents(texts(60))
+    split = PrunerConfig(max_seq_length=32)
+    rest, _, _ = pipeline.split_text(text, None, split, tokenizer)
+    _, search_text = SearchText.withheld_from(rest, tokenizer, split)
+    dense, pruned = (search_text.bits_per_byte(m, tokenizer) for m in (trained, result.model))
+    assert pruned / dense - 1 == pytest.approx(facts["increase"], abs=1e-6)
+    plain = run(trained, tokenizer, max_loss_increase=0.04)
+    assert result.report.size.achieved_ratio > plain.report.size.achieved_ratio - TOLERANCE
+
+
+def test_a_single_document_is_no_text_to_search_on(trained, tokenizer):
+    config = PrunerConfig(max_loss_increase=0.04)
+    with pytest.raises(DataError, match="max_loss_increase searches on documents withheld"):
+        SearchText.withheld_from(load_documents(texts(1)), tokenizer, config)
 
 
 def test_more_loss_allows_a_smaller_model(trained, tokenizer):

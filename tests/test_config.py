@@ -248,6 +248,8 @@ def test_yaml_round_trip(tmp_path):
         assert PrunerConfig.from_yaml(path) == config
     path.write_text("# Größe\nmlp_ratio: .25\ncriterion: wanda\n", encoding="utf-8")
     assert PrunerConfig.from_yaml(str(path)) == PrunerConfig(mlp_ratio=0.25, criterion="wanda")
+    path.write_text("target_params: 5e7\nridge: 1e0\n")
+    assert PrunerConfig.from_yaml(path) == PrunerConfig(target_params=50_000_000, ridge=1.0)
     path.write_text("")
     assert PrunerConfig.from_yaml(path) == PrunerConfig()
     assert read_yaml(path) == {}

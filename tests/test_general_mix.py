@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
+from hf_context_prune.calibration_text import calibration_blocks
 from hf_context_prune.data import CalibrationWarning
 from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.evaluation.texts import read_general
-from hf_context_prune.global_budget import _samples
 from hf_context_prune.loading import LoadedModel
 from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.recovery import RecoveryConfig, recover_folder
@@ -36,11 +36,11 @@ def base():
 def test_the_share_of_blocks_is_the_one_asked_for(base, mix, mixed):
     domain, general = documents(WORDS[:8]), documents(WORDS[20:])
     config = PrunerConfig(**OPTIONS, general_mix=mix)
-    blocks = _samples(domain, base.tokenizer, config, general)
+    blocks = calibration_blocks(domain, base.tokenizer, config, general)
     assert blocks.shape == (8, 32)
     both = [any(w in WORDS[20:] for w in base.tokenizer.decode(block).split()) for block in blocks]
     assert sum(both) == mixed
-    assert torch.equal(blocks, _samples(domain, base.tokenizer, config, general))
+    assert torch.equal(blocks, calibration_blocks(domain, base.tokenizer, config, general))
     if 1 < mixed < 7:
         assert sorted(both) != both  # spread, not at the end
 

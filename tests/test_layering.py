@@ -20,12 +20,12 @@ LAYERS = [
     {"files"},
     # Helpers and values that know nothing else of the package.
     {"cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "rows", "sources", "stats"},
-    {"modeling", "config", "architectures", "plan", "data", "overlap", "questions"},
+    {"modeling", "config", "architectures", "plan", "data", "overlap", "questions", "unfinished"},
     {
         *("criteria", "allocation", "reconstruction", "calibration", "magnitudes", "surgery", "vocabulary"),
         *("figures", "sensitivity", "staging", "demo_assets", "model_checks", "streams", "walk_state"),
     },
-    {"evaluation", "saving", "loading", "sequential", "width_search"},
+    {"evaluation", "saving", "loading", "sequential", "width_search", "calibration_text"},
     {"base_card", "widths"},
     {"budget_search", "search_text"},
     {"planning"},

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan
+from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan, width_search
 from hf_context_prune.calibration import batches_of
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune.evaluation import count_parameters
 from hf_context_prune.planning import needed_statistics, plan_and_repair, repair_with
 from hf_context_prune.sensitivity import withhold_probe
 from hf_context_prune.widths import needed_targets, plan_widths
@@ -71,10 +72,50 @@ def test_the_stages_give_the_adaptive_plan_too(model):
         make_plan(model, stats, config)
 
 
+def test_a_walk_is_not_quietly_replaced_by_its_one_shot_kin(model):
+    config = PrunerConfig(mlp_ratio=0.25)
+    stats = calibrate(model, batches_of(tokens(2)), statistics=needed_statistics(config))
+    for call in (lambda: make_plan(model, stats, config), lambda: repair_with(stats, config)):
+        with pytest.raises(ConfigError, match="use plan_and_repair"):
+            call()
+
+
+@pytest.mark.parametrize("reconstruction", ["sequential", "least_squares"])
+def test_a_size_is_searched_without_the_gram_matrices_of_all_layers(model, monkeypatch, reconstruction):
+    config = PrunerConfig(max_loss_increase=0.1, reconstruction=reconstruction)
+    total = count_parameters(model)
+
+    def found():
+        plan, repair = plan_and_repair(model, tokens(12), config, loss=lambda m: 2 - count_parameters(m) / total)
+        return plan, apply_plan(model, plan, repair=repair).state_dict()
+
+    plan, weights = found()
+    most, original = [], width_search.calibrate
+
+    def watched(*args, layers=None, **how):
+        most.append(None if layers is None else len(layers))
+        return original(*args, layers=layers, **how)
+
+    monkeypatch.setattr(width_search, "calibrate", watched)
+    monkeypatch.setattr(width_search, "free_memory", lambda device: 0)
+    again, others = found()
+    assert set(most) == {1}
+    assert again == plan
+    assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
+
+
+def test_where_no_unit_can_go_a_loss_budget_says_so(model):
+    config = PrunerConfig(max_loss_increase=0.3, round_to=64, allocation="uniform")
+    with pytest.raises(BudgetError, match=r"Nothing can go.*round_to=64"):
+        plan_and_repair(model, tokens(4), config, loss=lambda m: 1.0)
+    with pytest.raises(BudgetError, match=r"multiples of round_to=64; with a smaller one, more can go"):
+        plan_widths(model, PrunerConfig(pruning_ratio=0.2, round_to=64, allocation="uniform"))
+
+
 def test_which_units_a_loss_budget_may_remove(model):
     assert needed_targets(PrunerConfig(max_loss_increase=0.1, allocation="uniform")) == ("mlp",)
     assert needed_targets(PrunerConfig(max_loss_increase=0.1)) == ("mlp", "attention")
-    config = PrunerConfig(max_loss_increase=0.1)
+    config = PrunerConfig(max_loss_increase=0.1, reconstruction="least_squares")
     for call in (plan_widths, lambda model, config: make_plan(model, calibrate(model, batches_of(tokens(2))), config)):
         with pytest.raises(ConfigError, match="found by measuring"):
             call(model, config)

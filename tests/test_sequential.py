@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 
@@ -215,6 +217,33 @@ def test_hidden_states_on_disk_give_the_same_bits(name, monkeypatch, tmp_path):
     assert inside.layers == outside.layers
     assert all(torch.equal(weight, outside.outputs[key][0]) for key, (weight, _) in inside.outputs.items())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_told(monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(SaveError, match=r"needs [\d,]+ bytes in .*No space left on device.*TMPDIR"):
+        prune_sequentially(case("llama"), batches(), widths_of(case("llama")), CRITERIA["obs"], memory_limit=0)
+
+
+def test_any_seed_will_do():
+    model, widths = case("llama"), widths_of(case("llama"))
+    results = [prune_sequentially(model, batches(), widths, CRITERIA["random"], seed=s) for s in (2**62, 2**62, 1)]
+    assert results[0].layers == results[1].layers != results[2].layers
+
+
+def test_the_pace_of_blocks_that_are_taken_up_says_nothing_of_the_rest(tmp_path, monkeypatch):
+    bars = []
+    original = sequential._bar
+    monkeypatch.setattr(sequential, "_bar", lambda *args: (bars.append(args), original(*args))[1])
+    model, widths = case("llama"), widths_of(case("llama"))
+    prune_sequentially(model, batches(), widths, CRITERIA["obs"], state_dir=tmp_path)
+    assert bars == [("Pruning blocks", 3, 0)]
+    next(tmp_path.glob("*/block-0002.safetensors")).unlink()
+    prune_sequentially(model, batches(), widths, CRITERIA["obs"], state_dir=tmp_path)
+    assert bars[1:] == [("Taking up finished blocks", 3, 0), ("Pruning blocks", 3, 2)]
 
 
 @pytest.mark.parametrize("criterion", ["obs", "random"])

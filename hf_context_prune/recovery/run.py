@@ -6,7 +6,6 @@ import copy
 import math
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import check_supported, read_geometry
 from ..calibration import check_weights_finite
-from ..data import CalibrationWarning, TextSource, hold_out_documents, load_documents, token_blocks
+from ..data import TextSource, hold_out_documents, load_documents, token_blocks
 from ..embeddings import num_rows
 from ..errors import ConfigError, DataError, PlanError
 from ..evaluation import choose_documents, document_losses
@@ -235,8 +234,5 @@ def _withheld(source: TextSource, tokenizer: Any, config: RecoveryConfig) -> tup
 def _all_blocks(source: TextSource, tokenizer: Any, config: RecoveryConfig) -> torch.Tensor:  # noqa: ANN401
     """All of the text (or as much as the steps can use), packed."""
     wanted = 2**31 if config.max_steps is None else config.max_steps * config.batch_size
-    with warnings.catch_warnings():  # less text than could be used is what there mostly is
-        warnings.simplefilter("ignore", CalibrationWarning)
-        return token_blocks(
-            source, tokenizer, num_samples=wanted, max_seq_length=config.max_seq_length, seed=config.recovery_seed
-        )
+    options = {"num_samples": wanted, "max_seq_length": config.max_seq_length, "seed": config.recovery_seed}
+    return token_blocks(source, tokenizer, **options, fewer=True)

@@ -81,7 +81,8 @@ def refit_to_text(
 ) -> dict[str, float] | None:
     """[`refit_rows`][] on as many blocks of a text as [`blocks_to_read`][] names."""
     count = blocks_to_read(model, num_samples, max_seq_length)
-    samples = token_blocks(source, tokenizer, num_samples=count, max_seq_length=max_seq_length, seed=seed)
+    options = {"num_samples": count, "max_seq_length": max_seq_length, "seed": seed}
+    samples = token_blocks(source, tokenizer, **options, fewer=count > num_samples)
     return refit_rows(model, samples)
 
 
