@@ -129,6 +129,15 @@ VocabMultiple = Annotated[
 ]
 
 
+_EXCLUDES = {
+    "max_loss_increase": ("mlp_ratio", "attention_ratio"),
+    "mlp_ratio": ("max_loss_increase",),
+    "attention_ratio": ("max_loss_increase",),
+    "stock": ("allocation",),
+}
+"""Options of a file that one of the command line leaves no sense to."""
+
+
 def given_options(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
     """Those options of the command line that are a config's, over those of the file."""
     values = read_yaml(config_file) if config_file else {}
@@ -141,6 +150,9 @@ def given_options(config_file: Path | None, options: dict[str, Any]) -> PrunerCo
         # Any one on the command line replaces the others in the file.
         if any(name in given and given[name] is not False for name in sizes):
             values = {name: value for name, value in values.items() if name not in sizes}
+    for name, beside in _EXCLUDES.items():
+        if given.get(name) not in (None, False):
+            values = {other: value for other, value in values.items() if other not in beside}
     return PrunerConfig.from_dict({**values, **given})
 
 

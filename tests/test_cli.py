@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from hf_context_prune import demo
+from hf_context_prune import PrunerConfig, demo
+from hf_context_prune.cli_options import given_options
 from tests.tiny import model_and_text, tiny_model
 
 
@@ -237,6 +238,21 @@ def test_no_vocab_auto_leaves_the_size_of_the_file(run, place):
     code, out, err = run(*PRUNE, "--output", "@tokens", "--config", "@tokens.yaml", "--no-vocab-auto", *QUICK)
     assert code == 0, err
     assert "Vocabulary: 300 of" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "left"),
+    [
+        ({"mlp_ratio": 0.2, "ridge": 0.1}, {"max_loss_increase": 0.1}, {"max_loss_increase": 0.1, "ridge": 0.1}),
+        ({"max_loss_increase": 0.2}, {"attention_ratio": 0.5}, {"attention_ratio": 0.5}),
+        ({"pruning_ratio": 0.2}, {"mlp_ratio": 0.5}, {"pruning_ratio": 0.2, "mlp_ratio": 0.5}),
+        ({"allocation": "adaptive"}, {"stock": True}, {"stock": True}),
+        ({"allocation": "uniform"}, {"stock": False}, {"allocation": "uniform"}),
+    ],
+)
+def test_the_command_line_wins_over_the_file(tmp_path, file, given, left):
+    (tmp_path / "options.yaml").write_text(json.dumps(file))
+    assert given_options(tmp_path / "options.yaml", given) == PrunerConfig(**left)
 
 
 def test_a_dry_run_of_too_many_tokens(run):
