@@ -266,7 +266,8 @@ def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
     if args.combined_domains:
         combined = f"""### One budget: {COMBINED_RATIO:.0%} of all parameters
 
-Adaptive widths and `obs` + `sequential` on {args.combined_blocks} x {args.length} tokens, the refit of rows on up to {MORE_TEXT} times as many.
+Adaptive widths and `obs` + `sequential` on {args.combined_blocks} x {args.length} tokens, the refit of rows on up to {MORE_TEXT} times as many
+(none where all tokens stay).
 
 {combined_table(rows, args)}
 
