@@ -225,10 +225,11 @@ def _loss(
     general: TextSource | None,
 ) -> Loss:
     """What the size is searched by: bits a byte, of a pruned model with its rows refitted if that is to come."""
+    samples = rows_text(whole, tokenizer, text, config, general) if config.effort == "high" else None
 
     def loss(model: PreTrainedModel) -> float:
-        if config.effort == "high" and model is not whole:
-            refit_rows(model, rows_text(model, tokenizer, text, config, general))
+        if samples is not None and model is not whole:
+            refit_rows(model, samples)
         return search.bits_per_byte(model, tokenizer)
 
     return loss

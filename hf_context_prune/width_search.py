@@ -72,8 +72,7 @@ def search_curves(
         if (known := broadcast_object(_read(path, key))) is not None:
             return known
     curves: dict[Key, Curve] = {}
-    limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))  # all processes take the same turns
-    for layers in _turns(model, targets, limit):
+    for layers in _turns(model, targets):
         stats = calibrate(model, batches_of(fit), targets=targets, statistics=statistics, layers=layers)
         measure = partial(measure_sensitivity, model, *prepare(stats), probe, targets=targets)
         curves |= on_main_process(measure)
@@ -94,8 +93,7 @@ def calibrate_in_turns(
     Raises:
         SaveError: The disk has no room for them.
     """
-    limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))
-    turns = list(_turns(model, targets, limit)) if "gram" in statistics else []
+    turns = list(_turns(model, targets)) if "gram" in statistics else []
     if len(turns) < 2:
         return calibrate(model, batches, targets=targets, statistics=statistics)
     result = CalibrationStats()
@@ -116,8 +114,9 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _turns(model: PreTrainedModel, targets: tuple[Target, ...], limit: int) -> Iterator[range]:
-    """Neighbouring layers whose Gram matrices fit in together."""
+def _turns(model: PreTrainedModel, targets: tuple[Target, ...]) -> Iterator[range]:
+    """Neighbouring layers whose Gram matrices fit in together, the same in all processes."""
+    limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))
     spec = check_supported(model)
     first = held = 0
     layers = blocks(model, spec)
