@@ -3,13 +3,15 @@
     python examples/train_and_prune.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data contracts.jsonl \
         --output_dir mini-gpt --pruning_ratio 0.2 --num_train_epochs 1 --learning_rate 2e-4
 
-Every option of `PrunerConfig` and of `TrainingArguments` is one here too. To go on after a kill: the same command with
+Every option of `PrunerConfig`, `PruningSchedule` and `TrainingArguments` is one here too. The model is left in
+``mini-gpt/model``, with tokenizer, plan and card. To go on after a kill: the same command with
 ``--resume_from_checkpoint mini-gpt/checkpoint-500``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -25,38 +27,35 @@ class ScriptArguments:
     model: str = field(metadata={"help": "Model folder, .gguf file, or Hub id."})
     data: str = field(metadata={"help": "Text of the domain: a file, a folder, or a Hub dataset."})
     max_blocks: int = field(default=100_000, metadata={"help": "Blocks of --max_seq_length tokens, at most."})
-    prune_from: float = field(default=0.1, metadata={"help": "Share of the training after which to prune first."})
-    prune_to: float = field(default=0.5, metadata={"help": "Share of the training after which to prune last."})
-    num_prunings: int = field(default=3, metadata={"help": "How often to prune."})
 
 
 def main() -> None:
     """Parse the options, train, and save."""
-    parser = HfArgumentParser((ScriptArguments, PrunerConfig, TrainingArguments))
-    script, config, training = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((ScriptArguments, PrunerConfig, PruningSchedule, TrainingArguments))
+    script, config, schedule, training = parser.parse_args_into_dataclasses()
 
     base = load_model(script.model, dtype="float32")
     source = load_documents(script.data, text_column=config.text_column, tokenizer=base.tokenizer)
     rest, held_out = hold_out_documents(source, seed=config.pruning_seed)
 
     def blocks(text, count):  # noqa: ANN001, ANN202
-        cut = token_blocks(text, base.tokenizer, num_samples=count, max_seq_length=config.max_seq_length)
+        cut = token_blocks(text, base.tokenizer, num_samples=count, max_seq_length=config.max_seq_length, fewer=True)
         return [{"input_ids": row, "labels": row} for row in cut]
 
     checkpoint = training.resume_from_checkpoint
+    callback = ContextPruneCallback(config, schedule)
     trainer = Trainer(
         model=load_checkpoint(checkpoint) if checkpoint else base.model,
         args=training,
         train_dataset=blocks(rest, script.max_blocks),
         eval_dataset=blocks(held_out, 32),
         processing_class=base.tokenizer,
-        callbacks=[
-            ContextPruneCallback(config, PruningSchedule(script.prune_from, script.prune_to, script.num_prunings))
-        ],
+        callbacks=[callback],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_model()
+    if trainer.is_world_process_zero():
+        callback.save_pretrained(Path(training.output_dir) / "model")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,11 @@ def check_supported(model: nn.Module) -> ArchSpec:
             raise UnsupportedArchitectureError(
                 f"The weight {name} is on the meta device, so there is nothing to prune. Load the model with weights."
             )
+        if type(parameter) is not nn.Parameter:
+            raise UnsupportedArchitectureError(
+                f"The weight {name} is a {type(parameter).__name__}, not a plain parameter: a quantiser or a sharding "
+                f"has replaced it. Load the model without, prune, and quantise the result."
+            )
         if not parameter.is_floating_point():
             raise UnsupportedArchitectureError(
                 f"The weight {name} has dtype {parameter.dtype}; only floating-point weights can be pruned."
@@ -105,10 +110,11 @@ def check_supported(model: nn.Module) -> ArchSpec:
     for index, block in enumerate(blocks(model, spec)):
         for path in _projection_paths(spec):
             module = block.get_submodule(path)
-            if not (isinstance(module, nn.Linear) or is_transposed(module)):
+            if type(module) is not nn.Linear and not is_transposed(module):  # quantisers and adapters derive from it
                 raise UnsupportedArchitectureError(
                     f"{spec.layers}.{index}.{path} is a {type(module).__name__}, not a plain projection: an adapter "
-                    f"or a quantiser has replaced it. Merge or unload it first (merge_and_unload() for PEFT)."
+                    f"or a quantiser has replaced it. Merge or unload it first (merge_and_unload() for PEFT), or load "
+                    f"the model without a quantiser."
                 )
     return spec
 

@@ -329,7 +329,7 @@ def _guarded(run: Callable[[], Any]) -> int:
         if exit_.code != _INTERRUPTED:
             raise
         errors.print(
-            "Interrupted; nothing was put in place. The same command starts again, from the last part that it keeps.",
+            "Interrupted; nothing was put in place. The same command starts again, from the last part if it keeps any.",
             soft_wrap=True,
         )
         return 1

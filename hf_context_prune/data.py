@@ -215,7 +215,8 @@ def hold_out_documents(
     if total < 2:
         raise DataError(
             f"{source.name}: {total} distinct document(s), but a split by document needs at least 2; "
-            "pass held-out text of its own (--eval-data), or data whose records are separate documents"
+            "give data whose records are separate documents, or where only the figures need it, text of their own "
+            "(--eval-data)"
         )
     wanted = min(max(1, round(fraction * total)), max_documents or total, total - 1)
     # Largest remainders: every source gives its share to within one document, and the sum is exact.

@@ -190,6 +190,8 @@ def _parse(folder: Path) -> dict[str, Any]:
     """Read and validate the manifest of a folder; LoadError where there is none or it is malformed."""
     path = folder / MANIFEST_NAME
     hint = "The folder was not saved by this package, or was copied in part: save or download the model again."
+    if (folder / "training_args.bin").exists():
+        hint = "A Trainer saved it: write the model by callback.save_pretrained(folder), with its plan and card."
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_MANIFEST_BYTES + 1)

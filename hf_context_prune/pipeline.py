@@ -239,28 +239,35 @@ def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any)
     return in_memory(model, tokenizer)
 
 
-def split_text(data: Any, eval_data: Any, config: PrunerConfig, tokenizer: Any) -> tuple[TextSource, TextSource, str]:  # noqa: ANN401
-    """Calibration text, evaluation text, and a sentence on how they were kept apart."""
+def split_text(
+    data: Any,  # noqa: ANN401
+    eval_data: Any,  # noqa: ANN401
+    config: PrunerConfig,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    use: str = "calibration",
+) -> tuple[TextSource, TextSource, str]:
+    """The text for a use, the text for the figures, and a sentence on how they were kept apart."""
     options = {"text_column": config.text_column, "tokenizer": tokenizer, "seed": config.pruning_seed}
     text = load_documents(data, **options)
     if eval_data is None:
         rest, given = hold_out_documents(text, seed=config.pruning_seed)
-        how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before calibration, by document."
+        how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before {use}, by document."
         remedy = "Give held-out text of its own (--eval-data), or text that repeats itself less."
     else:
         rest, given = text, load_documents(eval_data, **options)
-        how = f"Text of its own ({given.name}), beside the calibration text {text.name}."
+        how = f"Text of its own ({given.name}), beside the {use} text {text.name}."
         remedy = f"Give other text, or leave --eval-data out to hold out documents of {text.name}."
     held_out, dropped = drop_overlapping(given, rest)
     if not len(held_out):
         what = "held-out document" if eval_data is None else f"document of the evaluation text {given.name}"
         raise DataError(
-            f"Every {what} is also in the calibration text {text.name} (over a quarter of its 13-word sequences are); "
+            f"Every {what} is also in the {use} text {text.name} (over a quarter of its 13-word sequences are); "
             f"figures on it would say nothing. {remedy}"
         )
     if dropped:
         how += (
-            f" {dropped:,} of these {len(given):,} documents were dropped: the calibration text has over a quarter of "
+            f" {dropped:,} of these {len(given):,} documents were dropped: the {use} text has over a quarter of "
             "their 13-word sequences too."
         )
     return rest, held_out, how

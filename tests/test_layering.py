@@ -19,7 +19,10 @@ LAYERS = [
     {"errors"},
     {"files"},
     # Helpers and values that know nothing else of the package.
-    {"cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "rows", "sources", "stats"},
+    {
+        *("bars", "cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "rows", "sources"),
+        "stats",
+    },
     {"modeling", "config", "architectures", "plan", "data", "overlap", "questions", "unfinished"},
     {
         *("criteria", "allocation", "reconstruction", "calibration", "magnitudes", "surgery", "vocabulary"),

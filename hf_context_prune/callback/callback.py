@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from ..architectures import check_supported, read_geometry
+from ..bars import without_bars
 from ..base_card import in_memory, provenance_of
 from ..calibration import check_weights_finite
 from ..config import PrunerConfig, from_options
 from ..distributed import all_gather, num_processes
-from ..errors import ConfigError, DataError, PruningWarning
+from ..errors import ConfigError, DataError, NumericsError, PruningWarning
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan, fingerprint
@@ -31,6 +33,7 @@ from ..planning import plan_and_repair, versions
 from ..saving import PLAN_NAME
 from ..surgery import apply_plan, kept_entries
 from ..widths import plan_widths
+from .batches import text_of
 from .checkpoints import CONFIG_FILE, progress_of
 from .checks import (
     check_arguments,
@@ -140,15 +143,9 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         self.steps, self.num_processes = tuple(values["steps"]), values["num_processes"]
         self._base = dict(values.get("base") or {})  # checkpoints of earlier versions have none
 
-    def _resume(self, state: TrainerState, model: PreTrainedModel, steps: tuple[int, ...]) -> None:
+    def _resume(self, state: TrainerState, steps: tuple[int, ...]) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         self.progress = progress_of(saved, self.state()["args"], state, steps)
-        widths = read_geometry(model.config, check_supported(model)).layers
-        if widths != (self.dense if self.plan is None or num_processes() > 1 else self.plan.widths):
-            raise ConfigError(
-                "The model does not have the widths of the checkpoint that is resumed. Build it from the checkpoint: "
-                "Trainer(model=load_checkpoint(path), ...).train(resume_from_checkpoint=path)."
-            )
 
     # --- events of the Trainer ----------------------------------------------------------------------------------------
 
@@ -171,18 +168,18 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
     ) -> None:
         """Refuse what can't work, while no weight has changed; take up a checkpoint's state; start to listen."""
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
-        if getattr(state, "_context_prune", self) is not self:
-            raise ConfigError("The Trainer has two ContextPruneCallbacks; give it one.")
+        if hasattr(state, "_context_prune"):  # each training has a state of its own
+            raise ConfigError("The Trainer has two ContextPruneCallbacks, or one twice; give it one, once.")
         state._context_prune = self
         check_arguments(args, state)
         spec = check_supported(model)
         check_weights_finite(model)
-        check_optimizer(optimizer, model)
+        check_optimizer(optimizer, model, num_processes())
         check_repair(model, self.config)
         steps = self.schedule.steps(state.max_steps)
         widths = read_geometry(model.config, spec).layers
         if state.global_step > 0:
-            self._resume(state, model, steps)
+            self._resume(state, steps)
         else:
             check_not_cut(self.plan if self._training else None, widths)
             check_reachable(model, self.config, self.schedule.share(0))
@@ -208,16 +205,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
     def _listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or self._pruning:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
-            raise DataError(
-                f"The training batches have no input_ids (but {', '.join(sorted(kwargs)) or 'nothing'}), which are the "
-                f"text that pruning goes by. Give token ids to the model."
-            )
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            ids = ids[mask.bool()]
-        self._seen.append(ids.detach().reshape(-1).cpu())
+        self._seen.append(text_of(args, kwargs, getattr(model.config, "pad_token_id", None)))
 
     def on_step_end(
         self,
@@ -237,7 +225,13 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             return
         self._pruning = True
         try:
-            self._prune(kwargs["model"], kwargs["optimizer"], state.global_step)
+            with without_bars("hf_context_prune") if args.disable_tqdm else nullcontext():
+                self._prune(kwargs["model"], kwargs["optimizer"], state.global_step)
+        except NumericsError as error:
+            raise NumericsError(
+                f"After step {state.global_step} the weights or activations of the training are no longer numbers, so "
+                f"nothing can be pruned by them. Lower the learning rate, or clip gradients (max_grad_norm)."
+            ) from error
         finally:
             self._pruning = False
         self.num_done += 1
@@ -348,10 +342,6 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         file = folder / CONFIG_FILE
         values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": self.use_cache}
-        if (
-            "per_layer_config" in values
-        ):  # the Trainer reads it as a bare config when it resumes, which needs the number
-            values.setdefault("num_hidden_layers", len(self.dense))
         staged = file.with_name(f"{CONFIG_FILE}.tmp")
         staged.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         staged.replace(file)

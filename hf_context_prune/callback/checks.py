@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..allocation import Budget, removed_params
@@ -31,7 +32,8 @@ def check_config(config: PrunerConfig) -> None:
         raise ConfigError(
             "Tokens can't go during training: the collator's tokenizer would no longer fit. Prune them before: "
             "trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "
-            "trimmed.tokenizer to the Trainer, and leave the vocab_* options out here."
+            "trimmed.tokenizer to the Trainer, and leave the vocab_* options out here. Keep that model: it is "
+            "the teacher for recover()."
         )
     if config.general_mix:
         raise ConfigError(
@@ -151,7 +153,7 @@ def check_repair(model: PreTrainedModel, config: PrunerConfig) -> None:
 
 
 def check_arguments(args: TrainingArguments, state: TrainerState) -> None:
-    """Refuse ways of training that hold on to the shapes of the weights.
+    """Refuse ways of training that hold on to the shapes of the weights, or replace the callback.
 
     Raises:
         ConfigError: One of them.
@@ -162,6 +164,15 @@ def check_arguments(args: TrainingArguments, state: TrainerState) -> None:
         "torch_compile (or accelerate's dynamo backend)": (
             args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO",
             "the compiled graph has the old shapes",
+        ),
+        "FSDP or DeepSpeed of accelerate's environment": (
+            parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+            "shards and flat partitions can't change their shape",
+        ),
+        "restore_callback_states_from_checkpoint": (
+            args.restore_callback_states_from_checkpoint,
+            "it puts a callback of the checkpoint, with that one's config, in place of yours; a training is resumed "
+            "without it",
         ),
         "auto_find_batch_size": (args.auto_find_batch_size, "it begins the training again with a model pruned already"),
         "more than one GPU in one process (DataParallel)": (

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from transformers import TrainingArguments
 from transformers.utils.hub import PushInProgress
 
-from ..card import write_card
+from ..card import CARD_NAME, write_card
 from ..errors import ConfigError, PruningWarning
 from .callback import ContextPruneCallback
 from .publishing import PushedFolder, facts_of
@@ -39,6 +39,10 @@ class ContextPruneTrainerMixin:
         found = (item for item in self.callback_handler.callbacks if isinstance(item, ContextPruneCallback))
         return next(found, None)
 
+    @property
+    def _strategy(self) -> str:
+        return str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
+
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """As ``Trainer.train``.
 
@@ -48,11 +52,10 @@ class ContextPruneTrainerMixin:
         callback = self._pruning_callback()
         if callback is not None:
             callback.pushed_by_mixin = True
-        strategy = getattr(self.args.hub_strategy, "value", self.args.hub_strategy)
-        if self.args.push_to_hub and strategy not in _ONLY_THE_MODEL:
+        if self.args.push_to_hub and self._strategy not in _ONLY_THE_MODEL:
             raise ConfigError(
-                f"hub_strategy={strategy!r} uploads whole checkpoints, with optimizer state and training_args.bin, a "
-                f"pickle that holds hub_token. Use 'end' or 'every_save'."
+                f"hub_strategy={self._strategy!r} uploads whole checkpoints, with optimizer state and "
+                f"training_args.bin, a pickle that holds hub_token. Use 'end' or 'every_save'."
             )
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
@@ -108,9 +111,8 @@ class ContextPruneTrainerMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What ``hub_strategy="every_save"`` does at a checkpoint, in the background."""
-        strategy = getattr(self.args.hub_strategy, "value", self.args.hub_strategy)
         callback = self._pruning_callback()
-        if not self.is_world_process_zero() or strategy == "end":  # type: ignore[attr-defined]
+        if not self.is_world_process_zero() or self._strategy == "end":  # type: ignore[attr-defined]
             return
         if callback is not None and callback.num_processes > 1:
             return  # what is pruned is zeroed, not cut out, until the end
@@ -127,7 +129,10 @@ class ContextPruneTrainerMixin:
     def _push_now(self, blocking: bool, token: str | None, revision: str | None, message: str | None) -> Any:  # noqa: ANN401
         callback = self._pruning_callback()
         plan, use_cache = (None, True) if callback is None else (callback.plan, callback.use_cache)
-        saved = PushedFolder(self.model, self.processing_class, plan, name=self._repo_name(), use_cache=use_cache)
+        card = None if plan is not None else Path(self.args.output_dir) / CARD_NAME  # the Trainer's own
+        saved = PushedFolder(
+            self.model, self.processing_class, plan, name=self._repo_name(), use_cache=use_cache, card=card
+        )
         options = {"token": token, "revision": revision, "commit_message": message}
         if blocking:
             return saved.push(str(self.hub_model_id), **options)

@@ -31,11 +31,17 @@ def bare(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
+def check_optimizer(optimizer: Optimizer | None, model: nn.Module, num_processes: int = 1) -> None:
     """Refuse an optimizer whose state can't be mapped to narrower weights.
 
+    Args:
+        optimizer: Of the Trainer.
+        model: What it trains.
+        num_processes: With several, weights are zeroed and not narrowed, which states by rows and columns can't follow.
+
     Raises:
-        ConfigError: Its class is not in the table, or it trains weights that the model does not have.
+        ConfigError: Its class is not in the table or can't be had with several processes, its state holds what the
+            table does not know, or it trains weights that the model does not have.
     """
     if optimizer is None:
         raise ConfigError("The Trainer has no optimizer when training begins, so its state can't be kept. Give it one.")
@@ -46,6 +52,13 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
             f"The state of the optimizer {type(inner).__module__}.{type(inner).__qualname__} can't be mapped to "
             f"narrower weights; supported are {known}. Use one of them: TrainingArguments(optim='adamw_torch')."
         )
+    if num_processes > 1 and ROWS in STATES[type(inner)].values():
+        raise ConfigError(
+            f"With several processes, {type(inner).__qualname__} would keep the moments of whole rows and columns, "
+            f"those of removed units among them: not the result of one process. Use one process, or AdamW "
+            f"(TrainingArguments(optim='adamw_torch'))."
+        )
+    check_state(inner)
     own = {id(parameter) for parameter in model.parameters()}
     strangers = sum(id(parameter) not in own for group in inner.param_groups for parameter in group["params"])
     if strangers:
@@ -53,6 +66,22 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
             f"The optimizer trains {strangers} tensors that are not weights of the model (any more). Make it from "
             f"model.parameters() of this very model, or let the Trainer make it."
         )
+
+
+def check_state(optimizer: Optimizer) -> None:
+    """Refuse what an optimizer keeps of a weight that nobody could map: a hook's moving average, say.
+
+    Raises:
+        ConfigError: A tensor of its state is not in the table.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim > 0 and name not in STATES[type(optimizer)]:
+                raise ConfigError(
+                    f"The state of {type(optimizer).__qualname__} holds {name!r} of shape {list(value.shape)} for a "
+                    f"weight of shape {list(parameter.shape)}; it does not by itself, and nothing says how to narrow "
+                    f"it. Keep it elsewhere, or prune() before the training."
+                )
 
 
 def _mapped(value: torch.Tensor, carries: str, shape: torch.Size, places: torch.Tensor) -> torch.Tensor:
@@ -83,6 +112,7 @@ def map_state(optimizer: Optimizer, places: Iterable[tuple[nn.Parameter, torch.T
     """
     inner = bare(optimizer)
     carries = STATES[type(inner)]
+    check_state(inner)
     for parameter, index in places:
         state = inner.state.get(parameter, {})
         for name, value in list(state.items()):

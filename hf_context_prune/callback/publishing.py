@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..card import CardFacts, write_card
+from ..card import CARD_NAME, CardFacts, write_card
 from ..errors import ConfigError
 from ..hub import PushResult, push_folder
 from ..plan import PruningPlan
@@ -28,8 +29,9 @@ def save_folder(
     *,
     name: str | None = None,
     use_cache: bool = True,
+    card: Path | None = None,
 ) -> Path:
-    """Write model, tokenizer, plan and card, whole or not at all; without a plan there is no card.
+    """Write model, tokenizer, plan and card, whole or not at all.
 
     Args:
         target: As for `save_pruned`.
@@ -38,6 +40,7 @@ def save_folder(
         plan: What was kept so far.
         name: How the card names the model; None takes the folder's name.
         use_cache: What the config is to say, which a Trainer switches off while it trains.
+        card: Taken along, if it is there, where no plan gives one of ours.
 
     Raises:
         SaveError: Nothing was put in place.
@@ -49,6 +52,8 @@ def save_folder(
             write_model_folder(staging, model, tokenizer=tokenizer, plan=plan)
             if plan is not None:
                 write_card(staging, facts_of(model, plan, name or path.name))
+            elif card is not None and card.is_file():
+                shutil.copyfile(card, staging / CARD_NAME)
     finally:
         model.config.use_cache = training
     return path

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..allocation import Budget, round_half_up
-from ..config import PrunerConfig, is_number
+from ..config import PrunerConfig, is_number, option
 from ..errors import ConfigError, unknown
 from ..modeling.specs import LayerWidths
 
@@ -29,20 +29,22 @@ class PruningSchedule:
         ConfigError: A value out of range.
     """
 
-    start: float | int = 0.1
-    end: float | int = 0.5
-    num_prunings: int = 3
-    shape: Shape = "cubic"
+    start: float = option(0.1, "First pruning: a share of the training, in (0, 1), or a step, from 1.")
+    end: float = option(0.5, "Last pruning, likewise.")
+    num_prunings: int = option(3, "How many prunings; 1 prunes at --start alone.")
+    shape: Shape = option("cubic", "How the removed share grows over the prunings.")
 
     def __post_init__(self) -> None:
         """Check every value."""
         for name in ("start", "end"):
             value = getattr(self, name)
-            if not is_number(value) or not (0 < value < 1 or (isinstance(value, int) and value >= 1)):
+            whole = is_number(value) and value >= 1 and float(value).is_integer()
+            if not (whole or (is_number(value) and 0 < value < 1)):
                 raise ConfigError(
-                    f"The schedule's {name} is {value!r}; it must be a share of the training in (0, 1), or a step from "
-                    f"1 on."
+                    f"The schedule's {name} is {value!r}; it must be a share of the training in (0, 1), or a step: a "
+                    f"whole number from 1 on."
                 )
+            object.__setattr__(self, name, int(value) if whole else float(value))
         if type(self.start) is type(self.end) and self.num_prunings != 1 and self.start > self.end:
             raise ConfigError(f"The schedule's start is {self.start!r}, after its end {self.end!r}; swap them.")
         count = self.num_prunings

@@ -19,10 +19,11 @@ def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Para
         smaller: From `apply_plan` of `model`; not to be used afterwards.
 
     Returns:
-        The new parameter of every old one.
+        The new parameter of every old one that got narrower; the others are written into, and keep their hooks.
     """
     old, new = dict(model.named_modules()), dict(smaller.named_modules())
     assert old.keys() == new.keys()
+    assert all(type(module) is type(new[name]) for name, module in old.items() if name)
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in old.items():
         twin = new[name]
@@ -32,11 +33,13 @@ def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Para
                 module.__dict__[key] = value
         for key, parameter in module._parameters.items():
             counterpart = twin._parameters[key]
-            if parameter is not None and counterpart is not None:
+            if parameter is None or counterpart is None:
+                continue
+            if parameter.shape == counterpart.shape:
+                parameter.data.copy_(counterpart.detach())
+            else:
                 replaced[parameter] = counterpart
                 module._parameters[key] = counterpart
-        if name:
-            assert type(module) is type(twin)
     model.__class__ = type(smaller)
     return replaced
 

@@ -73,6 +73,13 @@ class ContextPrunedConfigMixin:
                     f"have {ratio} query heads, as in the dense parent."
                 )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's, with the number of layers by its general name: a Trainer resumes with a bare config."""
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        if "per_layer_config" in values:
+            values.setdefault("num_hidden_layers", self.num_hidden_layers)  # type: ignore[attr-defined]
+        return values
+
     def width_overrides(self) -> dict[int, dict[str, Any]]:
         """The sparse per-layer overrides, as a copy: ``{layer: {attribute: value}}``."""
         overrides = self.to_dict().get("per_layer_config", {})  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ from ..evaluation import (
 from ..evaluation.texts import GeneralText, general_losses, loss_facts, read_general
 from ..loading import LoadedModel, load_model
 from ..pipeline import EvalOptions, split_text
-from ..plan import PruningPlan
+from ..plan import PruningPlan, fingerprint
 from ..result import PruneResult
 from ..saving import PLAN_NAME, verify_folder
 from ..surgery import stock_fit
@@ -49,7 +49,8 @@ def recover_folder(
         data: Text of the domain. The documents that are held out of it for the figures are those that `prune` holds out
             of the same text.
         config: All choices.
-        teacher: The dense parent; None: the plan's base, where that is on the Hub.
+        teacher: The dense parent; None: the plan's base, where that is on the Hub. Another model over the same tokens
+            teaches as well, but is not what the figures are compared with.
         eval_data: Text for the figures; None holds out a tenth of `data`, by document.
         text_column: Column with the text.
         evaluation: How much is measured.
@@ -62,10 +63,15 @@ def recover_folder(
     config, options, folder = config or RecoveryConfig(), evaluation or EvalOptions(), Path(folder)
     verify_folder(folder)
     plan, pruned = PruningPlan.load(folder / PLAN_NAME), load_model(folder, device=device)
-    parent = _parent(plan, config, teacher, device)
+    guide = _teacher(plan, config, teacher, device)
+    parent = guide if guide is not None and fingerprint(guide.model) == plan.model_fingerprint else None
     made_with = plan.provenance.get("config") or {}
     split = PrunerConfig(text_column=text_column, pruning_seed=made_with.get("pruning_seed", 0))
-    text, held_out, how = split_text(data, eval_data, split, pruned.tokenizer)
+    text, held_out, how = split_text(data, eval_data, split, pruned.tokenizer, use="recovery")
+    if (plan.provenance.get("data") or {}).get("fingerprint") == text.fingerprint:
+        how += " The pruning had left them out as well."
+    else:
+        how += " The pruning had other text, which may have held some of them."
     seed = config.recovery_seed
     general = _general(options.general_data, text, pruned.tokenizer, plan, seed)
     first = parent or pruned
@@ -80,7 +86,7 @@ def recover_folder(
         text,
         config,
         tokenizer=pruned.tokenizer,
-        teacher=None if parent is None else parent.model,
+        teacher=None if guide is None else guide.model,
         plan=plan,
     )
     losses["recovered"] = document_losses(outcome.model, pruned.tokenizer, held_out, docs=docs, **how_long)
@@ -114,7 +120,7 @@ def recover_folder(
             f"Recovered ({config.method}) on {history.tokens:,} tokens of {text.name} in {history.steps:,} steps and "
             f"{history.seconds / 60:.1f} minutes; the weights of step {history.best_step:,} were best on withheld "
             f"documents. It ended because {history.ended}.",
-            *(() if parent else ("No parent was given: base is the pruned model as it was.",)),
+            *(() if parent else (_without_parent(guide),)),
         ),
     )
     from_disk = first if first.folder is not None else None
@@ -132,7 +138,13 @@ def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, see
     return read_general(source, apart_from=text, tokenizer=tokenizer, seed=first, hold_out=True)
 
 
-def _parent(
+def _without_parent(guide: LoadedModel | None) -> str:
+    if guide is None:
+        return "No parent was given: base is the pruned model as it was."
+    return f"The teacher {guide.name} is not the model that was pruned: base is the pruned model as it was."
+
+
+def _teacher(
     plan: PruningPlan, config: RecoveryConfig, teacher: str | Path | None, device: str | None
 ) -> LoadedModel | None:
     if teacher is not None:

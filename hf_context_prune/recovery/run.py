@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from ..architectures import check_supported, read_geometry
+from ..bars import without_bars
 from ..calibration import check_weights_finite
 from ..data import TextSource, hold_out_documents, load_documents, token_blocks
 from ..embeddings import num_rows
@@ -159,7 +159,10 @@ def recover(
             f"distillation={config.distillation:g} and rewind={config.rewind!r} need the dense parent: pass teacher=, "
             f"or set distillation=0 (and rewind='none')."
         )
-    check_weights_finite(model)
+    for weights in (model, *([] if teacher is None else [teacher])):
+        if any(parameter.is_meta for parameter in weights.parameters()):
+            raise ConfigError("The teacher is on the meta device, without weights. Load it with weights.")
+        check_weights_finite(weights)
     source = load_documents(data, text_column=text_column, tokenizer=tokenizer, seed=config.recovery_seed)
     rest, withheld, docs = _withheld(source, tokenizer, config)
     blocks = _all_blocks(rest, tokenizer, config)
@@ -182,7 +185,7 @@ def recover(
         adapters = get_peft_model(student, options)
 
     def measure() -> float:
-        with fast_matmul(), _without_bar("hf_context_prune.evaluation"):
+        with fast_matmul(), without_bars("hf_context_prune.evaluation"):
             losses = document_losses(student, tokenizer, withheld, max_seq_length=config.max_seq_length, docs=docs)
         return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
 
@@ -199,19 +202,6 @@ def recover(
         if rounded > history.losses[0][1]:  # rounding took more than the training gave
             history.best_step, student = 0, copy.deepcopy(model).eval()
     return RecoveryResult(student, history)
-
-
-@contextmanager
-def _without_bar(name: str) -> Iterator[None]:
-    """No bar within the bar of the training."""
-    shown = not are_progress_bars_disabled(name)
-    try:
-        if shown:
-            disable_progress_bars(name)
-        yield
-    finally:
-        if shown:
-            enable_progress_bars(name)
 
 
 def _merged(adapters: PeftModel) -> PreTrainedModel:

@@ -127,6 +127,8 @@ class _Progress(TrainerCallback):
         try:
             loss = self.measure()
         except NumericsError:
+            if step == 0:
+                raise  # it came so
             self.broken = True
             return
         self.history.losses.append((step, loss))

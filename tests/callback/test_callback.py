@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_context_prune import PrunerConfig, apply_plan
@@ -18,6 +20,7 @@ from hf_context_prune.callback import (
     PruningWarning,
     load_checkpoint,
 )
+from hf_context_prune.callback.batches import text_of
 from hf_context_prune.data import CalibrationWarning
 from hf_context_prune.errors import ConfigError, DataError, LoadError, NumericsError, UnsupportedArchitectureError
 from hf_context_prune.plan import PruningPlan
@@ -143,7 +146,6 @@ def test_sizes_are_logged_and_the_plan_is_written(tmp_path):
         {"bf16": True},
         {"eval_strategy": "steps", "eval_steps": 3},
         {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_strategy": "steps", "best": True},
-        {"restore_callback_states_from_checkpoint": True},
         {"neftune_noise_alpha": 5.0},
     ],
     ids=lambda options: "-".join(options),
@@ -181,6 +183,21 @@ def test_padding_is_no_text(tmp_path):
         seen.append(hook)
     first, second = (trainer_tokens(hook) for hook in seen)
     assert first == second
+
+
+def test_text_of_a_batch():
+    ids = torch.tensor([[5, 6, 7, 2], [2, 2, 8, 9]])  # 2 pads, and ends texts
+    labels = torch.tensor([[5, 6, 7, 2], [-100, -100, 8, 9]])
+    real = [5, 6, 7, 2, 8, 9]
+    flat = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    square = (flat[:, None, None, :] * flat[:, None, :, None]).bool()
+    scores = torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min)
+    for given in ({"attention_mask": flat}, {"attention_mask": square}, {"attention_mask": scores}, {"labels": labels}):
+        assert text_of((), {"input_ids": ids, **given}, 2).tolist() == real
+    assert text_of((ids,), {}, 2).tolist() == ids.flatten().tolist()
+    assert text_of((ids,), {"labels": labels}, None).tolist() == ids.flatten().tolist()
+    prompt = {"labels": torch.tensor([[-100, -100, 7, 2], [-100, -100, 8, 9]])}  # left out of the loss, but text
+    assert text_of((ids,), prompt, 0).tolist() == ids.flatten().tolist()
 
 
 def trainer_tokens(hook):
@@ -244,6 +261,30 @@ def test_a_wide_model_does_not_resume_a_narrow_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "checkpoint-9")
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerates_environment_asks_for_is_seen(name, tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path, callback())
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ConfigError, match="FSDP or DeepSpeed of accelerate's environment: shards"):
+        trainer.train()
+
+
+def quantised(model):
+    from optimum.quanto import qint8, quantize
+
+    quantize(model, weights=qint8)
+    return model
+
+
+def subclassed(model):
+    class Sharded(torch.nn.Parameter):
+        pass
+
+    projection = model.model.layers[0].mlp.up_proj
+    projection.weight = Sharded(projection.weight.detach())
+    return model
+
+
 def broken(model):
     model.lm_head.weight.data[0, 0] = float("nan")
     return model
@@ -261,7 +302,11 @@ def broken(model):
         ({}, {"torch_compile": True}, ConfigError, "the compiled graph has the old shapes"),
         ({}, {"auto_find_batch_size": True}, ConfigError, "auto_find_batch_size: it begins"),
         ({}, {"optim": "rmsprop"}, ConfigError, "RMSprop can't be mapped"),
-        ({}, {"twice": True}, ConfigError, "two ContextPruneCallbacks"),
+        ({}, {"twice": callback()}, ConfigError, "two ContextPruneCallbacks"),
+        ({}, {"twice": "the same"}, ConfigError, "or one twice"),
+        ({}, {"restore_callback_states_from_checkpoint": True}, ConfigError, "in place of yours"),
+        ({}, {"model": lambda: quantised(tiny_model("llama"))}, UnsupportedArchitectureError, "is a QLinear, not a"),
+        ({}, {"model": lambda: subclassed(tiny_model("llama"))}, UnsupportedArchitectureError, "not a plain parameter"),
         ({}, {"model": lambda: broken(tiny_model("llama"))}, NumericsError, r"lm_head\.weight"),
         ({"reconstruction": "bias"}, {}, ConfigError, "adds biases that a llama model can't save"),
         (VARIABLE | {"pruning_ratio": 0.95, "allocation": "uniform"}, {}, ConfigError, "options can remove at most"),
@@ -280,8 +325,9 @@ def test_what_is_refused_before_the_first_step(options, arguments, error, said, 
     twice, make = arguments.pop("twice", False), arguments.pop("model", lambda: tiny_model("llama"))
     model = make()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    more = [callback()] if twice else []
-    trainer = trainer_for(tmp_path, callback(schedule, **options), model=model, callbacks=more, **arguments)
+    hook = callback(schedule, **options)
+    more = [hook if twice == "the same" else twice] if twice else []
+    trainer = trainer_for(tmp_path, hook, model=model, callbacks=more, **arguments)
     with pytest.raises(error, match=said):
         trainer.train()
     assert all(torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in model.state_dict().items())
@@ -443,6 +489,51 @@ def test_what_was_set_on_modules_stays(tmp_path):
         module.p = 0.0
     trainer_for(tmp_path, callback(), model=model).train()
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+
+
+def test_hooks_on_weights_that_are_not_pruned_stay(tmp_path):
+    model, calls = tiny_model("llama"), []
+    embedding = model.model.embed_tokens.weight
+    embedding.register_hook(lambda gradient: calls.append(1) or gradient * 0)
+    snapshots = Snapshots()
+    trainer_for(tmp_path, callback(), model=model, callbacks=[snapshots], weight_decay=0.0).train()
+    assert len(calls) == STEPS
+    assert model.model.embed_tokens.weight is embedding
+    name = "model.embed_tokens.weight"
+    assert torch.equal(snapshots.weights[STEPS][name], snapshots.weights[1][name])
+
+
+def test_a_training_that_diverged_says_so(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == 3:
+                model.lm_head.weight.data[0, 0] = float("nan")
+
+    with pytest.raises(NumericsError, match=r"After step 4 the weights or activations .* Lower the learning rate"):
+        trainer_for(tmp_path, callback(), callbacks=[Break()]).train()
+
+
+def test_the_checkpoint_is_whole_before_the_callback_adds_to_it(tmp_path, monkeypatch):
+    """Killed between the two, it still resumes."""
+    whole = trainer_for(tmp_path, callback(**VARIABLE), model=case("gpt2"), save_strategy="steps", save_steps=8)
+    monkeypatch.setattr(ContextPruneCallback, "on_save", lambda *_, **__: None)
+    whole.train()
+    monkeypatch.undo()
+    checkpoint = tmp_path / "checkpoint-8"
+    assert not (checkpoint / "pruning_plan.json").exists()
+    resumed = trainer_for(tmp_path / "again", callback(**VARIABLE), model=load_checkpoint(checkpoint))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(resumed.model, whole.model.state_dict())
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_bars_of_a_pruning_are_those_of_the_trainer(silent, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    hook, seen = callback(), []
+    hook._prune = lambda *_: seen.append(are_progress_bars_disabled("hf_context_prune.calibration"))
+    trainer_for(tmp_path, hook, disable_tqdm=silent).train()
+    assert seen == [silent] * 3
+    assert not are_progress_bars_disabled("hf_context_prune.calibration")
 
 
 def test_another_number_of_steps_does_not_resume(tmp_path):

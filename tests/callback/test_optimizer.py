@@ -137,6 +137,36 @@ class Unknown(torch.optim.SGD):
     pass
 
 
+def with_averages(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter]["average"] = parameter.detach().clone()
+    return optimizer
+
+
+def test_a_state_that_nobody_knows_is_refused_before_anything_is_cut():
+    model = tiny_model("llama")
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    step(model, optimizer)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["average"] = parameter.detach().clone()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = [state["exp_avg"].shape for state in optimizer.state.values()]
+    with pytest.raises(ConfigError, match="nothing says how to narrow it"):
+        prune_in_place(model, optimizer, plan_for(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [state["exp_avg"].shape for state in optimizer.state.values()] == moments
+
+
+@pytest.mark.parametrize("kind", ["torch-adafactor", "adafactor"])
+def test_moments_of_whole_rows_need_one_process(kind):
+    model = tiny_model("llama")
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    check_optimizer(optimizer, model, 1)
+    with pytest.raises(ConfigError, match="With several processes, Adafactor would keep"):
+        check_optimizer(optimizer, model, 2)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -147,6 +177,7 @@ class Unknown(torch.optim.SGD):
         ),
         (lambda model: torch.optim.RMSprop(model.parameters()), r"RMSprop can't be mapped"),
         (lambda model: torch.optim.SGD(tiny_model("llama").parameters(), lr=0.1), "tensors that are not weights"),
+        (with_averages, r"state of AdamW holds 'average' of shape \[\d+, 48\]"),
     ],
 )
 def test_optimizers_that_are_refused(make, said):

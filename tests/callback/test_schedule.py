@@ -20,6 +20,7 @@ from hf_context_prune.modeling.specs import LayerWidths
         (PruningSchedule(7, 9, 3), (7, 8, 9)),
         (PruningSchedule(0.25, 0.9, 1), (25,)),
         (PruningSchedule(0.001, 0.5, 1), (1,)),
+        (PruningSchedule(7.0, 9.0, 3), (7, 8, 9)),  # as a command line gives them
     ],
 )
 def test_steps(schedule, expected):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from hf_context_prune import PruningPlan
+from hf_context_prune import PruningPlan, load_pruned
 from hf_context_prune.callback import ContextPruneCallback, load_checkpoint
 from hf_context_prune.data import CalibrationWarning
 from tests.callback.cases import SCHEDULE, STEPS, config_for
@@ -29,17 +29,19 @@ def test_the_example_script_trains_resumes_and_saves(tmp_path, monkeypatch):
     words += (
         "--pruning_ratio 0.2 --num_calibration_samples 8 --max_seq_length 32 --max_steps 20 --use_cpu --disable_tqdm 1 "
     )
-    words += "--report_to none --save_steps 12 --learning_rate 3e-3 --per_device_train_batch_size 4"
+    words += "--start 2 --end 0.5 --report_to none --save_steps 12 --learning_rate 3e-3 --per_device_train_batch_size 4"
     monkeypatch.setattr(sys, "argv", ["train_and_prune.py", *words.split()])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    model = load_checkpoint(tmp_path / "out")
+    model = load_pruned(tmp_path / "out/model")
     assert model.num_parameters() <= 0.8 * tiny_model("llama").num_parameters()
-    assert len(PruningPlan.load(tmp_path / "out/pruning_plan.json").provenance["prunings"]) == 3
+    prunings = PruningPlan.load(tmp_path / "out/model/pruning_plan.json").provenance["prunings"]
+    assert [entry["step"] for entry in prunings] == [2, 6, 10]
+    assert (tmp_path / "out/model/README.md").exists()
     assert json.loads((tmp_path / "out/eval_results.json").read_text())["eval_loss"] > 0
     again = ["--resume_from_checkpoint", str(tmp_path / "out/checkpoint-12")]
     monkeypatch.setattr(sys, "argv", ["train_and_prune.py", *words.split(), *again])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    resumed = load_checkpoint(tmp_path / "out").state_dict()
+    resumed = load_pruned(tmp_path / "out/model").state_dict()
     assert all((value == resumed[name]).all() for name, value in model.state_dict().items())
     assert len(EXAMPLE.read_text().splitlines()) < 100
 

@@ -444,6 +444,8 @@ try:
     ContextPruneCallback(config_for(), SCHEDULE).push_to_hub("org/x")
 except ConfigError as error:
     results["too early"] = str(error)
+Ours(tiny_model("llama"), training("training none", hub_model_id="org/none", **token), train_dataset=dataset(),
+     processing_class=tiny_tokenizer()).push_to_hub()
 print(json.dumps(results))
 """,
         arguments={"token": TOKEN},
@@ -464,6 +466,8 @@ print(json.dumps(results))
     assert '"org/ours"' in card.text
     assert {"widths.png", "pruning_plan.json", "manifest.json", "tokenizer.json"} <= last.keys()
     assert b'"use_cache": false' not in last["config.json"]
+    unpruned = repo_of(place, "none")  # nothing was pruned: the Trainer's own card
+    assert b"generated_from_trainer" in unpruned.commits[unpruned.refs["main"]]["README.md"]
     assert facts["done"]["sha"] == facts["future"]["sha"]  # nothing changed in between
     assert {"README.md", "widths.png"} <= set(facts["output"])
     assert facts["ours"] == []

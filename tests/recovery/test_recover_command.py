@@ -43,7 +43,9 @@ def test_the_folder_and_its_figures(run, place, pruned):
     assert "Recovered (full) on" in out
     verify_folder(place / "out")
     report, before = EvalReport.load(place / "out/eval_report.json"), EvalReport.load(pruned / "eval_report.json")
-    assert report.dataset == before.dataset  # the very documents that pruning held out
+    assert report.dataset.fingerprint == before.dataset.fingerprint  # the very documents that pruning held out
+    assert "held out before recovery, by document. The pruning had left them out as well." in report.dataset.held_out
+    assert report.size.base_parameters == before.size.base_parameters
     assert report.loss.base == before.loss.base
     assert report.loss.pruned == before.loss.pruned
     assert report.loss.recovered.bits_per_byte.value < report.loss.pruned.bits_per_byte.value
@@ -56,6 +58,32 @@ def test_the_folder_and_its_figures(run, place, pruned):
     code, out, _ = run("inspect", "@out")
     assert code == 0
     assert "after recovery" in out
+
+
+def test_a_teacher_that_is_not_the_parent(run, place, pruned):
+    code, out, err = run(*RECOVER, "--output", "@other", "--teacher", "@pruned", "--max-steps", 2, "--format", "json")
+    assert code == 0, err
+    report = json.loads(out)["report"]
+    assert report["loss"]["pruned"] is None
+    assert any("The teacher pruned is not the model that was pruned: base is" in note for note in report["notes"])
+
+
+def test_text_that_the_pruning_may_have_read(run, place, pruned):
+    lines = (place / "data.jsonl").read_text().splitlines()
+    (place / "other.jsonl").write_text("\n".join(lines[: len(lines) // 2]) + "\n")
+    options = ("--output", "@else", "--teacher", "@base", "--max-steps", 2)
+    code, _, err = run(*RECOVER[:3], "@other.jsonl", *RECOVER[4:], *options)
+    assert code == 0, err
+    held_out = EvalReport.load(place / "else/eval_report.json").dataset.held_out
+    assert "The pruning had other text, which may have held some of them." in held_out
+
+
+def test_a_folder_of_the_trainer_is_told_how_to_be_saved(run, place, pruned):
+    (place / "trained").mkdir(exist_ok=True)
+    (place / "trained/training_args.bin").write_bytes(b"")
+    code, _, err = run("recover", "@trained", *RECOVER[2:], "--output", "@no")
+    assert code == 1
+    assert "A Trainer saved it: write the model by callback.save_pretrained(folder)" in " ".join(err.split())
 
 
 def test_without_the_parent(run, place, pruned):

@@ -249,6 +249,19 @@ def test_the_gradient_of_the_loss(share, temperature, dtype):
     )
 
 
+def test_what_is_no_number_from_the_start(tokenizer):
+    dense, result = pruned(tokenizer, "llama")
+    config = RecoveryConfig(**SMALL)
+    dense.lm_head.weight.data[3, 3] = float("nan")
+    with pytest.raises(NumericsError, match=r"lm_head\.weight holds NaN"):
+        recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense, plan=result.plan)
+    with pytest.raises(ConfigError, match="teacher is on the meta device"):
+        recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense.to("meta"), plan=result.plan)
+    result.model.lm_head.weight.data *= 1e38
+    with pytest.raises(NumericsError, match="loss"):
+        recover(result.model, texts(), RecoveryConfig(**SMALL, distillation=0), tokenizer=tokenizer)
+
+
 def test_what_is_refused_before_any_work(tokenizer):
     _, result = pruned(tokenizer)
     model = result.model
