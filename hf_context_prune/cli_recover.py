@@ -50,6 +50,7 @@ def recover(
     rewind: Annotated[
         str, typer.Option(help="none, or pretrained: start the kept weights at the parent's values (lottery ticket).")
     ] = "none",
+    evaluations: Annotated[int, typer.Option(help="How often the withheld text is measured on the way.")] = 8,
     patience: Annotated[int, typer.Option(help="Stop after that many measurements without a gain.")] = 3,
     text_column: TextColumn = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
