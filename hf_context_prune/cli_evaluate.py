@@ -39,7 +39,10 @@ def evaluate(
     ] = None,
     mcq: Annotated[
         str | None,
-        typer.Option(help="Multiple-choice questions: a .jsonl file (question, choices, answer, ...) or Hub dataset."),
+        typer.Option(
+            help="Multiple-choice questions: a .jsonl file or Hub dataset with question, choices, answer (index from 0, or "
+            "letter), optionally context, source, split (test rows are asked, dev rows are examples) and id."
+        ),
     ] = None,
     mcq_columns: Annotated[
         str | None, typer.Option(help="Names of its columns, where they differ: question=query,choices=options.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from .allocation import Budget
 from .base_card import provenance_of
 from .calibration_text import check_general_mix
 from .card import rewrite_card
-from .config import PrunerConfig
+from .config import THRESHOLDS, PrunerConfig
 from .data import TextSource
 from .errors import ConfigError, unknown
-from .evaluation import weight_bytes
+from .evaluation import EvalReport, weight_bytes
 from .files import check_writable, write_file
 from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
@@ -103,6 +104,8 @@ def domain_matrix(
         write_file(folder / PICTURE_NAME, matrix_picture(names, changes))
         write_file(folder / TABLE_NAME, result.markdown())
         for name in names:
+            if not (folder / MODELS / name).exists():  # removed by hand since its rows were measured
+                _pruned(base, train[name], folder / MODELS / name, config)
             _tell(result, name, base, folder / MODELS / name, config)
     return result
 
@@ -140,6 +143,12 @@ def check_matrix(
         raise ConfigError(
             f"max_loss_increase is {config.max_loss_increase:g}, which gives every domain's model another size; a "
             f"matrix compares models of one size. Give pruning_ratio."
+        )
+    varying = [name for name in (*THRESHOLDS, "vocab_coverage", "vocab_min_count") if getattr(config, name) is not None]
+    if varying:
+        raise ConfigError(
+            f"{', '.join(varying)} would give every domain's model a size of its own; a matrix compares models of one "
+            f"size. Give pruning_ratio, vocab_size, or both."
         )
     check_general_mix(config, None)
     check_writable(output)
@@ -195,9 +204,7 @@ def _identity(base: LoadedModel, text: TextSource) -> dict[str, Any]:
 
 
 def _tell(result: DomainMatrix, name: str, base: LoadedModel, folder: Path, config: PrunerConfig) -> None:
-    """Put the report and the card into a domain's folder, unless an earlier run did."""
-    if (folder / REPORT_NAME).is_file():
-        return
+    """Put the report and the card into a domain's folder, unless an earlier run left the same there."""
     report = result.report(
         name,
         str(base.model.dtype).removeprefix("torch."),
@@ -205,6 +212,10 @@ def _tell(result: DomainMatrix, name: str, base: LoadedModel, folder: Path, conf
         pruned_bytes=weight_bytes(folder),
         asked=Budget.of(config, result.scores[DENSE, name].parameters).asked_ratio,
     )
+    if (folder / REPORT_NAME).is_file():
+        older = EvalReport.load(folder / REPORT_NAME)
+        if replace(older, created=report.created, environment=report.environment) == report:
+            return
     rewrite_card(folder, report=report)
 
 

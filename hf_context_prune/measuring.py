@@ -97,12 +97,12 @@ def evaluate(
     asked = None
     if questions is not None:  # read before anything long
         asked = load_questions(questions.source, columns=questions.columns, max_questions=questions.max_questions)
-        if questions.harness_task is not None:
-            write_harness_task(asked, questions.harness_task, num_shots=questions.num_shots)
     text = load_documents(data, text_column=text_column, tokenizer=first.tokenizer, seed=seed)
     general = read_general(options.general_data, apart_from=None, tokenizer=first.tokenizer, seed=seed)
     how_long: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens, "seed": seed}
     dense, pair = (first.model, first.tokenizer), None if base is None else (own.model, own.tokenizer)
+    if questions is not None and asked is not None and questions.harness_task is not None:
+        write_harness_task(asked, questions.harness_task, num_shots=questions.num_shots)
     losses = losses_on(text, dense, pruned=pair, **how_long)
     general_facts = general_losses(general, dense, pruned=pair, **how_long)
     choice = None

@@ -42,6 +42,7 @@ from .result import PruneResult
 from .search_text import SearchText
 from .sequential import check_walkable
 from .surgery import stock_fit
+from .thresholds import zeros_note
 from .vocabulary.notes import effort_note, vocabulary_note
 from .widths import needed_targets
 
@@ -199,6 +200,7 @@ def prune(
             *((found.text,) if found else ()),
             *vocabulary_note(plan, text),
             *effort_note(plan),
+            *zeros_note(plan),
             *(
                 (
                     f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}"

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from .errors import ConfigError, DataError, unknown
@@ -55,6 +56,11 @@ class QuestionSet:
     name: str
     revision: str | None
 
+    def shots(self, question: Question, count: int) -> tuple[Question, ...]:
+        """Examples for a question: `count` of its own source, fewer where there are fewer, and never itself."""
+        others = (row for row in self.examples.get(question.source, ()) if row.question != question.question)
+        return tuple(islice(others, count))
+
     @property
     def fingerprint(self) -> str:
         """sha256 of everything that is asked and shown, 64 hexadecimal digits."""
@@ -76,7 +82,7 @@ def load_questions(
         source: A ``.jsonl`` (or .json, .csv, .parquet) file, a Hub dataset id ``id[:config][@split]``, or rows.
         columns: Names of the columns in the data by ours (`FIELDS`), where they differ.
         splits: Rows of these splits are answered; ``dev`` rows are examples. Rows without a split are all answered.
-        max_questions: No more than that, evenly spread over the rows; None takes all.
+        max_questions: No more than that, evenly spread over the rows of every source; None takes all.
 
     Raises:
         DataError: Nothing there, or a row without a question, choices or a valid answer; says which.
@@ -105,14 +111,20 @@ def load_questions(
         found = ", ".join(sorted({repr(row.split) for row in rows}))
         raise DataError(f"{opened.name}: no question of the splits {', '.join(map(repr, splits))}; there are {found}.")
     if max_questions is not None and max_questions < len(chosen):
-        chosen = [chosen[index * len(chosen) // max_questions] for index in range(max_questions)]
+        places = sorted(range(len(chosen)), key=lambda place: chosen[place].source)  # each source by its share
+        spread = sorted(places[index * len(places) // max_questions] for index in range(max_questions))
+        chosen = [chosen[place] for place in spread]
     return QuestionSet(tuple(chosen), examples, opened.name, opened.revision)
 
 
 def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str, name: str) -> Question:
     values = {field: record.get(columns.get(field, field)) for field in FIELDS}
     question, choices = values["question"], values["choices"]
+    answer = values["answer"]
     if isinstance(choices, Mapping) and isinstance(choices.get("text"), Sequence):  # as ARC has them
+        labels = choices.get("label")
+        if isinstance(labels, Sequence) and answer in labels:  # "1" to "4" are labels too, and no indices
+            answer = list(labels).index(answer)
         choices = choices["text"]
     if not isinstance(question, str) or not question.strip():
         raise DataError(
@@ -128,8 +140,8 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
             f"{where}: {columns.get('choices', 'choices')!r} is {choices!r:.80}; it must be a list of 2 to "
             f"{len(LETTERS)} texts."
         )
-    answer = _index(values["answer"], len(choices))
-    if answer is None:
+    index = _index(answer, len(choices))
+    if index is None:
         raise DataError(
             f"{where}: {columns.get('answer', 'answer')!r} is {values['answer']!r:.80}; it must be the index of one of "
             f"the {len(choices)} choices, from 0, or its letter."
@@ -138,7 +150,7 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
         id=str(values["id"] if values["id"] not in (None, "") else where),
         question=question.strip(),
         choices=tuple(choice.strip() for choice in choices),
-        answer=answer,
+        answer=index,
         source=str(values["source"] or name),
         split=str(values["split"] or "test"),
         context=str(values["context"] or "").strip(),

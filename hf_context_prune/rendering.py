@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def markdown(folders: Sequence[Folder], *, pictures: bool) -> str:
     parts = ["# Pruned models", ""]
     if pictures and len(folders) > 1:
         parts += [f"![Loss against size]({LOSS_PICTURE})", ""]
-    for folder in folders:
+    for number, folder in enumerate(folders):
         report = folder.report
         rows = report.table_rows()
         header = ("measure", "base", "pruned", "change")[: len(rows[0])]
@@ -66,7 +67,7 @@ def markdown(folders: Sequence[Folder], *, pictures: bool) -> str:
         parts += ["", inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"), ""]
         parts += [f"- {inert(note)}" for note in report.notes]
         if pictures:
-            parts += ["", f"![Widths of {inert(folder.name)}]({_widths_picture(folder)})"]
+            parts += ["", f"![Widths of {inert(folder.name)}]({_widths_picture(folders, number)})"]
         parts += ["", f"Plan `{folder.plan.sha256}`, measured {report.created} on {inert(_machine(report))}.", ""]
     return "\n".join(parts)
 
@@ -82,9 +83,10 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
     if len(set(names)) < len(names):
         raise ConfigError(f"The folders are named {', '.join(names)}; a report needs names that differ.")
     goal = Path(target).resolve()
-    with staged_folder(goal, required_bytes=len(folders) * 2**20) as staging:
-        for folder in folders:
-            widths_figure(folder.plan, f"Widths of {folder.name}").savefig(staging / _widths_picture(folder), dpi=120)
+    with staged_folder(goal, required_bytes=len(folders) * 2**20, replaces=REPORT_MARKDOWN) as staging:
+        for number, folder in enumerate(folders):
+            picture = staging / _widths_picture(folders, number)
+            widths_figure(folder.plan, f"Widths of {folder.name}").savefig(picture, dpi=120)
         if len(folders) > 1:
             _loss_figure(folders).savefig(staging / LOSS_PICTURE, dpi=120)
         (staging / REPORT_MARKDOWN).write_text(markdown(folders, pictures=True), encoding="utf-8")
@@ -96,9 +98,10 @@ def _machine(report: EvalReport) -> str:
     return f"{environment.platform}, {environment.threads} threads, {environment.dtype}"
 
 
-def _widths_picture(folder: Folder) -> str:
-    safe = "".join(character if character.isalnum() or character in "-_" else "-" for character in folder.name)
-    return f"widths-{safe}.png"
+def _widths_picture(folders: Sequence[Folder], number: int) -> str:
+    names = [re.sub(r"[^\w-]", "-", folder.name) for folder in folders]
+    again = f"-{number + 1}" if names.count(names[number]) > 1 else ""
+    return f"widths-{names[number]}{again}.png"
 
 
 def _loss_figure(folders: Sequence[Folder]) -> Any:  # noqa: ANN401 - matplotlib's

@@ -29,7 +29,9 @@ class Rows:
         self.path, self.rows = path, dict[str, dict[str, Any]]()
         setting = json.loads(json.dumps(setting))
         lines = self._read()
-        if not lines:
+        if not lines or (len(lines) == 1 and lines[0].keys() == {"setting"}):  # nothing was measured yet
+            if lines:
+                os.truncate(path, 0)
             self._append({"setting": setting}, new=True)
             return
         known = lines[0].get("setting")

@@ -40,7 +40,7 @@ _WRITE_ERRNOS = {
 _LOGGER = logging.getLogger(__name__)
 
 
-def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False) -> None:
+def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False, replaces: str | None = None) -> None:
     """Refuse a folder that can't or must not be written, before the long work; leaves nothing behind.
 
     Allowed is a path that is absent (missing parents are made later), an empty folder, or a folder that this package
@@ -49,12 +49,13 @@ def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False)
     Args:
         target: The output folder.
         discard_edits: Its card may have been edited by hand; it is lost.
+        replaces: File that marks the folders of ours that may be replaced; None: a folder of any kind.
 
     Raises:
         SaveError: The target is something else, or its parent is not a folder that may be written.
     """
     goal = resolve_target(target)
-    _check_occupant(goal, discard_edits=discard_edits)
+    _check_occupant(goal, discard_edits=discard_edits, replaces=replaces)
     check_writable(goal.parent)
 
 
@@ -85,7 +86,7 @@ def resolve_target(target: str | os.PathLike[str]) -> Path:
     return goal
 
 
-def _check_occupant(goal: Path, *, discard_edits: bool = False) -> None:
+def _check_occupant(goal: Path, *, discard_edits: bool = False, replaces: str | None = None) -> None:
     """Refuse to replace anything but an empty folder or an untouched one of ours (but for its card, if so asked)."""
     if not os.path.lexists(goal):
         return
@@ -100,6 +101,11 @@ def _check_occupant(goal: Path, *, discard_edits: bool = False) -> None:
     manifest = read_manifest(goal)
     if manifest is None:
         raise SaveError(f"{goal} exists, is not empty and was not made by this package (it has no manifest): {remedy}")
+    if replaces is not None and replaces not in manifest["files"]:
+        raise SaveError(
+            f"{goal} was made by this package, but as something else (it has no {replaces}), which would be lost: "
+            f"{remedy}"
+        )
     foreign = [name for name in unlisted_files(goal, manifest) if not _HARMLESS.intersection(name.split("/"))]
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
@@ -122,7 +128,12 @@ def _is_empty(folder: Path) -> bool:
 
 @contextmanager
 def staged_folder(
-    target: str | os.PathLike[str], *, required_bytes: int, wait_seconds: float = 0, discard_edits: bool = False
+    target: str | os.PathLike[str],
+    *,
+    required_bytes: int,
+    wait_seconds: float = 0,
+    discard_edits: bool = False,
+    replaces: str | None = None,
 ) -> Iterator[Path]:
     """Yield a new empty folder that becomes the target when the block ends, and vanishes when the block fails.
 
@@ -131,6 +142,7 @@ def staged_folder(
         required_bytes: What will be written, in bytes; that plus 5 % and 16 MiB must be free.
         wait_seconds: How long to wait for another run that is saving to the same target.
         discard_edits: Replace an older folder of ours although its card was edited.
+        replaces: As for `check_target`.
 
     Yields:
         The absolute path of the staging folder.
@@ -147,7 +159,7 @@ def staged_folder(
         in_block = False
         try:
             _sweep(goal)
-            check_target(goal, discard_edits=discard_edits)
+            check_target(goal, discard_edits=discard_edits, replaces=replaces)
             goal.parent.mkdir(parents=True, exist_ok=True)
             _check_space(goal, required_bytes, needed)
             staging.mkdir()
@@ -155,7 +167,9 @@ def staged_folder(
             yield staging
             in_block = False
             write_manifest(staging)
-            _check_occupant(goal, discard_edits=discard_edits)  # again: the block may have taken hours
+            _check_occupant(
+                goal, discard_edits=discard_edits, replaces=replaces
+            )  # again: the block may have taken hours
             older = _put_in_place(staging, goal)
             _finish(goal, new_parents, older)
         except BaseException as error:

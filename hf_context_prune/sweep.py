@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from .cells import less_one, percent
 from .config import PrunerConfig
 from .data import TextSource
-from .embeddings import token_cost
 from .errors import ConfigError
 from .evaluation import compare_answers, compare_losses, count_parameters, summarize_answers, summarize_losses
 from .files import check_writable, write_file
@@ -28,7 +27,7 @@ from .plan import PruningPlan, fingerprint
 from .recovery import RecoveryConfig, recover
 from .rows import open_rows
 from .scores import HeldOut, Scores, held_out_of, score, summary_of
-from .thresholds import below_thresholds
+from .thresholds import below_thresholds, zeros_of_paper
 from .vocabulary import TrimmedModel
 
 Point = tuple[float | None, float | None, float | None]
@@ -246,7 +245,8 @@ class Sweep:
                 "",
                 "*Removed*: share of the parameters that are gone from the file. *Zeroed, not removed*: zeros that "
                 "stay in the file, since no whole unit is dead; training leaves them zero. *Paper's non-zero size*: "
-                "what the paper's code would call the relative size, with everything in the file. A perplexity "
+                "what the paper's code would call the relative size, with everything in the file; it zeroes rows of "
+                "tokens that must stay here, too. A perplexity "
                 "with * is a token of another vocabulary, and can't be compared.",
                 *by_source,
                 "",
@@ -340,6 +340,14 @@ class _Pruner:
             self._trimmed[threshold] = trimmed_for(*whole, self.text, config)
         return below_thresholds(*whole, config, self._magnitudes, self._trimmed[threshold])
 
+    def zeros_of_paper(self, config: PrunerConfig) -> int:
+        """Parameters that the paper's code zeroes at a point that was pruned."""
+        threshold, dense = config.embedding_threshold, self.base.model
+        if threshold not in self._trimmed:
+            self._trimmed[threshold] = trimmed_for(dense, self.base.tokenizer, self.text, config)
+        trimmed, magnitudes = self._trimmed[threshold], self._magnitudes if config.thresholds_units else None
+        return zeros_of_paper(dense, magnitudes, config, trimmed.zeroed_by_paper if trimmed else ())
+
 
 def _measure(
     pruner: _Pruner,
@@ -352,14 +360,12 @@ def _measure(
     base = pruner.base
     smaller, tokenizer, plan = pruner.prune(config)
     dense = count_parameters(base.model)
-    counts = plan.provenance.get("zeroed", {"zeroed_not_removed": 0, "zeros_of_paper": 0})
-    # Tokens that the paper zeroes; those that other tokens are made from stay whole here.
-    tokens = plan.provenance.get("vocabulary", {}).get("rows_zeroed_by_paper", 0) * token_cost(base.model)
+    counts = plan.provenance.get("zeroed", {"zeroed_not_removed": 0})
     weights = _digest(smaller)
     facts = {
         "weights": weights,
         "zeroed": counts["zeroed_not_removed"] / dense,
-        "zeros": (counts["zeros_of_paper"] + tokens) / dense,
+        "zeros": pruner.zeros_of_paper(config) / dense,
     }
     if weights in seen:
         return {**facts, "pruned": seen[weights]["pruned"], "tuned": seen[weights]["tuned"]}

@@ -9,7 +9,7 @@ q, k and v) stays as zeros, and is counted apart.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .architectures import ArchSpec, Geometry, blocks, check_supported, output_projection, output_weight, read_geometry
 from .config import PrunerConfig
+from .embeddings import token_modules
 from .errors import ConfigError
 from .evaluation import count_parameters
 from .magnitudes import Magnitudes, linear_layers
@@ -33,21 +34,12 @@ class ZeroCounts:
     """Parameters by what became of them; tied ones once.
 
     Attributes:
-        dense: Of the dense model.
         removed: Cut out.
         zeroed: Those that became zero and stay.
-        zeros: Those that became zero at all, as in the model that the paper's code leaves.
     """
 
-    dense: int
     removed: int
     zeroed: int
-    zeros: int
-
-    @property
-    def nonzero_share(self) -> float:
-        """The paper's relative size: non-zero parameters over all."""
-        return 1 - self.zeros / self.dense
 
 
 @torch.no_grad()
@@ -126,6 +118,26 @@ def live_units(model: PreTrainedModel) -> tuple[LayerPlan, ...]:
     return tuple(plans)
 
 
+@torch.no_grad()
+def zeros_of_paper(
+    dense: PreTrainedModel, magnitudes: Magnitudes | None, config: PrunerConfig, tokens: Collection[int]
+) -> int:
+    """Parameters that become zero in the paper's code, which cuts out nothing; tied ones once.
+
+    Args:
+        dense: The dense model; left as it is.
+        magnitudes: Of the dense model; None where there is no threshold for units.
+        config: The thresholds.
+        tokens: Whose rows in embedding and head the paper's code zeroes (but not the head's bias).
+    """
+    zeroed = copy.deepcopy(dense)
+    if magnitudes is not None:
+        zero_below_(zeroed, magnitudes, linear=config.linear_threshold, activation=config.activation_threshold)
+    for module in token_modules(zeroed):
+        module.weight[sorted(tokens)] = 0
+    return count_zeros(zeroed) - count_zeros(dense)
+
+
 def count_zeros(model: nn.Module) -> int:
     """Parameters that are zero, tied ones once."""
     return sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in model.parameters())
@@ -164,16 +176,24 @@ def prune_by_thresholds(
     dense, left = count_parameters(model), count_parameters(smaller)
     before = apply_plan(model, replace(plan, model_fingerprint=fingerprint(model)))
     zeroed_left = count_zeros(smaller) - count_zeros(before)
-    counts = ZeroCounts(dense, dense - left, zeroed_left, count_zeros(zeroed) - count_zeros(model))
+    counts = ZeroCounts(dense - left, zeroed_left)
     facts = {
         "config": config.to_dict(),
         "num_calibration_samples": magnitudes.num_samples,
         "num_calibration_tokens": magnitudes.num_tokens,
         "versions": versions(),
-        "zeroed": {"removed": counts.removed, "zeroed_not_removed": counts.zeroed, "zeros_of_paper": counts.zeros},
+        "zeroed": {"removed": counts.removed, "zeroed_not_removed": counts.zeroed},
     }
     final = replace(plan, model_fingerprint=fingerprint(model), provenance={**(provenance or {}), **facts})
     return smaller, final, counts
+
+
+def zeros_note(plan: PruningPlan) -> tuple[str, ...]:
+    """A sentence for the report on what thresholds zeroed and nobody could remove."""
+    zeroed = (plan.provenance.get("zeroed") or {}).get("zeroed_not_removed")
+    if not zeroed:
+        return ()
+    return (f"Thresholds: {zeroed:,} parameters became zeros that stay in the file, since no whole unit is dead.",)
 
 
 def below_thresholds(

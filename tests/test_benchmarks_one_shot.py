@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import common, cost, methods, one_shot
+from benchmarks import common, cost, methods, one_shot, residual
 from benchmarks.methods import METHODS, SIZES, Size, budgets
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation import count_parameters
@@ -218,3 +218,24 @@ def test_another_model_has_rows_and_a_section_of_its_own(bench):
     assert "## One-shot pruning side by side, Gemma 3 270M" in text
     assert "--model gemma3-270m " in text
     assert (folder / "one_shot_gemma3-270m.png").is_file()
+
+
+def test_what_the_residual_loss_is_made_of(bench, monkeypatch):
+    folder, options = bench
+    monkeypatch.setattr(residual, "smollm2", cost.smollm2)
+    arguments = with_options(options, "--domain law --blocks 20 --groups 2")
+    residual.main(arguments)
+    rows = {(row["key"]["kind"], row["key"]["place"]): sum(row["nll"]) for row in rows_of(folder, "residual")}
+    assert set(rows) == {
+        *(("dense", ""), ("alone", "0 to 1"), ("but", "0 to 1"), ("alone", "2 to 2"), ("but", "2 to 2")),
+        *(("repair", name) for name in ("none", "least_squares", "sequential")),
+        *(("choice", name) for name in ("random", "l1", "wanda", "obs")),
+    }
+    assert rows["alone", "0 to 1"] == rows["but", "2 to 2"]  # two groups: one pruned is the other dense
+    assert rows["alone", "2 to 2"] == rows["but", "0 to 1"]
+    assert len(set(rows.values())) == 10
+    section = (folder / "RESULTS.md").read_text()
+    assert "| 0 to 1 |" in section
+    assert "| `least_squares` |" in section
+    residual.main(arguments)
+    assert len(rows_of(folder, "residual")) == 12  # nothing was measured again

@@ -31,6 +31,30 @@ def test_rows_of_a_file(tmp_path):
     assert [question.id for question in load_questions(path, max_questions=1).questions] == ["q1"]
 
 
+def test_labels_that_look_like_indices():
+    def answer(label, names):
+        choices = {"text": ["w", "x", "y", "z"], "label": names}
+        (found,) = load_questions([{"question": "Q?", "choices": choices, "answer": label}]).questions
+        return found.answer
+
+    assert [answer(str(number), ["1", "2", "3", "4"]) for number in range(1, 5)] == [0, 1, 2, 3]
+    assert [answer(letter, ["A", "B", "C", "D"]) for letter in "ADb"] == [0, 3, 1]
+
+
+def test_no_example_is_the_question_itself():
+    rows = [ROW | {"id": f"d{number}", "question": f"Q{number}?", "split": "dev"} for number in range(3)]
+    found = load_questions([*rows, ROW | {"question": "Q1?"}])
+    assert [row.id for row in found.shots(found.questions[0], 5)] == ["d0", "d2"]
+    assert [row.id for row in found.shots(found.questions[0], 1)] == ["d0"]
+
+
+def test_fewer_questions_are_of_all_sources():
+    rows = [ROW | {"id": str(number), "source": "abcd"[number % 4]} for number in range(400)]
+    some = load_questions(rows, max_questions=100).questions
+    assert [sum(row.source == source for row in some) for source in "abcd"] == [25] * 4
+    assert [int(row.id) for row in some] == sorted(int(row.id) for row in some)
+
+
 def test_a_data_set_with_columns_of_its_own():
     rows = [
         {"query": "One?", "options": ["a", "b", "c"], "label": "C", "topic": "x"},

@@ -47,6 +47,20 @@ def test_markdown_and_pictures(folders, tmp_path):
         render(found, tmp_path / "mine")
 
 
+def test_a_report_replaces_reports_alone(folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [read_folder(folder) for folder in folders]
+    with pytest.raises(SaveError, match=r"as something else \(it has no report\.md\), which would be lost"):
+        render(found, folders[0])
+    verify_folder(folders[0])
+    twins = [Folder("a b", found[0].plan, found[0].report), Folder("a-b", found[1].plan, found[1].report)]
+    out = render(twins, tmp_path / "twins")
+    assert {path.name for path in out.glob("widths-*")} == {"widths-a-b-1.png", "widths-a-b-2.png"}
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "(widths-a-b-1.png)" in text
+    assert "(widths-a-b-2.png)" in text
+
+
 def test_names_stay_names(folders):
     folder = read_folder(folders[0])
     hostile = "x\n# Heading | [link](http://a) <b> `code` ![i](u)"

@@ -80,9 +80,12 @@ def test_one_run_at_a_time(tmp_path):
 
 
 def test_rows_of_another_setting_are_refused_by_name(tmp_path):
-    Rows(tmp_path / "rows.jsonl", SETTING)
+    path, other = tmp_path / "rows.jsonl", {**SETTING, "seed": 1, "extra": 2}
+    Rows(path, other)  # of a run that ended before its first row
+    Rows(path, SETTING).get(["a"], lambda: {"b": 1})
     with pytest.raises(ConfigError, match="other values of extra, seed"):
-        Rows(tmp_path / "rows.jsonl", {**SETTING, "seed": 1, "extra": 2})
+        Rows(path, other)
+    assert Rows(path, SETTING).rows
 
 
 @pytest.mark.parametrize("text", ["hello\n", "[1]\n", '{"a": 1}\n', '{"setting": {}}\n{"b": 2}\n'])

@@ -14,7 +14,7 @@ from hf_context_prune.errors import ConfigError
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.magnitudes import measure_magnitudes
 from hf_context_prune.surgery import apply_plan
-from hf_context_prune.thresholds import count_zeros, prune_by_thresholds, zero_below_
+from hf_context_prune.thresholds import count_zeros, prune_by_thresholds, zero_below_, zeros_of_paper
 
 from .tiny import VOCABULARY, case
 from .vocabulary.tiny_domain import documents, model_for, shared_tokenizer
@@ -142,7 +142,8 @@ def test_what_is_cut_out_was_dead(model, linear, activation):
         criterion="l1", reconstruction="none", linear_threshold=linear, activation_threshold=activation
     )
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    smaller, plan, counts = prune_by_thresholds(model, measured(model, blocks), config)
+    found = measured(model, blocks)
+    smaller, plan, counts = prune_by_thresholds(model, found, config)
     zeroed = copy.deepcopy(model)
     zero_below_(zeroed, measure_magnitudes(model, batches_of(blocks)), linear=linear, activation=activation)
     other = samples(num=2)  # not only on the calibration text
@@ -151,12 +152,13 @@ def test_what_is_cut_out_was_dead(model, linear, activation):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     total = sum(parameter.numel() for parameter in model.parameters())
     left = sum(parameter.numel() for parameter in smaller.parameters())
-    assert (counts.dense, counts.removed) == (total, total - left)
+    assert counts.removed == total - left
     sliced = apply_plan(model, plan)
     assert counts.zeroed == count_zeros(smaller) - count_zeros(sliced)
-    assert counts.zeros == count_zeros(zeroed) - count_zeros(model)
+    zeros = zeros_of_paper(model, found, config, ())
+    assert zeros == count_zeros(zeroed) - count_zeros(model)
     assert counts.removed > 0
-    assert counts.removed + counts.zeroed >= counts.zeros  # what was cut out had weights that were not zero too
+    assert counts.removed + counts.zeroed >= zeros  # what was cut out had weights that were not zero too
     assert plan.provenance["zeroed"]["zeroed_not_removed"] == counts.zeroed
     assert sliced.config.to_dict() == smaller.config.to_dict()
 
@@ -179,7 +181,7 @@ def test_a_layer_keeps_one_unit_of_each():
     smaller, plan, counts = prune_by_thresholds(model, measured(model), config)
     assert {(len(layer.neurons), len(layer.kv_groups)) for layer in plan.layers} == {(1, 1)}
     assert torch.isfinite(smaller(samples()).logits).all()
-    assert counts.nonzero_share < 0.5
+    assert counts.removed + counts.zeroed > 0.5 * model.num_parameters()
 
 
 @pytest.mark.parametrize("name", ["llama", "phi-mha"])
@@ -238,3 +240,20 @@ def test_other_layers_are_refused():
 def test_options_that_contradict_are_refused(options):
     with pytest.raises(ConfigError):
         PrunerConfig(**{"criterion": "l1", "reconstruction": "none", **options})
+
+
+@pytest.mark.parametrize("name", ["phi-mha", "llama-mqa-tied", "opt-unbiased"])
+@pytest.mark.parametrize("linear", [None, 0.5])
+def test_zeros_are_counted_once_where_tokens_go_too(name, linear):
+    """Zeros of rows and columns of the head lie in the rows of its tokens too; its bias stays, as in the paper."""
+    model, tokens = case(name), [3, 9, 17]
+    config = PrunerConfig(criterion="l1", reconstruction="none", linear_threshold=linear, embedding_threshold=0.0)
+    found = measured(model) if linear is not None else None
+    by_hand = copy.deepcopy(model)
+    if found is not None:
+        zero_below_(by_hand, found, linear=linear)
+    with torch.no_grad():
+        by_hand.get_input_embeddings().weight[tokens] = 0
+        by_hand.get_output_embeddings().weight[tokens] = 0
+    zeros = zeros_of_paper(model, found, config, tokens)
+    assert 0 < zeros == count_zeros(by_hand) - count_zeros(model) < model.num_parameters()

@@ -80,6 +80,9 @@ def _summary(facts: CardFacts) -> Trusted:
             f": {size.pruned_parameters:,} of {size.base_parameters:,} parameters are left "
             f"({_share(size.pruned_parameters, size.base_parameters)} are gone). They were removed, not zeroed"
         )
+    zeroed = (facts.plan.provenance.get("zeroed") or {}).get("zeroed_not_removed")
+    if zeroed:
+        text += f"; {zeroed:,} other parameters are zeros that stay in the file"
     recovered = ", and it was then trained on the domain's text" if facts.plan.provenance.get("recoveries") else ""
     return Trusted(f"{text}{recovered}.")
 

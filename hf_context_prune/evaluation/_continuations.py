@@ -43,12 +43,17 @@ class Alternatives:
         return most
 
     def shortened(self, limit: int | None) -> "Alternatives":
-        """Without as many tokens at the begin as makes the longest fit into `limit` positions."""
-        over = 0 if limit is None else max(len(sequence) for sequence in self.sequences) - limit
-        if over <= 0:
+        """Each without what does not fit into `limit` positions at its begin, as lm-evaluation-harness cuts it.
+
+        The last token of a sequence is predicted and not read, so it needs no position.
+        """
+        if limit is None or all(len(sequence) <= limit + 1 for sequence in self.sequences):
             return self
-        starts = tuple(max(1, start - over) for start in self.starts)
-        return Alternatives(tuple(sequence[over:] for sequence in self.sequences), starts)
+        over = [max(0, len(sequence) - limit - 1) for sequence in self.sequences]
+        return Alternatives(
+            tuple(sequence[gone:] for sequence, gone in zip(self.sequences, over, strict=True)),
+            tuple(max(1, start - gone) for start, gone in zip(self.starts, over, strict=True)),
+        )
 
 
 def continuation_log_probs(

@@ -138,6 +138,8 @@ def bench(
         decode.append(Pair(found["base"], found["pruned"]))
     folders = {"base": base_folder, "pruned": pruned_folder}
     memory: dict[str, list[MemoryMeasurement]] = {name: [] for name in folders}
+    if memory_repeats and (first := base_folder or pruned_folder) is not None:
+        measure_peak_memory(first)  # the first process of all is slower: the libraries are not in the disk's cache yet
     for turn in range(memory_repeats):
         for name in list(folders) if turn % 2 == 0 else reversed(list(folders)):
             folder = folders[name]

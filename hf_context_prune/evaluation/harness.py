@@ -34,7 +34,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots:
         {
             "id": question.id,
             "source": question.source,
-            "prompt": prompt(question, questions.examples.get(question.source, ())[:num_shots]),
+            "prompt": prompt(question, questions.shots(question, num_shots)),
             "choices": list(question.choices),
             "answer": question.answer,
         }

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -10,7 +11,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from scipy import stats
 
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, DataError, NumericsError, PruningWarning, unknown
 from ..questions import LETTERS, Question, QuestionSet, papers_prompt, prompt
 from ._bootstrap import CONFIDENCE, Estimate
 from ._continuations import Alternatives, continuation_log_probs
@@ -101,7 +102,7 @@ def answer_questions(
     Scorers: ``likelihood`` sums the log-probabilities of a choice's tokens after the question, "Answer:" and a space;
     ``likelihood_normalised`` divides that by the bytes of the choice (lm-evaluation-harness: by its characters);
     ``letter`` lists the choices and compares the letters as the next token; ``paper`` (arXiv 2312.12682) asks as the
-    paper's code does, and takes the letter behind a generated "Answer: ", else the choice whose question + choice has
+    paper's code does (but for the running number before a question), and takes the letter behind a generated "Answer: ", else the choice whose question + choice has
     the lowest perplexity over its number of tokens: that code divides so, and thereby favours long choices.
 
     Args:
@@ -114,9 +115,11 @@ def answer_questions(
 
     Raises:
         ConfigError: An unknown scorer, or `num_shots` below 0.
+        DataError: A choice is longer than the model has positions.
+        NumericsError: A score is not a number.
     """
     check_scoring(scorer, num_shots)
-    shots = [questions.examples.get(question.source, ())[:num_shots] for question in questions.questions]
+    shots = [questions.shots(question, num_shots) for question in questions.questions]
     pairs = list(zip(questions.questions, shots, strict=True))
     if scorer == "paper":
         prompts = [papers_prompt(question, examples) for question, examples in pairs]
@@ -131,6 +134,7 @@ def answer_questions(
             )
             for question, examples in pairs
         ]
+        _check_fit(model, questions.questions, items)
         scores = continuation_log_probs(model, items, batch_tokens=batch_tokens)
     if scorer == "likelihood_normalised":
         scores = [
@@ -160,6 +164,11 @@ def _letters(question: Question) -> Sequence[str]:
 
 
 def _answer(question: Question, scores: Sequence[float], shots: int) -> Answer:
+    if any(math.isnan(score) for score in scores):
+        raise NumericsError(
+            f"The model's scores of question {question.id} are not numbers: its weights or activations overflow. Load "
+            f"it in float32."
+        )
     chosen = max(range(len(scores)), key=lambda index: scores[index])  # the first of equals
     return Answer(question.id, question.source, tuple(scores), chosen, chosen == question.answer, shots)
 
@@ -177,6 +186,28 @@ def _alternatives(tokenizer: Any, text: str, answers: Sequence[str]) -> Alternat
     )
 
 
+def _check_fit(model: "PreTrainedModel", questions: Sequence[Question], items: Sequence[Alternatives]) -> None:
+    """Refuse choices that do not fit, and say how many questions lose something at their begin."""
+    limit, cut = max_positions(model), 0
+    if limit is None:
+        return
+    for question, item in zip(questions, items, strict=True):
+        longest = max(len(row) - start for row, start in zip(item.sequences, item.starts, strict=True))
+        if longest > limit:
+            raise DataError(
+                f"A choice of question {question.id} has {longest:,} tokens, and the model has {limit:,} positions. "
+                f"Leave that question out, or take a model that reads more."
+            )
+        cut += item.shortened(limit) is not item
+    if cut:
+        warnings.warn(
+            f"{cut:,} of {len(items):,} questions are longer than the model's {limit:,} positions, and lose the begin "
+            f"of their examples or context.",
+            PruningWarning,
+            stacklevel=4,
+        )
+
+
 def _paper_scores(
     model: "PreTrainedModel",
     tokenizer: Any,  # noqa: ANN401
@@ -189,7 +220,9 @@ def _paper_scores(
     A generated character that names no choice counts as none; the paper's code counts it as a wrong answer.
     """
     items = [
-        _whole(_alternatives(tokenizer, question.question, [f" {choice}" for choice in question.choices]))
+        _whole(_alternatives(tokenizer, question.question, [f" {choice}" for choice in question.choices])).shortened(
+            max_positions(model)
+        )
         for question in questions
     ]
     sums = continuation_log_probs(model, items, batch_tokens=batch_tokens)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ConfigError, ContextPruneError, ExportError, LoadError, SaveError
+from ..errors import ConfigError, ContextPruneError, ExportError, LoadError
 from ..evaluation import weight_bytes
 from ..evaluation._generation import hardware_name
 from ..loading import LoadedModel, load_model
@@ -22,7 +22,6 @@ from ..saving import (
     PLAN_NAME,
     check_target,
     estimate_bytes,
-    read_manifest,
     staged_folder,
     verify_folder,
 )
@@ -100,13 +99,7 @@ def export(
         raise ConfigError(
             f"{folder} is an export to {made.format} itself. Export the folder that it was made from ({made.source})."
         )
-    check_target(goal)
-    older = read_manifest(goal)
-    if older is not None and EXPORT_REPORT_NAME not in older["files"]:
-        raise SaveError(
-            f"{output} holds a saved model or Space, which an export does not replace. Name another folder, or remove "
-            f"that one."
-        )
+    check_target(goal, replaces=EXPORT_REPORT_NAME)
     loaded = load_model(folder, dtype=kind.dtype, device="cpu")
     module.check(loaded, chosen)
     _LOGGER.info("Measuring the folder's own model.")
@@ -118,7 +111,7 @@ def export(
     reference = TorchRuntime(loaded.model)
     before = measure(reference, sample)
     plan_sha256, bytes_before = _plan_sha256(loaded), _bytes_of(loaded)
-    with staged_folder(goal, required_bytes=estimate_bytes(loaded.model)) as staging:
+    with staged_folder(goal, required_bytes=estimate_bytes(loaded.model), replaces=EXPORT_REPORT_NAME) as staging:
         _LOGGER.info("Writing %s.", kind.name)
         _write(kind, module, load_model(folder, dtype=kind.dtype, device="cpu"), staging, chosen)
         _LOGGER.info("Running it.")

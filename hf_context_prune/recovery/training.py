@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..errors import NumericsError
+from ..modeling.modeling_context_pruned import is_transposed
 from .config import RecoveryConfig
 from .loss import token_loss
 
@@ -181,8 +182,9 @@ class _Progress(TrainerCallback):
 
 
 class _KeepZeros(TrainerCallback):
-    """Rows and columns of weights that are zero as a whole stay zero: thresholds pruned them, and nothing holds them.
+    """Rows and columns of weights that are zero as a whole stay zero, and so do the zero biases of such rows.
 
+    Thresholds pruned them, and nothing else holds them.
     Adapters begin as zeros and have to leave them, so this is for training all weights.
     """
 
@@ -193,12 +195,21 @@ class _KeepZeros(TrainerCallback):
                 rows, columns = ((weight == 0).all(dim=dim) for dim in (1, 0))
                 if bool(rows.any()) or bool(columns.any()):
                     self.zeros.append((weight, rows, columns))
+        self.biases: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for module in model.modules():
+            weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+            if weight is not None and bias is not None and weight.ndim == 2 and bias.requires_grad:
+                silent = (weight == 0).all(dim=0 if is_transposed(module) else 1) & (bias == 0)
+                if bool(silent.any()):
+                    self.biases.append((bias, silent))
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
         for weight, rows, columns in self.zeros:
             weight[rows] = 0
             weight[:, columns] = 0
+        for bias, silent in self.biases:
+            bias[silent] = 0
 
 
 class _RecoveryTrainer(Trainer):

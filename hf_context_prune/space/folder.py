@@ -87,7 +87,7 @@ def write_space(settings: Settings, target: str | Path) -> Path:
     sources = dict.fromkeys(source for entry in settings.entries for source in (entry.base, entry.model))
     local = {source: _model_files(source.path) for source in sources if source.path is not None}
     size = sum(file.stat().st_size for found in local.values() for file in found.values())
-    with staged_folder(goal, required_bytes=size + _OTHER_FILES_BYTES) as staging:
+    with staged_folder(goal, required_bytes=size + _OTHER_FILES_BYTES, replaces=SETTINGS_NAME) as staging:
         places = _copy_models(local, staging)
         moved = replace(
             settings,

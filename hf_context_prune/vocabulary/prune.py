@@ -36,11 +36,13 @@ class TrimmedModel:
         model: The smaller model, in evaluation mode.
         tokenizer: The smaller tokenizer, as `AutoTokenizer` opens it.
         plan: The kept tokens; all other units are kept.
+        zeroed_by_paper: Ids whose rows the paper's code zeroes, where a threshold chose; some of them may have to stay.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     plan: PruningPlan
+    zeroed_by_paper: frozenset[int] = frozenset()
 
 
 def prune_vocabulary(
@@ -183,13 +185,14 @@ class VocabularyPruner:
             "coverage": sum(self.counts.occurrences[index] for index in kept) / total,
             "refit": None,
         }
+        zeroed: set[int] = set()
         if size.above_share is not None:
             stay = {index for index, count in self.counts.occurrences.items() if count}
             stay = (stay - self.counts.rare(size.above_share)) | set(self.tokenizer.all_special_ids)
-            facts["rows_zeroed_by_paper"] = len(self.table.contents.keys() - stay)
+            zeroed = self.table.contents.keys() - stay
         if refit:
             facts["refit"] = refit_to_text(smaller, tokenizer, self.source, **self.blocks)
-        return TrimmedModel(smaller, tokenizer, replace(plan, provenance={"vocabulary": facts}))
+        return TrimmedModel(smaller, tokenizer, replace(plan, provenance={"vocabulary": facts}), frozenset(zeroed))
 
 
 def required_ids(model: PreTrainedModel, tokenizer: Any, table: TokenTable) -> set[int]:  # noqa: ANN401

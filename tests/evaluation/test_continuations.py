@@ -28,7 +28,7 @@ def one_by_one(model, items):
         scores = []
         for sequence, start in zip(item.sequences, item.starts, strict=True):
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([sequence])).logits[0].log_softmax(dim=-1)
+                logits = model(input_ids=torch.tensor([sequence[:-1]])).logits[0].log_softmax(dim=-1)
             scores.append(sum(float(logits[place - 1, sequence[place]]) for place in range(start, len(sequence))))
         result.append(scores)
     return result
@@ -71,10 +71,15 @@ def test_what_does_not_fit_loses_its_begin():
     model = tiny_model("gpt2", max_position_embeddings=16)
     item = alternatives(torch.Generator().manual_seed(0), 20, [3, 2])
     short = item.shortened(16)
-    assert [len(sequence) for sequence in short.sequences] == [16, 15]
-    assert short.starts == (13, 13)
+    assert [len(sequence) for sequence in short.sequences] == [17, 17]  # the last one is not read
+    assert short.starts == (14, 15)
+    assert [row[-3:] for row in short.sequences] == [row[-3:] for row in item.sequences]
+    expected = one_by_one(model, [short])
+    assert continuation_log_probs(model, [item])[0] == pytest.approx(expected[0], abs=1e-4)
+    mixed = Alternatives((item.sequences[0], (5, 6)), (20, 1))  # the short one stays whole
+    assert mixed.shortened(16).sequences[1] == (5, 6)
     assert continuation_log_probs(model, [item]) == continuation_log_probs(model, [short])
-    assert item.shortened(None) is item.shortened(40) is item
+    assert item.shortened(None) is item.shortened(40) is item.shortened(22) is item
 
 
 def run_tokens(model, items, **options):

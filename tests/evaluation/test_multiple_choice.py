@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
 from hf_context_prune.evaluation import multiple_choice
 from hf_context_prune.evaluation.multiple_choice import (
     ALL,
@@ -46,6 +46,38 @@ def questions(count=12, *, dev=3):
                 }
             )
     return load_questions(rows)
+
+
+def test_scores_that_are_no_numbers_are_no_answers():
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data.fill_(float("nan"))
+    with pytest.raises(NumericsError, match=r"scores of question test-0 are not numbers"):
+        answer_questions(model, tiny_tokenizer(), questions())
+
+
+@pytest.mark.parametrize("scorer", ["likelihood", "paper"])
+def test_questions_that_are_too_long(scorer):
+    model, tokenizer = tiny_model("gpt2", max_position_embeddings=24), tiny_tokenizer()
+    row = {"id": "long", "question": " ".join(WORDS[:12] * 2), "choices": ["a b", " ".join(WORDS[:3])], "answer": 0}
+    asked = load_questions([row])
+    if scorer == "paper":
+        (answer,) = answer_questions(model, tokenizer, asked, scorer=scorer)
+        assert all(math.isfinite(score) for score in answer.scores)
+        return
+    with pytest.warns(PruningWarning, match="1 of 1 questions are longer than the model's 24 positions"):
+        (answer,) = answer_questions(model, tokenizer, asked, scorer=scorer)
+    text = prompt(asked.questions[0])
+    start = len(tokenizer.encode(text, add_special_tokens=False))
+    for choice, score in zip(row["choices"], answer.scores, strict=True):
+        whole = tokenizer.encode(f"{text} {choice}", add_special_tokens=False)
+        ids, gone = whole[-25:], len(whole) - 25
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(dim=-1)
+        expected = sum(float(logits[place - 1, ids[place]]) for place in range(start - gone, 25))
+        assert score == pytest.approx(expected, abs=1e-4)
+    never = load_questions([row | {"choices": ["b", " ".join(WORDS * 9)]}])
+    with pytest.raises(DataError, match=r"A choice of question long has [\d,]+ tokens, and the model has 24 positions"):
+        answer_questions(model, tokenizer, never, scorer=scorer)
 
 
 def log_prob(model, ids, start):

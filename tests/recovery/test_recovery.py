@@ -87,6 +87,20 @@ def test_what_is_zero_as_a_whole_stays_zero(tokenizer):
     assert not torch.equal(trained.q_proj.weight[:, 4], attention.q_proj.weight[:, 4])
 
 
+def test_biases_of_rows_that_are_zero_stay_zero(tokenizer):
+    dense, result = pruned(tokenizer, "gpt2")
+    layer = result.model.transformer.h[0]
+    with torch.no_grad():
+        layer.attn.c_proj.weight[:, 5] = 0
+        layer.attn.c_proj.bias[[5, 6]] = 0  # 6: a bias that is zero by chance learns
+    outcome = recover(result.model, texts(), RecoveryConfig(**SMALL), tokenizer=tokenizer, teacher=dense)
+    trained = outcome.model.transformer.h[0].attn.c_proj
+    assert outcome.history.best_step > 0
+    assert not trained.weight[:, 5].any()
+    assert trained.bias[5] == 0
+    assert trained.bias[6] != 0
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_variable_width_model_saves_and_reloads(tokenizer, method, tmp_path):
     dense, result = pruned(tokenizer, mlp_ratio=None, pruning_ratio=0.2, allocation="adaptive", reconstruction="none")
