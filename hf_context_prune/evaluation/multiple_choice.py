@@ -102,8 +102,9 @@ def answer_questions(
     Scorers: ``likelihood`` sums the log-probabilities of a choice's tokens after the question, "Answer:" and a space;
     ``likelihood_normalised`` divides that by the bytes of the choice (lm-evaluation-harness: by its characters);
     ``letter`` lists the choices and compares the letters as the next token; ``paper`` (arXiv 2312.12682) asks as the
-    paper's code does (but for the running number before a question), and takes the letter behind a generated "Answer: ", else the choice whose question + choice has
-    the lowest perplexity over its number of tokens: that code divides so, and thereby favours long choices.
+    paper's code does (but for the running number before a question), and takes the letter behind a generated
+    "Answer: ", else the choice whose question + choice has the lowest perplexity over its number of tokens: that code
+    divides so, and thereby favours long choices.
 
     Args:
         model: A causal LM, in any mode and dtype, on any device.

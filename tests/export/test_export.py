@@ -162,7 +162,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
 def test_a_model_is_not_replaced_by_an_export(folders, tmp_path):
     model = shutil.copytree(folders["stock"], tmp_path / "model")
     before = {path.name: path.read_bytes() for path in model.iterdir()}
-    with pytest.raises(SaveError, match="holds a saved model"):
+    with pytest.raises(SaveError, match="was made by this package, but as something else"):
         export(folders["variable"], model, format="onnx")
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
