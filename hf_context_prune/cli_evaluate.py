@@ -40,8 +40,8 @@ def evaluate(
     mcq: Annotated[
         str | None,
         typer.Option(
-            help="Multiple-choice questions: a .jsonl file or Hub dataset with question, choices, answer (index from 0, "
-            "or letter), optionally context, source, split (test rows are asked, dev rows are examples) and id."
+            help="Multiple-choice questions: a .jsonl file or Hub dataset with question, choices, answer (index from "
+            "0, or letter), optionally context, source, split (test rows are asked, dev rows are examples) and id."
         ),
     ] = None,
     mcq_columns: Annotated[
