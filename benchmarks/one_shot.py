@@ -72,11 +72,16 @@ Found = Mapping[tuple[str, str, str], dict[str, Any]]
 """Rows by (domain, size, method); the dense ones by (domain, "", "dense"), refitted by (domain, "", "refit")."""
 
 
+def methods_of(args: argparse.Namespace, size: str) -> list[str]:
+    """The methods that a size is measured with, in order."""
+    return [method for method in args.methods if method != HIGH or SIZES[size].high]
+
+
 def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
     """The table of one size with what follows from it."""
     dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
     body, lines, notes = [], [], []
-    for method in args.methods:
+    for method in methods_of(args, name):
         own = [rows[domain, name, method] for domain in args.domains]
         found = [excess(dense[d], row, dense[d], args.seed) for d, row in zip(args.domains, own, strict=True)]
         share: list[Estimate] = []
@@ -115,7 +120,7 @@ def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
             for d in args.domains
         ]
         lines.append(f"Ours, adaptive minus uniform widths, nats a token, paired: {'; '.join(gaps)}.")
-    if HIGH in args.methods:
+    if HIGH in methods_of(args, name):
         alone = [f"{d} {cell(excess(dense[d], rows[d, '', 'refit'], dense[d], args.seed))}" for d in args.domains]
         lines.append(
             f"The refit of rows of `effort='high'` on the dense model, nothing removed: {'; '.join(alone)}: as much of it "
@@ -142,16 +147,18 @@ def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
         sharey=True,
         squeeze=False,
     )
-    places = np.arange(len(args.methods))[::-1]
+    places = dict(zip(args.methods, np.arange(len(args.methods))[::-1].tolist(), strict=True))
     for axis, size in zip(axes[0], args.sizes, strict=True):
         for turn, domain in enumerate(args.domains):
             dense = rows[domain, "", "dense"]
-            found = [excess(dense, rows[domain, size, method], dense, args.seed) for method in args.methods]
-            errorbars(axis, places + 0.18 * ((len(args.domains) - 1) / 2 - turn), found, domain, horizontal=True)
+            methods = methods_of(args, size)
+            found = [excess(dense, rows[domain, size, method], dense, args.seed) for method in methods]
+            above = 0.18 * ((len(args.domains) - 1) / 2 - turn)
+            errorbars(axis, [places[method] + above for method in methods], found, domain, horizontal=True)
         axis.set(xscale="log", xlabel="excess, nats a token", title="\n".join(SIZES[size].label.split(", ")))
         axis.title.set_fontsize("small")
         axis.grid(axis="x", which="both", alpha=0.3)
-    axes[0][0].set_yticks(places, [METHODS[method].label.replace("`", "") for method in args.methods])
+    axes[0][0].set_yticks(list(places.values()), [METHODS[method].label.replace("`", "") for method in args.methods])
     axes[0][-1].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(plot_path(name), dpi=120)
@@ -241,14 +248,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (name, "", "dense"): store.get({**keys[name], "method": "dense"}, domain.measure_dense)
         for name, domain in domains.items()
     }
-    for name, domain in domains.items() if HIGH in args.methods else ():
+    for name, domain in domains.items() if any(HIGH in methods_of(args, size) for size in args.sizes) else ():
         dense = rows[name, "", "dense"]
         rows[name, "", "refit"] = store.get(
             {**keys[name], "method": "refit"}, lambda d=domain, row=dense: d.measure_refit(row)
         )
     for turn, size in enumerate(args.sizes, start=1):
         for domain_name, domain in domains.items():
-            for method in args.methods:
+            for method in methods_of(args, size):
                 searched = {"search": [SEARCH_TOKENS, PROBE_TOKENS]} if METHODS[method].adaptive else {}
                 rows[domain_name, size, method] = store.get(
                     {**keys[domain_name], "size": size, "method": method, **searched},
