@@ -266,7 +266,7 @@ def test_questions_and_a_base(run, place):
     rows = [
         {"query": f"What is found {i}?", "choices": choices, "answer": i % 3, "source": "ab"[i % 2]} for i in range(12)
     ]
-    rows += [dict(row, split="dev") for row in rows[:2]]
+    rows += [dict(row, query=f"{row['query']} An example.", split="dev") for row in rows[:2]]
     (place / "mcq.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, _, err = run(*PRUNE, "--output", "@asked", "--mlp-ratio", 0.25, *QUICK)
     assert code == 0, err
