@@ -17,7 +17,6 @@ from benchmarks.methods import METHODS, OURS, SIZES, Domain, Method, documents_o
 from benchmarks.models import smollm2
 from benchmarks.one_shot import excess
 from hf_context_prune.architectures import blocks, check_supported
-from hf_context_prune.calibration import batches_of, calibrate
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.plan import PruningPlan
 from hf_context_prune.planning import needed_statistics, repair_with
@@ -49,13 +48,11 @@ class ResidualDomain(Domain):
 
     def mixed(self, begin: int, end: int, *, alone: bool) -> Any:
         """The pruned model with dense blocks but (or, not `alone`, only) from `begin` to before `end`."""
-        model = copy.deepcopy(self.walked[1])
-        own = blocks(model, check_supported(model))
-        dense = blocks(self.model, check_supported(self.model))
-        layers = model.get_submodule(check_supported(model).layers)
-        for index in range(len(own)):
+        model, spec = copy.deepcopy(self.walked[1]), check_supported(self.model)
+        layers = model.get_submodule(spec.layers)
+        for index, dense in enumerate(blocks(self.model, spec)):
             if (begin <= index < end) is not alone:
-                layers[index] = dense[index]  # type: ignore[operator,index]
+                layers[index] = dense
         return model
 
     def repaired_otherwise(self, repair: str) -> Any:
@@ -64,8 +61,7 @@ class ResidualDomain(Domain):
         plan = self.walked[0]
         if repair == "none":
             return apply_plan(self.model, plan)
-        needs = needed_statistics(config)
-        stats = calibrate(self.model, batches_of(self.samples), targets=self.targets, statistics=needs)
+        stats = self.stats(needed_statistics(config))
         return apply_plan(self.model, plan, repair=repair_with(stats, config))
 
 

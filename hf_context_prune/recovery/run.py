@@ -159,10 +159,11 @@ def recover(
             f"distillation={config.distillation:g} and rewind={config.rewind!r} need the dense parent: pass teacher=, "
             f"or set distillation=0 (and rewind='none')."
         )
-    for weights in (model, *([] if teacher is None else [teacher])):
-        if any(parameter.is_meta for parameter in weights.parameters()):
+    check_weights_finite(model)
+    if teacher is not None:
+        if any(parameter.is_meta for parameter in teacher.parameters()):
             raise ConfigError("The teacher is on the meta device, without weights. Load it with weights.")
-        check_weights_finite(weights)
+        check_weights_finite(teacher)
     source = load_documents(data, text_column=text_column, tokenizer=tokenizer, seed=config.recovery_seed)
     rest, withheld, docs = _withheld(source, tokenizer, config)
     blocks = _all_blocks(rest, tokenizer, config)
