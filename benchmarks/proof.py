@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,15 @@ from benchmarks import common
 from benchmarks.common import Rows, given, machine, parser, table, write_section
 from benchmarks.common import commit as current_commit
 from benchmarks.models import smollm2
-from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, load_documents
-from hf_context_prune.evaluation import summarize_answers
-from hf_context_prune.global_budget import smaller_model
+from hf_context_prune.evaluation import Environment, RunReport, summarize_answers
 from hf_context_prune.loading import LoadedModel
 from hf_context_prune.matrix import MODELS, REFERENCE, domain_matrix
-from hf_context_prune.matrix_facts import DENSE, PICTURE_NAME, DomainMatrix, relative_change
+from hf_context_prune.matrix_facts import DENSE, DomainMatrix
 from hf_context_prune.measuring import QuestionOptions, evaluate
 from hf_context_prune.pipeline import EvalOptions
 from hf_context_prune.recovery import RecoveryConfig
-from hf_context_prune.scores import Scores, score
 from hf_context_prune.sweep import GRID, Sweep, SweepOptions, sweep
 
 GOAL_MINUTES = 15.0
@@ -51,6 +47,7 @@ def asked(args: argparse.Namespace, domain: str, number: int, **how: Any) -> Que
 
 
 def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) -> DomainMatrix:
+    mixed = share == args.shares[0] and {args.mix_domain, REFERENCE} <= set(args.domains)
     config = PrunerConfig(
         pruning_ratio=share,
         num_calibration_samples=args.blocks,
@@ -64,51 +61,14 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
         config,
         eval_data=corpora(args, "validation", args.domains),
         questions={domain: asked(args, domain, args.questions, num_shots=args.shots) for domain in args.domains},
+        mixes={args.mix_domain: args.mixes} if mixed and args.mixes else {},
         max_tokens=args.eval_tokens,
     )
 
 
-def measure_mixes(
-    base: LoadedModel, args: argparse.Namespace, store: Rows, found: DomainMatrix
-) -> list[tuple[float, Scores, Scores]]:
-    """(share of general text, scores on the domain, scores on general text), from none to all of the calibration text."""
-    domain, share = args.mix_domain, args.shares[0]
-    texts = {name: load_documents(path) for name, path in corpora(args, "train", (domain, REFERENCE)).items()}
-    curve = [(0.0, found.scores[domain, domain], found.scores[domain, REFERENCE])]
-    for mix in args.mixes:
-        config = PrunerConfig(
-            pruning_ratio=share,
-            num_calibration_samples=args.blocks,
-            max_seq_length=args.length,
-            pruning_seed=args.seed,
-            general_mix=mix,
-        )
-
-        def measure(config: PrunerConfig = config) -> dict[str, Any]:
-            model, tokenizer, _ = smaller_model(
-                base.model, base.tokenizer, texts[domain], config, general=texts[REFERENCE]
-            )
-            held_out = {name: replace(found.held_out[name], questions=None) for name in (domain, REFERENCE)}
-            return {name: score(model, tokenizer, one).to_row() for name, one in held_out.items()}
-
-        key = {"mix": mix, "domain": domain, "share": share, "blocks": args.blocks, "length": args.length}
-        row = store.get({**key, "eval_tokens": args.eval_tokens}, measure)
-        curve.append((mix, Scores.from_row(row[domain]), Scores.from_row(row[REFERENCE])))
-    return [*curve, (1.0, found.scores[REFERENCE, domain], found.scores[REFERENCE, REFERENCE])]
-
-
-def mix_section(curve: Sequence[tuple[float, Scores, Scores]], found: DomainMatrix, args: argparse.Namespace) -> str:
-    """The curve as a table."""
-    rows = []
-    for mix, *both in curve:
-        dense = (found.scores[DENSE, name] for name in (args.mix_domain, REFERENCE))
-        changes = (relative_change(base, own, args.seed) for base, own in zip(dense, both, strict=True))
-        rows.append((f"{mix:.0%}", *map(percent, changes)))
-    return (
-        f"### General text mixed in (`general_mix`; {args.mix_domain}, {args.shares[0]:.0%} of all parameters)\n\n"
-        f"Change of the bits a byte against the dense model, by the share of general text among the calibration "
-        f"blocks.\n\n{table(('general text', f'on {args.mix_domain}', 'on general'), rows)}"
-    )
+def pictures_of(args: argparse.Namespace, share: float) -> list[str]:
+    """Names of the pictures that a matrix left."""
+    return sorted(path.name for path in folder(args, f"matrix-{share:g}").glob("*.png"))
 
 
 def measure_grid(base: LoadedModel, args: argparse.Namespace, domain: str) -> Sweep:
@@ -155,20 +115,12 @@ def measure_time(base: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "bytes": size, "questions": args.questions}
 
 
-def matrix_section(found: DomainMatrix, share: float, section: str) -> str:
-    """The tables of one size."""
-    header = ("calibrated on", "parameters", *(f"on {domain}" for domain in found.domains))
-    parts = [
-        f"### {share:.0%} of all parameters",
-        f"![Change of the bits a byte](matrix-{section}-{share:g}.png)",
-        table(header, found.loss_rows()),
-    ]
-    if found.reference is not None:
-        parts += [
-            "Own domain against general text, models of equal size (below 0: the own domain's context is worth it):",
-            table(("domain", "on its own text", "on general text"), found.context_rows()),
-        ]
-    parts += [table(("accuracy, calibrated on", *(f"on {domain}" for domain in found.asked)), found.accuracy_rows())]
+def section_of(report: RunReport, heading: str, pictures: Sequence[str], *, without: Sequence[str] = ()) -> str:
+    """Pictures and tables of a run."""
+    parts = [f"### {heading}", *(f"![{report.title}]({picture})" for picture in pictures)]
+    for one in report.tables:
+        if one.title not in without:
+            parts += [one.caption or one.title, table(one.header, one.rows)]
     return "\n\n".join(parts)
 
 
@@ -206,14 +158,13 @@ def signal_section(found: DomainMatrix) -> str:
 
 def results_text(
     matrices: Mapping[float, DomainMatrix],
-    curve: Sequence[tuple[float, Scores, Scores]],
     grids: Mapping[str, Sweep],
     timed: Mapping[str, Any] | None,
     args: argparse.Namespace,
     section: str,
 ) -> str:
     """The section of RESULTS.md."""
-    first = next(iter(matrices.values()))
+    first, environment = next(iter(matrices.values())), Environment.current("float32")
     parts = [
         "## The proof",
         f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, adaptive widths) on "
@@ -221,23 +172,24 @@ def results_text(
         f"(at most {args.eval_tokens:,} tokens) and on up to {args.questions} questions each (likelihood a byte, "
         f"{args.shots}-shot). In brackets 95 % intervals: bootstrap over documents, Wilson over questions; p of "
         f"McNemar's exact test against the dense model.",
-        *(matrix_section(found, share, section) for share, found in matrices.items()),
+        *(
+            section_of(
+                found.run_report(environment),
+                f"{share:.0%} of all parameters",
+                [f"{section}-{share:g}-{name}" for name in pictures_of(args, share)],
+                without=("Accuracy by source",),
+            )
+            for share, found in matrices.items()
+        ),
         signal_section(first),
     ]
-    if curve:
-        parts.append(mix_section(curve, first, args))
     for domain, grid in grids.items():
-        parts += [
-            f"### The paper's grid, {domain}",
-            table(grid.header, grid.table_rows()),
-        ]
+        parts.append(section_of(grid.run_report(environment), f"The paper's grid, {domain}", []))
     if grids:
         parts.append(
             f"Thresholds of linear layers, activations and embedding as in arXiv 2312.12682, calibrated on "
             f"{args.grid_blocks} x {args.length} tokens; *tuned*: {args.steps} steps of cross-entropy on the train text; "
-            f"{args.grid_questions} questions, the paper's scorer. *Removed* is gone from the file; *zeroed* stays in it "
-            f"as zeros; the *non-zero size* is what the paper calls the relative size. A perplexity with * is a token of "
-            f"another vocabulary."
+            f"{args.grid_questions} questions, the paper's scorer."
         )
     if timed is not None:
         parts.append(
@@ -281,22 +233,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder(args, ""), ignore_errors=True)
     matrices: dict[float, DomainMatrix] = {}
     grids: dict[str, Sweep] = {}
-    curve: list[tuple[float, Scores, Scores]] = []
     store = Rows(args, section, seed=args.seed)
     for share in args.shares:
         matrices[share] = measure_matrix(base, args, share)
-        picture = folder(args, f"matrix-{share:g}") / PICTURE_NAME
-        shutil.copy(picture, common.plot_path(f"matrix-{section}-{share:g}"))
-        write_section(section, results_text(matrices, curve, grids, None, args, section))
-    if {args.mix_domain, REFERENCE} <= set(args.domains):
-        curve = measure_mixes(base, args, store, matrices[args.shares[0]])
-        write_section(section, results_text(matrices, curve, grids, None, args, section))
+        for name in pictures_of(args, share):
+            shutil.copy(folder(args, f"matrix-{share:g}") / name, common.RESULTS.parent / f"{section}-{share:g}-{name}")
+        write_section(section, results_text(matrices, grids, None, args, section))
     for domain in args.grids:
         grids[domain] = measure_grid(base, args, domain)
-        write_section(section, results_text(matrices, curve, grids, None, args, section))
+        write_section(section, results_text(matrices, grids, None, args, section))
     key = {"bytes": args.timed_bytes, "questions": args.questions, "share": args.shares[0]}
     timed = store.get(key, lambda: measure_time(base, args))
-    write_section(section, results_text(matrices, curve, grids, timed, args, section))
+    write_section(section, results_text(matrices, grids, timed, args, section))
 
 
 if __name__ == "__main__":

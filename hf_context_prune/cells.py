@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .evaluation import Estimate
+from collections.abc import Sequence
+
+from .evaluation import Accuracy, DocumentLoss, Estimate, PairedAccuracy, compare_losses
 
 
 def percent(estimate: Estimate) -> str:
@@ -17,3 +19,17 @@ def less_one(ratio: Estimate) -> Estimate:
     """A ratio as a change."""
     interval = None if ratio.interval is None else (ratio.interval[0] - 1, ratio.interval[1] - 1)
     return Estimate(ratio.value - 1, interval)
+
+
+def relative_change(base: Sequence[DocumentLoss], own: Sequence[DocumentLoss], seed: int) -> Estimate:
+    """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
+    return less_one(compare_losses(base, own, seed=seed).bits_per_byte_ratio)
+
+
+def accuracy(group: Accuracy, paired: PairedAccuracy | None = None) -> str:
+    """An accuracy with its interval: against another model's with p, else against guessing (*: not clear of it)."""
+    low, high = group.accuracy.interval or (group.accuracy.value,) * 2
+    cell = f"{group.accuracy.value:.1%} [{low:.1%}, {high:.1%}]"
+    if paired is None:
+        return f"{cell}, guessing {group.chance:.0%}{'' if low > group.chance else '*'}"
+    return f"{cell}, p {paired.p_value:.2g}"

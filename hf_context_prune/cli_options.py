@@ -10,7 +10,6 @@ from typing import Annotated, Any, get_args
 import typer
 
 from .config import CriterionName, EffortName, PrunerConfig, ReconstructionName, VocabCriterion, read_yaml
-from .errors import ConfigError
 
 
 class Format(StrEnum):
@@ -154,17 +153,3 @@ def given_options(config_file: Path | None, options: dict[str, Any]) -> PrunerCo
         if given.get(name) not in (None, False):
             values = {other: value for other, value in values.items() if other not in beside}
     return PrunerConfig.from_dict({**values, **given})
-
-
-def needs_questions(options: dict[str, Any]) -> None:
-    """Refuse options for questions where there is no ``--mcq``.
-
-    Args:
-        options: Values by name; false ones were not given.
-
-    Raises:
-        ConfigError: One was given.
-    """
-    for name, value in options.items():
-        if value:
-            raise ConfigError(f"{name} says what to do with the questions of --mcq; give --mcq too.")

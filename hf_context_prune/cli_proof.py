@@ -27,12 +27,22 @@ from .cli_options import (
     TextColumn,
     VocabSize,
     given_options,
-    needs_questions,
 )
 from .cli_output import out, out_json, out_table
+from .cli_questions import (
+    FewShot,
+    MaxQuestions,
+    McqColumns,
+    McqScorer,
+    McqSource,
+    McqSources,
+    McqSplit,
+    question_options,
+)
 from .errors import ConfigError
 from .files import check_writable
-from .tables import matrix_tables, sweep_table
+from .saving import REPORT_NAME
+from .tables import run_tables
 
 
 def _thresholds(name: str, text: str) -> tuple[float | None, ...]:
@@ -56,11 +66,12 @@ def sweep(
     eval_data: Annotated[
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
     ] = None,
-    mcq: Annotated[str | None, typer.Option(help="Multiple-choice questions, as for evaluate.")] = None,
-    mcq_scorer: Annotated[str, typer.Option(help="As for evaluate; the paper's own is paper.")] = "paper",
-    max_questions: Annotated[
-        int | None, typer.Option(min=1, help="Questions at most, evenly spread. Default 100.")
-    ] = None,
+    mcq: McqSource = None,
+    mcq_columns: McqColumns = None,
+    mcq_split: McqSplit = None,
+    mcq_scorer: McqScorer = None,
+    few_shot: FewShot = None,
+    max_questions: MaxQuestions = None,
     num_calibration_samples: Annotated[int, typer.Option(min=1, help="Calibration blocks.")] = 128,
     max_seq_length: Annotated[int, typer.Option(min=8, help="Tokens a block.")] = 512,
     text_column: TextColumn = None,
@@ -72,8 +83,8 @@ def sweep(
     format: FormatOption = Format.auto,
 ) -> None:
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
+    asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
     from .loading import load_model
-    from .measuring import QuestionOptions
     from .recovery import RecoveryConfig
     from .sweep import SweepOptions
     from .sweep import sweep as run
@@ -93,31 +104,44 @@ def sweep(
         max_eval_tokens,
         seed,
     )
-    questions = None
-    if mcq is not None:
-        questions = QuestionOptions(mcq, scorer=mcq_scorer, max_questions=max_questions or 100)  # type: ignore[arg-type]
-    else:
-        needs_questions({"--max-questions": max_questions})
     options.configs()  # refused before the model is loaded
     check_writable(output)
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
-    result = run(loaded, data, output, options, eval_data=eval_data, text_column=text_column, questions=questions)
+    run(loaded, data, output, options, eval_data=eval_data, text_column=text_column, questions=asked.get(""))
+    _show(output, "sweep.md", format)
+
+
+def _show(output: Path, file: str, format: Format) -> None:
+    """What a run wrote to its folder."""
+    from .evaluation import RunReport, load_report
+
+    report = load_report(output / REPORT_NAME)
+    assert isinstance(report, RunReport)
     if format is Format.json:
-        out_json(result.to_dict())
+        out_json(report.to_dict())
     elif format is Format.quiet:
-        out(str(output / "sweep.md"))
+        out(str(output / file))
     else:
-        out_table(sweep_table(result))
-        out(f"Wrote {output / 'sweep.md'}")
+        for table in run_tables(report):
+            out_table(table)
+        out(f"Wrote {output / file}")
 
 
-def _pairs(name: str, values: list[str] | None) -> dict[str, str]:
+def _shares(name: str, text: str) -> tuple[float, ...]:
+    """``0.25,0.5`` as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--mix of {name} is {text!r}; it must be shares, as in {name}=0.25,0.5.") from error
+
+
+def _pairs(name: str, values: list[str] | None, example: str = "law=laws.jsonl") -> dict[str, str]:
     """``law=laws.jsonl`` as a mapping; order is kept."""
     found: dict[str, str] = {}
     for text in values or []:
         domain, _, source = text.partition("=")
         if not domain.strip() or not source.strip():
-            raise ConfigError(f"{name} is {text!r}; it must be a name and a source, as in law=laws.jsonl.")
+            raise ConfigError(f"{name} is {text!r}; it must be as in {example}.")
         if domain.strip() in found:
             raise ConfigError(f"{name} names {domain.strip()!r} twice.")
         found[domain.strip()] = source.strip()
@@ -132,12 +156,19 @@ def matrix(
     eval_data: Annotated[
         list[str] | None, typer.Option(metavar="NAME=SOURCE", help="Text for the figures of a domain.")
     ] = None,
-    mcq: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="Multiple-choice questions of a domain.")
+    mcq: McqSources = None,
+    mcq_columns: McqColumns = None,
+    mcq_split: McqSplit = None,
+    mcq_scorer: McqScorer = None,
+    few_shot: FewShot = None,
+    max_questions: MaxQuestions = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SHARE,...",
+            help="Also mix shares of the reference's text into a domain's calibration: law=0.25,0.5.",
+        ),
     ] = None,
-    mcq_scorer: Annotated[str, typer.Option(help="As for evaluate.")] = "likelihood_normalised",
-    few_shot: Annotated[int, typer.Option(min=0, help="Examples from the dev rows of a question's source.")] = 0,
-    max_questions: Annotated[int | None, typer.Option(min=1, help="Questions a domain at most.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="The domain that the others are compared with. Default general, if it is one.")
     ] = None,
@@ -161,20 +192,16 @@ def matrix(
     format: FormatOption = Format.auto,
 ) -> None:
     """Prune MODEL once for each domain, and measure every result on every domain."""
-    chosen = given_options(config, {**locals(), "pruning_seed": seed})
+    given = locals()
+    chosen = given_options(config, {**given, "pruning_seed": seed})
     from .loading import load_model
     from .matrix import check_matrix, domain_matrix
-    from .measuring import QuestionOptions
 
     texts, held_out = _pairs("--domains", [*domains, *(more or [])]), _pairs("--eval-data", eval_data)
-    asked = {
-        name: QuestionOptions(source, None, mcq_scorer, few_shot, max_questions)  # type: ignore[arg-type]
-        for name, source in _pairs("--mcq", mcq).items()
-    }
-    if not asked:
-        needs_questions({"--few-shot": few_shot, "--max-questions": max_questions})
-    check_matrix(tuple(texts), output, chosen, held_out, asked, reference)
-    result = domain_matrix(
+    asked = question_options(_pairs("--mcq", mcq), given)
+    mixes = {name: _shares(name, text) for name, text in _pairs("--mix", mix, "law=0.25,0.5").items()}
+    check_matrix(tuple(texts), output, chosen, held_out, asked, reference, mixes)
+    domain_matrix(
         load_model(model, dtype=dtype.value, device=device, revision=revision),
         texts,
         output,
@@ -182,13 +209,7 @@ def matrix(
         eval_data=held_out,
         questions=asked,
         reference=reference,
+        mixes=mixes,
         max_tokens=max_eval_tokens,
     )
-    if format is Format.json:
-        out_json(result.to_dict())
-    elif format is Format.quiet:
-        out(str(output / "matrix.md"))
-    else:
-        for table in matrix_tables(result):
-            out_table(table)
-        out(f"Wrote {output / 'matrix.md'}")
+    _show(output, "matrix.md", format)

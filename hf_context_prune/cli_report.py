@@ -7,22 +7,39 @@ from typing import Annotated
 
 import typer
 
-from .cli_output import out, out_table
-from .tables import report_table
+from .cli_options import Format, FormatOption
+from .cli_output import out, out_json, out_table
+from .tables import report_table, run_tables
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Pruned folders that this tool wrote.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Pruned models, and folders of evaluate, bench, matrix and sweep (their --output)."
+        ),
+    ],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for report.md and its pictures (widths, loss against size).")
+        Path | None, typer.Option(help="Folder for report.md and its pictures (widths, loss against size, matrix).")
     ] = None,
+    format: FormatOption = Format.auto,
 ) -> None:
-    """Show the figures of pruned folders, and write them as Markdown with pictures."""
-    from .rendering import read_folder, render
+    """Show the figures of runs, and write them as Markdown with pictures."""
+    from .evaluation import RunReport
+    from .rendering import markdown, read_folder, render
 
     found = [read_folder(folder) for folder in folders]
+    written = None if output is None else render(found, output)
+    if format is Format.json:
+        out_json({folder.name: folder.report.to_dict() for folder in found})
+        return
+    if format is Format.quiet:
+        out(markdown(found) if written is None else str(written))
+        return
     for folder in found:
         out(folder.name)
-        out_table(report_table(folder.report))
-    if output is not None:
-        out(f"Wrote {render(found, output)}")
+        one = folder.report
+        for table in run_tables(one) if isinstance(one, RunReport) else [report_table(one)]:
+            out_table(table)
+    if written is not None:
+        out(f"Wrote {written}")

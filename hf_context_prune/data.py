@@ -316,7 +316,7 @@ def _read_documents(
         head = list(itertools.islice(records, PEEK))
         columns = choose_text_columns(head, text_column if table.has_columns else None, table.name)
         for row, record in enumerate(itertools.chain(head, records)):
-            where = f"{table.name}, record {row}"
+            where = f"{table.name}, record {row + 1}"
             parts = (text_of(record.get(column), tokenizer, f"{where}, {column!r}") for column in columns)
             text = "\n".join(part for part in parts if part.strip()).removeprefix("\ufeff")
             if not text.strip():

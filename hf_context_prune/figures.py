@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Point:
+    """A loss with its interval, in a picture.
+
+    Attributes:
+        label: In the legend; the same label is one line of it.
+        x: Where it stands.
+        y: The loss.
+        interval: Of the loss.
+        marker: As matplotlib names it; ``"*"`` is a base, and has no place in the legend.
+    """
+
+    label: str
+    x: float
+    y: float
+    interval: tuple[float, float] | None = None
+    marker: str = "o"
 
 
 def new_figure(**options: Any) -> Any:  # noqa: ANN401 - matplotlib's, imported when it is needed
@@ -31,4 +52,79 @@ def widths_figure(plan: PruningPlan, title: str) -> Any:  # noqa: ANN401
     axes[0].set_title(title, parse_math=False)
     axes[0].legend(loc="lower right")
     axes[1].set_xlabel("layer")
+    return figure
+
+
+def losses_figure(panels: Mapping[str, Sequence[Point]], xlabel: str, ylabel: str) -> Any:  # noqa: ANN401
+    """Losses against something: one panel a text, since losses on different texts can't be compared."""
+    figure = new_figure(figsize=(7, 0.8 + 3.7 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, points) in zip(axes, panels.items(), strict=True):
+        for point in points:
+            if point.marker == "*":
+                axis.plot(point.x, point.y, "*", color="0.4", markersize=11)
+                continue
+            low, high = point.interval or (point.y, point.y)
+            axis.errorbar(
+                point.x,
+                point.y,
+                yerr=[[max(0.0, point.y - low)], [max(0.0, high - point.y)]],
+                fmt=point.marker,
+                capsize=3,
+                label=point.label,
+            )
+        axis.set_title(title, parse_math=False, fontsize="medium")
+        axis.set_ylabel(ylabel)
+        if axis.get_legend_handles_labels()[1]:
+            for text in axis.legend(fontsize="small").get_texts():
+                text.set_parse_math(False)
+    axes[-1].set_xlabel(xlabel)
+    return figure
+
+
+def matrix_figure(names: Sequence[str], changes: Mapping[tuple[str, str], float]) -> Any:  # noqa: ANN401
+    """The domain matrix as a heat map.
+
+    Args:
+        names: Domains, in order.
+        changes: Change of the bits a byte against the dense model, by (calibrated on, measured on).
+    """
+    side = 2.5 + 0.9 * len(names)
+    figure = new_figure(figsize=(side + 1.5, side))
+    axis = figure.subplots()
+    values = [[100 * changes[row, column] for column in names] for row in names]
+    most = max(1e-9, *(abs(value) for line in values for value in line))
+    image = axis.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most)  # white: as the dense model
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            colour = "white" if abs(value) > 0.6 * most else "black"
+            axis.text(column, row, f"{value:+.1f} %", ha="center", va="center", color=colour)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("measured on")
+    axis.set_ylabel("calibrated on")
+    axis.set_title("Bits a byte against the dense model")
+    figure.colorbar(image, ax=axis, shrink=0.8, label="per cent")
+    return figure
+
+
+def curves_figure(curves: Mapping[str, Sequence[tuple[float, float, float]]], reference: str) -> Any:  # noqa: ANN401
+    """What general text in the calibration gives and takes: one line a domain, from its own text alone to general.
+
+    Args:
+        curves: (share of general text, change on the domain's text, change on general text), in order, by domain.
+        reference: The domain of general text.
+    """
+    figure = new_figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, points in curves.items():
+        own, general = [100 * point[1] for point in points], [100 * point[2] for point in points]
+        axis.plot(own, general, "o-", label=name)
+        for (share, *_), x, y in zip(points, own, general, strict=True):
+            axis.annotate(f"{share:.0%}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
+    axis.set_xlabel("bits a byte on the domain's text, change in per cent")
+    axis.set_ylabel(f"on {reference} text")
+    axis.set_title(f"Share of {reference} text in the calibration", parse_math=False)
+    axis.grid(alpha=0.3)
+    axis.legend(title="domain")
     return figure

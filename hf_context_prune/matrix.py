@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,20 @@ from transformers import PreTrainedModel
 
 from .allocation import Budget
 from .base_card import provenance_of
-from .calibration_text import check_general_mix
 from .card import rewrite_card
 from .config import THRESHOLDS, PrunerConfig
 from .data import TextSource
 from .errors import ConfigError, unknown
-from .evaluation import EvalReport, weight_bytes
-from .files import check_writable, write_file
+from .evaluation import Environment, EvalReport, weight_bytes
+from .files import check_writable
 from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
-from .matrix_facts import DENSE, PICTURE_NAME, DomainMatrix
+from .matrix_facts import DENSE, DomainMatrix, mixed_name
 from .measuring import QuestionOptions
 from .overlap import drop_overlapping
 from .pipeline import as_loaded, split_text
 from .plan import PruningPlan, fingerprint
-from .rendering import matrix_picture
+from .rendering import check_report_place, write_run
 from .rows import open_rows
 from .saving import PLAN_NAME, REPORT_NAME, check_target, save_pruned
 from .scores import HeldOut, Scores, held_out_of, score
@@ -45,12 +44,13 @@ def domain_matrix(
     eval_data: Mapping[str, Any] | None = None,
     questions: Mapping[str, QuestionOptions] | None = None,
     reference: str | None = None,
+    mixes: Mapping[str, Sequence[float]] | None = None,
     max_tokens: int | None = 20_000,
 ) -> DomainMatrix:
     """Prune a model once for each domain, and measure every result on every domain.
 
-    Writes ``matrix.md``, ``matrix.png``, ``matrix.jsonl`` and the pruned folders with report and card
-    (``models/<domain>``); a run that was killed goes on from there.
+    Writes ``eval_report.json``, ``matrix.md`` with its pictures, ``matrix.jsonl`` and the pruned folders with report
+    and card (``models/<domain>``); a run that was killed goes on from there.
 
     Args:
         model: A `PreTrainedModel`, or what [`load_model`][] reads.
@@ -62,6 +62,8 @@ def domain_matrix(
             the calibration texts has too is dropped.
         questions: Multiple-choice questions by domain.
         reference: The domain that the others are compared with: text of no domain. None: ``general``, if it is there.
+        mixes: Shares of the reference's calibration text to mix in (`general_mix`), by domain: one more model each
+            (``models/<domain>+<share>``), measured on the text of the domain and of the reference.
         max_tokens: Held-out tokens a domain at most, whole documents.
 
     Raises:
@@ -70,7 +72,8 @@ def domain_matrix(
     """
     config, folder = config or PrunerConfig(), Path(output)
     names = tuple(domains)
-    reference = check_matrix(names, folder, config, eval_data or {}, questions or {}, reference)
+    shares = {domain: tuple(some) for domain, some in (mixes or {}).items()}
+    reference = check_matrix(names, folder, config, eval_data or {}, questions or {}, reference, shares)
     base = as_loaded(model, tokenizer)
     check_budget(base.model, base.tokenizer, config)
     train, held_out, splits = _texts(base, domains, eval_data or {}, questions or {}, config, max_tokens)
@@ -81,33 +84,71 @@ def domain_matrix(
         "held_out": {name: one.setting() for name, one in held_out.items()},
     }
     scores: dict[tuple[str, str], Scores] = {}
+    members = [_Member(name, name, train[name], config) for name in names]
+    for domain, some in shares.items():
+        for share in some:
+            general = None if reference is None else train[reference]
+            mixed = replace(config, general_mix=share)
+            members.append(_Member(mixed_name(domain, share), domain, train[domain], mixed, general))
     with open_rows(folder / ROWS_NAME, setting) as rows:
-        for name, text in train.items():  # before the long work
-            _finished(base, text, folder / MODELS / name, config)
-        models = (DENSE, *names)
-        for calibrated in tqdm(models, desc="Matrix", unit="model", name="hf_context_prune.matrix"):
+        for member in members:  # before the long work
+            _finished(base, member, folder / MODELS / member.name)
+        for one in tqdm([None, *members], desc="Matrix", unit="model", name="hf_context_prune.matrix"):
             loaded: list[LoadedModel] = []
 
-            def smaller(name: str = calibrated, loaded: list[LoadedModel] = loaded) -> LoadedModel:
+            def smaller(one: _Member | None = one, loaded: list[LoadedModel] = loaded) -> LoadedModel:
                 if not loaded:  # nothing is loaded or pruned where all rows are there
-                    loaded.append(base if name == DENSE else _pruned(base, train[name], folder / MODELS / name, config))
+                    loaded.append(base if one is None else _pruned(base, one, folder / MODELS / one.name))
                 return loaded[0]
 
-            for measured, one in held_out.items():
+            name = DENSE if one is None else one.name
+            for measured, kept in held_out.items():
+                if one is not None and one.general is not None:  # a curve of losses on two texts
+                    if measured not in (one.domain, reference):
+                        continue
+                    kept = replace(kept, questions=None)
                 row = rows.get(
-                    [calibrated, measured],
-                    lambda one=one, get=smaller: score(get().model, get().tokenizer, one).to_row(),  # type: ignore[misc]
+                    [name, measured],
+                    lambda kept=kept, get=smaller: score(get().model, get().tokenizer, kept).to_row(),  # type: ignore[misc]
                 )
-                scores[calibrated, measured] = Scores.from_row(row)
-        result = DomainMatrix(base.name, names, held_out, splits, scores, reference, config.pruning_seed)
-        changes = {(a, b): result.change(a, b).value for a in names for b in names}
-        write_file(folder / PICTURE_NAME, matrix_picture(names, changes))
-        write_file(folder / TABLE_NAME, result.markdown())
-        for name in names:
-            if not (folder / MODELS / name).exists():  # removed by hand since its rows were measured
-                _pruned(base, train[name], folder / MODELS / name, config)
-            _tell(result, name, base, folder / MODELS / name, config)
+                scores[name, measured] = Scores.from_row(row)
+        result = DomainMatrix(base.name, names, held_out, splits, scores, reference, config.pruning_seed, shares)
+        environment = Environment.current(str(base.model.dtype).removeprefix("torch."))
+        write_run(result.run_report(environment), folder, TABLE_NAME)
+        for member in members:
+            if not (folder / MODELS / member.name).exists():  # removed by hand since its rows were measured
+                _pruned(base, member, folder / MODELS / member.name)
+            _tell(result, member, base, folder / MODELS / member.name, environment)
     return result
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A model of the matrix.
+
+    Attributes:
+        name: Of its rows and its folder.
+        domain: The one that it is calibrated on.
+        text: Calibration text of the domain.
+        config: With `general_mix`, where general text is mixed in.
+        general: Where that comes from.
+    """
+
+    name: str
+    domain: str
+    text: TextSource
+    config: PrunerConfig
+    general: TextSource | None = None
+
+    def identity(self, base: LoadedModel) -> dict[str, Any]:
+        """What the model is known by; the base's card is not: it may lie on the Hub, and change."""
+        return {
+            "base_model": base.name,
+            "base_revision": base.revision,
+            "dtype": str(base.model.dtype),
+            "data": self.text.identity,
+            **({} if self.general is None else {"general_data": self.general.identity}),
+        }
 
 
 def check_matrix(
@@ -117,6 +158,7 @@ def check_matrix(
     eval_data: Mapping[str, Any],
     questions: Mapping[str, Any],
     reference: str | None,
+    mixes: Mapping[str, Sequence[float]],
 ) -> str | None:
     """Refuse what [`domain_matrix`][] would, before a model is loaded.
 
@@ -124,8 +166,8 @@ def check_matrix(
         The domain that the others are compared with, if there is one.
 
     Raises:
-        ConfigError: Fewer than two domains, names that are none, a size that differs from domain to domain, or
-            general text mixed into all of them.
+        ConfigError: Fewer than two domains, names that are none, a size that differs from domain to domain, general
+            text mixed into all of them, or shares of it that are none.
         SaveError: The output can't be written.
     """
     if len(names) < 2:
@@ -135,7 +177,8 @@ def check_matrix(
             raise ConfigError(
                 f"The domain is named {name!r}; names are letters, digits, - and _, and {DENSE!r} is the model itself."
             )
-    for what, given in (("eval_data", eval_data), ("questions", questions), ("reference", [reference or names[0]])):
+    by_domain = {"eval_data": eval_data, "questions": questions, "mixes": mixes, "reference": [reference or names[0]]}
+    for what, given in by_domain.items():
         for name in given:
             if name not in names:
                 raise ConfigError(unknown(f"domain of {what}", name, names))
@@ -150,9 +193,26 @@ def check_matrix(
             f"{', '.join(varying)} would give every domain's model a size of its own; a matrix compares models of one "
             f"size. Give pruning_ratio, vocab_size, or both."
         )
-    check_general_mix(config, None)
+    if config.general_mix:
+        raise ConfigError(
+            f"general_mix is {config.general_mix:g} for every domain; a matrix has a curve of it: say mixes (--mix) of "
+            f"the domains instead."
+        )
+    reference = reference or (REFERENCE if REFERENCE in names else None)
+    for name, shares in mixes.items():
+        if reference is None or name == reference:
+            raise ConfigError(
+                f"mixes has shares of general text for {name}, but "
+                + ("it is that." if reference else "no domain is of general text: name the one that is as reference.")
+            )
+        if len(set(shares)) < len(shares) or not all(0 < share < 1 for share in shares):
+            raise ConfigError(
+                f"mixes of {name} are {', '.join(f'{x:g}' for x in shares)}; they must be above 0 and below 1, each "
+                f"once: 0 and 1 are the models of {name} and {reference}."
+            )
     check_writable(output)
-    return reference or (REFERENCE if REFERENCE in names else None)
+    check_report_place(output)
+    return reference
 
 
 def _texts(
@@ -171,7 +231,10 @@ def _texts(
     for name, text in train.items():
         if (same := named.setdefault(text.fingerprint, name)) != name:
             raise ConfigError(f"{same} and {name} are the same text ({text.name}), so nothing would tell them apart.")
+    named = {}
     for name, text in given.items():
+        if (same := named.setdefault(text.fingerprint, name)) != name:
+            raise ConfigError(f"{same} and {name} are measured on the same text ({text.name}); give each its own.")
         left, number = text, len(text)
         for other, calibration in train.items():
             left = left if other == name else drop_overlapping(left, calibration)[0]
@@ -193,24 +256,15 @@ def _texts(
     return train, held_out, splits
 
 
-def _identity(base: LoadedModel, text: TextSource) -> dict[str, Any]:
-    """What a model of a domain is known by; the base's card is not: it may lie on the Hub, and change."""
-    return {
-        "base_model": base.name,
-        "base_revision": base.revision,
-        "dtype": str(base.model.dtype),
-        "data": text.identity,
-    }
-
-
-def _tell(result: DomainMatrix, name: str, base: LoadedModel, folder: Path, config: PrunerConfig) -> None:
-    """Put the report and the card into a domain's folder, unless an earlier run left the same there."""
-    report = result.report(
-        name,
-        str(base.model.dtype).removeprefix("torch."),
+def _tell(result: DomainMatrix, member: _Member, base: LoadedModel, folder: Path, environment: Environment) -> None:
+    """Put the report and the card into a model's folder, unless an earlier run left the same there."""
+    report = result.model_report(
+        member.name,
+        member.domain,
+        environment,
         base_bytes=None if base.folder is None else weight_bytes(base.folder),
         pruned_bytes=weight_bytes(folder),
-        asked=Budget.of(config, result.scores[DENSE, name].parameters).asked_ratio,
+        asked=Budget.of(member.config, result.scores[DENSE, member.domain].parameters).asked_ratio,
     )
     if (folder / REPORT_NAME).is_file():
         older = EvalReport.load(folder / REPORT_NAME)
@@ -219,8 +273,8 @@ def _tell(result: DomainMatrix, name: str, base: LoadedModel, folder: Path, conf
     rewrite_card(folder, report=report)
 
 
-def _finished(base: LoadedModel, text: TextSource, folder: Path, config: PrunerConfig) -> bool:
-    """Whether an earlier run left the very model of a domain in its folder.
+def _finished(base: LoadedModel, member: _Member, folder: Path) -> bool:
+    """Whether an earlier run left the very model in its folder.
 
     Raises:
         ConfigError: It holds another one.
@@ -229,7 +283,7 @@ def _finished(base: LoadedModel, text: TextSource, folder: Path, config: PrunerC
     if not (folder / PLAN_NAME).is_file():
         check_target(folder)
         return False
-    plan, asked = PruningPlan.load(folder / PLAN_NAME), {**_identity(base, text), "config": config.to_dict()}
+    plan, asked = PruningPlan.load(folder / PLAN_NAME), {**member.identity(base), "config": member.config.to_dict()}
     known = {name: plan.provenance.get(name) for name in asked}
     if plan.model_fingerprint != fingerprint(base.model) or known != asked:
         raise ConfigError(
@@ -239,11 +293,12 @@ def _finished(base: LoadedModel, text: TextSource, folder: Path, config: PrunerC
     return True
 
 
-def _pruned(base: LoadedModel, text: TextSource, folder: Path, config: PrunerConfig) -> LoadedModel:
-    """The model of a domain, from its folder if an earlier run left it there."""
-    if not _finished(base, text, folder, config):
+def _pruned(base: LoadedModel, member: _Member, folder: Path) -> LoadedModel:
+    """A model, from its folder if an earlier run left it there."""
+    if not _finished(base, member, folder):
+        provenance = provenance_of(base) | member.identity(base)
         model, tokenizer, plan = smaller_model(
-            base.model, base.tokenizer, text, config, provenance=provenance_of(base) | _identity(base, text)
+            base.model, base.tokenizer, member.text, member.config, general=member.general, provenance=provenance
         )
         save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
     return load_model(folder, device=str(base.model.device))

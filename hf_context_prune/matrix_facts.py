@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .cells import less_one, percent
+from .cells import accuracy, percent, relative_change
 from .evaluation import (
     Accuracy,
     DatasetFacts,
@@ -15,24 +15,24 @@ from .evaluation import (
     EvalReport,
     LossFacts,
     PairedAccuracy,
+    ReportTable,
+    RunReport,
     SizeFacts,
     TextLosses,
     compare_answers,
-    compare_losses,
     summarize_answers,
     summarize_losses,
 )
 from .evaluation.texts import loss_facts
-from .markdown import inert, table
 from .measuring import choice_facts
 from .scores import HeldOut, Scores, summary_of
 
-DENSE, PICTURE_NAME = "dense", "matrix.png"
+DENSE = "dense"
 
 
-def relative_change(base: Scores, own: Scores, seed: int) -> Estimate:
-    """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
-    return less_one(compare_losses(base.losses, own.losses, seed=seed).bits_per_byte_ratio)
+def mixed_name(domain: str, share: float) -> str:
+    """Name of the model of a domain that a share of general text was mixed in for; no domain can be named so."""
+    return f"{domain}+{share:g}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class DomainMatrix:
         scores: By (model, measured on); a model is the domain that it was calibrated on, or ``"dense"``.
         reference: The domain that the others are compared with, if there is one.
         seed: Of the intervals.
+        mixes: Shares of the reference's text that were mixed in, by domain; their models are named by
+            [`mixed_name`][], and have losses on the domain and on the reference.
     """
 
     name: str
@@ -56,31 +58,41 @@ class DomainMatrix:
     scores: Mapping[tuple[str, str], Scores]
     reference: str | None
     seed: int = 0
+    mixes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def change(self, calibrated: str, measured: str, against: str = DENSE) -> Estimate:
         """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
-        return relative_change(self.scores[against, measured], self.scores[calibrated, measured], self.seed)
+        base, own = self.scores[against, measured], self.scores[calibrated, measured]
+        return relative_change(base.losses, own.losses, self.seed)
 
-    def report(
-        self, domain: str, dtype: str, *, base_bytes: int | None, pruned_bytes: int, asked: float | None
+    def model_report(
+        self,
+        name: str,
+        domain: str,
+        environment: Environment,
+        *,
+        base_bytes: int | None,
+        pruned_bytes: int,
+        asked: float | None,
     ) -> EvalReport:
-        """What a domain's model scored on its own text and questions, and on the reference, as a report.
+        """What one model scored on its domain's text and questions, and on the reference, as a report.
 
         Args:
+            name: Of the model.
             domain: The one that it was calibrated on.
-            dtype: Of the weights.
+            environment: Where it was measured.
             base_bytes: Size of the dense weights on disk, if they are there.
             pruned_bytes: Size of its own.
             asked: Share of the parameters that was to go, if the config has one.
         """
-        dense, own, held_out = self.scores[DENSE, domain], self.scores[domain, domain], self.held_out[domain]
+        dense, own, held_out = self.scores[DENSE, domain], self.scores[name, domain], self.held_out[domain]
         choice = None
-        if held_out.questions is not None and dense.answers is not None:
+        if held_out.questions is not None and dense.answers is not None and own.answers is not None:
             how: dict[str, Any] = {"scorer": held_out.scorer, "num_shots": held_out.num_shots}
             choice = choice_facts(held_out.questions, dense.answers, own.answers, **how)
         general = None
         if self.reference not in (None, domain):
-            general = TextLosses(self._dataset(self.reference), self._losses(domain, self.reference))
+            general = TextLosses(self._dataset(self.reference), self._losses(name, self.reference))
         return EvalReport(
             base_model=self.name,
             dataset=self._dataset(domain),
@@ -91,8 +103,8 @@ class DomainMatrix:
                 base_weight_bytes=base_bytes,
                 pruned_weight_bytes=pruned_bytes,
             ),
-            loss=self._losses(domain, domain),
-            environment=Environment.current(dtype),
+            loss=self._losses(name, domain),
+            environment=environment,
             multiple_choice=choice,
             general=general,
         )
@@ -166,12 +178,8 @@ class DomainMatrix:
         return compare_answers(base, own)
 
     def _accuracy(self, name: str, domain: str, index: int) -> str:
-        group = self._groups(name, domain)[index]
-        low, high = group.accuracy.interval or (group.accuracy.value,) * 2
-        cell = f"{group.accuracy.value:.1%} [{low:.1%}, {high:.1%}]"
-        if name == DENSE:
-            return f"{cell}, guessing {group.chance:.0%}{'' if low > group.chance else '*'}"
-        return f"{cell}, p {self._paired(name, domain, DENSE)[index].p_value:.2g}"
+        paired = None if name == DENSE else self._paired(name, domain, DENSE)[index]
+        return accuracy(self._groups(name, domain)[index], paired)
 
     def _bits(self, name: str, domain: str) -> float:
         return summarize_losses(self.scores[name, domain].losses, seed=self.seed).bits_per_byte.value
@@ -197,12 +205,42 @@ class DomainMatrix:
             if reference is not None and name != reference
         ]
 
+    def curves(self) -> dict[str, list[tuple[float, Estimate, Estimate]]]:
+        """(share of the reference's text, change on the domain's text, change on the reference's), by domain.
+
+        From the domain's own model (0) to the reference's (1); empty where nothing was mixed in.
+        """
+        reference = self.reference
+        return {
+            domain: [
+                (share, self.change(name, domain), self.change(name, reference))
+                for share, name in [
+                    (0.0, domain),
+                    *((share, mixed_name(domain, share)) for share in sorted(shares)),
+                    (1.0, reference),
+                ]
+            ]
+            for domain, shares in self.mixes.items()
+            if reference is not None
+        }
+
+    def mix_rows(self) -> list[tuple[str, ...]]:
+        """(domain, share of the reference's text, change on the domain's text, on the reference's)."""
+        return [
+            (domain, f"{share:.0%}", percent(own), percent(general))
+            for domain, curve in self.curves().items()
+            for share, own, general in curve
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain JSON values."""
         return {
-            "model": self.name,
             "domains": list(self.domains),
-            "held_out": dict(self.splits),
+            "reference": self.reference,
+            "mixes": {
+                domain: [[share, own.value, general.value] for share, own, general in curve]
+                for domain, curve in self.curves().items()
+            },
             "cells": [
                 {
                     "calibrated": name,
@@ -214,46 +252,69 @@ class DomainMatrix:
                         seed=self.seed,
                     ),
                 }
-                for name in (DENSE, *self.domains)
-                for domain in self.domains
+                for name, domain in self.scores
             ],
         }
 
-    def markdown(self) -> str:
-        """The tables as Markdown."""
-        parts = [
-            f"# Domain matrix of {inert(self.name)}",
-            f"![Change of the bits a byte]({PICTURE_NAME})",
-            "Bits a byte on held-out text; in brackets the change against the dense model, with a 95 % interval over "
-            "documents.",
-            table(("calibrated on", "parameters", *(f"on {d}" for d in self.domains)), self.loss_rows()),
+    def run_report(self, environment: Environment) -> RunReport:
+        """All of it, as a report."""
+        reference = self.reference
+        tables = [
+            ReportTable(
+                "Bits a byte",
+                ("calibrated on", "parameters", *(f"on {name}" for name in self.domains)),
+                tuple(self.loss_rows()),
+                "Bits a byte on held-out text; in brackets the change against the dense model, with a 95 % interval "
+                "over documents.",
+            )
         ]
-        if self.reference is not None:
-            parts += [
-                f"Does the context matter? Models of equal size (to one unit), calibrated on their own domain, against "
-                f"the one calibrated on {self.reference} (below 0: better):",
-                table(("domain", "on its own text", f"on {self.reference} text"), self.context_rows()),
-            ]
+        if reference is not None:
+            tables.append(
+                ReportTable(
+                    f"Own domain against {reference}",
+                    ("domain", "on its own text", f"on {reference} text"),
+                    tuple(self.context_rows()),
+                    f"Does the context matter? Models of equal size (to one unit), calibrated on their own domain, "
+                    f"against the one calibrated on {reference} (below 0: better).",
+                )
+            )
+        if self.mixes:
+            tables.append(
+                ReportTable(
+                    f"{reference} text mixed in".capitalize(),
+                    ("domain", f"{reference} text", "on its own text", f"on {reference} text"),
+                    tuple(self.mix_rows()),
+                    f"Change of the bits a byte against the dense model, by the share of {reference} text among the "
+                    f"calibration blocks (general_mix): the domain's own model has none, {reference}'s nothing else.",
+                )
+            )
         if self.asked:
             how = [
-                f"{domain}: scorer `{some.scorer}`, {some.num_shots}-shot" + ("" if fewest >= some.num_shots else said)
+                f"{domain}: scorer {some.scorer}, {some.num_shots}-shot" + ("" if fewest >= some.num_shots else said)
                 for domain in self.asked
                 for some, fewest in [(self.held_out[domain], self._groups(DENSE, domain)[-1].shots[0])]
                 for said in [f" (of some sources only {fewest}: they have no more examples)"]
             ]
-            parts += [
-                f"Accuracy on multiple-choice questions, all sources together ({'; '.join(how)}), with 95 % Wilson "
-                f"intervals; p of McNemar's exact test against the dense one. *: its interval is not clear of "
-                f"guessing, so these questions say nothing about this model:",
-                table(("calibrated on", *(f"on {d}" for d in self.asked)), self.accuracy_rows()),
-                "The same by source"
-                + ("" if self.reference is None else f", and each domain's own model against {self.reference}'s")
-                + ":",
-                table(self.source_header, self.source_rows()),
+            against = "" if reference is None else f", and each domain's own model against {reference}'s"
+            tables += [
+                ReportTable(
+                    "Accuracy, all sources",
+                    ("calibrated on", *(f"on {name}" for name in self.asked)),
+                    tuple(self.accuracy_rows()),
+                    f"Accuracy on multiple-choice questions, all sources together ({'; '.join(how)}), with 95 % Wilson "
+                    f"intervals; p of McNemar's exact test against the dense one. *: its interval is not clear of "
+                    f"guessing, so these questions say nothing about this model.",
+                ),
+                ReportTable(
+                    "Accuracy by source", self.source_header, tuple(self.source_rows()), f"The same by source{against}."
+                ),
             ]
-        return (
-            "\n\n".join(parts)
-            + "\n\n"
-            + "\n".join(f"- {domain}: {inert(how)}" for domain, how in self.splits.items())
-            + "\n"
+        return RunReport(
+            "matrix",
+            self.name,
+            f"Domain matrix of {self.name}",
+            tuple(tables),
+            self.to_dict(),
+            environment,
+            tuple(f"{domain}: {how}" for domain, how in self.splits.items()),
         )

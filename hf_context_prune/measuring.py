@@ -42,6 +42,7 @@ class QuestionOptions:
     Attributes:
         source: What [`load_questions`][] reads.
         columns: Names of its columns, where they differ.
+        splits: Rows of these splits are asked.
         scorer: See [`answer_questions`][].
         num_shots: Examples, at most.
         max_questions: Questions at most; None takes all.
@@ -53,6 +54,7 @@ class QuestionOptions:
 
     source: Any
     columns: Mapping[str, str] | None = None
+    splits: tuple[str, ...] = ("test",)
     scorer: Scorer = "likelihood_normalised"
     num_shots: int = 0
     max_questions: int | None = None
@@ -61,6 +63,14 @@ class QuestionOptions:
     def __post_init__(self) -> None:
         """Check what would else be found after long work."""
         check_scoring(self.scorer, self.num_shots)
+
+    def load(self) -> QuestionSet:
+        """Read the questions.
+
+        Raises:
+            ContextPruneError: See [`load_questions`][].
+        """
+        return load_questions(self.source, columns=self.columns, splits=self.splits, max_questions=self.max_questions)
 
 
 def evaluate(
@@ -96,7 +106,7 @@ def evaluate(
     first = own if base is None else as_loaded(base, None)
     asked = None
     if questions is not None:  # read before anything long
-        asked = load_questions(questions.source, columns=questions.columns, max_questions=questions.max_questions)
+        asked = questions.load()
     text = load_documents(data, text_column=text_column, tokenizer=first.tokenizer, seed=seed)
     general = read_general(options.general_data, apart_from=None, tokenizer=first.tokenizer, seed=seed)
     how_long: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens, "seed": seed}

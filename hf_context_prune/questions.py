@@ -14,6 +14,8 @@ from .errors import ConfigError, DataError, unknown
 from .sources import open_source
 
 FIELDS = ("question", "choices", "answer", "source", "split", "id", "context")
+ALL = "all"
+"""Name of the group of all questions; no source can be named so."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -81,7 +83,8 @@ def load_questions(
     Args:
         source: A ``.jsonl`` (or .json, .csv, .parquet) file, a Hub dataset id ``id[:config][@split]``, or rows.
         columns: Names of the columns in the data by ours (`FIELDS`), where they differ.
-        splits: Rows of these splits are answered; ``dev`` rows are examples. Rows without a split are all answered.
+        splits: Rows of these splits are answered; ``dev`` rows are examples. Rows without
+            a split count as ``test``; where no row has one, all are answered.
         max_questions: No more than that, evenly spread over the rows of every source; None takes all.
 
     Raises:
@@ -95,18 +98,25 @@ def load_questions(
         raise ConfigError(f"max_questions is {max_questions}; it must be at least 1.")
     with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
         opened = open_source(source, text_column="question", seed=0, scratch=scratch)
-        rows = [
-            _question(record, columns or {}, f"{table.name}, record {index}", opened.name)
+        records = {
+            f"{table.name}, record {number}": record
             for table in opened.tables
-            for index, record in enumerate(table.records)
-        ]
+            for number, record in enumerate(table.records, start=1)
+        }
+    names = dict.fromkeys(name for record in records.values() for name in record)
+    for field, column in (columns or {}).items():
+        if records and column not in names:
+            raise DataError(_no_column(opened.name, field, column, names))
+    rows = [_question(record, columns or {}, where, opened.name) for where, record in records.items()]
     if not rows:
         raise DataError(f"{opened.name}: no question in it.")
     examples: dict[str, tuple[Question, ...]] = {}
     for row in rows:
         if row.split == "dev":
             examples[row.source] = (*examples.get(row.source, ()), row)
-    chosen = [row for row in rows if row.split in splits]
+    split = (columns or {}).get("split", "split")
+    told = any(record.get(split) for record in records.values())
+    chosen = [row for row in rows if row.split in splits] if told else rows
     if not chosen:
         found = ", ".join(sorted({repr(row.split) for row in rows}))
         raise DataError(f"{opened.name}: no question of the splits {', '.join(map(repr, splits))}; there are {found}.")
@@ -118,6 +128,9 @@ def load_questions(
 
 
 def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str, name: str) -> Question:
+    for field in ("question", "choices", "answer"):
+        if (column := columns.get(field, field)) not in record:
+            raise DataError(_no_column(where, field, column, record))
     values = {field: record.get(columns.get(field, field)) for field in FIELDS}
     question, choices = values["question"], values["choices"]
     answer = values["answer"]
@@ -146,14 +159,24 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
             f"{where}: {columns.get('answer', 'answer')!r} is {values['answer']!r:.80}; it must be the index of one of "
             f"the {len(choices)} choices, from 0, or its letter."
         )
+    source = str(values["source"] or name)
+    if source == ALL:
+        raise DataError(f"{where}: the source is {ALL!r}, which names all sources together; name it otherwise.")
     return Question(
         id=str(values["id"] if values["id"] not in (None, "") else where),
         question=question.strip(),
         choices=tuple(choice.strip() for choice in choices),
         answer=index,
-        source=str(values["source"] or name),
+        source=source,
         split=str(values["split"] or "test"),
         context=str(values["context"] or "").strip(),
+    )
+
+
+def _no_column(where: str, field: str, column: str, names: Iterable[str]) -> str:
+    return (
+        f"{where} has no column {column!r} for the {field}; there are {', '.join(map(repr, names)) or 'none'}. Say "
+        f"which it is: columns, --mcq-columns {field}=NAME."
     )
 
 

@@ -1,74 +1,72 @@
-"""Reports of pruned folders as Markdown and pictures, from the facts in the folders alone."""
+"""Reports of runs as Markdown and pictures, from the facts in their folders alone."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, LoadError
-from .evaluation import EvalReport
-from .figures import new_figure, widths_figure
+from .errors import ConfigError, LoadError, SaveError
+from .evaluation import AnyReport, EvalReport, RunReport, load_report
+from .figures import Point, curves_figure, losses_figure, matrix_figure, widths_figure
+from .files import check_writable, write_file
+from .manifest import MANIFEST_NAME
 from .markdown import inert, table
 from .plan import PruningPlan
 from .saving import PLAN_NAME, REPORT_NAME, staged_folder, verify_folder
 
 REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"
+_SIZE, _LOSS = "parameters, millions (stars: bases)", "bits a byte, held-out text"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What a pruned folder tells.
+    """What the folder of a run tells.
 
     Attributes:
         name: Of the folder.
-        plan: What was kept.
-        report: What it cost.
+        plan: What was kept; None where no model lies there.
+        report: What was measured.
     """
 
     name: str
-    plan: PruningPlan
-    report: EvalReport
+    plan: PruningPlan | None
+    report: AnyReport
 
 
 def read_folder(folder: str | Path) -> Folder:
-    """Read the facts of a folder, after checking its files.
+    """Read the facts of a folder; those of a pruned model after checking its files.
 
     Raises:
         LoadError: It is not one that this package wrote, is damaged, or has no report.
     """
     path = Path(folder)
-    manifest = verify_folder(path)
-    if REPORT_NAME not in manifest["files"]:
+    name, report = path.resolve().name, path / REPORT_NAME
+    if not (path / MANIFEST_NAME).is_file() and report.is_file():  # of evaluate, bench, matrix or sweep
+        return Folder(name, None, load_report(report))
+    if REPORT_NAME not in (files := verify_folder(path)["files"]):
         raise LoadError(f"{path} has no {REPORT_NAME}: it was saved without figures. Prune it anew, or measure it.")
-    return Folder(path.resolve().name, PruningPlan.load(path / PLAN_NAME), EvalReport.load(path / REPORT_NAME))
+    return Folder(name, PruningPlan.load(path / PLAN_NAME) if PLAN_NAME in files else None, load_report(report))
 
 
-def markdown(folders: Sequence[Folder], *, pictures: bool) -> str:
+def markdown(folders: Sequence[Folder], *, pictures: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> str:
     """The figures of folders, one section each.
 
     Args:
         folders: In the order of the sections.
-        pictures: Refer to the pictures of [`render`][].
+        pictures: (what it shows, file) of the pictures of a folder, by its name; by ``""`` of all folders.
     """
-    parts = ["# Pruned models", ""]
-    if pictures and len(folders) > 1:
-        parts += [f"![Loss against size]({LOSS_PICTURE})", ""]
-    for number, folder in enumerate(folders):
-        report = folder.report
-        rows = report.table_rows()
-        header = ("measure", "base", "pruned", "change")[: len(rows[0])]
-        parts += [f"## {inert(folder.name)}", "", f"Pruned from {inert(report.base_model)}.", ""]
-        parts += [table(header, rows)]
-        parts += ["", inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"), ""]
-        parts += [f"- {inert(note)}" for note in report.notes]
-        if pictures:
-            parts += ["", f"![Widths of {inert(folder.name)}]({_widths_picture(folders, number)})"]
-        parts += ["", f"Plan `{folder.plan.sha256}`, measured {report.created} on {inert(_machine(report))}.", ""]
+    pictures = pictures or {}
+    parts = ["# Reports", "", *_shown(pictures.get("", ()))]
+    for folder in folders:
+        parts += [f"## {inert(folder.name)}", ""]
+        parts += _run_parts(folder.report) if isinstance(folder.report, RunReport) else _model_parts(folder.report)
+        parts += _shown(pictures.get(folder.name, ()))
+        plan = f"Plan `{folder.plan.sha256}`, measured" if folder.plan else "Measured"
+        parts += [f"{plan} {folder.report.created} on {inert(_machine(folder.report))}.", ""]
     return "\n".join(parts)
 
 
@@ -82,77 +80,176 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         raise ConfigError(f"The folders are named {', '.join(names)}; a report needs names that differ.")
+    safe = [re.sub(r"[^\w-]", "-", name) for name in names]
     goal = Path(target).resolve()
     with staged_folder(goal, required_bytes=len(folders) * 2**20, replaces=REPORT_MARKDOWN) as staging:
+        shown: dict[str, list[tuple[str, str]]] = {}
         for number, folder in enumerate(folders):
-            picture = staging / _widths_picture(folders, number)
-            widths_figure(folder.plan, f"Widths of {folder.name}").savefig(picture, dpi=120)
-        if len(folders) > 1:
-            _loss_figure(folders).savefig(staging / LOSS_PICTURE, dpi=120)
-        (staging / REPORT_MARKDOWN).write_text(markdown(folders, pictures=True), encoding="utf-8")
+            again = f"-{number + 1}" if safe.count(safe[number]) > 1 else ""
+            for file, (title, figure) in _pictures(folder).items():
+                own = f"{Path(file).stem}-{safe[number]}{again}.png"
+                figure.savefig(staging / own, dpi=120)
+                shown.setdefault(folder.name, []).append((title, own))
+        if panels := _panels(folders):
+            losses_figure(panels, _SIZE, _LOSS).savefig(staging / LOSS_PICTURE, dpi=120)
+            shown[""] = [("Loss against size", LOSS_PICTURE)]
+        (staging / REPORT_MARKDOWN).write_text(markdown(folders, pictures=shown), encoding="utf-8")
     return goal
 
 
-def _machine(report: EvalReport) -> str:
+def check_report_place(folder: str | Path) -> None:
+    """Refuse a folder that a report can't go to, before the long work.
+
+    Raises:
+        SaveError: It holds a model or something else that this package saved, or can't be written.
+    """
+    path = Path(folder)
+    check_writable(path)
+    if (path / MANIFEST_NAME).is_file():
+        raise SaveError(f"{path} holds a model or a rendered report; figures go to a folder of their own: --output.")
+    if (path / REPORT_NAME).exists():
+        try:
+            load_report(path / REPORT_NAME)
+        except LoadError as error:
+            raise SaveError(f"{error} It would be lost: remove it, or choose another --output.") from error
+
+
+def save_report(report: AnyReport, folder: str | Path) -> None:
+    """Write ``eval_report.json`` to a folder, which is made if it is not there; an older report is replaced.
+
+    Raises:
+        SaveError: See [`check_report_place`][]; or the file can't be written.
+    """
+    path = Path(folder)
+    check_report_place(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{path} can't be made: {error.strerror or error}. Choose another --output.") from error
+    report.save(path / REPORT_NAME)
+
+
+def write_run(report: RunReport, folder: Path, file: str) -> None:
+    """Write a run's ``eval_report.json``, its pictures, and its Markdown.
+
+    Args:
+        report: Of the run.
+        folder: Of the run; is there.
+        file: Name of the Markdown file.
+
+    Raises:
+        SaveError: One can't be written.
+    """
+    import io
+
+    pictures = _pictures(Folder(folder.name, None, report))
+    for name, (_, figure) in pictures.items():
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=120)
+        write_file(folder / name, drawn.getvalue())
+    shown = _shown([(title, name) for name, (title, _) in pictures.items()])
+    write_file(folder / file, "\n".join([f"# {inert(report.title)}", "", *shown, *_run_parts(report)]))
+    save_report(report, folder)
+
+
+def _shown(pictures: Sequence[tuple[str, str]]) -> list[str]:
+    return [line for title, file in pictures for line in (f"![{inert(title)}]({file})", "")]
+
+
+def _machine(report: AnyReport) -> str:
     environment = report.environment
     return f"{environment.platform}, {environment.threads} threads, {environment.dtype}"
 
 
-def _widths_picture(folders: Sequence[Folder], number: int) -> str:
-    names = [re.sub(r"[^\w-]", "-", folder.name) for folder in folders]
-    again = f"-{number + 1}" if names.count(names[number]) > 1 else ""
-    return f"widths-{names[number]}{again}.png"
+def _model_parts(report: EvalReport) -> list[str]:
+    rows = report.table_rows()
+    single = report.size.pruned_parameters is None
+    header = ("measure", "base", "pruned", "change") if not single else ("measure", "value")
+    return [
+        f"{inert(report.base_model)}, alone." if single else f"Pruned from {inert(report.base_model)}.",
+        "",
+        table(header, rows),
+        "",
+        inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"),
+        "",
+        *(line for note in report.notes for line in (f"- {inert(note)}", "")),
+    ]
 
 
-def _loss_figure(folders: Sequence[Folder]) -> Any:  # noqa: ANN401 - matplotlib's
-    figure = new_figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for folder in folders:
-        loss, size = folder.report.loss, folder.report.size
-        for summary, marker, when in ((loss.pruned, "o", ""), (loss.recovered, "s", " (recovered)")):
-            if summary is None or size.pruned_parameters is None:
-                continue
-            value = summary.bits_per_byte
-            low, high = value.interval or (value.value, value.value)
-            axis.errorbar(
-                size.pruned_parameters / 1e6,
-                value.value,
-                yerr=[[value.value - low], [high - value.value]],
-                fmt=marker,
-                capsize=3,
-                label=f"{folder.name}{when}",
+def _run_parts(report: RunReport) -> list[str]:
+    parts = []
+    for one in report.tables:
+        parts += [inert(one.caption or one.title), "", table(one.header, one.rows), ""]
+    return [*parts, *(f"- {inert(note)}" for note in report.notes), *([""] if report.notes else [])]
+
+
+def _pictures(folder: Folder) -> dict[str, tuple[str, Any]]:
+    """(what it shows, matplotlib figure) by file name."""
+    found: dict[str, tuple[str, Any]] = {}
+    if folder.plan is not None:
+        title = f"Widths of {folder.name}"
+        found["widths.png"] = (title, widths_figure(folder.plan, title))
+    if isinstance(folder.report, RunReport):
+        try:
+            found |= _run_pictures(folder.report)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LoadError(f"The figures of the report in {folder.name} are damaged ({error!r}).") from error
+    return found
+
+
+def _run_pictures(report: RunReport) -> dict[str, tuple[str, Any]]:
+    figures = report.figures
+    if report.kind == "matrix":
+        names = figures["domains"]
+        changes = {
+            (cell["calibrated"], cell["measured"]): cell["change"]["bits_per_byte_ratio"]["value"] - 1
+            for cell in figures["cells"]
+            if "change" in cell
+        }
+        found = {"matrix.png": ("Change of the bits a byte", matrix_figure(names, changes))}
+        if curves := figures["mixes"]:
+            found["mix.png"] = ("General text mixed in", curves_figure(curves, figures["reference"]))
+        return found
+    if report.kind == "sweep":
+        base, points = figures["base"], []
+        for row in figures["rows"]:
+            label = ", ".join(
+                f"{name} {'off' if row[name] is None else format(row[name], 'g')}"
+                for name in ("linear", "activation", "embedding")
             )
-        base = loss.base.bits_per_byte.value
-        axis.plot(size.base_parameters / 1e6, base, "*", color="0.4", markersize=11)
-    axis.set_xlabel("parameters, millions (stars: bases)")
-    axis.set_ylabel("bits a byte, held-out text")
-    axis.legend(fontsize="small")
-    return figure
+            for when, marker in (("pruned", "o"), ("tuned", "s")):
+                if row[when] is not None:
+                    points.append(_point(f"{label}{'' if when == 'pruned' else ', tuned'}", row[when], marker))
+        panels = {"": [_point("dense", base, "*"), *points]}
+        return {LOSS_PICTURE: ("Loss against size", losses_figure(panels, _SIZE, _LOSS))}
+    return {}
 
 
-def matrix_picture(names: Sequence[str], changes: Mapping[tuple[str, str], float]) -> bytes:
-    """Draw the domain matrix as a heat map; a PNG file's bytes.
+def _point(label: str, scores: Mapping[str, Any], marker: str) -> Point:
+    bits = scores["loss"]["bits_per_byte"]
+    interval = bits["interval"]
+    return Point(label, scores["parameters"] / 1e6, bits["value"], interval and (interval[0], interval[1]), marker)
 
-    Args:
-        names: Domains, in order.
-        changes: Change of the bits a byte against the dense model, by (calibrated on, measured on).
-    """
-    side = 2.5 + 0.9 * len(names)
-    figure = new_figure(figsize=(side + 1.5, side))
-    axis = figure.subplots()
-    values = [[100 * changes[row, column] for column in names] for row in names]
-    most = max(1e-9, *(abs(value) for line in values for value in line))
-    image = axis.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most)  # white: as the dense model
-    for row, line in enumerate(values):
-        for column, value in enumerate(line):
-            colour = "white" if abs(value) > 0.6 * most else "black"
-            axis.text(column, row, f"{value:+.1f} %", ha="center", va="center", color=colour)
-    axis.set_xticks(range(len(names)), names)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_xlabel("measured on")
-    axis.set_ylabel("calibrated on")
-    axis.set_title("Bits a byte against the dense model")
-    figure.colorbar(image, ax=axis, shrink=0.8, label="per cent")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+
+def _panels(folders: Sequence[Folder]) -> dict[str, list[Point]]:
+    """Losses of pruned models against their sizes, by the text that they were measured on."""
+    panels: dict[str, list[Point]] = {}
+    titles: dict[str, str] = {}
+    for folder in folders:
+        report = folder.report
+        if isinstance(report, RunReport) or report.size.pruned_parameters is None:
+            continue
+        size, loss, text = report.size, report.loss, report.dataset
+        title = titles.setdefault(text.fingerprint, text.name)
+        if any(other == title for key, other in titles.items() if key != text.fingerprint):
+            title = titles[text.fingerprint] = f"{text.name} ({text.fingerprint[:8]})"
+        points = panels.setdefault(title, [])
+        base = Point("base", size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
+        if base not in points:
+            points.append(base)
+        for summary, marker, when in ((loss.pruned, "o", ""), (loss.recovered, "s", " (recovered)")):
+            if summary is not None:
+                bits = summary.bits_per_byte
+                place = report.size.pruned_parameters / 1e6
+                points.append(Point(f"{folder.name}{when}", place, bits.value, bits.interval, marker))
+    return panels

@@ -23,7 +23,7 @@ from .evaluation import (
 )
 from .evaluation.multiple_choice import Scorer
 from .measuring import QuestionOptions
-from .questions import QuestionSet, load_questions
+from .questions import QuestionSet
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def held_out_of(
     """Fix the documents and questions, so that all models are scored on the same."""
     asked, how = None, dict[str, Any]()
     if questions is not None:
-        asked = load_questions(questions.source, columns=questions.columns, max_questions=questions.max_questions)
+        asked = questions.load()
         how = {"scorer": questions.scorer, "num_shots": questions.num_shots}
     docs = tuple(choose_documents(text, tokenizer, max_tokens=max_tokens))
     return HeldOut(text, docs, asked, max_seq_length=max_seq_length, **how)

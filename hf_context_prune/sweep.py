@@ -11,20 +11,28 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .cells import less_one, percent
+from .cells import accuracy, percent, relative_change
 from .config import PrunerConfig
 from .data import TextSource
 from .errors import ConfigError
-from .evaluation import compare_answers, compare_losses, count_parameters, summarize_answers, summarize_losses
-from .files import check_writable, write_file
+from .evaluation import (
+    Environment,
+    ReportTable,
+    RunReport,
+    compare_answers,
+    count_parameters,
+    summarize_answers,
+    summarize_losses,
+)
+from .files import check_writable
 from .global_budget import check_budget, smaller_model, threshold_magnitudes, trimmed_for
 from .loading import LoadedModel
 from .magnitudes import Magnitudes
-from .markdown import inert, table
 from .measuring import QuestionOptions
 from .pipeline import as_loaded, split_text
 from .plan import PruningPlan, fingerprint
 from .recovery import RecoveryConfig, recover
+from .rendering import check_report_place, write_run
 from .rows import open_rows
 from .scores import HeldOut, Scores, held_out_of, score, summary_of
 from .thresholds import below_thresholds, zeros_of_paper
@@ -72,10 +80,14 @@ class SweepOptions:
         """The options of every point.
 
         Raises:
-            ConfigError: There is no point, or a threshold that is none.
+            ConfigError: There is no point, or a threshold that is none or is there twice.
         """
         if not self.points:
             raise ConfigError("Every threshold of the grid is off, so nothing would be pruned. Give one.")
+        for name in ("linear", "activation", "embedding"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ConfigError(f"{name} is {', '.join(map(_threshold, given))}; give each threshold once.")
         return [
             PrunerConfig(
                 criterion="l1",
@@ -166,11 +178,10 @@ class Sweep:
         return ["" if scores is None else measure(scores) for measure in measures for scores in shown]
 
     def _bits(self, scores: Scores) -> str:
-        summary = summarize_losses(scores.losses, seed=self.seed).bits_per_byte
+        bits = f"{summarize_losses(scores.losses, seed=self.seed).bits_per_byte.value:.4f}"
         if scores is self.base:
-            return f"{summary.value:.4f}"
-        ratio = compare_losses(self.base.losses, scores.losses, seed=self.seed).bits_per_byte_ratio
-        return f"{summary.value:.4f} ({percent(less_one(ratio))})"
+            return bits
+        return f"{bits} ({percent(relative_change(self.base.losses, scores.losses, self.seed))})"
 
     def _perplexity(self, scores: Scores) -> str:
         value = summarize_losses(scores.losses, seed=self.seed).perplexity.value
@@ -179,17 +190,15 @@ class Sweep:
 
     def _accuracy(self, scores: Scores, index: int = -1) -> str:
         assert scores.answers is not None and self.held_out.questions is not None  # noqa: PT018
-        value = summarize_answers(self.held_out.questions, scores.answers)[index].accuracy.value
-        if scores is self.base or self.base.answers is None:
-            return f"{value:.1%}"
-        paired = compare_answers(self.base.answers, scores.answers)[index]
-        return f"{value:.1%} (p {paired.p_value:.2g})"
+        alone = scores is self.base or self.base.answers is None
+        paired = None if alone else compare_answers(self.base.answers, scores.answers)[index]  # type: ignore[arg-type]
+        return accuracy(summarize_answers(self.held_out.questions, scores.answers)[index], paired)
 
     def source_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """(header, rows) of the accuracies source by source, and last of all; no rows where none were measured."""
         asked, answers = self.held_out.questions, self.base.answers
         groups = () if asked is None or answers is None else summarize_answers(asked, answers)
-        header = tuple(f"{x.source} (n {x.num_questions:,}, guessing {x.chance:.0%})" for x in groups)
+        header = tuple(f"{x.source} (n {x.num_questions:,})" for x in groups)
         models = [("dense", "", "", "", self.base)]
         for row in self.rows:
             point = [_threshold(value) for value in row.point]
@@ -204,7 +213,6 @@ class Sweep:
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain JSON values."""
         return {
-            "model": self.name,
             "base": summary_of(self.base, self.held_out, seed=self.seed),
             "rows": [
                 {
@@ -221,36 +229,35 @@ class Sweep:
             ],
         }
 
-    def markdown(self) -> str:
-        """The table as Markdown, with what it means."""
+    def run_report(self, environment: Environment) -> RunReport:
+        """All of it, as a report."""
         losses, asked = self.base.losses, self.held_out.questions
-        questions, by_source = "", list[str]()
+        caption = (
+            "Removed: share of the parameters that are gone from the file. Zeroed, not removed: zeros that stay in the "
+            "file, since no whole unit is dead; training leaves them zero. Paper's non-zero size: what the paper's "
+            "code would call the relative size, with everything in the file; it zeroes rows of tokens that must stay "
+            "here, too. Bits a byte: in brackets the change, with a 95 % interval over documents. A perplexity with * "
+            "is a token of another vocabulary, and can't be compared."
+        )
+        notes = [f"{self.text} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} documents."]
+        tables = [ReportTable("Grid of thresholds", self.header, tuple(self.table_rows()), caption)]
         if asked is not None and self.base.answers is not None:
             group = summarize_answers(asked, self.base.answers)[-1]
-            questions = (
-                f" Accuracy: {group.num_questions:,} questions of {inert(asked.name)}, scorer "
-                f"`{self.held_out.scorer}`, {self.held_out.num_shots}-shot, guessing gives {group.chance:.0%}; p of "
-                f"McNemar's exact test against the base."
+            header, rows = self.source_table()
+            tables.append(ReportTable("Accuracy by source", header, tuple(rows)))
+            notes.append(
+                f"Accuracy: {group.num_questions:,} questions of {asked.name}, scorer {self.held_out.scorer}, "
+                f"{self.held_out.num_shots}-shot, with 95 % Wilson intervals; p of McNemar's exact test against the "
+                f"dense model. *: its interval is not clear of guessing, so these questions say nothing about it."
             )
-            by_source = ["", "Accuracy by source:", "", table(*self.source_table())]
-        return "\n".join(
-            [
-                f"# Thresholds of the paper (arXiv 2312.12682) on {inert(self.name)}",
-                "",
-                table(self.header, self.table_rows()),
-                "",
-                f"{inert(self.text)} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} "
-                f"documents; in brackets the change of the bits a byte, with a 95 % interval over documents."
-                f"{questions}",
-                "",
-                "*Removed*: share of the parameters that are gone from the file. *Zeroed, not removed*: zeros that "
-                "stay in the file, since no whole unit is dead; training leaves them zero. *Paper's non-zero size*: "
-                "what the paper's code would call the relative size, with everything in the file; it zeroes rows of "
-                "tokens that must stay here, too. A perplexity "
-                "with * is a token of another vocabulary, and can't be compared.",
-                *by_source,
-                "",
-            ]
+        return RunReport(
+            "sweep",
+            self.name,
+            f"Thresholds of the paper (arXiv 2312.12682) on {self.name}",
+            tuple(tables),
+            self.to_dict(),
+            environment,
+            tuple(notes),
         )
 
 
@@ -269,7 +276,9 @@ def sweep(
     text_column: str | None = None,
     questions: QuestionOptions | None = None,
 ) -> Sweep:
-    """Run the grid, and write ``sweep.jsonl`` and ``sweep.md`` to a folder; a run that was killed goes on from there.
+    """Run the grid, and write it to a folder; a run that was killed goes on from there.
+
+    Writes ``eval_report.json``, ``sweep.md`` with its picture, and ``sweep.jsonl``.
 
     Args:
         model: A `PreTrainedModel`, or what [`load_model`][] reads.
@@ -287,6 +296,7 @@ def sweep(
     options, folder = options or SweepOptions(), Path(output)
     points, configs = options.points, options.configs()
     check_writable(folder)
+    check_report_place(folder)
     base = as_loaded(model, tokenizer)
     for config in {config.embedding_threshold: config for config in configs}.values():
         check_budget(base.model, base.tokenizer, config)
@@ -316,7 +326,8 @@ def sweep(
             tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
             measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
         result = Sweep(base.name, how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
-        write_file(folder / TABLE_NAME, result.markdown())
+        environment = Environment.current(str(base.model.dtype).removeprefix("torch."))
+        write_run(result.run_report(environment), folder, TABLE_NAME)
     return result
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .evaluation import EvalReport
-    from .evaluation.bench import Bench
+    from .evaluation import EvalReport, RunReport
     from .export import ExportReport
-    from .matrix_facts import DomainMatrix
     from .modeling.specs import LayerWidths
-    from .sweep import Sweep
 
 
 def report_table(report: EvalReport) -> Table:
@@ -28,46 +24,15 @@ def report_table(report: EvalReport) -> Table:
     return table
 
 
-def bench_table(bench: Bench) -> Table:
-    """Speed, memory and disk of two models."""
-    table = Table(title="Base and pruned, in turns", title_justify="left")
-    for index, name in enumerate(("measure", "base", "pruned", "pruned / base")):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in bench.table_rows():
-        table.add_row(*(escape(cell) for cell in row))
-    return table
-
-
-def sweep_table(sweep: Sweep) -> Table:
-    """The paper's grid."""
-    table = Table(title=escape(sweep.name), title_justify="left")
-    for name in sweep.header:
-        table.add_column(name, justify="right")
-    for row in sweep.table_rows():
-        table.add_row(*row)
-    return table
-
-
-def matrix_tables(matrix: DomainMatrix) -> list[Table]:
-    """Losses, whether the context matters, and accuracies, of those that were measured."""
-    parts: list[tuple[str, Sequence[str], Sequence[tuple[str, ...]]]] = [
-        ("Bits a byte", ("calibrated on", "parameters", *matrix.domains), matrix.loss_rows()),
-        (
-            f"Own domain against {matrix.reference}: change of the bits a byte",
-            ("domain", "on its own text", f"on {matrix.reference} text"),
-            matrix.context_rows(),
-        ),
-        ("Accuracy, all sources (*: not clear of guessing)", ("calibrated on", *matrix.asked), matrix.accuracy_rows()),
-        ("Accuracy by source", matrix.source_header, matrix.source_rows()),
-    ]
+def run_tables(report: RunReport) -> list[Table]:
+    """The tables of a run."""
     tables = []
-    for title, header, rows in parts:
-        if not rows:
-            continue
-        table = Table(title=escape(title), title_justify="left")
-        for index, name in enumerate(header):
+    for one in report.tables:
+        table = Table(title=escape(one.title), caption=escape(one.caption) or None, title_justify="left")
+        table.caption_justify = "left"
+        for index, name in enumerate(one.header):
             table.add_column(escape(name), justify="left" if index == 0 else "right")
-        for row in rows:
+        for row in one.rows:
             table.add_row(*map(escape, row))
         tables.append(table)
     return tables

@@ -43,16 +43,17 @@ def options(tmp_path, monkeypatch):
 def test_sections_and_going_on(options, tmp_path, monkeypatch):
     proof.main(options)
     text = (tmp_path / "RESULTS.md").read_text()
-    for part in ("### 10% of all parameters", "Own domain against general text", "accuracy, calibrated on"):
+    for part in ("### 10% of all parameters", "Does the context matter?", "| calibrated on | on law |"):
         assert part in text
     assert "### The paper's grid, law" in text
-    assert text.count("\n| 50% |") == 1
+    assert text.count("\n| law | 50% |") == 1
     assert "500 bytes" not in text
     assert "6 questions, both models" in text
-    assert (tmp_path / "matrix-proof-0.1.png").is_file()
+    for name in ("matrix", "mix"):
+        assert (tmp_path / f"proof-0.1-{name}.png").is_file()
+        assert f"](proof-0.1-{name}.png)" in text
     for name in ("smaller_model", "score"):
         monkeypatch.setattr(f"hf_context_prune.matrix.{name}", None)
         monkeypatch.setattr(f"hf_context_prune.sweep.{name}", None)
-        monkeypatch.setattr(proof, name, None)
     proof.main(options)
     assert (tmp_path / "RESULTS.md").read_text() == text

@@ -220,14 +220,30 @@ def test_report(run, place):
     assert code == 0, err
     assert "bits per byte" in out
     assert (place / "report/report.md").exists()
+    measured = ("--data", "@data.jsonl", "--max-seq-length", 32, *QUICK)
+    code, _, err = run("evaluate", "@reported", *measured, "--output", "@figures")
+    assert code == 0, err
+    code, out, err = run("report", "@reported", "@figures", "--format", "json")
+    assert code == 0, err
+    both = json.loads(out)
+    assert both["figures"] == json.loads((place / "figures/eval_report.json").read_text())
+    assert both["reported"]["size"]["pruned_parameters"] == both["figures"]["size"]["base_parameters"]
+    code, out, err = run("report", "@reported", "@figures", "--format", "quiet")
+    assert (code, out.count("\n## ")) == (0, 2), err
+    for command in (("evaluate", "@absent", "--data", "@data.jsonl"), ("bench", "@absent", "@absent")):
+        code, _, err = run(*command, "--output", "@reported")  # before the model is looked for
+        assert (code, "holds a model or a rendered report" in " ".join(err.split())) == (1, True), err
     code, _, err = run("report", "@base")
     assert code == 1
     assert "manifest.json" in err
 
 
 def test_bench(run):
-    code, out, err = run("bench", "@base", "@base", "--repeats", 1, "--new-tokens", 2)
+    code, out, err = run("bench", "@base", "@base", "--repeats", 1, "--new-tokens", 2, "--output", "@speed")
     assert code == 0, err
+    code, shown, err = run("report", "@speed")
+    assert code == 0, err
+    assert shown.splitlines()[1:] == out.splitlines()[:-1]  # but for the name, and for where it was written
     for measure in ("prefill, 127 tokens", "decode, batch 4", "load time", "peak RSS", "weights on disk"):
         assert measure in out
     assert "base and pruned in turns" in out
@@ -284,12 +300,17 @@ def test_questions_and_a_base(run, place):
     code, _, err = run("evaluate", "@base", *measured, *asked, "--harness-task", "@task")
     assert code == 0, err
     assert (place / "task/context_prune_mcq.yaml").exists()
-    for option in (("--harness-task", "@task"), ("--few-shot", 2), ("--max-questions", 3), ("--mcq-columns", "a=b")):
+    code, out, _ = run("evaluate", "@base", *measured, *asked[:4], "--mcq-split", "dev", "--format", "json")
+    assert json.loads(out)["multiple_choice"]["base"][-1]["num_questions"] == 2
+    for option in (
+        *(("--harness-task", "@task"), ("--few-shot", 2), ("--max-questions", 3), ("--mcq-columns", "a=b")),
+        *(("--mcq-scorer", "letter"), ("--mcq-split", "dev")),
+    ):
         code, _, err = run("evaluate", "@base", *measured, *option)
         assert (code, f"{option[0]} says what to do" in err, "give --mcq too" in err) == (2, True, True)
     code, _, err = run("evaluate", "@base", *measured, "--mcq", "@mcq.jsonl")
     assert code == 1
-    assert "'question' is None" in err
+    assert "has no column 'question' for the question; there are 'query'" in " ".join(err.split())
     code, _, err = run("evaluate", "@base", *measured, *asked, "--mcq-scorer", "guess")
     assert code == 2
     assert "Unknown scorer 'guess'" in err
@@ -310,6 +331,8 @@ def domain_file(place, name, seed):
 
 def test_matrix_takes_domains_as_people_write_them(run, place):
     law, general = (domain_file(place, name, seed) for seed, name in enumerate(("law", "general")))
+    asked = [{"query": f"Is it {i}?", "choices": ["a b", "c"], "answer": i % 2, "source": "s"} for i in range(4)]
+    (place / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     options = ("--mlp-ratio", "0.25", "--num-calibration-samples", "4", "--max-seq-length", "32")
     code, out, err = run(
         "matrix",
@@ -319,16 +342,24 @@ def test_matrix_takes_domains_as_people_write_them(run, place):
         f"general={general}",
         "--output",
         "@m",
+        *("--mix", "law=0.5", "--mcq", f"law={place / 'asked.jsonl'}", "--mcq-columns", "question=query"),
         *options,
         "--format",
         "json",
     )
     assert code == 0, err
-    cells = json.loads(out)["cells"]
-    assert {(cell["calibrated"], cell["measured"]) for cell in cells} == {
-        (a, b) for a in ("dense", "law", "general") for b in ("law", "general")
+    report = json.loads(out)
+    assert report == json.loads((place / "m" / "eval_report.json").read_text())
+    assert {(cell["calibrated"], cell["measured"]) for cell in report["figures"]["cells"]} == {
+        (a, b) for a in ("dense", "law", "general", "law+0.5") for b in ("law", "general")
     }
-    assert (place / "m" / "matrix.png").is_file()
+    assert [table["title"] for table in report["tables"]][2:4] == ["General text mixed in", "Accuracy, all sources"]
+    for name in ("matrix.png", "mix.png"):
+        assert (place / "m" / name).is_file()
+    code, out, err = run("report", "@m", "--output", "@rm")
+    assert code == 0, err
+    assert {path.name for path in (place / "rm").glob("*.png")} == {"matrix-m.png", "mix-m.png"}
+    assert "calibrated on" in out
     code, _, err = run("matrix", "@base", "--domains", "law", f"general={general}", "--output", "@m", *options)
     assert (code, "law=laws.jsonl" in err) == (2, True)
     code, _, err = run("matrix", "@base", "--domains", f"law={law}", f"law={law}", "--output", "@m", *options)
@@ -339,6 +370,9 @@ def test_matrix_takes_domains_as_people_write_them(run, place):
         (("--output", "@m", "--mcq", "lav=x"), "Did you mean 'law'"),
         (("--output", "@m", "--mcq", "law=x", "--mcq-scorer", "guess"), "Unknown scorer 'guess'"),
         (("--output", "@m", "--few-shot", 2), "give --mcq too"),
+        (("--output", "@m", "--mix", "law=much"), "it must be shares, as in law=0.25,0.5"),
+        (("--output", "@m", "--mix", "general=0.5"), "it is that"),
+        (("--output", "@m", "--mix", "law=1"), "they must be above 0 and below 1"),
         (("--output", "@law.jsonl"), "is not a folder"),
     ):
         code, _, err = run("matrix", "@absent", *both, *wrong)  # before the model is looked for
@@ -351,7 +385,7 @@ def test_sweep_writes_the_table_of_the_paper(run, place):
     grid = ("--linear", "off,0.1", "--activation", "off,0.1", "--embedding", "off")
     code, out, err = run("sweep", "@base", "--data", law, "--output", "@s", *grid, *small, "--format", "json")
     assert code == 0, err
-    assert [(row["linear"], row["activation"]) for row in json.loads(out)["rows"]] == [
+    assert [(row["linear"], row["activation"]) for row in json.loads(out)["figures"]["rows"]] == [
         (None, 0.1),
         (0.1, None),
         (0.1, 0.1),
@@ -364,6 +398,7 @@ def test_sweep_writes_the_table_of_the_paper(run, place):
         (("--linear", "off", "--activation", "off", "--embedding", "off"), "Every threshold of the grid is off"),
         (("--mcq-scorer", "guess", "--mcq", "x"), "Unknown scorer 'guess'"),
         (("--max-questions", 5), "give --mcq too"),
+        (("--linear", "0.1,1e-1"), "give each threshold once"),
     ):
         code, _, err = run("sweep", "@absent", "--data", law, "--output", "@s", *small, *wrong)
         assert (code, said in " ".join(err.split())) == (2, True), err

@@ -237,7 +237,7 @@ def test_column_errors_list_the_columns(tmp_path):
         load_documents([{"title": "a", "summary": "b"}], text_column="body")
     with pytest.raises(DataError, match=r"text_column.*title, summary"):
         load_documents([{"title": "a", "summary": "b"}])
-    with pytest.raises(DataError, match=r"record 1.*'text'.*int"):
+    with pytest.raises(DataError, match=r"record 2.*'text'.*int"):
         load_documents([{"text": "a"}, {"text": 3}])
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match=r"'body'.*no columns"):
@@ -250,7 +250,7 @@ def test_column_errors_list_the_columns(tmp_path):
 def test_messages_go_through_the_chat_template(tmp_path, tokenizer, from_file):
     record = {"id": "x", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
     source = write_jsonl(tmp_path / "chat.jsonl", [record]) if from_file else [record]
-    with pytest.raises(DataError, match=r"record 0.*no tokenizer"):
+    with pytest.raises(DataError, match=r"record 1.*no tokenizer"):
         load_documents(source)
     with pytest.raises(DataError, match="no chat template"):
         load_documents(source, tokenizer=tokenizer)

@@ -39,7 +39,7 @@ LAYERS = [
     {"scores", "cells"},
     {"matrix_facts"},
     {"sweep", "matrix"},
-    {"cli_output"},
+    {"cli_output", "cli_questions"},
     {"cli_evaluate", "cli_export", "cli_proof", "cli_publish", "cli_recover", "cli_report", "cli_serve", "cli_space"},
     {"cli", "demo"},
     {"__main__"},

@@ -14,14 +14,16 @@ from hf_context_prune import EvalOptions, prune
 from hf_context_prune.card import read_facts
 from hf_context_prune.cells import less_one
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import CalibrationWarning, load_documents
+from hf_context_prune.data import CalibrationWarning, hold_out_documents, load_documents
 from hf_context_prune.errors import ConfigError, SaveError
+from hf_context_prune.evaluation import RunReport, load_report
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.matrix_facts import DENSE
 from hf_context_prune.measuring import QuestionOptions
 from hf_context_prune.recovery import RecoveryConfig
+from hf_context_prune.rendering import read_folder, render
 from hf_context_prune.sweep import SweepOptions, _Pruner, sweep
 from tests.vocabulary.tiny_domain import model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
@@ -99,7 +101,18 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     for part in ("Does the context matter?", "| law / t | 4 |", "2-shot (of some sources only 0: they have no more"):
         assert part in text
     assert (out / "matrix.png").read_bytes().startswith(b"\x89PNG")
-    json.dumps(found.to_dict(), allow_nan=False)
+    report = load_report(out / "eval_report.json")
+    assert isinstance(report, RunReport)
+    assert [table.title for table in report.tables] == [
+        "Bits a byte",
+        "Own domain against general",
+        "Accuracy, all sources",
+        "Accuracy by source",
+    ]
+    assert report.tables[0].rows == tuple(found.loss_rows())
+    assert report.figures == json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    rendered = render([read_folder(out)], tmp_path / "report")
+    assert {path.name for path in rendered.glob("*.png")} == {"matrix-out.png"}
     facts = read_facts(out / "models/law")  # each folder tells what was measured
     assert less_one(facts.report.loss.comparison.bits_per_byte_ratio) == found.change("law", "law")
     assert facts.report.general.loss.pruned.num_bytes == sum(x.num_bytes for x in found.scores["law", "general"].losses)
@@ -134,6 +147,36 @@ def test_held_out_text_that_another_domain_calibrates_on_is_dropped(base, domain
     found = domain_matrix(base, domains, tmp_path / "out", CONFIG, eval_data={"general": held_out}, max_tokens=None)
     assert len(found.scores[DENSE, "general"].losses) == 4
     assert "6 more were dropped" in found.splits["general"]
+
+
+def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, monkeypatch):
+    out, how = tmp_path / "out", {"questions": {"law": questions}, "max_tokens": None}
+    found = domain_matrix(base, domains, out, CONFIG, mixes={"law": [0.5, 0.25]}, **how)
+    assert {pair for pair in found.scores if "+" in pair[0]} == {
+        (f"law+{share}", measured) for share in (0.25, 0.5) for measured in PARTS
+    }
+    curve = found.curves()["law"]
+    assert [share for share, *_ in curve] == [0.0, 0.25, 0.5, 1.0]
+    assert curve[0][1:] == (found.change("law", "law"), found.change("law", "general"))
+    assert curve[-1][1:] == (found.change("general", "law"), found.change("general", "general"))
+    assert [row[:2] for row in found.mix_rows()] == [("law", x) for x in ("0%", "25%", "50%", "100%")]
+    facts = read_facts(out / "models/law+0.25")
+    assert facts.plan.provenance["config"]["general_mix"] == 0.25
+    assert less_one(facts.report.loss.comparison.bits_per_byte_ratio) == curve[1][1]
+    assert less_one(facts.report.general.loss.comparison.bits_per_byte_ratio) == curve[1][2]
+    assert facts.report.multiple_choice is None  # losses alone
+    text, general = (load_documents(domains[name]) for name in PARTS)
+    rest, others = (hold_out_documents(one, seed=0)[0] for one in (text, general))
+    alone, _, _ = smaller_model(base.model, base.tokenizer, rest, replace(CONFIG, general_mix=0.25), general=others)
+    for one, other in zip(load_model(out / "models/law+0.25").model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert (out / "mix.png").read_bytes().startswith(b"\x89PNG")
+    assert "![General text mixed in](mix.png)" in (out / "matrix.md").read_text()
+    measured = []
+    monkeypatch.setattr("hf_context_prune.matrix.score", lambda *_: measured.append(1))
+    fewer = domain_matrix(base, domains, out, CONFIG, mixes={"law": [0.25]}, **how)  # what is there is taken
+    assert [share for share, *_ in fewer.curves()["law"]] == [0.0, 0.25, 1.0]
+    assert measured == []
 
 
 def louder(base, **changes):
@@ -191,6 +234,12 @@ def test_how_questions_are_scored_is_checked_at_once(options):
         ({"law": "a", "b": "b"}, {"questions": {"c": "x"}}),
         ({"law": "a", "general": "b"}, {"reference": "genral"}),
         ({"law": "a", "general": "b"}, {"config": PrunerConfig(max_loss_increase=0.1)}),
+        ({"law": "a", "general": "b"}, {"config": PrunerConfig(general_mix=0.1)}),
+        ({"law": "a", "b": "b"}, {"mixes": {"law": [0.5]}}),
+        ({"law": "a", "general": "b"}, {"mixes": {"general": [0.5]}}),
+        ({"law": "a", "general": "b"}, {"mixes": {"lav": [0.5]}}),
+        ({"law": "a", "general": "b"}, {"mixes": {"law": [0.5, 1.0]}}),
+        ({"law": "a", "general": "b"}, {"mixes": {"law": [0.5, 0.5]}}),
     ],
 )
 def test_bad_domains_are_refused(base, tmp_path, domains, more, monkeypatch):
@@ -214,6 +263,9 @@ def test_texts_that_tell_no_domains_apart(base, domains, tmp_path):
     with pytest.raises(ConfigError, match="law and general are the same text"):
         domain_matrix(base, {**domains, "general": domains["law"]}, tmp_path / "out", CONFIG)
     part = write(tmp_path / "part.jsonl", texts(PARTS["law"], 0, 5))
+    held = write(tmp_path / "held.jsonl", texts(WORDS, 12, 5))
+    with pytest.raises(ConfigError, match=r"law and general are measured on the same text \(held\.jsonl\)"):
+        domain_matrix(base, domains, tmp_path / "out", CONFIG, eval_data={"law": held, "general": held})
     with pytest.raises(ConfigError, match=r"None of the 5 held-out documents of general .* in the text of law"):
         domain_matrix(base, domains, tmp_path / "out", CONFIG, eval_data={"general": part})
 
@@ -287,12 +339,18 @@ def test_the_grid_tells_removed_from_zeroed(base, domains, questions, tmp_path, 
         assert row.pruned.answers is not None
         assert len(row.pruned.answers) == 9
     header, sources = found.source_table()
-    assert header[4:] == ("s (n 5, guessing 33%)", "t (n 4, guessing 33%)", "all (n 9, guessing 33%)")
+    assert header[4:] == ("s (n 5)", "t (n 4)", "all (n 9)")
     assert len(sources) == 13
+    assert all("guessing 33%" in cell for cell in sources[0][4:])
     text = (out / "sweep.md").read_text()
     assert text.count("\n| off |") + text.count("\n| 0.001 |") + text.count("\n| 0.3 |") == 2 * 12
     assert "Accuracy by source" in text
-    json.dumps(found.to_dict(), allow_nan=False)
+    report = load_report(out / "eval_report.json")
+    assert isinstance(report, RunReport)
+    assert report.figures == json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert (out / "loss-against-size.png").read_bytes().startswith(b"\x89PNG")
+    rendered = render([read_folder(out)], tmp_path / "report")
+    assert {path.name for path in rendered.glob("*.png")} == {"loss-against-size-out.png"}
     monkeypatch.setattr("hf_context_prune.sweep.smaller_model", None)
     assert sweep(base, domains["law"], out, OPTIONS, questions=questions).rows == found.rows
 
@@ -316,6 +374,8 @@ def test_the_grid_trains_what_it_pruned(base, domains, tmp_path):
 def test_a_grid_that_prunes_nothing_is_refused(base, domains, tmp_path):
     with pytest.raises(ConfigError, match="off"):
         sweep(base, domains["law"], tmp_path / "out", SweepOptions((None,), (None,), (None,)))
+    with pytest.raises(ConfigError, match=r"activation is 0\.001, off, 0\.001; give each threshold once"):
+        sweep(base, domains["law"], tmp_path / "out", SweepOptions(activation=(1e-3, None, 1e-3)))
     with pytest.raises(ConfigError, match="linear_threshold is -1"):
         sweep(base, domains["law"], tmp_path / "out", SweepOptions((-1.0,), (None,), (None,)))
     assert not (tmp_path / "out").exists()

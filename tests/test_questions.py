@@ -28,6 +28,7 @@ def test_rows_of_a_file(tmp_path):
     assert found.questions[1].context == "A bench \u2028 sat."
     assert [question.id for question in found.examples["a/law"]] == ["d"]
     assert len(load_questions(path, splits=("train", "test")).questions) == 3
+    assert len(load_questions([{"question": "Q?", "choices": ["a", "b"], "answer": 0}], splits=("val",)).questions) == 1
     assert [question.id for question in load_questions(path, max_questions=1).questions] == ["q1"]
 
 
@@ -75,7 +76,7 @@ def test_choices_as_arc_has_them():
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"question": " "}, r"record 0: 'question' is ' '; it must be the text of a question"),
+        ({"question": " "}, r"record 1: 'question' is ' '; it must be the text of a question"),
         ({"choices": ["one"]}, r"'choices' is \['one'\]; it must be a list of 2 to 26 texts"),
         ({"choices": "one or two"}, "'choices' is 'one or two'"),
         ({"choices": ["one", 2]}, "'choices' is"),
@@ -83,6 +84,7 @@ def test_choices_as_arc_has_them():
         ({"answer": "C"}, "'answer' is 'C'"),
         ({"answer": True}, "'answer' is True"),
         ({"answer": None}, "'answer' is None"),
+        ({"source": "all"}, "the source is 'all', which names all sources together"),
         ({"split": "dev"}, "no question of the splits 'test'; there are 'dev'"),
     ],
 )
@@ -94,6 +96,10 @@ def test_rows_that_are_refused(tmp_path, row, said):
 def test_options_that_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"Unknown question column 'choice'; .* Did you mean 'choices'"):
         load_questions(write(tmp_path, {}), columns={"choice": "x"})
+    with pytest.raises(DataError, match=r"mcq\.jsonl has no column 'quest' for the question; there are 'id', 'quest"):
+        load_questions(write(tmp_path, {}), columns={"question": "quest"})
+    with pytest.raises(DataError, match=r"record 2 has no column 'choices' .* --mcq-columns choices=NAME"):
+        load_questions([ROW, {"question": "Q?", "options": ["a", "b"]}])
     with pytest.raises(ConfigError, match="max_questions is 0"):
         load_questions(write(tmp_path, {}), max_questions=0)
     with pytest.raises(DataError, match="no such file"):

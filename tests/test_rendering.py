@@ -8,7 +8,8 @@ import pytest
 
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
-from hf_context_prune.rendering import Folder, markdown, read_folder, render
+from hf_context_prune.evaluation import Environment, ReportTable, RunReport, load_report
+from hf_context_prune.rendering import Folder, check_report_place, markdown, read_folder, render, save_report
 from hf_context_prune.saving import save_pruned, verify_folder
 from tests.test_pipeline import OPTIONS, QUICK, texts
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -65,7 +66,8 @@ def test_names_stay_names(folders):
     folder = read_folder(folders[0])
     hostile = "x\n# Heading | [link](http://a) <b> `code` ![i](u)"
     report = replace(folder.report, base_model=hostile, notes=(hostile,))
-    text = markdown([Folder(hostile, folder.plan, report)], pictures=False)
+    text = markdown([Folder(hostile, folder.plan, report)], pictures={hostile: [(hostile, "widths.png")]})
+    text = text.replace("![x", "").replace("](widths.png)", "")  # the picture's own
     assert "\n# Heading" not in text
     for part in ("<b>", "[link]", "![i]", "| [", "`code`"):
         assert part not in text.replace("\\" + part[0], "?")
@@ -80,3 +82,78 @@ def test_what_is_refused(folders, tmp_path):
         read_folder(bare)
     with pytest.raises(LoadError):
         read_folder(tmp_path)
+
+
+RUN = RunReport(
+    "bench",
+    "a `base` |",
+    "Speed",
+    (ReportTable("T <b>", ("measure", "x | y"), (("a", "# 1"), ("b", "2")), "Read [this](http://a)."),),
+    {"deep": [1, None, {"x": 0.5}]},
+    Environment.current("float32"),
+    ("A *note*.",),
+)
+
+
+def test_a_run_without_a_model_is_reported_too(folders, tmp_path):
+    save_report(RUN, tmp_path / "speed")
+    save_report(replace(RUN, title="Again"), tmp_path / "speed")  # an older one is replaced
+    assert [path.name for path in (tmp_path / "speed").iterdir()] == ["eval_report.json"]
+    found = [read_folder(tmp_path / "speed"), read_folder(folders[0])]
+    assert (found[0].plan, found[0].report) == (None, replace(RUN, title="Again"))
+    out = render(found, tmp_path / "out")
+    assert {path.name for path in out.glob("*.png")} == {"widths-small.png", "loss-against-size.png"}
+    text = (out / "report.md").read_text(encoding="utf-8")
+    for part in ("[this]", "<b>", "*note*", "| # 1"):
+        assert part not in text.replace("\\" + part[0], "?")
+    assert text.index("## speed") < text.index("## small")
+    for place in (folders[0], out):
+        with pytest.raises(SaveError, match="holds a model or a rendered report"):
+            check_report_place(place)
+    (tmp_path / "speed/eval_report.json").write_text("{}")
+    with pytest.raises(SaveError, match="It would be lost"):
+        save_report(RUN, tmp_path / "speed")
+    assert (tmp_path / "speed/eval_report.json").read_text() == "{}"
+
+
+def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, monkeypatch):
+    drawn = {}
+
+    def draw(panels, *_):
+        drawn.update(panels)
+        raise InterruptedError
+
+    monkeypatch.setattr("hf_context_prune.rendering.losses_figure", draw)
+    found = [read_folder(folder) for folder in folders]
+    report = found[1].report
+    other = replace(report, dataset=replace(report.dataset, fingerprint="f" * 64))
+    with pytest.raises(InterruptedError):
+        render([found[0], replace(found[1], report=other)], tmp_path / "out")
+    name = report.dataset.name
+    assert list(drawn) == [name, f"{name} (ffffffff)"]
+    assert [[point.label for point in points] for points in drawn.values()] == [["base", "small"], ["base", "wide one"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "sweeep"}, "of kind 'sweeep'"),
+        ({"schema_version": 2}, "schema_version 2"),
+        ({"tables": [{"title": "T", "header": ["a"], "rows": [["1", "2"]], "caption": ""}]}, "other lengths"),
+        ({"notes": [1]}, r"report\.notes\[0\]"),
+        ({"more": 1}, "unknown keys"),
+    ],
+)
+def test_damaged_reports_of_runs_are_refused(tmp_path, change, said):
+    with pytest.raises(LoadError, match=said):
+        RunReport.from_dict(RUN.to_dict() | change)
+    (tmp_path / "eval_report.json").write_text("[")
+    with pytest.raises(LoadError, match="not a readable evaluation report"):
+        load_report(tmp_path / "eval_report.json")
+
+
+def test_figures_that_do_not_draw_are_told(tmp_path):
+    save_report(replace(RUN, kind="matrix"), tmp_path / "broken")
+    with pytest.raises(LoadError, match="The figures of the report in broken are damaged"):
+        render([read_folder(tmp_path / "broken")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -30,6 +30,7 @@ from .report import (
     SpeedFacts,
     TextLosses,
 )
+from .run_report import AnyReport, ReportTable, RunReport, load_report
 from .speed import (
     MemoryMeasurement,
     SpeedMeasurement,
@@ -45,6 +46,7 @@ from .speed import (
 __all__ = [
     "Accuracy",
     "Answer",
+    "AnyReport",
     "DatasetFacts",
     "DocumentLoss",
     "Environment",
@@ -58,6 +60,8 @@ __all__ = [
     "MemoryMeasurement",
     "MultipleChoiceFacts",
     "PairedAccuracy",
+    "ReportTable",
+    "RunReport",
     "SizeFacts",
     "SpeedFacts",
     "SpeedMeasurement",
@@ -70,6 +74,7 @@ __all__ = [
     "compare_losses",
     "count_parameters",
     "document_losses",
+    "load_report",
     "measure_peak_memory",
     "measure_speed",
     "speed_ratio",

@@ -1,12 +1,16 @@
 """Frozen dataclasses to plain JSON values and back, strict in both directions."""
 
 import dataclasses
+import json
 import math
+import os
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError, NumericsError
+from ..files import write_file
 
 
 def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON has no narrower type
@@ -32,6 +36,8 @@ def decode(annotation: Any, value: object, where: str) -> Any:  # noqa: ANN401 -
     """
     if dataclasses.is_dataclass(annotation):
         return _decode_dataclass(annotation, value, where)
+    if annotation is Any:
+        return value
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         (inner,) = (argument for argument in arguments if argument is not types.NoneType)
@@ -48,7 +54,32 @@ def decode(annotation: Any, value: object, where: str) -> Any:  # noqa: ANN401 -
         )
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise LoadError(f"{where} is {value!r:.80}; it must be one of {', '.join(arguments)}. The file is damaged.")
+        return value
     return _expect(annotation, value, where)
+
+
+def save_json(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write plain values with sorted keys; `path` is replaced whole or stays as it was.
+
+    Raises:
+        SaveError: If the file can't be written.
+    """
+    write_file(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def load_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401 - JSON has no narrower type
+    """Read what `save_json` wrote.
+
+    Raises:
+        LoadError: If the file is missing or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
 
 
 def _decode_dataclass(kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - the instance of a given class

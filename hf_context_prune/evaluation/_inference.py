@@ -1,10 +1,12 @@
 """Small helpers shared by the measurements: evaluation mode and the limits of a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,3 +35,19 @@ def vocabulary_rows(model: "PreTrainedModel") -> int:
     """Return how many token ids `model` can both read and predict (rows of the smaller of embedding and head)."""
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(int(embedding.weight.shape[0]) for embedding in embeddings if embedding is not None)
+
+
+def check_token_ids(model: "PreTrainedModel", tokenizer: Any, sequences: Iterable[Sequence[int]]) -> None:  # noqa: ANN401
+    """Refuse token ids that `model` has no row for.
+
+    Raises:
+        DataError: The tokenizer is another model's; names the token.
+    """
+    rows = vocabulary_rows(model)
+    highest = max((max(ids) for ids in sequences if len(ids)), default=0)
+    if highest >= rows:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(
+            f"The tokenizer gives the id {highest} ({token!r}), but the model has only {rows} token rows (ids 0 to "
+            f"{rows - 1}). Use the tokenizer that belongs to the model."
+        )

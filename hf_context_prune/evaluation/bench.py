@@ -5,9 +5,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from .report import Environment
+from .run_report import ReportTable, RunReport
 from .speed import MemoryMeasurement, SpeedMeasurement, measure_peak_memory, measure_speed, speed_ratio, weight_bytes
 
 if TYPE_CHECKING:
@@ -45,10 +47,6 @@ class Bench:
     base_bytes: int | None
     pruned_bytes: int | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return dataclasses.asdict(self)
-
     def table_rows(self) -> list[tuple[str, ...]]:
         """(measure, base, pruned, ratio with quartiles); above 1: the pruned model is faster, or takes more."""
         rows = [
@@ -72,6 +70,19 @@ class Bench:
             ratios = [pruned / base for base, pruned in zip(*values, strict=True)]
             ratio = f"x{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         return label, *cells, ratio
+
+    def run_report(self, base: str, pruned: str) -> RunReport:
+        """All of it, as a report.
+
+        Args:
+            base: Name of the dense model.
+            pruned: Name of the pruned model.
+        """
+        header = ("measure", "base", "pruned", "pruned / base")
+        table = ReportTable(f"{pruned} beside {base}, in turns", header, tuple(self.table_rows()), self.caption())
+        title = f"Speed of {pruned} beside {base}"
+        environment = Environment.current((self.prefill or self.decode)[0].pruned.dtype)
+        return RunReport("bench", base, title, (table,), {"pruned": pruned, **dataclasses.asdict(self)}, environment)
 
     def caption(self) -> str:
         """Machine, threads and dtypes."""

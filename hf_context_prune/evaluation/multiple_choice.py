@@ -12,10 +12,10 @@ from huggingface_hub.utils import tqdm
 from scipy import stats
 
 from ..errors import ConfigError, DataError, NumericsError, PruningWarning, unknown
-from ..questions import LETTERS, Question, QuestionSet, papers_prompt, prompt
+from ..questions import ALL, LETTERS, Question, QuestionSet, papers_prompt, prompt
 from ._bootstrap import CONFIDENCE, Estimate
 from ._continuations import Alternatives, continuation_log_probs
-from ._inference import evaluation_mode, max_positions
+from ._inference import check_token_ids, evaluation_mode, max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Scorer = Literal["likelihood_normalised", "likelihood", "letter", "paper"]
 _GENERATED = re.compile(r"Answer: +([^ ])")
 _GENERATED_TOKENS = 10
-ALL = "all"
-"""Name of the group of all questions."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def answer_questions(
 
     Raises:
         ConfigError: An unknown scorer, or `num_shots` below 0.
-        DataError: A choice is longer than the model has positions.
+        DataError: A choice is longer than the model has positions, or the tokenizer has tokens that it has not.
         NumericsError: A score is not a number.
     """
     check_scoring(scorer, num_shots)
@@ -135,6 +133,7 @@ def answer_questions(
             )
             for question, examples in pairs
         ]
+        check_token_ids(model, tokenizer, (row for item in items for row in item.sequences))
         _check_fit(model, questions.questions, items)
         scores = continuation_log_probs(model, items, batch_tokens=batch_tokens)
     if scorer == "likelihood_normalised":
@@ -226,6 +225,7 @@ def _paper_scores(
         )
         for question in questions
     ]
+    check_token_ids(model, tokenizer, (row for item in items for row in item.sequences))
     sums = continuation_log_probs(model, items, batch_tokens=batch_tokens)
     scores = []
     generated = _generated(model, tokenizer, prompts)
@@ -252,6 +252,7 @@ def _generated(model: "PreTrainedModel", tokenizer: Any, prompts: Sequence[str])
     with evaluation_mode(model):
         for text in tqdm(prompts, desc="Generating", unit="question", name="hf_context_prune.evaluation"):
             ids = tokenizer.encode(text)[-(limit - _GENERATED_TOKENS) if limit else None :]
+            check_token_ids(model, tokenizer, [ids])
             tensor = torch.tensor([ids], device=model.device)
             output = model.generate(
                 tensor,

@@ -4,6 +4,7 @@ The unit of everything here is the *document*: records that share a `doc` id are
 is predicted exactly once, so bits per byte compare models with different vocabularies.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from huggingface_hub.utils import tqdm
 from ..data import TextSource
 from ..errors import ConfigError, DataError, NumericsError
 from ._bootstrap import Estimate, Statistic, bits_per_byte, bootstrap_estimate, ratio
-from ._inference import evaluation_mode, max_positions, vocabulary_rows
+from ._inference import check_token_ids, evaluation_mode, max_positions
 from ._windows import (
     EncodedDocument,
     Window,
@@ -283,14 +284,8 @@ def _check_lengths(model: "PreTrainedModel", max_seq_length: int, batch_tokens: 
 def _check_ids(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", documents: Sequence[EncodedDocument], context: int
 ) -> None:
-    rows = vocabulary_rows(model)
-    highest = max(context, *(max(ids) for document in documents for ids in document.records if ids))
-    if highest >= rows:
-        token = tokenizer.convert_ids_to_tokens(highest)
-        raise DataError(
-            f"The tokenizer gives the id {highest} ({token!r}), but the model has only {rows} token rows (ids 0 to "
-            f"{rows - 1}). Use the tokenizer that belongs to the model."
-        )
+    given = (ids for document in documents for ids in document.records)
+    check_token_ids(model, tokenizer, itertools.chain([[context]], given))
 
 
 def _window_losses(model: "PreTrainedModel", batch: Sequence[Window], padding: int) -> list[float]:

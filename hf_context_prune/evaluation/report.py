@@ -2,21 +2,18 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import typing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError, LoadError
-from ..files import write_file
-from ._codec import decode, plain
+from ._codec import decode, load_json, plain, save_json
 from ._table import grouped_rows, text_rows
 from .multiple_choice import Accuracy, PairedAccuracy
 from .perplexity import LossComparison, LossSummary
@@ -275,8 +272,7 @@ class EvalReport:
             NumericsError: If a figure is NaN or infinite; nothing is written.
             SaveError: If the file can't be written.
         """
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-        write_file(path, text)
+        save_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EvalReport":
@@ -285,11 +281,7 @@ class EvalReport:
         Raises:
             LoadError: If the file is missing, is no JSON, or is no report of a known version.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(load_json(path))
 
     def table_rows(self, *groups: str) -> list[tuple[str, ...]]:
         """Return the figures for people: (measure, base, pruned, change), or (measure, value) for a single model.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation import RunReport, load_report
 from hf_context_prune.evaluation import bench as module
 from hf_context_prune.evaluation.bench import bench
 from hf_context_prune.evaluation.speed import MemoryMeasurement
@@ -49,7 +48,13 @@ def test_rows_and_values(pair, monkeypatch, tmp_path):
     assert rows["peak RSS (MB)"] == ("4", "3", "x0.75 (0.75 to 0.75)")
     assert rows["weights on disk (MB)"] == ("0.0", "0.0", "x0.67")
     assert result.decode[1].base.batch_size == 2
-    assert json.loads(json.dumps(result.to_dict()))["base_bytes"] == 3000
+    report = result.run_report("big", "small")
+    report.save(tmp_path / "eval_report.json")
+    again = load_report(tmp_path / "eval_report.json")
+    assert isinstance(again, RunReport)
+    assert again.to_dict() == report.to_dict()
+    assert (again.figures["base_bytes"], again.figures["pruned"], again.model) == (3000, "small", "big")
+    assert again.tables[0].rows == tuple(result.table_rows())
     assert "1 threads, float32; base and pruned in turns" in result.caption()
 
 

@@ -80,6 +80,14 @@ def test_questions_that_are_too_long(scorer):
         answer_questions(model, tokenizer, never, scorer=scorer)
 
 
+@pytest.mark.parametrize("scorer", ["likelihood", "letter", "paper"])
+def test_a_tokenizer_of_another_model(scorer):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer) - 3)
+    with pytest.raises(DataError, match=r"the model has only \d+ token rows .* Use the tokenizer that belongs"):
+        answer_questions(model, tokenizer, questions(), scorer=scorer)
+
+
 def log_prob(model, ids, start):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)

@@ -1,0 +1,111 @@
+"""The facts of a run that compares many models, or one pair in many ways: figures for programs, tables for people."""
+
+import dataclasses
+import os
+import typing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from ..errors import LoadError
+from ._codec import decode, load_json, plain, save_json
+from .report import Environment, EvalReport
+
+SCHEMA_VERSION = 1
+
+RunKind = Literal["bench", "matrix", "sweep"]
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """One table.
+
+    Attributes:
+        title: A few words.
+        header: Names of the columns.
+        rows: One cell a column.
+        caption: Sentences that a reader of the table must know; may be empty.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run found: of ``bench``, ``matrix`` or ``sweep``.
+
+    Attributes:
+        kind: The command.
+        model: Name of the dense model.
+        title: Of the whole.
+        tables: For people.
+        figures: The same and more for programs, as plain JSON values.
+        environment: Where it was measured.
+        notes: Sentences on how it was measured.
+        created: UTC time, ISO 8601 to the second.
+        schema_version: Version of the JSON layout.
+    """
+
+    kind: RunKind
+    model: str
+    title: str
+    tables: tuple[ReportTable, ...]
+    figures: dict[str, Any]
+    environment: Environment
+    notes: tuple[str, ...] = ()
+    created: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values (dicts, lists, str, int, float, None).
+
+        Raises:
+            NumericsError: If a figure is NaN or infinite; the message names it.
+        """
+        return typing.cast(dict[str, Any], plain(dataclasses.asdict(self), "report"))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "RunReport":
+        """Return the report that `to_dict` gave.
+
+        Raises:
+            LoadError: If kind or schema version are unknown, a key is missing, unknown or of the wrong type, or a row
+                has other cells than its table has columns.
+        """
+        kinds = typing.get_args(RunKind)
+        if data.get("kind") not in kinds or data.get("schema_version") != SCHEMA_VERSION:
+            raise LoadError(
+                f"The report is of kind {data.get('kind')!r} and schema_version {data.get('schema_version')!r}; this "
+                f"version of hf_context_prune reads {', '.join(kinds)} of version {SCHEMA_VERSION}. Install the "
+                f"version that wrote it, or measure again."
+            )
+        report = typing.cast(RunReport, decode(cls, data, "report"))
+        for table in report.tables:
+            if any(len(row) != len(table.header) for row in table.rows):
+                raise LoadError(f"The table {table.title!r} of the report has rows of other lengths than its header.")
+        return report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON with sorted keys; `path` is replaced whole or stays as it was.
+
+        Raises:
+            NumericsError: If a figure is NaN or infinite; nothing is written.
+            SaveError: If the file can't be written.
+        """
+        save_json(self.to_dict(), path)
+
+
+AnyReport = EvalReport | RunReport
+
+
+def load_report(path: str | os.PathLike[str]) -> AnyReport:
+    """Read a saved report of any kind.
+
+    Raises:
+        LoadError: If the file is missing, is no JSON, or is no report of a known kind and version.
+    """
+    data = load_json(path)
+    return RunReport.from_dict(data) if isinstance(data, dict) and "kind" in data else EvalReport.from_dict(data)
