@@ -71,7 +71,7 @@ def evaluate(
     from .rendering import check_report_place, save_report
 
     if output is not None:
-        check_report_place(output)
+        check_report_place(output, "evaluate")
     report = on_main_process(
         lambda: run(
             load_model(model, dtype=dtype.value, device=device, revision=revision),
@@ -114,7 +114,7 @@ def bench(
     from .rendering import check_report_place, save_report
 
     if output is not None:
-        check_report_place(output)
+        check_report_place(output, "bench")
 
     def measure() -> RunReport:
         first, second = (load_model(name, dtype=dtype.value, device=device) for name in (base, model))

@@ -211,7 +211,7 @@ def check_matrix(
                 f"once: 0 and 1 are the models of {name} and {reference}."
             )
     check_writable(output)
-    check_report_place(output)
+    check_report_place(output, "matrix")
     return reference
 
 

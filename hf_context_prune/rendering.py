@@ -97,11 +97,16 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
     return goal
 
 
-def check_report_place(folder: str | Path) -> None:
+def check_report_place(folder: str | Path, kind: str) -> None:
     """Refuse a folder that a report can't go to, before the long work.
 
+    Args:
+        folder: May be absent.
+        kind: Of the report: the command. An older one of the same is replaced.
+
     Raises:
-        SaveError: It holds a model or something else that this package saved, or can't be written.
+        SaveError: It holds a model, another kind of report or something else that this package saved, or can't be
+            written.
     """
     path = Path(folder)
     check_writable(path)
@@ -109,9 +114,11 @@ def check_report_place(folder: str | Path) -> None:
         raise SaveError(f"{path} holds a model or a rendered report; figures go to a folder of their own: --output.")
     if (path / REPORT_NAME).exists():
         try:
-            load_report(path / REPORT_NAME)
+            older = load_report(path / REPORT_NAME)
         except LoadError as error:
             raise SaveError(f"{error} It would be lost: remove it, or choose another --output.") from error
+        if (held := _kind(older)) != kind:
+            raise SaveError(f"{path} holds what {held} found, which would be lost: choose another --output.")
 
 
 def save_report(report: AnyReport, folder: str | Path) -> None:
@@ -121,7 +128,7 @@ def save_report(report: AnyReport, folder: str | Path) -> None:
         SaveError: See [`check_report_place`][]; or the file can't be written.
     """
     path = Path(folder)
-    check_report_place(path)
+    check_report_place(path, _kind(report))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -150,6 +157,10 @@ def write_run(report: RunReport, folder: Path, file: str) -> None:
     shown = _shown([(title, name) for name, (title, _) in pictures.items()])
     write_file(folder / file, "\n".join([f"# {inert(report.title)}", "", *shown, *_run_parts(report)]))
     save_report(report, folder)
+
+
+def _kind(report: AnyReport) -> str:
+    return report.kind if isinstance(report, RunReport) else "evaluate"
 
 
 def _shown(pictures: Sequence[tuple[str, str]]) -> list[str]:

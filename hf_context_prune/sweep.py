@@ -296,7 +296,7 @@ def sweep(
     options, folder = options or SweepOptions(), Path(output)
     points, configs = options.points, options.configs()
     check_writable(folder)
-    check_report_place(folder)
+    check_report_place(folder, "sweep")
     base = as_loaded(model, tokenizer)
     for config in {config.embedding_threshold: config for config in configs}.values():
         check_budget(base.model, base.tokenizer, config)

@@ -109,7 +109,9 @@ def test_a_run_without_a_model_is_reported_too(folders, tmp_path):
     assert text.index("## speed") < text.index("## small")
     for place in (folders[0], out):
         with pytest.raises(SaveError, match="holds a model or a rendered report"):
-            check_report_place(place)
+            check_report_place(place, "bench")
+    with pytest.raises(SaveError, match="holds what bench found, which would be lost"):
+        save_report(found[1].report, tmp_path / "speed")
     (tmp_path / "speed/eval_report.json").write_text("{}")
     with pytest.raises(SaveError, match="It would be lost"):
         save_report(RUN, tmp_path / "speed")
