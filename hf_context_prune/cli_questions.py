@@ -24,7 +24,9 @@ McqSources = Annotated[
 McqColumns = Annotated[
     str | None, typer.Option(help="Names of their columns, where they differ: question=query,choices=options.")
 ]
-McqSplit = Annotated[str | None, typer.Option(help="Split of the rows that are asked. Default test.")]
+McqSplit = Annotated[
+    str | None, typer.Option(help="Split of the rows that are asked; those without one are test. Default test.")
+]
 McqScorer = Annotated[
     str | None,
     typer.Option(
@@ -80,4 +82,7 @@ def _columns(text: str) -> dict[str, str]:
     for ours, _, theirs in pairs:
         if not ours.strip() or not theirs.strip():
             raise ConfigError(f"--mcq-columns is {text!r}; it must be pairs, as in question=query,choices=options.")
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    found = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(found) < len(pairs):
+        raise ConfigError(f"--mcq-columns is {text!r}; name the column of each field once.")
+    return found

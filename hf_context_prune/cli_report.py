@@ -26,9 +26,9 @@ def report(
 ) -> None:
     """Show the figures of runs, and write them as Markdown with pictures."""
     from .evaluation import RunReport
-    from .rendering import markdown, read_folder, render
+    from .rendering import markdown, read_folders, render
 
-    found = [read_folder(folder) for folder in folders]
+    found = read_folders(folders)
     written = None if output is None else render(found, output)
     if format is Format.json:
         out_json({folder.name: folder.report.to_dict() for folder in found})

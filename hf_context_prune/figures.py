@@ -55,6 +55,12 @@ def widths_figure(plan: PruningPlan, title: str) -> Any:  # noqa: ANN401
     return figure
 
 
+def _plain_legend(axis: Any) -> None:  # noqa: ANN401
+    """A legend of names that are no formulas."""
+    for text in axis.legend(fontsize="small").get_texts():
+        text.set_parse_math(False)
+
+
 def losses_figure(panels: Mapping[str, Sequence[Point]], xlabel: str, ylabel: str) -> Any:  # noqa: ANN401
     """Losses against something: one panel a text, since losses on different texts can't be compared."""
     figure = new_figure(figsize=(7, 0.8 + 3.7 * len(panels)), layout="constrained")
@@ -76,8 +82,7 @@ def losses_figure(panels: Mapping[str, Sequence[Point]], xlabel: str, ylabel: st
         axis.set_title(title, parse_math=False, fontsize="medium")
         axis.set_ylabel(ylabel)
         if axis.get_legend_handles_labels()[1]:
-            for text in axis.legend(fontsize="small").get_texts():
-                text.set_parse_math(False)
+            _plain_legend(axis)
     axes[-1].set_xlabel(xlabel)
     return figure
 
@@ -99,8 +104,8 @@ def matrix_figure(names: Sequence[str], changes: Mapping[tuple[str, str], float]
         for column, value in enumerate(line):
             colour = "white" if abs(value) > 0.6 * most else "black"
             axis.text(column, row, f"{value:+.1f} %", ha="center", va="center", color=colour)
-    axis.set_xticks(range(len(names)), names)
-    axis.set_yticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), names, parse_math=False)
+    axis.set_yticks(range(len(names)), names, parse_math=False)
     axis.set_xlabel("measured on")
     axis.set_ylabel("calibrated on")
     axis.set_title("Bits a byte against the dense model")
@@ -121,10 +126,10 @@ def curves_figure(curves: Mapping[str, Sequence[tuple[float, float, float]]], re
         own, general = [100 * point[1] for point in points], [100 * point[2] for point in points]
         axis.plot(own, general, "o-", label=name)
         for (share, *_), x, y in zip(points, own, general, strict=True):
-            axis.annotate(f"{share:.0%}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
+            axis.annotate(f"{100 * share:g} %", (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axis.set_xlabel("bits a byte on the domain's text, change in per cent")
-    axis.set_ylabel(f"on {reference} text")
+    axis.set_ylabel(f"on {reference} text", parse_math=False)
     axis.set_title(f"Share of {reference} text in the calibration", parse_math=False)
     axis.grid(alpha=0.3)
-    axis.legend(title="domain")
+    _plain_legend(axis)
     return figure

@@ -23,7 +23,7 @@ from .loading import LoadedModel, load_model
 from .matrix_facts import DENSE, DomainMatrix, mixed_name
 from .measuring import QuestionOptions
 from .overlap import drop_overlapping
-from .pipeline import as_loaded, split_text
+from .pipeline import as_loaded, plan_notes, split_text
 from .plan import PruningPlan, fingerprint
 from .rendering import check_report_place, write_run
 from .rows import open_rows
@@ -31,7 +31,7 @@ from .saving import PLAN_NAME, REPORT_NAME, check_target, save_pruned
 from .scores import HeldOut, Scores, held_out_of, score
 
 REFERENCE = "general"
-ROWS_NAME, TABLE_NAME, MODELS = "matrix.jsonl", "matrix.md", "models"
+ROWS_NAME, MODELS = "matrix.jsonl", "models"
 
 
 def domain_matrix(
@@ -107,14 +107,16 @@ def domain_matrix(
                     if measured not in (one.domain, reference):
                         continue
                     kept = replace(kept, questions=None)
+                # What is mixed in depends on the reference.
+                key = [name, measured] if one is None or one.general is None else [name, measured, reference]
                 row = rows.get(
-                    [name, measured],
+                    key,
                     lambda kept=kept, get=smaller: score(get().model, get().tokenizer, kept).to_row(),  # type: ignore[misc]
                 )
                 scores[name, measured] = Scores.from_row(row)
         result = DomainMatrix(base.name, names, held_out, splits, scores, reference, config.pruning_seed, shares)
         environment = Environment.current(str(base.model.dtype).removeprefix("torch."))
-        write_run(result.run_report(environment), folder, TABLE_NAME)
+        write_run(result.run_report(environment), folder)
         for member in members:
             if not (folder / MODELS / member.name).exists():  # removed by hand since its rows were measured
                 _pruned(base, member, folder / MODELS / member.name)
@@ -205,10 +207,16 @@ def check_matrix(
                 f"mixes has shares of general text for {name}, but "
                 + ("it is that." if reference else "no domain is of general text: name the one that is as reference.")
             )
-        if len(set(shares)) < len(shares) or not all(0 < share < 1 for share in shares):
+        told, blocks = ", ".join(map(str, shares)), config.num_calibration_samples
+        if len({mixed_name(name, share) for share in shares}) < len(shares) or not all(0 < x < 1 for x in shares):
             raise ConfigError(
-                f"mixes of {name} are {', '.join(f'{x:g}' for x in shares)}; they must be above 0 and below 1, each "
-                f"once: 0 and 1 are the models of {name} and {reference}."
+                f"mixes of {name} are {told}; they must be above 0 and below 1, each once: 0 and 1 are the models of "
+                f"{name} and {reference}."
+            )
+        if not all(0 < round(share * blocks) < blocks for share in shares):
+            raise ConfigError(
+                f"mixes of {name} are {told}: of {blocks} calibration blocks that is none or all of them for one. Give "
+                f"shares from {1 / blocks:g} to {1 - 1 / blocks:g}, or more blocks (num_calibration_samples)."
             )
     check_writable(output)
     check_report_place(output, "matrix")
@@ -265,6 +273,7 @@ def _tell(result: DomainMatrix, member: _Member, base: LoadedModel, folder: Path
         base_bytes=None if base.folder is None else weight_bytes(base.folder),
         pruned_bytes=weight_bytes(folder),
         asked=Budget.of(member.config, result.scores[DENSE, member.domain].parameters).asked_ratio,
+        notes=plan_notes(PruningPlan.load(folder / PLAN_NAME), member.text, member.config, member.general),
     )
     if (folder / REPORT_NAME).is_file():
         older = EvalReport.load(folder / REPORT_NAME)

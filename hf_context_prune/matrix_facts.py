@@ -74,6 +74,7 @@ class DomainMatrix:
         base_bytes: int | None,
         pruned_bytes: int,
         asked: float | None,
+        notes: tuple[str, ...] = (),
     ) -> EvalReport:
         """What one model scored on its domain's text and questions, and on the reference, as a report.
 
@@ -84,6 +85,7 @@ class DomainMatrix:
             base_bytes: Size of the dense weights on disk, if they are there.
             pruned_bytes: Size of its own.
             asked: Share of the parameters that was to go, if the config has one.
+            notes: Sentences that a reader of the figures must know.
         """
         dense, own, held_out = self.scores[DENSE, domain], self.scores[name, domain], self.held_out[domain]
         choice = None
@@ -107,6 +109,7 @@ class DomainMatrix:
             environment=environment,
             multiple_choice=choice,
             general=general,
+            notes=notes,
         )
 
     def _dataset(self, domain: str) -> DatasetFacts:
@@ -227,7 +230,7 @@ class DomainMatrix:
     def mix_rows(self) -> list[tuple[str, ...]]:
         """(domain, share of the reference's text, change on the domain's text, on the reference's)."""
         return [
-            (domain, f"{share:.0%}", percent(own), percent(general))
+            (domain, f"{100 * share:g} %", percent(own), percent(general))
             for domain, curve in self.curves().items()
             for share, own, general in curve
         ]
@@ -281,7 +284,7 @@ class DomainMatrix:
         if self.mixes:
             tables.append(
                 ReportTable(
-                    f"{reference} text mixed in".capitalize(),
+                    f"Text of {reference} mixed in",
                     ("domain", f"{reference} text", "on its own text", f"on {reference} text"),
                     tuple(self.mix_rows()),
                     f"Change of the bits a byte against the dense model, by the share of {reference} text among the "

@@ -38,6 +38,7 @@ from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
+from .plan import PruningPlan
 from .result import PruneResult
 from .search_text import SearchText
 from .sequential import check_walkable
@@ -77,6 +78,24 @@ def _check_saves(model: PreTrainedModel, spec: ArchSpec, config: PrunerConfig) -
                 f"can't be saved. Use reconstruction='least_squares' (better at the same size) or 'none'; 'bias' is "
                 f"for measuring in memory, through Python's prune()."
             )
+
+
+def plan_notes(
+    plan: PruningPlan, text: TextSource, config: PrunerConfig, general: TextSource | None = None
+) -> tuple[str, ...]:
+    """Sentences on how a plan came about, for a report.
+
+    Args:
+        plan: Made by the config.
+        text: What was calibrated on.
+        config: All choices.
+        general: Text of no domain that was mixed in, if any.
+    """
+    calibrated: tuple[str, ...] = ()
+    if config.prunes_units:
+        mixed = f", a share of {config.general_mix:g} of {general.name}" if general is not None else ""
+        calibrated = (f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}{mixed}.",)
+    return (*vocabulary_note(plan, text), *effort_note(plan), *zeros_note(plan), *calibrated)
 
 
 @together()
@@ -198,17 +217,7 @@ def prune(
         general=general_facts,
         notes=(
             *((found.text,) if found else ()),
-            *vocabulary_note(plan, text),
-            *effort_note(plan),
-            *zeros_note(plan),
-            *(
-                (
-                    f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}"
-                    + (f", a share of {config.general_mix:g} of {mixed_in.name}." if mixed_in is not None else "."),
-                )
-                if config.prunes_units
-                else ()
-            ),
+            *plan_notes(plan, text, config, mixed_in),
             f"Saved as {type(smaller).__name__}: {stock.reason}.",
         ),
     )

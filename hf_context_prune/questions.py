@@ -84,7 +84,7 @@ def load_questions(
         source: A ``.jsonl`` (or .json, .csv, .parquet) file, a Hub dataset id ``id[:config][@split]``, or rows.
         columns: Names of the columns in the data by ours (`FIELDS`), where they differ.
         splits: Rows of these splits are answered; ``dev`` rows are examples. Rows without
-            a split count as ``test``; where no row has one, all are answered.
+            a split count as ``test``.
         max_questions: No more than that, evenly spread over the rows of every source; None takes all.
 
     Raises:
@@ -114,9 +114,7 @@ def load_questions(
     for row in rows:
         if row.split == "dev":
             examples[row.source] = (*examples.get(row.source, ()), row)
-    split = (columns or {}).get("split", "split")
-    told = any(record.get(split) for record in records.values())
-    chosen = [row for row in rows if row.split in splits] if told else rows
+    chosen = [row for row in rows if row.split in splits]
     if not chosen:
         found = ", ".join(sorted({repr(row.split) for row in rows}))
         raise DataError(f"{opened.name}: no question of the splits {', '.join(map(repr, splits))}; there are {found}.")
@@ -159,16 +157,17 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
             f"{where}: {columns.get('answer', 'answer')!r} is {values['answer']!r:.80}; it must be the index of one of "
             f"the {len(choices)} choices, from 0, or its letter."
         )
-    source = str(values["source"] or name)
+    source = name if values["source"] in (None, "") else str(values["source"])
     if source == ALL:
-        raise DataError(f"{where}: the source is {ALL!r}, which names all sources together; name it otherwise.")
+        whose = "" if values["source"] else " (the name of the file or folder, since the row has none)"
+        raise DataError(f"{where}: the source is {ALL!r}{whose}, which names all sources together; name it otherwise.")
     return Question(
         id=str(values["id"] if values["id"] not in (None, "") else where),
         question=question.strip(),
         choices=tuple(choice.strip() for choice in choices),
         answer=index,
         source=source,
-        split=str(values["split"] or "test"),
+        split="test" if values["split"] in (None, "") else str(values["split"]),
         context=str(values["context"] or "").strip(),
     )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,15 @@ from .evaluation import AnyReport, EvalReport, RunReport, load_report
 from .figures import Point, curves_figure, losses_figure, matrix_figure, widths_figure
 from .files import check_writable, write_file
 from .manifest import MANIFEST_NAME
-from .markdown import inert, table
+from .markdown import inert, one_line, table
 from .plan import PruningPlan
 from .saving import PLAN_NAME, REPORT_NAME, staged_folder, verify_folder
 
 REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"
+_WRITTEN = {"matrix": ("matrix.md", "matrix.png", "mix.png"), "sweep": ("sweep.md", LOSS_PICTURE)}
+"""What a run leaves beside its report, by kind; Markdown first."""
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 _SIZE, _LOSS = "parameters, millions (stars: bases)", "bits a byte, held-out text"
 
 
@@ -37,6 +43,22 @@ class Folder:
     report: AnyReport
 
 
+def read_folders(folders: Sequence[str | Path]) -> list[Folder]:
+    """Read the facts of folders; those of a pruned model after checking its files.
+
+    Raises:
+        LoadError: One is not of this package, is damaged, or has no report.
+        ConfigError: Two have one name.
+    """
+    found = [read_folder(folder) for folder in folders]
+    names = [folder.name for folder in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"The folders are named {', '.join(names)}; a report needs names that differ. Link or rename some."
+        )
+    return found
+
+
 def read_folder(folder: str | Path) -> Folder:
     """Read the facts of a folder; those of a pruned model after checking its files.
 
@@ -44,8 +66,15 @@ def read_folder(folder: str | Path) -> Folder:
         LoadError: It is not one that this package wrote, is damaged, or has no report.
     """
     path = Path(folder)
-    name, report = path.resolve().name, path / REPORT_NAME
-    if not (path / MANIFEST_NAME).is_file() and report.is_file():  # of evaluate, bench, matrix or sweep
+    report = path / REPORT_NAME
+    # As it was given: a link has its own name. What is not UTF-8 can't be shown.
+    name = one_line(os.fsencode(Path(os.path.abspath(path)).name).decode("utf-8", "replace"))
+    if not (path / MANIFEST_NAME).is_file():
+        if not report.is_file():
+            raise LoadError(
+                f"{path} has no {REPORT_NAME} and no {MANIFEST_NAME}: name a folder that prune, evaluate, bench, "
+                f"matrix or sweep wrote."
+            )
         return Folder(name, None, load_report(report))
     if REPORT_NAME not in (files := verify_folder(path)["files"]):
         raise LoadError(f"{path} has no {REPORT_NAME}: it was saved without figures. Prune it anew, or measure it.")
@@ -66,32 +95,36 @@ def markdown(folders: Sequence[Folder], *, pictures: Mapping[str, Sequence[tuple
         parts += _run_parts(folder.report) if isinstance(folder.report, RunReport) else _model_parts(folder.report)
         parts += _shown(pictures.get(folder.name, ()))
         plan = f"Plan `{folder.plan.sha256}`, measured" if folder.plan else "Measured"
-        parts += [f"{plan} {folder.report.created} on {inert(_machine(folder.report))}.", ""]
+        parts += [f"{plan} {inert(folder.report.created)} on {inert(_machine(folder.report))}.", ""]
     return "\n".join(parts)
 
 
 def render(folders: Sequence[Folder], target: str | Path) -> Path:
     """Write ``report.md`` with its pictures to a folder, whole or not at all.
 
+    Args:
+        folders: As [`read_folders`][] gives them.
+        target: An older report there is replaced.
+
     Raises:
-        ConfigError: Two folders have one name.
+        LoadError: Figures that can't be drawn.
         SaveError: The folder can't be written, or holds something else.
     """
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"The folders are named {', '.join(names)}; a report needs names that differ.")
-    safe = [re.sub(r"[^\w-]", "-", name) for name in names]
     goal = Path(target).resolve()
     with staged_folder(goal, required_bytes=len(folders) * 2**20, replaces=REPORT_MARKDOWN) as staging:
         shown: dict[str, list[tuple[str, str]]] = {}
-        for number, folder in enumerate(folders):
-            again = f"-{number + 1}" if safe.count(safe[number]) > 1 else ""
-            for file, (title, figure) in _pictures(folder).items():
-                own = f"{Path(file).stem}-{safe[number]}{again}.png"
-                figure.savefig(staging / own, dpi=120)
-                shown.setdefault(folder.name, []).append((title, own))
+        for folder in folders:
+            safe = re.sub(r"[^\w-]", "-", folder.name)
+            for file, (title, picture) in _pictures(folder).items():
+                own = stem = f"{Path(file).stem}-{safe}"
+                for number in itertools.count(2):
+                    if not (staging / f"{own}.png").exists():
+                        break
+                    own = f"{stem}-{number}"
+                (staging / f"{own}.png").write_bytes(picture)
+                shown.setdefault(folder.name, []).append((title, f"{own}.png"))
         if panels := _panels(folders):
-            losses_figure(panels, _SIZE, _LOSS).savefig(staging / LOSS_PICTURE, dpi=120)
+            (staging / LOSS_PICTURE).write_bytes(_drawn("these folders", losses_figure, panels, _SIZE, _LOSS))
             shown[""] = [("Loss against size", LOSS_PICTURE)]
         (staging / REPORT_MARKDOWN).write_text(markdown(folders, pictures=shown), encoding="utf-8")
     return goal
@@ -112,13 +145,20 @@ def check_report_place(folder: str | Path, kind: str) -> None:
     check_writable(path)
     if (path / MANIFEST_NAME).is_file():
         raise SaveError(f"{path} holds a model or a rendered report; figures go to a folder of their own: --output.")
-    if (path / REPORT_NAME).exists():
+    if (path / "config.json").is_file():
+        raise SaveError(f"{path} holds a model; figures go to a folder of their own: --output.")
+    if os.path.lexists(path / REPORT_NAME):
         try:
             older = load_report(path / REPORT_NAME)
         except LoadError as error:
             raise SaveError(f"{error} It would be lost: remove it, or choose another --output.") from error
         if (held := _kind(older)) != kind:
             raise SaveError(f"{path} holds what {held} found, which would be lost: choose another --output.")
+    elif present := [name for name in _WRITTEN.get(kind, ()) if os.path.lexists(path / name)]:
+        raise SaveError(
+            f"{path} has {', '.join(present)}, but no report of an earlier {kind}: they would be lost. Choose another "
+            f"--output, or move them."
+        )
 
 
 def save_report(report: AnyReport, folder: str | Path) -> None:
@@ -136,27 +176,30 @@ def save_report(report: AnyReport, folder: str | Path) -> None:
     report.save(path / REPORT_NAME)
 
 
-def write_run(report: RunReport, folder: Path, file: str) -> None:
-    """Write a run's ``eval_report.json``, its pictures, and its Markdown.
+def write_run(report: RunReport, folder: Path) -> Path:
+    """Write a run's ``eval_report.json``, its pictures, and its Markdown; those of an earlier run are replaced.
 
     Args:
         report: Of the run.
-        folder: Of the run; is there.
-        file: Name of the Markdown file.
+        folder: Of the run.
+
+    Returns:
+        The Markdown file.
 
     Raises:
         SaveError: One can't be written.
     """
-    import io
-
     pictures = _pictures(Folder(folder.name, None, report))
-    for name, (_, figure) in pictures.items():
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=120)
-        write_file(folder / name, drawn.getvalue())
+    save_report(report, folder)  # first: it says whose the others are
+    text, *names = _WRITTEN[report.kind]
+    for name in names:
+        if name in pictures:
+            write_file(folder / name, pictures[name][1])
+        else:
+            (folder / name).unlink(missing_ok=True)
     shown = _shown([(title, name) for name, (title, _) in pictures.items()])
-    write_file(folder / file, "\n".join([f"# {inert(report.title)}", "", *shown, *_run_parts(report)]))
-    save_report(report, folder)
+    write_file(folder / text, "\n".join([f"# {inert(report.title)}", "", *shown, *_run_parts(report)]))
+    return folder / text
 
 
 def _kind(report: AnyReport) -> str:
@@ -194,46 +237,66 @@ def _run_parts(report: RunReport) -> list[str]:
     return [*parts, *(f"- {inert(note)}" for note in report.notes), *([""] if report.notes else [])]
 
 
-def _pictures(folder: Folder) -> dict[str, tuple[str, Any]]:
-    """(what it shows, matplotlib figure) by file name."""
-    found: dict[str, tuple[str, Any]] = {}
+def _drawn(name: str, draw: Callable[..., Any], *values: Any) -> bytes:  # noqa: ANN401
+    """A picture as the bytes of a PNG file.
+
+    Raises:
+        LoadError: The values are not such that they can be drawn.
+    """
+    try:
+        picture = io.BytesIO()
+        draw(*values).savefig(picture, format="png", dpi=120)
+    except _DAMAGE as error:
+        raise LoadError(f"The figures of {name} can't be drawn ({error!r:.200}): a report is damaged.") from error
+    return picture.getvalue()
+
+
+def _pictures(folder: Folder) -> dict[str, tuple[str, bytes]]:
+    """(what it shows, PNG file) by file name."""
+    found: dict[str, tuple[str, bytes]] = {}
     if folder.plan is not None:
         title = f"Widths of {folder.name}"
-        found["widths.png"] = (title, widths_figure(folder.plan, title))
+        found["widths.png"] = (title, _drawn(folder.name, widths_figure, folder.plan, title))
     if isinstance(folder.report, RunReport):
-        try:
-            found |= _run_pictures(folder.report)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise LoadError(f"The figures of the report in {folder.name} are damaged ({error!r}).") from error
+        for name, (title, draw) in _DRAWINGS.get(folder.report.kind, {}).items():
+            if name != "mix.png" or folder.report.figures.get("mixes"):
+                found[name] = (title, _drawn(folder.name, draw, folder.report.figures))
     return found
 
 
-def _run_pictures(report: RunReport) -> dict[str, tuple[str, Any]]:
-    figures = report.figures
-    if report.kind == "matrix":
-        names = figures["domains"]
-        changes = {
-            (cell["calibrated"], cell["measured"]): cell["change"]["bits_per_byte_ratio"]["value"] - 1
-            for cell in figures["cells"]
-            if "change" in cell
-        }
-        found = {"matrix.png": ("Change of the bits a byte", matrix_figure(names, changes))}
-        if curves := figures["mixes"]:
-            found["mix.png"] = ("General text mixed in", curves_figure(curves, figures["reference"]))
-        return found
-    if report.kind == "sweep":
-        base, points = figures["base"], []
-        for row in figures["rows"]:
-            label = ", ".join(
-                f"{name} {'off' if row[name] is None else format(row[name], 'g')}"
-                for name in ("linear", "activation", "embedding")
-            )
-            for when, marker in (("pruned", "o"), ("tuned", "s")):
-                if row[when] is not None:
-                    points.append(_point(f"{label}{'' if when == 'pruned' else ', tuned'}", row[when], marker))
-        panels = {"": [_point("dense", base, "*"), *points]}
-        return {LOSS_PICTURE: ("Loss against size", losses_figure(panels, _SIZE, _LOSS))}
-    return {}
+def _matrix(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401 - matplotlib's
+    changes = {
+        (cell["calibrated"], cell["measured"]): cell["change"]["bits_per_byte_ratio"]["value"] - 1
+        for cell in figures["cells"]
+        if "change" in cell
+    }
+    return matrix_figure(figures["domains"], changes)
+
+
+def _mixes(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    return curves_figure(figures["mixes"], figures["reference"])
+
+
+def _grid(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    points = [_point("dense", figures["base"], "*")]
+    for row in figures["rows"]:
+        label = ", ".join(
+            f"{name} {'off' if row[name] is None else format(row[name], 'g')}"
+            for name in ("linear", "activation", "embedding")
+        )
+        for when, marker in (("pruned", "o"), ("tuned", "s")):
+            if row[when] is not None:
+                points.append(_point(f"{label}{'' if when == 'pruned' else ', tuned'}", row[when], marker))
+    return losses_figure({"": points}, _SIZE, _LOSS)
+
+
+_DRAWINGS: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]]] = {
+    "matrix": {
+        "matrix.png": ("Change of the bits a byte", _matrix),
+        "mix.png": ("General text mixed in", _mixes),
+    },
+    "sweep": {LOSS_PICTURE: ("Loss against size", _grid)},
+}
 
 
 def _point(label: str, scores: Mapping[str, Any], marker: str) -> Point:

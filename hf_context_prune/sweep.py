@@ -43,7 +43,7 @@ Point = tuple[float | None, float | None, float | None]
 
 GRID: tuple[float | None, ...] = (1e-5, 1e-3, 1e-1)
 """The paper's thresholds for linear layers, and for activations."""
-ROWS_NAME, TABLE_NAME = "sweep.jsonl", "sweep.md"
+ROWS_NAME = "sweep.jsonl"
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def sweep(
             measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
         result = Sweep(base.name, how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
         environment = Environment.current(str(base.model.dtype).removeprefix("torch."))
-        write_run(result.run_report(environment), folder, TABLE_NAME)
+        write_run(result.run_report(environment), folder)
     return result
 
 

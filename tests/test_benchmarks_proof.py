@@ -46,7 +46,7 @@ def test_sections_and_going_on(options, tmp_path, monkeypatch):
     for part in ("### 10% of all parameters", "Does the context matter?", "| calibrated on | on law |"):
         assert part in text
     assert "### The paper's grid, law" in text
-    assert text.count("\n| law | 50% |") == 1
+    assert text.count("\n| law | 50 % |") == 1
     assert "500 bytes" not in text
     assert "6 questions, both models" in text
     for name in ("matrix", "mix"):

@@ -317,6 +317,9 @@ def test_questions_and_a_base(run, place):
     code, _, err = run("evaluate", "@base", *measured, "--mcq", "@mcq.jsonl", "--mcq-columns", "question")
     assert code == 2
     assert "it must be pairs" in err
+    twice = "question=query,question=q"
+    code, _, err = run("evaluate", "@base", *measured, "--mcq", "@mcq.jsonl", "--mcq-columns", twice)
+    assert (code, "once" in err) == (2, True)
 
 
 # The paper's grid, and the matrix
@@ -353,7 +356,7 @@ def test_matrix_takes_domains_as_people_write_them(run, place):
     assert {(cell["calibrated"], cell["measured"]) for cell in report["figures"]["cells"]} == {
         (a, b) for a in ("dense", "law", "general", "law+0.5") for b in ("law", "general")
     }
-    assert [table["title"] for table in report["tables"]][2:4] == ["General text mixed in", "Accuracy, all sources"]
+    assert [table["title"] for table in report["tables"]][2:4] == ["Text of general mixed in", "Accuracy, all sources"]
     for name in ("matrix.png", "mix.png"):
         assert (place / "m" / name).is_file()
     code, out, err = run("report", "@m", "--output", "@rm")

@@ -159,9 +159,10 @@ def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, 
     assert [share for share, *_ in curve] == [0.0, 0.25, 0.5, 1.0]
     assert curve[0][1:] == (found.change("law", "law"), found.change("law", "general"))
     assert curve[-1][1:] == (found.change("general", "law"), found.change("general", "general"))
-    assert [row[:2] for row in found.mix_rows()] == [("law", x) for x in ("0%", "25%", "50%", "100%")]
+    assert [row[:2] for row in found.mix_rows()] == [("law", x) for x in ("0 %", "25 %", "50 %", "100 %")]
     facts = read_facts(out / "models/law+0.25")
     assert facts.plan.provenance["config"]["general_mix"] == 0.25
+    assert "tokens of law.jsonl, a share of 0.25 of general.jsonl." in facts.report.notes[-1]
     assert less_one(facts.report.loss.comparison.bits_per_byte_ratio) == curve[1][1]
     assert less_one(facts.report.general.loss.comparison.bits_per_byte_ratio) == curve[1][2]
     assert facts.report.multiple_choice is None  # losses alone
@@ -177,6 +178,32 @@ def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, 
     fewer = domain_matrix(base, domains, out, CONFIG, mixes={"law": [0.25]}, **how)  # what is there is taken
     assert [share for share, *_ in fewer.curves()["law"]] == [0.0, 0.25, 1.0]
     assert measured == []
+    monkeypatch.undo()
+    domain_matrix(base, domains, out, CONFIG, **how)
+    assert not (out / "mix.png").exists()  # of the run before
+    more = {**domains, "finance": write(tmp_path / "finance.jsonl", texts(WORDS[5:], 21))}
+    out = tmp_path / "three"
+    domain_matrix(base, more, out, CONFIG, mixes={"law": [0.5]}, max_tokens=None)
+    other = {"mixes": {"law": [0.5]}, "max_tokens": None, "reference": "finance"}
+    with pytest.raises(ConfigError, match="other options or text"):
+        domain_matrix(base, more, out, CONFIG, **other)
+    shutil.rmtree(out / "models/law+0.5")
+    again = domain_matrix(base, more, out, CONFIG, **other)
+    fresh = domain_matrix(base, more, tmp_path / "fresh", CONFIG, **other)
+    assert again.scores == fresh.scores  # what was mixed in is another text now
+
+
+def test_files_of_others_are_not_replaced(base, domains, tmp_path, monkeypatch):
+    for name in ("matrix", "sweep"):
+        monkeypatch.setattr(f"hf_context_prune.{name}.as_loaded", None)
+    for name, run in (
+        ("mix.png", lambda out: domain_matrix(base, domains, out, CONFIG)),
+        ("sweep.md", lambda out: sweep(base, domains["law"], out, OPTIONS)),
+    ):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(SaveError, match=rf"has {name}, but no report of an earlier"):
+            run(tmp_path)
+        assert (tmp_path / name).read_text() == "mine"
 
 
 def louder(base, **changes):
@@ -239,7 +266,8 @@ def test_how_questions_are_scored_is_checked_at_once(options):
         ({"law": "a", "general": "b"}, {"mixes": {"general": [0.5]}}),
         ({"law": "a", "general": "b"}, {"mixes": {"lav": [0.5]}}),
         ({"law": "a", "general": "b"}, {"mixes": {"law": [0.5, 1.0]}}),
-        ({"law": "a", "general": "b"}, {"mixes": {"law": [0.5, 0.5]}}),
+        ({"law": "a", "general": "b"}, {"mixes": {"law": [0.5, 0.5000001]}}),
+        ({"law": "a", "general": "b"}, {"mixes": {"law": [0.05]}}),
     ],
 )
 def test_bad_domains_are_refused(base, tmp_path, domains, more, monkeypatch):

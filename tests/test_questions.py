@@ -28,8 +28,20 @@ def test_rows_of_a_file(tmp_path):
     assert found.questions[1].context == "A bench \u2028 sat."
     assert [question.id for question in found.examples["a/law"]] == ["d"]
     assert len(load_questions(path, splits=("train", "test")).questions) == 3
-    assert len(load_questions([{"question": "Q?", "choices": ["a", "b"], "answer": 0}], splits=("val",)).questions) == 1
     assert [question.id for question in load_questions(path, max_questions=1).questions] == ["q1"]
+
+
+def test_a_source_that_is_a_number():
+    rows = [ROW | {"source": number} for number in (0, 1)]
+    assert [row.source for row in load_questions(rows).questions] == ["0", "1"]
+
+
+def test_a_file_that_is_named_as_all_sources(tmp_path):
+    (tmp_path / "all").mkdir()
+    row = {name: value for name, value in ROW.items() if name != "source"}
+    (tmp_path / "all" / "mcq.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"is 'all' \(the name of the file or folder, since the row has none\)"):
+        load_questions(tmp_path / "all")
 
 
 def test_labels_that_look_like_indices():
@@ -85,6 +97,7 @@ def test_choices_as_arc_has_them():
         ({"answer": True}, "'answer' is True"),
         ({"answer": None}, "'answer' is None"),
         ({"source": "all"}, "the source is 'all', which names all sources together"),
+        ({"split": "val"}, "no question of the splits 'test'; there are 'val'"),
         ({"split": "dev"}, "no question of the splits 'test'; there are 'dev'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,15 @@ import pytest
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.evaluation import Environment, ReportTable, RunReport, load_report
-from hf_context_prune.rendering import Folder, check_report_place, markdown, read_folder, render, save_report
+from hf_context_prune.rendering import (
+    Folder,
+    check_report_place,
+    markdown,
+    read_folder,
+    read_folders,
+    render,
+    save_report,
+)
 from hf_context_prune.saving import save_pruned, verify_folder
 from tests.test_pipeline import OPTIONS, QUICK, texts
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -54,12 +63,13 @@ def test_a_report_replaces_reports_alone(folders, tmp_path):
     with pytest.raises(SaveError, match=r"as something else \(it has no report\.md\), which would be lost"):
         render(found, folders[0])
     verify_folder(folders[0])
-    twins = [Folder("a b", found[0].plan, found[0].report), Folder("a-b", found[1].plan, found[1].report)]
-    out = render(twins, tmp_path / "twins")
-    assert {path.name for path in out.glob("widths-*")} == {"widths-a-b-1.png", "widths-a-b-2.png"}
+    names = ("a b", "a-b", "a-b-2", "a_b")
+    alike = [Folder(name, found[0].plan, found[0].report) for name in names]
+    out = render(alike, tmp_path / "alike")
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert "(widths-a-b-1.png)" in text
-    assert "(widths-a-b-2.png)" in text
+    pictures = ["widths-a-b.png", "widths-a-b-2.png", "widths-a-b-2-2.png", "widths-a_b.png"]
+    assert {path.name for path in out.glob("widths-*")} == set(pictures)
+    assert re.findall(r"\((widths.*?)\)", text) == pictures
 
 
 def test_names_stay_names(folders):
@@ -75,12 +85,14 @@ def test_names_stay_names(folders):
 
 def test_what_is_refused(folders, tmp_path):
     found = read_folder(folders[0])
-    with pytest.raises(ConfigError, match="needs names that differ"):
-        render([found, found], tmp_path / "out")
+    (tmp_path / "link").symlink_to(folders[0])
+    assert [folder.name for folder in read_folders([folders[0], tmp_path / "link"])] == [found.name, "link"]
+    with pytest.raises(ConfigError, match=r"named small, small; a report needs names that differ"):
+        read_folders([folders[0], f"{folders[0]}/"])
     bare = save_pruned(tiny_model("llama"), tmp_path / "bare")
     with pytest.raises(LoadError, match=r"has no eval_report\.json"):
         read_folder(bare)
-    with pytest.raises(LoadError):
+    with pytest.raises(LoadError, match="name a folder that prune, evaluate, bench, matrix or sweep wrote"):
         read_folder(tmp_path)
 
 
@@ -112,6 +124,10 @@ def test_a_run_without_a_model_is_reported_too(folders, tmp_path):
             check_report_place(place, "bench")
     with pytest.raises(SaveError, match="holds what bench found, which would be lost"):
         save_report(found[1].report, tmp_path / "speed")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/eval_report.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SaveError, match="It would be lost"):
+        check_report_place(tmp_path / "broken", "bench")
     (tmp_path / "speed/eval_report.json").write_text("{}")
     with pytest.raises(SaveError, match="It would be lost"):
         save_report(RUN, tmp_path / "speed")
@@ -156,6 +172,38 @@ def test_damaged_reports_of_runs_are_refused(tmp_path, change, said):
 
 def test_figures_that_do_not_draw_are_told(tmp_path):
     save_report(replace(RUN, kind="matrix"), tmp_path / "broken")
-    with pytest.raises(LoadError, match="The figures of the report in broken are damaged"):
+    with pytest.raises(LoadError, match="The figures of broken can't be drawn"):
         render([read_folder(tmp_path / "broken")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_domains_are_no_formulas(tmp_path):
+    names = [r"$\frac{$", "_b"]
+    ratio = {"bits_per_byte_ratio": {"value": 1.1}}
+    cells = [{"calibrated": a, "measured": b, "change": ratio} for a in names for b in names]
+    figures = {"domains": names, "reference": names[0], "cells": cells, "mixes": {names[0]: [[0, 0.1, 0.2]]}}
+    save_report(replace(RUN, kind="matrix", figures=figures), tmp_path / "odd")
+    out = render([read_folder(tmp_path / "odd")], tmp_path / "out")
+    assert {path.name for path in out.glob("*.png")} == {"matrix-odd.png", "mix-odd.png"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"loss": "\\ud800"}', "not a readable evaluation report"),
+        ("[" * 100_000, "not a readable evaluation report"),
+        ('{"kind": "bench"}', "schema_version None"),
+    ],
+)
+def test_files_that_are_no_reports(tmp_path, text, said):
+    (tmp_path / "eval_report.json").write_text(text)
+    with pytest.raises(LoadError, match=said):
+        read_folder(tmp_path)
+
+
+def test_when_it_was_measured_is_text_too(folders):
+    folder = read_folder(folders[0])
+    report = replace(folder.report, created="x <img src=x> [a](http://evil)\n# Big")
+    text = markdown([replace(folder, report=report)])
+    assert "<img" not in text.replace("\\<", "?")
+    assert "\n# Big" not in text

@@ -52,8 +52,10 @@ def decode(annotation: Any, value: object, where: str) -> Any:  # noqa: ANN401 -
         return tuple(
             decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, items, strict=True))
         )
+    if annotation is int:
+        return _expect_int(_expect(int, value, where), where)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(_expect_int(value, where))
     if origin is typing.Literal:
         if value not in arguments:
             raise LoadError(f"{where} is {value!r:.80}; it must be one of {', '.join(arguments)}. The file is damaged.")
@@ -77,7 +79,9 @@ def load_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401 - JSON has n
         LoadError: If the file is missing or no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(data, ensure_ascii=False).encode()  # what can't be written can't be shown: half a character, say
+        return data
     except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
 
@@ -89,6 +93,12 @@ def _decode_dataclass(kind: Any, value: object, where: str) -> Any:  # noqa: ANN
         missing, unknown = sorted(fields.keys() - given.keys()), sorted(given.keys() - fields.keys())
         raise LoadError(f"{where} lacks the keys {missing} and has the unknown keys {unknown}; the file is damaged.")
     return kind(**{name: decode(hint, given[name], f"{where}.{name}") for name, hint in fields.items()})
+
+
+def _expect_int(value: int, where: str) -> int:
+    if abs(value) >= 2**63:
+        raise LoadError(f"{where} has over {len(str(2**63)) - 1} digits; the file is damaged.")
+    return value
 
 
 def _expect(kind: type, value: object, where: str) -> Any:  # noqa: ANN401 - an instance of `kind`

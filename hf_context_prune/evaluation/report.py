@@ -261,9 +261,11 @@ class EvalReport:
                 f"{SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."
             )
         try:
-            return typing.cast(EvalReport, decode(cls, data, "report"))
-        except ConfigError as error:
+            report = typing.cast(EvalReport, decode(cls, data, "report"))
+            report.table_rows()  # figures that contradict one another are found now
+        except (ConfigError, ArithmeticError, LookupError, ValueError) as error:
             raise LoadError(f"The evaluation report contradicts itself: {error}") from error
+        return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON with sorted keys; `path` is replaced whole or stays as it was.

@@ -274,3 +274,24 @@ def test_the_table_has_predicted_beside_realised_and_the_budget(report):
     excess = next(row for row in report.table_rows() if row[0].startswith("excess loss"))
     assert rows[excess[0]][-1] == f"{excess[-1]} (predicted +0.1250)"
     assert rows["bits per byte on the text of the search"][1:] == ("-", "-", "+2.8 % (allowed +3.0 %)")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("loss", "base", "bits_per_byte", "value"), 10**400, "digits"),
+        (("size", "pruned_parameters"), 10**400, "digits"),
+        (("loss", "comparison", "excess_nats_per_token", "value"), 1e308, "contradicts itself"),
+        (("speed", "base", "prefill_rounds"), [0.0, 1.0, 2.0], "contradicts itself"),
+        (("speed", "base", "prefill_rounds"), [1.0], "contradicts itself"),
+    ],
+)
+def test_figures_that_can_not_be_are_refused(report, place, value, said):
+    data = report.to_dict()
+    inner = data
+    for name in place[:-1]:
+        inner = inner[name]
+    assert place[-1] in inner
+    inner[place[-1]] = value
+    with pytest.raises(LoadError, match=said):
+        EvalReport.from_dict(data)
