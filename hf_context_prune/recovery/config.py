@@ -39,7 +39,11 @@ class RecoveryConfig:
         0.5, "Weight of the teacher's distribution (KL), in [0, 1]; the rest is the text's own (cross-entropy)."
     )
     temperature: float = option(1.0, "Temperature of the distillation, above 0.")
-    evaluations: int = option(8, "How often the withheld text is measured on the way; the best weights are kept.")
+    evaluations: int = option(
+        8,
+        "How often the withheld text is measured on the way; the best weights are kept. Less often where that would "
+        "take over a tenth of max_minutes.",
+    )
     patience: int = option(3, "Stop after that many measurements in a row without a gain.")
     lora_rank: int = option(32, "Rank of the adapters.")
     rewind: RewindName = option(

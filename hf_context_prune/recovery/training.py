@@ -32,6 +32,8 @@ from .loss import token_loss
 
 _WARMUP = 0.05
 """Share of the training in which the learning rate rises."""
+_MEASURING = 0.1
+"""Share of a given time that measuring on the way may take."""
 _MICRO_BATCH_TOKENS = 1024
 _LOGGER_NAME = "hf_context_prune.recovery"
 
@@ -162,7 +164,10 @@ class _Progress(TrainerCallback):
         done = self.progress(step)
         over = self.budget is not None and self.elapsed + self.step_seconds + 1.2 * self.measuring > self.budget
         last = over or step >= self.total_steps
-        if last or done * self.config.evaluations >= self.measured + 1:
+        due = done * self.config.evaluations >= self.measured + 1
+        if due and self.budget is not None:  # else the weights that are kept would depend on the machine's speed
+            due = self.all_measuring + self.measuring <= _MEASURING * self.elapsed
+        if last or due:
             self.measured = int(done * self.config.evaluations)
             self.look(step)
         if self.broken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -168,6 +169,18 @@ def test_time_ends_it_and_measuring_counts(tokenizer, monkeypatch):
     assert 30 < history.seconds < 66  # the clock ticks in coarse steps
     assert 0 < history.steps < 60
     assert history.losses[-1][0] == history.steps  # the last weights were measured too
+    assert len(history.losses) > 2
+    run_module = sys.modules["hf_context_prune.recovery.run"]
+    losses = run_module.document_losses
+
+    def slow(*given, **how):
+        now[0] += 7.0  # over a tenth of the time
+        return losses(*given, **how)
+
+    monkeypatch.setattr(run_module, "document_losses", slow)
+    history = recover(result.model, texts(), config, tokenizer=tokenizer).history
+    assert [step for step, _ in history.losses] == [0, history.steps]
+    assert history.steps > 0
 
 
 def test_frozen_weights_and_half_precision_stay(tokenizer):
