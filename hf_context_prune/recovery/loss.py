@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 _ROWS = {"cpu": 32}
@@ -30,13 +29,12 @@ def token_loss(
         distillation: a, in [0, 1].
         temperature: T, above 0.
     """
-    if wanted is None or distillation == 0:
-        return nn.functional.cross_entropy(logits.float(), targets)
-    loss: torch.Tensor = _Distilled.apply(logits, targets, wanted, distillation, temperature)
+    share = 0.0 if wanted is None else distillation
+    loss: torch.Tensor = _TokenLoss.apply(logits, targets, wanted if share else None, share, temperature)
     return loss
 
 
-class _Distilled(torch.autograd.Function):
+class _TokenLoss(torch.autograd.Function):
     """The gradient by the logits is known with the loss: (1 - a) (p - y) + a T (p_T - q_T), over the tokens."""
 
     @staticmethod
@@ -44,26 +42,31 @@ class _Distilled(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         logits: torch.Tensor,
         targets: torch.Tensor,
-        wanted: torch.Tensor,
+        wanted: torch.Tensor | None,
         share: float,
         temperature: float,
     ) -> torch.Tensor:
         gradient = torch.empty_like(logits)
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         rows = _ROWS.get(logits.device.type, _MANY)
-        for z, ids, other, out in zip(*(x.split(rows) for x in (logits, targets, wanted, gradient)), strict=True):
-            own = z.float().log_softmax(dim=-1)
-            warm = own if temperature == 1 else (z.float() / temperature).log_softmax(dim=-1)
-            teacher = (other.float() / temperature).log_softmax(dim=-1)
-            expected = teacher.exp()
+        for begin in range(0, len(targets), rows):
+            part = slice(begin, begin + rows)
+            z, ids = logits[part].float(), targets[part]
+            own = z.log_softmax(dim=-1)
             if share < 1:
                 total -= (1 - share) * own.gather(-1, ids[:, None]).sum()
-            total += share * temperature**2 * (expected * (teacher - warm)).sum()
+            warm = own if temperature == 1 or wanted is None else (z / temperature).log_softmax(dim=-1)
             probability = own.exp()
-            slope = probability if temperature == 1 else warm.exp()
-            slope = share * temperature * (slope - expected) + (1 - share) * probability
+            if wanted is None:
+                slope = probability
+            else:
+                teacher = (wanted[part].float() / temperature).log_softmax(dim=-1)
+                expected = teacher.exp()
+                total += share * temperature**2 * (expected * (teacher - warm)).sum()
+                slope = probability if temperature == 1 else warm.exp()
+                slope = share * temperature * (slope - expected) + (1 - share) * probability
             slope.scatter_add_(-1, ids[:, None], slope.new_full((len(ids), 1), share - 1))
-            out.copy_(slope / len(targets))
+            gradient[part] = slope / len(targets)
         ctx.save_for_backward(gradient)
         return total / len(targets)
 

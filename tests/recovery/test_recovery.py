@@ -254,7 +254,7 @@ def test_the_loss(share, temperature):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_gradient_of_the_loss(share, temperature, dtype):
     generator = torch.Generator().manual_seed(0)
     logits, wanted = (torch.randn(70, 11, generator=generator).to(dtype) for _ in range(2))  # several chunks
