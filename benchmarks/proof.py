@@ -60,7 +60,10 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
         folder(args, f"matrix-{share:g}"),
         config,
         eval_data=corpora(args, "validation", args.domains),
-        questions={domain: asked(args, domain, args.questions, num_shots=args.shots) for domain in args.domains},
+        questions={
+            domain: asked(args, domain, args.questions, num_shots=args.shots)
+            for domain in (args.domains if share == args.shares[0] else ())  # an hour and more for one size
+        },
         mixes={args.mix_domain: args.mixes} if mixed and args.mixes else {},
         max_tokens=args.eval_tokens,
     )
@@ -81,7 +84,7 @@ def measure_grid(base: LoadedModel, args: argparse.Namespace, domain: str) -> Sw
         ),
         num_calibration_samples=args.grid_blocks,
         max_seq_length=args.length,
-        max_tokens=args.eval_tokens,
+        max_tokens=args.grid_tokens,
         seed=args.seed,
     )
     return sweep(
@@ -170,7 +173,7 @@ def results_text(
         f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, adaptive widths) on "
         f"{args.blocks} x {args.length} tokens of each domain's train text; measured on validation text of every domain "
         f"(at most {args.eval_tokens:,} tokens) and on up to {args.questions} questions each (likelihood a byte, "
-        f"{args.shots}-shot). In brackets 95 % intervals: bootstrap over documents, Wilson over questions; p of "
+        f"{args.shots}-shot; at the first size). In brackets 95 % intervals: bootstrap over documents, Wilson over questions; p of "
         f"McNemar's exact test against the dense model.",
         *(
             section_of(
@@ -188,7 +191,7 @@ def results_text(
     if grids:
         parts.append(
             f"Thresholds of linear layers, activations and embedding as in arXiv 2312.12682, calibrated on "
-            f"{args.grid_blocks} x {args.length} tokens; *tuned*: {args.steps} steps of cross-entropy on the train text; "
+            f"{args.grid_blocks} x {args.length} tokens, scored on at most {args.grid_tokens:,}; *tuned*: {args.steps} steps of cross-entropy on the train text; "
             f"{args.grid_questions} questions, the paper's scorer."
         )
     if timed is not None:
@@ -218,14 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--shots", type=int, default=0)
     options.add_argument("--grid-blocks", type=int, default=32)
     options.add_argument("--grid-questions", type=int, default=100)
+    options.add_argument("--grid-tokens", type=int, default=8_000, help="of held-out text, at each point")
     options.add_argument("--timed-bytes", type=int, default=500_000, help="of text, for the time that evaluating takes")
-    options.add_argument("--steps", type=int, default=40, help="of training after each point of the grid")
+    options.add_argument("--steps", type=int, default=20, help="of training after each point of the grid")
     options.set_defaults(grid=GRID)
     if "--quick" in arguments:
         small: dict[str, Any] = {"domains": ["medicine", REFERENCE], "shares": [0.2], "grids": ["medicine"]}
         options.set_defaults(mixes=[0.5])
         options.set_defaults(**small, blocks=16, eval_tokens=4_000, questions=40, grid=(1e-3, 1e-1))
-        options.set_defaults(grid_blocks=8, grid_questions=20, steps=4, timed_bytes=20_000)
+        options.set_defaults(grid_blocks=8, grid_questions=20, grid_tokens=2_000, steps=4, timed_bytes=20_000)
     args = options.parse_args(arguments)
     args.given = given(options, args)
     section, base = "proof_quick" if args.quick else "proof", smollm2()
