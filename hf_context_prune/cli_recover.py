@@ -51,7 +51,7 @@ def recover(
         str, typer.Option(help="none, or pretrained: start the kept weights at the parent's values (lottery ticket).")
     ] = "none",
     evaluations: Annotated[int, typer.Option(help="How often the withheld text is measured on the way.")] = 8,
-    patience: Annotated[int, typer.Option(help="Stop after that many measurements without a gain.")] = 3,
+    patience: Annotated[int, typer.Option(help="Stop after that many measurements in a row that did not fall.")] = 3,
     text_column: TextColumn = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: DeviceOption = None,

@@ -44,7 +44,7 @@ class RecoveryConfig:
         "How often the withheld text is measured on the way; the best weights are kept. Less often where that would "
         "take over a tenth of max_minutes.",
     )
-    patience: int = option(3, "Stop after that many measurements in a row without a gain.")
+    patience: int = option(3, "Stop after that many measurements in a row that are not below the one before.")
     lora_rank: int = option(32, "Rank of the adapters.")
     rewind: RewindName = option(
         "none",

@@ -134,16 +134,17 @@ class _Progress(TrainerCallback):
                 raise  # it came so
             self.broken = True
             return
+        # Against the one before, not the best: at the full learning rate a repaired model first gets worse.
+        falls = not self.history.losses or loss < self.history.losses[-1][1]
+        self.without_gain = 0 if falls else self.without_gain + 1
         self.history.losses.append((step, loss))
         if loss < self.best:
-            self.best, self.history.best_step, self.without_gain = loss, step, 0
+            self.best, self.history.best_step = loss, step
             self.best_state = {
                 name: parameter.detach().clone()
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad
             }
-        else:
-            self.without_gain += 1
         self.measuring = time.monotonic() - begin
         self.all_measuring += self.measuring
 
@@ -175,7 +176,7 @@ class _Progress(TrainerCallback):
         elif over:
             self.history.ended, control.should_training_stop = "the time was up", True
         elif not last and self.without_gain >= self.config.patience:
-            self.history.ended = f"{self.without_gain} measurements in a row brought no gain"
+            self.history.ended = f"{self.without_gain} measurements in a row did not fall"
             control.should_training_stop = True
         self.bar.set_postfix({"bits/byte": f"{self.history.losses[-1][1]:.4f}"}, refresh=False)
         self.bar.update(min(1.0 if last else done, 1.0) - self.bar.n)

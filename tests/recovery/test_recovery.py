@@ -121,10 +121,21 @@ def test_what_gets_worse_is_not_kept(tokenizer, method):
     config = RecoveryConfig(**SMALL | {"method": method, "learning_rate": 30.0, "distillation": 0.0, "patience": 2})
     outcome = recover(result.model, texts(), config, tokenizer=tokenizer)
     assert outcome.history.best_step == 0
-    assert outcome.history.ended in ("2 measurements in a row brought no gain", "the loss is no longer a number")
+    assert outcome.history.ended in ("2 measurements in a row did not fall", "the loss is no longer a number")
     if method == "full":
         assert same(outcome.model, weights(result.model))
     assert loss_of(outcome.model, tokenizer) == pytest.approx(loss_of(result.model, tokenizer), abs=1e-5)
+
+
+def test_a_loss_that_falls_again_goes_on():
+    """At its peak the learning rate first makes a repaired model worse."""
+    losses, counts = [1.0, 1.5, 1.4, 1.3, 1.3, 1.35, 0.9], []
+    progress = training._Progress(tiny_model("llama"), RecoveryConfig(), 9, 0.0, iter(losses).__next__)
+    for step in range(len(losses)):
+        progress.look(step)
+        counts.append(progress.without_gain)
+    assert counts == [0, 1, 0, 0, 1, 2, 0]
+    assert (progress.best, progress.history.best_step) == (0.9, 6)
 
 
 def test_a_loss_that_is_no_number_ends_it(tokenizer, monkeypatch):
