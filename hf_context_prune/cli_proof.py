@@ -40,7 +40,6 @@ from .cli_questions import (
     question_options,
 )
 from .errors import ConfigError
-from .files import check_writable
 from .saving import REPORT_NAME
 from .tables import run_tables
 
@@ -86,6 +85,7 @@ def sweep(
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
     from .loading import load_model
     from .recovery import RecoveryConfig
+    from .rendering import check_report_place
     from .sweep import SweepOptions
     from .sweep import sweep as run
 
@@ -105,7 +105,7 @@ def sweep(
         seed,
     )
     options.configs()  # refused before the model is loaded
-    check_writable(output)
+    check_report_place(output, "sweep")
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
     run(loaded, data, output, options, eval_data=eval_data, text_column=text_column, questions=asked.get(""))
     _show(output, "sweep.md", format)

@@ -17,7 +17,6 @@ from .config import THRESHOLDS, PrunerConfig
 from .data import TextSource
 from .errors import ConfigError, unknown
 from .evaluation import Environment, EvalReport, weight_bytes
-from .files import check_writable
 from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
 from .matrix_facts import DENSE, DomainMatrix, mixed_name
@@ -218,7 +217,6 @@ def check_matrix(
                 f"mixes of {name} are {told}: of {blocks} calibration blocks that is none or all of them for one. Give "
                 f"shares from {1 / blocks:g} to {1 - 1 / blocks:g}, or more blocks (num_calibration_samples)."
             )
-    check_writable(output)
     check_report_place(output, "matrix")
     return reference
 

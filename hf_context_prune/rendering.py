@@ -143,10 +143,8 @@ def check_report_place(folder: str | Path, kind: str) -> None:
     """
     path = Path(folder)
     check_writable(path)
-    if (path / MANIFEST_NAME).is_file():
+    if any((path / name).is_file() for name in (MANIFEST_NAME, "config.json")):
         raise SaveError(f"{path} holds a model or a rendered report; figures go to a folder of their own: --output.")
-    if (path / "config.json").is_file():
-        raise SaveError(f"{path} holds a model; figures go to a folder of their own: --output.")
     if os.path.lexists(path / REPORT_NAME):
         try:
             older = load_report(path / REPORT_NAME)
@@ -176,15 +174,12 @@ def save_report(report: AnyReport, folder: str | Path) -> None:
     report.save(path / REPORT_NAME)
 
 
-def write_run(report: RunReport, folder: Path) -> Path:
+def write_run(report: RunReport, folder: Path) -> None:
     """Write a run's ``eval_report.json``, its pictures, and its Markdown; those of an earlier run are replaced.
 
     Args:
         report: Of the run.
         folder: Of the run.
-
-    Returns:
-        The Markdown file.
 
     Raises:
         SaveError: One can't be written.
@@ -199,7 +194,6 @@ def write_run(report: RunReport, folder: Path) -> Path:
             (folder / name).unlink(missing_ok=True)
     shown = _shown([(title, name) for name, (title, _) in pictures.items()])
     write_file(folder / text, "\n".join([f"# {inert(report.title)}", "", *shown, *_run_parts(report)]))
-    return folder / text
 
 
 def _kind(report: AnyReport) -> str:

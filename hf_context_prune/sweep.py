@@ -24,7 +24,6 @@ from .evaluation import (
     summarize_answers,
     summarize_losses,
 )
-from .files import check_writable
 from .global_budget import check_budget, smaller_model, threshold_magnitudes, trimmed_for
 from .loading import LoadedModel
 from .magnitudes import Magnitudes
@@ -295,7 +294,6 @@ def sweep(
     """
     options, folder = options or SweepOptions(), Path(output)
     points, configs = options.points, options.configs()
-    check_writable(folder)
     check_report_place(folder, "sweep")
     base = as_loaded(model, tokenizer)
     for config in {config.embedding_threshold: config for config in configs}.values():

@@ -6,6 +6,7 @@ import math
 import os
 import types
 import typing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,36 @@ def decode(annotation: Any, value: object, where: str) -> Any:  # noqa: ANN401 -
     return _expect(annotation, value, where)
 
 
-def save_json(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write plain values with sorted keys; `path` is replaced whole or stays as it was.
+def now() -> str:
+    """UTC time, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
-    Raises:
-        SaveError: If the file can't be written.
-    """
-    write_file(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+class Saved:
+    """What the dataclasses that are saved as reports have in common."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values (dicts, lists, str, int, float, None).
+
+        Raises:
+            NumericsError: If a figure is NaN or infinite; the message names it.
+        """
+        return typing.cast(dict[str, Any], plain(dataclasses.asdict(typing.cast(Any, self)), "report"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON with sorted keys; `path` is replaced whole or stays as it was.
+
+        Raises:
+            NumericsError: If a figure is NaN or infinite; nothing is written.
+            SaveError: If the file can't be written.
+        """
+        write_file(
+            path, json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401 - JSON has no narrower type
-    """Read what `save_json` wrote.
+    """Read a saved report's plain values.
 
     Raises:
         LoadError: If the file is missing or no JSON.

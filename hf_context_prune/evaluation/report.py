@@ -1,19 +1,17 @@
 """The facts of an evaluation as one value: saved as JSON, shown as a table, handed to the model card."""
 
 import contextlib
-import dataclasses
 import os
 import platform
 import typing
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError, LoadError
-from ._codec import decode, load_json, plain, save_json
+from ._codec import Saved, decode, load_json, now
 from ._table import grouped_rows, text_rows
 from .multiple_choice import Accuracy, PairedAccuracy
 from .perplexity import LossComparison, LossSummary
@@ -200,7 +198,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class EvalReport:
+class EvalReport(Saved):
     """One evaluation: of a pruned model against its base, or of a single model (every `pruned` is None).
 
     Attributes:
@@ -230,16 +228,8 @@ class EvalReport:
     multiple_choice: MultipleChoiceFacts | None = None
     general: TextLosses | None = None
     notes: tuple[str, ...] = ()
-    created: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    created: str = field(default_factory=now)
     schema_version: int = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values (dicts, lists, str, int, float, None).
-
-        Raises:
-            NumericsError: If a figure is NaN or infinite; the message names it.
-        """
-        return typing.cast(dict[str, Any], plain(dataclasses.asdict(self), "report"))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EvalReport":
@@ -266,15 +256,6 @@ class EvalReport:
         except (ConfigError, ArithmeticError, LookupError, ValueError) as error:
             raise LoadError(f"The evaluation report contradicts itself: {error}") from error
         return report
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON with sorted keys; `path` is replaced whole or stays as it was.
-
-        Raises:
-            NumericsError: If a figure is NaN or infinite; nothing is written.
-            SaveError: If the file can't be written.
-        """
-        save_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EvalReport":

@@ -1,14 +1,12 @@
 """The facts of a run that compares many models, or one pair in many ways: figures for programs, tables for people."""
 
-import dataclasses
 import os
 import typing
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import LoadError
-from ._codec import decode, load_json, plain, save_json
+from ._codec import Saved, decode, load_json, now
 from .report import Environment, EvalReport
 
 SCHEMA_VERSION = 1
@@ -34,7 +32,7 @@ class ReportTable:
 
 
 @dataclass(frozen=True)
-class RunReport:
+class RunReport(Saved):
     """What a run found: of ``bench``, ``matrix`` or ``sweep``.
 
     Attributes:
@@ -56,16 +54,8 @@ class RunReport:
     figures: dict[str, Any]
     environment: Environment
     notes: tuple[str, ...] = ()
-    created: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    created: str = field(default_factory=now)
     schema_version: int = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values (dicts, lists, str, int, float, None).
-
-        Raises:
-            NumericsError: If a figure is NaN or infinite; the message names it.
-        """
-        return typing.cast(dict[str, Any], plain(dataclasses.asdict(self), "report"))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "RunReport":
@@ -87,15 +77,6 @@ class RunReport:
             if any(len(row) != len(table.header) for row in table.rows):
                 raise LoadError(f"The table {table.title!r} of the report has rows of other lengths than its header.")
         return report
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON with sorted keys; `path` is replaced whole or stays as it was.
-
-        Raises:
-            NumericsError: If a figure is NaN or infinite; nothing is written.
-            SaveError: If the file can't be written.
-        """
-        save_json(self.to_dict(), path)
 
 
 AnyReport = EvalReport | RunReport
