@@ -82,11 +82,15 @@ class Rows:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked if it was changed."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "unknown"
+    """The commit of the working tree, marked if anything but what benchmarks write was changed."""
+    name = subprocess.run(
+        ["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    if not name:
+        return "unknown"
+    others = (":(top)", ":(exclude)RESULTS.md", ":(exclude)*.png", ":(exclude)rows")
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *others], cwd=ROOT, check=False).returncode
+    return f"{name}-dirty" if changed else name
 
 
 def machine() -> str:
