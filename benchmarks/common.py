@@ -82,7 +82,7 @@ class Rows:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked if anything but what benchmarks write was changed."""
+    """The commit of the working tree, marked if anything but results in this folder was changed."""
     name = subprocess.run(
         ["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
