@@ -8,13 +8,16 @@ Notation: x are the inputs of an output projection in the pruned stream, W its w
 contribution that the sub-layer has to make for the pruned residual stream to equal the dense one. `refit` has the
 equation. Its ridge on what upstream blocks left to correct is chosen block by block on text that is never fitted: every
 block fits that remainder anew on the same tokens, so a small ridge would learn those tokens by heart.
+
+Behind a norm (Gemma 2 and 3) t is the projection's own output W x alone. What is upstream of it is not corrected: a
+norm divides by one scale for all channels, so an error that is divided by a small gamma grows the scale and shrinks
+every other channel. On Gemma-3-270M each such correction raised the held-out loss, however it was damped.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,55 +84,34 @@ class SequentialResult:
 
 
 class _SubLayer:
-    """One target of one block: its projection, and how its output enters the residual stream."""
+    """One target of one block: its projection, and the norm between its output and the residual stream."""
 
-    def __init__(self, block: nn.Module, spec: ArchSpec, target: Target, scale: float) -> None:
+    def __init__(self, block: nn.Module, spec: ArchSpec, target: Target) -> None:
         self.target, self.projection = target, output_projection(block, spec, target)
         path = dict(spec.post_norms).get(target)
         self.post_norm = None if path is None else block.get_submodule(path)
-        self.scale = scale
-
-    @property
-    def branch(self) -> nn.Module:
-        """The module whose output, times the scale, is added to the residual stream."""
-        return self.projection if self.post_norm is None else self.post_norm
 
     @property
     def centre(self) -> bool:
         """Whether a bias takes up the mean; behind a norm it can't (rows are rescaled there), and stays as it is."""
         return self.projection.bias is not None and self.post_norm is None
 
-    def gamma(self) -> torch.Tensor:
-        """Per-channel factor of the post-norm, [outputs]: its answer to a vector of ones."""
-        assert self.post_norm is not None
-        width = output_weight(self.projection).shape[0]
-        like = output_weight(self.projection)
-        return self.post_norm(torch.ones(1, width, dtype=like.dtype, device=like.device))[0].float()
 
-    def regression(
-        self, x: torch.Tensor, target: torch.Tensor, output: torch.Tensor, rms: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the linear regression: (x, t), or behind a norm (x / r, t / gamma) with r the dense stream's RMS.
+def norm_weights(output: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    """What an error of a token counts behind a norm: 1 / max(r, median r), with r = sqrt(mean y^2 + eps) over features.
 
-        Args:
-            x: Inputs of the projection, [tokens, features].
-            target: Wanted contribution to the residual stream, [tokens, outputs].
-            output: The projection's output now, [tokens, outputs].
-            rms: RMS of the projection's output in the dense stream, [tokens, 1]; only with a post-norm.
-        """
-        if self.post_norm is None or rms is None:
-            return x, target
-        gamma = self.gamma()
-        small = gamma.abs() < 1e-3 * gamma.abs().mean()
-        wanted = torch.where(small, output / rms, target / gamma.masked_fill(small, 1.0))
-        if self.projection.bias is not None:
-            wanted = wanted - self.projection.bias.float() / rms
-        return x / rms, wanted
+    The norm divides by r, so an error counts 1 / r. But attention sinks, one token in hundreds, have an r hundreds of
+    times below the median, and would have all the weight; they count as the median token does.
 
+    Args:
+        output: Inputs y of the norm, [tokens, features].
+        norm: An RMS norm, with `eps`.
 
-def _rms(output: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """sqrt(mean y^2 + eps) over features, [tokens, 1]."""
-    return (output.square().mean(dim=-1, keepdim=True) + float(norm.eps)).sqrt()  # type: ignore[arg-type]
+    Returns:
+        [tokens, 1].
+    """
+    rms = (output.square().mean(dim=-1, keepdim=True) + float(norm.eps)).sqrt()  # type: ignore[arg-type]
+    return 1 / rms.clamp_min(rms.median())
 
 
 def check_walkable(model: PreTrainedModel, criterion: Criterion) -> None:
@@ -275,7 +257,7 @@ class _Walk:
         references = self._dense_pass(index, block, [target for target, _ in todo])
         for target, count in todo:
             fit, choose = self._pruned_pass(index, block, target, references)
-            part = _SubLayer(block, self.spec, target, self.scale)
+            part = _SubLayer(block, self.spec, target)
             units, output = self._choose_and_refit(index, block, part, count, fit, choose)
             name = "neurons" if target == "mlp" else "kv_groups"
             done = FinishedBlock(replace(done.layer, **{name: units}), {**done.outputs, target: output})
@@ -288,59 +270,59 @@ class _Walk:
         """Move both streams behind a block that an earlier, interrupted walk finished."""
         block = copy.deepcopy(self.blocks[index])
         for target, output in done.outputs.items():
-            part = _SubLayer(block, self.spec, target, self.scale)
+            part = _SubLayer(block, self.spec, target)
             self._install(part, kept_features(self.geometry, target, done.layer.kept(target)), *output)
         for stream in self.streams:
             stream.dense.copy_(stream.call(index, self.blocks[index], stream.dense))
             stream.pruned.copy_(stream.call(index, block, stream.pruned))
 
-    def _dense_pass(self, index: int, pruned: nn.Module, targets: Sequence[Target]) -> list[dict[str, torch.Tensor]]:
-        """Move the dense streams behind the block; keep what the targets are made of, one dict a stream."""
-        references = []
+    def _dense_pass(self, index: int, pruned: nn.Module, targets: Sequence[Target]) -> list[torch.Tensor | None]:
+        """Move the dense streams behind the block.
+
+        Returns:
+            For each stream what the residual stream between attention and MLP lacks, [tokens, outputs], where
+            attention is refitted to it: the dense contribution and the error upstream.
+        """
+        references: list[torch.Tensor | None] = []
         block = self.blocks[index]
-        parts = {target: _SubLayer(block, self.spec, target, self.scale) for target in targets}
+        part = _SubLayer(block, self.spec, "attention")
+        refers = "attention" in targets and not self.parallel and part.post_norm is None
         for stream in self.streams:
-            notes: dict[str, torch.Tensor] = {}
-            with ExitStack() as stack:
-                outputs, branches = {}, {}
-                for target, part in parts.items():
-                    outputs[target] = stack.enter_context(watched(part.projection, inputs=False))
-                    branches[target] = stack.enter_context(watched(part.branch, inputs=False))
+            with watched(part.projection, inputs=False) as output:
                 after = stream.call(index, block, stream.dense)
-            for target, part in parts.items():
-                if part.post_norm is not None:
-                    notes[f"rms.{target}"] = _rms(stream.rows(outputs[target][0]), part.post_norm)
-                if target == "attention" and not self.parallel:
-                    # What the residual stream between attention and MLP lacks: dense contribution and upstream error.
-                    lag = stream.rows(stream.dense) - stream.rows(stream.pruned)
-                    notes["middle"] = stream.rows(branches[target][0]) + lag / self.scale
+            reference = None
+            if refers:
+                lag = stream.rows(stream.dense) - stream.rows(stream.pruned)
+                reference = stream.rows(output[0]) + lag / self.scale
+            references.append(reference)
             stream.dense.copy_(after)
-            references.append(notes)
         return references
 
     def _pruned_pass(
-        self, index: int, block: nn.Module, target: Target, references: list[dict[str, torch.Tensor]]
+        self, index: int, block: nn.Module, target: Target, references: list[torch.Tensor | None]
     ) -> tuple[RegressionMoments, RegressionMoments]:
         """Sums over the pruned streams for one target, fitted and held-out text; the streams stay before the block."""
-        part = _SubLayer(block, self.spec, target, self.scale)
+        part = _SubLayer(block, self.spec, target)
         weight = output_weight(part.projection)
         fit, choose = (
             RegressionMoments(weight.shape[1], weight.shape[0], weight.device, centre=part.centre) for _ in range(2)
         )
-        for stream, notes in zip(self.streams, references, strict=True):
+        for stream, reference in zip(self.streams, references, strict=True):
             with (
                 watched(part.projection, inputs=True) as x,
                 watched(part.projection, inputs=False) as output,
-                watched(part.branch, inputs=False) as branch,
             ):
                 after = stream.call(index, block, stream.pruned)
-            if target == "attention" and not self.parallel:
-                wanted = notes["middle"]
+            own = stream.rows(output[0])
+            if part.post_norm is not None:
+                weights = norm_weights(own, part.post_norm)
+                rows = weights * stream.rows(x[0]), weights * own
+            elif reference is not None and target == "attention":
+                rows = stream.rows(x[0]), reference
             else:  # the last to add: its own contribution and whatever the block's output still lacks
-                wanted = stream.rows(branch[0]) + (stream.rows(stream.dense) - stream.rows(after)) / self.scale
-            rows = part.regression(stream.rows(x[0]), wanted, stream.rows(output[0]), notes.get(f"rms.{target}"))
+                rows = stream.rows(x[0]), own + (stream.rows(stream.dense) - stream.rows(after)) / self.scale
             with fast_matmul():  # what that rounds in an entry is nothing to the ridge
-                (choose if stream.held_out else fit).add(*rows)
+                (choose if stream.held_out and part.post_norm is None else fit).add(*rows)
         for moments in (fit, choose):
             reduce_moments(moments)
             moments.statistics.check_finite(f"layer {index} ({target}), pruned stream")
@@ -361,15 +343,15 @@ class _Walk:
         old = output_weight(part.projection).double()
         second_moment, cross = fit.second()
         correction_ridge, optimum = DEFAULT_CORRECTION_RIDGE, None
-        if choose.statistics.num_tokens:
+        if part.post_norm is not None:  # nothing to correct beside the own output
+            cross, correction_ridge, optimum = second_moment @ old.T, self.ridge, old
+        elif choose.statistics.num_tokens:
             held_out = choose.second()
             fits = {share: refit(old, second_moment, cross, None, self.ridge, share) for share in CORRECTION_RIDGES}
             correction_ridge = min(fits, key=lambda share: squared_error(fits[share], *held_out))
             optimum = fits[correction_ridge]
         if optimum is None:
             optimum = refit(old, second_moment, cross, None, self.ridge, correction_ridge)
-        if part.post_norm is not None:  # rank by what reaches the residual stream
-            optimum = part.gamma().double()[:, None] * optimum
         groups = self.geometry.layers[index].kv_groups
         weights = replace(weights_of_block(block, self.spec, self.geometry, target, groups), output=optimum)
         # A generator of its own for every block, so that a resumed walk draws what an uninterrupted one does.

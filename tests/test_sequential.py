@@ -6,6 +6,7 @@ import errno
 
 import pytest
 import torch
+from torch import nn
 
 from hf_context_prune import linalg, sequential
 from hf_context_prune.architectures import (
@@ -23,7 +24,7 @@ from hf_context_prune.linalg import FLOOR
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.plan import PruningPlan
 from hf_context_prune.reconstruction import least_squares, refit
-from hf_context_prune.sequential import prune_sequentially
+from hf_context_prune.sequential import norm_weights, prune_sequentially
 from hf_context_prune.surgery import apply_plan
 from tests.tiny import CASES, VOCABULARY, case
 
@@ -155,6 +156,50 @@ def test_refit_minimises_its_objective(kept):
     assert best <= objective(W[:, K])
     for _ in range(20):
         assert best <= objective(found + 1e-3 * torch.randn(found.shape, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_behind_a_norm_the_fit_is_least_squares_on_weighted_tokens_whatever_the_gamma(name):
+    """A channel of small gamma must not grow the one scale of all; a token with almost no output must not rule."""
+    model, given, layer = case(name), batches(), 1
+    widths = widths_of(model, groups=0)
+    result = prune_sequentially(model, given, widths, CRITERIA["obs"])
+    norm = model.model.layers[layer].post_feedforward_layernorm
+    changed = case(name)
+    with torch.no_grad():
+        changed.model.layers[layer].post_feedforward_layernorm.weight[:4] = -0.999  # gamma = 1 + weight
+    again = prune_sequentially(changed, given, widths, CRITERIA["obs"])
+    assert again.layers[layer] == result.layers[layer]
+    assert torch.equal(again.outputs[layer, "mlp"][0], result.outputs[layer, "mlp"][0])
+
+    # Inputs of the projection in the model whose earlier layers are as the walk left them.
+    earlier = list(read_geometry(model.config, spec_of(model.config)).layers)
+    earlier[:layer] = widths[:layer]
+    smaller = pruned_by(model, prune_sequentially(model, given, earlier, CRITERIA["obs"]), given, earlier)
+    projection = smaller.model.layers[layer].mlp.down_proj
+    seen: list[torch.Tensor] = []
+    handle = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in given:
+            smaller(**batch)
+    handle.remove()
+    weight, kept = projection.weight.detach().double(), list(result.layers[layer].neurons)
+    gone = [i for i in range(weight.shape[1]) if i not in kept]
+    rows = []
+    for x in seen:
+        r = ((x @ projection.weight.detach().T).square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        rows.append((x / torch.maximum(r, r.median())).double())
+    X = torch.cat(rows)
+    G = X.T @ X / len(X)
+    penalty = 0.3 * (G.diagonal() + FLOOR * G.diagonal().mean()).diag()
+    expected = weight[:, kept] + weight[:, gone] @ torch.linalg.solve((G + penalty)[kept][:, kept], G[kept][:, gone]).T
+    torch.testing.assert_close(result.outputs[layer, "mlp"][0].double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_behind_a_norm_a_token_with_almost_no_output_weighs_what_the_median_does():
+    norm = nn.RMSNorm(8, eps=1e-6)
+    output = torch.ones(5, 8) * torch.tensor([1e-4, 1.0, 2.0, 3.0, 4.0])[:, None]
+    torch.testing.assert_close(norm_weights(output, norm)[:, 0], 1 / torch.tensor([2.0, 2.0, 2.0, 3.0, 4.0]))
 
 
 def test_the_first_block_of_a_bias_free_model_is_plain_least_squares():
