@@ -254,7 +254,7 @@ class _Walk:
             todo.append(("mlp", widths.neurons))
         done = FinishedBlock(LayerPlan(tuple(range(dense.neurons)), tuple(range(dense.kv_groups))))
         block = copy.deepcopy(self.blocks[index])  # loses its units: their output columns become zero
-        references = self._dense_pass(index, block, [target for target, _ in todo])
+        references = self._dense_pass(index, [target for target, _ in todo])
         for target, count in todo:
             fit, choose = self._pruned_pass(index, block, target, references)
             part = _SubLayer(block, self.spec, target)
@@ -276,7 +276,7 @@ class _Walk:
             stream.dense.copy_(stream.call(index, self.blocks[index], stream.dense))
             stream.pruned.copy_(stream.call(index, block, stream.pruned))
 
-    def _dense_pass(self, index: int, pruned: nn.Module, targets: Sequence[Target]) -> list[torch.Tensor | None]:
+    def _dense_pass(self, index: int, targets: Sequence[Target]) -> list[torch.Tensor | None]:
         """Move the dense streams behind the block.
 
         Returns:
