@@ -11,7 +11,7 @@ block fits that remainder anew on the same tokens, so a small ridge would learn 
 
 Behind a norm (Gemma 2 and 3) t is the projection's own output W x alone. What is upstream of it is not corrected: a
 norm divides by one scale for all channels, so an error that is divided by a small gamma grows the scale and shrinks
-every other channel. On Gemma-3-270M each such correction raised the held-out loss, however it was damped.
+every other channel. On Gemma-3-270M no such correction lowered the held-out loss, however it was damped.
 """
 
 from __future__ import annotations
