@@ -85,57 +85,57 @@ def least_squares(
 def refit(
     weight: torch.Tensor,
     second_moment: torch.Tensor,
-    cross: torch.Tensor,
+    lacking: torch.Tensor,
     kept: list[int] | None,
     ridge: float,
     correction_ridge: float | None = None,
 ) -> torch.Tensor:
-    """Regression of a target t on the kept inputs, with ridges that pull towards the old weights; for `sequential.py`.
+    """Regression of W x + e on the kept inputs, with ridges that pull towards the old weights; for `sequential.py`.
 
-    t = W x + e: the projection's own output, which x gives exactly, and what the residual stream lacks beside it, which
-    x gives only in part, so that few tokens overfit it. Each part has its own ridge (G = E[x x^T], D = diag G):
+    W x is the projection's own output, which x gives exactly, and e what the residual stream lacks beside it, which x
+    gives only in part, so that few tokens overfit it. Each part has its own ridge (G = E[x x^T], D = diag G):
 
         W_K' = W_K + W_P G_PK (G_KK + ridge D_KK)^-1 + E[e x^T]_K (G_KK + correction_ridge D_KK)^-1
 
     Args:
         weight: Old W, [outputs, features], float64.
         second_moment: E[x x^T], [features, features], float64.
-        cross: E[x t^T], [features, outputs], float64.
+        lacking: E[x e^T], [features, outputs], float64.
         kept: Features to keep, ascending; None keeps all.
         ridge: Share of each feature's mean square, for the own output.
-        correction_ridge: The same for the rest of the target; None: as `ridge`.
+        correction_ridge: The same for what is lacking; None: as `ridge`.
 
     Returns:
         New W, [outputs, kept], float64.
     """
-    own = second_moment @ weight.T
-    rest = cross - own
     correction_ridge = ridge if correction_ridge is None else correction_ridge
     # With all features kept, the own output needs no change, and its system is not solved.
     shares = {correction_ridge} if kept is None else {ridge, correction_ridge}
     # Features that never fire have nothing to be refitted to.
     systems = {share: regularized(second_moment, share) for share in shares} if bool(second_moment.any()) else {}
+    changes: dict[float, torch.Tensor] = {}
     if kept is not None:
         index = torch.tensor(kept, device=weight.device)
-        weight, own, rest, second_moment = weight[:, index], own[index], rest[index], second_moment[index][:, index]
+        own = second_moment[index] @ weight.T
+        weight, lacking, second_moment = weight[:, index], lacking[index], second_moment[index][:, index]
         systems = {share: system[index][:, index] for share, system in systems.items()}
-    # Solving for the changes keeps the old weights exact where nothing has to change.
-    changes = {} if kept is None else {ridge: own - second_moment @ weight.T}
-    changes[correction_ridge] = changes.get(correction_ridge, 0) + rest
+        # Solving for the changes keeps the old weights exact where nothing has to change.
+        changes[ridge] = own - second_moment @ weight.T
+    changes[correction_ridge] = changes.get(correction_ridge, 0) + lacking
     for share, system in systems.items():
         weight = weight + torch.cholesky_solve(changes[share], cholesky(system)).T
     return weight
 
 
-def squared_error(weight: torch.Tensor, second_moment: torch.Tensor, cross: torch.Tensor) -> float:
-    """E|t - W x|^2 - E|t|^2: what a choice of W changes of the error.
+def squared_error(change: torch.Tensor, second_moment: torch.Tensor, lacking: torch.Tensor) -> float:
+    """E|e - C x|^2 - E|e|^2: by how much a change C of the weights changes the error that is left.
 
     Args:
-        weight: W, [outputs, features], float64.
+        change: C, [outputs, features], float64.
         second_moment: E[x x^T], [features, features], float64.
-        cross: E[x t^T], [features, outputs], float64.
+        lacking: E[x e^T], [features, outputs], float64.
     """
-    return float((weight @ second_moment * weight).sum() - 2 * (weight * cross.T).sum())
+    return float((change @ second_moment * change).sum() - 2 * (change * lacking.T).sum())
 
 
 RECONSTRUCTIONS: dict[str, Reconstruction] = {"none": none, "bias": bias, "least_squares": least_squares}

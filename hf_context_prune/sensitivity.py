@@ -36,9 +36,8 @@ from .architectures import (
     unit_size,
 )
 from .errors import ConfigError, NumericsError
-from .linalg import fast_matmul
+from .forwards import Forward, fast, forwards
 from .stats import Curve, Key, Repair
-from .streams import Forward, forwards
 
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when it is probed."""
@@ -62,7 +61,7 @@ class _Probe:
 
         def recorded(forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a block takes and gives
-                self.outputs.append(forward(*args, **kwargs))
+                self.outputs.append(fast(forward)(*args, **kwargs))
                 return self.outputs[-1]
 
             return run
@@ -81,7 +80,8 @@ class _Probe:
         def known(output: Any) -> Forward:  # noqa: ANN401
             return lambda *args, **kwargs: output
 
-        with forwards(self.layers[:start], [known(output) for output in self.outputs[:start]]):
+        before = [known(output) for output in self.outputs[:start]]
+        with forwards(self.layers, [*before, *(fast(block.forward) for block in self.layers[start:])]):
             return self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1)
 
 
@@ -201,7 +201,7 @@ def measure_sensitivity(
         name="hf_context_prune.sensitivity",
     )
     try:
-        with torch.inference_mode(), fast_matmul(), bar:
+        with torch.inference_mode(), bar:
             dense = [batch.record() for batch in batches] if counts else []
             if not all(bool(torch.isfinite(rows).all()) for rows in dense):
                 raise _not_finite("the dense model")

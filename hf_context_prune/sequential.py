@@ -4,14 +4,14 @@ At every block the target of the refit is the *dense* residual stream, so it als
 block's Gram matrix exists at a time, and blocks are done one after the other: a walk that is killed goes on from the
 last finished block.
 
-Notation: x are the inputs of an output projection in the pruned stream, W its weight, K the kept features, and t the
-contribution that the sub-layer has to make for the pruned residual stream to equal the dense one. `refit` has the
-equation. Its ridge on what upstream blocks left to correct is chosen block by block on text that is never fitted: every
-block fits that remainder anew on the same tokens, so a small ridge would learn those tokens by heart.
+Notation: x are the inputs of an output projection in the pruned stream, W its weight, K the kept features, and e what
+the pruned residual stream lacks, beside the projection's own output W x, to equal the dense one. `refit` has the
+equation. Its ridge on e is chosen block by block on text that is never fitted: every block fits e anew on the same
+tokens, so a small ridge would learn those tokens by heart.
 
-Behind a norm (Gemma 2 and 3) t is the projection's own output W x alone. What is upstream of it is not corrected: a
-norm divides by one scale for all channels, so an error that is divided by a small gamma grows the scale and shrinks
-every other channel. On Gemma-3-270M no such correction lowered the held-out loss, however it was damped.
+Behind a norm (Gemma 2 and 3) the target is the own output alone. What is upstream of it is not corrected: a norm
+divides by one scale for all channels, so an error that is divided by a small gamma grows the scale and shrinks every
+other channel. On Gemma-3-270M no such correction lowered the held-out loss, however it was damped.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import (
+    TARGETS,
     ArchSpec,
     LayerWidths,
     Target,
@@ -243,6 +244,8 @@ class _Walk:
         self.criterion, self.ridge, self.seed = criterion, ridge, seed
         self.geometry = read_geometry(model.config, spec)
         self.scale, self.parallel = residual_scale(model.config, spec), is_parallel(model.config, spec)
+        # Behind norms nothing is compared with the dense stream.
+        self.compares = not set(TARGETS) <= set(dict(spec.post_norms))
 
     def prune(self, index: int, widths: LayerWidths) -> FinishedBlock:
         """Prune one block as far as its widths ask, and move both streams behind it."""
@@ -273,17 +276,20 @@ class _Walk:
             part = _SubLayer(block, self.spec, target)
             self._install(part, kept_features(self.geometry, target, done.layer.kept(target)), *output)
         for stream in self.streams:
-            stream.dense.copy_(stream.call(index, self.blocks[index], stream.dense))
+            if self.compares:
+                stream.dense.copy_(stream.call(index, self.blocks[index], stream.dense))
             stream.pruned.copy_(stream.call(index, block, stream.pruned))
 
     def _dense_pass(self, index: int, targets: Sequence[Target]) -> list[torch.Tensor | None]:
-        """Move the dense streams behind the block.
+        """Move the dense streams behind the block, if anything is compared with them.
 
         Returns:
-            For each stream what the residual stream between attention and MLP lacks, [tokens, outputs], where
-            attention is refitted to it: the dense contribution and the error upstream.
+            For each stream what attention has to add for the pruned residual stream behind it to equal the dense one,
+            [tokens, outputs]; None where that is not needed.
         """
         references: list[torch.Tensor | None] = []
+        if not self.compares:
+            return [None] * len(self.streams)
         block = self.blocks[index]
         part = _SubLayer(block, self.spec, "attention")
         refers = "attention" in targets and not self.parallel and part.post_norm is None
@@ -313,16 +319,15 @@ class _Walk:
                 watched(part.projection, inputs=False) as output,
             ):
                 after = stream.call(index, block, stream.pruned)
-            own = stream.rows(output[0])
+            inputs, lacking = stream.rows(x[0]), None
             if part.post_norm is not None:
-                weights = norm_weights(own, part.post_norm)
-                rows = weights * stream.rows(x[0]), weights * own
+                inputs = norm_weights(stream.rows(output[0]), part.post_norm) * inputs
             elif reference is not None and target == "attention":
-                rows = stream.rows(x[0]), reference
-            else:  # the last to add: its own contribution and whatever the block's output still lacks
-                rows = stream.rows(x[0]), own + (stream.rows(stream.dense) - stream.rows(after)) / self.scale
+                lacking = reference - stream.rows(output[0])
+            else:  # the last to add: whatever the block's output lacks
+                lacking = (stream.rows(stream.dense) - stream.rows(after)) / self.scale
             with fast_matmul():  # what that rounds in an entry is nothing to the ridge
-                (choose if stream.held_out and part.post_norm is None else fit).add(*rows)
+                (choose if stream.held_out and lacking is not None else fit).add(inputs, lacking)
         for moments in (fit, choose):
             reduce_moments(moments)
             moments.statistics.check_finite(f"layer {index} ({target}), pruned stream")
@@ -341,17 +346,17 @@ class _Walk:
     ) -> tuple[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]]:
         target = part.target
         old = output_weight(part.projection).double()
-        second_moment, cross = fit.second()
+        second_moment, lacking = fit.second()
         correction_ridge, optimum = DEFAULT_CORRECTION_RIDGE, None
-        if part.post_norm is not None:  # nothing to correct beside the own output
-            cross, correction_ridge, optimum = second_moment @ old.T, self.ridge, old
+        if part.post_norm is not None:  # nothing to correct
+            correction_ridge, optimum = self.ridge, old
         elif choose.statistics.num_tokens:
             held_out = choose.second()
-            fits = {share: refit(old, second_moment, cross, None, self.ridge, share) for share in CORRECTION_RIDGES}
-            correction_ridge = min(fits, key=lambda share: squared_error(fits[share], *held_out))
+            fits = {share: refit(old, second_moment, lacking, None, self.ridge, share) for share in CORRECTION_RIDGES}
+            correction_ridge = min(fits, key=lambda share: squared_error(fits[share] - old, *held_out))
             optimum = fits[correction_ridge]
         if optimum is None:
-            optimum = refit(old, second_moment, cross, None, self.ridge, correction_ridge)
+            optimum = refit(old, second_moment, lacking, None, self.ridge, correction_ridge)
         groups = self.geometry.layers[index].kv_groups
         weights = replace(weights_of_block(block, self.spec, self.geometry, target, groups), output=optimum)
         # A generator of its own for every block, so that a resumed walk draws what an uninterrupted one does.
@@ -361,10 +366,11 @@ class _Walk:
             raise NumericsError(f"The importance of layer {index} ({target}) holds NaN or Inf; nothing was chosen.")
         units = tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
         features = kept_features(self.geometry, target, units)
-        weight = refit(old, second_moment, cross, features, self.ridge, correction_ridge)
+        weight = refit(old, second_moment, lacking, features, self.ridge, correction_ridge)
         bias = part.projection.bias
         if part.centre:
-            bias = fit.sum_target / fit.statistics.num_tokens - weight @ fit.statistics.mean[features]
+            mean = fit.statistics.mean
+            bias = bias.double() + fit.sum_target / fit.statistics.num_tokens + old @ mean - weight @ mean[features]
         return units, (weight.float(), None if bias is None else bias.float().clone())
 
     @staticmethod

@@ -136,7 +136,7 @@ _TENSORS = ("sum", "sum_abs", "sum_squares", "gram", "taylor", "pivot")
 
 
 class RegressionMoments:
-    """Streamed second moments of x and between x and t over unpadded tokens: float32 products, float64 sums.
+    """Streamed second moments of x and between x and a target over unpadded tokens: float32 products, float64 sums.
 
     With `centre`, both are taken about a point near their mean, for projections whose bias takes the mean up.
     """
@@ -150,20 +150,24 @@ class RegressionMoments:
         self.pivot_target: torch.Tensor | None = None
         self.centre = centre
 
-    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
-        """Add a batch: x [tokens, features], target [tokens, outputs], float32."""
+    def add(self, x: torch.Tensor, target: torch.Tensor | None) -> None:
+        """Add a batch: x [tokens, features], target [tokens, outputs], float32; None: zero in all batches."""
         stats = self.statistics
         stats.num_tokens += len(x)
         stats.sum += x.sum(dim=0)
         stats.sum_abs += x.abs().sum(dim=0)
         stats.sum_squares += x.square().sum(dim=0)
-        self.sum_target += target.sum(dim=0)
         if self.centre:
-            if stats.pivot is None or self.pivot_target is None:
-                stats.pivot, self.pivot_target = x.mean(dim=0).double(), target.mean(dim=0)
-            x, target = x - stats.pivot.float(), target - self.pivot_target
+            stats.pivot = x.mean(dim=0).double() if stats.pivot is None else stats.pivot
+            x = x - stats.pivot.float()
         assert stats.gram is not None
         stats.gram.addmm_(x.T, x)
+        if target is None:
+            return
+        self.sum_target += target.sum(dim=0)
+        if self.centre:
+            self.pivot_target = target.mean(dim=0) if self.pivot_target is None else self.pivot_target
+            target = target - self.pivot_target
         self.cross.addmm_(x.T, target)
 
     def second(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 
 from .architectures import ArchSpec, blocks
 from .errors import SaveError
-from .linalg import fast_matmul
+from .forwards import fast, forwards
 
 Batch = dict[str, torch.Tensor]
-Forward = Callable[..., Any]
 
 SPILL_SHARE = 0.5
 """Share of the free memory that hidden states may take; past it they lie in a memory-mapped file."""
@@ -52,8 +51,7 @@ class Stream:
     def call(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What a block makes of hidden states, with the arguments of this batch."""
         args, kwargs = self.calls[layer]
-        with fast_matmul():
-            output = block(hidden.to(self.device), *args, **kwargs)
+        output = fast(block)(hidden.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -109,22 +107,6 @@ class StreamStorage:
         room = self._flat[self._used : self._used + hidden.numel()].view(hidden.shape)
         self._used += hidden.numel()
         return room.copy_(hidden)
-
-
-@contextmanager
-def forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
-    """Let blocks run these functions instead of their own; undone at the end."""
-    own = [vars(block).get("forward") for block in layers]  # accelerate's hooks set one on the instance
-    try:
-        for block, forward in zip(layers, forwards, strict=True):
-            block.forward = forward
-        yield
-    finally:
-        for block, forward in zip(layers, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
 
 
 def capture(

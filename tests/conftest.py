@@ -11,20 +11,25 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+from hf_context_prune import linalg
 from tests.tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
+FAST_PRECISION = linalg.FAST_PRECISION
+linalg.FAST_PRECISION = "highest"  # rounding is more than what tiny random models lose
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """The real SmolLM2-135M-Instruct, for tests that are marked real; two threads while they run."""
+    """The real SmolLM2-135M-Instruct, for tests that are marked real; two threads and fast products while they run."""
     from hf_context_prune import load_model
     from hf_context_prune.demo_assets import smollm2_gguf
 
     torch.set_num_threads(2)
+    linalg.FAST_PRECISION = FAST_PRECISION
     yield load_model(smollm2_gguf(), dtype="float32", device="cpu")
     torch.set_num_threads(1)
+    linalg.FAST_PRECISION = "highest"
 
 
 @pytest.fixture(scope="module")

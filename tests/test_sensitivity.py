@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from hf_context_prune import linalg
 from hf_context_prune.architectures import SPECS, TARGETS, base_model_type, read_geometry, unit_size
 from hf_context_prune.calibration import calibrate
 from hf_context_prune.errors import ConfigError, NumericsError
@@ -16,12 +15,6 @@ from hf_context_prune.reconstruction import RECONSTRUCTIONS
 from hf_context_prune.sensitivity import PROBES, measure_sensitivity, withhold_probe
 from hf_context_prune.surgery import apply_plan, kept_features
 from tests.tiny import CASES, VOCABULARY, case, tiny_model
-
-
-@pytest.fixture(autouse=True)
-def _exact_products(monkeypatch):
-    """Full float32 products: what must agree agrees closely."""
-    monkeypatch.setattr(linalg, "FAST_PRECISION", "highest")
 
 
 def tokens(batch=3, length=16, *, seed=1):

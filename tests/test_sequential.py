@@ -31,12 +31,6 @@ from tests.tiny import CASES, VOCABULARY, case
 WALKED = [name for name in CASES if name != "opt-post-norm"]
 
 
-@pytest.fixture(autouse=True)
-def _exact_products(monkeypatch):
-    """Full float32 products, so that what must agree agrees closely; the fast ones have a test of their own."""
-    monkeypatch.setattr(linalg, "FAST_PRECISION", "highest")
-
-
 def batches(count=4, length=24, *, padded=False):
     generator = torch.Generator().manual_seed(5)
     result = []
@@ -135,7 +129,8 @@ def test_the_walk_sees_what_the_smaller_model_does(name, monkeypatch):
     dense = torch.cat([stream.dense.reshape(-1, stream.dense.shape[-1]) for stream in captured])
     scale = float(dense.abs().max())
     torch.testing.assert_close(walked / scale, final_hidden(smaller, given) / scale, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(dense / scale, final_hidden(model, given) / scale, atol=1e-5, rtol=1e-4)
+    if not spec_of(model.config).post_norms:  # behind norms nothing is compared with the dense stream
+        torch.testing.assert_close(dense / scale, final_hidden(model, given) / scale, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kept", [None, [0, 2, 3, 7, 8]])
@@ -144,9 +139,9 @@ def test_refit_minimises_its_objective(kept):
     X = torch.randn(60, 9, generator=generator, dtype=torch.float64)
     T = torch.randn(60, 4, generator=generator, dtype=torch.float64)
     W = torch.randn(4, 9, generator=generator, dtype=torch.float64)
-    second, cross = X.T @ X / 60, X.T @ T / 60
+    second, lacking = X.T @ X / 60, X.T @ (T - X @ W.T) / 60
     K = list(range(9)) if kept is None else kept
-    found = refit(W, second, cross, kept, 0.1)
+    found = refit(W, second, lacking, kept, 0.1)
     scale = second.diagonal()[K] + FLOOR * second.diagonal().mean()
 
     def objective(weight):
@@ -232,7 +227,7 @@ def test_a_ridge_of_its_own_for_what_x_does_not_give():
     eye = (G.diagonal()[K] + FLOOR * G.diagonal().mean()).diag()
     own = torch.linalg.solve(G[K][:, K] + 0.1 * eye, (G @ W.T)[K] - G[K][:, K] @ W[:, K].T).T
     rest = torch.linalg.solve(G[K][:, K] + 2.0 * eye, (X.T @ E / 60)[K]).T
-    found = refit(W, G, X.T @ (X @ W.T + E) / 60, K, 0.1, 2.0)
+    found = refit(W, G, X.T @ E / 60, K, 0.1, 2.0)
     torch.testing.assert_close(found, W[:, K] + own + rest)
 
 
@@ -241,9 +236,9 @@ def test_text_that_chooses_ridges_is_never_fitted(monkeypatch):
     seen = []
     original = sequential.refit
 
-    def watch(weight, second_moment, cross, kept, ridge, correction_ridge=None):
+    def watch(weight, second_moment, lacking, kept, ridge, correction_ridge=None):
         seen.append((second_moment, kept, correction_ridge))
-        return original(weight, second_moment, cross, kept, ridge, correction_ridge)
+        return original(weight, second_moment, lacking, kept, ridge, correction_ridge)
 
     monkeypatch.setattr(sequential, "refit", watch)
     widths = widths_of(model, groups=0)
@@ -351,6 +346,7 @@ def test_fast_products_change_little_and_the_setting_comes_back(monkeypatch):
         lambda *args: (inside.append(torch.get_float32_matmul_precision()), original(*args))[1],
     )
     monkeypatch.setattr(linalg, "FAST_PRECISION", "medium")
+    monkeypatch.setattr(linalg, "bfloat16_is_fast", lambda device: True)
     fast = prune_sequentially(model, batches(), widths, CRITERIA["wanda"])
     assert {before} == {torch.get_float32_matmul_precision(), *inside}  # sums and solvers are never fast
     for key, (weight, _) in exact.outputs.items():

@@ -23,12 +23,13 @@ from ..data import TextSource, hold_out_documents, load_documents, token_blocks
 from ..embeddings import num_rows
 from ..errors import ConfigError, DataError, PlanError
 from ..evaluation import choose_documents, document_losses
-from ..linalg import fast_matmul
+from ..forwards import fast_blocks
+from ..linalg import bfloat16_is_fast
 from ..overlap import drop_overlapping
 from ..plan import PruningPlan, fingerprint
 from ..surgery import apply_plan
 from .config import RecoveryConfig
-from .training import History, bfloat16_is_fast, train
+from .training import History, train
 
 _WITHHELD_TOKENS = 8_000
 """Tokens on which the way is measured, in whole documents."""
@@ -186,7 +187,7 @@ def recover(
         adapters = get_peft_model(student, options)
 
     def measure() -> float:
-        with fast_matmul(), without_bars("hf_context_prune.evaluation"):
+        with fast_blocks(student), without_bars("hf_context_prune.evaluation"):
             losses = document_losses(student, tokenizer, withheld, max_seq_length=config.max_seq_length, docs=docs)
         return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
 

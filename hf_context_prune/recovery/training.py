@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..errors import NumericsError
+from ..linalg import bfloat16_is_fast
 from ..modeling.modeling_context_pruned import is_transposed
 from .config import RecoveryConfig
 from .loss import token_loss
@@ -80,16 +81,6 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.blocks[index]}
-
-
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32 there."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        known = torch.cpu.get_capabilities()
-        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-    return False
 
 
 class _Progress(TrainerCallback):

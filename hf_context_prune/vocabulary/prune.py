@@ -16,7 +16,7 @@ from ..config import VocabCriterion
 from ..data import TextSource, load_documents, token_blocks
 from ..embeddings import named_ids, num_rows
 from ..errors import ConfigError, DataError, NumericsError, VocabularyError, unknown
-from ..linalg import fast_matmul
+from ..forwards import fast_blocks
 from ..plan import PruningPlan, Vocabulary, fingerprint
 from ..surgery import apply_plan
 from .rebuild import order_of, pruned_state, rebuilt, table_of
@@ -240,7 +240,7 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
     model.eval()
     try:
         for batch in tqdm(samples.split(_BATCH), desc="Expecting tokens", unit="batch", name=name):
-            with fast_matmul():
+            with fast_blocks(model):
                 logits = model(input_ids=batch.to(model.device), use_cache=False).logits
             for rows in logits:  # one block's float32 probabilities at a time
                 total += rows.float().softmax(dim=-1).sum(dim=0)[: len(total)].double().cpu()

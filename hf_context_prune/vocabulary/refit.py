@@ -32,6 +32,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..data import TextSource, token_blocks
+from ..forwards import fast_blocks
 from ..linalg import fast_matmul, inverse_spd, regularized
 
 RIDGE = 0.3
@@ -140,7 +141,7 @@ def _hidden_states(
         ):
             seen.clear()
             given.clear()
-            with fast_matmul():
+            with fast_blocks(model):
                 logits = model(input_ids=batch.to(model.device), use_cache=False).logits
             if not rows and not torch.equal(logits.float(), given[0].float()):
                 return None
@@ -154,7 +155,7 @@ def _hidden_states(
 def _loss(model: PreTrainedModel, samples: torch.Tensor, batch_size: int) -> float:
     total, count = 0.0, samples[:, 1:].numel()
     for batch in samples.to(model.device).split(batch_size):
-        with fast_matmul():
+        with fast_blocks(model):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
     return total / count

@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_context_prune import linalg
 from hf_context_prune.vocabulary import refit
 from hf_context_prune.vocabulary.refit import HELD_OUT_EVERY, _Problem, blocks_to_read, refit_rows
 from tests.tiny import VOCABULARY, case
-
-
-@pytest.fixture(autouse=True)
-def _exact_products(monkeypatch):
-    """Full float32 products: what must agree agrees closely."""
-    monkeypatch.setattr(linalg, "FAST_PRECISION", "highest")
 
 
 def domain(blocks=36, *, first=3, tokens=12, seed=0):
