@@ -202,7 +202,8 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str)
 dense model in nats a token; *share*: of the excess of `flap` + `bias`; 95 % bootstrap intervals over documents, paired.
 Every method has the same calibration text and the same held-out validation text ({text}).
 All widths are uniform but those called adaptive, which have the same total. `bias` adds biases that this architecture
-can't save, in memory; the plot has no place for what is not above zero. Models are scored with factors of products rounded to bfloat16, the dense one too. What the methods
+can't save, in memory; the plot has no place for what is not above zero. Models are scored with factors of products rounded to
+bfloat16 where the CPU has AMX, the dense one too. What the methods
 cost in time is in the section on costs.
 
 ![Excess loss by method]({plot_path(name).name})

@@ -287,9 +287,9 @@ class _Walk:
             For each stream what attention has to add for the pruned residual stream behind it to equal the dense one,
             [tokens, outputs]; None where that is not needed.
         """
-        references: list[torch.Tensor | None] = []
         if not self.compares:
             return [None] * len(self.streams)
+        references: list[torch.Tensor | None] = []
         block = self.blocks[index]
         part = _SubLayer(block, self.spec, "attention")
         refers = "attention" in targets and not self.parallel and part.post_norm is None

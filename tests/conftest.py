@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from hf_context_prune import linalg
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import FAST_PRECISION, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
-FAST_PRECISION = linalg.FAST_PRECISION
-linalg.FAST_PRECISION = "highest"  # rounding is more than what tiny random models lose
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from hf_context_prune import cli, distributed, linalg
+from hf_context_prune import cli, distributed
 from hf_context_prune.calibration import calibrate
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
@@ -22,7 +22,6 @@ from tests.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts,
 from tests.tiny import case
 
 torch.set_num_threads(1)
-linalg.FAST_PRECISION = "highest"  # as in tests/conftest.py
 
 
 def raised(function):

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_context_prune import PrunerConfig, linalg
+from hf_context_prune import PrunerConfig
 from hf_context_prune.callback import (
     ContextPruneCallback,
     ContextPruneTrainerMixin,
@@ -133,5 +133,4 @@ def main(folder, mode):
 
 
 if __name__ == "__main__":
-    linalg.FAST_PRECISION = "highest"  # as in tests/conftest.py
     main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "train")
