@@ -57,9 +57,9 @@ def run_once(args: argparse.Namespace, method: str, blocks: int) -> dict[str, An
     row = {
         "before": before,
         "peak": peak,
-        "model": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "pruned": sum(p.numel() * p.element_size() for p in smaller.parameters()),
-        "held": held_bytes(model, samples, method),
+        "model": model_bytes(model),
+        "pruned": model_bytes(smaller),
+        "held": held_bytes(model, smaller, samples, method),
         "tokens": samples.numel(),
         "search_seconds": searched - begin,
         "seconds": pruned - searched,
@@ -74,14 +74,24 @@ def run_once(args: argparse.Namespace, method: str, blocks: int) -> dict[str, An
     return {**row, "documents": documents_of(losses), "nll": rounded(losses)}
 
 
-def held_bytes(model: Any, samples: torch.Tensor, method: str) -> int:
-    """Gram matrices and streams, by the formula: those of all layers, or for a walk one layer's and two streams."""
+def model_bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def held_bytes(model: Any, smaller: Any, samples: torch.Tensor, method: str) -> int:
+    """What the formula counts beside the two models: Gram matrices of all layers, or for a walk one layer's and two streams.
+
+    A search holds the Gram matrices of all layers, every block's output on the text that it probes, and the dense
+    model's log-probabilities there beside the narrowed one's logits; but there is no pruned model yet.
+    """
     geometry = read_geometry(model.config, spec_of(model.config))
     neurons = [4 * widths.neurons**2 for widths in geometry.layers]
     heads = [4 * (w.kv_groups * geometry.queries_per_group * geometry.head_dim) ** 2 for w in geometry.layers]
     streams = 2 * samples.numel() * geometry.hidden_size * 4
     if method == SEARCHED:
-        return sum(neurons) + sum(heads) + streams
+        outputs = len(geometry.layers) * geometry.hidden_size + 2 * model.config.vocab_size
+        searching = sum(neurons) + sum(heads) + 4 * PROBE_TOKENS * outputs
+        return max(searching - model_bytes(smaller), max(neurons) + max(heads) + streams)
     if method == "ours":
         return max(neurons) + streams
     return sum(neurons) if "least_squares" in method else 0
@@ -181,8 +191,9 @@ tokens, in the same process afterwards. The search of adaptive widths comes befo
 *Own multiple* is (peak - what the process held before loading) / model bytes. The formula: `process before loading + model
 + pruned model + Gram matrices + streams`. `least_squares` and the search hold layers x width^2 x 4 bytes of Gram matrices
 (of as many layers at once as a quarter of the free memory holds); `sequential` holds one layer's, and two streams of tokens
-x hidden size x 4 bytes. What is left over is one batch's activations, one layer's float64 solver workspace, the libraries
-loaded on the way and the allocator's slack.
+x hidden size x 4 bytes. The search, which comes before there is a pruned model, holds for the {PROBE_TOKENS:,} tokens that
+it probes on every block's output, and log-probabilities and logits of the whole vocabulary, 4 bytes each. What is left over
+is one batch's activations, one layer's float64 solver workspace, the libraries loaded on the way and the allocator's slack.
 
 {table(COST_HEADER, [cost_cells(method, row) for (method, _), row in sorted(rows.items())])}
 

@@ -67,8 +67,10 @@ class _Probe:
             return run
 
         with forwards(self.layers, [recorded(block.forward) for block in self.layers]):
-            logits = self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1)
-        return torch.cat([rows.float().log_softmax(dim=-1) for rows in logits.split(_ROWS)])
+            logits = self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1).float()
+        for rows in logits.split(_ROWS):
+            rows.copy_(rows.log_softmax(dim=-1))  # in place: [tokens, vocabulary] is more than many a model
+        return logits
 
     def logits(self, start: int) -> torch.Tensor:
         """The output of the model as it is now, [tokens, vocabulary], if no block before `start` has changed.
@@ -162,7 +164,7 @@ def measure_sensitivity(
     """Narrow every layer alone to a few widths and measure the mean KL(dense || narrowed) at the output.
 
     A forward pass begins at the narrowed block: what the blocks before it give is recorded once. Memory: every block's
-    output on the text, [tokens, vocabulary] in float32, the logits of a batch, and one refitted projection.
+    output on the text, [tokens, vocabulary] in float32, the logits of a batch as large, and one refitted projection.
 
     Args:
         model: The dense model; runs in evaluation mode, and is as it was when this returns.
