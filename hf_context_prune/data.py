@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import ConfigError, DataError
 from .sources import HUB_MAX_DOCUMENTS, PEEK, PRESETS, Table, choose_text_columns, open_source, text_of
+from .special_tokens import leading_token
 
 __all__ = [
     "HUB_MAX_DOCUMENTS",
@@ -250,7 +251,8 @@ def token_blocks(
 
     Documents are taken in an order shuffled by the seed until there are enough tokens, tokenised without special
     tokens, and joined by the end-of-sequence token (or beginning-of-sequence where there is no end). A long document
-    gives one contiguous stretch of at most four blocks, more only where the text is too little otherwise.
+    gives one contiguous stretch of at most four blocks, more only where the text is too little otherwise. Blocks
+    begin with the token that the tokenizer itself puts before a text ([`leading_token`][]).
 
     Args:
         source: Documents to read.
@@ -275,32 +277,31 @@ def token_blocks(
         if value < 1:
             raise ConfigError(f"{option} is {value}, but must be at least 1")
     order = sorted(source.documents, key=lambda document: _stable_hash("blocks", seed, document.doc))
-    needed = num_samples * max_seq_length
-    cap = _BLOCKS_PER_DOCUMENT * max_seq_length
+    lead = leading_token(tokenizer) if max_seq_length > 1 else None
+    length = max_seq_length - (lead is not None)
+    needed, cap = num_samples * length, _BLOCKS_PER_DOCUMENT * length
     while True:
         tokens, was_cut = _gather_tokens(order, tokenizer, needed, cap, seed)
         if len(tokens) >= needed or not was_cut:
             break
         cap *= 4
-    blocks = min(num_samples, len(tokens) // max_seq_length)
+    blocks = min(num_samples, len(tokens) // length)
     if blocks == 0:
         if len(tokens) < _SHORTEST_BLOCK:
             raise DataError(
                 f"{source.name}: {len(tokens)} tokens of text, but calibration needs at least {_SHORTEST_BLOCK}; "
                 "give more text"
             )
-        blocks, max_seq_length = 1, len(tokens)
-    if blocks * max_seq_length < needed and not fewer:
+        blocks, length = 1, len(tokens)
+    if blocks * length < needed and not fewer:
         warnings.warn(
             f"{source.name}: asked for {num_samples} blocks ({needed} tokens), but there is text for {blocks} of "
-            f"{max_seq_length} tokens: calibrating on those. Give more text, or lower num_calibration_samples.",
+            f"{length} tokens: calibrating on those. Give more text, or lower num_calibration_samples.",
             CalibrationWarning,
             stacklevel=2,
         )
-    return torch.tensor(tokens[: blocks * max_seq_length], dtype=torch.long).view(blocks, max_seq_length)
-
-
-# --- records to documents -------------------------------------------------------------------------------------------
+    own = torch.tensor(tokens[: blocks * length], dtype=torch.long).view(blocks, length)
+    return own if lead is None else torch.nn.functional.pad(own, (1, 0), value=lead)
 
 
 def _read_documents(
@@ -333,9 +334,6 @@ def _read_documents(
 
 def _joined(texts: dict[str, list[str]], sources: dict[str, str]) -> list[TextDocument]:
     return [TextDocument("\n\n".join(parts), doc, sources[doc]) for doc, parts in texts.items()]
-
-
-# --- splitting and cutting ------------------------------------------------------------------------------------------
 
 
 def _stable_hash(*parts: object) -> bytes:

@@ -21,7 +21,7 @@ LAYERS = [
     # Helpers and values that know nothing else of the package.
     {
         *("bars", "cache", "distributed", "embeddings", "leaks", "linalg", "manifest", "markdown", "rows", "sources"),
-        "stats",
+        *("special_tokens", "stats"),
     },
     {"modeling", "config", "architectures", "forwards", "plan", "data", "overlap", "questions", "unfinished"},
     {

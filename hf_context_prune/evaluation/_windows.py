@@ -91,14 +91,23 @@ def encode_documents(
     return [encoded[doc] for doc in groups if doc in encoded]
 
 
-def cut_windows(documents: Iterable[EncodedDocument], context: int, max_seq_length: int) -> Iterator[Window]:
-    """Cut every record into windows that predict each of its tokens once."""
+def cut_windows(
+    documents: Iterable[EncodedDocument], context: int, max_seq_length: int, *, each: bool = False
+) -> Iterator[Window]:
+    """Cut every record into windows that predict each of its tokens once.
+
+    Args:
+        documents: With their tokens.
+        context: The token that leads the first window of a record.
+        max_seq_length: Tokens of a window.
+        each: Whether it leads every window; else the last token of the one before does.
+    """
     for index, document in enumerate(documents):
         for ids in document.records:
-            shifted = [context, *ids]
             for start in range(0, len(ids), max_seq_length):
                 targets = ids[start : start + max_seq_length]
-                yield Window(index, shifted[start : start + len(targets)], targets)
+                first = ids[start - 1] if start and not each else context
+                yield Window(index, [first, *targets[:-1]], targets)
 
 
 def batch_windows(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from ..errors import ConfigError, DataError, NumericsError, PruningWarning, unknown
 from ..questions import ALL, LETTERS, Question, QuestionSet, papers_prompt, prompt
+from ..special_tokens import leading_token
 from ._bootstrap import CONFIDENCE, Estimate
 from ._continuations import Alternatives, continuation_log_probs
 from ._inference import check_token_ids, evaluation_mode, max_positions
@@ -176,8 +177,8 @@ def _answer(question: Question, scores: Sequence[float], shots: int) -> Answer:
 def _alternatives(tokenizer: Any, text: str, answers: Sequence[str]) -> Alternatives:  # noqa: ANN401
     """A text with several continuations, cut as lm-evaluation-harness does: where the tokens of the text alone end."""
     start = len(tokenizer.encode(text, add_special_tokens=False))
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    lead = bos if tokenizer.encode("a")[:1] == bos else []  # only where the tokenizer itself would put it
+    bos = leading_token(tokenizer)
+    lead = [] if bos is None else [bos]
     sequences = [[*lead, *tokenizer.encode(text + answer, add_special_tokens=False)] for answer in answers]
     start += len(lead)
     return Alternatives(

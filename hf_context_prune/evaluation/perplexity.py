@@ -15,6 +15,7 @@ from huggingface_hub.utils import tqdm
 
 from ..data import TextSource
 from ..errors import ConfigError, DataError, NumericsError
+from ..special_tokens import leading_token
 from ._bootstrap import Estimate, Statistic, bits_per_byte, bootstrap_estimate, ratio
 from ._inference import check_token_ids, evaluation_mode, max_positions
 from ._windows import (
@@ -114,8 +115,9 @@ def document_losses(
     """Score every document of `source`, each of its tokens exactly once.
 
     A record is cut into windows of `max_seq_length` tokens. The first is led by the tokenizer's bos (else eos) token,
-    every later one by the last token of the window before; that leading token is never scored. Windows are batched by
-    length; the results do not depend on the batching. Documents without any token are left out.
+    and so is every later one where the tokenizer itself puts bos before a text ([`leading_token`][]); else the last
+    token of the window before leads it. That leading token is never scored. Windows are batched by length; the results
+    do not depend on the batching. Documents without any token are left out.
 
     To compare two tokenizers under `max_tokens`, choose the documents once: pass the `doc` ids of the first result
     as `docs` to the second call, with no budget.
@@ -144,7 +146,8 @@ def document_losses(
     documents = encode_documents(group_records(source, docs), source.name, tokenizer, max_tokens, seed)
     _check_ids(model, tokenizer, documents, context)
 
-    windows = sorted(cut_windows(documents, context, max_seq_length), key=lambda window: -len(window.inputs))
+    cut = cut_windows(documents, context, max_seq_length, each=leading_token(tokenizer) is not None)
+    windows = sorted(cut, key=lambda window: -len(window.inputs))
     nll = [0.0] * len(documents)
     total = sum(document.num_tokens for document in documents)
     with (

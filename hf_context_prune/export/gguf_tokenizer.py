@@ -10,6 +10,7 @@ from gguf import GGUFWriter, TokenType
 
 from ..errors import ExportError
 from ..evaluation._generation import end_tokens
+from ..special_tokens import leading_token
 
 _GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -88,9 +89,8 @@ def _write_specials(writer: GGUFWriter, model: Any, tokenizer: Any) -> None:  # 
     ):
         if index is not None:
             add(index)
-    written = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and written[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(tokenizer.eos_token_id is not None and written[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(leading_token(tokenizer) is not None)
+    writer.add_add_eos_token(tokenizer.eos_token_id is not None and tokenizer.encode("a")[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 

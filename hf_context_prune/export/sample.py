@@ -11,6 +11,7 @@ from ..data import load_documents
 from ..evaluation._inference import evaluation_mode, max_positions
 from ..evaluation._windows import context_token, cut_windows, encode_documents, group_records
 from ..loading import LoadedModel
+from ..special_tokens import leading_token
 from .runtime import NEUTRAL
 
 PROMPTS = (
@@ -69,7 +70,8 @@ def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_
     groups = group_records(source, None)
     documents = encode_documents(groups, source.name, loaded.tokenizer, max_tokens, seed)
     length, new_tokens = _lengths(loaded)
-    cut = list(cut_windows(documents, context_token(loaded.tokenizer), length - 1))
+    led = leading_token(loaded.tokenizer) is not None
+    cut = list(cut_windows(documents, context_token(loaded.tokenizer), length - 1, each=led))
     windows = tuple((window.inputs[0], *window.targets) for window in cut)
     starts = sorted(windows, key=len, reverse=True)[: len(PROMPTS)]
     room = max(length - new_tokens - 1, 1)
