@@ -10,16 +10,23 @@ from transformers import PreTrainedModel
 from .config import PrunerConfig
 from .data import TextSource, token_blocks
 from .distributed import on_main_process
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .vocabulary.refit import blocks_to_read, refit_rows
 
 
 def check_general_mix(config: PrunerConfig, general: object) -> None:
-    """Refuse a share of a text that is not there.
+    """Refuse a share of a text that is not there, and one that is no block, or all of them.
 
     Raises:
-        ConfigError: `general_mix` without general text.
+        ConfigError: `general_mix` without general text, or for too few blocks.
     """
+    blocks = config.num_calibration_samples
+    if config.general_mix and not 0 < round(config.general_mix * blocks) < blocks:
+        raise ConfigError(
+            f"general_mix is {config.general_mix:g}: of {blocks} calibration blocks (num_calibration_samples) that is "
+            f"{'all of them' if config.general_mix > 0.5 else 'none'}. Ask for more blocks"
+            + (f", or for {1 / blocks:g} to {1 - 1 / blocks:g}." if blocks > 1 else ".")
+        )
     if config.general_mix and general is None:
         raise ConfigError(
             f"general_mix is {config.general_mix:g}, but there is no general text to take blocks from. Give it: "
@@ -45,7 +52,8 @@ def calibration_blocks(
         count: Another number of blocks.
 
     Raises:
-        ConfigError: `general_mix` without general text.
+        ConfigError: `general_mix` without general text, or for too few blocks.
+        DataError: One of the texts has less than a block where the other has one.
     """
     check_general_mix(config, general)
 
@@ -55,10 +63,18 @@ def calibration_blocks(
 
     whole = config.num_calibration_samples if count is None else count
     fewer = whole > config.num_calibration_samples
-    mixed = min(whole - 1, round(config.general_mix * whole))
+    mixed = round(config.general_mix * whole)
     if not mixed or general is None:
         return blocks(text, whole)
-    both = torch.cat([blocks(text, whole - mixed), blocks(general, mixed)])
+    parts = blocks(text, whole - mixed), blocks(general, mixed)
+    lengths = [part.shape[1] for part in parts]
+    if min(lengths) < max(lengths):
+        short = text if lengths[0] < lengths[1] else general
+        raise DataError(
+            f"{short.name} has {min(lengths)} tokens, less than one block of {max(lengths)}, so it can't be mixed with "
+            f"the other text. Give more of it, or lower max_seq_length to {min(lengths)}."
+        )
+    both = torch.cat(parts)
     return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(config.pruning_seed))]
 
 

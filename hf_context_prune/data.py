@@ -295,8 +295,9 @@ def token_blocks(
         blocks, length = 1, len(tokens)
     if blocks * length < needed and not fewer:
         warnings.warn(
-            f"{source.name}: asked for {num_samples} blocks ({needed} tokens), but there is text for {blocks} of "
-            f"{length} tokens: calibrating on those. Give more text, or lower num_calibration_samples.",
+            f"{source.name}: asked for {num_samples} blocks ({num_samples * max_seq_length} tokens), but there is text "
+            f"for {blocks} of {length + (lead is not None)} tokens: calibrating on those. Give more text, or lower "
+            f"num_calibration_samples.",
             CalibrationWarning,
             stacklevel=2,
         )

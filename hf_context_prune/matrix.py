@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
+from . import __version__
 from .allocation import Budget
 from .base_card import provenance_of
 from .card import rewrite_card
@@ -77,6 +78,7 @@ def domain_matrix(
     check_budget(base.model, base.tokenizer, config)
     train, held_out, splits = _texts(base, domains, eval_data or {}, questions or {}, config, max_tokens)
     setting = {
+        "version": __version__,
         "model": [base.name, fingerprint(base.model), str(base.model.dtype)],
         "config": config.to_dict(),
         "domains": {name: [text.name, text.fingerprint] for name, text in train.items()},

@@ -156,9 +156,12 @@ def prune(
         seed=config.pruning_seed,
         hold_out=config.general_mix > 0,
     )
+    mixed_in = None if general is None else general.calibration
+    if mixed_in is not None:
+        held_out, how = _apart_from_general(held_out, how, mixed_in)
     search = None
     if config.max_loss_increase is not None:
-        text, search = SearchText.withheld_from(text, base.tokenizer, config)
+        text, search = SearchText.withheld_from(text, base.tokenizer, config, general=mixed_in)
     length = config.max_seq_length
     base_losses = document_losses(
         base.model, base.tokenizer, held_out, max_seq_length=length, max_tokens=options.max_tokens
@@ -169,7 +172,6 @@ def prune(
     }
     if search is not None:
         provenance["search_data"] = {"name": search.text.name, "fingerprint": search.text.fingerprint}
-    mixed_in = None if general is None else general.calibration
     if general is not None and mixed_in is not None:
         provenance["general_data"] = general.whole
     smaller, tokenizer, plan = smaller_model(
@@ -223,6 +225,19 @@ def prune(
     )
     from_disk = base if base.folder is not None else None
     return PruneResult(smaller, tokenizer, plan, report, stock, from_disk)
+
+
+def _apart_from_general(held_out: TextSource, how: str, general: TextSource) -> tuple[TextSource, str]:
+    """Held-out text without what the general calibration text has, and the sentence on it."""
+    left, dropped = drop_overlapping(held_out, general)
+    if not len(left):
+        raise DataError(
+            f"Every held-out document is also in the general text {general.name} that general_mix calibrates on, so "
+            f"figures on it would say nothing. Give other text to mix in, or other held-out text (--eval-data)."
+        )
+    if dropped:
+        how += f" {dropped:,} of these documents were dropped: the general text that is calibrated on has them too."
+    return left, how
 
 
 def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401

@@ -36,11 +36,23 @@ class SearchText:
     num_dropped: int
 
     @classmethod
-    def withheld_from(cls, text: TextSource, tokenizer: Any, config: PrunerConfig) -> tuple[TextSource, SearchText]:  # noqa: ANN401
-        """(the rest of the calibration text, a tenth of its documents without those that the rest repeats).
+    def withheld_from(
+        cls,
+        text: TextSource,
+        tokenizer: Any,  # noqa: ANN401
+        config: PrunerConfig,
+        general: TextSource | None = None,
+    ) -> tuple[TextSource, SearchText]:
+        """(the rest of the calibration text, a tenth of its documents without those that are calibrated on as well).
+
+        Args:
+            text: Of the domain.
+            tokenizer: The model's.
+            config: All choices.
+            general: Text of no domain that is calibrated on too.
 
         Raises:
-            DataError: There is a single document, or the rest repeats all of them.
+            DataError: There is a single document, or what is calibrated on repeats all of them.
         """
         try:
             rest, given = hold_out_documents(text, seed=config.pruning_seed)
@@ -49,12 +61,17 @@ class SearchText:
                 f"max_loss_increase searches on documents withheld from the calibration text, and {text.name} has one "
                 f"left to calibrate on. Give more documents, or use pruning_ratio."
             ) from error
-        own, dropped = drop_overlapping(given, rest)
+        own, _ = drop_overlapping(given, rest)
+        if general is not None:
+            own, _ = drop_overlapping(own, general)
         if not len(own):
+            beside = "" if general is None else f" or the general text {general.name}"
             raise DataError(
-                f"max_loss_increase searches on documents withheld from the calibration text {text.name}, but the rest "
-                f"repeats all {len(given):,} of them. Give text that repeats itself less, or use pruning_ratio."
+                f"max_loss_increase searches on documents withheld from the calibration text {text.name}, but the "
+                f"rest{beside} repeats all {len(given):,} of them. Give text that repeats itself less, or use "
+                f"pruning_ratio."
             )
+        dropped = len(given) - len(own)
         docs = choose_documents(own, tokenizer, max_tokens=_TOKENS)
         return rest, cls(own, tuple(docs), config.max_seq_length, dropped)
 
@@ -66,7 +83,7 @@ class SearchText:
     def budget(self, plan: PruningPlan) -> LossBudget:
         """What the search found, from the plan's provenance."""
         facts = plan.provenance["loss_budget"]
-        dropped = f" ({self.num_dropped:,} that the rest repeats were dropped)" if self.num_dropped else ""
+        dropped = f" ({self.num_dropped:,} that are calibrated on too were dropped)" if self.num_dropped else ""
         text = (
             f"Size searched on at most {_TOKENS:,} tokens of {len(self.text):,} documents of {self.text.name}"
             f"{dropped}, withheld from calibration and not among the held-out text of the figures: "

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
+from . import __version__
 from .cells import accuracy, percent, relative_change
 from .config import PrunerConfig
 from .data import TextSource
@@ -308,6 +309,7 @@ def sweep(
         questions=questions,
     )
     setting = {
+        "version": __version__,
         "model": [base.name, fingerprint(base.model), str(base.model.dtype)],
         "data": [text.name, text.fingerprint],
         "held_out": held_out.setting(),

@@ -16,10 +16,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from . import __version__
 from .cache import CACHE_VARIABLE, cache_dir
 from .distributed import digest_batches, is_main_process, num_processes, on_main_process
 from .errors import PruningWarning
 from .files import exclusive
+from .linalg import bfloat16_is_fast
 
 _FORGOTTEN_AFTER_DAYS = 7
 
@@ -102,8 +104,9 @@ def resume_key(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]
     digest = hashlib.sha256(repr(options).encode())
     config = model.config
     digest.update(f"{config.to_json_string()} {getattr(config, '_attn_implementation', None)}".encode())
-    # Sums may round otherwise.
-    computes = (torch.__version__, transformers.__version__, torch.get_num_threads(), num_processes(), os.name)
+    # Sums may round otherwise, and another version may follow another rule.
+    versions = (__version__, torch.__version__, transformers.__version__)
+    computes = (*versions, torch.get_num_threads(), num_processes(), bfloat16_is_fast(model.device), os.name)
     digest.update(f"{computes} {model.device.type}".encode())
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

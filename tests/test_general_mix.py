@@ -7,8 +7,9 @@ import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.calibration_text import calibration_blocks
-from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.data import CalibrationWarning, token_blocks
 from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.evaluation import document_losses
 from hf_context_prune.evaluation.texts import read_general
 from hf_context_prune.loading import LoadedModel
 from hf_context_prune.matrix import domain_matrix
@@ -32,7 +33,7 @@ def base():
     return LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
 
 
-@pytest.mark.parametrize(("mix", "mixed"), [(0.0, 0), (0.25, 2), (0.5, 4), (0.99, 7)])
+@pytest.mark.parametrize(("mix", "mixed"), [(0.0, 0), (0.25, 2), (0.5, 4), (0.9, 7)])
 def test_the_share_of_blocks_is_the_one_asked_for(base, mix, mixed):
     domain, general = documents(WORDS[:8]), documents(WORDS[20:])
     config = PrunerConfig(**OPTIONS, general_mix=mix)
@@ -87,6 +88,63 @@ def test_mixing_needs_a_text_and_says_so_before_the_work(base, monkeypatch, tmp_
         domain_matrix(base, {"a": "x", "b": "y"}, tmp_path, PrunerConfig(**OPTIONS, general_mix=0.5))
     with pytest.raises(DataError):
         read_general(general_text(1), apart_from=None, tokenizer=base.tokenizer, seed=0, hold_out=True)
+
+
+def identities(texts):
+    return {" ".join(document.text.split()) for document in texts}
+
+
+@pytest.mark.parametrize("searching", [False, True])
+def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatch, searching):
+    """General text may hold the domain's documents under other names, or the evaluation text itself."""
+    domain = documents(WORDS[:8])
+    copies = [{"text": x.text, "doc": f"copy{i}"} for i, x in enumerate(domain.documents) if i % 2]
+    options = EvalOptions(speed=False, memory=False, general_data=[*copies, *general_text(400)])
+    used, measured, searched = [], [], []
+
+    def blocks(source, *args, **how):
+        used.extend(source.documents)
+        return token_blocks(source, *args, **how)
+
+    def losses(model, tokenizer, source, **how):
+        measured.extend(source.documents)
+        return document_losses(model, tokenizer, source, **how)
+
+    def search_losses(model, tokenizer, source, **how):
+        searched.extend(source.documents)
+        return document_losses(model, tokenizer, source, **how)
+
+    monkeypatch.setattr("hf_context_prune.calibration_text.token_blocks", blocks)
+    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", losses)
+    monkeypatch.setattr("hf_context_prune.search_text.document_losses", search_losses)
+    size = {"max_loss_increase": 0.5} if searching else {"mlp_ratio": 0.3}
+    config = PrunerConfig(**{**OPTIONS, "mlp_ratio": None} | size, general_mix=0.5)
+    report = prune(base, domain, config, evaluation=options).report
+    assert measured
+    assert bool(searched) == searching
+    assert not identities(measured + searched) & identities(used)
+    assert "the general text that is calibrated on has them too" in report.dataset.held_out
+
+
+def test_general_text_that_holds_all_of_the_evaluation_text_is_refused(base):
+    domain, evaluation = documents(WORDS[:8]), general_text(3)
+    options = EvalOptions(speed=False, memory=False, general_data=[*evaluation * 9, *general_text(60)])
+    with pytest.raises(DataError, match="Every held-out document is also in the general text"):
+        prune(base, domain, PrunerConfig(**OPTIONS, general_mix=0.5), eval_data=evaluation, evaluation=options)
+
+
+def test_a_text_of_less_than_a_block_is_named(base):
+    config = PrunerConfig(**OPTIONS | {"max_seq_length": 200}, general_mix=0.5)
+    short = documents(WORDS[20:], count=1, length=10)
+    with pytest.raises(DataError, match=r"has \d+ tokens, less than one block of 200.*lower max_seq_length"):
+        calibration_blocks(documents(WORDS[:8]), base.tokenizer, config, short)
+
+
+@pytest.mark.parametrize(("mix", "words"), [(0.01, "none"), (0.99, "all of them")])
+def test_a_share_that_is_no_block_is_refused(base, mix, words):
+    config = PrunerConfig(**OPTIONS, general_mix=mix)
+    with pytest.raises(ConfigError, match=rf"of 8 calibration blocks .* that is {words}.*0\.125 to 0\.875"):
+        prune(base, documents(WORDS[:8]), config, evaluation=EvalOptions(general_data=general_text()))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, "half", True, float("nan")])
