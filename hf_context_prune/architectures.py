@@ -140,6 +140,19 @@ def output_weight(projection: nn.Module) -> torch.Tensor:
     return weight.T if is_transposed(projection) else weight
 
 
+def post_norm(block: nn.Module, spec: ArchSpec, target: Target) -> nn.Module | None:
+    """The norm between a target's output projection and the residual stream, if there is one (Gemma 2 and 3)."""
+    path = dict(spec.post_norms).get(target)
+    return None if path is None else block.get_submodule(path)
+
+
+def channel_scale(block: nn.Module, spec: ArchSpec, target: Target) -> torch.Tensor:
+    """The gamma of that norm, its answer to a vector of ones, or ones: [out_features, 1]."""
+    ones = torch.ones_like(output_weight(output_projection(block, spec, target))[:, :1])
+    norm = post_norm(block, spec, target)
+    return ones if norm is None else norm(ones.T).detach().T
+
+
 def is_parallel(config: PreTrainedConfig, spec: ArchSpec) -> bool:
     """Whether attention and MLP of a block both read the block's input."""
     return bool(getattr(config, spec.parallel)) if isinstance(spec.parallel, str) else spec.parallel

@@ -19,6 +19,7 @@ from .architectures import (
     Target,
     absolute_weight,
     blocks,
+    channel_scale,
     check_supported,
     input_magnitude,
     output_projection,
@@ -77,6 +78,7 @@ def weights_of_block(
         unit_size=unit_size(geometry, target),
         input_magnitude=input_magnitude(block, spec, geometry, target, groups),
         has_bias=projection.bias is not None,
+        channel_scale=channel_scale(block, spec, target),
     )
 
 

@@ -102,8 +102,9 @@ def taylor(weights: TargetWeights, statistics: TargetStatistics, generator: torc
 def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.Generator) -> torch.Tensor:
     """Order of removal of the structured optimal brain surgeon (Hassibi & Stork 1993, on columns, in batches).
 
-    The unit with the least error after an optimal update of all other columns goes first: tr(W_u ([G^-1]_uu)^-1 W_u^T).
-    After every batch the weights and G^-1 are updated, so later scores see earlier removals. The result is the rank of
+    The unit with the least error after an optimal update of all other columns goes first: tr(W_u ([G^-1]_uu)^-1 W_u^T),
+    with the rows of W as they reach the residual stream (times gamma where a norm is behind the projection). After
+    every batch the weights and G^-1 are updated, so later scores see earlier removals. The result is the rank of
     removal, not an error: the whole order is found once, whatever the budget.
 
     Returns:
@@ -117,7 +118,7 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
         raise NumericsError("The output weight of a layer holds NaN or Inf, so its units can't be ranked.")
     # With a bias the mean of what is removed costs nothing, as in the reconstruction.
     inverse = inverse_spd(regularized(statistics.second_moment(centred=weights.has_bias), RIDGE))
-    output = weights.output.double().clone()
+    output = weights.output.double() * (1.0 if weights.channel_scale is None else weights.channel_scale.double())
     alive = torch.arange(units)
     here = torch.ones(units, dtype=torch.bool)  # of `alive`: those not yet removed
     rank = torch.empty(units, dtype=torch.float64)

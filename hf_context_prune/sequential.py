@@ -9,9 +9,9 @@ the pruned residual stream lacks, beside the projection's own output W x, to equ
 equation. Its ridge on e is chosen block by block on text that is never fitted: every block fits e anew on the same
 tokens, so a small ridge would learn those tokens by heart.
 
-Behind a norm (Gemma 2 and 3) the target is the own output alone. What is upstream of it is not corrected: a norm
-divides by one scale for all channels, so an error that is divided by a small gamma grows the scale and shrinks every
-other channel. On Gemma-3-270M no such correction lowered the held-out loss, however it was damped.
+Behind a norm (Gemma 2 and 3) the projection's output y = W x enters as gamma y / r(y), with one scale r a token. There
+x is divided by r, and e by gamma, but for channels of small gamma: what those lack would take changes so large that
+they grow r and shrink every other channel (`_SubLayer.regression`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import (
-    TARGETS,
     ArchSpec,
     LayerWidths,
     Target,
     blocks,
+    channel_scale,
     check_supported,
     is_parallel,
     output_projection,
     output_weight,
+    post_norm,
     read_geometry,
     residual_scale,
 )
@@ -56,6 +57,10 @@ CORRECTION_RIDGES = (0.1, 0.3, 1.0, 3.0)
 """Ridges tried for what upstream blocks left to correct, as shares of each feature's mean square."""
 DEFAULT_CORRECTION_RIDGE = 1.0
 """Where there is too little text to hold any out."""
+NORM_DAMPING = 0.1
+"""Behind a norm, the square of gamma below which a channel is corrected less, as a share of the mean square."""
+SINK_SHARE = 0.1
+"""Behind a norm, the RMS below which a token counts less, as a share of the median."""
 HELD_OUT_EVERY = 12
 """One batch in so many only chooses ridges."""
 
@@ -85,34 +90,46 @@ class SequentialResult:
 
 
 class _SubLayer:
-    """One target of one block: its projection, and the norm between its output and the residual stream."""
+    """One target of one block: its projection, and how its output enters the residual stream."""
 
     def __init__(self, block: nn.Module, spec: ArchSpec, target: Target) -> None:
         self.target, self.projection = target, output_projection(block, spec, target)
-        path = dict(spec.post_norms).get(target)
-        self.post_norm = None if path is None else block.get_submodule(path)
+        self.post_norm, self.gamma = post_norm(block, spec, target), channel_scale(block, spec, target)
+
+    @property
+    def branch(self) -> nn.Module:
+        """The module whose output, times the model's scale, is added to the residual stream."""
+        return self.projection if self.post_norm is None else self.post_norm
 
     @property
     def centre(self) -> bool:
         """Whether a bias takes up the mean; behind a norm it can't (rows are rescaled there), and stays as it is."""
         return self.projection.bias is not None and self.post_norm is None
 
+    def regression(
+        self, x: torch.Tensor, output: torch.Tensor, lacking: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the regression: (x, e), or behind a norm (u x / r, u d e).
 
-def norm_weights(output: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """What an error of a token counts behind a norm: 1 / max(r, median r), with r = sqrt(mean y^2 + eps) over features.
+            r = sqrt(mean y^2 + eps)    u = min(1, r / (SINK_SHARE median r))
+            d = gamma / (gamma^2 + NORM_DAMPING mean gamma^2)
 
-    The norm divides by r, so an error counts 1 / r. But attention sinks, one token in hundreds, have an r hundreds of
-    times below the median, and would have all the weight; they count as the median token does.
+        To first order in the change C of W, and without that of r, gamma C x / r is what is added to the stream. u
+        keeps attention sinks, tokens with almost no output, from having all the weight. d is 1 / gamma where gamma is
+        not small: the ridge solution of gamma d = 1.
 
-    Args:
-        output: Inputs y of the norm, [tokens, features].
-        norm: An RMS norm, with `eps`.
-
-    Returns:
-        [tokens, 1].
-    """
-    rms = (output.square().mean(dim=-1, keepdim=True) + float(norm.eps)).sqrt()  # type: ignore[arg-type]
-    return 1 / rms.clamp_min(rms.median())
+        Args:
+            x: Inputs of the projection, [tokens, features].
+            output: y, the projection's output, [tokens, channels].
+            lacking: e, [tokens, channels].
+        """
+        if self.post_norm is None:
+            return x, lacking
+        gamma = self.gamma.float().T
+        rms = (output.square().mean(dim=-1, keepdim=True) + float(self.post_norm.eps)).sqrt()  # type: ignore[arg-type]
+        weight = 1 / rms.clamp_min(SINK_SHARE * rms.median())
+        damped = gamma / (gamma.square() + NORM_DAMPING * gamma.square().mean())
+        return weight * x, weight * rms * damped * lacking
 
 
 def check_walkable(model: PreTrainedModel, criterion: Criterion) -> None:
@@ -244,8 +261,6 @@ class _Walk:
         self.criterion, self.ridge, self.seed = criterion, ridge, seed
         self.geometry = read_geometry(model.config, spec)
         self.scale, self.parallel = residual_scale(model.config, spec), is_parallel(model.config, spec)
-        # Behind norms nothing is compared with the dense stream.
-        self.compares = not set(TARGETS) <= set(dict(spec.post_norms))
 
     def prune(self, index: int, widths: LayerWidths) -> FinishedBlock:
         """Prune one block as far as its widths ask, and move both streams behind it."""
@@ -276,25 +291,21 @@ class _Walk:
             part = _SubLayer(block, self.spec, target)
             self._install(part, kept_features(self.geometry, target, done.layer.kept(target)), *output)
         for stream in self.streams:
-            if self.compares:
-                stream.dense.copy_(stream.call(index, self.blocks[index], stream.dense))
+            stream.dense.copy_(stream.call(index, self.blocks[index], stream.dense))
             stream.pruned.copy_(stream.call(index, block, stream.pruned))
 
     def _dense_pass(self, index: int, targets: Sequence[Target]) -> list[torch.Tensor | None]:
-        """Move the dense streams behind the block, if anything is compared with them.
+        """Move the dense streams behind the block.
 
         Returns:
             For each stream what attention has to add for the pruned residual stream behind it to equal the dense one,
             [tokens, outputs]; None where that is not needed.
         """
-        if not self.compares:
-            return [None] * len(self.streams)
         references: list[torch.Tensor | None] = []
         block = self.blocks[index]
-        part = _SubLayer(block, self.spec, "attention")
-        refers = "attention" in targets and not self.parallel and part.post_norm is None
+        refers = "attention" in targets and not self.parallel
         for stream in self.streams:
-            with watched(part.projection, inputs=False) as output:
+            with watched(_SubLayer(block, self.spec, "attention").branch, inputs=False) as output:
                 after = stream.call(index, block, stream.dense)
             reference = None
             if refers:
@@ -317,17 +328,16 @@ class _Walk:
             with (
                 watched(part.projection, inputs=True) as x,
                 watched(part.projection, inputs=False) as output,
+                watched(part.branch, inputs=False) as branch,
             ):
                 after = stream.call(index, block, stream.pruned)
-            inputs, lacking = stream.rows(x[0]), None
-            if part.post_norm is not None:
-                inputs = norm_weights(stream.rows(output[0]), part.post_norm) * inputs
-            elif reference is not None and target == "attention":
-                lacking = reference - stream.rows(output[0])
+            if reference is not None and target == "attention":
+                lacking = reference - stream.rows(branch[0])
             else:  # the last to add: whatever the block's output lacks
                 lacking = (stream.rows(stream.dense) - stream.rows(after)) / self.scale
+            rows = part.regression(stream.rows(x[0]), stream.rows(output[0]), lacking)
             with fast_matmul():  # what that rounds in an entry is nothing to the ridge
-                (choose if stream.held_out and lacking is not None else fit).add(inputs, lacking)
+                (choose if stream.held_out else fit).add(*rows)
         for moments in (fit, choose):
             reduce_moments(moments)
             moments.statistics.check_finite(f"layer {index} ({target}), pruned stream")
@@ -348,9 +358,7 @@ class _Walk:
         old = output_weight(part.projection).double()
         second_moment, lacking = fit.second()
         correction_ridge, optimum = DEFAULT_CORRECTION_RIDGE, None
-        if part.post_norm is not None:  # nothing to correct
-            correction_ridge, optimum = self.ridge, old
-        elif choose.statistics.num_tokens:
+        if choose.statistics.num_tokens:
             held_out = choose.second()
             fits = {share: refit(old, second_moment, lacking, None, self.ridge, share) for share in CORRECTION_RIDGES}
             correction_ridge = min(fits, key=lambda share: squared_error(fits[share] - old, *held_out))

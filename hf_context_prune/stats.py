@@ -36,12 +36,15 @@ class TargetWeights:
         unit_size: Input features a unit, contiguous: unit u owns features u * unit_size to (u + 1) * unit_size.
         input_magnitude: Sum of |w| over each unit's weights in the input projections, [units], float64.
         has_bias: Whether the output projection has a bias, which takes up the mean of what is removed.
+        channel_scale: What of an output channel reaches the residual stream, [out_features, 1]: the gamma of a norm
+            behind the projection. None: all of it.
     """
 
     output: torch.Tensor
     unit_size: int
     input_magnitude: torch.Tensor
     has_bias: bool = False
+    channel_scale: torch.Tensor | None = None
 
     @property
     def num_units(self) -> int:
@@ -50,7 +53,9 @@ class TargetWeights:
 
     def cpu(self) -> TargetWeights:
         """The same on the CPU, where scoring runs: float64 is at home there, and the matrices are small."""
-        return replace(self, output=self.output.cpu(), input_magnitude=self.input_magnitude.cpu())
+        scale = None if self.channel_scale is None else self.channel_scale.cpu()
+        moved = {"output": self.output.cpu(), "input_magnitude": self.input_magnitude.cpu(), "channel_scale": scale}
+        return replace(self, **moved)
 
     def per_unit(self, per_feature: torch.Tensor) -> torch.Tensor:
         """Sum a per-feature quantity, [in_features], over the features of each unit: [units]."""
@@ -150,8 +155,8 @@ class RegressionMoments:
         self.pivot_target: torch.Tensor | None = None
         self.centre = centre
 
-    def add(self, x: torch.Tensor, target: torch.Tensor | None) -> None:
-        """Add a batch: x [tokens, features], target [tokens, outputs], float32; None: zero in all batches."""
+    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        """Add a batch: x [tokens, features], target [tokens, outputs], float32."""
         stats = self.statistics
         stats.num_tokens += len(x)
         stats.sum += x.sum(dim=0)
@@ -162,8 +167,6 @@ class RegressionMoments:
             x = x - stats.pivot.float()
         assert stats.gram is not None
         stats.gram.addmm_(x.T, x)
-        if target is None:
-            return
         self.sum_target += target.sum(dim=0)
         if self.centre:
             self.pivot_target = target.mean(dim=0) if self.pivot_target is None else self.pivot_target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -136,6 +137,23 @@ def test_magnitude_of_a_model(family):
         w = weights_of_block(blocks(model, spec)[layer], spec, geometry, target, groups)
         got = score("magnitude", w, None)
         torch.testing.assert_close(got, value)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_obs_ranks_by_what_reaches_the_residual_stream(family):
+    model, spec = tiny_model(family), SPECS[family]
+    geometry, block = read_geometry(model.config, spec), blocks(model, spec)[0]
+    with torch.no_grad():
+        block.post_feedforward_layernorm.weight.copy_(torch.linspace(-1, 3, model.config.hidden_size))
+    w = weights_of_block(block, spec, geometry, "mlp", geometry.layers[0].kv_groups)
+    gamma = 1 + block.post_feedforward_layernorm.weight.detach()
+    torch.testing.assert_close(w.channel_scale[:, 0], gamma, atol=1e-4, rtol=1e-4)
+    stats = statistics_of(inputs(w.num_units))
+    plain = replace(w, channel_scale=None)
+    scaled = replace(plain, output=w.channel_scale * w.output)
+    assert torch.equal(score("obs", w, stats), score("obs", scaled, stats))
+    assert not torch.equal(score("obs", w, stats), score("obs", plain, stats))
+    assert torch.equal(score("wanda", w, stats), score("wanda", plain, stats))
 
 
 @pytest.mark.parametrize("family", STORED)
