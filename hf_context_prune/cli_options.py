@@ -101,7 +101,7 @@ EffortOption = Annotated[
     str | None,
     typer.Option(
         help=f"{names(EffortName)}. high: the token rows are refitted to the text too, once the blocks are done (as "
-        "they are anyway where tokens go): less loss at the same size, in up to twice the time."
+        "they are anyway where tokens go): less loss at the same size, in more time."
     ),
 ]
 RoundTo = Annotated[

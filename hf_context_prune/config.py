@@ -71,7 +71,7 @@ class PrunerConfig:
     effort: EffortName = option(
         "default",
         "high: once the blocks are done, the rows of the tokens (head and tied embedding) are refitted to the text "
-        "too, as they are anyway where tokens go. Less loss at the same size, in up to twice the time.",
+        "too, as they are anyway where tokens go. Less loss at the same size, in more time.",
     )
     round_to: int = option(1, "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).")
     stock: bool = option(False, "Plan only widths that the stock architecture can hold (loads without this package).")
