@@ -94,7 +94,7 @@ AllocationOption = Annotated[
     str | None,
     typer.Option(
         help="adaptive: widths by each layer's measured effect on the loss; uniform: the same in every layer. Default "
-        "adaptive, but uniform with --mlp-ratio, --attention-ratio, --stock or thresholds."
+        "adaptive, but uniform with --mlp-ratio, --attention-ratio, --stock, thresholds or a single block of text."
     ),
 ]
 EffortOption = Annotated[

@@ -66,7 +66,8 @@ class PrunerConfig:
     allocation: AllocationName | None = option(
         None,
         "adaptive: widths by each layer's measured effect on the loss; uniform: the same in every layer. By default "
-        "adaptive where the budget is for all parameters or the loss, uniform with unit ratios, stock or thresholds.",
+        "adaptive where the budget is for all parameters or the loss, uniform with unit ratios, stock, thresholds or a "
+        "single block of text.",
     )
     effort: EffortName = option(
         "default",

@@ -158,7 +158,7 @@ def prune(
     )
     mixed_in = None if general is None else general.calibration
     if mixed_in is not None:
-        held_out, how = _apart_from_general(held_out, how, mixed_in)
+        held_out, how = apart_from_general(held_out, how, mixed_in)
     search = None
     if config.max_loss_increase is not None:
         text, search = SearchText.withheld_from(text, base.tokenizer, config, general=mixed_in)
@@ -227,7 +227,7 @@ def prune(
     return PruneResult(smaller, tokenizer, plan, report, stock, from_disk)
 
 
-def _apart_from_general(held_out: TextSource, how: str, general: TextSource) -> tuple[TextSource, str]:
+def apart_from_general(held_out: TextSource, how: str, general: TextSource) -> tuple[TextSource, str]:
     """Held-out text without what the general calibration text has, and the sentence on it."""
     left, dropped = drop_overlapping(held_out, general)
     if not len(left):

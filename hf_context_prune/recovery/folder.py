@@ -22,7 +22,7 @@ from ..evaluation import (
 )
 from ..evaluation.texts import GeneralText, general_losses, loss_facts, read_general
 from ..loading import LoadedModel, load_model
-from ..pipeline import EvalOptions, split_text
+from ..pipeline import EvalOptions, apart_from_general, split_text
 from ..plan import PruningPlan, fingerprint
 from ..result import PruneResult
 from ..saving import PLAN_NAME, verify_folder
@@ -74,6 +74,8 @@ def recover_folder(
         how += " The pruning had other text, which may have held some of them."
     seed = config.recovery_seed
     general = _general(options.general_data, text, pruned.tokenizer, plan, seed)
+    if general is not None and general.calibration is not None:
+        held_out, how = apart_from_general(held_out, how, general.calibration)
     first = parent or pruned
     how_long: dict[str, Any] = {"max_seq_length": config.max_seq_length}
     base = document_losses(first.model, first.tokenizer, held_out, max_tokens=options.max_tokens, **how_long)
