@@ -14,19 +14,33 @@ from .errors import ConfigError, DataError
 from .vocabulary.refit import blocks_to_read, refit_rows
 
 
+def check_share(what: str, share: float, blocks: int) -> None:
+    """Refuse a share of general text that is no calibration block, or all of them.
+
+    Args:
+        what: The share's name, for the message.
+        share: Of the blocks.
+        blocks: How many there are.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if not 0 < round(share * blocks) < blocks:
+        raise ConfigError(
+            f"{what} is {share:g}: of {blocks} calibration blocks (num_calibration_samples) that is "
+            f"{'all of them' if share > 0.5 else 'none'}. Ask for more blocks"
+            + (f", or for {1 / blocks:g} to {1 - 1 / blocks:g}." if blocks > 1 else ".")
+        )
+
+
 def check_general_mix(config: PrunerConfig, general: object) -> None:
-    """Refuse a share of a text that is not there, and one that is no block, or all of them.
+    """Refuse a share of a text that is not there, and one that [`check_share`][] refuses.
 
     Raises:
         ConfigError: `general_mix` without general text, or for too few blocks.
     """
-    blocks = config.num_calibration_samples
-    if config.general_mix and not 0 < round(config.general_mix * blocks) < blocks:
-        raise ConfigError(
-            f"general_mix is {config.general_mix:g}: of {blocks} calibration blocks (num_calibration_samples) that is "
-            f"{'all of them' if config.general_mix > 0.5 else 'none'}. Ask for more blocks"
-            + (f", or for {1 / blocks:g} to {1 - 1 / blocks:g}." if blocks > 1 else ".")
-        )
+    if config.general_mix:
+        check_share("general_mix", config.general_mix, config.num_calibration_samples)
     if config.general_mix and general is None:
         raise ConfigError(
             f"general_mix is {config.general_mix:g}, but there is no general text to take blocks from. Give it: "
@@ -63,7 +77,7 @@ def calibration_blocks(
 
     whole = config.num_calibration_samples if count is None else count
     fewer = whole > config.num_calibration_samples
-    mixed = round(config.general_mix * whole)
+    mixed = min(whole - 1, round(config.general_mix * whole))  # of another count, rounded up it may be all
     if not mixed or general is None:
         return blocks(text, whole)
     parts = blocks(text, whole - mixed), blocks(general, mixed)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from . import __version__
 from .allocation import Budget
 from .base_card import provenance_of
+from .calibration_text import check_share
 from .card import rewrite_card
 from .config import THRESHOLDS, PrunerConfig
 from .data import TextSource
@@ -208,17 +209,14 @@ def check_matrix(
                 f"mixes has shares of general text for {name}, but "
                 + ("it is that." if reference else "no domain is of general text: name the one that is as reference.")
             )
-        told, blocks = ", ".join(map(str, shares)), config.num_calibration_samples
+        told = ", ".join(map(str, shares))
         if len({mixed_name(name, share) for share in shares}) < len(shares) or not all(0 < x < 1 for x in shares):
             raise ConfigError(
                 f"mixes of {name} are {told}; they must be above 0 and below 1, each once: 0 and 1 are the models of "
                 f"{name} and {reference}."
             )
-        if not all(0 < round(share * blocks) < blocks for share in shares):
-            raise ConfigError(
-                f"mixes of {name} are {told}: of {blocks} calibration blocks that is none or all of them for one. Give "
-                f"shares from {1 / blocks:g} to {1 - 1 / blocks:g}, or more blocks (num_calibration_samples)."
-            )
+        for share in shares:
+            check_share(f"The share of general text mixed in for {name}", share, config.num_calibration_samples)
     check_report_place(output, "matrix")
     return reference
 

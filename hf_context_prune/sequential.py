@@ -303,9 +303,10 @@ class _Walk:
         """
         references: list[torch.Tensor | None] = []
         block = self.blocks[index]
+        part = _SubLayer(block, self.spec, "attention")
         refers = "attention" in targets and not self.parallel
         for stream in self.streams:
-            with watched(_SubLayer(block, self.spec, "attention").branch, inputs=False) as output:
+            with watched(part.branch, inputs=False) as output:
                 after = stream.call(index, block, stream.dense)
             reference = None
             if refers:

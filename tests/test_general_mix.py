@@ -1,6 +1,7 @@
 """A share of the calibration blocks from general text: which blocks, what is held out, what the plan says."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_the_share_of_blocks_is_the_one_asked_for(base, mix, mixed):
     assert torch.equal(blocks, calibration_blocks(domain, base.tokenizer, config, general))
     if 1 < mixed < 7:
         assert sorted(both) != both  # spread, not at the end
+
+
+def test_another_count_of_blocks_is_never_general_text_alone(base):
+    domain, general = documents(WORDS[:8]), documents(WORDS[20:])
+    config = PrunerConfig(**OPTIONS, general_mix=0.875)
+    blocks = calibration_blocks(domain, base.tokenizer, config, general, count=4)  # 3.5 of 4
+    both = [any(w in WORDS[20:] for w in base.tokenizer.decode(block).split()) for block in blocks]
+    assert sorted(both) == [False, True, True, True]
 
 
 def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
@@ -106,17 +115,13 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
         used.extend(source.documents)
         return token_blocks(source, *args, **how)
 
-    def losses(model, tokenizer, source, **how):
-        measured.extend(source.documents)
-        return document_losses(model, tokenizer, source, **how)
-
-    def search_losses(model, tokenizer, source, **how):
-        searched.extend(source.documents)
+    def losses(model, tokenizer, source, *, to, **how):
+        to.extend(source.documents)
         return document_losses(model, tokenizer, source, **how)
 
     monkeypatch.setattr("hf_context_prune.calibration_text.token_blocks", blocks)
-    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", losses)
-    monkeypatch.setattr("hf_context_prune.search_text.document_losses", search_losses)
+    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", partial(losses, to=measured))
+    monkeypatch.setattr("hf_context_prune.search_text.document_losses", partial(losses, to=searched))
     size = {"max_loss_increase": 0.5} if searching else {"mlp_ratio": 0.3}
     config = PrunerConfig(**{**OPTIONS, "mlp_ratio": None} | size, general_mix=0.5)
     report = prune(base, domain, config, evaluation=options).report
