@@ -62,7 +62,8 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
         eval_data=corpora(args, "validation", args.domains),
         questions={
             domain: asked(args, domain, args.questions, num_shots=args.shots)
-            for domain in (args.domains if share == args.shares[0] else ())  # an hour and more for one size
+            # An hour and more for one size.
+            for domain in (args.domains if args.questions and share == args.shares[0] else ())
         },
         mixes={args.mix_domain: args.mixes} if mixed and args.mixes else {},
         max_tokens=args.eval_tokens,
@@ -172,9 +173,14 @@ def results_text(
         "## The proof",
         f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, adaptive widths) on "
         f"{args.blocks} x {args.length} tokens of each domain's train text; measured on validation text of every domain "
-        f"(at most {args.eval_tokens:,} tokens) and on up to {args.questions} questions each (likelihood a byte, "
-        f"{args.shots}-shot; at the first size). In brackets 95 % intervals: bootstrap over documents, Wilson over questions; p of "
-        f"McNemar's exact test against the dense model.",
+        f"(at most {args.eval_tokens:,} tokens)"
+        + (
+            f" and on up to {args.questions} questions each (likelihood a byte, {args.shots}-shot; at the first size). In "
+            f"brackets 95 % intervals: bootstrap over documents, Wilson over questions; p of McNemar's exact test "
+            f"against the dense model."
+            if args.questions
+            else ". In brackets 95 % intervals: bootstrap over documents."
+        ),
         *(
             section_of(
                 found.run_report(environment),
@@ -184,8 +190,9 @@ def results_text(
             )
             for share, found in matrices.items()
         ),
-        signal_section(first),
     ]
+    if args.questions:
+        parts.append(signal_section(first))
     for domain, grid in grids.items():
         parts.append(section_of(grid.run_report(environment), f"The paper's grid, {domain}", []))
     if grids:
@@ -217,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--blocks", type=int, default=96)
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--eval-tokens", type=int, default=20_000)
-    options.add_argument("--questions", type=int, default=500)
+    options.add_argument("--questions", type=int, default=500, help="a domain; 0: text alone")
     options.add_argument("--shots", type=int, default=0)
     options.add_argument("--grid-blocks", type=int, default=32)
     options.add_argument("--grid-questions", type=int, default=100)
@@ -247,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grids[domain] = measure_grid(base, args, domain)
         write_section(section, results_text(matrices, grids, None, args, section))
     key = {"bytes": args.timed_bytes, "questions": args.questions, "share": args.shares[0]}
-    timed = store.get(key, lambda: measure_time(base, args))
+    timed = store.get(key, lambda: measure_time(base, args)) if args.questions else None
     write_section(section, results_text(matrices, grids, timed, args, section))
 
 
