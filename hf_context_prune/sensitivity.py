@@ -205,7 +205,8 @@ def measure_sensitivity(
     try:
         with torch.inference_mode(), bar:
             dense = [batch.record() for batch in batches] if counts else []
-            if not all(bool(torch.isfinite(rows).all()) for rows in dense):
+            # In parts: isfinite makes copies.
+            if not all(bool(torch.isfinite(rows).all()) for batch in dense for rows in batch.split(_ROWS)):
                 raise _not_finite("the dense model")
             for (layer, target), found in counts.items():
                 widths = geometry.layers[layer]
