@@ -29,6 +29,7 @@ from .architectures import (
 )
 from .distributed import all_reduce_, reduce_statistics, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError
+from .linalg import all_finite
 from .stats import CalibrationStats, TargetStatistics, TargetWeights
 
 Batch = dict[str, torch.Tensor]
@@ -52,8 +53,7 @@ def check_weights_finite(model: nn.Module) -> None:
         NumericsError: Names the first such weight.
     """
     for name, parameter in model.named_parameters():
-        # One reduction, no mask in memory: a sum of |w| is finite only if every w is (float64 can't overflow here).
-        if not bool(torch.isfinite(parameter.detach().abs().sum(dtype=torch.float64))):
+        if not all_finite(parameter.detach()):
             raise NumericsError(
                 f"The weight {name} holds NaN or Inf. The checkpoint is damaged, or its dtype overflowed: load it "
                 f"again, in float32."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -13,6 +14,11 @@ FAST_PRECISION = "medium"
 """PyTorch's name for float32 products of factors rounded to bfloat16; "highest" rounds nothing anywhere."""
 FLOOR = 1e-3
 """Share of the mean diagonal that the ridge never falls below: features that never fire stay solvable."""
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf, in one reading: `isfinite` and a sum in float64 make copies."""
+    return not values.numel() or all(map(math.isfinite, map(float, values.aminmax())))
 
 
 def regularized(gram: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -37,12 +37,15 @@ from .architectures import (
 )
 from .errors import ConfigError, NumericsError
 from .forwards import Forward, fast, forwards
+from .linalg import all_finite
 from .stats import Curve, Key, Repair
 
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when it is probed."""
 PROBE_TOKENS = 2048
 """Text to probe on, in whole blocks, two at least."""
+_MOST_LOGITS = 2**27
+"""Logits of a batch, half a gigabyte: with 262,144 tokens, as Gemma 3 has, a batch is 512 long."""
 _ROWS = 32
 """Tokens whose divergence is computed at once: few enough for the processor's cache, which is five times as fast."""
 
@@ -164,7 +167,7 @@ def measure_sensitivity(
     """Narrow every layer alone to a few widths and measure the mean KL(dense || narrowed) at the output.
 
     A forward pass begins at the narrowed block: what the blocks before it give is recorded once. Memory: every block's
-    output on the text, [tokens, vocabulary] in float32, the logits of a batch as large, and one refitted projection.
+    output on the text, [tokens, vocabulary] in float32, the logits of a batch, and one refitted projection.
 
     Args:
         model: The dense model; runs in evaluation mode, and is as it was when this returns.
@@ -172,7 +175,7 @@ def measure_sensitivity(
         repair: As for `apply_plan`.
         token_blocks: Text to measure on, [blocks, length], int64; better not what `repair` was fitted to.
         targets: Which units.
-        batch_tokens: Tokens a batch.
+        batch_tokens: Tokens a batch; fewer where the vocabulary is large, but one block at least.
 
     Returns:
         A curve for every (layer, target) that can lose units, in nats a token.
@@ -188,14 +191,16 @@ def measure_sensitivity(
         for target in targets
         if (layer, target) in importance and (found := probed_counts(widths, target))
     }
+    head = model.get_output_embeddings().weight
+    batch_tokens = min(batch_tokens, _MOST_LOGITS // len(head))
     ids = token_blocks.split(max(1, batch_tokens // token_blocks.shape[1]))
     batches = [_Probe(model, layers, chunk.to(model.device)) for chunk in ids]
     curves: dict[Key, Curve] = {}
     training = [module for module in model.modules() if module.training]
     model.eval()
     # A pass costs the blocks that it runs, and the head with what is compared there.
-    head = model.get_output_embeddings().weight.numel() / sum(weight.numel() for weight in layers[0].parameters())
-    work = {key: len(layers) - key[0] + head for key in counts}
+    last = head.numel() / sum(weight.numel() for weight in layers[0].parameters())
+    work = {key: len(layers) - key[0] + last for key in counts}
     bar = tqdm(
         total=len(batches) * sum(len(found) * work[key] for key, found in counts.items()),
         desc="Probing layers",
@@ -205,8 +210,7 @@ def measure_sensitivity(
     try:
         with torch.inference_mode(), bar:
             dense = [batch.record() for batch in batches] if counts else []
-            # In parts: isfinite makes copies.
-            if not all(bool(torch.isfinite(rows).all()) for batch in dense for rows in batch.split(_ROWS)):
+            if not all(map(all_finite, dense)):
                 raise _not_finite("the dense model")
             for (layer, target), found in counts.items():
                 widths = geometry.layers[layer]

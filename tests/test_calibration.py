@@ -225,6 +225,21 @@ def test_weights_that_are_not_finite(model, bad):
         calibrate(model, [{"input_ids": tokens()}])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_of_any_precision(model, dtype, bad):
+    model.to(dtype)
+    check_weights_finite(model)
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] = bad
+    with pytest.raises(NumericsError, match="holds NaN or Inf"):
+        check_weights_finite(model)
+
+
+def test_a_weight_without_values_is_finite():
+    check_weights_finite(torch.nn.ParameterList([torch.nn.Parameter(torch.empty(0, 4))]))
+
+
 def test_large_weights_are_finite(model):
     with torch.no_grad():
         model.lm_head.weight.fill_(3e38)  # a float32 sum of these overflows

@@ -224,6 +224,19 @@ def test_batches_do_not_matter(model):
         assert [loss for _, loss in pieces[key]] == pytest.approx([loss for _, loss in curve], abs=1e-5)
 
 
+def test_a_large_vocabulary_has_smaller_batches(model, monkeypatch):
+    importance, ids, sizes = random_importance(model), tokens(batch=4), []
+    whole = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
+    vocabulary = len(model.get_output_embeddings().weight)
+    monkeypatch.setattr("hf_context_prune.sensitivity._MOST_LOGITS", 2 * ids.shape[1] * vocabulary)
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2].numel()))
+    pieces = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
+    hook.remove()
+    assert set(sizes) == {2 * ids.shape[1]}
+    for key, curve in whole.items():
+        assert [nats for _, nats in pieces[key]] == pytest.approx([nats for _, nats in curve], rel=1e-3, abs=1e-7)
+
+
 def test_equal_units_give_way_from_the_end(model):
     """The same order as in the plan: of equals, the lower index is kept."""
     kept_by = {}
