@@ -56,6 +56,7 @@ def main() -> None:
     trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
         callback.save_pretrained(Path(training.output_dir) / "model")
+    trainer.accelerator.end_training()  # several processes: torch may abort one that ends while its group is open
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ waiting for its numbers.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import sys
@@ -57,6 +58,19 @@ def _has_group() -> bool:
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def _end_group() -> None:
+    """End a gloo group while Python still runs.
+
+    A thread of gloo may hold the last tensor a moment longer than the call that sent it. If Python ends meanwhile, the
+    process aborts ("terminate called without an active exception"). Ending the group joins those threads. NCCL is left
+    to itself: there the end waits for the other processes, of which one may have failed.
+    """
+    import torch
+
+    if _has_group() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
 def _accelerate() -> PartialState:
     """The state of accelerate; made here, with its process group, if the caller made none."""
     import torch
@@ -66,7 +80,11 @@ def _accelerate() -> PartialState:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     # accelerate forms a group of CPU processes only when told that they are on the CPU. MPS has no collectives.
     on_cpu = _launched() > 1 and (accelerator is None or accelerator.type == "mps")
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or on_cpu, timeout=_TIMEOUT)
+    callers = _has_group()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or on_cpu, timeout=_TIMEOUT)
+    if _has_group() and not callers:
+        atexit.register(_end_group)
+    return state
 
 
 def _group() -> PartialState | None:

@@ -3,6 +3,7 @@
 Usage: distributed_worker.py FOLDER {work, command ARGUMENT...}
 """
 
+import atexit
 import json
 import os
 import sys
@@ -22,6 +23,12 @@ from tests.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts,
 from tests.tiny import case
 
 torch.set_num_threads(1)
+FOLDER = Path(sys.argv[1])
+
+
+@atexit.register  # before the package makes its group, so it runs after what the package does at the end
+def note_group():
+    (FOLDER / f"group.{os.environ['RANK']}.json").write_text(json.dumps(torch.distributed.is_initialized()))
 
 
 def raised(function):
@@ -93,6 +100,6 @@ def command(folder, arguments):
 
 
 if sys.argv[2] == "work":
-    work(Path(sys.argv[1]))
+    work(FOLDER)
 else:
-    command(Path(sys.argv[1]), sys.argv[3:])
+    command(FOLDER, sys.argv[3:])

@@ -130,6 +130,7 @@ def main(folder, mode):
     trainer.save_model(str(folder / "final"))
     if mode == "push":
         trainer.push_to_hub(commit_message="The end")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
