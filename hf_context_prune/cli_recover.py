@@ -62,7 +62,7 @@ def recover(
     """Train a pruned folder back on text of its domain, with its dense parent as the teacher, and write a new folder.
 
     The weights that are best on withheld documents are kept: the result is never worse there than the folder was (but
-    with --rewind: than the rewound weights).
+    with --rewind: than the rewound weights). Ctrl-C ends the training and keeps the best weights so far.
     """
     chosen = {**locals(), "recovery_seed": seed}
     from .pipeline import EvalOptions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..errors import NumericsError
+from ..errors import NumericsError, PruningWarning
 from ..linalg import bfloat16_is_fast
 from ..modeling.modeling_context_pruned import is_transposed
 from .config import RecoveryConfig
@@ -173,6 +174,20 @@ class _Progress(TrainerCallback):
         self.bar.update(min(1.0 if last else done, 1.0) - self.bar.n)
         self.last_step_end = time.monotonic()
 
+    def interrupted(self) -> None:
+        """End with the best weights, or raise the interrupt again where none are better than the first."""
+        self.bar.close()
+        self.history.seconds = self.elapsed
+        if self.history.best_step == 0:
+            raise
+        self.history.ended = "it was interrupted"
+        warnings.warn(
+            f"Interrupted: the weights of step {self.history.best_step:,} are kept, the best so far "
+            f"({self.best:.4f} bits/byte on the withheld text). Interrupt again to end without them.",
+            PruningWarning,
+            stacklevel=2,
+        )
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
         self.bar.close()
         self.history.seconds = self.elapsed
@@ -266,6 +281,8 @@ def train(
 ) -> History:
     """Train those weights of a model that require gradients; it ends with the best that were met, maybe the first.
 
+    An interrupt (Ctrl-C) after weights better than the first were met ends the training; before that it is raised.
+
     Args:
         model: Trained in place.
         blocks: Text, [blocks, length], int64.
@@ -306,7 +323,10 @@ def train(
         trainer.add_callback(progress)
         progress.look(0)
         begin = time.monotonic() - progress.all_measuring
-        trainer.train()
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            progress.interrupted()
         seconds = time.monotonic() - begin - progress.all_measuring
     history = progress.history
     history.tokens = trainer.num_tokens

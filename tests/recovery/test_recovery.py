@@ -13,7 +13,14 @@ from torch.nn import functional
 
 from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, prune
 from hf_context_prune.data import CalibrationWarning, load_documents
-from hf_context_prune.errors import ConfigError, DataError, NumericsError, PlanError, UnsupportedArchitectureError
+from hf_context_prune.errors import (
+    ConfigError,
+    DataError,
+    NumericsError,
+    PlanError,
+    PruningWarning,
+    UnsupportedArchitectureError,
+)
 from hf_context_prune.evaluation import document_losses
 from hf_context_prune.recovery import RecoveryConfig, recover, teacher_of, training
 from hf_context_prune.recovery.loss import token_loss
@@ -145,6 +152,37 @@ def test_a_loss_that_is_no_number_ends_it(tokenizer, monkeypatch):
     assert outcome.history.ended == "the loss is no longer a number"
     assert outcome.history.best_step == 0
     assert same(outcome.model, weights(result.model))
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_an_interrupt_keeps_what_was_gained(tokenizer, monkeypatch, better):
+    _, result = pruned(tokenizer)
+    before = weights(result.model)
+    look, loss = training._Progress.look, training.token_loss
+    monkeypatch.setattr(training._Progress, "look", lambda self, step: (step and not better) or look(self, step))
+    steps = []
+
+    def interrupted(*given, **how):
+        steps.append(1)
+        if len(steps) == 12:
+            raise KeyboardInterrupt
+        return loss(*given, **how)
+
+    monkeypatch.setattr(training, "token_loss", interrupted)
+    config = RecoveryConfig(distillation=0.0, **SMALL)
+    if not better:
+        with pytest.raises(KeyboardInterrupt):
+            recover(result.model, texts(), config, tokenizer=tokenizer)
+        return
+    with pytest.warns(PruningWarning, match="the best so far") as told:
+        outcome = recover(result.model, texts(), config, tokenizer=tokenizer)
+    history = outcome.history
+    assert history.ended == "it was interrupted"
+    assert 0 < history.best_step <= history.steps < 12
+    assert f"step {history.best_step}" in str(told[0].message)
+    assert loss_of(outcome.model, tokenizer) < loss_of(result.model, tokenizer)
+    assert same(result.model, before)
+    assert not outcome.model.training
 
 
 def test_the_same_seed_gives_the_same(tokenizer):
