@@ -128,7 +128,8 @@ def curves_figure(curves: Mapping[str, Sequence[tuple[float, float, float]]], re
         for (share, *_), x, y in zip(points, own, general, strict=True):
             axis.annotate(f"{100 * share:g} %", (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axis.set_xlabel("bits a byte on the domain's text, change in per cent")
-    axis.set_ylabel(f"on {reference} text", parse_math=False)
+    axis.set_ylabel(f"on {reference} text, change in per cent", parse_math=False)
+    axis.margins(0.1)  # room for the labels
     axis.set_title(f"Share of {reference} text in the calibration", parse_math=False)
     axis.grid(alpha=0.3)
     _plain_legend(axis)
