@@ -112,6 +112,17 @@ class DomainMatrix:
             notes=notes,
         )
 
+    def _asked_how(self) -> str:
+        """Scorer and examples, once where they are the same on all domains."""
+        ways: dict[str, list[str]] = {}
+        for domain in self.asked:
+            some, fewest = self.held_out[domain], self._groups(DENSE, domain)[-1].shots[0]
+            way = f"scorer {some.scorer}, {some.num_shots}-shot"
+            if fewest < some.num_shots:
+                way += f" (of some sources only {fewest}: they have no more examples)"
+            ways.setdefault(way, []).append(domain)
+        return "; ".join(way if len(ways) == 1 else f"{', '.join(names)}: {way}" for way, names in ways.items())
+
     def _dataset(self, domain: str) -> DatasetFacts:
         text = self.held_out[domain].text
         return DatasetFacts(text.name, text.revision, text.fingerprint, self.splits[domain])
@@ -292,21 +303,15 @@ class DomainMatrix:
                 )
             )
         if self.asked:
-            how = [
-                f"{domain}: scorer {some.scorer}, {some.num_shots}-shot" + ("" if fewest >= some.num_shots else said)
-                for domain in self.asked
-                for some, fewest in [(self.held_out[domain], self._groups(DENSE, domain)[-1].shots[0])]
-                for said in [f" (of some sources only {fewest}: they have no more examples)"]
-            ]
             against = "" if reference is None else f", and each domain's own model against {reference}'s"
             tables += [
                 ReportTable(
                     "Accuracy, all sources",
                     ("calibrated on", *(f"on {name}" for name in self.asked)),
                     tuple(self.accuracy_rows()),
-                    f"Accuracy on multiple-choice questions, all sources together ({'; '.join(how)}), with 95 % Wilson "
-                    f"intervals; p of McNemar's exact test against the dense one. *: its interval is not clear of "
-                    f"guessing, so these questions say nothing about this model.",
+                    f"Accuracy on multiple-choice questions, all sources together ({self._asked_how()}), with 95 % "
+                    f"Wilson intervals; p of McNemar's exact test against the dense one. *: its interval is not clear "
+                    f"of guessing, so these questions say nothing about this model.",
                 ),
                 ReportTable(
                     "Accuracy by source", self.source_header, tuple(self.source_rows()), f"The same by source{against}."

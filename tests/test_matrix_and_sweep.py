@@ -100,6 +100,15 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     text = (out / "matrix.md").read_text()
     for part in ("Does the context matter?", "| law / t | 4 |", "2-shot (of some sources only 0: they have no more"):
         assert part in text
+    asked = found.held_out["law"]
+    for general, said in (
+        (asked, "scorer likelihood_normalised, 2-shot (of some"),
+        (replace(asked, num_shots=0), "general: scorer likelihood_normalised, 0-shot"),
+    ):
+        scores = found.scores | {(DENSE, "general"): found.scores[DENSE, "law"]}
+        both = replace(found, held_out={"law": asked, "general": general}, scores=scores)
+        assert both._asked_how().count("scorer") == 1 + (general is not asked)
+        assert said in both._asked_how()
     assert (out / "matrix.png").read_bytes().startswith(b"\x89PNG")
     report = load_report(out / "eval_report.json")
     assert isinstance(report, RunReport)
