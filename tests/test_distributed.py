@@ -78,6 +78,9 @@ def close(got, expected, *, tolerance=1e-5):
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
+# The group
+
+
 @pytest.mark.slow
 def test_the_group_ends_before_python_does(folder):
     # else a thread of gloo that still holds a tensor aborts the process, now and then
@@ -87,7 +90,8 @@ def test_the_group_ends_before_python_does(folder):
 def test_a_group_of_the_caller_is_left_alone():
     source = (
         "import atexit, torch; torch.distributed.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0,"
-        "world_size=1); atexit.register(lambda: print(torch.distributed.is_initialized()));"
+        "world_size=1); atexit.register(torch.distributed.destroy_process_group);"
+        "atexit.register(lambda: print(torch.distributed.is_initialized()));"
         "from hf_context_prune import distributed as d; assert d.is_main_process()"
     )
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}

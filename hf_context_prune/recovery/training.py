@@ -174,12 +174,9 @@ class _Progress(TrainerCallback):
         self.bar.update(min(1.0 if last else done, 1.0) - self.bar.n)
         self.last_step_end = time.monotonic()
 
-    def interrupted(self) -> None:
-        """End with the best weights, or raise the interrupt again where none are better than the first."""
-        self.bar.close()
-        self.history.seconds = self.elapsed
-        if self.history.best_step == 0:
-            raise
+    def end_early(self) -> None:
+        """End an interrupted training with the best weights, and tell."""
+        self.end()
         self.history.ended = "it was interrupted"
         warnings.warn(
             f"Interrupted: the weights of step {self.history.best_step:,} are kept, the best so far "
@@ -188,9 +185,12 @@ class _Progress(TrainerCallback):
             stacklevel=2,
         )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+    def end(self) -> None:
         self.bar.close()
         self.history.seconds = self.elapsed
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+        self.end()
 
 
 class _KeepZeros(TrainerCallback):
@@ -326,7 +326,9 @@ def train(
         try:
             trainer.train()
         except KeyboardInterrupt:
-            progress.interrupted()
+            if progress.history.best_step == 0:  # nothing was gained, and the bar may not be there yet
+                raise
+            progress.end_early()
         seconds = time.monotonic() - begin - progress.all_measuring
     history = progress.history
     history.tokens = trainer.num_tokens

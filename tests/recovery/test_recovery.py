@@ -185,6 +185,16 @@ def test_an_interrupt_keeps_what_was_gained(tokenizer, monkeypatch, better):
     assert not outcome.model.training
 
 
+def test_an_interrupt_before_the_first_step(tokenizer, monkeypatch):
+    def interrupted(*_given, **_how):
+        raise KeyboardInterrupt
+
+    _, result = pruned(tokenizer)
+    monkeypatch.setattr(training._RecoveryTrainer, "create_scheduler", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recover(result.model, texts(), RecoveryConfig(distillation=0.0, **SMALL), tokenizer=tokenizer)
+
+
 def test_the_same_seed_gives_the_same(tokenizer):
     dense, result = pruned(tokenizer)
     runs = [
