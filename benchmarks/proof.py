@@ -52,8 +52,14 @@ def asked(args: argparse.Namespace, domain: str, number: int, **how: Any) -> Que
     return QuestionOptions(str(args.data / domain / "mcq.jsonl"), max_questions=number, **how)
 
 
+def questions_at(args: argparse.Namespace, share: float) -> int:
+    """Questions a domain for the models of a size."""
+    return args.questions if share in args.question_shares else 0
+
+
 def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) -> DomainMatrix:
     mixed = share == args.shares[0] and {args.mix_domain, REFERENCE} <= set(args.domains)
+    number = questions_at(args, share)
     config = PrunerConfig(
         pruning_ratio=share,
         num_calibration_samples=args.blocks,
@@ -67,9 +73,7 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
         config,
         eval_data=corpora(args, "validation", args.domains),
         questions={
-            domain: asked(args, domain, args.questions, num_shots=args.shots)
-            # An hour and more for one size.
-            for domain in (args.domains if args.questions and share == args.shares[0] else ())
+            domain: asked(args, domain, number, num_shots=args.shots) for domain in (args.domains if number else ())
         },
         mixes={args.mix_domain: args.mixes} if mixed and args.mixes else {},
         max_tokens=args.eval_tokens,
@@ -125,16 +129,16 @@ def measure_time(base: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "bytes": size, "questions": args.questions}
 
 
-def section_of(report: RunReport, heading: str, pictures: Sequence[str], *, without: Sequence[str] = ()) -> str:
+def shown(report: RunReport, pictures: Sequence[str] = (), *, without: Sequence[str] = ()) -> str:
     """Pictures and tables of a run."""
-    parts = [f"### {heading}", *(f"![{report.title}]({picture})" for picture in pictures)]
+    parts = [f"![{report.title}]({picture})" for picture in pictures]
     for one in report.tables:
         if one.title not in without:
             parts += [one.caption or one.title, table(one.header, one.rows)]
     return "\n\n".join(parts)
 
 
-def signal_section(found: DomainMatrix) -> str:
+def signal_text(found: DomainMatrix) -> str:
     """Which sources of questions the dense model answers better than guessing, and what its own domain's model does."""
     rows, silent = [], []
     for domain in found.domains:
@@ -166,56 +170,55 @@ def signal_section(found: DomainMatrix) -> str:
     )
 
 
-def results_text(
-    matrices: Mapping[float, DomainMatrix],
-    grids: Mapping[str, Sweep],
-    timed: Mapping[str, Any] | None,
-    args: argparse.Namespace,
-    section: str,
-) -> str:
-    """The section of RESULTS.md."""
-    first, environment = next(iter(matrices.values())), Environment.current("float32")
-    parts = [
-        "## The proof",
+def section(args: argparse.Namespace, heading: str, *parts: str) -> str:
+    """A section of RESULTS.md; every part of the proof has its own, so that each can be measured anew alone."""
+    how = (
+        f"`python -m benchmarks.proof --data DATA{args.given}` at `{current_commit()}`, {machine()}, seed {args.seed}."
+    )
+    return "\n\n".join((f"## The proof: {heading}", *parts, how))
+
+
+def matrix_text(found: DomainMatrix, share: float, args: argparse.Namespace) -> str:
+    number = questions_at(args, share)
+    on_questions = (
+        f" and on up to {number} questions each (likelihood a byte, {args.shots}-shot). In brackets 95 % intervals: "
+        f"bootstrap over documents, Wilson over questions; p of McNemar's exact test against the dense model."
+    )
+    return section(
+        args,
+        f"the domain matrix at {share:.0%} of all parameters",
         f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, adaptive widths) on "
         f"{args.blocks} x {args.length} tokens of each domain's train text; measured on validation text of every domain "
         f"(at most {args.eval_tokens:,} tokens)"
-        + (
-            f" and on up to {args.questions} questions each (likelihood a byte, {args.shots}-shot; at the first size). In "
-            f"brackets 95 % intervals: bootstrap over documents, Wilson over questions; p of McNemar's exact test "
-            f"against the dense model."
-            if args.questions
-            else ". In brackets 95 % intervals: bootstrap over documents."
+        + (on_questions if number else ". In brackets 95 % intervals: bootstrap over documents."),
+        shown(
+            found.run_report(Environment.current("float32")),
+            [f"{args.section}-{share:g}-{name}" for name in pictures_of(args, share)],
+            without=("Accuracy by source",),
         ),
-        *(
-            section_of(
-                found.run_report(environment),
-                f"{share:.0%} of all parameters",
-                [f"{section}-{share:g}-{name}" for name in pictures_of(args, share)],
-                without=("Accuracy by source",),
-            )
-            for share, found in matrices.items()
-        ),
-    ]
-    if args.questions:
-        parts.append(signal_section(first))
-    for domain, grid in grids.items():
-        parts.append(section_of(grid.run_report(environment), f"The paper's grid, {domain}", []))
-    if grids:
-        parts.append(
-            f"Thresholds of linear layers, activations and embedding as in arXiv 2312.12682, calibrated on "
-            f"{args.grid_blocks} x {args.length} tokens, scored on at most {args.grid_tokens:,}; *tuned*: {args.steps} steps of cross-entropy on the train text; "
-            f"{args.grid_questions} questions, the paper's scorer. {PUBLISHED}"
-        )
-    if timed is not None:
-        parts.append(
-            f"`evaluate --base` on {timed['bytes'] / 1e6:.1f} MB of text and {timed['questions']} questions, both "
-            f"models: {timed['seconds'] / 60:.1f} minutes (goal: under {GOAL_MINUTES:g})."
-        )
-    parts.append(
-        f"`python -m benchmarks.proof --data DATA{args.given}` at `{current_commit()}`, {machine()}, seed {args.seed}."
+        *([signal_text(found)] if number else []),
     )
-    return "\n\n".join(parts)
+
+
+def grid_text(grid: Sweep, domain: str, args: argparse.Namespace) -> str:
+    return section(
+        args,
+        f"the paper's grid, {domain}",
+        f"Thresholds of linear layers, activations and embedding as in arXiv 2312.12682 on SmolLM2-135M-Instruct (float32), "
+        f"calibrated on {args.grid_blocks} x {args.length} tokens, scored on at most {args.grid_tokens:,}; *tuned*: "
+        f"{args.steps} steps of cross-entropy on the train text; {args.grid_questions} questions, the paper's scorer. "
+        f"{PUBLISHED}",
+        shown(grid.run_report(Environment.current("float32"))),
+    )
+
+
+def time_text(timed: Mapping[str, Any], args: argparse.Namespace) -> str:
+    return section(
+        args,
+        "time to evaluate",
+        f"`evaluate --base` on {timed['bytes'] / 1e6:.1f} MB of text and {timed['questions']} questions, both models: "
+        f"{timed['seconds'] / 60:.1f} minutes (goal: under {GOAL_MINUTES:g}).",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -224,13 +227,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.set_defaults(domains=list(FOUR))
     options.add_argument("--quick", action="store_true", help="two domains, one size, four points, few questions")
     options.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.3])
+    options.add_argument(
+        "--question-shares",
+        nargs="*",
+        type=float,
+        default=[0.2],
+        help="sizes that are asked questions too (an hour each)",
+    )
     options.add_argument("--mix-domain", default="medicine", help="of the curve of general_mix")
     options.add_argument("--mixes", nargs="*", type=float, default=[0.25, 0.5, 0.75], help="shares of general text")
     options.add_argument("--grids", nargs="*", default=["law", "medicine"], help="domains of the paper's grid")
     options.add_argument("--blocks", type=int, default=96)
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--eval-tokens", type=int, default=20_000)
-    options.add_argument("--questions", type=int, default=500, help="a domain; 0: text alone")
+    options.add_argument("--questions", type=int, default=500, help="a domain; 0: text alone, and no time")
     options.add_argument("--shots", type=int, default=0)
     options.add_argument("--grid-blocks", type=int, default=32)
     options.add_argument("--grid-questions", type=int, default=100)
@@ -245,23 +255,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.set_defaults(grid_blocks=8, grid_questions=20, grid_tokens=2_000, steps=4, timed_bytes=20_000)
     args = options.parse_args(arguments)
     args.given = given(options, args)
-    section, base = "proof_quick" if args.quick else "proof", smollm2()
+    args.section, base = "proof_quick" if args.quick else "proof", smollm2()
     if args.fresh:
         shutil.rmtree(folder(args, ""), ignore_errors=True)
-    matrices: dict[float, DomainMatrix] = {}
-    grids: dict[str, Sweep] = {}
-    store = Rows(args, section, seed=args.seed)
     for share in args.shares:
-        matrices[share] = measure_matrix(base, args, share)
+        found = measure_matrix(base, args, share)
         for name in pictures_of(args, share):
-            shutil.copy(folder(args, f"matrix-{share:g}") / name, common.RESULTS.parent / f"{section}-{share:g}-{name}")
-        write_section(section, results_text(matrices, grids, None, args, section))
+            picture = folder(args, f"matrix-{share:g}") / name
+            shutil.copy(picture, common.RESULTS.parent / f"{args.section}-{share:g}-{name}")
+        write_section(f"{args.section}-{share:g}", matrix_text(found, share, args))
     for domain in args.grids:
-        grids[domain] = measure_grid(base, args, domain)
-        write_section(section, results_text(matrices, grids, None, args, section))
-    key = {"bytes": args.timed_bytes, "questions": args.questions, "share": args.shares[0]}
-    timed = store.get(key, lambda: measure_time(base, args)) if args.questions else None
-    write_section(section, results_text(matrices, grids, timed, args, section))
+        write_section(f"{args.section}-grid-{domain}", grid_text(measure_grid(base, args, domain), domain, args))
+    if args.questions:
+        key = {"bytes": args.timed_bytes, "questions": args.questions, "share": args.shares[0]}
+        timed = Rows(args, args.section, seed=args.seed).get(key, lambda: measure_time(base, args))
+        write_section(f"{args.section}-time", time_text(timed, args))
 
 
 if __name__ == "__main__":

@@ -36,16 +36,17 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "GRID", (0.3,))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
     sizes = "--domains law general --shares 0.1 --grids law --blocks 8 --grid-blocks 4 --length 32 --steps 2"
-    more = "--mix-domain law --mixes 0.5 --questions 6 --grid-questions 4 --timed-bytes 500"
+    more = "--question-shares 0.1 --mix-domain law --mixes 0.5 --questions 6 --grid-questions 4 --timed-bytes 500"
     return f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes} {more} --eval-tokens 900".split()
 
 
 def test_sections_and_going_on(options, tmp_path, monkeypatch):
     proof.main(options)
     text = (tmp_path / "RESULTS.md").read_text()
-    for part in ("### 10% of all parameters", "Does the context matter?", "| calibrated on | on law |"):
+    assert "## The proof: the domain matrix at 10% of all parameters" in text
+    for part in ("Does the context matter?", "| calibrated on | on law |"):
         assert part in text
-    assert "### The paper's grid, law" in text
+    assert "## The proof: the paper's grid, law" in text
     assert text.count("\n| law | 50 % |") == 1
     assert "500 bytes" not in text
     assert "6 questions, both models" in text
