@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -63,6 +63,7 @@ HEADLINE = {
     "ours": Run("pruned and recovered (default)", {}),
 }
 ABLATIONS = {
+    "dense-short": Run("dense, tuned", {"distillation": 0.0}, dense=True),
     "ours-short": Run("default", {}),
     "text-alone": Run("without distillation", {"distillation": 0.0}),
     "teacher-alone": Run("distillation alone", {"distillation": 1.0}),
@@ -233,67 +234,75 @@ def _line(label: str, row: Mapping[str, Any], dense: Mapping[str, Any], seed: in
 _HEADER = ["", "parameters gone", "bits/byte, own domain", "bits/byte, general", "tokens trained on", "tokens/s"]
 
 
-def headline(rows: Found, args: argparse.Namespace) -> str:
-    """One table a domain, and what became of the goal."""
-    parts = []
-    for domain in args.domains:
-        dense, tuned = rows[domain, "dense", 0], rows[domain, "dense-tuned", 0]
-        body = [
-            _line(HEADLINE[name].label, rows[domain, name, 0], dense, args.seed) for name in ("dense", "dense-tuned")
-        ]
-        verdicts = []
-        for share in args.shares:
-            for name in ("one-shot", "ours"):
-                body.append(_line(f"{share:.0%}: {HEADLINE[name].label}", rows[domain, name, share], dense, args.seed))
-            ours = rows[domain, "ours", share]
-            above, gap = (relative(other["own"], ours["own"], args.seed) for other in (dense, tuned))
-            met = above.value <= GOAL_DENSE and gap.value <= GOAL_TUNED
-            verdicts.append(
-                f"- {share:.0%} gone, {domain}: {percent(above)} against the dense model as it came (goal: at most "
-                f"{GOAL_DENSE:+.0%}), {percent(gap)} against the dense model tuned for the same time (goal: at most "
-                f"{GOAL_TUNED:+.0%}): {'met' if met else 'missed'}."
-            )
-        parts.append(f"### {domain}\n\n{table(_HEADER, body)}\n\n" + "\n".join(verdicts))
-    return "\n\n".join(parts)
+def section(heading: str, rows: Iterable[Mapping[str, Any]], args: argparse.Namespace, *parts: str) -> str:
+    """A section of RESULTS.md, written when all of its rows are there; commits and machines are those of the rows."""
+    commits, machines = (sorted({row["setting"][name] for row in rows}) for name in ("commit", "machine"))
+    how = f"`python -m benchmarks.recovery --data DATA{args.given}` at {', '.join(f'`{c}`' for c in commits)}"
+    return "\n\n".join((f"## Recovery: {heading}", *parts, f"{how}, {'; '.join(machines)}, seed {args.seed}."))
 
 
-def ablations(rows: Found, args: argparse.Namespace) -> str:
-    """Ways of training for the same short time, and two for the same tokens."""
-    domain, share = args.domains[0], args.shares[0]
-    dense = rows[domain, "dense", 0]
-    short = [_line(run.label, rows[domain, name, share], dense, args.seed) for name, run in ABLATIONS.items()]
-    equal = [_line(label, rows[domain, name, share], dense, args.seed) for name, label in EQUAL_TOKENS.items()]
-    gradual, then = (rows[domain, name, share]["history"] for name in EQUAL_TOKENS)
-    learning = gradual["seconds"] - gradual["listening"] - gradual["pruning"]
-    return f"""### Ablations ({domain}, {share:.0%} gone, {args.short_minutes:g} minutes each)
-
-{table(_HEADER, short)}
-
-### The callback ({domain}, {share:.0%} of all parameters, neurons alone, {args.steps} steps)
-
-{table(_HEADER, equal)}
-
-Listening took {gradual["listening"] / learning:.2%} of the time of training (goal: at most 10 %); the three prunings
-{gradual["pruning"]:.0f} s, {gradual["pruning"] / learning:.1%} of it, against {then["pruning"]:.0f} s for the one before training."""
-
-
-def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
-    """The section of RESULTS.md."""
-    commits = sorted({row["setting"]["commit"] for row in rows.values()})
-    more = "" if args.quick else f"{ablations(rows, args)}\n\n"
+def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:
+    """The table of a domain, and what became of the goal."""
+    used = {place: row for place, row in rows.items() if place[0] == domain and place[1] in HEADLINE}
+    dense, tuned = used[domain, "dense", 0], used[domain, "dense-tuned", 0]
+    body = [_line(HEADLINE[name].label, used[domain, name, 0], dense, args.seed) for name in ("dense", "dense-tuned")]
+    verdicts = []
+    for share in args.shares:
+        for name in ("one-shot", "ours"):
+            body.append(_line(f"{share:.0%}: {HEADLINE[name].label}", used[domain, name, share], dense, args.seed))
+        ours = used[domain, "ours", share]
+        above, gap = (relative(other["own"], ours["own"], args.seed) for other in (dense, tuned))
+        met = above.value <= GOAL_DENSE and gap.value <= GOAL_TUNED
+        verdicts.append(
+            f"- {share:.0%} gone: {percent(above)} against the dense model as it came (goal: at most {GOAL_DENSE:+.0%}), "
+            f"{percent(gap)} against the dense model tuned for the same time (goal: at most {GOAL_TUNED:+.0%}): "
+            f"{'met' if met else 'missed'}."
+        )
     tokens = ", ".join(f"{share:.0%}: {args.tokens[str(share)]:,} tokens" for share in args.shares)
-    return f"""## Recovery
+    return section(
+        domain,
+        used.values(),
+        args,
+        f"SmolLM2-135M-Instruct (float32 weights, bfloat16 products where the CPU has them). Pruned in one shot "
+        f"(vocabulary, then neurons and KV groups by adaptive widths; {tokens}) on {args.blocks} x {args.length} tokens of "
+        f"the domain's train text, then trained on that text for {args.minutes:g} minutes, measuring included. Bits a byte "
+        f"against the dense model as it came, on held-out validation text of the domain and of no domain (at most "
+        f"{args.eval_tokens:,} tokens each), 95 % bootstrap intervals over documents. *Tokens/s* are of training, measuring "
+        f"included.",
+        table(_HEADER, body),
+        "\n".join(verdicts),
+    )
 
-SmolLM2-135M-Instruct (float32 weights, bfloat16 products where the CPU has them). Pruned in one shot (vocabulary, then
-neurons and KV groups by adaptive widths; {tokens}) on {args.blocks} x {args.length} tokens of the domain's train text, then
-trained on that text for {args.minutes:g} minutes, measuring included. Bits a byte against the dense model as it came, on
-held-out validation text of the domain and of no domain (at most {args.eval_tokens:,} tokens each), 95 % bootstrap
-intervals over documents. *Tokens/s* are of training, measuring included.
 
-{headline(rows, args)}
+def ablations_text(rows: Found, args: argparse.Namespace) -> str:
+    """Ways of training for the same short time."""
+    domain, share = args.domains[0], args.shares[0]
+    dense, used = rows[domain, "dense", 0], {name: rows[domain, name, share] for name in ABLATIONS}
+    return section(
+        f"ablations ({domain}, {share:.0%} gone)",
+        used.values(),
+        args,
+        f"The dense model, and the pruned one in several ways, each trained for {args.short_minutes:g} minutes.",
+        table(_HEADER, [_line(run.label, used[name], dense, args.seed) for name, run in ABLATIONS.items()]),
+    )
 
-{more}`python -m benchmarks.recovery --data DATA{args.given}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
-"""
+
+def callback_text(rows: Found, args: argparse.Namespace) -> str:
+    """Two ways of pruning and training on the same tokens, and the time that listening takes."""
+    domain, share = args.domains[0], args.shares[0]
+    dense, used = rows[domain, "dense", 0], {name: rows[domain, name, share] for name in EQUAL_TOKENS}
+    gradual, then = (row["history"] for row in used.values())
+    learning = gradual["seconds"] - gradual["listening"] - gradual["pruning"]
+    return section(
+        f"the callback ({domain}, {share:.0%} of all parameters, neurons alone)",
+        used.values(),
+        args,
+        f"{args.steps} steps of the Trainer in both ways, the same text and learning rate.",
+        table(_HEADER, [_line(label, used[name], dense, args.seed) for name, label in EQUAL_TOKENS.items()]),
+        f"Listening took {gradual['listening'] / learning:.2%} of the time of training (goal: at most 10 %); the three "
+        f"prunings {gradual['pruning']:.0f} s, {gradual['pruning'] / learning:.1%} of it, against {then['pruning']:.0f} s "
+        f"for the one before training.",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -316,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.given = given(options, args)
     args.tokens = {str(share): tokens for share, tokens in zip(args.shares, args.vocabularies, strict=True)}
     store, load = Rows(args, "recovery", seed=args.seed), cache(smollm2)
+    prefix = "recovery_quick" if args.quick else "recovery"
     domains = {name: RecoveryDomain(load, args, name, targets=TARGETS) for name in args.domains}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -341,6 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lambda d=domain, row=dense: d.measure(HEADLINE["dense-tuned"], 0, args.minutes, row),
             minutes=args.minutes,
         )
+        write_section(f"{prefix}-{name}", domain_text(name, rows, args))
     if not args.quick:
         first, share = domains[args.domains[0]], args.shares[0]
         dense = rows[args.domains[0], "dense", 0]
@@ -351,14 +362,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 minutes=args.short_minutes,
                 tokens=args.tokens[str(share)],
             )
+        write_section(f"{prefix}-ablations", ablations_text(rows, args))
         for key in EQUAL_TOKENS:
             get(
                 (first.name, key, share),
                 lambda k=key: first.measure_equal(k, share, args.steps, dense),
                 steps=args.steps,
             )
-    section = "recovery_quick" if args.quick else "recovery"
-    write_section(section, results_text(rows, args, store.setting["machine"]))
+        write_section(f"{prefix}-callback", callback_text(rows, args))
 
 
 if __name__ == "__main__":

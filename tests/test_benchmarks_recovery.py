@@ -41,7 +41,7 @@ def test_rows_tables_and_resume(options, tmp_path, monkeypatch):
     assert gradual["history"]["tokens"] == then["history"]["tokens"] == 12 * 4 * 32
     assert 0 < gradual["history"]["listening"] < gradual["history"]["seconds"]
     text = (tmp_path / "RESULTS.md").read_text()
-    for part in ("### law", "- 30% gone, law:", "### Ablations", "Listening took", "pruned and recovered (default)"):
+    for part in (": law\n", "- 30% gone: ", ": ablations (law, ", "Listening took", "pruned and recovered (default)"):
         assert part in text
 
     monkeypatch.setattr(recovery.RecoveryDomain, "scored", lambda *_: pytest.fail("measured again"))
