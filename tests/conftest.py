@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -15,6 +16,13 @@ from hf_context_prune import linalg
 from tests.tiny import FAST_PRECISION, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, then those with most: a long one at the end would leave a worker idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
 
 
 @pytest.fixture(scope="module")
