@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "", several=True)
     options.set_defaults(domains=list(FOUR))
     options.add_argument("--quick", action="store_true", help="two domains, one size, four points, few questions")
-    options.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.3])
+    options.add_argument("--shares", nargs="*", type=float, default=[0.2, 0.3], help="none: no matrix, and no time")
     options.add_argument(
         "--question-shares",
         nargs="*",
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_section(f"{args.section}-{share:g}", matrix_text(found, share, args))
     for domain in args.grids:
         write_section(f"{args.section}-grid-{domain}", grid_text(measure_grid(base, args, domain), domain, args))
-    if args.questions:
+    if args.questions and args.shares:
         key = {"bytes": args.timed_bytes, "questions": args.questions, "share": args.shares[0]}
         timed = Rows(args, args.section, seed=args.seed).get(key, lambda: measure_time(base, args))
         write_section(f"{args.section}-time", time_text(timed, args))
