@@ -91,7 +91,12 @@ def measure_grid(base: LoadedModel, args: argparse.Namespace, domain: str) -> Sw
         activation=args.grid,
         # As the paper trains: on the text alone.
         recovery=RecoveryConfig(
-            max_steps=args.steps, num_epochs=1e6, distillation=0.0, max_seq_length=args.length, recovery_seed=args.seed
+            max_steps=args.steps,
+            num_epochs=1e6,
+            distillation=0.0,
+            evaluations=1,  # measuring the way would take longer than going it
+            max_seq_length=args.length,
+            recovery_seed=args.seed,
         ),
         num_calibration_samples=args.grid_blocks,
         max_seq_length=args.length,
@@ -243,10 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--questions", type=int, default=500, help="a domain; 0: text alone, and no time")
     options.add_argument("--shots", type=int, default=0)
     options.add_argument("--grid-blocks", type=int, default=32)
-    options.add_argument("--grid-questions", type=int, default=100)
+    options.add_argument("--grid-questions", type=int, default=50)
     options.add_argument("--grid-tokens", type=int, default=8_000, help="of held-out text, at each point")
     options.add_argument("--timed-bytes", type=int, default=500_000, help="of text, for the time that evaluating takes")
-    options.add_argument("--steps", type=int, default=20, help="of training after each point of the grid")
+    options.add_argument("--steps", type=int, default=10, help="of training after each point of the grid")
     options.set_defaults(grid=GRID)
     if "--quick" in arguments:
         small: dict[str, Any] = {"domains": ["medicine", REFERENCE], "shares": [0.2], "grids": ["medicine"]}
