@@ -134,11 +134,11 @@ def measure_time(base: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "bytes": size, "questions": args.questions}
 
 
-def shown(report: RunReport, pictures: Sequence[str] = (), *, without: Sequence[str] = ()) -> str:
-    """Pictures and tables of a run."""
+def shown(report: RunReport, pictures: Sequence[str] = ()) -> str:
+    """Pictures and tables of a run, but for the accuracies by source: dozens of columns, in the run's own file."""
     parts = [f"![{report.title}]({picture})" for picture in pictures]
     for one in report.tables:
-        if one.title not in without:
+        if one.title != "Accuracy by source":
             parts += [one.caption or one.title, table(one.header, one.rows)]
     return "\n\n".join(parts)
 
@@ -199,7 +199,6 @@ def matrix_text(found: DomainMatrix, share: float, args: argparse.Namespace) -> 
         shown(
             found.run_report(Environment.current("float32")),
             [f"{args.section}-{share:g}-{name}" for name in pictures_of(args, share)],
-            without=("Accuracy by source",),
         ),
         *([signal_text(found)] if number else []),
     )
@@ -213,7 +212,7 @@ def grid_text(grid: Sweep, domain: str, args: argparse.Namespace) -> str:
         f"calibrated on {args.grid_blocks} x {args.length} tokens, scored on at most {args.grid_tokens:,}; *tuned*: "
         f"{args.steps} steps of cross-entropy on the train text; {args.grid_questions} questions, the paper's scorer (too "
         f"few to tell their sources apart; the run's `sweep.md` has them). {PUBLISHED}",
-        shown(grid.run_report(Environment.current("float32")), without=("Accuracy by source",)),
+        shown(grid.run_report(Environment.current("float32"))),
     )
 
 
