@@ -277,13 +277,15 @@ def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:
 def ablations_text(rows: Found, args: argparse.Namespace) -> str:
     """Ways of training for the same short time."""
     domain, share = args.domains[0], args.shares[0]
-    dense, used = rows[domain, "dense", 0], {name: rows[domain, name, share] for name in ABLATIONS}
+    dense = rows[domain, "dense", 0]
+    runs = {"one-shot": HEADLINE["one-shot"], **ABLATIONS}
+    used = {name: rows[domain, name, share] for name in runs}
     return section(
         f"ablations ({domain}, {share:.0%} gone)",
         used.values(),
         args,
         f"The dense model, and the pruned one in several ways, each trained for {args.short_minutes:g} minutes.",
-        table(_HEADER, [_line(run.label, used[name], dense, args.seed) for name, run in ABLATIONS.items()]),
+        table(_HEADER, [_line(run.label, used[name], dense, args.seed) for name, run in runs.items()]),
     )
 
 
@@ -333,40 +335,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = {name: getattr(args, name) for name in ("blocks", "length", "eval_tokens", "seed")}
         rows[place] = store.get({"place": list(place), **setting, **more}, measure)
 
-    for name, domain in domains.items():
-        get((name, "dense", 0), lambda d=domain: d.measure(HEADLINE["dense"], 0, 0, None))
-        dense = rows[name, "dense", 0]
-        for share in args.shares:
-            tokens = args.tokens[str(share)]
-            for key in ("one-shot", "ours"):
-                minutes = args.minutes if key == "ours" else 0
-                get(
-                    (name, key, share),
-                    lambda d=domain, k=key, s=share, m=minutes, row=dense: d.measure(HEADLINE[k], s, m, row),
-                    minutes=minutes,
-                    tokens=tokens,
-                )
-        get(
-            (name, "dense-tuned", 0),
-            lambda d=domain, row=dense: d.measure(HEADLINE["dense-tuned"], 0, args.minutes, row),
-            minutes=args.minutes,
-        )
-        write_section(f"{prefix}-{name}", domain_text(name, rows, args))
-    if not args.quick:
-        first, share = domains[args.domains[0]], args.shares[0]
-        dense = rows[args.domains[0], "dense", 0]
+    def headline(domain: RecoveryDomain, key: str, share: float, minutes: float = 0.0) -> None:
+        dense = rows.get((domain.name, "dense", 0))
+        more: dict[str, Any] = {}
+        if key != "dense":
+            more["minutes"] = minutes
+        if share:
+            more["tokens"] = args.tokens[str(share)]
+        get((domain.name, key, share), lambda: domain.measure(HEADLINE[key], share, minutes, dense), **more)
+
+    first, least = domains[args.domains[0]], args.shares[0]
+    if not args.quick:  # the short runs first: they tell whether the default deserves the long ones
+        headline(first, "dense", 0)
+        headline(first, "one-shot", least)
         for key, run in ABLATIONS.items():
             get(
-                (first.name, key, share),
-                lambda r=run: first.measure(r, share, args.short_minutes, dense),
+                (first.name, key, least),
+                lambda r=run: first.measure(r, least, args.short_minutes, rows[first.name, "dense", 0]),
                 minutes=args.short_minutes,
-                tokens=args.tokens[str(share)],
+                tokens=args.tokens[str(least)],
             )
         write_section(f"{prefix}-ablations", ablations_text(rows, args))
+    for name, domain in domains.items():
+        headline(domain, "dense", 0)
+        for share in args.shares:
+            headline(domain, "one-shot", share)
+            headline(domain, "ours", share, args.minutes)
+        headline(domain, "dense-tuned", 0, args.minutes)
+        write_section(f"{prefix}-{name}", domain_text(name, rows, args))
+    if not args.quick:
         for key in EQUAL_TOKENS:
             get(
-                (first.name, key, share),
-                lambda k=key: first.measure_equal(k, share, args.steps, dense),
+                (first.name, key, least),
+                lambda k=key: first.measure_equal(k, least, args.steps, rows[first.name, "dense", 0]),
                 steps=args.steps,
             )
         write_section(f"{prefix}-callback", callback_text(rows, args))
