@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,6 +66,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL on a text (and questions): bits per byte, perplexity, accuracy, size, speed and memory."""
     asked = question_options({} if mcq is None else {"": mcq}, locals())
+    from .evaluation.harness import harness_task_name
     from .loading import load_model
     from .measuring import evaluate as run
     from .pipeline import EvalOptions
@@ -94,6 +96,13 @@ def evaluate(
         out_table(report_table(report))
         if output is not None:
             out(f"Wrote {output / REPORT_NAME}")
+        if harness_task is not None and report.multiple_choice is not None:
+            name = harness_task_name(report.multiple_choice.name)
+            place, folder = shlex.quote(model), shlex.quote(str(harness_task))
+            out(
+                f"Wrote {harness_task / name}.yaml, for: lm_eval --model hf --model_args pretrained={place},"
+                f"trust_remote_code=True --include_path {folder} --tasks {name} --num_fewshot 0"
+            )
 
 
 def bench(
@@ -110,7 +119,7 @@ def bench(
 ) -> None:
     """Measure BASE and MODEL in turns: load time, prefill, decoding, peak memory, bytes on disk."""
     from .evaluation.bench import bench as run
-    from .loading import load_model
+    from .loading import copy_notes, load_model
     from .rendering import check_report_place, save_report
 
     if output is not None:
@@ -127,7 +136,7 @@ def bench(
             repeats=repeats,
             memory_repeats=min(repeats, 3),
         )
-        return found.run_report(first.name, second.name)
+        return found.run_report(first.name, second.name, notes=copy_notes(first, second))
 
     report = on_main_process(measure)
     if output is not None:

@@ -49,7 +49,12 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point type to load th
 DeviceOption = Annotated[str | None, typer.Option(help="Torch device; by default an accelerator if there is one.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub model.")]
 MaxEvalTokens = Annotated[
-    int, typer.Option("--max-eval-tokens", min=1, help="Held-out tokens to measure on at most, in whole documents.")
+    int,
+    typer.Option(
+        "--max-eval-tokens",
+        min=1,
+        help="Held-out tokens to measure on at most, in whole documents (the first one always).",
+    ),
 ]
 GeneralData = Annotated[
     str | None,

@@ -244,6 +244,8 @@ class PrunerConfig:
             value = getattr(self, name)
             if not (is_number(value) and value >= 0):
                 raise ConfigError(f"{name} is {value!r}; it must be a number of at least 0 (the paper has 1e-3).")
+            if name == "embedding_threshold" and value > 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a share of the text's tokens, in [0, 1].")
         if not given:
             return
         sized = total or self.max_loss_increase is not None or bool(self.mlp_ratio or self.attention_ratio)

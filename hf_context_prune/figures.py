@@ -87,28 +87,35 @@ def losses_figure(panels: Mapping[str, Sequence[Point]], xlabel: str, ylabel: st
     return figure
 
 
-def matrix_figure(names: Sequence[str], changes: Mapping[tuple[str, str], float]) -> Any:  # noqa: ANN401
+def matrix_figure(
+    names: Sequence[str], changes: Mapping[tuple[str, str], tuple[float, tuple[float, float] | None]]
+) -> Any:  # noqa: ANN401
     """The domain matrix as a heat map.
 
     Args:
         names: Domains, in order.
-        changes: Change of the bits a byte against the dense model, by (calibrated on, measured on).
+        changes: Change of the bits a byte against the dense model and its interval, by (calibrated on, measured on).
     """
     side = 2.5 + 0.9 * len(names)
     figure = new_figure(figsize=(side + 1.5, side))
     axis = figure.subplots()
-    values = [[100 * changes[row, column] for column in names] for row in names]
+    values = [[100 * changes[row, column][0] for column in names] for row in names]
     most = max(1e-9, *(abs(value) for line in values for value in line))
     image = axis.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most)  # white: as the dense model
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             colour = "white" if abs(value) > 0.6 * most else "black"
-            axis.text(column, row, f"{value:+.1f} %", ha="center", va="center", color=colour)
+            style = {"ha": "center", "color": colour}
+            interval = changes[names[row], names[column]][1]
+            axis.text(column, row, f"{value:+.1f} %", va="bottom" if interval else "center", **style)
+            if interval:
+                shown = ", ".join(f"{100 * end:+.1f}" for end in interval)
+                axis.text(column, row, f"[{shown}]", va="top", fontsize="x-small", **style)
     axis.set_xticks(range(len(names)), names, parse_math=False)
     axis.set_yticks(range(len(names)), names, parse_math=False)
     axis.set_xlabel("measured on")
     axis.set_ylabel("calibrated on")
-    axis.set_title("Bits a byte against the dense model")
+    axis.set_title("Bits a byte against the dense model, 95 % intervals")
     figure.colorbar(image, ax=axis, shrink=0.8, label="per cent")
     return figure
 

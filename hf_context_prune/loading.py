@@ -69,6 +69,16 @@ class LoadedModel:
     source: Path | None = None
 
 
+def copy_notes(*models: LoadedModel) -> tuple[str, ...]:
+    """A sentence on each model whose folder is not what was named, for whoever reads sizes."""
+    return tuple(
+        f"{model.name} is a GGUF file of {model.source.stat().st_size / 1e6:,.1f} MB; bytes on disk, load time and "
+        f"memory are those of its copy in float32."
+        for model in models
+        if model.source is not None and model.source.suffix.lower() == ".gguf"
+    )
+
+
 def load_model(
     source: str | Path, *, dtype: str = "auto", revision: str | None = None, device: str | None = None
 ) -> LoadedModel:

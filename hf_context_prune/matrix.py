@@ -17,7 +17,7 @@ from .calibration_text import check_share
 from .card import rewrite_card
 from .config import THRESHOLDS, PrunerConfig
 from .data import TextSource
-from .errors import ConfigError, unknown
+from .errors import ConfigError, LoadError, unknown
 from .evaluation import Environment, EvalReport, weight_bytes
 from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
@@ -308,4 +308,7 @@ def _pruned(base: LoadedModel, member: _Member, folder: Path) -> LoadedModel:
             base.model, base.tokenizer, member.text, member.config, general=member.general, provenance=provenance
         )
         save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
-    return load_model(folder, device=str(base.model.device))
+    try:
+        return load_model(folder, device=str(base.model.device))
+    except LoadError as error:
+        raise LoadError(f"{error} Or remove {folder}: the same command makes it again.") from error

@@ -123,6 +123,15 @@ class DomainMatrix:
             ways.setdefault(way, []).append(domain)
         return "; ".join(way if len(ways) == 1 else f"{', '.join(names)}: {way}" for way, names in ways.items())
 
+    def _scored(self) -> str:
+        """How much text the losses are of; without a second document there is no interval."""
+        parts = []
+        for domain in self.domains:
+            losses = self.scores[DENSE, domain].losses
+            tokens = sum(loss.num_tokens for loss in losses)
+            parts.append(f"{domain} {tokens:,} tokens of {len(losses):,} document{'' if len(losses) == 1 else 's'}")
+        return f"Scored: {'; '.join(parts)} (one document has no interval)."
+
     def _dataset(self, domain: str) -> DatasetFacts:
         text = self.held_out[domain].text
         return DatasetFacts(text.name, text.revision, text.fingerprint, self.splits[domain])
@@ -278,8 +287,8 @@ class DomainMatrix:
                 "Bits a byte",
                 ("calibrated on", "parameters", *(f"on {name}" for name in self.domains)),
                 tuple(self.loss_rows()),
-                "Bits a byte on held-out text; in brackets the change against the dense model, with a 95 % interval "
-                "over documents.",
+                f"Bits a byte on held-out text; in brackets the change against the dense model, with a 95 % interval "
+                f"over documents. {self._scored()}",
             )
         ]
         if reference is not None:

@@ -30,7 +30,7 @@ from .evaluation import (
 from .evaluation.harness import write_harness_task
 from .evaluation.multiple_choice import Scorer, check_scoring
 from .evaluation.texts import Pair, general_losses, losses_on, read_general
-from .loading import LoadedModel
+from .loading import LoadedModel, copy_notes
 from .pipeline import EvalOptions, as_loaded
 from .questions import QuestionSet, load_questions
 
@@ -135,6 +135,7 @@ def evaluate(
         memory=_memory(first, None if base is None else own) if options.memory else None,
         multiple_choice=choice,
         general=general_facts,
+        notes=copy_notes(*((own,) if base is None else (first, own))),
     )
 
 

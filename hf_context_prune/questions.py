@@ -60,8 +60,8 @@ class QuestionSet:
 
     def shots(self, question: Question, count: int) -> tuple[Question, ...]:
         """Examples for a question: `count` of its own source, fewer where there are fewer, and never itself."""
-        others = (row for row in self.examples.get(question.source, ()) if row.question != question.question)
-        return tuple(islice(others, count))
+        own = _asked(question)
+        return tuple(islice((row for row in self.examples.get(question.source, ()) if _asked(row) != own), count))
 
     @property
     def fingerprint(self) -> str:
@@ -170,6 +170,11 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
         split="test" if values["split"] in (None, "") else str(values["split"]),
         context=str(values["context"] or "").strip(),
     )
+
+
+def _asked(question: Question) -> tuple[str, str, frozenset[str]]:
+    """What makes two rows the same question: one instruction may be asked of many contexts or choices."""
+    return question.context, question.question, frozenset(question.choices)
 
 
 def _no_column(where: str, field: str, column: str, names: Iterable[str]) -> str:

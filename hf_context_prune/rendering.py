@@ -259,11 +259,12 @@ def _pictures(folder: Folder) -> dict[str, tuple[str, bytes]]:
 
 
 def _matrix(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401 - matplotlib's
-    changes = {
-        (cell["calibrated"], cell["measured"]): cell["change"]["bits_per_byte_ratio"]["value"] - 1
-        for cell in figures["cells"]
-        if "change" in cell
-    }
+    changes = {}
+    for cell in figures["cells"]:
+        if "change" in cell:
+            ratio = cell["change"]["bits_per_byte_ratio"]
+            interval = ratio["interval"] and (ratio["interval"][0] - 1, ratio["interval"][1] - 1)
+            changes[cell["calibrated"], cell["measured"]] = (ratio["value"] - 1, interval)
     return matrix_figure(figures["domains"], changes)
 
 
@@ -300,18 +301,19 @@ def _point(label: str, scores: Mapping[str, Any], marker: str) -> Point:
 
 
 def _panels(folders: Sequence[Folder]) -> dict[str, list[Point]]:
-    """Losses of pruned models against their sizes, by the text that they were measured on."""
+    """Losses of pruned models against their sizes, by the text that they were measured on, and how much of it."""
     panels: dict[str, list[Point]] = {}
-    titles: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for folder in folders:
         report = folder.report
         if isinstance(report, RunReport) or report.size.pruned_parameters is None:
             continue
         size, loss, text = report.size, report.loss, report.dataset
-        title = titles.setdefault(text.fingerprint, text.name)
-        if any(other == title for key, other in titles.items() if key != text.fingerprint):
-            title = titles[text.fingerprint] = f"{text.name} ({text.fingerprint[:8]})"
-        points = panels.setdefault(title, [])
+        if text.fingerprint not in texts:
+            same = text.name in texts.values()
+            texts[text.fingerprint] = f"{text.name} ({text.fingerprint[:8]})" if same else text.name
+        much = f"{loss.base.num_documents:,} documents, {loss.base.num_bytes:,} bytes"
+        points = panels.setdefault(f"{texts[text.fingerprint]}: {much}", [])
         base = Point("base", size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
         if base not in points:
             points.append(base)

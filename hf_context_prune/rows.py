@@ -64,10 +64,17 @@ class Rows:
             raise ConfigError(f"{self.path} is not a file of rows that this tool wrote ({error}).") from error
         except OSError as error:
             raise SaveError(f"{self.path} can't be read: {error.strerror or error}. Name another --output.") from error
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise ConfigError(f"{self.path} is not a file of rows that this tool wrote ({error}).") from error
+        lines = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                if number == 1:  # the setting
+                    raise ConfigError(f"{self.path} is not a file of rows that this tool wrote ({error}).") from error
+                raise ConfigError(
+                    f"Line {number} of {self.path} is damaged ({error}). Remove that line, and its row is measured "
+                    f"again; or name another --output."
+                ) from error
         if not all(isinstance(line, dict) for line in lines):
             raise ConfigError(f"{self.path} is not a file of rows that this tool wrote. Name another --output.")
         return lines

@@ -297,8 +297,9 @@ def test_questions_and_a_base(run, place):
     facts = json.loads(out)["multiple_choice"]
     assert (facts["scorer"], facts["num_shots"], facts["pruned"]) == ("letter", 2, None)
     assert facts["base"][-1]["num_questions"] == 12
-    code, _, err = run("evaluate", "@base", *measured, *asked, "--harness-task", "@task")
+    code, out, err = run("evaluate", "@base", *measured, *asked, "--harness-task", "@task")
     assert code == 0, err
+    assert "--tasks context_prune_mcq --num_fewshot 0" in " ".join(out.split())
     assert (place / "task/context_prune_mcq.yaml").exists()
     code, out, _ = run("evaluate", "@base", *measured, *asked[:4], "--mcq-split", "dev", "--format", "json")
     assert json.loads(out)["multiple_choice"]["base"][-1]["num_questions"] == 2

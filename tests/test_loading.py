@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from hf_context_prune import cache, loading, model_checks
 from hf_context_prune.architectures import read_geometry, spec_of
 from hf_context_prune.errors import LoadError
-from hf_context_prune.loading import load_model, load_outline, load_pruned
+from hf_context_prune.loading import LoadedModel, copy_notes, load_model, load_outline, load_pruned
 from hf_context_prune.model_checks import LoadWarning
 from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
-from tests.tiny import CASES, case, tiny_model
+from tests.tiny import CASES, case, tiny_model, tiny_tokenizer
 
 REMEDY = "download or save the model again"
 
@@ -225,3 +225,11 @@ def test_an_empty_source_is_not_the_current_folder(source, stock, monkeypatch):
     for load in (load_model, load_outline, load_pruned):
         with pytest.raises(LoadError, match="MODEL"):
             load(source)
+
+
+def test_sizes_of_a_gguf_file_are_told_to_be_those_of_its_copy(tmp_path):
+    (tmp_path / "small.GGUF").write_bytes(b"x" * 1_500_000)
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    file = LoadedModel(model, tokenizer, "small.GGUF", None, tmp_path, tmp_path / "small.GGUF")
+    (note,) = copy_notes(file, LoadedModel(model, tokenizer, "folder", None, tmp_path, tmp_path))
+    assert note.startswith("small.GGUF is a GGUF file of 1.5 MB; bytes on disk")

@@ -98,7 +98,14 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     assert found.source_header[-1] == "own against general"
     assert [row[1] for row in found.accuracy_rows()] == list(rows[-1][2:5])
     text = (out / "matrix.md").read_text()
-    for part in ("Does the context matter?", "| law / t | 4 |", "2-shot (of some sources only 0: they have no more"):
+    first = found.scores[DENSE, "law"].losses
+    scored = f"Scored: law {sum(x.num_tokens for x in first)} tokens of {len(first)} documents; general "
+    for part in (
+        scored,
+        "Does the context matter?",
+        "| law / t | 4 |",
+        "2-shot (of some sources only 0: they have no more",
+    ):
         assert part in text
     asked = found.held_out["law"]
     for general, said in (

@@ -61,6 +61,15 @@ def test_no_example_is_the_question_itself():
     assert [row.id for row in found.shots(found.questions[0], 1)] == ["d0"]
 
 
+def test_one_instruction_may_be_asked_of_many_contexts_or_choices():
+    asked = {"question": "Is it hearsay?", "choices": ["yes", "no"]}
+    rows = [ROW | asked | {"id": f"d{i}", "context": f"Case {i}.", "split": "dev"} for i in range(3)]
+    other = ROW | asked | {"id": "d3", "context": "Case 1.", "choices": ["yes", "never"], "split": "dev"}
+    mixed = ROW | asked | {"context": "Case 1.", "choices": ["no", "yes"], "answer": 0}
+    found = load_questions([*rows, other, mixed])
+    assert [row.id for row in found.shots(found.questions[0], 5)] == ["d0", "d2", "d3"]
+
+
 def test_fewer_questions_are_of_all_sources():
     rows = [ROW | {"id": str(number), "source": "abcd"[number % 4]} for number in range(400)]
     some = load_questions(rows, max_questions=100).questions

@@ -147,9 +147,15 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
     other = replace(report, dataset=replace(report.dataset, fingerprint="f" * 64))
     with pytest.raises(InterruptedError):
         render([found[0], replace(found[1], report=other)], tmp_path / "out")
-    name = report.dataset.name
-    assert list(drawn) == [name, f"{name} (ffffffff)"]
+    loss = report.loss
+    name, much = report.dataset.name, f": {loss.base.num_documents} documents, {loss.base.num_bytes:,} bytes"
+    assert list(drawn) == [f"{name}{much}", f"{name} (ffffffff){much}"]
     assert [[point.label for point in points] for points in drawn.values()] == [["base", "small"], ["base", "wide one"]]
+    drawn.clear()
+    less = replace(report, loss=replace(loss, base=replace(loss.base, num_documents=1, num_bytes=12)))
+    with pytest.raises(InterruptedError):
+        render([found[0], replace(found[1], report=less)], tmp_path / "out")
+    assert list(drawn) == [f"{name}{much}", f"{name}: 1 documents, 12 bytes"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,7 @@ def test_figures_that_do_not_draw_are_told(tmp_path):
 
 def test_names_of_domains_are_no_formulas(tmp_path):
     names = [r"$\frac{$", "_b"]
-    ratio = {"bits_per_byte_ratio": {"value": 1.1}}
+    ratio = {"bits_per_byte_ratio": {"value": 1.1, "interval": None}}
     cells = [{"calibrated": a, "measured": b, "change": ratio} for a in names for b in names]
     figures = {"domains": names, "reference": names[0], "cells": cells, "mixes": {names[0]: [[0, 0.1, 0.2]]}}
     save_report(replace(RUN, kind="matrix", figures=figures), tmp_path / "odd")

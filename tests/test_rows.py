@@ -97,6 +97,18 @@ def test_another_file_is_refused_and_left(tmp_path, text):
     assert path.read_text() == text
 
 
+def test_a_damaged_row_is_named_and_can_be_removed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for key in (1, 2):
+        Rows(path, SETTING).get([key], lambda: {"value": 1})
+    setting, _, second = path.read_text().splitlines()
+    path.write_text(f"{setting}\n{{garbage\n{second}\n")
+    with pytest.raises(ConfigError, match=r"Line 2 of .*rows\.jsonl is damaged .*Remove that line"):
+        Rows(path, SETTING)
+    path.write_text(f"{setting}\n{second}\n")
+    assert list(Rows(path, SETTING).rows) == ["[2]"]
+
+
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError):

@@ -228,6 +228,7 @@ def test_other_layers_are_refused():
         {"linear_threshold": -1.0},
         {"linear_threshold": float("nan")},
         {"linear_threshold": True},
+        {"embedding_threshold": 1.5},
         {"linear_threshold": 0.1, "pruning_ratio": 0.2},
         {"activation_threshold": 0.1, "mlp_ratio": 0.2},
         {"linear_threshold": 0.1, "allocation": "adaptive"},

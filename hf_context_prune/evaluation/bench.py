@@ -71,15 +71,18 @@ class Bench:
             ratio = f"x{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         return label, *cells, ratio
 
-    def run_report(self, base: str, pruned: str) -> RunReport:
+    def run_report(self, base: str, pruned: str, *, notes: tuple[str, ...] = ()) -> RunReport:
         """All of it, as a report.
 
         Args:
             base: Name of the dense model.
             pruned: Name of the pruned model.
+            notes: Sentences that a reader of the figures must know.
         """
         header = ("measure", "base", "pruned", "pruned / base")
-        table = ReportTable(f"{pruned} beside {base}, in turns", header, tuple(self.table_rows()), self.caption())
+        table = ReportTable(
+            f"{pruned} beside {base}, in turns", header, tuple(self.table_rows()), " ".join([self.caption(), *notes])
+        )
         title = f"Speed of {pruned} beside {base}"
         environment = Environment.current((self.prefill or self.decode)[0].pruned.dtype)
         return RunReport("bench", base, title, (table,), {"pruned": pruned, **dataclasses.asdict(self)}, environment)

@@ -11,6 +11,11 @@ from ..files import write_file
 from ..questions import QuestionSet, prompt
 
 
+def harness_task_name(questions: str) -> str:
+    """Name of the task of questions with that name (a file's, or a Hub id)."""
+    return "context_prune_" + (re.sub(r"\W+", "_", Path(questions).stem.lower()).strip("_") or "questions")
+
+
 def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots: int = 0) -> str:
     """Write a task folder for ``lm_eval --include_path FOLDER --tasks NAME --num_fewshot 0``.
 
@@ -26,10 +31,12 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots:
         The task's name.
 
     Raises:
-        SaveError: The folder can't be written.
+        SaveError: The folder holds a model, or can't be written.
     """
     folder = Path(folder).resolve()
-    name = "context_prune_" + (re.sub(r"\W+", "_", Path(questions.name).stem.lower()).strip("_") or "questions")
+    if (folder / "config.json").is_file():
+        raise SaveError(f"{folder} holds a model; name a folder of its own for the task.")
+    name = harness_task_name(questions.name)
     rows = [
         {
             "id": question.id,

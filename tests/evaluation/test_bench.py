@@ -55,6 +55,8 @@ def test_rows_and_values(pair, monkeypatch, tmp_path):
     assert again.to_dict() == report.to_dict()
     assert (again.figures["base_bytes"], again.figures["pruned"], again.model) == (3000, "small", "big")
     assert again.tables[0].rows == tuple(result.table_rows())
+    assert report.tables[0].caption == result.caption()
+    assert result.run_report("big", "small", notes=("A note.",)).tables[0].caption.endswith(" A note.")
     assert "1 threads, float32; base and pruned in turns" in result.caption()
 
 

@@ -37,6 +37,9 @@ def test_the_task_has_our_prompts(tmp_path):
         assert row["prompt"] == prompt(question, asked.examples[question.source][:1])
         assert (tuple(row["choices"]), row["answer"]) == (question.choices, question.answer)
     assert task["task"] == name == "context_prune_in_memory"
+    (tmp_path / "task/config.json").touch()
+    with pytest.raises(SaveError, match="holds a model"):
+        write_harness_task(asked, tmp_path / "task")
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="Name a folder that can be"):
         write_harness_task(asked, tmp_path / "file")
