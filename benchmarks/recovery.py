@@ -58,21 +58,21 @@ class Run:
 
 HEADLINE = {
     "dense": Run("dense, as it came", dense=True),
-    "dense-tuned": Run("dense, tuned", {"distillation": 0.0}, dense=True),
+    "dense-tuned": Run("dense, tuned", {}, dense=True),
     "one-shot": Run("pruned, without recovery"),
     "ours": Run("pruned and recovered (default)", {}),
 }
 ABLATIONS = {
-    "dense-short": Run("dense, tuned", {"distillation": 0.0}, dense=True),
+    "dense-short": Run("dense, tuned", {}, dense=True),
     "ours-short": Run("default", {}),
-    "text-alone": Run("without distillation", {"distillation": 0.0}),
-    "teacher-alone": Run("distillation alone", {"distillation": 1.0}),
+    "half-teacher": Run("half the loss from the dense parent", {"distillation": 0.5}),
+    "teacher-alone": Run("all of it", {"distillation": 1.0}),
     "lora": Run("LoRA", {"method": "lora"}),
     "ticket": Run("kept weights rewound to the pretrained ones", {"rewind": "pretrained"}),
 }
 EQUAL_TOKENS = {
-    "gradual": "pruned during training (`ContextPruneCallback`, three prunings), without distillation",
-    "then": "pruned, then trained on as many tokens, without distillation",
+    "gradual": "pruned during training (`ContextPruneCallback`, three prunings)",
+    "then": "pruned, then trained on as many tokens",
 }
 
 

@@ -27,7 +27,11 @@ def recover(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     output: Annotated[Path, typer.Option(help="Folder to write; an older one of ours is replaced.")],
     teacher: Annotated[
-        str | None, typer.Option(help="The dense parent; by default the plan's base, where that is on the Hub.")
+        str | None,
+        typer.Option(
+            help="The dense parent: measured beside the folder, and learned from with --distillation. By default the "
+            "plan's base, where that is on the Hub."
+        ),
     ] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
@@ -44,7 +48,7 @@ def recover(
     max_seq_length: Annotated[int, typer.Option(help="Tokens a block.")] = 512,
     distillation: Annotated[
         float, typer.Option(help="Weight of the parent's distribution in the loss, in [0, 1]; the rest is the text's.")
-    ] = 0.5,
+    ] = 0.0,
     temperature: Annotated[float, typer.Option(help="Temperature of the distillation.")] = 1.0,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 32,
     rewind: Annotated[
@@ -59,7 +63,7 @@ def recover(
     speed: SpeedOption = True,
     format: FormatOption = Format.auto,
 ) -> None:
-    """Train a pruned folder back on text of its domain, with its dense parent as the teacher, and write a new folder.
+    """Train a pruned folder back on text of its domain, and write a new folder.
 
     The weights that are best on withheld documents are kept: the result is never worse there than the folder was (but
     with --rewind: than the rewound weights). Ctrl-C ends the training and keeps the best weights so far.

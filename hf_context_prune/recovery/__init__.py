@@ -1,4 +1,4 @@
-"""Recovery: training a pruned model back on text of its domain, with its dense parent as the teacher."""
+"""Recovery: training a pruned model back on text of its domain, alone, or with its dense parent as the teacher."""
 
 from .config import RecoveryConfig
 from .folder import recover_folder

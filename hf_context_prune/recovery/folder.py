@@ -49,8 +49,8 @@ def recover_folder(
         data: Text of the domain. The documents that are held out of it for the figures are those that `prune` holds out
             of the same text.
         config: All choices.
-        teacher: The dense parent; None: the plan's base, where that is on the Hub. Another model over the same tokens
-            teaches as well, but is not what the figures are compared with.
+        teacher: The dense parent, which the figures are compared with; None: the plan's base, where that is on the
+            Hub. Another model over the same tokens teaches as well, but is not compared with.
         eval_data: Text for the figures; None holds out a tenth of `data`, by document.
         text_column: Column with the text.
         evaluation: How much is measured.
@@ -142,7 +142,7 @@ def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, see
 
 def _without_parent(guide: LoadedModel | None) -> str:
     if guide is None:
-        return "No parent was given: base is the pruned model as it was."
+        return "No parent was given (--teacher): base is the pruned model as it was."
     return f"The teacher {guide.name} is not the model that was pruned: base is the pruned model as it was."
 
 

@@ -63,7 +63,7 @@ def same(model, before):
 def test_it_recovers_what_pruning_cost(tokenizer, name, method):
     dense, result = pruned(tokenizer, name)
     before, of_parent = weights(result.model), weights(dense)
-    config = RecoveryConfig(method=method, **SMALL)
+    config = RecoveryConfig(method=method, distillation=0.5, **SMALL)
     outcome = recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense, plan=result.plan)
     assert loss_of(outcome.model, tokenizer) < loss_of(result.model, tokenizer) - 0.1
     assert same(result.model, before)
@@ -353,7 +353,7 @@ def test_what_is_refused_before_any_work(tokenizer):
     model = result.model
     before = weights(model)
     with pytest.raises(ConfigError, match=r"need the dense parent: pass teacher="):
-        recover(model, texts(), RecoveryConfig(), tokenizer=tokenizer)
+        recover(model, texts(), RecoveryConfig(distillation=0.5), tokenizer=tokenizer)
     with pytest.raises(DataError, match="at least 2"):
         recover(model, ["one text"], RecoveryConfig(distillation=0.0), tokenizer=tokenizer)
     broken = tiny_model("llama")
