@@ -335,33 +335,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = {name: getattr(args, name) for name in ("blocks", "length", "eval_tokens", "seed")}
         rows[place] = store.get({"place": list(place), **setting, **more}, measure)
 
-    def headline(domain: RecoveryDomain, key: str, share: float, minutes: float = 0.0) -> None:
+    def measure(domain: RecoveryDomain, key: str, share: float, minutes: float = 0.0) -> None:
         dense = rows.get((domain.name, "dense", 0))
         more: dict[str, Any] = {}
         if key != "dense":
             more["minutes"] = minutes
         if share:
             more["tokens"] = args.tokens[str(share)]
-        get((domain.name, key, share), lambda: domain.measure(HEADLINE[key], share, minutes, dense), **more)
+        run = {**HEADLINE, **ABLATIONS}[key]
+        get((domain.name, key, share), lambda: domain.measure(run, share, minutes, dense), **more)
 
     first, least = domains[args.domains[0]], args.shares[0]
     if not args.quick:  # the short runs first: they tell whether the default deserves the long ones
-        headline(first, "dense", 0)
-        headline(first, "one-shot", least)
-        for key, run in ABLATIONS.items():
-            get(
-                (first.name, key, least),
-                lambda r=run: first.measure(r, least, args.short_minutes, rows[first.name, "dense", 0]),
-                minutes=args.short_minutes,
-                tokens=args.tokens[str(least)],
-            )
+        measure(first, "dense", 0)
+        measure(first, "one-shot", least)
+        for key in ABLATIONS:
+            measure(first, key, least, args.short_minutes)
         write_section(f"{prefix}-ablations", ablations_text(rows, args))
     for name, domain in domains.items():
-        headline(domain, "dense", 0)
+        measure(domain, "dense", 0)
         for share in args.shares:
-            headline(domain, "one-shot", share)
-            headline(domain, "ours", share, args.minutes)
-        headline(domain, "dense-tuned", 0, args.minutes)
+            measure(domain, "one-shot", share)
+            measure(domain, "ours", share, args.minutes)
+        measure(domain, "dense-tuned", 0, args.minutes)
         write_section(f"{prefix}-{name}", domain_text(name, rows, args))
     if not args.quick:
         for key in EQUAL_TOKENS:
