@@ -35,6 +35,7 @@ from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.plan import PruningPlan
 from hf_context_prune.recovery import RecoveryConfig, recover
+from hf_context_prune.recovery.config import LEARNING_RATES
 from hf_context_prune.saving import PLAN_NAME, save_pruned
 
 GOAL_DENSE, GOAL_TUNED = 0.0, 0.03
@@ -65,6 +66,7 @@ HEADLINE = {
 ABLATIONS = {
     "dense-short": Run("dense, tuned", {}, dense=True),
     "ours-short": Run("default", {}),
+    "rate": Run("at twice the learning rate", {"learning_rate": 2 * LEARNING_RATES["full"]}),
     "half-teacher": Run("half the loss from the dense parent", {"distillation": 0.5}),
     "teacher-alone": Run("all of it", {"distillation": 1.0}),
     "lora": Run("LoRA", {"method": "lora"}),
@@ -167,7 +169,7 @@ class RecoveryDomain(Domain):
                     max_steps=steps,
                     per_device_train_batch_size=batch // 2,
                     gradient_accumulation_steps=2,
-                    learning_rate=3e-4,
+                    learning_rate=LEARNING_RATES["full"],
                     lr_scheduler_type="cosine",
                     warmup_steps=max(1, steps // 20),
                     adam_beta2=0.95,
@@ -337,12 +339,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure(domain: RecoveryDomain, key: str, share: float, minutes: float = 0.0) -> None:
         dense = rows.get((domain.name, "dense", 0))
+        run = {**HEADLINE, **ABLATIONS}[key]
         more: dict[str, Any] = {}
         if key != "dense":
             more["minutes"] = minutes
         if share:
             more["tokens"] = args.tokens[str(share)]
-        run = {**HEADLINE, **ABLATIONS}[key]
+        if run.options is not None:
+            more["learning_rate"] = RecoveryConfig(**run.options).peak_learning_rate
         get((domain.name, key, share), lambda: domain.measure(run, share, minutes, dense), **more)
 
     first, least = domains[args.domains[0]], args.shares[0]

@@ -42,7 +42,7 @@ def recover(
     max_steps: Annotated[int | None, typer.Option(help="Stop after that many steps.")] = None,
     num_epochs: Annotated[float, typer.Option(help="Passes over the text, at most.")] = 1.0,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate. Default 3e-4, for lora 2e-3.")
+        float | None, typer.Option(help="Peak learning rate. Default 1.5e-4, for lora 2e-3.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks of text a step.")] = 4,
     max_seq_length: Annotated[int, typer.Option(help="Tokens a block.")] = 512,

@@ -29,7 +29,7 @@ def test_rows_tables_and_resume(options, tmp_path, monkeypatch):
     recovery.main(options)
     rows = {tuple(row["key"]["place"]): row for row in map(json.loads, (tmp_path / "rows/recovery.jsonl").open())}
     dense = rows["law", "dense", 0]
-    for name in ("one-shot", "ours", "half-teacher", "teacher-alone", "lora", "ticket"):
+    for name in ("one-shot", "ours", "rate", "half-teacher", "teacher-alone", "lora", "ticket"):
         row = rows["law", name, 0.3]
         assert row["parameters"] <= 0.7 * dense["parameters"]
         assert row["own"]["documents"] == dense["own"]["documents"]

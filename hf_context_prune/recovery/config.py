@@ -13,7 +13,7 @@ from ..errors import ConfigError, unknown
 MethodName = Literal["full", "lora"]
 RewindName = Literal["none", "pretrained"]
 
-LEARNING_RATES = {"full": 3e-4, "lora": 2e-3}
+LEARNING_RATES = {"full": 1.5e-4, "lora": 2e-3}
 
 
 @dataclass
@@ -29,7 +29,7 @@ class RecoveryConfig:
     """
 
     method: MethodName = option("full", "full: all weights; lora: low-rank adapters, merged before saving.")
-    learning_rate: float | None = option(None, "Peak learning rate; by default 3e-4, for lora 2e-3.")
+    learning_rate: float | None = option(None, "Peak learning rate; by default 1.5e-4, for lora 2e-3.")
     max_minutes: float | None = option(None, "Stop in that time, measuring included.")
     max_steps: int | None = option(None, "Stop after that many steps.")
     num_epochs: float = option(1.0, "Passes over the text, at most.")
