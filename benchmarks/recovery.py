@@ -35,11 +35,13 @@ from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.plan import PruningPlan
 from hf_context_prune.recovery import RecoveryConfig, recover
-from hf_context_prune.recovery.config import LEARNING_RATES
 from hf_context_prune.saving import PLAN_NAME, save_pruned
 
 GOAL_DENSE, GOAL_TUNED = 0.0, 0.03
 """Most that bits a byte may be above the dense model as it came, and above the dense model tuned for the same time."""
+
+
+LEARNING_RATE = RecoveryConfig().peak_learning_rate
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ HEADLINE = {
 ABLATIONS = {
     "dense-short": Run("dense, tuned", {}, dense=True),
     "ours-short": Run("default", {}),
-    "rate": Run("at twice the learning rate", {"learning_rate": 2 * LEARNING_RATES["full"]}),
+    "rate": Run("at twice the learning rate", {"learning_rate": 2 * LEARNING_RATE}),
     "half-teacher": Run("half the loss from the dense parent", {"distillation": 0.5}),
     "teacher-alone": Run("all of it", {"distillation": 1.0}),
     "lora": Run("LoRA", {"method": "lora"}),
@@ -169,7 +171,7 @@ class RecoveryDomain(Domain):
                     max_steps=steps,
                     per_device_train_batch_size=batch // 2,
                     gradient_accumulation_steps=2,
-                    learning_rate=LEARNING_RATES["full"],
+                    learning_rate=LEARNING_RATE,
                     lr_scheduler_type="cosine",
                     warmup_steps=max(1, steps // 20),
                     adam_beta2=0.95,
@@ -369,6 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 (first.name, key, least),
                 lambda k=key: first.measure_equal(k, least, args.steps, rows[first.name, "dense", 0]),
                 steps=args.steps,
+                learning_rate=LEARNING_RATE,
             )
         write_section(f"{prefix}-callback", callback_text(rows, args))
 
