@@ -13,6 +13,7 @@ from .embeddings import num_rows, token_cost
 from .errors import BudgetError
 from .evaluation import count_parameters
 from .loading import load_outline
+from .planning import check_repair
 from .surgery import StockFit, stock_fit
 from .vocabulary import VocabularySize
 from .widths import check_units_budget, widths_beside
@@ -56,10 +57,11 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         revision: Branch, tag or commit of the Hub model.
 
     Raises:
-        ContextPruneError: The model is unknown or the budget can't be reached.
+        ContextPruneError: The model is unknown, can't have or save the repair, or the budget can't be reached.
     """
     empty = load_outline(model, revision=revision)
     spec = spec_of(empty.config)
+    check_repair(empty, config, will_save=True)
     geometry = read_geometry(empty.config, spec)
     total, rows = count_parameters(empty), num_rows(empty)
     budget, kept = Budget.of(config, total), rows

@@ -10,17 +10,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .allocation import Budget
-from .architectures import (
-    ArchSpec,
-    blocks,
-    check_supported,
-    output_projection,
-)
+from .architectures import check_supported
 from .base_card import in_memory, provenance_of
 from .calibration import check_weights_finite
 from .calibration_text import check_general_mix
 from .config import PrunerConfig
-from .criteria import get_criterion
 from .data import TextSource, hold_out_documents, load_documents
 from .distributed import on_main_process, together, warn_if_alone
 from .errors import ConfigError, DataError
@@ -39,13 +33,12 @@ from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
 from .overlap import drop_overlapping
 from .plan import PruningPlan
+from .planning import check_repair
 from .result import PruneResult
 from .search_text import SearchText
-from .sequential import check_walkable
 from .surgery import stock_fit
 from .thresholds import zeros_note
 from .vocabulary.notes import effort_note, vocabulary_note
-from .widths import needed_targets
 
 
 @dataclass(frozen=True)
@@ -65,19 +58,6 @@ class EvalOptions:
     speed: bool = True
     memory: bool = True
     general_data: Any = None
-
-
-def _check_saves(model: PreTrainedModel, spec: ArchSpec, config: PrunerConfig) -> None:
-    """Refuse, before the long work, a result that could not be saved."""
-    if config.reconstruction != "bias":
-        return
-    for target in needed_targets(config):
-        if output_projection(blocks(model, spec)[0], spec, target).bias is None:
-            raise ConfigError(
-                f"reconstruction='bias' adds biases that a {spec.model_type} model has no field for, so the result "
-                f"can't be saved. Use reconstruction='least_squares' (better at the same size) or 'none'; 'bias' is "
-                f"for measuring in memory, through Python's prune()."
-            )
 
 
 def plan_notes(
@@ -142,11 +122,8 @@ def prune(
     base = as_loaded(model, tokenizer)
     spec = check_supported(base.model)
     check_weights_finite(base.model)
-    if config.reconstruction == "sequential" and config.prunes_units:
-        check_walkable(base.model, get_criterion(config.criterion))
-    check_budget(base.model, base.tokenizer, config)  # before the long work
-    if will_save:
-        _check_saves(base.model, spec, config)
+    check_repair(base.model, config, will_save=will_save)  # before the long work
+    check_budget(base.model, base.tokenizer, config)
     check_general_mix(config, options.general_data)
     text, held_out, how = split_text(data, eval_data, config, base.tokenizer)
     general = read_general(

@@ -21,6 +21,7 @@ from .architectures import (
     LayerWidths,
     blocks,
     check_supported,
+    output_projection,
     read_geometry,
     spec_of,
 )
@@ -33,7 +34,7 @@ from .errors import ConfigError, naming
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
 from .sensitivity import measure_sensitivity, withhold_probe
-from .sequential import prune_sequentially
+from .sequential import check_walkable, prune_sequentially
 from .stats import CalibrationStats, Curve, Key, Repair
 from .width_search import calibrate_in_turns, search_curves
 from .widths import measured_widths, needed_targets, plan_widths, shape_of
@@ -87,6 +88,31 @@ def repair_with(stats: CalibrationStats, config: PrunerConfig) -> Repair:
     """
     _refuse_walk(config)
     return _one_shot_repair(stats, config)
+
+
+def check_repair(model: PreTrainedModel, config: PrunerConfig, *, will_save: bool) -> None:
+    """Refuse, from shapes alone, a repair that the architecture can't have.
+
+    Args:
+        model: The dense model; its weights may be on the meta device.
+        config: What is asked for.
+        will_save: Refuse too what works in memory alone.
+
+    Raises:
+        ConfigError: It can't walk the blocks, or adds biases that the architecture has no field for.
+    """
+    if config.reconstruction == "sequential" and config.prunes_units:
+        check_walkable(model, get_criterion(config.criterion))
+    if config.reconstruction != "bias" or not will_save:
+        return
+    spec = spec_of(model.config)
+    for target in needed_targets(config):
+        if output_projection(blocks(model, spec)[0], spec, target).bias is None:
+            raise ConfigError(
+                f"reconstruction='bias' adds biases that a {spec.model_type} model has no field for, so the result "
+                f"can't be saved. Use reconstruction='least_squares' (better at the same size) or 'none'; 'bias' is "
+                f"for measuring in memory, through Python's prune()."
+            )
 
 
 def _refuse_walk(config: PrunerConfig) -> None:

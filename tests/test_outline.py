@@ -10,6 +10,7 @@ from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.outline import dry_run
 from hf_context_prune.widths import plan_widths
+from tests.tiny import case
 
 
 def test_the_outline_is_that_of_the_loaded_model(model, tmp_path):
@@ -34,6 +35,15 @@ def test_adaptive_widths_are_measured_and_their_size_is_known(model, tmp_path):
         dry_run(tmp_path, PrunerConfig(pruning_ratio=0.9))
     with pytest.raises(BudgetError, match="adaptive widths can remove at most"):
         dry_run(tmp_path, PrunerConfig(mlp_ratio=0.8, allocation="adaptive"))
+
+
+def test_a_repair_that_a_run_would_refuse_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path / "llama")
+    case("opt-post-norm").save_pretrained(tmp_path / "opt")
+    with pytest.raises(ConfigError, match="llama model has no field for"):
+        dry_run(tmp_path / "llama", PrunerConfig(pruning_ratio=0.1, reconstruction="bias"))
+    with pytest.raises(ConfigError, match="do_layer_norm_before=False"):
+        dry_run(tmp_path / "opt", PrunerConfig(pruning_ratio=0.1))
 
 
 def test_tokens_that_reach_the_budget_alone_leave_the_widths(model, tmp_path):

@@ -29,7 +29,7 @@ from ..errors import ConfigError, DataError, NumericsError, PruningWarning
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan, fingerprint
-from ..planning import plan_and_repair, versions
+from ..planning import check_repair, plan_and_repair, versions
 from ..saving import PLAN_NAME
 from ..surgery import apply_plan, kept_entries
 from ..widths import plan_widths
@@ -40,7 +40,6 @@ from .checks import (
     check_config,
     check_not_cut,
     check_reachable,
-    check_repair,
     check_types,
     warn_of_plain_push,
 )
@@ -175,7 +174,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         spec = check_supported(model)
         check_weights_finite(model)
         check_optimizer(optimizer, model, num_processes())
-        check_repair(model, self.config)
+        check_repair(model, self.config, will_save=True)
         steps = self.schedule.steps(state.max_steps)
         widths = read_geometry(model.config, spec).layers
         if state.global_step > 0:

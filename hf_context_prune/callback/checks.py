@@ -10,15 +10,13 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..allocation import Budget, removed_params
-from ..architectures import blocks, check_supported, output_projection, read_geometry, unit_costs
+from ..architectures import check_supported, read_geometry, unit_costs
 from ..config import PrunerConfig
-from ..criteria import get_criterion
 from ..errors import BudgetError, ConfigError, PruningWarning
 from ..evaluation import count_parameters
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan
-from ..sequential import check_walkable
-from ..widths import check_adaptive, needed_targets
+from ..widths import check_adaptive
 from .schedule import PruningSchedule
 
 
@@ -132,24 +130,6 @@ def check_reachable(model: PreTrainedModel, config: PrunerConfig, first: float) 
         check_adaptive(model, config, int(first * remove))
     except BudgetError as error:
         raise BudgetError(f"At the first pruning of the schedule: {error} Or prune in more steps.") from error
-
-
-def check_repair(model: PreTrainedModel, config: PrunerConfig) -> None:
-    """Refuse a repair that the architecture can't have or save.
-
-    Raises:
-        ConfigError: It adds biases that vanish on reload, or can't walk the blocks.
-    """
-    spec = check_supported(model)
-    if config.reconstruction == "sequential":
-        check_walkable(model, get_criterion(config.criterion))
-    if config.reconstruction == "bias":
-        for target in needed_targets(config):
-            if output_projection(blocks(model, spec)[0], spec, target).bias is None:
-                raise ConfigError(
-                    f"reconstruction='bias' adds biases that a {spec.model_type} model can't save. Use "
-                    f"'least_squares' or 'sequential'."
-                )
 
 
 def check_arguments(args: TrainingArguments, state: TrainerState) -> None:

@@ -308,7 +308,7 @@ def broken(model):
         ({}, {"model": lambda: quantised(tiny_model("llama"))}, UnsupportedArchitectureError, "is a QLinear, not a"),
         ({}, {"model": lambda: subclassed(tiny_model("llama"))}, UnsupportedArchitectureError, "not a plain parameter"),
         ({}, {"model": lambda: broken(tiny_model("llama"))}, NumericsError, r"lm_head\.weight"),
-        ({"reconstruction": "bias"}, {}, ConfigError, "adds biases that a llama model can't save"),
+        ({"reconstruction": "bias"}, {}, ConfigError, "adds biases that a llama model has no field for"),
         (VARIABLE | {"pruning_ratio": 0.95, "allocation": "uniform"}, {}, ConfigError, "options can remove at most"),
         (VARIABLE | {"pruning_ratio": 0.95}, {}, ConfigError, "neurons and KV groups can give at most"),
         (
