@@ -288,7 +288,8 @@ def ablations_text(rows: Found, args: argparse.Namespace) -> str:
         f"ablations ({domain}, {share:.0%} gone)",
         used.values(),
         args,
-        f"The dense model, and the pruned one in several ways, each trained for {args.short_minutes:g} minutes.",
+        f"The dense model, and the pruned one in several ways, each trained for {args.short_minutes:g} minutes. "
+        f"The weights that are best on withheld text are kept: those before training, where no step was better.",
         table(_HEADER, [_line(run.label, used[name], dense, args.seed) for name, run in runs.items()]),
     )
 
