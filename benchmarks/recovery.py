@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from benchmarks.common import Rows, corpus, given, parser, table, write_section
@@ -30,7 +31,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, hold_out_documents, token_blocks
 from hf_context_prune.evaluation import count_parameters, document_losses
 from hf_context_prune.global_budget import smaller_model
-from hf_context_prune.linalg import fast_matmul
+from hf_context_prune.linalg import bfloat16_is_fast, fast_matmul
 from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.plan import PruningPlan
@@ -176,7 +177,7 @@ class RecoveryDomain(Domain):
                     warmup_steps=max(1, steps // 20),
                     adam_beta2=0.95,
                     weight_decay=0.01,
-                    bf16=True,
+                    bf16=bfloat16_is_fast(torch.device("cpu")),
                     use_cpu=True,
                     save_strategy="no",
                     report_to="none",
@@ -321,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--vocabularies", nargs="+", type=int, default=[16_384, 8_192], help="tokens, for each share")
     options.add_argument("--minutes", type=float, default=30.0)
     options.add_argument("--short-minutes", type=float, default=8.0)
-    options.add_argument("--steps", type=int, default=100, help="of the callback and its counterpart")
+    options.add_argument("--steps", type=int, default=50, help="of the callback and its counterpart")
     options.add_argument("--blocks", type=int, default=128)
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--eval-tokens", type=int, default=20_000)
