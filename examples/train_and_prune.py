@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator
 
 from hf_context_prune import PrunerConfig, load_model
 from hf_context_prune.callback import ContextPruneCallback, PruningSchedule, load_checkpoint
@@ -50,6 +50,7 @@ def main() -> None:
         train_dataset=blocks(rest, script.max_blocks),
         eval_dataset=blocks(held_out, 32),
         processing_class=base.tokenizer,
+        data_collator=default_data_collator,  # blocks of one length need no padding token
         callbacks=[callback],
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,16 +27,18 @@ from ..config import PrunerConfig, from_options
 from ..distributed import all_gather, num_processes
 from ..errors import ConfigError, DataError, NumericsError, PruningWarning
 from ..evaluation import count_parameters
+from ..modeling.modeling_context_pruned import MODELING_FILES
 from ..modeling.specs import LayerWidths
 from ..plan import PruningPlan, fingerprint
 from ..planning import check_repair, plan_and_repair, versions
 from ..saving import PLAN_NAME
-from ..surgery import apply_plan, kept_entries
+from ..surgery import apply_plan, build_empty, kept_entries
 from ..widths import plan_widths
 from .batches import text_of
-from .checkpoints import CONFIG_FILE, progress_of
+from .checkpoints import complete, progress_of, use_cache_of
 from .checks import (
     check_arguments,
+    check_attention,
     check_config,
     check_not_cut,
     check_reachable,
@@ -46,7 +48,7 @@ from .checks import (
 from .optimizer import check_optimizer, clear_entries, map_state, replace_parameters
 from .publishing import Publishable
 from .schedule import PruningSchedule, config_at
-from .transplant import composed, scatter, transplant
+from .transplant import check_modules, composed, scatter, transplant
 
 _ADAPTIVE_BLOCKS = 16
 
@@ -148,16 +150,6 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
 
     # --- events of the Trainer ----------------------------------------------------------------------------------------
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        """Note what the Trainer is about to switch off in the config."""
-        self.use_cache = getattr(getattr(kwargs.get("model"), "config", None), "use_cache", True)
-
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -173,6 +165,8 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         check_arguments(args, state)
         spec = check_supported(model)
         check_weights_finite(model)
+        check_attention(model)
+        check_modules(model, build_empty(model.config, spec, read_geometry(model.config, spec).layers))
         check_optimizer(optimizer, model, num_processes())
         check_repair(model, self.config, will_save=True)
         steps = self.schedule.steps(state.max_steps)
@@ -180,11 +174,12 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         if state.global_step > 0:
             self._resume(state, steps)
         else:
-            check_not_cut(self.plan if self._training else None, widths)
+            check_not_cut(self.plan, widths)
             check_reachable(model, self.config, self.schedule.share(0))
             self.final = None if self.config.allocation == "adaptive" else plan_widths(model, self.config)
             self.dense, self.total_params = widths, count_parameters(model)
             self.plan, self.tokens, self.num_done = None, [], 0
+            self.use_cache = use_cache_of(model)
             self._fingerprint, self._base = fingerprint(model), provenance_of(in_memory(model, None))
             self.metrics = {"pruning/parameters": self.total_params, "pruning/ratio": 0.0}
             self.steps, self.num_processes = steps, num_processes()
@@ -202,7 +197,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         self._hook, self._seen = None, []
 
     def _listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or self._pruning:
+        if not model.training or self._pruning or not torch.is_grad_enabled():  # SFTTrainer may run a batch twice
             return
         self._seen.append(text_of(args, kwargs, getattr(model.config, "pad_token_id", None)))
 
@@ -223,9 +218,11 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         if state.global_step < self.steps[self.num_done]:
             return
         self._pruning = True
+        model = kwargs["model"]
+        autocast = vars(model).pop("forward", None)  # it would round the logits that widths are measured by
         try:
             with without_bars("hf_context_prune") if args.disable_tqdm else nullcontext():
-                self._prune(kwargs["model"], kwargs["optimizer"], state.global_step)
+                self._prune(model, kwargs["optimizer"], state.global_step)
         except NumericsError as error:
             raise NumericsError(
                 f"After step {state.global_step} the weights or activations of the training are no longer numbers, so "
@@ -233,6 +230,8 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             ) from error
         finally:
             self._pruning = False
+            if autocast is not None:
+                model.forward = autocast
         self.num_done += 1
         # Checkpoints from before are of another size: the best model is one of those to come.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
@@ -300,6 +299,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
     @staticmethod
     def _cut(model: PreTrainedModel, optimizer: Any, plan: PruningPlan, smaller: PreTrainedModel) -> None:  # noqa: ANN401
         """Make `model` the smaller one in place, for the optimizer too."""
+        check_modules(model, smaller)
         own = dict(model.named_parameters())
         map_state(optimizer, ((own[name], places) for name, places in kept_entries(model, plan)))
         replace_parameters(optimizer, transplant(model, smaller))
@@ -336,16 +336,23 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Put the plan into a checkpoint, and ``use_cache`` back into its config."""
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.plan, use_cache=self.use_cache)
+
+    def on_push_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Before the Trainer uploads weights and config of a checkpoint: the rest that they need to reload."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        file = folder / CONFIG_FILE
-        values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": self.use_cache}
-        staged = file.with_name(f"{CONFIG_FILE}.tmp")
-        staged.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        staged.replace(file)
-        if self.plan is not None:
-            self.plan.save(folder / PLAN_NAME)
+        if self._training and state.is_world_process_zero and folder.is_dir():
+            complete(folder, self.plan, use_cache=self.use_cache)
+            for name in (PLAN_NAME, *MODELING_FILES):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, Path(args.output_dir) / name)
 
     def on_train_end(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 from .. import modeling as modeling  # registers the variable-width classes with the auto classes
 from ..distributed import num_processes
 from ..errors import ConfigError, LoadError
+from ..plan import PruningPlan
+from ..saving import PLAN_NAME
 
 CONFIG_FILE = "config.json"
 
@@ -56,7 +59,23 @@ def progress_of(saved: Any, own: Mapping[str, Any], state: TrainerState, steps: 
     return progress
 
 
-def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
+def use_cache_of(model: PreTrainedModel) -> bool:
+    """What a config is to say when the training is over: a Trainer sets it to False, and leaves the other config."""
+    return getattr(model.generation_config, "use_cache", None) is not False
+
+
+def complete(folder: Path, plan: PruningPlan | None, *, use_cache: bool) -> None:
+    """Put the plan into a checkpoint that the Trainer wrote, and ``use_cache`` back into its config."""
+    file = folder / CONFIG_FILE
+    values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": use_cache}
+    staged = file.with_name(f"{CONFIG_FILE}.tmp")
+    staged.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    staged.replace(file)
+    if plan is not None:
+        plan.save(folder / PLAN_NAME)
+
+
+def load_checkpoint(checkpoint: str | Path, **kwargs: Any) -> PreTrainedModel:  # noqa: ANN401
     """The model of a Trainer's checkpoint, with the widths that it had then: to resume, or to use.
 
         trainer = Trainer(model=load_checkpoint(path), callbacks=[ContextPruneCallback(config, schedule)], ...)
@@ -64,6 +83,8 @@ def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
 
     Args:
         checkpoint: A ``checkpoint-*`` folder.
+        **kwargs: As for `from_pretrained`: ``dtype`` and ``attn_implementation``, where the training had others than
+            the default.
 
     Raises:
         LoadError: It is none.
@@ -71,5 +92,5 @@ def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
     folder = Path(checkpoint)
     if not (folder / CONFIG_FILE).is_file():
         raise LoadError(f"{folder} is not a checkpoint of a Trainer: it holds no {CONFIG_FILE}.")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **kwargs)
     return model

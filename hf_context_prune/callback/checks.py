@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
@@ -84,16 +85,32 @@ def check_types(config: object, schedule: object) -> None:
             )
 
 
-def check_not_cut(unfinished: PruningPlan | None, widths: Sequence[LayerWidths]) -> None:
-    """Refuse to begin anew with a model that a training which did not end has cut already.
+def check_not_cut(last: PruningPlan | None, widths: Sequence[LayerWidths]) -> None:
+    """Refuse to begin anew with the model that the last training with this callback has cut.
 
     Raises:
         ConfigError: It is that model.
     """
-    if unfinished is not None and tuple(widths) == unfinished.widths != unfinished.dense:
+    if last is not None and tuple(widths) == last.widths != last.dense:
         raise ConfigError(
-            "The last training with this callback did not end, and its model is cut already. Resume from a checkpoint "
-            "(load_checkpoint), or begin anew with a new model."
+            "The model is cut already, by the last training with this callback: as much again would go of the rest. "
+            "Resume from a checkpoint (load_checkpoint), train on in a Trainer without the callback, or begin anew "
+            "with a new model."
+        )
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse flash attention on single precision: statistics are not taken under the Trainer's autocast.
+
+    Raises:
+        ConfigError: The model is such.
+    """
+    kind = str(model.config._attn_implementation)
+    if "flash" in kind and model.dtype == torch.float32:
+        raise ConfigError(
+            f"The model has float32 weights and attn_implementation={kind!r}, which takes half precision alone outside "
+            f"of the Trainer's autocast, where a pruning looks at the model. Load it with dtype=torch.bfloat16, or "
+            f"with attn_implementation='sdpa'."
         )
 
 
@@ -159,6 +176,7 @@ def check_arguments(args: TrainingArguments, state: TrainerState) -> None:
             args.n_gpu > 1,
             "the replicas are made from a wrapper; use accelerate launch",
         ),
+        "use_liger_kernel": (args.use_liger_kernel, "its modules are not those that a narrower model is made of"),
         "hyperparameter_search": (state.is_hyper_param_search, "each trial needs a callback of its own"),
     }
     for name, (used, reason) in reasons.items():

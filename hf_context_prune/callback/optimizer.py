@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
@@ -26,7 +27,7 @@ STATES: dict[type[Optimizer], dict[str, str]] = {
 
 def bare(optimizer: Optimizer) -> Optimizer:
     """The optimizer itself, without accelerate's wrapper."""
-    while hasattr(optimizer, "optimizer"):
+    while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
 

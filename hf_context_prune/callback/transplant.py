@@ -8,7 +8,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import ConfigError
 from ..plan import LayerPlan, PruningPlan
+
+
+def check_modules(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    """Refuse a model with other modules than its class makes: a narrower one could not be put into it.
+
+    Args:
+        model: As the Trainer holds it.
+        smaller: Built anew with any widths; may be on the meta device.
+
+    Raises:
+        ConfigError: Names the first that differs.
+    """
+    old, new = ({name: type(module) for name, module in each.named_modules() if name} for each in (model, smaller))
+    for name in [*old, *new]:
+        if old.get(name) is not new.get(name):
+            has, makes = (kinds[name].__name__ if name in kinds else "nothing" for kinds in (old, new))
+            raise ConfigError(
+                f"The module {name} of the model is {has}, where {type(smaller).__name__} has {makes}: what was added "
+                f"to a model, or replaced in it (Liger kernels, say), can't be narrowed. Train without it."
+            )
 
 
 def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Parameter, nn.Parameter]:
@@ -16,14 +37,12 @@ def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Para
 
     Args:
         model: Changed in place.
-        smaller: From `apply_plan` of `model`; not to be used afterwards.
+        smaller: From `apply_plan` of `model`, of the same modules; not to be used afterwards.
 
     Returns:
         The new parameter of every old one that got narrower; the others are written into, and keep their hooks.
     """
     old, new = dict(model.named_modules()), dict(smaller.named_modules())
-    assert old.keys() == new.keys()
-    assert all(type(module) is type(new[name]) for name, module in old.items() if name)
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in old.items():
         twin = new[name]

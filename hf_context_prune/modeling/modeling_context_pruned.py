@@ -217,6 +217,10 @@ class ContextPrunedModelMixin:
                 shutil.copyfile(os.path.join(here, name), os.path.join(save_directory, name))
         return result
 
+    def _get_name(self) -> str:
+        """The stock class's name: by it `Trainer` knows that labels are to be shifted before they are smoothed."""
+        return self.spec.model_class
+
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """What `push_to_hub` calls with the saved model; adds what its folder holds beside the same weights.
 

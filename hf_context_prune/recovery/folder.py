@@ -9,7 +9,7 @@ from typing import Any
 from ..architectures import check_supported
 from ..config import PrunerConfig
 from ..data import TextSource, load_documents
-from ..errors import ConfigError
+from ..errors import ConfigError, LoadError
 from ..evaluation import (
     DatasetFacts,
     Environment,
@@ -28,7 +28,7 @@ from ..result import PruneResult
 from ..saving import PLAN_NAME, verify_folder
 from ..surgery import stock_fit
 from .config import RecoveryConfig
-from .run import recover
+from .run import check_place, recover
 
 
 def recover_folder(
@@ -63,6 +63,7 @@ def recover_folder(
     config, options, folder = config or RecoveryConfig(), evaluation or EvalOptions(), Path(folder)
     verify_folder(folder)
     plan, pruned = PruningPlan.load(folder / PLAN_NAME), load_model(folder, device=device)
+    check_place(pruned.model)
     guide = _teacher(plan, config, teacher, device)
     parent = guide if guide is not None and fingerprint(guide.model) == plan.model_fingerprint else None
     made_with = plan.provenance.get("config") or {}
@@ -152,11 +153,16 @@ def _teacher(
     if teacher is not None:
         return load_model(teacher, device=device)
     name, revision = plan.provenance.get("base_model"), plan.provenance.get("base_revision")
-    if name and revision:
-        return load_model(name, revision=revision, device=device)
-    if config.distillation > 0 or config.rewind != "none":
+    needed = config.distillation > 0 or config.rewind != "none"
+    if name and (revision or "/" in name):  # a callback knows no revision; whether it is the parent, its weights tell
+        try:
+            return load_model(name, revision=revision, device=device)
+        except LoadError:
+            if revision or needed:
+                raise
+    if needed:
         raise ConfigError(
-            f"The dense parent is needed as a teacher, and the plan names it only as {name!r}, which is not on the "
-            f"Hub. Give it (--teacher), or learn from the text alone (--distillation 0)."
+            f"The dense parent is needed as a teacher, and the plan names it only as {name!r}, without a revision on "
+            f"the Hub. Give it (--teacher), or learn from the text alone (--distillation 0)."
         )
     return None

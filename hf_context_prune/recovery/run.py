@@ -20,6 +20,7 @@ from ..architectures import check_supported, read_geometry
 from ..bars import without_bars
 from ..calibration import check_weights_finite
 from ..data import TextSource, hold_out_documents, load_documents, token_blocks
+from ..distributed import num_processes
 from ..embeddings import num_rows
 from ..errors import ConfigError, DataError, PlanError
 from ..evaluation import choose_documents, document_losses
@@ -71,10 +72,35 @@ def teacher_of(dense: PreTrainedModel, plan: PruningPlan | None, student: PreTra
             f"over the same tokens. Pass the model that was pruned (and its plan), or distillation=0."
         )
     if teacher is dense:
-        teacher = copy.deepcopy(dense)
+        teacher = own_copy(dense)
     if bfloat16_is_fast(student.device):
         cast_parameters(teacher, torch.bfloat16)
     return teacher.to(student.device).eval().requires_grad_(False)
+
+
+def own_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that runs its class's forward: one set on the model (autocast of a Trainer, TRL's) would run the model."""
+    copied: PreTrainedModel = copy.deepcopy(model)
+    vars(copied).pop("forward", None)
+    return copied
+
+
+def check_place(model: PreTrainedModel) -> None:
+    """Refuse several processes, and a GPU that is not the first, which is what a Trainer takes.
+
+    Raises:
+        ConfigError: Says how to do it.
+    """
+    if num_processes() > 1:
+        raise ConfigError(
+            f"recover trains in one process, and here are {num_processes()}. Start it without a launcher; for several "
+            f"processes train the pruned folder in a Trainer of your own."
+        )
+    if model.device.type == "cuda" and model.device.index:
+        raise ConfigError(
+            f"The model is on {model.device}, and recover trains on the first GPU. Choose the GPU by the environment, "
+            f"CUDA_VISIBLE_DEVICES={model.device.index}, and leave the device out."
+        )
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -160,6 +186,7 @@ def recover(
             f"distillation={config.distillation:g} and rewind={config.rewind!r} need the dense parent: pass teacher=, "
             f"or set distillation=0 (and rewind='none')."
         )
+    check_place(model)
     check_weights_finite(model)
     if teacher is not None:
         if any(parameter.is_meta for parameter in teacher.parameters()):
@@ -168,7 +195,7 @@ def recover(
     source = load_documents(data, text_column=text_column, tokenizer=tokenizer, seed=config.recovery_seed)
     rest, withheld, docs = _withheld(source, tokenizer, config)
     blocks = _all_blocks(rest, tokenizer, config)
-    student = copy.deepcopy(model) if config.rewind == "none" or teacher is None else rewound(teacher, plan)
+    student = own_copy(model) if config.rewind == "none" or teacher is None else rewound(teacher, plan)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in student.named_parameters():
@@ -202,7 +229,7 @@ def recover(
         rounded = measure()
         history.losses.append((history.steps, rounded))
         if rounded > history.losses[0][1]:  # rounding took more than the training gave
-            history.best_step, student = 0, copy.deepcopy(model).eval()
+            history.best_step, student = 0, own_copy(model).eval()
     return RecoveryResult(student, history)
 
 

@@ -315,6 +315,7 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several that are visible would become a DataParallel
         trainer = _RecoveryTrainer(model, arguments, train_dataset=Blocks(blocks), teacher=teacher, config=config)
         progress = trainer.progress = _Progress(model, config, steps, start, measure)
         trainer.remove_callback(PrinterCallback)

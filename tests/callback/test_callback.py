@@ -442,7 +442,7 @@ def test_a_training_that_did_not_end(tmp_path):
             assert [entry["tokens"] for entry in hook.plan.provenance["prunings"]] == [512, 512, 512]
             assert not model._forward_pre_hooks
         else:
-            with pytest.raises(ConfigError, match="did not end, and its model is cut already"):
+            with pytest.raises(ConfigError, match="cut already, by the last training"):
                 again.train()
             assert len(model._forward_pre_hooks) == hooks
             fresh = trainer_for(tmp_path, hook)

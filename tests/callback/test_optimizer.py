@@ -137,6 +137,13 @@ class Unknown(torch.optim.SGD):
     pass
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Slow weights around another optimizer, which nobody could map."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+
 def with_averages(model):
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
@@ -174,6 +181,10 @@ def test_moments_of_whole_rows_need_one_process(kind):
         (
             lambda model: Unknown(model.parameters(), lr=0.1),
             r"test_optimizer\.Unknown can't be mapped .* torch\.optim\.sgd\.SGD",
+        ),
+        (
+            lambda model: Lookahead(torch.optim.AdamW(model.parameters())),
+            r"test_optimizer\.Lookahead can't be mapped",
         ),
         (lambda model: torch.optim.RMSprop(model.parameters()), r"RMSprop can't be mapped"),
         (lambda model: torch.optim.SGD(tiny_model("llama").parameters(), lr=0.1), "tensors that are not weights"),

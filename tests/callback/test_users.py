@@ -25,6 +25,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "train_and_prune.py"
 
 def test_the_example_script_trains_resumes_and_saves(tmp_path, monkeypatch):
     model_and_text(tmp_path, "data.jsonl")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None  # as that of GPT-2, Pythia, Llama and Mistral
+    tokenizer.save_pretrained(tmp_path / "base")
     words = f"--model {tmp_path / 'base'} --data {tmp_path / 'data.jsonl'} --output_dir {tmp_path / 'out'} "
     words += (
         "--pruning_ratio 0.2 --num_calibration_samples 8 --max_seq_length 32 --max_steps 20 --use_cpu --disable_tqdm 1 "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 from huggingface_hub import ModelCard
@@ -414,8 +415,8 @@ class Ours(ContextPruneTrainerMixin, Trainer):
     pass
 
 results = {}
-def train(kind, name, **options):
-    hook = ContextPruneCallback(config_for(domain="law"), SCHEDULE)
+def train(kind, name, config=None, **options):
+    hook = ContextPruneCallback(config or config_for(domain="law"), SCHEDULE)
     trainer = kind(tiny_model("llama"), training("training " + name, **options), train_dataset=dataset(),
                    processing_class=tiny_tokenizer(), callbacks=[hook])
     with warnings.catch_warnings(record=True) as caught:
@@ -438,6 +439,9 @@ results["future"] = trainer.push_to_hub(blocking=False).result().to_dict()
 results["output"] = sorted(os.listdir("training ours"))
 train(Ours, "whole checkpoints", hub_model_id="org/ours", hub_strategy="checkpoint", **token)
 _, hook = train(Trainer, "plain", hub_model_id="org/plain", hub_strategy="end", **token)
+adaptive = config_for(mlp_ratio=None, attention_ratio=None, pruning_ratio=0.2)
+trainer, _ = train(Trainer, "on the way", adaptive, hub_model_id="org/way", **token, **saves)
+trainer._finish_current_push()
 results["callback"] = hook.push_to_hub("org/callback", token=arguments["token"]).to_dict()
 hook.save_pretrained("from the callback")
 try:
@@ -472,6 +476,12 @@ print(json.dumps(results))
     assert {"README.md", "widths.png"} <= set(facts["output"])
     assert facts["ours"] == []
     assert "training_args.bin" in facts["whole checkpoints error"]
+    way = repo_of(place, "way")  # what a plain Trainer pushes of its checkpoints reloads as well
+    sent = way.commits[way.refs["main"]]
+    config = json.loads(sent["config.json"])
+    assert {f"{name.partition('.')[0]}.py" for name in config["auto_map"].values()} <= sent.keys()
+    assert {"pruning_plan.json", "specs.py"} <= sent.keys()
+    assert config["use_cache"]
     assert len(facts["plain"]) == 1
     assert "ContextPruneTrainerMixin" in facts["plain"][0]
     assert "callback.push_to_hub" in facts["plain"][0]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from hf_context_prune import PruningPlan, load_pruned
+from hf_context_prune import EvalOptions, PruningPlan, load_model, load_pruned
 from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation import EvalReport
+from hf_context_prune.recovery import RecoveryConfig, folder
 from hf_context_prune.saving import verify_folder
 from tests.tiny import model_and_text
 
@@ -89,7 +92,7 @@ def test_a_folder_of_the_trainer_is_told_how_to_be_saved(run, place, pruned):
 def test_without_the_parent(run, place, pruned):
     code, _, err = run(*RECOVER, "--output", "@none", "--distillation", 0.5)
     assert code == 2
-    assert "names it only as 'base', which is not on the Hub. Give it (--teacher)" in " ".join(err.split())
+    assert "names it only as 'base', without a revision on the Hub. Give it (--teacher)" in " ".join(err.split())
     assert not (place / "none").exists()
     code, out, err = run(*RECOVER, "--output", "@alone", "--max-steps", 4, "--format", "json")
     assert code == 0, err
@@ -127,3 +130,29 @@ def test_a_folder_that_is_not_ours(run, place):
     code, _, err = run("recover", "@base", "--data", "@data.jsonl", "--output", "@bad")
     assert code == 1
     assert "manifest.json" in err
+
+
+def test_a_parent_without_a_revision_is_known_by_its_weights(run, place, pruned, monkeypatch):
+    plan = PruningPlan.load(pruned / "pruning_plan.json")
+    plan = replace(plan, provenance=plan.provenance | {"base_model": "org/base"})  # as a callback writes it
+    there = {}
+
+    def load(name, **options):
+        if name == "org/base":
+            if "org/base" not in there:
+                raise LoadError("no network")
+            return replace(load_model(there[name]), name=name)
+        return load_model(name, **options)
+
+    monkeypatch.setattr(folder, "load_model", load)
+    monkeypatch.setattr(folder.PruningPlan, "load", lambda path: plan)
+    options = {"evaluation": EvalOptions(max_tokens=400, speed=False, memory=False)}
+    few = RecoveryConfig(max_steps=2, max_seq_length=32)
+    result = folder.recover_folder(pruned, place / "data.jsonl", few, **options)
+    assert any("No parent was given" in note for note in result.report.notes)
+    with pytest.raises(LoadError, match="no network"):
+        folder.recover_folder(pruned, place / "data.jsonl", replace(few, distillation=0.5), **options)
+    there["org/base"] = place / "base"
+    result = folder.recover_folder(pruned, place / "data.jsonl", few, **options)
+    assert result.report.base_model == "org/base"
+    assert result.report.loss.pruned is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from hf_context_prune.errors import (
 from hf_context_prune.evaluation import document_losses
 from hf_context_prune.recovery import RecoveryConfig, recover, teacher_of, training
 from hf_context_prune.recovery.loss import token_loss
+from hf_context_prune.recovery.run import check_place
 from tests.tiny import TEXT, case, tiny_model
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 
@@ -468,3 +470,23 @@ def test_what_rounding_takes_is_measured(tokenizer):
 def test_arguments_of_other_types(tokenizer, options, said):
     with pytest.raises(ConfigError, match=said):
         recover(tiny_model("llama"), texts(), tokenizer=tokenizer, **options)
+
+
+def test_a_forward_that_was_set_on_the_model_does_not_run_the_model(tokenizer):
+    _, result = pruned(tokenizer)
+    model, forward = result.model, result.model.forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: forward(*args, **kwargs), model)  # as TRL does
+    before = weights(model)
+    recovered = recover(model, texts(), RecoveryConfig(max_steps=20, **SMALL), tokenizer=tokenizer)
+    assert recovered.history.best_step > 0
+    assert same(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_it_trains_in_one_process_on_the_first_gpu(tokenizer, monkeypatch):
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1, and leave the device out"):
+        check_place(types.SimpleNamespace(device=torch.device("cuda:1")))
+    check_place(types.SimpleNamespace(device=torch.device("cuda:0")))
+    monkeypatch.setattr("hf_context_prune.recovery.run.num_processes", lambda: 2)
+    with pytest.raises(ConfigError, match="in one process, and here are 2"):
+        recover(tiny_model("llama"), texts(), RecoveryConfig(max_steps=2, **SMALL), tokenizer=tokenizer)
