@@ -305,7 +305,8 @@ def callback_text(rows: Found, args: argparse.Namespace) -> str:
         f"the callback ({domain}, {share:.0%} of all parameters, neurons alone)",
         used.values(),
         args,
-        f"{args.steps} steps of the Trainer in both ways, the same text and learning rate.",
+        f"{args.steps} steps of the Trainer in both ways, the same text and learning rate. *Tokens/s* of the first has its "
+        f"prunings in it; the second was pruned before.",
         table(_HEADER, [_line(label, used[name], dense, args.seed) for name, label in EQUAL_TOKENS.items()]),
         f"Listening took {gradual['listening'] / learning:.2%} of the time of training (goal: at most 10 %); the three "
         f"prunings {gradual['pruning']:.0f} s, {gradual['pruning'] / learning:.1%} of it, against {then['pruning']:.0f} s "
