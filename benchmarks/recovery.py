@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--eval-tokens", type=int, default=20_000)
     if "--quick" in arguments:
-        small: dict[str, Any] = {"domains": ["medicine"], "shares": [0.3], "vocabularies": [16_384], "minutes": 4.0}
+        small: dict[str, Any] = {"domains": ["medicine"], "shares": [0.3], "vocabularies": [16_384], "minutes": 2.5}
         options.set_defaults(**small, blocks=24, eval_tokens=8_000)
     args = options.parse_args(arguments)
     args.given = given(options, args)
