@@ -58,7 +58,7 @@ def provenance_of(base: LoadedModel) -> dict[str, Any]:
 def in_memory(model: PreTrainedModel, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
     """A model that is loaded already, with the place that it says it is from."""
     name = model.config.name_or_path
-    source = Path(name) if name and Path(name).is_dir() else None
+    source = Path(name) if name and Path(name).exists() else None
     return LoadedModel(model, tokenizer, shown_name(name), None, None, source)
 
 
@@ -66,7 +66,7 @@ def shown_name(name: str) -> str:
     """How a report names the base: no machine's paths."""
     if not name:
         return "in-memory"
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _of_readme(file: Path, where: str) -> dict[str, Any]:

@@ -216,8 +216,7 @@ def hold_out_documents(
     if total < 2:
         raise DataError(
             f"{source.name}: {total} distinct document(s), but a split by document needs at least 2; "
-            "give data whose records are separate documents, or where only the figures need it, text of their own "
-            "(--eval-data)"
+            "give data whose records are separate documents"
         )
     wanted = min(max(1, round(fraction * total)), max_documents or total, total - 1)
     # Largest remainders: every source gives its share to within one document, and the sum is exact.
@@ -289,7 +288,7 @@ def token_blocks(
     if blocks == 0:
         if len(tokens) < _SHORTEST_BLOCK:
             raise DataError(
-                f"{source.name}: {len(tokens)} tokens of text, but calibration needs at least {_SHORTEST_BLOCK}; "
+                f"{source.name}: {len(tokens)} tokens of text, but a block needs at least {_SHORTEST_BLOCK}; "
                 "give more text"
             )
         blocks, length = 1, len(tokens)

@@ -115,6 +115,7 @@ def _check_dtype(dtype: str) -> None:
 
 def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:
     model, tokenizer = _load(str(folder), folder, dtype, device, revision=None)
+    model.config.name_or_path = str(source)  # of a GGUF file, and not of its copy: a training asks the model alone
     return LoadedModel(model, tokenizer, source.resolve().name, None, folder, source)
 
 

@@ -254,7 +254,12 @@ def split_text(
     options = {"text_column": config.text_column, "tokenizer": tokenizer, "seed": config.pruning_seed}
     text = load_documents(data, **options)
     if eval_data is None:
-        rest, given = hold_out_documents(text, seed=config.pruning_seed)
+        try:
+            rest, given = hold_out_documents(text, seed=config.pruning_seed)
+        except DataError as error:
+            if use == "recovery":  # which withholds documents of its own as well
+                raise
+            raise DataError(f"{error}, or where only the figures need it, text of their own (--eval-data)") from error
         how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before {use}, by document."
         remedy = "Give held-out text of its own (--eval-data), or text that repeats itself less."
     else:

@@ -289,6 +289,10 @@ class PruningPlan:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(
+                f"{path} does not exist: no pruned model is there. `prune` or callback.save_pretrained makes one."
+            ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path} can't be read as a pruning plan: {error}.") from error
         if not isinstance(data, dict):

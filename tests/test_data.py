@@ -454,7 +454,7 @@ def test_hold_out_leaves_a_document_on_each_side():
     two = source_of("a", "b")
     assert all(len(side) == 1 for fraction in (0.01, 0.99) for side in hold_out_documents(two, fraction=fraction))
     for source in (source_of("a"), source_of("same", "same")):
-        with pytest.raises(DataError, match="--eval-data"):
+        with pytest.raises(DataError, match="whose records are separate documents"):
             hold_out_documents(source)
     for options in ({"fraction": 0.0}, {"fraction": 1.0}, {"fraction": 1.5}, {"max_documents": 0}):
         with pytest.raises(ConfigError):

@@ -160,6 +160,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         """Refuse what can't work, while no weight has changed; take up a checkpoint's state; start to listen."""
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         if hasattr(state, "_context_prune"):  # each training has a state of its own
+            state._context_prune._stop_listening()
             raise ConfigError("The Trainer has two ContextPruneCallbacks, or one twice; give it one, once.")
         state._context_prune = self
         check_arguments(args, state)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..architectures import check_supported
 from ..config import PrunerConfig
-from ..data import TextSource, load_documents
+from ..data import TextSource, hold_out_documents, load_documents
 from ..errors import ConfigError, LoadError
 from ..evaluation import (
     DatasetFacts,
@@ -74,6 +74,7 @@ def recover_folder(
     else:
         how += " The pruning had other text, which may have held some of them."
     seed = config.recovery_seed
+    hold_out_documents(text, seed=seed)  # as recover will: too few documents are told before anything is measured
     general = _general(options.general_data, text, pruned.tokenizer, plan, seed)
     if general is not None and general.calibration is not None:
         held_out, how = apart_from_general(held_out, how, general.calibration)

@@ -332,6 +332,7 @@ def test_what_is_refused_before_the_first_step(options, arguments, error, said, 
         trainer.train()
     assert all(torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in model.state_dict().items())
     assert trainer.state.global_step == 0
+    assert not model._forward_pre_hooks
 
 
 def test_models_that_are_wrapped(tmp_path):

@@ -8,10 +8,11 @@ import gguf
 import pytest
 
 from hf_context_prune import base_card as module
+from hf_context_prune import loading
 from hf_context_prune.base_card import base_card, in_memory
 from hf_context_prune.demo_assets import SMOLLM2
 from hf_context_prune.loading import LoadedModel
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def base(source=None, *, name="base", revision=None):
@@ -90,3 +91,15 @@ def test_a_model_in_memory_names_the_folder_that_it_is_from(tmp_path):
     model = SimpleNamespace(config=SimpleNamespace(name_or_path=str(tmp_path)))
     loaded = in_memory(model, None)
     assert (loaded.source, loaded.name) == (tmp_path, tmp_path.name)
+
+
+def test_a_model_in_memory_names_the_gguf_file_that_it_is_from(tmp_path, monkeypatch):
+    (tmp_path / "x.gguf").touch()
+    monkeypatch.setattr(loading, "_dequantised", lambda path: tmp_path / "copy")
+    tiny_model("llama").save_pretrained(tmp_path / "copy")
+    tiny_tokenizer().save_pretrained(tmp_path / "copy")
+    model = loading.load_model(tmp_path / "x.gguf").model
+    loaded = in_memory(model, None)
+    assert (loaded.source, loaded.name) == (tmp_path / "x.gguf", "x.gguf")
+    model.save_pretrained(tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved/config.json").read_text()

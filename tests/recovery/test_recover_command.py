@@ -156,3 +156,14 @@ def test_a_parent_without_a_revision_is_known_by_its_weights(run, place, pruned,
     result = folder.recover_folder(pruned, place / "data.jsonl", few, **options)
     assert result.report.base_model == "org/base"
     assert result.report.loss.pruned is not None
+
+
+@pytest.mark.parametrize(("name", "records"), [("one.jsonl", 1), ("two.jsonl", 2)])
+def test_too_few_documents_are_told_before_anything_is_measured(run, place, pruned, monkeypatch, name, records):
+    (place / name).write_text("".join((place / "data.jsonl").read_text().splitlines(keepends=True)[:records]))
+    monkeypatch.setattr(folder, "document_losses", lambda *_, **__: pytest.fail("measured"))
+    code, _, err = run(*RECOVER[:3], f"@{name}", *RECOVER[4:], "--output", "@few")
+    assert code == 1
+    said = " ".join(err.split())
+    assert "1 distinct document(s), but a split by document needs at least 2" in said
+    assert "--eval-data" not in said
