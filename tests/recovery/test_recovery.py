@@ -147,6 +147,14 @@ def test_a_loss_that_falls_again_goes_on():
     assert (progress.best, progress.history.best_step) == (0.9, 6)
 
 
+def test_a_loss_that_stays_ends_it(tokenizer):
+    _, result = pruned(tokenizer)
+    config = RecoveryConfig(**SMALL | {"learning_rate": 1e-12, "patience": 2})  # too small for any weight to move
+    outcome = recover(result.model, texts(), config, tokenizer=tokenizer)
+    assert outcome.history.ended == "2 measurements in a row did not fall"
+    assert outcome.history.best_step == 0
+
+
 def test_a_loss_that_is_no_number_ends_it(tokenizer, monkeypatch):
     _, result = pruned(tokenizer)
     monkeypatch.setattr(training, "token_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
