@@ -167,11 +167,11 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         spec = check_supported(model)
         check_weights_finite(model)
         check_attention(model)
-        check_modules(model, build_empty(model.config, spec, read_geometry(model.config, spec).layers))
+        widths = read_geometry(model.config, spec).layers
+        check_modules(model, build_empty(model.config, spec, widths))
         check_optimizer(optimizer, model, num_processes())
         check_repair(model, self.config, will_save=True)
         steps = self.schedule.steps(state.max_steps)
-        widths = read_geometry(model.config, spec).layers
         if state.global_step > 0:
             self._resume(state, steps)
         else:
