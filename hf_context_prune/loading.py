@@ -306,6 +306,11 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", verify: bool = True)
     return _load_folder(path, path, dtype, device=None).model
 
 
+def read_from(name: str) -> str:
+    """What `transformers` reads for the place that a loaded model says it is from: of a GGUF file, its copy."""
+    return str(_dequantised(Path(name))) if Path(name).is_file() else name
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder} holds no config.json, so it is not a model folder.")

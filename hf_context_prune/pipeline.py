@@ -30,7 +30,7 @@ from .evaluation import (
 )
 from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, smaller_model
-from .loading import LoadedModel, load_model
+from .loading import LoadedModel, load_model, read_from
 from .overlap import drop_overlapping
 from .plan import PruningPlan
 from .planning import check_repair
@@ -233,7 +233,7 @@ def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any)
         if not name:
             raise ConfigError("The model does not say where it came from; pass its tokenizer: prune(..., tokenizer=).")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(read_from(name))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"No tokenizer can be loaded from {name!r}, where the model came from ({error}). Pass it: "

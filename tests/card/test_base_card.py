@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import gguf
 import pytest
 
+from hf_context_prune import EvalOptions, PrunerConfig, loading, prune
 from hf_context_prune import base_card as module
-from hf_context_prune import loading
 from hf_context_prune.base_card import base_card, in_memory
 from hf_context_prune.demo_assets import SMOLLM2
 from hf_context_prune.loading import LoadedModel
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 
 def base(source=None, *, name="base", revision=None):
@@ -101,5 +102,11 @@ def test_a_model_in_memory_names_the_gguf_file_that_it_is_from(tmp_path, monkeyp
     model = loading.load_model(tmp_path / "x.gguf").model
     loaded = in_memory(model, None)
     assert (loaded.source, loaded.name) == (tmp_path / "x.gguf", "x.gguf")
+    options = PrunerConfig(mlp_ratio=0.5, num_calibration_samples=4, max_seq_length=16)
+    draw = random.Random(0)
+    text = [" ".join(draw.choices(TEXT.split(), k=60)) for _ in range(20)]
+    result = prune(model, text, options, evaluation=EvalOptions(max_tokens=200, speed=False, memory=False))
+    assert result.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()  # that of its copy
+    assert result.report.base_model == "x.gguf"
     model.save_pretrained(tmp_path / "saved")
     assert str(tmp_path) not in (tmp_path / "saved/config.json").read_text()
