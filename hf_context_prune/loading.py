@@ -154,7 +154,7 @@ def _load(
             ignore_mismatched_sizes=True,  # reported by check_complete
         )
         check_complete(source, model.config, info)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = _load_tokenizer(source, revision)
     except ContextPruneError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError...
@@ -166,6 +166,17 @@ def _load(
         return model.eval().to(target), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"The device {device!r} can't be used: {error}") from error
+
+
+def _load_tokenizer(source: str, revision: str | None) -> Any:  # noqa: ANN401
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # as in _load
+        raise LoadError(
+            f"{source} holds a model, but no tokenizer that can be loaded. Save it there (tokenizer.save_pretrained); "
+            f"ContextPruneCallback saves the one that its Trainer got as processing_class. "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _read_config(source: str, revision: str | None) -> PreTrainedConfig:

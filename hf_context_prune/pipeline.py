@@ -249,15 +249,19 @@ def split_text(
     tokenizer: Any,  # noqa: ANN401
     *,
     use: str = "calibration",
+    withholds: bool = False,
 ) -> tuple[TextSource, TextSource, str]:
-    """The text for a use, the text for the figures, and a sentence on how they were kept apart."""
+    """The text for a use, the text for the figures, and a sentence on how they were kept apart.
+
+    With `withholds`, the use itself needs a second document, so text of their own for the figures would not do.
+    """
     options = {"text_column": config.text_column, "tokenizer": tokenizer, "seed": config.pruning_seed}
     text = load_documents(data, **options)
     if eval_data is None:
         try:
             rest, given = hold_out_documents(text, seed=config.pruning_seed)
         except DataError as error:
-            if use == "recovery":  # which withholds documents of its own as well
+            if withholds:
                 raise
             raise DataError(f"{error}, or where only the figures need it, text of their own (--eval-data)") from error
         how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before {use}, by document."

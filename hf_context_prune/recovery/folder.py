@@ -68,7 +68,7 @@ def recover_folder(
     parent = guide if guide is not None and fingerprint(guide.model) == plan.model_fingerprint else None
     made_with = plan.provenance.get("config") or {}
     split = PrunerConfig(text_column=text_column, pruning_seed=made_with.get("pruning_seed", 0))
-    text, held_out, how = split_text(data, eval_data, split, pruned.tokenizer, use="recovery")
+    text, held_out, how = split_text(data, eval_data, split, pruned.tokenizer, use="recovery", withholds=True)
     if (plan.provenance.get("data") or {}).get("fingerprint") == text.fingerprint:
         how += " The pruning had left them out as well."
     else:
