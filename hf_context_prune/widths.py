@@ -24,6 +24,7 @@ from .config import PrunerConfig
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError, ConfigError
 from .evaluation import count_parameters
+from .plan import PruningPlan
 from .sensitivity import probed_counts
 from .stats import Curve, Key
 from .surgery import stock_fit
@@ -122,6 +123,13 @@ def measured_widths(
         part = adaptive_widths(own, geometry, costs, remove, round_to=config.round_to)
         widths = _only(target, part, widths)
     return widths
+
+
+def dense_parameters(model: PreTrainedModel, plan: PruningPlan) -> int:
+    """Parameters of the model that a plan was made for, from the pruned one's shapes: exact, without a weight of it."""
+    _, _, costs = shape_of(model)
+    tokens = 0 if plan.vocabulary is None else plan.vocabulary.dense - num_rows(model)
+    return count_parameters(model) + removed_params(plan.dense, plan.widths, costs) + tokens * token_cost(model)
 
 
 def removed_of(target: Target, dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...], costs: Costs) -> int:

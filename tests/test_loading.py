@@ -87,7 +87,9 @@ def test_weights_of_the_base_model_load(tokenizer, tmp_path):
 def test_a_folder_without_tokenizer_says_how_it_gets_one(copied):
     for path in copied.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(LoadError, match="no tokenizer that can be loaded.*tokenizer.save_pretrained.*processing_class"):
+    with pytest.raises(
+        LoadError, match=r"no tokenizer that can be loaded.*tokenizer\.save_pretrained.*processing_class"
+    ):
         load_model(copied, device="cpu")
 
 

@@ -27,6 +27,7 @@ from ..plan import PruningPlan, fingerprint
 from ..result import PruneResult
 from ..saving import PLAN_NAME, verify_folder
 from ..surgery import stock_fit
+from ..widths import dense_parameters
 from .config import RecoveryConfig
 from .run import check_place, recover
 
@@ -107,12 +108,14 @@ def recover_folder(
     run = {"config": config.to_dict(), "history": history.to_dict()}
     plan = replace(plan, provenance={**plan.provenance, "recoveries": [*plan.provenance.get("recoveries", ()), run]})
     stock = stock_fit(outcome.model.config, check_supported(outcome.model), plan.widths)
-    speed = measure_speed({"base": first.model, "pruned": outcome.model}) if options.speed else None
+    speed = None
+    if parent is not None and options.speed:
+        speed = measure_speed({"base": parent.model, "pruned": outcome.model})
     report = EvalReport(
         base_model=first.name,
         dataset=DatasetFacts(held_out.name, held_out.revision, held_out.fingerprint, how),
         size=SizeFacts.measured(
-            count_parameters(first.model),
+            dense_parameters(pruned.model, plan),
             count_parameters(outcome.model),
             asked_ratio=made_with.get("pruning_ratio"),
         ),
@@ -127,7 +130,7 @@ def recover_folder(
             *(() if parent else (_without_parent(guide),)),
         ),
     )
-    from_disk = first if first.folder is not None else None
+    from_disk = parent if parent is not None and parent.folder is not None else None
     return PruneResult(outcome.model, pruned.tokenizer, plan, report, stock, from_disk)
 
 
@@ -143,9 +146,10 @@ def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, see
 
 
 def _without_parent(guide: LoadedModel | None) -> str:
+    what = "the losses of base are those of the pruned model as it was, and speed was not compared"
     if guide is None:
-        return "No parent was given (--teacher): base is the pruned model as it was."
-    return f"The teacher {guide.name} is not the model that was pruned: base is the pruned model as it was."
+        return f"No parent was given (--teacher): {what}."
+    return f"The teacher {guide.name} is not the model that was pruned: {what}."
 
 
 def _teacher(

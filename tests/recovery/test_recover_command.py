@@ -68,7 +68,7 @@ def test_a_teacher_that_is_not_the_parent(run, place, pruned):
     assert code == 0, err
     report = json.loads(out)["report"]
     assert report["loss"]["pruned"] is None
-    assert any("The teacher pruned is not the model that was pruned: base is" in note for note in report["notes"])
+    assert any("The teacher pruned is not the model that was pruned: the losses" in note for note in report["notes"])
 
 
 def test_text_that_the_pruning_may_have_read(run, place, pruned):
@@ -150,6 +150,9 @@ def test_a_parent_without_a_revision_is_known_by_its_weights(run, place, pruned,
     few = RecoveryConfig(max_steps=2, max_seq_length=32)
     result = folder.recover_folder(pruned, place / "data.jsonl", few, **options)
     assert any("No parent was given" in note for note in result.report.notes)
+    before = EvalReport.load(pruned / "eval_report.json").size
+    assert result.report.size == replace(before, base_weight_bytes=None, pruned_weight_bytes=None)  # of the parent
+    assert result.base is None
     with pytest.raises(LoadError, match="no network"):
         folder.recover_folder(pruned, place / "data.jsonl", replace(few, distillation=0.5), **options)
     there["org/base"] = place / "base"
