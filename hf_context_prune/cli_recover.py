@@ -75,8 +75,8 @@ def recover(
 
     config = RecoveryConfig(**{item.name: chosen[item.name] for item in fields(RecoveryConfig) if item.name in chosen})
     check_target(output)
-    if folder.resolve() in output.resolve().parents:
-        raise ConfigError(f"--output {output} lies inside {folder}, which would then be damaged. Name another folder.")
+    if folder.resolve() in (output.resolve(), *output.resolve().parents):
+        raise ConfigError(f"--output {output} is {folder} or lies inside it, which would be lost. Name another folder.")
     result = recover_folder(
         folder,
         data,

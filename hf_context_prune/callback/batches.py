@@ -17,7 +17,8 @@ def text_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], pad_token_id: int 
     """The token ids that a model's forward pass was given, without padding, [tokens], int64, on the CPU.
 
     Padding is what a mask [batch, tokens] hides, what does not attend to itself in a mask [batch, 1 or heads, tokens,
-    tokens], or without a mask, padding tokens that the labels leave out of the loss.
+    tokens], or without a mask, padding tokens that the labels leave out of the loss; without labels too (the Trainer
+    takes them away for `label_smoothing_factor`), those at the beginning and the end of a row.
 
     Args:
         args: Positional arguments of the forward pass.
@@ -39,6 +40,10 @@ def text_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], pad_token_id: int 
         mask = own == 0 if mask.is_floating_point() else own  # floats are added to the scores
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         ids = ids[mask.bool()]
-    elif mask is None and isinstance(labels, torch.Tensor) and labels.shape == ids.shape:
-        ids = ids[(ids != pad_token_id) | (labels != _IGNORED)] if pad_token_id is not None else ids
+    elif mask is None and pad_token_id is not None:
+        text = ids != pad_token_id
+        if labels is None:
+            ids = ids[(text.cumsum(-1) > 0) & (text.flip(-1).cumsum(-1).flip(-1) > 0)]
+        elif isinstance(labels, torch.Tensor) and labels.shape == ids.shape:
+            ids = ids[text | (labels != _IGNORED)]
     return ids.detach().reshape(-1).cpu()

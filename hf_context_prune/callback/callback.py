@@ -97,6 +97,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         self._seen: list[torch.Tensor] = []
         self._hook: Any = None
         self.use_cache = True
+        self.padding_idx: int | None = None
         self._fingerprint = ""
         self._pruning = False
         self._base: dict[str, Any] = {}
@@ -121,6 +122,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
                     "num_done": self.num_done,
                     "fingerprint": self._fingerprint,
                     "use_cache": self.use_cache,
+                    "padding_idx": self.padding_idx,
                     "steps": list(self.steps),
                     "base": self._base,
                     "num_processes": self.num_processes,
@@ -142,11 +144,13 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         self.tokens, self.metrics = list(values["tokens"]), dict(values["metrics"])
         self._fingerprint, self.use_cache = values["fingerprint"], values["use_cache"]
         self.steps, self.num_processes = tuple(values["steps"]), values["num_processes"]
-        self._base = dict(values.get("base") or {})  # checkpoints of earlier versions have none
+        # Checkpoints of earlier versions lack these.
+        self._base, self.padding_idx = dict(values.get("base") or {}), values.get("padding_idx")
 
-    def _resume(self, state: TrainerState, steps: tuple[int, ...]) -> None:
+    def _resume(self, model: PreTrainedModel, state: TrainerState, steps: tuple[int, ...]) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         self.progress = progress_of(saved, self.state()["args"], state, steps)
+        model.get_input_embeddings().padding_idx = self.padding_idx  # a Trainer's config may have another by now
 
     # --- events of the Trainer ----------------------------------------------------------------------------------------
 
@@ -173,14 +177,14 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         check_repair(model, self.config, will_save=True)
         steps = self.schedule.steps(state.max_steps)
         if state.global_step > 0:
-            self._resume(state, steps)
+            self._resume(model, state, steps)
         else:
             check_not_cut(self.plan, widths)
             check_reachable(model, self.config, self.schedule.share(0))
             self.final = None if self.config.allocation == "adaptive" else plan_widths(model, self.config)
             self.dense, self.total_params = widths, count_parameters(model)
             self.plan, self.tokens, self.num_done = None, [], 0
-            self.use_cache = use_cache_of(model)
+            self.use_cache, self.padding_idx = use_cache_of(model), model.get_input_embeddings().padding_idx
             self._fingerprint, self._base = fingerprint(model), provenance_of(in_memory(model, None))
             self.metrics = {"pruning/parameters": self.total_params, "pruning/ratio": 0.0}
             self.steps, self.num_processes = steps, num_processes()
@@ -201,6 +205,20 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         if not model.training or self._pruning or not torch.is_grad_enabled():  # SFTTrainer may run a batch twice
             return
         self._seen.append(text_of(args, kwargs, getattr(model.config, "pad_token_id", None)))
+        while sum(map(len, self._seen[1:])) >= self._most_tokens:  # of a training that was interrupted, for one
+            del self._seen[0]
+
+    @property
+    def _most_tokens(self) -> int:
+        return self.config.num_calibration_samples * self.config.max_seq_length
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Refuse, before a weight moves, a loss that does not come from the model's own forward pass."""
+        if self._hook is not None and not self._seen:
+            raise DataError(
+                "No batch of this step passed through the model's forward with gradients, so there is no text to prune "
+                "by: the loss must come from model(**inputs), not from parts of the model."
+            )
 
     def on_step_end(
         self,
@@ -215,7 +233,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         own = [int(index) for tokens in self._seen for index in tokens.tolist()]
         self._seen = []
         self.tokens += [index for tokens in all_gather(own) for index in tokens]
-        del self.tokens[: -self.config.num_calibration_samples * self.config.max_seq_length]
+        del self.tokens[: -self._most_tokens]
         if state.global_step < self.steps[self.num_done]:
             return
         self._pruning = True

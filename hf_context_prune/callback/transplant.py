@@ -13,7 +13,7 @@ from ..plan import LayerPlan, PruningPlan
 
 
 def check_modules(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
-    """Refuse a model with other modules than its class makes: a narrower one could not be put into it.
+    """Refuse a model with other modules or weights than its class makes: a narrower one could not be put into it.
 
     Args:
         model: As the Trainer holds it.
@@ -30,6 +30,27 @@ def check_modules(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
                 f"The module {name} of the model is {has}, where {type(smaller).__name__} has {makes}: what was added "
                 f"to a model, or replaced in it (Liger kernels, say), can't be narrowed. Train without it."
             )
+    own, made = _sharing(model), _sharing(smaller)
+    for name in [*own, *made]:
+        if own.get(name) != made.get(name):
+            raise ConfigError(
+                f"The weight {name} of the model is {_shared_with(name, own)}, where {type(smaller).__name__} has it "
+                f"{_shared_with(name, made)}: weights that were added, tied or renamed (weight_norm, "
+                f"torch.nn.utils.prune) can't be narrowed. Train without them."
+            )
+
+
+def _sharing(model: PreTrainedModel) -> dict[str, str]:
+    """Every name of a weight -> the first name of that weight."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+
+
+def _shared_with(name: str, sharing: dict[str, str]) -> str:
+    if name not in sharing:
+        return "missing"
+    return "a weight of its own" if sharing[name] == name else f"the same as {sharing[name]}"
 
 
 def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Parameter, nn.Parameter]:
@@ -48,7 +69,9 @@ def transplant(model: PreTrainedModel, smaller: PreTrainedModel) -> dict[nn.Para
         twin = new[name]
         for key, value in twin.__dict__.items():
             size = isinstance(value, int) and not isinstance(value, bool)
-            if not key.startswith("_") and (size or isinstance(value, PreTrainedConfig)):
+            # A twin is made from the config, into which a Trainer writes its tokenizer's padding token: `padding_idx`
+            # would then freeze a row that has been trained so far.
+            if not key.startswith("_") and key != "padding_idx" and (size or isinstance(value, PreTrainedConfig)):
                 module.__dict__[key] = value
         for key, parameter in module._parameters.items():
             counterpart = twin._parameters[key]

@@ -9,6 +9,7 @@ from typing import Any
 from ..architectures import check_supported
 from ..config import PrunerConfig
 from ..data import TextSource, hold_out_documents, load_documents
+from ..embeddings import num_rows
 from ..errors import ConfigError, LoadError
 from ..evaluation import (
     DatasetFacts,
@@ -67,6 +68,8 @@ def recover_folder(
     check_place(pruned.model)
     guide = _teacher(plan, config, teacher, device)
     parent = guide if guide is not None and fingerprint(guide.model) == plan.model_fingerprint else None
+    if guide is not None and parent is None and config.distillation > 0:
+        _check_tokens(guide, pruned, plan)
     made_with = plan.provenance.get("config") or {}
     split = PrunerConfig(text_column=text_column, pruning_seed=made_with.get("pruning_seed", 0))
     text, held_out, how = split_text(data, eval_data, split, pruned.tokenizer, use="recovery", withholds=True)
@@ -143,6 +146,21 @@ def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, see
         return read_general(source, apart_from=text, tokenizer=tokenizer, seed=seed)
     first = plan.provenance["config"]["pruning_seed"]
     return read_general(source, apart_from=text, tokenizer=tokenizer, seed=first, hold_out=True)
+
+
+def _check_tokens(guide: LoadedModel, pruned: LoadedModel, plan: PruningPlan) -> None:
+    """Refuse a teacher in whose tokenizer a token of the model has another id, or none."""
+    theirs = guide.tokenizer.get_vocab()
+    for token, index in sorted(pruned.tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        old = index
+        if plan.vocabulary is not None and num_rows(guide.model) == plan.vocabulary.dense:
+            (old,) = plan.vocabulary.to_old([index])
+        if theirs.get(token) != old:
+            raise ConfigError(
+                f"The teacher {guide.name} is over other tokens: {token!r} has the id {theirs.get(token)} in its "
+                f"tokenizer, and {old} in that of the model that was pruned. Give a teacher over the same tokens, or "
+                f"learn from the text alone (--distillation 0)."
+            )
 
 
 def _without_parent(guide: LoadedModel | None) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..calibration import check_weights_finite
 from ..data import TextSource, hold_out_documents, load_documents, token_blocks
 from ..distributed import num_processes
 from ..embeddings import num_rows
-from ..errors import ConfigError, DataError, PlanError
+from ..errors import ConfigError, DataError, NumericsError, PlanError
 from ..evaluation import choose_documents, document_losses
 from ..forwards import fast_blocks
 from ..linalg import bfloat16_is_fast
@@ -186,6 +187,8 @@ def recover(
             f"distillation={config.distillation:g} and rewind={config.rewind!r} need the dense parent: pass teacher=, "
             f"or set distillation=0 (and rewind='none')."
         )
+    if not callable(tokenizer):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; it must be the model's tokenizer.")
     check_place(model)
     check_weights_finite(model)
     if teacher is not None:
@@ -209,27 +212,39 @@ def recover(
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
             target_modules="all-linear",
+            exclude_modules=[name.removesuffix(".weight") for name in sorted(frozen)] or None,
             fan_in_fan_out=spec.transposed,
         )
-        adapters = get_peft_model(student, options)
+        try:
+            adapters = get_peft_model(student, options)
+        except ValueError as error:
+            if not frozen:
+                raise
+            raise ConfigError(
+                "method='lora' finds no linear layer to adapt beside those that require no gradient. Set "
+                "requires_grad_(True) on some, or use method='full'."
+            ) from error
 
-    def measure() -> float:
-        with fast_blocks(student), without_bars("hf_context_prune.evaluation"):
-            losses = document_losses(student, tokenizer, withheld, max_seq_length=config.max_seq_length, docs=docs)
+    def measure(model: PreTrainedModel) -> float:
+        with fast_blocks(model), without_bars("hf_context_prune.evaluation"):
+            losses = document_losses(model, tokenizer, withheld, max_seq_length=config.max_seq_length, docs=docs)
         return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
 
-    history = train(student, blocks, config, teacher=guide, measure=measure, start=start)
+    history = train(student, blocks, config, teacher=guide, measure=partial(measure, student), start=start)
     if adapters is not None:
         student = _merged(adapters)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name not in frozen)
         parameter.data = parameter.data.to(dtypes[name])
     student.eval()
-    if set(dtypes.values()) != {torch.float32} and config.rewind == "none":
-        rounded = measure()
-        history.losses.append((history.steps, rounded))
-        if rounded > history.losses[0][1]:  # rounding took more than the training gave
-            history.best_step, student = 0, own_copy(model).eval()
+    if set(dtypes.values()) != {torch.float32} and config.rewind == "none" and history.best_step > 0:
+        given = own_copy(model).eval()  # measured as precisely: its first loss was that of float32
+        try:
+            gained = measure(student) < measure(given)
+        except NumericsError:
+            gained = False
+        if not gained:  # rounding took what the training gave
+            history.best_step, student = 0, given
     return RecoveryResult(student, history)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
@@ -49,7 +50,7 @@ class History:
         tokens: Tokens trained on.
         seconds: Wall time, measuring included.
         tokens_per_second: Of training alone.
-        losses: (step, bits a byte of the withheld text), the first before training.
+        losses: (step, bits a byte of the withheld text), the first before training; of weights in float32.
         best_step: The step whose weights were kept; 0: those that were given.
         ended: Why it ended.
     """
@@ -196,18 +197,24 @@ class _Progress(TrainerCallback):
 class _KeepZeros(TrainerCallback):
     """Rows and columns of weights that are zero as a whole stay zero, and so do the zero biases of such rows.
 
-    Thresholds pruned them, and nothing else holds them.
-    Adapters begin as zeros and have to leave them, so this is for training all weights.
+    Thresholds pruned them, and nothing else holds them. Of a layer with adapters, W + B A, the rows of B and the
+    columns of A are held instead.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.zeros: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.biases: list[tuple[torch.Tensor, torch.Tensor]] = []
+        adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        if adapted:
+            for layer in adapted:
+                self._hold_adapters(layer)
+            self._apply()  # A begins at random
+            return
         for weight in model.parameters():
             if weight.requires_grad and weight.ndim == 2:
-                rows, columns = ((weight == 0).all(dim=dim) for dim in (1, 0))
+                rows, columns = _silent(weight)
                 if bool(rows.any()) or bool(columns.any()):
                     self.zeros.append((weight, rows, columns))
-        self.biases: list[tuple[torch.Tensor, torch.Tensor]] = []
         for module in model.modules():
             weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
             if weight is not None and bias is not None and weight.ndim == 2 and bias.requires_grad:
@@ -215,13 +222,31 @@ class _KeepZeros(TrainerCallback):
                 if bool(silent.any()):
                     self.biases.append((bias, silent))
 
-    @torch.no_grad()
+    def _hold_adapters(self, layer: LoraLayer) -> None:
+        base = layer.get_base_layer()
+        rows, columns = _silent(base.weight.T if is_transposed(base) else base.weight)
+        if bool(rows.any()) or bool(columns.any()):
+            for name in layer.lora_A:
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [rank, in], [out, rank]
+                nothing = torch.zeros(a.shape[0], dtype=torch.bool, device=a.device)
+                self.zeros += [(a, nothing, columns), (b, rows, nothing)]
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+        self._apply()
+
+    @torch.no_grad()
+    def _apply(self) -> None:
         for weight, rows, columns in self.zeros:
             weight[rows] = 0
             weight[:, columns] = 0
         for bias, silent in self.biases:
             bias[silent] = 0
+
+
+def _silent(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows and which columns are zero as a whole."""
+    zero = weight == 0
+    return zero.all(dim=1), zero.all(dim=0)
 
 
 class _RecoveryTrainer(Trainer):
@@ -319,8 +344,7 @@ def train(
         trainer = _RecoveryTrainer(model, arguments, train_dataset=Blocks(blocks), teacher=teacher, config=config)
         progress = trainer.progress = _Progress(model, config, steps, start, measure)
         trainer.remove_callback(PrinterCallback)
-        if config.method == "full":
-            trainer.add_callback(_KeepZeros(model))  # before what measures and keeps the weights
+        trainer.add_callback(_KeepZeros(model))  # before what measures and keeps the weights
         trainer.add_callback(progress)
         progress.look(0)
         begin = time.monotonic() - progress.all_measuring

@@ -194,7 +194,9 @@ def test_text_of_a_batch():
     scores = torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min)
     for given in ({"attention_mask": flat}, {"attention_mask": square}, {"attention_mask": scores}, {"labels": labels}):
         assert text_of((), {"input_ids": ids, **given}, 2).tolist() == real
-    assert text_of((ids,), {}, 2).tolist() == ids.flatten().tolist()
+    assert text_of((ids,), {}, 2).tolist() == [5, 6, 7, 8, 9]  # without labels: the edges
+    assert text_of((torch.tensor([[2, 5, 2, 6]]),), {}, 2).tolist() == [5, 2, 6]
+    assert text_of((ids,), {}, None).tolist() == ids.flatten().tolist()
     assert text_of((ids,), {"labels": labels}, None).tolist() == ids.flatten().tolist()
     prompt = {"labels": torch.tensor([[-100, -100, 7, 2], [-100, -100, 8, 9]])}  # left out of the loss, but text
     assert text_of((ids,), prompt, 0).tolist() == ids.flatten().tolist()

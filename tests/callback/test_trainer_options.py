@@ -6,14 +6,16 @@ import copy
 
 import pytest
 import torch
-from transformers import TrainerState
+from torch import nn
+from torch.nn.utils import prune
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_context_prune.callback import ContextPruneCallback, PruningSchedule, load_checkpoint
 from hf_context_prune.callback import callback as module
 from hf_context_prune.callback.checks import check_arguments
 from hf_context_prune.data import CalibrationWarning
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, DataError
 from tests.callback.cases import SCHEDULE, arguments, config_for, dataset, trainer_for
 from tests.tiny import tiny_model
 
@@ -67,12 +69,88 @@ def test_a_pruning_looks_at_the_model_without_the_trainers_autocast(tmp_path, mo
     ],
 )
 def test_models_that_no_narrower_one_fits(change, said, tmp_path):
+    refused(change, said, tmp_path)
+
+
+def refused(change, said, tmp_path):
     model = tiny_model("llama")
     change(model)
-    before = copy.deepcopy(model.state_dict())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ConfigError, match=said):
         trainer_for(tmp_path, variable(), model=model).train()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda model: setattr(model, "scale", nn.Parameter(torch.ones(1))),
+            "weight scale .* its own, where .* missing",
+        ),
+        (
+            lambda model: setattr(model.model.layers[0].mlp.gate_proj, "bias", nn.Parameter(torch.zeros(40))),
+            r"weight model.layers.0.mlp.gate_proj.bias of the model is a weight of its own, where",
+        ),
+        (
+            lambda model: setattr(
+                model.model.layers[1].mlp.up_proj, "weight", model.model.layers[0].mlp.up_proj.weight
+            ),
+            r"layers.1.mlp.up_proj.weight .* the same as model.layers.0.mlp.up_proj.weight, where .* of its own",
+        ),
+        (
+            lambda model: prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.3),
+            r"up_proj.weight_orig of the model is a weight of its own, where .* missing",
+        ),
+    ],
+)
+def test_weights_that_no_narrower_model_has(change, said, tmp_path):
+    refused(change, said, tmp_path)
+
+
+def test_a_padding_token_that_the_trainer_sets_freezes_no_row(tmp_path):
+    data = dataset()
+    for row in data:
+        row["input_ids"][5] = 2
+
+    def training(folder, model, **options):
+        model.config.pad_token_id = 2  # as a Trainer does, by its tokenizer
+        return trainer_for(folder, variable(), model=model, data=data, **options)
+
+    whole = training(tmp_path, tiny_model("llama", pad_token_id=None), save_strategy="steps", save_steps=8)
+    whole.train()
+    assert whole.model.model.embed_tokens.padding_idx is None
+    resumed = training(tmp_path / "again", load_checkpoint(tmp_path / "checkpoint-8"))
+    assert resumed.model.model.embed_tokens.padding_idx == 2
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    wanted = whole.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_a_loss_beside_the_forward_is_refused_before_a_weight_moves(tmp_path):
+    class Headless(Trainer):
+        def compute_loss(self, model, inputs, **_):
+            hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+            return nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), inputs["labels"].flatten())
+
+    trainer = trainer_for(tmp_path, variable(), kind=Headless)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(DataError, match="No batch of this step passed through the model's forward"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_what_is_kept_of_a_training_that_was_interrupted_is_bounded(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    hook, model = variable(), tiny_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(tmp_path, hook, model=model, callbacks=[Stop()]).train()
+    trainer_for(tmp_path, None, model=model).train()
+    assert sum(map(len, hook._seen)) == 16 * 32  # what it would prune by
 
 
 def test_liger_kernels_are_refused(tmp_path):

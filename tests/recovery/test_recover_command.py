@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hf_context_prune import EvalOptions, PruningPlan, load_model, load_pruned
 from hf_context_prune.data import CalibrationWarning
@@ -71,6 +73,25 @@ def test_a_teacher_that_is_not_the_parent(run, place, pruned):
     assert any("The teacher pruned is not the model that was pruned: the losses" in note for note in report["notes"])
 
 
+def test_a_teacher_over_other_tokens(run, place, pruned):
+    shutil.copytree(place / "base", place / "twin")
+    weights = load_file(place / "twin/model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, place / "twin/model.safetensors", metadata={"format": "pt"})
+    teach = (*RECOVER, "--teacher", "@twin", "--max-steps", 2, "--distillation", 0.5)
+    code, _, err = run(*teach, "--output", "@twins")
+    assert code == 0, err
+    values = json.loads((place / "twin/tokenizer.json").read_text())
+    vocabulary = values["model"]["vocab"]
+    first, second = [token for token, index in vocabulary.items() if index in (40, 41)]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (place / "twin/tokenizer.json").write_text(json.dumps(values))
+    code, _, err = run(*teach, "--output", "@others")
+    assert code == 2
+    assert "The teacher twin is over other tokens" in " ".join(err.split())
+    assert not (place / "others").exists()
+
+
 def test_text_that_the_pruning_may_have_read(run, place, pruned):
     lines = (place / "data.jsonl").read_text().splitlines()
     (place / "other.jsonl").write_text("\n".join(lines[: len(lines) // 2]) + "\n")
@@ -108,6 +129,7 @@ def test_without_the_parent(run, place, pruned):
         (("--distillation", 2), "distillation is 2.0", 2),
         (("--teacher", "@missing"), "does not exist", 1),
         (("--output", "@pruned/inside"), "lies inside", 2),
+        (("--output", "@pruned/../pruned"), "would be lost", 2),
     ],
 )
 def test_mistakes(run, place, pruned, options, said, code):
