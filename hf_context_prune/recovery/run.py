@@ -230,21 +230,25 @@ def recover(
             losses = document_losses(model, tokenizer, withheld, max_seq_length=config.max_seq_length, docs=docs)
         return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
 
-    history = train(student, blocks, config, teacher=guide, measure=partial(measure, student), start=start)
+    half = set(dtypes.values()) != {torch.float32} and config.rewind == "none"
+    begin = time.monotonic()
+    given = measure(own_copy(model).eval()) if half else math.inf  # as precisely as what will come of rounding
+    spare = time.monotonic() - begin
+    look = partial(measure, student)
+    history = train(student, blocks, config, teacher=guide, measure=look, start=start, spare=spare)
     if adapters is not None:
         student = _merged(adapters)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name not in frozen)
         parameter.data = parameter.data.to(dtypes[name])
     student.eval()
-    if set(dtypes.values()) != {torch.float32} and config.rewind == "none" and history.best_step > 0:
-        given = own_copy(model).eval()  # measured as precisely: its first loss was that of float32
+    if half and history.best_step > 0:
         try:
-            gained = measure(student) < measure(given)
+            gained = measure(student) < given
         except NumericsError:
             gained = False
         if not gained:  # rounding took what the training gave
-            history.best_step, student = 0, given
+            history.best_step, student = 0, own_copy(model).eval()
     return RecoveryResult(student, history)
 
 

@@ -95,10 +95,11 @@ class _Progress(TrainerCallback):
         total_steps: int,
         start: float,
         measure: Callable[[], float],
+        spare: float,
     ) -> None:
         self.model, self.config, self.total_steps, self.measure = model, config, total_steps, measure
         self.start = start
-        self.budget = None if config.max_minutes is None else 60 * config.max_minutes
+        self.budget = None if config.max_minutes is None else max(60 * config.max_minutes - spare, 1.0)
         self.history = History()
         self.bar: Any = None
         self.measuring = self.all_measuring = 0.0
@@ -303,6 +304,7 @@ def train(
     teacher: PreTrainedModel | None,
     measure: Callable[[], float],
     start: float,
+    spare: float = 0.0,
 ) -> History:
     """Train those weights of a model that require gradients; it ends with the best that were met, maybe the first.
 
@@ -315,6 +317,7 @@ def train(
         teacher: Gives the distribution to learn from, over the same tokens; None: the text alone.
         measure: The loss of `model` on withheld text.
         start: `time.monotonic()` from which `max_minutes` counts.
+        spare: Seconds of it to be left for what follows.
     """
     most = max(1, _MICRO_BATCH_TOKENS // blocks.shape[1])
     micro = max(size for size in range(1, min(config.batch_size, most) + 1) if config.batch_size % size == 0)
@@ -342,7 +345,7 @@ def train(
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several that are visible would become a DataParallel
         trainer = _RecoveryTrainer(model, arguments, train_dataset=Blocks(blocks), teacher=teacher, config=config)
-        progress = trainer.progress = _Progress(model, config, steps, start, measure)
+        progress = trainer.progress = _Progress(model, config, steps, start, measure, spare)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_KeepZeros(model))  # before what measures and keeps the weights
         trainer.add_callback(progress)
