@@ -9,7 +9,6 @@ from typing import Any
 from ..architectures import check_supported
 from ..config import PrunerConfig
 from ..data import TextSource, hold_out_documents, load_documents
-from ..embeddings import num_rows
 from ..errors import ConfigError, LoadError
 from ..evaluation import (
     DatasetFacts,
@@ -30,7 +29,7 @@ from ..saving import PLAN_NAME, verify_folder
 from ..surgery import stock_fit
 from ..widths import dense_parameters
 from .config import RecoveryConfig
-from .run import check_place, recover
+from .run import check_place, has_all_tokens, recover
 
 
 def recover_folder(
@@ -133,8 +132,7 @@ def recover_folder(
             *(() if parent else (_without_parent(guide),)),
         ),
     )
-    from_disk = parent if parent is not None and parent.folder is not None else None
-    return PruneResult(outcome.model, pruned.tokenizer, plan, report, stock, from_disk)
+    return PruneResult(outcome.model, pruned.tokenizer, plan, report, stock, parent)
 
 
 def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, seed: int) -> GeneralText | None:  # noqa: ANN401
@@ -150,11 +148,12 @@ def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, see
 
 def _check_tokens(guide: LoadedModel, pruned: LoadedModel, plan: PruningPlan) -> None:
     """Refuse a teacher in whose tokenizer a token of the model has another id, or none."""
-    theirs = guide.tokenizer.get_vocab()
-    for token, index in sorted(pruned.tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        old = index
-        if plan.vocabulary is not None and num_rows(guide.model) == plan.vocabulary.dense:
-            (old,) = plan.vocabulary.to_old([index])
+    theirs, own = guide.tokenizer.get_vocab(), pruned.tokenizer.get_vocab()
+    tokens = sorted(own, key=own.__getitem__)
+    ids = [own[token] for token in tokens]
+    if plan.vocabulary is not None and has_all_tokens(guide.model, plan.vocabulary):
+        ids = plan.vocabulary.to_old(ids)
+    for token, old in zip(tokens, ids, strict=True):
         if theirs.get(token) != old:
             raise ConfigError(
                 f"The teacher {guide.name} is over other tokens: {token!r} has the id {theirs.get(token)} in its "

@@ -28,7 +28,7 @@ from ..evaluation import choose_documents, document_losses
 from ..forwards import fast_blocks
 from ..linalg import bfloat16_is_fast
 from ..overlap import drop_overlapping
-from ..plan import PruningPlan, fingerprint
+from ..plan import PruningPlan, Vocabulary, fingerprint
 from ..surgery import apply_plan
 from .config import RecoveryConfig
 from .training import History, train
@@ -62,7 +62,7 @@ def teacher_of(dense: PreTrainedModel, plan: PruningPlan | None, student: PreTra
         ConfigError: Their tokens are not the same.
     """
     teacher = dense
-    if plan is not None and plan.vocabulary is not None and num_rows(dense) == plan.vocabulary.dense:
+    if plan is not None and plan.vocabulary is not None and has_all_tokens(dense, plan.vocabulary):
         spec = check_supported(dense)
         whole = PruningPlan.identity(spec.model_type, read_geometry(dense.config, spec), fingerprint(dense))
         teacher = apply_plan(dense, replace(whole, vocabulary=plan.vocabulary))
@@ -77,6 +77,11 @@ def teacher_of(dense: PreTrainedModel, plan: PruningPlan | None, student: PreTra
     if bfloat16_is_fast(student.device):
         cast_parameters(teacher, torch.bfloat16)
     return teacher.to(student.device).eval().requires_grad_(False)
+
+
+def has_all_tokens(teacher: PreTrainedModel, vocabulary: Vocabulary) -> bool:
+    """Whether a teacher is over the tokens before some were pruned, and not over those that were kept."""
+    return num_rows(teacher) == vocabulary.dense
 
 
 def own_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -230,9 +235,9 @@ def recover(
             losses = document_losses(model, tokenizer, withheld, max_seq_length=config.max_seq_length, docs=docs)
         return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
 
-    half = set(dtypes.values()) != {torch.float32} and config.rewind == "none"
+    rounds = set(dtypes.values()) != {torch.float32} and config.rewind == "none"
     begin = time.monotonic()
-    given = measure(own_copy(model).eval()) if half else math.inf  # as precisely as what will come of rounding
+    given = measure(own_copy(model).eval()) if rounds else math.inf  # as precisely as what will come of rounding
     spare = time.monotonic() - begin
     look = partial(measure, student)
     history = train(student, blocks, config, teacher=guide, measure=look, start=start, spare=spare)
@@ -242,7 +247,7 @@ def recover(
         parameter.requires_grad_(name not in frozen)
         parameter.data = parameter.data.to(dtypes[name])
     student.eval()
-    if half and history.best_step > 0:
+    if rounds and history.best_step > 0:
         try:
             gained = measure(student) < given
         except NumericsError:

@@ -219,7 +219,8 @@ class _KeepZeros(TrainerCallback):
         for module in model.modules():
             weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
             if weight is not None and bias is not None and weight.ndim == 2 and bias.requires_grad:
-                silent = (weight == 0).all(dim=0 if is_transposed(module) else 1) & (bias == 0)
+                rows, columns = _silent(weight)
+                silent = (columns if is_transposed(module) else rows) & (bias == 0)
                 if bool(silent.any()):
                     self.biases.append((bias, silent))
 
@@ -304,7 +305,7 @@ def train(
     teacher: PreTrainedModel | None,
     measure: Callable[[], float],
     start: float,
-    spare: float = 0.0,
+    spare: float,
 ) -> History:
     """Train those weights of a model that require gradients; it ends with the best that were met, maybe the first.
 
