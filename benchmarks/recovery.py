@@ -2,6 +2,7 @@
 
 python -m benchmarks.recovery --data PATH/TO/data            # medicine and law; goes on where it stopped
 python -m benchmarks.recovery --data PATH/TO/data --quick    # medicine, one size, a few minutes of training
+python -m benchmarks.recovery --data PATH/TO/data --sizes    # medicine: how much may go, 8 minutes of training each
 """
 
 from __future__ import annotations
@@ -265,7 +266,7 @@ def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:
         verdicts.append(f"- {share:.0%} gone: {', '.join(parts)}.")
     tokens = ", ".join(f"{share:.0%}: {args.tokens[str(share)]:,} tokens" for share in args.shares)
     return section(
-        domain,
+        f"{domain}, by size" if args.sizes else domain,
         used.values(),
         args,
         f"SmolLM2-135M-Instruct (float32 weights, bfloat16 products where the CPU has them). Pruned in one shot "
@@ -318,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser(__doc__ or "", several=True)
     options.set_defaults(domains=["medicine", "law"])
-    options.add_argument("--quick", action="store_true", help="medicine, one size, a few minutes of training")
+    part = options.add_mutually_exclusive_group()
+    part.add_argument("--quick", action="store_true", help="medicine, one size, a few minutes of training")
+    part.add_argument("--sizes", action="store_true", help="medicine, several sizes, 8 minutes of training")
     options.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5])
     options.add_argument("--vocabularies", nargs="+", type=int, default=[16_384, 8_192], help="tokens, for each share")
     options.add_argument("--minutes", type=float, default=GOAL_MINUTES)
@@ -330,11 +333,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "--quick" in arguments:
         small: dict[str, Any] = {"domains": ["medicine"], "shares": [0.3], "vocabularies": [16_384], "minutes": 2.5}
         options.set_defaults(**small, blocks=24, eval_tokens=8_000)
+    if "--sizes" in arguments:
+        options.set_defaults(domains=["medicine"], shares=[0.1, 0.2, 0.3], vocabularies=[32_768, 20_480, 16_384])
+        options.set_defaults(minutes=8.0)
     args = options.parse_args(arguments)
     args.given = given(options, args)
     args.tokens = {str(share): tokens for share, tokens in zip(args.shares, args.vocabularies, strict=True)}
     store, load = Rows(args, "recovery", seed=args.seed), cache(smollm2)
-    prefix = "recovery_quick" if args.quick else "recovery"
+    prefix = "recovery_quick" if args.quick else "recovery_sizes" if args.sizes else "recovery"
+    whole = not (args.quick or args.sizes)
     domains = {name: RecoveryDomain(load, args, name, targets=TARGETS) for name in args.domains}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -355,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         get((domain.name, key, share), lambda: domain.measure(run, share, minutes, dense), **more)
 
     first, least = domains[args.domains[0]], args.shares[0]
-    if not args.quick:  # the short runs first: they tell whether the default deserves the long ones
+    if whole:  # the short runs first: they tell whether the default deserves the long ones
         measure(first, "dense", 0)
         measure(first, "one-shot", least)
         for key in ABLATIONS:
@@ -368,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure(domain, "ours", share, args.minutes)
         measure(domain, "dense-tuned", 0, args.minutes)
         write_section(f"{prefix}-{name}", domain_text(name, rows, args))
-    if not args.quick:
+    if whole:
         for key in EQUAL_TOKENS:
             get(
                 (first.name, key, least),

@@ -47,3 +47,10 @@ def test_rows_tables_and_resume(options, tmp_path, monkeypatch):
     monkeypatch.setattr(recovery.RecoveryDomain, "scored", lambda *_: pytest.fail("measured again"))
     recovery.main(options)
     assert (tmp_path / "RESULTS.md").read_text() == text
+    recovery.main([*options, "--sizes"])  # the same rows, in a section of their own
+    added = (tmp_path / "RESULTS.md").read_text().removeprefix(text.rstrip())
+    assert added != text
+    assert ": law, by size\n" in added
+    assert "- 30% gone: " in added
+    assert "ablations" not in added
+    assert " --sizes" in added
