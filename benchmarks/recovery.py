@@ -339,8 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = options.parse_args(arguments)
     args.given = given(options, args)
     args.tokens = {str(share): tokens for share, tokens in zip(args.shares, args.vocabularies, strict=True)}
-    store, load = Rows(args, "recovery", seed=args.seed), cache(smollm2)
     prefix = "recovery_quick" if args.quick else "recovery_sizes" if args.sizes else "recovery"
+    # Sizes are compared with a dense model tuned beside them, on the same machine: they have rows of their own.
+    store, load = Rows(args, "recovery_sizes" if args.sizes else "recovery", seed=args.seed), cache(smollm2)
     whole = not (args.quick or args.sizes)
     domains = {name: RecoveryDomain(load, args, name, targets=TARGETS) for name in args.domains}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -47,10 +47,14 @@ def test_rows_tables_and_resume(options, tmp_path, monkeypatch):
     monkeypatch.setattr(recovery.RecoveryDomain, "scored", lambda *_: pytest.fail("measured again"))
     recovery.main(options)
     assert (tmp_path / "RESULTS.md").read_text() == text
-    recovery.main([*options, "--sizes"])  # the same rows, in a section of their own
-    added = (tmp_path / "RESULTS.md").read_text().removeprefix(text.rstrip())
-    assert added != text
-    assert ": law, by size\n" in added
-    assert "- 30% gone: " in added
-    assert "ablations" not in added
-    assert " --sizes" in added
+
+
+def test_sizes_have_rows_and_a_section_of_their_own(options, tmp_path):
+    recovery.main([*options, "--sizes"])
+    rows = [json.loads(line)["key"]["place"] for line in (tmp_path / "rows/recovery_sizes.jsonl").open()]
+    assert rows == [["law", "dense", 0], ["law", "one-shot", 0.3], ["law", "ours", 0.3], ["law", "dense-tuned", 0]]
+    assert not (tmp_path / "rows/recovery.jsonl").exists()
+    text = (tmp_path / "RESULTS.md").read_text()
+    for part in ("<!-- begin recovery_sizes-law -->", ": law, by size\n", "- 30% gone: ", " --sizes"):
+        assert part in text
+    assert "ablations" not in text
