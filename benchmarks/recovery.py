@@ -42,6 +42,8 @@ from hf_context_prune.saving import PLAN_NAME, save_pruned
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}
 """(row of the dense model, share gone) -> most that bits a byte may be above that row, after `GOAL_MINUTES`."""
 GOAL_MINUTES = 30.0
+SHORT_MINUTES = 8.0
+"""Of the ablations, and of the sizes."""
 
 LEARNING_RATE = RecoveryConfig().peak_learning_rate
 
@@ -325,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5])
     options.add_argument("--vocabularies", nargs="+", type=int, default=[16_384, 8_192], help="tokens, for each share")
     options.add_argument("--minutes", type=float, default=GOAL_MINUTES)
-    options.add_argument("--short-minutes", type=float, default=8.0)
+    options.add_argument("--short-minutes", type=float, default=SHORT_MINUTES)
     options.add_argument("--steps", type=int, default=50, help="of the callback and its counterpart")
     options.add_argument("--blocks", type=int, default=128)
     options.add_argument("--length", type=int, default=512)
@@ -334,14 +336,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         small: dict[str, Any] = {"domains": ["medicine"], "shares": [0.3], "vocabularies": [16_384], "minutes": 2.5}
         options.set_defaults(**small, blocks=24, eval_tokens=8_000)
     if "--sizes" in arguments:
-        options.set_defaults(domains=["medicine"], shares=[0.1, 0.2, 0.3], vocabularies=[32_768, 20_480, 16_384])
-        options.set_defaults(minutes=8.0)
+        sizes: dict[str, Any] = {"shares": [0.1, 0.2, 0.3], "vocabularies": [32_768, 20_480, 16_384]}
+        options.set_defaults(**sizes, domains=["medicine"], minutes=SHORT_MINUTES)
     args = options.parse_args(arguments)
     args.given = given(options, args)
     args.tokens = {str(share): tokens for share, tokens in zip(args.shares, args.vocabularies, strict=True)}
-    prefix = "recovery_quick" if args.quick else "recovery_sizes" if args.sizes else "recovery"
     # Sizes are compared with a dense model tuned beside them, on the same machine: they have rows of their own.
-    store, load = Rows(args, "recovery_sizes" if args.sizes else "recovery", seed=args.seed), cache(smollm2)
+    family = "recovery_sizes" if args.sizes else "recovery"
+    store, load = Rows(args, family, seed=args.seed), cache(smollm2)
+    prefix = "recovery_quick" if args.quick else family
     whole = not (args.quick or args.sizes)
     domains = {name: RecoveryDomain(load, args, name, targets=TARGETS) for name in args.domains}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
