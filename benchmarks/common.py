@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_context_prune.data import TextSource, load_documents
-from hf_context_prune.evaluation import Estimate
+from hf_context_prune.evaluation._bootstrap import Estimate
 from hf_context_prune.evaluation._generation import hardware_name
 
 ROOT = Path(__file__).resolve().parent

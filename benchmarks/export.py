@@ -20,8 +20,8 @@ import torch
 from benchmarks.common import Rows, corpus, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.evaluation import weight_bytes
-from hf_context_prune.export import export, open_export
+from hf_context_prune.evaluation.speed import weight_bytes
+from hf_context_prune.export.run import export, open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.loading import load_model
 from hf_context_prune.pipeline import EvalOptions, prune

@@ -21,7 +21,9 @@ from typing import Any
 from benchmarks.common import ROOT, corpus, parser
 from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
-from hf_context_prune.card import CARD_NAME, PICTURE_NAME, read_facts
+from hf_context_prune.card import CARD_NAME
+from hf_context_prune.card.facts import read_facts
+from hf_context_prune.card.text import PICTURE_NAME
 from hf_context_prune.data import TextSource
 from hf_context_prune.errors import LoadError
 from hf_context_prune.loading import LoadedModel

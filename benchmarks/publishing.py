@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from benchmarks.common import ROOT, commit, machine, write_section
 from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.card import build_card, read_facts, write_card
+from hf_context_prune.card import build_card, write_card
+from hf_context_prune.card.facts import read_facts
 from hf_context_prune.data import TextSource
 from hf_context_prune.demo_assets import licence_texts
 from hf_context_prune.staging import staged_folder

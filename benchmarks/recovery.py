@@ -26,17 +26,20 @@ from benchmarks.methods import OURS, Domain, rounded
 from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
 from hf_context_prune.architectures import TARGETS
-from hf_context_prune.callback import ContextPruneCallback, PruningSchedule
+from hf_context_prune.callback.callback import ContextPruneCallback
+from hf_context_prune.callback.schedule import PruningSchedule
 from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, hold_out_documents, token_blocks
-from hf_context_prune.evaluation import count_parameters, document_losses
+from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.linalg import bfloat16_is_fast, fast_matmul
 from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.plan import PruningPlan
-from hf_context_prune.recovery import RecoveryConfig, recover
+from hf_context_prune.recovery.config import RecoveryConfig
+from hf_context_prune.recovery.run import recover
 from hf_context_prune.saving import PLAN_NAME, save_pruned
 
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}

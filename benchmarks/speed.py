@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import Rows, given, parser, table, write_section
 from benchmarks.models import smollm2
-from hf_context_prune.architectures import read_geometry, spec_of
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.architectures import spec_of
+from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.plan import LayerPlan, PruningPlan
 from hf_context_prune.surgery import apply_plan
 

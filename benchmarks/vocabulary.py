@@ -25,10 +25,12 @@ from hf_context_prune.architectures import TARGETS
 from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource
-from hf_context_prune.evaluation import Estimate, count_parameters, measure_speed, speed_ratio
+from hf_context_prune.evaluation._bootstrap import Estimate
+from hf_context_prune.evaluation.speed import count_parameters, measure_speed, speed_ratio
 from hf_context_prune.global_budget import smaller_model
-from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize, prune_vocabulary
+from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text
+from hf_context_prune.vocabulary.selection import VocabularySize
 
 WAYS = {
     "frequency": ("by frequency", {"criterion": "frequency"}, False),

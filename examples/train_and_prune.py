@@ -16,7 +16,9 @@ from pathlib import Path
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator
 
 from hf_context_prune import PrunerConfig, load_model
-from hf_context_prune.callback import ContextPruneCallback, PruningSchedule, load_checkpoint
+from hf_context_prune.callback.callback import ContextPruneCallback
+from hf_context_prune.callback.checkpoints import load_checkpoint
+from hf_context_prune.callback.schedule import PruningSchedule
 from hf_context_prune.data import hold_out_documents, load_documents, token_blocks
 
 

@@ -13,25 +13,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .utils.version import __version__
+
 if TYPE_CHECKING:
     from .calibration import calibrate
-    from .callback import ContextPruneCallback, PruningSchedule
+    from .callback.callback import ContextPruneCallback
+    from .callback.schedule import PruningSchedule
     from .config import PrunerConfig
     from .criteria import CRITERIA
     from .errors import ContextPruneError
-    from .evaluation import EvalReport
+    from .evaluation.report import EvalReport
     from .hub import push_folder
     from .loading import load_model, load_pruned
     from .measuring import QuestionOptions, evaluate
     from .pipeline import EvalOptions, prune
     from .plan import PruningPlan
     from .planning import make_plan
-    from .recovery import RecoveryConfig, recover
+    from .recovery.config import RecoveryConfig
+    from .recovery.run import recover
     from .result import PruneResult
     from .surgery import apply_plan
-    from .vocabulary import prune_vocabulary
-
-__version__ = "0.1.0"
+    from .vocabulary.prune import prune_vocabulary
 
 _HOME = {
     "CRITERIA": "criteria",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .config import PrunerConfig
 from .distributed import on_main_process
 from .errors import BudgetError
-from .evaluation import count_parameters
+from .evaluation.speed import count_parameters
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan
 from .stats import Repair

@@ -13,8 +13,6 @@ from transformers import PreTrainedModel
 
 from .architectures import (
     TARGETS,
-    ArchSpec,
-    Geometry,
     Gradients,
     Target,
     absolute_weight,
@@ -24,12 +22,12 @@ from .architectures import (
     input_magnitude,
     output_projection,
     output_weight,
-    read_geometry,
     unit_size,
 )
 from .distributed import all_reduce_, reduce_statistics, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError
 from .linalg import all_finite
+from .modeling.specs import ArchSpec, Geometry, read_geometry
 from .stats import CalibrationStats, TargetStatistics, TargetWeights
 
 Batch = dict[str, torch.Tensor]

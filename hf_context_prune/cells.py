@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .evaluation import Accuracy, DocumentLoss, Estimate, PairedAccuracy, compare_losses
+from .evaluation._bootstrap import Estimate
+from .evaluation.multiple_choice import Accuracy, PairedAccuracy
+from .evaluation.perplexity import DocumentLoss, compare_losses
 
 
 def percent(estimate: Estimate) -> str:

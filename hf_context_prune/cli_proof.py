@@ -84,7 +84,7 @@ def sweep(
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
     from .loading import load_model
-    from .recovery import RecoveryConfig
+    from .recovery.config import RecoveryConfig
     from .rendering import check_report_place
     from .sweep import SweepOptions
     from .sweep import sweep as run
@@ -113,7 +113,7 @@ def sweep(
 
 def _show(output: Path, file: str, format: Format) -> None:
     """What a run wrote to its folder."""
-    from .evaluation import RunReport, load_report
+    from .evaluation.run_report import RunReport, load_report
 
     report = load_report(output / REPORT_NAME)
     assert isinstance(report, RunReport)

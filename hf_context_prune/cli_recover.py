@@ -70,8 +70,9 @@ def recover(
     """
     chosen = {**locals(), "recovery_seed": seed}
     from .pipeline import EvalOptions
-    from .recovery import RecoveryConfig, recover_folder
-    from .saving import check_target
+    from .recovery.config import RecoveryConfig
+    from .recovery.folder import recover_folder
+    from .staging import check_target
 
     config = RecoveryConfig(**{item.name: chosen[item.name] for item in fields(RecoveryConfig) if item.name in chosen})
     check_target(output)

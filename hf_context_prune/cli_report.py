@@ -25,7 +25,7 @@ def report(
     format: FormatOption = Format.auto,
 ) -> None:
     """Show the figures of runs, and write them as Markdown with pictures."""
-    from .evaluation import RunReport
+    from .evaluation.run_report import RunReport
     from .rendering import markdown, read_folders, render
 
     found = read_folders(folders)

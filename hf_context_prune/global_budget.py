@@ -20,15 +20,17 @@ from .data import TextSource, hold_out_documents
 from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError, DataError
-from .evaluation import count_parameters, document_losses
+from .evaluation.perplexity import document_losses
+from .evaluation.speed import count_parameters
 from .magnitudes import Magnitudes, check_linear, measure_magnitudes
 from .plan import PruningPlan, fingerprint
 from .planning import Measured, Planner, plan_and_repair, versions
 from .search_text import SearchText
 from .surgery import apply_plan
 from .thresholds import below_thresholds
-from .vocabulary import TrimmedModel, VocabularyPruner, VocabularySize, check_prunable
+from .vocabulary.prune import TrimmedModel, VocabularyPruner, check_prunable
 from .vocabulary.refit import refit_rows
+from .vocabulary.selection import VocabularySize
 from .widths import check_units_budget
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)

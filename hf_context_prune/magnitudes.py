@@ -15,10 +15,11 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import ArchSpec, blocks, check_supported, read_geometry
+from .architectures import blocks, check_supported
 from .calibration import Batch, check_weights_finite, prepare_batch
 from .distributed import all_reduce_, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError
+from .modeling.specs import ArchSpec, read_geometry
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from . import __version__
 from .allocation import Budget
 from .base_card import provenance_of
 from .calibration_text import check_share
@@ -18,7 +17,8 @@ from .card import rewrite_card
 from .config import THRESHOLDS, PrunerConfig
 from .data import TextSource
 from .errors import ConfigError, LoadError, unknown
-from .evaluation import Environment, EvalReport, weight_bytes
+from .evaluation.report import Environment, EvalReport
+from .evaluation.speed import weight_bytes
 from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
 from .matrix_facts import DENSE, DomainMatrix, mixed_name
@@ -28,8 +28,10 @@ from .pipeline import as_loaded, plan_notes, split_text
 from .plan import PruningPlan, fingerprint
 from .rendering import check_report_place, write_run
 from .rows import open_rows
-from .saving import PLAN_NAME, REPORT_NAME, check_target, save_pruned
+from .saving import PLAN_NAME, REPORT_NAME, save_pruned
 from .scores import HeldOut, Scores, held_out_of, score
+from .staging import check_target
+from .utils.version import __version__
 
 REFERENCE = "general"
 ROWS_NAME, MODELS = "matrix.jsonl", "models"

@@ -7,22 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .cells import accuracy, percent, relative_change
-from .evaluation import (
-    Accuracy,
-    DatasetFacts,
-    Environment,
-    Estimate,
-    EvalReport,
-    LossFacts,
-    PairedAccuracy,
-    ReportTable,
-    RunReport,
-    SizeFacts,
-    TextLosses,
-    compare_answers,
-    summarize_answers,
-    summarize_losses,
-)
+from .evaluation._bootstrap import Estimate
+from .evaluation.multiple_choice import Accuracy, PairedAccuracy, compare_answers, summarize_answers
+from .evaluation.perplexity import summarize_losses
+from .evaluation.report import DatasetFacts, Environment, EvalReport, LossFacts, SizeFacts, TextLosses
+from .evaluation.run_report import ReportTable, RunReport
 from .evaluation.texts import loss_facts
 from .measuring import choice_facts
 from .scores import HeldOut, Scores, summary_of

@@ -10,8 +10,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .data import load_documents
-from .evaluation import (
+from .evaluation.harness import write_harness_task
+from .evaluation.multiple_choice import (
     Answer,
+    Scorer,
+    answer_questions,
+    check_scoring,
+    compare_answers,
+    summarize_answers,
+)
+from .evaluation.report import (
     DatasetFacts,
     Environment,
     EvalReport,
@@ -19,16 +27,8 @@ from .evaluation import (
     MultipleChoiceFacts,
     SizeFacts,
     SpeedFacts,
-    answer_questions,
-    compare_answers,
-    count_parameters,
-    measure_peak_memory,
-    measure_speed,
-    summarize_answers,
-    weight_bytes,
 )
-from .evaluation.harness import write_harness_task
-from .evaluation.multiple_choice import Scorer, check_scoring
+from .evaluation.speed import count_parameters, measure_peak_memory, measure_speed, weight_bytes
 from .evaluation.texts import Pair, general_losses, losses_on, read_general
 from .loading import LoadedModel, copy_notes
 from .pipeline import EvalOptions, as_loaded

@@ -11,10 +11,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .architectures import ArchSpec, read_geometry, spec_of
+from .architectures import spec_of
 from .errors import LoadError
 from .modeling.modeling_context_pruned import check_header
-from .modeling.specs import neurons_of
+from .modeling.specs import ArchSpec, neurons_of, read_geometry
 
 RESTORE = "Restore the config.json that was saved with the weights, or download the model again."
 _SHOWN = 3

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import Budget
-from .architectures import LayerWidths, read_geometry, spec_of
+from .architectures import spec_of
 from .config import PrunerConfig
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError
-from .evaluation import count_parameters
+from .evaluation.speed import count_parameters
 from .loading import load_outline
+from .modeling.specs import LayerWidths, read_geometry
 from .planning import check_repair
 from .surgery import StockFit, stock_fit
-from .vocabulary import VocabularySize
+from .vocabulary.selection import VocabularySize
 from .widths import check_units_budget, widths_beside
 
 

@@ -18,16 +18,9 @@ from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, load_documents
 from .distributed import on_main_process, together, warn_if_alone
 from .errors import ConfigError, DataError
-from .evaluation import (
-    DatasetFacts,
-    Environment,
-    EvalReport,
-    SizeFacts,
-    SpeedFacts,
-    count_parameters,
-    document_losses,
-    measure_speed,
-)
+from .evaluation.perplexity import document_losses
+from .evaluation.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
+from .evaluation.speed import count_parameters, measure_speed
 from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model, read_from

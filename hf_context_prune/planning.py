@@ -11,26 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import (
-    most_removable,
-    predicted_loss,
-    removed_params,
-    select_units,
-)
-from .architectures import (
-    LayerWidths,
-    blocks,
-    check_supported,
-    output_projection,
-    read_geometry,
-    spec_of,
-)
+from .allocation import most_removable, predicted_loss, removed_params, select_units
+from .architectures import blocks, check_supported, output_projection, spec_of
 from .budget_search import Loss, smallest_within
 from .calibration import batches_of, weights_of_block
 from .config import PrunerConfig
 from .criteria import get_criterion
 from .distributed import on_main_process
 from .errors import ConfigError, naming
+from .modeling.specs import LayerWidths, read_geometry
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
 from .sensitivity import measure_sensitivity, withhold_probe

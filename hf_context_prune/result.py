@@ -9,14 +9,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .card import facts_in, write_card
+from .card import write_card
+from .card.facts import facts_in
 from .distributed import is_main_process, on_main_process
-from .evaluation import EvalReport, MemoryFacts, measure_peak_memory, weight_bytes
+from .evaluation.report import EvalReport, MemoryFacts
+from .evaluation.speed import measure_peak_memory, weight_bytes
 from .hub import PushResult, push_folder
 from .loading import LoadedModel
 from .plan import PruningPlan
-from .saving import REPORT_NAME, estimate_bytes, staged_folder, write_model_folder
-from .staging import resolve_target
+from .saving import REPORT_NAME, estimate_bytes, write_model_folder
+from .staging import resolve_target, staged_folder
 from .surgery import StockFit
 
 

@@ -9,19 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .data import TextSource
-from .evaluation import (
-    Answer,
-    DocumentLoss,
-    answer_questions,
-    choose_documents,
-    compare_answers,
-    compare_losses,
-    count_parameters,
-    document_losses,
-    summarize_answers,
-    summarize_losses,
-)
-from .evaluation.multiple_choice import Scorer
+from .evaluation.multiple_choice import Answer, Scorer, answer_questions, compare_answers, summarize_answers
+from .evaluation.perplexity import DocumentLoss, choose_documents, compare_losses, document_losses, summarize_losses
+from .evaluation.speed import count_parameters
 from .measuring import QuestionOptions
 from .questions import QuestionSet
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents
 from .errors import DataError
-from .evaluation import LossBudget, choose_documents, document_losses
+from .evaluation.perplexity import choose_documents, document_losses
+from .evaluation.report import LossBudget
 from .overlap import drop_overlapping
 from .plan import PruningPlan
 

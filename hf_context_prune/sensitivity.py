@@ -23,21 +23,11 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import (
-    ArchSpec,
-    Geometry,
-    LayerWidths,
-    Target,
-    blocks,
-    check_supported,
-    output_projection,
-    output_weight,
-    read_geometry,
-    unit_size,
-)
+from .architectures import Target, blocks, check_supported, output_projection, output_weight, unit_size
 from .errors import ConfigError, NumericsError
 from .forwards import Forward, fast, forwards
 from .linalg import all_finite
+from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from .stats import Curve, Key, Repair
 
 PROBES = (0.75, 0.5, 0.25)

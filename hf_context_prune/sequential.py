@@ -28,8 +28,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import (
-    ArchSpec,
-    LayerWidths,
     Target,
     blocks,
     channel_scale,
@@ -38,7 +36,6 @@ from .architectures import (
     output_projection,
     output_weight,
     post_norm,
-    read_geometry,
     residual_scale,
 )
 from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_block
@@ -46,6 +43,7 @@ from .criteria import Criterion
 from .distributed import broadcast_object, reduce_moments, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError, naming
 from .linalg import fast_matmul
+from .modeling.specs import ArchSpec, LayerWidths, read_geometry
 from .plan import LayerPlan
 from .reconstruction import refit, squared_error
 from .stats import Key, RegressionMoments

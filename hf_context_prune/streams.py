@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import ArchSpec, blocks
+from .architectures import blocks
 from .errors import SaveError
 from .forwards import fast, forwards
+from .modeling.specs import ArchSpec
 
 Batch = dict[str, torch.Tensor]
 

@@ -15,21 +15,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import modeling
-from .architectures import (
-    TARGETS,
-    ArchSpec,
-    Geometry,
-    LayerWidths,
-    Target,
-    blocks,
-    check_supported,
-    output_projection,
-    read_geometry,
-    unit_size,
-)
+from .architectures import TARGETS, Target, blocks, check_supported, output_projection, unit_size
 from .embeddings import renumber, token_rows, with_vocabulary
 from .errors import SaveError
 from .modeling.modeling_context_pruned import is_transposed
+from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from .plan import PruningPlan
 from .stats import Repair
 

@@ -11,32 +11,29 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from . import __version__
 from .cells import accuracy, percent, relative_change
 from .config import PrunerConfig
 from .data import TextSource
 from .errors import ConfigError
-from .evaluation import (
-    Environment,
-    ReportTable,
-    RunReport,
-    compare_answers,
-    count_parameters,
-    summarize_answers,
-    summarize_losses,
-)
+from .evaluation.multiple_choice import compare_answers, summarize_answers
+from .evaluation.perplexity import summarize_losses
+from .evaluation.report import Environment
+from .evaluation.run_report import ReportTable, RunReport
+from .evaluation.speed import count_parameters
 from .global_budget import check_budget, smaller_model, threshold_magnitudes, trimmed_for
 from .loading import LoadedModel
 from .magnitudes import Magnitudes
 from .measuring import QuestionOptions
 from .pipeline import as_loaded, split_text
 from .plan import PruningPlan, fingerprint
-from .recovery import RecoveryConfig, recover
+from .recovery.config import RecoveryConfig
+from .recovery.run import recover
 from .rendering import check_report_place, write_run
 from .rows import open_rows
 from .scores import HeldOut, Scores, held_out_of, score, summary_of
 from .thresholds import below_thresholds, zeros_of_paper
-from .vocabulary import TrimmedModel
+from .utils.version import __version__
+from .vocabulary.prune import TrimmedModel
 
 Point = tuple[float | None, float | None, float | None]
 """Thresholds of linear layers, activations and embedding; None: off."""

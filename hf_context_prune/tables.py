@@ -8,8 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .evaluation import EvalReport, RunReport
-    from .export import ExportReport
+    from .evaluation.report import EvalReport
+    from .evaluation.run_report import RunReport
+    from .export.report import ExportReport
     from .modeling.specs import LayerWidths
 
 

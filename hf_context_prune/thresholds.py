@@ -17,16 +17,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import ArchSpec, Geometry, blocks, check_supported, output_projection, output_weight, read_geometry
+from .architectures import blocks, check_supported, output_projection, output_weight
 from .config import PrunerConfig
 from .embeddings import token_modules
 from .errors import ConfigError
-from .evaluation import count_parameters
+from .evaluation.speed import count_parameters
 from .magnitudes import Magnitudes, linear_layers
+from .modeling.specs import ArchSpec, Geometry, read_geometry
 from .plan import LayerPlan, PruningPlan, fingerprint
 from .planning import versions
 from .surgery import apply_plan
-from .vocabulary import TrimmedModel
+from .vocabulary.prune import TrimmedModel
 
 
 @dataclass(frozen=True)

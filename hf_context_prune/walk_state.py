@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .architectures import TARGETS, LayerWidths, Target
+from .architectures import TARGETS, Target
 from .distributed import is_main_process
 from .errors import SaveError
+from .modeling.specs import LayerWidths
 from .plan import LayerPlan
 from .unfinished import resume_key
 

@@ -9,21 +9,12 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from .allocation import Budget, Costs, adaptive_widths, beyond_probes, most_removable, removed_params, uniform_widths
-from .architectures import (
-    TARGETS,
-    ArchSpec,
-    Geometry,
-    LayerWidths,
-    Target,
-    UnitCosts,
-    read_geometry,
-    spec_of,
-    unit_costs,
-)
+from .architectures import TARGETS, Target, UnitCosts, spec_of, unit_costs
 from .config import PrunerConfig
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError, ConfigError
-from .evaluation import count_parameters
+from .evaluation.speed import count_parameters
+from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from .plan import PruningPlan
 from .sensitivity import probed_counts
 from .stats import Curve, Key

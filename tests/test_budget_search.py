@@ -12,7 +12,7 @@ from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, pipeline, pr
 from hf_context_prune.budget_search import TOLERANCE, WALKS, Trial, search
 from hf_context_prune.data import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError
-from hf_context_prune.evaluation import count_parameters
+from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.planning import plan_and_repair
 from hf_context_prune.search_text import SearchText
 from tests.tiny import TEXT, tiny_model

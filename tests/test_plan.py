@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_context_prune.architectures import SPECS, read_geometry
 from hf_context_prune.errors import PlanError, VocabularyError
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.surgery import apply_plan
 from tests.tiny import tiny_model

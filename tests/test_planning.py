@@ -10,7 +10,7 @@ import torch
 from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan, width_search
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.errors import BudgetError, ConfigError
-from hf_context_prune.evaluation import count_parameters
+from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.planning import needed_statistics, plan_and_repair, repair_with
 from hf_context_prune.sensitivity import withhold_probe
 from hf_context_prune.widths import needed_targets, plan_widths

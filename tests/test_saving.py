@@ -19,18 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_context_prune import staging
 from hf_context_prune.errors import LoadError, SaveError
-from hf_context_prune.saving import (
-    MANIFEST_NAME,
-    PLAN_NAME,
-    REPORT_NAME,
-    check_target,
-    estimate_bytes,
-    read_manifest,
-    save_pruned,
-    staged_folder,
-    verify_folder,
-    write_model_folder,
-)
+from hf_context_prune.manifest import MANIFEST_NAME, read_manifest, verify_folder
+from hf_context_prune.saving import PLAN_NAME, REPORT_NAME, estimate_bytes, save_pruned, write_model_folder
+from hf_context_prune.staging import check_target, staged_folder
 
 SIZES = {
     "vocab_size": 11,
@@ -595,14 +586,16 @@ def test_pickles_are_never_saved(target, model):
 
 
 def variable_width_model():
-    from hf_context_prune.modeling import SPECS, config_class, model_class
+    from hf_context_prune.modeling import config_class, model_class
+    from hf_context_prune.modeling.specs import SPECS
 
     config = config_class(SPECS["llama"])(**SIZES, per_layer_config={1: {"intermediate_size": 8}})
     return model_class(SPECS["llama"])(config)
 
 
 def test_variable_width_model_travels_with_its_code(target):
-    from hf_context_prune.modeling import SPECS, auto_map
+    from hf_context_prune.modeling import auto_map
+    from hf_context_prune.modeling.specs import SPECS
 
     model = variable_width_model()
     model.config.auto_map = auto_map(SPECS["llama"])

@@ -7,7 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from hf_context_prune.data import TextDocument, TextSource, token_blocks
-from hf_context_prune.evaluation import document_losses
+from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.special_tokens import leading_token
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -16,17 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_context_prune import modeling
 from hf_context_prune.architectures import (
-    SPECS,
     TARGETS,
     blocks,
     check_supported,
     output_projection,
     output_weight,
-    read_geometry,
     unit_costs,
 )
 from hf_context_prune.errors import SaveError, UnsupportedArchitectureError
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.plan import LayerPlan, PruningPlan
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan, kept_features, stock_fit

@@ -1,6 +1,7 @@
 """Pruning inside `transformers.Trainer`."""
 
-from ..errors import PruningWarning
+from hf_context_prune.errors import PruningWarning
+
 from .callback import ContextPruneCallback
 from .checkpoints import load_checkpoint
 from .mixin import ContextPruneTrainerMixin

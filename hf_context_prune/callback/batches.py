@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError
+from hf_context_prune.errors import DataError
 
 _IGNORED = -100
 """Label of what the loss passes over."""

@@ -19,21 +19,22 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from ..architectures import check_supported, read_geometry
-from ..bars import without_bars
-from ..base_card import in_memory, provenance_of
-from ..calibration import check_weights_finite
-from ..config import PrunerConfig, from_options
-from ..distributed import all_gather, num_processes
-from ..errors import ConfigError, DataError, NumericsError, PruningWarning
-from ..evaluation import count_parameters
-from ..modeling.modeling_context_pruned import MODELING_FILES
-from ..modeling.specs import LayerWidths
-from ..plan import PruningPlan, fingerprint
-from ..planning import check_repair, plan_and_repair, versions
-from ..saving import PLAN_NAME
-from ..surgery import apply_plan, build_empty, kept_entries
-from ..widths import plan_widths
+from hf_context_prune.architectures import check_supported
+from hf_context_prune.bars import without_bars
+from hf_context_prune.base_card import in_memory, provenance_of
+from hf_context_prune.calibration import check_weights_finite
+from hf_context_prune.config import PrunerConfig, from_options
+from hf_context_prune.distributed import all_gather, num_processes
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
+from hf_context_prune.modeling.specs import LayerWidths, read_geometry
+from hf_context_prune.plan import PruningPlan, fingerprint
+from hf_context_prune.planning import check_repair, plan_and_repair, versions
+from hf_context_prune.saving import PLAN_NAME
+from hf_context_prune.surgery import apply_plan, build_empty, kept_entries
+from hf_context_prune.widths import plan_widths
+
 from .batches import text_of
 from .checkpoints import complete, progress_of, use_cache_of
 from .checks import (

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 
-from .. import modeling as modeling  # registers the variable-width classes with the auto classes
-from ..distributed import num_processes
-from ..errors import ConfigError, LoadError
-from ..plan import PruningPlan
-from ..saving import PLAN_NAME
+from hf_context_prune import modeling  # registers the variable-width classes with the auto classes
+from hf_context_prune.distributed import num_processes
+from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.plan import PruningPlan
+from hf_context_prune.saving import PLAN_NAME
 
 CONFIG_FILE = "config.json"
 

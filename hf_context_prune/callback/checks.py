@@ -10,14 +10,15 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from ..allocation import Budget, removed_params
-from ..architectures import check_supported, read_geometry, unit_costs
-from ..config import PrunerConfig
-from ..errors import BudgetError, ConfigError, PruningWarning
-from ..evaluation import count_parameters
-from ..modeling.specs import LayerWidths
-from ..plan import PruningPlan
-from ..widths import check_adaptive
+from hf_context_prune.allocation import Budget, removed_params
+from hf_context_prune.architectures import check_supported, unit_costs
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError, ConfigError, PruningWarning
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.specs import LayerWidths, read_geometry
+from hf_context_prune.plan import PruningPlan
+from hf_context_prune.widths import check_adaptive
+
 from .schedule import PruningSchedule
 
 

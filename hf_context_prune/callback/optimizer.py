@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from ..errors import ConfigError
+from hf_context_prune.errors import ConfigError
 
 FULL, ROWS, COLUMNS = "full", "rows", "columns"
 

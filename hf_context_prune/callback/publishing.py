@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..card import CARD_NAME, CardFacts, write_card
-from ..errors import ConfigError
-from ..hub import PushResult, push_folder
-from ..plan import PruningPlan
-from ..saving import estimate_bytes, staged_folder, write_model_folder
+from hf_context_prune.card import CARD_NAME, write_card
+from hf_context_prune.card.facts import CardFacts
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.hub import PushResult, push_folder
+from hf_context_prune.plan import PruningPlan
+from hf_context_prune.saving import estimate_bytes, write_model_folder
+from hf_context_prune.staging import staged_folder
 
 
 def facts_of(model: PreTrainedModel, plan: PruningPlan, name: str) -> CardFacts:

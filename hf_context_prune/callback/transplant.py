@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import ConfigError
-from ..plan import LayerPlan, PruningPlan
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.plan import LayerPlan, PruningPlan
 
 
 def check_modules(model: PreTrainedModel, smaller: PreTrainedModel) -> None:

@@ -12,13 +12,14 @@ from huggingface_hub import ModelCard
 from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
-from ..errors import ConfigError, LoadError
-from ..evaluation import EvalReport
-from ..figures import widths_figure
-from ..manifest import sha256_of, verify_folder
-from ..markdown import Trusted, inert
-from ..saving import PLAN_NAME, REPORT_NAME
-from ..staging import staged_folder
+from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.evaluation.report import EvalReport
+from hf_context_prune.figures import widths_figure
+from hf_context_prune.manifest import sha256_of, verify_folder
+from hf_context_prune.markdown import Trusted, inert
+from hf_context_prune.saving import PLAN_NAME, REPORT_NAME
+from hf_context_prune.staging import staged_folder
+
 from .facts import CardFacts, facts_in, read_facts
 from .metadata import benchmark_results, card_data
 from .text import PICTURE_NAME, body_values

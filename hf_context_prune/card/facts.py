@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoadError, NumericsError
-from ..evaluation import EvalReport
-from ..manifest import verify_folder
-from ..modeling.specs import PREFIX
-from ..plan import PruningPlan
-from ..saving import PLAN_NAME, REPORT_NAME
+from hf_context_prune.errors import LoadError, NumericsError
+from hf_context_prune.evaluation.report import EvalReport
+from hf_context_prune.manifest import verify_folder
+from hf_context_prune.modeling.specs import PREFIX
+from hf_context_prune.plan import PruningPlan
+from hf_context_prune.saving import PLAN_NAME, REPORT_NAME
 
 
 @dataclass(frozen=True)

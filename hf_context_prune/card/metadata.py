@@ -10,8 +10,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from ..evaluation import EvalReport
-from ..markdown import one_line
+from hf_context_prune.evaluation.report import EvalReport
+from hf_context_prune.markdown import one_line
+
 from .facts import CardFacts
 
 TAGS = ("pruned", "structured-pruning", "context-pruning")

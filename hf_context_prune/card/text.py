@@ -8,9 +8,10 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..config import PrunerConfig
-from ..evaluation import EvalReport
-from ..markdown import Trusted, block, code, inert, one_line, table
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.evaluation.report import EvalReport
+from hf_context_prune.markdown import Trusted, block, code, inert, one_line, table
+
 from .facts import CardFacts
 
 PICTURE_NAME = "widths.png"

@@ -1,14 +1,7 @@
 """Evaluation: losses on held-out text, speed, memory and size, and the report that holds them."""
 
 from ._bootstrap import Estimate
-from .multiple_choice import (
-    Accuracy,
-    Answer,
-    PairedAccuracy,
-    answer_questions,
-    compare_answers,
-    summarize_answers,
-)
+from .multiple_choice import Accuracy, Answer, PairedAccuracy, answer_questions, compare_answers, summarize_answers
 from .perplexity import (
     DocumentLoss,
     LossComparison,

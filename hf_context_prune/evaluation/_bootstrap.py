@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from ..errors import ConfigError
+from hf_context_prune.errors import ConfigError
 
 CONFIDENCE = 0.95
 

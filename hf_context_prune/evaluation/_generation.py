@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from ..errors import ConfigError, UnsupportedArchitectureError
+from hf_context_prune.errors import ConfigError, UnsupportedArchitectureError
+
 from ._inference import evaluation_mode
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import DataError
+from hf_context_prune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

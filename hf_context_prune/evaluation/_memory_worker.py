@@ -12,7 +12,8 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from .. import modeling as modeling  # registers the variable-width classes
+from hf_context_prune import modeling  # registers the variable-width classes
+
 from ._generation import dtype_name, fit_prompt, random_prompt, timed_generation
 from ._inference import max_positions, vocabulary_rows
 

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..data import TextDocument, TextSource
-from ..errors import DataError
+from hf_context_prune.data import TextDocument, TextSource
+from hf_context_prune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

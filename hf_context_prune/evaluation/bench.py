@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from hf_context_prune.errors import ConfigError
+
 from .report import Environment
 from .run_report import ReportTable, RunReport
 from .speed import MemoryMeasurement, SpeedMeasurement, measure_peak_memory, measure_speed, speed_ratio, weight_bytes

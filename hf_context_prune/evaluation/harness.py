@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import SaveError
-from ..files import write_file
-from ..questions import QuestionSet, prompt
+from hf_context_prune.errors import SaveError
+from hf_context_prune.files import write_file
+from hf_context_prune.questions import QuestionSet, prompt
 
 
 def harness_task_name(questions: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, LoadError
+from hf_context_prune.errors import ConfigError, LoadError
+
 from ._codec import Saved, decode, load_json, now
 from ._table import grouped_rows, text_rows
 from .multiple_choice import Accuracy, PairedAccuracy

@@ -5,7 +5,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import LoadError
+from hf_context_prune.errors import LoadError
+
 from ._codec import Saved, decode, load_json, now
 from .report import Environment, EvalReport
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub.utils import tqdm
 
-from ..errors import ConfigError, LoadError
+from hf_context_prune.errors import ConfigError, LoadError
+
 from ._generation import dtype_name, fit_prompt, hardware_name, random_prompt, timed_generation
 from ._inference import max_positions, vocabulary_rows
 

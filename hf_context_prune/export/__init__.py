@@ -1,6 +1,7 @@
 """Pruned models in other formats: quantised (Optimum, torchao), ONNX, GGUF; compared before they are kept."""
 
-from ..saving import EXPORT_REPORT_NAME
+from hf_context_prune.saving import EXPORT_REPORT_NAME
+
 from .report import ExportReport
 from .run import ExportResult, export, open_export, read_export
 from .verify import Verification

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from ..errors import ConfigError, unknown
-from ..loading import LoadedModel
+from hf_context_prune.errors import ConfigError, unknown
+from hf_context_prune.loading import LoadedModel
+
 from .runtime import Runtime
 from .verify import Tolerance
 

@@ -13,11 +13,12 @@ import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
-from ..architectures import read_geometry, spec_of
-from ..base_card import base_card
-from ..errors import ExportError
-from ..loading import LoadedModel
-from ..modeling.specs import Geometry, base_model_type
+from hf_context_prune.architectures import spec_of
+from hf_context_prune.base_card import base_card
+from hf_context_prune.errors import ExportError
+from hf_context_prune.loading import LoadedModel
+from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
+
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
 from .llama_cpp import LlamaCppRuntime
 

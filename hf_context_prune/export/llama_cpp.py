@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ExportError
+from hf_context_prune.errors import ExportError
 
 _WORKER = Path(__file__).with_name("_llama_worker.py")
 _POSITIONS = 512

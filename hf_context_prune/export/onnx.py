@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from ..errors import ExportError
-from ..evaluation._generation import end_tokens
-from ..loading import LoadedModel
+from hf_context_prune.errors import ExportError
+from hf_context_prune.evaluation._generation import end_tokens
+from hf_context_prune.loading import LoadedModel
 
 GRAPH_NAME = "model.onnx"
 _CACHE = "cache.layers."

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import LoadError
-from ..evaluation._codec import decode
+from hf_context_prune.errors import LoadError
+from hf_context_prune.evaluation._codec import decode
+
 from .verify import Verification
 
 _SCHEMA = 1

@@ -12,20 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ConfigError, ContextPruneError, ExportError, LoadError
-from ..evaluation import weight_bytes
-from ..evaluation._generation import hardware_name
-from ..loading import LoadedModel, load_model
-from ..plan import PruningPlan
-from ..saving import (
-    EXPORT_REPORT_NAME,
-    PLAN_NAME,
-    check_target,
-    estimate_bytes,
-    staged_folder,
-    verify_folder,
-)
-from ..staging import resolve_target
+from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError, LoadError
+from hf_context_prune.evaluation._generation import hardware_name
+from hf_context_prune.evaluation.speed import weight_bytes
+from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.manifest import verify_folder
+from hf_context_prune.plan import PruningPlan
+from hf_context_prune.saving import EXPORT_REPORT_NAME, PLAN_NAME, estimate_bytes
+from hf_context_prune.staging import check_target, resolve_target, staged_folder
+
 from .formats import FORMATS, Format, FormatModule, format_of
 from .report import ExportReport
 from .runtime import Runtime, TorchRuntime

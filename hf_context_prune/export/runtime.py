@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..evaluation._generation import end_tokens
+from hf_context_prune.evaluation._generation import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from ..data import load_documents
-from ..evaluation._inference import evaluation_mode, max_positions
-from ..evaluation._windows import context_token, cut_windows, encode_documents, group_records
-from ..loading import LoadedModel
-from ..special_tokens import leading_token
+from hf_context_prune.data import load_documents
+from hf_context_prune.evaluation._inference import evaluation_mode, max_positions
+from hf_context_prune.evaluation._windows import context_token, cut_windows, encode_documents, group_records
+from hf_context_prune.loading import LoadedModel
+from hf_context_prune.special_tokens import leading_token
+
 from .runtime import NEUTRAL
 
 PROMPTS = (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from ..loading import LoadedModel
+from hf_context_prune.loading import LoadedModel
+
 from .projections import check_projections
 from .runtime import TorchRuntime
 

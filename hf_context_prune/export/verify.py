@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import ExportError
+from hf_context_prune.errors import ExportError
+
 from .runtime import Runtime, TorchRuntime
 from .sample import Sample
 

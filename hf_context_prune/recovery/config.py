@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..config import from_options, is_number, option
-from ..errors import ConfigError, unknown
+from hf_context_prune.config import from_options, is_number, option
+from hf_context_prune.errors import ConfigError, unknown
 
 MethodName = Literal["full", "lora"]
 RewindName = Literal["none", "pretrained"]

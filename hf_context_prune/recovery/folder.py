@@ -6,28 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..architectures import check_supported
-from ..config import PrunerConfig
-from ..data import TextSource, hold_out_documents, load_documents
-from ..errors import ConfigError, LoadError
-from ..evaluation import (
-    DatasetFacts,
-    Environment,
-    EvalReport,
-    SizeFacts,
-    SpeedFacts,
-    count_parameters,
-    document_losses,
-    measure_speed,
-)
-from ..evaluation.texts import GeneralText, general_losses, loss_facts, read_general
-from ..loading import LoadedModel, load_model
-from ..pipeline import EvalOptions, apart_from_general, split_text
-from ..plan import PruningPlan, fingerprint
-from ..result import PruneResult
-from ..saving import PLAN_NAME, verify_folder
-from ..surgery import stock_fit
-from ..widths import dense_parameters
+from hf_context_prune.architectures import check_supported
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data import TextSource, hold_out_documents, load_documents
+from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.evaluation.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
+from hf_context_prune.evaluation.speed import count_parameters, measure_speed
+from hf_context_prune.evaluation.texts import GeneralText, general_losses, loss_facts, read_general
+from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.manifest import verify_folder
+from hf_context_prune.pipeline import EvalOptions, apart_from_general, split_text
+from hf_context_prune.plan import PruningPlan, fingerprint
+from hf_context_prune.result import PruneResult
+from hf_context_prune.saving import PLAN_NAME
+from hf_context_prune.surgery import stock_fit
+from hf_context_prune.widths import dense_parameters
+
 from .config import RecoveryConfig
 from .run import check_place, has_all_tokens, recover
 

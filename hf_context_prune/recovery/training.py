@@ -27,9 +27,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..errors import NumericsError, PruningWarning
-from ..linalg import bfloat16_is_fast
-from ..modeling.modeling_context_pruned import is_transposed
+from hf_context_prune.errors import NumericsError, PruningWarning
+from hf_context_prune.linalg import bfloat16_is_fast
+from hf_context_prune.modeling.modeling_context_pruned import is_transposed
+
 from .config import RecoveryConfig
 from .loss import token_loss
 

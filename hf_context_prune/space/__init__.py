@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..errors import ContextPruneError
+from hf_context_prune.errors import ContextPruneError
+
 from .settings import Entry, Limits, Settings, Source, read_settings
 
 __all__ = ["Entry", "Limits", "Settings", "Source", "main", "read_settings"]

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ..errors import ConfigError, ContextPruneError
+from hf_context_prune.errors import ConfigError, ContextPruneError
+
 from .race import Progress, Runner, Wish, race
 from .settings import Entry, Settings, Source
 from .store import ModelStore

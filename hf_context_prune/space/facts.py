@@ -11,10 +11,13 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
-from ..errors import ContextPruneError, LoadError
-from ..evaluation import Estimate, EvalReport, LossFacts
-from ..plan import PruningPlan
-from ..saving import PLAN_NAME, REPORT_NAME, verify_folder
+from hf_context_prune.errors import ContextPruneError, LoadError
+from hf_context_prune.evaluation._bootstrap import Estimate
+from hf_context_prune.evaluation.report import EvalReport, LossFacts
+from hf_context_prune.manifest import verify_folder
+from hf_context_prune.plan import PruningPlan
+from hf_context_prune.saving import PLAN_NAME, REPORT_NAME
+
 from .settings import Entry, Source
 
 OWN = "own domain"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import ConfigError
+from hf_context_prune.errors import ConfigError
 
 _INSTALL = 'The Space needs Gradio: pip install "hf-context-prune[space]".'
 

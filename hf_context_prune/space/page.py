@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from hf_context_prune.errors import ConfigError
+
 from .compare import Comparer, Side, View
 from .facts import Facts, figures, matrix, questions, read_facts, removed_in_words
 from .gradio_import import gradio

@@ -19,10 +19,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..errors import ConfigError
-from ..evaluation._generation import cache_arguments, end_tokens
-from ..evaluation._inference import max_positions
-from ..loading import LoadedModel
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation._generation import cache_arguments, end_tokens
+from hf_context_prune.evaluation._inference import max_positions
+from hf_context_prune.loading import LoadedModel
+
 from .settings import Limits
 
 CONTINUE, ANSWER = "Continue the text", "Answer"

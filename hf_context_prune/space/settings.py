@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from ..config import read_yaml
-from ..demo_assets import LICENCE_PROMPTS
-from ..errors import ConfigError, unknown
+from hf_context_prune.config import read_yaml
+from hf_context_prune.demo_assets import LICENCE_PROMPTS
+from hf_context_prune.errors import ConfigError, unknown
 
 DEMO = "demo"
 """The base model that `hf-context-prune demo` fetches from the package index."""

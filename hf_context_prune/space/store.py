@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ..demo_assets import smollm2_gguf
-from ..loading import LoadedModel, load_model
+from hf_context_prune.demo_assets import smollm2_gguf
+from hf_context_prune.loading import LoadedModel, load_model
+
 from .settings import Source
 
 

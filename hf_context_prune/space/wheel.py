@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from ..errors import SaveError
+from hf_context_prune.errors import SaveError
 
 _DISTRIBUTION = "hf-context-prune"
 _PACKAGE = "hf_context_prune"

@@ -11,14 +11,16 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import check_supported, read_geometry
-from ..config import VocabCriterion
-from ..data import TextSource, load_documents, token_blocks
-from ..embeddings import named_ids, num_rows
-from ..errors import ConfigError, DataError, NumericsError, VocabularyError, unknown
-from ..forwards import fast_blocks
-from ..plan import PruningPlan, Vocabulary, fingerprint
-from ..surgery import apply_plan
+from hf_context_prune.architectures import check_supported
+from hf_context_prune.config import VocabCriterion
+from hf_context_prune.data import TextSource, load_documents, token_blocks
+from hf_context_prune.embeddings import named_ids, num_rows
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, VocabularyError, unknown
+from hf_context_prune.forwards import fast_blocks
+from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.plan import PruningPlan, Vocabulary, fingerprint
+from hf_context_prune.surgery import apply_plan
+
 from .rebuild import order_of, pruned_state, rebuilt, table_of
 from .refit import refit_to_text
 from .selection import TokenCounts, VocabularySize, choose, count_tokens, expected_scores, must_stay

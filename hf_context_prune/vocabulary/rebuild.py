@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..errors import VocabularyError
+from hf_context_prune.errors import VocabularyError
+
 from .tokens import TokenTable
 
 _PROBE = (

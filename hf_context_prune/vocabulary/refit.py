@@ -31,9 +31,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..data import TextSource, token_blocks
-from ..forwards import fast_blocks
-from ..linalg import fast_matmul, inverse_spd, regularized
+from hf_context_prune.data import TextSource, token_blocks
+from hf_context_prune.forwards import fast_blocks
+from hf_context_prune.linalg import fast_matmul, inverse_spd, regularized
 
 RIDGE = 0.3
 PRIOR = 100.0

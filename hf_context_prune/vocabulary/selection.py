@@ -9,8 +9,9 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from ..data import TextSource
-from ..errors import BudgetError, ConfigError, DataError, VocabularyError
+from hf_context_prune.data import TextSource
+from hf_context_prune.errors import BudgetError, ConfigError, DataError, VocabularyError
+
 from .tokens import TokenTable
 
 EXPECTED_WEIGHT = 0.3

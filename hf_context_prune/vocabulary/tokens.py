@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from ..errors import VocabularyError
+from hf_context_prune.errors import VocabularyError
 
 SUPPORTED = ("BPE", "Unigram")
 METASPACE = "\u2581"

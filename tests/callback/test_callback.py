@@ -12,17 +12,21 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_context_prune import PrunerConfig, apply_plan
-from hf_context_prune.architectures import SPECS
-from hf_context_prune.callback import (
-    ContextPruneCallback,
-    ContextPruneTrainerMixin,
-    PruningSchedule,
-    PruningWarning,
-    load_checkpoint,
-)
 from hf_context_prune.callback.batches import text_of
+from hf_context_prune.callback.callback import ContextPruneCallback
+from hf_context_prune.callback.checkpoints import load_checkpoint
+from hf_context_prune.callback.mixin import ContextPruneTrainerMixin
+from hf_context_prune.callback.schedule import PruningSchedule
 from hf_context_prune.data import CalibrationWarning
-from hf_context_prune.errors import ConfigError, DataError, LoadError, NumericsError, UnsupportedArchitectureError
+from hf_context_prune.errors import (
+    ConfigError,
+    DataError,
+    LoadError,
+    NumericsError,
+    PruningWarning,
+    UnsupportedArchitectureError,
+)
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.plan import PruningPlan
 from tests.callback.cases import SCHEDULE, STEPS, Snapshots, config_for, dataset, trainer_for
 from tests.callback.cases import arguments as arguments_for

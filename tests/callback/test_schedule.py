@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_context_prune import PrunerConfig
-from hf_context_prune.callback import PruningSchedule
-from hf_context_prune.callback.schedule import config_at
+from hf_context_prune.callback.schedule import PruningSchedule, config_at
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.specs import LayerWidths
 

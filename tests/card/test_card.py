@@ -16,16 +16,18 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from hf_context_prune import EvalOptions, PrunerConfig, RecoveryConfig, prune
-from hf_context_prune.card import CardFacts, build_card, read_facts, rewrite_card
+from hf_context_prune.card import build_card, rewrite_card
+from hf_context_prune.card.facts import CardFacts, read_facts
 from hf_context_prune.card.metadata import benchmark_results
 from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveError
-from hf_context_prune.evaluation import Accuracy, Estimate, EvalReport
+from hf_context_prune.evaluation._bootstrap import Estimate
 from hf_context_prune.evaluation._codec import decode
-from hf_context_prune.evaluation.report import MultipleChoiceFacts
+from hf_context_prune.evaluation.multiple_choice import Accuracy
+from hf_context_prune.evaluation.report import EvalReport, MultipleChoiceFacts
 from hf_context_prune.loading import load_model, load_pruned
 from hf_context_prune.manifest import verify_folder
 from hf_context_prune.plan import PruningPlan
-from hf_context_prune.recovery import recover_folder
+from hf_context_prune.recovery.folder import recover_folder
 from hf_context_prune.saving import PLAN_NAME, REPORT_NAME, save_pruned
 from tests.test_pipeline import OPTIONS, texts
 from tests.tiny import tiny_model, tiny_tokenizer

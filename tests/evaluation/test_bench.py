@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.evaluation import RunReport, load_report
 from hf_context_prune.evaluation import bench as module
 from hf_context_prune.evaluation.bench import bench
+from hf_context_prune.evaluation.run_report import RunReport, load_report
 from hf_context_prune.evaluation.speed import MemoryMeasurement
 from tests.tiny import tiny_model
 

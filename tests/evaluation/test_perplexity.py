@@ -20,8 +20,8 @@ from transformers import (
 
 from hf_context_prune.data import TextDocument, TextSource
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.evaluation import DocumentLoss, compare_losses, document_losses, summarize_losses
 from hf_context_prune.evaluation._windows import EncodedDocument, batch_windows, cut_windows
+from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB_SIZE = len(BYTES) + 2

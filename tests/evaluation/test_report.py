@@ -7,23 +7,19 @@ import math
 import pytest
 
 from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveError
-from hf_context_prune.evaluation import (
+from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, summarize_losses
+from hf_context_prune.evaluation.report import (
     DatasetFacts,
-    DocumentLoss,
     Environment,
     EvalReport,
     LossBudget,
     LossFacts,
     MemoryFacts,
-    MemoryMeasurement,
     SizeFacts,
     SpeedFacts,
-    SpeedMeasurement,
-    Spread,
     TextLosses,
-    compare_losses,
-    summarize_losses,
 )
+from hf_context_prune.evaluation.speed import MemoryMeasurement, SpeedMeasurement, Spread
 
 BASE = [DocumentLoss(f"d{i}", "s", 200.0 + 9 * i, 100, 400) for i in range(5)]
 PRUNED = [dataclasses.replace(loss, nll=loss.nll + 10 + i) for i, loss in enumerate(BASE)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 from hf_context_prune import prune_vocabulary
-from hf_context_prune.architectures import read_geometry, spec_of
+from hf_context_prune.architectures import spec_of
 from hf_context_prune.data import TextDocument, TextSource
+from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_context_prune import load_pruned
 from hf_context_prune.errors import ConfigError, DataError, ExportError, LoadError, SaveError
-from hf_context_prune.export import ExportReport, Verification, export, open_export, read_export
 from hf_context_prune.export import run as run_module
 from hf_context_prune.export.formats import FORMATS
+from hf_context_prune.export.report import ExportReport
+from hf_context_prune.export.run import export, open_export, read_export
 from hf_context_prune.export.runtime import TorchRuntime
-from hf_context_prune.export.verify import Tolerance
+from hf_context_prune.export.verify import Tolerance, Verification
 from hf_context_prune.manifest import write_manifest
 from hf_context_prune.staging import staged_folder
 from tests.export.folders import save

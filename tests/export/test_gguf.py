@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune import prune_vocabulary
 from hf_context_prune.errors import ExportError
-from hf_context_prune.export import export, gguf, llama_cpp, open_export
+from hf_context_prune.export import gguf, llama_cpp
 from hf_context_prune.export.llama_cpp import LlamaCppRuntime
+from hf_context_prune.export.run import export, open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import TOKENIZER_PROBES
 from hf_context_prune.loading import LoadedModel, load_model

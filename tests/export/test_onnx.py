@@ -13,8 +13,8 @@ import torch
 
 from hf_context_prune import load_pruned
 from hf_context_prune.errors import ExportError
-from hf_context_prune.export import export, open_export
 from hf_context_prune.export.onnx import OnnxRuntime
+from hf_context_prune.export.run import export, open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from tests.export.folders import save
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from hf_context_prune import EvalOptions, PruningPlan, load_model, load_pruned
 from hf_context_prune.data import CalibrationWarning
 from hf_context_prune.errors import LoadError
-from hf_context_prune.evaluation import EvalReport
-from hf_context_prune.recovery import RecoveryConfig, folder
-from hf_context_prune.saving import verify_folder
+from hf_context_prune.evaluation.report import EvalReport
+from hf_context_prune.manifest import verify_folder
+from hf_context_prune.recovery import folder
+from hf_context_prune.recovery.config import RecoveryConfig
 from tests.tiny import model_and_text
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from hf_context_prune.evaluation import EvalReport, MultipleChoiceFacts, TextLosses, summarize_answers
-from hf_context_prune.evaluation.multiple_choice import Answer
+from hf_context_prune.evaluation.multiple_choice import Answer, summarize_answers
+from hf_context_prune.evaluation.report import EvalReport, MultipleChoiceFacts, TextLosses
 from hf_context_prune.plan import PruningPlan
 from hf_context_prune.questions import Question, QuestionSet
 from hf_context_prune.space import facts as facts_module

@@ -11,14 +11,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_context_prune.architectures import SPECS
 from hf_context_prune.data import CalibrationWarning
 from hf_context_prune.embeddings import num_rows
 from hf_context_prune.errors import PlanError
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.plan import PruningPlan, fingerprint
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
-from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize, prune_vocabulary
+from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary
+from hf_context_prune.vocabulary.selection import VocabularySize
 from tests.tiny import CASES, FAMILIES
 from tests.vocabulary.tiny_domain import ALL, documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import tokenizer_of

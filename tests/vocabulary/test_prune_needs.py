@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune.data import CalibrationWarning, TextSource
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, NumericsError, VocabularyError
-from hf_context_prune.vocabulary import VocabularyPruner, VocabularySize, prune_vocabulary
-from hf_context_prune.vocabulary.prune import required_ids
+from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
 from hf_context_prune.vocabulary.rebuild import table_of
+from hf_context_prune.vocabulary.selection import VocabularySize
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import tokenizer_of
 

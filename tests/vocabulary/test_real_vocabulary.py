@@ -17,8 +17,9 @@ from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.data import TextSource
 from hf_context_prune.demo import complete
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.evaluation import count_parameters
-from hf_context_prune.vocabulary import TrimmedModel, VocabularyPruner, VocabularySize
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.vocabulary.prune import TrimmedModel, VocabularyPruner
+from hf_context_prune.vocabulary.selection import VocabularySize
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
