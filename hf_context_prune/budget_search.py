@@ -15,13 +15,13 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from .config import PrunerConfig
-from .distributed import on_main_process
 from .errors import BudgetError
 from .evaluation.speed import count_parameters
 from .modeling.specs import LayerWidths
 from .plan import PruningPlan
 from .stats import Repair
 from .surgery import apply_plan
+from .utils.distributed import on_main_process
 
 Loss = Callable[[PreTrainedModel], float]
 

@@ -24,11 +24,11 @@ from .architectures import (
     output_weight,
     unit_size,
 )
-from .distributed import all_reduce_, reduce_statistics, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError
-from .linalg import all_finite
 from .modeling.specs import ArchSpec, Geometry, read_geometry
 from .stats import CalibrationStats, TargetStatistics, TargetWeights
+from .utils.distributed import all_reduce_, reduce_statistics, shard, sum_counts, together
+from .utils.linalg import all_finite
 
 Batch = dict[str, torch.Tensor]
 

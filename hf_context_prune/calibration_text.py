@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from .config import PrunerConfig
 from .data import TextSource, token_blocks
-from .distributed import on_main_process
 from .errors import ConfigError, DataError
+from .utils.distributed import on_main_process
 from .vocabulary.refit import blocks_to_read, refit_rows
 
 

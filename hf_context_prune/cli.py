@@ -59,9 +59,9 @@ from .cli_recover import recover
 from .cli_report import report
 from .cli_serve import serve
 from .cli_space import space
-from .distributed import is_main_process, together
 from .errors import ConfigError, ContextPruneError
 from .tables import report_table, widths_table
+from .utils.distributed import is_main_process, together
 
 if TYPE_CHECKING:
     from .config import PrunerConfig

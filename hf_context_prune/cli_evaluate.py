@@ -24,9 +24,9 @@ from .cli_options import (
 )
 from .cli_output import out, out_json, out_table
 from .cli_questions import FewShot, MaxQuestions, McqColumns, McqScorer, McqSource, McqSplit, question_options
-from .distributed import on_main_process
 from .saving import REPORT_NAME
 from .tables import report_table, run_tables
+from .utils.distributed import on_main_process
 
 if TYPE_CHECKING:
     from .evaluation.run_report import RunReport

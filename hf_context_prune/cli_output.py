@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_options import Format
-from .distributed import on_main_process
 from .tables import report_table
+from .utils.distributed import on_main_process
 
 if TYPE_CHECKING:
     from .result import PruneResult

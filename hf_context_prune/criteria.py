@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from .errors import ConfigError, NumericsError, unknown
-from .linalg import cholesky, inverse_spd, regularized
 from .stats import TargetStatistics, TargetWeights
+from .utils.linalg import cholesky, inverse_spd, regularized
 
 CriterionFunction = Callable[[TargetWeights, TargetStatistics, torch.Generator], torch.Tensor]
 

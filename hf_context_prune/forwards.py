@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import blocks, spec_of
-from .linalg import fast_block
+from .utils.linalg import fast_block
 
 Forward = Callable[..., Any]
 

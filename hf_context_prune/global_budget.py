@@ -17,7 +17,6 @@ from .calibration import batches_of
 from .calibration_text import calibration_blocks, refit_rows_in_all, rows_text
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents
-from .distributed import on_main_process
 from .embeddings import num_rows, token_cost
 from .errors import BudgetError, DataError
 from .evaluation.perplexity import document_losses
@@ -28,6 +27,7 @@ from .planning import Measured, Planner, plan_and_repair, versions
 from .search_text import SearchText
 from .surgery import apply_plan
 from .thresholds import below_thresholds
+from .utils.distributed import on_main_process
 from .vocabulary.prune import TrimmedModel, VocabularyPruner, check_prunable
 from .vocabulary.refit import refit_rows
 from .vocabulary.selection import VocabularySize

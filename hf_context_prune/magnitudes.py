@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from .architectures import blocks, check_supported
 from .calibration import Batch, check_weights_finite, prepare_batch
-from .distributed import all_reduce_, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError
 from .modeling.specs import ArchSpec, read_geometry
+from .utils.distributed import all_reduce_, shard, sum_counts, together
 
 
 @dataclass(frozen=True)

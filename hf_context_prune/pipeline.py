@@ -16,7 +16,6 @@ from .calibration import check_weights_finite
 from .calibration_text import check_general_mix
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents, load_documents
-from .distributed import on_main_process, together, warn_if_alone
 from .errors import ConfigError, DataError
 from .evaluation.perplexity import document_losses
 from .evaluation.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
@@ -31,6 +30,7 @@ from .result import PruneResult
 from .search_text import SearchText
 from .surgery import stock_fit
 from .thresholds import zeros_note
+from .utils.distributed import on_main_process, together, warn_if_alone
 from .vocabulary.notes import effort_note, vocabulary_note
 
 

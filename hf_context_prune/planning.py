@@ -17,7 +17,6 @@ from .budget_search import Loss, smallest_within
 from .calibration import batches_of, weights_of_block
 from .config import PrunerConfig
 from .criteria import get_criterion
-from .distributed import on_main_process
 from .errors import ConfigError, naming
 from .modeling.specs import LayerWidths, read_geometry
 from .plan import LayerPlan, PruningPlan, fingerprint
@@ -25,6 +24,7 @@ from .reconstruction import NEEDS_GRAM, get_reconstruction
 from .sensitivity import measure_sensitivity, withhold_probe
 from .sequential import check_walkable, prune_sequentially
 from .stats import CalibrationStats, Curve, Key, Repair
+from .utils.distributed import on_main_process
 from .width_search import calibrate_in_turns, search_curves
 from .widths import measured_widths, needed_targets, plan_widths, shape_of
 

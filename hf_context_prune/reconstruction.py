@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 
 from .errors import ConfigError, unknown
-from .linalg import cholesky, regularized
 from .stats import TargetStatistics
+from .utils.linalg import cholesky, regularized
 
 Reconstruction = Callable[
     [torch.Tensor, torch.Tensor | None, list[int], TargetStatistics, float], tuple[torch.Tensor, torch.Tensor | None]

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from .card import write_card
 from .card.facts import facts_in
-from .distributed import is_main_process, on_main_process
 from .evaluation.report import EvalReport, MemoryFacts
 from .evaluation.speed import measure_peak_memory, weight_bytes
 from .hub import PushResult, push_folder
@@ -20,6 +19,7 @@ from .plan import PruningPlan
 from .saving import REPORT_NAME, estimate_bytes, write_model_folder
 from .staging import resolve_target, staged_folder
 from .surgery import StockFit
+from .utils.distributed import is_main_process, on_main_process
 
 
 @dataclass

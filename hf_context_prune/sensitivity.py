@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 from .architectures import Target, blocks, check_supported, output_projection, output_weight, unit_size
 from .errors import ConfigError, NumericsError
 from .forwards import Forward, fast, forwards
-from .linalg import all_finite
 from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from .stats import Curve, Key, Repair
+from .utils.linalg import all_finite
 
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when it is probed."""

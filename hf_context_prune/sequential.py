@@ -40,15 +40,15 @@ from .architectures import (
 )
 from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_block
 from .criteria import Criterion
-from .distributed import broadcast_object, reduce_moments, shard, sum_counts, together
 from .errors import ConfigError, DataError, NumericsError, naming
-from .linalg import fast_matmul
 from .modeling.specs import ArchSpec, LayerWidths, read_geometry
 from .plan import LayerPlan
 from .reconstruction import refit, squared_error
 from .stats import Key, RegressionMoments
 from .streams import Stream, StreamStorage, capture, choose_held_out, watched
 from .surgery import kept_features
+from .utils.distributed import broadcast_object, reduce_moments, shard, sum_counts, together
+from .utils.linalg import fast_matmul
 from .walk_state import FinishedBlock, WalkState
 
 CORRECTION_RIDGES = (0.1, 0.3, 1.0, 3.0)

@@ -17,10 +17,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from .cache import CACHE_VARIABLE, cache_dir
-from .distributed import digest_batches, is_main_process, num_processes, on_main_process
 from .errors import PruningWarning
 from .files import exclusive
-from .linalg import bfloat16_is_fast
+from .utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
+from .utils.linalg import bfloat16_is_fast
 from .utils.version import __version__
 
 _FORGOTTEN_AFTER_DAYS = 7

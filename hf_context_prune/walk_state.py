@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .architectures import TARGETS, Target
-from .distributed import is_main_process
 from .errors import SaveError
 from .modeling.specs import LayerWidths
 from .plan import LayerPlan
 from .unfinished import resume_key
+from .utils.distributed import is_main_process
 
 logger = logging.getLogger(__name__)
 

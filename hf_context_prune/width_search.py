@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from .architectures import Target, blocks, check_supported, output_projection, output_weight
 from .calibration import batches_of, calibrate
-from .distributed import broadcast_object, is_main_process, on_main_process
 from .errors import SaveError
 from .files import write_file
 from .modeling.specs import read_geometry
@@ -22,6 +21,7 @@ from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_pro
 from .stats import CalibrationStats, Curve, Key, Repair
 from .streams import mapped
 from .unfinished import resume_key
+from .utils.distributed import broadcast_object, is_main_process, on_main_process
 
 SEARCH_TOKENS = 16_384
 """Text of the statistics, or `TOKENS_A_FEATURE` times the widest layer: widths need less of it than the refit."""

@@ -9,8 +9,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_context_prune import linalg
 from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.utils import linalg
 
 FAST_PRECISION = linalg.FAST_PRECISION
 """As the package has it: for tests on the real model."""

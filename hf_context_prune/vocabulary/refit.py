@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.data import TextSource, token_blocks
 from hf_context_prune.forwards import fast_blocks
-from hf_context_prune.linalg import fast_matmul, inverse_spd, regularized
+from hf_context_prune.utils.linalg import fast_matmul, inverse_spd, regularized
 
 RIDGE = 0.3
 PRIOR = 100.0

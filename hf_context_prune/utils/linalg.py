@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from .errors import NumericsError
+from hf_context_prune.errors import NumericsError
 
 FAST_PRECISION = "medium"
 """PyTorch's name for float32 products of factors rounded to bfloat16; "highest" rounds nothing anywhere."""

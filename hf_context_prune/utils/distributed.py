@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from .errors import ConfigError, ContextPruneError, DataError
+from hf_context_prune.errors import ConfigError, ContextPruneError, DataError
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-    from .stats import RegressionMoments, TargetStatistics
+    from hf_context_prune.stats import RegressionMoments, TargetStatistics
 
 T = TypeVar("T")
 
