@@ -13,7 +13,7 @@ import torch
 
 from hf_context_prune.data import TextSource, load_documents
 from hf_context_prune.evaluation._bootstrap import Estimate
-from hf_context_prune.evaluation._generation import hardware_name
+from hf_context_prune.modeling.generation import hardware_name
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "RESULTS.md"

@@ -25,7 +25,6 @@ from benchmarks.common import Rows, corpus, given, parser, table, write_section
 from benchmarks.methods import OURS, Domain, rounded
 from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
-from hf_context_prune.architectures import TARGETS
 from hf_context_prune.callback.callback import ContextPruneCallback
 from hf_context_prune.callback.schedule import PruningSchedule
 from hf_context_prune.cells import percent
@@ -35,8 +34,9 @@ from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.modeling.architectures import TARGETS
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.overlap import drop_overlapping
-from hf_context_prune.plan import PruningPlan
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.recovery.run import recover
 from hf_context_prune.saving import PLAN_NAME, save_pruned

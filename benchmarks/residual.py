@@ -16,9 +16,9 @@ from benchmarks.common import Rows, cell, given, parser, table, write_section
 from benchmarks.methods import METHODS, OURS, SIZES, Domain, Method, documents_of, rounded
 from benchmarks.models import smollm2
 from benchmarks.one_shot import excess
-from hf_context_prune.architectures import blocks, check_supported
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.plan import PruningPlan
+from hf_context_prune.modeling.architectures import blocks, check_supported
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.planning import needed_statistics, repair_with
 from hf_context_prune.surgery import apply_plan
 

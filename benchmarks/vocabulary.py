@@ -21,13 +21,13 @@ import numpy as np
 from benchmarks.common import Rows, given, parser, table, write_section
 from benchmarks.methods import OURS, Domain, documents_of, rounded
 from benchmarks.models import smollm2
-from hf_context_prune.architectures import TARGETS
 from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource
 from hf_context_prune.evaluation._bootstrap import Estimate
 from hf_context_prune.evaluation.speed import count_parameters, measure_speed, speed_ratio
 from hf_context_prune.global_budget import smaller_model
+from hf_context_prune.modeling.architectures import TARGETS
 from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text
 from hf_context_prune.vocabulary.selection import VocabularySize

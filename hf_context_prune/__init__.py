@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .hub import push_folder
     from .loading import load_model, load_pruned
     from .measuring import QuestionOptions, evaluate
+    from .modeling.plan import PruningPlan
     from .pipeline import EvalOptions, prune
-    from .plan import PruningPlan
     from .planning import make_plan
     from .recovery.config import RecoveryConfig
     from .recovery.run import recover

@@ -14,8 +14,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .config import PrunerConfig
 from .errors import BudgetError, NumericsError
+from .modeling.plan import LayerPlan
 from .modeling.specs import Geometry, LayerWidths
-from .plan import LayerPlan
 from .stats import Curve, Key
 
 Costs = Mapping[str, int]

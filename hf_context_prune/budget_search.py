@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from .config import PrunerConfig
 from .errors import BudgetError
 from .evaluation.speed import count_parameters
+from .modeling.plan import PruningPlan
 from .modeling.specs import LayerWidths
-from .plan import PruningPlan
 from .stats import Repair
 from .surgery import apply_plan
 from .utils.distributed import on_main_process

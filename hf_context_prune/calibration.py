@@ -11,7 +11,8 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import (
+from .errors import ConfigError, DataError, NumericsError
+from .modeling.architectures import (
     TARGETS,
     Gradients,
     Target,
@@ -24,7 +25,6 @@ from .architectures import (
     output_weight,
     unit_size,
 )
-from .errors import ConfigError, DataError, NumericsError
 from .modeling.specs import ArchSpec, Geometry, read_geometry
 from .stats import CalibrationStats, TargetStatistics, TargetWeights
 from .utils.distributed import all_reduce_, reduce_statistics, shard, sum_counts, together

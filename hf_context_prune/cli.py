@@ -233,7 +233,7 @@ def inspect(
     from .evaluation.report import EvalReport
     from .export.run import read_export
     from .manifest import verify_folder
-    from .plan import PruningPlan
+    from .modeling.plan import PruningPlan
     from .saving import EXPORT_REPORT_NAME, PLAN_NAME, REPORT_NAME
 
     manifest = verify_folder(folder)

@@ -11,18 +11,18 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import Budget, predicted_loss
-from .architectures import check_supported
 from .budget_search import Loss
 from .calibration import batches_of
 from .calibration_text import calibration_blocks, refit_rows_in_all, rows_text
 from .config import PrunerConfig
 from .data import TextSource, hold_out_documents
-from .embeddings import num_rows, token_cost
 from .errors import BudgetError, DataError
 from .evaluation.perplexity import document_losses
 from .evaluation.speed import count_parameters
 from .magnitudes import Magnitudes, check_linear, measure_magnitudes
-from .plan import PruningPlan, fingerprint
+from .modeling.architectures import check_supported
+from .modeling.plan import PruningPlan, fingerprint
+from .modeling.token_rows import num_rows, token_cost
 from .planning import Measured, Planner, plan_and_repair, versions
 from .search_text import SearchText
 from .surgery import apply_plan

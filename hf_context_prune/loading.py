@@ -32,11 +32,11 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import modeling  # registers the variable-width classes with the auto classes
-from .architectures import spec_of
 from .cache import CACHE_VARIABLE, cache_dir
 from .errors import ConfigError, ContextPruneError, LoadError, unknown
 from .manifest import PICKLE_SUFFIXES, read_manifest, sha256_of, verify_folder
 from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, size_fields
+from .modeling.architectures import spec_of
 from .saving import estimate_bytes
 from .staging import staged_folder
 from .utils.distributed import device as default_device

@@ -15,9 +15,9 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import blocks, check_supported
 from .calibration import Batch, check_weights_finite, prepare_batch
 from .errors import ConfigError, DataError, NumericsError
+from .modeling.architectures import blocks, check_supported
 from .modeling.specs import ArchSpec, read_geometry
 from .utils.distributed import all_reduce_, shard, sum_counts, together
 

@@ -23,9 +23,9 @@ from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model
 from .matrix_facts import DENSE, DomainMatrix, mixed_name
 from .measuring import QuestionOptions
+from .modeling.plan import PruningPlan, fingerprint
 from .overlap import drop_overlapping
 from .pipeline import as_loaded, plan_notes, split_text
-from .plan import PruningPlan, fingerprint
 from .rendering import check_report_place, write_run
 from .rows import open_rows
 from .saving import PLAN_NAME, REPORT_NAME, save_pruned

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .architectures import spec_of
 from .errors import LoadError
+from .modeling.architectures import spec_of
 from .modeling.modeling_context_pruned import check_header
 from .modeling.specs import ArchSpec, neurons_of, read_geometry
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import Budget
-from .architectures import spec_of
 from .config import PrunerConfig
-from .embeddings import num_rows, token_cost
 from .errors import BudgetError
 from .evaluation.speed import count_parameters
 from .loading import load_outline
+from .modeling.architectures import spec_of
 from .modeling.specs import LayerWidths, read_geometry
+from .modeling.token_rows import num_rows, token_cost
 from .planning import check_repair
 from .surgery import StockFit, stock_fit
 from .vocabulary.selection import VocabularySize

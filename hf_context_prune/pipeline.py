@@ -10,7 +10,6 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .allocation import Budget
-from .architectures import check_supported
 from .base_card import in_memory, provenance_of
 from .calibration import check_weights_finite
 from .calibration_text import check_general_mix
@@ -23,8 +22,9 @@ from .evaluation.speed import count_parameters, measure_speed
 from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, smaller_model
 from .loading import LoadedModel, load_model, read_from
+from .modeling.architectures import check_supported
+from .modeling.plan import PruningPlan
 from .overlap import drop_overlapping
-from .plan import PruningPlan
 from .planning import check_repair
 from .result import PruneResult
 from .search_text import SearchText

@@ -12,14 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from .allocation import most_removable, predicted_loss, removed_params, select_units
-from .architectures import blocks, check_supported, output_projection, spec_of
 from .budget_search import Loss, smallest_within
 from .calibration import batches_of, weights_of_block
 from .config import PrunerConfig
 from .criteria import get_criterion
 from .errors import ConfigError, naming
+from .modeling.architectures import blocks, check_supported, output_projection, spec_of
+from .modeling.plan import LayerPlan, PruningPlan, fingerprint
 from .modeling.specs import LayerWidths, read_geometry
-from .plan import LayerPlan, PruningPlan, fingerprint
 from .reconstruction import NEEDS_GRAM, get_reconstruction
 from .sensitivity import measure_sensitivity, withhold_probe
 from .sequential import check_walkable, prune_sequentially

@@ -18,7 +18,7 @@ from .figures import Point, curves_figure, losses_figure, matrix_figure, widths_
 from .files import check_writable, write_file
 from .manifest import MANIFEST_NAME, verify_folder
 from .markdown import inert, one_line, table
-from .plan import PruningPlan
+from .modeling.plan import PruningPlan
 from .saving import PLAN_NAME, REPORT_NAME
 from .staging import staged_folder
 

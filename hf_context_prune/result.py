@@ -15,7 +15,7 @@ from .evaluation.report import EvalReport, MemoryFacts
 from .evaluation.speed import measure_peak_memory, weight_bytes
 from .hub import PushResult, push_folder
 from .loading import LoadedModel
-from .plan import PruningPlan
+from .modeling.plan import PruningPlan
 from .saving import REPORT_NAME, estimate_bytes, write_model_folder
 from .staging import resolve_target, staged_folder
 from .surgery import StockFit

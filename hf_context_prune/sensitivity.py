@@ -23,9 +23,9 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import Target, blocks, check_supported, output_projection, output_weight, unit_size
 from .errors import ConfigError, NumericsError
-from .forwards import Forward, fast, forwards
+from .modeling.architectures import Target, blocks, check_supported, output_projection, output_weight, unit_size
+from .modeling.patching import Forward, fast, forwards
 from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from .stats import Curve, Key, Repair
 from .utils.linalg import all_finite

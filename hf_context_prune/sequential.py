@@ -27,7 +27,10 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import (
+from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_block
+from .criteria import Criterion
+from .errors import ConfigError, DataError, NumericsError, naming
+from .modeling.architectures import (
     Target,
     blocks,
     channel_scale,
@@ -38,11 +41,8 @@ from .architectures import (
     post_norm,
     residual_scale,
 )
-from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_block
-from .criteria import Criterion
-from .errors import ConfigError, DataError, NumericsError, naming
+from .modeling.plan import LayerPlan
 from .modeling.specs import ArchSpec, LayerWidths, read_geometry
-from .plan import LayerPlan
 from .reconstruction import refit, squared_error
 from .stats import Key, RegressionMoments
 from .streams import Stream, StreamStorage, capture, choose_held_out, watched

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import blocks
 from .errors import SaveError
-from .forwards import fast, forwards
+from .modeling.architectures import blocks
+from .modeling.patching import fast, forwards
 from .modeling.specs import ArchSpec
 
 Batch = dict[str, torch.Tensor]

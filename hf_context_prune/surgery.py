@@ -15,12 +15,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import modeling
-from .architectures import TARGETS, Target, blocks, check_supported, output_projection, unit_size
-from .embeddings import renumber, token_rows, with_vocabulary
 from .errors import SaveError
+from .modeling.architectures import TARGETS, Target, blocks, check_supported, output_projection, unit_size
 from .modeling.modeling_context_pruned import is_transposed
+from .modeling.plan import PruningPlan
 from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
-from .plan import PruningPlan
+from .modeling.token_rows import renumber, token_rows, with_vocabulary
 from .stats import Repair
 
 

@@ -24,8 +24,8 @@ from .global_budget import check_budget, smaller_model, threshold_magnitudes, tr
 from .loading import LoadedModel
 from .magnitudes import Magnitudes
 from .measuring import QuestionOptions
+from .modeling.plan import PruningPlan, fingerprint
 from .pipeline import as_loaded, split_text
-from .plan import PruningPlan, fingerprint
 from .recovery.config import RecoveryConfig
 from .recovery.run import recover
 from .rendering import check_report_place, write_run

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import blocks, check_supported, output_projection, output_weight
 from .config import PrunerConfig
-from .embeddings import token_modules
 from .errors import ConfigError
 from .evaluation.speed import count_parameters
 from .magnitudes import Magnitudes, linear_layers
+from .modeling.architectures import blocks, check_supported, output_projection, output_weight
+from .modeling.plan import LayerPlan, PruningPlan, fingerprint
 from .modeling.specs import ArchSpec, Geometry, read_geometry
-from .plan import LayerPlan, PruningPlan, fingerprint
+from .modeling.token_rows import token_modules
 from .planning import versions
 from .surgery import apply_plan
 from .vocabulary.prune import TrimmedModel

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .architectures import TARGETS, Target
 from .errors import SaveError
+from .modeling.architectures import TARGETS, Target
+from .modeling.plan import LayerPlan
 from .modeling.specs import LayerWidths
-from .plan import LayerPlan
 from .unfinished import resume_key
 from .utils.distributed import is_main_process
 

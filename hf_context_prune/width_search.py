@@ -12,10 +12,10 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from .architectures import Target, blocks, check_supported, output_projection, output_weight
 from .calibration import batches_of, calibrate
 from .errors import SaveError
 from .files import write_file
+from .modeling.architectures import Target, blocks, check_supported, output_projection, output_weight
 from .modeling.specs import read_geometry
 from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
 from .stats import CalibrationStats, Curve, Key, Repair

@@ -9,13 +9,13 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from .allocation import Budget, Costs, adaptive_widths, beyond_probes, most_removable, removed_params, uniform_widths
-from .architectures import TARGETS, Target, UnitCosts, spec_of, unit_costs
 from .config import PrunerConfig
-from .embeddings import num_rows, token_cost
 from .errors import BudgetError, ConfigError
 from .evaluation.speed import count_parameters
+from .modeling.architectures import TARGETS, Target, UnitCosts, spec_of, unit_costs
+from .modeling.plan import PruningPlan
 from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
-from .plan import PruningPlan
+from .modeling.token_rows import num_rows, token_cost
 from .sensitivity import probed_counts
 from .stats import Curve, Key
 from .surgery import stock_fit

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from hf_context_prune.architectures import blocks
 from hf_context_prune.calibration import calibrate, weights_of_block
 from hf_context_prune.config import CriterionName
 from hf_context_prune.criteria import CRITERIA, RIDGE, criterion, get_criterion
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
+from hf_context_prune.modeling.architectures import blocks
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.stats import TargetStatistics, TargetWeights
 from hf_context_prune.utils.linalg import FLOOR

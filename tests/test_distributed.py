@@ -16,7 +16,7 @@ import torch
 from hf_context_prune.calibration import calibrate
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.plan import PruningPlan
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.planning import plan_and_repair
 from hf_context_prune.stats import CalibrationStats
 from hf_context_prune.surgery import apply_plan

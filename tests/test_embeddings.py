@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_context_prune.embeddings import (
+from hf_context_prune.errors import PlanError
+from hf_context_prune.modeling.token_rows import (
     named_ids,
     num_rows,
     renumber,
@@ -17,7 +18,6 @@ from hf_context_prune.embeddings import (
     token_rows,
     with_vocabulary,
 )
-from hf_context_prune.errors import PlanError
 from tests.tiny import CASES, VOCABULARY, case, tiny_config
 
 NEW = {1: 0, 2: 1, 5: 2, 7: 3, 8: 4, 9: 5}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_context_prune.architectures import blocks, spec_of
-from hf_context_prune.forwards import fast_blocks, forwards
+from hf_context_prune.modeling.architectures import blocks, spec_of
+from hf_context_prune.modeling.patching import fast_blocks, forwards
 from hf_context_prune.utils import linalg
 from tests.tiny import CASES, VOCABULARY, case
 

@@ -77,7 +77,7 @@ def import_nodes(node: ast.AST, *, type_checking: bool = False) -> Iterator[ast.
 
 
 def imports(module: str, source: str, *, is_package: bool = False, type_checking: bool = False) -> set[str]:
-    """Absolute dotted names that a module imports, with the imported attribute: ``hf_context_prune.plan.LayerPlan``."""
+    """Absolute dotted names that a module imports, with the imported attribute: ``hf_context_prune.modeling.plan.LayerPlan``."""
     names = set()
     for node in import_nodes(ast.parse(source), type_checking=type_checking):
         base = getattr(node, "module", None) or ""

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_context_prune.errors import PlanError, VocabularyError
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
-from hf_context_prune.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.surgery import apply_plan
 from tests.tiny import tiny_model
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_context_prune import EvalOptions, PrunerConfig, load_model, prune
-from hf_context_prune.architectures import spec_of
 from hf_context_prune.demo import complete
+from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
 

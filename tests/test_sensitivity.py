@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from hf_context_prune.architectures import TARGETS, unit_size
 from hf_context_prune.calibration import calibrate
 from hf_context_prune.errors import ConfigError, NumericsError
+from hf_context_prune.modeling.architectures import TARGETS, unit_size
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, base_model_type, read_geometry
-from hf_context_prune.plan import LayerPlan, PruningPlan
 from hf_context_prune.reconstruction import RECONSTRUCTIONS
 from hf_context_prune.sensitivity import PROBES, measure_sensitivity, withhold_probe
 from hf_context_prune.surgery import apply_plan, kept_features

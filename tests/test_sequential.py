@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from hf_context_prune import sequential
-from hf_context_prune.architectures import blocks, output_projection, output_weight, spec_of
 from hf_context_prune.calibration import calibrate
 from hf_context_prune.criteria import CRITERIA
 from hf_context_prune.errors import ConfigError, SaveError
+from hf_context_prune.modeling.architectures import blocks, output_projection, output_weight, spec_of
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
-from hf_context_prune.plan import PruningPlan
 from hf_context_prune.reconstruction import least_squares, refit
 from hf_context_prune.sequential import prune_sequentially
 from hf_context_prune.surgery import apply_plan

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_context_prune import modeling
-from hf_context_prune.architectures import (
+from hf_context_prune.errors import SaveError, UnsupportedArchitectureError
+from hf_context_prune.modeling.architectures import (
     TARGETS,
     blocks,
     check_supported,
@@ -23,9 +24,8 @@ from hf_context_prune.architectures import (
     output_weight,
     unit_costs,
 )
-from hf_context_prune.errors import SaveError, UnsupportedArchitectureError
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
-from hf_context_prune.plan import LayerPlan, PruningPlan
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan, kept_features, stock_fit
 from tests.tiny import CASES, VOCABULARY, case, tiny_config, tiny_model

@@ -13,7 +13,7 @@ import torch
 
 from hf_context_prune.cache import cache_dir
 from hf_context_prune.errors import PruningWarning, SaveError
-from hf_context_prune.plan import fingerprint
+from hf_context_prune.modeling.plan import fingerprint
 from hf_context_prune.unfinished import resume_key, unfinished_work
 from tests.tiny import VOCABULARY, tiny_model
 

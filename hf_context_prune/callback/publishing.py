@@ -13,7 +13,7 @@ from hf_context_prune.card import CARD_NAME, write_card
 from hf_context_prune.card.facts import CardFacts
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.hub import PushResult, push_folder
-from hf_context_prune.plan import PruningPlan
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.saving import estimate_bytes, write_model_folder
 from hf_context_prune.staging import staged_folder
 

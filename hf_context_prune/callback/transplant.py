@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.plan import LayerPlan, PruningPlan
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 
 
 def check_modules(model: PreTrainedModel, smaller: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import DynamicCache
 
-from ._inference import evaluation_mode, max_positions
+from hf_context_prune.modeling.inference import evaluation_mode, max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,9 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_context_prune import modeling  # registers the variable-width classes
-
-from ._generation import dtype_name, fit_prompt, random_prompt, timed_generation
-from ._inference import max_positions, vocabulary_rows
+from hf_context_prune.modeling.generation import dtype_name, fit_prompt, random_prompt, timed_generation
+from hf_context_prune.modeling.inference import max_positions, vocabulary_rows
 
 
 def peak_rss() -> tuple[int, str]:

@@ -14,9 +14,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_context_prune.errors import ConfigError, LoadError
-
-from ._generation import dtype_name, fit_prompt, hardware_name, random_prompt, timed_generation
-from ._inference import max_positions, vocabulary_rows
+from hf_context_prune.modeling.generation import dtype_name, fit_prompt, hardware_name, random_prompt, timed_generation
+from hf_context_prune.modeling.inference import max_positions, vocabulary_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,10 +13,10 @@ import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
-from hf_context_prune.architectures import spec_of
 from hf_context_prune.base_card import base_card
 from hf_context_prune.errors import ExportError
 from hf_context_prune.loading import LoadedModel
+from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
 
 from .gguf_tokenizer import check_tokenizer, write_tokenizer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hf_context_prune.evaluation._generation import end_tokens
+from hf_context_prune.modeling.generation import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_context_prune.architectures import check_supported
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, hold_out_documents, load_documents
 from hf_context_prune.errors import ConfigError, LoadError
@@ -16,8 +15,9 @@ from hf_context_prune.evaluation.speed import count_parameters, measure_speed
 from hf_context_prune.evaluation.texts import GeneralText, general_losses, loss_facts, read_general
 from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.manifest import verify_folder
+from hf_context_prune.modeling.architectures import check_supported
+from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pipeline import EvalOptions, apart_from_general, split_text
-from hf_context_prune.plan import PruningPlan, fingerprint
 from hf_context_prune.result import PruneResult
 from hf_context_prune.saving import PLAN_NAME
 from hf_context_prune.surgery import stock_fit

@@ -15,7 +15,7 @@ from hf_context_prune.errors import ContextPruneError, LoadError
 from hf_context_prune.evaluation._bootstrap import Estimate
 from hf_context_prune.evaluation.report import EvalReport, LossFacts
 from hf_context_prune.manifest import verify_folder
-from hf_context_prune.plan import PruningPlan
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.saving import PLAN_NAME, REPORT_NAME
 
 from .settings import Entry, Source

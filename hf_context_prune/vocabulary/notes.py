@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_context_prune.data import TextSource
-from hf_context_prune.plan import PruningPlan
+from hf_context_prune.modeling.plan import PruningPlan
 
 
 def vocabulary_note(plan: PruningPlan, text: TextSource) -> tuple[str, ...]:

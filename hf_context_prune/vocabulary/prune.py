@@ -11,14 +11,14 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.architectures import check_supported
 from hf_context_prune.config import VocabCriterion
 from hf_context_prune.data import TextSource, load_documents, token_blocks
-from hf_context_prune.embeddings import named_ids, num_rows
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, VocabularyError, unknown
-from hf_context_prune.forwards import fast_blocks
+from hf_context_prune.modeling.architectures import check_supported
+from hf_context_prune.modeling.patching import fast_blocks
+from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.plan import PruningPlan, Vocabulary, fingerprint
+from hf_context_prune.modeling.token_rows import named_ids, num_rows
 from hf_context_prune.surgery import apply_plan
 
 from .rebuild import order_of, pruned_state, rebuilt, table_of

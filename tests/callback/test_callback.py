@@ -26,8 +26,8 @@ from hf_context_prune.errors import (
     PruningWarning,
     UnsupportedArchitectureError,
 )
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS
-from hf_context_prune.plan import PruningPlan
 from tests.callback.cases import SCHEDULE, STEPS, Snapshots, config_for, dataset, trainer_for
 from tests.callback.cases import arguments as arguments_for
 from tests.tiny import FAMILIES, case, tiny_model
@@ -110,7 +110,7 @@ def test_learning_goes_on_after_a_pruning(optim, options, tmp_path):
 
 def identity_of(plan, model):
     """The plan of a training for the model that it began with."""
-    from hf_context_prune.plan import fingerprint
+    from hf_context_prune.modeling.plan import fingerprint
 
     return PruningPlan(plan.model_type, plan.dense, plan.layers, fingerprint(model))
 

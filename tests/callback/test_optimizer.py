@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from hf_context_prune.architectures import spec_of
 from hf_context_prune.callback.optimizer import STATES, check_optimizer, clear_entries, map_state, replace_parameters
 from hf_context_prune.callback.transplant import composed, scatter, transplant
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.surgery import apply_plan, kept_entries
 from tests.tiny import CASES, case, tiny_model
 

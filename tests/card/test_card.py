@@ -26,7 +26,7 @@ from hf_context_prune.evaluation.multiple_choice import Accuracy
 from hf_context_prune.evaluation.report import EvalReport, MultipleChoiceFacts
 from hf_context_prune.loading import load_model, load_pruned
 from hf_context_prune.manifest import verify_folder
-from hf_context_prune.plan import PruningPlan
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.recovery.folder import recover_folder
 from hf_context_prune.saving import PLAN_NAME, REPORT_NAME, save_pruned
 from tests.test_pipeline import OPTIONS, texts

@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitectureError
-from hf_context_prune.evaluation._generation import timed_generation
 from hf_context_prune.evaluation.speed import (
     SpeedMeasurement,
     Spread,
@@ -16,6 +15,7 @@ from hf_context_prune.evaluation.speed import (
     speed_ratio,
     weight_bytes,
 )
+from hf_context_prune.modeling.generation import timed_generation
 
 
 def tiny_llama(**changes):

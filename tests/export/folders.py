@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 from hf_context_prune import prune_vocabulary
-from hf_context_prune.architectures import spec_of
 from hf_context_prune.data import TextDocument, TextSource
+from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer

@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
-from hf_context_prune.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.saving import PLAN_NAME, REPORT_NAME, save_pruned
 from hf_context_prune.surgery import apply_plan
 from tests.hub.client import client, digest

@@ -12,10 +12,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_context_prune.data import CalibrationWarning
-from hf_context_prune.embeddings import num_rows
 from hf_context_prune.errors import PlanError
+from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS
-from hf_context_prune.plan import PruningPlan, fingerprint
+from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
 from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary

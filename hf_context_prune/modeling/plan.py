@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .embeddings import num_rows
-from .errors import PlanError, VocabularyError
-from .modeling.specs import Geometry, LayerWidths, base_model_type
+from hf_context_prune.errors import PlanError, VocabularyError
+
+from .specs import Geometry, LayerWidths, base_model_type
+from .token_rows import num_rows
 
 FORMAT_VERSION = 2
 """Version 1 had no vocabulary."""

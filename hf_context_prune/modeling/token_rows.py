@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import PlanError
+from hf_context_prune.errors import PlanError
 
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _ID_SEQUENCES = ("bad_words_ids", "force_words_ids")

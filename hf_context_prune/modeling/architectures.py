@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .errors import UnsupportedArchitectureError
-from .modeling.modeling_context_pruned import is_transposed
-from .modeling.specs import PREFIX, SPECS, ArchSpec, Geometry, LayerWidths, Projection, base_model_type, read_geometry
+from hf_context_prune.errors import UnsupportedArchitectureError
+
+from .modeling_context_pruned import is_transposed
+from .specs import PREFIX, SPECS, ArchSpec, Geometry, LayerWidths, Projection, base_model_type, read_geometry
 
 Target = Literal["mlp", "attention"]
 TARGETS: tuple[Target, ...] = ("mlp", "attention")

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from hf_context_prune.errors import ConfigError, UnsupportedArchitectureError
 
-from ._inference import evaluation_mode
+from .inference import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_context_prune.utils.linalg import fast_block
+
 from .architectures import blocks, spec_of
-from .utils.linalg import fast_block
 
 Forward = Callable[..., Any]
 
