@@ -19,12 +19,12 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data import TextSource, token_blocks
 from hf_context_prune.evaluation.perplexity import DocumentLoss, document_losses
 from hf_context_prune.evaluation.speed import count_parameters
-from hf_context_prune.loading import LoadedModel
 from hf_context_prune.modeling.architectures import Target, blocks, spec_of, unit_costs
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.planning import Planner, make_plan, needed_statistics, plan_and_repair, repair_with
 from hf_context_prune.stats import CalibrationStats
+from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.surgery import apply_plan
 from hf_context_prune.utils.linalg import fast_matmul
 from hf_context_prune.vocabulary.refit import refit_rows

@@ -26,9 +26,9 @@ from hf_context_prune.card.facts import read_facts
 from hf_context_prune.card.text import PICTURE_NAME
 from hf_context_prune.data import TextSource
 from hf_context_prune.errors import LoadError
-from hf_context_prune.loading import LoadedModel
 from hf_context_prune.measuring import answered
 from hf_context_prune.questions import load_questions
+from hf_context_prune.storage.loading import LoadedModel
 
 CARDS = ROOT.parent / "model_cards"
 BASE = "SmolLM2-135M"

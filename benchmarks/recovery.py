@@ -33,13 +33,13 @@ from hf_context_prune.data import TextSource, hold_out_documents, token_blocks
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.global_budget import smaller_model
-from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.modeling.architectures import TARGETS
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.recovery.run import recover
-from hf_context_prune.saving import PLAN_NAME, save_pruned
+from hf_context_prune.storage.loading import LoadedModel, load_model
+from hf_context_prune.storage.saving import PLAN_NAME, save_pruned
 from hf_context_prune.utils.linalg import bfloat16_is_fast, fast_matmul
 
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}

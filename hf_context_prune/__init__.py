@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .errors import ContextPruneError
     from .evaluation.report import EvalReport
     from .hub import push_folder
-    from .loading import load_model, load_pruned
     from .measuring import QuestionOptions, evaluate
     from .modeling.plan import PruningPlan
     from .pipeline import EvalOptions, prune
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from .recovery.config import RecoveryConfig
     from .recovery.run import recover
     from .result import PruneResult
+    from .storage.loading import load_model, load_pruned
     from .surgery import apply_plan
     from .vocabulary.prune import prune_vocabulary
 

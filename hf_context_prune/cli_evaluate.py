@@ -24,7 +24,7 @@ from .cli_options import (
 )
 from .cli_output import out, out_json, out_table
 from .cli_questions import FewShot, MaxQuestions, McqColumns, McqScorer, McqSource, McqSplit, question_options
-from .saving import REPORT_NAME
+from .storage.saving import REPORT_NAME
 from .tables import report_table, run_tables
 from .utils.distributed import on_main_process
 
@@ -67,10 +67,10 @@ def evaluate(
     """Measure MODEL on a text (and questions): bits per byte, perplexity, accuracy, size, speed and memory."""
     asked = question_options({} if mcq is None else {"": mcq}, locals())
     from .evaluation.harness import harness_task_name
-    from .loading import load_model
     from .measuring import evaluate as run
     from .pipeline import EvalOptions
     from .rendering import check_report_place, save_report
+    from .storage.loading import load_model
 
     if output is not None:
         check_report_place(output, "evaluate")
@@ -119,8 +119,8 @@ def bench(
 ) -> None:
     """Measure BASE and MODEL in turns: load time, prefill, decoding, peak memory, bytes on disk."""
     from .evaluation.bench import bench as run
-    from .loading import copy_notes, load_model
     from .rendering import check_report_place, save_report
+    from .storage.loading import copy_notes, load_model
 
     if output is not None:
         check_report_place(output, "bench")

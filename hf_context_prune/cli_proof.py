@@ -40,7 +40,7 @@ from .cli_questions import (
     question_options,
 )
 from .errors import ConfigError
-from .saving import REPORT_NAME
+from .storage.saving import REPORT_NAME
 from .tables import run_tables
 
 
@@ -83,9 +83,9 @@ def sweep(
 ) -> None:
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
-    from .loading import load_model
     from .recovery.config import RecoveryConfig
     from .rendering import check_report_place
+    from .storage.loading import load_model
     from .sweep import SweepOptions
     from .sweep import sweep as run
 
@@ -194,8 +194,8 @@ def matrix(
     """Prune MODEL once for each domain, and measure every result on every domain."""
     given = locals()
     chosen = given_options(config, {**given, "pruning_seed": seed})
-    from .loading import load_model
     from .matrix import check_matrix, domain_matrix
+    from .storage.loading import load_model
 
     texts, held_out = _pairs("--domains", [*domains, *(more or [])]), _pairs("--eval-data", eval_data)
     asked = question_options(_pairs("--mcq", mcq), given)

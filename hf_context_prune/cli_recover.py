@@ -72,7 +72,7 @@ def recover(
     from .pipeline import EvalOptions
     from .recovery.config import RecoveryConfig
     from .recovery.folder import recover_folder
-    from .staging import check_target
+    from .storage.staging import check_target
 
     config = RecoveryConfig(**{item.name: chosen[item.name] for item in fields(RecoveryConfig) if item.name in chosen})
     check_target(output)

@@ -27,11 +27,11 @@ def serve(
     from transformers.cli.transformers import main
 
     from .export.report import ExportReport
-    from .manifest import verify_folder
     from .modeling import model_class
     from .modeling.modeling_context_pruned import model_class_name
     from .modeling.specs import SPECS
-    from .saving import EXPORT_REPORT_NAME
+    from .storage.manifest import verify_folder
+    from .storage.saving import EXPORT_REPORT_NAME
 
     if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
         report = ExportReport.load(folder / EXPORT_REPORT_NAME)

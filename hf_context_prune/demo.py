@@ -14,9 +14,9 @@ from .config import PrunerConfig
 from .data import check_readable
 from .demo_assets import LICENCE_PROMPTS, licence_texts, smollm2_gguf
 from .errors import ConfigError
-from .loading import load_model
 from .pipeline import EvalOptions, prune
 from .result import PruneResult
+from .storage.loading import load_model
 
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")
 

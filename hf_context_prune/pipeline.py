@@ -10,7 +10,6 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .allocation import Budget
-from .base_card import in_memory, provenance_of
 from .calibration import check_weights_finite
 from .calibration_text import check_general_mix
 from .config import PrunerConfig
@@ -21,13 +20,14 @@ from .evaluation.report import DatasetFacts, Environment, EvalReport, SizeFacts,
 from .evaluation.speed import count_parameters, measure_speed
 from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, smaller_model
-from .loading import LoadedModel, load_model, read_from
 from .modeling.architectures import check_supported
 from .modeling.plan import PruningPlan
 from .overlap import drop_overlapping
 from .planning import check_repair
 from .result import PruneResult
 from .search_text import SearchText
+from .storage.loading import LoadedModel, load_model, read_from
+from .storage.provenance import in_memory, provenance_of
 from .surgery import stock_fit
 from .thresholds import zeros_note
 from .utils.distributed import on_main_process, together, warn_if_alone

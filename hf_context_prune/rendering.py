@@ -15,12 +15,12 @@ from .errors import ConfigError, LoadError, SaveError
 from .evaluation.report import EvalReport
 from .evaluation.run_report import AnyReport, RunReport, load_report
 from .figures import Point, curves_figure, losses_figure, matrix_figure, widths_figure
-from .files import check_writable, write_file
-from .manifest import MANIFEST_NAME, verify_folder
 from .markdown import inert, one_line, table
 from .modeling.plan import PruningPlan
-from .saving import PLAN_NAME, REPORT_NAME
-from .staging import staged_folder
+from .storage.files import check_writable, write_file
+from .storage.manifest import MANIFEST_NAME, verify_folder
+from .storage.saving import PLAN_NAME, REPORT_NAME
+from .storage.staging import staged_folder
 
 REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"

@@ -21,7 +21,6 @@ from .evaluation.report import Environment
 from .evaluation.run_report import ReportTable, RunReport
 from .evaluation.speed import count_parameters
 from .global_budget import check_budget, smaller_model, threshold_magnitudes, trimmed_for
-from .loading import LoadedModel
 from .magnitudes import Magnitudes
 from .measuring import QuestionOptions
 from .modeling.plan import PruningPlan, fingerprint
@@ -29,8 +28,9 @@ from .pipeline import as_loaded, split_text
 from .recovery.config import RecoveryConfig
 from .recovery.run import recover
 from .rendering import check_report_place, write_run
-from .rows import open_rows
 from .scores import HeldOut, Scores, held_out_of, score, summary_of
+from .storage.loading import LoadedModel
+from .storage.results_log import open_rows
 from .thresholds import below_thresholds, zeros_of_paper
 from .utils.version import __version__
 from .vocabulary.prune import TrimmedModel

@@ -17,7 +17,7 @@ from .errors import SaveError
 from .modeling.architectures import TARGETS, Target
 from .modeling.plan import LayerPlan
 from .modeling.specs import LayerWidths
-from .unfinished import resume_key
+from .storage.resume import resume_key
 from .utils.distributed import is_main_process
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from .calibration import batches_of, calibrate
 from .errors import SaveError
-from .files import write_file
 from .modeling.architectures import Target, blocks, check_supported, output_projection, output_weight
 from .modeling.specs import read_geometry
 from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
 from .stats import CalibrationStats, Curve, Key, Repair
+from .storage.files import write_file
+from .storage.resume import resume_key
 from .streams import mapped
-from .unfinished import resume_key
 from .utils.distributed import broadcast_object, is_main_process, on_main_process
 
 SEARCH_TOKENS = 16_384

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import common
 from benchmarks import export as benchmark
-from hf_context_prune.loading import load_model
+from hf_context_prune.storage.loading import load_model
 from tests.export.folders import save
 from tests.vocabulary.tiny_domain import write_domains
 

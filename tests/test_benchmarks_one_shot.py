@@ -13,7 +13,7 @@ from benchmarks import common, cost, methods, one_shot, residual
 from benchmarks.methods import METHODS, SIZES, Size, budgets
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.speed import count_parameters
-from hf_context_prune.loading import LoadedModel
+from hf_context_prune.storage.loading import LoadedModel
 from tests.tiny import tiny_model
 
 TEXT = "court party duty care patient dose trial market rate bank loan risk appeal judge nurse bond share fund"

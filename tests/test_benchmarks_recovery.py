@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import common, recovery
 from hf_context_prune.data import CalibrationWarning
-from hf_context_prune.loading import LoadedModel
+from hf_context_prune.storage.loading import LoadedModel
 from tests.vocabulary.tiny_domain import model_for, shared_tokenizer, write_domains
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")

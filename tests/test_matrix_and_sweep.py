@@ -18,12 +18,12 @@ from hf_context_prune.data import CalibrationWarning, hold_out_documents, load_d
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.evaluation.run_report import RunReport, load_report
 from hf_context_prune.global_budget import smaller_model
-from hf_context_prune.loading import LoadedModel, load_model
 from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.matrix_facts import DENSE
 from hf_context_prune.measuring import QuestionOptions
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.rendering import read_folder, render
+from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.sweep import SweepOptions, _Pruner, sweep
 from tests.vocabulary.tiny_domain import model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS

@@ -11,7 +11,6 @@ from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.evaluation.report import Environment
 from hf_context_prune.evaluation.run_report import ReportTable, RunReport, load_report
-from hf_context_prune.manifest import verify_folder
 from hf_context_prune.rendering import (
     Folder,
     check_report_place,
@@ -21,7 +20,8 @@ from hf_context_prune.rendering import (
     render,
     save_report,
 )
-from hf_context_prune.saving import save_pruned
+from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.saving import save_pruned
 from tests.test_pipeline import OPTIONS, QUICK, texts
 from tests.tiny import tiny_model, tiny_tokenizer
 

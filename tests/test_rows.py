@@ -6,7 +6,7 @@ import os
 import pytest
 
 from hf_context_prune.errors import ConfigError, NumericsError, SaveError
-from hf_context_prune.rows import Rows, open_rows
+from hf_context_prune.storage.results_log import Rows, open_rows
 
 SETTING = {"seed": 0, "text": ["a", None]}
 

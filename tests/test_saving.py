@@ -17,11 +17,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_context_prune import staging
 from hf_context_prune.errors import LoadError, SaveError
-from hf_context_prune.manifest import MANIFEST_NAME, read_manifest, verify_folder
-from hf_context_prune.saving import PLAN_NAME, REPORT_NAME, estimate_bytes, save_pruned, write_model_folder
-from hf_context_prune.staging import check_target, staged_folder
+from hf_context_prune.storage import staging
+from hf_context_prune.storage.manifest import MANIFEST_NAME, read_manifest, verify_folder
+from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME, estimate_bytes, save_pruned, write_model_folder
+from hf_context_prune.storage.staging import check_target, staged_folder
 
 SIZES = {
     "vocab_size": 11,

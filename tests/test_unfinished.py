@@ -11,10 +11,10 @@ import warnings
 import pytest
 import torch
 
-from hf_context_prune.cache import cache_dir
 from hf_context_prune.errors import PruningWarning, SaveError
 from hf_context_prune.modeling.plan import fingerprint
-from hf_context_prune.unfinished import resume_key, unfinished_work
+from hf_context_prune.storage.cache import cache_dir
+from hf_context_prune.storage.resume import resume_key, unfinished_work
 from tests.tiny import VOCABULARY, tiny_model
 
 
@@ -111,7 +111,7 @@ def test_only_what_nobody_took_up_is_forgotten():
 
 
 def test_a_second_run_of_the_same_is_refused_and_takes_nothing_away():
-    again = "from hf_context_prune.unfinished import unfinished_work\nwith unfinished_work('a'): print('went on')"
+    again = "from hf_context_prune.storage.resume import unfinished_work\nwith unfinished_work('a'): print('went on')"
     with unfinished_work("a") as folder:
         (folder / "block").touch()
         with pytest.raises(SaveError, match="Another run is doing the same: wait for it"), unfinished_work("a"):

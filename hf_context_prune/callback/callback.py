@@ -20,7 +20,6 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from hf_context_prune.bars import without_bars
-from hf_context_prune.base_card import in_memory, provenance_of
 from hf_context_prune.calibration import check_weights_finite
 from hf_context_prune.config import PrunerConfig, from_options
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
@@ -30,7 +29,8 @@ from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.planning import check_repair, plan_and_repair, versions
-from hf_context_prune.saving import PLAN_NAME
+from hf_context_prune.storage.provenance import in_memory, provenance_of
+from hf_context_prune.storage.saving import PLAN_NAME
 from hf_context_prune.surgery import apply_plan, build_empty, kept_entries
 from hf_context_prune.utils.distributed import all_gather, num_processes
 from hf_context_prune.widths import plan_widths

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 from hf_context_prune import modeling  # registers the variable-width classes with the auto classes
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.saving import PLAN_NAME
+from hf_context_prune.storage.saving import PLAN_NAME
 from hf_context_prune.utils.distributed import num_processes
 
 CONFIG_FILE = "config.json"

@@ -14,8 +14,8 @@ from hf_context_prune.card.facts import CardFacts
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.hub import PushResult, push_folder
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.saving import estimate_bytes, write_model_folder
-from hf_context_prune.staging import staged_folder
+from hf_context_prune.storage.saving import estimate_bytes, write_model_folder
+from hf_context_prune.storage.staging import staged_folder
 
 
 def facts_of(model: PreTrainedModel, plan: PruningPlan, name: str) -> CardFacts:

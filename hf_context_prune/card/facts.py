@@ -10,10 +10,10 @@ from typing import Any
 
 from hf_context_prune.errors import LoadError, NumericsError
 from hf_context_prune.evaluation.report import EvalReport
-from hf_context_prune.manifest import verify_folder
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import PREFIX
-from hf_context_prune.saving import PLAN_NAME, REPORT_NAME
+from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME
 
 
 @dataclass(frozen=True)

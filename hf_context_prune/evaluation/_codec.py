@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_context_prune.errors import LoadError, NumericsError
-from hf_context_prune.files import write_file
+from hf_context_prune.storage.files import write_file
 
 
 def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON has no narrower type

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.files import write_file
 from hf_context_prune.questions import QuestionSet, prompt
+from hf_context_prune.storage.files import write_file
 
 
 def harness_task_name(questions: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from hf_context_prune.errors import ConfigError, unknown
-from hf_context_prune.loading import LoadedModel
+from hf_context_prune.storage.loading import LoadedModel
 
 from .runtime import Runtime
 from .verify import Tolerance

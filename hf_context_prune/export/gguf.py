@@ -13,11 +13,11 @@ import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
-from hf_context_prune.base_card import base_card
 from hf_context_prune.errors import ExportError
-from hf_context_prune.loading import LoadedModel
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
+from hf_context_prune.storage.loading import LoadedModel
+from hf_context_prune.storage.provenance import base_card
 
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
 from .llama_cpp import LlamaCppRuntime

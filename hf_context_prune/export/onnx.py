@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from hf_context_prune.errors import ExportError
-from hf_context_prune.loading import LoadedModel
 from hf_context_prune.modeling.generation import end_tokens
+from hf_context_prune.storage.loading import LoadedModel
 
 GRAPH_NAME = "model.onnx"
 _CACHE = "cache.layers."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.pytorch_utils import Conv1D
 
 from hf_context_prune.errors import ExportError
-from hf_context_prune.loading import LoadedModel
+from hf_context_prune.storage.loading import LoadedModel
 
 
 def check_projections(loaded: LoadedModel, quantiser: str) -> None:

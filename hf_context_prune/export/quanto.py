@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_context_prune.loading import LoadedModel
+from hf_context_prune.storage.loading import LoadedModel
 
 from .projections import check_projections
 from .runtime import TorchRuntime

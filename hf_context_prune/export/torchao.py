@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from hf_context_prune.loading import LoadedModel
+from hf_context_prune.storage.loading import LoadedModel
 
 from .projections import check_projections
 from .runtime import TorchRuntime

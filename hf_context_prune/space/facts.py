@@ -14,9 +14,9 @@ from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 from hf_context_prune.errors import ContextPruneError, LoadError
 from hf_context_prune.evaluation._bootstrap import Estimate
 from hf_context_prune.evaluation.report import EvalReport, LossFacts
-from hf_context_prune.manifest import verify_folder
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.saving import PLAN_NAME, REPORT_NAME
+from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME
 
 from .settings import Entry, Source
 

@@ -18,10 +18,10 @@ from hf_context_prune.demo_assets import GGUF_NAME, SMOLLM2
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.report import EvalReport
 from hf_context_prune.hub import is_allowed
-from hf_context_prune.manifest import MANIFEST_NAME, read_manifest, verify_folder
 from hf_context_prune.markdown import Trusted, code, inert, table
-from hf_context_prune.saving import EXPORT_REPORT_NAME
-from hf_context_prune.staging import resolve_target, staged_folder
+from hf_context_prune.storage.manifest import MANIFEST_NAME, read_manifest, verify_folder
+from hf_context_prune.storage.saving import EXPORT_REPORT_NAME
+from hf_context_prune.storage.staging import resolve_target, staged_folder
 
 from .facts import read_facts
 from .gradio_import import gradio

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.loading import LoadedModel
 from hf_context_prune.modeling.generation import cache_arguments, end_tokens
 from hf_context_prune.modeling.inference import max_positions
+from hf_context_prune.storage.loading import LoadedModel
 
 from .settings import Limits
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from hf_context_prune.demo_assets import smollm2_gguf
-from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.storage.loading import LoadedModel, load_model
 
 from .settings import Source
 

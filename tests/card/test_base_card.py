@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import gguf
 import pytest
 
-from hf_context_prune import EvalOptions, PrunerConfig, loading, prune
-from hf_context_prune import base_card as module
-from hf_context_prune.base_card import base_card, in_memory
+from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.demo_assets import SMOLLM2
-from hf_context_prune.loading import LoadedModel
+from hf_context_prune.storage import loading
+from hf_context_prune.storage import provenance as module
+from hf_context_prune.storage.loading import LoadedModel
+from hf_context_prune.storage.provenance import base_card, in_memory
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 

@@ -24,11 +24,11 @@ from hf_context_prune.evaluation._bootstrap import Estimate
 from hf_context_prune.evaluation._codec import decode
 from hf_context_prune.evaluation.multiple_choice import Accuracy
 from hf_context_prune.evaluation.report import EvalReport, MultipleChoiceFacts
-from hf_context_prune.loading import load_model, load_pruned
-from hf_context_prune.manifest import verify_folder
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.recovery.folder import recover_folder
-from hf_context_prune.saving import PLAN_NAME, REPORT_NAME, save_pruned
+from hf_context_prune.storage.loading import load_model, load_pruned
+from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME, save_pruned
 from tests.test_pipeline import OPTIONS, texts
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -9,7 +9,7 @@ from hf_context_prune.data import TextDocument, TextSource
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.saving import save_pruned
+from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 

@@ -17,8 +17,8 @@ from hf_context_prune.export.report import ExportReport
 from hf_context_prune.export.run import export, open_export, read_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import Tolerance, Verification
-from hf_context_prune.manifest import write_manifest
-from hf_context_prune.staging import staged_folder
+from hf_context_prune.storage.manifest import write_manifest
+from hf_context_prune.storage.staging import staged_folder
 from tests.export.folders import save
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 

@@ -21,7 +21,7 @@ from hf_context_prune.export.llama_cpp import LlamaCppRuntime
 from hf_context_prune.export.run import export, open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import TOKENIZER_PROBES
-from hf_context_prune.loading import LoadedModel, load_model
+from hf_context_prune.storage.loading import LoadedModel, load_model
 from tests.export.folders import save
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.vocabulary.tiny_domain import documents, model_for

@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from hf_context_prune import saving, staging
 from hf_context_prune.errors import SaveError
+from hf_context_prune.storage import saving, staging
 
 FILES = {"config.json": b"{}", "model.safetensors": b"new" * 1000, "sub/vocab.txt": b"new"}
 LIMIT = 64 * 1024

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.manifest import verify_folder
-from hf_context_prune.staging import staged_folder
+from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.staging import staged_folder
 
 CHILD = Path(__file__).with_name("saving_child.py")
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.card import rewrite_card
-from hf_context_prune.saving import save_pruned
-from hf_context_prune.staging import staged_folder
+from hf_context_prune.storage.saving import save_pruned
+from hf_context_prune.storage.staging import staged_folder
 from tests.hub.client import client, digest
 from tests.hub.process import HubProcess
 from tests.hub.server import files_of

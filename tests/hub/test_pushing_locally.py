@@ -14,8 +14,8 @@ from hf_context_prune.errors import ConfigError, LoadError, PublishError
 from hf_context_prune.hub import files_to_push, is_allowed, push_folder
 from hf_context_prune.leaks import refuse_tokens
 from hf_context_prune.modeling.modeling_context_pruned import add_companions
-from hf_context_prune.saving import save_pruned
-from hf_context_prune.staging import staged_folder
+from hf_context_prune.storage.saving import save_pruned
+from hf_context_prune.storage.staging import staged_folder
 from tests.tiny import tiny_model, tiny_tokenizer
 
 A_TOKEN = "hf" + "_" + "aB3" * 11 + "x"

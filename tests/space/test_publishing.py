@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from hf_context_prune.manifest import verify_folder
+from hf_context_prune.storage.manifest import verify_folder
 from tests.hub.client import client
 from tests.hub.process import HubProcess
 from tests.hub.server import files_of

@@ -16,7 +16,7 @@ from hf_context_prune.errors import PlanError
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.token_rows import num_rows
-from hf_context_prune.saving import save_pruned
+from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
 from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.vocabulary.selection import VocabularySize

@@ -16,12 +16,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from hf_context_prune.errors import PruningWarning
+from hf_context_prune.utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
+from hf_context_prune.utils.linalg import bfloat16_is_fast
+from hf_context_prune.utils.version import __version__
+
 from .cache import CACHE_VARIABLE, cache_dir
-from .errors import PruningWarning
 from .files import exclusive
-from .utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
-from .utils.linalg import bfloat16_is_fast
-from .utils.version import __version__
 
 _FORGOTTEN_AFTER_DAYS = 7
 

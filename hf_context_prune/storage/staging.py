@@ -25,7 +25,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import ContextPruneError, LoadError, SaveError
+from hf_context_prune.errors import ContextPruneError, LoadError, SaveError
+
 from .files import check_writable, exclusive, nearest_existing
 from .manifest import fsync_folder, read_manifest, unlisted_files, verify_folder, write_manifest
 

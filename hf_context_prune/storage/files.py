@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import SaveError
+from hf_context_prune.errors import SaveError
 
 
 def nearest_existing(path: Path) -> Path:

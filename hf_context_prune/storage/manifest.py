@@ -15,7 +15,7 @@ import stat
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from .errors import LoadError, SaveError
+from hf_context_prune.errors import LoadError, SaveError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "hf_context_prune"

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import SaveError
+from hf_context_prune.errors import SaveError
+
 from .manifest import MANIFEST_NAME, PICKLE_SUFFIXES, read_manifest, verify_folder
 from .staging import check_target, resolve_target, staged_folder
 

@@ -31,15 +31,16 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import modeling  # registers the variable-width classes with the auto classes
+from hf_context_prune import modeling  # registers the variable-width classes with the auto classes
+from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, unknown
+from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.utils.distributed import device as default_device
+
 from .cache import CACHE_VARIABLE, cache_dir
-from .errors import ConfigError, ContextPruneError, LoadError, unknown
 from .manifest import PICKLE_SUFFIXES, read_manifest, sha256_of, verify_folder
 from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, size_fields
-from .modeling.architectures import spec_of
 from .saving import estimate_bytes
 from .staging import staged_folder
-from .utils.distributed import device as default_device
 
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

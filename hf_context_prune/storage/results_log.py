@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, NumericsError, SaveError
+from hf_context_prune.errors import ConfigError, NumericsError, SaveError
+
 from .files import exclusive
 
 

@@ -1,0 +1,1 @@
+"""Folders on disk: loading, saving, caches, manifests, resume points."""
