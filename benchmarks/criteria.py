@@ -14,7 +14,7 @@ from benchmarks.models import smollm2
 from hf_context_prune.calibration import batches_of, calibrate
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.criteria import CRITERIA
-from hf_context_prune.data import token_blocks
+from hf_context_prune.data.documents import token_blocks
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
 from hf_context_prune.planning import make_plan, repair_with
 from hf_context_prune.reconstruction import RECONSTRUCTIONS

@@ -16,12 +16,12 @@ from benchmarks.common import corpus
 from hf_context_prune.allocation import removed_params
 from hf_context_prune.calibration import batches_of, calibrate
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import TextSource, token_blocks
+from hf_context_prune.data.decontamination import drop_overlapping
+from hf_context_prune.data.documents import TextSource, token_blocks
 from hf_context_prune.evaluation.perplexity import DocumentLoss, document_losses
 from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import Target, blocks, spec_of, unit_costs
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.planning import Planner, make_plan, needed_statistics, plan_and_repair, repair_with
 from hf_context_prune.stats import CalibrationStats
 from hf_context_prune.storage.loading import LoadedModel

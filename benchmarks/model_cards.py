@@ -24,10 +24,10 @@ from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
 from hf_context_prune.card import CARD_NAME
 from hf_context_prune.card.facts import read_facts
 from hf_context_prune.card.text import PICTURE_NAME
-from hf_context_prune.data import TextSource
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.questions import load_questions
 from hf_context_prune.errors import LoadError
 from hf_context_prune.measuring import answered
-from hf_context_prune.questions import load_questions
 from hf_context_prune.storage.loading import LoadedModel
 
 CARDS = ROOT.parent / "model_cards"

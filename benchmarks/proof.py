@@ -19,7 +19,7 @@ from benchmarks.common import Rows, given, machine, parser, table, write_section
 from benchmarks.common import commit as current_commit
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import TextSource, load_documents
+from hf_context_prune.data.documents import TextSource, load_documents
 from hf_context_prune.evaluation.multiple_choice import summarize_answers
 from hf_context_prune.evaluation.report import Environment
 from hf_context_prune.evaluation.run_report import RunReport

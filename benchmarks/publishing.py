@@ -25,8 +25,8 @@ from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.card import build_card, write_card
 from hf_context_prune.card.facts import read_facts
-from hf_context_prune.data import TextSource
-from hf_context_prune.demo_assets import licence_texts
+from hf_context_prune.data.demo import licence_texts
+from hf_context_prune.data.documents import TextSource
 from hf_context_prune.storage.staging import staged_folder
 
 GOAL_SECONDS, GOAL_MEGABYTES = 1.0, 400

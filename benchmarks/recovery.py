@@ -29,13 +29,13 @@ from hf_context_prune.callback.callback import ContextPruneCallback
 from hf_context_prune.callback.schedule import PruningSchedule
 from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import TextSource, hold_out_documents, token_blocks
+from hf_context_prune.data.decontamination import drop_overlapping
+from hf_context_prune.data.documents import TextSource, hold_out_documents, token_blocks
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.modeling.architectures import TARGETS
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.recovery.run import recover
 from hf_context_prune.storage.loading import LoadedModel, load_model

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import PrunerConfig
-from .data import TextSource, token_blocks
+from .data.documents import TextSource, token_blocks
 from .errors import ConfigError, DataError
 from .utils.distributed import on_main_process
 from .vocabulary.refit import blocks_to_read, refit_rows

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import PrunerConfig
-from .data import check_readable
-from .demo_assets import LICENCE_PROMPTS, licence_texts, smollm2_gguf
+from .data.demo import LICENCE_PROMPTS, licence_texts, smollm2_gguf
+from .data.documents import check_readable
 from .errors import ConfigError
 from .pipeline import EvalOptions, prune
 from .result import PruneResult

@@ -15,7 +15,7 @@ from .budget_search import Loss
 from .calibration import batches_of
 from .calibration_text import calibration_blocks, refit_rows_in_all, rows_text
 from .config import PrunerConfig
-from .data import TextSource, hold_out_documents
+from .data.documents import TextSource, hold_out_documents
 from .errors import BudgetError, DataError
 from .evaluation.perplexity import document_losses
 from .evaluation.speed import count_parameters

@@ -14,7 +14,8 @@ from .allocation import Budget
 from .calibration_text import check_share
 from .card import rewrite_card
 from .config import THRESHOLDS, PrunerConfig
-from .data import TextSource
+from .data.decontamination import drop_overlapping
+from .data.documents import TextSource
 from .errors import ConfigError, LoadError, unknown
 from .evaluation.report import Environment, EvalReport
 from .evaluation.speed import weight_bytes
@@ -22,7 +23,6 @@ from .global_budget import check_budget, smaller_model
 from .matrix_facts import DENSE, DomainMatrix, mixed_name
 from .measuring import QuestionOptions
 from .modeling.plan import PruningPlan, fingerprint
-from .overlap import drop_overlapping
 from .pipeline import as_loaded, plan_notes, split_text
 from .rendering import check_report_place, write_run
 from .scores import HeldOut, Scores, held_out_of, score

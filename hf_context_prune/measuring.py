@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .data import load_documents
+from .data.documents import load_documents
+from .data.questions import QuestionSet, load_questions
 from .evaluation.harness import write_harness_task
 from .evaluation.multiple_choice import (
     Answer,
@@ -31,7 +32,6 @@ from .evaluation.report import (
 from .evaluation.speed import count_parameters, measure_peak_memory, measure_speed, weight_bytes
 from .evaluation.texts import Pair, general_losses, losses_on, read_general
 from .pipeline import EvalOptions, as_loaded
-from .questions import QuestionSet, load_questions
 from .storage.loading import LoadedModel, copy_notes
 
 

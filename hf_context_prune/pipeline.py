@@ -13,7 +13,8 @@ from .allocation import Budget
 from .calibration import check_weights_finite
 from .calibration_text import check_general_mix
 from .config import PrunerConfig
-from .data import TextSource, hold_out_documents, load_documents
+from .data.decontamination import drop_overlapping
+from .data.documents import TextSource, hold_out_documents, load_documents
 from .errors import ConfigError, DataError
 from .evaluation.perplexity import document_losses
 from .evaluation.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
@@ -22,7 +23,6 @@ from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, smaller_model
 from .modeling.architectures import check_supported
 from .modeling.plan import PruningPlan
-from .overlap import drop_overlapping
 from .planning import check_repair
 from .result import PruneResult
 from .search_text import SearchText

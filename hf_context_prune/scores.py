@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .data import TextSource
+from .data.documents import TextSource
+from .data.questions import QuestionSet
 from .evaluation.multiple_choice import Answer, Scorer, answer_questions, compare_answers, summarize_answers
 from .evaluation.perplexity import DocumentLoss, choose_documents, compare_losses, document_losses, summarize_losses
 from .evaluation.speed import count_parameters
 from .measuring import QuestionOptions
-from .questions import QuestionSet
 
 
 @dataclass(frozen=True)

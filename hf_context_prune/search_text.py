@@ -9,12 +9,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .config import PrunerConfig
-from .data import TextSource, hold_out_documents
+from .data.decontamination import drop_overlapping
+from .data.documents import TextSource, hold_out_documents
 from .errors import DataError
 from .evaluation.perplexity import choose_documents, document_losses
 from .evaluation.report import LossBudget
 from .modeling.plan import PruningPlan
-from .overlap import drop_overlapping
 
 _TOKENS = 12_000
 """Withheld tokens on which a size is searched at most, in whole documents."""

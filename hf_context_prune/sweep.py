@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .cells import accuracy, percent, relative_change
 from .config import PrunerConfig
-from .data import TextSource
+from .data.documents import TextSource
 from .errors import ConfigError
 from .evaluation.multiple_choice import compare_answers, summarize_answers
 from .evaluation.perplexity import summarize_losses

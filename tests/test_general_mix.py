@@ -8,7 +8,7 @@ import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.calibration_text import calibration_blocks
-from hf_context_prune.data import CalibrationWarning, token_blocks
+from hf_context_prune.data.documents import CalibrationWarning, token_blocks
 from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.texts import read_general

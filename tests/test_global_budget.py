@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_context_prune import PrunerConfig, global_budget
-from hf_context_prune.data import CalibrationWarning, TextSource, hold_out_documents
+from hf_context_prune.data.documents import CalibrationWarning, TextSource, hold_out_documents
 from hf_context_prune.errors import BudgetError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.speed import count_parameters

@@ -14,7 +14,7 @@ from hf_context_prune import EvalOptions, prune
 from hf_context_prune.card.facts import read_facts
 from hf_context_prune.cells import less_one
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import CalibrationWarning, hold_out_documents, load_documents
+from hf_context_prune.data.documents import CalibrationWarning, hold_out_documents, load_documents
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.evaluation.run_report import RunReport, load_report
 from hf_context_prune.global_budget import smaller_model

@@ -6,9 +6,9 @@ import zlib
 import numpy as np
 import pytest
 
-from hf_context_prune import overlap
-from hf_context_prune.data import TextDocument, TextSource
-from hf_context_prune.overlap import drop_overlapping, gram_hashes, words_of
+from hf_context_prune.data import decontamination as overlap
+from hf_context_prune.data.decontamination import drop_overlapping, gram_hashes, words_of
+from hf_context_prune.data.documents import TextDocument, TextSource
 
 WORDS = [f"word{i}" for i in range(5000)]
 

@@ -23,7 +23,7 @@ from hf_context_prune import (
     prune,
 )
 from hf_context_prune.calibration import batches_of
-from hf_context_prune.data import load_documents, token_blocks
+from hf_context_prune.data.documents import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
 from hf_context_prune.outline import dry_run
 from hf_context_prune.planning import needed_statistics, repair_with

@@ -7,8 +7,8 @@ import json
 import pytest
 from datasets import Dataset
 
+from hf_context_prune.data.questions import Question, answered, load_questions, prompt, shown
 from hf_context_prune.errors import ConfigError, DataError
-from hf_context_prune.questions import Question, answered, load_questions, prompt, shown
 
 ROW = {"id": "q1", "question": "Who decides?", "choices": ["The court", "The clerk"], "answer": 0, "source": "a/law"}
 

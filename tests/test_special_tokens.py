@@ -6,9 +6,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from hf_context_prune.data import TextDocument, TextSource, token_blocks
+from hf_context_prune.data.documents import TextDocument, TextSource, token_blocks
+from hf_context_prune.data.samples import leading_token
 from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.special_tokens import leading_token
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXT = "The lessee shall keep the premises in good repair until the term of this lease ends. " * 12

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_context_prune.calibration import batches_of
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import token_blocks
+from hf_context_prune.data.documents import token_blocks
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.magnitudes import measure_magnitudes

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_context_prune.data import TextDocument, TextSource
+from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.errors import DataError
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from hf_context_prune.data.questions import QuestionSet, prompt
 from hf_context_prune.errors import SaveError
-from hf_context_prune.questions import QuestionSet, prompt
 from hf_context_prune.storage.files import write_file
 
 

@@ -11,10 +11,10 @@ import torch
 from huggingface_hub.utils import tqdm
 from scipy import stats
 
+from hf_context_prune.data.questions import ALL, LETTERS, Question, QuestionSet, papers_prompt, prompt
+from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown
 from hf_context_prune.modeling.inference import check_token_ids, evaluation_mode, max_positions
-from hf_context_prune.questions import ALL, LETTERS, Question, QuestionSet, papers_prompt, prompt
-from hf_context_prune.special_tokens import leading_token
 
 from ._bootstrap import CONFIDENCE, Estimate
 from ._continuations import Alternatives, continuation_log_probs

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub.utils import tqdm
 
-from hf_context_prune.data import TextSource
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.modeling.inference import check_token_ids, evaluation_mode, max_positions
-from hf_context_prune.special_tokens import leading_token
 
 from ._bootstrap import Estimate, Statistic, bits_per_byte, bootstrap_estimate, ratio
 from ._windows import (

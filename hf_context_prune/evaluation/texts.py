@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_context_prune.data import TextSource, hold_out_documents, load_documents
+from hf_context_prune.data.decontamination import drop_overlapping
+from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents
 from hf_context_prune.errors import DataError
-from hf_context_prune.overlap import drop_overlapping
 
 from .perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
 from .report import DatasetFacts, LossFacts, TextLosses

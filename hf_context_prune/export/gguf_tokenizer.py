@@ -8,9 +8,9 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import ExportError
 from hf_context_prune.modeling.generation import end_tokens
-from hf_context_prune.special_tokens import leading_token
 
 _GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data import TextSource, hold_out_documents, load_documents
+from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts

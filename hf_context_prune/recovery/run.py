@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.bars import without_bars
 from hf_context_prune.calibration import check_weights_finite
-from hf_context_prune.data import TextSource, hold_out_documents, load_documents, token_blocks
+from hf_context_prune.data.decontamination import drop_overlapping
+from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents, token_blocks
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PlanError
 from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
 from hf_context_prune.modeling.architectures import check_supported
@@ -27,7 +28,6 @@ from hf_context_prune.modeling.patching import fast_blocks
 from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.modeling.token_rows import num_rows
-from hf_context_prune.overlap import drop_overlapping
 from hf_context_prune.surgery import apply_plan
 from hf_context_prune.utils.distributed import num_processes
 from hf_context_prune.utils.linalg import bfloat16_is_fast

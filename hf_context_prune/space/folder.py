@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, SpaceCardData
 from huggingface_hub.errors import HTTPError
 
-from hf_context_prune.demo_assets import GGUF_NAME, SMOLLM2
+from hf_context_prune.data.demo import GGUF_NAME, SMOLLM2
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.report import EvalReport
 from hf_context_prune.hub import is_allowed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_context_prune.demo_assets import LICENCE_PROMPTS
+from hf_context_prune.data.demo import LICENCE_PROMPTS
 
 _GENERAL = ("The most important point is", "In other words,", "What should I know about this topic?")
 _BY_WORD = {

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hf_context_prune.config import read_yaml
-from hf_context_prune.demo_assets import LICENCE_PROMPTS
+from hf_context_prune.data.demo import LICENCE_PROMPTS
 from hf_context_prune.errors import ConfigError, unknown
 
 DEMO = "demo"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from hf_context_prune.demo_assets import smollm2_gguf
+from hf_context_prune.data.demo import smollm2_gguf
 from hf_context_prune.storage.loading import LoadedModel, load_model
 
 from .settings import Source

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import PreTrainedModel
 
-from hf_context_prune.demo_assets import SMOLLM2
+from hf_context_prune.data.demo import SMOLLM2
 
 from .loading import LoadedModel
 from .manifest import sha256_of

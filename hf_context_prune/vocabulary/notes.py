@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hf_context_prune.data import TextSource
+from hf_context_prune.data.documents import TextSource
 from hf_context_prune.modeling.plan import PruningPlan
 
 

@@ -12,7 +12,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import VocabCriterion
-from hf_context_prune.data import TextSource, load_documents, token_blocks
+from hf_context_prune.data.documents import TextSource, load_documents, token_blocks
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, VocabularyError, unknown
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.patching import fast_blocks

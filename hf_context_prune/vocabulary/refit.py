@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_context_prune.data import TextSource, token_blocks
+from hf_context_prune.data.documents import TextSource, token_blocks
 from hf_context_prune.modeling.patching import fast_blocks
 from hf_context_prune.utils.linalg import fast_matmul, inverse_spd, regularized
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from hf_context_prune.data import TextSource
+from hf_context_prune.data.documents import TextSource
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, VocabularyError
 
 from .tokens import TokenTable

@@ -17,7 +17,7 @@ from hf_context_prune.callback.callback import ContextPruneCallback
 from hf_context_prune.callback.checkpoints import load_checkpoint
 from hf_context_prune.callback.mixin import ContextPruneTrainerMixin
 from hf_context_prune.callback.schedule import PruningSchedule
-from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.data.documents import CalibrationWarning
 from hf_context_prune.errors import (
     ConfigError,
     DataError,

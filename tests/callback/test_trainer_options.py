@@ -16,7 +16,7 @@ from hf_context_prune.callback.callback import ContextPruneCallback
 from hf_context_prune.callback.checkpoints import load_checkpoint
 from hf_context_prune.callback.checks import check_arguments
 from hf_context_prune.callback.schedule import PruningSchedule
-from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.data.documents import CalibrationWarning
 from hf_context_prune.errors import ConfigError, DataError
 from tests.callback.cases import SCHEDULE, arguments, config_for, dataset, trainer_for
 from tests.tiny import tiny_model

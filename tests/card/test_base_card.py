@@ -9,7 +9,7 @@ import gguf
 import pytest
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.demo_assets import SMOLLM2
+from hf_context_prune.data.demo import SMOLLM2
 from hf_context_prune.storage import loading
 from hf_context_prune.storage import provenance as module
 from hf_context_prune.storage.loading import LoadedModel

@@ -11,13 +11,13 @@ import torch
 import yaml
 
 from hf_context_prune import prune_vocabulary
+from hf_context_prune.data.questions import prompt
 from hf_context_prune.errors import SaveError
 from hf_context_prune.evaluation.harness import write_harness_task
 from hf_context_prune.evaluation.multiple_choice import answer_questions
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.questions import prompt
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.surgery import apply_plan
 from tests.evaluation.test_multiple_choice import questions

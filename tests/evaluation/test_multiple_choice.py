@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy import stats
 
+from hf_context_prune.data.questions import ALL, load_questions, prompt
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
 from hf_context_prune.evaluation import multiple_choice
 from hf_context_prune.evaluation.multiple_choice import Answer, answer_questions, compare_answers, summarize_answers
-from hf_context_prune.questions import ALL, load_questions, prompt
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 WORDS = TEXT.split()

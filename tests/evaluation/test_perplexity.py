@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_context_prune.data import TextDocument, TextSource
+from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.evaluation._windows import EncodedDocument, batch_windows, cut_windows
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from hf_context_prune import prune_vocabulary
-from hf_context_prune.data import TextDocument, TextSource
+from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_context_prune.data import CalibrationWarning
+from hf_context_prune.data.documents import CalibrationWarning
 from hf_context_prune.errors import PlanError
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from hf_context_prune.data import CalibrationWarning, TextSource
+from hf_context_prune.data.documents import CalibrationWarning, TextSource
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, NumericsError, VocabularyError
 from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
 from hf_context_prune.vocabulary.rebuild import table_of

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.data import TextSource
+from hf_context_prune.data.documents import TextSource
 from hf_context_prune.demo import complete
 from hf_context_prune.errors import BudgetError
 from hf_context_prune.evaluation.speed import count_parameters

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_context_prune.data import TextDocument, TextSource
+from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.errors import BudgetError, DataError, VocabularyError
 from hf_context_prune.vocabulary.selection import (
     EXPECTED_WEIGHT,

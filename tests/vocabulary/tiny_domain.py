@@ -9,7 +9,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerFast
 
-from hf_context_prune.data import TextDocument, TextSource
+from hf_context_prune.data.documents import TextDocument, TextSource
 from tests.tiny import case
 from tests.vocabulary.tiny_tokenizers import WORDS, qwen2_class, tokenizer_of
 

@@ -19,9 +19,10 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .errors import ConfigError, DataError
+from hf_context_prune.errors import ConfigError, DataError
+
+from .samples import leading_token
 from .sources import HUB_MAX_DOCUMENTS, PEEK, PRESETS, Table, choose_text_columns, open_source, text_of
-from .special_tokens import leading_token
 
 __all__ = [
     "HUB_MAX_DOCUMENTS",

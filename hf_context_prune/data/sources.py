@@ -20,7 +20,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, Re
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError
+from hf_context_prune.errors import DataError
 
 _LOGGER = logging.getLogger(__name__)
 

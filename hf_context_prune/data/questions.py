@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from .errors import ConfigError, DataError, unknown
+from hf_context_prune.errors import ConfigError, DataError, unknown
+
 from .sources import open_source
 
 FIELDS = ("question", "choices", "answer", "source", "split", "id", "context")

