@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_context_prune.data.documents import TextSource, load_documents
-from hf_context_prune.evaluation._bootstrap import Estimate
+from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.modeling.generation import hardware_name
 
 ROOT = Path(__file__).resolve().parent

@@ -24,8 +24,8 @@ from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain, document
 from benchmarks.models import smollm2
 from benchmarks.one_shot import errorbars, excess
 from hf_context_prune.calibration import batches_of
-from hf_context_prune.evaluation._bootstrap import Estimate
 from hf_context_prune.evaluation._memory_worker import peak_rss
+from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.modeling.architectures import TARGETS, spec_of
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.sensitivity import PROBE_TOKENS

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
 from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain
 from benchmarks.models import MODELS
-from hf_context_prune.evaluation._bootstrap import Estimate
+from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses
 from hf_context_prune.modeling.architectures import TARGETS
 from hf_context_prune.sensitivity import PROBE_TOKENS

@@ -21,8 +21,8 @@ from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource, load_documents
 from hf_context_prune.evaluation.multiple_choice import summarize_answers
-from hf_context_prune.evaluation.report import Environment
-from hf_context_prune.evaluation.run_report import RunReport
+from hf_context_prune.evaluation.reports.report import Environment
+from hf_context_prune.evaluation.reports.run_report import RunReport
 from hf_context_prune.matrix import MODELS, REFERENCE, domain_matrix
 from hf_context_prune.matrix_facts import DENSE, DomainMatrix
 from hf_context_prune.measuring import QuestionOptions, evaluate

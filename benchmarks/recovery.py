@@ -27,11 +27,11 @@ from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
 from hf_context_prune.callback.callback import ContextPruneCallback
 from hf_context_prune.callback.schedule import PruningSchedule
-from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource, hold_out_documents, token_blocks
 from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.evaluation.reports.formatting import percent
 from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.modeling.architectures import TARGETS

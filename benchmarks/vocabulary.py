@@ -21,10 +21,10 @@ import numpy as np
 from benchmarks.common import Rows, given, parser, table, write_section
 from benchmarks.methods import OURS, Domain, documents_of, rounded
 from benchmarks.models import smollm2
-from hf_context_prune.cells import percent
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.evaluation._bootstrap import Estimate
+from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.evaluation.reports.formatting import percent
 from hf_context_prune.evaluation.speed import count_parameters, measure_speed, speed_ratio
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.modeling.architectures import TARGETS

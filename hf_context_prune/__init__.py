@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .config import PrunerConfig
     from .criteria import CRITERIA
     from .errors import ContextPruneError
-    from .evaluation.report import EvalReport
+    from .evaluation.reports.report import EvalReport
     from .hub import push_folder
     from .measuring import QuestionOptions, evaluate
     from .modeling.plan import PruningPlan

@@ -230,7 +230,7 @@ def inspect(
     format: FormatOption = Format.auto,
 ) -> None:
     """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
-    from .evaluation.report import EvalReport
+    from .evaluation.reports.report import EvalReport
     from .export.run import read_export
     from .modeling.plan import PruningPlan
     from .storage.manifest import verify_folder

@@ -29,7 +29,7 @@ from .tables import report_table, run_tables
 from .utils.distributed import on_main_process
 
 if TYPE_CHECKING:
-    from .evaluation.run_report import RunReport
+    from .evaluation.reports.run_report import RunReport
 
 
 ReportFolder = Annotated[
@@ -67,9 +67,9 @@ def evaluate(
     """Measure MODEL on a text (and questions): bits per byte, perplexity, accuracy, size, speed and memory."""
     asked = question_options({} if mcq is None else {"": mcq}, locals())
     from .evaluation.harness import harness_task_name
+    from .evaluation.reports.rendering import check_report_place, save_report
     from .measuring import evaluate as run
     from .pipeline import EvalOptions
-    from .rendering import check_report_place, save_report
     from .storage.loading import load_model
 
     if output is not None:
@@ -119,7 +119,7 @@ def bench(
 ) -> None:
     """Measure BASE and MODEL in turns: load time, prefill, decoding, peak memory, bytes on disk."""
     from .evaluation.bench import bench as run
-    from .rendering import check_report_place, save_report
+    from .evaluation.reports.rendering import check_report_place, save_report
     from .storage.loading import copy_notes, load_model
 
     if output is not None:

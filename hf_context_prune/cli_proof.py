@@ -83,8 +83,8 @@ def sweep(
 ) -> None:
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
+    from .evaluation.reports.rendering import check_report_place
     from .recovery.config import RecoveryConfig
-    from .rendering import check_report_place
     from .storage.loading import load_model
     from .sweep import SweepOptions
     from .sweep import sweep as run
@@ -113,7 +113,7 @@ def sweep(
 
 def _show(output: Path, file: str, format: Format) -> None:
     """What a run wrote to its folder."""
-    from .evaluation.run_report import RunReport, load_report
+    from .evaluation.reports.run_report import RunReport, load_report
 
     report = load_report(output / REPORT_NAME)
     assert isinstance(report, RunReport)

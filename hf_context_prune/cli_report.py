@@ -25,8 +25,8 @@ def report(
     format: FormatOption = Format.auto,
 ) -> None:
     """Show the figures of runs, and write them as Markdown with pictures."""
-    from .evaluation.run_report import RunReport
-    from .rendering import markdown, read_folders, render
+    from .evaluation.reports.rendering import markdown, read_folders, render
+    from .evaluation.reports.run_report import RunReport
 
     found = read_folders(folders)
     written = None if output is None else render(found, output)

@@ -17,15 +17,15 @@ from .config import THRESHOLDS, PrunerConfig
 from .data.decontamination import drop_overlapping
 from .data.documents import TextSource
 from .errors import ConfigError, LoadError, unknown
-from .evaluation.report import Environment, EvalReport
+from .evaluation.reports.rendering import check_report_place, write_run
+from .evaluation.reports.report import Environment, EvalReport
+from .evaluation.scores import HeldOut, Scores, held_out_of, score
 from .evaluation.speed import weight_bytes
 from .global_budget import check_budget, smaller_model
 from .matrix_facts import DENSE, DomainMatrix, mixed_name
 from .measuring import QuestionOptions
 from .modeling.plan import PruningPlan, fingerprint
 from .pipeline import as_loaded, plan_notes, split_text
-from .rendering import check_report_place, write_run
-from .scores import HeldOut, Scores, held_out_of, score
 from .storage.loading import LoadedModel, load_model
 from .storage.provenance import provenance_of
 from .storage.results_log import open_rows

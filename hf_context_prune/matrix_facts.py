@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cells import accuracy, percent, relative_change
-from .evaluation._bootstrap import Estimate
+from .evaluation.bootstrap import Estimate
+from .evaluation.general_text import loss_facts
 from .evaluation.multiple_choice import Accuracy, PairedAccuracy, compare_answers, summarize_answers
 from .evaluation.perplexity import summarize_losses
-from .evaluation.report import DatasetFacts, Environment, EvalReport, LossFacts, SizeFacts, TextLosses
-from .evaluation.run_report import ReportTable, RunReport
-from .evaluation.texts import loss_facts
+from .evaluation.reports.formatting import accuracy, percent, relative_change
+from .evaluation.reports.report import DatasetFacts, Environment, EvalReport, LossFacts, SizeFacts, TextLosses
+from .evaluation.reports.run_report import ReportTable, RunReport
+from .evaluation.scores import HeldOut, Scores, summary_of
 from .measuring import choice_facts
-from .scores import HeldOut, Scores, summary_of
 
 DENSE = "dense"
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .data.documents import load_documents
 from .data.questions import QuestionSet, load_questions
+from .evaluation.general_text import Pair, general_losses, losses_on, read_general
 from .evaluation.harness import write_harness_task
 from .evaluation.multiple_choice import (
     Answer,
@@ -20,7 +21,7 @@ from .evaluation.multiple_choice import (
     compare_answers,
     summarize_answers,
 )
-from .evaluation.report import (
+from .evaluation.reports.report import (
     DatasetFacts,
     Environment,
     EvalReport,
@@ -30,7 +31,6 @@ from .evaluation.report import (
     SpeedFacts,
 )
 from .evaluation.speed import count_parameters, measure_peak_memory, measure_speed, weight_bytes
-from .evaluation.texts import Pair, general_losses, losses_on, read_general
 from .pipeline import EvalOptions, as_loaded
 from .storage.loading import LoadedModel, copy_notes
 

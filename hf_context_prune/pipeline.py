@@ -16,10 +16,10 @@ from .config import PrunerConfig
 from .data.decontamination import drop_overlapping
 from .data.documents import TextSource, hold_out_documents, load_documents
 from .errors import ConfigError, DataError
+from .evaluation.general_text import general_losses, loss_facts, read_general
 from .evaluation.perplexity import document_losses
-from .evaluation.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
+from .evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from .evaluation.speed import count_parameters, measure_speed
-from .evaluation.texts import general_losses, loss_facts, read_general
 from .global_budget import check_budget, smaller_model
 from .modeling.architectures import check_supported
 from .modeling.plan import PruningPlan

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .card import write_card
 from .card.facts import facts_in
-from .evaluation.report import EvalReport, MemoryFacts
+from .evaluation.reports.report import EvalReport, MemoryFacts
 from .evaluation.speed import measure_peak_memory, weight_bytes
 from .hub import PushResult, push_folder
 from .modeling.plan import PruningPlan

@@ -13,7 +13,7 @@ from .data.decontamination import drop_overlapping
 from .data.documents import TextSource, hold_out_documents
 from .errors import DataError
 from .evaluation.perplexity import choose_documents, document_losses
-from .evaluation.report import LossBudget
+from .evaluation.reports.report import LossBudget
 from .modeling.plan import PruningPlan
 
 _TOKENS = 12_000

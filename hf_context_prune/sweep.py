@@ -11,14 +11,16 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .cells import accuracy, percent, relative_change
 from .config import PrunerConfig
 from .data.documents import TextSource
 from .errors import ConfigError
 from .evaluation.multiple_choice import compare_answers, summarize_answers
 from .evaluation.perplexity import summarize_losses
-from .evaluation.report import Environment
-from .evaluation.run_report import ReportTable, RunReport
+from .evaluation.reports.formatting import accuracy, percent, relative_change
+from .evaluation.reports.rendering import check_report_place, write_run
+from .evaluation.reports.report import Environment
+from .evaluation.reports.run_report import ReportTable, RunReport
+from .evaluation.scores import HeldOut, Scores, held_out_of, score, summary_of
 from .evaluation.speed import count_parameters
 from .global_budget import check_budget, smaller_model, threshold_magnitudes, trimmed_for
 from .magnitudes import Magnitudes
@@ -27,8 +29,6 @@ from .modeling.plan import PruningPlan, fingerprint
 from .pipeline import as_loaded, split_text
 from .recovery.config import RecoveryConfig
 from .recovery.run import recover
-from .rendering import check_report_place, write_run
-from .scores import HeldOut, Scores, held_out_of, score, summary_of
 from .storage.loading import LoadedModel
 from .storage.results_log import open_rows
 from .thresholds import below_thresholds, zeros_of_paper

@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .evaluation.report import EvalReport
-    from .evaluation.run_report import RunReport
+    from .evaluation.reports.report import EvalReport
+    from .evaluation.reports.run_report import RunReport
     from .export.report import ExportReport
     from .modeling.specs import LayerWidths
 

@@ -10,8 +10,8 @@ from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.calibration_text import calibration_blocks
 from hf_context_prune.data.documents import CalibrationWarning, token_blocks
 from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.evaluation.general_text import read_general
 from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.evaluation.texts import read_general
 from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.recovery.folder import recover_folder

@@ -12,17 +12,17 @@ import torch
 
 from hf_context_prune import EvalOptions, prune
 from hf_context_prune.card.facts import read_facts
-from hf_context_prune.cells import less_one
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import CalibrationWarning, hold_out_documents, load_documents
 from hf_context_prune.errors import ConfigError, SaveError
-from hf_context_prune.evaluation.run_report import RunReport, load_report
+from hf_context_prune.evaluation.reports.formatting import less_one
+from hf_context_prune.evaluation.reports.rendering import read_folder, render
+from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
 from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.matrix_facts import DENSE
 from hf_context_prune.measuring import QuestionOptions
 from hf_context_prune.recovery.config import RecoveryConfig
-from hf_context_prune.rendering import read_folder, render
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.sweep import SweepOptions, _Pruner, sweep
 from tests.vocabulary.tiny_domain import model_for, shared_tokenizer

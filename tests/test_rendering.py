@@ -9,9 +9,7 @@ import pytest
 
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
-from hf_context_prune.evaluation.report import Environment
-from hf_context_prune.evaluation.run_report import ReportTable, RunReport, load_report
-from hf_context_prune.rendering import (
+from hf_context_prune.evaluation.reports.rendering import (
     Folder,
     check_report_place,
     markdown,
@@ -20,6 +18,8 @@ from hf_context_prune.rendering import (
     render,
     save_report,
 )
+from hf_context_prune.evaluation.reports.report import Environment
+from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport, load_report
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import save_pruned
 from tests.test_pipeline import OPTIONS, QUICK, texts
@@ -143,7 +143,7 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
         drawn.update(panels)
         raise InterruptedError
 
-    monkeypatch.setattr("hf_context_prune.rendering.losses_figure", draw)
+    monkeypatch.setattr("hf_context_prune.evaluation.reports.rendering.losses_figure", draw)
     found = [read_folder(folder) for folder in folders]
     report = found[1].report
     other = replace(report, dataset=replace(report.dataset, fingerprint="f" * 64))

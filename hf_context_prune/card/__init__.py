@@ -13,9 +13,9 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
 from hf_context_prune.errors import ConfigError, LoadError
-from hf_context_prune.evaluation.report import EvalReport
-from hf_context_prune.figures import widths_figure
-from hf_context_prune.markdown import Trusted, inert
+from hf_context_prune.evaluation.reports.markdown import Trusted, inert
+from hf_context_prune.evaluation.reports.plots import widths_figure
+from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.storage.manifest import sha256_of, verify_folder
 from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME
 from hf_context_prune.storage.staging import staged_folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_context_prune.errors import LoadError, NumericsError
-from hf_context_prune.evaluation.report import EvalReport
+from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import PREFIX
 from hf_context_prune.storage.manifest import verify_folder

@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from hf_context_prune.evaluation.report import EvalReport
-from hf_context_prune.markdown import one_line
+from hf_context_prune.evaluation.reports.markdown import one_line
+from hf_context_prune.evaluation.reports.report import EvalReport
 
 from .facts import CardFacts
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.evaluation.report import EvalReport
-from hf_context_prune.markdown import Trusted, block, code, inert, one_line, table
+from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
+from hf_context_prune.evaluation.reports.report import EvalReport
 
 from .facts import CardFacts
 

@@ -1,17 +1,6 @@
 """Evaluation: losses on held-out text, speed, memory and size, and the report that holds them."""
 
-from ._bootstrap import Estimate
-from .multiple_choice import Accuracy, Answer, PairedAccuracy, answer_questions, compare_answers, summarize_answers
-from .perplexity import (
-    DocumentLoss,
-    LossComparison,
-    LossSummary,
-    choose_documents,
-    compare_losses,
-    document_losses,
-    summarize_losses,
-)
-from .report import (
+from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
     EvalReport,
@@ -23,7 +12,19 @@ from .report import (
     SpeedFacts,
     TextLosses,
 )
-from .run_report import AnyReport, ReportTable, RunReport, load_report
+from hf_context_prune.evaluation.reports.run_report import AnyReport, ReportTable, RunReport, load_report
+
+from .bootstrap import Estimate
+from .multiple_choice import Accuracy, Answer, PairedAccuracy, answer_questions, compare_answers, summarize_answers
+from .perplexity import (
+    DocumentLoss,
+    LossComparison,
+    LossSummary,
+    choose_documents,
+    compare_losses,
+    document_losses,
+    summarize_losses,
+)
 from .speed import (
     MemoryMeasurement,
     SpeedMeasurement,

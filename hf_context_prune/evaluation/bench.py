@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation.reports.report import Environment
+from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
 
-from .report import Environment
-from .run_report import ReportTable, RunReport
 from .speed import MemoryMeasurement, SpeedMeasurement, measure_peak_memory, measure_speed, speed_ratio, weight_bytes
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown
 from hf_context_prune.modeling.inference import check_token_ids, evaluation_mode, max_positions
 
-from ._bootstrap import CONFIDENCE, Estimate
-from ._continuations import Alternatives, continuation_log_probs
+from .bootstrap import CONFIDENCE, Estimate
+from .continuations import Alternatives, continuation_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

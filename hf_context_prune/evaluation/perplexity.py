@@ -18,16 +18,8 @@ from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.modeling.inference import check_token_ids, evaluation_mode, max_positions
 
-from ._bootstrap import Estimate, Statistic, bits_per_byte, bootstrap_estimate, ratio
-from ._windows import (
-    EncodedDocument,
-    Window,
-    batch_windows,
-    context_token,
-    cut_windows,
-    encode_documents,
-    group_records,
-)
+from .bootstrap import Estimate, Statistic, bits_per_byte, bootstrap_estimate, ratio
+from .windows import EncodedDocument, Window, batch_windows, context_token, cut_windows, encode_documents, group_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hf_context_prune.errors import LoadError
-from hf_context_prune.evaluation._codec import decode
+from hf_context_prune.evaluation.reports.codec import decode
 
 from .verify import Verification
 

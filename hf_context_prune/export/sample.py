@@ -9,7 +9,7 @@ import torch
 
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.samples import leading_token
-from hf_context_prune.evaluation._windows import context_token, cut_windows, encode_documents, group_records
+from hf_context_prune.evaluation.windows import context_token, cut_windows, encode_documents, group_records
 from hf_context_prune.modeling.inference import evaluation_mode, max_positions
 from hf_context_prune.storage.loading import LoadedModel
 

@@ -9,10 +9,10 @@ from typing import Any
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents
 from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.evaluation.general_text import GeneralText, general_losses, loss_facts, read_general
 from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.evaluation.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
+from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from hf_context_prune.evaluation.speed import count_parameters, measure_speed
-from hf_context_prune.evaluation.texts import GeneralText, general_losses, loss_facts, read_general
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pipeline import EvalOptions, apart_from_general, split_text

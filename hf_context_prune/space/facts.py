@@ -12,8 +12,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
 from hf_context_prune.errors import ContextPruneError, LoadError
-from hf_context_prune.evaluation._bootstrap import Estimate
-from hf_context_prune.evaluation.report import EvalReport, LossFacts
+from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.evaluation.reports.report import EvalReport, LossFacts
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME

@@ -7,7 +7,7 @@ import pytest
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation import bench as module
 from hf_context_prune.evaluation.bench import bench
-from hf_context_prune.evaluation.run_report import RunReport, load_report
+from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
 from hf_context_prune.evaluation.speed import MemoryMeasurement
 from tests.tiny import tiny_model
 

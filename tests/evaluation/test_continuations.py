@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from hf_context_prune.evaluation._continuations import Alternatives, continuation_log_probs
+from hf_context_prune.evaluation.continuations import Alternatives, continuation_log_probs
 from tests.tiny import CASES, case, tiny_model
 
 

@@ -20,8 +20,8 @@ from transformers import (
 
 from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.evaluation._windows import EncodedDocument, batch_windows, cut_windows
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
+from hf_context_prune.evaluation.windows import EncodedDocument, batch_windows, cut_windows
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB_SIZE = len(BYTES) + 2
@@ -268,7 +268,7 @@ def test_a_summary_holds_ratios_of_sums_within_their_intervals():
 def test_intervals_do_not_depend_on_how_resamples_are_batched(monkeypatch):
     losses, _ = random_losses()
     whole = summarize_losses(losses, n_resamples=300)
-    monkeypatch.setattr("hf_context_prune.evaluation._bootstrap._VALUES_PER_BATCH", 60 * 7)
+    monkeypatch.setattr("hf_context_prune.evaluation.bootstrap._VALUES_PER_BATCH", 60 * 7)
     assert summarize_losses(losses, n_resamples=300) == whole
 
 

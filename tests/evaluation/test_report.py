@@ -8,7 +8,7 @@ import pytest
 
 from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveError
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, summarize_losses
-from hf_context_prune.evaluation.report import (
+from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
     EvalReport,

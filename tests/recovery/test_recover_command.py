@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hf_context_prune import EvalOptions, PruningPlan, load_model, load_pruned
 from hf_context_prune.data.documents import CalibrationWarning
 from hf_context_prune.errors import LoadError
-from hf_context_prune.evaluation.report import EvalReport
+from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.recovery import folder
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.storage.manifest import verify_folder

@@ -11,7 +11,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from hf_context_prune.data.questions import Question, QuestionSet
 from hf_context_prune.evaluation.multiple_choice import Answer, summarize_answers
-from hf_context_prune.evaluation.report import EvalReport, MultipleChoiceFacts, TextLosses
+from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoiceFacts, TextLosses
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.space import facts as facts_module
 from hf_context_prune.space.facts import Facts, figures, matrix, questions, read_facts, removed_in_words

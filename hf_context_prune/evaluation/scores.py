@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .data.documents import TextSource
-from .data.questions import QuestionSet
-from .evaluation.multiple_choice import Answer, Scorer, answer_questions, compare_answers, summarize_answers
-from .evaluation.perplexity import DocumentLoss, choose_documents, compare_losses, document_losses, summarize_losses
-from .evaluation.speed import count_parameters
-from .measuring import QuestionOptions
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.questions import QuestionSet
+from hf_context_prune.measuring import QuestionOptions
+
+from .multiple_choice import Answer, Scorer, answer_questions, compare_answers, summarize_answers
+from .perplexity import DocumentLoss, choose_documents, compare_losses, document_losses, summarize_losses
+from .speed import count_parameters
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .evaluation._bootstrap import Estimate
-from .evaluation.multiple_choice import Accuracy, PairedAccuracy
-from .evaluation.perplexity import DocumentLoss, compare_losses
+from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.evaluation.multiple_choice import Accuracy, PairedAccuracy
+from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses
 
 
 def percent(estimate: Estimate) -> str:

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, LoadError, SaveError
-from .evaluation.report import EvalReport
-from .evaluation.run_report import AnyReport, RunReport, load_report
-from .figures import Point, curves_figure, losses_figure, matrix_figure, widths_figure
+from hf_context_prune.errors import ConfigError, LoadError, SaveError
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.storage.files import check_writable, write_file
+from hf_context_prune.storage.manifest import MANIFEST_NAME, verify_folder
+from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME
+from hf_context_prune.storage.staging import staged_folder
+
 from .markdown import inert, one_line, table
-from .modeling.plan import PruningPlan
-from .storage.files import check_writable, write_file
-from .storage.manifest import MANIFEST_NAME, verify_folder
-from .storage.saving import PLAN_NAME, REPORT_NAME
-from .storage.staging import staged_folder
+from .plots import Point, curves_figure, losses_figure, matrix_figure, widths_figure
+from .report import EvalReport
+from .run_report import AnyReport, RunReport, load_report
 
 REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"

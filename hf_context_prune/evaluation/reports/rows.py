@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ._bootstrap import Estimate
-from .speed import Spread
+from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.evaluation.speed import Spread
 
 if TYPE_CHECKING:
-    from .perplexity import LossComparison, LossSummary
+    from hf_context_prune.evaluation.perplexity import LossComparison, LossSummary
+
     from .report import EvalReport, LossFacts, MemoryFacts, MultipleChoiceFacts, SizeFacts, SpeedFacts
 
 Row = tuple[str, str, str, str]

@@ -9,9 +9,9 @@ from typing import Any
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents
 from hf_context_prune.errors import DataError
+from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts, TextLosses
 
 from .perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
-from .report import DatasetFacts, LossFacts, TextLosses
 
 Pair = tuple[Any, Any]
 """A model and its tokenizer."""

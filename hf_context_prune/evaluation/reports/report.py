@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.evaluation.multiple_choice import Accuracy, PairedAccuracy
+from hf_context_prune.evaluation.perplexity import LossComparison, LossSummary
+from hf_context_prune.evaluation.speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
 
-from ._codec import Saved, decode, load_json, now
-from ._table import grouped_rows, text_rows
-from .multiple_choice import Accuracy, PairedAccuracy
-from .perplexity import LossComparison, LossSummary
-from .speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
+from .codec import Saved, decode, load_json, now
+from .rows import grouped_rows, text_rows
 
 SCHEMA_VERSION = 4
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .modeling.plan import PruningPlan
+from hf_context_prune.modeling.plan import PruningPlan
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from hf_context_prune.errors import LoadError
 
-from ._codec import Saved, decode, load_json, now
+from .codec import Saved, decode, load_json, now
 from .report import Environment, EvalReport
 
 SCHEMA_VERSION = 1

@@ -1,0 +1,1 @@
+"""Reports: the facts of a measurement, and how they are shown."""
