@@ -23,14 +23,14 @@ from benchmarks.common import Rows, cell, given, parser, plot_path, table, write
 from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain, documents_of, rounded
 from benchmarks.models import smollm2
 from benchmarks.one_shot import errorbars, excess
-from hf_context_prune.calibration import batches_of
 from hf_context_prune.evaluation._memory_worker import peak_rss
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.modeling.architectures import TARGETS, spec_of
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.sensitivity import PROBE_TOKENS
-from hf_context_prune.vocabulary.refit import refit_rows
-from hf_context_prune.width_search import SEARCH_TOKENS
+from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS
+from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
+from hf_context_prune.pruning.calibration.calibrate import batches_of
+from hf_context_prune.pruning.vocabulary.refit import refit_rows
 
 COMPARED = ("ours", "obs+least_squares", REFERENCE)
 SEARCHED = "ours-adaptive"

@@ -11,14 +11,14 @@ from typing import Any
 
 from benchmarks.common import Rows, cell, corpus, given, parser, table, write_section
 from benchmarks.models import smollm2
-from hf_context_prune.calibration import batches_of, calibrate
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.criteria import CRITERIA
 from hf_context_prune.data.documents import token_blocks
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
-from hf_context_prune.planning import make_plan, repair_with
-from hf_context_prune.reconstruction import RECONSTRUCTIONS
-from hf_context_prune.surgery import apply_plan
+from hf_context_prune.pruning.calibration.calibrate import batches_of, calibrate
+from hf_context_prune.pruning.criteria import CRITERIA
+from hf_context_prune.pruning.planner import make_plan, repair_with
+from hf_context_prune.pruning.reconstruction import RECONSTRUCTIONS
+from hf_context_prune.pruning.surgery import apply_plan
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from benchmarks.models import MODELS
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses
 from hf_context_prune.modeling.architectures import TARGETS
-from hf_context_prune.sensitivity import PROBE_TOKENS
-from hf_context_prune.width_search import SEARCH_TOKENS
+from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS
+from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
 
 
 def losses_of(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[DocumentLoss]:

@@ -33,9 +33,9 @@ from hf_context_prune.data.documents import TextSource, hold_out_documents, toke
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.formatting import percent
 from hf_context_prune.evaluation.speed import count_parameters
-from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.modeling.architectures import TARGETS
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.pruning.prune_model import smaller_model
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.recovery.run import recover
 from hf_context_prune.storage.loading import LoadedModel, load_model

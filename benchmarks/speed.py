@@ -17,7 +17,7 @@ from benchmarks.models import smollm2
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
-from hf_context_prune.surgery import apply_plan
+from hf_context_prune.pruning.surgery import apply_plan
 
 
 def plan_of(model: Any, widths: list[LayerWidths]) -> PruningPlan:

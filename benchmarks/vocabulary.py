@@ -26,11 +26,11 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import percent
 from hf_context_prune.evaluation.speed import count_parameters, measure_speed, speed_ratio
-from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.modeling.architectures import TARGETS
-from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary
-from hf_context_prune.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text
-from hf_context_prune.vocabulary.selection import VocabularySize
+from hf_context_prune.pruning.prune_model import smaller_model
+from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
+from hf_context_prune.pruning.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 
 WAYS = {
     "frequency": ("by frequency", {"criterion": "frequency"}, False),

@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any
 from .utils.version import __version__
 
 if TYPE_CHECKING:
-    from .calibration import calibrate
     from .callback.callback import ContextPruneCallback
     from .callback.schedule import PruningSchedule
     from .config import PrunerConfig
-    from .criteria import CRITERIA
     from .errors import ContextPruneError
     from .evaluation.reports.report import EvalReport
     from .hub import push_folder
     from .measuring import QuestionOptions, evaluate
     from .modeling.plan import PruningPlan
     from .pipeline import EvalOptions, prune
-    from .planning import make_plan
+    from .pruning.calibration.calibrate import calibrate
+    from .pruning.criteria import CRITERIA
+    from .pruning.planner import make_plan
+    from .pruning.surgery import apply_plan
+    from .pruning.vocabulary.prune import prune_vocabulary
     from .recovery.config import RecoveryConfig
     from .recovery.run import recover
     from .result import PruneResult
     from .storage.loading import load_model, load_pruned
-    from .surgery import apply_plan
-    from .vocabulary.prune import prune_vocabulary
 
 _HOME = {
     "CRITERIA": "criteria",

@@ -146,7 +146,7 @@ def prune(
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on held-out text, and write a model folder."""
     chosen = given_options(config, {**locals(), "pruning_seed": seed})
-    from .calibration_text import check_general_mix
+    from .pruning.calibration.samples import check_general_mix
 
     check_general_mix(chosen, general_data)
     if dry_run:

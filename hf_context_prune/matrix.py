@@ -10,8 +10,6 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import Budget
-from .calibration_text import check_share
 from .card import rewrite_card
 from .config import THRESHOLDS, PrunerConfig
 from .data.decontamination import drop_overlapping
@@ -21,11 +19,13 @@ from .evaluation.reports.rendering import check_report_place, write_run
 from .evaluation.reports.report import Environment, EvalReport
 from .evaluation.scores import HeldOut, Scores, held_out_of, score
 from .evaluation.speed import weight_bytes
-from .global_budget import check_budget, smaller_model
 from .matrix_facts import DENSE, DomainMatrix, mixed_name
 from .measuring import QuestionOptions
 from .modeling.plan import PruningPlan, fingerprint
 from .pipeline import as_loaded, plan_notes, split_text
+from .pruning.allocation.adaptive import Budget
+from .pruning.calibration.samples import check_share
+from .pruning.prune_model import check_budget, smaller_model
 from .storage.loading import LoadedModel, load_model
 from .storage.provenance import provenance_of
 from .storage.results_log import open_rows

@@ -6,18 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .allocation import Budget
 from .config import PrunerConfig
 from .errors import BudgetError
 from .evaluation.speed import count_parameters
 from .modeling.architectures import spec_of
 from .modeling.specs import LayerWidths, read_geometry
 from .modeling.token_rows import num_rows, token_cost
-from .planning import check_repair
+from .pruning.allocation.adaptive import Budget
+from .pruning.allocation.widths import check_units_budget, widths_beside
+from .pruning.planner import check_repair
+from .pruning.surgery import StockFit, stock_fit
+from .pruning.vocabulary.selection import VocabularySize
 from .storage.loading import load_outline
-from .surgery import StockFit, stock_fit
-from .vocabulary.selection import VocabularySize
-from .widths import check_units_budget, widths_beside
 
 
 @dataclass(frozen=True)

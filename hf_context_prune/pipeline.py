@@ -9,9 +9,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .allocation import Budget
-from .calibration import check_weights_finite
-from .calibration_text import check_general_mix
 from .config import PrunerConfig
 from .data.decontamination import drop_overlapping
 from .data.documents import TextSource, hold_out_documents, load_documents
@@ -20,18 +17,21 @@ from .evaluation.general_text import general_losses, loss_facts, read_general
 from .evaluation.perplexity import document_losses
 from .evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from .evaluation.speed import count_parameters, measure_speed
-from .global_budget import check_budget, smaller_model
 from .modeling.architectures import check_supported
 from .modeling.plan import PruningPlan
-from .planning import check_repair
+from .pruning.allocation.adaptive import Budget
+from .pruning.calibration.calibrate import check_weights_finite
+from .pruning.calibration.samples import check_general_mix
+from .pruning.planner import check_repair
+from .pruning.prune_model import check_budget, smaller_model
+from .pruning.surgery import stock_fit
+from .pruning.thresholds.prune import zeros_note
+from .pruning.vocabulary.notes import effort_note, vocabulary_note
 from .result import PruneResult
 from .search_text import SearchText
 from .storage.loading import LoadedModel, load_model, read_from
 from .storage.provenance import in_memory, provenance_of
-from .surgery import stock_fit
-from .thresholds import zeros_note
 from .utils.distributed import on_main_process, together, warn_if_alone
-from .vocabulary.notes import effort_note, vocabulary_note
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from .evaluation.reports.report import EvalReport, MemoryFacts
 from .evaluation.speed import measure_peak_memory, weight_bytes
 from .hub import PushResult, push_folder
 from .modeling.plan import PruningPlan
+from .pruning.surgery import StockFit
 from .storage.loading import LoadedModel
 from .storage.saving import REPORT_NAME, estimate_bytes, write_model_folder
 from .storage.staging import resolve_target, staged_folder
-from .surgery import StockFit
 from .utils.distributed import is_main_process, on_main_process
 
 

@@ -22,18 +22,18 @@ from .evaluation.reports.report import Environment
 from .evaluation.reports.run_report import ReportTable, RunReport
 from .evaluation.scores import HeldOut, Scores, held_out_of, score, summary_of
 from .evaluation.speed import count_parameters
-from .global_budget import check_budget, smaller_model, threshold_magnitudes, trimmed_for
-from .magnitudes import Magnitudes
 from .measuring import QuestionOptions
 from .modeling.plan import PruningPlan, fingerprint
 from .pipeline import as_loaded, split_text
+from .pruning.prune_model import check_budget, smaller_model, threshold_magnitudes, trimmed_for
+from .pruning.thresholds.magnitudes import Magnitudes
+from .pruning.thresholds.prune import below_thresholds, zeros_of_paper
+from .pruning.vocabulary.prune import TrimmedModel
 from .recovery.config import RecoveryConfig
 from .recovery.run import recover
 from .storage.loading import LoadedModel
 from .storage.results_log import open_rows
-from .thresholds import below_thresholds, zeros_of_paper
 from .utils.version import __version__
-from .vocabulary.prune import TrimmedModel
 
 Point = tuple[float | None, float | None, float | None]
 """Thresholds of linear layers, activations and embedding; None: off."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_context_prune.stats import RegressionMoments
+from hf_context_prune.pruning.calibration.statistics import RegressionMoments
 from tests.tiny import VOCABULARY
 
 MODELS = ("llama", "opt")  # without and with biases, whose sums are taken about a pivot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_context_prune.stats import TargetStatistics, TargetWeights
+from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
 
 
 def statistics_of(X: torch.Tensor, *, taylor: torch.Tensor | None = None) -> TargetStatistics:

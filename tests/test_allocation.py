@@ -14,7 +14,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hf_context_prune.allocation import (
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError, NumericsError
+from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.pruning.allocation.adaptive import (
     Budget,
     _on_hull,
     adaptive_widths,
@@ -25,9 +28,6 @@ from hf_context_prune.allocation import (
     select_units,
     uniform_widths,
 )
-from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import BudgetError, NumericsError
-from hf_context_prune.modeling.specs import Geometry, LayerWidths
 
 COSTS = {"mlp": 3, "attention": 100}
 quick = settings(max_examples=150, deadline=None)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, pipeline, prune
-from hf_context_prune.budget_search import TOLERANCE, WALKS, Trial, search
 from hf_context_prune.data.documents import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError
 from hf_context_prune.evaluation.speed import count_parameters
-from hf_context_prune.planning import plan_and_repair
+from hf_context_prune.pruning.allocation.loss_search import TOLERANCE, WALKS, Trial, search
+from hf_context_prune.pruning.planner import plan_and_repair
 from hf_context_prune.search_text import SearchText
 from tests.tiny import TEXT, tiny_model
 

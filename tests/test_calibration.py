@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load, save_file
 from torch import nn
 
-from hf_context_prune.calibration import batches_of, calibrate, check_weights_finite
 from hf_context_prune.errors import DataError, NumericsError
 from hf_context_prune.modeling.architectures import TARGETS, blocks, output_projection
 from hf_context_prune.modeling.specs import SPECS
-from hf_context_prune.stats import CalibrationStats
+from hf_context_prune.pruning.calibration.calibrate import batches_of, calibrate, check_weights_finite
+from hf_context_prune.pruning.calibration.statistics import CalibrationStats
 from tests.tiny import VOCABULARY, case, tiny_model
 
 FAMILIES = ["llama", "opt", "gpt2", "gpt_neox", "gemma2", "phi"]

@@ -163,11 +163,11 @@ def test_a_killed_run_goes_on_and_leaves_no_unfinished_work(run, place, tmp_path
     assert run(*words, "@whole")[0] == 0
     assert not list((tmp_path / "unfinished").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("hf_context_prune.global_budget.apply_plan", _interrupt)
+        patch.setattr("hf_context_prune.pruning.prune_model.apply_plan", _interrupt)
         assert run(*words, "@resumed")[0] == 1
     assert len(list(tmp_path.glob("unfinished/*/*/block-*.safetensors"))) == 3
     with monkeypatch.context() as patch:
-        patch.setattr("hf_context_prune.sequential._Walk.prune", _interrupt)  # nothing is left to prune
+        patch.setattr("hf_context_prune.pruning.sequential.prune._Walk.prune", _interrupt)  # nothing is left to prune
         assert run(*words, "@resumed")[0] == 0
     assert not list((tmp_path / "unfinished").iterdir())
     first, second = (place / name / "model.safetensors" for name in ("whole", "resumed"))

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_context_prune.calibration import calibrate, weights_of_block
 from hf_context_prune.config import CriterionName
-from hf_context_prune.criteria import CRITERIA, RIDGE, criterion, get_criterion
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.modeling.architectures import blocks
 from hf_context_prune.modeling.specs import SPECS, read_geometry
-from hf_context_prune.stats import TargetStatistics, TargetWeights
+from hf_context_prune.pruning.calibration.calibrate import calibrate, weights_of_block
+from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
+from hf_context_prune.pruning.criteria import CRITERIA, RIDGE, criterion, get_criterion
 from hf_context_prune.utils.linalg import FLOOR
 from tests.problems import inputs, statistics_of, weights
 from tests.tiny import VOCABULARY, tiny_model
@@ -287,7 +287,7 @@ def test_names():
 
 
 def test_a_criterion_is_one_decorated_function(monkeypatch):
-    monkeypatch.setattr("hf_context_prune.criteria.CRITERIA", {})
+    monkeypatch.setattr("hf_context_prune.pruning.criteria.CRITERIA", {})
 
     @criterion("first", needs=frozenset({"gram"}))
     def first(w, stats, generator):

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_context_prune.calibration import calibrate
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.planning import plan_and_repair
-from hf_context_prune.stats import CalibrationStats
-from hf_context_prune.surgery import apply_plan
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.calibration.statistics import CalibrationStats
+from hf_context_prune.pruning.planner import plan_and_repair
+from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import distributed
 from tests.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, samples
 from tests.tiny import case, model_and_text

@@ -17,8 +17,8 @@ from hf_context_prune.modeling import model_class
 from hf_context_prune.modeling.architectures import TARGETS, blocks, output_projection, output_weight
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from hf_context_prune.storage.saving import save_pruned
-from hf_context_prune.surgery import apply_plan, kept_features
 from tests.tiny import CASES, FAMILIES, VOCABULARY, case
 
 SCRIPT = Path(__file__).parent / "reload_without_package.py"

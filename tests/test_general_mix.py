@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.calibration_text import calibration_blocks
 from hf_context_prune.data.documents import CalibrationWarning, token_blocks
 from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.evaluation.general_text import read_general
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.matrix import domain_matrix
+from hf_context_prune.pruning.calibration.samples import calibration_blocks
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.recovery.folder import recover_folder
 from hf_context_prune.storage.loading import LoadedModel
@@ -120,7 +120,7 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
         to.extend(source.documents)
         return document_losses(model, tokenizer, source, **how)
 
-    monkeypatch.setattr("hf_context_prune.calibration_text.token_blocks", blocks)
+    monkeypatch.setattr("hf_context_prune.pruning.calibration.samples.token_blocks", blocks)
     monkeypatch.setattr("hf_context_prune.pipeline.document_losses", partial(losses, to=measured))
     monkeypatch.setattr("hf_context_prune.search_text.document_losses", partial(losses, to=searched))
     size = {"max_loss_increase": 0.5} if searching else {"mlp_ratio": 0.3}

@@ -8,21 +8,22 @@ from functools import cache
 import pytest
 import torch
 
-from hf_context_prune import PrunerConfig, global_budget
+from hf_context_prune import PrunerConfig
 from hf_context_prune.data.documents import CalibrationWarning, TextSource, hold_out_documents
 from hf_context_prune.errors import BudgetError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.speed import count_parameters
-from hf_context_prune.global_budget import check_budget, smaller_model
 from hf_context_prune.modeling.architectures import unit_costs
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.pruning import prune_model as global_budget
+from hf_context_prune.pruning.prune_model import check_budget, smaller_model
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.pruning.vocabulary.notes import effort_note, vocabulary_note
+from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.search_text import SearchText
-from hf_context_prune.surgery import apply_plan
-from hf_context_prune.vocabulary.notes import effort_note, vocabulary_note
-from hf_context_prune.vocabulary.prune import VocabularyPruner
-from hf_context_prune.vocabulary.selection import VocabularySize
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
 

@@ -18,10 +18,10 @@ from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.evaluation.reports.formatting import less_one
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
 from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
-from hf_context_prune.global_budget import smaller_model
 from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.matrix_facts import DENSE
 from hf_context_prune.measuring import QuestionOptions
+from hf_context_prune.pruning.prune_model import smaller_model
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.sweep import SweepOptions, _Pruner, sweep

@@ -9,7 +9,7 @@ import pytest
 from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.outline import dry_run
-from hf_context_prune.widths import plan_widths
+from hf_context_prune.pruning.allocation.widths import plan_widths
 from tests.tiny import case
 
 

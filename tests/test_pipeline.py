@@ -22,12 +22,12 @@ from hf_context_prune import (
     make_plan,
     prune,
 )
-from hf_context_prune.calibration import batches_of
 from hf_context_prune.data.documents import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
 from hf_context_prune.outline import dry_run
-from hf_context_prune.planning import needed_statistics, repair_with
-from hf_context_prune.widths import needed_targets
+from hf_context_prune.pruning.allocation.widths import needed_targets
+from hf_context_prune.pruning.calibration.calibrate import batches_of
+from hf_context_prune.pruning.planner import needed_statistics, repair_with
 from tests.tiny import TEXT, case, tiny_model
 
 QUICK = EvalOptions(max_tokens=600, speed=False, memory=False)

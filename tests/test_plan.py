@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_context_prune.errors import PlanError, VocabularyError
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
-from hf_context_prune.surgery import apply_plan
+from hf_context_prune.pruning.surgery import apply_plan
 from tests.tiny import tiny_model
 
 DENSE = (LayerWidths(8, 4), LayerWidths(6, 4))

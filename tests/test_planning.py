@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
-from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan, width_search
-from hf_context_prune.calibration import batches_of
+from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.evaluation.speed import count_parameters
-from hf_context_prune.planning import needed_statistics, plan_and_repair, repair_with
-from hf_context_prune.sensitivity import withhold_probe
-from hf_context_prune.widths import needed_targets, plan_widths
+from hf_context_prune.pruning.allocation import probing as width_search
+from hf_context_prune.pruning.allocation.sensitivity import withhold_probe
+from hf_context_prune.pruning.allocation.widths import needed_targets, plan_widths
+from hf_context_prune.pruning.calibration.calibrate import batches_of
+from hf_context_prune.pruning.planner import needed_statistics, plan_and_repair, repair_with
 from tests.tiny import VOCABULARY, tiny_model
 
 

@@ -15,8 +15,8 @@ from hf_context_prune.demo import complete
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
-from hf_context_prune.surgery import apply_plan
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hf_context_prune.config import ReconstructionName
-from hf_context_prune.criteria import CRITERIA, RIDGE, _obs_remove
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.reconstruction import NEEDS_GRAM, RECONSTRUCTIONS, get_reconstruction
-from hf_context_prune.stats import TargetWeights
+from hf_context_prune.pruning.calibration.statistics import TargetWeights
+from hf_context_prune.pruning.criteria import CRITERIA, RIDGE, _obs_remove
+from hf_context_prune.pruning.reconstruction import NEEDS_GRAM, RECONSTRUCTIONS, get_reconstruction
 from hf_context_prune.utils.linalg import FLOOR, cholesky, inverse_spd, regularized
 from tests.problems import inputs, matrix, statistics_of
 

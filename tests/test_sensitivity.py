@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from hf_context_prune.calibration import calibrate
 from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.modeling.architectures import TARGETS, unit_size
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, base_model_type, read_geometry
-from hf_context_prune.reconstruction import RECONSTRUCTIONS
-from hf_context_prune.sensitivity import PROBES, measure_sensitivity, withhold_probe
-from hf_context_prune.surgery import apply_plan, kept_features
+from hf_context_prune.pruning.allocation.sensitivity import PROBES, measure_sensitivity, withhold_probe
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.reconstruction import RECONSTRUCTIONS
+from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from tests.tiny import CASES, VOCABULARY, case, tiny_model
 
 
@@ -108,7 +108,7 @@ def test_beginning_at_the_narrowed_block_changes_nothing(name, monkeypatch):
         starts.append(start)
         return model(input_ids=probe.ids, use_cache=False).logits.flatten(0, 1)
 
-    monkeypatch.setattr("hf_context_prune.sensitivity._Probe.logits", whole)
+    monkeypatch.setattr("hf_context_prune.pruning.allocation.sensitivity._Probe.logits", whole)
     expected = measure_sensitivity(*arguments, targets=TARGETS, batch_tokens=48)
     assert set(starts) == {0, 1, 2}
     for key, curve in expected.items():
@@ -229,7 +229,7 @@ def test_a_large_vocabulary_has_smaller_batches(model, monkeypatch):
     importance, ids, sizes = random_importance(model), tokens(batch=4), []
     whole = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
     vocabulary = len(model.get_output_embeddings().weight)
-    monkeypatch.setattr("hf_context_prune.sensitivity._MOST_LOGITS", 2 * ids.shape[1] * vocabulary)
+    monkeypatch.setattr("hf_context_prune.pruning.allocation.sensitivity._MOST_LOGITS", 2 * ids.shape[1] * vocabulary)
     hook = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2].numel()))
     pieces = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
     hook.remove()

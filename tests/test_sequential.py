@@ -7,16 +7,16 @@ import errno
 import pytest
 import torch
 
-from hf_context_prune import sequential
-from hf_context_prune.calibration import calibrate
-from hf_context_prune.criteria import CRITERIA
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.modeling.architectures import blocks, output_projection, output_weight, spec_of
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
-from hf_context_prune.reconstruction import least_squares, refit
-from hf_context_prune.sequential import prune_sequentially
-from hf_context_prune.surgery import apply_plan
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.criteria import CRITERIA
+from hf_context_prune.pruning.reconstruction import least_squares, refit
+from hf_context_prune.pruning.sequential import prune as sequential
+from hf_context_prune.pruning.sequential.prune import prune_sequentially
+from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import linalg
 from hf_context_prune.utils.linalg import FLOOR
 from tests.tiny import CASES, VOCABULARY, case

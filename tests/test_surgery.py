@@ -26,8 +26,8 @@ from hf_context_prune.modeling.architectures import (
 )
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
+from hf_context_prune.pruning.surgery import apply_plan, kept_features, stock_fit
 from hf_context_prune.storage.saving import save_pruned
-from hf_context_prune.surgery import apply_plan, kept_features, stock_fit
 from tests.tiny import CASES, VOCABULARY, case, tiny_config, tiny_model
 
 IDS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_context_prune.calibration import batches_of
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import token_blocks
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.global_budget import smaller_model
-from hf_context_prune.magnitudes import measure_magnitudes
-from hf_context_prune.surgery import apply_plan
-from hf_context_prune.thresholds import count_zeros, prune_by_thresholds, zero_below_, zeros_of_paper
+from hf_context_prune.pruning.calibration.calibrate import batches_of
+from hf_context_prune.pruning.prune_model import smaller_model
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.pruning.thresholds.magnitudes import measure_magnitudes
+from hf_context_prune.pruning.thresholds.prune import count_zeros, prune_by_thresholds, zero_below_, zeros_of_paper
 
 from .tiny import VOCABULARY, case
 from .vocabulary.tiny_domain import documents, model_for, shared_tokenizer

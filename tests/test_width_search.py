@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from hf_context_prune import PrunerConfig, width_search
+from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import ConfigError, SaveError
-from hf_context_prune.planning import Planner, plan_and_repair
+from hf_context_prune.pruning.allocation import probing as width_search
+from hf_context_prune.pruning.planner import Planner, plan_and_repair
 from tests.tiny import VOCABULARY, tiny_model
 
 

@@ -20,7 +20,6 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from hf_context_prune.bars import without_bars
-from hf_context_prune.calibration import check_weights_finite
 from hf_context_prune.config import PrunerConfig, from_options
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
 from hf_context_prune.evaluation.speed import count_parameters
@@ -28,12 +27,13 @@ from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
-from hf_context_prune.planning import check_repair, plan_and_repair, versions
+from hf_context_prune.pruning.allocation.widths import plan_widths
+from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
+from hf_context_prune.pruning.planner import check_repair, plan_and_repair, versions
+from hf_context_prune.pruning.surgery import apply_plan, build_empty, kept_entries
 from hf_context_prune.storage.provenance import in_memory, provenance_of
 from hf_context_prune.storage.saving import PLAN_NAME
-from hf_context_prune.surgery import apply_plan, build_empty, kept_entries
 from hf_context_prune.utils.distributed import all_gather, num_processes
-from hf_context_prune.widths import plan_widths
 
 from .batches import text_of
 from .checkpoints import complete, progress_of, use_cache_of

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from hf_context_prune.allocation import Budget, round_half_up
 from hf_context_prune.config import PrunerConfig, is_number, option
 from hf_context_prune.errors import ConfigError, unknown
 from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.pruning.allocation.adaptive import Budget, round_half_up
 
 Shape = Literal["cubic", "linear"]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-    from hf_context_prune.stats import RegressionMoments, TargetStatistics
+    from hf_context_prune.pruning.calibration.statistics import RegressionMoments, TargetStatistics
 
 T = TypeVar("T")
 

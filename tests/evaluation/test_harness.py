@@ -18,8 +18,8 @@ from hf_context_prune.evaluation.multiple_choice import answer_questions
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
-from hf_context_prune.surgery import apply_plan
 from tests.evaluation.test_multiple_choice import questions
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.vocabulary.tiny_domain import documents, model_for

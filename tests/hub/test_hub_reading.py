@@ -17,8 +17,8 @@ import pytest
 
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME, save_pruned
-from hf_context_prune.surgery import apply_plan
 from tests.hub.client import client, digest
 from tests.hub.process import HubProcess
 from tests.hub.server import files_of

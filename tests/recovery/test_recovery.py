@@ -23,11 +23,11 @@ from hf_context_prune.errors import (
     UnsupportedArchitectureError,
 )
 from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.pruning.thresholds.prune import count_zeros
 from hf_context_prune.recovery import run, training
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.recovery.loss import token_loss
 from hf_context_prune.recovery.run import check_place, recover, teacher_of
-from hf_context_prune.thresholds import count_zeros
 from tests.tiny import TEXT, case, tiny_model
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 

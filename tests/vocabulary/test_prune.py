@@ -16,10 +16,10 @@ from hf_context_prune.errors import PlanError
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.token_rows import num_rows
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.saving import save_pruned
-from hf_context_prune.surgery import apply_plan
-from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary
-from hf_context_prune.vocabulary.selection import VocabularySize
 from tests.tiny import CASES, FAMILIES
 from tests.vocabulary.tiny_domain import ALL, documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import tokenizer_of

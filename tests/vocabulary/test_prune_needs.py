@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune.data.documents import CalibrationWarning, TextSource
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, NumericsError, VocabularyError
-from hf_context_prune.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
-from hf_context_prune.vocabulary.rebuild import table_of
-from hf_context_prune.vocabulary.selection import VocabularySize
+from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
+from hf_context_prune.pruning.vocabulary.rebuild import table_of
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import tokenizer_of
 
@@ -205,7 +205,7 @@ def test_models_with_few_positions(name):
 
 def test_nothing_is_measured_for_what_is_refused(monkeypatch):
     tokenizer = shared_tokenizer("llama3")
-    monkeypatch.setattr("hf_context_prune.vocabulary.prune.count_tokens", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr("hf_context_prune.pruning.vocabulary.prune.count_tokens", lambda *_: pytest.fail("counted"))
     pruner = VocabularyPruner(model_for("llama", tokenizer), tokenizer, documents())
     with pytest.raises(BudgetError, match="must stay"):
         pruner.trim(VocabularySize(10))

@@ -18,8 +18,8 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.demo import complete
 from hf_context_prune.errors import BudgetError
 from hf_context_prune.evaluation.speed import count_parameters
-from hf_context_prune.vocabulary.prune import TrimmedModel, VocabularyPruner
-from hf_context_prune.vocabulary.selection import VocabularySize
+from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, VocabularyPruner
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

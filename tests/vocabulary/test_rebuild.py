@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_context_prune.errors import VocabularyError
-from hf_context_prune.vocabulary.rebuild import order_of, pruned_state, rebuilt, table_of
-from hf_context_prune.vocabulary.tokens import TokenTable
+from hf_context_prune.pruning.vocabulary.rebuild import order_of, pruned_state, rebuilt, table_of
+from hf_context_prune.pruning.vocabulary.tokens import TokenTable
 from tests.vocabulary.tiny_tokenizers import (
     ALL_KINDS,
     KINDS,

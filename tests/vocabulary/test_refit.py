@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_context_prune.vocabulary import refit
-from hf_context_prune.vocabulary.refit import HELD_OUT_EVERY, _Problem, blocks_to_read, refit_rows
+from hf_context_prune.pruning.vocabulary import refit
+from hf_context_prune.pruning.vocabulary.refit import HELD_OUT_EVERY, _Problem, blocks_to_read, refit_rows
 from tests.tiny import VOCABULARY, case
 
 

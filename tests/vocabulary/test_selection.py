@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.errors import BudgetError, DataError, VocabularyError
-from hf_context_prune.vocabulary.selection import (
+from hf_context_prune.pruning.vocabulary.selection import (
     EXPECTED_WEIGHT,
     TokenCounts,
     VocabularySize,
@@ -20,7 +20,7 @@ from hf_context_prune.vocabulary.selection import (
     count_tokens,
     expected_scores,
 )
-from hf_context_prune.vocabulary.tokens import TokenTable
+from hf_context_prune.pruning.vocabulary.tokens import TokenTable
 from tests.vocabulary.tiny_tokenizers import KINDS, corpus, quick, state_of, tokenizer_of
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hf_context_prune.errors import VocabularyError
-from hf_context_prune.vocabulary.rebuild import order_of, pruned_state
-from hf_context_prune.vocabulary.tokens import METASPACE, TokenTable
+from hf_context_prune.pruning.vocabulary.rebuild import order_of, pruned_state
+from hf_context_prune.pruning.vocabulary.tokens import METASPACE, TokenTable
 from tests.vocabulary.tiny_tokenizers import ADDED, ALL_KINDS, BYTES, KINDS, SPECIAL, quick, state_of
 
 WORDS = ["".join(letters) for length in range(1, 8) for letters in itertools.product("ab", repeat=length)]

@@ -21,7 +21,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from hf_context_prune.vocabulary.tokens import METASPACE
+from hf_context_prune.pruning.vocabulary.tokens import METASPACE
 
 WORDS = (
     *("the", "court", "finds", "that", "party", "owed", "duty", "of", "care", "patient", "was", "given", "dose"),

@@ -23,12 +23,19 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import ConfigError, NumericsError
-from .modeling.architectures import Target, blocks, check_supported, output_projection, output_weight, unit_size
-from .modeling.patching import Forward, fast, forwards
-from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
-from .stats import Curve, Key, Repair
-from .utils.linalg import all_finite
+from hf_context_prune.errors import ConfigError, NumericsError
+from hf_context_prune.modeling.architectures import (
+    Target,
+    blocks,
+    check_supported,
+    output_projection,
+    output_weight,
+    unit_size,
+)
+from hf_context_prune.modeling.patching import Forward, fast, forwards
+from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
+from hf_context_prune.pruning.calibration.statistics import Curve, Key, Repair
+from hf_context_prune.utils.linalg import all_finite
 
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when it is probed."""

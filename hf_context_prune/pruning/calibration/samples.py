@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .config import PrunerConfig
-from .data.documents import TextSource, token_blocks
-from .errors import ConfigError, DataError
-from .utils.distributed import on_main_process
-from .vocabulary.refit import blocks_to_read, refit_rows
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.documents import TextSource, token_blocks
+from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.pruning.vocabulary.refit import blocks_to_read, refit_rows
+from hf_context_prune.utils.distributed import on_main_process
 
 
 def check_share(what: str, share: float, blocks: int) -> None:

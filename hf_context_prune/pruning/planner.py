@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .allocation import most_removable, predicted_loss, removed_params, select_units
-from .budget_search import Loss, smallest_within
-from .calibration import batches_of, weights_of_block
-from .config import PrunerConfig
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import ConfigError, naming
+from hf_context_prune.modeling.architectures import blocks, check_supported, output_projection, spec_of
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.specs import LayerWidths, read_geometry
+from hf_context_prune.pruning.allocation.adaptive import most_removable, predicted_loss, removed_params, select_units
+from hf_context_prune.pruning.allocation.loss_search import Loss, smallest_within
+from hf_context_prune.pruning.allocation.probing import calibrate_in_turns, search_curves
+from hf_context_prune.pruning.allocation.sensitivity import measure_sensitivity, withhold_probe
+from hf_context_prune.pruning.allocation.widths import measured_widths, needed_targets, plan_widths, shape_of
+from hf_context_prune.pruning.calibration.calibrate import batches_of, weights_of_block
+from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Curve, Key, Repair
+from hf_context_prune.pruning.sequential.prune import check_walkable, prune_sequentially
+from hf_context_prune.utils.distributed import on_main_process
+
 from .criteria import get_criterion
-from .errors import ConfigError, naming
-from .modeling.architectures import blocks, check_supported, output_projection, spec_of
-from .modeling.plan import LayerPlan, PruningPlan, fingerprint
-from .modeling.specs import LayerWidths, read_geometry
 from .reconstruction import NEEDS_GRAM, get_reconstruction
-from .sensitivity import measure_sensitivity, withhold_probe
-from .sequential import check_walkable, prune_sequentially
-from .stats import CalibrationStats, Curve, Key, Repair
-from .utils.distributed import on_main_process
-from .width_search import calibrate_in_turns, search_curves
-from .widths import measured_widths, needed_targets, plan_widths, shape_of
 
 
 def needed_statistics(config: PrunerConfig) -> frozenset[str]:

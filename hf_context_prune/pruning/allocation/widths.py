@@ -8,17 +8,18 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from .allocation import Budget, Costs, adaptive_widths, beyond_probes, most_removable, removed_params, uniform_widths
-from .config import PrunerConfig
-from .errors import BudgetError, ConfigError
-from .evaluation.speed import count_parameters
-from .modeling.architectures import TARGETS, Target, UnitCosts, spec_of, unit_costs
-from .modeling.plan import PruningPlan
-from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
-from .modeling.token_rows import num_rows, token_cost
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.architectures import TARGETS, Target, UnitCosts, spec_of, unit_costs
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
+from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.pruning.calibration.statistics import Curve, Key
+from hf_context_prune.pruning.surgery import stock_fit
+
+from .adaptive import Budget, Costs, adaptive_widths, beyond_probes, most_removable, removed_params, uniform_widths
 from .sensitivity import probed_counts
-from .stats import Curve, Key
-from .surgery import stock_fit
 
 
 def needed_targets(config: PrunerConfig) -> tuple[Target, ...]:

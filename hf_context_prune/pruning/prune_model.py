@@ -10,28 +10,29 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import Budget, predicted_loss
-from .budget_search import Loss
-from .calibration import batches_of
-from .calibration_text import calibration_blocks, refit_rows_in_all, rows_text
-from .config import PrunerConfig
-from .data.documents import TextSource, hold_out_documents
-from .errors import BudgetError, DataError
-from .evaluation.perplexity import document_losses
-from .evaluation.speed import count_parameters
-from .magnitudes import Magnitudes, check_linear, measure_magnitudes
-from .modeling.architectures import check_supported
-from .modeling.plan import PruningPlan, fingerprint
-from .modeling.token_rows import num_rows, token_cost
-from .planning import Measured, Planner, plan_and_repair, versions
-from .search_text import SearchText
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.documents import TextSource, hold_out_documents
+from hf_context_prune.errors import BudgetError, DataError
+from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.architectures import check_supported
+from hf_context_prune.modeling.plan import PruningPlan, fingerprint
+from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.pruning.allocation.adaptive import Budget, predicted_loss
+from hf_context_prune.pruning.allocation.loss_search import Loss
+from hf_context_prune.pruning.allocation.widths import check_units_budget
+from hf_context_prune.pruning.calibration.calibrate import batches_of
+from hf_context_prune.pruning.calibration.samples import calibration_blocks, refit_rows_in_all, rows_text
+from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes, check_linear, measure_magnitudes
+from hf_context_prune.pruning.thresholds.prune import below_thresholds
+from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, VocabularyPruner, check_prunable
+from hf_context_prune.pruning.vocabulary.refit import refit_rows
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from hf_context_prune.search_text import SearchText
+from hf_context_prune.utils.distributed import on_main_process
+
+from .planner import Measured, Planner, plan_and_repair, versions
 from .surgery import apply_plan
-from .thresholds import below_thresholds
-from .utils.distributed import on_main_process
-from .vocabulary.prune import TrimmedModel, VocabularyPruner, check_prunable
-from .vocabulary.refit import refit_rows
-from .vocabulary.selection import VocabularySize
-from .widths import check_units_budget
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from .config import PrunerConfig
-from .errors import BudgetError, NumericsError
-from .modeling.plan import LayerPlan
-from .modeling.specs import Geometry, LayerWidths
-from .stats import Curve, Key
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError, NumericsError
+from hf_context_prune.modeling.plan import LayerPlan
+from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.pruning.calibration.statistics import Curve, Key
 
 Costs = Mapping[str, int]
 """Parameters a unit, by target."""

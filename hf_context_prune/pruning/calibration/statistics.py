@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import DataError, NumericsError
+from hf_context_prune.errors import DataError, NumericsError
 
 Key = tuple[int, str]
 """(layer index, target name)."""

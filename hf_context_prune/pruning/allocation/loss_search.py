@@ -14,14 +14,14 @@ from typing import Protocol
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .config import PrunerConfig
-from .errors import BudgetError
-from .evaluation.speed import count_parameters
-from .modeling.plan import PruningPlan
-from .modeling.specs import LayerWidths
-from .stats import Repair
-from .surgery import apply_plan
-from .utils.distributed import on_main_process
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.pruning.calibration.statistics import Repair
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.utils.distributed import on_main_process
 
 Loss = Callable[[PreTrainedModel], float]
 

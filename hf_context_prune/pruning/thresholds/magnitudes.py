@@ -15,11 +15,11 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calibration import Batch, check_weights_finite, prepare_batch
-from .errors import ConfigError, DataError, NumericsError
-from .modeling.architectures import blocks, check_supported
-from .modeling.specs import ArchSpec, read_geometry
-from .utils.distributed import all_reduce_, shard, sum_counts, together
+from hf_context_prune.errors import ConfigError, DataError, NumericsError
+from hf_context_prune.modeling.architectures import blocks, check_supported
+from hf_context_prune.modeling.specs import ArchSpec, read_geometry
+from hf_context_prune.pruning.calibration.calibrate import Batch, check_weights_finite, prepare_batch
+from hf_context_prune.utils.distributed import all_reduce_, shard, sum_counts, together
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import ConfigError, NumericsError, unknown
-from .stats import TargetStatistics, TargetWeights
-from .utils.linalg import cholesky, inverse_spd, regularized
+from hf_context_prune.errors import ConfigError, NumericsError, unknown
+from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
+from hf_context_prune.utils.linalg import cholesky, inverse_spd, regularized
 
 CriterionFunction = Callable[[TargetWeights, TargetStatistics, torch.Generator], torch.Tensor]
 

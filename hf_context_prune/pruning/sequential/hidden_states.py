@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import SaveError
-from .modeling.architectures import blocks
-from .modeling.patching import fast, forwards
-from .modeling.specs import ArchSpec
+from hf_context_prune.errors import SaveError
+from hf_context_prune.modeling.architectures import blocks
+from hf_context_prune.modeling.patching import fast, forwards
+from hf_context_prune.modeling.specs import ArchSpec
 
 Batch = dict[str, torch.Tensor]
 

@@ -17,17 +17,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import PrunerConfig
-from .errors import ConfigError
-from .evaluation.speed import count_parameters
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.architectures import blocks, check_supported, output_projection, output_weight
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.specs import ArchSpec, Geometry, read_geometry
+from hf_context_prune.modeling.token_rows import token_modules
+from hf_context_prune.pruning.planner import versions
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.pruning.vocabulary.prune import TrimmedModel
+
 from .magnitudes import Magnitudes, linear_layers
-from .modeling.architectures import blocks, check_supported, output_projection, output_weight
-from .modeling.plan import LayerPlan, PruningPlan, fingerprint
-from .modeling.specs import ArchSpec, Geometry, read_geometry
-from .modeling.token_rows import token_modules
-from .planning import versions
-from .surgery import apply_plan
-from .vocabulary.prune import TrimmedModel
 
 
 @dataclass(frozen=True)

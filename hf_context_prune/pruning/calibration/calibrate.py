@@ -11,8 +11,8 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import ConfigError, DataError, NumericsError
-from .modeling.architectures import (
+from hf_context_prune.errors import ConfigError, DataError, NumericsError
+from hf_context_prune.modeling.architectures import (
     TARGETS,
     Gradients,
     Target,
@@ -25,10 +25,11 @@ from .modeling.architectures import (
     output_weight,
     unit_size,
 )
-from .modeling.specs import ArchSpec, Geometry, read_geometry
-from .stats import CalibrationStats, TargetStatistics, TargetWeights
-from .utils.distributed import all_reduce_, reduce_statistics, shard, sum_counts, together
-from .utils.linalg import all_finite
+from hf_context_prune.modeling.specs import ArchSpec, Geometry, read_geometry
+from hf_context_prune.utils.distributed import all_reduce_, reduce_statistics, shard, sum_counts, together
+from hf_context_prune.utils.linalg import all_finite
+
+from .statistics import CalibrationStats, TargetStatistics, TargetWeights
 
 Batch = dict[str, torch.Tensor]
 

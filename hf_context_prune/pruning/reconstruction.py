@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from .errors import ConfigError, unknown
-from .stats import TargetStatistics
-from .utils.linalg import cholesky, regularized
+from hf_context_prune.errors import ConfigError, unknown
+from hf_context_prune.pruning.calibration.statistics import TargetStatistics
+from hf_context_prune.utils.linalg import cholesky, regularized
 
 Reconstruction = Callable[
     [torch.Tensor, torch.Tensor | None, list[int], TargetStatistics, float], tuple[torch.Tensor, torch.Tensor | None]

@@ -14,14 +14,21 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import modeling
-from .errors import SaveError
-from .modeling.architectures import TARGETS, Target, blocks, check_supported, output_projection, unit_size
-from .modeling.modeling_context_pruned import is_transposed
-from .modeling.plan import PruningPlan
-from .modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
-from .modeling.token_rows import renumber, token_rows, with_vocabulary
-from .stats import Repair
+from hf_context_prune import modeling
+from hf_context_prune.errors import SaveError
+from hf_context_prune.modeling.architectures import (
+    TARGETS,
+    Target,
+    blocks,
+    check_supported,
+    output_projection,
+    unit_size,
+)
+from hf_context_prune.modeling.modeling_context_pruned import is_transposed
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
+from hf_context_prune.modeling.token_rows import renumber, token_rows, with_vocabulary
+from hf_context_prune.pruning.calibration.statistics import Repair
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from hf_context_prune.modeling.patching import fast_blocks
 from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.modeling.token_rows import named_ids, num_rows
-from hf_context_prune.surgery import apply_plan
+from hf_context_prune.pruning.surgery import apply_plan
 
+from .chat_template import template_ids
 from .rebuild import order_of, pruned_state, rebuilt, table_of
 from .refit import refit_to_text
 from .selection import TokenCounts, VocabularySize, choose, count_tokens, expected_scores, must_stay
-from .template import template_ids
 from .tokens import TokenTable
 
 _SAMPLES, _LENGTH, _BATCH = 128, 512, 4

@@ -12,16 +12,17 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from .calibration import batches_of, calibrate
-from .errors import SaveError
-from .modeling.architectures import Target, blocks, check_supported, output_projection, output_weight
-from .modeling.specs import read_geometry
+from hf_context_prune.errors import SaveError
+from hf_context_prune.modeling.architectures import Target, blocks, check_supported, output_projection, output_weight
+from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.pruning.calibration.calibrate import batches_of, calibrate
+from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Curve, Key, Repair
+from hf_context_prune.pruning.sequential.hidden_states import mapped
+from hf_context_prune.storage.files import write_file
+from hf_context_prune.storage.resume import resume_key
+from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process
+
 from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
-from .stats import CalibrationStats, Curve, Key, Repair
-from .storage.files import write_file
-from .storage.resume import resume_key
-from .streams import mapped
-from .utils.distributed import broadcast_object, is_main_process, on_main_process
 
 SEARCH_TOKENS = 16_384
 """Text of the statistics, or `TOKENS_A_FEATURE` times the widest layer: widths need less of it than the refit."""

@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .errors import SaveError
-from .modeling.architectures import TARGETS, Target
-from .modeling.plan import LayerPlan
-from .modeling.specs import LayerWidths
-from .storage.resume import resume_key
-from .utils.distributed import is_main_process
+from hf_context_prune.errors import SaveError
+from hf_context_prune.modeling.architectures import TARGETS, Target
+from hf_context_prune.modeling.plan import LayerPlan
+from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.storage.resume import resume_key
+from hf_context_prune.utils.distributed import is_main_process
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,8 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calibration import Batch, check_weights_finite, prepare_batch, weights_of_block
-from .criteria import Criterion
-from .errors import ConfigError, DataError, NumericsError, naming
-from .modeling.architectures import (
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, naming
+from hf_context_prune.modeling.architectures import (
     Target,
     blocks,
     channel_scale,
@@ -41,15 +39,18 @@ from .modeling.architectures import (
     post_norm,
     residual_scale,
 )
-from .modeling.plan import LayerPlan
-from .modeling.specs import ArchSpec, LayerWidths, read_geometry
-from .reconstruction import refit, squared_error
-from .stats import Key, RegressionMoments
-from .streams import Stream, StreamStorage, capture, choose_held_out, watched
-from .surgery import kept_features
-from .utils.distributed import broadcast_object, reduce_moments, shard, sum_counts, together
-from .utils.linalg import fast_matmul
-from .walk_state import FinishedBlock, WalkState
+from hf_context_prune.modeling.plan import LayerPlan
+from hf_context_prune.modeling.specs import ArchSpec, LayerWidths, read_geometry
+from hf_context_prune.pruning.calibration.calibrate import Batch, check_weights_finite, prepare_batch, weights_of_block
+from hf_context_prune.pruning.calibration.statistics import Key, RegressionMoments
+from hf_context_prune.pruning.criteria import Criterion
+from hf_context_prune.pruning.reconstruction import refit, squared_error
+from hf_context_prune.pruning.surgery import kept_features
+from hf_context_prune.utils.distributed import broadcast_object, reduce_moments, shard, sum_counts, together
+from hf_context_prune.utils.linalg import fast_matmul
+
+from .checkpoint import FinishedBlock, WalkState
+from .hidden_states import Stream, StreamStorage, capture, choose_held_out, watched
 
 CORRECTION_RIDGES = (0.1, 0.3, 1.0, 3.0)
 """Ridges tried for what upstream blocks left to correct, as shares of each feature's mean square."""

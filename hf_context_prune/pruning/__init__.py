@@ -1,0 +1,1 @@
+"""Pruning: statistics in, a smaller model out."""

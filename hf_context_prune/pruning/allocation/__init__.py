@@ -1,0 +1,1 @@
+"""Allocation: how many units each layer keeps."""

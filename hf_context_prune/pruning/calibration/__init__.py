@@ -1,0 +1,1 @@
+"""Calibration: the statistics of the units on domain text."""

@@ -1,0 +1,1 @@
+"""Sequential reconstruction: prune layer by layer against the dense hidden states."""

@@ -1,0 +1,1 @@
+"""The paper's protocol: thresholds in place of a budget."""
