@@ -21,13 +21,13 @@ from typing import Any
 from benchmarks.common import ROOT, corpus, parser
 from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
-from hf_context_prune.card import CARD_NAME
-from hf_context_prune.card.facts import read_facts
-from hf_context_prune.card.text import PICTURE_NAME
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import load_questions
 from hf_context_prune.errors import LoadError
 from hf_context_prune.measuring import answered
+from hf_context_prune.publishing.card import CARD_NAME
+from hf_context_prune.publishing.card.facts import read_facts
+from hf_context_prune.publishing.card.text import PICTURE_NAME
 from hf_context_prune.storage.loading import LoadedModel
 
 CARDS = ROOT.parent / "model_cards"

@@ -23,10 +23,10 @@ from safetensors.numpy import save_file
 from benchmarks.common import ROOT, commit, machine, write_section
 from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.card import build_card, write_card
-from hf_context_prune.card.facts import read_facts
 from hf_context_prune.data.demo import licence_texts
 from hf_context_prune.data.documents import TextSource
+from hf_context_prune.publishing.card import build_card, write_card
+from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.staging import staged_folder
 
 GOAL_SECONDS, GOAL_MEGABYTES = 1.0, 400
@@ -69,7 +69,7 @@ def first_card_seconds(folder: Path) -> float:
     """Seconds of the first card of a process, text and picture: matplotlib is imported too."""
     code = (
         "import sys, time, pathlib, tempfile\n"
-        "from hf_context_prune.card import read_facts, write_card\n"
+        "from hf_context_prune.publishing.card import read_facts, write_card\n"
         "facts = read_facts(sys.argv[1])\n"
         "start = time.perf_counter()\n"
         "write_card(pathlib.Path(tempfile.mkdtemp()), facts)\n"

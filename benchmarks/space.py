@@ -15,7 +15,7 @@ from pathlib import Path
 from gradio_client import Client
 
 from benchmarks.common import ROOT, commit, machine, table, write_section
-from hf_context_prune.space.settings import DEMO_FOLDER
+from hf_context_prune.publishing.space.settings import DEMO_FOLDER
 
 APP = ROOT.parent / "spaces" / "app.py"
 DOMAIN = "Software licences"

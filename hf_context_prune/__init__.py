@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .config import PrunerConfig
     from .errors import ContextPruneError
     from .evaluation.reports.report import EvalReport
-    from .hub import push_folder
     from .measuring import QuestionOptions, evaluate
     from .modeling.plan import PruningPlan
     from .pipeline import EvalOptions, prune
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from .pruning.planner import make_plan
     from .pruning.surgery import apply_plan
     from .pruning.vocabulary.prune import prune_vocabulary
+    from .publishing.hub import push_folder
     from .recovery.config import RecoveryConfig
     from .recovery.run import recover
     from .result import PruneResult

@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .card import rewrite_card
 from .config import THRESHOLDS, PrunerConfig
 from .data.decontamination import drop_overlapping
 from .data.documents import TextSource
@@ -26,6 +25,7 @@ from .pipeline import as_loaded, plan_notes, split_text
 from .pruning.allocation.adaptive import Budget
 from .pruning.calibration.samples import check_share
 from .pruning.prune_model import check_budget, smaller_model
+from .publishing.card import rewrite_card
 from .storage.loading import LoadedModel, load_model
 from .storage.provenance import provenance_of
 from .storage.results_log import open_rows

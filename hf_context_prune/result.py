@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .card import write_card
-from .card.facts import facts_in
 from .evaluation.reports.report import EvalReport, MemoryFacts
 from .evaluation.speed import measure_peak_memory, weight_bytes
-from .hub import PushResult, push_folder
 from .modeling.plan import PruningPlan
 from .pruning.surgery import StockFit
+from .publishing.card import write_card
+from .publishing.card.facts import facts_in
+from .publishing.hub import PushResult, push_folder
 from .storage.loading import LoadedModel
 from .storage.saving import REPORT_NAME, estimate_bytes, write_model_folder
 from .storage.staging import resolve_target, staged_folder

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hf_context_prune import EvalOptions, prune
-from hf_context_prune.card.facts import read_facts
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import CalibrationWarning, hold_out_documents, load_documents
 from hf_context_prune.errors import ConfigError, SaveError
@@ -22,6 +21,7 @@ from hf_context_prune.matrix import domain_matrix
 from hf_context_prune.matrix_facts import DENSE
 from hf_context_prune.measuring import QuestionOptions
 from hf_context_prune.pruning.prune_model import smaller_model
+from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.sweep import SweepOptions, _Pruner, sweep

@@ -10,8 +10,8 @@ from huggingface_hub import HfApi
 from transformers import TrainingArguments
 from transformers.utils.hub import PushInProgress
 
-from hf_context_prune.card import CARD_NAME, write_card
 from hf_context_prune.errors import ConfigError, PruningWarning
+from hf_context_prune.publishing.card import CARD_NAME, write_card
 
 from .callback import ContextPruneCallback
 from .publishing import PushedFolder, facts_of

@@ -228,7 +228,7 @@ class ContextPrunedModelMixin:
         """
         add_companions(str(self.name_or_path), str(working_dir))  # type: ignore[attr-defined]
         if __name__.startswith("hf_context_prune."):  # no import statement: this file also travels without the package
-            importlib.import_module("hf_context_prune.hub").refuse_upload(working_dir, kwargs.get("token"))
+            importlib.import_module("hf_context_prune.publishing.hub").refuse_upload(working_dir, kwargs.get("token"))
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from gradio_client import Client
 
-from hf_context_prune.space.settings import Limits
+from hf_context_prune.publishing.space.settings import Limits
 from tests.browser.conftest import ARTIFACTS
 from tests.space.models import HeldStore, serving, settings_of
 

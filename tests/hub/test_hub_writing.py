@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_context_prune import PrunerConfig, prune
-from hf_context_prune.card import rewrite_card
+from hf_context_prune.publishing.card import rewrite_card
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.storage.staging import staged_folder
 from tests.hub.client import client, digest

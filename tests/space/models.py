@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.space.page import build, serve
-from hf_context_prune.space.settings import Entry, Limits, Settings, Source
-from hf_context_prune.space.store import ModelStore, load_source
+from hf_context_prune.publishing.space.page import build, serve
+from hf_context_prune.publishing.space.settings import Entry, Limits, Settings, Source
+from hf_context_prune.publishing.space.store import ModelStore, load_source
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from tests.test_pipeline import OPTIONS, texts
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 
 from hf_context_prune.errors import LoadError
-from hf_context_prune.space import compare
-from hf_context_prune.space.compare import Comparer
-from hf_context_prune.space.race import Wish, race
-from hf_context_prune.space.settings import Limits, Source
-from hf_context_prune.space.store import ModelStore, load_source
+from hf_context_prune.publishing.space import compare
+from hf_context_prune.publishing.space.compare import Comparer
+from hf_context_prune.publishing.space.generation import Wish, race
+from hf_context_prune.publishing.space.settings import Limits, Source
+from hf_context_prune.publishing.space.store import ModelStore, load_source
 from tests.space.models import settings_of
 
 

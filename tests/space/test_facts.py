@@ -13,11 +13,11 @@ from hf_context_prune.data.questions import Question, QuestionSet
 from hf_context_prune.evaluation.multiple_choice import Answer, summarize_answers
 from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoiceFacts, TextLosses
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.space import facts as facts_module
-from hf_context_prune.space.facts import Facts, figures, matrix, questions, read_facts, removed_in_words
-from hf_context_prune.space.html import render
-from hf_context_prune.space.prompts import prompts_for
-from hf_context_prune.space.settings import Entry, Source
+from hf_context_prune.publishing.space import facts as facts_module
+from hf_context_prune.publishing.space.facts import Facts, figures, matrix, questions, read_facts, removed_in_words
+from hf_context_prune.publishing.space.html import render
+from hf_context_prune.publishing.space.prompts import prompts_for
+from hf_context_prune.publishing.space.settings import Entry, Source
 from tests.space.models import settings_of
 
 

@@ -19,9 +19,9 @@ from hf_context_prune import __version__
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.export.run import export
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.space.folder import demo_files, settings_for, write_space
-from hf_context_prune.space.settings import Entry, Settings, Source, read_settings
-from hf_context_prune.space.wheel import write_wheel
+from hf_context_prune.publishing.space.folder import demo_files, settings_for, write_space
+from hf_context_prune.publishing.space.settings import Entry, Settings, Source, read_settings
+from hf_context_prune.publishing.space.wheel import write_wheel
 from hf_context_prune.storage.manifest import verify_folder
 from tests.space.test_settings import COMMIT
 

@@ -11,7 +11,7 @@ import venv
 import pytest
 from gradio_client import Client
 
-from hf_context_prune.space.folder import settings_for, write_space
+from hf_context_prune.publishing.space.folder import settings_for, write_space
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import torch
 
 from hf_context_prune import load_model
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.space.race import ANSWER, CONTINUE, Progress, Runner, Wish, race
-from hf_context_prune.space.settings import Limits
+from hf_context_prune.publishing.space.generation import ANSWER, CONTINUE, Progress, Runner, Wish, race
+from hf_context_prune.publishing.space.settings import Limits
 
 LIMITS = Limits(new_tokens=40)
 

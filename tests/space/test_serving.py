@@ -9,7 +9,7 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from hf_context_prune.space.settings import Limits
+from hf_context_prune.publishing.space.settings import Limits
 from tests.space.models import HeldStore, serving, settings_of
 
 WAITING = 4

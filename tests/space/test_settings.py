@@ -8,9 +8,16 @@ import pytest
 import yaml
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.space.folder import settings_for
-from hf_context_prune.space.page import picked
-from hf_context_prune.space.settings import Entry, Limits, Source, demo_settings, read_settings, write_settings
+from hf_context_prune.publishing.space.folder import settings_for
+from hf_context_prune.publishing.space.page import picked
+from hf_context_prune.publishing.space.settings import (
+    Entry,
+    Limits,
+    Source,
+    demo_settings,
+    read_settings,
+    write_settings,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GOOD = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from hf_context_prune.errors import ConfigError, ContextPruneError
 
-from .race import Progress, Runner, Wish, race
+from .generation import Progress, Runner, Wish, race
 from .settings import Entry, Settings, Source
 from .store import ModelStore
 

@@ -11,9 +11,9 @@ from hf_context_prune.errors import ConfigError
 
 from .compare import Comparer, Side, View
 from .facts import Facts, figures, matrix, questions, read_facts, removed_in_words
+from .generation import ANSWER, CONTINUE, MAX_TEMPERATURE, Wish
 from .gradio_import import gradio
 from .html import render, text_file
-from .race import ANSWER, CONTINUE, MAX_TEMPERATURE, Wish
 from .settings import Entry, Settings
 from .store import ModelStore
 

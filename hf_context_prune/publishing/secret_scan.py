@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .errors import PublishError
+from hf_context_prune.errors import PublishError
 
 _CHUNK = 1 << 20
 _OVERLAP = 4096  # longer than any form below

@@ -18,7 +18,7 @@ from hf_context_prune.data.demo import GGUF_NAME, SMOLLM2
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, code, inert, table
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.hub import is_allowed
+from hf_context_prune.publishing.hub import is_allowed
 from hf_context_prune.storage.manifest import MANIFEST_NAME, read_manifest, verify_folder
 from hf_context_prune.storage.saving import EXPORT_REPORT_NAME
 from hf_context_prune.storage.staging import resolve_target, staged_folder

@@ -27,10 +27,18 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from .errors import ConfigError, ContextPruneError, PublishError
-from .leaks import refuse_tokens
-from .storage.manifest import EDITABLE, MANIFEST_NAME, read_manifest, sha256_of, unlisted_files, verify_folder
-from .utils.version import __version__
+from hf_context_prune.errors import ConfigError, ContextPruneError, PublishError
+from hf_context_prune.storage.manifest import (
+    EDITABLE,
+    MANIFEST_NAME,
+    read_manifest,
+    sha256_of,
+    unlisted_files,
+    verify_folder,
+)
+from hf_context_prune.utils.version import __version__
+
+from .secret_scan import refuse_tokens
 
 RepoType = Literal["model", "space"]
 
