@@ -27,9 +27,9 @@ from hf_context_prune.matrix import MODELS, REFERENCE, domain_matrix
 from hf_context_prune.matrix_facts import DENSE, DomainMatrix
 from hf_context_prune.measuring import QuestionOptions, evaluate
 from hf_context_prune.pipeline import EvalOptions
-from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.sweep import GRID, Sweep, SweepOptions, sweep
+from hf_context_prune.training.recovery.config import RecoveryConfig
 
 GOAL_MINUTES = 15.0
 """For half a megabyte of text and 500 questions, base and pruned, on two cores."""

@@ -25,8 +25,6 @@ from benchmarks.common import Rows, corpus, given, parser, table, write_section
 from benchmarks.methods import OURS, Domain, rounded
 from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
-from hf_context_prune.callback.callback import ContextPruneCallback
-from hf_context_prune.callback.schedule import PruningSchedule
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource, hold_out_documents, token_blocks
@@ -36,10 +34,12 @@ from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import TARGETS
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.prune_model import smaller_model
-from hf_context_prune.recovery.config import RecoveryConfig
-from hf_context_prune.recovery.run import recover
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.saving import PLAN_NAME, save_pruned
+from hf_context_prune.training.callback.callback import ContextPruneCallback
+from hf_context_prune.training.callback.schedule import PruningSchedule
+from hf_context_prune.training.recovery.config import RecoveryConfig
+from hf_context_prune.training.recovery.recover import recover
 from hf_context_prune.utils.linalg import bfloat16_is_fast, fast_matmul
 
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}

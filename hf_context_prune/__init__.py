@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 from .utils.version import __version__
 
 if TYPE_CHECKING:
-    from .callback.callback import ContextPruneCallback
-    from .callback.schedule import PruningSchedule
     from .config import PrunerConfig
     from .errors import ContextPruneError
     from .evaluation.reports.report import EvalReport
@@ -30,10 +28,12 @@ if TYPE_CHECKING:
     from .pruning.surgery import apply_plan
     from .pruning.vocabulary.prune import prune_vocabulary
     from .publishing.hub import push_folder
-    from .recovery.config import RecoveryConfig
-    from .recovery.run import recover
     from .result import PruneResult
     from .storage.loading import load_model, load_pruned
+    from .training.callback.callback import ContextPruneCallback
+    from .training.callback.schedule import PruningSchedule
+    from .training.recovery.config import RecoveryConfig
+    from .training.recovery.recover import recover
 
 _HOME = {
     "CRITERIA": "criteria",

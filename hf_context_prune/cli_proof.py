@@ -84,10 +84,10 @@ def sweep(
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
     from .evaluation.reports.rendering import check_report_place
-    from .recovery.config import RecoveryConfig
     from .storage.loading import load_model
     from .sweep import SweepOptions
     from .sweep import sweep as run
+    from .training.recovery.config import RecoveryConfig
 
     options = SweepOptions(
         _thresholds("--linear", linear),

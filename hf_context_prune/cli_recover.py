@@ -70,9 +70,9 @@ def recover(
     """
     chosen = {**locals(), "recovery_seed": seed}
     from .pipeline import EvalOptions
-    from .recovery.config import RecoveryConfig
-    from .recovery.folder import recover_folder
+    from .pipelines.recover import recover_folder
     from .storage.staging import check_target
+    from .training.recovery.config import RecoveryConfig
 
     config = RecoveryConfig(**{item.name: chosen[item.name] for item in fields(RecoveryConfig) if item.name in chosen})
     check_target(output)

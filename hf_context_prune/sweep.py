@@ -29,10 +29,10 @@ from .pruning.prune_model import check_budget, smaller_model, threshold_magnitud
 from .pruning.thresholds.magnitudes import Magnitudes
 from .pruning.thresholds.prune import below_thresholds, zeros_of_paper
 from .pruning.vocabulary.prune import TrimmedModel
-from .recovery.config import RecoveryConfig
-from .recovery.run import recover
 from .storage.loading import LoadedModel
 from .storage.results_log import open_rows
+from .training.recovery.config import RecoveryConfig
+from .training.recovery.recover import recover
 from .utils.version import __version__
 
 Point = tuple[float | None, float | None, float | None]

@@ -12,10 +12,10 @@ from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.evaluation.general_text import read_general
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.matrix import domain_matrix
+from hf_context_prune.pipelines.recover import recover_folder
 from hf_context_prune.pruning.calibration.samples import calibration_blocks
-from hf_context_prune.recovery.config import RecoveryConfig
-from hf_context_prune.recovery.folder import recover_folder
 from hf_context_prune.storage.loading import LoadedModel
+from hf_context_prune.training.recovery.config import RecoveryConfig
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
 

@@ -22,9 +22,9 @@ from hf_context_prune.matrix_facts import DENSE
 from hf_context_prune.measuring import QuestionOptions
 from hf_context_prune.pruning.prune_model import smaller_model
 from hf_context_prune.publishing.card.facts import read_facts
-from hf_context_prune.recovery.config import RecoveryConfig
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.sweep import SweepOptions, _Pruner, sweep
+from hf_context_prune.training.recovery.config import RecoveryConfig
 from tests.vocabulary.tiny_domain import model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
 

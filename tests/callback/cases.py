@@ -16,10 +16,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_context_prune import PrunerConfig
-from hf_context_prune.callback.callback import ContextPruneCallback
-from hf_context_prune.callback.checkpoints import load_checkpoint
-from hf_context_prune.callback.mixin import ContextPruneTrainerMixin
-from hf_context_prune.callback.schedule import PruningSchedule
+from hf_context_prune.training.callback.callback import ContextPruneCallback
+from hf_context_prune.training.callback.checkpoints import load_checkpoint
+from hf_context_prune.training.callback.mixin import ContextPruneTrainerMixin
+from hf_context_prune.training.callback.schedule import PruningSchedule
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 SCHEDULE = PruningSchedule(start=4, end=10, num_prunings=3)

@@ -12,11 +12,6 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_context_prune import PrunerConfig, apply_plan
-from hf_context_prune.callback.batches import text_of
-from hf_context_prune.callback.callback import ContextPruneCallback
-from hf_context_prune.callback.checkpoints import load_checkpoint
-from hf_context_prune.callback.mixin import ContextPruneTrainerMixin
-from hf_context_prune.callback.schedule import PruningSchedule
 from hf_context_prune.data.documents import CalibrationWarning
 from hf_context_prune.errors import (
     ConfigError,
@@ -28,6 +23,11 @@ from hf_context_prune.errors import (
 )
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.training.callback.batches import text_of
+from hf_context_prune.training.callback.callback import ContextPruneCallback
+from hf_context_prune.training.callback.checkpoints import load_checkpoint
+from hf_context_prune.training.callback.mixin import ContextPruneTrainerMixin
+from hf_context_prune.training.callback.schedule import PruningSchedule
 from tests.callback.cases import SCHEDULE, STEPS, Snapshots, config_for, dataset, trainer_for
 from tests.callback.cases import arguments as arguments_for
 from tests.tiny import FAMILIES, case, tiny_model

@@ -6,13 +6,19 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from hf_context_prune.callback.optimizer import STATES, check_optimizer, clear_entries, map_state, replace_parameters
-from hf_context_prune.callback.transplant import composed, scatter, transplant
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_entries
+from hf_context_prune.training.callback.optimizer import (
+    STATES,
+    check_optimizer,
+    clear_entries,
+    map_state,
+    replace_parameters,
+)
+from hf_context_prune.training.callback.transplant import composed, scatter, transplant
 from tests.tiny import CASES, case, tiny_model
 
 OPTIMIZERS = {

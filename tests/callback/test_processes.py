@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_context_prune.callback.checkpoints import load_checkpoint
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from tests.callback import cases
 from tests.hub.process import HubProcess
 from tests.tiny import tiny_model

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hf_context_prune import PrunerConfig
-from hf_context_prune.callback.schedule import PruningSchedule, config_at
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.training.callback.schedule import PruningSchedule, config_at
 
 
 @pytest.mark.parametrize(

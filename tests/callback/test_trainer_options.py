@@ -11,13 +11,13 @@ from torch.nn.utils import prune
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_context_prune.callback import callback as module
-from hf_context_prune.callback.callback import ContextPruneCallback
-from hf_context_prune.callback.checkpoints import load_checkpoint
-from hf_context_prune.callback.checks import check_arguments
-from hf_context_prune.callback.schedule import PruningSchedule
 from hf_context_prune.data.documents import CalibrationWarning
 from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.training.callback import callback as module
+from hf_context_prune.training.callback.callback import ContextPruneCallback
+from hf_context_prune.training.callback.checkpoints import load_checkpoint
+from hf_context_prune.training.callback.checks import check_arguments
+from hf_context_prune.training.callback.schedule import PruningSchedule
 from tests.callback.cases import SCHEDULE, arguments, config_for, dataset, trainer_for
 from tests.tiny import tiny_model
 

@@ -13,9 +13,9 @@ import pytest
 from datasets import Dataset
 
 from hf_context_prune import PruningPlan, load_pruned
-from hf_context_prune.callback.callback import ContextPruneCallback
-from hf_context_prune.callback.checkpoints import load_checkpoint
 from hf_context_prune.data.documents import CalibrationWarning
+from hf_context_prune.training.callback.callback import ContextPruneCallback
+from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from tests.callback.cases import SCHEDULE, STEPS, config_for
 from tests.tiny import TEXT, model_and_text, tiny_model, tiny_tokenizer
 

@@ -13,9 +13,9 @@ from hf_context_prune import EvalOptions, PruningPlan, load_model, load_pruned
 from hf_context_prune.data.documents import CalibrationWarning
 from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.recovery import folder
-from hf_context_prune.recovery.config import RecoveryConfig
+from hf_context_prune.pipelines import recover as folder
 from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.training.recovery.config import RecoveryConfig
 from tests.tiny import model_and_text
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")

@@ -24,10 +24,11 @@ from hf_context_prune.errors import (
 )
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.pruning.thresholds.prune import count_zeros
-from hf_context_prune.recovery import run, training
-from hf_context_prune.recovery.config import RecoveryConfig
-from hf_context_prune.recovery.loss import token_loss
-from hf_context_prune.recovery.run import check_place, recover, teacher_of
+from hf_context_prune.training.recovery import recover as run
+from hf_context_prune.training.recovery import training
+from hf_context_prune.training.recovery.config import RecoveryConfig
+from hf_context_prune.training.recovery.loss import token_loss
+from hf_context_prune.training.recovery.recover import check_place, recover, teacher_of
 from tests.tiny import TEXT, case, tiny_model
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 
@@ -278,7 +279,7 @@ def test_time_ends_it_and_measuring_counts(tokenizer, monkeypatch):
     assert 0 < history.steps < 60
     assert history.losses[-1][0] == history.steps  # the last weights were measured too
     assert len(history.losses) > 2
-    run_module = sys.modules["hf_context_prune.recovery.run"]
+    run_module = sys.modules["hf_context_prune.training.recovery.recover"]
     losses = run_module.document_losses
 
     def slow(*given, **how):
@@ -560,6 +561,6 @@ def test_it_trains_in_one_process_on_the_first_gpu(tokenizer, monkeypatch):
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1, and leave the device out"):
         check_place(types.SimpleNamespace(device=torch.device("cuda:1")))
     check_place(types.SimpleNamespace(device=torch.device("cuda:0")))
-    monkeypatch.setattr("hf_context_prune.recovery.run.num_processes", lambda: 2)
+    monkeypatch.setattr("hf_context_prune.training.recovery.recover.num_processes", lambda: 2)
     with pytest.raises(ConfigError, match="in one process, and here are 2"):
         recover(tiny_model("llama"), texts(), RecoveryConfig(max_steps=2, **SMALL), tokenizer=tokenizer)

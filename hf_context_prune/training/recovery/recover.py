@@ -17,7 +17,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from hf_context_prune.bars import without_bars
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents, token_blocks
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PlanError
@@ -29,6 +28,7 @@ from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.training.progress import without_bars
 from hf_context_prune.utils.distributed import num_processes
 from hf_context_prune.utils.linalg import bfloat16_is_fast
 

@@ -22,9 +22,8 @@ from hf_context_prune.result import PruneResult
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import PLAN_NAME
-
-from .config import RecoveryConfig
-from .run import check_place, has_all_tokens, recover
+from hf_context_prune.training.recovery.config import RecoveryConfig
+from hf_context_prune.training.recovery.recover import check_place, has_all_tokens, recover
 
 
 def recover_folder(

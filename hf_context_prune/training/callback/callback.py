@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from hf_context_prune.bars import without_bars
 from hf_context_prune.config import PrunerConfig, from_options
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
 from hf_context_prune.evaluation.speed import count_parameters
@@ -33,6 +32,7 @@ from hf_context_prune.pruning.planner import check_repair, plan_and_repair, vers
 from hf_context_prune.pruning.surgery import apply_plan, build_empty, kept_entries
 from hf_context_prune.storage.provenance import in_memory, provenance_of
 from hf_context_prune.storage.saving import PLAN_NAME
+from hf_context_prune.training.progress import without_bars
 from hf_context_prune.utils.distributed import all_gather, num_processes
 
 from .batches import text_of

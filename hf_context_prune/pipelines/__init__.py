@@ -1,0 +1,1 @@
+"""Whole runs, one per file: the only place where stages meet."""

@@ -1,0 +1,1 @@
+"""Pruning inside the Trainer, and recovery training."""
