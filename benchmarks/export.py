@@ -23,7 +23,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.evaluation.speed import weight_bytes
 from hf_context_prune.export.run import export, open_export
 from hf_context_prune.export.runtime import TorchRuntime
-from hf_context_prune.pipeline import EvalOptions, prune
+from hf_context_prune.pipelines.prune import EvalOptions, prune
 from hf_context_prune.storage.loading import load_model
 
 EXPORTS = (

@@ -24,7 +24,7 @@ from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import load_questions
 from hf_context_prune.errors import LoadError
-from hf_context_prune.measuring import answered
+from hf_context_prune.pipelines.evaluate import answered
 from hf_context_prune.publishing.card import CARD_NAME
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.publishing.card.text import PICTURE_NAME

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from .config import PrunerConfig
     from .errors import ContextPruneError
     from .evaluation.reports.report import EvalReport
-    from .measuring import QuestionOptions, evaluate
     from .modeling.plan import PruningPlan
-    from .pipeline import EvalOptions, prune
+    from .pipelines.evaluate import QuestionOptions, evaluate
+    from .pipelines.prune import EvalOptions, prune
+    from .pipelines.result import PruneResult
     from .pruning.calibration.calibrate import calibrate
     from .pruning.criteria import CRITERIA
     from .pruning.planner import make_plan
     from .pruning.surgery import apply_plan
     from .pruning.vocabulary.prune import prune_vocabulary
     from .publishing.hub import push_folder
-    from .result import PruneResult
     from .storage.loading import load_model, load_pruned
     from .training.callback.callback import ContextPruneCallback
     from .training.callback.schedule import PruningSchedule

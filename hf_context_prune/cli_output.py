@@ -14,7 +14,7 @@ from .tables import report_table
 from .utils.distributed import on_main_process
 
 if TYPE_CHECKING:
-    from .result import PruneResult
+    from .pipelines.result import PruneResult
 
 errors = Console(stderr=True, highlight=False)
 

@@ -84,9 +84,9 @@ def sweep(
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
     from .evaluation.reports.rendering import check_report_place
+    from .pipelines.sweep import SweepOptions
+    from .pipelines.sweep import sweep as run
     from .storage.loading import load_model
-    from .sweep import SweepOptions
-    from .sweep import sweep as run
     from .training.recovery.config import RecoveryConfig
 
     options = SweepOptions(
@@ -194,7 +194,7 @@ def matrix(
     """Prune MODEL once for each domain, and measure every result on every domain."""
     given = locals()
     chosen = given_options(config, {**given, "pruning_seed": seed})
-    from .matrix import check_matrix, domain_matrix
+    from .pipelines.matrix import check_matrix, domain_matrix
     from .storage.loading import load_model
 
     texts, held_out = _pairs("--domains", [*domains, *(more or [])]), _pairs("--eval-data", eval_data)

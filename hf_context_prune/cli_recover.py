@@ -69,7 +69,7 @@ def recover(
     with --rewind: than the rewound weights). Ctrl-C ends the training and keeps the best weights so far.
     """
     chosen = {**locals(), "recovery_seed": seed}
-    from .pipeline import EvalOptions
+    from .pipelines.prune import EvalOptions
     from .pipelines.recover import recover_folder
     from .storage.staging import check_target
     from .training.recovery.config import RecoveryConfig

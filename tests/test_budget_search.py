@@ -8,13 +8,14 @@ import random
 import pytest
 import torch
 
-from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, pipeline, prune
+from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, prune
 from hf_context_prune.data.documents import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError
 from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.pipelines import prune as pipeline
+from hf_context_prune.pipelines.validation_text import SearchText
 from hf_context_prune.pruning.allocation.loss_search import TOLERANCE, WALKS, Trial, search
 from hf_context_prune.pruning.planner import plan_and_repair
-from hf_context_prune.search_text import SearchText
 from tests.tiny import TEXT, tiny_model
 
 RANGE = {"start": 0.15, "smallest": 1e-6, "largest": 0.55}

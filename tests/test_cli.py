@@ -8,8 +8,9 @@ import random
 
 import pytest
 
-from hf_context_prune import PrunerConfig, demo
+from hf_context_prune import PrunerConfig
 from hf_context_prune.cli_options import given_options
+from hf_context_prune.pipelines import demo
 from tests.tiny import model_and_text, tiny_model
 
 
@@ -147,7 +148,7 @@ def test_interrupted_says_so_and_exits_1(run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", interrupt)
+    monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", interrupt)
     code, out, err = run(*PRUNE, "--output", "@never", "--mlp-ratio", 0.25)
     assert (code, out) == (1, "")
     assert "Interrupted; nothing was put in place." in err

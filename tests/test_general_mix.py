@@ -11,7 +11,7 @@ from hf_context_prune.data.documents import CalibrationWarning, token_blocks
 from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.evaluation.general_text import read_general
 from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.matrix import domain_matrix
+from hf_context_prune.pipelines.matrix import domain_matrix
 from hf_context_prune.pipelines.recover import recover_folder
 from hf_context_prune.pruning.calibration.samples import calibration_blocks
 from hf_context_prune.storage.loading import LoadedModel
@@ -91,7 +91,7 @@ def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
 
 
 def test_mixing_needs_a_text_and_says_so_before_the_work(base, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", None)
+    monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", None)
     with pytest.raises(ConfigError, match=r"general_mix is 0\.5.*--general-data"):
         prune(base, documents(WORDS[:8]), PrunerConfig(**OPTIONS, general_mix=0.5))
     with pytest.raises(ConfigError, match="general_mix"):
@@ -121,8 +121,8 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
         return document_losses(model, tokenizer, source, **how)
 
     monkeypatch.setattr("hf_context_prune.pruning.calibration.samples.token_blocks", blocks)
-    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", partial(losses, to=measured))
-    monkeypatch.setattr("hf_context_prune.search_text.document_losses", partial(losses, to=searched))
+    monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", partial(losses, to=measured))
+    monkeypatch.setattr("hf_context_prune.pipelines.validation_text.document_losses", partial(losses, to=searched))
     size = {"max_loss_increase": 0.5} if searching else {"mlp_ratio": 0.3}
     config = PrunerConfig(**{**OPTIONS, "mlp_ratio": None} | size, general_mix=0.5)
     report = prune(base, domain, config, evaluation=options).report

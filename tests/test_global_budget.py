@@ -17,13 +17,13 @@ from hf_context_prune.modeling.architectures import unit_costs
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.pipelines.validation_text import SearchText
 from hf_context_prune.pruning import prune_model as global_budget
 from hf_context_prune.pruning.prune_model import check_budget, smaller_model
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.notes import effort_note, vocabulary_note
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
-from hf_context_prune.search_text import SearchText
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
 

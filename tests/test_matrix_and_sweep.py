@@ -17,13 +17,13 @@ from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.evaluation.reports.formatting import less_one
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
 from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
-from hf_context_prune.matrix import domain_matrix
-from hf_context_prune.matrix_facts import DENSE
-from hf_context_prune.measuring import QuestionOptions
+from hf_context_prune.pipelines.evaluate import QuestionOptions
+from hf_context_prune.pipelines.matrix import domain_matrix
+from hf_context_prune.pipelines.matrix_report import DENSE
+from hf_context_prune.pipelines.sweep import SweepOptions, _Pruner, sweep
 from hf_context_prune.pruning.prune_model import smaller_model
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.loading import LoadedModel, load_model
-from hf_context_prune.sweep import SweepOptions, _Pruner, sweep
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from tests.vocabulary.tiny_domain import model_for, shared_tokenizer
 from tests.vocabulary.tiny_tokenizers import WORDS
@@ -140,8 +140,8 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     def never(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("hf_context_prune.matrix.smaller_model", never)
-    monkeypatch.setattr("hf_context_prune.matrix.score", never)
+    monkeypatch.setattr("hf_context_prune.pipelines.matrix.smaller_model", never)
+    monkeypatch.setattr("hf_context_prune.pipelines.matrix.score", never)
     again = domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
     assert again.scores == found.scores
     monkeypatch.undo()
@@ -190,7 +190,7 @@ def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, 
     assert (out / "mix.png").read_bytes().startswith(b"\x89PNG")
     assert "![General text mixed in](mix.png)" in (out / "matrix.md").read_text()
     measured = []
-    monkeypatch.setattr("hf_context_prune.matrix.score", lambda *_: measured.append(1))
+    monkeypatch.setattr("hf_context_prune.pipelines.matrix.score", lambda *_: measured.append(1))
     fewer = domain_matrix(base, domains, out, CONFIG, mixes={"law": [0.25]}, **how)  # what is there is taken
     assert [share for share, *_ in fewer.curves()["law"]] == [0.0, 0.25, 1.0]
     assert measured == []
@@ -239,7 +239,7 @@ def test_a_model_of_another_run_is_not_taken(base, domains, tmp_path, monkeypatc
         with pytest.raises(ConfigError, match="other values of model"):
             domain_matrix(other, domains, out, CONFIG, max_tokens=None)
     (out / "matrix.jsonl").unlink()
-    monkeypatch.setattr("hf_context_prune.matrix.score", None)  # refused before anything is measured
+    monkeypatch.setattr("hf_context_prune.pipelines.matrix.score", None)  # refused before anything is measured
     for other, config in ((base, replace(CONFIG, mlp_ratio=0.5)), (louder(base), CONFIG), (half, CONFIG)):
         with pytest.raises(ConfigError, match="other options or text"):
             domain_matrix(other, domains, out, config, max_tokens=None)
@@ -287,7 +287,7 @@ def test_how_questions_are_scored_is_checked_at_once(options):
     ],
 )
 def test_bad_domains_are_refused(base, tmp_path, domains, more, monkeypatch):
-    monkeypatch.setattr("hf_context_prune.matrix.as_loaded", None)  # refused before a model is loaded
+    monkeypatch.setattr("hf_context_prune.pipelines.matrix.as_loaded", None)  # refused before a model is loaded
     with pytest.raises(ConfigError):
         domain_matrix(base, domains, tmp_path / "out", **{"config": CONFIG, **more})
     assert not (tmp_path / "out").exists()
@@ -349,7 +349,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(base, domains, tmp_pa
 def test_thresholds_for_another_kind_of_layer_are_refused_first(domains, tmp_path, monkeypatch):
     tokenizer = shared_tokenizer("llama3")
     gpt2 = LoadedModel(model_for("gpt2", tokenizer), tokenizer, "tiny", None, None)
-    monkeypatch.setattr("hf_context_prune.sweep.score", None)
+    monkeypatch.setattr("hf_context_prune.pipelines.sweep.score", None)
     with pytest.raises(ConfigError, match="Conv1D"):
         sweep(gpt2, domains["law"], tmp_path / "out", OPTIONS)
 
@@ -395,7 +395,7 @@ def test_the_grid_tells_removed_from_zeroed(base, domains, questions, tmp_path, 
     assert (out / "loss-against-size.png").read_bytes().startswith(b"\x89PNG")
     rendered = render([read_folder(out)], tmp_path / "report")
     assert {path.name for path in rendered.glob("*.png")} == {"loss-against-size-out.png"}
-    monkeypatch.setattr("hf_context_prune.sweep.smaller_model", None)
+    monkeypatch.setattr("hf_context_prune.pipelines.sweep.smaller_model", None)
     assert sweep(base, domains["law"], out, OPTIONS, questions=questions).rows == found.rows
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
-from hf_context_prune.outline import dry_run
+from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from tests.tiny import case
 

@@ -24,7 +24,7 @@ from hf_context_prune import (
 )
 from hf_context_prune.data.documents import load_documents, token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
-from hf_context_prune.outline import dry_run
+from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pruning.allocation.widths import needed_targets
 from hf_context_prune.pruning.calibration.calibrate import batches_of
 from hf_context_prune.pruning.planner import needed_statistics, repair_with
@@ -132,7 +132,7 @@ def test_repair_lowers_the_loss_of_a_model_that_was_trained(tokenizer):
 
 
 def test_what_the_walk_cannot_do_is_refused_before_anything_is_measured(tokenizer, monkeypatch):
-    monkeypatch.setattr("hf_context_prune.pipeline.document_losses", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(ConfigError, match="Use reconstruction='least_squares'"):
         run(case("opt-post-norm"), tokenizer, mlp_ratio=0.25)
 

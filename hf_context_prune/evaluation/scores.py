@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import QuestionSet
-from hf_context_prune.measuring import QuestionOptions
+from hf_context_prune.pipelines.evaluate import QuestionOptions
 
 from .multiple_choice import Answer, Scorer, answer_questions, compare_answers, summarize_answers
 from .perplexity import DocumentLoss, choose_documents, compare_losses, document_losses, summarize_losses

@@ -15,15 +15,16 @@ from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment
 from hf_context_prune.evaluation.speed import count_parameters, measure_speed
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
-from hf_context_prune.pipeline import EvalOptions, apart_from_general, split_text
 from hf_context_prune.pruning.allocation.widths import dense_parameters
 from hf_context_prune.pruning.surgery import stock_fit
-from hf_context_prune.result import PruneResult
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import PLAN_NAME
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import check_place, has_all_tokens, recover
+
+from .prune import EvalOptions, apart_from_general, split_text
+from .result import PruneResult
 
 
 def recover_folder(

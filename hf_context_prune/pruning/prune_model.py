@@ -18,6 +18,7 @@ from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.pipelines.validation_text import SearchText
 from hf_context_prune.pruning.allocation.adaptive import Budget, predicted_loss
 from hf_context_prune.pruning.allocation.loss_search import Loss
 from hf_context_prune.pruning.allocation.widths import check_units_budget
@@ -28,7 +29,6 @@ from hf_context_prune.pruning.thresholds.prune import below_thresholds
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, VocabularyPruner, check_prunable
 from hf_context_prune.pruning.vocabulary.refit import refit_rows
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
-from hf_context_prune.search_text import SearchText
 from hf_context_prune.utils.distributed import on_main_process
 
 from .planner import Measured, Planner, plan_and_repair, versions

@@ -6,18 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import PrunerConfig
-from .errors import BudgetError
-from .evaluation.speed import count_parameters
-from .modeling.architectures import spec_of
-from .modeling.specs import LayerWidths, read_geometry
-from .modeling.token_rows import num_rows, token_cost
-from .pruning.allocation.adaptive import Budget
-from .pruning.allocation.widths import check_units_budget, widths_beside
-from .pruning.planner import check_repair
-from .pruning.surgery import StockFit, stock_fit
-from .pruning.vocabulary.selection import VocabularySize
-from .storage.loading import load_outline
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.specs import LayerWidths, read_geometry
+from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.pruning.allocation.adaptive import Budget
+from hf_context_prune.pruning.allocation.widths import check_units_budget, widths_beside
+from hf_context_prune.pruning.planner import check_repair
+from hf_context_prune.pruning.surgery import StockFit, stock_fit
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from hf_context_prune.storage.loading import load_outline
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .config import PrunerConfig
-from .data.demo import LICENCE_PROMPTS, licence_texts, smollm2_gguf
-from .data.documents import check_readable
-from .errors import ConfigError
-from .pipeline import EvalOptions, prune
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.demo import LICENCE_PROMPTS, licence_texts, smollm2_gguf
+from hf_context_prune.data.documents import check_readable
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.storage.loading import load_model
+
+from .prune import EvalOptions, prune
 from .result import PruneResult
-from .storage.loading import load_model
 
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")
 

@@ -10,28 +10,29 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .config import THRESHOLDS, PrunerConfig
-from .data.decontamination import drop_overlapping
-from .data.documents import TextSource
-from .errors import ConfigError, LoadError, unknown
-from .evaluation.reports.rendering import check_report_place, write_run
-from .evaluation.reports.report import Environment, EvalReport
-from .evaluation.scores import HeldOut, Scores, held_out_of, score
-from .evaluation.speed import weight_bytes
-from .matrix_facts import DENSE, DomainMatrix, mixed_name
-from .measuring import QuestionOptions
-from .modeling.plan import PruningPlan, fingerprint
-from .pipeline import as_loaded, plan_notes, split_text
-from .pruning.allocation.adaptive import Budget
-from .pruning.calibration.samples import check_share
-from .pruning.prune_model import check_budget, smaller_model
-from .publishing.card import rewrite_card
-from .storage.loading import LoadedModel, load_model
-from .storage.provenance import provenance_of
-from .storage.results_log import open_rows
-from .storage.saving import PLAN_NAME, REPORT_NAME, save_pruned
-from .storage.staging import check_target
-from .utils.version import __version__
+from hf_context_prune.config import THRESHOLDS, PrunerConfig
+from hf_context_prune.data.decontamination import drop_overlapping
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.errors import ConfigError, LoadError, unknown
+from hf_context_prune.evaluation.reports.rendering import check_report_place, write_run
+from hf_context_prune.evaluation.reports.report import Environment, EvalReport
+from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
+from hf_context_prune.evaluation.speed import weight_bytes
+from hf_context_prune.modeling.plan import PruningPlan, fingerprint
+from hf_context_prune.pruning.allocation.adaptive import Budget
+from hf_context_prune.pruning.calibration.samples import check_share
+from hf_context_prune.pruning.prune_model import check_budget, smaller_model
+from hf_context_prune.publishing.card import rewrite_card
+from hf_context_prune.storage.loading import LoadedModel, load_model
+from hf_context_prune.storage.provenance import provenance_of
+from hf_context_prune.storage.results_log import open_rows
+from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME, save_pruned
+from hf_context_prune.storage.staging import check_target
+from hf_context_prune.utils.version import __version__
+
+from .evaluate import QuestionOptions
+from .matrix_report import DENSE, DomainMatrix, mixed_name
+from .prune import as_loaded, plan_notes, split_text
 
 REFERENCE = "general"
 ROWS_NAME, MODELS = "matrix.jsonl", "models"

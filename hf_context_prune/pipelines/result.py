@@ -9,17 +9,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .evaluation.reports.report import EvalReport, MemoryFacts
-from .evaluation.speed import measure_peak_memory, weight_bytes
-from .modeling.plan import PruningPlan
-from .pruning.surgery import StockFit
-from .publishing.card import write_card
-from .publishing.card.facts import facts_in
-from .publishing.hub import PushResult, push_folder
-from .storage.loading import LoadedModel
-from .storage.saving import REPORT_NAME, estimate_bytes, write_model_folder
-from .storage.staging import resolve_target, staged_folder
-from .utils.distributed import is_main_process, on_main_process
+from hf_context_prune.evaluation.reports.report import EvalReport, MemoryFacts
+from hf_context_prune.evaluation.speed import measure_peak_memory, weight_bytes
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.pruning.surgery import StockFit
+from hf_context_prune.publishing.card import write_card
+from hf_context_prune.publishing.card.facts import facts_in
+from hf_context_prune.publishing.hub import PushResult, push_folder
+from hf_context_prune.storage.loading import LoadedModel
+from hf_context_prune.storage.saving import REPORT_NAME, estimate_bytes, write_model_folder
+from hf_context_prune.storage.staging import resolve_target, staged_folder
+from hf_context_prune.utils.distributed import is_main_process, on_main_process
 
 
 @dataclass

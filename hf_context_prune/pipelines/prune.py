@@ -9,29 +9,30 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .config import PrunerConfig
-from .data.decontamination import drop_overlapping
-from .data.documents import TextSource, hold_out_documents, load_documents
-from .errors import ConfigError, DataError
-from .evaluation.general_text import general_losses, loss_facts, read_general
-from .evaluation.perplexity import document_losses
-from .evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
-from .evaluation.speed import count_parameters, measure_speed
-from .modeling.architectures import check_supported
-from .modeling.plan import PruningPlan
-from .pruning.allocation.adaptive import Budget
-from .pruning.calibration.calibrate import check_weights_finite
-from .pruning.calibration.samples import check_general_mix
-from .pruning.planner import check_repair
-from .pruning.prune_model import check_budget, smaller_model
-from .pruning.surgery import stock_fit
-from .pruning.thresholds.prune import zeros_note
-from .pruning.vocabulary.notes import effort_note, vocabulary_note
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.decontamination import drop_overlapping
+from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents
+from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.evaluation.general_text import general_losses, loss_facts, read_general
+from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
+from hf_context_prune.evaluation.speed import count_parameters, measure_speed
+from hf_context_prune.modeling.architectures import check_supported
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.pruning.allocation.adaptive import Budget
+from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
+from hf_context_prune.pruning.calibration.samples import check_general_mix
+from hf_context_prune.pruning.planner import check_repair
+from hf_context_prune.pruning.prune_model import check_budget, smaller_model
+from hf_context_prune.pruning.surgery import stock_fit
+from hf_context_prune.pruning.thresholds.prune import zeros_note
+from hf_context_prune.pruning.vocabulary.notes import effort_note, vocabulary_note
+from hf_context_prune.storage.loading import LoadedModel, load_model, read_from
+from hf_context_prune.storage.provenance import in_memory, provenance_of
+from hf_context_prune.utils.distributed import on_main_process, together, warn_if_alone
+
 from .result import PruneResult
-from .search_text import SearchText
-from .storage.loading import LoadedModel, load_model, read_from
-from .storage.provenance import in_memory, provenance_of
-from .utils.distributed import on_main_process, together, warn_if_alone
+from .validation_text import SearchText
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .data.documents import load_documents
-from .data.questions import QuestionSet, load_questions
-from .evaluation.general_text import Pair, general_losses, losses_on, read_general
-from .evaluation.harness import write_harness_task
-from .evaluation.multiple_choice import (
+from hf_context_prune.data.documents import load_documents
+from hf_context_prune.data.questions import QuestionSet, load_questions
+from hf_context_prune.evaluation.general_text import Pair, general_losses, losses_on, read_general
+from hf_context_prune.evaluation.harness import write_harness_task
+from hf_context_prune.evaluation.multiple_choice import (
     Answer,
     Scorer,
     answer_questions,
@@ -21,7 +21,7 @@ from .evaluation.multiple_choice import (
     compare_answers,
     summarize_answers,
 )
-from .evaluation.reports.report import (
+from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
     EvalReport,
@@ -30,9 +30,10 @@ from .evaluation.reports.report import (
     SizeFacts,
     SpeedFacts,
 )
-from .evaluation.speed import count_parameters, measure_peak_memory, measure_speed, weight_bytes
-from .pipeline import EvalOptions, as_loaded
-from .storage.loading import LoadedModel, copy_notes
+from hf_context_prune.evaluation.speed import count_parameters, measure_peak_memory, measure_speed, weight_bytes
+from hf_context_prune.storage.loading import LoadedModel, copy_notes
+
+from .prune import EvalOptions, as_loaded
 
 
 @dataclass(frozen=True)

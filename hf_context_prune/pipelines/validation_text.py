@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .config import PrunerConfig
-from .data.decontamination import drop_overlapping
-from .data.documents import TextSource, hold_out_documents
-from .errors import DataError
-from .evaluation.perplexity import choose_documents, document_losses
-from .evaluation.reports.report import LossBudget
-from .modeling.plan import PruningPlan
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.decontamination import drop_overlapping
+from hf_context_prune.data.documents import TextSource, hold_out_documents
+from hf_context_prune.errors import DataError
+from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
+from hf_context_prune.evaluation.reports.report import LossBudget
+from hf_context_prune.modeling.plan import PruningPlan
 
 _TOKENS = 12_000
 """Withheld tokens on which a size is searched at most, in whole documents."""

@@ -6,15 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .evaluation.bootstrap import Estimate
-from .evaluation.general_text import loss_facts
-from .evaluation.multiple_choice import Accuracy, PairedAccuracy, compare_answers, summarize_answers
-from .evaluation.perplexity import summarize_losses
-from .evaluation.reports.formatting import accuracy, percent, relative_change
-from .evaluation.reports.report import DatasetFacts, Environment, EvalReport, LossFacts, SizeFacts, TextLosses
-from .evaluation.reports.run_report import ReportTable, RunReport
-from .evaluation.scores import HeldOut, Scores, summary_of
-from .measuring import choice_facts
+from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.evaluation.general_text import loss_facts
+from hf_context_prune.evaluation.multiple_choice import Accuracy, PairedAccuracy, compare_answers, summarize_answers
+from hf_context_prune.evaluation.perplexity import summarize_losses
+from hf_context_prune.evaluation.reports.formatting import accuracy, percent, relative_change
+from hf_context_prune.evaluation.reports.report import (
+    DatasetFacts,
+    Environment,
+    EvalReport,
+    LossFacts,
+    SizeFacts,
+    TextLosses,
+)
+from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
+from hf_context_prune.evaluation.scores import HeldOut, Scores, summary_of
+
+from .evaluate import choice_facts
 
 DENSE = "dense"
 

@@ -11,29 +11,30 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from .config import PrunerConfig
-from .data.documents import TextSource
-from .errors import ConfigError
-from .evaluation.multiple_choice import compare_answers, summarize_answers
-from .evaluation.perplexity import summarize_losses
-from .evaluation.reports.formatting import accuracy, percent, relative_change
-from .evaluation.reports.rendering import check_report_place, write_run
-from .evaluation.reports.report import Environment
-from .evaluation.reports.run_report import ReportTable, RunReport
-from .evaluation.scores import HeldOut, Scores, held_out_of, score, summary_of
-from .evaluation.speed import count_parameters
-from .measuring import QuestionOptions
-from .modeling.plan import PruningPlan, fingerprint
-from .pipeline import as_loaded, split_text
-from .pruning.prune_model import check_budget, smaller_model, threshold_magnitudes, trimmed_for
-from .pruning.thresholds.magnitudes import Magnitudes
-from .pruning.thresholds.prune import below_thresholds, zeros_of_paper
-from .pruning.vocabulary.prune import TrimmedModel
-from .storage.loading import LoadedModel
-from .storage.results_log import open_rows
-from .training.recovery.config import RecoveryConfig
-from .training.recovery.recover import recover
-from .utils.version import __version__
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation.multiple_choice import compare_answers, summarize_answers
+from hf_context_prune.evaluation.perplexity import summarize_losses
+from hf_context_prune.evaluation.reports.formatting import accuracy, percent, relative_change
+from hf_context_prune.evaluation.reports.rendering import check_report_place, write_run
+from hf_context_prune.evaluation.reports.report import Environment
+from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
+from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score, summary_of
+from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.plan import PruningPlan, fingerprint
+from hf_context_prune.pruning.prune_model import check_budget, smaller_model, threshold_magnitudes, trimmed_for
+from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes
+from hf_context_prune.pruning.thresholds.prune import below_thresholds, zeros_of_paper
+from hf_context_prune.pruning.vocabulary.prune import TrimmedModel
+from hf_context_prune.storage.loading import LoadedModel
+from hf_context_prune.storage.results_log import open_rows
+from hf_context_prune.training.recovery.config import RecoveryConfig
+from hf_context_prune.training.recovery.recover import recover
+from hf_context_prune.utils.version import __version__
+
+from .evaluate import QuestionOptions
+from .prune import as_loaded, split_text
 
 Point = tuple[float | None, float | None, float | None]
 """Thresholds of linear layers, activations and embedding; None: off."""
