@@ -1,5 +1,5 @@
 """``python -m hf_context_prune``: the command line, for launchers that start modules."""
 
-from .cli import main
+from .cli.app import main
 
 main()

@@ -49,7 +49,7 @@ def licences():
 @pytest.fixture
 def run(place, capsys, monkeypatch):
     """The command line in this process: (exit code, stdout, stderr); "@name" is a path in the test's `place`."""
-    from hf_context_prune import cli
+    from hf_context_prune.cli import app as cli
 
     def call(*arguments):
         words = [str(place / a[1:]) if isinstance(a, str) and a.startswith("@") else str(a) for a in arguments]

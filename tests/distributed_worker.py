@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from hf_context_prune import cli
+from hf_context_prune.cli import app as cli
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.pruning.calibration.calibrate import calibrate

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from hf_context_prune import PrunerConfig
-from hf_context_prune.cli_options import given_options
+from hf_context_prune.cli.options import given_options
 from hf_context_prune.pipelines import demo
 from tests.tiny import model_and_text, tiny_model
 

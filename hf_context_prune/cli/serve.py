@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import ConfigError
+from hf_context_prune.errors import ConfigError
 
 
 def serve(
@@ -26,12 +26,12 @@ def serve(
     import transformers
     from transformers.cli.transformers import main
 
-    from .export.report import ExportReport
-    from .modeling import model_class
-    from .modeling.modeling_context_pruned import model_class_name
-    from .modeling.specs import SPECS
-    from .storage.manifest import verify_folder
-    from .storage.saving import EXPORT_REPORT_NAME
+    from hf_context_prune.export.report import ExportReport
+    from hf_context_prune.modeling import model_class
+    from hf_context_prune.modeling.modeling_context_pruned import model_class_name
+    from hf_context_prune.modeling.specs import SPECS
+    from hf_context_prune.storage.manifest import verify_folder
+    from hf_context_prune.storage.saving import EXPORT_REPORT_NAME
 
     if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
         report = ExportReport.load(folder / EXPORT_REPORT_NAME)

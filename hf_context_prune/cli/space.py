@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .cli_output import out
-from .errors import ConfigError
+from hf_context_prune.errors import ConfigError
+
+from .output import out
 
 
 def space(
@@ -33,8 +34,8 @@ def space(
 
     Local folders travel in it, for your own machine or container; for --push, every model must be on the Hub.
     """
-    from .publishing.space.folder import check_publishable, settings_for, write_space
-    from .publishing.space.settings import read_settings
+    from hf_context_prune.publishing.space.folder import check_publishable, settings_for, write_space
+    from hf_context_prune.publishing.space.settings import read_settings
 
     if Path(models[0]).suffix.lower() in (".yaml", ".yml"):
         given = [name for name, value in (("--base", base), ("--title", title)) if value is not None]
@@ -50,7 +51,7 @@ def space(
     folder = write_space(settings, output)
     out(f"Wrote {folder} (try it: python {folder / 'app.py'})")
     if push is not None:
-        from .publishing.hub import push_folder
+        from hf_context_prune.publishing.hub import push_folder
 
         done = push_folder(folder, push, repo_type="space", private=private)
         out(f"Pushed and verified: {done.url}" if done.changed else f"{done.repo_id} holds this folder already")

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import (
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.storage.saving import REPORT_NAME
+
+from .options import (
     DATA_HELP,
     AllocationOption,
     AttentionRatio,
@@ -28,19 +31,8 @@ from .cli_options import (
     VocabSize,
     given_options,
 )
-from .cli_output import out, out_json, out_table
-from .cli_questions import (
-    FewShot,
-    MaxQuestions,
-    McqColumns,
-    McqScorer,
-    McqSource,
-    McqSources,
-    McqSplit,
-    question_options,
-)
-from .errors import ConfigError
-from .storage.saving import REPORT_NAME
+from .output import out, out_json, out_table
+from .questions import FewShot, MaxQuestions, McqColumns, McqScorer, McqSource, McqSources, McqSplit, question_options
 from .tables import run_tables
 
 
@@ -83,11 +75,11 @@ def sweep(
 ) -> None:
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
-    from .evaluation.reports.rendering import check_report_place
-    from .pipelines.sweep import SweepOptions
-    from .pipelines.sweep import sweep as run
-    from .storage.loading import load_model
-    from .training.recovery.config import RecoveryConfig
+    from hf_context_prune.evaluation.reports.rendering import check_report_place
+    from hf_context_prune.pipelines.sweep import SweepOptions
+    from hf_context_prune.pipelines.sweep import sweep as run
+    from hf_context_prune.storage.loading import load_model
+    from hf_context_prune.training.recovery.config import RecoveryConfig
 
     options = SweepOptions(
         _thresholds("--linear", linear),
@@ -113,7 +105,7 @@ def sweep(
 
 def _show(output: Path, file: str, format: Format) -> None:
     """What a run wrote to its folder."""
-    from .evaluation.reports.run_report import RunReport, load_report
+    from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
 
     report = load_report(output / REPORT_NAME)
     assert isinstance(report, RunReport)
@@ -194,8 +186,8 @@ def matrix(
     """Prune MODEL once for each domain, and measure every result on every domain."""
     given = locals()
     chosen = given_options(config, {**given, "pruning_seed": seed})
-    from .pipelines.matrix import check_matrix, domain_matrix
-    from .storage.loading import load_model
+    from hf_context_prune.pipelines.matrix import check_matrix, domain_matrix
+    from hf_context_prune.storage.loading import load_model
 
     texts, held_out = _pairs("--domains", [*domains, *(more or [])]), _pairs("--eval-data", eval_data)
     asked = question_options(_pairs("--mcq", mcq), given)

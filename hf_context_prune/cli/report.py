@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Format, FormatOption
-from .cli_output import out, out_json, out_table
+from .options import Format, FormatOption
+from .output import out, out_json, out_table
 from .tables import report_table, run_tables
 
 
@@ -25,8 +25,8 @@ def report(
     format: FormatOption = Format.auto,
 ) -> None:
     """Show the figures of runs, and write them as Markdown with pictures."""
-    from .evaluation.reports.rendering import markdown, read_folders, render
-    from .evaluation.reports.run_report import RunReport
+    from hf_context_prune.evaluation.reports.rendering import markdown, read_folders, render
+    from hf_context_prune.evaluation.reports.run_report import RunReport
 
     found = read_folders(folders)
     written = None if output is None else render(found, output)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Format, FormatOption
-from .cli_output import out, out_json
+from .options import Format, FormatOption
+from .output import out, out_json
 
 
 class RepoType(StrEnum):
@@ -27,7 +27,7 @@ def card(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that was edited by hand.")] = False,
 ) -> None:
     """Write the model card (README.md, picture) of a pruned folder anew, from the folder alone."""
-    from .publishing.card import rewrite_card
+    from hf_context_prune.publishing.card import rewrite_card
 
     out(f"Wrote {rewrite_card(folder, name=name, overwrite=overwrite)}")
 
@@ -49,7 +49,7 @@ def push(
     Log in first with `hf auth login`, or set HF_TOKEN. Files beside those that this tool saved are left out, and text
     that holds an access token is refused.
     """
-    from .publishing.hub import push_folder
+    from hf_context_prune.publishing.hub import push_folder
 
     done = push_folder(
         folder,

@@ -9,7 +9,14 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from .config import CriterionName, EffortName, PrunerConfig, ReconstructionName, VocabCriterion, read_yaml
+from hf_context_prune.config import (
+    CriterionName,
+    EffortName,
+    PrunerConfig,
+    ReconstructionName,
+    VocabCriterion,
+    read_yaml,
+)
 
 
 class Format(StrEnum):

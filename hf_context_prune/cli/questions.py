@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import ConfigError
+from hf_context_prune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from .pipelines.evaluate import QuestionOptions
+    from hf_context_prune.pipelines.evaluate import QuestionOptions
 
 _QUESTIONS = (
     "a .jsonl file or Hub dataset with question, choices, answer (index from 0, or letter), optionally context, "
@@ -55,7 +55,7 @@ def question_options(
     Raises:
         ConfigError: An option without questions, or one that is out of range.
     """
-    from .pipelines.evaluate import QuestionOptions
+    from hf_context_prune.pipelines.evaluate import QuestionOptions
 
     fields: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "mcq_columns": ("columns", _columns),

@@ -8,18 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import (
-    DATA_HELP,
-    DeviceOption,
-    Format,
-    FormatOption,
-    GeneralData,
-    MaxEvalTokens,
-    SpeedOption,
-    TextColumn,
-)
-from .cli_output import save_and_show
-from .errors import ConfigError
+from hf_context_prune.errors import ConfigError
+
+from .options import DATA_HELP, DeviceOption, Format, FormatOption, GeneralData, MaxEvalTokens, SpeedOption, TextColumn
+from .output import save_and_show
 
 
 def recover(
@@ -69,10 +61,10 @@ def recover(
     with --rewind: than the rewound weights). Ctrl-C ends the training and keeps the best weights so far.
     """
     chosen = {**locals(), "recovery_seed": seed}
-    from .pipelines.prune import EvalOptions
-    from .pipelines.recover import recover_folder
-    from .storage.staging import check_target
-    from .training.recovery.config import RecoveryConfig
+    from hf_context_prune.pipelines.prune import EvalOptions
+    from hf_context_prune.pipelines.recover import recover_folder
+    from hf_context_prune.storage.staging import check_target
+    from hf_context_prune.training.recovery.config import RecoveryConfig
 
     config = RecoveryConfig(**{item.name: chosen[item.name] for item in fields(RecoveryConfig) if item.name in chosen})
     check_target(output)
