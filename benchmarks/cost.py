@@ -29,7 +29,7 @@ from hf_context_prune.modeling.architectures import TARGETS, spec_of
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
-from hf_context_prune.pruning.calibration.calibrate import batches_of
+from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.vocabulary.refit import refit_rows
 
 COMPARED = ("ours", "obs+least_squares", REFERENCE)

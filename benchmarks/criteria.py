@@ -12,9 +12,10 @@ from typing import Any
 from benchmarks.common import Rows, cell, corpus, given, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.documents import token_blocks
+from hf_context_prune.data.samples import token_blocks
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
-from hf_context_prune.pruning.calibration.calibrate import batches_of, calibrate
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.criteria import CRITERIA
 from hf_context_prune.pruning.planner import make_plan, repair_with
 from hf_context_prune.pruning.reconstruction import RECONSTRUCTIONS

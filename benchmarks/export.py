@@ -20,11 +20,12 @@ import torch
 from benchmarks.common import Rows, corpus, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.evaluation.speed import weight_bytes
-from hf_context_prune.export.run import export, open_export
+from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune.export.run import export_model, open_export
 from hf_context_prune.export.runtime import TorchRuntime
-from hf_context_prune.pipelines.prune import EvalOptions, prune
+from hf_context_prune.pipelines.prune import prune
 from hf_context_prune.storage.loading import load_model
+from hf_context_prune.storage.saving import weight_bytes
 
 EXPORTS = (
     ("quanto", "int8"),
@@ -70,7 +71,7 @@ def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argpars
         runtimes: dict[str, Any] = {DENSE: TorchRuntime(smollm2().model), "transformers": TorchRuntime(loaded.model)}
         for format, weights in exports:
             name = f"{format} {weights}"
-            result = export(
+            result = export_model(
                 folder,
                 Path(scratch, name.replace(" ", "-")),
                 format=format,

@@ -15,20 +15,23 @@ from benchmarks import peers
 from benchmarks.common import corpus
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
-from hf_context_prune.data.documents import TextSource, token_blocks
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.samples import token_blocks
 from hf_context_prune.evaluation.perplexity import DocumentLoss, document_losses
-from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import Target, blocks, spec_of, unit_costs
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.pruning.allocation.adaptive import removed_params
-from hf_context_prune.pruning.allocation.widths import needed_targets, plan_widths
-from hf_context_prune.pruning.calibration.calibrate import batches_of, calibrate
+from hf_context_prune.pruning.allocation.budget import removed_params
+from hf_context_prune.pruning.allocation.widths import plan_widths
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats
-from hf_context_prune.pruning.planner import Planner, make_plan, needed_statistics, plan_and_repair, repair_with
+from hf_context_prune.pruning.planner import Planner, make_plan, plan_and_repair, repair_with
+from hf_context_prune.pruning.scoring import needed_statistics, needed_targets
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.refit import refit_rows
 from hf_context_prune.storage.loading import LoadedModel
-from hf_context_prune.utils.linalg import fast_matmul
+from hf_context_prune.utils.precision import fast_matmul
 
 OURS = {"criterion": "obs", "reconstruction": "sequential"}
 REFERENCE = "flap+bias"

@@ -24,11 +24,10 @@ from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import load_questions
 from hf_context_prune.errors import LoadError
-from hf_context_prune.pipelines.evaluate import answered
-from hf_context_prune.publishing.card import CARD_NAME
+from hf_context_prune.evaluation.scores import answered
 from hf_context_prune.publishing.card.facts import read_facts
-from hf_context_prune.publishing.card.text import PICTURE_NAME
 from hf_context_prune.storage.loading import LoadedModel
+from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME
 
 CARDS = ROOT.parent / "model_cards"
 BASE = "SmolLM2-135M"

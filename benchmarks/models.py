@@ -11,10 +11,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_context_prune.data.demo import fetch_wheel, smollm2_gguf
+from hf_context_prune.data.demo import smollm2_gguf
 from hf_context_prune.storage.cache import cache_dir
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import sha256_of
+from hf_context_prune.storage.packages import fetch_wheel
 
 _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _GEMMA_PARTS = (

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from hf_context_prune.evaluation.speed import count_parameters
-from hf_context_prune.pruning.calibration.calibrate import batches_of
+from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.pruning.calibration.samples import batches_of
 
 TOLERANCE = 0.005
 """How far the number of removed parameters may be from what was asked, as a share of it."""

@@ -21,13 +21,14 @@ from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource, load_documents
 from hf_context_prune.evaluation.multiple_choice import summarize_answers
+from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import RunReport
-from hf_context_prune.pipelines.evaluate import QuestionOptions, evaluate
+from hf_context_prune.pipelines.evaluate import evaluate
 from hf_context_prune.pipelines.matrix import MODELS, REFERENCE, domain_matrix
 from hf_context_prune.pipelines.matrix_report import DENSE, DomainMatrix
-from hf_context_prune.pipelines.prune import EvalOptions
-from hf_context_prune.pipelines.sweep import GRID, Sweep, SweepOptions, sweep
+from hf_context_prune.pipelines.sweep import GRID, SweepOptions, sweep
+from hf_context_prune.pipelines.sweep_report import Sweep
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.training.recovery.config import RecoveryConfig
 

@@ -25,7 +25,7 @@ from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.data.demo import licence_texts
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.publishing.card import build_card, write_card
+from hf_context_prune.publishing.card.card import build_card, write_card
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.staging import staged_folder
 
@@ -69,7 +69,7 @@ def first_card_seconds(folder: Path) -> float:
     """Seconds of the first card of a process, text and picture: matplotlib is imported too."""
     code = (
         "import sys, time, pathlib, tempfile\n"
-        "from hf_context_prune.publishing.card import read_facts, write_card\n"
+        "from hf_context_prune.publishing.card.facts import read_facts; from hf_context_prune.publishing.card.card import write_card\n"
         "facts = read_facts(sys.argv[1])\n"
         "start = time.perf_counter()\n"
         "write_card(pathlib.Path(tempfile.mkdtemp()), facts)\n"
@@ -117,7 +117,7 @@ def pushes(megabytes: int, place: Path) -> tuple[Push, Push]:
 _RUN = """
 import sys
 from pathlib import Path
-from hf_context_prune.cli import main
+from hf_context_prune.cli.app import main
 try:
     main()
 finally:

@@ -27,20 +27,23 @@ from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
-from hf_context_prune.data.documents import TextSource, hold_out_documents, token_blocks
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.formatting import percent
-from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import TARGETS
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.prune_model import smaller_model
 from hf_context_prune.storage.loading import LoadedModel, load_model
-from hf_context_prune.storage.saving import PLAN_NAME, save_pruned
+from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.schedule import PruningSchedule
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import recover
-from hf_context_prune.utils.linalg import bfloat16_is_fast, fast_matmul
+from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.precision import bfloat16_is_fast, fast_matmul
 
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}
 """(row of the dense model, share gone) -> most that bits a byte may be above that row, after `GOAL_MINUTES`."""

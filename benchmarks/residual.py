@@ -19,7 +19,8 @@ from benchmarks.one_shot import excess
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.modeling.architectures import blocks, check_supported
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pruning.planner import needed_statistics, repair_with
+from hf_context_prune.pruning.planner import repair_with
+from hf_context_prune.pruning.scoring import needed_statistics
 from hf_context_prune.pruning.surgery import apply_plan
 
 WALKED = "ours-adaptive"

@@ -25,8 +25,9 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import percent
-from hf_context_prune.evaluation.speed import count_parameters, measure_speed, speed_ratio
+from hf_context_prune.evaluation.speed import measure_speed, speed_ratio
 from hf_context_prune.modeling.architectures import TARGETS
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.pruning.prune_model import smaller_model
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.pruning.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text

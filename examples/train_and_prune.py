@@ -16,7 +16,9 @@ from pathlib import Path
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator
 
 from hf_context_prune import PrunerConfig, load_model
-from hf_context_prune.data.documents import hold_out_documents, load_documents, token_blocks
+from hf_context_prune.data.documents import load_documents
+from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from hf_context_prune.training.callback.schedule import PruningSchedule

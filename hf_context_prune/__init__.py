@@ -17,52 +17,66 @@ from .utils.version import __version__
 
 if TYPE_CHECKING:
     from .config import PrunerConfig
+    from .data.documents import load_documents
+    from .data.samples import token_blocks
     from .errors import ContextPruneError
+    from .evaluation.options import EvalOptions, QuestionOptions
     from .evaluation.reports.report import EvalReport
+    from .export.run import export_model, open_export
     from .modeling.plan import PruningPlan
-    from .pipelines.evaluate import QuestionOptions, evaluate
-    from .pipelines.prune import EvalOptions, prune
+    from .pipelines.evaluate import evaluate
+    from .pipelines.prune import prune
     from .pipelines.result import PruneResult
     from .pruning.calibration.calibrate import calibrate
     from .pruning.criteria import CRITERIA
-    from .pruning.planner import make_plan
+    from .pruning.planner import make_plan, plan_and_repair
     from .pruning.surgery import apply_plan
     from .pruning.vocabulary.prune import prune_vocabulary
     from .publishing.hub import push_folder
     from .storage.loading import load_model, load_pruned
     from .training.callback.callback import ContextPruneCallback
+    from .training.callback.checkpoints import load_checkpoint
+    from .training.callback.mixin import ContextPruneTrainerMixin
     from .training.callback.schedule import PruningSchedule
     from .training.recovery.config import RecoveryConfig
     from .training.recovery.recover import recover
 
 _HOME = {
-    "CRITERIA": "criteria",
-    "ContextPruneCallback": "callback",
+    "CRITERIA": "pruning.criteria",
+    "ContextPruneCallback": "training.callback.callback",
     "ContextPruneError": "errors",
-    "EvalOptions": "pipeline",
-    "EvalReport": "evaluation",
-    "PruneResult": "result",
+    "ContextPruneTrainerMixin": "training.callback.mixin",
+    "EvalOptions": "evaluation.options",
+    "EvalReport": "evaluation.reports.report",
+    "PruneResult": "pipelines.result",
     "PrunerConfig": "config",
-    "PruningPlan": "plan",
-    "PruningSchedule": "callback",
-    "RecoveryConfig": "recovery",
-    "apply_plan": "surgery",
-    "calibrate": "calibration",
-    "QuestionOptions": "measuring",
-    "evaluate": "measuring",
-    "load_model": "loading",
-    "load_pruned": "loading",
-    "make_plan": "planning",
-    "prune": "pipeline",
-    "prune_vocabulary": "vocabulary",
-    "push_folder": "hub",
-    "recover": "recovery",
+    "PruningPlan": "modeling.plan",
+    "PruningSchedule": "training.callback.schedule",
+    "QuestionOptions": "evaluation.options",
+    "RecoveryConfig": "training.recovery.config",
+    "apply_plan": "pruning.surgery",
+    "calibrate": "pruning.calibration.calibrate",
+    "evaluate": "pipelines.evaluate",
+    "export_model": "export.run",
+    "load_checkpoint": "training.callback.checkpoints",
+    "load_documents": "data.documents",
+    "load_model": "storage.loading",
+    "load_pruned": "storage.loading",
+    "make_plan": "pruning.planner",
+    "open_export": "export.run",
+    "plan_and_repair": "pruning.planner",
+    "prune": "pipelines.prune",
+    "prune_vocabulary": "pruning.vocabulary.prune",
+    "push_folder": "publishing.hub",
+    "recover": "training.recovery.recover",
+    "token_blocks": "data.samples",
 }
 
 __all__ = [
     "CRITERIA",
     "ContextPruneCallback",
     "ContextPruneError",
+    "ContextPruneTrainerMixin",
     "EvalOptions",
     "EvalReport",
     "PruneResult",
@@ -75,13 +89,19 @@ __all__ = [
     "apply_plan",
     "calibrate",
     "evaluate",
+    "export_model",
+    "load_checkpoint",
+    "load_documents",
     "load_model",
     "load_pruned",
     "make_plan",
+    "open_export",
+    "plan_and_repair",
     "prune",
     "prune_vocabulary",
     "push_folder",
     "recover",
+    "token_blocks",
 ]
 
 

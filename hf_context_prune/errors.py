@@ -97,3 +97,15 @@ def naming(where: str) -> Iterator[None]:
         yield
     except NumericsError as error:
         raise NumericsError(f"In {where}: {error}") from error
+
+
+class LaunchWarning(UserWarning):
+    """A launcher was asked for several processes and started one."""
+
+
+class CalibrationWarning(UserWarning):
+    """There is less text than was asked for; the message names both numbers."""
+
+
+class LoadWarning(UserWarning):
+    """A model was loaded, but not all that its files hold is in it."""

@@ -16,7 +16,7 @@ for wheel in HERE.glob("hf_context_prune-*.whl"):
     zipfile.ZipFile(wheel).extractall(unpacked.name)
     sys.path.insert(0, unpacked.name)
 
-from hf_context_prune.publishing.space import main  # noqa: E402
+from hf_context_prune.publishing.space.page import main  # noqa: E402
 
 if __name__ == "__main__":
     main(HERE)

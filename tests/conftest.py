@@ -12,7 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
-from hf_context_prune.utils import linalg
+from hf_context_prune.utils import precision
 from tests.tiny import FAST_PRECISION, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
@@ -32,10 +32,10 @@ def smollm2():
     from hf_context_prune.data.demo import smollm2_gguf
 
     torch.set_num_threads(2)
-    linalg.FAST_PRECISION = FAST_PRECISION
+    precision.FAST_PRECISION = FAST_PRECISION
     yield load_model(smollm2_gguf(), dtype="float32", device="cpu")
     torch.set_num_threads(1)
-    linalg.FAST_PRECISION = "highest"
+    precision.FAST_PRECISION = "highest"
 
 
 @pytest.fixture(scope="module")

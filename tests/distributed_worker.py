@@ -17,6 +17,7 @@ from hf_context_prune.cli import app as cli
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.calibration.reduce import reduce_moments
 from hf_context_prune.pruning.planner import plan_and_repair
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import distributed
@@ -47,7 +48,7 @@ def moments(rank, count):
     for centre in (False, True):
         for name, mine in (("shares", parts(count)[rank]), ("empty", parts(1)[0] if rank == 0 else [])):
             summed = moments_of(mine, centre=centre)
-            distributed.reduce_moments(summed)
+            reduce_moments(summed)
             result[f"{name}.{centre}"] = (summed.statistics.num_tokens, *summed.second())
     return result
 

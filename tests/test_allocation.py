@@ -17,17 +17,10 @@ from hypothesis import strategies as st
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, NumericsError
 from hf_context_prune.modeling.specs import Geometry, LayerWidths
-from hf_context_prune.pruning.allocation.adaptive import (
-    Budget,
-    _on_hull,
-    adaptive_widths,
-    most_removable,
-    predicted_loss,
-    removed_params,
-    round_half_up,
-    select_units,
-    uniform_widths,
-)
+from hf_context_prune.pruning.allocation.adaptive import _on_hull, adaptive_widths, most_removable, predicted_loss
+from hf_context_prune.pruning.allocation.budget import Budget, removed_params
+from hf_context_prune.pruning.allocation.uniform import round_half_up, uniform_widths
+from hf_context_prune.pruning.scoring import select_units
 
 COSTS = {"mlp": 3, "attention": 100}
 quick = settings(max_examples=150, deadline=None)

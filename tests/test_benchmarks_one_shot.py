@@ -12,7 +12,7 @@ import torch
 from benchmarks import common, cost, methods, one_shot, residual
 from benchmarks.methods import METHODS, SIZES, Size, budgets
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.storage.loading import LoadedModel
 from tests.tiny import tiny_model
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from benchmarks import common, model_cards, publishing
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.data.documents import CalibrationWarning
+from hf_context_prune.errors import CalibrationWarning
 from hf_context_prune.storage.loading import LoadedModel
 from tests.card.test_card import check_structure
 from tests.test_pipeline import OPTIONS, texts

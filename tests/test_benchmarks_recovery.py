@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import common, recovery
-from hf_context_prune.data.documents import CalibrationWarning
+from hf_context_prune.errors import CalibrationWarning
 from hf_context_prune.storage.loading import LoadedModel
 from tests.vocabulary.tiny_domain import model_for, shared_tokenizer, write_domains
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, prune
-from hf_context_prune.data.documents import load_documents, token_blocks
+from hf_context_prune.data.documents import load_documents
+from hf_context_prune.data.samples import token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError
-from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.pipelines import prune as pipeline
 from hf_context_prune.pipelines.validation_text import SearchText
 from hf_context_prune.pruning.allocation.loss_search import TOLERANCE, WALKS, Trial, search
@@ -144,7 +145,7 @@ def test_the_smallest_model_within_the_limit(trained, tokenizer, options, monkey
         texts_scored.append(frozenset(document.text for document in source.documents))
         return scored(model, tokenizer, source, **kwargs)
 
-    for module in ("pipeline", "search_text"):
+    for module in ("pipelines.prune", "pipelines.validation_text"):
         monkeypatch.setattr(f"hf_context_prune.{module}.document_losses", spy)
     result = run(trained, tokenizer, max_loss_increase=0.04, **options)
     budget, facts = result.report.budget, result.plan.provenance["loss_budget"]

@@ -13,7 +13,8 @@ from torch import nn
 from hf_context_prune.errors import DataError, NumericsError
 from hf_context_prune.modeling.architectures import TARGETS, blocks, output_projection
 from hf_context_prune.modeling.specs import SPECS
-from hf_context_prune.pruning.calibration.calibrate import batches_of, calibrate, check_weights_finite
+from hf_context_prune.pruning.calibration.calibrate import calibrate, check_weights_finite
+from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats
 from tests.tiny import VOCABULARY, case, tiny_model
 

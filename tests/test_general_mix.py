@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.data.documents import CalibrationWarning, token_blocks
-from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
 from hf_context_prune.evaluation.general_text import read_general
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.pipelines.matrix import domain_matrix

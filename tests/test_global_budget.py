@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from hf_context_prune import PrunerConfig
-from hf_context_prune.data.documents import CalibrationWarning, TextSource, hold_out_documents
-from hf_context_prune.errors import BudgetError, DataError
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.splits import hold_out_documents
+from hf_context_prune.errors import BudgetError, CalibrationWarning, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import unit_costs
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost

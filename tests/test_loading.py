@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_context_prune.errors import LoadError
+from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage import cache, loading, model_checks
 from hf_context_prune.storage.loading import LoadedModel, copy_notes, load_model, load_outline, load_pruned
-from hf_context_prune.storage.model_checks import LoadWarning
 from hf_context_prune.storage.saving import save_pruned
 from tests.tiny import CASES, case, tiny_model, tiny_tokenizer
 

@@ -12,12 +12,13 @@ import torch
 
 from hf_context_prune import EvalOptions, prune
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.documents import CalibrationWarning, hold_out_documents, load_documents
-from hf_context_prune.errors import ConfigError, SaveError
+from hf_context_prune.data.documents import load_documents
+from hf_context_prune.data.splits import hold_out_documents
+from hf_context_prune.errors import CalibrationWarning, ConfigError, SaveError
+from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.formatting import less_one
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
 from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
-from hf_context_prune.pipelines.evaluate import QuestionOptions
 from hf_context_prune.pipelines.matrix import domain_matrix
 from hf_context_prune.pipelines.matrix_report import DENSE
 from hf_context_prune.pipelines.sweep import SweepOptions, _Pruner, sweep
@@ -211,7 +212,7 @@ def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, 
 
 def test_files_of_others_are_not_replaced(base, domains, tmp_path, monkeypatch):
     for name in ("matrix", "sweep"):
-        monkeypatch.setattr(f"hf_context_prune.{name}.as_loaded", None)
+        monkeypatch.setattr(f"hf_context_prune.pipelines.{name}.as_loaded", None)
     for name, run in (
         ("mix.png", lambda out: domain_matrix(base, domains, out, CONFIG)),
         ("sweep.md", lambda out: sweep(base, domains["law"], out, OPTIONS)),
@@ -329,7 +330,7 @@ def test_a_second_run_into_one_folder_waits_its_turn(base, domains, tmp_path, mo
         raise InterruptedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"hf_context_prune.{run}.score", beside)
+        patch.setattr(f"hf_context_prune.pipelines.{run}.score", beside)
         with pytest.raises(InterruptedError):
             go()
     assert (out / f"{run}.jsonl").read_text().count("\n") == 1
@@ -338,7 +339,7 @@ def test_a_second_run_into_one_folder_waits_its_turn(base, domains, tmp_path, mo
 def test_an_output_that_cannot_be_written_is_refused_first(base, domains, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for name in ("matrix", "sweep"):
-        monkeypatch.setattr(f"hf_context_prune.{name}.as_loaded", None)
+        monkeypatch.setattr(f"hf_context_prune.pipelines.{name}.as_loaded", None)
     for out in (tmp_path / "file", tmp_path / "file" / "deep"):
         with pytest.raises(SaveError, match="is not a folder, so nothing can be made in it"):
             domain_matrix(base, domains, out, CONFIG)

@@ -22,12 +22,13 @@ from hf_context_prune import (
     make_plan,
     prune,
 )
-from hf_context_prune.data.documents import load_documents, token_blocks
+from hf_context_prune.data.documents import load_documents
+from hf_context_prune.data.samples import token_blocks
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
 from hf_context_prune.pipelines.dry_run import dry_run
-from hf_context_prune.pruning.allocation.widths import needed_targets
-from hf_context_prune.pruning.calibration.calibrate import batches_of
-from hf_context_prune.pruning.planner import needed_statistics, repair_with
+from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.pruning.planner import repair_with
+from hf_context_prune.pruning.scoring import needed_statistics, needed_targets
 from tests.tiny import TEXT, case, tiny_model
 
 QUICK = EvalOptions(max_tokens=600, speed=False, memory=False)

@@ -9,12 +9,14 @@ import torch
 
 from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan
 from hf_context_prune.errors import BudgetError, ConfigError
-from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.pruning.allocation import probing as width_search
 from hf_context_prune.pruning.allocation.sensitivity import withhold_probe
-from hf_context_prune.pruning.allocation.widths import needed_targets, plan_widths
-from hf_context_prune.pruning.calibration.calibrate import batches_of
-from hf_context_prune.pruning.planner import needed_statistics, plan_and_repair, repair_with
+from hf_context_prune.pruning.allocation.widths import plan_widths
+from hf_context_prune.pruning.calibration import chunked
+from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.pruning.planner import plan_and_repair, repair_with
+from hf_context_prune.pruning.scoring import needed_statistics, needed_targets
 from tests.tiny import VOCABULARY, tiny_model
 
 
@@ -97,8 +99,9 @@ def test_a_size_is_searched_without_the_gram_matrices_of_all_layers(model, monke
         most.append(None if layers is None else len(layers))
         return original(*args, layers=layers, **how)
 
-    monkeypatch.setattr(width_search, "calibrate", watched)
-    monkeypatch.setattr(width_search, "free_memory", lambda device: 0)
+    for module in (width_search, chunked):
+        monkeypatch.setattr(module, "calibrate", watched)
+    monkeypatch.setattr(chunked, "free_memory", lambda device: 0)
     again, others = found()
     assert set(most) == {1}
     assert again == plan

@@ -9,15 +9,8 @@ import pytest
 
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
-from hf_context_prune.evaluation.reports.rendering import (
-    Folder,
-    check_report_place,
-    markdown,
-    read_folder,
-    read_folders,
-    render,
-    save_report,
-)
+from hf_context_prune.evaluation.reports.files import check_report_place, save_report
+from hf_context_prune.evaluation.reports.rendering import Folder, markdown, read_folder, read_folders, render
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport, load_report
 from hf_context_prune.storage.manifest import verify_folder

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.storage import staging
-from hf_context_prune.storage.manifest import MANIFEST_NAME, read_manifest, verify_folder
-from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME, estimate_bytes, save_pruned, write_model_folder
+from hf_context_prune.storage.manifest import read_manifest, verify_folder
+from hf_context_prune.storage.saving import estimate_bytes, save_pruned, write_model_folder
 from hf_context_prune.storage.staging import check_target, staged_folder
+from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_NAME
 
 SIZES = {
     "vocab_size": 11,
@@ -594,14 +595,14 @@ def variable_width_model():
 
 
 def test_variable_width_model_travels_with_its_code(target):
-    from hf_context_prune.modeling import auto_map
+    from hf_context_prune.modeling import auto_map, modeling_context_pruned
     from hf_context_prune.modeling.specs import SPECS
 
     model = variable_width_model()
     model.config.auto_map = auto_map(SPECS["llama"])
     save_pruned(model, target)
-    package = Path(staging.__file__).parent / "modeling"
-    code = {path.name: path.read_bytes() for path in package.glob("*.py") if path.name != "__init__.py"}
+    package = Path(modeling_context_pruned.__file__).parent
+    code = {name: (package / name).read_bytes() for name in modeling_context_pruned.MODELING_FILES}
     assert {path.name: path.read_bytes() for path in target.glob("*.py")} == code
     assert code.keys() <= verify_folder(target)["files"].keys()
 

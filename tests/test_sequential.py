@@ -17,7 +17,7 @@ from hf_context_prune.pruning.reconstruction import least_squares, refit
 from hf_context_prune.pruning.sequential import prune as sequential
 from hf_context_prune.pruning.sequential.prune import prune_sequentially
 from hf_context_prune.pruning.surgery import apply_plan
-from hf_context_prune.utils import linalg
+from hf_context_prune.utils import precision
 from hf_context_prune.utils.linalg import FLOOR
 from tests.tiny import CASES, VOCABULARY, case
 
@@ -371,8 +371,8 @@ def test_fast_products_change_little_and_the_setting_comes_back(monkeypatch):
         "_choose_and_refit",
         lambda *args: (inside.append(torch.get_float32_matmul_precision()), original(*args))[1],
     )
-    monkeypatch.setattr(linalg, "FAST_PRECISION", "medium")
-    monkeypatch.setattr(linalg, "bfloat16_is_fast", lambda device: True)
+    monkeypatch.setattr(precision, "FAST_PRECISION", "medium")
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
     fast = prune_sequentially(model, batches(), widths, CRITERIA["wanda"])
     assert {before} == {torch.get_float32_matmul_precision(), *inside}  # sums and solvers are never fast
     for key, (weight, _) in exact.outputs.items():

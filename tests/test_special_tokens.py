@@ -6,8 +6,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from hf_context_prune.data.documents import TextDocument, TextSource, token_blocks
-from hf_context_prune.data.samples import leading_token
+from hf_context_prune.data.documents import TextDocument, TextSource
+from hf_context_prune.data.samples import leading_token, token_blocks
 from hf_context_prune.evaluation.perplexity import document_losses
 from tests.tiny import tiny_model, tiny_tokenizer
 

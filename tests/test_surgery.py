@@ -24,9 +24,10 @@ from hf_context_prune.modeling.architectures import (
     output_weight,
     unit_costs,
 )
+from hf_context_prune.modeling.native_fit import stock_fit
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
-from hf_context_prune.pruning.surgery import apply_plan, kept_features, stock_fit
+from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from hf_context_prune.storage.saving import save_pruned
 from tests.tiny import CASES, VOCABULARY, case, tiny_config, tiny_model
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.documents import token_blocks
+from hf_context_prune.data.samples import token_blocks
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.pruning.calibration.calibrate import batches_of
+from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.prune_model import smaller_model
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.thresholds.magnitudes import measure_magnitudes

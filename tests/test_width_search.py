@@ -10,6 +10,7 @@ import torch
 from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.pruning.allocation import probing as width_search
+from hf_context_prune.pruning.calibration import chunked
 from hf_context_prune.pruning.planner import Planner, plan_and_repair
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -53,9 +54,9 @@ def test_statistics_take_less_text_than_the_walk(model, monkeypatch, calibration
 def test_a_small_memory_costs_passes_and_changes_nothing(model, monkeypatch, calibrations, criterion):
     config = PrunerConfig(pruning_ratio=0.1, criterion=criterion)
     together = curves_of(model, config)
-    monkeypatch.setattr(width_search, "free_memory", lambda device: 4 * 2 * 4 * (40**2 + 48**2))  # two layers
+    monkeypatch.setattr(chunked, "free_memory", lambda device: 4 * 2 * 4 * (40**2 + 48**2))  # two layers
     assert curves_of(model, config) == together
-    monkeypatch.setattr(width_search, "free_memory", lambda device: 0)
+    monkeypatch.setattr(chunked, "free_memory", lambda device: 0)
     assert curves_of(model, config) == together
     assert [layers for layers, _ in calibrations] == [[0, 1, 2], [0, 1], [2], [0], [1], [2]]
 

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune.modeling.specs import SPECS
-from hf_context_prune.utils import linalg
+from hf_context_prune.utils import precision
 
-FAST_PRECISION = linalg.FAST_PRECISION
+FAST_PRECISION = precision.FAST_PRECISION
 """As the package has it: for tests on the real model."""
-linalg.FAST_PRECISION = "highest"  # in every process that has tiny models: rounding is more than what they lose
+precision.FAST_PRECISION = "highest"  # in every process that has tiny models: rounding is more than what they lose
 
 VOCABULARY = 320
 COMMON = {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_context_prune.storage.saving import REPORT_NAME
 from hf_context_prune.utils.distributed import on_main_process
+from hf_context_prune.utils.file_names import REPORT_NAME
 
 from .options import (
     DATA_HELP,
@@ -68,9 +68,9 @@ def evaluate(
     """Measure MODEL on a text (and questions): bits per byte, perplexity, accuracy, size, speed and memory."""
     asked = question_options({} if mcq is None else {"": mcq}, locals())
     from hf_context_prune.evaluation.harness import harness_task_name
-    from hf_context_prune.evaluation.reports.rendering import check_report_place, save_report
+    from hf_context_prune.evaluation.options import EvalOptions
+    from hf_context_prune.evaluation.reports.files import check_report_place, save_report
     from hf_context_prune.pipelines.evaluate import evaluate as run
-    from hf_context_prune.pipelines.prune import EvalOptions
     from hf_context_prune.storage.loading import load_model
 
     if output is not None:
@@ -120,7 +120,7 @@ def bench(
 ) -> None:
     """Measure BASE and MODEL in turns: load time, prefill, decoding, peak memory, bytes on disk."""
     from hf_context_prune.evaluation.bench import bench as run
-    from hf_context_prune.evaluation.reports.rendering import check_report_place, save_report
+    from hf_context_prune.evaluation.reports.files import check_report_place, save_report
     from hf_context_prune.storage.loading import copy_notes, load_model
 
     if output is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.storage.saving import REPORT_NAME
+from hf_context_prune.utils.file_names import REPORT_NAME
 
 from .options import (
     DATA_HELP,
@@ -75,7 +75,7 @@ def sweep(
 ) -> None:
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
-    from hf_context_prune.evaluation.reports.rendering import check_report_place
+    from hf_context_prune.evaluation.reports.files import check_report_place
     from hf_context_prune.pipelines.sweep import SweepOptions
     from hf_context_prune.pipelines.sweep import sweep as run
     from hf_context_prune.storage.loading import load_model

@@ -44,9 +44,9 @@ def export(
     The artefact is loaded by the other runtime and compared with DIR on held-out text: loss, greedy text, size, speed.
     `inspect` verifies and shows it later.
     """
-    from hf_context_prune.export.run import export as run
+    from hf_context_prune.export.run import export_model
 
-    result = run(
+    result = export_model(
         folder,
         output,
         format=to,

@@ -27,7 +27,7 @@ def card(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that was edited by hand.")] = False,
 ) -> None:
     """Write the model card (README.md, picture) of a pruned folder anew, from the folder alone."""
-    from hf_context_prune.publishing.card import rewrite_card
+    from hf_context_prune.publishing.card.card import rewrite_card
 
     out(f"Wrote {rewrite_card(folder, name=name, overwrite=overwrite)}")
 

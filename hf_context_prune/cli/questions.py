@@ -10,7 +10,7 @@ import typer
 from hf_context_prune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hf_context_prune.pipelines.evaluate import QuestionOptions
+    from hf_context_prune.evaluation.options import QuestionOptions
 
 _QUESTIONS = (
     "a .jsonl file or Hub dataset with question, choices, answer (index from 0, or letter), optionally context, "
@@ -55,7 +55,7 @@ def question_options(
     Raises:
         ConfigError: An option without questions, or one that is out of range.
     """
-    from hf_context_prune.pipelines.evaluate import QuestionOptions
+    from hf_context_prune.evaluation.options import QuestionOptions
 
     fields: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "mcq_columns": ("columns", _columns),

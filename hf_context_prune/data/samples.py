@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import re
+import warnings
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
+
+from .documents import TextDocument, TextSource, stable_hash
 
 
 def leading_token(tokenizer: Any) -> int | None:  # noqa: ANN401
@@ -13,3 +24,115 @@ def leading_token(tokenizer: Any) -> int | None:  # noqa: ANN401
     """
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer.encode("a")[:1] == [bos] else None
+
+
+_BLOCKS_PER_DOCUMENT = 4  # so that a few long documents don't make up all the calibration text
+
+
+_SHORTEST_BLOCK = 8
+
+
+def token_blocks(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int,
+    max_seq_length: int,
+    seed: int = 0,
+    fewer: bool = False,
+) -> torch.LongTensor:
+    """Cuts documents into blocks of tokens for calibration.
+
+    Documents are taken in an order shuffled by the seed until there are enough tokens, tokenised without special
+    tokens, and joined by the end-of-sequence token (or beginning-of-sequence where there is no end). A long document
+    gives one contiguous stretch of at most four blocks, more only where the text is too little otherwise. Blocks
+    begin with the token that the tokenizer itself puts before a text ([`leading_token`][]).
+
+    Args:
+        source: Documents to read.
+        tokenizer: A ``transformers`` tokenizer.
+        num_samples: Blocks asked for.
+        max_seq_length: Tokens of a block.
+        seed: Order of the documents, and the stretch taken of a long one.
+        fewer: Nobody asked for as many, so fewer are no reason to warn.
+
+    Returns:
+        int64 token ids [blocks, max_seq_length] without padding, blocks <= num_samples. With less text than one block,
+        one shorter block of at least 8 tokens.
+
+    Warns:
+        CalibrationWarning: Fewer or shorter blocks than asked.
+
+    Raises:
+        DataError: Less than 8 tokens of text.
+        ConfigError: ``num_samples`` or ``max_seq_length`` is below 1.
+    """
+    for option, value in (("num_calibration_samples", num_samples), ("max_seq_length", max_seq_length)):
+        if value < 1:
+            raise ConfigError(f"{option} is {value}, but must be at least 1")
+    order = sorted(source.documents, key=lambda document: stable_hash("blocks", seed, document.doc))
+    lead = leading_token(tokenizer) if max_seq_length > 1 else None
+    length = max_seq_length - (lead is not None)
+    needed, cap = num_samples * length, _BLOCKS_PER_DOCUMENT * length
+    while True:
+        tokens, was_cut = _gather_tokens(order, tokenizer, needed, cap, seed)
+        if len(tokens) >= needed or not was_cut:
+            break
+        cap *= 4
+    blocks = min(num_samples, len(tokens) // length)
+    if blocks == 0:
+        if len(tokens) < _SHORTEST_BLOCK:
+            raise DataError(
+                f"{source.name}: {len(tokens)} tokens of text, but a block needs at least {_SHORTEST_BLOCK}; "
+                "give more text"
+            )
+        blocks, length = 1, len(tokens)
+    if blocks * length < needed and not fewer:
+        warnings.warn(
+            f"{source.name}: asked for {num_samples} blocks ({num_samples * max_seq_length} tokens), but there is text "
+            f"for {blocks} of {length + (lead is not None)} tokens: calibrating on those. Give more text, or lower "
+            f"num_calibration_samples.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    own = torch.tensor(tokens[: blocks * length], dtype=torch.long).view(blocks, length)
+    return own if lead is None else torch.nn.functional.pad(own, (1, 0), value=lead)
+
+
+def _gather_tokens(
+    documents: Sequence[TextDocument], tokenizer: PreTrainedTokenizerBase, needed: int, cap: int, seed: int
+) -> tuple[list[int], bool]:
+    """Joins documents' tokens until there are enough.
+
+    Returns:
+        (token ids, at least ``needed`` where the documents hold that many; whether a document was cut to ``cap``).
+    """
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    tokens: list[int] = []
+    was_cut = False
+    for start in range(0, len(documents), 64):
+        batch = documents[start : start + 64]
+        draws = [random.Random(stable_hash("stretch", seed, document.doc)) for document in batch]
+        texts = [_window(document.text, 16 * cap, draw) for document, draw in zip(batch, draws, strict=True)]
+        # verbose=False: a document longer than the model's context is fine here, it is cut into blocks.
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for document, text, draw, ids in zip(batch, texts, draws, encoded, strict=True):
+            was_cut |= len(ids) > cap or len(text) < len(document.text)
+            first = draw.randrange(len(ids) - cap + 1) if len(ids) > cap else 0
+            if tokens and ids and separator is not None:
+                tokens.append(separator)
+            tokens.extend(ids[first : first + cap])
+            if len(tokens) >= needed:
+                return tokens, was_cut
+    return tokens, was_cut
+
+
+def _window(text: str, num_chars: int, draw: random.Random) -> str:
+    """A random stretch of a very long text that starts with a word, so that tokenising it stays cheap."""
+    if len(text) <= num_chars:
+        return text
+    start = draw.randrange(len(text) - num_chars + 1)
+    if start:
+        space = re.compile(r"\s").search(text, start, start + num_chars // 2)
+        start = space.start() if space else start
+    return text[start : start + num_chars]

@@ -12,7 +12,6 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_context_prune import modeling  # registers the variable-width classes
 from hf_context_prune.modeling.generation import dtype_name, fit_prompt, random_prompt, timed_generation
 from hf_context_prune.modeling.inference import max_positions, vocabulary_rows
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
+from hf_context_prune.storage.saving import weight_bytes
 
-from .speed import MemoryMeasurement, SpeedMeasurement, measure_peak_memory, measure_speed, speed_ratio, weight_bytes
+from .speed import MemoryMeasurement, SpeedMeasurement, measure_peak_memory, measure_speed, speed_ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_context_prune.data.decontamination import drop_overlapping
-from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents
+from hf_context_prune.data.documents import TextSource, load_documents
+from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts, TextLosses
 

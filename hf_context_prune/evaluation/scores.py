@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import QuestionSet
-from hf_context_prune.pipelines.evaluate import QuestionOptions
+from hf_context_prune.evaluation.reports.report import MultipleChoiceFacts
+from hf_context_prune.modeling.inference import count_parameters
 
+from .general_text import Pair
 from .multiple_choice import Answer, Scorer, answer_questions, compare_answers, summarize_answers
+from .options import QuestionOptions
 from .perplexity import DocumentLoss, choose_documents, compare_losses, document_losses, summarize_losses
-from .speed import count_parameters
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,39 @@ def held_out_of(
         how = {"scorer": questions.scorer, "num_shots": questions.num_shots}
     docs = tuple(choose_documents(text, tokenizer, max_tokens=max_tokens))
     return HeldOut(text, docs, asked, max_seq_length=max_seq_length, **how)
+
+
+def answered(
+    asked: QuestionSet, options: QuestionOptions, base: Pair, pruned: Pair | None = None
+) -> MultipleChoiceFacts:
+    """Answers of one model, or of a base and what was pruned from it, to the same questions.
+
+    Args:
+        asked: The questions, as [`load_questions`][] gave them.
+        options: How they are answered; its `source` is not read again.
+        base: Model and tokenizer.
+        pruned: The same of the pruned model.
+    """
+    how: dict[str, Any] = {"scorer": options.scorer, "num_shots": options.num_shots}
+    answers = answer_questions(*base, asked, **how)
+    return choice_facts(asked, answers, None if pruned is None else answer_questions(*pruned, asked, **how), **how)
+
+
+def choice_facts(
+    asked: QuestionSet,
+    answers: Sequence[Answer],
+    others: Sequence[Answer] | None,
+    *,
+    scorer: Scorer,
+    num_shots: int,
+) -> MultipleChoiceFacts:
+    """Answers of a base, and of what was pruned from it if they are given, as facts of a report."""
+    return MultipleChoiceFacts(
+        asked.name,
+        asked.revision,
+        scorer,
+        num_shots,
+        summarize_answers(asked, answers),
+        None if others is None else summarize_answers(asked, others),
+        None if others is None else compare_answers(answers, others),
+    )

@@ -234,23 +234,6 @@ def measure_peak_memory(
         ) from error
 
 
-def weight_bytes(folder: str | os.PathLike[str]) -> int:
-    """Return the bytes of all safetensors files directly in `folder`.
-
-    Raises:
-        LoadError: If there are none.
-    """
-    sizes = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
-    if not sizes:
-        raise LoadError(f"{os.fspath(folder)!r} holds no *.safetensors file. Save the model with safetensors weights.")
-    return sum(sizes)
-
-
-def count_parameters(model: "PreTrainedModel") -> int:
-    """Return the number of parameters of `model`, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _speed_measurement(
     model: "PreTrainedModel",
     timings: Sequence[tuple[float, float]],

@@ -23,6 +23,7 @@ class EncodedDocument:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all records."""
         return sum(len(ids) for ids in self.records)
 
 

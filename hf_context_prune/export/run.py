@@ -13,13 +13,13 @@ import torch
 from safetensors import SafetensorError
 
 from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError, LoadError
-from hf_context_prune.evaluation.speed import weight_bytes
 from hf_context_prune.modeling.generation import hardware_name
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.saving import EXPORT_REPORT_NAME, PLAN_NAME, estimate_bytes
+from hf_context_prune.storage.saving import estimate_bytes, weight_bytes
 from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
+from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
 
 from .formats import FORMATS, Format, FormatModule, format_of
 from .report import ExportReport
@@ -43,7 +43,7 @@ class ExportResult:
     report: ExportReport
 
 
-def export(
+def export_model(
     folder: str | Path,
     output: str | Path,
     *,

@@ -14,6 +14,7 @@ from . import configuration_context_pruned, modeling_context_pruned
 from .configuration_context_pruned import ContextPrunedConfigMixin, config_class_name
 from .modeling_context_pruned import ContextPrunedModelMixin, model_class_name
 from .specs import PREFIX, SPECS, ArchSpec
+from .upload_check import refuse_upload
 
 
 def config_class(spec: ArchSpec) -> type[PreTrainedConfig]:
@@ -42,6 +43,7 @@ def register(spec: ArchSpec) -> None:
 
 for _spec in SPECS.values():
     register(_spec)
+modeling_context_pruned.UPLOAD_CHECKS.append(refuse_upload)
 
 __all__ = [
     "PREFIX",

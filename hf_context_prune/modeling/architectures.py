@@ -17,35 +17,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_context_prune.errors import UnsupportedArchitectureError
 
 from .modeling_context_pruned import is_transposed
-from .specs import PREFIX, SPECS, ArchSpec, Geometry, LayerWidths, Projection, base_model_type, read_geometry
+from .specs import SPECS, ArchSpec, Geometry, base_model_type
 
 Target = Literal["mlp", "attention"]
 TARGETS: tuple[Target, ...] = ("mlp", "attention")
 
-__all__ = [
-    "PREFIX",
-    "SPECS",
-    "TARGETS",
-    "ArchSpec",
-    "Geometry",
-    "Gradients",
-    "LayerWidths",
-    "Projection",
-    "Target",
-    "UnitCosts",
-    "base_model_type",
-    "blocks",
-    "check_supported",
-    "input_magnitude",
-    "is_parallel",
-    "output_projection",
-    "output_weight",
-    "read_geometry",
-    "residual_scale",
-    "spec_of",
-    "unit_costs",
-    "unit_size",
-]
 
 Gradients = Mapping[int, torch.Tensor]
 """dL/dw by the id of the parameter, in float32 or better."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -25,6 +25,9 @@ from .specs import SPECS, ArchSpec, Geometry, LayerWidths, classes_on_demand, re
 
 MODELING_FILES = ("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py")
 """What travels flat with every saved variable-width model."""
+UPLOAD_CHECKS: list[Callable[[Any, str | None], None]] = []
+"""Called with a saved folder and the token before `push_to_hub` uploads it. The package fills this list when it is
+imported; where these files travel alone, it stays empty."""
 
 
 def model_class_name(spec: ArchSpec) -> str:
@@ -224,11 +227,11 @@ class ContextPrunedModelMixin:
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """What `push_to_hub` calls with the saved model; adds what its folder holds beside the same weights.
 
-        Where the package is installed it also looks through the files, as its own push does.
+        Where the package is installed, the checks in `UPLOAD_CHECKS` look through the files first.
         """
         add_companions(str(self.name_or_path), str(working_dir))  # type: ignore[attr-defined]
-        if __name__.startswith("hf_context_prune."):  # no import statement: this file also travels without the package
-            importlib.import_module("hf_context_prune.publishing.hub").refuse_upload(working_dir, kwargs.get("token"))
+        for check in UPLOAD_CHECKS:
+            check(working_dir, kwargs.get("token"))
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 

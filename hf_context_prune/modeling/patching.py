@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.utils.linalg import fast_block
+from hf_context_prune.utils.precision import fast_block
 
 from .architectures import blocks, spec_of
 

@@ -14,9 +14,10 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.demo import LICENCE_PROMPTS, licence_texts, smollm2_gguf
 from hf_context_prune.data.documents import check_readable
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.storage.loading import load_model
 
-from .prune import EvalOptions, prune
+from .prune import prune
 from .result import PruneResult
 
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")

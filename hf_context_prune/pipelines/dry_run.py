@@ -8,14 +8,14 @@ from typing import Any
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.modeling.native_fit import StockFit, stock_fit
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
-from hf_context_prune.pruning.allocation.adaptive import Budget
+from hf_context_prune.pruning.allocation.budget import Budget
 from hf_context_prune.pruning.allocation.widths import check_units_budget, widths_beside
 from hf_context_prune.pruning.planner import check_repair
-from hf_context_prune.pruning.surgery import StockFit, stock_fit
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.loading import load_outline
 

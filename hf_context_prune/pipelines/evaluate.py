@@ -2,76 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from hf_context_prune.data.documents import load_documents
-from hf_context_prune.data.questions import QuestionSet, load_questions
-from hf_context_prune.evaluation.general_text import Pair, general_losses, losses_on, read_general
+from hf_context_prune.evaluation.general_text import general_losses, losses_on, read_general
 from hf_context_prune.evaluation.harness import write_harness_task
-from hf_context_prune.evaluation.multiple_choice import (
-    Answer,
-    Scorer,
-    answer_questions,
-    check_scoring,
-    compare_answers,
-    summarize_answers,
-)
+from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
     EvalReport,
     MemoryFacts,
-    MultipleChoiceFacts,
     SizeFacts,
     SpeedFacts,
 )
-from hf_context_prune.evaluation.speed import count_parameters, measure_peak_memory, measure_speed, weight_bytes
-from hf_context_prune.storage.loading import LoadedModel, copy_notes
-
-from .prune import EvalOptions, as_loaded
-
-
-@dataclass(frozen=True)
-class QuestionOptions:
-    """Multiple-choice questions to answer.
-
-    Attributes:
-        source: What [`load_questions`][] reads.
-        columns: Names of its columns, where they differ.
-        splits: Rows of these splits are asked.
-        scorer: See [`answer_questions`][].
-        num_shots: Examples, at most.
-        max_questions: Questions at most; None takes all.
-        harness_task: Folder to write them to as a task of lm-evaluation-harness; None writes none.
-
-    Raises:
-        ConfigError: An unknown scorer, or a number out of range.
-    """
-
-    source: Any
-    columns: Mapping[str, str] | None = None
-    splits: tuple[str, ...] = ("test",)
-    scorer: Scorer = "likelihood_normalised"
-    num_shots: int = 0
-    max_questions: int | None = None
-    harness_task: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        """Check what would else be found after long work."""
-        check_scoring(self.scorer, self.num_shots)
-
-    def load(self) -> QuestionSet:
-        """Read the questions.
-
-        Raises:
-            ContextPruneError: See [`load_questions`][].
-        """
-        return load_questions(self.source, columns=self.columns, splits=self.splits, max_questions=self.max_questions)
+from hf_context_prune.evaluation.scores import answered
+from hf_context_prune.evaluation.speed import measure_peak_memory, measure_speed
+from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.storage.loading import LoadedModel, as_loaded, copy_notes
+from hf_context_prune.storage.saving import weight_bytes
 
 
 def evaluate(
@@ -137,42 +89,6 @@ def evaluate(
         multiple_choice=choice,
         general=general_facts,
         notes=copy_notes(*((own,) if base is None else (first, own))),
-    )
-
-
-def answered(
-    asked: QuestionSet, options: QuestionOptions, base: Pair, pruned: Pair | None = None
-) -> MultipleChoiceFacts:
-    """Answers of one model, or of a base and what was pruned from it, to the same questions.
-
-    Args:
-        asked: The questions, as [`load_questions`][] gave them.
-        options: How they are answered; its `source` is not read again.
-        base: Model and tokenizer.
-        pruned: The same of the pruned model.
-    """
-    how: dict[str, Any] = {"scorer": options.scorer, "num_shots": options.num_shots}
-    answers = answer_questions(*base, asked, **how)
-    return choice_facts(asked, answers, None if pruned is None else answer_questions(*pruned, asked, **how), **how)
-
-
-def choice_facts(
-    asked: QuestionSet,
-    answers: Sequence[Answer],
-    others: Sequence[Answer] | None,
-    *,
-    scorer: Scorer,
-    num_shots: int,
-) -> MultipleChoiceFacts:
-    """Answers of a base, and of what was pruned from it if they are given, as facts of a report."""
-    return MultipleChoiceFacts(
-        asked.name,
-        asked.revision,
-        scorer,
-        num_shots,
-        summarize_answers(asked, answers),
-        None if others is None else summarize_answers(asked, others),
-        None if others is None else compare_answers(answers, others),
     )
 
 

@@ -13,26 +13,27 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import THRESHOLDS, PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.splits import split_text
 from hf_context_prune.errors import ConfigError, LoadError, unknown
-from hf_context_prune.evaluation.reports.rendering import check_report_place, write_run
+from hf_context_prune.evaluation.options import QuestionOptions
+from hf_context_prune.evaluation.reports.files import check_report_place, write_run
 from hf_context_prune.evaluation.reports.report import Environment, EvalReport
 from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
-from hf_context_prune.evaluation.speed import weight_bytes
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
-from hf_context_prune.pruning.allocation.adaptive import Budget
+from hf_context_prune.pruning.allocation.budget import Budget
 from hf_context_prune.pruning.calibration.samples import check_share
 from hf_context_prune.pruning.prune_model import check_budget, smaller_model
-from hf_context_prune.publishing.card import rewrite_card
-from hf_context_prune.storage.loading import LoadedModel, load_model
+from hf_context_prune.publishing.card.card import rewrite_card
+from hf_context_prune.storage.loading import LoadedModel, as_loaded, load_model
 from hf_context_prune.storage.provenance import provenance_of
 from hf_context_prune.storage.results_log import open_rows
-from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME, save_pruned
+from hf_context_prune.storage.saving import save_pruned, weight_bytes
 from hf_context_prune.storage.staging import check_target
+from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from hf_context_prune.utils.version import __version__
 
-from .evaluate import QuestionOptions
 from .matrix_report import DENSE, DomainMatrix, mixed_name
-from .prune import as_loaded, plan_notes, split_text
+from .prune import plan_notes
 
 REFERENCE = "general"
 ROWS_NAME, MODELS = "matrix.jsonl", "models"

@@ -20,9 +20,7 @@ from hf_context_prune.evaluation.reports.report import (
     TextLosses,
 )
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
-from hf_context_prune.evaluation.scores import HeldOut, Scores, summary_of
-
-from .evaluate import choice_facts
+from hf_context_prune.evaluation.scores import HeldOut, Scores, choice_facts, summary_of
 
 DENSE = "dense"
 

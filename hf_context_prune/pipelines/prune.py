@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.decontamination import drop_overlapping
-from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents
-from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.splits import apart_from_general, split_text
+from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.general_text import general_losses, loss_facts, read_general
+from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
-from hf_context_prune.evaluation.speed import count_parameters, measure_speed
+from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.architectures import check_supported
+from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.modeling.native_fit import stock_fit
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pruning.allocation.adaptive import Budget
+from hf_context_prune.pruning.allocation.budget import Budget
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import check_general_mix
 from hf_context_prune.pruning.planner import check_repair
 from hf_context_prune.pruning.prune_model import check_budget, smaller_model
-from hf_context_prune.pruning.surgery import stock_fit
 from hf_context_prune.pruning.thresholds.prune import zeros_note
 from hf_context_prune.pruning.vocabulary.notes import effort_note, vocabulary_note
-from hf_context_prune.storage.loading import LoadedModel, load_model, read_from
-from hf_context_prune.storage.provenance import in_memory, provenance_of
+from hf_context_prune.storage.loading import LoadedModel, as_loaded
+from hf_context_prune.storage.provenance import provenance_of
 from hf_context_prune.utils.distributed import on_main_process, together, warn_if_alone
 
 from .result import PruneResult
 from .validation_text import SearchText
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """How much is measured; the figures always come from text that was not used to calibrate.
-
-    Attributes:
-        max_tokens: Held-out tokens at most, whole documents; None takes all.
-        speed: Measure prefill and decode speed of base and pruned, interleaved.
-        memory: Measure peak memory in a fresh process (`evaluate`); `prune` has no folder yet, so there it is asked for
-            when the result is saved.
-        general_data: Text of no domain, as `load_documents` reads it: what the model forgot is measured on it. None
-            leaves that open, and the model card says so.
-    """
-
-    max_tokens: int | None = 20_000
-    speed: bool = True
-    memory: bool = True
-    general_data: Any = None
 
 
 def plan_notes(
@@ -196,84 +179,3 @@ def prune(
     )
     from_disk = base if base.folder is not None else None
     return PruneResult(smaller, tokenizer, plan, report, stock, from_disk)
-
-
-def apart_from_general(held_out: TextSource, how: str, general: TextSource) -> tuple[TextSource, str]:
-    """Held-out text without what the general calibration text has, and the sentence on it."""
-    left, dropped = drop_overlapping(held_out, general)
-    if not len(left):
-        raise DataError(
-            f"Every held-out document is also in the general text {general.name} that general_mix calibrates on, so "
-            f"figures on it would say nothing. Give other text to mix in, or other held-out text (--eval-data)."
-        )
-    if dropped:
-        how += f" {dropped:,} of these documents were dropped: the general text that is calibrated on has them too."
-    return left, how
-
-
-def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
-    """A model with its tokenizer and name, loaded where it is named only.
-
-    Raises:
-        ConfigError: No tokenizer can be found.
-    """
-    if isinstance(model, LoadedModel):
-        return model
-    if isinstance(model, str | Path):
-        return load_model(model)
-    check_supported(model)
-    name = model.config.name_or_path
-    if tokenizer is None:
-        if not name:
-            raise ConfigError("The model does not say where it came from; pass its tokenizer: prune(..., tokenizer=).")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(read_from(name))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"No tokenizer can be loaded from {name!r}, where the model came from ({error}). Pass it: "
-                f"prune(..., tokenizer=)."
-            ) from error
-    return in_memory(model, tokenizer)
-
-
-def split_text(
-    data: Any,  # noqa: ANN401
-    eval_data: Any,  # noqa: ANN401
-    config: PrunerConfig,
-    tokenizer: Any,  # noqa: ANN401
-    *,
-    use: str = "calibration",
-    withholds: bool = False,
-) -> tuple[TextSource, TextSource, str]:
-    """The text for a use, the text for the figures, and a sentence on how they were kept apart.
-
-    With `withholds`, the use itself needs a second document, so text of their own for the figures would not do.
-    """
-    options = {"text_column": config.text_column, "tokenizer": tokenizer, "seed": config.pruning_seed}
-    text = load_documents(data, **options)
-    if eval_data is None:
-        try:
-            rest, given = hold_out_documents(text, seed=config.pruning_seed)
-        except DataError as error:
-            if withholds:
-                raise
-            raise DataError(f"{error}, or where only the figures need it, text of their own (--eval-data)") from error
-        how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before {use}, by document."
-        remedy = "Give held-out text of its own (--eval-data), or text that repeats itself less."
-    else:
-        rest, given = text, load_documents(eval_data, **options)
-        how = f"Text of its own ({given.name}), beside the {use} text {text.name}."
-        remedy = f"Give other text, or leave --eval-data out to hold out documents of {text.name}."
-    held_out, dropped = drop_overlapping(given, rest)
-    if not len(held_out):
-        what = "held-out document" if eval_data is None else f"document of the evaluation text {given.name}"
-        raise DataError(
-            f"Every {what} is also in the {use} text {text.name} (over a quarter of its 13-word sequences are); "
-            f"figures on it would say nothing. {remedy}"
-        )
-    if dropped:
-        how += (
-            f" {dropped:,} of these {len(given):,} documents were dropped: the {use} text has over a quarter of "
-            "their 13-word sequences too."
-        )
-    return rest, held_out, how

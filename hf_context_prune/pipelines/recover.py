@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents
+from hf_context_prune.data.documents import TextSource, load_documents
+from hf_context_prune.data.splits import apart_from_general, hold_out_documents, split_text
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.general_text import GeneralText, general_losses, loss_facts, read_general
+from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
-from hf_context_prune.evaluation.speed import count_parameters, measure_speed
+from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.architectures import check_supported
+from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.modeling.native_fit import stock_fit
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.widths import dense_parameters
-from hf_context_prune.pruning.surgery import stock_fit
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.saving import PLAN_NAME
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import check_place, has_all_tokens, recover
+from hf_context_prune.utils.file_names import PLAN_NAME
 
-from .prune import EvalOptions, apart_from_general, split_text
 from .result import PruneResult
 
 

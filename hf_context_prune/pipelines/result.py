@@ -10,16 +10,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_context_prune.evaluation.reports.report import EvalReport, MemoryFacts
-from hf_context_prune.evaluation.speed import measure_peak_memory, weight_bytes
+from hf_context_prune.evaluation.speed import measure_peak_memory
+from hf_context_prune.modeling.native_fit import StockFit
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pruning.surgery import StockFit
-from hf_context_prune.publishing.card import write_card
+from hf_context_prune.publishing.card.card import write_card
 from hf_context_prune.publishing.card.facts import facts_in
 from hf_context_prune.publishing.hub import PushResult, push_folder
 from hf_context_prune.storage.loading import LoadedModel
-from hf_context_prune.storage.saving import REPORT_NAME, estimate_bytes, write_model_folder
+from hf_context_prune.storage.saving import estimate_bytes, weight_bytes, write_model_folder
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.distributed import is_main_process, on_main_process
+from hf_context_prune.utils.file_names import REPORT_NAME
 
 
 @dataclass

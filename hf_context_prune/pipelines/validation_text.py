@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
-from hf_context_prune.data.documents import TextSource, hold_out_documents
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
 from hf_context_prune.evaluation.reports.report import LossBudget

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +15,23 @@ from hf_context_prune.errors import ConfigError, naming
 from hf_context_prune.modeling.architectures import blocks, check_supported, output_projection, spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
-from hf_context_prune.pruning.allocation.adaptive import most_removable, predicted_loss, removed_params, select_units
+from hf_context_prune.pruning.allocation.adaptive import most_removable, predicted_loss
+from hf_context_prune.pruning.allocation.budget import Curve, removed_params
 from hf_context_prune.pruning.allocation.loss_search import Loss, smallest_within
-from hf_context_prune.pruning.allocation.probing import calibrate_in_turns, search_curves
+from hf_context_prune.pruning.allocation.probing import search_curves
 from hf_context_prune.pruning.allocation.sensitivity import measure_sensitivity, withhold_probe
-from hf_context_prune.pruning.allocation.widths import measured_widths, needed_targets, plan_widths, shape_of
-from hf_context_prune.pruning.calibration.calibrate import batches_of, weights_of_block
-from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Curve, Key, Repair
+from hf_context_prune.pruning.allocation.widths import measured_widths, plan_widths, shape_of
+from hf_context_prune.pruning.calibration.chunked import calibrate_in_turns
+from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
 from hf_context_prune.pruning.sequential.prune import check_walkable, prune_sequentially
 from hf_context_prune.utils.distributed import on_main_process
+from hf_context_prune.utils.version import versions
 
 from .criteria import get_criterion
-from .reconstruction import NEEDS_GRAM, get_reconstruction
-
-
-def needed_statistics(config: PrunerConfig) -> frozenset[str]:
-    """Which optional statistics a config's criterion and reconstruction read."""
-    needs = set(get_criterion(config.criterion).needs)
-    if config.reconstruction in NEEDS_GRAM or config.reconstruction == "sequential":
-        needs.add("gram")
-    return frozenset(needs)
-
-
-def score_units(
-    model: PreTrainedModel, stats: CalibrationStats, criterion: str, *, seed: int = 0
-) -> dict[Key, torch.Tensor]:
-    """Importance of every unit that the statistics cover.
-
-    Args:
-        model: The dense model.
-        stats: From [`calibrate`][], with what the criterion needs.
-        criterion: A name of `CRITERIA`.
-        seed: For the `random` criterion.
-
-    Returns:
-        [units] float64 on the CPU, by (layer, target); higher is kept.
-    """
-    return _score(model, stats, criterion, torch.Generator().manual_seed(seed))
-
-
-def _score(
-    model: PreTrainedModel, stats: CalibrationStats, criterion: str, generator: torch.Generator
-) -> dict[Key, torch.Tensor]:
-    spec = check_supported(model)
-    geometry, layers = read_geometry(model.config, spec), blocks(model, spec)
-    function = get_criterion(criterion).function
-    importance = {}
-    for (layer, target), statistics in stats.targets.items():
-        groups = geometry.layers[layer].kv_groups
-        weights = weights_of_block(layers[layer], spec, geometry, target, groups)  # type: ignore[arg-type]
-        with naming(f"layer {layer} ({target})"):
-            importance[layer, target] = function(weights.cpu(), statistics, generator)
-    return importance
+from .reconstruction import get_reconstruction
+from .scoring import needed_statistics, needed_targets, score_units, score_with, select_units
+from .surgery import Repair
 
 
 def repair_with(stats: CalibrationStats, config: PrunerConfig) -> Repair:
@@ -272,7 +236,7 @@ class Planner:
             targets=needed_targets(config),
             statistics=needed_statistics(config),
             prepare=lambda stats: (
-                _score(self.model, stats, config.criterion, generator),
+                score_with(self.model, stats, config.criterion, generator),
                 _one_shot_repair(stats, config),
             ),
             identity=f"{config.criterion} {config.ridge!r} {config.pruning_seed}",
@@ -346,11 +310,6 @@ def plan_and_repair(
     if loss is None or config.max_loss_increase is None:
         return planner.walk(config) if config.reconstruction == "sequential" else planner.one_shot(config)
     return smallest_within(planner, config, loss, base_loss=base_loss)
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that a plan depends on."""
-    return {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
 def _plan_of(

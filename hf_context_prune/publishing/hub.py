@@ -13,9 +13,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -28,31 +27,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from hf_context_prune.errors import ConfigError, ContextPruneError, PublishError
-from hf_context_prune.storage.manifest import (
-    EDITABLE,
-    MANIFEST_NAME,
-    read_manifest,
-    sha256_of,
-    unlisted_files,
-    verify_folder,
-)
+from hf_context_prune.modeling.secret_scan import refuse_tokens
+from hf_context_prune.modeling.upload_check import RepoType, is_allowed, matches_pattern
+from hf_context_prune.storage.manifest import EDITABLE, read_manifest, sha256_of, unlisted_files, verify_folder
+from hf_context_prune.utils.file_names import MANIFEST_NAME
 from hf_context_prune.utils.version import __version__
 
-from .secret_scan import refuse_tokens
-
-RepoType = Literal["model", "space"]
-
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "*.model", "chat_template.jinja", "chat_template.json"),
-    "additional_chat_templates/*.jinja",
-    *("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py"),
-    *("pruning_plan.json", "eval_report.json", MANIFEST_NAME, "README.md", "widths.png", ".eval_results/*.yaml"),
-)
-"""What may go to a model repository; ``*`` does not cross folders."""
-SPACE_SUFFIXES = frozenset({".py", ".md", ".txt", ".yaml", ".json", ".css", ".png", ".whl"})
-"""What may go to a Space: text, pictures and our own wheel."""
 MAX_FILES = 100
 """Files in one commit at most (what the Hub advises); more go to a pull request, in several."""
 _LAST = ("README.md", MANIFEST_NAME)  # of several commits, what makes the whole look whole
@@ -165,36 +145,8 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
     return files, tuple(unlisted_files(folder, manifest))
 
 
-def refuse_upload(folder: str | Path, token: str | None = None) -> None:
-    """Check a folder that a model's own ``push_to_hub`` wrote: every file must be allowed, and hold no access token.
-
-    Raises:
-        PublishError: Says which file may not leave, and why.
-    """
-    path = Path(folder)
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-    refused = [name for name in names if not is_allowed(name, "model")]
-    if refused:
-        raise PublishError(
-            f"The saved model holds {', '.join(refused[:5])}, which may not go to a model repository. Nothing was "
-            f"uploaded."
-        )
-    refuse_tokens(path, names, token)
-
-
-def is_allowed(name: str, repo_type: RepoType) -> bool:
-    """Whether a file of this relative path may go to a repository."""
-    if repo_type == "space":
-        return Path(name).suffix.lower() in SPACE_SUFFIXES
-    return any(_matches(name, pattern) for pattern in MODEL_FILES)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
-
-
 def _is_weights(name: str) -> bool:
-    return any(_matches(name, pattern) for pattern in _WEIGHTS)
+    return any(matches_pattern(name, pattern) for pattern in _WEIGHTS)
 
 
 def _blob_id(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -25,24 +23,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_context_prune import modeling  # registers the variable-width classes with the auto classes
 from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, unknown
-from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.architectures import check_supported, spec_of
 from hf_context_prune.utils.distributed import device as default_device
 
-from .cache import CACHE_VARIABLE, cache_dir
-from .manifest import PICKLE_SUFFIXES, read_manifest, sha256_of, verify_folder
+from .gguf import dequantised, read_from
+from .manifest import PICKLE_SUFFIXES, read_manifest, verify_folder
 from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, size_fields
-from .saving import estimate_bytes
-from .staging import staged_folder
 
-_LOGGER = logging.getLogger(__name__)
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONVERT = (
     "Convert them to safetensors once, where you trust them: from_pretrained(...).save_pretrained(...) of "
@@ -103,7 +96,7 @@ def load_model(
     if path is None:
         return _load_hub(str(source), dtype, revision, device)
     if path.is_file():
-        return _load_folder(_dequantised(path), path, dtype, device)
+        return _load_folder(dequantised(path), path, dtype, device)
     _check_folder(path)
     if read_manifest(path) is not None:
         verify_folder(path)
@@ -319,11 +312,6 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", verify: bool = True)
     return _load_folder(path, path, dtype, device=None).model
 
 
-def read_from(name: str) -> str:
-    """What `transformers` reads for the place that a loaded model says it is from: of a GGUF file, its copy."""
-    return str(_dequantised(Path(name))) if Path(name).is_file() else name
-
-
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder} holds no config.json, so it is not a model folder.")
@@ -337,49 +325,40 @@ def _check_folder(folder: Path) -> None:
         raise LoadError(f"{folder} holds no *.safetensors file, so there are no weights to load.")
 
 
-def _dequantised(gguf: Path) -> Path:
-    """The float32 safetensors folder of a GGUF file, made once and kept in the cache under the file's sha256."""
-    try:
-        folder = cache_dir() / "gguf" / sha256_of(gguf)
-    except OSError as error:
-        raise LoadError(f"{gguf} can't be read: {error}. Check its permissions, or download it again.") from error
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first, and then reads its result
-            if read_manifest(folder) is None:
-                _dequantise(gguf, folder)
-    except ContextPruneError:
-        raise
-    except OSError as error:
-        raise LoadError(
-            f"The dequantised {gguf.name} can't be kept in the cache folder {folder.parent}: {error}. Set "
-            f"{CACHE_VARIABLE} to a folder that can be written."
-        ) from error
-    return folder
+def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
+    """A model with its tokenizer and name, loaded where it is named only.
+
+    Raises:
+        ConfigError: No tokenizer can be found.
+    """
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str | Path):
+        return load_model(model)
+    check_supported(model)
+    name = model.config.name_or_path
+    if tokenizer is None:
+        if not name:
+            raise ConfigError("The model does not say where it came from; pass its tokenizer: prune(..., tokenizer=).")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(read_from(name))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"No tokenizer can be loaded from {name!r}, where the model came from ({error}). Pass it: "
+                f"prune(..., tokenizer=)."
+            ) from error
+    return in_memory(model, tokenizer)
 
 
-def _dequantise(gguf: Path, folder: Path) -> None:
-    _LOGGER.info("Dequantising %s once; the result is kept in the cache.", gguf.name)
-    try:
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        check_sizes(config, spec_of(config))
-        model, info = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported by check_complete
-        )
-        check_complete(gguf.name, model.config, info)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except ContextPruneError:
-        raise
-    except Exception as error:  # as in _load: the readers raise whatever they meet
-        raise LoadError(f"{gguf} can't be read as a GGUF model: {type(error).__name__}: {error}") from error
-    model.config._name_or_path = gguf.stem
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # it is plain float32 from here on
-    with staged_folder(folder, required_bytes=estimate_bytes(model)) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+def in_memory(model: PreTrainedModel, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
+    """A model that is loaded already, with the place that it says it is from."""
+    name = model.config.name_or_path
+    source = Path(name) if name and Path(name).exists() else None
+    return LoadedModel(model, tokenizer, shown_name(name), None, None, source)
+
+
+def shown_name(name: str) -> str:
+    """How a report names the base: no machine's paths."""
+    if not name:
+        return "in-memory"
+    return Path(name).resolve().name if Path(name).exists() else name

@@ -16,8 +16,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from hf_context_prune.errors import LoadError, SaveError
+from hf_context_prune.utils.file_names import MANIFEST_NAME
 
-MANIFEST_NAME = "manifest.json"
 FORMAT = "hf_context_prune"
 VERSION = 1
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})

@@ -11,17 +11,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from hf_context_prune.errors import LoadError
+from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.modeling_context_pruned import check_header
 from hf_context_prune.modeling.specs import ArchSpec, neurons_of, read_geometry
 
 RESTORE = "Restore the config.json that was saved with the weights, or download the model again."
 _SHOWN = 3
-
-
-class LoadWarning(UserWarning):
-    """A model was loaded, but not all that its files hold is in it."""
 
 
 def size_fields(spec: ArchSpec) -> list[str]:

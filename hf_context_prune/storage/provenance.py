@@ -9,10 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
-from transformers import PreTrainedModel
 
-from hf_context_prune.data.demo import SMOLLM2
-
+from .known_models import SMOLLM2
 from .loading import LoadedModel
 from .manifest import sha256_of
 
@@ -54,20 +52,6 @@ def base_card(base: LoadedModel) -> dict[str, Any]:
 def provenance_of(base: LoadedModel) -> dict[str, Any]:
     """What a plan's provenance says of the dense model."""
     return {"base_model": base.name, "base_revision": base.revision, "base_card": base_card(base)}
-
-
-def in_memory(model: PreTrainedModel, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
-    """A model that is loaded already, with the place that it says it is from."""
-    name = model.config.name_or_path
-    source = Path(name) if name and Path(name).exists() else None
-    return LoadedModel(model, tokenizer, shown_name(name), None, None, source)
-
-
-def shown_name(name: str) -> str:
-    """How a report names the base: no machine's paths."""
-    if not name:
-        return "in-memory"
-    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _of_readme(file: Path, where: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import PruningWarning
 from hf_context_prune.utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
-from hf_context_prune.utils.linalg import bfloat16_is_fast
+from hf_context_prune.utils.precision import bfloat16_is_fast
 from hf_context_prune.utils.version import __version__
 
 from .cache import CACHE_VARIABLE, cache_dir

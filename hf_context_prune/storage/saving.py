@@ -7,33 +7,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hf_context_prune.errors import SaveError
+from hf_context_prune.errors import LoadError, SaveError
+from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 
-from .manifest import MANIFEST_NAME, PICKLE_SUFFIXES, read_manifest, verify_folder
-from .staging import check_target, resolve_target, staged_folder
+from .manifest import PICKLE_SUFFIXES
+from .staging import resolve_target, staged_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAN_NAME = "pruning_plan.json"
-REPORT_NAME = "eval_report.json"
-EXPORT_REPORT_NAME = "export_report.json"
 
 _SIDE_FILES_BYTES = 8 * 2**20
-
-__all__ = [
-    "EXPORT_REPORT_NAME",
-    "MANIFEST_NAME",
-    "PLAN_NAME",
-    "REPORT_NAME",
-    "check_target",
-    "estimate_bytes",
-    "read_manifest",
-    "save_pruned",
-    "staged_folder",
-    "verify_folder",
-    "write_model_folder",
-]
 
 
 class _Savable(Protocol):
@@ -140,3 +124,15 @@ def _check_auto_map(folder: Path) -> None:
                 f"auto_map in config.json names {reference!r}, but {file_name} is not one of the package's modeling "
                 f"files. Set config.auto_map = hf_context_prune.modeling.auto_map(spec) before saving."
             )
+
+
+def weight_bytes(folder: str | os.PathLike[str]) -> int:
+    """Return the bytes of all safetensors files directly in `folder`.
+
+    Raises:
+        LoadError: If there are none.
+    """
+    sizes = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+    if not sizes:
+        raise LoadError(f"{os.fspath(folder)!r} holds no *.safetensors file. Save the model with safetensors weights.")
+    return sum(sizes)

@@ -20,13 +20,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from hf_context_prune.errors import ConfigError, ContextPruneError, DataError
+from hf_context_prune.errors import ConfigError, ContextPruneError, DataError, LaunchWarning
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-    from hf_context_prune.pruning.calibration.statistics import RegressionMoments, TargetStatistics
 
 T = TypeVar("T")
 
@@ -37,10 +36,6 @@ _SHARED = "_hf_context_prune_shared"
 """Attribute of an error that all processes know of."""
 _CHUNK = 2**22
 """Elements of a tensor that are gathered at once: of a large Gram matrix no process holds every other's copy."""
-
-
-class LaunchWarning(UserWarning):
-    """A launcher was asked for several processes and started one."""
 
 
 # Who is there
@@ -270,7 +265,7 @@ def digest_batches(batches: Sequence[dict[str, torch.Tensor]]) -> str:
     return sha.hexdigest()
 
 
-def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+def gather_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Every process's tensor, in their order, on accelerate's device. All have one shape and dtype."""
     from accelerate.utils import gather
 
@@ -292,7 +287,7 @@ def all_reduce_(tensors: Iterable[torch.Tensor]) -> None:
         return
     for tensor in tensors:
         for chunk in tensor.view(-1).split(_CHUNK):
-            total, *others = _gather(chunk)
+            total, *others = gather_tensors(chunk)
             total = total.double()
             for other in others:
                 total += other
@@ -302,77 +297,3 @@ def all_reduce_(tensors: Iterable[torch.Tensor]) -> None:
 def sum_counts(*counts: int) -> list[int]:
     """Sums of integers over all processes."""
     return [sum(column) for column in zip(*_exchange(None, counts), strict=True)]
-
-
-def _first_pivot(pivot: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    """The pivot of the first process that has one; it has none where it saw no token, and nowhere if none is used."""
-    holders = _exchange(None, pivot is not None)
-    if not any(holders):
-        return None
-    given = like.new_zeros(like.shape) if pivot is None else pivot.to(like)
-    return _gather(given)[holders.index(True)].to(like.device)
-
-
-def _move_pivots(
-    product: torch.Tensor,
-    count: int,
-    x: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    t: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> None:
-    """Turn a sum of (x - p)(t - q)^T over tokens into one about other pivots p' and q', in place.
-
-    (x - p')(t - q')^T = ((x - p) + d)((t - q) + e)^T with d = p - p' and e = q - q', so it lacks
-    sum(x - p) e^T + d sum(t - q)^T + count d e^T. All pivots are near the mean, so what is added is no larger than what
-    it is added to, and float32 is enough.
-
-    Args:
-        product: [features, outputs], float32.
-        count: Tokens summed over.
-        x: (sum of x, p, p'), each [features], float64.
-        t: (sum of t, q, q'), each [outputs], float64.
-    """
-    (rest_x, d), (rest_t, e) = (
-        ((total - count * old).to(product), (old - new).to(product)) for total, old, new in (x, t)
-    )
-    product.addr_(rest_x, e).addr_(d, rest_t).addr_(d, e, alpha=count)
-
-
-def reduce_statistics(statistics: TargetStatistics) -> None:
-    """Sum one target's moments over all processes, in place; each may have used a pivot of its own, or seen no token.
-
-    `taylor` is left alone: it holds absolute values, and gradients have to be summed before those are taken.
-
-    Raises:
-        ContextPruneError: Another process failed.
-    """
-    if _group() is None:
-        return
-    pivot = _first_pivot(statistics.pivot, statistics.sum)
-    if pivot is not None and statistics.pivot is not None and statistics.gram is not None:
-        about = (statistics.sum, statistics.pivot, pivot)
-        _move_pivots(statistics.gram, statistics.num_tokens, about, about)
-    statistics.pivot = pivot
-    (statistics.num_tokens,) = sum_counts(statistics.num_tokens)
-    sums = [statistics.sum, statistics.sum_abs, statistics.sum_squares]
-    all_reduce_(sums if statistics.gram is None else [*sums, statistics.gram])
-
-
-def reduce_moments(moments: RegressionMoments) -> None:
-    """Sum regression moments over all processes, in place; each may have used pivots of its own, or seen no token.
-
-    Raises:
-        ContextPruneError: Another process failed.
-    """
-    if _group() is None:
-        return
-    statistics, own = moments.statistics, moments.pivot_target
-    pivot = _first_pivot(statistics.pivot, statistics.sum)
-    target = _first_pivot(own, moments.sum_target)
-    if pivot is not None and target is not None and statistics.pivot is not None and own is not None:
-        x = (statistics.sum, statistics.pivot, pivot)
-        t = (moments.sum_target, own.double(), target)
-        _move_pivots(moments.cross, statistics.num_tokens, x, t)
-    # float32, as `RegressionMoments.add` makes it: the numbers came from one, so nothing is lost.
-    moments.pivot_target = None if target is None else target.float()
-    all_reduce_([moments.cross, moments.sum_target])
-    reduce_statistics(statistics)

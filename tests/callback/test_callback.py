@@ -12,8 +12,8 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_context_prune import PrunerConfig, apply_plan
-from hf_context_prune.data.documents import CalibrationWarning
 from hf_context_prune.errors import (
+    CalibrationWarning,
     ConfigError,
     DataError,
     LoadError,

@@ -11,8 +11,7 @@ from torch.nn.utils import prune
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_context_prune.data.documents import CalibrationWarning
-from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
 from hf_context_prune.training.callback import callback as module
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.checkpoints import load_checkpoint

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from hf_context_prune import PruningPlan, load_pruned
-from hf_context_prune.data.documents import CalibrationWarning
+from hf_context_prune.errors import CalibrationWarning
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from tests.callback.cases import SCHEDULE, STEPS, config_for

@@ -9,11 +9,11 @@ import gguf
 import pytest
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.data.demo import SMOLLM2
 from hf_context_prune.storage import loading
 from hf_context_prune.storage import provenance as module
-from hf_context_prune.storage.loading import LoadedModel
-from hf_context_prune.storage.provenance import base_card, in_memory
+from hf_context_prune.storage.known_models import SMOLLM2
+from hf_context_prune.storage.loading import LoadedModel, in_memory
+from hf_context_prune.storage.provenance import base_card
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 
@@ -97,7 +97,7 @@ def test_a_model_in_memory_names_the_folder_that_it_is_from(tmp_path):
 
 def test_a_model_in_memory_names_the_gguf_file_that_it_is_from(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").touch()
-    monkeypatch.setattr(loading, "_dequantised", lambda path: tmp_path / "copy")
+    monkeypatch.setattr(loading, "dequantised", lambda path: tmp_path / "copy")
     tiny_model("llama").save_pretrained(tmp_path / "copy")
     tiny_tokenizer().save_pretrained(tmp_path / "copy")
     model = loading.load_model(tmp_path / "x.gguf").model

@@ -23,12 +23,13 @@ from hf_context_prune.evaluation.reports.codec import decode
 from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoiceFacts
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pipelines.recover import recover_folder
-from hf_context_prune.publishing.card import build_card, rewrite_card
+from hf_context_prune.publishing.card.card import build_card, rewrite_card
 from hf_context_prune.publishing.card.facts import CardFacts, read_facts
 from hf_context_prune.publishing.card.metadata import benchmark_results
 from hf_context_prune.storage.loading import load_model, load_pruned
 from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME, save_pruned
+from hf_context_prune.storage.saving import save_pruned
+from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from tests.test_pipeline import OPTIONS, texts
 from tests.tiny import tiny_model, tiny_tokenizer
 

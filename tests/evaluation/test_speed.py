@@ -6,16 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitectureError
-from hf_context_prune.evaluation.speed import (
-    SpeedMeasurement,
-    Spread,
-    count_parameters,
-    measure_peak_memory,
-    measure_speed,
-    speed_ratio,
-    weight_bytes,
-)
+from hf_context_prune.evaluation.speed import SpeedMeasurement, Spread, measure_peak_memory, measure_speed, speed_ratio
 from hf_context_prune.modeling.generation import timed_generation
+from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.storage.saving import weight_bytes
 
 
 def tiny_llama(**changes):

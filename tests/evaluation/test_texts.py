@@ -9,7 +9,7 @@ import pytest
 from hf_context_prune import EvalOptions, PrunerConfig, evaluate, prune
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.storage.saving import REPORT_NAME
+from hf_context_prune.utils.file_names import REPORT_NAME
 from tests.test_pipeline import OPTIONS, texts
 from tests.tiny import model_and_text, tiny_model, tiny_tokenizer
 

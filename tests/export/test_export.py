@@ -14,7 +14,7 @@ from hf_context_prune.errors import ConfigError, DataError, ExportError, LoadErr
 from hf_context_prune.export import run as run_module
 from hf_context_prune.export.formats import FORMATS
 from hf_context_prune.export.report import ExportReport
-from hf_context_prune.export.run import export, open_export, read_export
+from hf_context_prune.export.run import export_model, open_export, read_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import Tolerance, Verification
 from hf_context_prune.storage.manifest import write_manifest
@@ -39,7 +39,7 @@ def losses_of(folder):
 @pytest.mark.parametrize("kind", ["stock", "variable"])
 @pytest.mark.parametrize(("format", "weights"), [("quanto", "int8"), ("quanto", "int4"), ("torchao", "int8")])
 def test_quantised_weights_reload_and_are_smaller(folders, kind, format, weights, tmp_path):
-    result = export(folders[kind], tmp_path / "out", format=format, weights=weights, **EASY)
+    result = export_model(folders[kind], tmp_path / "out", format=format, weights=weights, **EASY)
     found = result.report.verification
     assert found.bytes_after < found.bytes_before
     assert found.tokens_per_second_after > 0
@@ -52,7 +52,7 @@ def test_quantised_weights_reload_and_are_smaller(folders, kind, format, weights
 
 
 def test_int4_falls_back_to_int8_where_inputs_have_no_groups(folders, tmp_path):
-    folder = export(folders["stock"], tmp_path / "out", format="quanto", weights="int4", **EASY).folder
+    folder = export_model(folders["stock"], tmp_path / "out", format="quanto", weights="int4", **EASY).folder
     types = {name: entry["weights"] for name, entry in json.loads((folder / "quanto_qmap.json").read_text()).items()}
     assert types["model.layers.0.mlp.down_proj"] == "qint4"  # 32 inputs
     assert types["model.layers.0.mlp.up_proj"] == "qint8"  # 48
@@ -62,7 +62,7 @@ def test_int4_falls_back_to_int8_where_inputs_have_no_groups(folders, tmp_path):
 def test_quanto_reads_back_a_head_that_checkpoints_call_otherwise(tmp_path):
     tiny_model("gpt_neox").save_pretrained(tmp_path / "model")  # as embed_out, like Pythia's on the Hub
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    found = export(tmp_path / "model", tmp_path / "out", format="quanto").report.verification
+    found = export_model(tmp_path / "model", tmp_path / "out", format="quanto").report.verification
     assert found.largest_difference < 1.0
 
 
@@ -70,12 +70,12 @@ def test_quanto_reads_back_a_head_that_checkpoints_call_otherwise(tmp_path):
 def test_projections_that_are_not_quantised_are_refused(tmp_path, format):
     folder = save(tmp_path / "model", family="gpt2")
     with pytest.raises(ExportError, match=r"gpt2 model are Conv1D.*onnx"):
-        export(folder, tmp_path / "out", format=format, **EASY)
+        export_model(folder, tmp_path / "out", format=format, **EASY)
     assert not (tmp_path / "out").exists()
 
 
 def test_torchao_opens_with_transformers_alone(folders, tmp_path):
-    folder = export(folders["stock"], tmp_path / "out", format="torchao", **EASY).folder
+    folder = export_model(folders["stock"], tmp_path / "out", format="torchao", **EASY).folder
     plain = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
     assert "LlamaForCausalLM" in type(plain).__name__
     assert TorchRuntime(plain).losses(IDS) == open_export(folder).losses(IDS)
@@ -83,29 +83,29 @@ def test_torchao_opens_with_transformers_alone(folders, tmp_path):
 
 def test_text_gives_bits_a_byte(folders, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    result = export(folders["stock"], tmp_path / "out", format="quanto", data=tmp_path / "text.txt", **EASY)
+    result = export_model(folders["stock"], tmp_path / "out", format="quanto", data=tmp_path / "text.txt", **EASY)
     found = result.report.verification
     assert found.bits_per_byte_before > 0
     assert found.bits_per_byte_after == pytest.approx(found.bits_per_byte_before * found.after / found.before)
     assert "text.txt" in found.text
     assert read_export(result.folder) == result.report
     with pytest.raises(DataError):
-        export(folders["stock"], tmp_path / "other", format="quanto", data=tmp_path / "missing.txt")
+        export_model(folders["stock"], tmp_path / "other", format="quanto", data=tmp_path / "missing.txt")
     assert not (tmp_path / "other").exists()
 
 
 def test_the_random_state_of_the_caller_is_left_alone(folders, tmp_path):
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    first = export(folders["stock"], tmp_path / "out", format="quanto", **EASY).report.verification
+    first = export_model(folders["stock"], tmp_path / "out", format="quanto", **EASY).report.verification
     assert torch.equal(torch.get_rng_state(), state)
-    second = export(folders["stock"], tmp_path / "again", format="quanto", **EASY).report.verification
+    second = export_model(folders["stock"], tmp_path / "again", format="quanto", **EASY).report.verification
     assert (first.before, first.after, first.largest_gap) == (second.before, second.after, second.largest_gap)
 
 
 def test_what_fails_its_tolerance_is_not_left(folders, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"differs by .* allowed are 0\.00%"):
-        export(folders["variable"], tmp_path / "out", format="quanto", weights="int4", tolerance=0.0)
+        export_model(folders["variable"], tmp_path / "out", format="quanto", weights="int4", tolerance=0.0)
     assert list(tmp_path.iterdir()) == []
 
     def broken(*_, **__):
@@ -114,7 +114,7 @@ def test_what_fails_its_tolerance_is_not_left(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(TorchRuntime, "generate", broken)
     monkeypatch.setattr(run_module, "measure", lambda runtime, *_: runtime.generate(IDS, 2))
     with pytest.raises(RuntimeError):  # the folder's own model: not an export's fault
-        export(folders["stock"], tmp_path / "out", format="quanto")
+        export_model(folders["stock"], tmp_path / "out", format="quanto")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,7 +122,7 @@ def test_an_artefact_that_does_not_run_is_not_left(folders, tmp_path, monkeypatc
     module = FORMATS["quanto"].module()
     monkeypatch.setattr(module, "load", lambda folder: json.loads("nonsense"))
     with pytest.raises(ExportError, match="can't be opened by the runtime of quanto"):
-        export(folders["stock"], tmp_path / "out", format="quanto")
+        export_model(folders["stock"], tmp_path / "out", format="quanto")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(FORMATS["quanto"].module(), "write", fail)
     with pytest.raises(ExportError, match="can't be written as quanto: IndexError"):
-        export(folders["stock"], tmp_path / "out", format="quanto")
+        export_model(folders["stock"], tmp_path / "out", format="quanto")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch):
 )
 def test_options_are_checked_first(tmp_path, options, error, words):
     with pytest.raises(error, match=words):
-        export(tmp_path / "no model is read", tmp_path / "out", **options)
+        export_model(tmp_path / "no model is read", tmp_path / "out", **options)
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
@@ -157,14 +157,14 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith(gone) else find(name))
     for format in FORMATS.values():
         with pytest.raises(ConfigError, match=rf"hf-context-prune\[{format.extra}\]"):
-            export(tmp_path, tmp_path / "out", format=format.name)
+            export_model(tmp_path, tmp_path / "out", format=format.name)
 
 
 def test_a_model_is_not_replaced_by_an_export(folders, tmp_path):
     model = shutil.copytree(folders["stock"], tmp_path / "model")
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     with pytest.raises(SaveError, match="was made by this package, but as something else"):
-        export(folders["variable"], model, format="onnx")
+        export_model(folders["variable"], model, format="onnx")
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
@@ -173,22 +173,22 @@ def test_an_output_that_is_not_ours_is_kept(folders, tmp_path):
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
     with pytest.raises(SaveError, match="not made by this package"):
-        export(folders["stock"], target, format="quanto")
+        export_model(folders["stock"], target, format="quanto")
     assert (target / "thesis.txt").read_text() == "mine"
     with pytest.raises(ConfigError, match="would then be damaged"):
-        export(folders["stock"], folders["stock"] / "inside", format="quanto")
+        export_model(folders["stock"], folders["stock"] / "inside", format="quanto")
     with pytest.raises(ConfigError, match="would then be damaged"):
-        export(folders["stock"], folders["stock"], format="quanto")
+        export_model(folders["stock"], folders["stock"], format="quanto")
 
 
 def test_an_export_is_not_exported_again(folders, tmp_path):
-    folder = export(folders["stock"], tmp_path / "out", format="quanto", **EASY).folder
+    folder = export_model(folders["stock"], tmp_path / "out", format="quanto", **EASY).folder
     with pytest.raises(ConfigError, match=r"an export to quanto itself.*\(stock\)"):
-        export(folder, tmp_path / "again", format="torchao")
+        export_model(folder, tmp_path / "again", format="torchao")
 
 
 def test_a_damaged_artefact_is_not_opened(folders, tmp_path):
-    folder = export(folders["stock"], tmp_path / "out", format="quanto", **EASY).folder
+    folder = export_model(folders["stock"], tmp_path / "out", format="quanto", **EASY).folder
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
@@ -275,7 +275,7 @@ def test_serving_needs_its_packages_and_a_whole_folder(place, run, monkeypatch):
 
 
 def test_an_export_that_transformers_cannot_read_is_not_served(place, run):
-    export(place / "stock", place / "out", format="quanto", **EASY)
+    export_model(place / "stock", place / "out", format="quanto", **EASY)
     code, _, stderr = run("serve", "@out", "--port", 1)
     assert code == 2
     assert "an export to quanto" in stderr

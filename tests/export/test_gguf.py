@@ -18,7 +18,7 @@ from hf_context_prune import prune_vocabulary
 from hf_context_prune.errors import ExportError
 from hf_context_prune.export import gguf, llama_cpp
 from hf_context_prune.export.llama_cpp import LlamaCppRuntime
-from hf_context_prune.export.run import export, open_export
+from hf_context_prune.export.run import export_model, open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import TOKENIZER_PROBES
 from hf_context_prune.storage.loading import LoadedModel, load_model
@@ -53,7 +53,7 @@ def variable(tmp_path_factory):
 
 
 def test_widths_and_heads_that_vary(variable, tmp_path):
-    result = export(variable, tmp_path / "out", format="gguf")
+    result = export_model(variable, tmp_path / "out", format="gguf")
     found = result.report.verification
     assert abs(found.perplexity_change) < 0.01
     assert found.largest_gap < 0.05
@@ -147,7 +147,7 @@ def test_the_licence_of_the_card_travels(variable, tmp_path):
     (model / "README.md").write_text(
         "---\nlicense: other\nlicense_name: of-our-own\nlicense_link: LICENSE\nlanguage:\n- en\n- de\n---\n# Card\n"
     )
-    export(model, tmp_path / "out", format="gguf")
+    export_model(model, tmp_path / "out", format="gguf")
     fields = GGUFReader(tmp_path / "out/model.gguf").fields
     names = ("license", "license.name", "license.link", "languages")
     found = [fields[f"general.{name}"].contents() for name in names]
@@ -211,7 +211,7 @@ def test_what_llama_cpp_cannot_hold_is_refused(family, options, words, tmp_path)
         tokenizer = tokenizer_of(options["tokenizer"]) if "tokenizer" in options else None
     folder = save(tmp_path / "model", family=family, **{**options, "tokenizer": tokenizer})
     with pytest.raises(ExportError, match=words):
-        export(folder, tmp_path / "out", format="gguf")
+        export_model(folder, tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +219,7 @@ def test_another_tokenizer_than_the_folders_is_not_left(variable, tmp_path, monk
     encode = LlamaCppRuntime.encode
     monkeypatch.setattr(LlamaCppRuntime, "encode", lambda runtime, text: encode(runtime, text.replace("5", "6")))
     with pytest.raises(ExportError, match="cuts a text into other tokens"):
-        export(variable, tmp_path / "out", format="gguf")
+        export_model(variable, tmp_path / "out", format="gguf")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ import torch
 from hf_context_prune import load_pruned
 from hf_context_prune.errors import ExportError
 from hf_context_prune.export.onnx import OnnxRuntime
-from hf_context_prune.export.run import export, open_export
+from hf_context_prune.export.run import export_model, open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from tests.export.folders import save
 
@@ -26,7 +26,7 @@ def variable(tmp_path_factory):
     """(folder, its export)"""
     root = tmp_path_factory.mktemp("onnx")
     folder = save(root / "variable", variable=True, fewer_tokens=True)
-    return folder, export(folder, root / "out", format="onnx")
+    return folder, export_model(folder, root / "out", format="onnx")
 
 
 def test_it_says_what_the_folder_says(variable):
@@ -88,7 +88,7 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
 
 def test_int8_is_smaller_and_near(variable, tmp_path):
     folder, result = variable
-    small = export(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
+    small = export_model(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
     assert small.report.verification.bytes_after < result.report.verification.bytes_after
     graph = json.loads((small.folder / "export_report.json").read_text())
     assert graph["weights"] == "int8"
@@ -99,7 +99,7 @@ def test_int8_is_smaller_and_near(variable, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_int8_holds_projections_with_biases_too(tmp_path, family):
     folder = save(tmp_path / "model", family=family)
-    result = export(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
+    result = export_model(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
     nodes = onnx.load(result.folder / "model.onnx", load_external_data=False).graph.node
     layers = load_pruned(folder).config.num_hidden_layers
     assert sum(node.op_type == "MatMulNBits" for node in nodes) == layers * {"gpt2": 4, "opt": 6}[family]
@@ -109,5 +109,5 @@ def test_int8_holds_projections_with_biases_too(tmp_path, family):
 def test_sliding_windows_are_refused(family, tmp_path):
     folder = save(tmp_path / "model", family=family)
     with pytest.raises(ExportError, match="sliding window of 16 tokens"):
-        export(folder, tmp_path / "out", format="onnx")
+        export_model(folder, tmp_path / "out", format="onnx")
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_context_prune.export.run import export
+from hf_context_prune.export.run import export_model
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
@@ -26,7 +26,7 @@ def variable(smollm2, tmp_path_factory):
 
 
 def test_llama_cpp_says_the_same(variable, tmp_path):
-    found = export(variable, tmp_path / "out", format="gguf").report.verification
+    found = export_model(variable, tmp_path / "out", format="gguf").report.verification
     assert (found.prompts, found.new_tokens) == (5, 32)
     assert found.largest_gap < 0.005  # no other token, but for ties
     assert found.equal_texts >= 4

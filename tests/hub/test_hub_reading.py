@@ -18,7 +18,8 @@ import pytest
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
-from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME, save_pruned
+from hf_context_prune.storage.saving import save_pruned
+from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from tests.hub.client import client, digest
 from tests.hub.process import HubProcess
 from tests.hub.server import files_of
@@ -125,8 +126,8 @@ def reads(place):
     facts = place.run(
         """
 from pathlib import Path
-from hf_context_prune.loading import load_model, load_outline
-from hf_context_prune.saving import save_pruned
+from hf_context_prune.storage.loading import load_model, load_outline
+from hf_context_prune.storage.saving import save_pruned
 
 def facts(loaded):
     config = json.loads((loaded.folder / "config.json").read_text())
@@ -222,7 +223,7 @@ def test_what_is_in_the_cache_loads_without_the_server(place, reads):
     """No Hub to be reached; what is only half in the cache is said to be that, not a repository without weights."""
     facts = place.run(
         """
-from hf_context_prune.loading import load_model
+from hf_context_prune.storage.loading import load_model
 results = {}
 for key, revision in (("branch", "old"), ("commit", arguments["first"])):
     loaded = load_model("org/llama", revision=revision)
@@ -288,7 +289,7 @@ def test_a_dataset_by_id_is_read_at_one_commit(place):
     )
     facts = place.run(
         """
-from hf_context_prune.data import load_documents
+from hf_context_prune.data.documents import load_documents
 
 results = {}
 for reference in ("org/corpus:law@train", "org/corpus:law@test", "org/corpus:medicine", "org/legal:us@test"):

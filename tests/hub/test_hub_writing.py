@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_context_prune import PrunerConfig, prune
-from hf_context_prune.publishing.card import rewrite_card
+from hf_context_prune.publishing.card.card import rewrite_card
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.storage.staging import staged_folder
 from tests.hub.client import client, digest
@@ -27,7 +27,7 @@ STEPS = """
 import time
 time.sleep = lambda seconds: None
 from hf_context_prune import hub
-from hf_context_prune.hub import push_folder
+from hf_context_prune.publishing.hub import push_folder
 
 results = {}
 def step(name, folder, repo, token="hf_token_of_org", **options):
@@ -407,7 +407,8 @@ def test_trainers_push_the_card_and_no_arguments(place):
 import os, warnings
 os.environ["HF_TOKEN"] = arguments["token"]
 from transformers import Trainer
-from hf_context_prune.callback import ContextPruneCallback, ContextPruneTrainerMixin, PruningWarning
+from hf_context_prune import ContextPruneCallback, ContextPruneTrainerMixin
+from hf_context_prune.errors import PruningWarning
 from hf_context_prune.errors import ConfigError
 from tests.callback.cases import SCHEDULE, arguments as training, config_for, dataset
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -10,8 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hf_context_prune import EvalOptions, PruningPlan, load_model, load_pruned
-from hf_context_prune.data.documents import CalibrationWarning
-from hf_context_prune.errors import LoadError
+from hf_context_prune.errors import CalibrationWarning, LoadError
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.pipelines import recover as folder
 from hf_context_prune.storage.manifest import verify_folder

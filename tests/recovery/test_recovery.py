@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
 from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, prune
-from hf_context_prune.data.documents import CalibrationWarning, load_documents
+from hf_context_prune.data.documents import load_documents
 from hf_context_prune.errors import (
+    CalibrationWarning,
     ConfigError,
     DataError,
     NumericsError,

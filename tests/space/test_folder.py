@@ -17,7 +17,7 @@ from huggingface_hub import SpaceCard
 
 from hf_context_prune import __version__
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
-from hf_context_prune.export.run import export
+from hf_context_prune.export.run import export_model
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.publishing.space.folder import demo_files, settings_for, write_space
 from hf_context_prune.publishing.space.settings import Entry, Settings, Source, read_settings
@@ -82,7 +82,12 @@ def test_the_wheel_is_a_wheel(folder, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     own = {Path(name).suffix for name in names if name.startswith("hf_context_prune/")}
     assert own == {".py", ".typed", ".jinja", ".css"}  # nothing that an editor or a run left in the package
-    for name in ("space/page.py", "templates/space/style.css", "templates/space/app.py", "py.typed"):
+    for name in (
+        "publishing/space/page.py",
+        "publishing/templates/space/style.css",
+        "publishing/templates/space/app.py",
+        "py.typed",
+    ):
         assert f"hf_context_prune/{name}" in names
     assert not [name for name in names if "__pycache__" in name]
     target = tmp_path / "site"
@@ -164,7 +169,7 @@ def test_what_is_refused(run, place, tiny_space):
 
 
 def test_an_export_is_no_model_of_a_space(tiny_space, tmp_path):
-    export(tiny_space / "uniform", tmp_path / "exported", format="quanto", tolerance=10.0)
+    export_model(tiny_space / "uniform", tmp_path / "exported", format="quanto", tolerance=10.0)
     with pytest.raises(LoadError, match="is an export, which a Space can't load"):
         write_space(settings_for([str(tmp_path / "exported")], base="demo"), tmp_path / "out")
 

@@ -14,11 +14,11 @@ pytestmark = pytest.mark.slow
 
 CODE = """
 from hf_context_prune import cli
-from hf_context_prune.space.compare import Comparer
-from hf_context_prune.space.facts import matrix, read_facts
-from hf_context_prune.space.race import Wish
-from hf_context_prune.space.settings import read_settings
-from hf_context_prune.space.store import ModelStore
+from hf_context_prune.publishing.space.compare import Comparer
+from hf_context_prune.publishing.space.facts import matrix, read_facts
+from hf_context_prune.publishing.space.generation import Wish
+from hf_context_prune.publishing.space.settings import read_settings
+from hf_context_prune.publishing.space.store import ModelStore
 
 def run(*words):
     sys.argv = ["hf-context-prune", *words]

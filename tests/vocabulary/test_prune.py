@@ -11,8 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_context_prune.data.documents import CalibrationWarning
-from hf_context_prune.errors import PlanError
+from hf_context_prune.errors import CalibrationWarning, PlanError
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.token_rows import num_rows

@@ -7,8 +7,15 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from hf_context_prune.data.documents import CalibrationWarning, TextSource
-from hf_context_prune.errors import BudgetError, ConfigError, DataError, NumericsError, VocabularyError
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.errors import (
+    BudgetError,
+    CalibrationWarning,
+    ConfigError,
+    DataError,
+    NumericsError,
+    VocabularyError,
+)
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
 from hf_context_prune.pruning.vocabulary.rebuild import table_of
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_context_prune.errors import ConfigError, LoadError, SaveError
+from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.storage.files import check_writable, write_file
-from hf_context_prune.storage.manifest import MANIFEST_NAME, verify_folder
-from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME
+from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.staging import staged_folder
+from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_NAME
 
 from .markdown import inert, one_line, table
 from .plots import Point, curves_figure, losses_figure, matrix_figure, widths_figure
@@ -25,7 +24,7 @@ from .run_report import AnyReport, RunReport, load_report
 
 REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"
-_WRITTEN = {"matrix": ("matrix.md", "matrix.png", "mix.png"), "sweep": ("sweep.md", LOSS_PICTURE)}
+FILES_OF_RUNS = {"matrix": ("matrix.md", "matrix.png", "mix.png"), "sweep": ("sweep.md", LOSS_PICTURE)}
 """What a run leaves beside its report, by kind; Markdown first."""
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 _SIZE, _LOSS = "parameters, millions (stars: bases)", "bits a byte, held-out text"
@@ -92,11 +91,11 @@ def markdown(folders: Sequence[Folder], *, pictures: Mapping[str, Sequence[tuple
         pictures: (what it shows, file) of the pictures of a folder, by its name; by ``""`` of all folders.
     """
     pictures = pictures or {}
-    parts = ["# Reports", "", *_shown(pictures.get("", ()))]
+    parts = ["# Reports", "", *shown_pictures(pictures.get("", ()))]
     for folder in folders:
         parts += [f"## {inert(folder.name)}", ""]
-        parts += _run_parts(folder.report) if isinstance(folder.report, RunReport) else _model_parts(folder.report)
-        parts += _shown(pictures.get(folder.name, ()))
+        parts += run_parts(folder.report) if isinstance(folder.report, RunReport) else _model_parts(folder.report)
+        parts += shown_pictures(pictures.get(folder.name, ()))
         plan = f"Plan `{folder.plan.sha256}`, measured" if folder.plan else "Measured"
         parts += [f"{plan} {inert(folder.report.created)} on {inert(_machine(folder.report))}.", ""]
     return "\n".join(parts)
@@ -118,7 +117,7 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
         shown: dict[str, list[tuple[str, str]]] = {}
         for folder in folders:
             safe = re.sub(r"[^\w-]", "-", folder.name)
-            for file, (title, picture) in _pictures(folder).items():
+            for file, (title, picture) in pictures_of(folder).items():
                 own = stem = f"{Path(file).stem}-{safe}"
                 for number in itertools.count(2):
                     if not (staging / f"{own}.png").exists():
@@ -133,77 +132,13 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
     return goal
 
 
-def check_report_place(folder: str | Path, kind: str) -> None:
-    """Refuse a folder that a report can't go to, before the long work.
-
-    Args:
-        folder: May be absent.
-        kind: Of the report: the command. An older one of the same is replaced.
-
-    Raises:
-        SaveError: It holds a model, another kind of report or something else that this package saved, or can't be
-            written.
-    """
-    path = Path(folder)
-    check_writable(path)
-    if any((path / name).is_file() for name in (MANIFEST_NAME, "config.json")):
-        raise SaveError(f"{path} holds a model or a rendered report; figures go to a folder of their own: --output.")
-    if os.path.lexists(path / REPORT_NAME):
-        try:
-            older = load_report(path / REPORT_NAME)
-        except LoadError as error:
-            raise SaveError(f"{error} It would be lost: remove it, or choose another --output.") from error
-        if (held := _kind(older)) != kind:
-            raise SaveError(f"{path} holds what {held} found, which would be lost: choose another --output.")
-    elif present := [name for name in _WRITTEN.get(kind, ()) if os.path.lexists(path / name)]:
-        raise SaveError(
-            f"{path} has {', '.join(present)}, but no report of an earlier {kind}: they would be lost. Choose another "
-            f"--output, or move them."
-        )
-
-
-def save_report(report: AnyReport, folder: str | Path) -> None:
-    """Write ``eval_report.json`` to a folder, which is made if it is not there; an older report is replaced.
-
-    Raises:
-        SaveError: See [`check_report_place`][]; or the file can't be written.
-    """
-    path = Path(folder)
-    check_report_place(path, _kind(report))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"{path} can't be made: {error.strerror or error}. Choose another --output.") from error
-    report.save(path / REPORT_NAME)
-
-
-def write_run(report: RunReport, folder: Path) -> None:
-    """Write a run's ``eval_report.json``, its pictures, and its Markdown; those of an earlier run are replaced.
-
-    Args:
-        report: Of the run.
-        folder: Of the run.
-
-    Raises:
-        SaveError: One can't be written.
-    """
-    pictures = _pictures(Folder(folder.name, None, report))
-    save_report(report, folder)  # first: it says whose the others are
-    text, *names = _WRITTEN[report.kind]
-    for name in names:
-        if name in pictures:
-            write_file(folder / name, pictures[name][1])
-        else:
-            (folder / name).unlink(missing_ok=True)
-    shown = _shown([(title, name) for name, (title, _) in pictures.items()])
-    write_file(folder / text, "\n".join([f"# {inert(report.title)}", "", *shown, *_run_parts(report)]))
-
-
-def _kind(report: AnyReport) -> str:
+def kind_of(report: AnyReport) -> str:
+    """Return the command that a report is from."""
     return report.kind if isinstance(report, RunReport) else "evaluate"
 
 
-def _shown(pictures: Sequence[tuple[str, str]]) -> list[str]:
+def shown_pictures(pictures: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the Markdown lines that show pictures, given as (title, file name)."""
     return [line for title, file in pictures for line in (f"![{inert(title)}]({file})", "")]
 
 
@@ -227,7 +162,8 @@ def _model_parts(report: EvalReport) -> list[str]:
     ]
 
 
-def _run_parts(report: RunReport) -> list[str]:
+def run_parts(report: RunReport) -> list[str]:
+    """Return the Markdown lines of a run: its tables and notes."""
     parts = []
     for one in report.tables:
         parts += [inert(one.caption or one.title), "", table(one.header, one.rows), ""]
@@ -248,7 +184,7 @@ def _drawn(name: str, draw: Callable[..., Any], *values: Any) -> bytes:  # noqa:
     return picture.getvalue()
 
 
-def _pictures(folder: Folder) -> dict[str, tuple[str, bytes]]:
+def pictures_of(folder: Folder) -> dict[str, tuple[str, bytes]]:
     """(what it shows, PNG file) by file name."""
     found: dict[str, tuple[str, bytes]] = {}
     if folder.plan is not None:

@@ -16,11 +16,10 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.evaluation.speed import count_parameters
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths
-from hf_context_prune.pruning.calibration.statistics import Repair
-from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.pruning.surgery import Repair, apply_plan
 from hf_context_prune.utils.distributed import on_main_process
 
 Loss = Callable[[PreTrainedModel], float]

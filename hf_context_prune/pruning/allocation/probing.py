@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.modeling.architectures import Target, blocks, check_supported, output_projection, output_weight
+from hf_context_prune.modeling.architectures import Target, check_supported
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.pruning.calibration.calibrate import batches_of, calibrate
-from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Curve, Key, Repair
-from hf_context_prune.pruning.sequential.hidden_states import mapped
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.calibration.chunked import layer_groups
+from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
+from hf_context_prune.pruning.surgery import Repair
 from hf_context_prune.storage.files import write_file
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process
 
+from .budget import Curve
 from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
 
 SEARCH_TOKENS = 16_384
 """Text of the statistics, or `TOKENS_A_FEATURE` times the widest layer: widths need less of it than the refit."""
 TOKENS_A_FEATURE = 4
-GRAM_SHARE = 0.25
-"""Share of the free memory that Gram matrices may take at once."""
 _NAME = "widths.json"
 
 Prepare = Callable[[CalibrationStats], tuple[Mapping[Key, torch.Tensor], Repair]]
@@ -74,62 +73,13 @@ def search_curves(
         if (known := broadcast_object(_read(path, key))) is not None:
             return known
     curves: dict[Key, Curve] = {}
-    for layers in _turns(model, targets):
+    for layers in layer_groups(model, targets):
         stats = calibrate(model, batches_of(fit), targets=targets, statistics=statistics, layers=layers)
         measure = partial(measure_sensitivity, model, *prepare(stats), probe, targets=targets)
         curves |= on_main_process(measure)
     if path is not None and is_main_process():
         _keep(path, key, curves)
     return curves
-
-
-def calibrate_in_turns(
-    model: PreTrainedModel,
-    batches: Sequence[dict[str, torch.Tensor]],
-    *,
-    targets: tuple[Target, ...],
-    statistics: frozenset[str],
-) -> CalibrationStats:
-    """As [`calibrate`][], within the same memory: Gram matrices that would not fit lie in a memory-mapped file.
-
-    Raises:
-        SaveError: The disk has no room for them.
-    """
-    turns = list(_turns(model, targets)) if "gram" in statistics else []
-    if len(turns) < 2:
-        return calibrate(model, batches, targets=targets, statistics=statistics)
-    result = CalibrationStats()
-    for layers in turns:
-        found = calibrate(model, batches, targets=targets, statistics=statistics, layers=layers)
-        for key, own in found.targets.items():
-            assert own.gram is not None
-            room = mapped(own.gram.numel(), own.gram.dtype).view(own.gram.shape)
-            result.targets[key] = replace(own, gram=room.copy_(own.gram))
-        result.num_samples, result.num_tokens = found.num_samples, found.num_tokens
-    return result
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had there."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _turns(model: PreTrainedModel, targets: tuple[Target, ...]) -> Iterator[range]:
-    """Neighbouring layers whose Gram matrices fit in together, the same in all processes."""
-    limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))
-    spec = check_supported(model)
-    first = held = 0
-    layers = blocks(model, spec)
-    for index, block in enumerate(layers):
-        widths = (output_weight(output_projection(block, spec, target)).shape[1] for target in targets)
-        size = sum(4 * width**2 for width in widths)
-        if index > first and held + size > limit:
-            yield range(first, index)
-            first, held = index, 0
-        held += size
-    yield range(first, len(layers))
 
 
 def _read(path: Path, key: str) -> dict[Key, Curve] | None:

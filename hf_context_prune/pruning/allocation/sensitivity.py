@@ -34,8 +34,11 @@ from hf_context_prune.modeling.architectures import (
 )
 from hf_context_prune.modeling.patching import Forward, fast, forwards
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
-from hf_context_prune.pruning.calibration.statistics import Curve, Key, Repair
+from hf_context_prune.pruning.calibration.statistics import Key
+from hf_context_prune.pruning.surgery import Repair
 from hf_context_prune.utils.linalg import all_finite
+
+from .budget import Curve
 
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when it is probed."""

@@ -10,28 +10,19 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
-from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import TARGETS, Target, UnitCosts, spec_of, unit_costs
+from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.modeling.native_fit import stock_fit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
-from hf_context_prune.pruning.calibration.statistics import Curve, Key
-from hf_context_prune.pruning.surgery import stock_fit
+from hf_context_prune.pruning.calibration.statistics import Key
+from hf_context_prune.pruning.scoring import needed_targets
 
-from .adaptive import Budget, Costs, adaptive_widths, beyond_probes, most_removable, removed_params, uniform_widths
+from .adaptive import adaptive_widths, most_removable
+from .budget import Budget, Costs, Curve, beyond_probes, removed_params
 from .sensitivity import probed_counts
-
-
-def needed_targets(config: PrunerConfig) -> tuple[Target, ...]:
-    """Which units a config may remove."""
-    total = config.has_total_budget
-    if config.allocation == "adaptive" and total and config.mlp_ratio is None and config.attention_ratio is None:
-        return TARGETS
-    wanted: dict[Target, bool] = {
-        "mlp": bool(config.mlp_ratio) or (total and config.mlp_ratio is None),
-        "attention": bool(config.attention_ratio) or (total and config.mlp_ratio is not None),
-    }
-    return tuple(target for target in TARGETS if wanted[target])
+from .uniform import uniform_widths
 
 
 def shape_of(model: PreTrainedModel) -> tuple[ArchSpec, Geometry, UnitCosts]:

@@ -18,31 +18,18 @@ from hf_context_prune.modeling.architectures import (
     Target,
     absolute_weight,
     blocks,
-    channel_scale,
     check_supported,
     input_magnitude,
     output_projection,
     output_weight,
-    unit_size,
 )
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, read_geometry
-from hf_context_prune.utils.distributed import all_reduce_, reduce_statistics, shard, sum_counts, together
+from hf_context_prune.utils.distributed import all_reduce_, shard, sum_counts, together
 from hf_context_prune.utils.linalg import all_finite
 
-from .statistics import CalibrationStats, TargetStatistics, TargetWeights
-
-Batch = dict[str, torch.Tensor]
-
-
-def batches_of(token_blocks: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:
-    """Cut token blocks into batches of about `batch_tokens` tokens.
-
-    Args:
-        token_blocks: [blocks, max_seq_length], int64, without padding.
-        batch_tokens: Tokens a batch, at least one block.
-    """
-    size = max(1, batch_tokens // token_blocks.shape[1])
-    return [{"input_ids": chunk} for chunk in token_blocks.split(size)]
+from .reduce import reduce_statistics
+from .samples import Batch, prepare_batch
+from .statistics import CalibrationStats, TargetStatistics
 
 
 def check_weights_finite(model: nn.Module) -> None:
@@ -57,28 +44,6 @@ def check_weights_finite(model: nn.Module) -> None:
                 f"The weight {name} holds NaN or Inf. The checkpoint is damaged, or its dtype overflowed: load it "
                 f"again, in float32."
             )
-
-
-def weights_of_block(
-    block: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int
-) -> TargetWeights:
-    """The weights of one target of a block, as a criterion sees them (the output weight is a view).
-
-    Args:
-        block: One transformer block.
-        spec: The architecture.
-        geometry: Sizes of the model.
-        target: Which units.
-        groups: KV groups of this block.
-    """
-    projection = output_projection(block, spec, target)
-    return TargetWeights(
-        output=output_weight(projection),
-        unit_size=unit_size(geometry, target),
-        input_magnitude=input_magnitude(block, spec, geometry, target, groups),
-        has_bias=projection.bias is not None,
-        channel_scale=channel_scale(block, spec, target),
-    )
 
 
 class _Collector:
@@ -142,31 +107,6 @@ def _hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def prepare_batch(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torch.Tensor | None]:
-    """A batch as the model takes it, and its mask of unpadded positions, [batch * length], or None without padding.
-
-    Raises:
-        DataError: A token id beyond the embedding.
-    """
-    ids = batch["input_ids"]
-    highest = int(ids.max()) if ids.numel() else -1
-    if highest >= embedding_rows or (ids.numel() and int(ids.min()) < 0):
-        raise DataError(
-            f"Batch {index} holds the token id {highest if highest >= embedding_rows else int(ids.min())}, but the "
-            f"model's embedding has {embedding_rows} rows (ids 0 to {embedding_rows - 1}). Use the tokenizer that "
-            f"belongs to this model."
-        )
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return {"input_ids": ids}, None
-    flat = mask.reshape(-1).bool()
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if bool(flat.all()):
-        return inputs, None
-    # Left padding: GPT-2 counts its positions from the left edge, padding and all, unless it is told them.
-    return inputs | {"position_ids": (mask.long().cumsum(dim=1) - 1).clamp_min(0)}, flat
 
 
 @together()

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.documents import TextSource, token_blocks
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.samples import token_blocks
 from hf_context_prune.errors import ConfigError, DataError
-from hf_context_prune.pruning.vocabulary.refit import blocks_to_read, refit_rows
-from hf_context_prune.utils.distributed import on_main_process
 
 
 def check_share(what: str, share: float, blocks: int) -> None:
@@ -92,28 +90,40 @@ def calibration_blocks(
     return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(config.pruning_seed))]
 
 
-def rows_text(
-    model: PreTrainedModel,
-    tokenizer: Any,  # noqa: ANN401
-    text: TextSource,
-    config: PrunerConfig,
-    general: TextSource | None,
-) -> torch.Tensor:
-    """Blocks for the refit of a model's rows, [blocks, length], int64: as many as pay, mixed as a config says."""
-    count = blocks_to_read(model, config.num_calibration_samples, config.max_seq_length)
-    return calibration_blocks(text, tokenizer, config, general, count=count)
+Batch = dict[str, torch.Tensor]
 
 
-def refit_rows_in_all(model: PreTrainedModel, samples: torch.Tensor) -> dict[str, float] | None:
-    """[`refit_rows`][] in place, the same in all processes."""
-    head = model.get_output_embeddings()
+def batches_of(token_blocks: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:
+    """Cut token blocks into batches of about `batch_tokens` tokens.
 
-    def refitted() -> tuple[dict[str, float] | None, torch.Tensor | None]:
-        found = refit_rows(model, samples)
-        return found, None if found is None else head.weight.detach().cpu()
+    Args:
+        token_blocks: [blocks, max_seq_length], int64, without padding.
+        batch_tokens: Tokens a batch, at least one block.
+    """
+    size = max(1, batch_tokens // token_blocks.shape[1])
+    return [{"input_ids": chunk} for chunk in token_blocks.split(size)]
 
-    found, rows = on_main_process(refitted)
-    if rows is not None:
-        with torch.no_grad():
-            head.weight.copy_(rows)
-    return found
+
+def prepare_batch(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torch.Tensor | None]:
+    """A batch as the model takes it, and its mask of unpadded positions, [batch * length], or None without padding.
+
+    Raises:
+        DataError: A token id beyond the embedding.
+    """
+    ids = batch["input_ids"]
+    highest = int(ids.max()) if ids.numel() else -1
+    if highest >= embedding_rows or (ids.numel() and int(ids.min()) < 0):
+        raise DataError(
+            f"Batch {index} holds the token id {highest if highest >= embedding_rows else int(ids.min())}, but the "
+            f"model's embedding has {embedding_rows} rows (ids 0 to {embedding_rows - 1}). Use the tokenizer that "
+            f"belongs to this model."
+        )
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return {"input_ids": ids}, None
+    flat = mask.reshape(-1).bool()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if bool(flat.all()):
+        return inputs, None
+    # Left padding: GPT-2 counts its positions from the left edge, padding and all, unless it is told them.
+    return inputs | {"position_ids": (mask.long().cumsum(dim=1) - 1).clamp_min(0)}, flat

@@ -7,7 +7,7 @@ names, devices or tokenizers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,12 +19,6 @@ from hf_context_prune.errors import DataError, NumericsError
 
 Key = tuple[int, str]
 """(layer index, target name)."""
-
-Repair = Callable[[int, str, torch.Tensor, torch.Tensor | None, list[int]], tuple[torch.Tensor, torch.Tensor | None]]
-"""(layer, target, W [out, in], bias [out] or None, kept features) -> (new W [out, kept], new bias or None)."""
-
-Curve = tuple[tuple[int, float], ...]
-"""((kept units, loss increase in nats a token), ...), widest first; the first is (all units, 0.0)."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ own forward pass.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import blocks
 from hf_context_prune.modeling.patching import fast, forwards
 from hf_context_prune.modeling.specs import ArchSpec
+from hf_context_prune.utils.memmap import mapped
 
 Batch = dict[str, torch.Tensor]
 
@@ -59,32 +57,6 @@ class Stream:
         """[tokens, features] of the unpadded positions, float32, where blocks run."""
         flat = tensor.to(self.device).reshape(-1, tensor.shape[-1]).float()
         return flat if self.mask is None else flat[self.mask]
-
-
-def mapped(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Room in a memory-mapped file of the folder for temporary files (``$TMPDIR``), which dies with the tensor.
-
-    Args:
-        elements: How many.
-        dtype: Of the tensor.
-
-    Returns:
-        [elements], zeros.
-
-    Raises:
-        SaveError: The disk has no room.
-    """
-    size = elements * dtype.itemsize
-    try:
-        with tempfile.NamedTemporaryFile(prefix="hf-context-prune-") as file:  # the mapping keeps the file alive
-            if hasattr(os, "posix_fallocate"):  # else a full disk shows as a signal, when the room is written to
-                os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_file(file.name, shared=True, size=elements, dtype=dtype)
-    except (OSError, RuntimeError) as error:
-        raise SaveError(
-            f"What does not fit into memory needs {size:,} bytes in {tempfile.gettempdir()}: {error}. Make room there, "
-            f"set TMPDIR to a folder of a larger disk, or calibrate on fewer blocks (num_calibration_samples)."
-        ) from error
 
 
 class StreamStorage:

@@ -41,13 +41,16 @@ from hf_context_prune.modeling.architectures import (
 )
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import ArchSpec, LayerWidths, read_geometry
-from hf_context_prune.pruning.calibration.calibrate import Batch, check_weights_finite, prepare_batch, weights_of_block
+from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
+from hf_context_prune.pruning.calibration.reduce import reduce_moments
+from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
 from hf_context_prune.pruning.calibration.statistics import Key, RegressionMoments
 from hf_context_prune.pruning.criteria import Criterion
 from hf_context_prune.pruning.reconstruction import refit, squared_error
+from hf_context_prune.pruning.scoring import weights_of_block
 from hf_context_prune.pruning.surgery import kept_features
-from hf_context_prune.utils.distributed import broadcast_object, reduce_moments, shard, sum_counts, together
-from hf_context_prune.utils.linalg import fast_matmul
+from hf_context_prune.utils.distributed import broadcast_object, shard, sum_counts, together
+from hf_context_prune.utils.precision import fast_matmul
 
 from .checkpoint import FinishedBlock, WalkState
 from .hidden_states import Stream, StreamStorage, capture, choose_held_out, watched

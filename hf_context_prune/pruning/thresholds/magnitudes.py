@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.modeling.architectures import blocks, check_supported
 from hf_context_prune.modeling.specs import ArchSpec, read_geometry
-from hf_context_prune.pruning.calibration.calibrate import Batch, check_weights_finite, prepare_batch
+from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
+from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
 from hf_context_prune.utils.distributed import all_reduce_, shard, sum_counts, together
 
 

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import blocks, check_supported, output_projection, output_weight
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, read_geometry
 from hf_context_prune.modeling.token_rows import token_modules
-from hf_context_prune.pruning.planner import versions
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel
+from hf_context_prune.utils.version import versions
 
 from .magnitudes import Magnitudes, linear_layers
 

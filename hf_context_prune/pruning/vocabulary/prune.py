@@ -11,8 +11,9 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.config import VocabCriterion
-from hf_context_prune.data.documents import TextSource, load_documents, token_blocks
+from hf_context_prune.config import PrunerConfig, VocabCriterion
+from hf_context_prune.data.documents import TextSource, load_documents
+from hf_context_prune.data.samples import token_blocks
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, VocabularyError, unknown
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.patching import fast_blocks
@@ -20,6 +21,7 @@ from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.modeling.token_rows import named_ids, num_rows
 from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.utils.distributed import on_main_process
 
 from .chat_template import template_ids
 from .rebuild import order_of, pruned_state, rebuilt, table_of
@@ -324,3 +326,44 @@ def _ids_of(table: TokenTable, tokens: Collection[str], what: str) -> set[int]:
                 f"vocabulary: tokenizer.tokenize(text) shows them)."
             )
     return {known[token] for token in tokens}
+
+
+def pruner_of(model: PreTrainedModel, tokenizer: Any, text: TextSource, config: PrunerConfig) -> VocabularyPruner:  # noqa: ANN401
+    """The vocabulary pruner that a config describes."""
+    return VocabularyPruner(
+        model,
+        tokenizer,
+        text,
+        criterion=config.vocab_criterion,
+        num_samples=config.num_calibration_samples,
+        max_seq_length=config.max_seq_length,
+        seed=config.pruning_seed,
+    )
+
+
+def size_of(config: PrunerConfig) -> VocabularySize | None:
+    """How many tokens a config asks for; None where that is to be found."""
+    if config.vocab_auto:
+        return None
+    return VocabularySize(
+        config.vocab_size,
+        config.vocab_coverage,
+        config.vocab_min_count,
+        config.vocab_multiple,
+        config.embedding_threshold,
+    )
+
+
+def trimmed_for(
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+    tokens: int | None = None,
+) -> TrimmedModel:
+    """The model with the vocabulary that a config asks for, or with a number of tokens that was found."""
+    size = VocabularySize(tokens, multiple=config.vocab_multiple) if tokens else size_of(config)
+    assert size is not None
+    return on_main_process(
+        lambda: pruner_of(model, tokenizer, text, config).trim(size, refit=config.reconstruction != "none")
+    )

@@ -31,9 +31,14 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_context_prune.data.documents import TextSource, token_blocks
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.samples import token_blocks
 from hf_context_prune.modeling.patching import fast_blocks
-from hf_context_prune.utils.linalg import fast_matmul, inverse_spd, regularized
+from hf_context_prune.pruning.calibration.samples import calibration_blocks
+from hf_context_prune.utils.distributed import on_main_process
+from hf_context_prune.utils.linalg import inverse_spd, regularized
+from hf_context_prune.utils.precision import fast_matmul
 
 RIDGE = 0.3
 PRIOR = 100.0
@@ -256,3 +261,30 @@ class _Problem:
 def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     with fast_matmul():
         return functional.linear(states, weight, bias)
+
+
+def rows_text(
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+    general: TextSource | None,
+) -> torch.Tensor:
+    """Blocks for the refit of a model's rows, [blocks, length], int64: as many as pay, mixed as a config says."""
+    count = blocks_to_read(model, config.num_calibration_samples, config.max_seq_length)
+    return calibration_blocks(text, tokenizer, config, general, count=count)
+
+
+def refit_rows_in_all(model: PreTrainedModel, samples: torch.Tensor) -> dict[str, float] | None:
+    """[`refit_rows`][] in place, the same in all processes."""
+    head = model.get_output_embeddings()
+
+    def refitted() -> tuple[dict[str, float] | None, torch.Tensor | None]:
+        found = refit_rows(model, samples)
+        return found, None if found is None else head.weight.detach().cpu()
+
+    found, rows = on_main_process(refitted)
+    if rows is not None:
+        with torch.no_grad():
+            head.weight.copy_(rows)
+    return found

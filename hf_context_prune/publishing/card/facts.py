@@ -13,7 +13,7 @@ from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import PREFIX
 from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME
+from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
 from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.utils.file_names import PICTURE_NAME
 
 from .facts import CardFacts
 
-PICTURE_NAME = "widths.png"
 REPOSITORY_PATH = "the id or folder of this model"
 _SHOWN_ABOVE = ("bits per byte", "excess loss")
 _COLUMNS = ("measure", "base", "pruned", "change")

@@ -16,7 +16,7 @@ from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.report import EvalReport, LossFacts
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.saving import PLAN_NAME, REPORT_NAME
+from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 
 from .settings import Entry, Source
 

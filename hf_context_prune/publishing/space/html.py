@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-_FOLDER = "templates/space"
+_FOLDER = "publishing/templates/space"
 
 
 @cache

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, ContextPruneError
 
 from .compare import Comparer, Side, View
 from .facts import Facts, figures, matrix, questions, read_facts, removed_in_words
@@ -343,3 +344,17 @@ def picked(arguments: list[str], beside: Path) -> Settings:
     if arguments or own.is_file():
         return read_settings(arguments[0] if arguments else own)
     return demo_settings(Path(DEMO_FOLDER).absolute())
+
+
+def main(beside: Path) -> None:
+    """Serve a Space until it is stopped.
+
+    Args:
+        beside: Folder of the ``app.py`` that is run.
+    """
+    try:
+        settings = picked(sys.argv[1:], beside)
+        blocks = build(settings)
+    except ContextPruneError as error:
+        sys.exit(f"Error: {error}")
+    serve(blocks, settings)

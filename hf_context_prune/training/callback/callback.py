@@ -21,19 +21,22 @@ from transformers.trainer_callback import ExportableState
 
 from hf_context_prune.config import PrunerConfig, from_options
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
-from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import check_supported
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
+from hf_context_prune.modeling.native_fit import build_empty
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
-from hf_context_prune.pruning.planner import check_repair, plan_and_repair, versions
-from hf_context_prune.pruning.surgery import apply_plan, build_empty, kept_entries
-from hf_context_prune.storage.provenance import in_memory, provenance_of
-from hf_context_prune.storage.saving import PLAN_NAME
+from hf_context_prune.pruning.planner import check_repair, plan_and_repair
+from hf_context_prune.pruning.surgery import apply_plan, kept_entries
+from hf_context_prune.storage.loading import in_memory
+from hf_context_prune.storage.provenance import provenance_of
 from hf_context_prune.training.progress import without_bars
 from hf_context_prune.utils.distributed import all_gather, num_processes
+from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.version import versions
 
 from .batches import text_of
 from .checkpoints import complete, progress_of, use_cache_of

@@ -9,11 +9,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 
-from hf_context_prune import modeling  # registers the variable-width classes with the auto classes
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.storage.saving import PLAN_NAME
 from hf_context_prune.utils.distributed import num_processes
+from hf_context_prune.utils.file_names import PLAN_NAME
 
 CONFIG_FILE = "config.json"
 

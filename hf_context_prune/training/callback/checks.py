@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError, PruningWarning
-from hf_context_prune.evaluation.speed import count_parameters
 from hf_context_prune.modeling.architectures import check_supported, unit_costs
+from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
-from hf_context_prune.pruning.allocation.adaptive import Budget, removed_params
+from hf_context_prune.pruning.allocation.budget import Budget, removed_params
 from hf_context_prune.pruning.allocation.widths import check_adaptive
 
 from .schedule import PruningSchedule

@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 from transformers.utils.hub import PushInProgress
 
 from hf_context_prune.errors import ConfigError, PruningWarning
-from hf_context_prune.publishing.card import CARD_NAME, write_card
+from hf_context_prune.publishing.card.card import write_card
+from hf_context_prune.utils.file_names import CARD_NAME
 
 from .callback import ContextPruneCallback
 from .publishing import PushedFolder, facts_of

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.publishing.card import CARD_NAME, write_card
+from hf_context_prune.publishing.card.card import write_card
 from hf_context_prune.publishing.card.facts import CardFacts
 from hf_context_prune.publishing.hub import PushResult, push_folder
 from hf_context_prune.storage.saving import estimate_bytes, write_model_folder
 from hf_context_prune.storage.staging import staged_folder
+from hf_context_prune.utils.file_names import CARD_NAME
 
 
 def facts_of(model: PreTrainedModel, plan: PruningPlan, name: str) -> CardFacts:

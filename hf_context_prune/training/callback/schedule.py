@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from hf_context_prune.config import PrunerConfig, is_number, option
 from hf_context_prune.errors import ConfigError, unknown
 from hf_context_prune.modeling.specs import LayerWidths
-from hf_context_prune.pruning.allocation.adaptive import Budget, round_half_up
+from hf_context_prune.pruning.allocation.budget import Budget
+from hf_context_prune.pruning.allocation.uniform import round_half_up
 
 Shape = Literal["cubic", "linear"]
 

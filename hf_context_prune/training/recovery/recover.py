@@ -18,7 +18,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from hf_context_prune.data.decontamination import drop_overlapping
-from hf_context_prune.data.documents import TextSource, hold_out_documents, load_documents, token_blocks
+from hf_context_prune.data.documents import TextSource, load_documents
+from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PlanError
 from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
 from hf_context_prune.modeling.architectures import check_supported
@@ -30,7 +32,7 @@ from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.training.progress import without_bars
 from hf_context_prune.utils.distributed import num_processes
-from hf_context_prune.utils.linalg import bfloat16_is_fast
+from hf_context_prune.utils.precision import bfloat16_is_fast
 
 from .config import RecoveryConfig
 from .training import History, train

@@ -29,7 +29,7 @@ from transformers import (
 
 from hf_context_prune.errors import NumericsError, PruningWarning
 from hf_context_prune.modeling.modeling_context_pruned import is_transposed
-from hf_context_prune.utils.linalg import bfloat16_is_fast
+from hf_context_prune.utils.precision import bfloat16_is_fast
 
 from .config import RecoveryConfig
 from .loss import token_loss

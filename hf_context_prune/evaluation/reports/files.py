@@ -1,0 +1,80 @@
+"""Writing reports to folders, and refusing folders that hold something else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hf_context_prune.errors import LoadError, SaveError
+from hf_context_prune.storage.files import check_writable, write_file
+from hf_context_prune.utils.file_names import MANIFEST_NAME, REPORT_NAME
+
+from .markdown import inert
+from .rendering import FILES_OF_RUNS, Folder, kind_of, pictures_of, run_parts, shown_pictures
+from .run_report import AnyReport, RunReport, load_report
+
+
+def check_report_place(folder: str | Path, kind: str) -> None:
+    """Refuse a folder that a report can't go to, before the long work.
+
+    Args:
+        folder: May be absent.
+        kind: Of the report: the command. An older one of the same is replaced.
+
+    Raises:
+        SaveError: It holds a model, another kind of report or something else that this package saved, or can't be
+            written.
+    """
+    path = Path(folder)
+    check_writable(path)
+    if any((path / name).is_file() for name in (MANIFEST_NAME, "config.json")):
+        raise SaveError(f"{path} holds a model or a rendered report; figures go to a folder of their own: --output.")
+    if os.path.lexists(path / REPORT_NAME):
+        try:
+            older = load_report(path / REPORT_NAME)
+        except LoadError as error:
+            raise SaveError(f"{error} It would be lost: remove it, or choose another --output.") from error
+        if (held := kind_of(older)) != kind:
+            raise SaveError(f"{path} holds what {held} found, which would be lost: choose another --output.")
+    elif present := [name for name in FILES_OF_RUNS.get(kind, ()) if os.path.lexists(path / name)]:
+        raise SaveError(
+            f"{path} has {', '.join(present)}, but no report of an earlier {kind}: they would be lost. Choose another "
+            f"--output, or move them."
+        )
+
+
+def save_report(report: AnyReport, folder: str | Path) -> None:
+    """Write ``eval_report.json`` to a folder, which is made if it is not there; an older report is replaced.
+
+    Raises:
+        SaveError: See [`check_report_place`][]; or the file can't be written.
+    """
+    path = Path(folder)
+    check_report_place(path, kind_of(report))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{path} can't be made: {error.strerror or error}. Choose another --output.") from error
+    report.save(path / REPORT_NAME)
+
+
+def write_run(report: RunReport, folder: Path) -> None:
+    """Write a run's ``eval_report.json``, its pictures, and its Markdown; those of an earlier run are replaced.
+
+    Args:
+        report: Of the run.
+        folder: Of the run.
+
+    Raises:
+        SaveError: One can't be written.
+    """
+    pictures = pictures_of(Folder(folder.name, None, report))
+    save_report(report, folder)  # first: it says whose the others are
+    text, *names = FILES_OF_RUNS[report.kind]
+    for name in names:
+        if name in pictures:
+            write_file(folder / name, pictures[name][1])
+        else:
+            (folder / name).unlink(missing_ok=True)
+    shown = shown_pictures([(title, name) for name, (title, _) in pictures.items()])
+    write_file(folder / text, "\n".join([f"# {inert(report.title)}", "", *shown, *run_parts(report)]))

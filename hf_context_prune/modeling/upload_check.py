@@ -1,0 +1,58 @@
+"""Which files of a model or a Space may leave this machine: checked before every upload."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from hf_context_prune.errors import PublishError
+from hf_context_prune.utils.file_names import MANIFEST_NAME
+
+from .secret_scan import refuse_tokens
+
+RepoType = Literal["model", "space"]
+
+
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "*.model", "chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/*.jinja",
+    *("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py"),
+    *("pruning_plan.json", "eval_report.json", MANIFEST_NAME, "README.md", "widths.png", ".eval_results/*.yaml"),
+)
+"""What may go to a model repository; ``*`` does not cross folders."""
+
+
+SPACE_SUFFIXES = frozenset({".py", ".md", ".txt", ".yaml", ".json", ".css", ".png", ".whl"})
+"""What may go to a Space: text, pictures and our own wheel."""
+
+
+def refuse_upload(folder: str | Path, token: str | None = None) -> None:
+    """Check a folder that a model's own ``push_to_hub`` wrote: every file must be allowed, and hold no access token.
+
+    Raises:
+        PublishError: Says which file may not leave, and why.
+    """
+    path = Path(folder)
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    refused = [name for name in names if not is_allowed(name, "model")]
+    if refused:
+        raise PublishError(
+            f"The saved model holds {', '.join(refused[:5])}, which may not go to a model repository. Nothing was "
+            f"uploaded."
+        )
+    refuse_tokens(path, names, token)
+
+
+def is_allowed(name: str, repo_type: RepoType) -> bool:
+    """Whether a file of this relative path may go to a repository."""
+    if repo_type == "space":
+        return Path(name).suffix.lower() in SPACE_SUFFIXES
+    return any(matches_pattern(name, pattern) for pattern in MODEL_FILES)
+
+
+def matches_pattern(name: str, pattern: str) -> bool:
+    """Return whether a relative path matches a pattern; ``*`` does not cross folders."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)

@@ -1,0 +1,76 @@
+"""Budgets: how many parameters to remove, and what removing them costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError
+from hf_context_prune.modeling.specs import LayerWidths
+
+Curve = tuple[tuple[int, float], ...]
+"""((kept units, loss increase in nats a token), ...), widest first; the first is (all units, 0.0)."""
+
+
+Costs = Mapping[str, int]
+"""Parameters a unit, by target."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the config asks for, in parameters.
+
+    Attributes:
+        total_params: Parameters of the model as it is, tied ones once.
+        remove_params: Parameters to remove at least; None where the unit ratios alone decide.
+        asked_ratio: The share that was asked for, if one was.
+    """
+
+    total_params: int
+    remove_params: int | None
+    asked_ratio: float | None
+
+    @classmethod
+    def of(cls, config: PrunerConfig, total_params: int) -> Budget:
+        """Read the budget of a config for a model of this size.
+
+        Raises:
+            BudgetError: `target_params` is above the model's size.
+        """
+        if config.target_params is not None:
+            if config.target_params > total_params:
+                raise BudgetError(
+                    f"target_params is {config.target_params:,}, but the model has only {total_params:,} parameters; "
+                    f"ask for fewer."
+                )
+            remove = total_params - config.target_params
+            return cls(total_params, remove, remove / total_params)
+        if config.pruning_ratio is not None:
+            # Rounded up, so that at least the asked share goes; the slack forgives 0.2 * 5 = 1.0000000000000002.
+            remove = -int(-(config.pruning_ratio * total_params - max(1e-6, 4e-16 * total_params)) // 1)
+            return cls(total_params, remove, config.pruning_ratio)
+        return cls(total_params, None, None)
+
+
+def removed_params(dense: Sequence[LayerWidths], widths: Sequence[LayerWidths], costs: Costs) -> int:
+    """Parameters that go when the layers shrink from `dense` to `widths`."""
+    return sum(
+        costs["mlp"] * (a.neurons - b.neurons) + costs["attention"] * (a.kv_groups - b.kv_groups)
+        for a, b in zip(dense, widths, strict=True)
+    )
+
+
+def share_below(part: int, total: int) -> str:
+    """A share with four digits, rounded down: asking for it must work."""
+    return f"{part * 10_000 // total / 10_000:.4f}"
+
+
+def beyond_probes(remove_params: int, most: int, total: int | None = None) -> BudgetError:
+    """The error of a budget that adaptive widths can't reach; with the model's parameters, it names a share that is."""
+    share = "" if total is None else f" ({share_below(most, total)} of all)"
+    return BudgetError(
+        f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}{share}, since no "
+        f"layer is narrowed below its smallest probed width. Ask for less, let tokens go too (--vocab-size), or fix "
+        f"both shares (--mlp-ratio, --attention-ratio, --allocation uniform), which reach further."
+    )

@@ -1,0 +1,69 @@
+"""Statistics of some layers at a time, where the Gram matrices of all would not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from hf_context_prune.modeling.architectures import Target, blocks, check_supported, output_projection, output_weight
+from hf_context_prune.utils.distributed import broadcast_object
+from hf_context_prune.utils.memmap import mapped
+
+from .calibrate import calibrate
+from .statistics import CalibrationStats
+
+GRAM_SHARE = 0.25
+"""Share of the free memory that Gram matrices may take at once."""
+
+
+def calibrate_in_turns(
+    model: PreTrainedModel,
+    batches: Sequence[dict[str, torch.Tensor]],
+    *,
+    targets: tuple[Target, ...],
+    statistics: frozenset[str],
+) -> CalibrationStats:
+    """As [`calibrate`][], within the same memory: Gram matrices that would not fit lie in a memory-mapped file.
+
+    Raises:
+        SaveError: The disk has no room for them.
+    """
+    turns = list(layer_groups(model, targets)) if "gram" in statistics else []
+    if len(turns) < 2:
+        return calibrate(model, batches, targets=targets, statistics=statistics)
+    result = CalibrationStats()
+    for layers in turns:
+        found = calibrate(model, batches, targets=targets, statistics=statistics, layers=layers)
+        for key, own in found.targets.items():
+            assert own.gram is not None
+            room = mapped(own.gram.numel(), own.gram.dtype).view(own.gram.shape)
+            result.targets[key] = replace(own, gram=room.copy_(own.gram))
+        result.num_samples, result.num_tokens = found.num_samples, found.num_tokens
+    return result
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had there."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def layer_groups(model: PreTrainedModel, targets: tuple[Target, ...]) -> Iterator[range]:
+    """Neighbouring layers whose Gram matrices fit in together, the same in all processes."""
+    limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))
+    spec = check_supported(model)
+    first = held = 0
+    layers = blocks(model, spec)
+    for index, block in enumerate(layers):
+        widths = (output_weight(output_projection(block, spec, target)).shape[1] for target in targets)
+        size = sum(4 * width**2 for width in widths)
+        if index > first and held + size > limit:
+            yield range(first, index)
+            first, held = index, 0
+        held += size
+    yield range(first, len(layers))

@@ -1,0 +1,104 @@
+"""Facts of a pruned folder -> its model card, with the picture of the widths."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from jinja2 import StrictUndefined, Template
+from jinja2.sandbox import SandboxedEnvironment
+
+from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.evaluation.reports.markdown import Trusted, inert
+from hf_context_prune.evaluation.reports.plots import widths_figure
+from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.storage.manifest import sha256_of, verify_folder
+from hf_context_prune.storage.staging import staged_folder
+from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME, PLAN_NAME, REPORT_NAME, RESULTS_NAME
+
+from .facts import CardFacts, facts_in
+from .metadata import benchmark_results, card_data
+from .text import body_values
+
+CARD_FILES = (CARD_NAME, PICTURE_NAME, RESULTS_NAME)
+
+
+@cache
+def _template() -> Template:
+    path = Path(__file__).parents[1] / "templates" / "model_card.md.jinja"
+    environment = SandboxedEnvironment(
+        undefined=StrictUndefined, finalize=_finalize, keep_trailing_newline=True, autoescape=False
+    )
+    return environment.from_string(path.read_text(encoding="utf-8"))
+
+
+def _finalize(value: object) -> object:
+    """What the template prints: Markdown of ours as it is, anything else as text."""
+    return value if isinstance(value, Trusted) else inert(str(value))
+
+
+def build_card(facts: CardFacts) -> ModelCard:
+    """The card of a pruned model.
+
+    Every value that others chose (names, texts, options, versions) is shown as text: it can't become markup, a link, a
+    template or another field of the metadata.
+    """
+    body = re.sub(r"\n{3,}", "\n\n", _template().render(body_values(facts))).strip()
+    return ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{body}\n")
+
+
+def write_card(folder: Path, facts: CardFacts) -> None:
+    """Write the card with its picture into a folder, such as one that is being written."""
+    (folder / CARD_NAME).write_text(str(build_card(facts)), encoding="utf-8")
+    widths_figure(facts.plan, "Widths by layer").savefig(folder / PICTURE_NAME, dpi=120)
+    if facts.report is not None and (results := benchmark_results(facts.report)) is not None:
+        (folder / RESULTS_NAME).parent.mkdir(exist_ok=True)
+        (folder / RESULTS_NAME).write_text(results, encoding="utf-8")
+
+
+def rewrite_card(
+    folder: str | Path, *, name: str | None = None, overwrite: bool = False, report: EvalReport | None = None
+) -> Path:
+    """Make a folder's card anew from the folder alone, and put it in place, whole or not at all.
+
+    Args:
+        folder: A saved folder with a plan.
+        name: Of the model, such as its id on the Hub; None takes the folder's name.
+        overwrite: Replace a card that was edited by hand.
+        report: What was measured meanwhile: goes into the folder, in place of its own report.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ConfigError: The card was edited, and `overwrite` is not set.
+        LoadError: The folder was not saved by this package, is damaged, or has no plan.
+        SaveError: It can't be written; the folder is as it was.
+    """
+    path = Path(folder).resolve()
+    files = verify_folder(path, hash_weights=False)["files"]
+    if PLAN_NAME not in files:
+        raise LoadError(f"{path} has no {PLAN_NAME}, so there is nothing that a card could tell. Prune a model first.")
+    if not overwrite and CARD_NAME in files and sha256_of(path / CARD_NAME) != files[CARD_NAME]["sha256"]:
+        raise ConfigError(f"{path / CARD_NAME} was edited by hand, which would be lost. Replace it with --overwrite.")
+    with staged_folder(path, required_bytes=2**20, discard_edits=overwrite) as staging:
+        for file in files:
+            if file not in (*CARD_FILES, *([REPORT_NAME] if report else [])):
+                (staging / file).parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(path / file, staging / file)
+        if report is not None:
+            report.save(staging / REPORT_NAME)
+        write_card(staging, facts_in(staging, name=name or path.name))
+    return path / CARD_NAME
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """The same file under a second name, so that weights are not written again; or a copy, without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

