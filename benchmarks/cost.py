@@ -66,7 +66,7 @@ def run_once(args: argparse.Namespace, method: str, blocks: int) -> dict[str, An
         "search_seconds": searched - begin,
         "seconds": pruned - searched,
     }
-    if method == SEARCHED:  # what `effort="high"` adds
+    if method == SEARCHED:  # what `refit_lm_head=True` adds
         begin = time.perf_counter()
         refit_rows(smaller, samples)
         row |= {"refit_seconds": time.perf_counter() - begin, "refit_peak": peak_rss()[0]}
@@ -155,7 +155,7 @@ def cost_cells(method: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def high_cells(row: Mapping[str, Any]) -> list[str]:
-    """The line of `effort="high"`, which is the searched pruning and a refit of rows; no formula has its memory."""
+    """The line of `refit_lm_head=True`, which is the searched pruning and a refit of rows; no formula has its memory."""
     row = {**row, "seconds": row["seconds"] + row["refit_seconds"], "peak": row["refit_peak"]}
     _, *found = cost_cells(SEARCHED, row)
     return [f"{METHODS[HIGH].label}, of the same size", *found[:-2], "", ""]
@@ -209,7 +209,7 @@ tokens, in the same process afterwards. The search of adaptive widths comes befo
 x hidden size x 4 bytes. The search, which comes before there is a pruned model, holds for the {PROBE_TOKENS:,} tokens that
 it probes on every block's output, and log-probabilities and logits of the whole vocabulary, 4 bytes each. What is left over
 is one batch's activations, one layer's float64 solver workspace, the libraries loaded on the way and the allocator's slack.
-`effort='high'` refits the rows of the tokens once the walk is done; its peak is that of all three.
+`refit_lm_head=True` refits the rows of the tokens once the walk is done; its peak is that of all three.
 
 {table(COST_HEADER, costs)}
 

@@ -12,12 +12,12 @@ from typing import Any
 from benchmarks.common import Rows, cell, corpus, given, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.criteria import CRITERIA
-from hf_context_prune.pruning.planner import make_plan, repair_with
+from hf_context_prune.pruning.planner import make_plan, reconstruct_with
 from hf_context_prune.pruning.reconstruction import RECONSTRUCTIONS
 from hf_context_prune.pruning.surgery import apply_plan
 
@@ -34,7 +34,7 @@ def main() -> None:
     loaded = smollm2()
     model, tokenizer = loaded.model, loaded.tokenizer
     train, test = corpus(args, "train"), corpus(args, "validation")
-    samples = token_blocks(train, tokenizer, num_samples=args.blocks, max_seq_length=args.length, seed=args.seed)
+    samples = tokenize_samples(train, tokenizer, num_samples=args.blocks, max_seq_length=args.length, seed=args.seed)
     common = {
         "domain": args.domain,
         "mlp_ratio": args.mlp_ratio,
@@ -60,7 +60,7 @@ def main() -> None:
             pruning_seed=args.seed,
         )
         plan = make_plan(model, stats(), config)
-        return losses(apply_plan(model, plan, repair=repair_with(stats(), config)))
+        return losses(apply_plan(model, plan, repair=reconstruct_with(stats(), config)))
 
     dense_row = rows.get({**common, "criterion": "dense"}, lambda: losses(model))
     dense = [DocumentLoss(**loss) for loss in dense_row["losses"]]

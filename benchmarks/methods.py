@@ -16,22 +16,21 @@ from benchmarks.common import corpus
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.evaluation.perplexity import DocumentLoss, document_losses
-from hf_context_prune.modeling.architectures import Target, blocks, spec_of, unit_costs
-from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.modeling.architectures import Target, layers_of, spec_of, unit_costs
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.allocation.budget import removed_params
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats
-from hf_context_prune.pruning.planner import Planner, make_plan, plan_and_repair, repair_with
+from hf_context_prune.pruning.planner import Planner, make_plan, plan_and_reconstruct, reconstruct_with
 from hf_context_prune.pruning.scoring import needed_statistics, needed_targets
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.refit import refit_rows
 from hf_context_prune.storage.loading import LoadedModel
-from hf_context_prune.utils.precision import fast_matmul
+from hf_context_prune.utils.precision import reduced_precision_matmul
 
 OURS = {"criterion": "obs", "reconstruction": "sequential"}
 REFERENCE = "flap+bias"
@@ -66,7 +65,9 @@ METHODS: dict[str, Method] = {
     "obs+least_squares": _plain("obs", "least_squares"),
     "ours": Method("ours: `obs` + `sequential`", OURS),
     "ours-adaptive": Method("ours, adaptive widths", {**OURS, "allocation": "adaptive"}),
-    HIGH: Method("ours, adaptive widths, `effort='high'`", {**OURS, "allocation": "adaptive", "effort": "high"}),
+    HIGH: Method(
+        "ours, adaptive widths, `refit_lm_head=True`", {**OURS, "allocation": "adaptive", "refit_lm_head": True}
+    ),
     "optipfair-maw": Method("optipfair MAW (with data)", peer=peers.optipfair_maw),
     "optipfair-ppm": Method("optipfair PPM", peer=peers.optipfair_ppm),
     "torch-pruning": Method("torch-pruning, LLM example", peer=peers.torch_pruning_example),
@@ -83,7 +84,7 @@ class Size:
         share: Of the parameters.
         attention: Neurons and KV groups, not neurons alone.
         goal: Of the mean share of the reference's excess.
-        high: Measured with ``effort="high"`` too, which takes another twenty minutes a domain.
+        high: Measured with `refit_lm_head=True` too, which takes another twenty minutes a domain.
     """
 
     label: str
@@ -105,10 +106,10 @@ def budgets(model: Any, size: Size) -> tuple[dict[str, Any], dict[str, Any], int
     """A size as options of uniform widths, as options of adaptive ones, and as parameters that uniform widths remove."""
     spec = spec_of(model.config)
     geometry = read_geometry(model.config, spec)
-    total = count_parameters(model)
+    total = model.num_parameters()
     uniform: dict[str, Any] = {"mlp_ratio": size.share}
     if size.attention:
-        gone = round(size.share * sum(p.numel() for block in blocks(model, spec) for p in block.parameters()))
+        gone = round(size.share * sum(p.numel() for block in layers_of(model, spec) for p in block.parameters()))
         uniform = {"target_params": total - gone, "attention_ratio": 1 / geometry.layers[0].kv_groups}
     widths = plan_widths(model, PrunerConfig(**uniform))
     removed = removed_params(geometry.layers, widths, unit_costs(model, spec, geometry))
@@ -142,7 +143,7 @@ class Domain:
 
     @cached_property
     def samples(self) -> torch.Tensor:
-        return token_blocks(
+        return tokenize_samples(
             self.train,
             self.load().tokenizer,
             num_samples=self.args.blocks,
@@ -165,7 +166,7 @@ class Domain:
 
     def losses(self, model: Any, tokenizer: Any = None, docs: Sequence[str] | None = None) -> list[DocumentLoss]:
         """Losses on as many held-out documents as the dense tokenizer's tokens allow, or on those named."""
-        with fast_matmul():
+        with reduced_precision_matmul():
             return document_losses(
                 model,
                 tokenizer or self.load().tokenizer,
@@ -180,7 +181,7 @@ class Domain:
         return {
             "documents": documents_of(losses),
             "nll": rounded(losses),
-            "parameters": count_parameters(self.model),
+            "parameters": self.model.num_parameters(),
             "dropped": self.held_out[1],
             "calibration_tokens": self.samples.numel(),
         }
@@ -200,7 +201,7 @@ class Domain:
             raise SystemExit(
                 f"The dense row of {self.name} was measured on other documents than are there now; start over: --fresh."
             )
-        return {**row, "parameters": count_parameters(smaller), "nll": rounded(losses)}
+        return {**row, "parameters": smaller.num_parameters(), "nll": rounded(losses)}
 
     def config(self, method: Method, size: Size) -> PrunerConfig:
         """What one of our methods is asked for."""
@@ -211,7 +212,7 @@ class Domain:
     def prune(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
         """The smaller model of one of our methods, and what adaptive widths predicted."""
         config = self.config(method, size)
-        if config.effort == "high":
+        if config.refit_lm_head:
             model, row = self.prune(METHODS["ours-adaptive"], size)
             model = copy.deepcopy(model)
             return model, {**row, "refit": refit_rows(model, self.samples)}
@@ -220,10 +221,10 @@ class Domain:
         if method.adaptive:
             plan, repair = self.adaptive(config).walk(config)
         elif config.reconstruction == "sequential":
-            plan, repair = plan_and_repair(self.model, self.samples, config)
+            plan, repair = plan_and_reconstruct(self.model, self.samples, config)
         else:
             stats = self.stats(needed_statistics(config))
-            plan, repair = make_plan(self.model, stats, config), repair_with(stats, config)
+            plan, repair = make_plan(self.model, stats, config), reconstruct_with(stats, config)
         predicted = plan.provenance.get(PREDICTED)
         row = {} if predicted is None else {"predicted": predicted}
         self._last = config, apply_plan(self.model, plan, repair=repair), row

@@ -24,7 +24,7 @@ from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import load_questions
 from hf_context_prune.errors import LoadError
-from hf_context_prune.evaluation.scores import answered
+from hf_context_prune.evaluation.scores import answer_with_models
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME
@@ -80,7 +80,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         print(f"{domain}: questions", flush=True)
         asked = load_questions(args.data / domain / "mcq.jsonl", max_questions=args.questions)
         pairs = (base.model, base.tokenizer), (result.model, result.tokenizer)
-        answers = answered(asked, QuestionOptions(asked.name), *pairs)
+        answers = answer_with_models(asked, QuestionOptions(asked.name), *pairs)
         result.report = replace(result.report, multiple_choice=replace(answers, name=f"{domain}/{answers.name}"))
     result.save_pretrained(folder, measure_memory=args.memory)
     shutil.rmtree(walk, ignore_errors=True)

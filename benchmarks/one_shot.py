@@ -124,7 +124,7 @@ def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
     if HIGH in methods_of(args, name):
         alone = [f"{d} {cell(excess(dense[d], rows[d, '', 'refit'], dense[d], args.seed))}" for d in args.domains]
         lines.append(
-            f"The refit of rows of `effort='high'` on the dense model, nothing removed: {'; '.join(alone)}: as much of it "
+            f"The refit of rows of `refit_lm_head=True` on the dense model, nothing removed: {'; '.join(alone)}: as much of it "
             f"may be adaptation to the domain, and not repair."
         )
     header = ["method", *(f"excess, {d}" for d in args.domains), *(f"share, {d}" for d in args.domains)]

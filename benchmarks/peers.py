@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.pruning.calibration.samples import batches_of
 
 TOLERANCE = 0.005
@@ -50,7 +49,7 @@ def check_peer(dense: Any, result: PeerResult, samples: torch.Tensor, remove: in
     Raises:
         RuntimeError: It removed another number of parameters (by over 0.5 %), or its logits are not finite.
     """
-    removed = count_parameters(dense) - count_parameters(result.model)
+    removed = dense.num_parameters() - result.model.num_parameters()
     if abs(removed - remove) > TOLERANCE * remove:
         raise RuntimeError(
             f"{result.version} removed {removed:,} parameters instead of {remove:,}, over {TOLERANCE:.1%} off, with "
@@ -132,7 +131,7 @@ def _shape_by_example(model: Any, remove: int) -> _Shape:
     """
     config, layers = model.config, len(model.model.layers)
     attention = model.model.layers[0].self_attn
-    groups, total, best = config.num_key_value_heads, count_parameters(model), None
+    groups, total, best = config.num_key_value_heads, model.num_parameters(), None
     embeddings = sum(p.numel() for p in {*model.get_input_embeddings().parameters(), *model.lm_head.parameters()})
     for hidden in range(config.hidden_size - 4 + config.hidden_size % 4, 0, -4):
         ratio = 1 - hidden / config.hidden_size

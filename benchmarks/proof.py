@@ -76,7 +76,7 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
         config,
         eval_data=corpora(args, "validation", args.domains),
         questions={
-            domain: asked(args, domain, number, num_shots=args.shots) for domain in (args.domains if number else ())
+            domain: asked(args, domain, number, num_fewshot=args.shots) for domain in (args.domains if number else ())
         },
         mixes={args.mix_domain: args.mixes} if mixed and args.mixes else {},
         max_tokens=args.eval_tokens,
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[0.2],
         help="sizes that are asked questions too (an hour each)",
     )
-    options.add_argument("--mix-domain", default="medicine", help="of the curve of general_mix")
+    options.add_argument("--mix-domain", default="medicine", help="of the curve of general_data_ratio")
     options.add_argument("--mixes", nargs="*", type=float, default=[0.25, 0.5, 0.75], help="shares of general text")
     options.add_argument("--grids", nargs="*", default=["law", "medicine"], help="domains of the paper's grid")
     options.add_argument("--blocks", type=int, default=96)

@@ -28,14 +28,13 @@ from benchmarks.vocabulary import relative
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.formatting import percent
 from hf_context_prune.modeling.architectures import TARGETS
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pruning.prune_model import smaller_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.training.callback.callback import ContextPruneCallback
@@ -43,7 +42,7 @@ from hf_context_prune.training.callback.schedule import PruningSchedule
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import recover
 from hf_context_prune.utils.file_names import PLAN_NAME
-from hf_context_prune.utils.precision import bfloat16_is_fast, fast_matmul
+from hf_context_prune.utils.precision import bfloat16_is_fast, reduced_precision_matmul
 
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}
 """(row of the dense model, share gone) -> most that bits a byte may be above that row, after `GOAL_MINUTES`."""
@@ -111,16 +110,16 @@ class RecoveryDomain(Domain):
                 max_seq_length=self.args.length,
                 pruning_seed=self.args.seed,
             )
-            model, tokenizer, plan = smaller_model(loaded.model, loaded.tokenizer, self.train, config)
+            model, tokenizer, plan = prune_model(loaded.model, loaded.tokenizer, self.train, config)
             folder.parent.mkdir(parents=True, exist_ok=True)
             save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
         return load_model(folder, dtype="float32", device="cpu"), PruningPlan.load(folder / PLAN_NAME)
 
     def scored(self, model: Any, tokenizer: Any, dense: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Losses by document on the domain's text and on general text, on the documents of the dense row."""
-        result: dict[str, Any] = {"parameters": count_parameters(model)}
+        result: dict[str, Any] = {"parameters": model.num_parameters()}
         for name, source in (("own", self.held_out[0]), ("general", self.general)):
-            with fast_matmul():
+            with reduced_precision_matmul():
                 losses = document_losses(
                     model,
                     tokenizer,
@@ -165,12 +164,14 @@ class RecoveryDomain(Domain):
         listened, pruned = _Timed(config), 0.0
         if way == "then":
             begin = time.perf_counter()
-            model, _, _ = smaller_model(model, tokenizer, self.train, config)
+            model, _, _ = prune_model(model, tokenizer, self.train, config)
             pruned = time.perf_counter() - begin
         rest, _ = hold_out_documents(self.train, seed=self.args.seed)
         batch = 4
         count = steps * batch
-        blocks = token_blocks(rest, tokenizer, num_samples=count, max_seq_length=self.args.length, seed=self.args.seed)
+        blocks = tokenize_samples(
+            rest, tokenizer, num_samples=count, max_seq_length=self.args.length, seed=self.args.seed
+        )
         folder = tempfile.mkdtemp(prefix="hf_context_prune-")
         begin = time.perf_counter()
         try:

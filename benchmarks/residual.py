@@ -17,9 +17,9 @@ from benchmarks.methods import METHODS, OURS, SIZES, Domain, Method, documents_o
 from benchmarks.models import smollm2
 from benchmarks.one_shot import excess
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.modeling.architectures import blocks, check_supported
+from hf_context_prune.modeling.architectures import check_supported, layers_of
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pruning.planner import repair_with
+from hf_context_prune.pruning.planner import reconstruct_with
 from hf_context_prune.pruning.scoring import needed_statistics
 from hf_context_prune.pruning.surgery import apply_plan
 
@@ -51,7 +51,7 @@ class ResidualDomain(Domain):
         """The pruned model with dense blocks but (or, not `alone`, only) from `begin` to before `end`."""
         model, spec = copy.deepcopy(self.walked[1]), check_supported(self.model)
         layers = model.get_submodule(spec.layers)
-        for index, dense in enumerate(blocks(self.model, spec)):
+        for index, dense in enumerate(layers_of(self.model, spec)):
             if (begin <= index < end) is not alone:
                 layers[index] = dense
         return model
@@ -63,7 +63,7 @@ class ResidualDomain(Domain):
         if repair == "none":
             return apply_plan(self.model, plan)
         stats = self.stats(needed_statistics(config))
-        return apply_plan(self.model, plan, repair=repair_with(stats, config))
+        return apply_plan(self.model, plan, repair=reconstruct_with(stats, config))
 
 
 def results_text(rows: Mapping[tuple[str, str], dict[str, Any]], args: argparse.Namespace, machine: str) -> str:
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if documents_of(domain.losses(domain.model, docs=[dense["documents"][0][0]])) != dense["documents"][:1]:
         raise SystemExit("The dense row was measured on other documents than are there now; start over: --fresh.")
     get("repair", "sequential", lambda: domain.scored(domain.walked[1], dense))
-    count = len(blocks(domain.model, check_supported(domain.model)))
+    count = len(layers_of(domain.model, check_supported(domain.model)))
     bounds = [round(count * index / args.groups) for index in range(args.groups + 1)]
     for begin, end in pairwise(bounds):
         for kind, alone in (("alone", True), ("but", False)):

@@ -27,8 +27,7 @@ from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import percent
 from hf_context_prune.evaluation.speed import measure_speed, speed_ratio
 from hf_context_prune.modeling.architectures import TARGETS
-from hf_context_prune.modeling.inference import count_parameters
-from hf_context_prune.pruning.prune_model import smaller_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.pruning.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
@@ -79,7 +78,7 @@ class VocabularyDomain(Domain):
         return {
             "documents": documents_of(losses),
             "nll": rounded(losses),
-            "parameters": count_parameters(model),
+            "parameters": model.num_parameters(),
         }
 
     def measure_vocabulary(self, way: str, tokens: int, dense: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +107,7 @@ class VocabularyDomain(Domain):
             pruning_seed=self.args.seed,
             **how,
         )
-        model, tokenizer, plan = smaller_model(loaded.model, loaded.tokenizer, self.train, config)
+        model, tokenizer, plan = prune_model(loaded.model, loaded.tokenizer, self.train, config)
         gone = {
             "neurons": sum(a.neurons - b.neurons for a, b in zip(plan.dense, plan.widths, strict=True)),
             "kv_groups": sum(a.kv_groups - b.kv_groups for a, b in zip(plan.dense, plan.widths, strict=True)),

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, default_d
 
 from hf_context_prune import PrunerConfig, load_model
 from hf_context_prune.data.documents import load_documents
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
@@ -43,7 +43,9 @@ def main() -> None:
     rest, held_out = hold_out_documents(source, seed=config.pruning_seed)
 
     def blocks(text, count):  # noqa: ANN001, ANN202
-        cut = token_blocks(text, base.tokenizer, num_samples=count, max_seq_length=config.max_seq_length, fewer=True)
+        cut = tokenize_samples(
+            text, base.tokenizer, num_samples=count, max_seq_length=config.max_seq_length, fewer=True
+        )
         return [{"input_ids": row, "labels": row} for row in cut]
 
     checkpoint = training.resume_from_checkpoint

@@ -18,7 +18,7 @@ from .utils.version import __version__
 if TYPE_CHECKING:
     from .config import PrunerConfig
     from .data.documents import load_documents
-    from .data.samples import token_blocks
+    from .data.samples import tokenize_samples
     from .errors import ContextPruneError
     from .evaluation.options import EvalOptions, QuestionOptions
     from .evaluation.reports.report import EvalReport
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .pipelines.result import PruneResult
     from .pruning.calibration.calibrate import calibrate
     from .pruning.criteria import CRITERIA
-    from .pruning.planner import make_plan, plan_and_repair
+    from .pruning.planner import make_plan, plan_and_reconstruct
     from .pruning.surgery import apply_plan
     from .pruning.vocabulary.prune import prune_vocabulary
     from .publishing.hub import push_folder
@@ -64,12 +64,12 @@ _HOME = {
     "load_pruned": "storage.loading",
     "make_plan": "pruning.planner",
     "open_export": "export.run",
-    "plan_and_repair": "pruning.planner",
+    "plan_and_reconstruct": "pruning.planner",
     "prune": "pipelines.prune",
     "prune_vocabulary": "pruning.vocabulary.prune",
     "push_folder": "publishing.hub",
     "recover": "training.recovery.recover",
-    "token_blocks": "data.samples",
+    "tokenize_samples": "data.samples",
 }
 
 __all__ = [
@@ -96,12 +96,12 @@ __all__ = [
     "load_pruned",
     "make_plan",
     "open_export",
-    "plan_and_repair",
+    "plan_and_reconstruct",
     "prune",
     "prune_vocabulary",
     "push_folder",
     "recover",
-    "token_blocks",
+    "tokenize_samples",
 ]
 
 

@@ -12,12 +12,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
-from .errors import ConfigError, unknown
+from .errors import ConfigError, unknown_name
 
 CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", "obs"]
 ReconstructionName = Literal["none", "bias", "least_squares", "sequential"]
 AllocationName = Literal["uniform", "adaptive"]
-EffortName = Literal["default", "high"]
 VocabCriterion = Literal["expected", "frequency"]
 
 Config = TypeVar("Config")
@@ -69,13 +68,15 @@ class PrunerConfig:
         "adaptive where the budget is for all parameters or the loss, uniform with unit ratios, stock, thresholds or a "
         "single block of text.",
     )
-    effort: EffortName = option(
-        "default",
-        "high: once the blocks are done, the rows of the tokens (head and tied embedding) are refitted to the text "
-        "too, as they are anyway where tokens go. Less loss at the same size, in more time.",
+    refit_lm_head: bool = option(
+        False,
+        "After pruning, also refit the LM head (and the tied embedding) on the calibration text: less loss at the same "
+        "size, in more time. Always done where tokens go.",
     )
     round_to: int = option(1, "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).")
-    stock: bool = option(False, "Plan only widths that the stock architecture can hold (loads without this package).")
+    native_architecture: bool = option(
+        False, "Plan only widths that the stock architecture can hold (loads without this package)."
+    )
     vocab_size: int | None = option(None, "Tokens of the vocabulary to keep; by default all.")
     vocab_coverage: float | None = option(
         None, "Keep as many tokens as make up this share of the text, in (0, 1], instead of a number."
@@ -86,7 +87,7 @@ class PrunerConfig:
         "Let the budget for all parameters choose the number of tokens too, by what they and the other units cost in "
         "loss (not with allocation=uniform).",
     )
-    vocab_multiple: int = option(64, "The number of kept tokens is rounded up to a multiple of this.")
+    pad_to_multiple_of: int = option(64, "The number of kept tokens is rounded up to a multiple of this.")
     vocab_criterion: VocabCriterion = option(
         "expected",
         "Which tokens matter. expected: documents that have them, and how probable the model holds them there; "
@@ -106,7 +107,7 @@ class PrunerConfig:
     ridge: float = option(0.3, "Ridge of the refit, as a share of each feature's mean square; above 0.")
     num_calibration_samples: int = option(128, "Blocks of calibration text.")
     max_seq_length: int = option(512, "Tokens a block.")
-    general_mix: float = option(
+    general_data_ratio: float = option(
         0.0,
         "Share of the calibration blocks that comes from text of no domain, in [0, 1): the domain loses a little, and "
         "less is forgotten elsewhere. Needs such a text.",
@@ -124,17 +125,17 @@ class PrunerConfig:
             ("target_params", 1),
             ("vocab_size", 1),
             ("vocab_min_count", 1),
-            ("vocab_multiple", 1),
+            ("pad_to_multiple_of", 1),
             ("round_to", 1),
             ("num_calibration_samples", 1),
             ("max_seq_length", 2),
             ("pruning_seed", 0),
         ):
             self._check_integer(name, lowest)
-        if not (is_number(self.general_mix) and 0 <= self.general_mix < 1):
+        if not (is_number(self.general_data_ratio) and 0 <= self.general_data_ratio < 1):
             raise ConfigError(
-                f"general_mix is {self.general_mix!r}; it must be a share in [0, 1): 0.25 takes a quarter of the "
-                f"calibration blocks from general text."
+                f"general_data_ratio is {self.general_data_ratio!r}; it must be a share in [0, 1): 0.25 takes a quarter of "
+                f"the calibration samples from general text."
             )
         if self.max_loss_increase is not None and not (
             is_number(self.max_loss_increase) and 0 < self.max_loss_increase <= 1
@@ -145,7 +146,7 @@ class PrunerConfig:
             )
         if not (is_number(self.ridge) and 0 < self.ridge <= 1e6):
             raise ConfigError(f"ridge is {self.ridge!r}; it must be a number above 0, up to 1e6 (0.3 is a good one).")
-        for name in ("stock", "vocab_auto"):
+        for name in ("native_architecture", "refit_lm_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         if self.vocab_coverage is not None and not (is_number(self.vocab_coverage) and 0 < self.vocab_coverage <= 1):
@@ -161,7 +162,6 @@ class PrunerConfig:
             ("criterion", CriterionName),
             ("reconstruction", ReconstructionName),
             ("allocation", AllocationName),
-            ("effort", EffortName),
             ("vocab_criterion", VocabCriterion),
         ):
             if name != "allocation" or self.allocation is not None:
@@ -189,13 +189,13 @@ class PrunerConfig:
     def _check_name(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in allowed:
-            raise ConfigError(unknown(name, value, allowed))
+            raise ConfigError(unknown_name(name, value, allowed))
 
     def _fill_in(self) -> None:
         if not self.prunes_units and not self.prunes_vocabulary:
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if self.allocation is None:
-            fixed = self.mlp_ratio is not None or self.attention_ratio is not None or self.stock
+            fixed = self.mlp_ratio is not None or self.attention_ratio is not None or self.native_architecture
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
             self.allocation = "adaptive" if self.has_total_budget and not (fixed or nothing) else "uniform"
 
@@ -225,15 +225,15 @@ class PrunerConfig:
                 "criterion='taylor' needs gradients, which the walk of reconstruction='sequential' does not have. Use "
                 "criterion='obs', or reconstruction='least_squares'."
             )
-        if self.allocation == "adaptive" and self.stock:
+        if self.allocation == "adaptive" and self.native_architecture:
             raise ConfigError(
-                "allocation='adaptive' gives layers different widths, which stock=True rules out; leave allocation out "
+                "allocation='adaptive' gives layers different widths, which native_architecture=True rules out; leave allocation out "
                 "(None; a config fills it in)."
             )
-        if self.effort == "high" and self.reconstruction == "none":
+        if self.refit_lm_head and self.reconstruction == "none":
             raise ConfigError(
-                "effort='high' repairs more, and reconstruction='none' nothing; use another reconstruction, or leave "
-                "effort out."
+                "refit_lm_head=True reconstructs more, and reconstruction='none' nothing; use another reconstruction, or leave "
+                "refit_lm_head out."
             )
         self._check_thresholds(total)
         self._check_vocabulary(total)
@@ -249,7 +249,7 @@ class PrunerConfig:
         if not given:
             return
         sized = total or self.max_loss_increase is not None or bool(self.mlp_ratio or self.attention_ratio)
-        if sized or self.allocation == "adaptive" or self.stock or self.round_to > 1:
+        if sized or self.allocation == "adaptive" or self.native_architecture or self.round_to > 1:
             raise ConfigError(
                 f"{given[0]} says by itself what goes, layer by layer; leave out sizes (pruning_ratio, target_params, "
                 f"mlp_ratio, attention_ratio, max_loss_increase), allocation, stock and round_to, or the thresholds."
@@ -337,7 +337,7 @@ def from_options(config_class: type[Config], values: Mapping[str, Any]) -> Confi
     allowed = [item.name for item in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     for key in values:
         if key not in allowed:
-            raise ConfigError(unknown("option", key, allowed))
+            raise ConfigError(unknown_name("option", key, allowed))
     return config_class(**values)
 
 

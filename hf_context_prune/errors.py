@@ -78,7 +78,7 @@ class PruningWarning(UserWarning):
     """A run does less than was meant: a training that pruned less, a push without its card, no way to resume."""
 
 
-def unknown(what: str, value: object, allowed: Iterable[str]) -> str:
+def unknown_name(what: str, value: object, allowed: Iterable[str]) -> str:
     """The message about an unknown name: what is allowed, and the nearest of it."""
     names = list(allowed)
     close = difflib.get_close_matches(str(value), names, n=1)
@@ -87,7 +87,7 @@ def unknown(what: str, value: object, allowed: Iterable[str]) -> str:
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def error_context(where: str) -> Iterator[None]:
     """Put a place before the message of a numerical error that pure tensor maths raises without knowing it.
 
     Raises:

@@ -18,7 +18,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.reduce import reduce_moments
-from hf_context_prune.pruning.planner import plan_and_repair
+from hf_context_prune.pruning.planner import plan_and_reconstruct
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import distributed
 from tests.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, samples
@@ -76,7 +76,7 @@ def work(folder):
     one.save(folder / f"one.{rank}.safetensors")
     for name, options in CONFIGS.items():
         model = case("llama")
-        plan, repair = plan_and_repair(model, samples(), PrunerConfig(**options))
+        plan, repair = plan_and_reconstruct(model, samples(), PrunerConfig(**options))
         plan.save(folder / f"{name}.{rank}.json")
         result[name] = dict(apply_plan(model, plan, repair=repair).named_parameters())
     result["errors"] = {
@@ -84,7 +84,7 @@ def work(folder):
         "different": raised(lambda: calibrate(case("llama"), batches()[: 3 + rank])),
         "nothing": raised(lambda: calibrate(case("llama"), [])),
         "main": raised(lambda: distributed.on_main_process(lambda: only_main(rank, KeyError("lost")))),
-        "before": raised(distributed.together()(lambda: only_main(rank, ConfigError("wrong")))),
+        "before": raised(distributed.fail_together()(lambda: only_main(rank, ConfigError("wrong")))),
     }
     result["objects"] = (distributed.broadcast_object(f"from {rank}"), distributed.on_main_process(lambda: rank))
     torch.save(result, folder / f"result.{rank}.pt")

@@ -18,7 +18,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, NumericsError
 from hf_context_prune.modeling.specs import Geometry, LayerWidths
 from hf_context_prune.pruning.allocation.adaptive import _on_hull, adaptive_widths, most_removable, predicted_loss
-from hf_context_prune.pruning.allocation.budget import Budget, removed_params
+from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.uniform import round_half_up, uniform_widths
 from hf_context_prune.pruning.scoring import select_units
 
@@ -36,9 +36,9 @@ def total_params(shape, costs, *, rest=1000):
     return rest + removed_params(shape.layers, [LayerWidths(0, 0)] * len(shape.layers), costs)
 
 
-def uniform(shape, costs, total, *, stock_groups=(), **options):
+def uniform(shape, costs, total, *, native_groups=(), **options):
     config = PrunerConfig(**options)
-    return uniform_widths(shape, costs, Budget.of(config, total), config, stock_groups=stock_groups)
+    return uniform_widths(shape, costs, ParameterBudget.of(config, total), config, native_groups=native_groups)
 
 
 shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=4).map(lambda x: geometry(*x))
@@ -215,16 +215,18 @@ def test_target_params(shape, costs, data):
 
 
 def test_budget():
-    assert Budget.of(PrunerConfig(pruning_ratio=0.2), 5) == Budget(5, 1, 0.2)  # 0.2 * 5 is a little above 1 in binary
-    assert Budget.of(PrunerConfig(pruning_ratio=0.2), 11) == Budget(11, 3, 0.2)
-    assert Budget.of(PrunerConfig(pruning_ratio=0), 11) == Budget(11, 0, 0)
-    assert Budget.of(PrunerConfig(target_params=8), 10) == Budget(10, 2, 0.2)
-    assert Budget.of(PrunerConfig(mlp_ratio=0.5), 10) == Budget(10, None, None)
+    assert ParameterBudget.of(PrunerConfig(pruning_ratio=0.2), 5) == ParameterBudget(
+        5, 1, 0.2
+    )  # 0.2 * 5 is a little above 1 in binary
+    assert ParameterBudget.of(PrunerConfig(pruning_ratio=0.2), 11) == ParameterBudget(11, 3, 0.2)
+    assert ParameterBudget.of(PrunerConfig(pruning_ratio=0), 11) == ParameterBudget(11, 0, 0)
+    assert ParameterBudget.of(PrunerConfig(target_params=8), 10) == ParameterBudget(10, 2, 0.2)
+    assert ParameterBudget.of(PrunerConfig(mlp_ratio=0.5), 10) == ParameterBudget(10, None, None)
     for total in (70_553_706_496, 405_853_388_800, 10**13 + 7):  # doubles are coarse there
         for gone in (1, 12_345_678_901, total // 3, total - 1):
-            assert Budget.of(PrunerConfig(pruning_ratio=gone / total), total).remove_params == gone
+            assert ParameterBudget.of(PrunerConfig(pruning_ratio=gone / total), total).remove_params == gone
     with pytest.raises(BudgetError, match=r"target_params is 2,000, but the model has only 1,000"):
-        Budget.of(PrunerConfig(target_params=2000), 1000)
+        ParameterBudget.of(PrunerConfig(target_params=2000), 1000)
 
 
 def named_maximum(error):
@@ -261,21 +263,21 @@ def test_the_hint_at_attention_can_be_reached(shape, costs, stock):
     stock = [n for n in {*stock, groups} if n <= groups] if stock else []
     total = total_params(shape, costs, rest=10)
     with pytest.raises(BudgetError) as error:
-        uniform(shape, costs, total, target_params=1, stock_groups=stock)
+        uniform(shape, costs, total, target_params=1, native_groups=stock)
     hint = re.search(r"With --attention-ratio as well, up to (\d\.\d{4}) can", str(error.value))
     if min(stock, default=1) == groups:
         assert hint is None
         return
     most = 1 - min(stock, default=1) / groups
-    uniform(shape, costs, total, pruning_ratio=float(hint[1]), attention_ratio=most, stock_groups=stock)
+    uniform(shape, costs, total, pruning_ratio=float(hint[1]), attention_ratio=most, native_groups=stock)
 
 
-def test_stock_groups():
+def test_native_groups():
     shape, stock = geometry((20, 8), (20, 8)), [2, 4, 8]
     total = total_params(shape, COSTS)
 
     def groups(**options):
-        return [width.kv_groups for width in uniform(shape, COSTS, total, stock_groups=stock, **options)]
+        return [width.kv_groups for width in uniform(shape, COSTS, total, native_groups=stock, **options)]
 
     assert groups(attention_ratio=0.25) == [4, 4]  # six would do; four is the next that stays stock
     assert groups(attention_ratio=0.5) == [4, 4]

@@ -12,7 +12,6 @@ import torch
 from benchmarks import common, cost, methods, one_shot, residual
 from benchmarks.methods import METHODS, SIZES, Size, budgets
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.storage.loading import LoadedModel
 from tests.tiny import tiny_model
 
@@ -198,7 +197,7 @@ def test_peers_hit_the_size_and_still_run(package, name, size):
     samples = torch.randint(3, 320, (4, 24), generator=torch.Generator().manual_seed(0))
     remove = budgets(model, SIZES[size])[2]
     result = METHODS[name].peer(model, samples, remove, SIZES[size].attention)
-    assert abs(count_parameters(model) - count_parameters(result.model) - remove) <= TOLERANCE * remove
+    assert abs(model.num_parameters() - result.model.num_parameters() - remove) <= TOLERANCE * remove
     check_peer(model, result, samples, remove)
     assert result.version.split()[1][0].isdigit()
     assert bool(result.note) or not SIZES[size].attention

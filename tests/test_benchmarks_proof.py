@@ -53,7 +53,7 @@ def test_sections_and_going_on(options, tmp_path, monkeypatch):
     for name in ("matrix", "mix"):
         assert (tmp_path / f"proof-0.1-{name}.png").is_file()
         assert f"](proof-0.1-{name}.png)" in text
-    for name in ("smaller_model", "score"):
+    for name in ("prune_model", "score"):
         monkeypatch.setattr(f"hf_context_prune.pipelines.matrix.{name}", None)
         monkeypatch.setattr(f"hf_context_prune.pipelines.sweep.{name}", None)
     proof.main(options)

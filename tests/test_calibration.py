@@ -11,7 +11,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from hf_context_prune.errors import DataError, NumericsError
-from hf_context_prune.modeling.architectures import TARGETS, blocks, output_projection
+from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.calibration.calibrate import calibrate, check_weights_finite
 from hf_context_prune.pruning.calibration.samples import batches_of
@@ -36,7 +36,7 @@ def projections(model):
     spec = spec_of_model(model)
     return {
         (layer, target): output_projection(block, spec, target)
-        for layer, block in enumerate(blocks(model, spec))
+        for layer, block in enumerate(layers_of(model, spec))
         for target in TARGETS
     }
 

@@ -168,7 +168,9 @@ def test_a_killed_run_goes_on_and_leaves_no_unfinished_work(run, place, tmp_path
         assert run(*words, "@resumed")[0] == 1
     assert len(list(tmp_path.glob("unfinished/*/*/block-*.safetensors"))) == 3
     with monkeypatch.context() as patch:
-        patch.setattr("hf_context_prune.pruning.sequential.prune._Walk.prune", _interrupt)  # nothing is left to prune
+        patch.setattr(
+            "hf_context_prune.pruning.sequential.prune.SequentialPruner.prune", _interrupt
+        )  # nothing is left to prune
         assert run(*words, "@resumed")[0] == 0
     assert not list((tmp_path / "unfinished").iterdir())
     first, second = (place / name / "model.safetensors" for name in ("whole", "resumed"))
@@ -263,8 +265,8 @@ def test_no_vocab_auto_leaves_the_size_of_the_file(run, place):
         ({"mlp_ratio": 0.2, "ridge": 0.1}, {"max_loss_increase": 0.1}, {"max_loss_increase": 0.1, "ridge": 0.1}),
         ({"max_loss_increase": 0.2}, {"attention_ratio": 0.5}, {"attention_ratio": 0.5}),
         ({"pruning_ratio": 0.2}, {"mlp_ratio": 0.5}, {"pruning_ratio": 0.2, "mlp_ratio": 0.5}),
-        ({"allocation": "adaptive"}, {"stock": True}, {"stock": True}),
-        ({"allocation": "uniform"}, {"stock": False}, {"allocation": "uniform"}),
+        ({"allocation": "adaptive"}, {"native_architecture": True}, {"native_architecture": True}),
+        ({"allocation": "uniform"}, {"native_architecture": False}, {"allocation": "uniform"}),
     ],
 )
 def test_the_command_line_wins_over_the_file(tmp_path, file, given, left):
@@ -296,7 +298,7 @@ def test_questions_and_a_base(run, place):
     assert "McNemar p" in out
     code, out, _ = run("evaluate", "@base", *measured, *asked, "--mcq-scorer", "letter", "--format", "json")
     facts = json.loads(out)["multiple_choice"]
-    assert (facts["scorer"], facts["num_shots"], facts["pruned"]) == ("letter", 2, None)
+    assert (facts["scorer"], facts["num_fewshot"], facts["pruned"]) == ("letter", 2, None)
     assert facts["base"][-1]["num_questions"] == 12
     code, out, err = run("evaluate", "@base", *measured, *asked, "--harness-task", "@task")
     assert code == 0, err

@@ -14,7 +14,6 @@ from hf_context_prune.config import (
     DEFAULT_PRUNING_RATIO,
     AllocationName,
     CriterionName,
-    EffortName,
     PrunerConfig,
     ReconstructionName,
     VocabCriterion,
@@ -30,14 +29,13 @@ INTEGERS = {
     "num_calibration_samples": 1,
     "max_seq_length": 2,
     "pruning_seed": 0,
-    "vocab_multiple": 1,
+    "pad_to_multiple_of": 1,
 }
 NAMES = {
     "criterion": CriterionName,
     "reconstruction": ReconstructionName,
     "allocation": AllocationName,
     "vocab_criterion": VocabCriterion,
-    "effort": EffortName,
 }
 EVERYTHING = {
     "pruning_ratio": 0.3,
@@ -48,20 +46,20 @@ EVERYTHING = {
     "criterion": "wanda",
     "reconstruction": "bias",
     "allocation": "adaptive",
-    "effort": "high",
+    "refit_lm_head": True,
     "round_to": 8,
-    "stock": False,
+    "native_architecture": False,
     "vocab_size": None,
     "vocab_coverage": 0.99,
     "vocab_min_count": None,
     "vocab_auto": False,
-    "vocab_multiple": 8,
+    "pad_to_multiple_of": 8,
     "vocab_criterion": "frequency",
     "linear_threshold": None,
     "activation_threshold": None,
     "embedding_threshold": None,
     "ridge": 0.1,
-    "general_mix": 0.25,
+    "general_data_ratio": 0.25,
     "domain": "law",
     "num_calibration_samples": 7,
     "max_seq_length": 33,
@@ -124,7 +122,7 @@ def test_integers(name, lowest):
 
 
 def test_effort_needs_a_repair():
-    assert "effort='high' repairs more" in refused(effort="high", reconstruction="none")
+    assert "refit_lm_head=True repairs more" in refused(refit_lm_head=True, reconstruction="none")
 
 
 @pytest.mark.parametrize("bad", [0, -1, 0.0, math.nan, math.inf, "0.01", True, None, 2e6])
@@ -166,7 +164,7 @@ def test_names(name, literal):
         ({"pruning_ratio": 0.3, "vocab_size": 64}, "adaptive"),
         ({"pruning_ratio": 0.3, "attention_ratio": 0.5}, "uniform"),
         ({"mlp_ratio": 0.25}, "uniform"),
-        ({"pruning_ratio": 0.3, "stock": True}, "uniform"),
+        ({"pruning_ratio": 0.3, "native_architecture": True}, "uniform"),
         ({"vocab_size": 64}, "uniform"),
         ({"pruning_ratio": 0}, "uniform"),
         ({"num_calibration_samples": 1}, "uniform"),
@@ -183,7 +181,7 @@ def test_allocation_that_is_not_given_follows_from_the_budget(options, allocatio
 
 @pytest.mark.parametrize("bad", ["no", "false", 0, 1, None])
 def test_stock_must_be_a_bool(bad):
-    assert refused(stock=bad) == f"stock is {bad!r}; it must be true or false."
+    assert refused(native_architecture=bad) == f"native_architecture is {bad!r}; it must be true or false."
 
 
 @pytest.mark.parametrize("bad", [3, True, ["text"], ""])
@@ -202,7 +200,7 @@ def test_domain_must_be_a_name(bad):
         ({"pruning_ratio": 0.2, "target_params": 5}, "pruning_ratio and target_params both"),
         ({"pruning_ratio": 0.2, "mlp_ratio": 0.1, "attention_ratio": 0.1}, "leave out pruning_ratio/target_params"),
         ({"target_params": 5, "mlp_ratio": 0.1, "attention_ratio": 0.1}, "leave out pruning_ratio/target_params"),
-        ({"allocation": "adaptive", "stock": True}, "stock=True rules out"),
+        ({"allocation": "adaptive", "native_architecture": True}, "native_architecture=True rules out"),
         ({"max_loss_increase": 0.03, "pruning_ratio": 0.2}, "and pruning_ratio fixes it; give one"),
         ({"max_loss_increase": 0.03, "target_params": 9}, "and target_params fixes it"),
         ({"max_loss_increase": 0.03, "mlp_ratio": 0.0}, "and mlp_ratio fixes it"),
@@ -265,7 +263,7 @@ def test_yaml_round_trip(tmp_path):
         (b"!!python/object/apply:os.getcwd []\n", "can't be read"),
         (b"pruning_ratoi: 0.2\n", "Did you mean 'pruning_ratio'"),
         (b"pruning_ratio: lots\n", "pruning_ratio is 'lots'"),
-        (b"stock: 'no'\n", "stock is 'no'"),
+        (b"native_architecture: 'no'\n", "native_architecture is 'no'"),
     ],
 )
 def test_bad_yaml(text, said, tmp_path):
@@ -301,8 +299,10 @@ def test_argument_parser():
     assert config == PrunerConfig.from_dict(EVERYTHING)
     assert other.output_dir == "there"
     assert parser.parse_args_into_dataclasses([])[0] == PrunerConfig()
-    (config, _) = parser.parse_args_into_dataclasses(["--target-params", "12", "--mlp-ratio", "0.5", "--stock"])
-    assert config == PrunerConfig(target_params=12, mlp_ratio=0.5, stock=True)
+    (config, _) = parser.parse_args_into_dataclasses(
+        ["--target-params", "12", "--mlp-ratio", "0.5", "--native-architecture"]
+    )
+    assert config == PrunerConfig(target_params=12, mlp_ratio=0.5, native_architecture=True)
 
 
 def test_argument_parser_refuses_what_the_config_refuses(capsys):
@@ -347,7 +347,7 @@ def test_vocabulary_options_that_contradict():
     )
     assert "allocation='adaptive'" in refused(vocab_auto=True, pruning_ratio=0.2, allocation="uniform")
     assert "a budget to share" in refused(vocab_auto=True)
-    assert "so not stock" in refused(vocab_auto=True, pruning_ratio=0.2, stock=True)
+    assert "so not stock" in refused(vocab_auto=True, pruning_ratio=0.2, native_architecture=True)
     assert "no mlp_ratio" in refused(vocab_auto=True, allocation="adaptive", pruning_ratio=0.2, mlp_ratio=0.1)
     config = PrunerConfig(vocab_auto=True, pruning_ratio=0.2)
     assert config.prunes_units

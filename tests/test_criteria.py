@@ -11,12 +11,12 @@ import torch
 
 from hf_context_prune.config import CriterionName
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.modeling.architectures import blocks
+from hf_context_prune.modeling.architectures import layers_of
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
 from hf_context_prune.pruning.criteria import CRITERIA, RIDGE, criterion, get_criterion
-from hf_context_prune.pruning.scoring import weights_of_block
+from hf_context_prune.pruning.scoring import weights_of_layer
 from hf_context_prune.utils.linalg import FLOOR
 from tests.problems import inputs, statistics_of, weights
 from tests.tiny import VOCABULARY, tiny_model
@@ -136,7 +136,7 @@ def test_magnitude_of_a_model(family):
     expected = summed_by_hand(family, model, lambda weight: weight.detach().double().abs())
     for (layer, target), value in expected.items():
         groups = geometry.layers[layer].kv_groups
-        w = weights_of_block(blocks(model, spec)[layer], spec, geometry, target, groups)
+        w = weights_of_layer(layers_of(model, spec)[layer], spec, geometry, target, groups)
         got = score("magnitude", w, None)
         torch.testing.assert_close(got, value)
 
@@ -144,10 +144,10 @@ def test_magnitude_of_a_model(family):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_obs_ranks_by_what_reaches_the_residual_stream(family):
     model, spec = tiny_model(family), SPECS[family]
-    geometry, block = read_geometry(model.config, spec), blocks(model, spec)[0]
+    geometry, block = read_geometry(model.config, spec), layers_of(model, spec)[0]
     with torch.no_grad():
         block.post_feedforward_layernorm.weight.copy_(torch.linspace(-1, 3, model.config.hidden_size))
-    w = weights_of_block(block, spec, geometry, "mlp", geometry.layers[0].kv_groups)
+    w = weights_of_layer(block, spec, geometry, "mlp", geometry.layers[0].kv_groups)
     gamma = 1 + block.post_feedforward_layernorm.weight.detach()
     torch.testing.assert_close(w.channel_scale[:, 0], gamma, atol=1e-4, rtol=1e-4)
     stats = statistics_of(inputs(w.num_units))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune.data import sources
 from hf_context_prune.data.documents import TextDocument, TextSource, check_readable, load_documents
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
 
@@ -467,7 +467,7 @@ def test_blocks_are_the_documents_joined_by_eos(tokenizer):
     source = source_of(words(20, 1), words(20, 2), words(20, 3))
     parts = [tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"] for d in source.documents]
     total = sum(map(len, parts)) + 2
-    blocks = token_blocks(source, tokenizer, num_samples=1, max_seq_length=total, seed=0)
+    blocks = tokenize_samples(source, tokenizer, num_samples=1, max_seq_length=total, seed=0)
     assert (blocks.dtype, blocks.shape) == (torch.int64, (1, total))
     ids = blocks[0].tolist()
     assert ids.count(tokenizer.eos_token_id) == 2
@@ -478,27 +478,27 @@ def test_blocks_are_the_documents_joined_by_eos(tokenizer):
 def test_blocks_are_deterministic_and_follow_the_seed(tokenizer):
     source = source_of(*(words(30, i) for i in range(50)))
     first, again, other = (
-        token_blocks(source, tokenizer, num_samples=4, max_seq_length=32, seed=seed) for seed in (0, 0, 1)
+        tokenize_samples(source, tokenizer, num_samples=4, max_seq_length=32, seed=seed) for seed in (0, 0, 1)
     )
     assert first.shape == (4, 32)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     backwards = TextSource.from_documents(reversed(source.documents))
-    assert torch.equal(first, token_blocks(backwards, tokenizer, num_samples=4, max_seq_length=32))
+    assert torch.equal(first, tokenize_samples(backwards, tokenizer, num_samples=4, max_seq_length=32))
 
 
 def test_long_document_does_not_dominate(tokenizer):
     long = " ".join(["LONG"] * 20_000)
     source = source_of(long, *(words(40, i) for i in range(200)))
     for seed in range(5):
-        blocks = token_blocks(source, tokenizer, num_samples=100, max_seq_length=32, seed=seed)
+        blocks = tokenize_samples(source, tokenizer, num_samples=100, max_seq_length=32, seed=seed)
         long_tokens = tokenizer.decode(blocks.flatten().tolist()).count("LONG") * 4  # four letters, a token each
         assert long_tokens <= 4 * 32
 
 
 def test_long_document_gives_more_where_there_is_too_little_text(tokenizer):
     text = words(5_000)
-    blocks = token_blocks(source_of(text, "cat"), tokenizer, num_samples=40, max_seq_length=32)
+    blocks = tokenize_samples(source_of(text, "cat"), tokenizer, num_samples=40, max_seq_length=32)
     assert blocks.shape == (40, 32)
     longest = max(tokenizer.decode(blocks.flatten().tolist()).split("<eos>"), key=len)
     assert longest.strip() in text
@@ -507,29 +507,31 @@ def test_long_document_gives_more_where_there_is_too_little_text(tokenizer):
 def test_too_little_text_warns_with_both_numbers(tokenizer):
     source = source_of(words(100))
     with pytest.warns(CalibrationWarning, match=r"asked for 1000 blocks .* for \d+ of 8 tokens"):
-        blocks = token_blocks(source, tokenizer, num_samples=1000, max_seq_length=8)
+        blocks = tokenize_samples(source, tokenizer, num_samples=1000, max_seq_length=8)
     assert 1 < len(blocks) < 1000
     with pytest.warns(CalibrationWarning, match="asked for 2 blocks"):
-        short = token_blocks(source_of("the cat sat on the mat, twice"), tokenizer, num_samples=2, max_seq_length=512)
+        short = tokenize_samples(
+            source_of("the cat sat on the mat, twice"), tokenizer, num_samples=2, max_seq_length=512
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(DataError, match="at least 8"):
-            token_blocks(source_of("cat"), tokenizer, num_samples=2, max_seq_length=512)
-        token_blocks(source, tokenizer, num_samples=1000, max_seq_length=8, fewer=True)  # nobody asked for as many
+            tokenize_samples(source_of("cat"), tokenizer, num_samples=2, max_seq_length=512)
+        tokenize_samples(source, tokenizer, num_samples=1000, max_seq_length=8, fewer=True)  # nobody asked for as many
     assert short.shape[0] == 1
     assert 8 <= short.shape[1] < 512
 
 
 def test_shortened_single_block_warns_even_if_one_was_asked(tokenizer):
     with pytest.warns(CalibrationWarning, match="asked for 1 block"):
-        token_blocks(source_of("the dog sat on a mat"), tokenizer, num_samples=1, max_seq_length=512)
+        tokenize_samples(source_of("the dog sat on a mat"), tokenizer, num_samples=1, max_seq_length=512)
 
 
 def test_bad_sizes_and_no_length_warning(tokenizer, capfd):
     for options in ({"num_samples": 0, "max_seq_length": 8}, {"num_samples": 1, "max_seq_length": 0}):
         with pytest.raises(ConfigError, match="at least 1"):
-            token_blocks(source_of("a b c d e f g h i j"), tokenizer, **options)
-    token_blocks(source_of(words(500)), tokenizer, num_samples=2, max_seq_length=64)
+            tokenize_samples(source_of("a b c d e f g h i j"), tokenizer, **options)
+    tokenize_samples(source_of(words(500)), tokenizer, num_samples=2, max_seq_length=64)
     assert "longer than" not in capfd.readouterr().err
 
 
@@ -537,9 +539,9 @@ def test_separator_falls_back_to_bos_then_to_none(tokenizer):
     source = source_of("aaaaaaaa", "bbbbbbbb")
     backend = tokenizer.backend_tokenizer
     with_bos = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<eos>")
-    assert token_blocks(source, with_bos, num_samples=1, max_seq_length=17).flatten().tolist()[8] == 0
+    assert tokenize_samples(source, with_bos, num_samples=1, max_seq_length=17).flatten().tolist()[8] == 0
     bare = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert 0 not in token_blocks(source, bare, num_samples=1, max_seq_length=16)
+    assert 0 not in tokenize_samples(source, bare, num_samples=1, max_seq_length=16)
 
 
 # --- slips ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.reduce import reduce_moments
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats
-from hf_context_prune.pruning.planner import plan_and_repair
+from hf_context_prune.pruning.planner import plan_and_reconstruct
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import distributed
 from tests.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, samples
@@ -150,7 +150,7 @@ def check_statistics(first, second, expected, *, tolerance=1e-5):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_plan_and_its_repair_are_those_of_one_process(folder, results, name):
     model = case("llama")
-    plan, repair = plan_and_repair(model, samples(), PrunerConfig(**CONFIGS[name]))
+    plan, repair = plan_and_reconstruct(model, samples(), PrunerConfig(**CONFIGS[name]))
     expected = dict(apply_plan(model, plan, repair=repair).named_parameters())
     for rank in RANKS:
         assert PruningPlan.load(folder / f"{name}.{rank}.json").layers == plan.layers

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_context_prune.modeling import model_class
-from hf_context_prune.modeling.architectures import TARGETS, blocks, output_projection, output_weight
+from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, output_weight
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
@@ -51,7 +51,7 @@ def masked(model, plan):
     spec = SPECS[model.config.model_type]
     geometry = read_geometry(model.config, spec)
     silenced = copy.deepcopy(model)
-    for layer, block in zip(plan.layers, blocks(silenced, spec), strict=True):
+    for layer, block in zip(plan.layers, layers_of(silenced, spec), strict=True):
         for target in TARGETS:
             weight = output_weight(output_projection(block, spec, target))
             gone = torch.ones(weight.shape[1], dtype=torch.bool)

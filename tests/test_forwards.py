@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_context_prune.modeling.architectures import blocks, spec_of
-from hf_context_prune.modeling.patching import fast_blocks, forwards
+from hf_context_prune.modeling.architectures import layers_of, spec_of
+from hf_context_prune.modeling.patching import bfloat16_layers, patch_forwards
 from hf_context_prune.utils import precision
 from tests.tiny import CASES, VOCABULARY, case
 
@@ -24,13 +24,13 @@ def tokens():
 @pytest.mark.parametrize("name", CASES)
 def test_fast_blocks_round_little_and_leave_no_trace(name, fast_bfloat16):
     model, ids = case(name).eval(), tokens()
-    layers = blocks(model, spec_of(model.config))
+    layers = layers_of(model, spec_of(model.config))
     seen = []
     handles = [layer.register_forward_hook(lambda _, args, output: seen.append(output)) for layer in layers]
     with torch.no_grad():
         exact = model(input_ids=ids).logits
         seen.clear()
-        with fast_blocks(model):
+        with bfloat16_layers(model):
             rounded = model(input_ids=ids).logits
         again = model(input_ids=ids).logits
     for handle in handles:
@@ -47,7 +47,7 @@ def test_the_head_is_not_rounded(fast_bfloat16):
     model, ids = case("llama").eval(), tokens()
     states = []
     handle = model.lm_head.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-    with torch.no_grad(), fast_blocks(model):
+    with torch.no_grad(), bfloat16_layers(model):
         logits = model(input_ids=ids).logits
     handle.remove()
     torch.testing.assert_close(logits, states[0] @ model.lm_head.weight.detach().T)
@@ -58,7 +58,7 @@ def test_other_precisions_stay_as_they_are(dtype, fast_bfloat16):
     model, ids = case("llama").eval().to(dtype), tokens()
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with fast_blocks(model):
+        with bfloat16_layers(model):
             assert torch.equal(model(input_ids=ids).logits, plain)
 
 
@@ -67,18 +67,18 @@ def test_other_precisions_stay_as_they_are(dtype, fast_bfloat16):
 def test_nothing_is_rounded_that_would_not_be_faster(name, known, monkeypatch):
     monkeypatch.setattr(precision, "FAST_PRECISION", name)
     monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: known)
-    with precision.fast_block(torch.ones(1, 2, 3)):
+    with precision.bfloat16_autocast(torch.ones(1, 2, 3)):
         assert torch.is_autocast_enabled("cpu") == (known and name == "medium")
     assert not torch.is_autocast_enabled("cpu")
 
 
 def test_forwards_come_back_after_an_error():
     model = case("llama").eval()
-    layers = blocks(model, spec_of(model.config))
+    layers = layers_of(model, spec_of(model.config))
 
     def fails(*args, **options):
         raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"), forwards(layers, [fails] * len(layers)), torch.no_grad():
+    with pytest.raises(RuntimeError, match="broken"), patch_forwards(layers, [fails] * len(layers)), torch.no_grad():
         model(input_ids=tokens())
     assert not any("forward" in vars(layer) for layer in layers)

@@ -14,15 +14,14 @@ from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import BudgetError, CalibrationWarning, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.architectures import unit_costs
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
-from hf_context_prune.pipelines.validation_text import SearchText
+from hf_context_prune.pipelines.validation_text import ValidationText
 from hf_context_prune.pruning import prune_model as global_budget
-from hf_context_prune.pruning.prune_model import check_budget, smaller_model
+from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.surgery import apply_plan
-from hf_context_prune.pruning.vocabulary.notes import effort_note, vocabulary_note
+from hf_context_prune.pruning.vocabulary.notes import refit_note, vocabulary_note
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
@@ -34,7 +33,7 @@ SMALL = {"num_calibration_samples": 16, "max_seq_length": 32}
 AUTO = {
     "vocab_auto": True,
     "allocation": "adaptive",
-    "vocab_multiple": 8,
+    "pad_to_multiple_of": 8,
     "reconstruction": "none",
     "criterion": "wanda",
 }
@@ -46,7 +45,7 @@ def dense(name="llama"):
 
 
 def pruned(config, *, text=None, name="llama", **options):
-    return smaller_model(dense(name), shared_tokenizer("smollm2"), text or documents(), config, **options)
+    return prune_model(dense(name), shared_tokenizer("smollm2"), text or documents(), config, **options)
 
 
 def one_unit(name="llama"):
@@ -67,7 +66,7 @@ def one_unit(name="llama"):
 def test_tokens_and_units_meet_one_budget(name, options):
     config = PrunerConfig(**options, **SMALL)
     model, tokenizer, plan = pruned(config, name=name)
-    total, left = count_parameters(dense(name)), count_parameters(model)
+    total, left = dense(name).num_parameters(), model.num_parameters()
     target = (1 - config.pruning_ratio) * total
     step = len(plan.layers) * one_unit(name)  # with uniform widths, one unit of every layer
     assert target - (step if config.allocation == "uniform" else one_unit(name)) < left <= target
@@ -85,7 +84,7 @@ def test_tokens_alone_may_exceed_the_budget():
     model, _, plan = pruned(config)
     assert plan.widths == plan.dense
     removed = (num_rows(dense()) - 128) * token_cost(dense())
-    assert count_parameters(dense()) - count_parameters(model) == removed > 0.05 * count_parameters(dense())
+    assert dense().num_parameters() - model.num_parameters() == removed > 0.05 * dense().num_parameters()
 
 
 def test_tokens_without_a_budget_leave_all_units():
@@ -100,7 +99,7 @@ def test_tokens_without_a_budget_leave_all_units():
 
 def test_tokens_and_a_loss_budget():
     config = PrunerConfig(vocab_size=320, max_loss_increase=0.3, reconstruction="none", criterion="wanda", **SMALL)
-    rest, search = SearchText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
+    rest, search = ValidationText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
     model, tokenizer, plan = pruned(config, text=rest, search=search)
     base = search.bits_per_byte(dense(), shared_tokenizer("smollm2"))
     increase = search.bits_per_byte(model, tokenizer) / base - 1
@@ -124,13 +123,13 @@ def test_the_split_has_the_least_sum_of_losses(words, ratio):
     if rest:
         assert plan.provenance["predicted_loss_increase"] == pytest.approx(rest, rel=1e-6, abs=1e-9)
     assert plan.provenance["config"] == config.to_dict()
-    target = (1 - ratio) * count_parameters(dense())
-    assert count_parameters(model) <= target
-    assert count_parameters(model) > target - one_unit() or plan.widths == plan.dense
+    target = (1 - ratio) * dense().num_parameters()
+    assert model.num_parameters() <= target
+    assert model.num_parameters() > target - one_unit() or plan.widths == plan.dense
     assert all(loss >= 0 for _, loss, _ in considered)
     assert sum(units == 0 for _, _, units in considered) <= 1  # no vocabulary is smaller than the budget asks
     for tokens, _, units in considered:  # what the tokens alone reach costs no other unit
-        assert (units == 0) == ((rows - tokens) * token_cost(dense()) >= ratio * count_parameters(dense()))
+        assert (units == 0) == ((rows - tokens) * token_cost(dense()) >= ratio * dense().num_parameters())
 
 
 def test_what_a_vocabulary_costs_is_measured_on_text_that_it_was_not_counted_on():
@@ -183,7 +182,7 @@ def test_the_fewest_tokens_are_considered_too():
     assert len(plan.vocabulary.kept) == fewest == plan.provenance["considered_vocabularies"][-1][0]
 
 
-@pytest.mark.parametrize("options", [{"vocab_size": 300, "vocab_multiple": 64}, {"vocab_coverage": 0.5}])
+@pytest.mark.parametrize("options", [{"vocab_size": 300, "pad_to_multiple_of": 64}, {"vocab_coverage": 0.5}])
 def test_what_is_left_for_units_is_told_in_terms_of_the_whole(options):
     """Whether it is known before the text is read or only after."""
     with pytest.raises(
@@ -191,7 +190,7 @@ def test_what_is_left_for_units_is_told_in_terms_of_the_whole(options):
     ) as error:
         pruned(PrunerConfig(pruning_ratio=0.96, allocation="uniform", **options, **SMALL))
     asked = int(str(error.value).split(" ")[2].replace(",", ""))
-    assert asked == round(0.96 * count_parameters(dense()))
+    assert asked == round(0.96 * dense().num_parameters())
     if "vocab_size" in options:
         assert "beyond 320." in str(error.value)
         with pytest.raises(BudgetError, match="beyond 320"):
@@ -201,13 +200,15 @@ def test_what_is_left_for_units_is_told_in_terms_of_the_whole(options):
 HIGH = {**SMALL, "num_calibration_samples": 48, "pruning_ratio": 0.2}
 
 
-@pytest.mark.parametrize("options", [{}, {"vocab_size": 256}, {"stock": True}], ids=["units", "tokens", "stock"])
+@pytest.mark.parametrize(
+    "options", [{}, {"vocab_size": 256}, {"native_architecture": True}], ids=["units", "tokens", "stock"]
+)
 @pytest.mark.parametrize("name", ["llama", "llama-mqa-tied"])
 def test_high_effort_refits_the_rows_of_the_pruned_model(name, options):
     text, withheld = hold_out_documents(documents(), seed=3)
     config = PrunerConfig(**HIGH, **options)
     low, tokenizer, plan = pruned(config, text=text, name=name)
-    high, again, longer = pruned(replace(config, effort="high"), text=text, name=name)
+    high, again, longer = pruned(replace(config, refit_lm_head=True), text=text, name=name)
     assert "refit" not in plan.provenance
     refit = longer.provenance["refit"]
     assert refit["after"] < refit["before"]
@@ -220,22 +221,22 @@ def test_high_effort_refits_the_rows_of_the_pruned_model(name, options):
             for model, own in ((low, tokenizer), (high, again))
         ]
         assert losses[1] < losses[0]
-    assert effort_note(plan) == ()
-    assert "the rows of the tokens were refitted" in effort_note(longer)[0]
+    assert refit_note(plan) == ()
+    assert "the rows of the tokens were refitted" in refit_note(longer)[0]
 
 
 def test_high_effort_with_little_text_says_so():
-    config = PrunerConfig(mlp_ratio=0.3, effort="high", num_calibration_samples=2, max_seq_length=2000)
+    config = PrunerConfig(mlp_ratio=0.3, refit_lm_head=True, num_calibration_samples=2, max_seq_length=2000)
     *_, plan = pruned(config, text=TextSource.from_documents([next(iter(documents().documents))], name="one"))
     assert plan.provenance["refit"] is None
-    assert "the text is too little" in effort_note(plan)[0]
+    assert "the text is too little" in refit_note(plan)[0]
 
 
 def test_padding_is_the_first_to_go():
     tokenizer = shared_tokenizer("smollm2")
     model = model_for("llama", tokenizer, spare_rows=56)
     config = PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL)
-    *_, plan = smaller_model(model, tokenizer, documents(WORDS), config)
+    *_, plan = prune_model(model, tokenizer, documents(WORDS), config)
     considered = plan.provenance["considered_vocabularies"]
     assert considered[:2] == [[448, 0.0, considered[0][2]], [392, 0.0, considered[1][2]]]
     assert considered[1][2] < considered[0][2]
@@ -251,19 +252,19 @@ def test_where_all_tokens_stay_the_report_says_so():
 
 def test_tokens_that_cost_more_than_a_loss_budget_allows():
     config = PrunerConfig(vocab_size=128, max_loss_increase=1e-6, reconstruction="none", criterion="wanda", **SMALL)
-    rest, search = SearchText.withheld_from(documents(WORDS), shared_tokenizer("smollm2"), config)
+    rest, search = ValidationText.withheld_from(documents(WORDS), shared_tokenizer("smollm2"), config)
     with pytest.raises(BudgetError, match=r"with 128 of 392 tokens alone the loss .* Keep more tokens"):
         pruned(config, text=rest, search=search)
 
 
 def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
     config = PrunerConfig(vocab_size=320, max_loss_increase=0.5, reconstruction="none", criterion="wanda", **SMALL)
-    rest, search = SearchText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
+    rest, search = ValidationText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
 
     def nothing_holds(*_, **__):
         raise BudgetError("none held")
 
-    monkeypatch.setattr(global_budget, "plan_and_repair", nothing_holds)
+    monkeypatch.setattr(global_budget, "plan_and_reconstruct", nothing_holds)
     model, _, plan = pruned(config, text=rest, search=search)
     assert plan.widths == plan.dense
     assert num_rows(model) == 320

@@ -16,7 +16,7 @@ from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage import cache, loading, model_checks
-from hf_context_prune.storage.loading import LoadedModel, copy_notes, load_model, load_outline, load_pruned
+from hf_context_prune.storage.loading import LoadedModel, copy_notes, load_meta_model, load_model, load_pruned
 from hf_context_prune.storage.saving import save_pruned
 from tests.tiny import CASES, case, tiny_model, tiny_tokenizer
 
@@ -74,7 +74,7 @@ def test_every_family_loads_without_a_warning(name, tokenizer, tmp_path, recwarn
     again = load_model(tmp_path, device="cpu").model.state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
     assert not [warning for warning in recwarn if issubclass(warning.category, LoadWarning)]
-    assert load_outline(tmp_path).num_parameters() == model.num_parameters()
+    assert load_meta_model(tmp_path).num_parameters() == model.num_parameters()
 
 
 def test_weights_of_the_base_model_load(tokenizer, tmp_path):
@@ -168,7 +168,7 @@ def test_impossible_sizes_are_refused_before_a_model_is_built(copied, field, val
     edit_config(copied, **{field: value})
     for name in ("from_config", "from_pretrained"):
         monkeypatch.setattr(AutoModelForCausalLM, name, lambda *_, **__: pytest.fail("a model was built"))
-    for load in (load_outline, load_model):
+    for load in (load_meta_model, load_model):
         with pytest.raises(LoadError, match=r"(?s)" + ("heads" if "heads" in field else field)) as caught:
             load(copied)
         assert str(value) in str(caught.value)
@@ -181,14 +181,14 @@ def test_heads_that_do_not_divide_the_hidden_size_are_refused(family, tmp_path):
     config["n_head" if family == "gpt2" else "num_attention_heads"] = 5
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoadError, match=r"heads|n_head"):
-        load_outline(tmp_path)
+        load_meta_model(tmp_path)
 
 
 @both
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{", ""])
 def test_a_config_that_is_no_object_is_refused(copied, content):
     (copied / "config.json").write_text(content)
-    for load in (load_outline, load_model):
+    for load in (load_meta_model, load_model):
         with pytest.raises(LoadError, match=r"config\.json|config"):
             load(copied)
 
@@ -196,7 +196,7 @@ def test_a_config_that_is_no_object_is_refused(copied, content):
 @only_stock
 def test_a_huge_width_has_an_outline_and_is_refused_with_its_weights(copied):
     edit_config(copied, intermediate_size=1_000_000_000)
-    assert load_outline(copied).num_parameters() > 3 * 3 * 48 * 1_000_000_000
+    assert load_meta_model(copied).num_parameters() > 3 * 3 * 48 * 1_000_000_000
     with pytest.raises(LoadError, match="1000000000 input features"):
         load_model(copied)
 
@@ -232,7 +232,7 @@ def test_a_changed_file_is_refused_unless_not_verified(variable, tmp_path):
 @pytest.mark.parametrize("source", ["", "  ", "\n"])
 def test_an_empty_source_is_not_the_current_folder(source, stock, monkeypatch):
     monkeypatch.chdir(stock)
-    for load in (load_model, load_outline, load_pruned):
+    for load in (load_model, load_meta_model, load_pruned):
         with pytest.raises(LoadError, match="MODEL"):
             load(source)
 

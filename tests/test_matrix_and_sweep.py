@@ -16,13 +16,13 @@ from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import CalibrationWarning, ConfigError, SaveError
 from hf_context_prune.evaluation.options import QuestionOptions
-from hf_context_prune.evaluation.reports.formatting import less_one
+from hf_context_prune.evaluation.reports.formatting import ratio_to_change
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
 from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
 from hf_context_prune.pipelines.matrix import domain_matrix
 from hf_context_prune.pipelines.matrix_report import DENSE
 from hf_context_prune.pipelines.sweep import SweepOptions, _Pruner, sweep
-from hf_context_prune.pruning.prune_model import smaller_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.training.recovery.config import RecoveryConfig
@@ -70,7 +70,7 @@ def questions(tmp_path):
         }
         for i in range(9)
     ]
-    return QuestionOptions(write(tmp_path / "questions.jsonl", rows), num_shots=2)
+    return QuestionOptions(write(tmp_path / "questions.jsonl", rows), num_fewshot=2)
 
 
 def test_the_matrix_measures_every_model_on_every_domain(base, domains, questions, tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     asked = found.held_out["law"]
     for general, said in (
         (asked, "scorer likelihood_normalised, 2-shot (of some"),
-        (replace(asked, num_shots=0), "general: scorer likelihood_normalised, 0-shot"),
+        (replace(asked, num_fewshot=0), "general: scorer likelihood_normalised, 0-shot"),
     ):
         scores = found.scores | {(DENSE, "general"): found.scores[DENSE, "law"]}
         both = replace(found, held_out={"law": asked, "general": general}, scores=scores)
@@ -131,7 +131,7 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     rendered = render([read_folder(out)], tmp_path / "report")
     assert {path.name for path in rendered.glob("*.png")} == {"matrix-out.png"}
     facts = read_facts(out / "models/law")  # each folder tells what was measured
-    assert less_one(facts.report.loss.comparison.bits_per_byte_ratio) == found.change("law", "law")
+    assert ratio_to_change(facts.report.loss.comparison.bits_per_byte_ratio) == found.change("law", "law")
     assert facts.report.general.loss.pruned.num_bytes == sum(x.num_bytes for x in found.scores["law", "general"].losses)
     assert facts.report.multiple_choice.pruned[-1].num_questions == 9
     assert facts.report.size.pruned_weight_bytes == (out / "models/law/model.safetensors").stat().st_size
@@ -141,7 +141,7 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     def never(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("hf_context_prune.pipelines.matrix.smaller_model", never)
+    monkeypatch.setattr("hf_context_prune.pipelines.matrix.prune_model", never)
     monkeypatch.setattr("hf_context_prune.pipelines.matrix.score", never)
     again = domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
     assert again.scores == found.scores
@@ -178,14 +178,16 @@ def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, 
     assert curve[-1][1:] == (found.change("general", "law"), found.change("general", "general"))
     assert [row[:2] for row in found.mix_rows()] == [("law", x) for x in ("0 %", "25 %", "50 %", "100 %")]
     facts = read_facts(out / "models/law+0.25")
-    assert facts.plan.provenance["config"]["general_mix"] == 0.25
+    assert facts.plan.provenance["config"]["general_data_ratio"] == 0.25
     assert "tokens of law.jsonl, a share of 0.25 of general.jsonl." in facts.report.notes[-1]
-    assert less_one(facts.report.loss.comparison.bits_per_byte_ratio) == curve[1][1]
-    assert less_one(facts.report.general.loss.comparison.bits_per_byte_ratio) == curve[1][2]
+    assert ratio_to_change(facts.report.loss.comparison.bits_per_byte_ratio) == curve[1][1]
+    assert ratio_to_change(facts.report.general.loss.comparison.bits_per_byte_ratio) == curve[1][2]
     assert facts.report.multiple_choice is None  # losses alone
     text, general = (load_documents(domains[name]) for name in PARTS)
     rest, others = (hold_out_documents(one, seed=0)[0] for one in (text, general))
-    alone, _, _ = smaller_model(base.model, base.tokenizer, rest, replace(CONFIG, general_mix=0.25), general=others)
+    alone, _, _ = prune_model(
+        base.model, base.tokenizer, rest, replace(CONFIG, general_data_ratio=0.25), general=others
+    )
     for one, other in zip(load_model(out / "models/law+0.25").model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(one, other)
     assert (out / "mix.png").read_bytes().startswith(b"\x89PNG")
@@ -212,7 +214,7 @@ def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, 
 
 def test_files_of_others_are_not_replaced(base, domains, tmp_path, monkeypatch):
     for name in ("matrix", "sweep"):
-        monkeypatch.setattr(f"hf_context_prune.pipelines.{name}.as_loaded", None)
+        monkeypatch.setattr(f"hf_context_prune.pipelines.{name}.ensure_loaded", None)
     for name, run in (
         ("mix.png", lambda out: domain_matrix(base, domains, out, CONFIG)),
         ("sweep.md", lambda out: sweep(base, domains["law"], out, OPTIONS)),
@@ -261,7 +263,7 @@ def test_other_questions_are_not_answered_by_old_rows(base, domains, questions, 
         domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
 
 
-@pytest.mark.parametrize("options", [{"scorer": "likelyhood"}, {"num_shots": -1}])
+@pytest.mark.parametrize("options", [{"scorer": "likelyhood"}, {"num_fewshot": -1}])
 def test_how_questions_are_scored_is_checked_at_once(options):
     with pytest.raises(ConfigError, match=str(next(iter(options.values())))):
         QuestionOptions("questions.jsonl", **options)
@@ -278,7 +280,7 @@ def test_how_questions_are_scored_is_checked_at_once(options):
         ({"law": "a", "b": "b"}, {"questions": {"c": "x"}}),
         ({"law": "a", "general": "b"}, {"reference": "genral"}),
         ({"law": "a", "general": "b"}, {"config": PrunerConfig(max_loss_increase=0.1)}),
-        ({"law": "a", "general": "b"}, {"config": PrunerConfig(general_mix=0.1)}),
+        ({"law": "a", "general": "b"}, {"config": PrunerConfig(general_data_ratio=0.1)}),
         ({"law": "a", "b": "b"}, {"mixes": {"law": [0.5]}}),
         ({"law": "a", "general": "b"}, {"mixes": {"general": [0.5]}}),
         ({"law": "a", "general": "b"}, {"mixes": {"lav": [0.5]}}),
@@ -288,7 +290,7 @@ def test_how_questions_are_scored_is_checked_at_once(options):
     ],
 )
 def test_bad_domains_are_refused(base, tmp_path, domains, more, monkeypatch):
-    monkeypatch.setattr("hf_context_prune.pipelines.matrix.as_loaded", None)  # refused before a model is loaded
+    monkeypatch.setattr("hf_context_prune.pipelines.matrix.ensure_loaded", None)  # refused before a model is loaded
     with pytest.raises(ConfigError):
         domain_matrix(base, domains, tmp_path / "out", **{"config": CONFIG, **more})
     assert not (tmp_path / "out").exists()
@@ -339,7 +341,7 @@ def test_a_second_run_into_one_folder_waits_its_turn(base, domains, tmp_path, mo
 def test_an_output_that_cannot_be_written_is_refused_first(base, domains, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for name in ("matrix", "sweep"):
-        monkeypatch.setattr(f"hf_context_prune.pipelines.{name}.as_loaded", None)
+        monkeypatch.setattr(f"hf_context_prune.pipelines.{name}.ensure_loaded", None)
     for out in (tmp_path / "file", tmp_path / "file" / "deep"):
         with pytest.raises(SaveError, match="is not a folder, so nothing can be made in it"):
             domain_matrix(base, domains, out, CONFIG)
@@ -396,7 +398,7 @@ def test_the_grid_tells_removed_from_zeroed(base, domains, questions, tmp_path, 
     assert (out / "loss-against-size.png").read_bytes().startswith(b"\x89PNG")
     rendered = render([read_folder(out)], tmp_path / "report")
     assert {path.name for path in rendered.glob("*.png")} == {"loss-against-size-out.png"}
-    monkeypatch.setattr("hf_context_prune.pipelines.sweep.smaller_model", None)
+    monkeypatch.setattr("hf_context_prune.pipelines.sweep.prune_model", None)
     assert sweep(base, domains["law"], out, OPTIONS, questions=questions).rows == found.rows
 
 
@@ -431,7 +433,7 @@ def test_a_point_of_the_grid_is_what_prune_makes_of_its_options(base, domains):
     text, pruner = load_documents(domains["law"]), _Pruner(base, load_documents(domains["law"]))
     for config in OPTIONS.configs():
         own, _, plan = pruner.prune(config)
-        alone, _, expected = smaller_model(base.model, base.tokenizer, text, config)
+        alone, _, expected = prune_model(base.model, base.tokenizer, text, config)
         assert plan == expected
         for (name, got), wanted in zip(own.named_parameters(), alone.parameters(), strict=True):
             assert torch.equal(got, wanted), name

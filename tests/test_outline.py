@@ -28,7 +28,7 @@ def test_adaptive_widths_are_measured_and_their_size_is_known(model, tmp_path):
     model.save_pretrained(tmp_path)
     outline = dry_run(tmp_path, PrunerConfig(pruning_ratio=0.1))
     assert outline.widths is None
-    assert not outline.stock.fits
+    assert not outline.native_fit.fits
     assert outline.pruned_parameters == outline.base_parameters - -(-outline.base_parameters // 10)
     assert json.loads(json.dumps(outline.to_dict()))["widths"] is None
     with pytest.raises(BudgetError, match=r"adaptive widths can remove at most .* \(0\.\d{4} of all\)"):
@@ -51,7 +51,7 @@ def test_tokens_that_reach_the_budget_alone_leave_the_widths(model, tmp_path):
     outline = dry_run(tmp_path, PrunerConfig(pruning_ratio=0.05, vocab_size=64))
     assert outline.tokens == 64
     assert outline.widths == outline.dense
-    assert outline.stock.fits
+    assert outline.native_fit.fits
 
 
 def test_a_size_that_has_to_be_measured_is_refused(model, tmp_path):

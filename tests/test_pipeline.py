@@ -23,11 +23,11 @@ from hf_context_prune import (
     prune,
 )
 from hf_context_prune.data.documents import load_documents
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadError, NumericsError, SaveError
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pruning.calibration.samples import batches_of
-from hf_context_prune.pruning.planner import repair_with
+from hf_context_prune.pruning.planner import reconstruct_with
 from hf_context_prune.pruning.scoring import needed_statistics, needed_targets
 from tests.tiny import TEXT, case, tiny_model
 
@@ -104,11 +104,11 @@ def test_every_stage_by_itself_gives_what_prune_gives(model, tokenizer):
     config = PrunerConfig(mlp_ratio=0.25, reconstruction="least_squares", **OPTIONS)
     result = prune(model, texts(), config, tokenizer=tokenizer, eval_data=texts(5, seed=9), evaluation=QUICK)
     source = load_documents(texts())
-    samples = token_blocks(source, tokenizer, num_samples=16, max_seq_length=32)
+    samples = tokenize_samples(source, tokenizer, num_samples=16, max_seq_length=32)
     stats = calibrate(model, batches_of(samples), targets=needed_targets(config), statistics=needed_statistics(config))
     plan = make_plan(model, stats, config)
     assert plan.sha256 == result.plan.sha256
-    smaller = apply_plan(model, plan, repair=repair_with(stats, config))
+    smaller = apply_plan(model, plan, repair=reconstruct_with(stats, config))
     weights = result.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in smaller.state_dict().items())
 
@@ -116,7 +116,7 @@ def test_every_stage_by_itself_gives_what_prune_gives(model, tokenizer):
 def test_repair_lowers_the_loss_of_a_model_that_was_trained(tokenizer):
     """On a random model nothing matters; a few steps make it one that repair can help."""
     model = tiny_model("llama", initializer_range=0.05)
-    samples = token_blocks(load_documents(texts()), tokenizer, num_samples=32, max_seq_length=32)
+    samples = tokenize_samples(load_documents(texts()), tokenizer, num_samples=32, max_seq_length=32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         model(input_ids=samples, labels=samples).loss.backward()
@@ -203,17 +203,17 @@ def test_dry_run_agrees_with_the_real_run(model, tokenizer, tmp_path):
     result = prune(tmp_path, texts(), config, evaluation=QUICK)
     assert outline.widths == result.plan.widths
     assert outline.pruned_parameters == result.report.size.pruned_parameters
-    assert outline.stock == result.stock
+    assert outline.native_fit == result.native_fit
 
 
 def test_stock_plans_only_what_stays_stock(tokenizer):
     model = tiny_model("opt")
     with pytest.raises(BudgetError, match="can hold 6"):
-        run(model, tokenizer, mlp_ratio=0.25, attention_ratio=0.5, stock=True)
-    assert run(model, tokenizer, mlp_ratio=0.25, stock=True).stock.fits
+        run(model, tokenizer, mlp_ratio=0.25, attention_ratio=0.5, native_architecture=True)
+    assert run(model, tokenizer, mlp_ratio=0.25, native_architecture=True).stock.fits
     assert not run(model, tokenizer, mlp_ratio=0.25, attention_ratio=0.5).stock.fits
     with pytest.raises(ConfigError, match="rules out"):
-        PrunerConfig(allocation="adaptive", stock=True)
+        PrunerConfig(allocation="adaptive", native_architecture=True)
 
 
 def test_bad_input_is_refused_before_anything_happens(model, tokenizer, tmp_path):

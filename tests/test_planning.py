@@ -9,13 +9,12 @@ import torch
 
 from hf_context_prune import PrunerConfig, apply_plan, calibrate, make_plan
 from hf_context_prune.errors import BudgetError, ConfigError
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.pruning.allocation import probing as width_search
 from hf_context_prune.pruning.allocation.sensitivity import withhold_probe
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration import chunked
 from hf_context_prune.pruning.calibration.samples import batches_of
-from hf_context_prune.pruning.planner import plan_and_repair, repair_with
+from hf_context_prune.pruning.planner import plan_and_reconstruct, reconstruct_with
 from hf_context_prune.pruning.scoring import needed_statistics, needed_targets
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -27,7 +26,7 @@ def tokens(blocks, length=16):
 @pytest.mark.parametrize("reconstruction", ["least_squares", "sequential"])
 def test_adaptive_plans_carry_their_curves_and_their_prediction(model, reconstruction):
     config = PrunerConfig(pruning_ratio=0.15, allocation="adaptive", reconstruction=reconstruction)
-    plan, _ = plan_and_repair(model, tokens(12), config, provenance={"mine": 1})
+    plan, _ = plan_and_reconstruct(model, tokens(12), config, provenance={"mine": 1})
     facts = json.loads(json.dumps(dict(plan.provenance), allow_nan=False))
     assert facts["mine"] == 1
     assert set(facts["sensitivity"]) == {f"{i}.{target}" for i in range(3) for target in ("mlp", "attention")}
@@ -56,7 +55,7 @@ def lower_envelope(curve, at):
 
 
 def test_uniform_plans_predict_nothing(model):
-    plan, _ = plan_and_repair(model, tokens(4), PrunerConfig(mlp_ratio=0.25))
+    plan, _ = plan_and_reconstruct(model, tokens(4), PrunerConfig(mlp_ratio=0.25))
     assert not {"predicted_loss_increase", "sensitivity", "loss_budget"} & set(plan.provenance)
     assert plan.provenance["num_calibration_samples"] == 4
 
@@ -64,12 +63,12 @@ def test_uniform_plans_predict_nothing(model):
 def test_the_stages_give_the_adaptive_plan_too(model):
     options = {"allocation": "adaptive", "reconstruction": "least_squares"}
     config, samples = PrunerConfig(mlp_ratio=0.25, attention_ratio=0.34, **options), tokens(12)
-    plan, repair = plan_and_repair(model, samples, config)
+    plan, repair = plan_and_reconstruct(model, samples, config)
     fit, probe = withhold_probe(samples)
     stats = calibrate(model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config))
     again = make_plan(model, stats, config, samples=probe)
     assert again == plan
-    one, two = (apply_plan(model, plan, repair=r).state_dict() for r in (repair, repair_with(stats, config)))
+    one, two = (apply_plan(model, plan, repair=r).state_dict() for r in (repair, reconstruct_with(stats, config)))
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(ConfigError, match="withhold_probe"):
         make_plan(model, stats, config)
@@ -78,18 +77,18 @@ def test_the_stages_give_the_adaptive_plan_too(model):
 def test_a_walk_is_not_quietly_replaced_by_its_one_shot_kin(model):
     config = PrunerConfig(mlp_ratio=0.25)
     stats = calibrate(model, batches_of(tokens(2)), statistics=needed_statistics(config))
-    for call in (lambda: make_plan(model, stats, config), lambda: repair_with(stats, config)):
-        with pytest.raises(ConfigError, match="use plan_and_repair"):
+    for call in (lambda: make_plan(model, stats, config), lambda: reconstruct_with(stats, config)):
+        with pytest.raises(ConfigError, match="use plan_and_reconstruct"):
             call()
 
 
 @pytest.mark.parametrize("reconstruction", ["sequential", "least_squares"])
 def test_a_size_is_searched_without_the_gram_matrices_of_all_layers(model, monkeypatch, reconstruction):
     config = PrunerConfig(max_loss_increase=0.1, reconstruction=reconstruction)
-    total = count_parameters(model)
+    total = model.num_parameters()
 
     def found():
-        plan, repair = plan_and_repair(model, tokens(12), config, loss=lambda m: 2 - count_parameters(m) / total)
+        plan, repair = plan_and_reconstruct(model, tokens(12), config, loss=lambda m: 2 - m.num_parameters() / total)
         return plan, apply_plan(model, plan, repair=repair).state_dict()
 
     plan, weights = found()
@@ -111,7 +110,7 @@ def test_a_size_is_searched_without_the_gram_matrices_of_all_layers(model, monke
 def test_where_no_unit_can_go_a_loss_budget_says_so(model):
     config = PrunerConfig(max_loss_increase=0.3, round_to=64, allocation="uniform")
     with pytest.raises(BudgetError, match=r"Nothing can go.*round_to=64"):
-        plan_and_repair(model, tokens(4), config, loss=lambda m: 1.0)
+        plan_and_reconstruct(model, tokens(4), config, loss=lambda m: 1.0)
     with pytest.raises(BudgetError, match=r"multiples of round_to=64; with a smaller one, more can go"):
         plan_widths(model, PrunerConfig(pruning_ratio=0.2, round_to=64, allocation="uniform"))
 
@@ -125,7 +124,7 @@ def test_which_units_a_loss_budget_may_remove(model):
             call(model, config)
 
 
-@pytest.mark.parametrize("options", [{"vocab_size": 128}, {"effort": "high"}])
+@pytest.mark.parametrize("options", [{"vocab_size": 128}, {"refit_lm_head": True}])
 def test_what_is_no_plan_of_units_is_not_left_out_silently(model, options):
     config = PrunerConfig(mlp_ratio=0.25, **options)
     with pytest.raises(ConfigError, match="make_plan plans neurons and KV groups alone"):
@@ -134,4 +133,4 @@ def test_what_is_no_plan_of_units_is_not_left_out_silently(model, options):
 
 def test_adaptive_needs_two_blocks():
     with pytest.raises(ConfigError, match="there is 1 block of 16 tokens"):
-        plan_and_repair(tiny_model("llama"), tokens(1), PrunerConfig(allocation="adaptive"))
+        plan_and_reconstruct(tiny_model("llama"), tokens(1), PrunerConfig(allocation="adaptive"))

@@ -7,7 +7,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from hf_context_prune.data.questions import Question, answered, load_questions, prompt, shown
+from hf_context_prune.data.questions import Question, format_example, format_question, load_questions, prompt
 from hf_context_prune.errors import ConfigError, DataError
 
 ROW = {"id": "q1", "question": "Who decides?", "choices": ["The court", "The clerk"], "answer": 0, "source": "a/law"}
@@ -130,8 +130,8 @@ def test_options_that_are_refused(tmp_path):
 
 def test_prompts():
     question = Question("q", "Who decides?", ("The court", "The clerk"), 1, "law", context="A case.")
-    assert shown(question) == "A case.\n\nQuestion: Who decides?\nAnswer:"
-    assert answered(question, letters=True) == (
+    assert format_question(question) == "A case.\n\nQuestion: Who decides?\nAnswer:"
+    assert format_example(question, letters=True) == (
         "A case.\n\nQuestion: Who decides?\nA. The court\nB. The clerk\nAnswer: B"
     )
-    assert prompt(question, [question]) == f"{answered(question)}\n\n{shown(question)}"
+    assert prompt(question, [question]) == f"{format_example(question)}\n\n{format_question(question)}"

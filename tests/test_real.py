@@ -14,7 +14,7 @@ from hf_context_prune import EvalOptions, PrunerConfig, load_model, prune
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.pipelines.demo import complete
+from hf_context_prune.pipelines.demo import generate_completions
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
 
@@ -41,12 +41,14 @@ def test_prune_20_percent_and_repair(smollm2, licences, tmp_path):
     assert size.base_parameters == 134_515_008
     assert 0.2 <= size.achieved_ratio < 0.204
     assert 0 < excess["least_squares"] < excess["none"]
-    assert result.stock.fits
+    assert result.native_fit.fits
     folder = result.save_pretrained(tmp_path / "mini-gpt")
     assert (folder / "model.safetensors").stat().st_size < 0.81 * 538_090_408
     plain = AutoModelForCausalLM.from_pretrained(folder)
     prompt = "THE SOFTWARE IS PROVIDED"
-    assert complete(plain, result.tokenizer, prompt) == complete(result.model, result.tokenizer, prompt)
+    assert generate_completions(plain, result.tokenizer, prompt) == generate_completions(
+        result.model, result.tokenizer, prompt
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

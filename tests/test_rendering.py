@@ -9,7 +9,7 @@ import pytest
 
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
-from hf_context_prune.evaluation.reports.files import check_report_place, save_report
+from hf_context_prune.evaluation.reports.files import check_report_folder, save_report
 from hf_context_prune.evaluation.reports.rendering import Folder, markdown, read_folder, read_folders, render
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport, load_report
@@ -116,13 +116,13 @@ def test_a_run_without_a_model_is_reported_too(folders, tmp_path):
     assert text.index("## speed") < text.index("## small")
     for place in (folders[0], out):
         with pytest.raises(SaveError, match="holds a model or a rendered report"):
-            check_report_place(place, "bench")
+            check_report_folder(place, "bench")
     with pytest.raises(SaveError, match="holds what bench found, which would be lost"):
         save_report(found[1].report, tmp_path / "speed")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/eval_report.json").symlink_to(tmp_path / "nowhere")
     with pytest.raises(SaveError, match="It would be lost"):
-        check_report_place(tmp_path / "broken", "bench")
+        check_report_folder(tmp_path / "broken", "bench")
     (tmp_path / "speed/eval_report.json").write_text("{}")
     with pytest.raises(SaveError, match="It would be lost"):
         save_report(RUN, tmp_path / "speed")
@@ -136,7 +136,7 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
         drawn.update(panels)
         raise InterruptedError
 
-    monkeypatch.setattr("hf_context_prune.evaluation.reports.rendering.losses_figure", draw)
+    monkeypatch.setattr("hf_context_prune.evaluation.reports.rendering.plot_losses", draw)
     found = [read_folder(folder) for folder in folders]
     report = found[1].report
     other = replace(report, dataset=replace(report.dataset, fingerprint="f" * 64))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_context_prune.errors import ConfigError, SaveError
-from hf_context_prune.modeling.architectures import blocks, output_projection, output_weight, spec_of
+from hf_context_prune.modeling.architectures import layers_of, output_projection, output_weight, spec_of
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.pruning.calibration.calibrate import calibrate
@@ -46,7 +46,7 @@ def widths_of(model, *, neurons=0.75, groups=1):
 def final_hidden(model, given):
     """Residual stream after the last block, unpadded rows of all batches."""
     rows = []
-    last = blocks(model, SPECS[model.config.model_type.removeprefix("context_pruned_")])[-1]
+    last = layers_of(model, SPECS[model.config.model_type.removeprefix("context_pruned_")])[-1]
     for batch in given:
         seen: list[torch.Tensor] = []
         handle = last.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
@@ -89,11 +89,11 @@ def test_with_equal_streams_and_nothing_removed_the_old_weights_come_back(name):
     """A walk over a plan that removes one unit that never fires: everything else must stay as it was."""
     model = case(name)
     spec, geometry = spec_of(model.config), read_geometry(model.config, spec_of(model.config))
-    for block in blocks(model, spec):
+    for block in layers_of(model, spec):
         output_weight(output_projection(block, spec, "mlp"))[:, 0] = 0  # neuron 0 feeds nothing
     widths = [LayerWidths(w.neurons - 1, w.kv_groups) for w in geometry.layers]
     result = prune_sequentially(model, batches(), widths, CRITERIA["obs"])
-    for index, block in enumerate(blocks(model, spec)):
+    for index, block in enumerate(layers_of(model, spec)):
         projection = output_projection(block, spec, "mlp")
         assert 0 not in result.layers[index].neurons
         weight, bias = result.outputs[index, "mlp"]
@@ -317,7 +317,7 @@ def test_the_pace_of_blocks_that_are_taken_up_says_nothing_of_the_rest(tmp_path,
 def test_a_killed_walk_goes_on_to_the_same_bits(name, criterion, tmp_path, monkeypatch):
     model, widths = case(name), widths_of(case(name))
     whole = prune_sequentially(model, batches(), widths, CRITERIA[criterion])
-    original, pruned = sequential._Walk.prune, []
+    original, pruned = sequential.SequentialPruner.prune, []
 
     def dies_in_the_last_block(self, index, width):
         pruned.append(index)
@@ -325,7 +325,7 @@ def test_a_killed_walk_goes_on_to_the_same_bits(name, criterion, tmp_path, monke
             raise KeyboardInterrupt
         return original(self, index, width)
 
-    monkeypatch.setattr(sequential._Walk, "prune", dies_in_the_last_block)
+    monkeypatch.setattr(sequential.SequentialPruner, "prune", dies_in_the_last_block)
     with pytest.raises(KeyboardInterrupt):
         prune_sequentially(model, batches(), widths, CRITERIA[criterion], state_dir=tmp_path)
     resumed = prune_sequentially(model, batches(), widths, CRITERIA[criterion], state_dir=tmp_path)
@@ -365,9 +365,9 @@ def test_fast_products_change_little_and_the_setting_comes_back(monkeypatch):
     exact = prune_sequentially(model, batches(), widths, CRITERIA["wanda"])
     before = torch.get_float32_matmul_precision()
     inside = []
-    original = sequential._Walk._choose_and_refit
+    original = sequential.SequentialPruner._choose_and_refit
     monkeypatch.setattr(
-        sequential._Walk,
+        sequential.SequentialPruner,
         "_choose_and_refit",
         lambda *args: (inside.append(torch.get_float32_matmul_precision()), original(*args))[1],
     )

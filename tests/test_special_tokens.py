@@ -7,7 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from hf_context_prune.data.documents import TextDocument, TextSource
-from hf_context_prune.data.samples import leading_token, token_blocks
+from hf_context_prune.data.samples import leading_token, tokenize_samples
 from hf_context_prune.evaluation.perplexity import document_losses
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -43,16 +43,16 @@ def test_only_what_the_tokenizer_adds_itself(plain, led):
 
 def test_every_block_begins_with_it(plain, led):
     options = {"num_samples": 3, "max_seq_length": 16}
-    without, blocks = (token_blocks(source(TEXT), own, **options) for own in (plain, led))
+    without, blocks = (tokenize_samples(source(TEXT), own, **options) for own in (plain, led))
     assert blocks.shape == without.shape == (3, 16)
     assert (blocks[:, 0] == led.bos_token_id).all()
     # The text goes on from block to block without a gap.
     text = blocks[:, 1:].flatten().tolist()
     assert plain.decode(text) in TEXT
     assert led.bos_token_id not in text
-    short = token_blocks(source(TEXT), led, num_samples=1, max_seq_length=4096, fewer=True)
+    short = tokenize_samples(source(TEXT), led, num_samples=1, max_seq_length=4096, fewer=True)
     assert short[0].tolist() == led.encode(TEXT)
-    assert token_blocks(source(TEXT), led, num_samples=20, max_seq_length=1).shape == (20, 1)
+    assert tokenize_samples(source(TEXT), led, num_samples=20, max_seq_length=1).shape == (20, 1)
 
 
 @pytest.mark.parametrize("window", [7, 64])

@@ -18,13 +18,13 @@ from hf_context_prune import modeling
 from hf_context_prune.errors import SaveError, UnsupportedArchitectureError
 from hf_context_prune.modeling.architectures import (
     TARGETS,
-    blocks,
     check_supported,
+    layers_of,
     output_projection,
     output_weight,
     unit_costs,
 )
-from hf_context_prune.modeling.native_fit import stock_fit
+from hf_context_prune.modeling.native_fit import native_fit
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
@@ -75,8 +75,8 @@ def test_repair_is_asked_once_for_every_narrowed_projection(name):
     smaller = apply_plan(model, plan, repair=repair)
     assert set(calls) == {(0, "mlp"), (1, "attention"), (2, "attention")}
     for (layer, target), (weight, bias, kept) in calls.items():
-        old = output_projection(blocks(model, spec)[layer], spec, target)
-        new = output_projection(blocks(smaller, spec)[layer], spec, target)
+        old = output_projection(layers_of(model, spec)[layer], spec, target)
+        new = output_projection(layers_of(smaller, spec)[layer], spec, target)
         assert torch.equal(weight, output_weight(old))  # [out, in], whatever the storage
         assert kept == kept_features(geometry, target, plan.layers[layer].kept(target))
         assert torch.equal(output_weight(new), 2 * output_weight(old)[:, kept])
@@ -85,8 +85,8 @@ def test_repair_is_asked_once_for_every_narrowed_projection(name):
             assert torch.equal(bias, old.bias)
             assert torch.equal(new.bias, old.bias + 1)
     for layer, target in {(layer, target) for layer in range(3) for target in TARGETS} - set(calls):
-        old = output_projection(blocks(model, spec)[layer], spec, target)
-        assert torch.equal(output_projection(blocks(smaller, spec)[layer], spec, target).weight, old.weight)
+        old = output_projection(layers_of(model, spec)[layer], spec, target)
+        assert torch.equal(output_projection(layers_of(smaller, spec)[layer], spec, target).weight, old.weight)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -126,9 +126,9 @@ def test_a_bias_where_the_architecture_has_none(name, tmp_path):
     smaller = apply_plan(model, plan, repair=repair)
     plain = apply_plan(model, plan)
     for (layer, target), bias in biases.items():
-        projection = output_projection(blocks(smaller, spec)[layer], spec, target)
+        projection = output_projection(layers_of(smaller, spec)[layer], spec, target)
         assert torch.equal(projection.bias, bias)
-        output_projection(blocks(plain, spec)[layer], spec, target).register_forward_hook(
+        output_projection(layers_of(plain, spec)[layer], spec, target).register_forward_hook(
             lambda _, args, output, bias=bias: output + bias
         )
     torch.testing.assert_close(logits(smaller), logits(plain), atol=1e-5, rtol=1e-5)
@@ -205,7 +205,7 @@ def test_costs_are_what_a_unit_takes_with_it(name):
 def fit(name, *widths, **overrides):
     config = tiny_config(name, **overrides)
     widths = widths * config.num_hidden_layers if len(widths) == 1 else widths
-    return stock_fit(config, SPECS[name], [LayerWidths(*width) for width in widths])
+    return native_fit(config, SPECS[name], [LayerWidths(*width) for width in widths])
 
 
 def test_uniform_widths_fit_the_stock_architecture():

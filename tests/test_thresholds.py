@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.pruning.calibration.samples import batches_of
-from hf_context_prune.pruning.prune_model import smaller_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.thresholds.magnitudes import measure_magnitudes
 from hf_context_prune.pruning.thresholds.prune import count_zeros, prune_by_thresholds, zero_below_, zeros_of_paper
@@ -190,15 +190,15 @@ def test_the_dense_model_is_measured_where_tokens_go_too(name, embedding):
     tokenizer = shared_tokenizer("llama3")
     model, text = quieter(model_for(name, tokenizer)), documents()
     options = {"criterion": "l1", "reconstruction": "none", "linear_threshold": 0.1, "activation_threshold": 0.1}
-    config = PrunerConfig(**options, num_calibration_samples=8, max_seq_length=32, vocab_multiple=1)
-    _, _, alone = smaller_model(model, tokenizer, text, config)
+    config = PrunerConfig(**options, num_calibration_samples=8, max_seq_length=32, pad_to_multiple_of=1)
+    _, _, alone = prune_model(model, tokenizer, text, config)
     both = replace(config, embedding_threshold=embedding)
-    smaller, fewer, plan = smaller_model(model, tokenizer, text, both)
+    smaller, fewer, plan = prune_model(model, tokenizer, text, both)
     assert len(fewer) == len(plan.vocabulary.kept) < len(tokenizer)
     assert plan.layers == alone.layers  # the tokens of a smaller vocabulary are other ones
     assert [len(x.neurons) for x in plan.layers] != [40, 40, 40]
     zeroed = copy.deepcopy(model)
-    samples = token_blocks(text, tokenizer, num_samples=8, max_seq_length=32, seed=0)
+    samples = tokenize_samples(text, tokenizer, num_samples=8, max_seq_length=32, seed=0)
     zero_below_(zeroed, measured(model, samples), linear=0.1, activation=0.1)
     kept = torch.tensor(plan.vocabulary.kept)
     ids = torch.arange(len(kept))[None]

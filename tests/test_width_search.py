@@ -11,7 +11,7 @@ from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.pruning.allocation import probing as width_search
 from hf_context_prune.pruning.calibration import chunked
-from hf_context_prune.pruning.planner import Planner, plan_and_repair
+from hf_context_prune.pruning.planner import Planner, plan_and_reconstruct
 from tests.tiny import VOCABULARY, tiny_model
 
 
@@ -42,7 +42,7 @@ def test_statistics_take_less_text_than_the_walk(model, monkeypatch, calibration
     monkeypatch.setattr(width_search, "SEARCH_TOKENS", 50)
     monkeypatch.setattr(width_search, "TOKENS_A_FEATURE", 1)
     config = PrunerConfig(pruning_ratio=0.1)
-    plan, _ = plan_and_repair(model, tokens(12), config)
+    plan, _ = plan_and_reconstruct(model, tokens(12), config)
     assert calibrations == [([0, 1, 2], 3)]
     assert plan.provenance["num_calibration_samples"] == 12
     monkeypatch.setattr(width_search, "TOKENS_A_FEATURE", 2)  # 40 neurons

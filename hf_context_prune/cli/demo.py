@@ -9,13 +9,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from hf_context_prune.utils.distributed import together
+from hf_context_prune.utils.distributed import fail_together
 
-from .options import DATA_HELP, Format, FormatOption, TextColumn
+from .options import DATA_HELP, FormatOption, OutputFormat, TextColumn
 from .output import errors, out, out_table, save_and_show
 
 
-@together()
+@fail_together()
 def demo(
     data: Annotated[str | None, typer.Option(help="Your own text instead of software licences. " + DATA_HELP)] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out text for --data.")] = None,
@@ -25,7 +25,7 @@ def demo(
     ] = None,
     pruning_ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = 0.2,
     num_calibration_samples: Annotated[int, typer.Option(min=1, help="Blocks of 512 tokens to calibrate on.")] = 128,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Prune the real SmolLM2-135M-Instruct for software licences (or your own text), without Hub access.
 
@@ -49,7 +49,7 @@ def demo(
             log=lambda line: errors.print(escape(line)),
         )
         save_and_show(outcome.result, target, measure_memory=True, format=format)
-    if format is Format.auto:
+    if format is OutputFormat.auto:
         table = Table(title="Three completions, greedy", title_justify="left", show_lines=True)
         for name in ("prompt", "base", "pruned"):
             table.add_column(name, overflow="fold")

@@ -16,11 +16,11 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
-    Format,
     FormatOption,
     GeneralData,
     MaxEvalTokens,
     ModelArgument,
+    OutputFormat,
     RevisionOption,
     SpeedOption,
     TextColumn,
@@ -63,18 +63,18 @@ def evaluate(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     revision: RevisionOption = None,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Measure MODEL on a text (and questions): bits per byte, perplexity, accuracy, size, speed and memory."""
     asked = question_options({} if mcq is None else {"": mcq}, locals())
     from hf_context_prune.evaluation.harness import harness_task_name
     from hf_context_prune.evaluation.options import EvalOptions
-    from hf_context_prune.evaluation.reports.files import check_report_place, save_report
+    from hf_context_prune.evaluation.reports.files import check_report_folder, save_report
     from hf_context_prune.pipelines.evaluate import evaluate as run
     from hf_context_prune.storage.loading import load_model
 
     if output is not None:
-        check_report_place(output, "evaluate")
+        check_report_folder(output, "evaluate")
     report = on_main_process(
         lambda: run(
             load_model(model, dtype=dtype.value, device=device, revision=revision),
@@ -89,9 +89,9 @@ def evaluate(
     )
     if output is not None:
         save_report(report, output)
-    if format is Format.json:
+    if format is OutputFormat.json:
         out_json(report.to_dict())
-    elif format is Format.quiet:
+    elif format is OutputFormat.quiet:
         out(f"{report.loss.base.bits_per_byte.value:.6f}")
     else:
         out_table(report_table(report))
@@ -116,15 +116,15 @@ def bench(
     output: ReportFolder = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Measure BASE and MODEL in turns: load time, prefill, decoding, peak memory, bytes on disk."""
     from hf_context_prune.evaluation.bench import bench as run
-    from hf_context_prune.evaluation.reports.files import check_report_place, save_report
+    from hf_context_prune.evaluation.reports.files import check_report_folder, save_report
     from hf_context_prune.storage.loading import copy_notes, load_model
 
     if output is not None:
-        check_report_place(output, "bench")
+        check_report_folder(output, "bench")
 
     def measure() -> RunReport:
         first, second = (load_model(name, dtype=dtype.value, device=device) for name in (base, model))
@@ -142,9 +142,9 @@ def bench(
     report = on_main_process(measure)
     if output is not None:
         save_report(report, output)
-    if format is Format.json:
+    if format is OutputFormat.json:
         out_json(report.to_dict())
-    elif format is Format.quiet:
+    elif format is OutputFormat.quiet:
         out("\n".join("\t".join(row) for row in report.tables[0].rows))
     else:
         for table in run_tables(report):

@@ -18,11 +18,11 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
-    Format,
     FormatOption,
     MaxEvalTokens,
     MlpRatio,
     ModelArgument,
+    OutputFormat,
     PruningRatio,
     ReconstructionOption,
     RevisionOption,
@@ -71,11 +71,11 @@ def sweep(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     revision: RevisionOption = None,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Run the paper's grid of thresholds on MODEL: what goes for real, what is only zeroed, what it costs."""
     asked = question_options({} if mcq is None else {"": mcq}, locals(), scorer="paper", max_questions=100)
-    from hf_context_prune.evaluation.reports.files import check_report_place
+    from hf_context_prune.evaluation.reports.files import check_report_folder
     from hf_context_prune.pipelines.sweep import SweepOptions
     from hf_context_prune.pipelines.sweep import sweep as run
     from hf_context_prune.storage.loading import load_model
@@ -97,21 +97,21 @@ def sweep(
         seed,
     )
     options.configs()  # refused before the model is loaded
-    check_report_place(output, "sweep")
+    check_report_folder(output, "sweep")
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
     run(loaded, data, output, options, eval_data=eval_data, text_column=text_column, questions=asked.get(""))
     _show(output, "sweep.md", format)
 
 
-def _show(output: Path, file: str, format: Format) -> None:
+def _show(output: Path, file: str, format: OutputFormat) -> None:
     """What a run wrote to its folder."""
     from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
 
     report = load_report(output / REPORT_NAME)
     assert isinstance(report, RunReport)
-    if format is Format.json:
+    if format is OutputFormat.json:
         out_json(report.to_dict())
-    elif format is Format.quiet:
+    elif format is OutputFormat.quiet:
         out(str(output / file))
     else:
         for table in run_tables(report):
@@ -181,7 +181,7 @@ def matrix(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     revision: RevisionOption = None,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Prune MODEL once for each domain, and measure every result on every domain."""
     given = locals()

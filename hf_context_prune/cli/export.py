@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import DATA_HELP, Format, TextColumn
+from .options import DATA_HELP, OutputFormat, TextColumn
 from .output import out, out_json, out_table
 from .tables import export_table
 
@@ -36,8 +36,9 @@ def export(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the text to compare on.")] = 0,
     show: Annotated[
-        Format, typer.Option("--show", help="auto: a table; json: everything, for programs; quiet: only the folder.")
-    ] = Format.auto,
+        OutputFormat,
+        typer.Option("--show", help="auto: a table; json: everything, for programs; quiet: only the folder."),
+    ] = OutputFormat.auto,
 ) -> None:
     """Write DIR for another runtime, and keep it only if it says there what DIR says.
 
@@ -57,19 +58,19 @@ def export(
         tolerance=tolerance,
         seed=seed,
     )
-    if show is Format.quiet:
+    if show is OutputFormat.quiet:
         out(str(result.folder))
     else:
         show_export(result.report, show)
-        if show is Format.auto:
+        if show is OutputFormat.auto:
             out(f"Wrote {result.folder}")
 
 
-def show_export(report: ExportReport, format: Format) -> None:
+def show_export(report: ExportReport, format: OutputFormat) -> None:
     """The facts of an export."""
-    if format is Format.json:
+    if format is OutputFormat.json:
         out_json(report.to_dict())
-    elif format is Format.quiet:
+    elif format is OutputFormat.quiet:
         out(f"{report.verification.perplexity_change:.6f}")
     else:
         out_table(export_table(report))

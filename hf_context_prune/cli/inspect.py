@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from .export import show_export
-from .options import Format, FormatOption
+from .options import FormatOption, OutputFormat
 from .output import out, out_json, out_table
 from .tables import report_table, widths_table
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this tool wrote.")],
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
     from hf_context_prune.evaluation.reports.report import EvalReport
@@ -31,7 +31,7 @@ def inspect(
         return
     plan = PruningPlan.load(folder / PLAN_NAME)
     figures = EvalReport.load(folder / REPORT_NAME) if REPORT_NAME in manifest["files"] else None
-    if format is Format.json:
+    if format is OutputFormat.json:
         out_json(
             {
                 "files": manifest["files"],
@@ -43,7 +43,7 @@ def inspect(
             }
         )
         return
-    if format is Format.quiet:
+    if format is OutputFormat.quiet:
         out(plan.sha256)
         return
     out(f"{folder}: {len(manifest['files'])} files, all as they were written")

@@ -11,7 +11,6 @@ import typer
 
 from hf_context_prune.config import (
     CriterionName,
-    EffortName,
     PrunerConfig,
     ReconstructionName,
     VocabCriterion,
@@ -19,7 +18,7 @@ from hf_context_prune.config import (
 )
 
 
-class Format(StrEnum):
+class OutputFormat(StrEnum):
     """What goes to stdout."""
 
     auto = "auto"
@@ -50,7 +49,8 @@ TextColumn = Annotated[
     str | None, typer.Option(help="Column with the text; found by itself if there is one candidate.")
 ]
 FormatOption = Annotated[
-    Format, typer.Option("--format", help="auto: a table; json: everything, for programs; quiet: only the essential.")
+    OutputFormat,
+    typer.Option("--format", help="auto: a table; json: everything, for programs; quiet: only the essential."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point type to load the weights in.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Torch device; by default an accelerator if there is one.")]
@@ -106,14 +106,15 @@ AllocationOption = Annotated[
     str | None,
     typer.Option(
         help="adaptive: widths by each layer's measured effect on the loss; uniform: the same in every layer. Default "
-        "adaptive, but uniform with --mlp-ratio, --attention-ratio, --stock, thresholds or a single block of text."
+        "adaptive, but uniform with --mlp-ratio, --attention-ratio, --native-architecture, thresholds or a single block of text."
     ),
 ]
-EffortOption = Annotated[
-    str | None,
+RefitOption = Annotated[
+    bool | None,
     typer.Option(
-        help=f"{names(EffortName)}. high: the token rows are refitted to the text too, once the blocks are done (as "
-        "they are anyway where tokens go): less loss at the same size, in more time."
+        "--refit-lm-head/--no-refit-lm-head",
+        help="After pruning, also refit the LM head (and the tied embedding) on the calibration text: less loss at the "
+        "same size, in more time.",
     ),
 ]
 RoundTo = Annotated[
@@ -144,7 +145,7 @@ _EXCLUDES = {
     "max_loss_increase": ("mlp_ratio", "attention_ratio"),
     "mlp_ratio": ("max_loss_increase",),
     "attention_ratio": ("max_loss_increase",),
-    "stock": ("allocation",),
+    "native_architecture": ("allocation",),
 }
 """Options of a file that one of the command line leaves no sense to."""
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hf_context_prune.utils.distributed import on_main_process
 
-from .options import Format
+from .options import OutputFormat
 from .tables import report_table
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ def out_table(table: Table) -> None:
     console.print(table)
 
 
-def save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, format: Format) -> None:
+def save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, format: OutputFormat) -> None:
     """Write the folder of a result, and show its figures."""
     folder = on_main_process(lambda: result.save_pretrained(output, measure_memory=measure_memory))
-    if format is Format.quiet:
+    if format is OutputFormat.quiet:
         out(str(folder))
-    elif format is Format.json:
+    elif format is OutputFormat.json:
         out_json({"output": str(folder), "plan_sha256": result.plan.sha256, "report": result.report.to_dict()})
     else:
         out_table(report_table(result.report))
@@ -53,5 +53,9 @@ def save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, fo
         out(f"Held-out text: {result.report.dataset.held_out}")
         for note in result.report.notes:
             out(note)
-        how = "opens with plain transformers" if result.stock.fits else "opens with this package or trust_remote_code"
+        how = (
+            "opens with plain transformers"
+            if result.native_fit.fits
+            else "opens with this package or trust_remote_code"
+        )
         out(f"Wrote {folder} ({how})")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.utils.distributed import together
+from hf_context_prune.utils.distributed import fail_together
 
 from .options import (
     DATA_HELP,
@@ -20,9 +20,7 @@ from .options import (
     DomainOption,
     Dtype,
     DtypeOption,
-    EffortOption,
     EmbeddingThreshold,
-    Format,
     FormatOption,
     GeneralData,
     GeneralMix,
@@ -31,8 +29,10 @@ from .options import (
     MaxLossIncrease,
     MlpRatio,
     ModelArgument,
+    OutputFormat,
     PruningRatio,
     ReconstructionOption,
+    RefitOption,
     RevisionOption,
     RoundTo,
     SpeedOption,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from hf_context_prune.config import PrunerConfig
 
 
-@together()
+@fail_together()
 def prune(
     model: ModelArgument,
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
@@ -62,7 +62,7 @@ def prune(
         str | None, typer.Option(help="Text for the figures; by default a tenth of the documents of --data.")
     ] = None,
     general_data: GeneralData = None,
-    general_mix: GeneralMix = None,
+    general_data_ratio: GeneralMix = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options; the command line wins.")] = None,
     pruning_ratio: PruningRatio = None,
     target_params: TargetParams = None,
@@ -72,17 +72,21 @@ def prune(
     criterion: CriterionOption = None,
     reconstruction: ReconstructionOption = None,
     allocation: AllocationOption = None,
-    effort: EffortOption = None,
+    refit_lm_head: RefitOption = None,
     round_to: RoundTo = None,
-    stock: Annotated[
-        bool | None, typer.Option("--stock/--no-stock", help="Plan only widths that the stock architecture can hold.")
+    native_architecture: Annotated[
+        bool | None,
+        typer.Option(
+            "--native-architecture/--no-native-architecture",
+            help="Plan only widths that the native architecture can hold.",
+        ),
     ] = None,
     vocab_size: VocabSize = None,
     vocab_coverage: VocabCoverage = None,
     vocab_min_count: VocabMinCount = None,
     vocab_auto: VocabAuto = None,
     vocab_criterion: VocabCriterionOption = None,
-    vocab_multiple: VocabMultiple = None,
+    pad_to_multiple_of: VocabMultiple = None,
     linear_threshold: LinearThreshold = None,
     activation_threshold: ActivationThreshold = None,
     embedding_threshold: EmbeddingThreshold = None,
@@ -100,13 +104,13 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option(help="Only print the sizes, from shapes alone (uniform widths layer by layer).")
     ] = False,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on held-out text, and write a model folder."""
     chosen = given_options(config, {**locals(), "pruning_seed": seed})
-    from hf_context_prune.pruning.calibration.samples import check_general_mix
+    from hf_context_prune.pruning.calibration.samples import check_general_data_ratio
 
-    check_general_mix(chosen, general_data)
+    check_general_data_ratio(chosen, general_data)
     if dry_run:
         _dry_run(model, chosen, revision, format)
         return
@@ -134,7 +138,7 @@ def prune(
         save_and_show(result, output, measure_memory=speed, format=format)
 
 
-def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: Format) -> None:
+def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: OutputFormat) -> None:
     from hf_context_prune.pipelines.dry_run import dry_run
 
     if config.max_loss_increase is not None:
@@ -147,9 +151,9 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
     if config.prunes_vocabulary and config.vocab_size is None:
         raise ConfigError("--dry-run works from shapes alone, but tokens are counted on text; give --vocab-size.")
     outline = dry_run(model, config, revision=revision)
-    if format is Format.json:
+    if format is OutputFormat.json:
         out_json(outline.to_dict())
-    elif format is Format.quiet:
+    elif format is OutputFormat.quiet:
         out(str(outline.pruned_parameters))
     else:
         if outline.widths is not None:
@@ -164,4 +168,4 @@ def _dry_run(model: str, config: PrunerConfig, revision: str | None, format: For
             f"Parameters: {outline.base_parameters:,} -> {outline.pruned_parameters:,} "
             f"(-{1 - outline.pruned_parameters / outline.base_parameters:.2%}{asked})"
         )
-        out(f"Architecture: {'stock' if outline.stock.fits else 'variable-width'}: {outline.stock.reason}")
+        out(f"Architecture: {'stock' if outline.native_fit.fits else 'variable-width'}: {outline.native_fit.reason}")

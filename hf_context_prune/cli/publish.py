@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Format, FormatOption
+from .options import FormatOption, OutputFormat
 from .output import out, out_json
 
 
@@ -42,7 +42,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist, or refs/pr/N.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request against main instead.")] = False,
     commit_message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Upload a folder to the Hub in one commit, card included; nothing happens if it is there already.
 
@@ -60,9 +60,9 @@ def push(
         create_pr=create_pr,
         commit_message=commit_message,
     )
-    if format is Format.json:
+    if format is OutputFormat.json:
         out_json(done.to_dict())
-    elif format is Format.quiet:
+    elif format is OutputFormat.quiet:
         out(done.url)
     else:
         if done.left_out:

@@ -61,7 +61,7 @@ def question_options(
         "mcq_columns": ("columns", _columns),
         "mcq_split": ("splits", lambda name: (name,)),
         "mcq_scorer": ("scorer", str),
-        "few_shot": ("num_shots", int),
+        "few_shot": ("num_fewshot", int),
         "max_questions": ("max_questions", int),
         "harness_task": ("harness_task", lambda path: path),
     }

@@ -10,7 +10,16 @@ import typer
 
 from hf_context_prune.errors import ConfigError
 
-from .options import DATA_HELP, DeviceOption, Format, FormatOption, GeneralData, MaxEvalTokens, SpeedOption, TextColumn
+from .options import (
+    DATA_HELP,
+    DeviceOption,
+    FormatOption,
+    GeneralData,
+    MaxEvalTokens,
+    OutputFormat,
+    SpeedOption,
+    TextColumn,
+)
 from .output import save_and_show
 
 
@@ -53,7 +62,7 @@ def recover(
     device: DeviceOption = None,
     max_eval_tokens: MaxEvalTokens = 20_000,
     speed: SpeedOption = True,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Train a pruned folder back on text of its domain, and write a new folder.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Format, FormatOption
+from .options import FormatOption, OutputFormat
 from .output import out, out_json, out_table
 from .tables import report_table, run_tables
 
@@ -22,7 +22,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.md and its pictures (widths, loss against size, matrix).")
     ] = None,
-    format: FormatOption = Format.auto,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Show the figures of runs, and write them as Markdown with pictures."""
     from hf_context_prune.evaluation.reports.rendering import markdown, read_folders, render
@@ -30,10 +30,10 @@ def report(
 
     found = read_folders(folders)
     written = None if output is None else render(found, output)
-    if format is Format.json:
+    if format is OutputFormat.json:
         out_json({folder.name: folder.report.to_dict() for folder in found})
         return
-    if format is Format.quiet:
+    if format is OutputFormat.quiet:
         out(markdown(found) if written is None else str(written))
         return
     for folder in found:

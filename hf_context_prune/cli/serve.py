@@ -18,7 +18,7 @@ def serve(
 ) -> None:
     """Serve DIR with an OpenAI-compatible API: `transformers serve DIR`, whose options can be given too.
 
-    `transformers serve` alone looks for a model's class in transformers, and finds those of stock widths only.
+    `transformers serve` alone looks for a model's class in transformers, and finds those of native widths only.
     """
     missing = [name for name in ("fastapi", "openai", "pydantic", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_context_prune.errors import ConfigError, DataError
 
-from .sources import PEEK, Table, choose_text_columns, open_source, text_of
+from .sources import PEEK, Table, choose_text_columns, open_source, render_text
 
 #: What `load_documents` reads; the rest are ``datasets.Dataset`` and ``datasets.IterableDataset``, kept out of the type
 #: so that a checker without ``datasets`` agrees.
@@ -170,7 +170,7 @@ def _read_documents(
         columns = choose_text_columns(head, text_column if table.has_columns else None, table.name)
         for row, record in enumerate(itertools.chain(head, records)):
             where = f"{table.name}, record {row + 1}"
-            parts = (text_of(record.get(column), tokenizer, f"{where}, {column!r}") for column in columns)
+            parts = (render_text(record.get(column), tokenizer, f"{where}, {column!r}") for column in columns)
             text = "\n".join(part for part in parts if part.strip()).removeprefix("\ufeff")
             if not text.strip():
                 continue

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from hf_context_prune.errors import ConfigError, DataError, unknown
+from hf_context_prune.errors import ConfigError, DataError, unknown_name
 
 from .sources import open_source
 
@@ -94,7 +94,7 @@ def load_questions(
     """
     for name in columns or {}:
         if name not in FIELDS:
-            raise ConfigError(unknown("question column", name, FIELDS))
+            raise ConfigError(unknown_name("question column", name, FIELDS))
     if max_questions is not None and max_questions < 1:
         raise ConfigError(f"max_questions is {max_questions}; it must be at least 1.")
     with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
@@ -196,7 +196,7 @@ def _index(answer: object, count: int) -> int | None:
     return answer
 
 
-def shown(question: Question, *, letters: bool = False) -> str:
+def format_question(question: Question, *, letters: bool = False) -> str:
     """The question up to where its answer goes: "Question: ...", "Answer:", with its context before it.
 
     Args:
@@ -208,25 +208,27 @@ def shown(question: Question, *, letters: bool = False) -> str:
     return f"{context}Question: {question.question}{listed if letters else ''}\nAnswer:"
 
 
-def answered(question: Question, *, letters: bool = False) -> str:
+def format_example(question: Question, *, letters: bool = False) -> str:
     """A question with its right answer: an example."""
     answer = LETTERS[question.answer] if letters else question.choices[question.answer]
-    return f"{shown(question, letters=letters)} {answer}"
+    return f"{format_question(question, letters=letters)} {answer}"
 
 
-def shown_by_the_paper(question: Question) -> str:
+def format_paper_example(question: Question) -> str:
     """The question as the paper's code asks it: small letters before the choices, and no "Answer:" behind them."""
     listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS.lower(), question.choices, strict=False))
     context = f"{question.context}\n\n" if question.context else ""
     return f"{context}Answer the following question:\n{question.question}{listed}"
 
 
-def papers_prompt(question: Question, examples: Iterable[Question] = ()) -> str:
+def format_paper_prompt(question: Question, examples: Iterable[Question] = ()) -> str:
     """Examples and then the question, as the paper's code asks; its own runs have no examples."""
-    told = [f"{shown_by_the_paper(row)}\nAnswer: {LETTERS[row.answer]}" for row in examples]
-    return "\n\n".join([*told, shown_by_the_paper(question)])
+    told = [f"{format_paper_example(row)}\nAnswer: {LETTERS[row.answer]}" for row in examples]
+    return "\n\n".join([*told, format_paper_example(question)])
 
 
 def prompt(question: Question, examples: Iterable[Question] = (), *, letters: bool = False) -> str:
     """Examples and then the question, separated by blank lines."""
-    return "\n\n".join([*(answered(row, letters=letters) for row in examples), shown(question, letters=letters)])
+    return "\n\n".join(
+        [*(format_example(row, letters=letters) for row in examples), format_question(question, letters=letters)]
+    )

@@ -26,13 +26,13 @@ def leading_token(tokenizer: Any) -> int | None:  # noqa: ANN401
     return bos if bos is not None and tokenizer.encode("a")[:1] == [bos] else None
 
 
-_BLOCKS_PER_DOCUMENT = 4  # so that a few long documents don't make up all the calibration text
+_SAMPLES_PER_DOCUMENT = 4  # so that a few long documents don't make up all the calibration text
 
 
-_SHORTEST_BLOCK = 8
+_SHORTEST_SAMPLE = 8
 
 
-def token_blocks(
+def tokenize_samples(
     source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -73,7 +73,7 @@ def token_blocks(
     order = sorted(source.documents, key=lambda document: stable_hash("blocks", seed, document.doc))
     lead = leading_token(tokenizer) if max_seq_length > 1 else None
     length = max_seq_length - (lead is not None)
-    needed, cap = num_samples * length, _BLOCKS_PER_DOCUMENT * length
+    needed, cap = num_samples * length, _SAMPLES_PER_DOCUMENT * length
     while True:
         tokens, was_cut = _gather_tokens(order, tokenizer, needed, cap, seed)
         if len(tokens) >= needed or not was_cut:
@@ -81,9 +81,9 @@ def token_blocks(
         cap *= 4
     blocks = min(num_samples, len(tokens) // length)
     if blocks == 0:
-        if len(tokens) < _SHORTEST_BLOCK:
+        if len(tokens) < _SHORTEST_SAMPLE:
             raise DataError(
-                f"{source.name}: {len(tokens)} tokens of text, but a block needs at least {_SHORTEST_BLOCK}; "
+                f"{source.name}: {len(tokens)} tokens of text, but a block needs at least {_SHORTEST_SAMPLE}; "
                 "give more text"
             )
         blocks, length = 1, len(tokens)

@@ -316,7 +316,7 @@ def choose_text_columns(head: list[Record], text_column: str | None, name: str) 
     )
 
 
-def text_of(value: object, tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
+def render_text(value: object, tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
     """Text of a record's value: a string, chat messages (through the chat template), or None (empty).
 
     Raises:

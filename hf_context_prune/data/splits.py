@@ -93,8 +93,8 @@ def apart_from_general(held_out: TextSource, how: str, general: TextSource) -> t
     left, dropped = drop_overlapping(held_out, general)
     if not len(left):
         raise DataError(
-            f"Every held-out document is also in the general text {general.name} that general_mix calibrates on, so "
-            f"figures on it would say nothing. Give other text to mix in, or other held-out text (--eval-data)."
+            f"Every held-out document is also in the general text {general.name} that general_data_ratio calibrates "
+            f"on, so figures on it would say nothing. Give other text to mix in, or other held-out text (--eval-data)."
         )
     if dropped:
         how += f" {dropped:,} of these documents were dropped: the general text that is calibrated on has them too."

@@ -14,7 +14,7 @@ from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts, 
 
 from .perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
 
-Pair = tuple[Any, Any]
+ModelAndTokenizer = tuple[Any, Any]
 """A model and its tokenizer."""
 
 
@@ -65,7 +65,7 @@ def read_general(
         source, dropped = drop_overlapping(given, rest)
         if not len(source):
             raise DataError(
-                f"general_mix calibrates on the general text {all_of_it.name}, which repeats all {len(given):,} "
+                f"general_data_ratio calibrates on the general text {all_of_it.name}, which repeats all {len(given):,} "
                 f"documents of it that were held out for the figures. Give text that repeats itself less."
             )
     if apart_from is not None:
@@ -85,12 +85,12 @@ def read_general(
     return GeneralText(source, facts, rest, whole)
 
 
-def losses_on(
+def measure_losses(
     source: TextSource,
-    base: Pair,
+    base: ModelAndTokenizer,
     *,
-    pruned: Pair | None = None,
-    recovered: Pair | None = None,
+    pruned: ModelAndTokenizer | None = None,
+    recovered: ModelAndTokenizer | None = None,
     max_seq_length: int,
     max_tokens: int | None,
     seed: int,
@@ -103,10 +103,12 @@ def losses_on(
         for name, pair in (("pruned", pruned), ("recovered", recovered))
         if pair is not None
     }
-    return loss_facts(first, others, seed=seed)
+    return build_loss_facts(first, others, seed=seed)
 
 
-def loss_facts(base: Sequence[DocumentLoss], others: Mapping[str, Sequence[DocumentLoss]], *, seed: int) -> LossFacts:
+def build_loss_facts(
+    base: Sequence[DocumentLoss], others: Mapping[str, Sequence[DocumentLoss]], *, seed: int
+) -> LossFacts:
     """Losses on the same documents as facts of a report.
 
     Args:
@@ -125,6 +127,6 @@ def loss_facts(base: Sequence[DocumentLoss], others: Mapping[str, Sequence[Docum
     )
 
 
-def general_losses(text: GeneralText | None, base: Pair, **how: Any) -> TextLosses | None:  # noqa: ANN401
-    """As `losses_on`, of the general text, if there is one."""
-    return None if text is None else TextLosses(text.facts, losses_on(text.source, base, **how))
+def measure_general_losses(text: GeneralText | None, base: ModelAndTokenizer, **how: Any) -> TextLosses | None:  # noqa: ANN401
+    """As `measure_losses`, of the general text, if there is one."""
+    return None if text is None else TextLosses(text.facts, measure_losses(text.source, base, **how))

@@ -16,7 +16,7 @@ def harness_task_name(questions: str) -> str:
     return "context_prune_" + (re.sub(r"\W+", "_", Path(questions).stem.lower()).strip("_") or "questions")
 
 
-def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots: int = 0) -> str:
+def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewshot: int = 0) -> str:
     """Write a task folder for ``lm_eval --include_path FOLDER --tasks NAME --num_fewshot 0``.
 
     Examples are part of each prompt, since they are those of the question's own source. ``acc`` is the scorer
@@ -25,7 +25,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots:
     Args:
         questions: What is asked.
         folder: Made if it is not there; an older task of that name is replaced.
-        num_shots: Examples, at most.
+        num_fewshot: Examples, at most.
 
     Returns:
         The task's name.
@@ -41,7 +41,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots:
         {
             "id": question.id,
             "source": question.source,
-            "prompt": prompt(question, questions.shots(question, num_shots)),
+            "prompt": prompt(question, questions.shots(question, num_fewshot)),
             "choices": list(question.choices),
             "answer": question.answer,
         }
@@ -60,7 +60,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_shots:
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
         ],
-        "metadata": {"version": 1.0, "num_shots": num_shots},
+        "metadata": {"version": 1.0, "num_fewshot": num_fewshot},
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

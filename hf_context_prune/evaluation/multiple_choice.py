@@ -11,9 +11,9 @@ import torch
 from huggingface_hub.utils import tqdm
 from scipy import stats
 
-from hf_context_prune.data.questions import ALL, LETTERS, Question, QuestionSet, papers_prompt, prompt
+from hf_context_prune.data.questions import ALL, LETTERS, Question, QuestionSet, format_paper_prompt, prompt
 from hf_context_prune.data.samples import leading_token
-from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown_name
 from hf_context_prune.modeling.inference import check_token_ids, evaluation_mode, max_positions
 
 from .bootstrap import CONFIDENCE, Estimate
@@ -94,7 +94,7 @@ def answer_questions(
     questions: QuestionSet,
     *,
     scorer: Scorer = "likelihood_normalised",
-    num_shots: int = 0,
+    num_fewshot: int = 0,
     batch_tokens: int = 4096,
 ) -> list[Answer]:
     """Answer every question.
@@ -111,19 +111,19 @@ def answer_questions(
         tokenizer: Its tokenizer.
         questions: With examples.
         scorer: See above.
-        num_shots: Examples of the question's own source; fewer where there are fewer.
+        num_fewshot: Examples of the question's own source; fewer where there are fewer.
         batch_tokens: Tokens a batch, padding included.
 
     Raises:
-        ConfigError: An unknown scorer, or `num_shots` below 0.
+        ConfigError: An unknown scorer, or `num_fewshot` below 0.
         DataError: A choice is longer than the model has positions, or the tokenizer has tokens that it has not.
         NumericsError: A score is not a number.
     """
-    check_scoring(scorer, num_shots)
-    shots = [questions.shots(question, num_shots) for question in questions.questions]
+    check_scoring(scorer, num_fewshot)
+    shots = [questions.shots(question, num_fewshot) for question in questions.questions]
     pairs = list(zip(questions.questions, shots, strict=True))
     if scorer == "paper":
-        prompts = [papers_prompt(question, examples) for question, examples in pairs]
+        prompts = [format_paper_prompt(question, examples) for question, examples in pairs]
         scores = _paper_scores(model, tokenizer, questions.questions, prompts, batch_tokens)
     else:
         letters = scorer == "letter"
@@ -149,16 +149,16 @@ def answer_questions(
     ]
 
 
-def check_scoring(scorer: str, num_shots: int) -> None:
+def check_scoring(scorer: str, num_fewshot: int) -> None:
     """Refuse what [`answer_questions`][] would, before any work.
 
     Raises:
-        ConfigError: An unknown scorer, or `num_shots` below 0.
+        ConfigError: An unknown scorer, or `num_fewshot` below 0.
     """
     if scorer not in get_args(Scorer):
-        raise ConfigError(unknown("scorer", scorer, get_args(Scorer)))
-    if isinstance(num_shots, bool) or not isinstance(num_shots, int) or num_shots < 0:
-        raise ConfigError(f"num_shots is {num_shots!r}; it must be an integer of 0 or more.")
+        raise ConfigError(unknown_name("scorer", scorer, get_args(Scorer)))
+    if isinstance(num_fewshot, bool) or not isinstance(num_fewshot, int) or num_fewshot < 0:
+        raise ConfigError(f"num_fewshot is {num_fewshot!r}; it must be an integer of 0 or more.")
 
 
 def _letters(question: Question) -> Sequence[str]:

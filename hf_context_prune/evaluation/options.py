@@ -40,7 +40,7 @@ class QuestionOptions:
         columns: Names of its columns, where they differ.
         splits: Rows of these splits are asked.
         scorer: See [`answer_questions`][].
-        num_shots: Examples, at most.
+        num_fewshot: Examples, at most.
         max_questions: Questions at most; None takes all.
         harness_task: Folder to write them to as a task of lm-evaluation-harness; None writes none.
 
@@ -52,13 +52,13 @@ class QuestionOptions:
     columns: Mapping[str, str] | None = None
     splits: tuple[str, ...] = ("test",)
     scorer: Scorer = "likelihood_normalised"
-    num_shots: int = 0
+    num_fewshot: int = 0
     max_questions: int | None = None
     harness_task: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Check what would else be found after long work."""
-        check_scoring(self.scorer, self.num_shots)
+        check_scoring(self.scorer, self.num_fewshot)
 
     def load(self) -> QuestionSet:
         """Read the questions.

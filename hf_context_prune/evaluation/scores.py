@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import QuestionSet
 from hf_context_prune.evaluation.reports.report import MultipleChoiceFacts
-from hf_context_prune.modeling.inference import count_parameters
 
-from .general_text import Pair
+from .general_text import ModelAndTokenizer
 from .multiple_choice import Answer, Scorer, answer_questions, compare_answers, summarize_answers
 from .options import QuestionOptions
 from .perplexity import DocumentLoss, choose_documents, compare_losses, document_losses, summarize_losses
@@ -28,7 +27,7 @@ class HeldOut:
         docs: The documents that are scored.
         questions: Multiple-choice questions, if any.
         scorer: See [`answer_questions`][].
-        num_shots: Examples, at most.
+        num_fewshot: Examples, at most.
         max_seq_length: Tokens a window.
     """
 
@@ -36,7 +35,7 @@ class HeldOut:
     docs: tuple[str, ...]
     questions: QuestionSet | None = None
     scorer: Scorer = "likelihood_normalised"
-    num_shots: int = 0
+    num_fewshot: int = 0
     max_seq_length: int = 512
 
     def setting(self) -> dict[str, Any]:
@@ -45,7 +44,7 @@ class HeldOut:
         return {
             "text": [self.text.name, self.text.fingerprint, len(self.docs)],
             "questions": None if asked is None else [asked.name, asked.fingerprint, self.scorer],
-            "num_shots": self.num_shots,
+            "num_fewshot": self.num_fewshot,
             "max_seq_length": self.max_seq_length,
         }
 
@@ -99,9 +98,11 @@ def score(model: PreTrainedModel, tokenizer: Any, held_out: HeldOut) -> Scores: 
     )
     if held_out.questions is not None:
         answers = tuple(
-            answer_questions(model, tokenizer, held_out.questions, scorer=held_out.scorer, num_shots=held_out.num_shots)
+            answer_questions(
+                model, tokenizer, held_out.questions, scorer=held_out.scorer, num_fewshot=held_out.num_fewshot
+            )
         )
-    return Scores(count_parameters(model), tuple(losses), answers)
+    return Scores(model.num_parameters(), tuple(losses), answers)
 
 
 def summary_of(scores: Scores, held_out: HeldOut, base: Scores | None = None, *, seed: int = 0) -> dict[str, Any]:
@@ -131,13 +132,13 @@ def held_out_of(
     asked, how = None, dict[str, Any]()
     if questions is not None:
         asked = questions.load()
-        how = {"scorer": questions.scorer, "num_shots": questions.num_shots}
+        how = {"scorer": questions.scorer, "num_fewshot": questions.num_fewshot}
     docs = tuple(choose_documents(text, tokenizer, max_tokens=max_tokens))
     return HeldOut(text, docs, asked, max_seq_length=max_seq_length, **how)
 
 
-def answered(
-    asked: QuestionSet, options: QuestionOptions, base: Pair, pruned: Pair | None = None
+def answer_with_models(
+    asked: QuestionSet, options: QuestionOptions, base: ModelAndTokenizer, pruned: ModelAndTokenizer | None = None
 ) -> MultipleChoiceFacts:
     """Answers of one model, or of a base and what was pruned from it, to the same questions.
 
@@ -147,7 +148,7 @@ def answered(
         base: Model and tokenizer.
         pruned: The same of the pruned model.
     """
-    how: dict[str, Any] = {"scorer": options.scorer, "num_shots": options.num_shots}
+    how: dict[str, Any] = {"scorer": options.scorer, "num_fewshot": options.num_fewshot}
     answers = answer_questions(*base, asked, **how)
     return choice_facts(asked, answers, None if pruned is None else answer_questions(*pruned, asked, **how), **how)
 
@@ -158,14 +159,14 @@ def choice_facts(
     others: Sequence[Answer] | None,
     *,
     scorer: Scorer,
-    num_shots: int,
+    num_fewshot: int,
 ) -> MultipleChoiceFacts:
     """Answers of a base, and of what was pruned from it if they are given, as facts of a report."""
     return MultipleChoiceFacts(
         asked.name,
         asked.revision,
         scorer,
-        num_shots,
+        num_fewshot,
         summarize_answers(asked, answers),
         None if others is None else summarize_answers(asked, others),
         None if others is None else compare_answers(answers, others),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from hf_context_prune.errors import ConfigError, unknown
+from hf_context_prune.errors import ConfigError, unknown_name
 from hf_context_prune.storage.loading import LoadedModel
 
 from .runtime import Runtime
@@ -31,7 +31,7 @@ class FormatModule(Protocol):
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     """One format.
 
     Attributes:
@@ -82,25 +82,25 @@ class Format:
             ConfigError: The format has no such weights.
         """
         if weights not in self.weights:
-            raise ConfigError(unknown(f"--weights for {self.name}", weights, self.weights))
+            raise ConfigError(unknown_name(f"--weights for {self.name}", weights, self.weights))
         return self.weights[weights]
 
 
 _QUANTISED = Tolerance(perplexity=0.03)
 _TIE = 0.05
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, ExportFormat] = {
     item.name: item
     for item in (
-        Format(
+        ExportFormat(
             "quanto",
             "quanto",
             ("optimum.quanto",),
             {"int8": Tolerance(perplexity=0.05), "int4": Tolerance(perplexity=1.0)},
             ("*.safetensors",),
         ),
-        Format("torchao", "torchao", ("torchao",), {"int8": _QUANTISED}, ("*.safetensors",)),
-        Format(
+        ExportFormat("torchao", "torchao", ("torchao",), {"int8": _QUANTISED}, ("*.safetensors",)),
+        ExportFormat(
             "onnx",
             "onnx",
             ("onnx", "onnxscript", "onnxruntime"),
@@ -108,7 +108,7 @@ FORMATS: dict[str, Format] = {
             ("*.onnx", "*.onnx.data"),
             dtype="float32",
         ),
-        Format(
+        ExportFormat(
             "gguf",
             "gguf",
             ("xllamacpp",),
@@ -131,12 +131,12 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def format_of(name: str) -> Format:
+def format_of(name: str) -> ExportFormat:
     """A format by its name.
 
     Raises:
         ConfigError: There is none of that name.
     """
     if name not in FORMATS:
-        raise ConfigError(unknown("format", name, FORMATS))
+        raise ConfigError(unknown_name("format", name, FORMATS))
     return FORMATS[name]

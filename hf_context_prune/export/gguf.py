@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: stock architectures for uniform widths, ``deci`` for Llama widths that vary."""
+"""GGUF files for llama.cpp: native architectures for uniform widths, ``deci`` for Llama widths that vary."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check(loaded: LoadedModel, weights: str) -> None:
     if variable and family not in _VARIABLE:
         raise ExportError(
             f"llama.cpp has no {family} architecture whose widths vary from layer to layer (it has one for "
-            f"{', '.join(_VARIABLE)}). Prune to uniform widths (prune --stock), or export to another format."
+            f"{', '.join(_VARIABLE)}). Prune to uniform widths (prune --native-architecture), or export to another format."
         )
     biases = sorted(
         {name.rpartition(".")[0].rpartition(".")[2] for name in loaded.model.state_dict() if ".bias" in name}
@@ -83,7 +83,7 @@ def check(loaded: LoadedModel, weights: str) -> None:
     if variable and biases:
         raise ExportError(
             f"llama.cpp's architecture for widths that vary has no biases, but {', '.join(biases)} have them. Prune to "
-            f"uniform widths (prune --stock), or export to another format."
+            f"uniform widths (prune --native-architecture), or export to another format."
         )
     if config.hidden_act not in _FAMILIES[family].activation:
         raise ExportError(

@@ -21,7 +21,7 @@ from hf_context_prune.storage.saving import estimate_bytes, weight_bytes
 from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
 
-from .formats import FORMATS, Format, FormatModule, format_of
+from .formats import FORMATS, ExportFormat, FormatModule, format_of
 from .report import ExportReport
 from .runtime import Runtime, TorchRuntime
 from .sample import own_sample, read_sample
@@ -150,7 +150,7 @@ def read_export(folder: str | Path) -> ExportReport:
     return report
 
 
-def _write(kind: Format, module: FormatModule, loaded: LoadedModel, staging: Path, weights: str) -> None:
+def _write(kind: ExportFormat, module: FormatModule, loaded: LoadedModel, staging: Path, weights: str) -> None:
     try:
         module.write(loaded, staging, weights)
     except (ContextPruneError, OSError, SafetensorError):  # the staged write tells full disks from other failures
@@ -165,7 +165,7 @@ def _write(kind: Format, module: FormatModule, loaded: LoadedModel, staging: Pat
 
 
 @contextmanager
-def _opened(kind: Format, folder: Path) -> Iterator[Runtime]:
+def _opened(kind: ExportFormat, folder: Path) -> Iterator[Runtime]:
     runtime = _load(kind, folder)
     try:
         yield runtime
@@ -180,7 +180,7 @@ def _opened(kind: Format, folder: Path) -> Iterator[Runtime]:
         runtime.close()
 
 
-def _load(kind: Format, folder: Path) -> Runtime:
+def _load(kind: ExportFormat, folder: Path) -> Runtime:
     try:
         return kind.module().load(folder)
     except ContextPruneError:

@@ -84,7 +84,7 @@ def check_supported(model: nn.Module) -> ArchSpec:
             raise UnsupportedArchitectureError(
                 f"The weight {name} has dtype {parameter.dtype}; only floating-point weights can be pruned."
             )
-    for index, block in enumerate(blocks(model, spec)):
+    for index, block in enumerate(layers_of(model, spec)):
         for path in _projection_paths(spec):
             module = block.get_submodule(path)
             if type(module) is not nn.Linear and not is_transposed(module):  # quantisers and adapters derive from it
@@ -101,7 +101,7 @@ def _projection_paths(spec: ArchSpec) -> tuple[str, ...]:
     return (*spec.mlp_inputs, spec.mlp_output, *inputs, spec.attention_output)
 
 
-def blocks(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
+def layers_of(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
     """The transformer blocks of a causal LM, in order."""
     return list(model.get_submodule(spec.layers))  # type: ignore[arg-type]
 
@@ -202,7 +202,7 @@ def unit_costs(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> UnitCost
         spec: The architecture.
         geometry: Sizes of the model.
     """
-    block = blocks(model, spec)[0]
+    block = layers_of(model, spec)[0]
     costs: UnitCosts = {}
     for target in TARGETS:
         total = unit_size(geometry, target) * output_weight(output_projection(block, spec, target)).shape[0]

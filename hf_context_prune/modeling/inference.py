@@ -54,8 +54,3 @@ def check_token_ids(model: "PreTrainedModel", tokenizer: Any, sequences: Iterabl
             f"The tokenizer gives the id {highest} ({token!r}), but the model has only {rows} token rows (ids 0 to "
             f"{rows - 1}). Use the tokenizer that belongs to the model."
         )
-
-
-def count_parameters(model: "PreTrainedModel") -> int:
-    """Return the number of parameters of `model`, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())

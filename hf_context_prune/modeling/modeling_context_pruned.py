@@ -1,7 +1,7 @@
 """Variable-width causal LMs: ``ContextPruned<Base>ForCausalLM`` for every entry of the table.
 
-A model is built by the stock class with the dense widths (free under `from_pretrained`, which builds on the meta
-device), then every block is narrowed to its own widths. Forward code is the stock class's, untouched.
+A model is built by the native class with the dense widths (free under `from_pretrained`, which builds on the meta
+device), then every block is narrowed to its own widths. Forward code is the native class's, untouched.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def set_attention_sizes(block: nn.Module, spec: ArchSpec, geometry: Geometry, kv
         setattr(block.get_submodule(spec.attention), attribute, sizes[size])
 
 
-def narrow_block(block: nn.Module, spec: ArchSpec, geometry: Geometry, dense: LayerWidths, target: LayerWidths) -> None:
+def narrow_layer(block: nn.Module, spec: ArchSpec, geometry: Geometry, dense: LayerWidths, target: LayerWidths) -> None:
     """Narrow one block from the dense widths to its own, in place."""
     if target.neurons != dense.neurons:
         for path in spec.mlp_inputs:
@@ -177,7 +177,7 @@ def _sha256(path: str) -> str:
 
 
 class ContextPrunedModelMixin:
-    """Builds the stock model with dense widths, then narrows every block to its own."""
+    """Builds the native model with dense widths, then narrows every block to its own."""
 
     spec: ArchSpec
     config_class: Any
@@ -194,7 +194,7 @@ class ContextPrunedModelMixin:
             config.per_layer_config = overrides
         blocks = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
         for block, dense_widths, widths in zip(blocks, dense.layers, target.layers, strict=True):
-            narrow_block(block, self.spec, dense, dense_widths, widths)
+            narrow_layer(block, self.spec, dense, dense_widths, widths)
         for module in self.modules():  # type: ignore[attr-defined]
             # Rotary tables depend on head_dim alone, but read it from head counts that are ambiguous once they vary.
             if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
@@ -221,7 +221,7 @@ class ContextPrunedModelMixin:
         return result
 
     def _get_name(self) -> str:
-        """The stock class's name: by it `Trainer` knows that labels are to be shifted before they are smoothed."""
+        """The native class's name: by it `Trainer` knows that labels are to be shifted before they are smoothed."""
         return self.spec.model_class
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

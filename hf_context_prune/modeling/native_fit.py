@@ -1,4 +1,4 @@
-"""Whether the stock architecture can hold the widths of a plan, and the empty model that can."""
+"""Whether the native architecture can hold the widths of a plan, and the empty model that can."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .specs import ArchSpec, Geometry, LayerWidths, read_geometry
 
 
 @dataclass(frozen=True)
-class StockFit:
-    """Whether the stock architecture can hold the pruned widths, and why or why not."""
+class NativeFit:
+    """Whether the native architecture can hold the pruned widths, and why or why not."""
 
     fits: bool
     reason: str
@@ -34,8 +34,8 @@ def _with_widths(config: PreTrainedConfig, spec: ArchSpec, geometry: Geometry) -
     return values
 
 
-def stock_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
-    """The stock config with uniform widths; its own validator may refuse them by raising."""
+def native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
+    """The native config with uniform widths; its own validator may refuse them by raising."""
     geometry = read_geometry(config, spec)
     values = _with_widths(config, spec, geometry)
     values[spec.width] = widths[0].neurons
@@ -77,8 +77,8 @@ def _shapes(model_class: type[Any], config: PreTrainedConfig) -> dict[str, torch
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def stock_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> StockFit:
-    """Ask the stock config and class themselves whether they can hold these widths.
+def native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> NativeFit:
+    """Ask the native config and class themselves whether they can hold these widths.
 
     Args:
         config: Config of the model to be pruned.
@@ -86,29 +86,29 @@ def stock_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWi
         widths: Widths after pruning, one a layer.
     """
     if len(set(widths)) > 1:
-        return StockFit(False, f"widths vary from layer to layer, which {spec.config_class} can't express")
+        return NativeFit(False, f"widths vary from layer to layer, which {spec.config_class} can't express")
     try:
-        candidate = stock_config(config, spec, widths)
+        candidate = native_config(config, spec, widths)
     except (ValueError, StrictDataclassError) as error:
         message = " ".join(str(error.__cause__ or error).split())
-        return StockFit(False, f"{spec.config_class} refuses {widths[0].kv_groups} KV groups: {message}")
+        return NativeFit(False, f"{spec.config_class} refuses {widths[0].kv_groups} KV groups: {message}")
     try:
         stock_shapes = _shapes(getattr(transformers, spec.model_class), candidate)
     except ValueError as error:
-        return StockFit(False, f"{spec.model_class} refuses {widths[0].kv_groups} KV groups: {error}")
+        return NativeFit(False, f"{spec.model_class} refuses {widths[0].kv_groups} KV groups: {error}")
     if stock_shapes != _shapes(modeling.model_class(spec), variable_config(config, spec, widths)):
-        return StockFit(
+        return NativeFit(
             False,
             f"{spec.model_class} derives its head size from the number of heads, so it can't hold "
             f"{widths[0].kv_groups} heads of this size",
         )
-    return StockFit(True, f"all layers have the same widths and {spec.config_class} accepts them")
+    return NativeFit(True, f"all layers have the same widths and {spec.config_class} accepts them")
 
 
 def build_empty(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedModel:
-    """A model with these widths on the meta device: the stock class where it fits, else the variable-width class."""
-    if stock_fit(config, spec, widths).fits:
-        target, model_class = stock_config(config, spec, widths), getattr(transformers, spec.model_class)
+    """A model with these widths on the meta device: the native class where it fits, else the variable-width class."""
+    if native_fit(config, spec, widths).fits:
+        target, model_class = native_config(config, spec, widths), getattr(transformers, spec.model_class)
     else:
         target, model_class = variable_config(config, spec, widths), modeling.model_class(spec)
     target._attn_implementation = config._attn_implementation

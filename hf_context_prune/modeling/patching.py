@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.utils.precision import fast_block
+from hf_context_prune.utils.precision import bfloat16_autocast
 
-from .architectures import blocks, spec_of
+from .architectures import layers_of, spec_of
 
 Forward = Callable[..., Any]
 
 
 @contextmanager
-def forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
+def patch_forwards(layers: Sequence[nn.Module], patch_forwards: Sequence[Forward]) -> Iterator[None]:
     """Let blocks run these functions instead of their own; undone at the end."""
     own = [vars(block).get("forward") for block in layers]  # accelerate's hooks set one on the instance
     try:
-        for block, forward in zip(layers, forwards, strict=True):
+        for block, forward in zip(layers, patch_forwards, strict=True):
             block.forward = forward
         yield
     finally:
@@ -33,17 +33,17 @@ def forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterat
                 block.forward = forward
 
 
-def fast(forward: Forward) -> Forward:
-    """A block's forward, in [`fast_block`][]."""
+def in_bfloat16(forward: Forward) -> Forward:
+    """A block's forward, in [`bfloat16_autocast`][]."""
 
     def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a block takes and gives
-        with fast_block(hidden):
+        with bfloat16_autocast(hidden):
             return forward(hidden, *args, **kwargs)
 
     return run
 
 
-def fast_blocks(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Let a model's blocks run in [`fast_block`][]; embedding, final norm and head stay as precise as they are."""
-    layers = blocks(model, spec_of(model.config))  # a projection may be an adapter's
-    return forwards(layers, [fast(block.forward) for block in layers])
+def bfloat16_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Run a model's layers in [`bfloat16_autocast`][]; embedding, final norm and head stay as precise as they are."""
+    layers = layers_of(model, spec_of(model.config))  # a projection may be an adapter's
+    return patch_forwards(layers, [in_bfloat16(block.forward) for block in layers])

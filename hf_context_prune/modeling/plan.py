@@ -131,7 +131,7 @@ class PruningPlan:
     """Kept units of every layer, the kept tokens, and for which model.
 
     Attributes:
-        model_type: Stock model type, such as ``"llama"``.
+        model_type: Native model type, such as ``"llama"``.
         dense: Widths of the model that the plan is for, one a layer.
         layers: Kept units, one a layer.
         model_fingerprint: [`fingerprint`][] of that model; empty for a plan made from shapes alone.

@@ -41,7 +41,7 @@ class ArchSpec:
     """Where the prunable units of one architecture are.
 
     Attributes:
-        model_type: ``config.model_type`` of the stock architecture.
+        model_type: ``config.model_type`` of the native architecture.
         config_class: Name of the config class in `transformers`.
         model_class: Name of the causal-LM class in `transformers`.
         layers: Module path of the block list, from the causal-LM model.
@@ -249,7 +249,7 @@ def classes_on_demand(
 
 
 def base_model_type(model_type: str) -> str:
-    """The stock model type behind ``context_pruned_<base>``; any other is returned as it is."""
+    """The native model type behind ``context_pruned_<base>``; any other is returned as it is."""
     return model_type.removeprefix(PREFIX)
 
 

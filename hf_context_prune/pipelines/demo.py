@@ -41,7 +41,7 @@ class DemoOutcome:
     about: tuple[str, ...]
 
 
-def complete(model: PreTrainedModel, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:  # noqa: ANN401
+def generate_completions(model: PreTrainedModel, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:  # noqa: ANN401
     """Greedy continuation of a prompt, without the prompt."""
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     with torch.inference_mode():
@@ -127,8 +127,8 @@ def run_demo(
     completions = tuple(
         Completion(
             prompt,
-            complete(loaded.model, loaded.tokenizer, prompt),
-            complete(result.model, result.tokenizer, prompt),
+            generate_completions(loaded.model, loaded.tokenizer, prompt),
+            generate_completions(result.model, result.tokenizer, prompt),
         )
         for prompt in prompts
     )

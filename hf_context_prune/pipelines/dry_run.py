@@ -9,19 +9,18 @@ from typing import Any
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
 from hf_context_prune.modeling.architectures import spec_of
-from hf_context_prune.modeling.inference import count_parameters
-from hf_context_prune.modeling.native_fit import StockFit, stock_fit
+from hf_context_prune.modeling.native_fit import NativeFit, native_fit
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
-from hf_context_prune.pruning.allocation.budget import Budget
+from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.widths import check_units_budget, widths_beside
-from hf_context_prune.pruning.planner import check_repair
+from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
-from hf_context_prune.storage.loading import load_outline
+from hf_context_prune.storage.loading import load_meta_model
 
 
 @dataclass(frozen=True)
-class Outline:
+class DryRun:
     """What a budget comes to, from shapes alone.
 
     Attributes:
@@ -32,7 +31,7 @@ class Outline:
         widths: Widths after pruning, one a layer; None for adaptive ones, which are measured.
         dense_tokens: Embedding rows as they are.
         tokens: Embedding rows after pruning.
-        stock: Whether the stock architecture holds them, and why or why not.
+        native_fit: Whether the native architecture holds them, and why or why not.
     """
 
     base_parameters: int
@@ -42,14 +41,14 @@ class Outline:
     widths: tuple[LayerWidths, ...] | None
     dense_tokens: int
     tokens: int
-    stock: StockFit
+    native_fit: NativeFit
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
 
 
-def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = None) -> Outline:
+def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = None) -> DryRun:
     """Work out the sizes without reading a weight.
 
     Args:
@@ -60,23 +59,23 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     Raises:
         ContextPruneError: The model is unknown, can't have or save the repair, or the budget can't be reached.
     """
-    empty = load_outline(model, revision=revision)
+    empty = load_meta_model(model, revision=revision)
     spec = spec_of(empty.config)
-    check_repair(empty, config, will_save=True)
+    check_reconstruction(empty, config, will_save=True)
     geometry = read_geometry(empty.config, spec)
-    total, rows = count_parameters(empty), num_rows(empty)
-    budget, kept = Budget.of(config, total), rows
+    total, rows = empty.num_parameters(), num_rows(empty)
+    budget, kept = ParameterBudget.of(config, total), rows
     if config.vocab_size is not None:
         if config.vocab_size > rows:
             raise BudgetError(f"vocab_size is {config.vocab_size:,}, but the model has only {rows:,} embedding rows.")
-        kept = min(VocabularySize(multiple=config.vocab_multiple).rounded(config.vocab_size), rows)
+        kept = min(VocabularySize(multiple=config.pad_to_multiple_of).rounded(config.vocab_size), rows)
     widths: tuple[LayerWidths, ...] | None = geometry.layers
     removed = (rows - kept) * token_cost(empty)
     if config.prunes_units:
         gone = check_units_budget(empty, config, kept)
         removed += gone
         widths = None if config.allocation == "adaptive" and gone else widths_beside(empty, config, kept)
-    return Outline(
+    return DryRun(
         base_parameters=total,
         pruned_parameters=total - removed,
         asked_ratio=budget.asked_ratio,
@@ -84,7 +83,7 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         widths=widths,
         dense_tokens=rows,
         tokens=kept,
-        stock=StockFit(False, "adaptive widths are measured")
+        native_fit=NativeFit(False, "adaptive widths are measured")
         if widths is None
-        else stock_fit(empty.config, spec, widths),
+        else native_fit(empty.config, spec, widths),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_context_prune.data.documents import load_documents
-from hf_context_prune.evaluation.general_text import general_losses, losses_on, read_general
+from hf_context_prune.evaluation.general_text import measure_general_losses, measure_losses, read_general
 from hf_context_prune.evaluation.harness import write_harness_task
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.evaluation.reports.report import (
@@ -19,10 +19,9 @@ from hf_context_prune.evaluation.reports.report import (
     SizeFacts,
     SpeedFacts,
 )
-from hf_context_prune.evaluation.scores import answered
+from hf_context_prune.evaluation.scores import answer_with_models
 from hf_context_prune.evaluation.speed import measure_peak_memory, measure_speed
-from hf_context_prune.modeling.inference import count_parameters
-from hf_context_prune.storage.loading import LoadedModel, as_loaded, copy_notes
+from hf_context_prune.storage.loading import LoadedModel, copy_notes, ensure_loaded
 from hf_context_prune.storage.saving import weight_bytes
 
 
@@ -55,8 +54,8 @@ def evaluate(
         ContextPruneError: See `hf_context_prune.errors`.
     """
     options = options or EvalOptions()
-    own = as_loaded(model, tokenizer)
-    first = own if base is None else as_loaded(base, None)
+    own = ensure_loaded(model, tokenizer)
+    first = own if base is None else ensure_loaded(base, None)
     asked = None
     if questions is not None:  # read before anything long
         asked = questions.load()
@@ -65,20 +64,20 @@ def evaluate(
     how_long: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens, "seed": seed}
     dense, pair = (first.model, first.tokenizer), None if base is None else (own.model, own.tokenizer)
     if questions is not None and asked is not None and questions.harness_task is not None:
-        write_harness_task(asked, questions.harness_task, num_shots=questions.num_shots)
-    losses = losses_on(text, dense, pruned=pair, **how_long)
-    general_facts = general_losses(general, dense, pruned=pair, **how_long)
+        write_harness_task(asked, questions.harness_task, num_fewshot=questions.num_fewshot)
+    losses = measure_losses(text, dense, pruned=pair, **how_long)
+    general_facts = measure_general_losses(general, dense, pruned=pair, **how_long)
     choice = None
     if questions is not None and asked is not None:
-        choice = answered(asked, questions, dense, pair)
+        choice = answer_with_models(asked, questions, dense, pair)
     both = {"base": first.model} if base is None else {"base": first.model, "pruned": own.model}
     speed = measure_speed(both) if options.speed else None
     return EvalReport(
         base_model=first.name,
         dataset=DatasetFacts(text.name, text.revision, text.fingerprint, "The text that was given, as it is."),
         size=SizeFacts.measured(
-            count_parameters(first.model),
-            None if base is None else count_parameters(own.model),
+            first.model.num_parameters(),
+            None if base is None else own.model.num_parameters(),
             base_weight_bytes=weight_bytes(first.folder) if first.folder else None,
             pruned_weight_bytes=weight_bytes(own.folder) if base is not None and own.folder else None,
         ),

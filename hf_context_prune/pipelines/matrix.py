@@ -14,19 +14,19 @@ from hf_context_prune.config import THRESHOLDS, PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import split_text
-from hf_context_prune.errors import ConfigError, LoadError, unknown
+from hf_context_prune.errors import ConfigError, LoadError, unknown_name
 from hf_context_prune.evaluation.options import QuestionOptions
-from hf_context_prune.evaluation.reports.files import check_report_place, write_run
+from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment, EvalReport
 from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
-from hf_context_prune.pruning.allocation.budget import Budget
+from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.calibration.samples import check_share
-from hf_context_prune.pruning.prune_model import check_budget, smaller_model
+from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.publishing.card.card import rewrite_card
-from hf_context_prune.storage.loading import LoadedModel, as_loaded, load_model
+from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
 from hf_context_prune.storage.provenance import provenance_of
-from hf_context_prune.storage.results_log import open_rows
+from hf_context_prune.storage.results_log import open_results_log
 from hf_context_prune.storage.saving import save_pruned, weight_bytes
 from hf_context_prune.storage.staging import check_target
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
@@ -67,8 +67,8 @@ def domain_matrix(
             the calibration texts has too is dropped.
         questions: Multiple-choice questions by domain.
         reference: The domain that the others are compared with: text of no domain. None: ``general``, if it is there.
-        mixes: Shares of the reference's calibration text to mix in (`general_mix`), by domain: one more model each
-            (``models/<domain>+<share>``), measured on the text of the domain and of the reference.
+        mixes: Shares of the reference's calibration text to mix in (`general_data_ratio`), by domain: one more model
+            each (``models/<domain>+<share>``), measured on the text of the domain and of the reference.
         max_tokens: Held-out tokens a domain at most, whole documents.
 
     Raises:
@@ -79,7 +79,7 @@ def domain_matrix(
     names = tuple(domains)
     shares = {domain: tuple(some) for domain, some in (mixes or {}).items()}
     reference = check_matrix(names, folder, config, eval_data or {}, questions or {}, reference, shares)
-    base = as_loaded(model, tokenizer)
+    base = ensure_loaded(model, tokenizer)
     check_budget(base.model, base.tokenizer, config)
     train, held_out, splits = _texts(base, domains, eval_data or {}, questions or {}, config, max_tokens)
     setting = {
@@ -94,9 +94,9 @@ def domain_matrix(
     for domain, some in shares.items():
         for share in some:
             general = None if reference is None else train[reference]
-            mixed = replace(config, general_mix=share)
+            mixed = replace(config, general_data_ratio=share)
             members.append(_Member(mixed_name(domain, share), domain, train[domain], mixed, general))
-    with open_rows(folder / ROWS_NAME, setting) as rows:
+    with open_results_log(folder / ROWS_NAME, setting) as rows:
         for member in members:  # before the long work
             _finished(base, member, folder / MODELS / member.name)
         for one in tqdm([None, *members], desc="Matrix", unit="model", name="hf_context_prune.matrix"):
@@ -138,7 +138,7 @@ class _Member:
         name: Of its rows and its folder.
         domain: The one that it is calibrated on.
         text: Calibration text of the domain.
-        config: With `general_mix`, where general text is mixed in.
+        config: With `general_data_ratio`, where general text is mixed in.
         general: Where that comes from.
     """
 
@@ -189,7 +189,7 @@ def check_matrix(
     for what, given in by_domain.items():
         for name in given:
             if name not in names:
-                raise ConfigError(unknown(f"domain of {what}", name, names))
+                raise ConfigError(unknown_name(f"domain of {what}", name, names))
     if config.max_loss_increase is not None:
         raise ConfigError(
             f"max_loss_increase is {config.max_loss_increase:g}, which gives every domain's model another size; a "
@@ -201,10 +201,10 @@ def check_matrix(
             f"{', '.join(varying)} would give every domain's model a size of its own; a matrix compares models of one "
             f"size. Give pruning_ratio, vocab_size, or both."
         )
-    if config.general_mix:
+    if config.general_data_ratio:
         raise ConfigError(
-            f"general_mix is {config.general_mix:g} for every domain; a matrix has a curve of it: say mixes (--mix) of "
-            f"the domains instead."
+            f"general_data_ratio is {config.general_data_ratio:g} for every domain; a matrix has a curve of it: "
+            f"say mixes (--mix) of the domains instead."
         )
     reference = reference or (REFERENCE if REFERENCE in names else None)
     for name, shares in mixes.items():
@@ -221,7 +221,7 @@ def check_matrix(
             )
         for share in shares:
             check_share(f"The share of general text mixed in for {name}", share, config.num_calibration_samples)
-    check_report_place(output, "matrix")
+    check_report_folder(output, "matrix")
     return reference
 
 
@@ -274,7 +274,7 @@ def _tell(result: DomainMatrix, member: _Member, base: LoadedModel, folder: Path
         environment,
         base_bytes=None if base.folder is None else weight_bytes(base.folder),
         pruned_bytes=weight_bytes(folder),
-        asked=Budget.of(member.config, result.scores[DENSE, member.domain].parameters).asked_ratio,
+        asked=ParameterBudget.of(member.config, result.scores[DENSE, member.domain].parameters).asked_ratio,
         notes=plan_notes(PruningPlan.load(folder / PLAN_NAME), member.text, member.config, member.general),
     )
     if (folder / REPORT_NAME).is_file():
@@ -308,7 +308,7 @@ def _pruned(base: LoadedModel, member: _Member, folder: Path) -> LoadedModel:
     """A model, from its folder if an earlier run left it there."""
     if not _finished(base, member, folder):
         provenance = provenance_of(base) | member.identity(base)
-        model, tokenizer, plan = smaller_model(
+        model, tokenizer, plan = prune_model(
             base.model, base.tokenizer, member.text, member.config, general=member.general, provenance=provenance
         )
         save_pruned(model, folder, tokenizer=tokenizer, plan=plan)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.evaluation.general_text import loss_facts
+from hf_context_prune.evaluation.general_text import build_loss_facts
 from hf_context_prune.evaluation.multiple_choice import Accuracy, PairedAccuracy, compare_answers, summarize_answers
 from hf_context_prune.evaluation.perplexity import summarize_losses
 from hf_context_prune.evaluation.reports.formatting import accuracy, percent, relative_change
@@ -85,7 +85,7 @@ class DomainMatrix:
         dense, own, held_out = self.scores[DENSE, domain], self.scores[name, domain], self.held_out[domain]
         choice = None
         if held_out.questions is not None and dense.answers is not None and own.answers is not None:
-            how: dict[str, Any] = {"scorer": held_out.scorer, "num_shots": held_out.num_shots}
+            how: dict[str, Any] = {"scorer": held_out.scorer, "num_fewshot": held_out.num_fewshot}
             choice = choice_facts(held_out.questions, dense.answers, own.answers, **how)
         general = None
         if self.reference not in (None, domain):
@@ -112,8 +112,8 @@ class DomainMatrix:
         ways: dict[str, list[str]] = {}
         for domain in self.asked:
             some, fewest = self.held_out[domain], self._groups(DENSE, domain)[-1].shots[0]
-            way = f"scorer {some.scorer}, {some.num_shots}-shot"
-            if fewest < some.num_shots:
+            way = f"scorer {some.scorer}, {some.num_fewshot}-shot"
+            if fewest < some.num_fewshot:
                 way += f" (of some sources only {fewest}: they have no more examples)"
             ways.setdefault(way, []).append(domain)
         return "; ".join(way if len(ways) == 1 else f"{', '.join(names)}: {way}" for way, names in ways.items())
@@ -133,7 +133,7 @@ class DomainMatrix:
 
     def _losses(self, calibrated: str, measured: str) -> LossFacts:
         pruned = {"pruned": self.scores[calibrated, measured].losses}
-        return loss_facts(self.scores[DENSE, measured].losses, pruned, seed=self.seed)
+        return build_loss_facts(self.scores[DENSE, measured].losses, pruned, seed=self.seed)
 
     def loss_rows(self) -> list[tuple[str, ...]]:
         """Bits a byte: (calibrated on, parameters, one cell a domain)."""
@@ -303,7 +303,8 @@ class DomainMatrix:
                     ("domain", f"{reference} text", "on its own text", f"on {reference} text"),
                     tuple(self.mix_rows()),
                     f"Change of the bits a byte against the dense model, by the share of {reference} text among the "
-                    f"calibration blocks (general_mix): the domain's own model has none, {reference}'s nothing else.",
+                    f"calibration samples (general_data_ratio): the domain's own model has none, {reference}'s "
+                    f"nothing else.",
                 )
             )
         if self.asked:

@@ -13,28 +13,27 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import apart_from_general, split_text
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.evaluation.general_text import general_losses, loss_facts, read_general
+from hf_context_prune.evaluation.general_text import build_loss_facts, measure_general_losses, read_general
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.architectures import check_supported
-from hf_context_prune.modeling.inference import count_parameters
-from hf_context_prune.modeling.native_fit import stock_fit
+from hf_context_prune.modeling.native_fit import native_fit
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pruning.allocation.budget import Budget
+from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
-from hf_context_prune.pruning.calibration.samples import check_general_mix
-from hf_context_prune.pruning.planner import check_repair
-from hf_context_prune.pruning.prune_model import check_budget, smaller_model
+from hf_context_prune.pruning.calibration.samples import check_general_data_ratio
+from hf_context_prune.pruning.planner import check_reconstruction
+from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.thresholds.prune import zeros_note
-from hf_context_prune.pruning.vocabulary.notes import effort_note, vocabulary_note
-from hf_context_prune.storage.loading import LoadedModel, as_loaded
+from hf_context_prune.pruning.vocabulary.notes import refit_note, vocabulary_note
+from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
 from hf_context_prune.storage.provenance import provenance_of
-from hf_context_prune.utils.distributed import on_main_process, together, warn_if_alone
+from hf_context_prune.utils.distributed import fail_together, on_main_process, warn_if_alone
 
 from .result import PruneResult
-from .validation_text import SearchText
+from .validation_text import ValidationText
 
 
 def plan_notes(
@@ -50,12 +49,12 @@ def plan_notes(
     """
     calibrated: tuple[str, ...] = ()
     if config.prunes_units:
-        mixed = f", a share of {config.general_mix:g} of {general.name}" if general is not None else ""
+        mixed = f", a share of {config.general_data_ratio:g} of {general.name}" if general is not None else ""
         calibrated = (f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}{mixed}.",)
-    return (*vocabulary_note(plan, text), *effort_note(plan), *zeros_note(plan), *calibrated)
+    return (*vocabulary_note(plan, text), *refit_note(plan), *zeros_note(plan), *calibrated)
 
 
-@together()
+@fail_together()
 def prune(
     model: PreTrainedModel | LoadedModel | str | Path,
     data: Any,  # noqa: ANN401 - whatever load_documents reads
@@ -96,26 +95,26 @@ def prune(
     warn_if_alone()
     config = config or PrunerConfig()
     options = evaluation or EvalOptions()
-    base = as_loaded(model, tokenizer)
+    base = ensure_loaded(model, tokenizer)
     spec = check_supported(base.model)
     check_weights_finite(base.model)
-    check_repair(base.model, config, will_save=will_save)  # before the long work
+    check_reconstruction(base.model, config, will_save=will_save)  # before the long work
     check_budget(base.model, base.tokenizer, config)
-    check_general_mix(config, options.general_data)
+    check_general_data_ratio(config, options.general_data)
     text, held_out, how = split_text(data, eval_data, config, base.tokenizer)
     general = read_general(
         options.general_data,
         apart_from=text,
         tokenizer=base.tokenizer,
         seed=config.pruning_seed,
-        hold_out=config.general_mix > 0,
+        hold_out=config.general_data_ratio > 0,
     )
     mixed_in = None if general is None else general.calibration
     if mixed_in is not None:
         held_out, how = apart_from_general(held_out, how, mixed_in)
     search = None
     if config.max_loss_increase is not None:
-        text, search = SearchText.withheld_from(text, base.tokenizer, config, general=mixed_in)
+        text, search = ValidationText.withheld_from(text, base.tokenizer, config, general=mixed_in)
     length = config.max_seq_length
     base_losses = document_losses(
         base.model, base.tokenizer, held_out, max_seq_length=length, max_tokens=options.max_tokens
@@ -128,7 +127,7 @@ def prune(
         provenance["search_data"] = {"name": search.text.name, "fingerprint": search.text.fingerprint}
     if general is not None and mixed_in is not None:
         provenance["general_data"] = general.whole
-    smaller, tokenizer, plan = smaller_model(
+    smaller, tokenizer, plan = prune_model(
         base.model,
         base.tokenizer,
         text,
@@ -143,7 +142,7 @@ def prune(
     pruned_losses = document_losses(
         smaller, tokenizer, held_out, max_seq_length=length, docs=[loss.doc for loss in base_losses]
     )
-    general_facts = general_losses(
+    general_facts = measure_general_losses(
         general,
         (base.model, base.tokenizer),
         pruned=(smaller, tokenizer),
@@ -154,17 +153,15 @@ def prune(
     speed = None
     if options.speed:  # in one process: several would slow each other down
         speed = on_main_process(lambda: measure_speed({"base": base.model, "pruned": smaller}))
-    budget = Budget.of(config, count_parameters(base.model))
+    budget = ParameterBudget.of(config, base.model.num_parameters())
     found = None if search is None else search.budget(plan)
-    stock = stock_fit(smaller.config, spec, plan.widths)
+    fit = native_fit(smaller.config, spec, plan.widths)
     report = EvalReport(
         base_model=base.name,
         dataset=DatasetFacts(held_out.name, held_out.revision, held_out.fingerprint, how),
-        size=SizeFacts.measured(
-            count_parameters(base.model), count_parameters(smaller), asked_ratio=budget.asked_ratio
-        ),
+        size=SizeFacts.measured(base.model.num_parameters(), smaller.num_parameters(), asked_ratio=budget.asked_ratio),
         loss=replace(
-            loss_facts(base_losses, {"pruned": pruned_losses}, seed=config.pruning_seed),
+            build_loss_facts(base_losses, {"pruned": pruned_losses}, seed=config.pruning_seed),
             predicted_excess=plan.provenance.get("predicted_loss_increase"),
         ),
         environment=Environment.current(str(smaller.dtype).removeprefix("torch.")),
@@ -174,8 +171,8 @@ def prune(
         notes=(
             *((found.text,) if found else ()),
             *plan_notes(plan, text, config, mixed_in),
-            f"Saved as {type(smaller).__name__}: {stock.reason}.",
+            f"Saved as {type(smaller).__name__}: {fit.reason}.",
         ),
     )
     from_disk = base if base.folder is not None else None
-    return PruneResult(smaller, tokenizer, plan, report, stock, from_disk)
+    return PruneResult(smaller, tokenizer, plan, report, fit, from_disk)

@@ -10,20 +10,19 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource, load_documents
 from hf_context_prune.data.splits import apart_from_general, hold_out_documents, split_text
 from hf_context_prune.errors import ConfigError, LoadError
-from hf_context_prune.evaluation.general_text import GeneralText, general_losses, loss_facts, read_general
+from hf_context_prune.evaluation.general_text import GeneralText, build_loss_facts, measure_general_losses, read_general
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.architectures import check_supported
-from hf_context_prune.modeling.inference import count_parameters
-from hf_context_prune.modeling.native_fit import stock_fit
+from hf_context_prune.modeling.native_fit import native_fit
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.widths import dense_parameters
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.training.recovery.config import RecoveryConfig
-from hf_context_prune.training.recovery.recover import check_place, has_all_tokens, recover
+from hf_context_prune.training.recovery.recover import check_output_folder, has_all_tokens, recover
 from hf_context_prune.utils.file_names import PLAN_NAME
 
 from .result import PruneResult
@@ -61,7 +60,7 @@ def recover_folder(
     config, options, folder = config or RecoveryConfig(), evaluation or EvalOptions(), Path(folder)
     verify_folder(folder)
     plan, pruned = PruningPlan.load(folder / PLAN_NAME), load_model(folder, device=device)
-    check_place(pruned.model)
+    check_output_folder(pruned.model)
     guide = _teacher(plan, config, teacher, device)
     parent = guide if guide is not None and fingerprint(guide.model) == plan.model_fingerprint else None
     if guide is not None and parent is None and config.distillation > 0:
@@ -94,7 +93,7 @@ def recover_folder(
         plan=plan,
     )
     losses["recovered"] = document_losses(outcome.model, pruned.tokenizer, held_out, docs=docs, **how_long)
-    general_facts = general_losses(
+    general_facts = measure_general_losses(
         general,
         (first.model, first.tokenizer),
         pruned=None if parent is None else (pruned.model, pruned.tokenizer),
@@ -106,7 +105,7 @@ def recover_folder(
     history = outcome.history
     run = {"config": config.to_dict(), "history": history.to_dict()}
     plan = replace(plan, provenance={**plan.provenance, "recoveries": [*plan.provenance.get("recoveries", ()), run]})
-    stock = stock_fit(outcome.model.config, check_supported(outcome.model), plan.widths)
+    fit = native_fit(outcome.model.config, check_supported(outcome.model), plan.widths)
     speed = None
     if parent is not None and options.speed:
         speed = measure_speed({"base": parent.model, "pruned": outcome.model})
@@ -115,10 +114,10 @@ def recover_folder(
         dataset=DatasetFacts(held_out.name, held_out.revision, held_out.fingerprint, how),
         size=SizeFacts.measured(
             dense_parameters(pruned.model, plan),
-            count_parameters(outcome.model),
+            outcome.model.num_parameters(),
             asked_ratio=made_with.get("pruning_ratio"),
         ),
-        loss=loss_facts(base, losses, seed=seed),
+        loss=build_loss_facts(base, losses, seed=seed),
         environment=Environment.current(str(outcome.model.dtype).removeprefix("torch.")),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
         general=general_facts,
@@ -129,7 +128,7 @@ def recover_folder(
             *(() if parent else (_without_parent(guide),)),
         ),
     )
-    return PruneResult(outcome.model, pruned.tokenizer, plan, report, stock, parent)
+    return PruneResult(outcome.model, pruned.tokenizer, plan, report, fit, parent)
 
 
 def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, seed: int) -> GeneralText | None:  # noqa: ANN401

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.evaluation.reports.report import EvalReport, MemoryFacts
 from hf_context_prune.evaluation.speed import measure_peak_memory
-from hf_context_prune.modeling.native_fit import StockFit
+from hf_context_prune.modeling.native_fit import NativeFit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.publishing.card.card import write_card
 from hf_context_prune.publishing.card.facts import facts_in
@@ -32,7 +32,7 @@ class PruneResult:
         tokenizer: The base's tokenizer, with fewer tokens where those were pruned.
         plan: What was kept, with provenance.
         report: Base against pruned on held-out text.
-        stock: Whether the stock architecture holds it, and why or why not.
+        native_fit: Whether the native architecture holds it, and why or why not.
         base: Where the dense model came from, if `prune` loaded it.
     """
 
@@ -40,7 +40,7 @@ class PruneResult:
     tokenizer: Any
     plan: PruningPlan
     report: EvalReport
-    stock: StockFit
+    native_fit: NativeFit
     base: LoadedModel | None = None
 
     def save_pretrained(

@@ -16,22 +16,21 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import split_text
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import QuestionOptions
-from hf_context_prune.evaluation.reports.files import check_report_place, write_run
+from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
-from hf_context_prune.pruning.prune_model import check_budget, smaller_model, threshold_magnitudes
+from hf_context_prune.pruning.prune_model import check_budget, prune_model, threshold_magnitudes
 from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes
-from hf_context_prune.pruning.thresholds.prune import below_thresholds, zeros_of_paper
-from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, trimmed_for
-from hf_context_prune.storage.loading import LoadedModel, as_loaded
-from hf_context_prune.storage.results_log import open_rows
+from hf_context_prune.pruning.thresholds.prune import prune_below_thresholds, zeros_of_paper
+from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for
+from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
+from hf_context_prune.storage.results_log import open_results_log
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import recover
 from hf_context_prune.utils.version import __version__
 
-from .sweep_report import Point, Sweep, SweepRow, format_threshold
+from .sweep_report import Sweep, SweepRow, Thresholds, format_threshold
 
 GRID: tuple[float | None, ...] = (1e-5, 1e-3, 1e-1)
 """The paper's thresholds for linear layers, and for activations."""
@@ -63,7 +62,7 @@ class SweepOptions:
     seed: int = 0
 
     @property
-    def points(self) -> list[Point]:
+    def points(self) -> list[Thresholds]:
         """The grid, without the point where nothing is pruned."""
         grid = itertools.product(self.linear, self.activation, self.embedding)
         return [point for point in grid if any(threshold is not None for threshold in point)]
@@ -125,8 +124,8 @@ def sweep(
     """
     options, folder = options or SweepOptions(), Path(output)
     points, configs = options.points, options.configs()
-    check_report_place(folder, "sweep")
-    base = as_loaded(model, tokenizer)
+    check_report_folder(folder, "sweep")
+    base = ensure_loaded(model, tokenizer)
     for config in {config.embedding_threshold: config for config in configs}.values():
         check_budget(base.model, base.tokenizer, config)
     shared = replace(configs[0], text_column=text_column)
@@ -146,7 +145,7 @@ def sweep(
         "recovery": None if options.recovery is None else options.recovery.to_dict(),
         **{name: getattr(options, name) for name in ("num_calibration_samples", "max_seq_length", "seed")},
     }
-    with open_rows(folder / ROWS_NAME, setting) as rows:
+    with open_results_log(folder / ROWS_NAME, setting) as rows:
         dense = rows.get(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
         measured, seen, pruner = [], dict[str, dict[str, Any]](), _Pruner(base, text)
         grid = tqdm(configs, desc="Grid", unit="point", name="hf_context_prune.sweep")
@@ -173,19 +172,19 @@ class _Pruner:
         """The model of a point, its tokenizer and its plan."""
         whole = (self.base.model, self.base.tokenizer)
         if not config.thresholds_units:
-            return smaller_model(*whole, self.text, config)
+            return prune_model(*whole, self.text, config)
         if self._magnitudes is None:
             self._magnitudes = threshold_magnitudes(*whole, self.text, config)
         threshold = config.embedding_threshold
         if threshold not in self._trimmed:
-            self._trimmed[threshold] = trimmed_for(*whole, self.text, config)
-        return below_thresholds(*whole, config, self._magnitudes, self._trimmed[threshold])
+            self._trimmed[threshold] = prune_vocabulary_for(*whole, self.text, config)
+        return prune_below_thresholds(*whole, config, self._magnitudes, self._trimmed[threshold])
 
     def zeros_of_paper(self, config: PrunerConfig) -> int:
         """Parameters that the paper's code zeroes at a point that was pruned."""
         threshold, dense = config.embedding_threshold, self.base.model
         if threshold not in self._trimmed:
-            self._trimmed[threshold] = trimmed_for(dense, self.base.tokenizer, self.text, config)
+            self._trimmed[threshold] = prune_vocabulary_for(dense, self.base.tokenizer, self.text, config)
         trimmed, magnitudes = self._trimmed[threshold], self._magnitudes if config.thresholds_units else None
         return zeros_of_paper(dense, magnitudes, config, trimmed.zeroed_by_paper if trimmed else ())
 
@@ -200,7 +199,7 @@ def _measure(
     """Prune by one point and score it; a point that leaves the same weights as an earlier one is not scored again."""
     base = pruner.base
     smaller, tokenizer, plan = pruner.prune(config)
-    dense = count_parameters(base.model)
+    dense = base.model.num_parameters()
     counts = plan.provenance.get("zeroed", {"zeroed_not_removed": 0})
     weights = _digest(smaller)
     facts = {

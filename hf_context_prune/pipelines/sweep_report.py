@@ -12,7 +12,7 @@ from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
 from hf_context_prune.evaluation.scores import HeldOut, Scores, summary_of
 
-Point = tuple[float | None, float | None, float | None]
+Thresholds = tuple[float | None, float | None, float | None]
 """Thresholds of linear layers, activations and embedding; None: off."""
 
 
@@ -28,7 +28,7 @@ class SweepRow:
         tuned: Scores after the training, if there was one.
     """
 
-    point: Point
+    point: Thresholds
     zeroed: float
     zeros: float
     pruned: Scores
@@ -160,7 +160,7 @@ class Sweep:
             tables.append(ReportTable("Accuracy by source", header, tuple(rows)))
             notes.append(
                 f"Accuracy: {group.num_questions:,} questions of {asked.name}, scorer {self.held_out.scorer}, "
-                f"{self.held_out.num_shots}-shot, with 95 % Wilson intervals; p of McNemar's exact test against the "
+                f"{self.held_out.num_fewshot}-shot, with 95 % Wilson intervals; p of McNemar's exact test against the "
                 f"dense model. *: its interval is not clear of guessing, so these questions say nothing about it."
             )
         return RunReport(

@@ -14,7 +14,7 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
-from hf_context_prune.evaluation.reports.report import LossBudget
+from hf_context_prune.evaluation.reports.report import SizeSearch
 from hf_context_prune.modeling.plan import PruningPlan
 
 _TOKENS = 12_000
@@ -22,7 +22,7 @@ _TOKENS = 12_000
 
 
 @dataclass(frozen=True)
-class SearchText:
+class ValidationText:
     """Documents of the domain that are neither calibrated on nor reported: the size is searched on them.
 
     Attributes:
@@ -44,7 +44,7 @@ class SearchText:
         tokenizer: Any,  # noqa: ANN401
         config: PrunerConfig,
         general: TextSource | None = None,
-    ) -> tuple[TextSource, SearchText]:
+    ) -> tuple[TextSource, ValidationText]:
         """(the rest of the calibration text, a tenth of its documents without those that are calibrated on as well).
 
         Args:
@@ -82,7 +82,7 @@ class SearchText:
         losses = document_losses(model, tokenizer, self.text, max_seq_length=self.max_seq_length, docs=self.docs)
         return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
 
-    def budget(self, plan: PruningPlan) -> LossBudget:
+    def budget(self, plan: PruningPlan) -> SizeSearch:
         """What the search found, from the plan's provenance."""
         facts = plan.provenance["loss_budget"]
         dropped = f" ({self.num_dropped:,} that are calibrated on too were dropped)" if self.num_dropped else ""
@@ -91,4 +91,4 @@ class SearchText:
             f"{dropped}, withheld from calibration and not among the held-out text of the figures: "
             f"{facts['increase']:+.2%} bits per byte there, {facts['max_loss_increase']:+.2%} allowed."
         )
-        return LossBudget(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))
+        return SizeSearch(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_context_prune.errors import ConfigError, NumericsError, unknown
+from hf_context_prune.errors import ConfigError, NumericsError, unknown_name
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
 from hf_context_prune.utils.linalg import cholesky, inverse_spd, regularized
 
@@ -55,7 +55,7 @@ def get_criterion(name: str) -> Criterion:
         ConfigError: There is none of that name.
     """
     if name not in CRITERIA:
-        raise ConfigError(unknown("criterion", name, CRITERIA))
+        raise ConfigError(unknown_name("criterion", name, CRITERIA))
     return CRITERIA[name]
 
 

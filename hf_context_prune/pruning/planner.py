@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import ConfigError, naming
-from hf_context_prune.modeling.architectures import blocks, check_supported, output_projection, spec_of
+from hf_context_prune.errors import ConfigError, error_context
+from hf_context_prune.modeling.architectures import check_supported, layers_of, output_projection, spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.pruning.allocation.adaptive import most_removable, predicted_loss
@@ -24,27 +24,27 @@ from hf_context_prune.pruning.allocation.widths import measured_widths, plan_wid
 from hf_context_prune.pruning.calibration.chunked import calibrate_in_turns
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
-from hf_context_prune.pruning.sequential.prune import check_walkable, prune_sequentially
+from hf_context_prune.pruning.sequential.prune import check_sequential, prune_sequentially
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.version import versions
 
 from .criteria import get_criterion
 from .reconstruction import get_reconstruction
 from .scoring import needed_statistics, needed_targets, score_units, score_with, select_units
-from .surgery import Repair
+from .surgery import ReconstructFn
 
 
-def repair_with(stats: CalibrationStats, config: PrunerConfig) -> Repair:
+def reconstruct_with(stats: CalibrationStats, config: PrunerConfig) -> ReconstructFn:
     """The reconstruction of a config, as `apply_plan` calls it.
 
     Raises:
         ConfigError: `reconstruction="sequential"`, which is no function of these statistics.
     """
     _refuse_walk(config)
-    return _one_shot_repair(stats, config)
+    return _one_shot_reconstruction(stats, config)
 
 
-def check_repair(model: PreTrainedModel, config: PrunerConfig, *, will_save: bool) -> None:
+def check_reconstruction(model: PreTrainedModel, config: PrunerConfig, *, will_save: bool) -> None:
     """Refuse, from shapes alone, a repair that the architecture can't have.
 
     Args:
@@ -56,12 +56,12 @@ def check_repair(model: PreTrainedModel, config: PrunerConfig, *, will_save: boo
         ConfigError: It can't walk the blocks, or adds biases that the architecture has no field for.
     """
     if config.reconstruction == "sequential" and config.prunes_units:
-        check_walkable(model, get_criterion(config.criterion))
+        check_sequential(model, get_criterion(config.criterion))
     if config.reconstruction != "bias" or not will_save:
         return
     spec = spec_of(model.config)
     for target in needed_targets(config):
-        if output_projection(blocks(model, spec)[0], spec, target).bias is None:
+        if output_projection(layers_of(model, spec)[0], spec, target).bias is None:
             raise ConfigError(
                 f"reconstruction='bias' adds biases that a {spec.model_type} model has no field for, so the result "
                 f"can't be saved. Use reconstruction='least_squares' (better at the same size) or 'none'; 'bias' is "
@@ -73,18 +73,18 @@ def _refuse_walk(config: PrunerConfig) -> None:
     if config.reconstruction == "sequential":
         raise ConfigError(
             "reconstruction='sequential' chooses and refits on its own walk over the blocks, not from these "
-            "statistics: use plan_and_repair(model, samples, config), or reconstruction='least_squares'."
+            "statistics: use plan_and_reconstruct(model, samples, config), or reconstruction='least_squares'."
         )
 
 
-def _one_shot_repair(stats: CalibrationStats, config: PrunerConfig) -> Repair:
+def _one_shot_reconstruction(stats: CalibrationStats, config: PrunerConfig) -> ReconstructFn:
     # Where a walk is to come, its one-shot kin stands in.
     function = get_reconstruction("least_squares" if config.reconstruction == "sequential" else config.reconstruction)
 
     def repair(
         layer: int, target: str, weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with naming(f"layer {layer} ({target})"):
+        with error_context(f"layer {layer} ({target})"):
             new_weight, new_bias = function(
                 weight.cpu(), None if bias is None else bias.cpu(), kept, stats.targets[layer, target], config.ridge
             )
@@ -94,7 +94,7 @@ def _one_shot_repair(stats: CalibrationStats, config: PrunerConfig) -> Repair:
 
 
 @dataclass
-class Measured:
+class LayerMeasurements:
     """What was measured of a model, enough for a plan of any size.
 
     Attributes:
@@ -112,7 +112,7 @@ class Measured:
     @classmethod
     def of(
         cls, model: PreTrainedModel, stats: CalibrationStats, config: PrunerConfig, probe: torch.Tensor | None
-    ) -> Measured:
+    ) -> LayerMeasurements:
         """Score every unit, and for adaptive allocation measure every layer on `probe`."""
         importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
         curves = None
@@ -120,9 +120,9 @@ class Measured:
             if probe is None:
                 raise ConfigError(
                     "allocation='adaptive' measures layers on text that the statistics lack; calibrate on the first "
-                    "part of withhold_probe(token_blocks(...)), and pass the second as samples."
+                    "part of withhold_probe(tokenize_samples(...)), and pass the second as samples."
                 )
-            repair, targets = _one_shot_repair(stats, config), needed_targets(config)
+            repair, targets = _one_shot_reconstruction(stats, config), needed_targets(config)
             curves = on_main_process(lambda: measure_sensitivity(model, importance, repair, probe, targets=targets))
         return cls(importance, curves, stats.num_samples, stats.num_tokens)
 
@@ -171,10 +171,10 @@ def make_plan(
         ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what is not planned here: a walk
             (`reconstruction="sequential"`), tokens, and the refit of their rows.
     """
-    if config.prunes_vocabulary or config.effort == "high":
+    if config.prunes_vocabulary or config.refit_lm_head:
         raise ConfigError(
             "make_plan plans neurons and KV groups alone. For tokens, use prune(), or prune_vocabulary() before, "
-            "without the vocab_* options here; for effort='high', use prune()."
+            "without the vocab_* options here; for refit_lm_head=True, use prune()."
         )
     _refuse_walk(config)
     geometry = read_geometry(model.config, check_supported(model))
@@ -187,7 +187,7 @@ def make_plan(
         )
     if config.allocation == "uniform" or config.max_loss_increase is not None:
         plan_widths(model, config)  # before scoring: it may refuse
-    return Measured.of(model, stats, config, samples).plan(model, config, provenance)
+    return LayerMeasurements.of(model, stats, config, samples).plan(model, config, provenance)
 
 
 class Planner:
@@ -210,7 +210,7 @@ class Planner:
         provenance: Mapping[str, Any] | None = None,
         resume_dir: Path | None = None,
         *,
-        measured: Measured | None = None,
+        measured: LayerMeasurements | None = None,
     ) -> None:
         self.model, self.samples, self.provenance, self.resume_dir = model, samples, provenance, resume_dir
         self.measured = measured
@@ -220,13 +220,13 @@ class Planner:
         if config.reconstruction == "sequential" and config.allocation == "uniform" and not config.max_loss_increase:
             return  # the walk sees all it needs
         if config.reconstruction == "sequential" and not config.max_loss_increase:  # no model is built of statistics
-            self.measured = Measured({}, self._search(config), 0, 0)
+            self.measured = LayerMeasurements({}, self._search(config), 0, 0)
             return
         fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
         self.stats = calibrate_in_turns(
             model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config)
         )
-        self.measured = measured or Measured.of(model, self.stats, config, probe)
+        self.measured = measured or LayerMeasurements.of(model, self.stats, config, probe)
 
     def _search(self, config: PrunerConfig) -> dict[Key, Curve]:
         generator = torch.Generator().manual_seed(config.pruning_seed)  # one for all layers, whatever the turns
@@ -237,7 +237,7 @@ class Planner:
             statistics=needed_statistics(config),
             prepare=lambda stats: (
                 score_with(self.model, stats, config.criterion, generator),
-                _one_shot_repair(stats, config),
+                _one_shot_reconstruction(stats, config),
             ),
             identity=f"{config.criterion} {config.ridge!r} {config.pruning_seed}",
             state_dir=self.resume_dir,
@@ -255,13 +255,13 @@ class Planner:
         """Widths of a size."""
         return self.measured.widths(self.model, config) if self.measured else plan_widths(self.model, config)
 
-    def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
+    def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
         """Plan and repair from the statistics; for the sequential repair, those of its one-shot kin."""
         assert self.measured is not None
         assert self.stats is not None
-        return self.measured.plan(self.model, config, self.provenance), _one_shot_repair(self.stats, config)
+        return self.measured.plan(self.model, config, self.provenance), _one_shot_reconstruction(self.stats, config)
 
-    def walk(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
+    def walk(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
         """Plan and repair from a sequential walk, which chooses the units anew, on all of the text."""
         self.stats = None  # a walk has statistics of its own
         widths = self.widths(config)
@@ -278,7 +278,7 @@ class Planner:
         return _plan_of(self.model, walk.layers, config, walk.num_samples, walk.num_tokens, facts), walk.repair
 
 
-def plan_and_repair(
+def plan_and_reconstruct(
     model: PreTrainedModel,
     samples: torch.Tensor,
     config: PrunerConfig,
@@ -287,8 +287,8 @@ def plan_and_repair(
     base_loss: float | None = None,
     provenance: Mapping[str, Any] | None = None,
     resume_dir: Path | None = None,
-    measured: Measured | None = None,
-) -> tuple[PruningPlan, Repair]:
+    measured: LayerMeasurements | None = None,
+) -> tuple[PruningPlan, ReconstructFn]:
     """Token blocks -> the plan, and the repair that goes with it: what [`apply_plan`][] takes.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from hf_context_prune.errors import ConfigError, unknown
+from hf_context_prune.errors import ConfigError, unknown_name
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics
 from hf_context_prune.utils.linalg import cholesky, regularized
 
@@ -149,5 +149,5 @@ def get_reconstruction(name: str) -> Reconstruction:
         ConfigError: There is none of that name.
     """
     if name not in RECONSTRUCTIONS:
-        raise ConfigError(unknown("reconstruction", name, RECONSTRUCTIONS))
+        raise ConfigError(unknown_name("reconstruction", name, RECONSTRUCTIONS))
     return RECONSTRUCTIONS[name]

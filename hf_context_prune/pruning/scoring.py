@@ -9,14 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import NumericsError, naming
+from hf_context_prune.errors import NumericsError, error_context
 from hf_context_prune.modeling.architectures import (
     TARGETS,
     Target,
-    blocks,
     channel_scale,
     check_supported,
     input_magnitude,
+    layers_of,
     output_projection,
     output_weight,
     unit_size,
@@ -61,7 +61,7 @@ def select_units(
     return tuple(layers)
 
 
-def weights_of_block(
+def weights_of_layer(
     block: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int
 ) -> TargetWeights:
     """The weights of one target of a block, as a criterion sees them (the output weight is a view).
@@ -125,12 +125,12 @@ def score_with(
 ) -> dict[Key, torch.Tensor]:
     """Score units as [`score_units`][] does, with a random generator that the caller keeps."""
     spec = check_supported(model)
-    geometry, layers = read_geometry(model.config, spec), blocks(model, spec)
+    geometry, layers = read_geometry(model.config, spec), layers_of(model, spec)
     function = get_criterion(criterion).function
     importance = {}
     for (layer, target), statistics in stats.targets.items():
         groups = geometry.layers[layer].kv_groups
-        weights = weights_of_block(layers[layer], spec, geometry, target, groups)  # type: ignore[arg-type]
-        with naming(f"layer {layer} ({target})"):
+        weights = weights_of_layer(layers[layer], spec, geometry, target, groups)  # type: ignore[arg-type]
+        with error_context(f"layer {layer} ({target})"):
             importance[layer, target] = function(weights.cpu(), statistics, generator)
     return importance

@@ -14,8 +14,8 @@ from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import (
     TARGETS,
     Target,
-    blocks,
     check_supported,
+    layers_of,
     output_projection,
     unit_size,
 )
@@ -51,7 +51,7 @@ def kept_features(geometry: Geometry, target: Target, units: Sequence[int]) -> l
     return [unit * size + feature for unit in units for feature in range(size)]
 
 
-def _prune_block(
+def _prune_layer(
     index: int,
     block: nn.Module,
     prefix: str,
@@ -59,7 +59,7 @@ def _prune_block(
     spec: ArchSpec,
     geometry: Geometry,
     plan: PruningPlan,
-    repair: Repair | None,
+    repair: ReconstructFn | None,
 ) -> None:
     dense, kept = geometry.layers[index], plan.layers[index]
     for target in TARGETS:
@@ -92,7 +92,7 @@ def _prune_block(
 def _add_missing_biases(model: nn.Module, state: dict[str, torch.Tensor], spec: ArchSpec) -> str | None:
     """Give output projections the bias that a repair made although the architecture has none."""
     added = 0
-    for index, block in enumerate(blocks(model, spec)):
+    for index, block in enumerate(layers_of(model, spec)):
         for target in TARGETS:
             path = spec.mlp_output if target == "mlp" else spec.attention_output
             module = output_projection(block, spec, target)
@@ -108,7 +108,7 @@ def _add_missing_biases(model: nn.Module, state: dict[str, torch.Tensor], spec: 
     )
 
 
-def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | None = None) -> PreTrainedModel:
+def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: ReconstructFn | None = None) -> PreTrainedModel:
     """Build the smaller model that a plan describes; the given model is left as it is.
 
     Args:
@@ -117,7 +117,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | No
         repair: Called for every output projection that loses features; gives its new weight and bias. None: slice.
 
     Returns:
-        A new model, with tensors of its own, of the stock class where its config can express the widths, else of the
+        A new model, with tensors of its own, of the native class where its config can express the widths, else of the
         variable-width class. Same dtype, device, training mode and generation config.
 
     Raises:
@@ -138,8 +138,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Repair | No
     if plan.vocabulary is not None:
         for name in token_rows(model).keys() & state.keys():
             state[name] = state[name][torch.tensor(plan.vocabulary.kept, device=state[name].device)]
-    for index, block in enumerate(blocks(model, spec)):
-        _prune_block(index, block, f"{spec.layers}.{index}", state, spec, geometry, plan, repair)
+    for index, block in enumerate(layers_of(model, spec)):
+        _prune_layer(index, block, f"{spec.layers}.{index}", state, spec, geometry, plan, repair)
     unsavable = _add_missing_biases(smaller, state, spec)
     originals = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     for name, tensor in state.items():
@@ -175,14 +175,14 @@ def kept_entries(model: PreTrainedModel, plan: PruningPlan) -> Iterator[tuple[st
     """
     spec = check_supported(model)
     geometry = read_geometry(model.config, spec)
-    for index, block in enumerate(blocks(model, spec)):
+    for index, block in enumerate(layers_of(model, spec)):
         prefix = f"{spec.layers}.{index}"
         places = {
             f"{prefix}.{name}": torch.arange(parameter.numel()).view(parameter.shape)
             for name, parameter in block.named_parameters()
         }
         shapes = {name: tensor.shape for name, tensor in places.items()}
-        _prune_block(index, block, prefix, places, spec, geometry, plan, None)
+        _prune_layer(index, block, prefix, places, spec, geometry, plan, None)
         for name, tensor in places.items():
             if tensor.shape != shapes[name]:
                 yield name, tensor
@@ -217,5 +217,7 @@ def _fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
             mirror.register_buffer(name, buffer.clone(), persistent=name not in computed)
 
 
-Repair = Callable[[int, str, torch.Tensor, torch.Tensor | None, list[int]], tuple[torch.Tensor, torch.Tensor | None]]
+ReconstructFn = Callable[
+    [int, str, torch.Tensor, torch.Tensor | None, list[int]], tuple[torch.Tensor, torch.Tensor | None]
+]
 """(layer, target, W [out, in], bias [out] or None, kept features) -> (new W [out, kept], new bias or None)."""

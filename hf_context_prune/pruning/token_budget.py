@@ -15,16 +15,15 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import BudgetError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.pruning.allocation.adaptive import predicted_loss
-from hf_context_prune.pruning.allocation.budget import Budget
-from hf_context_prune.pruning.calibration.samples import calibration_blocks
-from hf_context_prune.pruning.vocabulary.prune import pruner_of
+from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.calibration.samples import tokenize_calibration_samples
+from hf_context_prune.pruning.vocabulary.prune import build_vocabulary_pruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.utils.distributed import on_main_process
 
-from .planner import Measured, Planner
+from .planner import LayerMeasurements, Planner
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""
@@ -34,7 +33,7 @@ _PROBE_TOKENS = 8_000
 
 
 @dataclass(frozen=True)
-class Split:
+class TokenBudget:
     """How many tokens a budget leaves, and what that was weighed against.
 
     Attributes:
@@ -44,18 +43,18 @@ class Split:
     """
 
     tokens: int | None
-    measured: Measured
+    measured: LayerMeasurements
     considered: tuple[tuple[int, float, float], ...]
 
 
-def split_budget(
+def split_token_budget(
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
     text: TextSource,
     config: PrunerConfig,
     general: TextSource | None = None,
     resume_dir: Path | None = None,
-) -> Split:
+) -> TokenBudget:
     """Weigh tokens against other units: the split whose losses add up to the least.
 
     What a vocabulary costs is measured (before any refit) on documents that its tokens were not counted on; what the
@@ -67,14 +66,14 @@ def split_budget(
         tokenizer: Its tokenizer.
         text: Calibration text.
         config: With `vocab_auto` and a budget for all parameters.
-        general: For `general_mix`.
+        general: For `general_data_ratio`.
         resume_dir: Where the measured widths are kept, to go on from; None keeps nothing.
 
     Raises:
         BudgetError: No split reaches the budget.
     """
-    samples = calibration_blocks(text, tokenizer, config, general)
-    budget = Budget.of(config, count_parameters(model))
+    samples = tokenize_calibration_samples(text, tokenizer, config, general)
+    budget = ParameterBudget.of(config, model.num_parameters())
     rows, cost = num_rows(model), token_cost(model)
     alone = rows - math.ceil((budget.remove_params or 0) / cost)
     curve = on_main_process(lambda: _vocabulary_curve(model, tokenizer, text, config, alone))
@@ -101,7 +100,7 @@ def split_budget(
             f"groups together can give {most:,} ({most / budget.total_params:.4f} of all). Ask for less."
         )
     best = min(considered, key=lambda item: (item[1] + item[2], -item[0]))[0]
-    return Split(None if best == curve[0][0] else best, measured, tuple(considered))
+    return TokenBudget(None if best == curve[0][0] else best, measured, tuple(considered))
 
 
 def _vocabulary_curve(
@@ -122,8 +121,8 @@ def _vocabulary_curve(
     options = {"max_seq_length": config.max_seq_length}
     base = document_losses(model, tokenizer, withheld, max_tokens=_PROBE_TOKENS, **options)  # type: ignore[arg-type]
     docs, tokens = [loss.doc for loss in base], sum(loss.num_tokens for loss in base)
-    pruner = pruner_of(model, tokenizer, rest, config)
-    rows, multiple = num_rows(model), config.vocab_multiple
+    pruner = build_vocabulary_pruner(model, tokenizer, rest, config)
+    rows, multiple = num_rows(model), config.pad_to_multiple_of
     curve = [(rows, 0.0)]
     least = max(alone // multiple * multiple, pruner.fewest(multiple))  # what reaches the budget alone, if any does
     sizes = {VocabularySize(multiple=multiple).rounded(int(rows * share)) for share in SHARES}

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, unknown
+from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, unknown_name
 from hf_context_prune.modeling.architectures import check_supported, spec_of
 from hf_context_prune.utils.distributed import device as default_device
 
@@ -105,7 +105,7 @@ def load_model(
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in _DTYPES:
-        raise ConfigError(unknown("dtype", dtype, _DTYPES))
+        raise ConfigError(unknown_name("dtype", dtype, _DTYPES))
 
 
 def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:
@@ -260,7 +260,7 @@ def _hub_error(source: str, revision: str | None, error: Exception) -> LoadError
     return LoadError(f"{source!r} {what} ({type(error).__name__}: {error})")
 
 
-def load_outline(source: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+def load_meta_model(source: str | Path, *, revision: str | None = None) -> PreTrainedModel:
     """The model on the meta device: shapes from the config alone, no weights.
 
     Args:
@@ -325,7 +325,7 @@ def _check_folder(folder: Path) -> None:
         raise LoadError(f"{folder} holds no *.safetensors file, so there are no weights to load.")
 
 
-def as_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
+def ensure_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
     """A model with its tokenizer and name, loaded where it is named only.
 
     Raises:

@@ -14,7 +14,7 @@ from hf_context_prune.errors import ConfigError, NumericsError, SaveError
 from .files import exclusive
 
 
-class Rows:
+class ResultsLog:
     """A file of rows by key; its first line says what they were measured with.
 
     Args:
@@ -108,12 +108,12 @@ class Rows:
 
 
 @contextmanager
-def open_rows(path: Path, setting: Mapping[str, Any]) -> Iterator[Rows]:
-    """[`Rows`][] that no other run can write meanwhile.
+def open_results_log(path: Path, setting: Mapping[str, Any]) -> Iterator[ResultsLog]:
+    """[`ResultsLog`][] that no other run can write meanwhile.
 
     Raises:
-        ConfigError: See [`Rows`][].
+        ConfigError: See [`ResultsLog`][].
         SaveError: Another run has them, or they can't be read or written.
     """
     with exclusive(Path(os.path.realpath(path))):
-        yield Rows(path, setting)
+        yield ResultsLog(path, setting)

@@ -4,7 +4,7 @@ Every process loads the same model and text; only the batches of calibration are
 accelerate, on the process group that the launcher's variables describe or that the caller's `Accelerator` made. With
 one process every function here is a no-op, and neither torch nor accelerate is imported for it.
 
-Before numbers are exchanged, so is whether all is well (`together`): a process that failed would leave the others
+Before numbers are exchanged, so is whether all is well (`fail_together`): a process that failed would leave the others
 waiting for its numbers.
 """
 
@@ -183,7 +183,7 @@ def is_shared(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """A block (or, as a decorator, a function) that succeeds in all processes or raises in all. Blocks may be nested.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from hf_context_prune.errors import SaveError
 
 
-def mapped(elements: int, dtype: torch.dtype) -> torch.Tensor:
+def memmap_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
     """Room in a memory-mapped file of the folder for temporary files (``$TMPDIR``), which dies with the tensor.
 
     Args:

@@ -12,10 +12,10 @@ FAST_PRECISION = "medium"
 
 
 @contextmanager
-def fast_matmul() -> Iterator[None]:
+def reduced_precision_matmul() -> Iterator[None]:
     """Let float32 products round their factors to bfloat16 (sums stay float32), where PyTorch has that faster.
 
-    It has with AMX, and on CUDA with TensorFloat-32; elsewhere nothing changes. See also [`fast_block`][].
+    It has with AMX, and on CUDA with TensorFloat-32; elsewhere nothing changes. See also [`bfloat16_autocast`][].
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(FAST_PRECISION)
@@ -36,7 +36,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 
 
 @contextmanager
-def fast_block(hidden: torch.Tensor) -> Iterator[None]:
+def bfloat16_autocast(hidden: torch.Tensor) -> Iterator[None]:
     """Let a block run in bfloat16 but for its residual stream and norms, where the processor is faster so.
 
     For blocks that are run to compare two models over many tokens: both round alike, what is left averages out, and the
@@ -47,5 +47,5 @@ def fast_block(hidden: torch.Tensor) -> Iterator[None]:
     """
     cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32
     rounds = cpu and FAST_PRECISION != "highest" and bfloat16_is_fast(hidden.device)
-    with fast_matmul(), torch.autocast("cpu", torch.bfloat16) if rounds else nullcontext():
+    with reduced_precision_matmul(), torch.autocast("cpu", torch.bfloat16) if rounds else nullcontext():
         yield

@@ -23,7 +23,7 @@ from hf_context_prune.errors import (
 )
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS
-from hf_context_prune.training.callback.batches import text_of
+from hf_context_prune.training.callback.batches import read_batch
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from hf_context_prune.training.callback.mixin import ContextPruneTrainerMixin
@@ -197,13 +197,13 @@ def test_text_of_a_batch():
     square = (flat[:, None, None, :] * flat[:, None, :, None]).bool()
     scores = torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min)
     for given in ({"attention_mask": flat}, {"attention_mask": square}, {"attention_mask": scores}, {"labels": labels}):
-        assert text_of((), {"input_ids": ids, **given}, 2).tolist() == real
-    assert text_of((ids,), {}, 2).tolist() == [5, 6, 7, 8, 9]  # without labels: the edges
-    assert text_of((torch.tensor([[2, 5, 2, 6]]),), {}, 2).tolist() == [5, 2, 6]
-    assert text_of((ids,), {}, None).tolist() == ids.flatten().tolist()
-    assert text_of((ids,), {"labels": labels}, None).tolist() == ids.flatten().tolist()
+        assert read_batch((), {"input_ids": ids, **given}, 2).tolist() == real
+    assert read_batch((ids,), {}, 2).tolist() == [5, 6, 7, 8, 9]  # without labels: the edges
+    assert read_batch((torch.tensor([[2, 5, 2, 6]]),), {}, 2).tolist() == [5, 2, 6]
+    assert read_batch((ids,), {}, None).tolist() == ids.flatten().tolist()
+    assert read_batch((ids,), {"labels": labels}, None).tolist() == ids.flatten().tolist()
     prompt = {"labels": torch.tensor([[-100, -100, 7, 2], [-100, -100, 8, 9]])}  # left out of the loss, but text
-    assert text_of((ids,), prompt, 0).tolist() == ids.flatten().tolist()
+    assert read_batch((ids,), prompt, 0).tolist() == ids.flatten().tolist()
 
 
 def trainer_tokens(hook):
@@ -366,7 +366,7 @@ def test_batches_without_token_ids(tmp_path):
         ({"vocab_size": 128}, r"Prune them before: trimmed = prune_vocabulary"),
         ({"mlp_ratio": None, "attention_ratio": None, "max_loss_increase": 0.1}, "max_loss_increase finds the size"),
         ({"allocation": "adaptive"}, "one budget for all parameters"),
-        ({"effort": "high"}, "training does itself"),
+        ({"refit_lm_head": True}, "training does itself"),
     ],
 )
 def test_configs_that_need_more_than_batches(options, said):

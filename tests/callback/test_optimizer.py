@@ -18,7 +18,7 @@ from hf_context_prune.training.callback.optimizer import (
     map_state,
     replace_parameters,
 )
-from hf_context_prune.training.callback.transplant import composed, scatter, transplant
+from hf_context_prune.training.callback.transplant import compose_plans, scatter, transplant
 from tests.tiny import CASES, case, tiny_model
 
 OPTIMIZERS = {
@@ -123,7 +123,7 @@ def test_silent_and_cut_out_units_learn_the_same(name, kind):
         gone = torch.ones(wide[key].numel(), dtype=torch.bool)
         gone[places.flatten()] = False
         assert not wide[key].detach().flatten()[gone].any()  # nothing moved what was removed
-    after = apply_plan(silent, composed(None, plan, model_fingerprint=fingerprint(silent)))
+    after = apply_plan(silent, compose_plans(None, plan, model_fingerprint=fingerprint(silent)))
     # Logits, not weights: biases of keys change nothing, and Adam blows their rounding noise up to full steps.
     with torch.no_grad():
         expected = cut.eval()(input_ids=IDS).logits
@@ -136,7 +136,7 @@ def test_two_prunings_are_one_plan():
     once = apply_plan(model, first)
     second = plan_for(once, seed=1)
     twice = apply_plan(once, second).state_dict()
-    both = apply_plan(model, composed(first, second)).state_dict()
+    both = apply_plan(model, compose_plans(first, second)).state_dict()
     assert all(torch.equal(value, both[key]) for key, value in twice.items())
 
 

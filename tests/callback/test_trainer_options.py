@@ -41,14 +41,14 @@ def test_smoothed_labels_are_shifted_after_a_pruning_too(tmp_path):
 
 
 def test_a_pruning_looks_at_the_model_without_the_trainers_autocast(tmp_path, monkeypatch):
-    seen, plan_and_repair = [], module.plan_and_repair
+    seen, plan_and_reconstruct = [], module.plan_and_reconstruct
 
     def spy(model, *args, **kwargs):
         with torch.no_grad():
             seen.append((model(input_ids=torch.arange(1, 9)[None]).logits, "forward" in vars(model)))
-        return plan_and_repair(model, *args, **kwargs)
+        return plan_and_reconstruct(model, *args, **kwargs)
 
-    monkeypatch.setattr(module, "plan_and_repair", spy)
+    monkeypatch.setattr(module, "plan_and_reconstruct", spy)
     trainer = trainer_for(tmp_path, variable(), bf16=True)
     trainer.train()
     assert len(seen) == 3

@@ -28,7 +28,7 @@ from tests.vocabulary.tiny_tokenizers import tokenizer_of
 
 def test_the_task_has_our_prompts(tmp_path):
     asked = questions(12)
-    name = write_harness_task(asked, tmp_path / "task", num_shots=1)
+    name = write_harness_task(asked, tmp_path / "task", num_fewshot=1)
     write_harness_task(replace(asked, name="others.jsonl", questions=asked.questions[:1]), tmp_path / "task")
     task = yaml.safe_load((tmp_path / f"task/{name}.yaml").read_text())
     path = Path(task["dataset_kwargs"]["data_files"]["test"])
@@ -72,7 +72,7 @@ def test_log_likelihoods_agree(kind, tmp_path):
     asked = questions(12)
     tokenizer.model_max_length = 512
     folder = save_pruned(model, tmp_path / "model", tokenizer=tokenizer)
-    name = write_harness_task(asked, tmp_path / "task", num_shots=1)
+    name = write_harness_task(asked, tmp_path / "task", num_fewshot=1)
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32"},
@@ -85,7 +85,9 @@ def test_log_likelihoods_agree(kind, tmp_path):
         task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
     )
     torch.set_num_threads(1)
-    own = {answer.id: answer for answer in answer_questions(model, tokenizer, asked, scorer="likelihood", num_shots=1)}
+    own = {
+        answer.id: answer for answer in answer_questions(model, tokenizer, asked, scorer="likelihood", num_fewshot=1)
+    }
     samples = found["samples"][name]
     assert len(samples) == 12
     for sample in samples:

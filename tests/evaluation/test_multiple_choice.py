@@ -89,13 +89,13 @@ def log_prob(model, ids, start):
 
 
 @pytest.mark.parametrize("scorer", ["likelihood", "likelihood_normalised", "letter"])
-@pytest.mark.parametrize("num_shots", [0, 2])
-def test_scores_by_brute_force(scorer, num_shots):
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_scores_by_brute_force(scorer, num_fewshot):
     model, tokenizer, asked = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), questions()
-    answers = answer_questions(model, tokenizer, asked, scorer=scorer, num_shots=num_shots)
+    answers = answer_questions(model, tokenizer, asked, scorer=scorer, num_fewshot=num_fewshot)
     letters = scorer == "letter"
     for question, answer in zip(asked.questions, answers, strict=True):
-        examples = asked.examples.get(question.source, ())[:num_shots]
+        examples = asked.examples.get(question.source, ())[:num_fewshot]
         text = prompt(question, examples, letters=letters)
         expected = []
         for letter, choice in zip("ABCD", question.choices, strict=False):
@@ -147,7 +147,7 @@ def answer(number, source, correct):
 
 def test_accuracy_by_source():
     asked = questions(12)
-    answers = answer_questions(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), asked, num_shots=2)
+    answers = answer_questions(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), asked, num_fewshot=2)
     summary = summarize_answers(asked, answers)
     assert [row.source for row in summary] == ["a", "b", "c", ALL]
     assert sum(row.num_questions for row in summary[:-1]) == summary[-1].num_questions == 12
@@ -198,8 +198,8 @@ def test_the_interval_where_nothing_differs():
     ("options", "said"),
     [
         ({"scorer": "likelyhood"}, "Did you mean 'likelihood'"),
-        ({"num_shots": -1}, "num_shots is -1"),
-        ({"num_shots": 1.5}, "num_shots is 1.5"),
+        ({"num_fewshot": -1}, "num_fewshot is -1"),
+        ({"num_fewshot": 1.5}, "num_fewshot is 1.5"),
     ],
 )
 def test_options_that_are_refused(options, said):

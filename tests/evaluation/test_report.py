@@ -12,10 +12,10 @@ from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
     EvalReport,
-    LossBudget,
     LossFacts,
     MemoryFacts,
     SizeFacts,
+    SizeSearch,
     SpeedFacts,
     TextLosses,
 )
@@ -77,7 +77,7 @@ def single():
 
 
 def test_json_round_trip(report, single, tmp_path):
-    budget = LossBudget(0.03, 0.028, "On other text.", 4)
+    budget = SizeSearch(0.03, 0.028, "On other text.", 4)
     searched = dataclasses.replace(report, budget=budget, loss=dataclasses.replace(report.loss, predicted_excess=0.125))
     for original in (searched, report, single):
         path = tmp_path / "eval_report.json"
@@ -263,7 +263,7 @@ def test_a_side_that_was_not_measured_is_a_dash(report):
 def test_the_table_has_predicted_beside_realised_and_the_budget(report):
     searched = dataclasses.replace(
         report,
-        budget=LossBudget(0.03, 0.0281, "On other text.", 4),
+        budget=SizeSearch(0.03, 0.0281, "On other text.", 4),
         loss=dataclasses.replace(report.loss, predicted_excess=0.125),
     )
     rows = {row[0]: row for row in searched.table_rows()}

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaFor
 from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitectureError
 from hf_context_prune.evaluation.speed import SpeedMeasurement, Spread, measure_peak_memory, measure_speed, speed_ratio
 from hf_context_prune.modeling.generation import timed_generation
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.storage.saving import weight_bytes
 
 
@@ -125,8 +124,8 @@ def test_unlike_measurements_have_no_ratio():
 
 def test_tied_parameters_count_once():
     untied, tied = tiny_llama(), tiny_llama(tie_word_embeddings=True)
-    assert count_parameters(untied) - count_parameters(tied) == 128 * 32
-    assert count_parameters(tied) == sum({id(p): p.numel() for p in tied.parameters()}.values())
+    assert untied.num_parameters() - tied.num_parameters() == 128 * 32
+    assert tied.num_parameters() == sum({id(p): p.numel() for p in tied.parameters()}.values())
 
 
 def test_weight_bytes_are_those_on_disk(tmp_path):
@@ -134,7 +133,7 @@ def test_weight_bytes_are_those_on_disk(tmp_path):
         weight_bytes(tmp_path)
     model = tiny_llama()
     model.save_pretrained(tmp_path)
-    assert 4 * count_parameters(model) <= weight_bytes(tmp_path) < 4 * count_parameters(model) + 10_000
+    assert 4 * model.num_parameters() <= weight_bytes(tmp_path) < 4 * model.num_parameters() + 10_000
 
 
 def test_no_model_folder_is_refused_without_a_process(tmp_path):

@@ -194,8 +194,8 @@ def test_the_worker_ends_with_a_process_that_was_killed(tmp_path, killed):
     [
         ("gemma2", {}, "this is a gemma2 model"),
         ("gpt2", {}, "Export to another format"),
-        ("qwen2", {"variable": True}, "uniform widths.*--stock"),
-        ("llama", {"variable": True, "attention_bias": True}, "no biases, but .*q_proj.*--stock"),
+        ("qwen2", {"variable": True}, "uniform widths.*--native-architecture"),
+        ("llama", {"variable": True, "attention_bias": True}, "no biases, but .*q_proj.*--native-architecture"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("smollm3", {}, "every fourth layer"),
         ("qwen2", {"rope_parameters": ROPES[0]}, "rope type 'linear' of a qwen2"),

@@ -126,7 +126,7 @@ def reads(place):
     facts = place.run(
         """
 from pathlib import Path
-from hf_context_prune.storage.loading import load_model, load_outline
+from hf_context_prune.storage.loading import load_model, load_meta_model
 from hf_context_prune.storage.saving import save_pruned
 
 def facts(loaded):
@@ -144,11 +144,11 @@ results = {key: facts(load_model(id, revision=revision)) for key, (id, revision)
 pruned = load_model("org/pruned")
 results["pruned"] = facts(pruned)
 save_pruned(pruned.model, "saved again", tokenizer=pruned.tokenizer)
-outline = load_outline("org/outlined")
+outline = load_meta_model("org/outlined")
 results["outline"] = [outline.num_parameters(), outline.device.type]
 refused = ("org/none", "org/gated", "org/pickle", "org/gguf", "org/custom", "not/an/id")
-results["refused"] = {id: [attempt(load_model, id), attempt(load_outline, id)] for id in refused}
-results["refused"]["revision"] = [attempt(f, "org/llama", revision="v9") for f in (load_model, load_outline)]
+results["refused"] = {id: [attempt(load_model, id), attempt(load_meta_model, id)] for id in refused}
+results["refused"]["revision"] = [attempt(f, "org/llama", revision="v9") for f in (load_model, load_meta_model)]
 print(json.dumps(results))
 """,
         arguments={"first": first},

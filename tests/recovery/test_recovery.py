@@ -29,7 +29,7 @@ from hf_context_prune.training.recovery import recover as run
 from hf_context_prune.training.recovery import training
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.loss import token_loss
-from hf_context_prune.training.recovery.recover import check_place, recover, teacher_of
+from hf_context_prune.training.recovery.recover import check_output_folder, recover, teacher_of
 from tests.tiny import TEXT, case, tiny_model
 from tests.vocabulary.tiny_domain import documents, model_for, shared_tokenizer
 
@@ -154,7 +154,7 @@ def test_biases_of_rows_that_are_zero_stay_zero(tokenizer):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_variable_width_model_saves_and_reloads(tokenizer, method, tmp_path):
     dense, result = pruned(tokenizer, mlp_ratio=None, pruning_ratio=0.2, allocation="adaptive", reconstruction="none")
-    assert not result.stock.fits
+    assert not result.native_fit.fits
     config = RecoveryConfig(method=method, max_steps=4, **SMALL)
     outcome = recover(result.model, texts(), config, tokenizer=tokenizer, teacher=dense)
     result.model = outcome.model
@@ -560,8 +560,8 @@ def test_a_forward_that_was_set_on_the_model_does_not_run_the_model(tokenizer):
 
 def test_it_trains_in_one_process_on_the_first_gpu(tokenizer, monkeypatch):
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1, and leave the device out"):
-        check_place(types.SimpleNamespace(device=torch.device("cuda:1")))
-    check_place(types.SimpleNamespace(device=torch.device("cuda:0")))
+        check_output_folder(types.SimpleNamespace(device=torch.device("cuda:1")))
+    check_output_folder(types.SimpleNamespace(device=torch.device("cuda:0")))
     monkeypatch.setattr("hf_context_prune.training.recovery.recover.num_processes", lambda: 2)
     with pytest.raises(ConfigError, match="in one process, and here are 2"):
         recover(tiny_model("llama"), texts(), RecoveryConfig(max_steps=2, **SMALL), tokenizer=tokenizer)

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.inference import count_parameters
-from hf_context_prune.pipelines.demo import complete
+from hf_context_prune.pipelines.demo import generate_completions
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, VocabularyPruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 
@@ -100,7 +99,7 @@ def test_tokens_and_neurons_in_one_budget_open_with_plain_transformers(smollm2, 
         pruning_ratio=0.25,
         vocab_size=16_384,
         reconstruction="least_squares",
-        stock=True,
+        native_architecture=True,
         round_to=8,
         num_calibration_samples=24,
         max_seq_length=256,
@@ -112,12 +111,14 @@ def test_tokens_and_neurons_in_one_budget_open_with_plain_transformers(smollm2, 
     folder = result.save_pretrained(tmp_path / "mini-gpt")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model) is LlamaForCausalLM
-    assert count_parameters(model) == result.report.size.pruned_parameters
+    assert model.num_parameters() == result.report.size.pruned_parameters
     assert len(tokenizer) == model.config.vocab_size == 16_384
     assert tokenizer.convert_ids_to_tokens(model.config.eos_token_id) == "<|im_end|>"
     for prompt in ("THE SOFTWARE IS PROVIDED", "法院 🎉 naïve"):
         assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
-        assert complete(model, tokenizer, prompt) == complete(result.model, result.tokenizer, prompt)
+        assert generate_completions(model, tokenizer, prompt) == generate_completions(
+            result.model, result.tokenizer, prompt
+        )
     chat = [{"role": "user", "content": "May I copy it?"}]
     text = smollm2.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == text

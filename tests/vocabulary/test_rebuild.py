@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_context_prune.errors import VocabularyError
-from hf_context_prune.pruning.vocabulary.rebuild import order_of, pruned_state, rebuilt, table_of
+from hf_context_prune.pruning.vocabulary.rebuild import order_of, pruned_state, rebuild_tokenizer, table_of
 from hf_context_prune.pruning.vocabulary.tokens import TokenTable
 from tests.vocabulary.tiny_tokenizers import (
     ALL_KINDS,
@@ -89,7 +89,7 @@ def test_the_saved_tokenizer_is_the_same_with_fewer_tokens(kind, tmp_path):
     before, words = tokenizer.backend_tokenizer.to_str(), "the court finds naïve café 法院 🚀\n\n  zz<|begin|>"
     table = table_of(tokenizer)
     order, state = smaller_state(table, 0.4)
-    smaller = rebuilt(tokenizer, state)
+    smaller = rebuild_tokenizer(tokenizer, state)
     assert tokenizer.backend_tokenizer.to_str() == before
     assert smaller.name_or_path == tokenizer.name_or_path
     smaller.save_pretrained(tmp_path)
@@ -108,7 +108,7 @@ def test_the_saved_tokenizer_is_the_same_with_fewer_tokens(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_a_surrogate_pair_is_refused_as_before(kind):
     tokenizer = tokenizer_of(kind)
-    smaller = rebuilt(tokenizer, smaller_state(table_of(tokenizer), 0)[1])
+    smaller = rebuild_tokenizer(tokenizer, smaller_state(table_of(tokenizer), 0)[1])
     for text in ("\ud83d", "a\udc00b"):
         with pytest.raises(Exception) as first:
             tokenizer.encode(text)
@@ -119,7 +119,7 @@ def test_half_a_surrogate_pair_is_refused_as_before(kind):
 
 def test_bytes_that_have_no_token_are_not_invented():
     tokenizer = tokenizer_of("smollm2")
-    smaller = rebuilt(tokenizer, smaller_state(table_of(tokenizer), 0)[1])
+    smaller = rebuild_tokenizer(tokenizer, smaller_state(table_of(tokenizer), 0)[1])
     text = "Zebra \x7f the court ﷽ z"
     assert smaller.decode(smaller.encode(text)) == tokenizer.decode(tokenizer.encode(text)) != text
 
@@ -147,7 +147,7 @@ def test_classes_that_build_their_tokenizer_themselves(name, tmp_path):
     table = table_of(tokenizer)
     also = tokenizer.all_special_ids
     order, state = smaller_state(table, 0.4, also=also)
-    smaller = rebuilt(tokenizer, state)
+    smaller = rebuild_tokenizer(tokenizer, state)
     smaller.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     for made in (smaller, again):
@@ -163,7 +163,7 @@ def test_a_class_that_opens_it_in_another_way_is_refused():
         [decoders.Replace("\u2581", "_"), decoders.ByteFallback(), decoders.Fuse()]
     )
     with pytest.raises(VocabularyError, match="LlamaTokenizer opens the smaller vocabulary with another decoder"):
-        rebuilt(tokenizer, smaller_state(table_of(tokenizer), 0.5)[1])
+        rebuild_tokenizer(tokenizer, smaller_state(table_of(tokenizer), 0.5)[1])
 
 
 def test_ids_of_every_post_processor():
@@ -211,7 +211,7 @@ def test_flags_of_added_tokens_and_the_chat_template_carry_over():
     tokenizer = tokenizer_of("llama3")
     tokenizer.chat_template = TEMPLATE
     order, state = smaller_state(table_of(tokenizer), 0.3)
-    smaller = rebuilt(tokenizer, state)
+    smaller = rebuild_tokenizer(tokenizer, state)
     flags = {str(token): token.__getstate__() for token in smaller.added_tokens_decoder.values()}
     assert flags == {str(token): token.__getstate__() for token in tokenizer.added_tokens_decoder.values()}
     turns = [{"role": "user", "content": "the court [mask] Übung!"}, {"role": "assistant", "content": "finds <tool>"}]
@@ -265,7 +265,7 @@ def test_options_of_the_wrapper_carry_over():
         model_input_names=["input_ids", "attention_mask"],
     )
     before = copy.deepcopy(tokenizer.init_kwargs)
-    smaller = rebuilt(tokenizer, smaller_state(table_of(tokenizer), 0.2)[1])
+    smaller = rebuild_tokenizer(tokenizer, smaller_state(table_of(tokenizer), 0.2)[1])
     assert tokenizer.init_kwargs == before
     assert smaller.padding_side == smaller.truncation_side == "left"
     assert set(smaller("a")) == {"input_ids", "attention_mask"}

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from hf_context_prune.pruning.vocabulary import refit
-from hf_context_prune.pruning.vocabulary.refit import HELD_OUT_EVERY, _Problem, blocks_to_read, refit_rows
+from hf_context_prune.pruning.vocabulary.refit import HELD_OUT_EVERY, _Problem, num_refit_samples, refit_rows
 from tests.tiny import VOCABULARY, case
 
 
@@ -104,15 +104,15 @@ def test_too_little_text():
 
 def test_text_is_read_as_far_as_it_pays(monkeypatch):
     model = case("llama")
-    assert blocks_to_read(model, 30, 32) == 120
+    assert num_refit_samples(model, 30, 32) == 120
     monkeypatch.setattr(refit, "_MOST_LOGITS", 48 * 32 * VOCABULARY)
-    assert blocks_to_read(model, 30, 32) == 48
+    assert num_refit_samples(model, 30, 32) == 48
     monkeypatch.setattr(refit, "_MOST_LOGITS", 1)  # what the blocks of the model are repaired by
-    assert blocks_to_read(model, 30, 32) == 30
+    assert num_refit_samples(model, 30, 32) == 30
     monkeypatch.setattr(refit, "_MOST_STATES", 20 * 32 * model.config.hidden_size)
-    assert blocks_to_read(model, 30, 32) == 20
+    assert num_refit_samples(model, 30, 32) == 20
     monkeypatch.setattr(refit, "_MOST_STATES", 1)  # never fewer than can be split
-    assert blocks_to_read(model, 30, 32) == HELD_OUT_EVERY
+    assert num_refit_samples(model, 30, 32) == HELD_OUT_EVERY
 
 
 def test_more_text_generalises_better():

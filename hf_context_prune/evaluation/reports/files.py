@@ -14,7 +14,7 @@ from .rendering import FILES_OF_RUNS, Folder, kind_of, pictures_of, run_parts, s
 from .run_report import AnyReport, RunReport, load_report
 
 
-def check_report_place(folder: str | Path, kind: str) -> None:
+def check_report_folder(folder: str | Path, kind: str) -> None:
     """Refuse a folder that a report can't go to, before the long work.
 
     Args:
@@ -47,10 +47,10 @@ def save_report(report: AnyReport, folder: str | Path) -> None:
     """Write ``eval_report.json`` to a folder, which is made if it is not there; an older report is replaced.
 
     Raises:
-        SaveError: See [`check_report_place`][]; or the file can't be written.
+        SaveError: See [`check_report_folder`][]; or the file can't be written.
     """
     path = Path(folder)
-    check_report_place(path, kind_of(report))
+    check_report_folder(path, kind_of(report))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

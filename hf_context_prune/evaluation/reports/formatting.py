@@ -17,7 +17,7 @@ def percent(estimate: Estimate) -> str:
     return f"{text} [{estimate.interval[0]:+.1%}, {estimate.interval[1]:+.1%}]"
 
 
-def less_one(ratio: Estimate) -> Estimate:
+def ratio_to_change(ratio: Estimate) -> Estimate:
     """A ratio as a change."""
     interval = None if ratio.interval is None else (ratio.interval[0] - 1, ratio.interval[1] - 1)
     return Estimate(ratio.value - 1, interval)
@@ -25,7 +25,7 @@ def less_one(ratio: Estimate) -> Estimate:
 
 def relative_change(base: Sequence[DocumentLoss], own: Sequence[DocumentLoss], seed: int) -> Estimate:
     """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
-    return less_one(compare_losses(base, own, seed=seed).bits_per_byte_ratio)
+    return ratio_to_change(compare_losses(base, own, seed=seed).bits_per_byte_ratio)
 
 
 def accuracy(group: Accuracy, paired: PairedAccuracy | None = None) -> str:

@@ -10,7 +10,7 @@ from hf_context_prune.modeling.plan import PruningPlan
 
 
 @dataclass(frozen=True)
-class Point:
+class PlotPoint:
     """A loss with its interval, in a picture.
 
     Attributes:
@@ -38,7 +38,7 @@ def new_figure(**options: Any) -> Any:  # noqa: ANN401 - matplotlib's, imported 
     return figure
 
 
-def widths_figure(plan: PruningPlan, title: str) -> Any:  # noqa: ANN401
+def plot_widths(plan: PruningPlan, title: str) -> Any:  # noqa: ANN401
     """Neurons and KV groups of every layer, before and after."""
     figure = new_figure(figsize=(8, 4.5))
     figure.subplots_adjust(left=0.1, right=0.98, top=0.92, bottom=0.11)  # a fitted layout takes twice as long
@@ -61,7 +61,7 @@ def _plain_legend(axis: Any) -> None:  # noqa: ANN401
         text.set_parse_math(False)
 
 
-def losses_figure(panels: Mapping[str, Sequence[Point]], xlabel: str, ylabel: str) -> Any:  # noqa: ANN401
+def plot_losses(panels: Mapping[str, Sequence[PlotPoint]], xlabel: str, ylabel: str) -> Any:  # noqa: ANN401
     """Losses against something: one panel a text, since losses on different texts can't be compared."""
     figure = new_figure(figsize=(7, 0.8 + 3.7 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -87,7 +87,7 @@ def losses_figure(panels: Mapping[str, Sequence[Point]], xlabel: str, ylabel: st
     return figure
 
 
-def matrix_figure(
+def plot_matrix(
     names: Sequence[str], changes: Mapping[tuple[str, str], tuple[float, tuple[float, float] | None]]
 ) -> Any:  # noqa: ANN401
     """The domain matrix as a heat map.
@@ -120,7 +120,7 @@ def matrix_figure(
     return figure
 
 
-def curves_figure(curves: Mapping[str, Sequence[tuple[float, float, float]]], reference: str) -> Any:  # noqa: ANN401
+def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], reference: str) -> Any:  # noqa: ANN401
     """What general text in the calibration gives and takes: one line a domain, from its own text alone to general.
 
     Args:

@@ -18,7 +18,7 @@ from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_NAME
 
 from .markdown import inert, one_line, table
-from .plots import Point, curves_figure, losses_figure, matrix_figure, widths_figure
+from .plots import PlotPoint, plot_curves, plot_losses, plot_matrix, plot_widths
 from .report import EvalReport
 from .run_report import AnyReport, RunReport, load_report
 
@@ -126,7 +126,7 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
                 (staging / f"{own}.png").write_bytes(picture)
                 shown.setdefault(folder.name, []).append((title, f"{own}.png"))
         if panels := _panels(folders):
-            (staging / LOSS_PICTURE).write_bytes(_drawn("these folders", losses_figure, panels, _SIZE, _LOSS))
+            (staging / LOSS_PICTURE).write_bytes(_drawn("these folders", plot_losses, panels, _SIZE, _LOSS))
             shown[""] = [("Loss against size", LOSS_PICTURE)]
         (staging / REPORT_MARKDOWN).write_text(markdown(folders, pictures=shown), encoding="utf-8")
     return goal
@@ -189,7 +189,7 @@ def pictures_of(folder: Folder) -> dict[str, tuple[str, bytes]]:
     found: dict[str, tuple[str, bytes]] = {}
     if folder.plan is not None:
         title = f"Widths of {folder.name}"
-        found["widths.png"] = (title, _drawn(folder.name, widths_figure, folder.plan, title))
+        found["widths.png"] = (title, _drawn(folder.name, plot_widths, folder.plan, title))
     if isinstance(folder.report, RunReport):
         for name, (title, draw) in _DRAWINGS.get(folder.report.kind, {}).items():
             if name != "mix.png" or folder.report.figures.get("mixes"):
@@ -204,11 +204,11 @@ def _matrix(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401 - matplotlib's
             ratio = cell["change"]["bits_per_byte_ratio"]
             interval = ratio["interval"] and (ratio["interval"][0] - 1, ratio["interval"][1] - 1)
             changes[cell["calibrated"], cell["measured"]] = (ratio["value"] - 1, interval)
-    return matrix_figure(figures["domains"], changes)
+    return plot_matrix(figures["domains"], changes)
 
 
 def _mixes(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    return curves_figure(figures["mixes"], figures["reference"])
+    return plot_curves(figures["mixes"], figures["reference"])
 
 
 def _grid(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
@@ -221,7 +221,7 @@ def _grid(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
         for when, marker in (("pruned", "o"), ("tuned", "s")):
             if row[when] is not None:
                 points.append(_point(f"{label}{'' if when == 'pruned' else ', tuned'}", row[when], marker))
-    return losses_figure({"": points}, _SIZE, _LOSS)
+    return plot_losses({"": points}, _SIZE, _LOSS)
 
 
 _DRAWINGS: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]]] = {
@@ -233,15 +233,15 @@ _DRAWINGS: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]]] 
 }
 
 
-def _point(label: str, scores: Mapping[str, Any], marker: str) -> Point:
+def _point(label: str, scores: Mapping[str, Any], marker: str) -> PlotPoint:
     bits = scores["loss"]["bits_per_byte"]
     interval = bits["interval"]
-    return Point(label, scores["parameters"] / 1e6, bits["value"], interval and (interval[0], interval[1]), marker)
+    return PlotPoint(label, scores["parameters"] / 1e6, bits["value"], interval and (interval[0], interval[1]), marker)
 
 
-def _panels(folders: Sequence[Folder]) -> dict[str, list[Point]]:
+def _panels(folders: Sequence[Folder]) -> dict[str, list[PlotPoint]]:
     """Losses of pruned models against their sizes, by the text that they were measured on, and how much of it."""
-    panels: dict[str, list[Point]] = {}
+    panels: dict[str, list[PlotPoint]] = {}
     texts: dict[str, str] = {}
     for folder in folders:
         report = folder.report
@@ -253,12 +253,12 @@ def _panels(folders: Sequence[Folder]) -> dict[str, list[Point]]:
             texts[text.fingerprint] = f"{text.name} ({text.fingerprint[:8]})" if same else text.name
         much = f"{loss.base.num_documents:,} documents, {loss.base.num_bytes:,} bytes"
         points = panels.setdefault(f"{texts[text.fingerprint]}: {much}", [])
-        base = Point("base", size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
+        base = PlotPoint("base", size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
         if base not in points:
             points.append(base)
         for summary, marker, when in ((loss.pruned, "o", ""), (loss.recovered, "s", " (recovered)")):
             if summary is not None:
                 bits = summary.bits_per_byte
                 place = report.size.pruned_parameters / 1e6
-                points.append(Point(f"{folder.name}{when}", place, bits.value, bits.interval, marker))
+                points.append(PlotPoint(f"{folder.name}{when}", place, bits.value, bits.interval, marker))
     return panels

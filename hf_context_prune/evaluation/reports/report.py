@@ -112,7 +112,7 @@ class TextLosses:
 
 
 @dataclass(frozen=True)
-class LossBudget:
+class SizeSearch:
     """A size that was found by search: the smallest within an allowed loss increase.
 
     Attributes:
@@ -163,7 +163,7 @@ class MultipleChoiceFacts:
         name: As `QuestionSet.name`.
         revision: Hub commit, else None.
         scorer: How answers were chosen.
-        num_shots: Examples asked for.
+        num_fewshot: Examples asked for.
         base: By source and of all, of the base or of the single model.
         pruned: The same of the pruned model.
         paired: Pruned against base.
@@ -172,7 +172,7 @@ class MultipleChoiceFacts:
     name: str
     revision: str | None
     scorer: str
-    num_shots: int
+    num_fewshot: int
     base: tuple[Accuracy, ...]
     pruned: tuple[Accuracy, ...] | None = None
     paired: tuple[PairedAccuracy, ...] | None = None
@@ -225,7 +225,7 @@ class EvalReport(Saved):
     environment: Environment
     speed: SpeedFacts | None = None
     memory: MemoryFacts | None = None
-    budget: LossBudget | None = None
+    budget: SizeSearch | None = None
     multiple_choice: MultipleChoiceFacts | None = None
     general: TextLosses | None = None
     notes: tuple[str, ...] = ()

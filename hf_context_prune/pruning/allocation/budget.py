@@ -18,7 +18,7 @@ Costs = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Budget:
+class ParameterBudget:
     """What the config asks for, in parameters.
 
     Attributes:
@@ -32,7 +32,7 @@ class Budget:
     asked_ratio: float | None
 
     @classmethod
-    def of(cls, config: PrunerConfig, total_params: int) -> Budget:
+    def of(cls, config: PrunerConfig, total_params: int) -> ParameterBudget:
         """Read the budget of a config for a model of this size.
 
         Raises:

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths
-from hf_context_prune.pruning.surgery import Repair, apply_plan
+from hf_context_prune.pruning.surgery import ReconstructFn, apply_plan
 from hf_context_prune.utils.distributed import on_main_process
 
 Loss = Callable[[PreTrainedModel], float]
@@ -29,14 +28,14 @@ FIRST_SHARE = 0.15
 TOLERANCE = 0.005
 """Share of all parameters below which a bracket is narrow enough."""
 MAX_TRIALS = 8
-WALKS = 3
+MAX_SEQUENTIAL_RUNS = 3
 """Sequential walks at most."""
 EXPONENT = 1.3
 """Of the power law, while there is one trial only."""
 
 
 @dataclass(frozen=True)
-class Trial:
+class SizeTrial:
     """One size that was measured.
 
     Attributes:
@@ -50,8 +49,8 @@ class Trial:
     reconstruction: str
 
 
-def search(
-    measure: Callable[[float], Trial],
+def search_size(
+    measure: Callable[[float], SizeTrial],
     limit: float,
     *,
     start: float,
@@ -60,7 +59,7 @@ def search(
     max_trials: int = MAX_TRIALS,
     enough: float = 1.0,
     aim: float = 1.0,
-) -> tuple[Trial, list[Trial]]:
+) -> tuple[SizeTrial, list[SizeTrial]]:
     """Find the largest share whose increase is within the limit.
 
     Args:
@@ -79,7 +78,7 @@ def search(
     Raises:
         BudgetError: None held; names the smallest.
     """
-    trials: list[Trial] = []
+    trials: list[SizeTrial] = []
     low, high = 0.0, math.inf
     asked = min(max(start, smallest), largest)
     for _ in range(4 * max_trials):  # with coarse widths, several shares may come to the same trial
@@ -107,7 +106,7 @@ def search(
     return max(held, key=lambda trial: trial.share), trials
 
 
-def _next(trials: list[Trial], limit: float, aim: float, low: float, high: float, *, last: bool) -> float:
+def _next(trials: list[SizeTrial], limit: float, aim: float, low: float, high: float, *, last: bool) -> float:
     """The share to try next, above `low` and below `high`."""
     goal = aim * limit
     below = max((t for t in trials if t.increase <= limit), key=lambda t: t.share, default=None)
@@ -143,16 +142,16 @@ class Planner(Protocol):
         """Widths of a size."""
         ...
 
-    def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
+    def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
         """Plan and repair from the statistics; for the sequential repair, those of its one-shot kin."""
         ...
 
-    def walk(self, config: PrunerConfig) -> tuple[PruningPlan, Repair]:
+    def walk(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
         """Plan and repair from a sequential walk; `one_shot` can't be called after it."""
         ...
 
 
-class _Trials:
+class _SizeTrials:
     """Sizes that were built and measured; keeps the smallest model's plan and repair that are within the limit."""
 
     def __init__(
@@ -161,16 +160,16 @@ class _Trials:
         self.planner, self.config, self.loss, self.base = planner, config, loss, base
         self.build = planner.walk if build == "sequential" else planner.one_shot
         self.reconstruction, self.max_trials = build, max_trials
-        self.known: dict[tuple[LayerWidths, ...], Trial] = {}
-        self.best: tuple[PruningPlan, Repair] | None = None
+        self.known: dict[tuple[LayerWidths, ...], SizeTrial] = {}
+        self.best: tuple[PruningPlan, ReconstructFn] | None = None
         self.best_share = 0.0
 
-    def search(self, start: float, largest: float, **options: float) -> tuple[Trial, list[Trial]]:
-        limit, total = self.config.max_loss_increase, count_parameters(self.planner.model)
+    def search_size(self, start: float, largest: float, **options: float) -> tuple[SizeTrial, list[SizeTrial]]:
+        limit, total = self.config.max_loss_increase, self.planner.model.num_parameters()
         assert limit is not None
         name = "hf_context_prune.budget_search"
         with tqdm(total=self.max_trials, desc="Searching the size", unit="trial", name=name) as self.bar:
-            return search(
+            return search_size(
                 self.measure,
                 limit,
                 start=start,
@@ -180,7 +179,7 @@ class _Trials:
                 **options,
             )
 
-    def measure(self, share: float) -> Trial:
+    def measure(self, share: float) -> SizeTrial:
         model = self.planner.model
         config = replace(self.config, max_loss_increase=None, pruning_ratio=share)
         widths = self.planner.widths(config)
@@ -188,10 +187,10 @@ class _Trials:
             return self.known[widths]
         plan, repair = self.build(config)
         smaller = apply_plan(model, plan, repair=repair).eval()
-        total = count_parameters(model)
-        gone = (total - count_parameters(smaller)) / total
+        total = model.num_parameters()
+        gone = (total - smaller.num_parameters()) / total
         increase = on_main_process(lambda: self.loss(smaller)) / self.base - 1
-        trial = self.known[widths] = Trial(gone, increase, self.reconstruction)
+        trial = self.known[widths] = SizeTrial(gone, increase, self.reconstruction)
         if increase <= (self.config.max_loss_increase or 0) and gone >= self.best_share:
             self.best, self.best_share = (plan, repair), gone
         self.bar.set_postfix_str(f"-{gone:.1%} of the parameters: {increase:+.2%}")
@@ -201,7 +200,7 @@ class _Trials:
 
 def smallest_within(
     planner: Planner, config: PrunerConfig, loss: Loss, *, base_loss: float | None = None
-) -> tuple[PruningPlan, Repair]:
+) -> tuple[PruningPlan, ReconstructFn]:
     """Find the smallest model whose loss is within `max_loss_increase`.
 
     A walk is dear, so for the sequential repair its one-shot kin finds the size to begin with; then a few walks.
@@ -224,16 +223,18 @@ def smallest_within(
             f"Nothing can go: MLP widths stay multiples of round_to={config.round_to}, and the layers are no wider. "
             f"Give a smaller one."
         )
-    largest = most / count_parameters(planner.model)
+    largest = most / planner.model.num_parameters()
     base = on_main_process(lambda: loss(planner.model)) if base_loss is None else base_loss
     walks = config.reconstruction == "sequential"
-    stage = _Trials(planner, config, loss, base, "least_squares" if walks else config.reconstruction, MAX_TRIALS)
-    found, trials = stage.search(min(FIRST_SHARE, largest / 2), largest)
+    stage = _SizeTrials(planner, config, loss, base, "least_squares" if walks else config.reconstruction, MAX_TRIALS)
+    found, trials = stage.search_size(min(FIRST_SHARE, largest / 2), largest)
     if walks:
-        stage = _Trials(planner, config, loss, base, "sequential", WALKS)  # the first goes, and the statistics with it
-        found, more = stage.search(found.share, largest, enough=0.8, aim=0.92)
+        stage = _SizeTrials(
+            planner, config, loss, base, "sequential", MAX_SEQUENTIAL_RUNS
+        )  # replaces the first, and its statistics
+        found, more = stage.search_size(found.share, largest, enough=0.8, aim=0.92)
         trials = trials + more
-    assert stage.best is not None  # `search` raises where nothing holds
+    assert stage.best is not None  # `search_size` raises where nothing holds
     plan, repair = stage.best
     facts = {
         "max_loss_increase": config.max_loss_increase,

@@ -17,7 +17,7 @@ from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.chunked import layer_groups
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
-from hf_context_prune.pruning.surgery import Repair
+from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.storage.files import write_file
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process
@@ -30,7 +30,7 @@ SEARCH_TOKENS = 16_384
 TOKENS_A_FEATURE = 4
 _NAME = "widths.json"
 
-Prepare = Callable[[CalibrationStats], tuple[Mapping[Key, torch.Tensor], Repair]]
+Prepare = Callable[[CalibrationStats], tuple[Mapping[Key, torch.Tensor], ReconstructFn]]
 
 
 def search_curves(

@@ -26,16 +26,16 @@ from transformers import PreTrainedModel
 from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.modeling.architectures import (
     Target,
-    blocks,
     check_supported,
+    layers_of,
     output_projection,
     output_weight,
     unit_size,
 )
-from hf_context_prune.modeling.patching import Forward, fast, forwards
+from hf_context_prune.modeling.patching import Forward, in_bfloat16, patch_forwards
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from hf_context_prune.pruning.calibration.statistics import Key
-from hf_context_prune.pruning.surgery import Repair
+from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.utils.linalg import all_finite
 
 from .budget import Curve
@@ -64,12 +64,12 @@ class _Probe:
 
         def recorded(forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a block takes and gives
-                self.outputs.append(fast(forward)(*args, **kwargs))
+                self.outputs.append(in_bfloat16(forward)(*args, **kwargs))
                 return self.outputs[-1]
 
             return run
 
-        with forwards(self.layers, [recorded(block.forward) for block in self.layers]):
+        with patch_forwards(self.layers, [recorded(block.forward) for block in self.layers]):
             logits = self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1).float()
         for rows in logits.split(_ROWS):
             rows.copy_(rows.log_softmax(dim=-1))  # in place: [tokens, vocabulary] is more than many a model
@@ -86,7 +86,7 @@ class _Probe:
             return lambda *args, **kwargs: output
 
         before = [known(output) for output in self.outputs[:start]]
-        with forwards(self.layers, [*before, *(fast(block.forward) for block in self.layers[start:])]):
+        with patch_forwards(self.layers, [*before, *(in_bfloat16(block.forward) for block in self.layers[start:])]):
             return self.model(input_ids=self.ids, use_cache=False).logits.flatten(0, 1)
 
 
@@ -158,8 +158,8 @@ def withhold_probe(samples: torch.Tensor, fit_tokens: int | None = None) -> tupl
 def measure_sensitivity(
     model: PreTrainedModel,
     importance: Mapping[Key, torch.Tensor],
-    repair: Repair,
-    token_blocks: torch.Tensor,
+    repair: ReconstructFn,
+    tokenize_samples: torch.Tensor,
     *,
     targets: Sequence[Target],
     batch_tokens: int = 2048,
@@ -173,7 +173,7 @@ def measure_sensitivity(
         model: The dense model; runs in evaluation mode, and is as it was when this returns.
         importance: One value a unit for every (layer, target) that is to be measured.
         repair: As for `apply_plan`.
-        token_blocks: Text to measure on, [blocks, length], int64; better not what `repair` was fitted to.
+        tokenize_samples: Text to measure on, [blocks, length], int64; better not what `repair` was fitted to.
         targets: Which units.
         batch_tokens: Tokens a batch; fewer where the vocabulary is large, but one block at least.
 
@@ -184,7 +184,7 @@ def measure_sensitivity(
         NumericsError: An output is NaN or Inf.
     """
     spec = check_supported(model)
-    layers, geometry = blocks(model, spec), read_geometry(model.config, spec)
+    layers, geometry = layers_of(model, spec), read_geometry(model.config, spec)
     counts = {
         (layer, target): found
         for layer, widths in enumerate(geometry.layers)
@@ -193,7 +193,7 @@ def measure_sensitivity(
     }
     head = model.get_output_embeddings().weight
     batch_tokens = min(batch_tokens, _MOST_LOGITS // len(head))
-    ids = token_blocks.split(max(1, batch_tokens // token_blocks.shape[1]))
+    ids = tokenize_samples.split(max(1, batch_tokens // tokenize_samples.shape[1]))
     batches = [_Probe(model, layers, chunk.to(model.device)) for chunk in ids]
     curves: dict[Key, Curve] = {}
     training = [module for module in model.modules() if module.training]
@@ -216,7 +216,7 @@ def measure_sensitivity(
                 widths = geometry.layers[layer]
                 points = [(widths.neurons if target == "mlp" else widths.kv_groups, 0.0)]
                 for count in found:
-                    trial = _Trial(
+                    trial = _NarrowedModel(
                         layer, target, count, layers[layer], spec, geometry, importance[layer, target], repair
                     )
                     divergence = 0.0
@@ -226,7 +226,9 @@ def measure_sensitivity(
                             bar.update(work[layer, target])
                     if not math.isfinite(divergence):
                         raise _not_finite(f"the model with {trial.where}")
-                    points.append((count, max(0.0, divergence / token_blocks.numel())))  # not below 0 but for rounding
+                    points.append(
+                        (count, max(0.0, divergence / tokenize_samples.numel()))
+                    )  # not below 0 but for rounding
                 curves[layer, target] = tuple(points)
     finally:
         for module in training:
@@ -243,7 +245,7 @@ def probed_counts(widths: LayerWidths, target: Target) -> list[int]:
     return sorted(counts - {0, total}, reverse=True)
 
 
-class _Trial:
+class _NarrowedModel:
     """One layer with one target narrowed to the most important units, refitted."""
 
     def __init__(
@@ -255,7 +257,7 @@ class _Trial:
         spec: ArchSpec,
         geometry: Geometry,
         importance: torch.Tensor,
-        repair: Repair,
+        repair: ReconstructFn,
     ) -> None:
         self.where = f"layer {layer} ({target}) narrowed to {count} of {len(importance)} units"
         size = unit_size(geometry, target)

@@ -10,7 +10,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
 from hf_context_prune.modeling.specs import Geometry, LayerWidths
 
-from .budget import Budget, Costs, removed_params, share_below
+from .budget import Costs, ParameterBudget, removed_params, share_below
 
 
 def round_half_up(value: float) -> int:
@@ -34,14 +34,19 @@ def _kept_groups(groups: int, ratio: float, allowed: Collection[int]) -> int:
     fitting = [n for n in allowed if n <= kept]
     if not fitting:
         raise BudgetError(
-            f"attention_ratio {ratio} leaves {kept} of {groups} KV groups, which the stock architecture can't hold; "
-            f"it can hold {', '.join(map(str, sorted(allowed)))}. Ask for one of those, or leave out --stock."
+            f"attention_ratio {ratio} leaves {kept} of {groups} KV groups, which the native architecture can't hold; "
+            f"it can hold {', '.join(map(str, sorted(allowed)))}. Ask for one of those, or leave out --native-architecture."
         )
     return max(fitting)
 
 
 def uniform_widths(
-    geometry: Geometry, costs: Costs, budget: Budget, config: PrunerConfig, *, stock_groups: Collection[int] = ()
+    geometry: Geometry,
+    costs: Costs,
+    budget: ParameterBudget,
+    config: PrunerConfig,
+    *,
+    native_groups: Collection[int] = (),
 ) -> tuple[LayerWidths, ...]:
     """The same share of every layer.
 
@@ -50,7 +55,7 @@ def uniform_widths(
         costs: Parameters a unit.
         budget: What is asked for.
         config: Ratios and rounding.
-        stock_groups: KV groups a layer that the stock architecture accepts; empty where that does not matter.
+        native_groups: KV groups a layer that the native architecture accepts; empty where that does not matter.
 
     Returns:
         Widths, one a layer. A share of all parameters is met or exceeded by less than one step of the widths.
@@ -66,7 +71,7 @@ def uniform_widths(
                 f"attention_ratio is {config.attention_ratio}, but every layer has a single KV group, which must stay. "
                 f"Leave attention_ratio out; the MLP neurons can go."
             )
-        groups = [_kept_groups(n, config.attention_ratio, stock_groups or range(1, n + 1)) for n in groups]
+        groups = [_kept_groups(n, config.attention_ratio, native_groups or range(1, n + 1)) for n in groups]
     neurons = [layer.neurons for layer in dense]
     if config.mlp_ratio is not None:
         neurons = [_kept(n, config.mlp_ratio, multiple) for n in neurons]
@@ -88,8 +93,8 @@ def uniform_widths(
     else:
         most = max(layer.kv_groups for layer in dense)
         steps = range(most, 0, -1)
-        if stock_groups:
-            steps = [step for step in steps if step in {*stock_groups, most}]  # type: ignore[assignment]
+        if native_groups:
+            steps = [step for step in steps if step in {*native_groups, most}]  # type: ignore[assignment]
 
         def widths_at(step: int) -> tuple[LayerWidths, ...]:
             kept = [max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most))) for layer in dense]
@@ -105,7 +110,7 @@ def uniform_widths(
         )
     position = bisect.bisect_left(steps, budget.remove_params, key=removed_at)
     if position == len(steps):
-        _refuse(budget, dense, widths_at(steps[-1]), costs, config, min(stock_groups, default=1))
+        _refuse(budget, dense, widths_at(steps[-1]), costs, config, min(native_groups, default=1))
     return widths_at(steps[position])
 
 
@@ -114,7 +119,7 @@ def _zip(neurons: Sequence[int], groups: Sequence[int]) -> tuple[LayerWidths, ..
 
 
 def _refuse(
-    budget: Budget,
+    budget: ParameterBudget,
     dense: Sequence[LayerWidths],
     smallest: Sequence[LayerWidths],
     costs: Costs,

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.modeling.architectures import TARGETS, Target, UnitCosts, spec_of, unit_costs
-from hf_context_prune.modeling.inference import count_parameters
-from hf_context_prune.modeling.native_fit import stock_fit
+from hf_context_prune.modeling.native_fit import native_fit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
@@ -20,7 +19,7 @@ from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.pruning.scoring import needed_targets
 
 from .adaptive import adaptive_widths, most_removable
-from .budget import Budget, Costs, Curve, beyond_probes, removed_params
+from .budget import Costs, Curve, ParameterBudget, beyond_probes, removed_params
 from .sensitivity import probed_counts
 from .uniform import uniform_widths
 
@@ -42,16 +41,18 @@ def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidt
     if config.max_loss_increase is not None:
         raise ConfigError(
             "max_loss_increase is a size found by measuring, so shapes or statistics alone don't give widths: "
-            "use prune() or plan_and_repair(..., loss=), or give pruning_ratio."
+            "use prune() or plan_and_reconstruct(..., loss=), or give pruning_ratio."
         )
     spec, geometry, costs = shape_of(model)
-    budget = Budget.of(config, count_parameters(model))
-    stock_groups: list[int] = []
-    if config.stock:
-        stock_groups = _stock_groups(model, spec, geometry)
-    widths = uniform_widths(geometry, costs, budget, config, stock_groups=stock_groups)
-    if config.stock and not (fit := stock_fit(model.config, spec, widths)).fits:
-        raise BudgetError(f"No such widths stay stock: {fit.reason}. Leave out --stock, or ask for another ratio.")
+    budget = ParameterBudget.of(config, model.num_parameters())
+    native_groups: list[int] = []
+    if config.native_architecture:
+        native_groups = _native_groups(model, spec, geometry)
+    widths = uniform_widths(geometry, costs, budget, config, native_groups=native_groups)
+    if config.native_architecture and not (fit := native_fit(model.config, spec, widths)).fits:
+        raise BudgetError(
+            f"No such widths stay native: {fit.reason}. Leave out --native-architecture, or ask for another ratio."
+        )
     return widths
 
 
@@ -72,16 +73,16 @@ def check_adaptive(
                 probed[layer, target] = ((full, 0.0), *((count, 0.0) for count in counts))
     most = most_removable(probed, costs, round_to=config.round_to)
     if remove_params > most:
-        raise beyond_probes(remove_params, most, count_parameters(model))
+        raise beyond_probes(remove_params, most, model.num_parameters())
 
 
-def _stock_groups(model: PreTrainedModel, spec: ArchSpec, geometry: Geometry) -> list[int]:
-    """KV groups a layer that the stock architecture accepts, all layers alike."""
+def _native_groups(model: PreTrainedModel, spec: ArchSpec, geometry: Geometry) -> list[int]:
+    """KV groups a layer that the native architecture accepts, all layers alike."""
     first = geometry.layers[0]
     return [
         groups
         for groups in range(1, first.kv_groups + 1)
-        if stock_fit(model.config, spec, [LayerWidths(first.neurons, groups)] * len(geometry.layers)).fits
+        if native_fit(model.config, spec, [LayerWidths(first.neurons, groups)] * len(geometry.layers)).fits
     ]
 
 
@@ -94,7 +95,7 @@ def measured_widths(
         BudgetError: It can't be reached.
     """
     _, geometry, costs = shape_of(model)
-    budget = Budget.of(config, count_parameters(model))
+    budget = ParameterBudget.of(config, model.num_parameters())
     if budget.remove_params is not None and config.mlp_ratio is None and config.attention_ratio is None:
         return adaptive_widths(curves, geometry, costs, budget.remove_params, round_to=config.round_to)
     # Each unit has a budget of its own: what the same options would remove with uniform widths.
@@ -112,7 +113,7 @@ def dense_parameters(model: PreTrainedModel, plan: PruningPlan) -> int:
     """Parameters of the model that a plan was made for, from the pruned one's shapes: exact, without a weight of it."""
     _, _, costs = shape_of(model)
     tokens = 0 if plan.vocabulary is None else plan.vocabulary.dense - num_rows(model)
-    return count_parameters(model) + removed_params(plan.dense, plan.widths, costs) + tokens * token_cost(model)
+    return model.num_parameters() + removed_params(plan.dense, plan.widths, costs) + tokens * token_cost(model)
 
 
 def removed_of(target: Target, dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...], costs: Costs) -> int:
@@ -132,7 +133,10 @@ def check_units_budget(model: PreTrainedModel, config: PrunerConfig, tokens: int
     Raises:
         BudgetError: They can't give as many.
     """
-    remove, fixed = Budget.of(config, count_parameters(model)).remove_params, (config.mlp_ratio, config.attention_ratio)
+    remove, fixed = (
+        ParameterBudget.of(config, model.num_parameters()).remove_params,
+        (config.mlp_ratio, config.attention_ratio),
+    )
     if config.allocation == "adaptive" and remove is not None and fixed == (None, None):
         gone = (num_rows(model) - tokens) * token_cost(model)
         rest = max(0, remove - gone)
@@ -152,7 +156,7 @@ def widths_beside(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> 
     Raises:
         BudgetError: It can't be reached.
     """
-    budget = Budget.of(config, count_parameters(model))
+    budget = ParameterBudget.of(config, model.num_parameters())
     gone = (num_rows(model) - tokens) * token_cost(model)
     if budget.remove_params is None or not gone:
         return plan_widths(model, config)

@@ -17,14 +17,14 @@ from hf_context_prune.modeling.architectures import (
     Gradients,
     Target,
     absolute_weight,
-    blocks,
     check_supported,
     input_magnitude,
+    layers_of,
     output_projection,
     output_weight,
 )
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, read_geometry
-from hf_context_prune.utils.distributed import all_reduce_, shard, sum_counts, together
+from hf_context_prune.utils.distributed import all_reduce_, fail_together, shard, sum_counts
 from hf_context_prune.utils.linalg import all_finite
 
 from .reduce import reduce_statistics
@@ -95,7 +95,7 @@ def _hooked(
     collectors: dict[tuple[int, Target], _Collector] = {}
     handles = []
     try:
-        for layer, block in enumerate(blocks(model, spec)):
+        for layer, block in enumerate(layers_of(model, spec)):
             for target in targets if layers is None or layer in layers else ():
                 projection = output_projection(block, spec, target)
                 weight = output_weight(projection)
@@ -109,7 +109,7 @@ def _hooked(
             handle.remove()
 
 
-@together()
+@fail_together()
 def calibrate(
     model: PreTrainedModel,
     batches: Iterable[Batch],
@@ -218,7 +218,7 @@ class _GradientSums:
     """Sums of the blocks' gradients over batches, in float32: half precision would lose what it adds up."""
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec) -> None:
-        self.parameters = [parameter for block in blocks(model, spec) for parameter in block.parameters()]
+        self.parameters = [parameter for block in layers_of(model, spec) for parameter in block.parameters()]
         self.sums: dict[int, torch.Tensor] = {}
 
     def take(self) -> None:
@@ -254,7 +254,7 @@ def _only_block_gradients(model: PreTrainedModel, spec: ArchSpec, *, enabled: bo
     before: list[tuple[nn.Parameter, bool, torch.Tensor | None]] = [
         (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
     ]
-    inside = {id(parameter) for block in blocks(model, spec) for parameter in block.parameters()}
+    inside = {id(parameter) for block in layers_of(model, spec) for parameter in block.parameters()}
     try:
         for parameter, _, _ in before:
             parameter.requires_grad_(id(parameter) in inside)
@@ -274,7 +274,7 @@ def _collect_taylor(
     collectors: dict[tuple[int, Target], _Collector],
     gradients: Gradients,
 ) -> None:
-    layers = blocks(model, spec)
+    layers = layers_of(model, spec)
     if not gradients:
         raise DataError("There are no gradients: no text has two tokens, so nothing was predicted. Give longer texts.")
     for (layer, target), collector in collectors.items():

@@ -9,9 +9,9 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from hf_context_prune.modeling.architectures import Target, blocks, check_supported, output_projection, output_weight
+from hf_context_prune.modeling.architectures import Target, check_supported, layers_of, output_projection, output_weight
 from hf_context_prune.utils.distributed import broadcast_object
-from hf_context_prune.utils.memmap import mapped
+from hf_context_prune.utils.memmap import memmap_zeros
 
 from .calibrate import calibrate
 from .statistics import CalibrationStats
@@ -40,7 +40,7 @@ def calibrate_in_turns(
         found = calibrate(model, batches, targets=targets, statistics=statistics, layers=layers)
         for key, own in found.targets.items():
             assert own.gram is not None
-            room = mapped(own.gram.numel(), own.gram.dtype).view(own.gram.shape)
+            room = memmap_zeros(own.gram.numel(), own.gram.dtype).view(own.gram.shape)
             result.targets[key] = replace(own, gram=room.copy_(own.gram))
         result.num_samples, result.num_tokens = found.num_samples, found.num_tokens
     return result
@@ -58,7 +58,7 @@ def layer_groups(model: PreTrainedModel, targets: tuple[Target, ...]) -> Iterato
     limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))
     spec = check_supported(model)
     first = held = 0
-    layers = blocks(model, spec)
+    layers = layers_of(model, spec)
     for index, block in enumerate(layers):
         widths = (output_weight(output_projection(block, spec, target)).shape[1] for target in targets)
         size = sum(4 * width**2 for width in widths)

@@ -8,7 +8,7 @@ import torch
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import ConfigError, DataError
 
 
@@ -31,22 +31,22 @@ def check_share(what: str, share: float, blocks: int) -> None:
         )
 
 
-def check_general_mix(config: PrunerConfig, general: object) -> None:
+def check_general_data_ratio(config: PrunerConfig, general: object) -> None:
     """Refuse a share of a text that is not there, and one that [`check_share`][] refuses.
 
     Raises:
-        ConfigError: `general_mix` without general text, or for too few blocks.
+        ConfigError: `general_data_ratio` without general text, or for too few blocks.
     """
-    if config.general_mix:
-        check_share("general_mix", config.general_mix, config.num_calibration_samples)
-    if config.general_mix and general is None:
+    if config.general_data_ratio:
+        check_share("general_data_ratio", config.general_data_ratio, config.num_calibration_samples)
+    if config.general_data_ratio and general is None:
         raise ConfigError(
-            f"general_mix is {config.general_mix:g}, but there is no general text to take blocks from. Give it: "
-            f"--general-data, EvalOptions(general_data=...)."
+            f"general_data_ratio is {config.general_data_ratio:g}, but there is no general text to take samples from. "
+            f"Give it: --general-data, EvalOptions(general_data=...)."
         )
 
 
-def calibration_blocks(
+def tokenize_calibration_samples(
     text: TextSource,
     tokenizer: Any,  # noqa: ANN401
     config: PrunerConfig,
@@ -64,18 +64,18 @@ def calibration_blocks(
         count: Another number of blocks.
 
     Raises:
-        ConfigError: `general_mix` without general text, or for too few blocks.
+        ConfigError: `general_data_ratio` without general text, or for too few blocks.
         DataError: One of the texts has less than a block where the other has one.
     """
-    check_general_mix(config, general)
+    check_general_data_ratio(config, general)
 
     def blocks(source: TextSource, count: int) -> torch.Tensor:
         length, seed = config.max_seq_length, config.pruning_seed
-        return token_blocks(source, tokenizer, num_samples=count, max_seq_length=length, seed=seed, fewer=fewer)
+        return tokenize_samples(source, tokenizer, num_samples=count, max_seq_length=length, seed=seed, fewer=fewer)
 
     whole = config.num_calibration_samples if count is None else count
     fewer = whole > config.num_calibration_samples
-    mixed = min(whole - 1, round(config.general_mix * whole))  # of another count, rounded up it may be all
+    mixed = min(whole - 1, round(config.general_data_ratio * whole))  # of another count, rounded up it may be all
     if not mixed or general is None:
         return blocks(text, whole)
     parts = blocks(text, whole - mixed), blocks(general, mixed)
@@ -93,15 +93,15 @@ def calibration_blocks(
 Batch = dict[str, torch.Tensor]
 
 
-def batches_of(token_blocks: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:
+def batches_of(tokenize_samples: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:
     """Cut token blocks into batches of about `batch_tokens` tokens.
 
     Args:
-        token_blocks: [blocks, max_seq_length], int64, without padding.
+        tokenize_samples: [blocks, max_seq_length], int64, without padding.
         batch_tokens: Tokens a batch, at least one block.
     """
-    size = max(1, batch_tokens // token_blocks.shape[1])
-    return [{"input_ids": chunk} for chunk in token_blocks.split(size)]
+    size = max(1, batch_tokens // tokenize_samples.shape[1])
+    return [{"input_ids": chunk} for chunk in tokenize_samples.split(size)]
 
 
 def prepare_batch(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torch.Tensor | None]:

@@ -27,7 +27,7 @@ Output = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
-class FinishedBlock:
+class FinishedLayer:
     """What a walk decided for one block.
 
     Attributes:
@@ -74,7 +74,7 @@ class WalkState:
         assert self.folder is not None
         return self.folder / f"block-{index:04d}.safetensors"
 
-    def finished(self, index: int) -> FinishedBlock | None:
+    def finished(self, index: int) -> FinishedLayer | None:
         """What an earlier walk over the same inputs decided for a block, if it came that far."""
         if self.folder is None or not self._path(index).exists():
             return None
@@ -87,12 +87,12 @@ class WalkState:
             logger.warning("%s is damaged (%s); its block is pruned again.", self._path(index).name, error)
             return None
         targets = [target for target in TARGETS if f"{target}.weight" in tensors]
-        return FinishedBlock(
+        return FinishedLayer(
             LayerPlan(tuple(tensors["neurons"].tolist()), tuple(tensors["kv_groups"].tolist())),
             {target: (tensors[f"{target}.weight"], tensors.get(f"{target}.bias")) for target in targets},
         )
 
-    def keep(self, index: int, done: FinishedBlock) -> None:
+    def keep(self, index: int, done: FinishedLayer) -> None:
         """Write a finished block; the file appears whole."""
         if self.folder is None or not is_main_process():
             return

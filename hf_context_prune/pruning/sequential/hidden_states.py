@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.modeling.architectures import blocks
-from hf_context_prune.modeling.patching import fast, forwards
+from hf_context_prune.modeling.architectures import layers_of
+from hf_context_prune.modeling.patching import in_bfloat16, patch_forwards
 from hf_context_prune.modeling.specs import ArchSpec
-from hf_context_prune.utils.memmap import mapped
+from hf_context_prune.utils.memmap import memmap_zeros
 
 Batch = dict[str, torch.Tensor]
 
@@ -50,7 +50,7 @@ class Stream:
     def call(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What a block makes of hidden states, with the arguments of this batch."""
         args, kwargs = self.calls[layer]
-        output = fast(block)(hidden.to(self.device), *args, **kwargs)
+        output = in_bfloat16(block)(hidden.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class StreamStorage:
             limit = int(SPILL_SHARE * psutil.virtual_memory().available)
         self.spilled = 2 * elements * dtype.itemsize > limit
         self._used = 0
-        self._flat = mapped(2 * elements, dtype) if self.spilled else torch.empty(2 * elements, dtype=dtype)
+        self._flat = memmap_zeros(2 * elements, dtype) if self.spilled else torch.empty(2 * elements, dtype=dtype)
 
     def keep(self, hidden: torch.Tensor) -> torch.Tensor:
         """A copy of hidden states, in this storage."""
@@ -94,21 +94,21 @@ def capture(
     """Record the first hidden states and every block's other arguments; the blocks themselves do nothing meanwhile."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     first: list[torch.Tensor] = []
-    layers = blocks(model, spec)
+    layers = layers_of(model, spec)
 
     def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         first.append(hidden)
         calls.append((args, kwargs))
         return hidden
 
-    with forwards(layers, [record] * len(layers)):
+    with patch_forwards(layers, [record] * len(layers)):
         model.base_model(**inputs, use_cache=False)
     hidden = first[0]
     return Stream(storage.keep(hidden), storage.keep(hidden), calls, mask, hidden.device, held_out)
 
 
 @contextmanager
-def watched(module: nn.Module, *, inputs: bool) -> Iterator[list[torch.Tensor]]:
+def record_activations(module: nn.Module, *, inputs: bool) -> Iterator[list[torch.Tensor]]:
     """Keep what a module reads (or gives) in the next call."""
     seen: list[torch.Tensor] = []
     if inputs:

@@ -27,13 +27,13 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.errors import ConfigError, DataError, NumericsError, naming
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, error_context
 from hf_context_prune.modeling.architectures import (
     Target,
-    blocks,
     channel_scale,
     check_supported,
     is_parallel,
+    layers_of,
     output_projection,
     output_weight,
     post_norm,
@@ -47,13 +47,13 @@ from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
 from hf_context_prune.pruning.calibration.statistics import Key, RegressionMoments
 from hf_context_prune.pruning.criteria import Criterion
 from hf_context_prune.pruning.reconstruction import refit, squared_error
-from hf_context_prune.pruning.scoring import weights_of_block
+from hf_context_prune.pruning.scoring import weights_of_layer
 from hf_context_prune.pruning.surgery import kept_features
-from hf_context_prune.utils.distributed import broadcast_object, shard, sum_counts, together
-from hf_context_prune.utils.precision import fast_matmul
+from hf_context_prune.utils.distributed import broadcast_object, fail_together, shard, sum_counts
+from hf_context_prune.utils.precision import reduced_precision_matmul
 
-from .checkpoint import FinishedBlock, WalkState
-from .hidden_states import Stream, StreamStorage, capture, choose_held_out, watched
+from .checkpoint import FinishedLayer, WalkState
+from .hidden_states import Stream, StreamStorage, capture, choose_held_out, record_activations
 
 CORRECTION_RIDGES = (0.1, 0.3, 1.0, 3.0)
 """Ridges tried for what upstream blocks left to correct, as shares of each feature's mean square."""
@@ -134,7 +134,7 @@ class _SubLayer:
         return weight * x, weight * rms * damped * lacking
 
 
-def check_walkable(model: PreTrainedModel, criterion: Criterion) -> None:
+def check_sequential(model: PreTrainedModel, criterion: Criterion) -> None:
     """Refuse, before any work, what the walk can't do.
 
     Raises:
@@ -153,7 +153,7 @@ def _bar(what: str, total: int, done: int = 0) -> Any:  # noqa: ANN401 - hugging
     return tqdm(total=total, initial=done, desc=what, unit="block", name="hf_context_prune.sequential")
 
 
-@together()
+@fail_together()
 @torch.no_grad()
 def prune_sequentially(
     model: PreTrainedModel,
@@ -187,7 +187,7 @@ def prune_sequentially(
         NumericsError: NaN or Inf, with layer and sub-layer.
     """
     spec = check_supported(model)
-    check_walkable(model, criterion)
+    check_sequential(model, criterion)
     check_weights_finite(model)
     batches = list(batches)
     state = WalkState(state_dir, model, batches, widths, criterion.name, ridge, seed)
@@ -195,10 +195,10 @@ def prune_sequentially(
     model.eval()
     try:
         streams, result = _streams(model, spec, batches, memory_limit)
-        walk = _Walk(model, spec, streams, criterion, ridge, seed)
+        walk = SequentialPruner(model, spec, streams, criterion, ridge, seed)
         bar, taking_up = None, False
         for index in range(len(widths)):
-            with naming(f"layer {index}"):
+            with error_context(f"layer {index}"):
                 done = broadcast_object(state.finished(index))  # all processes do the same
                 if bar is None or (taking_up and done is None):  # a bar of its own: its pace says nothing of the rest
                     if bar is not None:
@@ -247,7 +247,7 @@ def _streams(
     return streams, result
 
 
-class _Walk:
+class SequentialPruner:
     """Both streams on their way through the blocks."""
 
     def __init__(
@@ -259,12 +259,12 @@ class _Walk:
         ridge: float,
         seed: int,
     ) -> None:
-        self.blocks, self.spec, self.streams = blocks(model, spec), spec, streams
+        self.blocks, self.spec, self.streams = layers_of(model, spec), spec, streams
         self.criterion, self.ridge, self.seed = criterion, ridge, seed
         self.geometry = read_geometry(model.config, spec)
         self.scale, self.parallel = residual_scale(model.config, spec), is_parallel(model.config, spec)
 
-    def prune(self, index: int, widths: LayerWidths) -> FinishedBlock:
+    def prune(self, index: int, widths: LayerWidths) -> FinishedLayer:
         """Prune one block as far as its widths ask, and move both streams behind it."""
         dense = self.geometry.layers[index]
         todo: list[tuple[Target, int]] = []
@@ -272,7 +272,7 @@ class _Walk:
             todo.append(("attention", widths.kv_groups))
         if widths.neurons < dense.neurons:
             todo.append(("mlp", widths.neurons))
-        done = FinishedBlock(LayerPlan(tuple(range(dense.neurons)), tuple(range(dense.kv_groups))))
+        done = FinishedLayer(LayerPlan(tuple(range(dense.neurons)), tuple(range(dense.kv_groups))))
         block = copy.deepcopy(self.blocks[index])  # loses its units: their output columns become zero
         references = self._dense_pass(index, [target for target, _ in todo])
         for target, count in todo:
@@ -280,13 +280,13 @@ class _Walk:
             part = _SubLayer(block, self.spec, target)
             units, output = self._choose_and_refit(index, block, part, count, fit, choose)
             name = "neurons" if target == "mlp" else "kv_groups"
-            done = FinishedBlock(replace(done.layer, **{name: units}), {**done.outputs, target: output})
+            done = FinishedLayer(replace(done.layer, **{name: units}), {**done.outputs, target: output})
             self._install(part, kept_features(self.geometry, target, units), *output)
         for stream in self.streams:
             stream.pruned.copy_(stream.call(index, block, stream.pruned))
         return done
 
-    def replay(self, index: int, done: FinishedBlock) -> None:
+    def replay(self, index: int, done: FinishedLayer) -> None:
         """Move both streams behind a block that an earlier, interrupted walk finished."""
         block = copy.deepcopy(self.blocks[index])
         for target, output in done.outputs.items():
@@ -308,7 +308,7 @@ class _Walk:
         part = _SubLayer(block, self.spec, "attention")
         refers = "attention" in targets and not self.parallel
         for stream in self.streams:
-            with watched(part.branch, inputs=False) as output:
+            with record_activations(part.branch, inputs=False) as output:
                 after = stream.call(index, block, stream.dense)
             reference = None
             if refers:
@@ -329,9 +329,9 @@ class _Walk:
         )
         for stream, reference in zip(self.streams, references, strict=True):
             with (
-                watched(part.projection, inputs=True) as x,
-                watched(part.projection, inputs=False) as output,
-                watched(part.branch, inputs=False) as branch,
+                record_activations(part.projection, inputs=True) as x,
+                record_activations(part.projection, inputs=False) as output,
+                record_activations(part.branch, inputs=False) as branch,
             ):
                 after = stream.call(index, block, stream.pruned)
             if reference is not None and target == "attention":
@@ -339,7 +339,7 @@ class _Walk:
             else:  # the last to add: whatever the block's output lacks
                 lacking = (stream.rows(stream.dense) - stream.rows(after)) / self.scale
             rows = part.regression(stream.rows(x[0]), stream.rows(output[0]), lacking)
-            with fast_matmul():  # what that rounds in an entry is nothing to the ridge
+            with reduced_precision_matmul():  # what that rounds in an entry is nothing to the ridge
                 (choose if stream.held_out else fit).add(*rows)
         for moments in (fit, choose):
             reduce_moments(moments)
@@ -369,7 +369,7 @@ class _Walk:
         if optimum is None:
             optimum = refit(old, second_moment, lacking, None, self.ridge, correction_ridge)
         groups = self.geometry.layers[index].kv_groups
-        weights = replace(weights_of_block(block, self.spec, self.geometry, target, groups), output=optimum)
+        weights = replace(weights_of_layer(block, self.spec, self.geometry, target, groups), output=optimum)
         # A generator of its own for every block, so that a resumed walk draws what an uninterrupted one does.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + 2 * index + (target == "mlp")) % 2**63)
         scores = self.criterion.function(weights.cpu(), fit.statistics.cpu(), generator)

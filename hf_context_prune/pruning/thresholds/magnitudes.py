@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.modeling.architectures import blocks, check_supported
+from hf_context_prune.modeling.architectures import check_supported, layers_of
 from hf_context_prune.modeling.specs import ArchSpec, read_geometry
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
-from hf_context_prune.utils.distributed import all_reduce_, shard, sum_counts, together
+from hf_context_prune.utils.distributed import all_reduce_, fail_together, shard, sum_counts
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _hooked(model: PreTrainedModel, spec: ArchSpec, sums: _Sums) -> Iterator[Non
     handles = []
     try:
         handles += [module.register_forward_hook(around(name)) for name, module in linear_layers(model)]
-        for layer, block in enumerate(blocks(model, spec)):
+        for layer, block in enumerate(layers_of(model, spec)):
             handles.append(block.get_submodule(spec.activation).register_forward_hook(behind(layer)))
         yield
     finally:
@@ -136,7 +136,7 @@ def _hooked(model: PreTrainedModel, spec: ArchSpec, sums: _Sums) -> Iterator[Non
             handle.remove()
 
 
-@together()
+@fail_together()
 @torch.inference_mode()
 def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magnitudes:
     """Run the model over text and average |x| before and behind every linear layer and activation function.
@@ -183,7 +183,7 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
             name: LinearMagnitudes(means[f"{name}.inputs"], means[f"{name}.outputs"], means.get(f"{name}.unbiased"))
             for name, _ in linear_layers(model)
         },
-        tuple(means[f"activation.{layer}"] for layer in range(len(blocks(model, spec)))),
+        tuple(means[f"activation.{layer}"] for layer in range(len(layers_of(model, spec)))),
         num_samples,
         num_tokens,
     )

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.architectures import blocks, check_supported, output_projection, output_weight
-from hf_context_prune.modeling.inference import count_parameters
+from hf_context_prune.modeling.architectures import check_supported, layers_of, output_projection, output_weight
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, read_geometry
 from hf_context_prune.modeling.token_rows import token_modules
@@ -67,7 +66,7 @@ def zero_below_(
             if module.bias is not None:
                 module.bias[found.outputs.to(weight.device) <= linear] = 0
     if activation is not None:
-        for block, mean in zip(blocks(model, spec), magnitudes.activations, strict=True):
+        for block, mean in zip(layers_of(model, spec), magnitudes.activations, strict=True):
             module = block.get_submodule(spec.mlp_inputs[0])
             assert isinstance(module, nn.Linear)
             gone = mean.to(module.weight.device) <= activation
@@ -111,7 +110,7 @@ def live_units(model: PreTrainedModel) -> tuple[LayerPlan, ...]:
     spec = check_supported(model)
     geometry = read_geometry(model.config, spec)
     plans = []
-    for block, widths in zip(blocks(model, spec), geometry.layers, strict=True):
+    for block, widths in zip(layers_of(model, spec), geometry.layers, strict=True):
         kept = [
             tuple(alive.nonzero().flatten().tolist()) or (0,)
             for alive in (_live_neurons(block, spec), _live_groups(block, spec, geometry, widths.kv_groups))
@@ -175,7 +174,7 @@ def prune_by_thresholds(
         provenance={},
     )
     smaller = apply_plan(zeroed, plan).eval()
-    dense, left = count_parameters(model), count_parameters(smaller)
+    dense, left = model.num_parameters(), smaller.num_parameters()
     before = apply_plan(model, replace(plan, model_fingerprint=fingerprint(model)))
     zeroed_left = count_zeros(smaller) - count_zeros(before)
     counts = ZeroCounts(dense - left, zeroed_left)
@@ -198,7 +197,7 @@ def zeros_note(plan: PruningPlan) -> tuple[str, ...]:
     return (f"Thresholds: {zeroed:,} parameters became zeros that stay in the file, since no whole unit is dead.",)
 
 
-def below_thresholds(
+def prune_below_thresholds(
     dense: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
     config: PrunerConfig,

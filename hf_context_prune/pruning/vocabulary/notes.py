@@ -22,8 +22,8 @@ def vocabulary_note(plan: PruningPlan, text: TextSource) -> tuple[str, ...]:
     )
 
 
-def effort_note(plan: PruningPlan) -> tuple[str, ...]:
-    """A sentence on what ``effort="high"`` gave, where it was asked for."""
+def refit_note(plan: PruningPlan) -> tuple[str, ...]:
+    """A sentence on what `refit_lm_head=True` gave, where it was asked for."""
     if "refit" not in plan.provenance:
         return ()
     refit = plan.provenance["refit"]

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig, VocabCriterion
 from hf_context_prune.data.documents import TextSource, load_documents
-from hf_context_prune.data.samples import token_blocks
-from hf_context_prune.errors import ConfigError, DataError, NumericsError, VocabularyError, unknown
+from hf_context_prune.data.samples import tokenize_samples
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, VocabularyError, unknown_name
 from hf_context_prune.modeling.architectures import check_supported
-from hf_context_prune.modeling.patching import fast_blocks
+from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.modeling.token_rows import named_ids, num_rows
@@ -24,7 +24,7 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils.distributed import on_main_process
 
 from .chat_template import template_ids
-from .rebuild import order_of, pruned_state, rebuilt, table_of
+from .rebuild import order_of, pruned_state, rebuild_tokenizer, table_of
 from .refit import refit_to_text
 from .selection import TokenCounts, VocabularySize, choose, count_tokens, expected_scores, must_stay
 from .tokens import TokenTable
@@ -133,7 +133,7 @@ class VocabularyPruner:
         seed: int = 0,
     ) -> None:
         if criterion not in get_args(VocabCriterion):
-            raise ConfigError(unknown("vocab_criterion", criterion, get_args(VocabCriterion)))
+            raise ConfigError(unknown_name("vocab_criterion", criterion, get_args(VocabCriterion)))
         self.model, self.tokenizer, self.source, self.criterion = model, tokenizer, source, criterion
         self.spec, self.table = check_supported(model), _paired(model, tokenizer)
         if not len(source):
@@ -158,7 +158,7 @@ class VocabularyPruner:
         """What every token is worth."""
         if self.criterion == "frequency":
             return self.counts.occurrences
-        samples = token_blocks(self.source, self.tokenizer, **self.blocks)  # type: ignore[arg-type]
+        samples = tokenize_samples(self.source, self.tokenizer, **self.blocks)  # type: ignore[arg-type]
         return expected_scores(self.counts, mean_probability(self.model, samples).tolist())
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class VocabularyPruner:
         must_stay(self.table, size, self.needed, self.unwanted)  # before anything is measured
         kept = choose(self.table, self.scores, self.counts, size, keep=self.needed, remove=self.unwanted)
         order = order_of(self.table, sorted(kept))
-        tokenizer = rebuilt(self.tokenizer, pruned_state(self.table, order), self.spec.model_type)
+        tokenizer = rebuild_tokenizer(self.tokenizer, pruned_state(self.table, order), self.spec.model_type)
         model = self.model
         plan = replace(
             PruningPlan.identity(model.config.model_type, read_geometry(model.config, self.spec), fingerprint(model)),
@@ -244,7 +244,7 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
     model.eval()
     try:
         for batch in tqdm(samples.split(_BATCH), desc="Expecting tokens", unit="batch", name=name):
-            with fast_blocks(model):
+            with bfloat16_layers(model):
                 logits = model(input_ids=batch.to(model.device), use_cache=False).logits
             for rows in logits:  # one block's float32 probabilities at a time
                 total += rows.float().softmax(dim=-1).sum(dim=0)[: len(total)].double().cpu()
@@ -286,7 +286,7 @@ def check_prunable(
         size.check()
         must_stay(table, size, needed, _ids_of(table, remove, "removed"))
     whole = pruned_state(table, order_of(table, sorted(table.contents)))
-    rebuilt(tokenizer, whole, spec.model_type)  # whether its class opens what is written
+    rebuild_tokenizer(tokenizer, whole, spec.model_type)  # whether its class opens what is written
 
 
 _SPARE_ROWS = (1024, 0.05)
@@ -328,7 +328,12 @@ def _ids_of(table: TokenTable, tokens: Collection[str], what: str) -> set[int]:
     return {known[token] for token in tokens}
 
 
-def pruner_of(model: PreTrainedModel, tokenizer: Any, text: TextSource, config: PrunerConfig) -> VocabularyPruner:  # noqa: ANN401
+def build_vocabulary_pruner(
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource,
+    config: PrunerConfig,
+) -> VocabularyPruner:
     """The vocabulary pruner that a config describes."""
     return VocabularyPruner(
         model,
@@ -341,7 +346,7 @@ def pruner_of(model: PreTrainedModel, tokenizer: Any, text: TextSource, config: 
     )
 
 
-def size_of(config: PrunerConfig) -> VocabularySize | None:
+def vocabulary_size(config: PrunerConfig) -> VocabularySize | None:
     """How many tokens a config asks for; None where that is to be found."""
     if config.vocab_auto:
         return None
@@ -349,12 +354,12 @@ def size_of(config: PrunerConfig) -> VocabularySize | None:
         config.vocab_size,
         config.vocab_coverage,
         config.vocab_min_count,
-        config.vocab_multiple,
+        config.pad_to_multiple_of,
         config.embedding_threshold,
     )
 
 
-def trimmed_for(
+def prune_vocabulary_for(
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
     text: TextSource,
@@ -362,8 +367,10 @@ def trimmed_for(
     tokens: int | None = None,
 ) -> TrimmedModel:
     """The model with the vocabulary that a config asks for, or with a number of tokens that was found."""
-    size = VocabularySize(tokens, multiple=config.vocab_multiple) if tokens else size_of(config)
+    size = VocabularySize(tokens, multiple=config.pad_to_multiple_of) if tokens else vocabulary_size(config)
     assert size is not None
     return on_main_process(
-        lambda: pruner_of(model, tokenizer, text, config).trim(size, refit=config.reconstruction != "none")
+        lambda: build_vocabulary_pruner(model, tokenizer, text, config).trim(
+            size, refit=config.reconstruction != "none"
+        )
     )

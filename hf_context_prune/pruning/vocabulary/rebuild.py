@@ -101,7 +101,7 @@ def _renumbered(processor: Any, ids: Mapping[str, int]) -> Any:  # noqa: ANN401
     return result
 
 
-def rebuilt(tokenizer: Any, state: Mapping[str, Any], model_type: str | None = None) -> Any:  # noqa: ANN401
+def rebuild_tokenizer(tokenizer: Any, state: Mapping[str, Any], model_type: str | None = None) -> Any:  # noqa: ANN401
     """The tokenizer that `AutoTokenizer` opens from its saved files with another ``tokenizer.json``.
 
     Args:

@@ -33,12 +33,12 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.samples import token_blocks
-from hf_context_prune.modeling.patching import fast_blocks
-from hf_context_prune.pruning.calibration.samples import calibration_blocks
+from hf_context_prune.data.samples import tokenize_samples
+from hf_context_prune.modeling.patching import bfloat16_layers
+from hf_context_prune.pruning.calibration.samples import tokenize_calibration_samples
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.linalg import inverse_spd, regularized
-from hf_context_prune.utils.precision import fast_matmul
+from hf_context_prune.utils.precision import reduced_precision_matmul
 
 RIDGE = 0.3
 PRIOR = 100.0
@@ -66,7 +66,7 @@ _ELEMENTS = 2**22
 _FEWEST_ROWS = 256
 
 
-def blocks_to_read(model: PreTrainedModel, num_samples: int, length: int) -> int:
+def num_refit_samples(model: PreTrainedModel, num_samples: int, length: int) -> int:
     """How many blocks of text [`refit_rows`][] is worth giving, where the repair of the blocks has `num_samples`."""
     head = model.get_output_embeddings()
     if head is None:
@@ -85,10 +85,10 @@ def refit_to_text(
     max_seq_length: int,
     seed: int,
 ) -> dict[str, float] | None:
-    """[`refit_rows`][] on as many blocks of a text as [`blocks_to_read`][] names."""
-    count = blocks_to_read(model, num_samples, max_seq_length)
+    """[`refit_rows`][] on as many blocks of a text as [`num_refit_samples`][] names."""
+    count = num_refit_samples(model, num_samples, max_seq_length)
     options = {"num_samples": count, "max_seq_length": max_seq_length, "seed": seed}
-    samples = token_blocks(source, tokenizer, **options, fewer=count > num_samples)
+    samples = tokenize_samples(source, tokenizer, **options, fewer=count > num_samples)
     return refit_rows(model, samples)
 
 
@@ -98,7 +98,7 @@ def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int
 
     Args:
         model: A model with few enough tokens; in evaluation mode.
-        samples: Token blocks in its ids, [blocks, length], int64; all of them are used, see [`blocks_to_read`][].
+        samples: Token blocks in its ids, [blocks, length], int64; all of them are used, see [`num_refit_samples`][].
         batch_size: Blocks a forward pass.
 
     Returns:
@@ -146,7 +146,7 @@ def _hidden_states(
         ):
             seen.clear()
             given.clear()
-            with fast_blocks(model):
+            with bfloat16_layers(model):
                 logits = model(input_ids=batch.to(model.device), use_cache=False).logits
             if not rows and not torch.equal(logits.float(), given[0].float()):
                 return None
@@ -160,7 +160,7 @@ def _hidden_states(
 def _loss(model: PreTrainedModel, samples: torch.Tensor, batch_size: int) -> float:
     total, count = 0.0, samples[:, 1:].numel()
     for batch in samples.to(model.device).split(batch_size):
-        with fast_blocks(model):
+        with bfloat16_layers(model):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
     return total / count
@@ -235,7 +235,7 @@ class _Problem:
             probability = logits.sub_(logits.logsumexp(dim=-1).logaddexp(rest)[:, None]).exp_()
             predicted += probability.sum(dim=0)
             probability[torch.arange(len(ids), device=ids.device), ids] -= 1
-            with fast_matmul():
+            with reduced_precision_matmul():
                 gradient.addmm_(probability.T, rows)
         return gradient / len(states), predicted / len(states)
 
@@ -259,11 +259,11 @@ class _Problem:
 
 
 def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    with fast_matmul():
+    with reduced_precision_matmul():
         return functional.linear(states, weight, bias)
 
 
-def rows_text(
+def tokenize_refit_samples(
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
     text: TextSource,
@@ -271,11 +271,11 @@ def rows_text(
     general: TextSource | None,
 ) -> torch.Tensor:
     """Blocks for the refit of a model's rows, [blocks, length], int64: as many as pay, mixed as a config says."""
-    count = blocks_to_read(model, config.num_calibration_samples, config.max_seq_length)
-    return calibration_blocks(text, tokenizer, config, general, count=count)
+    count = num_refit_samples(model, config.num_calibration_samples, config.max_seq_length)
+    return tokenize_calibration_samples(text, tokenizer, config, general, count=count)
 
 
-def refit_rows_in_all(model: PreTrainedModel, samples: torch.Tensor) -> dict[str, float] | None:
+def refit_rows_in_all_processes(model: PreTrainedModel, samples: torch.Tensor) -> dict[str, float] | None:
     """[`refit_rows`][] in place, the same in all processes."""
     head = model.get_output_embeddings()
 

@@ -203,7 +203,7 @@ def must_stay(
             raise BudgetError(
                 f"vocab_size is {size.tokens:,}, but {len(must):,} tokens must stay (special and added tokens, bytes "
                 f"or single characters, and what the chat template and the config need). Ask for at least {least:,}"
-                + ("." if least == len(must) else f", or for {len(must):,} and vocab_multiple=1.")
+                + ("." if least == len(must) else f", or for {len(must):,} and pad_to_multiple_of=1.")
             )
         if size.tokens > len(table):
             raise BudgetError(f"vocab_size is {size.tokens:,}, but the tokenizer has only {len(table):,} tokens.")

@@ -14,7 +14,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, inert
-from hf_context_prune.evaluation.reports.plots import widths_figure
+from hf_context_prune.evaluation.reports.plots import plot_widths
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.storage.manifest import sha256_of, verify_folder
 from hf_context_prune.storage.staging import staged_folder
@@ -54,7 +54,7 @@ def build_card(facts: CardFacts) -> ModelCard:
 def write_card(folder: Path, facts: CardFacts) -> None:
     """Write the card with its picture into a folder, such as one that is being written."""
     (folder / CARD_NAME).write_text(str(build_card(facts)), encoding="utf-8")
-    widths_figure(facts.plan, "Widths by layer").savefig(folder / PICTURE_NAME, dpi=120)
+    plot_widths(facts.plan, "Widths by layer").savefig(folder / PICTURE_NAME, dpi=120)
     if facts.report is not None and (results := benchmark_results(facts.report)) is not None:
         (folder / RESULTS_NAME).parent.mkdir(exist_ok=True)
         (folder / RESULTS_NAME).write_text(results, encoding="utf-8")

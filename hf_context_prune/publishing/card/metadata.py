@@ -59,7 +59,7 @@ def benchmark_results(report: EvalReport) -> str | None:
         value=round(100 * facts.pruned[-1].accuracy.value, 4),
         dataset_revision=facts.revision,
         date=report.created,
-        notes=f"accuracy in %, {facts.pruned[-1].num_questions} questions, {facts.num_shots}-shot, {facts.scorer}",
+        notes=f"accuracy in %, {facts.pruned[-1].num_questions} questions, {facts.num_fewshot}-shot, {facts.scorer}",
     )
     return str(yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
 

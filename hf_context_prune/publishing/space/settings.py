@@ -14,7 +14,7 @@ import yaml
 
 from hf_context_prune.config import read_yaml
 from hf_context_prune.data.demo import LICENCE_PROMPTS
-from hf_context_prune.errors import ConfigError, unknown
+from hf_context_prune.errors import ConfigError, unknown_name
 
 DEMO = "demo"
 """The base model that `hf-context-prune demo` fetches from the package index."""
@@ -243,7 +243,7 @@ def _fields(value: object, where: str, *, required: set[str], allowed: set[str])
         raise ConfigError(f"{where} is {value!r:.80}; it must be a mapping with {', '.join(sorted(allowed))}.")
     for name in value:
         if name not in allowed:
-            raise ConfigError(f"{where}: {unknown('field', name, sorted(allowed))}")
+            raise ConfigError(f"{where}: {unknown_name('field', name, sorted(allowed))}")
     if missing := required - value.keys():
         raise ConfigError(f"{where} lacks {', '.join(sorted(missing))}.")
     return value

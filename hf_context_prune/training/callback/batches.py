@@ -13,7 +13,7 @@ _IGNORED = -100
 """Label of what the loss passes over."""
 
 
-def text_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], pad_token_id: int | None) -> torch.Tensor:
+def read_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], pad_token_id: int | None) -> torch.Tensor:
     """The token ids that a model's forward pass was given, without padding, [tokens], int64, on the CPU.
 
     Padding is what a mask [batch, tokens] hides, what does not attend to itself in a mask [batch, 1 or heads, tokens,

@@ -22,14 +22,13 @@ from transformers.trainer_callback import ExportableState
 from hf_context_prune.config import PrunerConfig, from_options
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
 from hf_context_prune.modeling.architectures import check_supported
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.native_fit import build_empty
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
-from hf_context_prune.pruning.planner import check_repair, plan_and_repair
+from hf_context_prune.pruning.planner import check_reconstruction, plan_and_reconstruct
 from hf_context_prune.pruning.surgery import apply_plan, kept_entries
 from hf_context_prune.storage.loading import in_memory
 from hf_context_prune.storage.provenance import provenance_of
@@ -38,8 +37,8 @@ from hf_context_prune.utils.distributed import all_gather, num_processes
 from hf_context_prune.utils.file_names import PLAN_NAME
 from hf_context_prune.utils.version import versions
 
-from .batches import text_of
-from .checkpoints import complete, progress_of, use_cache_of
+from .batches import read_batch
+from .checkpoints import complete_checkpoint, progress_of, use_cache_of
 from .checks import (
     check_arguments,
     check_attention,
@@ -52,7 +51,7 @@ from .checks import (
 from .optimizer import check_optimizer, clear_entries, map_state, replace_parameters
 from .publishing import Publishable
 from .schedule import PruningSchedule, config_at
-from .transplant import check_modules, composed, scatter, transplant
+from .transplant import check_modules, compose_plans, scatter, transplant
 
 _ADAPTIVE_BLOCKS = 16
 
@@ -62,7 +61,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
 
     The last training batches are the calibration text. Each pruning of the schedule chooses units by them, cuts them
     out of the very model that the Trainer holds, repairs the rest in closed form, and maps the state of the optimizer.
-    After ``train()``, ``trainer.model`` is the smaller model, of its stock class where that can hold the widths.
+    After ``train()``, ``trainer.model`` is the smaller model, of its native class where that can hold the widths.
 
     With several processes (DDP), which hold on to the shapes of their weights, what is pruned is zeroed and stays zero
     until the training ends; then it is cut out.
@@ -178,7 +177,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         widths = read_geometry(model.config, spec).layers
         check_modules(model, build_empty(model.config, spec, widths))
         check_optimizer(optimizer, model, num_processes())
-        check_repair(model, self.config, will_save=True)
+        check_reconstruction(model, self.config, will_save=True)
         steps = self.schedule.steps(state.max_steps)
         if state.global_step > 0:
             self._resume(model, state, steps)
@@ -186,7 +185,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             check_not_cut(self.plan, widths)
             check_reachable(model, self.config, self.schedule.share(0))
             self.final = None if self.config.allocation == "adaptive" else plan_widths(model, self.config)
-            self.dense, self.total_params = widths, count_parameters(model)
+            self.dense, self.total_params = widths, model.num_parameters()
             self.plan, self.tokens, self.num_done = None, [], 0
             self.use_cache, self.padding_idx = use_cache_of(model), model.get_input_embeddings().padding_idx
             self._fingerprint, self._base = fingerprint(model), provenance_of(in_memory(model, None))
@@ -208,7 +207,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
     def _listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or self._pruning or not torch.is_grad_enabled():  # SFTTrainer may run a batch twice
             return
-        self._seen.append(text_of(args, kwargs, getattr(model.config, "pad_token_id", None)))
+        self._seen.append(read_batch(args, kwargs, getattr(model.config, "pad_token_id", None)))
         while sum(map(len, self._seen[1:])) >= self._most_tokens:  # of a training that was interrupted, for one
             del self._seen[0]
 
@@ -283,13 +282,13 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         config = config_at(
             share, self.config, self.dense, read_geometry(current.config, spec).layers, self.final, self.total_params
         )
-        smaller, size = None, count_parameters(current)
+        smaller, size = None, current.num_parameters()
         if self.final is None and (config.target_params or 0) >= size:  # whole units: the last one went far enough
             plan = PruningPlan.identity(spec.model_type, read_geometry(current.config, spec))
         else:
-            plan, repair = plan_and_repair(current, self._samples(current), config)
+            plan, repair = plan_and_reconstruct(current, self._samples(current), config)
             smaller = apply_plan(current, plan, repair=repair)
-            size = count_parameters(smaller)
+            size = smaller.num_parameters()
         prunings = [] if self.plan is None else list(self.plan.provenance["prunings"])
         prunings.append({"step": step, "parameters": size, "tokens": len(self.tokens)})
         provenance = {
@@ -299,7 +298,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             "prunings": prunings,
             "versions": versions(),
         }
-        whole = composed(self.plan, plan, model_fingerprint=self._fingerprint, provenance=provenance)
+        whole = compose_plans(self.plan, plan, model_fingerprint=self._fingerprint, provenance=provenance)
         if smaller is None:
             pass
         elif several:
@@ -317,7 +316,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
     def _exact(self, model: PreTrainedModel) -> PruningPlan:
         """What was silenced so far, as a plan for the weights as they are now."""
         assert self.plan is not None
-        return composed(None, self.plan, model_fingerprint=fingerprint(model), provenance={})
+        return compose_plans(None, self.plan, model_fingerprint=fingerprint(model), provenance={})
 
     @staticmethod
     def _cut(model: PreTrainedModel, optimizer: Any, plan: PruningPlan, smaller: PreTrainedModel) -> None:  # noqa: ANN401
@@ -360,7 +359,9 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
     ) -> None:
         """Put the plan into a checkpoint, and ``use_cache`` back into its config."""
         if state.is_world_process_zero:
-            complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.plan, use_cache=self.use_cache)
+            complete_checkpoint(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}", self.plan, use_cache=self.use_cache
+            )
 
     def on_push_begin(
         self,
@@ -372,7 +373,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         """Before the Trainer uploads weights and config of a checkpoint: the rest that they need to reload."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._training and state.is_world_process_zero and folder.is_dir():
-            complete(folder, self.plan, use_cache=self.use_cache)
+            complete_checkpoint(folder, self.plan, use_cache=self.use_cache)
             for name in (PLAN_NAME, *MODELING_FILES):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, Path(args.output_dir) / name)

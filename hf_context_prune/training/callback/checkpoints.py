@@ -63,7 +63,7 @@ def use_cache_of(model: PreTrainedModel) -> bool:
     return getattr(model.generation_config, "use_cache", None) is not False
 
 
-def complete(folder: Path, plan: PruningPlan | None, *, use_cache: bool) -> None:
+def complete_checkpoint(folder: Path, plan: PruningPlan | None, *, use_cache: bool) -> None:
     """Put the plan into a checkpoint that the Trainer wrote, and ``use_cache`` back into its config."""
     file = folder / CONFIG_FILE
     values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": use_cache}

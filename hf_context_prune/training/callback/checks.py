@@ -13,10 +13,9 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError, PruningWarning
 from hf_context_prune.modeling.architectures import check_supported, unit_costs
-from hf_context_prune.modeling.inference import count_parameters
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
-from hf_context_prune.pruning.allocation.budget import Budget, removed_params
+from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.widths import check_adaptive
 
 from .schedule import PruningSchedule
@@ -35,14 +34,14 @@ def check_config(config: PrunerConfig) -> None:
             "trimmed.tokenizer to the Trainer, and leave the vocab_* options out here. Keep that model: it is "
             "the teacher for recover()."
         )
-    if config.general_mix:
+    if config.general_data_ratio:
         raise ConfigError(
             "The training batches are all that the callback calibrates on; mix general text into the training data "
-            "itself, and leave general_mix out."
+            "itself, and leave general_data_ratio out."
         )
-    if config.effort == "high":
+    if config.refit_lm_head:
         raise ConfigError(
-            "effort='high' refits the rows of the tokens to the text, which training does itself; leave effort out."
+            "refit_lm_head=True refits the rows of the tokens to the text, which training does itself; leave effort out."
         )
     if config.thresholds_units:
         raise ConfigError(
@@ -136,12 +135,12 @@ def check_reachable(model: PreTrainedModel, config: PrunerConfig, first: float) 
                 "Use allocation='adaptive' with pruning_ratio."
             )
         return
-    remove = Budget.of(config, count_parameters(model)).remove_params or 0
+    remove = ParameterBudget.of(config, model.num_parameters()).remove_params or 0
     narrowest = [LayerWidths(min(config.round_to, widths.neurons), 1) for widths in geometry.layers]
     most = removed_params(geometry.layers, narrowest, unit_costs(model, spec, geometry))
     if remove > most:
         raise BudgetError(
-            f"Asked to remove {remove:,} of {count_parameters(model):,} parameters; neurons and KV groups can give at "
+            f"Asked to remove {remove:,} of {model.num_parameters():,} parameters; neurons and KV groups can give at "
             f"most {most:,}. Ask for less."
         )
     try:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from hf_context_prune.config import PrunerConfig, is_number, option
-from hf_context_prune.errors import ConfigError, unknown
+from hf_context_prune.errors import ConfigError, unknown_name
 from hf_context_prune.modeling.specs import LayerWidths
-from hf_context_prune.pruning.allocation.budget import Budget
+from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.uniform import round_half_up
 
 Shape = Literal["cubic", "linear"]
@@ -52,7 +52,7 @@ class PruningSchedule:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ConfigError(f"The schedule's num_prunings is {count!r}; it must be an integer of at least 1.")
         if self.shape not in get_args(Shape):
-            raise ConfigError(unknown("shape", self.shape, get_args(Shape)))
+            raise ConfigError(unknown_name("shape", self.shape, get_args(Shape)))
 
     def steps(self, max_steps: int) -> tuple[int, ...]:
         """The steps after which to prune, ascending.
@@ -110,7 +110,7 @@ def config_at(
         total_params: Parameters at its begin.
     """
     if final is None:
-        remove = Budget.of(config, total_params).remove_params or 0
+        remove = ParameterBudget.of(config, total_params).remove_params or 0
         return replace(config, pruning_ratio=None, target_params=int(total_params - share * remove))
     first, last, now = dense[0], final[0], current[0]
     neurons = first.neurons - round_half_up(share * (first.neurons - last.neurons))
@@ -120,7 +120,7 @@ def config_at(
         config,
         pruning_ratio=None,
         target_params=None,
-        stock=False,  # the widths are known to fit, and those on the way need not
+        native_architecture=False,  # the widths are known to fit, and those on the way need not
         mlp_ratio=1 - neurons / now.neurons,
         attention_ratio=1 - groups / now.kv_groups,
     )

@@ -98,7 +98,7 @@ def scatter(parameter: nn.Parameter, narrow: torch.Tensor, places: torch.Tensor)
     parameter.data.view(-1)[places.to(parameter.device).flatten()] = narrow.to(parameter).flatten()
 
 
-def composed(first: PruningPlan | None, second: PruningPlan, **changes: Any) -> PruningPlan:  # noqa: ANN401
+def compose_plans(first: PruningPlan | None, second: PruningPlan, **changes: Any) -> PruningPlan:  # noqa: ANN401
     """One plan for two prunings in a row, in the units of the model before the first."""
     layers = second.layers
     dense = second.dense

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hf_context_prune.config import from_options, is_number, option
-from hf_context_prune.errors import ConfigError, unknown
+from hf_context_prune.errors import ConfigError, unknown_name
 
 MethodName = Literal["full", "lora"]
 RewindName = Literal["none", "pretrained"]
@@ -84,7 +84,7 @@ class RecoveryConfig:
             )
         for name, names in (("method", MethodName), ("rewind", RewindName)):
             if getattr(self, name) not in get_args(names):
-                raise ConfigError(unknown(name, getattr(self, name), get_args(names)))
+                raise ConfigError(unknown_name(name, getattr(self, name), get_args(names)))
 
     @property
     def peak_learning_rate(self) -> float:

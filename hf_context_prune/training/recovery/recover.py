@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource, load_documents
-from hf_context_prune.data.samples import token_blocks
+from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PlanError
 from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
 from hf_context_prune.modeling.architectures import check_supported
-from hf_context_prune.modeling.patching import fast_blocks
+from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.modeling.token_rows import num_rows
@@ -77,7 +77,7 @@ def teacher_of(dense: PreTrainedModel, plan: PruningPlan | None, student: PreTra
             f"over the same tokens. Pass the model that was pruned (and its plan), or distillation=0."
         )
     if teacher is dense:
-        teacher = own_copy(dense)
+        teacher = copy_without_hooks(dense)
     if bfloat16_is_fast(student.device):
         cast_parameters(teacher, torch.bfloat16)
     return teacher.to(student.device).eval().requires_grad_(False)
@@ -88,14 +88,14 @@ def has_all_tokens(teacher: PreTrainedModel, vocabulary: Vocabulary) -> bool:
     return num_rows(teacher) == vocabulary.dense
 
 
-def own_copy(model: PreTrainedModel) -> PreTrainedModel:
+def copy_without_hooks(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that runs its class's forward: one set on the model (autocast of a Trainer, TRL's) would run the model."""
     copied: PreTrainedModel = copy.deepcopy(model)
     vars(copied).pop("forward", None)
     return copied
 
 
-def check_place(model: PreTrainedModel) -> None:
+def check_output_folder(model: PreTrainedModel) -> None:
     """Refuse several processes, and a GPU that is not the first, which is what a Trainer takes.
 
     Raises:
@@ -198,7 +198,7 @@ def recover(
         )
     if not callable(tokenizer):
         raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; it must be the model's tokenizer.")
-    check_place(model)
+    check_output_folder(model)
     check_weights_finite(model)
     if teacher is not None:
         if any(parameter.is_meta for parameter in teacher.parameters()):
@@ -207,7 +207,7 @@ def recover(
     source = load_documents(data, text_column=text_column, tokenizer=tokenizer, seed=config.recovery_seed)
     rest, withheld, docs = _withheld(source, tokenizer, config)
     blocks = _all_blocks(rest, tokenizer, config)
-    student = own_copy(model) if config.rewind == "none" or teacher is None else rewound(teacher, plan)
+    student = copy_without_hooks(model) if config.rewind == "none" or teacher is None else rewound(teacher, plan)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in student.named_parameters():
@@ -235,13 +235,15 @@ def recover(
             ) from error
 
     def measure(model: PreTrainedModel) -> float:
-        with fast_blocks(model), without_bars("hf_context_prune.evaluation"):
+        with bfloat16_layers(model), without_bars("hf_context_prune.evaluation"):
             losses = document_losses(model, tokenizer, withheld, max_seq_length=config.max_seq_length, docs=docs)
         return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
 
     rounds = set(dtypes.values()) != {torch.float32} and config.rewind == "none"
     begin = time.monotonic()
-    given = measure(own_copy(model).eval()) if rounds else math.inf  # as precisely as what will come of rounding
+    given = (
+        measure(copy_without_hooks(model).eval()) if rounds else math.inf
+    )  # as precisely as what will come of rounding
     spare = time.monotonic() - begin
     look = partial(measure, student)
     history = train(student, blocks, config, teacher=guide, measure=look, start=start, spare=spare)
@@ -257,7 +259,7 @@ def recover(
         except NumericsError:
             gained = False
         if not gained:  # rounding took what the training gave
-            history.best_step, student = 0, own_copy(model).eval()
+            history.best_step, student = 0, copy_without_hooks(model).eval()
     return RecoveryResult(student, history)
 
 
@@ -282,4 +284,4 @@ def _all_blocks(source: TextSource, tokenizer: Any, config: RecoveryConfig) -> t
     """All of the text (or as much as the steps can use), packed."""
     wanted = 2**31 if config.max_steps is None else config.max_steps * config.batch_size
     options = {"num_samples": wanted, "max_seq_length": config.max_seq_length, "seed": config.recovery_seed}
-    return token_blocks(source, tokenizer, **options, fewer=True)
+    return tokenize_samples(source, tokenizer, **options, fewer=True)
