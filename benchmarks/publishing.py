@@ -88,7 +88,7 @@ def pushes(megabytes: int, place: Path) -> tuple[Push, Push]:
         (staging / "README.md").write_text("---\ntags: [pruned]\n---\n\n# A large model\n")
     del weights
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.hub.server", TOKEN, "org"],
+        [sys.executable, "-m", "tests.support.hub.server", TOKEN, "org"],
         cwd=ROOT.parent,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

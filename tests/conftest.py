@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_context_prune.utils import precision
-from tests.tiny import FAST_PRECISION, tiny_model, tiny_tokenizer
+from tests.support.tiny import FAST_PRECISION, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
 
@@ -75,6 +75,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_space(tmp_path_factory):
     """A dense and two pruned tiny models, for the tests of the Space."""
-    from tests.space.models import make_models
+    from tests.support.space_models import make_models
 
     return make_models(tmp_path_factory.mktemp("space-models"))

@@ -2,7 +2,7 @@
 
 An architecture is one [`ArchSpec`][]: where the blocks are, which projections read and write the MLP neurons and the
 attention heads, and how the config calls their counts. Everything else (surgery, the model class, calibration) follows
-from the entry. To add an architecture, add an entry here and one line to ``tests/tiny.py``.
+from the entry. To add an architecture, add an entry here and one line to ``tests/support/tiny.py``.
 
 This file travels with every saved variable-width model, so it imports nothing but the standard library.
 """

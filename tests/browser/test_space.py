@@ -11,7 +11,7 @@ from gradio_client import Client
 
 from hf_context_prune.publishing.space.settings import Limits
 from tests.browser.conftest import ARTIFACTS
-from tests.space.models import HeldStore, serving, settings_of
+from tests.support.space_models import HeldStore, serving, settings_of
 
 pytestmark = pytest.mark.slow
 

@@ -167,7 +167,7 @@ class _SizeTrials:
     def search_size(self, start: float, largest: float, **options: float) -> tuple[SizeTrial, list[SizeTrial]]:
         limit, total = self.config.max_loss_increase, self.planner.model.num_parameters()
         assert limit is not None
-        name = "hf_context_prune.budget_search"
+        name = "hf_context_prune.loss_search"
         with tqdm(total=self.max_trials, desc="Searching the size", unit="trial", name=name) as self.bar:
             return search_size(
                 self.measure,

@@ -1,0 +1,208 @@
+"""The exactness tests of DESIGN.md, for every entry of the architecture table and its variants."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from hf_context_prune.modeling import model_class
+from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, output_weight
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.pruning.surgery import apply_plan, kept_features
+from hf_context_prune.storage.saving import save_pruned
+from tests.support.tiny import CASES, FAMILIES, VOCABULARY, case
+
+SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
+
+
+def spec_of_case(name):
+    return SPECS[case(name).config.model_type]
+
+
+def random_plan(model, *, seed=0, variable=True):
+    """Keep a random part: other widths in every layer, or the same."""
+    spec = SPECS[model.config.model_type.removeprefix("context_pruned_")]
+    geometry = read_geometry(model.config, spec)
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(total, count):
+        return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
+
+    layers = []
+    for index, width in enumerate(geometry.layers):
+        step = index if variable else 0
+        neurons = max(1, width.neurons * 3 // 4 - step)
+        groups = max(1, width.kv_groups - 1 - step % 2)
+        layers.append(LayerPlan(choose(width.neurons, neurons), choose(width.kv_groups, groups)))
+    return PruningPlan(spec.model_type, geometry.layers, tuple(layers), fingerprint(model))
+
+
+def masked(model, plan):
+    """The dense model with the plan's pruned units silenced: zero columns in the output projections."""
+    spec = SPECS[model.config.model_type]
+    geometry = read_geometry(model.config, spec)
+    silenced = copy.deepcopy(model)
+    for layer, block in zip(plan.layers, layers_of(silenced, spec), strict=True):
+        for target in TARGETS:
+            weight = output_weight(output_projection(block, spec, target))
+            gone = torch.ones(weight.shape[1], dtype=torch.bool)
+            gone[kept_features(geometry, target, layer.kept(target))] = False
+            weight[:, gone] = 0
+    return silenced
+
+
+def tokens(batch=2, length=24, seed=1):
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits
+
+
+@pytest.mark.parametrize("variable", [True, False], ids=["variable", "uniform"])
+@pytest.mark.parametrize("name", CASES)
+def test_sliced_equals_masked(name, variable):
+    model = case(name)
+    plan = random_plan(model, variable=variable)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    smaller = apply_plan(model, plan)
+    ids = tokens()
+    expected = logits(masked(model, plan), ids)
+    torch.testing.assert_close(logits(smaller, ids), expected, atol=1e-5, rtol=1e-5)
+    assert (logits(model, ids) - expected).abs().max() > 1e-2  # the plan does remove something that mattered
+    assert smaller.num_parameters() < model.num_parameters()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in smaller.parameters()}
+    assert not shared
+    tied = model.config.tie_word_embeddings
+    assert (smaller.get_input_embeddings().weight is smaller.get_output_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_empty_plan_is_the_identity(name):
+    model = case(name)
+    spec = spec_of_case(name)
+    plan = PruningPlan.identity(model.config.model_type, read_geometry(model.config, spec))
+    same = apply_plan(model, plan)
+    assert plan.is_empty
+    assert type(same) is type(model)
+    assert torch.equal(logits(same, tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cached_equals_uncached_and_static_equals_dynamic(name):
+    model = case(name)
+    smaller = apply_plan(model, random_plan(model))
+    assert isinstance(smaller, model_class(spec_of_case(name)))
+    ids = tokens()
+    full = logits(smaller, ids)
+    for cache in (DynamicCache(config=smaller.config), StaticCache(config=smaller.config, max_cache_len=32)):
+        with torch.no_grad():
+            name_of_cache = "layer_past" if "layer_past" in smaller.forward.__code__.co_varnames else "cache"
+            steps = [
+                smaller(
+                    input_ids=part,
+                    use_cache=True,
+                    attention_mask=torch.ones(2, end, dtype=torch.long),
+                    position_ids=torch.arange(end - part.shape[1], end)[None],
+                    **{name_of_cache: cache},
+                ).logits
+                for part, end in ((ids[:, :16], 16), (ids[:, 16:17], 17), (ids[:, 17:], 24))
+            ]
+        torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-4, rtol=1e-4)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    dynamic = smaller.generate(ids, **options)
+    assert torch.equal(dynamic, smaller.generate(ids, use_cache=False, **options))
+    assert torch.equal(dynamic, smaller.generate(ids, cache_implementation="static", **options))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trains_with_gradient_checkpointing_and_runs_in_bfloat16(name):
+    model = case(name)
+    smaller = apply_plan(model, random_plan(model))
+    ids = tokens()
+    smaller.train()
+    smaller(input_ids=ids, labels=ids).loss.backward()
+    plain = {key: value.grad.clone() for key, value in smaller.named_parameters() if value.grad is not None}
+    assert set(plain) == {key for key, _ in smaller.named_parameters()}
+    smaller.zero_grad()
+    smaller.gradient_checkpointing_enable()
+    smaller(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for key, value in smaller.named_parameters():
+        if key in plain:
+            torch.testing.assert_close(value.grad, plain[key], atol=1e-5, rtol=1e-4)
+    smaller.eval()
+    half = copy.deepcopy(smaller).bfloat16()
+    assert torch.isfinite(logits(half, ids)).all()
+    smaller.set_attn_implementation("eager")
+    eager = logits(smaller, ids)
+    if smaller._supports_sdpa:  # Gemma 2 caps its attention logits, which sdpa can't
+        smaller.set_attn_implementation("sdpa")
+    torch.testing.assert_close(logits(smaller, ids), eager, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_saved_model_reloads_bit_equal(name, dtype, tmp_path):
+    model = case(name).to(dtype)
+    for variable in (True, False):
+        plan = random_plan(model, variable=variable)
+        smaller = apply_plan(model, plan)
+        folder = save_pruned(smaller, tmp_path / f"{variable}", plan=plan)
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        assert type(again) is type(smaller)
+        assert again.dtype == dtype
+        assert torch.equal(logits(again, tokens()), logits(smaller, tokens()))
+        assert PruningPlan.load(folder / "pruning_plan.json") == plan
+        twice = save_pruned(again, tmp_path / f"{variable}-twice", plan=plan)
+        for file in ("config.json", "model.safetensors"):
+            assert (twice / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fresh_process_without_the_package(dtype, tmp_path):
+    expected = {}
+    for name in CASES:
+        model = case(name).to(getattr(torch, dtype))
+        for variable in (True, False):
+            smaller = apply_plan(model, random_plan(model, variable=variable))
+            folder = save_pruned(smaller, tmp_path / f"{name}-{variable}")
+            remote = json.loads((folder / "config.json").read_text())["model_type"].startswith("context_pruned_")
+            assert remote or not variable or name == "llama-mqa-tied"
+            torch.save(logits(smaller, tokens()), tmp_path / f"{folder.name}.pt")
+            expected[str(folder)] = remote
+    torch.save(tokens(), tmp_path / "ids.pt")
+    (tmp_path / "cases.json").write_text(json.dumps(expected))
+    result = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == {"checked": len(expected)}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox", "qwen3"])
+def test_a_pruned_model_can_be_pruned_again(name):
+    model = case(name)
+    once = apply_plan(model, random_plan(model))
+    plan = random_plan(once, seed=3, variable=False)
+    twice = apply_plan(once, plan)
+    assert twice.num_parameters() < once.num_parameters()
+    assert read_geometry(twice.config, SPECS[name]).layers == plan.widths
+
+
+def test_every_entry_has_a_tiny_model():
+    assert set(FAMILIES) == set(SPECS)
+    for spec in SPECS.values():
+        assert hasattr(transformers, spec.config_class)
+        assert hasattr(transformers, spec.model_class)

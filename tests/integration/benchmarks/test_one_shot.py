@@ -1,0 +1,240 @@
+"""The side-by-side benchmark on a tiny model: rows, resuming, the written section and plot, and the peers' sizes."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+
+import pytest
+import torch
+
+from benchmarks import common, cost, methods, one_shot, residual
+from benchmarks.methods import METHODS, SIZES, Size, budgets
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.storage.loading import LoadedModel
+from tests.support.tiny import tiny_model
+
+TEXT = "court party duty care patient dose trial market rate bank loan risk appeal judge nurse bond share fund"
+WORDS = TEXT.split()
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, tokenizer):
+    """Options for a run on two tiny domains; RESULTS.md and the plot go to `tmp_path`."""
+    pytest.importorskip("matplotlib")
+    generator = torch.Generator().manual_seed(0)
+    for domain in ("law", "medicine"):
+        (tmp_path / domain).mkdir()
+        for split, count in (("train", 30), ("validation", 6)):
+            picks = torch.randint(len(WORDS), (count, 60), generator=generator).tolist()
+            lines = [
+                json.dumps({"text": " ".join(WORDS[i] for i in row), "doc": f"{split}-{n}", "source": "made up"})
+                for n, row in enumerate(picks)
+            ]
+            with gzip.open(tmp_path / domain / f"corpus.{split}.jsonl.gz", "wt") as file:
+                file.write("\n".join(lines))
+    loaded = LoadedModel(tiny_model("llama"), tokenizer, "tiny", None, None)
+    monkeypatch.setattr(cost, "smollm2", lambda: loaded)
+    monkeypatch.setattr(cost, "in_fresh_process", cost.run_once)
+    for name, (label, _) in one_shot.MODELS.items():
+        monkeypatch.setitem(one_shot.MODELS, name, (label, lambda: loaded))
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    options = f"--data {tmp_path} --work {tmp_path / 'rows'} --length 32 --eval-tokens 900"
+    return tmp_path, options.split()
+
+
+def with_options(options, more):
+    return [*options, *more.split()]
+
+
+def rows_of(folder, name):
+    return [json.loads(line) for line in (folder / "rows" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_rows_section_plot_and_resume(bench, monkeypatch):
+    folder, options = bench
+    arguments = with_options(options, "--domains law medicine --sizes mlp25 mlp50 --methods flap+bias ours --blocks 4")
+    one_shot.main(arguments)
+    rows = rows_of(folder, "one_shot")
+    assert [(row["key"]["domain"], row["key"].get("size"), row["key"]["method"]) for row in rows] == [
+        *((domain, None, "dense") for domain in ("law", "medicine")),
+        *(
+            (domain, size, method)
+            for size in ("mlp25", "mlp50")
+            for domain in ("law", "medicine")
+            for method in ("flap+bias", "ours")
+        ),
+    ]
+    dense = rows[0]
+    assert dense["calibration_tokens"] == 4 * 32
+    assert len(dense["documents"]) == len(dense["nll"]) == len(rows[4]["nll"]) > 1
+    assert rows[3]["parameters"] == dense["parameters"] - 3 * 10 * 3 * 48  # 10 of 40 neurons of each of three layers
+    assert all({"commit", "machine", "seed"} <= row["setting"].keys() for row in rows)
+    text = (folder / "RESULTS.md").read_text()
+    assert text.count("<!-- begin one_shot -->") == 1
+    for part in ("### 25 % of the MLP neurons", "### 50 %", "| `flap` + `bias` |", "| 1.00 [1.00, 1.00] |", "Goal of"):
+        assert part in text
+    # The sizes are those of the plain command; what differs from it is named, paths are not.
+    named = "--domains law medicine --blocks 4 --length 32 --eval-tokens 900 --methods flap+bias ours"
+    command = text.split("benchmarks.one_shot --data DATA", 1)[1].split("`")[0]
+    assert sorted(command.split()) == sorted(named.split())
+    assert (folder / "one_shot.png").read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(methods.Domain, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(methods.Domain, "measure_dense", lambda *_: pytest.fail("measured again"))
+    one_shot.main(arguments)
+    assert rows_of(folder, "one_shot") == rows
+    assert (folder / "RESULTS.md").read_text() == text
+
+
+def test_other_documents_than_the_dense_row_has_are_refused(bench):
+    folder, options = bench
+    arguments = with_options(options, "--domains law --sizes mlp25 --blocks 4 --methods")
+    one_shot.main([*arguments, "random"])
+    held_out = folder / "law" / "corpus.validation.jsonl.gz"
+    with gzip.open(held_out, "rt") as file:
+        fewer = file.read().splitlines()[:3]
+    with gzip.open(held_out, "wt") as file:
+        file.write("\n".join(fewer))
+    with pytest.raises(SystemExit, match="other documents"):
+        one_shot.main([*arguments, "random", "magnitude"])
+
+
+def test_adaptive_rows_compare_with_uniform_ones(bench):
+    folder, options = bench
+    one_shot.main(
+        with_options(options, "--domains law --sizes all20 --blocks 12 --methods ours ours-adaptive ours-high")
+    )
+    _, refit, *rows = rows_of(folder, "one_shot")
+    uniform, adaptive, high = (row["parameters"] for row in rows)
+    step = 3 * 48 * 16 + 48 * 8 * 4  # no more than one KV group beyond the same total
+    assert uniform - step <= adaptive <= uniform
+    assert high == adaptive
+    assert rows[2]["refit"]["before"] != refit["refit"]["before"]  # the pruned model's rows, the dense one's
+    assert rows[2]["predicted"] == rows[1]["predicted"]
+    assert (rows[2]["nll"] == rows[1]["nll"]) == (rows[2]["refit"]["share"] == 0)
+    text = (folder / "RESULTS.md").read_text()
+    assert "adaptive minus uniform" in text
+    assert "on the dense model, nothing removed" in text
+    assert "<!-- begin one_shot_all -->" in text
+    assert "--sizes all20" in text
+
+
+def test_sizes_of_one_kind_a_run(bench, capsys):
+    with pytest.raises(SystemExit):
+        one_shot.main(with_options(bench[1], "--sizes mlp25 all20"))
+    assert "give one kind" in capsys.readouterr().err
+
+
+def test_cost(bench):
+    folder, options = bench
+    sizes = "--blocks 2 4 --timed 4 --search-blocks 4"
+    arguments = with_options(options, f"--domain law {sizes} --methods obs+least_squares ours flap+bias")
+    cost.main(arguments)
+    rows = rows_of(folder, "cost")
+    assert [(row["key"]["method"], row["key"].get("blocks")) for row in rows] == [
+        ("dense", None),
+        *((method, blocks) for blocks in (2, 4) for method in ("obs+least_squares", "ours", "flap+bias")),
+        ("ours-adaptive", 4),
+    ]
+    pruned = rows[1:]
+    assert all(row["peak"] > row["model"] > row["pruned"] > 0 for row in pruned)
+    assert all(("forward_seconds" in row) == (row["key"]["blocks"] == 4) for row in pruned)
+    assert [row["held"] for row in pruned[:3]] == [3 * 4 * 40**2, 4 * 40**2 + 2 * 2 * 32 * 48 * 4, 0]
+    assert pruned[-1]["search_seconds"] > 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "| 64 |" in text
+    assert "dense forward passes (goal: 3)" in text
+    assert (folder / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cost_in_a_process_of_its_own_says_what_failed(tmp_path):
+    args = argparse.Namespace(data=tmp_path / "absent", domain="law", length=32, eval_tokens=900, seed=0, timed=[4])
+    with pytest.raises(SystemExit, match="absent"):
+        cost.in_fresh_process(args, "ours", 4)
+
+
+def test_shares_are_exact_and_their_mean_resamples_each_domain():
+    dense = {"nll": [1.0, 2.0, 3.0]}
+    reference = {"nll": [2.0, 4.0, 6.0]}
+    half, quarter = {"nll": [1.5, 3.0, 4.5]}, {"nll": [1.25, 2.5, 3.75]}
+    first, second, mean = one_shot.shares([(dense, reference, half), (dense, reference, quarter)], 0)
+    assert (first.value, second.value, mean.value) == (0.5, 0.25, 0.375)
+    assert mean.interval == pytest.approx((0.375, 0.375))
+    single = one_shot.shares([({"nll": [1.0]}, {"nll": [2.0]}, {"nll": [1.5]})], 0)
+    assert single[0].interval is None
+
+
+def test_every_method_is_a_valid_config_or_a_peer():
+    for method in METHODS.values():
+        assert (method.peer is None) == bool(method.options)
+    uniform, adaptive, removed = budgets(tiny_model("llama"), SIZES["mlp25"])
+    assert uniform == adaptive == {"mlp_ratio": 0.25}
+    assert removed == 3 * 10 * 3 * 48
+    with pytest.raises(ConfigError):
+        budgets(tiny_model("llama"), Size("none", -0.5))
+
+
+@pytest.mark.parametrize("size", ["mlp25", "mlp50", "all20"])
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("optipfair", "optipfair-maw"),
+        ("optipfair", "optipfair-ppm"),
+        ("torch_pruning", "torch-pruning"),
+        ("torch_pruning", "torch-pruning-units"),
+    ],
+)
+def test_peers_hit_the_size_and_still_run(package, name, size):
+    pytest.importorskip(package)
+    from benchmarks.peers import TOLERANCE, check_peer
+
+    # Wide enough for a neuron to be under 1 % of what goes, and with several query heads a group.
+    model = tiny_model("llama", hidden_size=96, intermediate_size=512, num_attention_heads=12, num_hidden_layers=2)
+    model.requires_grad_(True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    samples = torch.randint(3, 320, (4, 24), generator=torch.Generator().manual_seed(0))
+    remove = budgets(model, SIZES[size])[2]
+    result = METHODS[name].peer(model, samples, remove, SIZES[size].attention)
+    assert abs(model.num_parameters() - result.model.num_parameters() - remove) <= TOLERANCE * remove
+    check_peer(model, result, samples, remove)
+    assert result.version.split()[1][0].isdigit()
+    assert bool(result.note) or not SIZES[size].attention
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"instead of .* over 0.5%"):
+        check_peer(model, result, samples, 2 * remove)
+
+
+def test_another_model_has_rows_and_a_section_of_its_own(bench):
+    folder, options = bench
+    small = "--domains law --sizes mlp25 --methods flap+bias obs+least_squares --blocks 8"
+    one_shot.main(with_options(options, small))
+    one_shot.main(with_options(options, f"{small} --model gemma3-270m"))
+    rows = rows_of(folder, "one_shot")
+    assert [row["key"].get("model") for row in rows] == [None] * 3 + ["gemma3-270m"] * 3
+    text = (folder / "RESULTS.md").read_text()
+    assert "## One-shot pruning side by side, Gemma 3 270M" in text
+    assert "--model gemma3-270m " in text
+    assert (folder / "one_shot_gemma3-270m.png").is_file()
+
+
+def test_what_the_residual_loss_is_made_of(bench, monkeypatch):
+    folder, options = bench
+    monkeypatch.setattr(residual, "smollm2", cost.smollm2)
+    arguments = with_options(options, "--domain law --blocks 20 --groups 2")
+    residual.main(arguments)
+    rows = {(row["key"]["kind"], row["key"]["place"]): sum(row["nll"]) for row in rows_of(folder, "residual")}
+    assert set(rows) == {
+        *(("dense", ""), ("alone", "0 to 1"), ("but", "0 to 1"), ("alone", "2 to 2"), ("but", "2 to 2")),
+        *(("repair", name) for name in ("none", "least_squares", "sequential")),
+        *(("choice", name) for name in ("random", "l1", "wanda", "obs")),
+    }
+    assert rows["alone", "0 to 1"] == rows["but", "2 to 2"]  # two groups: one pruned is the other dense
+    assert rows["alone", "2 to 2"] == rows["but", "0 to 1"]
+    assert len(set(rows.values())) == 10
+    section = (folder / "RESULTS.md").read_text()
+    assert "| 0 to 1 |" in section
+    assert "| `least_squares` |" in section
+    residual.main(arguments)
+    assert len(rows_of(folder, "residual")) == 12  # nothing was measured again

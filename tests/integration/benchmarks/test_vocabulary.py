@@ -1,0 +1,66 @@
+"""The vocabulary benchmark on a tiny model: rows, verdicts, the combined budget, and resuming."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import common, vocabulary
+from hf_context_prune.errors import CalibrationWarning
+from hf_context_prune.storage.loading import LoadedModel
+from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    write_domains(tmp_path, ("law", "medicine"))
+    tokenizer = shared_tokenizer("smollm2")
+    loaded = LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
+    monkeypatch.setattr(vocabulary, "smollm2", lambda: loaded)
+    monkeypatch.setattr(vocabulary, "SPEED_BYTES", 10_000)
+    monkeypatch.setattr(vocabulary, "SPEED_TOKENS", 320)
+    monkeypatch.setattr(vocabulary, "GOALS", {320: (0.01, {"law": None, "medicine": -1.0})})
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    sizes = "--domains law medicine --sizes 320 256 --combined 0 320 --blocks 16 --combined-blocks 8 --length 32"
+    return f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes} --eval-tokens 900".split()
+
+
+def test_rows_verdicts_and_resume(options, tmp_path, monkeypatch):
+    vocabulary.main(options)
+    rows = {tuple(row["key"]["place"]): row for row in map(json.loads, (tmp_path / "rows/vocabulary.jsonl").open())}
+    dense = rows["law", "dense"]
+    for way, tokens in ((way, tokens) for way in vocabulary.WAYS for tokens in (320, 256)):
+        row = rows["law", way, tokens]
+        assert dense["parameters"] - row["parameters"] == (392 - tokens) * 2 * 48
+        assert [(doc, size) for doc, _, size in row["documents"]] == [
+            (doc, size) for doc, _, size in dense["documents"]
+        ]
+        assert sum(n for _, n, _ in row["documents"]) >= sum(n for _, n, _ in dense["documents"])
+    assert rows["law", "refit"]["parameters"] == dense["parameters"]
+    auto, whole, fixed = (rows["medicine", "combined", tokens] for tokens in ("auto", 0, 320))
+    assert (whole["gone"]["tokens"], fixed["gone"]["tokens"]) == (0, 72)
+    assert auto["gone"]["tokens"] == 392 - min(auto["considered"], key=lambda item: item[1] + item[2])[0]
+    assert all(row["parameters"] <= 0.7 * dense["parameters"] for row in (auto, whole, fixed))
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("<!-- begin vocabulary -->") == 1
+    limit = vocabulary.relative(dense, rows["law", "frequency", 320], 0).value / 2
+    assert f"(goal: at most {limit:.1%}, half of what frequency loses)" in text
+    assert "(goal: at most -100.0%): missed." in text
+    assert "found (`--vocab-auto`)" in text
+
+    monkeypatch.setattr(vocabulary.VocabularyDomain, "scored", lambda *_: pytest.fail("measured again"))
+    vocabulary.main(options)
+    assert (tmp_path / "RESULTS.md").read_text() == text
+    vocabulary.main([*options, "--combined-domains"])
+    assert "### One budget" not in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_relative_loss_is_paired():
+    dense, row = {"nll": [1.0, 2.0, 3.0]}, {"nll": [1.5, 3.0, 4.5]}
+    estimate = vocabulary.relative(dense, row, 0)
+    assert (estimate.value, estimate.interval) == (0.5, pytest.approx((0.5, 0.5)))
+    assert vocabulary.percent(estimate) == "+50.0% [+50.0%, +50.0%]"
+    assert vocabulary.relative({"nll": [2.0]}, {"nll": [1.0]}, 0).interval is None

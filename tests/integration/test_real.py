@@ -1,0 +1,73 @@
+"""The real SmolLM2-135M-Instruct and real text, from the package index: what a user does, with little text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_context_prune import EvalOptions, PrunerConfig, load_model, prune
+from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.pipelines.demo import generate_completions
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.storage.saving import save_pruned
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
+
+
+def test_prune_20_percent_and_repair(smollm2, licences, tmp_path):
+    quick = EvalOptions(max_tokens=2_500, speed=False, memory=False)
+    excess = {}
+    for reconstruction in ("none", "least_squares"):
+        config = PrunerConfig(
+            pruning_ratio=0.2,
+            round_to=8,
+            allocation="uniform",
+            num_calibration_samples=16,
+            max_seq_length=256,
+            reconstruction=reconstruction,
+        )
+        result = prune(smollm2, licences.calibration, config, eval_data=licences.held_out, evaluation=quick)
+        excess[reconstruction] = result.report.loss.comparison.excess_nats_per_token.value
+    size = result.report.size
+    assert size.base_parameters == 134_515_008
+    assert 0.2 <= size.achieved_ratio < 0.204
+    assert 0 < excess["least_squares"] < excess["none"]
+    assert result.native_fit.fits
+    folder = result.save_pretrained(tmp_path / "mini-gpt")
+    assert (folder / "model.safetensors").stat().st_size < 0.81 * 538_090_408
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = "THE SOFTWARE IS PROVIDED"
+    assert generate_completions(plain, result.tokenizer, prompt) == generate_completions(
+        result.model, result.tokenizer, prompt
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_variable_widths_reload_bit_equal_without_the_package(smollm2, dtype, tmp_path):
+    model = load_model(smollm2.folder, dtype=dtype, device="cpu").model
+    geometry = read_geometry(model.config, spec_of(model.config))
+    generator = torch.Generator().manual_seed(0)
+
+    def choose(total, count):
+        return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
+
+    layers = tuple(LayerPlan(choose(1536, 900 + 17 * i), choose(3, 1 + i % 3)) for i in range(30))
+    smaller = apply_plan(model, PruningPlan("llama", geometry.layers, layers, fingerprint(model)))
+    folder = save_pruned(smaller, tmp_path / "variable")
+    ids = torch.randint(100, 40_000, (2, 48), generator=generator)
+    with torch.no_grad():
+        torch.save(smaller(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, tmp_path / "variable.pt")
+    torch.save(ids, tmp_path / "ids.pt")
+    (tmp_path / "cases.json").write_text(f'{{"{folder}": true}}')
+    command = [sys.executable, SCRIPT, tmp_path, "2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]

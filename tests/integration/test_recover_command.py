@@ -1,0 +1,194 @@
+"""``hf-context-prune recover``: a pruned folder becomes a recovered one, with figures for both and their parent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from hf_context_prune import EvalOptions, PruningPlan, load_model, load_pruned
+from hf_context_prune.errors import CalibrationWarning, LoadError
+from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.pipelines import recover as folder
+from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.training.recovery.config import RecoveryConfig
+from tests.support.tiny import model_and_text
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+QUICK = ("--no-speed", "--max-eval-tokens", 400)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return model_and_text(tmp_path_factory.mktemp("recover"), "data.jsonl")
+
+
+@pytest.fixture
+def pruned(run, place):
+    if not (place / "pruned").exists():
+        # Without a repair: refitted rows fit this little text better than a random teacher could teach it.
+        options = ("--max-seq-length", 32, "--num-calibration-samples", 16, "--mlp-ratio", 0.5, "--vocab-size", 288)
+        options += ("--reconstruction", "none")
+        code, _, err = run("prune", "@base", "--data", "@data.jsonl", "--output", "@pruned", *options, *QUICK)
+        assert code == 0, err
+    return place / "pruned"
+
+
+RECOVER = ("recover", "@pruned", "--data", "@data.jsonl", "--max-seq-length", 32, "--learning-rate", 0.003, *QUICK)
+
+
+def test_the_folder_and_its_figures(run, place, pruned):
+    code, out, err = run(*RECOVER, "--output", "@out", "--teacher", "@base", "--num-epochs", 2)
+    assert code == 0, err
+    assert "bits per byte after recovery" in out
+    assert "Recovered (full) on" in out
+    verify_folder(place / "out")
+    report, before = EvalReport.load(place / "out/eval_report.json"), EvalReport.load(pruned / "eval_report.json")
+    assert report.dataset.fingerprint == before.dataset.fingerprint  # the very documents that pruning held out
+    assert "held out before recovery, by document. The pruning had left them out as well." in report.dataset.held_out
+    assert report.size.base_parameters == before.size.base_parameters
+    assert report.loss.base == before.loss.base
+    assert report.loss.pruned == before.loss.pruned
+    assert report.loss.recovered.bits_per_byte.value < report.loss.pruned.bits_per_byte.value
+    plan, old = PruningPlan.load(place / "out/pruning_plan.json"), PruningPlan.load(pruned / "pruning_plan.json")
+    assert plan.sha256 == old.sha256
+    (first,) = plan.provenance["recoveries"]
+    assert 0 < first["history"]["tokens"] <= first["history"]["steps"] * 4 * 32
+    assert first["config"]["num_epochs"] == 2
+    assert load_pruned(place / "out").num_parameters() == load_pruned(pruned).num_parameters()
+    code, out, _ = run("inspect", "@out")
+    assert code == 0
+    assert "after recovery" in out
+
+
+def test_a_teacher_that_is_not_the_parent(run, place, pruned):
+    code, out, err = run(*RECOVER, "--output", "@other", "--teacher", "@pruned", "--max-steps", 2, "--format", "json")
+    assert code == 0, err
+    report = json.loads(out)["report"]
+    assert report["loss"]["pruned"] is None
+    assert any("The teacher pruned is not the model that was pruned: the losses" in note for note in report["notes"])
+
+
+def test_a_teacher_over_other_tokens(run, place, pruned):
+    shutil.copytree(place / "base", place / "twin")
+    weights = load_file(place / "twin/model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, place / "twin/model.safetensors", metadata={"format": "pt"})
+    teach = (*RECOVER, "--teacher", "@twin", "--max-steps", 2, "--distillation", 0.5)
+    code, _, err = run(*teach, "--output", "@twins")
+    assert code == 0, err
+    values = json.loads((place / "twin/tokenizer.json").read_text())
+    vocabulary = values["model"]["vocab"]
+    first, second = [token for token, index in vocabulary.items() if index in (40, 41)]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (place / "twin/tokenizer.json").write_text(json.dumps(values))
+    code, _, err = run(*teach, "--output", "@others")
+    assert code == 2
+    assert "The teacher twin is over other tokens" in " ".join(err.split())
+    assert not (place / "others").exists()
+
+
+def test_text_that_the_pruning_may_have_read(run, place, pruned):
+    lines = (place / "data.jsonl").read_text().splitlines()
+    (place / "other.jsonl").write_text("\n".join(lines[: len(lines) // 2]) + "\n")
+    options = ("--output", "@else", "--teacher", "@base", "--max-steps", 2)
+    code, _, err = run(*RECOVER[:3], "@other.jsonl", *RECOVER[4:], *options)
+    assert code == 0, err
+    held_out = EvalReport.load(place / "else/eval_report.json").dataset.held_out
+    assert "The pruning had other text, which may have held some of them." in held_out
+
+
+def test_a_folder_of_the_trainer_is_told_how_to_be_saved(run, place, pruned):
+    (place / "trained").mkdir(exist_ok=True)
+    (place / "trained/training_args.bin").write_bytes(b"")
+    code, _, err = run("recover", "@trained", *RECOVER[2:], "--output", "@no")
+    assert code == 1
+    assert "A Trainer saved it: write the model by callback.save_pretrained(folder)" in " ".join(err.split())
+
+
+def test_without_the_parent(run, place, pruned):
+    code, _, err = run(*RECOVER, "--output", "@none", "--distillation", 0.5)
+    assert code == 2
+    assert "names it only as 'base', without a revision on the Hub. Give it (--teacher)" in " ".join(err.split())
+    assert not (place / "none").exists()
+    code, out, err = run(*RECOVER, "--output", "@alone", "--max-steps", 4, "--format", "json")
+    assert code == 0, err
+    loss = json.loads(out)["report"]["loss"]
+    assert loss["pruned"] is None
+    assert loss["recovered"]["bits_per_byte"]["value"] <= loss["base"]["bits_per_byte"]["value"] + 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "code"),
+    [
+        (("--method", "qlora"), "Unknown method 'qlora'", 2),
+        (("--distillation", 2), "distillation is 2.0", 2),
+        (("--teacher", "@missing"), "does not exist", 1),
+        (("--output", "@pruned/inside"), "lies inside", 2),
+        (("--output", "@pruned/../pruned"), "would be lost", 2),
+    ],
+)
+def test_mistakes(run, place, pruned, options, said, code):
+    got, out, err = run(*RECOVER, "--output", "@bad", *options)
+    assert (got, out) == (code, "")
+    assert said in " ".join(err.split())
+    assert not (place / "bad").exists()
+
+
+def test_recovered_twice(run, place, pruned):
+    for source, target in (("@pruned", "@once"), ("@once", "@twice")):
+        words = ("recover", source, *RECOVER[2:], "--output", target, "--teacher", "@base", "--max-steps", 3)
+        code, _, err = run(*words)
+        assert code == 0, err
+    plan = PruningPlan.load(place / "twice/pruning_plan.json")
+    assert [one["history"]["steps"] for one in plan.provenance["recoveries"]] == [3, 3]
+
+
+def test_a_folder_that_is_not_ours(run, place):
+    code, _, err = run("recover", "@base", "--data", "@data.jsonl", "--output", "@bad")
+    assert code == 1
+    assert "manifest.json" in err
+
+
+def test_a_parent_without_a_revision_is_known_by_its_weights(run, place, pruned, monkeypatch):
+    plan = PruningPlan.load(pruned / "pruning_plan.json")
+    plan = replace(plan, provenance=plan.provenance | {"base_model": "org/base"})  # as a callback writes it
+    there = {}
+
+    def load(name, **options):
+        if name == "org/base":
+            if "org/base" not in there:
+                raise LoadError("no network")
+            return replace(load_model(there[name]), name=name)
+        return load_model(name, **options)
+
+    monkeypatch.setattr(folder, "load_model", load)
+    monkeypatch.setattr(folder.PruningPlan, "load", lambda path: plan)
+    options = {"evaluation": EvalOptions(max_tokens=400, speed=False, memory=False)}
+    few = RecoveryConfig(max_steps=2, max_seq_length=32)
+    result = folder.recover_folder(pruned, place / "data.jsonl", few, **options)
+    assert any("No parent was given" in note for note in result.report.notes)
+    before = EvalReport.load(pruned / "eval_report.json").size
+    assert result.report.size == replace(before, base_weight_bytes=None, pruned_weight_bytes=None)  # of the parent
+    assert result.base is None
+    with pytest.raises(LoadError, match="no network"):
+        folder.recover_folder(pruned, place / "data.jsonl", replace(few, distillation=0.5), **options)
+    there["org/base"] = place / "base"
+    result = folder.recover_folder(pruned, place / "data.jsonl", few, **options)
+    assert result.report.base_model == "org/base"
+    assert result.report.loss.pruned is not None
+
+
+@pytest.mark.parametrize(("name", "records"), [("one.jsonl", 1), ("two.jsonl", 2)])
+def test_too_few_documents_are_told_before_anything_is_measured(run, place, pruned, monkeypatch, name, records):
+    (place / name).write_text("".join((place / "data.jsonl").read_text().splitlines(keepends=True)[:records]))
+    monkeypatch.setattr(folder, "document_losses", lambda *_, **__: pytest.fail("measured"))
+    code, _, err = run(*RECOVER[:3], f"@{name}", *RECOVER[4:], "--output", "@few")
+    assert code == 1
+    said = " ".join(err.split())
+    assert "1 distinct document(s), but a split by document needs at least 2" in said
+    assert "--eval-data" not in said

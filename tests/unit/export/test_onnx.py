@@ -1,0 +1,113 @@
+"""ONNX graphs of tiny models in ONNX Runtime: prefill and decoding, batches with padding, variable widths and heads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from hf_context_prune import load_pruned
+from hf_context_prune.errors import ExportError
+from hf_context_prune.export.onnx import OnnxRuntime
+from hf_context_prune.export.run import export_model, open_export
+from hf_context_prune.export.runtime import TorchRuntime
+from tests.support.export_folders import save
+
+PROMPTS = ([1, 40, 41, 90, 91, 200], [7, 8], [30, 31, 32])
+
+
+@pytest.fixture(scope="module")
+def variable(tmp_path_factory):
+    """(folder, its export)"""
+    root = tmp_path_factory.mktemp("onnx")
+    folder = save(root / "variable", variable=True, fewer_tokens=True)
+    return folder, export_model(folder, root / "out", format="onnx")
+
+
+def test_it_says_what_the_folder_says(variable):
+    found = variable[1].report.verification
+    assert found.largest_difference < 1e-4
+    assert found.equal_texts == found.prompts == 5
+    assert found.largest_gap == 0
+
+
+def test_one_graph_reads_a_prompt_and_decodes_in_any_steps(variable):
+    folder, result = variable
+    runtime, model = open_export(result.folder), load_pruned(folder)
+    ids = torch.randint(3, 250, (3, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits.numpy()
+    mask = np.ones((3, 11), dtype=np.int64)
+    for cuts in ((11,), (1, 11), (4, 5, 6, 11), tuple(range(1, 12))):
+        cache, begin, parts = None, 0, []
+        for end in cuts:
+            logits, cache = runtime.step(ids.numpy()[:, begin:end], mask[:, :end], cache)
+            parts.append(logits)
+            begin = end
+        np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-4)
+    heads = [cache[f"input.cache.layers.{layer}.keys"].shape for layer in range(3)]
+    assert heads == [(3, 2, 11, 8), (3, 1, 11, 8), (3, 3, 11, 8)]
+
+
+def test_padded_batches_are_as_single_prompts(variable):
+    folder, result = variable
+    runtime, model = open_export(result.folder), TorchRuntime(load_pruned(folder))
+    alone = [model.generate(prompt, 12) for prompt in PROMPTS]
+    assert runtime.generate_batch(PROMPTS, 12) == alone
+    assert [runtime.generate(prompt, 12) for prompt in PROMPTS] == alone
+
+
+def test_a_text_ends_at_its_end(variable):
+    _, result = variable
+    plain = OnnxRuntime(result.folder).generate(PROMPTS[0], 6)
+    assert len(plain) == 6
+    ended = OnnxRuntime(result.folder, ends=[plain[3]]).generate_batch([PROMPTS[0], PROMPTS[1]], 6)
+    assert ended[0] == plain[: plain.index(plain[3])]
+
+
+def test_it_runs_without_torch_and_transformers(variable):
+    _, result = variable
+    code = f"""
+import json, numpy, onnxruntime
+session = onnxruntime.InferenceSession({str(result.folder / "model.onnx")!r})
+feed = {{i.name: numpy.zeros((1, i.shape[1], 0, i.shape[3]), "float32") for i in session.get_inputs()[3:]}}
+ids = numpy.array([{PROMPTS[0]}])
+feed |= {{"input_ids": ids, "attention_mask": numpy.ones_like(ids), "position_ids": numpy.arange(ids.shape[1])[None]}}
+print(int(session.run(["logits"], feed)[0][0, -1].argmax()))
+import sys
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) == open_export(result.folder).generate(PROMPTS[0], 1)[0]
+
+
+def test_int8_is_smaller_and_near(variable, tmp_path):
+    folder, result = variable
+    small = export_model(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
+    assert small.report.verification.bytes_after < result.report.verification.bytes_after
+    graph = json.loads((small.folder / "export_report.json").read_text())
+    assert graph["weights"] == "int8"
+    losses = open_export(result.folder).losses(PROMPTS[0])
+    assert open_export(small.folder).losses(PROMPTS[0]) == pytest.approx(losses, abs=0.5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_int8_holds_projections_with_biases_too(tmp_path, family):
+    folder = save(tmp_path / "model", family=family)
+    result = export_model(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
+    nodes = onnx.load(result.folder / "model.onnx", load_external_data=False).graph.node
+    layers = load_pruned(folder).config.num_hidden_layers
+    assert sum(node.op_type == "MatMulNBits" for node in nodes) == layers * {"gpt2": 4, "opt": 6}[family]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_sliding_windows_are_refused(family, tmp_path):
+    folder = save(tmp_path / "model", family=family)
+    with pytest.raises(ExportError, match="sliding window of 16 tokens"):
+        export_model(folder, tmp_path / "out", format="onnx")
+    assert not (tmp_path / "out").exists()

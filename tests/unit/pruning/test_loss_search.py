@@ -1,0 +1,217 @@
+"""The search for a size: on known curves, with the number of trials counted; the whole path on a tiny trained model."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, prune
+from hf_context_prune.data.documents import load_documents
+from hf_context_prune.data.samples import tokenize_samples
+from hf_context_prune.errors import BudgetError, ConfigError, DataError
+from hf_context_prune.pipelines import prune as pipeline
+from hf_context_prune.pipelines.validation_text import ValidationText
+from hf_context_prune.pruning.allocation.loss_search import MAX_SEQUENTIAL_RUNS, TOLERANCE, SizeTrial, search_size
+from hf_context_prune.pruning.planner import plan_and_reconstruct
+from tests.support.tiny import TEXT, tiny_model
+
+RANGE = {"start": 0.15, "smallest": 1e-6, "largest": 0.55}
+WALK = {"enough": 0.8, "aim": 0.92, "max_trials": MAX_SEQUENTIAL_RUNS}
+
+
+def power(limit, share, exponent, *, noise=0.0):
+    """A loss that reaches the limit at a share."""
+    draw = random.Random(0)
+    return lambda asked: SizeTrial(asked, limit * (asked / share) ** exponent * (1 + draw.gauss(0, noise)), "x")
+
+
+@pytest.mark.parametrize("exponent", [1.0, 1.3, 2.5])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.35, 0.5])
+@pytest.mark.parametrize("limit", [0.01, 0.5])
+def test_the_largest_share_within_the_limit_is_found_in_few_trials(exponent, share, limit):
+    found, trials = search_size(power(limit, share, exponent), limit, **RANGE)
+    assert share - TOLERANCE <= found.share <= share * (1 + 1e-9)
+    assert found in trials
+    assert len(trials) <= 7
+
+
+def test_noise_is_survived_and_the_limit_kept():
+    found, trials = search_size(power(0.03, 0.3, 1.3, noise=0.1), 0.03, **RANGE)
+    assert found.increase <= 0.03
+    assert 0.2 < found.share < 0.4
+    assert len(trials) <= 8
+
+
+def test_where_everything_holds_everything_goes():
+    for increase in (0.001, 0.0, -0.2):
+        found, trials = search_size(lambda share, y=increase: SizeTrial(share, y, "x"), 0.03, **RANGE)
+        assert found.share == RANGE["largest"]
+        assert len(trials) <= 4
+
+
+def test_a_coarse_grid_is_not_measured_twice():
+    measured = {}
+
+    def measure(asked):
+        share = math.ceil(asked / 0.1 - 1e-9) * 0.1
+        return measured.setdefault(share, SizeTrial(share, share, "x"))
+
+    found, trials = search_size(measure, 0.25, start=0.15, smallest=1e-6, largest=0.5)
+    assert found.share == pytest.approx(0.2)
+    assert len(trials) == len(measured) <= 4
+
+
+def test_only_the_smallest_may_hold():
+    found, _ = search_size(lambda share: SizeTrial(share, 0.0 if share < 1e-5 else 1.0, "x"), 0.03, **RANGE)
+    assert found.share == 1e-6
+
+
+def test_nothing_holds():
+    with pytest.raises(BudgetError, match=r"max_loss_increase is 0\.03.*0\.00% of the parameters gone.*0\.4000"):
+        search_size(lambda share: SizeTrial(share, 0.4 + share, "x"), 0.03, **RANGE)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 1.3, 2.5])
+@pytest.mark.parametrize("at_start", [0.3, 0.9, 1.1, 3.0])
+def test_walks_are_few_and_use_what_is_allowed(exponent, at_start):
+    """The kin's size costs `at_start` of the limit with a walk."""
+    share = 0.2 / at_start ** (1 / exponent)
+    found, trials = search_size(power(0.03, share, exponent), 0.03, **RANGE | {"start": 0.2}, **WALK)
+    assert len(trials) <= MAX_SEQUENTIAL_RUNS
+    assert len(trials) == 1 or at_start != 0.9  # over 80 % used: enough
+    assert 0.5 * 0.03 < found.increase <= 0.03
+
+
+def test_the_last_walk_goes_far_back_rather_than_end_with_nothing():
+    asked = []
+
+    def measure(share):
+        asked.append(share)
+        return SizeTrial(share, 0.04 if share > 0.1 else 0.01, "x")
+
+    found, _ = search_size(measure, 0.03, start=0.15, smallest=1e-6, largest=0.55, **WALK)
+    assert found.increase == 0.01
+    assert len(asked) == MAX_SEQUENTIAL_RUNS
+    with pytest.raises(BudgetError, match="the least that was tried"):
+        search_size(lambda share: SizeTrial(share, 0.04, "x"), 0.03, **RANGE, **WALK)
+
+
+# The whole path
+
+
+def texts(count, seed=0):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(TEXT.split(), k=60)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer):
+    """A tiny model that knows the text a little: what is removed from it is missed."""
+    model = tiny_model("llama", initializer_range=0.05)
+    samples = tokenize_samples(load_documents(texts(60)), tokenizer, num_samples=64, max_seq_length=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        model(input_ids=samples, labels=samples).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False).eval()
+
+
+def run(model, tokenizer, **options):
+    config = PrunerConfig(max_seq_length=32, num_calibration_samples=48, **options)
+    return prune(model, texts(60), config, tokenizer=tokenizer, evaluation=EvalOptions(600, speed=False, memory=False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"allocation": "adaptive"},
+        {"reconstruction": "least_squares"},
+        {"reconstruction": "sequential", "allocation": "adaptive"},
+        {"round_to": 8, "native_architecture": True, "criterion": "wanda", "reconstruction": "none"},
+    ],
+    ids=str,
+)
+def test_the_smallest_model_within_the_limit(trained, tokenizer, options, monkeypatch):
+    texts_scored = []
+    scored = pipeline.document_losses
+
+    def spy(model, tokenizer, source, **kwargs):
+        texts_scored.append(frozenset(document.text for document in source.documents))
+        return scored(model, tokenizer, source, **kwargs)
+
+    for module in ("pipelines.prune", "pipelines.validation_text"):
+        monkeypatch.setattr(f"hf_context_prune.{module}.document_losses", spy)
+    result = run(trained, tokenizer, max_loss_increase=0.04, **options)
+    budget, facts = result.report.budget, result.plan.provenance["loss_budget"]
+    assert budget.allowed == facts["max_loss_increase"] == 0.04
+    assert budget.measured == facts["increase"] <= 0.04
+    trials = facts["trials"]
+    assert budget.num_trials == len(trials) <= 8 + MAX_SEQUENTIAL_RUNS
+    chosen = next(trial for trial in trials if trial["increase"] == budget.measured)
+    assert chosen["share"] == pytest.approx(result.report.size.achieved_ratio)
+    walked = options.get("reconstruction", "sequential") == "sequential"
+    assert chosen["reconstruction"] == options.get("reconstruction", "sequential")
+    assert walked == ("sequential" in {trial["reconstruction"] for trial in trials})
+    if not walked:
+        assert all(t["increase"] > 0.04 for t in trials if t["share"] > chosen["share"])
+    assert result.report.size.asked_ratio is None
+    assert result.plan.provenance["config"]["max_loss_increase"] == 0.04
+    assert result.plan.provenance["config"]["pruning_ratio"] is None
+    # Searched on one text, reported on another, calibrated on a third.
+    searched, reported = texts_scored[1], texts_scored[0]
+    assert set(texts_scored) == {searched, reported}
+    assert not searched & reported
+    assert len(searched | reported) == 6 + 5
+    assert budget.text in result.report.notes
+    assert any("allowed +4.0 %" in row[-1] for row in result.report.table_rows())
+    if options.get("allocation") == "adaptive":
+        assert result.report.loss.predicted_excess > 0
+
+
+def test_with_a_refit_of_rows_the_size_is_searched_for_the_model_that_comes_out(trained, tokenizer):
+    result = run(trained, tokenizer, max_loss_increase=0.04, refit_lm_head=True)
+    facts = result.plan.provenance["loss_budget"]
+    assert facts["increase"] <= 0.04
+    text = load_documents(texts(60))
+    split = PrunerConfig(max_seq_length=32)
+    rest, _, _ = pipeline.split_text(text, None, split, tokenizer)
+    _, search_text = ValidationText.withheld_from(rest, tokenizer, split)
+    dense, pruned = (search_text.bits_per_byte(m, tokenizer) for m in (trained, result.model))
+    assert pruned / dense - 1 == pytest.approx(facts["increase"], abs=1e-6)
+    plain = run(trained, tokenizer, max_loss_increase=0.04)
+    assert result.report.size.achieved_ratio > plain.report.size.achieved_ratio - TOLERANCE
+
+
+def test_a_single_document_is_no_text_to_search_on(trained, tokenizer):
+    config = PrunerConfig(max_loss_increase=0.04)
+    with pytest.raises(DataError, match="max_loss_increase searches on documents withheld"):
+        ValidationText.withheld_from(load_documents(texts(1)), tokenizer, config)
+
+
+def test_more_loss_allows_a_smaller_model(trained, tokenizer):
+    sizes = [run(trained, tokenizer, max_loss_increase=x).report.size.achieved_ratio for x in (0.01, 0.3)]
+    assert sizes[0] < sizes[1]
+
+
+def test_the_same_inputs_give_the_same_search(trained, tokenizer):
+    first, second = (run(trained, tokenizer, max_loss_increase=0.05, allocation="adaptive").plan for _ in range(2))
+    assert first == second
+
+
+def test_plan_and_repair_needs_a_loss_to_search(trained):
+    samples = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
+    config = PrunerConfig(max_loss_increase=0.1)
+    with pytest.raises(ConfigError, match="pass loss="):
+        plan_and_reconstruct(trained, samples, config)
+    total = trained.num_parameters()
+    # A loss that counts parameters: 10 % more for every 10 % gone.
+    plan, repair = plan_and_reconstruct(trained, samples, config, loss=lambda m: 2 - m.num_parameters() / total)
+    gone = 1 - apply_plan(trained, plan, repair=repair).num_parameters() / total
+    assert 0.1 - 2 * TOLERANCE <= gone <= 0.1  # one neuron a layer is 0.006
+    with pytest.raises(BudgetError, match=r"grew by 1\.0000"):
+        plan_and_reconstruct(trained, samples, config, loss=lambda m: 1.0 if m is trained else 2.0)

@@ -1,0 +1,293 @@
+"""One budget for tokens, neurons and KV groups: it is met, shared by measured cost, or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from hf_context_prune import PrunerConfig
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.splits import hold_out_documents
+from hf_context_prune.errors import BudgetError, CalibrationWarning, DataError
+from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.modeling.architectures import unit_costs
+from hf_context_prune.modeling.plan import PruningPlan, fingerprint
+from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.pipelines.validation_text import ValidationText
+from hf_context_prune.pruning import prune_model as global_budget
+from hf_context_prune.pruning.prune_model import check_budget, prune_model
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.pruning.vocabulary.notes import refit_note, vocabulary_note
+from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from tests.support.tiny_domain import documents, model_for, shared_tokenizer
+from tests.support.tiny_tokenizers import WORDS
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+SMALL = {"num_calibration_samples": 16, "max_seq_length": 32}
+AUTO = {
+    "vocab_auto": True,
+    "allocation": "adaptive",
+    "pad_to_multiple_of": 8,
+    "reconstruction": "none",
+    "criterion": "wanda",
+}
+
+
+@cache
+def dense(name="llama"):
+    return model_for(name, shared_tokenizer("smollm2"))
+
+
+def pruned(config, *, text=None, name="llama", **options):
+    return prune_model(dense(name), shared_tokenizer("smollm2"), text or documents(), config, **options)
+
+
+def one_unit(name="llama"):
+    spec = SPECS[dense(name).config.model_type]
+    return max(unit_costs(dense(name), spec, read_geometry(dense(name).config, spec)).values())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mqa-tied", "phi"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pruning_ratio": 0.3, "vocab_size": 256},
+        {"pruning_ratio": 0.4, "vocab_coverage": 0.9, "reconstruction": "least_squares"},
+        {"pruning_ratio": 0.4, "vocab_min_count": 5, "allocation": "adaptive", "reconstruction": "none"},
+    ],
+    ids=["size", "coverage", "min_count-adaptive"],
+)
+def test_tokens_and_units_meet_one_budget(name, options):
+    config = PrunerConfig(**options, **SMALL)
+    model, tokenizer, plan = pruned(config, name=name)
+    total, left = dense(name).num_parameters(), model.num_parameters()
+    target = (1 - config.pruning_ratio) * total
+    step = len(plan.layers) * one_unit(name)  # with uniform widths, one unit of every layer
+    assert target - (step if config.allocation == "uniform" else one_unit(name)) < left <= target
+    assert 0 < len(plan.vocabulary.kept) == len(tokenizer) == num_rows(model) < num_rows(dense(name))
+    assert plan.widths != plan.dense
+    assert plan.model_fingerprint == fingerprint(dense(name))
+    assert plan.provenance["config"] == config.to_dict()
+    if config.reconstruction == "none":  # nothing is refitted, so the plan says all
+        again = apply_plan(dense(name), plan)
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_tokens_alone_may_exceed_the_budget():
+    config = PrunerConfig(pruning_ratio=0.05, vocab_size=128, **SMALL)
+    model, _, plan = pruned(config)
+    assert plan.widths == plan.dense
+    removed = (num_rows(dense()) - 128) * token_cost(dense())
+    assert dense().num_parameters() - model.num_parameters() == removed > 0.05 * dense().num_parameters()
+
+
+def test_tokens_without_a_budget_leave_all_units():
+    config = PrunerConfig(vocab_size=256, **SMALL)
+    model, tokenizer, plan = pruned(config, provenance={"mine": 1})
+    assert plan.widths == plan.dense
+    assert len(plan.vocabulary.kept) == len(tokenizer) == num_rows(model) == 256
+    assert plan.provenance["config"] == config.to_dict()
+    assert plan.provenance["mine"] == 1
+    assert plan.provenance["vocabulary"]["tokens_before"] == num_rows(dense())
+
+
+def test_tokens_and_a_loss_budget():
+    config = PrunerConfig(vocab_size=320, max_loss_increase=0.3, reconstruction="none", criterion="wanda", **SMALL)
+    rest, search = ValidationText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
+    model, tokenizer, plan = pruned(config, text=rest, search=search)
+    base = search.bits_per_byte(dense(), shared_tokenizer("smollm2"))
+    increase = search.bits_per_byte(model, tokenizer) / base - 1
+    assert plan.provenance["loss_budget"]["increase"] == pytest.approx(increase, abs=1e-6)
+    assert increase <= 0.3
+    assert len(plan.vocabulary.kept) == 320
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("words", [WORDS[:13], WORDS], ids=["few-tokens", "all-tokens"])
+def test_the_split_has_the_least_sum_of_losses(words, ratio):
+    config = PrunerConfig(pruning_ratio=ratio, **AUTO, **SMALL)
+    model, tokenizer, plan = pruned(config, text=documents(words))
+    considered = [tuple(item) for item in plan.provenance["considered_vocabularies"]]
+    sizes, rows = [tokens for tokens, _, _ in considered], num_rows(dense())
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes) > 1
+    best, _, rest = min(considered, key=lambda item: (item[1] + item[2], -item[0]))
+    assert num_rows(model) == len(tokenizer) == best
+    assert (plan.vocabulary is None) == (best == rows)
+    if rest:
+        assert plan.provenance["predicted_loss_increase"] == pytest.approx(rest, rel=1e-6, abs=1e-9)
+    assert plan.provenance["config"] == config.to_dict()
+    target = (1 - ratio) * dense().num_parameters()
+    assert model.num_parameters() <= target
+    assert model.num_parameters() > target - one_unit() or plan.widths == plan.dense
+    assert all(loss >= 0 for _, loss, _ in considered)
+    assert sum(units == 0 for _, _, units in considered) <= 1  # no vocabulary is smaller than the budget asks
+    for tokens, _, units in considered:  # what the tokens alone reach costs no other unit
+        assert (units == 0) == ((rows - tokens) * token_cost(dense()) >= ratio * dense().num_parameters())
+
+
+def test_what_a_vocabulary_costs_is_measured_on_text_that_it_was_not_counted_on():
+    config = PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL)
+    text, tokenizer = documents(WORDS), shared_tokenizer("smollm2")
+    *_, plan = pruned(config, text=text)
+    rest, withheld = hold_out_documents(text)
+    base = document_losses(dense(), tokenizer, withheld, max_seq_length=32)
+    pruner = VocabularyPruner(dense(), tokenizer, rest, num_samples=16, max_seq_length=32)
+    first, *others = plan.provenance["considered_vocabularies"]
+    assert first[:2] == [num_rows(dense()), 0.0]
+    for tokens, cost, _ in others:
+        trimmed = pruner.trim(VocabularySize(tokens, multiple=8), refit=False)
+        losses = document_losses(trimmed.model, trimmed.tokenizer, withheld, max_seq_length=32)
+        excess = sum(loss.nll for loss in losses) - sum(loss.nll for loss in base)
+        assert cost == pytest.approx(excess / sum(loss.num_tokens for loss in base), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": 256}, AUTO], ids=["size", "auto"])
+def test_the_same_config_gives_the_same(options):
+    config = PrunerConfig(pruning_ratio=0.35, **SMALL, **options)
+    (first, _, plan), (second, _, again) = pruned(config), pruned(config)
+    assert plan == again
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({**AUTO, "pruning_ratio": 0.97}, r"Asked to remove .* together can give [\d,]+ \(0\.\d+ of all\)"),
+        ({"vocab_size": 256, "pruning_ratio": 0.97}, "adaptive widths can remove at most"),
+        ({"vocab_size": 64, "pruning_ratio": 0.2}, "102 tokens must stay"),
+        ({"vocab_size": 4000}, "the tokenizer has only 392 tokens"),
+        ({**AUTO, "target_params": 10**9}, "the model has only"),
+    ],
+)
+def test_budgets_that_cannot_be_met(options, said):
+    with pytest.raises(BudgetError, match=said):
+        pruned(PrunerConfig(**options, **SMALL))
+
+
+def test_the_fewest_tokens_are_considered_too():
+    """A budget that needs them can be met, as it can with that number of tokens given."""
+    most = replace(PrunerConfig(pruning_ratio=0.5, **AUTO), **SMALL)
+    with pytest.raises(BudgetError) as refused:
+        pruned(replace(most, pruning_ratio=0.97))
+    possible = float(str(refused.value).split("(")[-1].split(" ")[0])
+    *_, plan = pruned(replace(most, pruning_ratio=possible - 0.005))
+    fewest = VocabularyPruner(dense(), shared_tokenizer("smollm2"), documents()).fewest(8)
+    assert len(plan.vocabulary.kept) == fewest == plan.provenance["considered_vocabularies"][-1][0]
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": 300, "pad_to_multiple_of": 64}, {"vocab_coverage": 0.5}])
+def test_what_is_left_for_units_is_told_in_terms_of_the_whole(options):
+    """Whether it is known before the text is read or only after."""
+    with pytest.raises(
+        BudgetError, match=r"Of the ([\d,]+) parameters asked to go, [\d,]+ go with the tokens"
+    ) as error:
+        pruned(PrunerConfig(pruning_ratio=0.96, allocation="uniform", **options, **SMALL))
+    asked = int(str(error.value).split(" ")[2].replace(",", ""))
+    assert asked == round(0.96 * dense().num_parameters())
+    if "vocab_size" in options:
+        assert "beyond 320." in str(error.value)
+        with pytest.raises(BudgetError, match="beyond 320"):
+            check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(pruning_ratio=0.96, **options, **SMALL))
+
+
+HIGH = {**SMALL, "num_calibration_samples": 48, "pruning_ratio": 0.2}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"vocab_size": 256}, {"native_architecture": True}], ids=["units", "tokens", "stock"]
+)
+@pytest.mark.parametrize("name", ["llama", "llama-mqa-tied"])
+def test_high_effort_refits_the_rows_of_the_pruned_model(name, options):
+    text, withheld = hold_out_documents(documents(), seed=3)
+    config = PrunerConfig(**HIGH, **options)
+    low, tokenizer, plan = pruned(config, text=text, name=name)
+    high, again, longer = pruned(replace(config, refit_lm_head=True), text=text, name=name)
+    assert "refit" not in plan.provenance
+    refit = longer.provenance["refit"]
+    assert refit["after"] < refit["before"]
+    assert (longer.layers, longer.vocabulary) == (plan.layers, plan.vocabulary)
+    changed = {key for key, value in low.state_dict().items() if not torch.equal(value, high.state_dict()[key])}
+    assert changed == {"lm_head.weight"} | ({"model.embed_tokens.weight"} if "tied" in name else set())
+    if "vocab_size" not in options:  # where tokens went, their rows were refitted before
+        losses = [
+            sum(loss.nll for loss in document_losses(model, own, withheld, max_seq_length=32))
+            for model, own in ((low, tokenizer), (high, again))
+        ]
+        assert losses[1] < losses[0]
+    assert refit_note(plan) == ()
+    assert "the rows of the tokens were refitted" in refit_note(longer)[0]
+
+
+def test_high_effort_with_little_text_says_so():
+    config = PrunerConfig(mlp_ratio=0.3, refit_lm_head=True, num_calibration_samples=2, max_seq_length=2000)
+    *_, plan = pruned(config, text=TextSource.from_documents([next(iter(documents().documents))], name="one"))
+    assert plan.provenance["refit"] is None
+    assert "the text is too little" in refit_note(plan)[0]
+
+
+def test_padding_is_the_first_to_go():
+    tokenizer = shared_tokenizer("smollm2")
+    model = model_for("llama", tokenizer, spare_rows=56)
+    config = PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL)
+    *_, plan = prune_model(model, tokenizer, documents(WORDS), config)
+    considered = plan.provenance["considered_vocabularies"]
+    assert considered[:2] == [[448, 0.0, considered[0][2]], [392, 0.0, considered[1][2]]]
+    assert considered[1][2] < considered[0][2]
+    assert len(plan.vocabulary.kept) <= 392
+
+
+def test_where_all_tokens_stay_the_report_says_so():
+    plan = PruningPlan.identity("llama", read_geometry(dense().config, SPECS["llama"]), "")
+    assert vocabulary_note(plan, documents()) == ()
+    plan = replace(plan, provenance={"considered_vocabularies": [[392, 0.0, 0.1], [320, 0.4, 0.0]]})
+    assert vocabulary_note(plan, documents())[0].startswith("Vocabulary: all tokens stay")
+
+
+def test_tokens_that_cost_more_than_a_loss_budget_allows():
+    config = PrunerConfig(vocab_size=128, max_loss_increase=1e-6, reconstruction="none", criterion="wanda", **SMALL)
+    rest, search = ValidationText.withheld_from(documents(WORDS), shared_tokenizer("smollm2"), config)
+    with pytest.raises(BudgetError, match=r"with 128 of 392 tokens alone the loss .* Keep more tokens"):
+        pruned(config, text=rest, search=search)
+
+
+def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
+    config = PrunerConfig(vocab_size=320, max_loss_increase=0.5, reconstruction="none", criterion="wanda", **SMALL)
+    rest, search = ValidationText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
+
+    def nothing_holds(*_, **__):
+        raise BudgetError("none held")
+
+    monkeypatch.setattr(global_budget, "plan_and_reconstruct", nothing_holds)
+    model, _, plan = pruned(config, text=rest, search=search)
+    assert plan.widths == plan.dense
+    assert num_rows(model) == 320
+    assert plan.provenance["loss_budget"]["trials"] == []
+    assert search.budget(plan).measured == plan.provenance["loss_budget"]["increase"] <= 0.5
+
+
+def test_text_of_one_document_can_not_weigh_vocabularies():
+    with pytest.raises(DataError, match=r"vocab_auto weighs .* which is a single one\. Give text of several"):
+        pruned(PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL), text=documents(count=1, length=2000))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"vocab_size": 256, "pruning_ratio": 0.97},
+            r"parameters asked to go, 13,056 go with the tokens",
+        ),
+        ({"vocab_size": 64, "pruning_ratio": 0.2}, "102 tokens must stay"),
+        ({"vocab_size": 4000}, "the tokenizer has only 392 tokens"),
+    ],
+)
+def test_what_shapes_alone_refuse_is_refused_before_the_long_work(options, said):
+    with pytest.raises(BudgetError, match=said):
+        check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(**options, **SMALL))

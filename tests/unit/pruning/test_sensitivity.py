@@ -1,0 +1,310 @@
+"""Probing leaves no trace, and what it measures is the divergence of the really sliced model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hf_context_prune.errors import ConfigError, NumericsError
+from hf_context_prune.modeling.architectures import TARGETS, unit_size
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
+from hf_context_prune.modeling.specs import SPECS, base_model_type, read_geometry
+from hf_context_prune.pruning.allocation.sensitivity import PROBES, measure_sensitivity, withhold_probe
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.reconstruction import RECONSTRUCTIONS
+from hf_context_prune.pruning.surgery import apply_plan, kept_features
+from tests.support.tiny import CASES, VOCABULARY, case, tiny_model
+
+
+def tokens(batch=3, length=16, *, seed=1):
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def geometry_of(model):
+    return read_geometry(model.config, SPECS[base_model_type(model.config.model_type)])
+
+
+def random_importance(model, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (layer, target): torch.rand(widths.neurons if target == "mlp" else widths.kv_groups, generator=generator)
+        for layer, widths in enumerate(geometry_of(model).layers)
+        for target in TARGETS
+    }
+
+
+def slicing(layer, target, weight, bias, kept):
+    return weight[:, kept], bias
+
+
+def repair_from(model, name):
+    stats = calibrate(model, [{"input_ids": tokens(seed=5)}], statistics=frozenset({"gram"}))
+
+    def repair(layer, target, weight, bias, kept):
+        return RECONSTRUCTIONS[name](weight, bias, kept, stats.targets[layer, target], 0.01)
+
+    return repair
+
+
+def divergence(model, narrowed, ids):
+    """Mean KL(model || narrowed) a token, from whole forward passes."""
+    with torch.no_grad():
+        dense, other = (x(input_ids=ids).logits.double().log_softmax(dim=-1) for x in (model, narrowed))
+    return float((dense.exp() * (dense - other)).sum(dim=-1).mean())
+
+
+def sliced_alone(model, importance, layer, target, count, repair):
+    """The model with one layer narrowed in one target to its `count` most important units."""
+    geometry = geometry_of(model)
+    layers = [LayerPlan(tuple(range(w.neurons)), tuple(range(w.kv_groups))) for w in geometry.layers]
+    best = sorted(range(len(importance[layer, target])), key=lambda unit: -importance[layer, target][unit])[:count]
+    kept = {name: layers[layer].kept(name) for name in TARGETS} | {target: tuple(sorted(best))}
+    layers[layer] = LayerPlan(kept["mlp"], kept["attention"])
+    return apply_plan(model, PruningPlan(model.config.model_type, geometry.layers, tuple(layers)), repair=repair)
+
+
+@pytest.mark.parametrize(
+    ("name", "reconstruction"),
+    [
+        ("llama", "none"),
+        ("llama", "least_squares"),
+        ("llama", "bias"),  # adds biases where there are none
+        ("llama-biased", "least_squares"),
+        ("gpt2", "least_squares"),  # Conv1D
+        ("gpt2", "bias"),
+        ("opt", "none"),
+        ("gpt_neox", "least_squares"),
+        ("gemma2", "bias"),
+        ("gemma3_text", "least_squares"),
+    ],
+)
+def test_the_curve_is_the_divergence_of_the_sliced_model(name, reconstruction):
+    model, ids = case(name), tokens()
+    importance, repair = random_importance(model), repair_from(case(name), reconstruction)
+    curves = measure_sensitivity(model, importance, repair, ids, targets=TARGETS)
+    assert set(curves) == set(importance)
+    for (layer, target), curve in curves.items():
+        total = len(importance[layer, target])
+        expected = [round(total * share) for share in PROBES] if target == "mlp" else range(total - 1, 0, -1)
+        assert [count for count, _ in curve] == [total, *expected]
+        assert curve[0] == (total, 0.0)
+        for count, increase in curve[1:]:
+            sliced = sliced_alone(model, importance, layer, target, count, repair)
+            assert divergence(model, sliced, ids) == pytest.approx(increase, rel=1e-4, abs=1e-6)
+            assert increase > 0
+    assert max(increase for curve in curves.values() for _, increase in curve) > 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_beginning_at_the_narrowed_block_changes_nothing(name, monkeypatch):
+    model, ids = case(name), tokens(5, 24)
+    arguments = (model, random_importance(model), slicing, ids)
+    from_the_block = measure_sensitivity(*arguments, targets=TARGETS, batch_tokens=48)
+    starts = []
+
+    def whole(probe, start):
+        starts.append(start)
+        return model(input_ids=probe.ids, use_cache=False).logits.flatten(0, 1)
+
+    monkeypatch.setattr("hf_context_prune.pruning.allocation.sensitivity._Probe.logits", whole)
+    expected = measure_sensitivity(*arguments, targets=TARGETS, batch_tokens=48)
+    assert set(starts) == {0, 1, 2}
+    for key, curve in expected.items():
+        assert [count for count, _ in from_the_block[key]] == [count for count, _ in curve]
+        assert [x for _, x in from_the_block[key]] == pytest.approx([x for _, x in curve], rel=1e-6, abs=1e-6)
+
+
+def test_blocks_before_the_narrowed_one_do_not_run(model):
+    calls = [0, 0, 0]
+
+    def counting(layer):
+        def hook(*_):
+            calls[layer] += 1
+
+        return hook
+
+    handles = [block.mlp.register_forward_hook(counting(i)) for i, block in enumerate(model.model.layers)]
+    measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
+    for handle in handles:
+        handle.remove()
+    assert calls == [1 + 5, 1 + 10, 1 + 15]  # recorded once, and five probes a layer from this one up
+
+
+def everything(model):
+    """Parameters by name, with their identity, values, gradients and flags."""
+    return {
+        name: (id(value), value.detach().clone(), value.requires_grad, value.grad)
+        for name, value in model.named_parameters()
+    }
+
+
+def check_untouched(model, before, modes):
+    after = everything(model)
+    assert list(after) == list(before)
+    for name, (identity, value, requires_grad, grad) in before.items():
+        assert after[name][0] == identity
+        assert after[name][1].view(torch.uint8).equal(value.view(torch.uint8))  # bit by bit: 0.0 is not -0.0
+        assert after[name][2] == requires_grad
+        assert after[name][3] is grad
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "opt-unbiased"])
+def test_the_model_is_bit_identical_afterwards(name, dtype):
+    model = case(name).to(dtype).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[::7] = -0.0
+    before, modes = everything(model), [module.training for module in model.modules()]
+    importance = random_importance(model)
+    curves = measure_sensitivity(model, importance, repair_from(case(name), "bias"), tokens(), targets=TARGETS)
+    assert len(curves) == 6
+    check_untouched(model, before, modes)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("at", ["repair", "forward", "shape"])
+def test_the_model_is_bit_identical_after_an_exception(name, at):
+    model = case(name)
+    before, modes = everything(model), [module.training for module in model.modules()]
+    calls, forwards = [], []
+
+    def repair(layer, target, weight, bias, kept):
+        calls.append(layer)
+        if at == "repair" and len(calls) == 3:
+            raise RuntimeError("stop")
+        if at == "shape" and len(calls) == 3:
+            return weight[:, kept[1:]], bias
+        return weight[:, kept], torch.ones(weight.shape[0])
+
+    def forward(module, args):
+        forwards.append(module)
+        if at == "forward" and len(forwards) == 4:
+            raise RuntimeError("stop")
+
+    handle = model.register_forward_pre_hook(forward)
+    with pytest.raises(RuntimeError, match="shape mismatch" if at == "shape" else "stop"):
+        measure_sensitivity(model, random_importance(model), repair, tokens(), targets=TARGETS)
+    handle.remove()
+    assert len(calls) == 3  # one repair at a time
+    assert len(forwards) == {"repair": 3, "forward": 4, "shape": 3}[at]  # the first is the dense model's
+    check_untouched(model, before, modes)
+
+
+def test_dropout_is_off_whatever_the_mode():
+    model, ids = tiny_model("gpt2", resid_pdrop=0.5), tokens()
+    importance = random_importance(model)
+    expected = measure_sensitivity(model, importance, slicing, ids, targets=TARGETS)
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert measure_sensitivity(model, importance, slicing, ids, targets=TARGETS) == expected
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_repair_may_return_a_view_of_the_weight(model):
+    importance = {key: -torch.arange(len(value)).float() for key, value in random_importance(model).items()}
+
+    def first_columns(layer, target, weight, bias, kept):
+        return weight[:, : len(kept)], bias  # a view; the kept ones are the first here
+
+    expected = measure_sensitivity(model, importance, slicing, tokens(), targets=TARGETS)
+    assert measure_sensitivity(model, importance, first_columns, tokens(), targets=TARGETS) == expected
+
+
+def test_batches_do_not_matter(model):
+    ids, importance = tokens(5), random_importance(model)
+    whole = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
+    pieces = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"], batch_tokens=32)
+    assert set(whole) == {(0, "mlp"), (1, "mlp"), (2, "mlp")}
+    for key, curve in whole.items():
+        assert [count for count, _ in pieces[key]] == [count for count, _ in curve]
+        assert [loss for _, loss in pieces[key]] == pytest.approx([loss for _, loss in curve], abs=1e-5)
+
+
+def test_a_large_vocabulary_has_smaller_batches(model, monkeypatch):
+    importance, ids, sizes = random_importance(model), tokens(batch=4), []
+    whole = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
+    vocabulary = len(model.get_output_embeddings().weight)
+    monkeypatch.setattr("hf_context_prune.pruning.allocation.sensitivity._MOST_LOGITS", 2 * ids.shape[1] * vocabulary)
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2].numel()))
+    pieces = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
+    hook.remove()
+    assert set(sizes) == {2 * ids.shape[1]}
+    for key, curve in whole.items():
+        assert [nats for _, nats in pieces[key]] == pytest.approx([nats for _, nats in curve], rel=1e-3, abs=1e-7)
+
+
+def test_equal_units_give_way_from_the_end(model):
+    """The same order as in the plan: of equals, the lower index is kept."""
+    kept_by = {}
+
+    def repair(layer, target, weight, bias, kept):
+        kept_by[layer, target, len(kept)] = kept
+        return slicing(layer, target, weight, bias, kept)
+
+    importance = {key: torch.zeros(len(value)) for key, value in random_importance(model).items()}
+    measure_sensitivity(model, importance, repair, tokens(), targets=TARGETS)
+    geometry = geometry_of(model)
+    for (_, target, count), kept in kept_by.items():
+        units = range(count // unit_size(geometry, target))
+        assert kept == kept_features(geometry, target, units)
+
+
+def test_targets_with_nothing_to_remove_have_no_curve():
+    model = case("llama-mqa-tied")
+    curves = measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
+    assert set(curves) == {(0, "mlp"), (1, "mlp"), (2, "mlp")}
+
+
+def test_an_output_that_is_not_finite_is_refused(model):
+    def repair(layer, target, weight, bias, kept):
+        return weight[:, kept] * (math.nan if (layer, target) == (1, "attention") else 1), bias
+
+    before, modes = everything(model), [module.training for module in model.modules()]
+    with pytest.raises(NumericsError, match=r"layer 1 \(attention\).*2 of 3 units"):
+        measure_sensitivity(model, random_importance(model), repair, tokens(), targets=TARGETS)
+    check_untouched(model, before, modes)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(NumericsError, match="output of the dense model"):
+        measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
+
+
+def test_a_pruned_model_can_be_probed(model):
+    geometry = geometry_of(model)
+    layers = tuple(LayerPlan(tuple(range(20 + i)), (0, 2)) for i in range(3))
+    smaller = apply_plan(model, PruningPlan("llama", geometry.layers, layers))
+    curves = measure_sensitivity(smaller, random_importance(smaller), slicing, tokens(), targets=TARGETS)
+    assert [curves[layer, "mlp"][0][0] for layer in range(3)] == [20, 21, 22]
+    assert [count for count, _ in curves[0, "attention"]] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "length", "fit_tokens", "fitted", "withheld"),
+    [
+        (2, 512, None, 1, [1]),
+        (3, 512, None, 2, [2]),
+        (8, 512, None, 6, [6, 7]),
+        (128, 512, None, 124, [124, 125, 126, 127]),
+        (128, 2048, None, 126, [126, 127]),
+        (16, 2, None, 12, [12, 13, 14, 15]),
+        (128, 512, 16_384, 32, [55, 79, 103, 127]),
+        (34, 512, 16_384, 30, [30, 31, 32, 33]),
+        (36, 512, 16_384, 32, [32, 33, 34, 35]),
+        (12, 512, 100, 1, [3, 7, 11]),
+    ],
+)
+def test_what_is_measured_on_comes_after_what_is_fitted(blocks, length, fit_tokens, fitted, withheld):
+    samples = torch.arange(blocks * length).view(blocks, length)
+    fit, probe = withhold_probe(samples, fit_tokens)
+    assert torch.equal(fit, samples[:fitted])
+    assert (probe[:, 0] // length).tolist() == withheld
+
+
+def test_one_block_can_not_be_split():
+    with pytest.raises(ConfigError, match=r"1 block of 16 tokens.*num_calibration_samples.*allocation='uniform'"):
+        withhold_probe(tokens(1))

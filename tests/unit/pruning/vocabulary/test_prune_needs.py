@@ -1,0 +1,234 @@
+"""What a smaller vocabulary may not lose, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.errors import (
+    BudgetError,
+    CalibrationWarning,
+    ConfigError,
+    DataError,
+    NumericsError,
+    VocabularyError,
+)
+from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
+from hf_context_prune.pruning.vocabulary.rebuild import table_of
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from tests.support.tiny_domain import documents, model_for, shared_tokenizer
+from tests.support.tiny_tokenizers import tokenizer_of
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+
+CALLS = (
+    "{% if tools %}the revenue {{ tools[0]['function']['name'] }} {% endif %}"
+    "{% if documents %}rose {% endif %}{% if enable_thinking %} daily{% endif %}"
+    "{% for turn in messages %}{% if turn.tool_calls %}the quarter {{ turn.tool_calls[0].function.name }}{% endif %}"
+    "{% if turn.role == 'tool' %}the patient {% endif %}{{ turn.content }}{% endfor %}"
+)
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "{% for turn in messages %}<|begin|>{{ turn['role'] }}, the quarter: {{ turn['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>assistant, the quarter: {% endif %}"
+)
+DEFAULTS = (
+    "{% if messages[0]['role'] != 'system' %}<|begin|>system\nrevenue rose daily<|end|>{% endif %}"
+    "{% for turn in messages %}<|begin|>{{ turn['role'] }}\n{{ turn['content'] }}<|end|>\n{% endfor %}"
+)
+ONLY_USER = "{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}revenue {{ messages[0]['content'] }}"
+CONVERSATIONS = [
+    [{"role": "user", "content": "the court"}],
+    [{"role": "user", "content": "the court"}, {"role": "assistant", "content": "finds that"}],
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (REFUSES, ["Ġquarter"]),
+        (DEFAULTS, ["Ġrose", "Ġdaily"]),
+        (ONLY_USER, ["revenue"]),
+        ({"default": REFUSES, "tool_use": DEFAULTS}, ["Ġquarter", "Ġrose"]),
+        ({"tool_use": DEFAULTS}, ["Ġrose"]),
+        (CALLS, ["Ġrevenue", "rose", "Ġdaily", "Ġquarter", "Ġpatient"]),
+    ],
+    ids=["no-system", "default-system", "one-turn", "several", "no-default", "tools"],
+)
+def test_what_the_chat_template_writes_stays(template, words):
+    tokenizer = tokenizer_of("llama3")
+    model, table = model_for("llama", tokenizer), table_of(tokenizer)
+    without = required_ids(model, tokenizer, table)
+    tokenizer.chat_template = template
+    contents = {table.contents[index] for index in required_ids(model, tokenizer, table) - without}
+    assert contents >= set(words)
+    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_coverage=1.0, multiple=1, refit=False)
+    assert trimmed.tokenizer.chat_template == template
+    for name in template if isinstance(template, dict) else [None]:
+        for turns in CONVERSATIONS[: 1 if template == ONLY_USER else 2]:
+            old = tokenizer.apply_chat_template(turns, chat_template=name)["input_ids"]
+            new = trimmed.tokenizer.apply_chat_template(turns, chat_template=name)["input_ids"]
+            assert trimmed.plan.vocabulary.to_new(old) == new
+            assert trimmed.tokenizer.decode(new) == tokenizer.decode(old)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"vocab_size": 100}, BudgetError, r"vocab_size is 100, but 262 tokens must stay .* at least 320"),
+        ({"vocab_size": 468}, BudgetError, "468, but the tokenizer has only 467 tokens"),
+        ({}, ConfigError, "vocab_size, vocab_coverage"),
+        ({"vocab_size": 320, "vocab_coverage": 0.9}, ConfigError, "vocab_size, vocab_coverage"),
+        ({"vocab_size": 0}, ConfigError, "vocab_size is 0"),
+        ({"vocab_coverage": 1.5}, ConfigError, "vocab_coverage is 1.5"),
+        ({"vocab_min_count": True}, ConfigError, "vocab_min_count is True"),
+        ({"vocab_size": 320, "multiple": 0}, ConfigError, "multiple of the vocabulary is 0"),
+        ({"vocab_size": 320, "criterion": "often"}, ConfigError, "vocab_criterion"),
+        ({"vocab_size": 320, "keep": ["court zebra"]}, VocabularyError, "'court zebra' is to be kept, but"),
+        ({"vocab_size": 320, "remove": ["Ġzebra"]}, VocabularyError, "'Ġzebra' is to be removed, but"),
+        ({"vocab_size": 320, "remove": ["<|end|>"]}, VocabularyError, r"'<\|end\|>' .* it must stay"),
+        ({"vocab_size": 320, "data": []}, DataError, "in-memory"),
+        ({"vocab_size": 320, "data": ["", " "]}, DataError, "no text"),
+        ({"vocab_size": 320, "data": TextSource.from_documents([], name="none")}, DataError, "none"),
+    ],
+)
+def test_bad_arguments(options, error, said):
+    tokenizer = shared_tokenizer("llama3")
+    options = {"data": documents(), **options}
+    with pytest.raises(error, match=said):
+        prune_vocabulary(model_for("llama", tokenizer), tokenizer, **options)
+
+
+@pytest.mark.parametrize("date", ["26 Jul 2024", "01 December", "Wednesday"])
+def test_no_day_of_a_template_is_lost(date):
+    tokenizer = tokenizer_of("llama3")
+    template = "Today: {{ strftime_now('%d %b %Y, %A %B') }}. {{ messages[0].content }}"
+    tokenizer.chat_template = template
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_min_count=1, multiple=1)
+    ids = tokenizer.encode(f"Today: {date}", add_special_tokens=False)
+    assert None not in trimmed.plan.vocabulary.to_new(ids)
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
+@pytest.mark.parametrize("where", ["config", "generation_config"])
+def test_another_tokenizer_with_ids_that_fit(name, where):
+    tokenizer = shared_tokenizer("llama3")
+    model = model_for("llama", tokenizer)
+    ordinary = tokenizer.convert_tokens_to_ids("Ġcourt")
+    setattr(getattr(model, where), name, ordinary)
+    said = rf"{where}\.{name} is {ordinary}, which is the ordinary token 'Ġcourt' .* they don't belong together"
+    with pytest.raises(VocabularyError, match=said):
+        prune_vocabulary(model, tokenizer, documents(), vocab_size=320)
+
+
+def word_piece():
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+
+class Slow:
+    pass
+
+
+def test_models_and_tokenizers_that_do_not_fit():
+    tokenizer = shared_tokenizer("llama3")
+    size = {"vocab_size": 320}
+    few = {"spare_rows": 300 - 467, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    with pytest.raises(VocabularyError, match=r"ids up to \d+, the model only 300 embedding rows"):
+        prune_vocabulary(model_for("llama", tokenizer, **few), tokenizer, documents(), **size)
+    with pytest.raises(VocabularyError, match="3,467 embedding rows, the tokenizer ids up to 466 only"):
+        prune_vocabulary(model_for("llama", tokenizer, spare_rows=3_000), tokenizer, documents(), **size)
+    with pytest.raises(VocabularyError, match=r"config\.pad_token_id is 470, which is no token of the tokenizer"):
+        prune_vocabulary(model_for("llama", tokenizer, spare_rows=9, pad_token_id=470), tokenizer, documents(), **size)
+    model = model_for("llama", tokenizer, spare_rows=9)
+    model.generation_config.eos_token_id = [462, 471]
+    with pytest.raises(VocabularyError, match=r"generation_config\.eos_token_id is 471"):
+        prune_vocabulary(model, tokenizer, documents(), **size)
+    model = model_for("llama", tokenizer)
+    with pytest.raises(VocabularyError, match="WordPiece"):
+        prune_vocabulary(model, word_piece(), documents(), **size)
+    with pytest.raises(VocabularyError, match="Slow has no fast backend"):
+        prune_vocabulary(model, Slow(), documents(), **size)
+    with pytest.raises(VocabularyError, match="Qwen2Tokenizer opens the smaller vocabulary with another "):
+        prune_vocabulary(model_for("qwen2", tokenizer), tokenizer, documents(), **size)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(NumericsError, match="not finite"):
+        prune_vocabulary(model, tokenizer, documents(), **size)
+
+
+def test_added_tokens_beyond_the_rows_stay_beyond_them():
+    tokenizer = tokenizer_of("gemma")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    beyond = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    model = model_for("gemma3_text", tokenizer, spare_rows=-1)
+    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_min_count=1, multiple=8, refit=False)
+    kept = trimmed.plan.vocabulary.kept
+    assert beyond not in kept
+    assert len(kept) == trimmed.model.config.vocab_size == trimmed.tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    text = "the court <image_soft_token> finds"
+    old, new = tokenizer(text)["input_ids"], trimmed.tokenizer(text)["input_ids"]
+    assert new == [len(kept) if index == beyond else trimmed.plan.vocabulary.new_ids[index] for index in old]
+    assert trimmed.tokenizer.decode(new) == tokenizer.decode(old)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama2-metaspace", "gemma"])
+def test_templates_that_surround_a_turn_with_spaces(kind):
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = "{% for m in messages %}the {{ m['content'] }} court{% endfor %}"
+    model, table = model_for("llama", tokenizer), table_of(tokenizer)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "fell"}])["input_ids"]
+    content = set(tokenizer("the fell")["input_ids"])
+    assert set(ids) - content <= required_ids(model, tokenizer, table)
+
+
+@pytest.mark.parametrize("template", ["{% for t in tools %}{{ t }}{% endfor %}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}"])
+def test_templates_that_break(template):
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.chat_template = template
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, refit=False)
+    assert trimmed.tokenizer.chat_template == template
+
+
+def test_padding_left_behind_by_a_call_and_sides():
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.backend_tokenizer.enable_padding(pad_id=9999)
+    tokenizer.padding_side = "left"
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, refit=False)
+    assert trimmed.tokenizer.padding_side == "left"
+    assert len(trimmed.tokenizer) == 320
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_models_with_few_positions(name):
+    tokenizer = shared_tokenizer("gpt2")
+    model = model_for(name, tokenizer, max_position_embeddings=64)
+    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_size=320)
+    assert trimmed.plan.provenance["vocabulary"]["refit"] is not None
+
+
+def test_nothing_is_measured_for_what_is_refused(monkeypatch):
+    tokenizer = shared_tokenizer("llama3")
+    monkeypatch.setattr("hf_context_prune.pruning.vocabulary.prune.count_tokens", lambda *_: pytest.fail("counted"))
+    pruner = VocabularyPruner(model_for("llama", tokenizer), tokenizer, documents())
+    with pytest.raises(BudgetError, match="must stay"):
+        pruner.trim(VocabularySize(10))
+
+
+def test_the_least_that_is_named_can_be_had():
+    tokenizer = shared_tokenizer("llama3")
+    with pytest.raises(BudgetError, match="Ask for at least 467"):
+        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=10, multiple=250)
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=467, multiple=250)
+    assert len(trimmed.tokenizer) == 467
+
+
+@pytest.mark.parametrize("name", ["keep", "remove"])
+@pytest.mark.parametrize("value", ["Ġcourt", None, 3])
+def test_tokens_come_as_a_list(name, value):
+    tokenizer = shared_tokenizer("llama3")
+    with pytest.raises(VocabularyError, match=f"are {value!r}; give a list"):
+        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, **{name: value})

@@ -1,0 +1,245 @@
+"""What loading refuses: incomplete weights, impossible configs, unusable caches."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_context_prune.errors import LoadError, LoadWarning
+from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.storage import cache, loading, model_checks
+from hf_context_prune.storage.loading import LoadedModel, copy_notes, load_meta_model, load_model, load_pruned
+from hf_context_prune.storage.saving import save_pruned
+from tests.support.tiny import CASES, case, tiny_model, tiny_tokenizer
+
+REMEDY = "download or save the model again"
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("stock")
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def variable(tmp_path_factory, tokenizer):
+    model = tiny_model("llama")
+    widths = read_geometry(model.config, spec_of(model.config)).layers
+    layers = tuple(LayerPlan(tuple(range(30 - i)), (0, 2)) for i in range(3))
+    smaller = apply_plan(model, PruningPlan("llama", widths, layers, fingerprint(model)))
+    folder = tmp_path_factory.mktemp("variable") / "model"
+    save_pruned(smaller, folder, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def copied(request, tmp_path, stock, variable):
+    folder = shutil.copytree({"stock": stock, "variable": variable}[request.param], tmp_path / "copy")
+    (folder / "manifest.json").unlink(missing_ok=True)  # the weights are changed on purpose
+    return folder
+
+
+both = pytest.mark.parametrize("copied", ["stock", "variable"], indirect=True)
+only_stock = pytest.mark.parametrize("copied", ["stock"], indirect=True)
+only_variable = pytest.mark.parametrize("copied", ["variable"], indirect=True)
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_loads_without_a_warning(name, tokenizer, tmp_path, recwarn):
+    model = case(name)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_model(tmp_path, device="cpu").model.state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
+    assert not [warning for warning in recwarn if issubclass(warning.category, LoadWarning)]
+    assert load_meta_model(tmp_path).num_parameters() == model.num_parameters()
+
+
+def test_weights_of_the_base_model_load(tokenizer, tmp_path):
+    tiny_model("gpt2").transformer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_model(tmp_path, device="cpu").model.config.model_type == "gpt2"
+
+
+@both
+def test_a_folder_without_tokenizer_says_how_it_gets_one(copied):
+    for path in copied.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(
+        LoadError, match=r"no tokenizer that can be loaded.*tokenizer\.save_pretrained.*processing_class"
+    ):
+        load_model(copied, device="cpu")
+
+
+@both
+@pytest.mark.parametrize(
+    "gone", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.o_proj.weight"]
+)
+def test_a_missing_tensor_is_named(copied, gone):
+    edit_weights(copied, lambda weights: weights.pop(gone))
+    with pytest.raises(LoadError, match=f"{gone}.*{REMEDY}"):
+        load_model(copied, device="cpu")
+
+
+@both
+def test_many_missing_tensors_are_counted(copied):
+    def change(weights):
+        for name in [name for name in weights if "layernorm" in name]:
+            del weights[name]
+
+    edit_weights(copied, change)
+    with pytest.raises(LoadError, match=r"3 more \(6 tensors\)"):
+        load_model(copied, device="cpu")
+
+
+@both
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(copied):
+    edit_weights(copied, lambda weights: weights.update({"model.norm.weight": torch.ones(47)}))
+    with pytest.raises(LoadError, match=rf"model.norm.weight \(\[47\], .* \[48\]\).*{REMEDY}"):
+        load_model(copied, device="cpu")
+
+
+@both
+def test_layers_beyond_the_config_are_refused(copied):
+    edit_weights(copied, lambda w: w.update({"model.layers.3.mlp.down_proj.weight": torch.ones(48, 40)}))
+    with pytest.raises(LoadError, match=f"gives 3 layers.* also have layer 3.*{REMEDY}"):
+        load_model(copied, device="cpu")
+
+
+@only_stock
+def test_layers_beyond_the_config_are_refused_by_name(copied):
+    info = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": {"model.layers.3.norm.weight"}}
+    with pytest.raises(LoadError, match=r"model\.layers\.3\.norm\.weight.*num_hidden_layers is 3"):
+        model_checks.check_complete("x", tiny_model("llama").config, info)
+
+
+@both
+def test_other_superfluous_tensors_are_named_in_a_warning(copied):
+    edit_weights(copied, lambda weights: weights.update({"model.extra.weight": torch.ones(3)}))
+    with pytest.warns(LoadWarning, match=r"model\.extra\.weight"):
+        load_model(copied, device="cpu")
+
+
+@only_variable
+@pytest.mark.parametrize("change", ["absent", "beyond"])
+def test_the_model_class_itself_refuses_a_header_that_does_not_fit(copied, change):
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_weights(copied, lambda w: w.pop(name) if change == "absent" else w.update({"model.layers.7.x": w[name] + 0}))
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj" if change == "absent" else "also have layer 7"):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+WRONG = [
+    *(("intermediate_size", value) for value in (0, -3, 40.5, "40", None, True)),
+    *(("num_attention_heads", value) for value in (5, 7, 0, -6, "6")),
+    *(("num_key_value_heads", value) for value in (0, -1, 4)),
+    *(("num_hidden_layers", value) for value in (0, -1, "3", 2.0)),
+    ("hidden_size", 0),
+    ("head_dim", 0),
+    ("vocab_size", 0),
+]
+
+
+@both
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_impossible_sizes_are_refused_before_a_model_is_built(copied, field, value, monkeypatch):
+    edit_config(copied, **{field: value})
+    for name in ("from_config", "from_pretrained"):
+        monkeypatch.setattr(AutoModelForCausalLM, name, lambda *_, **__: pytest.fail("a model was built"))
+    for load in (load_meta_model, load_model):
+        with pytest.raises(LoadError, match=r"(?s)" + ("heads" if "heads" in field else field)) as caught:
+            load(copied)
+        assert str(value) in str(caught.value)
+        assert "Restore the config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
+def test_heads_that_do_not_divide_the_hidden_size_are_refused(family, tmp_path):
+    config = tiny_model(family).config.to_dict()
+    config["n_head" if family == "gpt2" else "num_attention_heads"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"heads|n_head"):
+        load_meta_model(tmp_path)
+
+
+@both
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{", ""])
+def test_a_config_that_is_no_object_is_refused(copied, content):
+    (copied / "config.json").write_text(content)
+    for load in (load_meta_model, load_model):
+        with pytest.raises(LoadError, match=r"config\.json|config"):
+            load(copied)
+
+
+@only_stock
+def test_a_huge_width_has_an_outline_and_is_refused_with_its_weights(copied):
+    edit_config(copied, intermediate_size=1_000_000_000)
+    assert load_meta_model(copied).num_parameters() > 3 * 3 * 48 * 1_000_000_000
+    with pytest.raises(LoadError, match="1000000000 input features"):
+        load_model(copied)
+
+
+@pytest.mark.parametrize("kind", ["below a file", "a file", "no such place"])
+def test_an_unusable_cache_is_named(kind, tmp_path, monkeypatch):
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    (tmp_path / "file").write_text("")
+    place = {"below a file": tmp_path / "file" / "x", "a file": tmp_path / "file", "no such place": "/proc/zzz"}[kind]
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(place))
+    with pytest.raises(LoadError, match=f"cache folder.*{cache.CACHE_VARIABLE}"):
+        load_model(gguf)
+
+
+@pytest.mark.parametrize(("verify", "times"), [(True, 1), (False, 0)])
+def test_load_pruned_hashes_once_or_not_at_all(variable, verify, times, monkeypatch):
+    calls = []
+    monkeypatch.setattr(loading, "verify_folder", lambda *args, **_: calls.append(args))
+    load_pruned(variable, verify=verify)
+    assert len(calls) == times
+
+
+def test_a_changed_file_is_refused_unless_not_verified(variable, tmp_path):
+    folder = shutil.copytree(variable, tmp_path / "copy")
+    edit_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.zeros(48)}))
+    for load in (load_pruned, load_model):
+        with pytest.raises(LoadError, match="manifest"):
+            load(folder)
+    assert not load_pruned(folder, verify=False).model.norm.weight.any()
+
+
+@pytest.mark.parametrize("source", ["", "  ", "\n"])
+def test_an_empty_source_is_not_the_current_folder(source, stock, monkeypatch):
+    monkeypatch.chdir(stock)
+    for load in (load_model, load_meta_model, load_pruned):
+        with pytest.raises(LoadError, match="MODEL"):
+            load(source)
+
+
+def test_sizes_of_a_gguf_file_are_told_to_be_those_of_its_copy(tmp_path):
+    (tmp_path / "small.GGUF").write_bytes(b"x" * 1_500_000)
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    file = LoadedModel(model, tokenizer, "small.GGUF", None, tmp_path, tmp_path / "small.GGUF")
+    (note,) = copy_notes(file, LoadedModel(model, tokenizer, "folder", None, tmp_path, tmp_path))
+    assert note.startswith("small.GGUF is a GGUF file of 1.5 MB; bytes on disk")

@@ -1,0 +1,136 @@
+"""What a killed run leaves to go on from: whose it is, where it lies, and who may touch it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from hf_context_prune.errors import PruningWarning, SaveError
+from hf_context_prune.modeling.plan import fingerprint
+from hf_context_prune.storage.cache import cache_dir
+from hf_context_prune.storage.resume import resume_key, unfinished_work
+from tests.support.tiny import VOCABULARY, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_CONTEXT_PRUNE_CACHE", str(tmp_path / "cache"))
+
+
+def tokens(seed=0):
+    ids = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": ids}]
+
+
+def rope(model):
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 50.0}
+
+
+def epsilon(model):
+    model.config.rms_norm_eps = 0.1
+
+
+def attention(model):
+    model.config._attn_implementation = "eager"
+
+
+def one_weight(model):
+    """A value that the plan's fingerprint does not look at."""
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.view(-1)[1] += 1.0
+
+
+def a_buffer(model):
+    model.model.rotary_emb.inv_freq[0] *= 2
+
+
+@pytest.mark.parametrize("change", [rope, epsilon, attention, one_weight, a_buffer])
+def test_another_model_has_another_key(change):
+    model = tiny_model("llama", intermediate_size=512)
+    other = copy.deepcopy(model)
+    change(other)
+    assert fingerprint(other) == fingerprint(model)
+    assert resume_key(other, tokens()) != resume_key(model, tokens())
+    assert resume_key(copy.deepcopy(model), tokens()) == resume_key(model, tokens())
+
+
+def test_dtype_text_options_and_threads_count_too(monkeypatch):
+    model = tiny_model("llama").to(torch.bfloat16)
+    keys = [
+        resume_key(model, tokens(), "obs", 0.3),
+        resume_key(model, tokens(), "obs", 0.5),
+        resume_key(model, tokens(1), "obs", 0.3),
+        resume_key(copy.deepcopy(model).float(), tokens(), "obs", 0.3),  # the same values
+    ]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    keys.append(resume_key(model, tokens(), "obs", 0.3))
+    assert len(set(keys)) == len(keys)
+
+
+def test_it_goes_with_the_work_and_stays_for_another_try():
+    with unfinished_work("a") as folder:
+        (folder / "block").touch()
+    assert not folder.exists()
+
+    def stopped(name, *files):
+        with unfinished_work(name) as folder:
+            for file in files:
+                (folder / file).touch()
+            places.append(folder)
+            raise KeyboardInterrupt
+
+    places = []
+    for name, files in (("a", ["block"]), ("b", [])):
+        with pytest.raises(KeyboardInterrupt):
+            stopped(name, *files)
+    assert (folder / "block").exists()
+    assert places[0] == folder != places[1]
+    assert not places[1].exists()  # nothing was finished
+    with unfinished_work("a") as again:
+        assert again == folder
+        assert (again / "block").exists()
+
+
+def test_only_what_nobody_took_up_is_forgotten():
+    root = cache_dir() / "unfinished"
+    for name, inside in (("stale", 0), ("long at work", None)):
+        (root / name / "walk").mkdir(parents=True)
+        (root / name / "walk" / "block").touch()
+        if inside is not None:
+            os.utime(root / name / "walk" / "block", (inside, inside))
+            os.utime(root / name / "walk", (inside, inside))
+        os.utime(root / name, (0, 0))
+    with unfinished_work("a"):
+        assert {path.name for path in root.iterdir() if len(path.name) < 32} == {"long at work"}
+
+
+def test_a_second_run_of_the_same_is_refused_and_takes_nothing_away():
+    again = "from hf_context_prune.storage.resume import unfinished_work\nwith unfinished_work('a'): print('went on')"
+    with unfinished_work("a") as folder:
+        (folder / "block").touch()
+        with pytest.raises(SaveError, match="Another run is doing the same: wait for it"), unfinished_work("a"):
+            pass
+        found = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
+        assert "Another run is doing the same" in found.stderr
+        assert "went on" not in found.stdout
+        assert (folder / "block").exists()
+        with unfinished_work("another output"):
+            pass
+    assert subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_nothing_is_kept(tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.warns(PruningWarning, match="Set HF_CONTEXT_PRUNE_CACHE to a folder"), unfinished_work("a") as folder:
+        assert folder is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tmp_path / "cache").unlink()
+        with unfinished_work("a") as folder:
+            assert folder.is_dir()
