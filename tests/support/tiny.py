@@ -86,6 +86,10 @@ def case(name: str, **more):
 
 
 CASES = [*FAMILIES, *VARIANTS]
+COVERING = ["llama-mqa-tied", "gpt2", "gpt_neox", "gemma2", "granite", "phi"]
+"""Together they have every feature that the code tells apart: gated, stacked, interleaved and transposed projections,
+norms behind a sub-layer, parallel sub-layers, scaled residuals, tied heads; MQA, GQA and MHA. For tests outside the
+contract of the families."""
 
 TEXT = "the court finds that the party of the first part has a duty of care; the patient was given the dose. " * 8
 
