@@ -60,7 +60,7 @@ def main() -> None:
             pruning_seed=args.seed,
         )
         plan = make_plan(model, stats(), config)
-        return losses(apply_plan(model, plan, repair=reconstruct_with(stats(), config)))
+        return losses(apply_plan(model, plan, reconstruct=reconstruct_with(stats(), config)))
 
     dense_row = rows.get({**common, "criterion": "dense"}, lambda: losses(model))
     dense = [DocumentLoss(**loss) for loss in dense_row["losses"]]

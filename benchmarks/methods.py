@@ -219,15 +219,15 @@ class Domain:
         if self._last is not None and self._last[0] == config:
             return self._last[1:]
         if method.adaptive:
-            plan, repair = self.adaptive(config).walk(config)
+            plan, reconstruct = self.adaptive(config).walk(config)
         elif config.reconstruction == "sequential":
-            plan, repair = plan_and_reconstruct(self.model, self.samples, config)
+            plan, reconstruct = plan_and_reconstruct(self.model, self.samples, config)
         else:
             stats = self.stats(needed_statistics(config))
-            plan, repair = make_plan(self.model, stats, config), reconstruct_with(stats, config)
+            plan, reconstruct = make_plan(self.model, stats, config), reconstruct_with(stats, config)
         predicted = plan.provenance.get(PREDICTED)
         row = {} if predicted is None else {"predicted": predicted}
-        self._last = config, apply_plan(self.model, plan, repair=repair), row
+        self._last = config, apply_plan(self.model, plan, reconstruct=reconstruct), row
         return self._last[1:]
 
     def _prune_with_peer(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:

@@ -41,8 +41,8 @@ class ResidualDomain(Domain):
     def walked(self) -> tuple[PruningPlan, Any]:
         """Plan and smaller model of adaptive widths."""
         config = self.config(METHODS[WALKED], self.size)
-        plan, repair = self.adaptive(config).walk(config)
-        return plan, apply_plan(self.model, plan, repair=repair)
+        plan, reconstruct = self.adaptive(config).walk(config)
+        return plan, apply_plan(self.model, plan, reconstruct=reconstruct)
 
     def scored(self, model: Any, dense: Mapping[str, Any]) -> dict[str, Any]:
         return {"nll": rounded(self.losses(model, docs=[doc for doc, _, _ in dense["documents"]]))}
@@ -56,14 +56,14 @@ class ResidualDomain(Domain):
                 layers[index] = dense
         return model
 
-    def repaired_otherwise(self, repair: str) -> Any:
+    def repaired_otherwise(self, reconstruction: str) -> Any:
         """The units that the walk kept, with another repair."""
-        config = PrunerConfig(mlp_ratio=self.size.share, reconstruction=repair)  # type: ignore[arg-type]
+        config = PrunerConfig(mlp_ratio=self.size.share, reconstruction=reconstruction)  # type: ignore[arg-type]
         plan = self.walked[0]
-        if repair == "none":
+        if reconstruction == "none":
             return apply_plan(self.model, plan)
         stats = self.stats(needed_statistics(config))
-        return apply_plan(self.model, plan, repair=reconstruct_with(stats, config))
+        return apply_plan(self.model, plan, reconstruct=reconstruct_with(stats, config))
 
 
 def results_text(rows: Mapping[tuple[str, str], dict[str, Any]], args: argparse.Namespace, machine: str) -> str:
@@ -144,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{begin} to {end - 1}",
                 lambda b=begin, e=end, a=alone: domain.scored(domain.mixed(b, e, alone=a), dense),
             )
-    for repair in REPAIRS:
-        get("repair", repair, lambda r=repair: domain.scored(domain.repaired_otherwise(r), dense))
+    for reconstruction in REPAIRS:
+        get("repair", reconstruction, lambda r=reconstruction: domain.scored(domain.repaired_otherwise(r), dense))
     for name, method in CHOICES.items():
         get("choice", name, lambda m=method: domain.scored(domain.prune(m, domain.size)[0], dense))
     write_section("residual", results_text(rows, args, store.setting["machine"]))

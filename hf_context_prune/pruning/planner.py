@@ -81,7 +81,7 @@ def _one_shot_reconstruction(stats: CalibrationStats, config: PrunerConfig) -> R
     # Where a walk is to come, its one-shot kin stands in.
     function = get_reconstruction("least_squares" if config.reconstruction == "sequential" else config.reconstruction)
 
-    def repair(
+    def reconstruct(
         layer: int, target: str, weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         with error_context(f"layer {layer} ({target})"):
@@ -90,7 +90,7 @@ def _one_shot_reconstruction(stats: CalibrationStats, config: PrunerConfig) -> R
             )
         return new_weight.to(weight.device), None if new_bias is None else new_bias.to(weight.device)
 
-    return repair
+    return reconstruct
 
 
 @dataclass
@@ -122,8 +122,10 @@ class LayerMeasurements:
                     "allocation='adaptive' measures layers on text that the statistics lack; calibrate on the first "
                     "part of withhold_probe(tokenize_samples(...)), and pass the second as samples."
                 )
-            repair, targets = _one_shot_reconstruction(stats, config), needed_targets(config)
-            curves = on_main_process(lambda: measure_sensitivity(model, importance, repair, probe, targets=targets))
+            reconstruct, targets = _one_shot_reconstruction(stats, config), needed_targets(config)
+            curves = on_main_process(
+                lambda: measure_sensitivity(model, importance, reconstruct, probe, targets=targets)
+            )
         return cls(importance, curves, stats.num_samples, stats.num_tokens)
 
     def widths(self, model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidths, ...]:
@@ -275,7 +277,7 @@ class Planner:
             state_dir=self.resume_dir,
         )
         facts = {**(self.provenance or {}), **(self.measured.prediction(widths) if self.measured else {})}
-        return _plan_of(self.model, walk.layers, config, walk.num_samples, walk.num_tokens, facts), walk.repair
+        return _plan_of(self.model, walk.layers, config, walk.num_samples, walk.num_tokens, facts), walk.reconstruct
 
 
 def plan_and_reconstruct(

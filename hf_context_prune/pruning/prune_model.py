@@ -146,7 +146,7 @@ def prune_model(
                 check_units_budget(dense, asked, num_rows(model))
     samples = tokenize_calibration_samples(text, tokenizer, config, general)
     try:
-        plan, repair = plan_and_reconstruct(
+        plan, reconstruct = plan_and_reconstruct(
             model,
             samples,
             config,
@@ -162,7 +162,7 @@ def prune_model(
         # The tokens alone are within the limit, and nothing beside them is.
         within: dict[str, Any] = {"max_loss_increase": config.max_loss_increase, "increase": increase, "trials": []}
         return model, tokenizer, replace(alone, provenance={**alone.provenance, "loss_budget": within})
-    smaller = apply_plan(model, plan, repair=repair).eval()
+    smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()
     if config.refit_lm_head:
         found = refit_rows_in_all_processes(smaller, tokenize_refit_samples(smaller, tokenizer, text, config, general))
         plan = replace(plan, provenance={**plan.provenance, "refit": found})

@@ -59,7 +59,7 @@ def _prune_layer(
     spec: ArchSpec,
     geometry: Geometry,
     plan: PruningPlan,
-    repair: ReconstructFn | None,
+    reconstruct: ReconstructFn | None,
 ) -> None:
     dense, kept = geometry.layers[index], plan.layers[index]
     for target in TARGETS:
@@ -78,11 +78,11 @@ def _prune_layer(
         path = spec.mlp_output if target == "mlp" else spec.attention_output
         name, module = f"{prefix}.{path}", output_projection(block, spec, target)
         features = kept_features(geometry, target, units)
-        if repair is None:
+        if reconstruct is None:
             _slice_projection(module, state, name, rows=None, columns=features)
             continue
         stored, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
-        weight, new_bias = repair(index, target, stored.T if is_transposed(module) else stored, bias, features)
+        weight, new_bias = reconstruct(index, target, stored.T if is_transposed(module) else stored, bias, features)
         weight = weight.to(stored.dtype)
         state[f"{name}.weight"] = weight.T.contiguous() if is_transposed(module) else weight.contiguous()
         if new_bias is not None:
@@ -108,13 +108,15 @@ def _add_missing_biases(model: nn.Module, state: dict[str, torch.Tensor], spec: 
     )
 
 
-def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: ReconstructFn | None = None) -> PreTrainedModel:
+def apply_plan(
+    model: PreTrainedModel, plan: PruningPlan, *, reconstruct: ReconstructFn | None = None
+) -> PreTrainedModel:
     """Build the smaller model that a plan describes; the given model is left as it is.
 
     Args:
         model: The dense (or already pruned) model, on any device and in any floating-point dtype.
         plan: The kept units, made for this model.
-        repair: Called for every output projection that loses features; gives its new weight and bias. None: slice.
+        reconstruct: Called for every output projection that loses features; gives its new weight and bias. None: slice.
 
     Returns:
         A new model, with tensors of its own, of the native class where its config can express the widths, else of the
@@ -139,7 +141,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, repair: Reconstruct
         for name in token_rows(model).keys() & state.keys():
             state[name] = state[name][torch.tensor(plan.vocabulary.kept, device=state[name].device)]
     for index, block in enumerate(layers_of(model, spec)):
-        _prune_layer(index, block, f"{spec.layers}.{index}", state, spec, geometry, plan, repair)
+        _prune_layer(index, block, f"{spec.layers}.{index}", state, spec, geometry, plan, reconstruct)
     unsavable = _add_missing_biases(smaller, state, spec)
     originals = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     for name, tensor in state.items():

@@ -150,8 +150,8 @@ def check_statistics(first, second, expected, *, tolerance=1e-5):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_plan_and_its_repair_are_those_of_one_process(folder, results, name):
     model = case("llama")
-    plan, repair = plan_and_reconstruct(model, samples(), PrunerConfig(**CONFIGS[name]))
-    expected = dict(apply_plan(model, plan, repair=repair).named_parameters())
+    plan, reconstruct = plan_and_reconstruct(model, samples(), PrunerConfig(**CONFIGS[name]))
+    expected = dict(apply_plan(model, plan, reconstruct=reconstruct).named_parameters())
     for rank in RANKS:
         assert PruningPlan.load(folder / f"{name}.{rank}.json").layers == plan.layers
         got = results[rank][name]

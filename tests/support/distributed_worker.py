@@ -76,9 +76,9 @@ def work(folder):
     one.save(folder / f"one.{rank}.safetensors")
     for name, options in CONFIGS.items():
         model = case("llama")
-        plan, repair = plan_and_reconstruct(model, samples(), PrunerConfig(**options))
+        plan, reconstruct = plan_and_reconstruct(model, samples(), PrunerConfig(**options))
         plan.save(folder / f"{name}.{rank}.json")
-        result[name] = dict(apply_plan(model, plan, repair=repair).named_parameters())
+        result[name] = dict(apply_plan(model, plan, reconstruct=reconstruct).named_parameters())
     result["errors"] = {
         "nan": raised(lambda: calibrate(poison(case("llama"), rank), batches())),
         "different": raised(lambda: calibrate(case("llama"), batches()[: 3 + rank])),

@@ -185,14 +185,14 @@ class _SizeTrials:
         widths = self.planner.widths(config)
         if widths in self.known:
             return self.known[widths]
-        plan, repair = self.build(config)
-        smaller = apply_plan(model, plan, repair=repair).eval()
+        plan, reconstruct = self.build(config)
+        smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()
         total = model.num_parameters()
         gone = (total - smaller.num_parameters()) / total
         increase = on_main_process(lambda: self.loss(smaller)) / self.base - 1
         trial = self.known[widths] = SizeTrial(gone, increase, self.reconstruction)
         if increase <= (self.config.max_loss_increase or 0) and gone >= self.best_share:
-            self.best, self.best_share = (plan, repair), gone
+            self.best, self.best_share = (plan, reconstruct), gone
         self.bar.set_postfix_str(f"-{gone:.1%} of the parameters: {increase:+.2%}")
         self.bar.update()
         return trial
@@ -235,10 +235,10 @@ def smallest_within(
         found, more = stage.search_size(found.share, largest, enough=0.8, aim=0.92)
         trials = trials + more
     assert stage.best is not None  # `search_size` raises where nothing holds
-    plan, repair = stage.best
+    plan, reconstruct = stage.best
     facts = {
         "max_loss_increase": config.max_loss_increase,
         "increase": found.increase,
         "trials": [asdict(trial) for trial in trials],
     }
-    return replace(plan, provenance={**plan.provenance, "config": config.to_dict(), "loss_budget": facts}), repair
+    return replace(plan, provenance={**plan.provenance, "config": config.to_dict(), "loss_budget": facts}), reconstruct

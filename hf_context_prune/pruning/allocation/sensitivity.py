@@ -158,8 +158,8 @@ def withhold_probe(samples: torch.Tensor, fit_tokens: int | None = None) -> tupl
 def measure_sensitivity(
     model: PreTrainedModel,
     importance: Mapping[Key, torch.Tensor],
-    repair: ReconstructFn,
-    tokenize_samples: torch.Tensor,
+    reconstruct: ReconstructFn,
+    samples: torch.Tensor,
     *,
     targets: Sequence[Target],
     batch_tokens: int = 2048,
@@ -172,8 +172,8 @@ def measure_sensitivity(
     Args:
         model: The dense model; runs in evaluation mode, and is as it was when this returns.
         importance: One value a unit for every (layer, target) that is to be measured.
-        repair: As for `apply_plan`.
-        tokenize_samples: Text to measure on, [blocks, length], int64; better not what `repair` was fitted to.
+        reconstruct: As for `apply_plan`.
+        samples: Text to measure on, [blocks, length], int64; better not what `reconstruct` was fitted to.
         targets: Which units.
         batch_tokens: Tokens a batch; fewer where the vocabulary is large, but one block at least.
 
@@ -193,7 +193,7 @@ def measure_sensitivity(
     }
     head = model.get_output_embeddings().weight
     batch_tokens = min(batch_tokens, _MOST_LOGITS // len(head))
-    ids = tokenize_samples.split(max(1, batch_tokens // tokenize_samples.shape[1]))
+    ids = samples.split(max(1, batch_tokens // samples.shape[1]))
     batches = [_Probe(model, layers, chunk.to(model.device)) for chunk in ids]
     curves: dict[Key, Curve] = {}
     training = [module for module in model.modules() if module.training]
@@ -217,7 +217,7 @@ def measure_sensitivity(
                 points = [(widths.neurons if target == "mlp" else widths.kv_groups, 0.0)]
                 for count in found:
                     trial = _NarrowedModel(
-                        layer, target, count, layers[layer], spec, geometry, importance[layer, target], repair
+                        layer, target, count, layers[layer], spec, geometry, importance[layer, target], reconstruct
                     )
                     divergence = 0.0
                     with trial.narrowed():
@@ -226,9 +226,7 @@ def measure_sensitivity(
                             bar.update(work[layer, target])
                     if not math.isfinite(divergence):
                         raise _not_finite(f"the model with {trial.where}")
-                    points.append(
-                        (count, max(0.0, divergence / tokenize_samples.numel()))
-                    )  # not below 0 but for rounding
+                    points.append((count, max(0.0, divergence / samples.numel())))  # not below 0 but for rounding
                 curves[layer, target] = tuple(points)
     finally:
         for module in training:
@@ -257,14 +255,14 @@ class _NarrowedModel:
         spec: ArchSpec,
         geometry: Geometry,
         importance: torch.Tensor,
-        repair: ReconstructFn,
+        reconstruct: ReconstructFn,
     ) -> None:
         self.where = f"layer {layer} ({target}) narrowed to {count} of {len(importance)} units"
         size = unit_size(geometry, target)
         units = sorted(importance.argsort(descending=True, stable=True)[:count].tolist())
         self.kept = [unit * size + feature for unit in units for feature in range(size)]
         self.projection = output_projection(block, spec, target)
-        self.weight, self.bias = repair(
+        self.weight, self.bias = reconstruct(
             layer,
             target,
             output_weight(self.projection),

@@ -93,15 +93,15 @@ def tokenize_calibration_samples(
 Batch = dict[str, torch.Tensor]
 
 
-def batches_of(tokenize_samples: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:
+def batches_of(samples: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:
     """Cut token blocks into batches of about `batch_tokens` tokens.
 
     Args:
-        tokenize_samples: [blocks, max_seq_length], int64, without padding.
+        samples: [blocks, max_seq_length], int64, without padding.
         batch_tokens: Tokens a batch, at least one block.
     """
-    size = max(1, batch_tokens // tokenize_samples.shape[1])
-    return [{"input_ids": chunk} for chunk in tokenize_samples.split(size)]
+    size = max(1, batch_tokens // samples.shape[1])
+    return [{"input_ids": chunk} for chunk in samples.split(size)]
 
 
 def prepare_batch(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torch.Tensor | None]:

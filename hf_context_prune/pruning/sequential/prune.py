@@ -83,7 +83,7 @@ class SequentialResult:
     num_samples: int = 0
     num_tokens: int = 0
 
-    def repair(
+    def reconstruct(
         self, layer: int, target: str, weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The refitted weights, as `apply_plan` asks for them."""

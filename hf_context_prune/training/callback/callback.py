@@ -286,8 +286,8 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         if self.final is None and (config.target_params or 0) >= size:  # whole units: the last one went far enough
             plan = PruningPlan.identity(spec.model_type, read_geometry(current.config, spec))
         else:
-            plan, repair = plan_and_reconstruct(current, self._samples(current), config)
-            smaller = apply_plan(current, plan, repair=repair)
+            plan, reconstruct = plan_and_reconstruct(current, self._samples(current), config)
+            smaller = apply_plan(current, plan, reconstruct=reconstruct)
             size = smaller.num_parameters()
         prunings = [] if self.plan is None else list(self.plan.provenance["prunings"])
         prunings.append({"step": step, "parameters": size, "tokens": len(self.tokens)})

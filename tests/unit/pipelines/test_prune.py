@@ -108,7 +108,7 @@ def test_every_stage_by_itself_gives_what_prune_gives(model, tokenizer):
     stats = calibrate(model, batches_of(samples), targets=needed_targets(config), statistics=needed_statistics(config))
     plan = make_plan(model, stats, config)
     assert plan.sha256 == result.plan.sha256
-    smaller = apply_plan(model, plan, repair=reconstruct_with(stats, config))
+    smaller = apply_plan(model, plan, reconstruct=reconstruct_with(stats, config))
     weights = result.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in smaller.state_dict().items())
 

@@ -210,8 +210,8 @@ def test_plan_and_repair_needs_a_loss_to_search(trained):
         plan_and_reconstruct(trained, samples, config)
     total = trained.num_parameters()
     # A loss that counts parameters: 10 % more for every 10 % gone.
-    plan, repair = plan_and_reconstruct(trained, samples, config, loss=lambda m: 2 - m.num_parameters() / total)
-    gone = 1 - apply_plan(trained, plan, repair=repair).num_parameters() / total
+    plan, reconstruct = plan_and_reconstruct(trained, samples, config, loss=lambda m: 2 - m.num_parameters() / total)
+    gone = 1 - apply_plan(trained, plan, reconstruct=reconstruct).num_parameters() / total
     assert 0.1 - 2 * TOLERANCE <= gone <= 0.1  # one neuron a layer is 0.006
     with pytest.raises(BudgetError, match=r"grew by 1\.0000"):
         plan_and_reconstruct(trained, samples, config, loss=lambda m: 1.0 if m is trained else 2.0)

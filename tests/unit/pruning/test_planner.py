@@ -63,12 +63,14 @@ def test_uniform_plans_predict_nothing(model):
 def test_the_stages_give_the_adaptive_plan_too(model):
     options = {"allocation": "adaptive", "reconstruction": "least_squares"}
     config, samples = PrunerConfig(mlp_ratio=0.25, attention_ratio=0.34, **options), tokens(12)
-    plan, repair = plan_and_reconstruct(model, samples, config)
+    plan, reconstruct = plan_and_reconstruct(model, samples, config)
     fit, probe = withhold_probe(samples)
     stats = calibrate(model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config))
     again = make_plan(model, stats, config, samples=probe)
     assert again == plan
-    one, two = (apply_plan(model, plan, repair=r).state_dict() for r in (repair, reconstruct_with(stats, config)))
+    one, two = (
+        apply_plan(model, plan, reconstruct=r).state_dict() for r in (reconstruct, reconstruct_with(stats, config))
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(ConfigError, match="withhold_probe"):
         make_plan(model, stats, config)
@@ -88,8 +90,10 @@ def test_a_size_is_searched_without_the_gram_matrices_of_all_layers(model, monke
     total = model.num_parameters()
 
     def found():
-        plan, repair = plan_and_reconstruct(model, tokens(12), config, loss=lambda m: 2 - m.num_parameters() / total)
-        return plan, apply_plan(model, plan, repair=repair).state_dict()
+        plan, reconstruct = plan_and_reconstruct(
+            model, tokens(12), config, loss=lambda m: 2 - m.num_parameters() / total
+        )
+        return plan, apply_plan(model, plan, reconstruct=reconstruct).state_dict()
 
     plan, weights = found()
     most, original = [], width_search.calibrate

@@ -42,10 +42,10 @@ def slicing(layer, target, weight, bias, kept):
 def repair_from(model, name):
     stats = calibrate(model, [{"input_ids": tokens(seed=5)}], statistics=frozenset({"gram"}))
 
-    def repair(layer, target, weight, bias, kept):
+    def reconstruct(layer, target, weight, bias, kept):
         return RECONSTRUCTIONS[name](weight, bias, kept, stats.targets[layer, target], 0.01)
 
-    return repair
+    return reconstruct
 
 
 def divergence(model, narrowed, ids):
@@ -55,14 +55,16 @@ def divergence(model, narrowed, ids):
     return float((dense.exp() * (dense - other)).sum(dim=-1).mean())
 
 
-def sliced_alone(model, importance, layer, target, count, repair):
+def sliced_alone(model, importance, layer, target, count, reconstruct):
     """The model with one layer narrowed in one target to its `count` most important units."""
     geometry = geometry_of(model)
     layers = [LayerPlan(tuple(range(w.neurons)), tuple(range(w.kv_groups))) for w in geometry.layers]
     best = sorted(range(len(importance[layer, target])), key=lambda unit: -importance[layer, target][unit])[:count]
     kept = {name: layers[layer].kept(name) for name in TARGETS} | {target: tuple(sorted(best))}
     layers[layer] = LayerPlan(kept["mlp"], kept["attention"])
-    return apply_plan(model, PruningPlan(model.config.model_type, geometry.layers, tuple(layers)), repair=repair)
+    return apply_plan(
+        model, PruningPlan(model.config.model_type, geometry.layers, tuple(layers)), reconstruct=reconstruct
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,8 +84,8 @@ def sliced_alone(model, importance, layer, target, count, repair):
 )
 def test_the_curve_is_the_divergence_of_the_sliced_model(name, reconstruction):
     model, ids = case(name), tokens()
-    importance, repair = random_importance(model), repair_from(case(name), reconstruction)
-    curves = measure_sensitivity(model, importance, repair, ids, targets=TARGETS)
+    importance, reconstruct = random_importance(model), repair_from(case(name), reconstruction)
+    curves = measure_sensitivity(model, importance, reconstruct, ids, targets=TARGETS)
     assert set(curves) == set(importance)
     for (layer, target), curve in curves.items():
         total = len(importance[layer, target])
@@ -91,7 +93,7 @@ def test_the_curve_is_the_divergence_of_the_sliced_model(name, reconstruction):
         assert [count for count, _ in curve] == [total, *expected]
         assert curve[0] == (total, 0.0)
         for count, increase in curve[1:]:
-            sliced = sliced_alone(model, importance, layer, target, count, repair)
+            sliced = sliced_alone(model, importance, layer, target, count, reconstruct)
             assert divergence(model, sliced, ids) == pytest.approx(increase, rel=1e-4, abs=1e-6)
             assert increase > 0
     assert max(increase for curve in curves.values() for _, increase in curve) > 1e-2
@@ -172,7 +174,7 @@ def test_the_model_is_bit_identical_after_an_exception(name, at):
     before, modes = everything(model), [module.training for module in model.modules()]
     calls, forwards = [], []
 
-    def repair(layer, target, weight, bias, kept):
+    def reconstruct(layer, target, weight, bias, kept):
         calls.append(layer)
         if at == "repair" and len(calls) == 3:
             raise RuntimeError("stop")
@@ -187,7 +189,7 @@ def test_the_model_is_bit_identical_after_an_exception(name, at):
 
     handle = model.register_forward_pre_hook(forward)
     with pytest.raises(RuntimeError, match="shape mismatch" if at == "shape" else "stop"):
-        measure_sensitivity(model, random_importance(model), repair, tokens(), targets=TARGETS)
+        measure_sensitivity(model, random_importance(model), reconstruct, tokens(), targets=TARGETS)
     handle.remove()
     assert len(calls) == 3  # one repair at a time
     assert len(forwards) == {"repair": 3, "forward": 4, "shape": 3}[at]  # the first is the dense model's
@@ -242,12 +244,12 @@ def test_equal_units_give_way_from_the_end(model):
     """The same order as in the plan: of equals, the lower index is kept."""
     kept_by = {}
 
-    def repair(layer, target, weight, bias, kept):
+    def reconstruct(layer, target, weight, bias, kept):
         kept_by[layer, target, len(kept)] = kept
         return slicing(layer, target, weight, bias, kept)
 
     importance = {key: torch.zeros(len(value)) for key, value in random_importance(model).items()}
-    measure_sensitivity(model, importance, repair, tokens(), targets=TARGETS)
+    measure_sensitivity(model, importance, reconstruct, tokens(), targets=TARGETS)
     geometry = geometry_of(model)
     for (_, target, count), kept in kept_by.items():
         units = range(count // unit_size(geometry, target))
@@ -261,12 +263,12 @@ def test_targets_with_nothing_to_remove_have_no_curve():
 
 
 def test_an_output_that_is_not_finite_is_refused(model):
-    def repair(layer, target, weight, bias, kept):
+    def reconstruct(layer, target, weight, bias, kept):
         return weight[:, kept] * (math.nan if (layer, target) == (1, "attention") else 1), bias
 
     before, modes = everything(model), [module.training for module in model.modules()]
     with pytest.raises(NumericsError, match=r"layer 1 \(attention\).*2 of 3 units"):
-        measure_sensitivity(model, random_importance(model), repair, tokens(), targets=TARGETS)
+        measure_sensitivity(model, random_importance(model), reconstruct, tokens(), targets=TARGETS)
     check_untouched(model, before, modes)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan

@@ -63,7 +63,7 @@ def pruned_by(model, result, given, widths):
     spec = spec_of(model.config)
     plan = PruningPlan(spec.model_type, read_geometry(model.config, spec).layers, result.layers)
     assert plan.widths == tuple(widths)
-    return apply_plan(model, plan, repair=result.repair)
+    return apply_plan(model, plan, reconstruct=result.reconstruct)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])

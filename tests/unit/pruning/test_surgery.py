@@ -68,11 +68,11 @@ def test_repair_is_asked_once_for_every_narrowed_projection(name):
     plan = plan_of(model, (range(1, 30), groups), (neurons, (0, 2)), (neurons, (1,)))
     calls = {}
 
-    def repair(layer, target, weight, bias, kept):
+    def reconstruct(layer, target, weight, bias, kept):
         calls[layer, target] = (weight.clone(), bias, kept)
         return 2 * weight[:, kept], None if bias is None else bias + 1
 
-    smaller = apply_plan(model, plan, repair=repair)
+    smaller = apply_plan(model, plan, reconstruct=reconstruct)
     assert set(calls) == {(0, "mlp"), (1, "attention"), (2, "attention")}
     for (layer, target), (weight, bias, kept) in calls.items():
         old = output_projection(layers_of(model, spec)[layer], spec, target)
@@ -94,7 +94,9 @@ def test_a_repair_that_returns_views_shares_nothing_with_the_model(name):
     model = case(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plan = plan_of(model, (range(20), range(2)))
-    smaller = apply_plan(model, plan, repair=lambda layer, target, weight, bias, kept: (weight[:, -len(kept) :], bias))
+    smaller = apply_plan(
+        model, plan, reconstruct=lambda layer, target, weight, bias, kept: (weight[:, -len(kept) :], bias)
+    )
     with torch.no_grad():
         for parameter in smaller.parameters():
             parameter.fill_(7)
@@ -104,10 +106,10 @@ def test_a_repair_that_returns_views_shares_nothing_with_the_model(name):
 def test_a_repair_in_float64_is_stored_in_the_models_dtype():
     model = case("llama-biased").bfloat16()
 
-    def repair(layer, target, weight, bias, kept):
+    def reconstruct(layer, target, weight, bias, kept):
         return weight[:, kept].double(), bias.double()
 
-    smaller = apply_plan(model, variable(model), repair=repair)
+    smaller = apply_plan(model, variable(model), reconstruct=reconstruct)
     assert {parameter.dtype for parameter in smaller.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(smaller), logits(apply_plan(model, variable(model))))
 
@@ -119,11 +121,11 @@ def test_a_bias_where_the_architecture_has_none(name, tmp_path):
     generator = torch.Generator().manual_seed(0)
     biases = {}
 
-    def repair(layer, target, weight, bias, kept):
+    def reconstruct(layer, target, weight, bias, kept):
         biases[layer, target] = torch.randn(weight.shape[0], generator=generator)
         return weight[:, kept], biases[layer, target]
 
-    smaller = apply_plan(model, plan, repair=repair)
+    smaller = apply_plan(model, plan, reconstruct=reconstruct)
     plain = apply_plan(model, plan)
     for (layer, target), bias in biases.items():
         projection = output_projection(layers_of(smaller, spec)[layer], spec, target)
