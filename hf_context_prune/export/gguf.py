@@ -17,7 +17,7 @@ from hf_context_prune.errors import ExportError
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
 from hf_context_prune.storage.loading import LoadedModel
-from hf_context_prune.storage.provenance import base_card
+from hf_context_prune.storage.provenance import read_base_card
 
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
 from .llama_cpp import LlamaCppRuntime
@@ -112,7 +112,7 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
     writer = GGUFWriter(folder / FILE_NAME, gguf.MODEL_ARCH_NAMES[arch])
     try:
         _write_sizes(writer, loaded, geometry)
-        _write_licence(writer, base_card(loaded))
+        _write_licence(writer, read_base_card(loaded))
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         rows = loaded.model.get_input_embeddings().weight.shape[0]

@@ -10,7 +10,7 @@ from gguf import GGUFWriter, TokenType
 
 from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import ExportError
-from hf_context_prune.modeling.generation import end_tokens
+from hf_context_prune.modeling.generation import get_end_token_ids
 
 _GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -78,7 +78,7 @@ def write_tokenizer(writer: GGUFWriter, loaded_model: Any, tokenizer: Any, rows:
 
 
 def _write_specials(writer: GGUFWriter, model: Any, tokenizer: Any) -> None:  # noqa: ANN401
-    ends = end_tokens(model)
+    ends = get_end_token_ids(model)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(ends), None)
     for add, index in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),

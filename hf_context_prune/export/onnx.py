@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from hf_context_prune.errors import ExportError
-from hf_context_prune.modeling.generation import end_tokens
+from hf_context_prune.modeling.generation import get_end_token_ids
 from hf_context_prune.storage.loading import LoadedModel
 
 GRAPH_NAME = "model.onnx"
@@ -74,7 +74,7 @@ def load(folder: Path) -> OnnxRuntime:
         generation_config = GenerationConfig.from_pretrained(folder)
         config = None
 
-    return OnnxRuntime(folder, threads=torch.get_num_threads(), ends=end_tokens(Ends))
+    return OnnxRuntime(folder, threads=torch.get_num_threads(), ends=get_end_token_ids(Ends))
 
 
 class OnnxRuntime:

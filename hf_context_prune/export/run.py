@@ -17,7 +17,7 @@ from hf_context_prune.modeling.generation import hardware_name
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.saving import estimate_bytes, weight_bytes
+from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes
 from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
 
@@ -199,7 +199,7 @@ def _plan_sha256(loaded: LoadedModel) -> str | None:
 def _bytes_of(loaded: LoadedModel) -> int:
     if loaded.folder is None:
         raise ConfigError(f"{loaded.name} is not a folder of safetensors files.")
-    return weight_bytes(loaded.folder)
+    return count_weight_bytes(loaded.folder)
 
 
 def _machine() -> str:

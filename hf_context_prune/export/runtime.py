@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hf_context_prune.modeling.generation import end_tokens
+from hf_context_prune.modeling.generation import get_end_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ class TorchRuntime:
     def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
         """As in [`Runtime`][]."""
         prompt = torch.tensor([list(ids)], device=self._model.device)
-        ends = end_tokens(self._model)
+        ends = get_end_token_ids(self._model)
         with torch.no_grad():
             output = self._model.generate(
                 input_ids=prompt,

@@ -32,12 +32,12 @@ def fit_prompt(limits: Iterable[int | None], prompt_tokens: int, new_tokens: int
     return min(prompt_tokens, room - new_tokens)
 
 
-def random_prompt(vocabulary: int, batch_size: int, length: int, seed: int) -> torch.Tensor:
+def draw_prompt(vocabulary: int, batch_size: int, length: int, seed: int) -> torch.Tensor:
     """Return random token ids [batch_size, length], int64, below `vocabulary`."""
     return torch.randint(vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
-def cache_arguments(model: "PreTrainedModel") -> dict[str, Any]:
+def build_cache_arguments(model: "PreTrainedModel") -> dict[str, Any]:
     """Return what `forward` needs for decoding a token a step: an empty KV cache under its name, and the last logits.
 
     Raises:
@@ -57,7 +57,7 @@ def cache_arguments(model: "PreTrainedModel") -> dict[str, Any]:
     return arguments
 
 
-def end_tokens(model: "PreTrainedModel") -> list[int]:
+def get_end_token_ids(model: "PreTrainedModel") -> list[int]:
     """Return the token ids that end a text, by the generation config, else by the config."""
     for config in (model.generation_config, model.config):
         found = getattr(config, "eos_token_id", None)
@@ -66,7 +66,7 @@ def end_tokens(model: "PreTrainedModel") -> list[int]:
     return []
 
 
-def timed_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def time_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Read `prompt` [batch, length] in one forward pass, then decode greedily, a token a step, with the KV cache.
 
     `generate` isn't used as its time can't be split into prefill and decoding.
@@ -77,7 +77,7 @@ def timed_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens:
     Raises:
         UnsupportedArchitectureError: If the model's `forward` takes no KV cache.
     """
-    arguments = cache_arguments(model)
+    arguments = build_cache_arguments(model)
     synchronize = _synchronizer(model.device)
     tokens = prompt.to(model.device)
     with evaluation_mode(model):

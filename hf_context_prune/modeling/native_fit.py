@@ -34,7 +34,7 @@ def _with_widths(config: PreTrainedConfig, spec: ArchSpec, geometry: Geometry) -
     return values
 
 
-def native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
+def build_native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
     """The native config with uniform widths; its own validator may refuse them by raising."""
     geometry = read_geometry(config, spec)
     values = _with_widths(config, spec, geometry)
@@ -48,7 +48,7 @@ def native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[Lay
     return result
 
 
-def variable_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
+def build_variable_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
     """The variable-width config: dense values stay global, widths that differ go to ``per_layer_config``."""
     geometry = read_geometry(config, spec)
     values = _with_widths(config, spec, geometry)
@@ -77,7 +77,7 @@ def _shapes(model_class: type[Any], config: PreTrainedConfig) -> dict[str, torch
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> NativeFit:
+def assess_native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> NativeFit:
     """Ask the native config and class themselves whether they can hold these widths.
 
     Args:
@@ -88,7 +88,7 @@ def native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerW
     if len(set(widths)) > 1:
         return NativeFit(False, f"widths vary from layer to layer, which {spec.config_class} can't express")
     try:
-        candidate = native_config(config, spec, widths)
+        candidate = build_native_config(config, spec, widths)
     except (ValueError, StrictDataclassError) as error:
         message = " ".join(str(error.__cause__ or error).split())
         return NativeFit(False, f"{spec.config_class} refuses {widths[0].kv_groups} KV groups: {message}")
@@ -96,7 +96,7 @@ def native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerW
         stock_shapes = _shapes(getattr(transformers, spec.model_class), candidate)
     except ValueError as error:
         return NativeFit(False, f"{spec.model_class} refuses {widths[0].kv_groups} KV groups: {error}")
-    if stock_shapes != _shapes(modeling.model_class(spec), variable_config(config, spec, widths)):
+    if stock_shapes != _shapes(modeling.model_class(spec), build_variable_config(config, spec, widths)):
         return NativeFit(
             False,
             f"{spec.model_class} derives its head size from the number of heads, so it can't hold "
@@ -105,12 +105,12 @@ def native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerW
     return NativeFit(True, f"all layers have the same widths and {spec.config_class} accepts them")
 
 
-def build_empty(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedModel:
+def build_empty_model(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedModel:
     """A model with these widths on the meta device: the native class where it fits, else the variable-width class."""
-    if native_fit(config, spec, widths).fits:
-        target, model_class = native_config(config, spec, widths), getattr(transformers, spec.model_class)
+    if assess_native_fit(config, spec, widths).fits:
+        target, model_class = build_native_config(config, spec, widths), getattr(transformers, spec.model_class)
     else:
-        target, model_class = variable_config(config, spec, widths), modeling.model_class(spec)
+        target, model_class = build_variable_config(config, spec, widths), modeling.model_class(spec)
     target._attn_implementation = config._attn_implementation
     with torch.device("meta"):
         model: PreTrainedModel = model_class(target)

@@ -15,7 +15,7 @@ _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _ID_SEQUENCES = ("bad_words_ids", "force_words_ids")
 
 
-def named_ids(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - model and generation configs alike
+def iter_token_ids(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - model and generation configs alike
     """(field, id) of every token that a config relies on: bos, eos (also several), pad, forced ones and the like.
 
     Negative ids, which some configs have for "none", are left out; so are tokens that are only suppressed.
@@ -29,19 +29,19 @@ def named_ids(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - model
             yield "forced_decoder_ids", index
 
 
-def renumber(config: Any, new_ids: Mapping[int, int]) -> None:  # noqa: ANN401
+def renumber_token_ids(config: Any, new_ids: Mapping[int, int]) -> None:  # noqa: ANN401
     """Replace every token id of a model or generation config, in place.
 
     Suppressed tokens and forbidden sequences that lose a token are dropped: they can't come up any more.
 
     Args:
         config: Model config or generation config.
-        new_ids: New ids by old ones, with all of [`named_ids`][].
+        new_ids: New ids by old ones, with all of [`iter_token_ids`][].
 
     Raises:
         PlanError: One of them has no new id.
     """
-    for name, index in named_ids(config):
+    for name, index in iter_token_ids(config):
         if index not in new_ids:
             raise PlanError(
                 f"{type(config).__name__}.{name} names the token {index}, which the plan removes. Make a plan with "
@@ -82,11 +82,11 @@ def _sequence(item: Sequence[Any], new_ids: Mapping[int, int]) -> list[Any] | No
     return [new_ids[index] for index in item] if all(index in new_ids for index in item) else None
 
 
-def with_vocabulary(config: Any, order: Sequence[int]) -> Any:  # noqa: ANN401
+def build_vocabulary_config(config: Any, order: Sequence[int]) -> Any:  # noqa: ANN401
     """A copy of a model config for the kept tokens, with new ids everywhere."""
     result = copy.deepcopy(config)
     result.vocab_size = len(order)
-    renumber(result, {old: new for new, old in enumerate(order)})
+    renumber_token_ids(result, {old: new for new, old in enumerate(order)})
     return result
 
 

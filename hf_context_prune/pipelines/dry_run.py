@@ -9,7 +9,7 @@ from typing import Any
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
 from hf_context_prune.modeling.architectures import spec_of
-from hf_context_prune.modeling.native_fit import NativeFit, native_fit
+from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
 from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
@@ -85,5 +85,5 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         tokens=kept,
         native_fit=NativeFit(False, "adaptive widths are measured")
         if widths is None
-        else native_fit(empty.config, spec, widths),
+        else assess_native_fit(empty.config, spec, widths),
     )

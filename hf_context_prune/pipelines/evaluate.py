@@ -21,8 +21,8 @@ from hf_context_prune.evaluation.reports.report import (
 )
 from hf_context_prune.evaluation.scores import answer_with_models
 from hf_context_prune.evaluation.speed import measure_peak_memory, measure_speed
-from hf_context_prune.storage.loading import LoadedModel, copy_notes, ensure_loaded
-from hf_context_prune.storage.saving import weight_bytes
+from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, explain_gguf_sizes
+from hf_context_prune.storage.saving import count_weight_bytes
 
 
 def evaluate(
@@ -78,8 +78,8 @@ def evaluate(
         size=SizeFacts.measured(
             first.model.num_parameters(),
             None if base is None else own.model.num_parameters(),
-            base_weight_bytes=weight_bytes(first.folder) if first.folder else None,
-            pruned_weight_bytes=weight_bytes(own.folder) if base is not None and own.folder else None,
+            base_weight_bytes=count_weight_bytes(first.folder) if first.folder else None,
+            pruned_weight_bytes=count_weight_bytes(own.folder) if base is not None and own.folder else None,
         ),
         loss=losses,
         environment=Environment.current(str(own.model.dtype).removeprefix("torch.")),
@@ -87,7 +87,7 @@ def evaluate(
         memory=_memory(first, None if base is None else own) if options.memory else None,
         multiple_choice=choice,
         general=general_facts,
-        notes=copy_notes(*((own,) if base is None else (first, own))),
+        notes=explain_gguf_sizes(*((own,) if base is None else (first, own))),
     )
 
 

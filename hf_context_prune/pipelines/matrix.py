@@ -25,9 +25,9 @@ from hf_context_prune.pruning.calibration.samples import check_share
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.publishing.card.card import rewrite_card
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
-from hf_context_prune.storage.provenance import provenance_of
+from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.storage.results_log import open_results_log
-from hf_context_prune.storage.saving import save_pruned, weight_bytes
+from hf_context_prune.storage.saving import count_weight_bytes, save_pruned
 from hf_context_prune.storage.staging import check_target
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from hf_context_prune.utils.version import __version__
@@ -272,8 +272,8 @@ def _tell(result: DomainMatrix, member: _Member, base: LoadedModel, folder: Path
         member.name,
         member.domain,
         environment,
-        base_bytes=None if base.folder is None else weight_bytes(base.folder),
-        pruned_bytes=weight_bytes(folder),
+        base_bytes=None if base.folder is None else count_weight_bytes(base.folder),
+        pruned_bytes=count_weight_bytes(folder),
         asked=ParameterBudget.of(member.config, result.scores[DENSE, member.domain].parameters).asked_ratio,
         notes=plan_notes(PruningPlan.load(folder / PLAN_NAME), member.text, member.config, member.general),
     )
@@ -307,7 +307,7 @@ def _finished(base: LoadedModel, member: _Member, folder: Path) -> bool:
 def _pruned(base: LoadedModel, member: _Member, folder: Path) -> LoadedModel:
     """A model, from its folder if an earlier run left it there."""
     if not _finished(base, member, folder):
-        provenance = provenance_of(base) | member.identity(base)
+        provenance = collect_provenance(base) | member.identity(base)
         model, tokenizer, plan = prune_model(
             base.model, base.tokenizer, member.text, member.config, general=member.general, provenance=provenance
         )

@@ -19,7 +19,7 @@ from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.architectures import check_supported
-from hf_context_prune.modeling.native_fit import native_fit
+from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
@@ -29,7 +29,7 @@ from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.thresholds.prune import zeros_note
 from hf_context_prune.pruning.vocabulary.notes import refit_note, vocabulary_note
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
-from hf_context_prune.storage.provenance import provenance_of
+from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.utils.distributed import fail_together, on_main_process, warn_if_alone
 
 from .result import PruneResult
@@ -120,7 +120,7 @@ def prune(
         base.model, base.tokenizer, held_out, max_seq_length=length, max_tokens=options.max_tokens
     )
     provenance = {
-        **provenance_of(base),
+        **collect_provenance(base),
         "data": text.identity,
     }
     if search is not None:
@@ -155,7 +155,7 @@ def prune(
         speed = on_main_process(lambda: measure_speed({"base": base.model, "pruned": smaller}))
     budget = ParameterBudget.of(config, base.model.num_parameters())
     found = None if search is None else search.budget(plan)
-    fit = native_fit(smaller.config, spec, plan.widths)
+    fit = assess_native_fit(smaller.config, spec, plan.widths)
     report = EvalReport(
         base_model=base.name,
         dataset=DatasetFacts(held_out.name, held_out.revision, held_out.fingerprint, how),

@@ -16,7 +16,7 @@ from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.architectures import check_supported
-from hf_context_prune.modeling.native_fit import native_fit
+from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.widths import dense_parameters
 from hf_context_prune.storage.loading import LoadedModel, load_model
@@ -105,7 +105,7 @@ def recover_folder(
     history = outcome.history
     run = {"config": config.to_dict(), "history": history.to_dict()}
     plan = replace(plan, provenance={**plan.provenance, "recoveries": [*plan.provenance.get("recoveries", ()), run]})
-    fit = native_fit(outcome.model.config, check_supported(outcome.model), plan.widths)
+    fit = assess_native_fit(outcome.model.config, check_supported(outcome.model), plan.widths)
     speed = None
     if parent is not None and options.speed:
         speed = measure_speed({"base": parent.model, "pruned": outcome.model})

@@ -17,7 +17,7 @@ from hf_context_prune.publishing.card.card import write_card
 from hf_context_prune.publishing.card.facts import facts_in
 from hf_context_prune.publishing.hub import PushResult, push_folder
 from hf_context_prune.storage.loading import LoadedModel
-from hf_context_prune.storage.saving import estimate_bytes, weight_bytes, write_model_folder
+from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes, write_model_folder
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.distributed import is_main_process, on_main_process
 from hf_context_prune.utils.file_names import REPORT_NAME
@@ -113,8 +113,8 @@ class PruneResult:
         base_folder = self.base.folder if self.base else None
         size = replace(
             self.report.size,
-            base_weight_bytes=weight_bytes(base_folder) if base_folder else None,
-            pruned_weight_bytes=weight_bytes(folder),
+            base_weight_bytes=count_weight_bytes(base_folder) if base_folder else None,
+            pruned_weight_bytes=count_weight_bytes(folder),
         )
         memory = self.report.memory
         if measure_memory:

@@ -15,7 +15,7 @@ import torch
 
 from hf_context_prune.errors import ConfigError, NumericsError, unknown_name
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
-from hf_context_prune.utils.linalg import cholesky, inverse_spd, regularized
+from hf_context_prune.utils.linalg import add_ridge, cholesky, invert_spd
 
 CriterionFunction = Callable[[TargetWeights, TargetStatistics, torch.Generator], torch.Tensor]
 
@@ -117,7 +117,7 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
     if not bool(torch.isfinite(weights.output).all()):  # the ranks would be finite, and hide it
         raise NumericsError("The output weight of a layer holds NaN or Inf, so its units can't be ranked.")
     # With a bias the mean of what is removed costs nothing, as in the reconstruction.
-    inverse = inverse_spd(regularized(statistics.second_moment(centred=weights.has_bias), RIDGE))
+    inverse = invert_spd(add_ridge(statistics.second_moment(centred=weights.has_bias), RIDGE))
     output = weights.output.double() * (1.0 if weights.channel_scale is None else weights.channel_scale.double())
     alive = torch.arange(units)
     here = torch.ones(units, dtype=torch.bool)  # of `alive`: those not yet removed

@@ -12,7 +12,7 @@ import torch
 
 from hf_context_prune.errors import ConfigError, unknown_name
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics
-from hf_context_prune.utils.linalg import cholesky, regularized
+from hf_context_prune.utils.linalg import add_ridge, cholesky
 
 Reconstruction = Callable[
     [torch.Tensor, torch.Tensor | None, list[int], TargetStatistics, float], tuple[torch.Tensor, torch.Tensor | None]
@@ -61,7 +61,7 @@ def least_squares(
         bias: [out_features] or None.
         kept: Kept features, ascending.
         statistics: With a Gram matrix.
-        ridge: Share of each feature's mean square, above 0; `regularized` has its small print.
+        ridge: Share of each feature's mean square, above 0; `add_ridge` has its small print.
 
     Raises:
         NumericsError: The system is singular in spite of the ridge.
@@ -74,7 +74,7 @@ def least_squares(
     W = weight.double()
     if not bool(second_moment.any()):  # a layer whose inputs never move needs no correction
         return W[:, K], None if bias is None else bias.double() + W[:, P] @ mean[P]
-    system = regularized(second_moment, ridge)[K][:, K]
+    system = add_ridge(second_moment, ridge)[K][:, K]
     update = torch.cholesky_solve(second_moment[K][:, P] @ W[:, P].T, cholesky(system)).T
     new_weight = W[:, K] + update
     if bias is None:
@@ -112,7 +112,7 @@ def refit(
     # With all features kept, the own output needs no change, and its system is not solved.
     shares = {correction_ridge} if kept is None else {ridge, correction_ridge}
     # Features that never fire have nothing to be refitted to.
-    systems = {share: regularized(second_moment, share) for share in shares} if bool(second_moment.any()) else {}
+    systems = {share: add_ridge(second_moment, share) for share in shares} if bool(second_moment.any()) else {}
     changes: dict[float, torch.Tensor] = {}
     if kept is not None:
         index = torch.tensor(kept, device=weight.device)

@@ -29,7 +29,7 @@ from huggingface_hub.hf_api import RepoFile
 from hf_context_prune.errors import ConfigError, ContextPruneError, PublishError
 from hf_context_prune.modeling.secret_scan import refuse_tokens
 from hf_context_prune.modeling.upload_check import RepoType, is_allowed, matches_pattern
-from hf_context_prune.storage.manifest import EDITABLE, read_manifest, sha256_of, unlisted_files, verify_folder
+from hf_context_prune.storage.manifest import EDITABLE, find_unlisted_files, hash_file, read_manifest, verify_folder
 from hf_context_prune.utils.file_names import MANIFEST_NAME
 from hf_context_prune.utils.version import __version__
 
@@ -135,14 +135,14 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
             f"and wheel of a Space. Nothing was uploaded."
         )
     for name in (MANIFEST_NAME, *(name for name in EDITABLE if name in files)):
-        found = sha256_of(folder / name)
+        found = hash_file(folder / name)
         if (folder / name).is_symlink() and found != files.get(name, found):  # no edit, but any file of this machine
             raise PublishError(
                 f"{name} in {folder} is a link to another file than the one that was saved. Nothing was uploaded. Put "
                 f"the text itself there, or save the folder again."
             )
         files[name] = found
-    return files, tuple(unlisted_files(folder, manifest))
+    return files, tuple(find_unlisted_files(folder, manifest))
 
 
 def _is_weights(name: str) -> bool:

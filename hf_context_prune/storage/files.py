@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from hf_context_prune.errors import SaveError
 
 
-def nearest_existing(path: Path) -> Path:
+def find_existing_folder(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
 
@@ -28,7 +28,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     Raises:
         SaveError: It or what would hold it is a file, or may not be written.
     """
-    existing = nearest_existing(Path(os.path.abspath(os.path.expanduser(folder))))
+    existing = find_existing_folder(Path(os.path.abspath(os.path.expanduser(folder))))
     if not existing.is_dir():
         raise SaveError(f"{existing} is not a folder, so nothing can be made in it: choose another --output.")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -36,7 +36,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def exclusive(goal: Path, wait_seconds: float = 0, *, what: str | None = None) -> Iterator[None]:
+def hold_lock(goal: Path, wait_seconds: float = 0, *, what: str | None = None) -> Iterator[None]:
     """Hold the lock of a file or folder that this run writes. The system frees it when a process dies.
 
     Args:

@@ -13,7 +13,7 @@ from hf_context_prune.errors import ContextPruneError, LoadError
 from hf_context_prune.modeling.architectures import spec_of
 
 from .cache import CACHE_VARIABLE, cache_dir
-from .manifest import read_manifest, sha256_of
+from .manifest import hash_file, read_manifest
 from .model_checks import check_complete, check_sizes
 from .saving import estimate_bytes
 from .staging import staged_folder
@@ -21,15 +21,15 @@ from .staging import staged_folder
 _LOGGER = logging.getLogger(__name__)
 
 
-def read_from(name: str) -> str:
+def resolve_source(name: str) -> str:
     """What `transformers` reads for the place that a loaded model says it is from: of a GGUF file, its copy."""
-    return str(dequantised(Path(name))) if Path(name).is_file() else name
+    return str(ensure_dequantised(Path(name))) if Path(name).is_file() else name
 
 
-def dequantised(gguf: Path) -> Path:
+def ensure_dequantised(gguf: Path) -> Path:
     """The float32 safetensors folder of a GGUF file, made once and kept in the cache under the file's sha256."""
     try:
-        folder = cache_dir() / "gguf" / sha256_of(gguf)
+        folder = cache_dir() / "gguf" / hash_file(gguf)
     except OSError as error:
         raise LoadError(f"{gguf} can't be read: {error}. Check its permissions, or download it again.") from error
     try:

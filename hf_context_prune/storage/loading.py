@@ -32,9 +32,9 @@ from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, u
 from hf_context_prune.modeling.architectures import check_supported, spec_of
 from hf_context_prune.utils.distributed import device as default_device
 
-from .gguf import dequantised, read_from
+from .gguf import ensure_dequantised, resolve_source
 from .manifest import PICKLE_SUFFIXES, read_manifest, verify_folder
-from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, size_fields
+from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, list_size_fields
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONVERT = (
@@ -64,7 +64,7 @@ class LoadedModel:
     source: Path | None = None
 
 
-def copy_notes(*models: LoadedModel) -> tuple[str, ...]:
+def explain_gguf_sizes(*models: LoadedModel) -> tuple[str, ...]:
     """A sentence on each model whose folder is not what was named, for whoever reads sizes."""
     return tuple(
         f"{model.name} is a GGUF file of {model.source.stat().st_size / 1e6:,.1f} MB; bytes on disk, load time and "
@@ -96,7 +96,7 @@ def load_model(
     if path is None:
         return _load_hub(str(source), dtype, revision, device)
     if path.is_file():
-        return _load_folder(dequantised(path), path, dtype, device)
+        return _load_folder(ensure_dequantised(path), path, dtype, device)
     _check_folder(path)
     if read_manifest(path) is not None:
         verify_folder(path)
@@ -184,7 +184,7 @@ def _read_config(source: str, revision: str | None) -> PreTrainedConfig:
     if model_type := values.get("model_type"):  # before AutoConfig, which knows fewer types and may want to run code
         spec = spec_of(SimpleNamespace(model_type=str(model_type)))
         names = getattr(transformers, spec.config_class).attribute_map
-        for field in size_fields(spec):  # before the config class, which divides by some of them
+        for field in list_size_fields(spec):  # before the config class, which divides by some of them
             for name in {field, names.get(field, field)}:
                 if values.get(name) is not None:  # null may stand for a default
                     check_size(name, values[name])
@@ -341,7 +341,7 @@ def ensure_loaded(model: PreTrainedModel | LoadedModel | str | Path, tokenizer: 
         if not name:
             raise ConfigError("The model does not say where it came from; pass its tokenizer: prune(..., tokenizer=).")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(read_from(name))
+            tokenizer = AutoTokenizer.from_pretrained(resolve_source(name))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"No tokenizer can be loaded from {name!r}, where the model came from ({error}). Pass it: "
@@ -354,10 +354,10 @@ def in_memory(model: PreTrainedModel, tokenizer: Any) -> LoadedModel:  # noqa: A
     """A model that is loaded already, with the place that it says it is from."""
     name = model.config.name_or_path
     source = Path(name) if name and Path(name).exists() else None
-    return LoadedModel(model, tokenizer, shown_name(name), None, None, source)
+    return LoadedModel(model, tokenizer, format_model_name(name), None, None, source)
 
 
-def shown_name(name: str) -> str:
+def format_model_name(name: str) -> str:
     """How a report names the base: no machine's paths."""
     if not name:
         return "in-memory"

@@ -78,7 +78,7 @@ def write_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -168,7 +168,7 @@ def verify_folder(
                 f"{name} in {folder} has sha256 {digest}, but the manifest says {entry['sha256']}: it was changed or "
                 f"damaged after it was saved. {remedy}"
             )
-    for name in unlisted_files(folder, manifest):
+    for name in find_unlisted_files(folder, manifest):
         if Path(name).suffix.lower() in _LISTED_SUFFIXES:
             raise LoadError(
                 f"{name} in {folder} is not in the manifest. Weights, code and pickles that were not saved with the "
@@ -177,7 +177,7 @@ def verify_folder(
     return manifest
 
 
-def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def find_unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Relative paths of the files and links in a folder that its manifest does not list, sorted."""
     found = []
     for root, folder_names, file_names in os.walk(folder):

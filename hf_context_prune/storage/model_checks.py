@@ -20,7 +20,7 @@ RESTORE = "Restore the config.json that was saved with the weights, or download 
 _SHOWN = 3
 
 
-def size_fields(spec: ArchSpec) -> list[str]:
+def list_size_fields(spec: ArchSpec) -> list[str]:
     """Config fields that hold a size."""
     fields = ("hidden_size", "num_hidden_layers", "vocab_size", "head_dim", spec.width, spec.query_heads, spec.kv_heads)
     return [field for field in fields if field]

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from hf_context_prune.errors import DownloadError
 
-from .manifest import sha256_of
+from .manifest import hash_file
 
 
 def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Path:
@@ -37,7 +37,7 @@ def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Pat
     remedy = f"put the wheel of {name} {version} (sha256 {sha256}) at {wheel} by hand"
 
     def is_whole() -> bool:
-        return wheel.is_file() and sha256_of(wheel) == sha256
+        return wheel.is_file() and hash_file(wheel) == sha256
 
     def download(folder: Path) -> Path:
         download_package(f"{name}=={version}", folder, remedy)
@@ -45,7 +45,7 @@ def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Pat
         if not fetched.is_file():
             names = sorted(path.name for path in folder.iterdir())
             raise DownloadError(f"pip fetched {names}, but {wheel.name} was expected; {remedy}")
-        if (digest := sha256_of(fetched)) != sha256:
+        if (digest := hash_file(fetched)) != sha256:
             raise DownloadError(f"{wheel.name} has sha256 {digest}, but {sha256} is pinned: not used; {remedy}")
         return fetched
 

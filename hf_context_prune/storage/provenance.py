@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from .known_models import SMOLLM2
 from .loading import LoadedModel
-from .manifest import sha256_of
+from .manifest import hash_file
 
 _FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _IN_GGUF = {
@@ -24,7 +24,7 @@ _IN_GGUF = {
 _LONGEST = 300
 
 
-def base_card(base: LoadedModel) -> dict[str, Any]:
+def read_base_card(base: LoadedModel) -> dict[str, Any]:
     """The facts of a base that its card repeats, for the plan's provenance.
 
     Args:
@@ -49,9 +49,9 @@ def base_card(base: LoadedModel) -> dict[str, Any]:
     return {"id": base.name, **_of_readme(Path(file), "its model card")}
 
 
-def provenance_of(base: LoadedModel) -> dict[str, Any]:
+def collect_provenance(base: LoadedModel) -> dict[str, Any]:
     """What a plan's provenance says of the dense model."""
-    return {"base_model": base.name, "base_revision": base.revision, "base_card": base_card(base)}
+    return {"base_model": base.name, "base_revision": base.revision, "base_card": read_base_card(base)}
 
 
 def _of_readme(file: Path, where: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _of_readme(file: Path, where: str) -> dict[str, Any]:
 def _of_gguf(file: Path) -> dict[str, Any]:
     from gguf import GGUFReader
 
-    if sha256_of(file) == SMOLLM2["sha256"]:
+    if hash_file(file) == SMOLLM2["sha256"]:
         return {name: value for name, value in SMOLLM2.items() if name != "sha256"}
     try:
         fields = GGUFReader(file).fields

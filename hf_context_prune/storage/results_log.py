@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_context_prune.errors import ConfigError, NumericsError, SaveError
 
-from .files import exclusive
+from .files import hold_lock
 
 
 class ResultsLog:
@@ -115,5 +115,5 @@ def open_results_log(path: Path, setting: Mapping[str, Any]) -> Iterator[Results
         ConfigError: See [`ResultsLog`][].
         SaveError: Another run has them, or they can't be read or written.
     """
-    with exclusive(Path(os.path.realpath(path))):
+    with hold_lock(Path(os.path.realpath(path))):
         yield ResultsLog(path, setting)

@@ -22,13 +22,13 @@ from hf_context_prune.utils.precision import bfloat16_is_fast
 from hf_context_prune.utils.version import __version__
 
 from .cache import CACHE_VARIABLE, cache_dir
-from .files import exclusive
+from .files import hold_lock
 
 _FORGOTTEN_AFTER_DAYS = 7
 
 
 @contextmanager
-def unfinished_work(*identity: object) -> Iterator[Path | None]:
+def open_resume_folder(*identity: object) -> Iterator[Path | None]:
     """A folder of the cache for what a run has finished so far; it goes once the work is done, and not if it fails.
 
     Folders of runs that nobody took up for a week go as well.
@@ -50,7 +50,7 @@ def unfinished_work(*identity: object) -> Iterator[Path | None]:
     with ExitStack() as held:
 
         def begin() -> str:
-            held.enter_context(exclusive(folder, what="doing the same"))
+            held.enter_context(hold_lock(folder, what="doing the same"))
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / ".writable").touch()

@@ -126,7 +126,7 @@ def _check_auto_map(folder: Path) -> None:
             )
 
 
-def weight_bytes(folder: str | os.PathLike[str]) -> int:
+def count_weight_bytes(folder: str | os.PathLike[str]) -> int:
     """Return the bytes of all safetensors files directly in `folder`.
 
     Raises:

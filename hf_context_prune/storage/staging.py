@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 
 from hf_context_prune.errors import ContextPruneError, LoadError, SaveError
 
-from .files import check_writable, exclusive, nearest_existing
-from .manifest import fsync_folder, read_manifest, unlisted_files, verify_folder, write_manifest
+from .files import check_writable, find_existing_folder, hold_lock
+from .manifest import find_unlisted_files, fsync_folder, read_manifest, verify_folder, write_manifest
 
 _MARGIN_BYTES = 16 * 2**20
 _NAME_MAX = 255  # bytes, on every common file system
@@ -107,7 +107,7 @@ def _check_occupant(goal: Path, *, discard_edits: bool = False, replaces: str | 
             f"{goal} was made by this package, but as something else (it has no {replaces}), which would be lost: "
             f"{remedy}"
         )
-    foreign = [name for name in unlisted_files(goal, manifest) if not _HARMLESS.intersection(name.split("/"))]
+    foreign = [name for name in find_unlisted_files(goal, manifest) if not _HARMLESS.intersection(name.split("/"))]
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise SaveError(
@@ -153,7 +153,7 @@ def staged_folder(
             write fails. Other exceptions of the block pass as they are. In each case the target is as it was.
     """
     goal = resolve_target(target)
-    with exclusive(goal, wait_seconds):
+    with hold_lock(goal, wait_seconds):
         needed = required_bytes + required_bytes // 20 + _MARGIN_BYTES
         staging = _new_staging_path(goal)
         new_parents = [folder for folder in goal.parents if not os.path.exists(folder)]
@@ -328,7 +328,7 @@ def _as_save_error(error: BaseException, staging: Path, goal: Path, needed: int,
 
 
 def _remedy(number: int | None, staging: Path, goal: Path, needed: int) -> str:
-    parent = nearest_existing(goal.parent)
+    parent = find_existing_folder(goal.parent)
     if number == errno.EFBIG:
         return "The file is over this process's file-size limit: raise it (ulimit -f) or choose another --output."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):

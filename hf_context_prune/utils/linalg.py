@@ -17,7 +17,7 @@ def all_finite(values: torch.Tensor) -> bool:
     return not values.numel() or all(map(math.isfinite, map(float, values.aminmax())))
 
 
-def regularized(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+def add_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     """G + ridge * diag(g), g_j = G_jj + FLOOR * mean diag(G): a ridge in every feature's own scale.
 
     The same as ridge * I after scaling the features to unit size. A few neurons of a language model are thousands of
@@ -56,6 +56,6 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def inverse_spd(matrix: torch.Tensor) -> torch.Tensor:
+def invert_spd(matrix: torch.Tensor) -> torch.Tensor:
     """Inverse of a symmetric positive definite matrix through its Cholesky factor."""
     return torch.cholesky_inverse(cholesky(matrix))

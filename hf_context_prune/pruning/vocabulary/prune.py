@@ -19,7 +19,7 @@ from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.modeling.token_rows import named_ids, num_rows
+from hf_context_prune.modeling.token_rows import iter_token_ids, num_rows
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils.distributed import on_main_process
 
@@ -209,7 +209,7 @@ def required_ids(model: PreTrainedModel, tokenizer: Any, table: TokenTable) -> s
     ids = {index for index in tokenizer.all_special_ids if index in table.contents}
     special = ids | tokenizer.added_tokens_decoder.keys()
     for kind, config in (("config", model.config), ("generation_config", model.generation_config)):
-        for name, index in named_ids(config) if config is not None else ():
+        for name, index in iter_token_ids(config) if config is not None else ():
             if index not in table.contents:
                 raise VocabularyError(
                     f"{kind}.{name} is {index}, which is no token of the tokenizer, so it would have no id in the "

@@ -37,7 +37,7 @@ from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.pruning.calibration.samples import tokenize_calibration_samples
 from hf_context_prune.utils.distributed import on_main_process
-from hf_context_prune.utils.linalg import inverse_spd, regularized
+from hf_context_prune.utils.linalg import add_ridge, invert_spd
 from hf_context_prune.utils.precision import reduced_precision_matmul
 
 RIDGE = 0.3
@@ -194,7 +194,7 @@ class _Problem:
         """All rows, [tokens, hidden] float32, at the lowest held-out loss that a few steps reach."""
         states, targets, _ = self.fitted
         gram = (states.T @ states).double() / self.count
-        inverse = inverse_spd(regularized(gram, RIDGE)).float()
+        inverse = invert_spd(add_ridge(gram, RIDGE)).float()
         observed = torch.bincount(targets, minlength=len(self.rows)).float() / self.count
         number = max(1, round(self.count * len(self.rows) / _STEP_LOGITS))
         parts = list(zip(*(values.tensor_split(number) for values in self.fitted), strict=True))

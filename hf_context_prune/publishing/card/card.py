@@ -16,7 +16,7 @@ from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, inert
 from hf_context_prune.evaluation.reports.plots import plot_widths
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.storage.manifest import sha256_of, verify_folder
+from hf_context_prune.storage.manifest import hash_file, verify_folder
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME, PLAN_NAME, REPORT_NAME, RESULTS_NAME
 
@@ -83,7 +83,7 @@ def rewrite_card(
     files = verify_folder(path, hash_weights=False)["files"]
     if PLAN_NAME not in files:
         raise LoadError(f"{path} has no {PLAN_NAME}, so there is nothing that a card could tell. Prune a model first.")
-    if not overwrite and CARD_NAME in files and sha256_of(path / CARD_NAME) != files[CARD_NAME]["sha256"]:
+    if not overwrite and CARD_NAME in files and hash_file(path / CARD_NAME) != files[CARD_NAME]["sha256"]:
         raise ConfigError(f"{path / CARD_NAME} was edited by hand, which would be lost. Replace it with --overwrite.")
     with staged_folder(path, required_bytes=2**20, discard_edits=overwrite) as staging:
         for file in files:

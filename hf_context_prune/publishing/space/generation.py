@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.generation import cache_arguments, end_tokens
+from hf_context_prune.modeling.generation import build_cache_arguments, get_end_token_ids
 from hf_context_prune.modeling.inference import max_positions
 from hf_context_prune.storage.loading import LoadedModel
 
@@ -125,8 +125,8 @@ class Runner:
         self._ids = ids.to(loaded.model.device)
         self._unread = self._ids
         self._prompt_length = ids.shape[1]
-        self._arguments = cache_arguments(loaded.model)
-        self._ends = set(end_tokens(loaded.model))
+        self._arguments = build_cache_arguments(loaded.model)
+        self._ends = set(get_end_token_ids(loaded.model))
         self._processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(_REPETITION_PENALTY)])
         if wish.temperature:
             self._processors += [TemperatureLogitsWarper(wish.temperature), TopPLogitsWarper(_TOP_P)]

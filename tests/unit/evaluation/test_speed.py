@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaFor
 
 from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitectureError
 from hf_context_prune.evaluation.speed import SpeedMeasurement, Spread, measure_peak_memory, measure_speed, speed_ratio
-from hf_context_prune.modeling.generation import timed_generation
-from hf_context_prune.storage.saving import weight_bytes
+from hf_context_prune.modeling.generation import time_generation
+from hf_context_prune.storage.saving import count_weight_bytes
 
 
 def tiny_llama(**changes):
@@ -76,7 +76,7 @@ def test_a_model_without_a_cache_is_refused():
             return input_ids
 
     with pytest.raises(UnsupportedArchitectureError, match=r"Cacheless\.forward"):
-        timed_generation(Cacheless(tiny_llama().config), torch.zeros(1, 4, dtype=torch.long), 1)
+        time_generation(Cacheless(tiny_llama().config), torch.zeros(1, 4, dtype=torch.long), 1)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_tied_parameters_count_once():
 
 def test_weight_bytes_are_those_on_disk(tmp_path):
     with pytest.raises(LoadError, match=r"no \*.safetensors"):
-        weight_bytes(tmp_path)
+        count_weight_bytes(tmp_path)
     model = tiny_llama()
     model.save_pretrained(tmp_path)
-    assert 4 * model.num_parameters() <= weight_bytes(tmp_path) < 4 * model.num_parameters() + 10_000
+    assert 4 * model.num_parameters() <= count_weight_bytes(tmp_path) < 4 * model.num_parameters() + 10_000
 
 
 def test_no_model_folder_is_refused_without_a_process(tmp_path):

@@ -10,13 +10,13 @@ from transformers import GenerationConfig
 
 from hf_context_prune.errors import PlanError
 from hf_context_prune.modeling.token_rows import (
-    named_ids,
+    build_vocabulary_config,
+    iter_token_ids,
     num_rows,
-    renumber,
+    renumber_token_ids,
     token_cost,
     token_modules,
     token_rows,
-    with_vocabulary,
 )
 from tests.support.tiny import CASES, VOCABULARY, case, tiny_config
 
@@ -40,14 +40,14 @@ NEW = {1: 0, 2: 1, 5: 2, 7: 3, 8: 4, 9: 5}
     ],
 )
 def test_the_ids_that_a_generation_config_relies_on(values, named):
-    assert set(named_ids(GenerationConfig(**values))) == named
+    assert set(iter_token_ids(GenerationConfig(**values))) == named
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
 def test_the_ids_that_a_model_config_relies_on(family):
     ids = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": None}
     config = tiny_config(family, **ids)
-    assert sorted(named_ids(config)) == [("bos_token_id", 1), ("eos_token_id", 2), ("eos_token_id", 5)]
+    assert sorted(iter_token_ids(config)) == [("bos_token_id", 1), ("eos_token_id", 2), ("eos_token_id", 5)]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_ids_that_a_model_config_relies_on(family):
 )
 def test_renumbering_a_generation_config(name, before, after):
     config = GenerationConfig(**{name: before, "max_new_tokens": 7, "top_k": 5})
-    renumber(config, NEW)
+    renumber_token_ids(config, NEW)
     assert getattr(config, name) == after
     assert (config.max_new_tokens, config.top_k) == (7, 5)
 
@@ -85,14 +85,14 @@ def test_renumbering_a_generation_config(name, before, after):
 def test_an_id_that_has_no_new_one_is_refused(name):
     config = GenerationConfig(**{name: {"eos_token_id": [2, 3], "forced_decoder_ids": [[0, 3]]}[name]})
     with pytest.raises(PlanError, match=f"GenerationConfig.{name} names the token 3, which the plan removes"):
-        renumber(config, NEW)
+        renumber_token_ids(config, NEW)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 def test_a_config_with_another_vocabulary(family):
     config = tiny_config(family, bos_token_id=1, eos_token_id=[2, 5], pad_token_id=7)
     before = copy.deepcopy(config.to_dict())
-    smaller = with_vocabulary(config, [7, 5, 2, 9, 1])
+    smaller = build_vocabulary_config(config, [7, 5, 2, 9, 1])
     assert config.to_dict() == before
     changed = {"vocab_size": 5, "bos_token_id": 4, "eos_token_id": [2, 1], "pad_token_id": 0}
     assert smaller.to_dict() == before | changed

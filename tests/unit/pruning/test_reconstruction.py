@@ -14,7 +14,7 @@ from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.pruning.calibration.statistics import TargetWeights
 from hf_context_prune.pruning.criteria import CRITERIA, RIDGE, _obs_remove
 from hf_context_prune.pruning.reconstruction import NEEDS_GRAM, RECONSTRUCTIONS, get_reconstruction
-from hf_context_prune.utils.linalg import FLOOR, cholesky, inverse_spd, regularized
+from hf_context_prune.utils.linalg import FLOOR, add_ridge, cholesky, invert_spd
 from tests.support.problems import inputs, matrix, statistics_of
 
 KEPT = [0, 2, 3, 7, 8]
@@ -166,7 +166,7 @@ def test_the_surgeons_weights_are_the_least_squares_weights(size):
     X, W = inputs(12), matrix(OUT, 12)
     stats = statistics_of(X)
     rank = CRITERIA["obs"].function(TargetWeights(W, size, torch.zeros(12 // size)), stats, torch.Generator())
-    output, inverse = W.clone(), inverse_spd(regularized(stats.gram, RIDGE))
+    output, inverse = W.clone(), invert_spd(add_ridge(stats.gram, RIDGE))
     alive = list(range(12))
     for unit in rank.argsort().tolist()[: 8 // size]:
         gone = list(range(unit * size, (unit + 1) * size))
@@ -192,10 +192,10 @@ def test_what_is_missing_is_named():
 def test_linear_algebra():
     X = inputs(5)
     G = X.T @ X
-    torch.testing.assert_close(regularized(G, 0.1), G + 0.1 * (G.diagonal() + FLOOR * G.diagonal().mean()).diag())
-    torch.testing.assert_close(inverse_spd(G) @ G, torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(add_ridge(G, 0.1), G + 0.1 * (G.diagonal() + FLOOR * G.diagonal().mean()).diag())
+    torch.testing.assert_close(invert_spd(G) @ G, torch.eye(5, dtype=torch.float64))
     with pytest.raises(NumericsError, match=r"ridge \(say to 1\)"):
         cholesky(-G)
     for bad in (torch.zeros(3, 3), torch.full((3, 3), float("nan"))):
         with pytest.raises(NumericsError, match="zero or not finite"):
-            regularized(bad.double(), 0.01)
+            add_ridge(bad.double(), 0.01)

@@ -24,7 +24,7 @@ from hf_context_prune.modeling.architectures import (
     output_weight,
     unit_costs,
 )
-from hf_context_prune.modeling.native_fit import native_fit
+from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
@@ -207,7 +207,7 @@ def test_costs_are_what_a_unit_takes_with_it(name):
 def fit(name, *widths, **overrides):
     config = tiny_config(name, **overrides)
     widths = widths * config.num_hidden_layers if len(widths) == 1 else widths
-    return native_fit(config, SPECS[name], [LayerWidths(*width) for width in widths])
+    return assess_native_fit(config, SPECS[name], [LayerWidths(*width) for width in widths])
 
 
 def test_uniform_widths_fit_the_stock_architecture():

@@ -16,7 +16,7 @@ from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage import cache, loading, model_checks
-from hf_context_prune.storage.loading import LoadedModel, copy_notes, load_meta_model, load_model, load_pruned
+from hf_context_prune.storage.loading import LoadedModel, explain_gguf_sizes, load_meta_model, load_model, load_pruned
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.tiny import CASES, case, tiny_model, tiny_tokenizer
 
@@ -241,5 +241,5 @@ def test_sizes_of_a_gguf_file_are_told_to_be_those_of_its_copy(tmp_path):
     (tmp_path / "small.GGUF").write_bytes(b"x" * 1_500_000)
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     file = LoadedModel(model, tokenizer, "small.GGUF", None, tmp_path, tmp_path / "small.GGUF")
-    (note,) = copy_notes(file, LoadedModel(model, tokenizer, "folder", None, tmp_path, tmp_path))
+    (note,) = explain_gguf_sizes(file, LoadedModel(model, tokenizer, "folder", None, tmp_path, tmp_path))
     assert note.startswith("small.GGUF is a GGUF file of 1.5 MB; bytes on disk")

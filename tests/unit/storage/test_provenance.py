@@ -13,7 +13,7 @@ from hf_context_prune.storage import loading
 from hf_context_prune.storage import provenance as module
 from hf_context_prune.storage.known_models import SMOLLM2
 from hf_context_prune.storage.loading import LoadedModel, in_memory
-from hf_context_prune.storage.provenance import base_card
+from hf_context_prune.storage.provenance import read_base_card
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
 
 
@@ -33,7 +33,7 @@ def base(source=None, *, name="base", revision=None):
 )
 def test_a_folder_states_it_in_its_readme(tmp_path, text, expected):
     (tmp_path / "README.md").write_text(text)
-    assert base_card(base(tmp_path)) == expected | {"stated_by": "the README.md in its folder"}
+    assert read_base_card(base(tmp_path)) == expected | {"stated_by": "the README.md in its folder"}
 
 
 @pytest.mark.parametrize(
@@ -46,21 +46,21 @@ def test_a_folder_states_it_in_its_readme(tmp_path, text, expected):
 )
 def test_a_readme_that_cant_be_read(tmp_path, content):
     (tmp_path / "README.md").write_bytes(content)
-    assert base_card(base(tmp_path)) == {"unknown": "the README.md in its folder can't be read"}
+    assert read_base_card(base(tmp_path)) == {"unknown": "the README.md in its folder can't be read"}
 
 
 def test_nothing_is_stated():
-    assert "no README.md" in base_card(base(source=module.Path("/nonexistent")))["unknown"]
-    assert base_card(in_memory(tiny_model("llama"), None)) == {"unknown": "it was given in memory"}
+    assert "no README.md" in read_base_card(base(source=module.Path("/nonexistent")))["unknown"]
+    assert read_base_card(in_memory(tiny_model("llama"), None)) == {"unknown": "it was given in memory"}
     # HF_HUB_OFFLINE is set for the tests
-    assert base_card(base(name="org/model")) == {"id": "org/model", "unknown": "its model card could not be read"}
+    assert read_base_card(base(name="org/model")) == {"id": "org/model", "unknown": "its model card could not be read"}
 
 
 def test_the_hub_states_it_in_the_card_at_that_commit(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     asked = []
     monkeypatch.setattr(module, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path / "README.md"))
-    stated = base_card(base(name="org/model", revision="abc"))
+    stated = read_base_card(base(name="org/model", revision="abc"))
     assert stated == {"id": "org/model", "license": "apache-2.0", "stated_by": "its model card"}
     assert asked == [(("org/model", "README.md"), {"revision": "abc"})]
 
@@ -73,19 +73,19 @@ def test_a_gguf_file_states_it_in_its_header(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert base_card(base(file)) == {
+    assert read_base_card(base(file)) == {
         "license": "mit",
         "language": ["en"],
         "stated_by": "the header of its GGUF file",
     }
     file.write_bytes(b"GGUF nonsense")
-    assert "can't be read" in base_card(base(file))["unknown"]
+    assert "can't be read" in read_base_card(base(file))["unknown"]
 
 
 def test_the_demo_model_is_known_by_its_checksum(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "sha256_of", lambda _: SMOLLM2["sha256"])
+    monkeypatch.setattr(module, "hash_file", lambda _: SMOLLM2["sha256"])
     (tmp_path / "x.gguf").touch()
-    stated = base_card(base(tmp_path / "x.gguf"))
+    stated = read_base_card(base(tmp_path / "x.gguf"))
     assert (stated["id"], stated["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 
@@ -97,7 +97,7 @@ def test_a_model_in_memory_names_the_folder_that_it_is_from(tmp_path):
 
 def test_a_model_in_memory_names_the_gguf_file_that_it_is_from(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").touch()
-    monkeypatch.setattr(loading, "dequantised", lambda path: tmp_path / "copy")
+    monkeypatch.setattr(loading, "ensure_dequantised", lambda path: tmp_path / "copy")
     tiny_model("llama").save_pretrained(tmp_path / "copy")
     tiny_tokenizer().save_pretrained(tmp_path / "copy")
     model = loading.load_model(tmp_path / "x.gguf").model

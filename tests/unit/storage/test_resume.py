@@ -14,7 +14,7 @@ import torch
 from hf_context_prune.errors import PruningWarning, SaveError
 from hf_context_prune.modeling.plan import fingerprint
 from hf_context_prune.storage.cache import cache_dir
-from hf_context_prune.storage.resume import resume_key, unfinished_work
+from hf_context_prune.storage.resume import open_resume_folder, resume_key
 from tests.support.tiny import VOCABULARY, tiny_model
 
 
@@ -74,12 +74,12 @@ def test_dtype_text_options_and_threads_count_too(monkeypatch):
 
 
 def test_it_goes_with_the_work_and_stays_for_another_try():
-    with unfinished_work("a") as folder:
+    with open_resume_folder("a") as folder:
         (folder / "block").touch()
     assert not folder.exists()
 
     def stopped(name, *files):
-        with unfinished_work(name) as folder:
+        with open_resume_folder(name) as folder:
             for file in files:
                 (folder / file).touch()
             places.append(folder)
@@ -92,7 +92,7 @@ def test_it_goes_with_the_work_and_stays_for_another_try():
     assert (folder / "block").exists()
     assert places[0] == folder != places[1]
     assert not places[1].exists()  # nothing was finished
-    with unfinished_work("a") as again:
+    with open_resume_folder("a") as again:
         assert again == folder
         assert (again / "block").exists()
 
@@ -106,31 +106,36 @@ def test_only_what_nobody_took_up_is_forgotten():
             os.utime(root / name / "walk" / "block", (inside, inside))
             os.utime(root / name / "walk", (inside, inside))
         os.utime(root / name, (0, 0))
-    with unfinished_work("a"):
+    with open_resume_folder("a"):
         assert {path.name for path in root.iterdir() if len(path.name) < 32} == {"long at work"}
 
 
 def test_a_second_run_of_the_same_is_refused_and_takes_nothing_away():
-    again = "from hf_context_prune.storage.resume import unfinished_work\nwith unfinished_work('a'): print('went on')"
-    with unfinished_work("a") as folder:
+    again = (
+        "from hf_context_prune.storage.resume import open_resume_folder\nwith open_resume_folder('a'): print('went on')"
+    )
+    with open_resume_folder("a") as folder:
         (folder / "block").touch()
-        with pytest.raises(SaveError, match="Another run is doing the same: wait for it"), unfinished_work("a"):
+        with pytest.raises(SaveError, match="Another run is doing the same: wait for it"), open_resume_folder("a"):
             pass
         found = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
         assert "Another run is doing the same" in found.stderr
         assert "went on" not in found.stdout
         assert (folder / "block").exists()
-        with unfinished_work("another output"):
+        with open_resume_folder("another output"):
             pass
     assert subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_nothing_is_kept(tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    with pytest.warns(PruningWarning, match="Set HF_CONTEXT_PRUNE_CACHE to a folder"), unfinished_work("a") as folder:
+    with (
+        pytest.warns(PruningWarning, match="Set HF_CONTEXT_PRUNE_CACHE to a folder"),
+        open_resume_folder("a") as folder,
+    ):
         assert folder is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (tmp_path / "cache").unlink()
-        with unfinished_work("a") as folder:
+        with open_resume_folder("a") as folder:
             assert folder.is_dir()
