@@ -25,7 +25,7 @@ from hf_context_prune.export.run import export_model, open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.pipelines.prune import prune
 from hf_context_prune.storage.loading import load_model
-from hf_context_prune.storage.saving import weight_bytes
+from hf_context_prune.storage.saving import count_weight_bytes
 
 EXPORTS = (
     ("quanto", "int8"),
@@ -92,7 +92,7 @@ def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argpars
                 count = len(runtime.generate(prompt, options.new_tokens))
                 if turn:  # the first turn warms up
                     speeds[name].append(count / (time.perf_counter() - start))
-    return {"exports": found, "speeds": speeds, "bytes": weight_bytes(folder)}
+    return {"exports": found, "speeds": speeds, "bytes": count_weight_bytes(folder)}
 
 
 def lines_of(kind: str, row: dict[str, Any]) -> list[list[str]]:

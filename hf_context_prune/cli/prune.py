@@ -120,12 +120,12 @@ def prune(
     from hf_context_prune.evaluation.options import EvalOptions
     from hf_context_prune.pipelines.prune import prune as run
     from hf_context_prune.storage.loading import load_model
-    from hf_context_prune.storage.resume import unfinished_work
+    from hf_context_prune.storage.resume import open_resume_folder
     from hf_context_prune.storage.staging import check_target
 
     check_target(output)
     loaded = load_model(model, dtype=dtype.value, device=device, revision=revision)
-    with unfinished_work("prune", output.resolve(), model, revision, data, eval_data, chosen) as resume_dir:
+    with open_resume_folder("prune", output.resolve(), model, revision, data, eval_data, chosen) as resume_dir:
         result = run(
             loaded,
             data,

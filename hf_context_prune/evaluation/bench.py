@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
-from hf_context_prune.storage.saving import weight_bytes
+from hf_context_prune.storage.saving import count_weight_bytes
 
 from .speed import MemoryMeasurement, SpeedMeasurement, measure_peak_memory, measure_speed, speed_ratio
 
@@ -161,5 +161,5 @@ def bench(
             folder = folders[name]
             if folder is not None:
                 memory[name].append(measure_peak_memory(folder))
-    sizes = [None if folder is None else weight_bytes(folder) for folder in folders.values()]
+    sizes = [None if folder is None else count_weight_bytes(folder) for folder in folders.values()]
     return Bench(tuple(prefill.values()), tuple(decode), tuple(memory["base"]), tuple(memory["pruned"]), *sizes)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_context_prune.errors import ConfigError, LoadError
-from hf_context_prune.modeling.generation import dtype_name, fit_prompt, hardware_name, random_prompt, timed_generation
+from hf_context_prune.modeling.generation import draw_prompt, dtype_name, fit_prompt, hardware_name, time_generation
 from hf_context_prune.modeling.inference import max_positions, vocabulary_rows
 
 if TYPE_CHECKING:
@@ -129,13 +129,13 @@ def measure_speed(
     if repeats < 1 or batch_size < 1:
         raise ConfigError(f"repeats is {repeats} and batch_size is {batch_size}; both must be at least 1.")
     prompt_tokens = fit_prompt(map(max_positions, models.values()), prompt_tokens, new_tokens)
-    prompt = random_prompt(min(map(vocabulary_rows, models.values())), batch_size, prompt_tokens, seed)
+    prompt = draw_prompt(min(map(vocabulary_rows, models.values())), batch_size, prompt_tokens, seed)
 
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with tqdm(total=len(models) * (repeats + 1), desc="Timing", name="hf_context_prune.evaluation") as progress:
         for turn in range(repeats + 1):
             for name in list(models) if turn % 2 == 0 else reversed(list(models)):
-                timing = timed_generation(models[name], prompt, new_tokens)
+                timing = time_generation(models[name], prompt, new_tokens)
                 if turn > 0:  # turn 0 warms up
                     seconds[name].append(timing)
                 progress.update()
