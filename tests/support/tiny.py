@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+from functools import cache
 
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -66,9 +69,23 @@ def tiny_config(family: str, **overrides):
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides):
-    """A random model of a family, float32, in evaluation mode; biases and norms are random too."""
-    import torch
+    """A random model of a family, float32, in evaluation mode; biases and norms are random too.
 
+    Each is built once per process, and every caller gets a copy.
+    """
+    key = repr((family, seed, sorted(overrides.items())))
+    if key not in _BUILT:
+        _BUILT[key] = _built(family, seed, overrides), torch.get_rng_state()
+    model, random_state = _BUILT[key]
+    torch.set_rng_state(random_state)  # as after building: what a test draws next is the same for every caller
+    return copy.deepcopy(model)
+
+
+_BUILT: dict[str, tuple[transformers.PreTrainedModel, torch.Tensor]] = {}
+"""Models by what they were built from, and the random state after each was built."""
+
+
+def _built(family, seed, overrides):
     torch.manual_seed(seed)
     model = getattr(transformers, SPECS[family].model_class)(tiny_config(family, **overrides))
     with torch.no_grad():
@@ -95,7 +112,12 @@ TEXT = "the court finds that the party of the first part has a duty of care; the
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with at most VOCABULARY tokens, trained on a sentence."""
+    """A byte-level BPE tokenizer with at most VOCABULARY tokens, trained on a sentence: a copy for every caller."""
+    return copy.deepcopy(_trained_tokenizer())
+
+
+@cache
+def _trained_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from functools import cache
@@ -280,6 +281,12 @@ def serialized(kind: str) -> str:
 
 
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """A copy for every caller."""
+    return copy.deepcopy(_built(kind))
+
+
+@cache
+def _built(kind: str) -> PreTrainedTokenizerFast:
     return BUILDERS[kind]()
 
 
