@@ -20,11 +20,12 @@ from typing import Any
 
 from benchmarks.common import ROOT, corpus, parser
 from benchmarks.models import smollm2
-from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, prune
+from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import load_questions
 from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.scores import answer_with_models
+from hf_context_prune.pipelines.prune import run_pruning
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME
@@ -67,13 +68,12 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
     base = load()
     print(f"{domain}: pruning", flush=True)
     walk = place / f"{domain}-walk"
-    result = prune(
+    result = run_pruning(
         base,
         text(args, "train", domain),
         config,
         eval_data=text(args, "validation", domain),
-        evaluation=EvalOptions(args.eval_tokens, args.speed, general_data=text(args, "validation", "general")),
-        will_save=True,
+        eval_options=EvalOptions(args.eval_tokens, args.speed, general_data=text(args, "validation", "general")),
         resume_dir=walk,
     )
     if args.questions:

@@ -24,9 +24,11 @@ from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.evaluation.reports.formatting import percent
+from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.evaluation.speed import measure_speed, speed_ratio
 from hf_context_prune.modeling.architectures import TARGETS
+from hf_context_prune.pipelines.validation_text import withhold_vocabulary_probe
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.pruning.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text
@@ -97,7 +99,7 @@ class VocabularyDomain(Domain):
     def measure_combined(self, tokens: int | str, dense: Mapping[str, Any]) -> dict[str, Any]:
         """One budget for all parameters, with a number of tokens that is given or (``"auto"``) found."""
         loaded = self.load()
-        how: dict[str, Any] = {"vocab_auto": True} if tokens == "auto" else {"vocab_size": tokens} if tokens else {}
+        how: dict[str, Any] = {"vocab_size": "auto"} if tokens == "auto" else {"vocab_size": tokens} if tokens else {}
         config = PrunerConfig(
             pruning_ratio=COMBINED_RATIO,
             allocation="adaptive",
@@ -107,7 +109,12 @@ class VocabularyDomain(Domain):
             pruning_seed=self.args.seed,
             **how,
         )
-        model, tokenizer, plan = prune_model(loaded.model, loaded.tokenizer, self.train, config)
+        probe = None
+        if tokens == "auto":
+            probe = withhold_vocabulary_probe(loaded.model, loaded.tokenizer, self.train, config)
+        model, tokenizer, plan = prune_model(
+            loaded.model, loaded.tokenizer, CalibrationSet(self.train, config), config, vocabulary_probe=probe
+        )
         gone = {
             "neurons": sum(a.neurons - b.neurons for a, b in zip(plan.dense, plan.widths, strict=True)),
             "kv_groups": sum(a.kv_groups - b.kv_groups for a, b in zip(plan.dense, plan.widths, strict=True)),
@@ -186,11 +193,11 @@ def loss_table(rows: Found, args: argparse.Namespace) -> str:
                     f"{tokens:,}",
                     label,
                     f"{1 - own[args.domains[0]]['parameters'] / rows[args.domains[0], 'dense']['parameters']:.2%}",
-                    *(percent(relative(rows[d, "dense"], row, args.seed)) for d, row in own.items()),
+                    *(format_change(relative(rows[d, "dense"], row, args.seed)) for d, row in own.items()),
                     *(f"{_tokens_per_byte(row) / _tokens_per_byte(rows[d, 'dense']):.3f}" for d, row in own.items()),
                 ]
             )
-    refit = [percent(relative(rows[d, "dense"], rows[d, "refit"], args.seed)) for d in args.domains]
+    refit = [format_change(relative(rows[d, "dense"], rows[d, "refit"], args.seed)) for d in args.domains]
     body.append(["all", "refit alone", "0.00%", *refit, *("1.000" for _ in args.domains)])
     header = ["tokens", "chosen", "parameters gone", *(f"bits/byte, {d}" for d in args.domains)]
     return table([*header, *(f"tokens/byte, {d}" for d in args.domains)], body)
@@ -226,8 +233,8 @@ def combined_table(rows: Found, args: argparse.Namespace) -> str:
             body.append(
                 [
                     domain,
-                    "found (`--vocab-auto`)" if tokens == "auto" else f"{tokens:,}" if tokens else "all",
-                    percent(relative(dense, row, args.seed)),
+                    "found (`--vocab-size auto`)" if tokens == "auto" else f"{tokens:,}" if tokens else "all",
+                    format_change(relative(dense, row, args.seed)),
                     *(f"{row['gone'][unit]:,}" for unit in ("tokens", "neurons", "kv_groups")),
                     f"{1 - row['parameters'] / dense['parameters']:.2%}",
                 ]

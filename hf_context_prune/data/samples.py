@@ -39,7 +39,7 @@ def tokenize_samples(
     num_samples: int,
     max_seq_length: int,
     seed: int = 0,
-    fewer: bool = False,
+    warn_if_short: bool = True,
 ) -> torch.LongTensor:
     """Cuts documents into blocks of tokens for calibration.
 
@@ -54,7 +54,7 @@ def tokenize_samples(
         num_samples: Blocks asked for.
         max_seq_length: Tokens of a block.
         seed: Order of the documents, and the stretch taken of a long one.
-        fewer: Nobody asked for as many, so fewer are no reason to warn.
+        warn_if_short: Warn about fewer samples. False where `num_samples` is only an upper limit.
 
     Returns:
         int64 token ids [blocks, max_seq_length] without padding, blocks <= num_samples. With less text than one block,
@@ -87,7 +87,7 @@ def tokenize_samples(
                 "give more text"
             )
         blocks, length = 1, len(tokens)
-    if blocks * length < needed and not fewer:
+    if blocks * length < needed and warn_if_short:
         warnings.warn(
             f"{source.name}: asked for {num_samples} blocks ({num_samples * max_seq_length} tokens), but there is text "
             f"for {blocks} of {length + (lead is not None)} tokens: calibrating on those. Give more text, or lower "

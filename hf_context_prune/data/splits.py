@@ -1,21 +1,23 @@
-"""Splits by document: held-out text, and text apart from the calibration text."""
+"""Splits by document: what is calibrated on, and what is held out and measured on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_context_prune.config import PrunerConfig
+from transformers import PreTrainedTokenizerBase
+
 from hf_context_prune.errors import ConfigError, DataError
 
 from .decontamination import drop_overlapping
-from .documents import TextDocument, TextSource, load_documents, stable_hash
+from .documents import TextData, TextDocument, TextSource, load_documents, stable_hash
 
 
 def hold_out_documents(
     source: TextSource, *, fraction: float = 0.1, max_documents: int | None = None, seed: int = 0
 ) -> tuple[TextSource, TextSource]:
-    """Splits off documents for evaluation.
+    """Split off documents that are not calibrated on.
 
     Documents of one ``doc``, and documents with the same text, stay on one side. The choice depends on the seed and the
     names alone, not on the order of the input, and takes its share of every ``source``.
@@ -71,7 +73,7 @@ def hold_out_documents(
 
 
 def _groups(documents: Iterable[TextDocument]) -> dict[str, str]:
-    """Maps each ``doc`` to the least name of those that it is tied to by an equal text."""
+    """Map each ``doc`` to the least name among those that it is tied to by an equal text."""
     leader: dict[str, str] = {}
 
     def find(doc: str) -> str:
@@ -88,57 +90,92 @@ def _groups(documents: Iterable[TextDocument]) -> dict[str, str]:
     return {doc: find(doc) for doc in leader}
 
 
-def apart_from_general(held_out: TextSource, how: str, general: TextSource) -> tuple[TextSource, str]:
-    """Held-out text without what the general calibration text has, and the sentence on it."""
-    left, dropped = drop_overlapping(held_out, general)
-    if not len(left):
-        raise DataError(
-            f"Every held-out document is also in the general text {general.name} that general_data_ratio calibrates "
-            f"on, so figures on it would say nothing. Give other text to mix in, or other held-out text (--eval-data)."
-        )
-    if dropped:
-        how += f" {dropped:,} of these documents were dropped: the general text that is calibrated on has them too."
-    return left, how
+@dataclass(frozen=True)
+class TextSplit:
+    """Text of one domain, split by document into what is calibrated (or trained) on and what is measured on.
 
-
-def split_text(
-    data: Any,  # noqa: ANN401
-    eval_data: Any,  # noqa: ANN401
-    config: PrunerConfig,
-    tokenizer: Any,  # noqa: ANN401
-    *,
-    use: str = "calibration",
-    withholds: bool = False,
-) -> tuple[TextSource, TextSource, str]:
-    """The text for a use, the text for the figures, and a sentence on how they were kept apart.
-
-    With `withholds`, the use itself needs a second document, so text of their own for the figures would not do.
+    Attributes:
+        calibration: Documents to calibrate or train on.
+        test: Documents that the reported numbers are measured on; none of them is in `calibration`.
+        how: A sentence for the report on how the two were kept apart.
     """
-    options = {"text_column": config.text_column, "tokenizer": tokenizer, "seed": config.pruning_seed}
-    text = load_documents(data, **options)
-    if eval_data is None:
-        try:
-            rest, given = hold_out_documents(text, seed=config.pruning_seed)
-        except DataError as error:
-            if withholds:
-                raise
-            raise DataError(f"{error}, or where only the figures need it, text of their own (--eval-data)") from error
-        how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before {use}, by document."
-        remedy = "Give held-out text of its own (--eval-data), or text that repeats itself less."
-    else:
-        rest, given = text, load_documents(eval_data, **options)
-        how = f"Text of its own ({given.name}), beside the {use} text {text.name}."
-        remedy = f"Give other text, or leave --eval-data out to hold out documents of {text.name}."
-    held_out, dropped = drop_overlapping(given, rest)
-    if not len(held_out):
-        what = "held-out document" if eval_data is None else f"document of the evaluation text {given.name}"
-        raise DataError(
-            f"Every {what} is also in the {use} text {text.name} (over a quarter of its 13-word sequences are); "
-            f"figures on it would say nothing. {remedy}"
-        )
-    if dropped:
-        how += (
-            f" {dropped:,} of these {len(given):,} documents were dropped: the {use} text has over a quarter of "
-            "their 13-word sequences too."
-        )
-    return rest, held_out, how
+
+    calibration: TextSource
+    test: TextSource
+    how: str
+
+    @classmethod
+    def of(
+        cls,
+        data: TextData,
+        eval_data: TextData | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_column: str | None = None,
+        seed: int = 0,
+        use: str = "calibration",
+        withholds: bool = False,
+    ) -> TextSplit:
+        """Read the text, and hold out a tenth of its documents unless there is test text of its own.
+
+        Test documents that share over a quarter of their 13-word sequences with the calibration text are dropped.
+
+        Args:
+            data: Text of the domain: what [`load_documents`][] reads.
+            eval_data: Test text; None holds out documents of `data`.
+            tokenizer: Renders chat messages.
+            text_column: Column with the text.
+            seed: Chooses the documents that are held out.
+            use: What `calibration` is for, as messages name it.
+            withholds: The use itself needs a second document, so test text of its own would not help with a single one.
+
+        Raises:
+            DataError: A text can't be read, there is one document where two are needed, or no test document is left.
+        """
+        options: dict[str, Any] = {"text_column": text_column, "tokenizer": tokenizer, "seed": seed}
+        text = load_documents(data, **options)
+        if eval_data is None:
+            try:
+                rest, given = hold_out_documents(text, seed=seed)
+            except DataError as error:
+                if withholds:
+                    raise
+                raise DataError(f"{error}, or give test text of its own (--eval-data)") from error
+            how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before {use}, by document."
+            what = "held-out document"
+            remedy = "Give test text of its own (--eval-data), or text with fewer repetitions."
+        else:
+            rest, given = text, load_documents(eval_data, **options)
+            how = f"Test text of its own ({given.name}), beside the {use} text {text.name}."
+            what = f"document of the evaluation text {given.name}"
+            remedy = f"Give other text, or leave --eval-data out to hold out documents of {text.name}."
+        test, dropped = drop_overlapping(given, rest)
+        if not len(test):
+            raise DataError(
+                f"Every {what} is also in the {use} text {text.name} (over a quarter of its 13-word sequences are), so "
+                f"numbers measured on it would say nothing. {remedy}"
+            )
+        if dropped:
+            how += (
+                f" {dropped:,} of these {len(given):,} documents were dropped, because the {use} text has over a "
+                f"quarter of their 13-word sequences."
+            )
+        return cls(rest, test, how)
+
+    def without(self, general: TextSource) -> TextSplit:
+        """Return the same split without the test documents that general calibration text repeats.
+
+        Raises:
+            DataError: No test document is left.
+        """
+        left, dropped = drop_overlapping(self.test, general)
+        if not len(left):
+            raise DataError(
+                f"Every held-out document is also in the general text {general.name} that general_data_ratio "
+                f"calibrates on, so numbers measured on it would say nothing. Give other general text, or other test text "
+                f"(--eval-data)."
+            )
+        how = self.how
+        if dropped:
+            how += f" {dropped:,} of these documents were dropped, because the general calibration text has them too."
+        return replace(self, test=left, how=how)

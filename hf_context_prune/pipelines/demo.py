@@ -1,4 +1,4 @@
-"""The embedded default: the real SmolLM2-135M-Instruct, pruned for software licences, without Hub access."""
+"""The demo: prune the real SmolLM2-135M-Instruct for software licences, without Hub access."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.demo import LICENCE_PROMPTS, licence_texts, smollm2_gguf
-from hf_context_prune.data.documents import check_readable
+from hf_context_prune.data.demo import LICENCE_PROMPTS, LicenceCorpus, licence_texts, smollm2_gguf
+from hf_context_prune.data.documents import TextData, check_readable
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.storage.loading import load_model
+from hf_context_prune.storage.resume import open_resume_folder
+from hf_context_prune.storage.staging import check_target
+from hf_context_prune.utils.distributed import on_main_process
 
-from .prune import prune
+from .prune import run_pruning
 from .result import PruneResult
 
+DEMO_FOLDER = "mini-gpt-licences"
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What base and pruned model write after the same prompt."""
+    """A prompt, completed by base and pruned model."""
 
     prompt: str
     base: str
@@ -34,15 +37,23 @@ class Completion:
 
 @dataclass(frozen=True)
 class DemoOutcome:
-    """The pruned model, three completions side by side, and where model and text come from."""
+    """What the demo did.
 
+    Attributes:
+        folder: The model folder that was written.
+        result: The pruned model with plan and report.
+        completions: Three prompts, completed by base and pruned model.
+        about: Lines on where model and text come from.
+    """
+
+    folder: Path
     result: PruneResult
     completions: tuple[Completion, ...]
     about: tuple[str, ...]
 
 
-def generate_completions(model: PreTrainedModel, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:  # noqa: ANN401
-    """Greedy continuation of a prompt, without the prompt."""
+def generate_completion(model: PreTrainedModel, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:  # noqa: ANN401
+    """Return the greedy continuation of a prompt, without the prompt."""
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
@@ -51,38 +62,37 @@ def generate_completions(model: PreTrainedModel, tokenizer: Any, prompt: str, *,
 
 
 def run_demo(
-    data: Any = None,  # noqa: ANN401 - whatever load_documents reads
+    output: str | Path | None = None,
+    data: TextData | None = None,
     *,
-    eval_data: Any = None,  # noqa: ANN401
+    eval_data: TextData | None = None,
     text_column: str | None = None,
     pruning_ratio: float = 0.2,
     num_calibration_samples: int = 128,
-    resume_dir: Path | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> DemoOutcome:
-    """Fetch, prune, measure and complete.
+    """Fetch the model and the text, prune, measure, save, and complete three prompts.
 
     Args:
-        data: Domain text; None takes the software licences.
-        eval_data: Held-out text for `data`; not without it.
-        text_column: Column with the text of `data` and `eval_data`; not without them.
+        output: Folder to write; by default ``mini-gpt-licences``, with `data` ``mini-gpt``.
+        data: Text of a domain; None takes the software licences.
+        eval_data: Test text for `data`; not without `data`.
+        text_column: Column with the text of `data` and `eval_data`; not without `data`.
         pruning_ratio: Share of all parameters to remove.
-        num_calibration_samples: Blocks of 512 tokens.
-        resume_dir: As for `prune`.
+        num_calibration_samples: Samples of 512 tokens.
         log: Called with a line on what happens next.
 
     Raises:
         ConfigError: `eval_data` or `text_column` without `data`, or a value out of range.
-        DataError: `data` or `eval_data` can't be read; seen before anything is fetched, but for what their first
-            records don't tell.
-        DownloadError: Model or texts could not be fetched or verified.
-        ContextPruneError: As `prune`.
+        DataError: `data` or `eval_data` can't be read; as far as their first records tell, before anything is fetched.
+        DownloadError: Model or text could not be fetched or verified.
+        ContextPruneError: As [`prune_to_folder`][].
     """
     for option, value in (("--eval-data", eval_data), ("--text-column", text_column)):
         if data is None and value is not None:
             raise ConfigError(
-                f"{option} is {value!r}, but without --data the demo takes software licences for both calibration and "
-                f"figures; give --data, or leave {option} out"
+                f"{option} is {value!r}, but without --data the demo calibrates and measures on software licences; "
+                f"give --data, or leave {option} out"
             )
     config = PrunerConfig(
         pruning_ratio=pruning_ratio,
@@ -91,6 +101,8 @@ def run_demo(
         num_calibration_samples=num_calibration_samples,
         text_column=text_column,
     )
+    target = Path(output or ("mini-gpt" if data else DEMO_FOLDER))
+    check_target(target)
     for source in (data, eval_data):
         if source is not None:
             check_readable(source, text_column=text_column)
@@ -103,33 +115,32 @@ def run_demo(
         corpus = licence_texts()
         data, prompts = corpus.calibration, LICENCE_PROMPTS
         eval_data = replace(corpus.held_out, name=f"{corpus.held_out.name}, other licence families")
-        origin = corpus.attribution
-        about += [
-            f"Text: software licences from {origin.source} {origin.version} ({origin.licence}).",
-            f"{corpus.texts_found:,} texts, {corpus.texts_used:,} of them whole English licences; "
-            f"{corpus.exact_duplicates + corpus.near_duplicates:,} duplicates removed; {corpus.families:,} families, "
-            f"each on one side only; {corpus.held_out_dropped:,} held-out texts dropped that share over a quarter of "
-            f"their 13-grams with the calibration text; {len(corpus.calibration):,} texts to calibrate on, "
-            f"{len(corpus.held_out):,} held out.",
-        ]
+        about += _describe_licences(corpus)
     log("Loading the model (dequantised once, then cached) ...")
-    loaded = load_model(model_file, dtype="float32")
-    result = prune(
-        loaded,
-        data,
-        config,
-        eval_data=eval_data,
-        evaluation=EvalOptions(),
-        will_save=True,
-        resume_dir=resume_dir,
-    )
+    base = load_model(model_file, dtype="float32")
+    identity = ("demo", target.resolve(), data, eval_data, config)
+    with open_resume_folder(*identity) as resume_dir:
+        result = run_pruning(base, data, config, eval_data=eval_data, resume_dir=resume_dir)
+        folder = on_main_process(lambda: result.save_pretrained(target, measure_memory=True))
     log("Writing completions ...")
     completions = tuple(
         Completion(
             prompt,
-            generate_completions(loaded.model, loaded.tokenizer, prompt),
-            generate_completions(result.model, result.tokenizer, prompt),
+            generate_completion(base.model, base.tokenizer, prompt),
+            generate_completion(result.model, result.tokenizer, prompt),
         )
         for prompt in prompts
     )
-    return DemoOutcome(result, completions, tuple(about))
+    return DemoOutcome(folder, result.as_saved(folder), completions, tuple(about))
+
+
+def _describe_licences(corpus: LicenceCorpus) -> list[str]:
+    origin = corpus.attribution
+    return [
+        f"Text: software licences from {origin.source} {origin.version} ({origin.licence}).",
+        f"{corpus.texts_found:,} texts, {corpus.texts_used:,} of them whole English licences; "
+        f"{corpus.exact_duplicates + corpus.near_duplicates:,} duplicates removed; {corpus.families:,} families, "
+        f"each on one side only; {corpus.held_out_dropped:,} held-out texts dropped that share over a quarter of "
+        f"their 13-grams with the calibration text; {len(corpus.calibration):,} texts to calibrate on, "
+        f"{len(corpus.held_out):,} held out.",
+    ]

@@ -8,10 +8,10 @@ from typing import Any
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
-from hf_context_prune.modeling.specs import LayerWidths, read_geometry
+from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.widths import check_units_budget, widths_beside
 from hf_context_prune.pruning.planner import check_reconstruction
@@ -60,16 +60,15 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         ContextPruneError: The model is unknown, can't have or save the repair, or the budget can't be reached.
     """
     empty = load_meta_model(model, revision=revision)
-    spec = spec_of(empty.config)
-    check_reconstruction(empty, config, will_save=True)
-    geometry = read_geometry(empty.config, spec)
+    view = ModelView.of_shapes(empty)
+    check_reconstruction(empty, config)
     total, rows = empty.num_parameters(), num_rows(empty)
     budget, kept = ParameterBudget.of(config, total), rows
-    if config.vocab_size is not None:
+    if isinstance(config.vocab_size, int):
         if config.vocab_size > rows:
             raise BudgetError(f"vocab_size is {config.vocab_size:,}, but the model has only {rows:,} embedding rows.")
         kept = min(VocabularySize(multiple=config.pad_to_multiple_of).rounded(config.vocab_size), rows)
-    widths: tuple[LayerWidths, ...] | None = geometry.layers
+    widths: tuple[LayerWidths, ...] | None = view.widths
     removed = (rows - kept) * token_cost(empty)
     if config.prunes_units:
         gone = check_units_budget(empty, config, kept)
@@ -79,11 +78,11 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         base_parameters=total,
         pruned_parameters=total - removed,
         asked_ratio=budget.asked_ratio,
-        dense=geometry.layers,
+        dense=view.widths,
         widths=widths,
         dense_tokens=rows,
         tokens=kept,
         native_fit=NativeFit(False, "adaptive widths are measured")
         if widths is None
-        else assess_native_fit(empty.config, spec, widths),
+        else assess_native_fit(empty.config, view.spec, widths),
     )

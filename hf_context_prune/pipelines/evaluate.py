@@ -34,7 +34,7 @@ def evaluate(
     text_column: str | None = None,
     max_seq_length: int = 512,
     seed: int = 0,
-    options: EvalOptions | None = None,
+    eval_options: EvalOptions | None = None,
     questions: QuestionOptions | None = None,
 ) -> EvalReport:
     """Measure a model on text: bits per byte and perplexity, size and speed; and its answers to questions.
@@ -47,13 +47,13 @@ def evaluate(
         text_column: Column with the text.
         max_seq_length: Tokens a window.
         seed: Of the bootstrap and of the choice of documents.
-        options: How much is measured.
+        eval_options: How much is measured.
         questions: Multiple-choice questions, if any.
 
     Raises:
         ContextPruneError: See `hf_context_prune.errors`.
     """
-    options = options or EvalOptions()
+    options = eval_options or EvalOptions()
     own = ensure_loaded(model, tokenizer)
     first = own if base is None else ensure_loaded(base, None)
     asked = None
@@ -71,7 +71,7 @@ def evaluate(
     if questions is not None and asked is not None:
         choice = answer_with_models(asked, questions, dense, pair)
     both = {"base": first.model} if base is None else {"base": first.model, "pruned": own.model}
-    speed = measure_speed(both) if options.speed else None
+    speed = measure_speed(both) if options.benchmark else None
     return EvalReport(
         base_model=first.name,
         dataset=DatasetFacts(text.name, text.revision, text.fingerprint, "The text that was given, as it is."),

@@ -10,10 +10,10 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.config import THRESHOLDS, PrunerConfig
+from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.splits import split_text
+from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.errors import ConfigError, LoadError, unknown_name
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
@@ -21,7 +21,7 @@ from hf_context_prune.evaluation.reports.report import Environment, EvalReport
 from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
-from hf_context_prune.pruning.calibration.samples import check_share
+from hf_context_prune.pruning.calibration.samples import CalibrationSet, check_share
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.publishing.card.card import rewrite_card
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
@@ -148,6 +148,11 @@ class _Member:
     config: PrunerConfig
     general: TextSource | None = None
 
+    @property
+    def calibration(self) -> CalibrationSet:
+        """The text that the model is calibrated on."""
+        return CalibrationSet(self.text, self.config, self.general)
+
     def identity(self, base: LoadedModel) -> dict[str, Any]:
         """What the model is known by; the base's card is not: it may lie on the Hub, and change."""
         return {
@@ -162,7 +167,7 @@ class _Member:
 def check_matrix(
     names: tuple[str, ...],
     output: Path,
-    config: PrunerConfig,
+    config: PrunerConfig | ThresholdConfig,
     eval_data: Mapping[str, Any],
     questions: Mapping[str, Any],
     reference: str | None,
@@ -190,12 +195,17 @@ def check_matrix(
         for name in given:
             if name not in names:
                 raise ConfigError(unknown_name(f"domain of {what}", name, names))
+    if isinstance(config, ThresholdConfig):
+        raise ConfigError(
+            "The paper's thresholds would give every domain's model a size of its own; a matrix compares models of one "
+            "size. Give pruning_ratio, vocab_size, or both."
+        )
     if config.max_loss_increase is not None:
         raise ConfigError(
             f"max_loss_increase is {config.max_loss_increase:g}, which gives every domain's model another size; a "
             f"matrix compares models of one size. Give pruning_ratio."
         )
-    varying = [name for name in (*THRESHOLDS, "vocab_coverage", "vocab_min_count") if getattr(config, name) is not None]
+    varying = [name for name in ("vocab_coverage", "vocab_min_count") if getattr(config, name) is not None]
     if varying:
         raise ConfigError(
             f"{', '.join(varying)} would give every domain's model a size of its own; a matrix compares models of one "
@@ -236,7 +246,14 @@ def _texts(
     """Calibration text, what is held out, and a sentence on how, by domain."""
     train, given, splits = dict[str, TextSource](), dict[str, TextSource](), dict[str, str]()
     for name, data in domains.items():
-        train[name], given[name], splits[name] = split_text(data, eval_data.get(name), config, base.tokenizer)
+        split = TextSplit.of(
+            data,
+            eval_data.get(name),
+            tokenizer=base.tokenizer,
+            text_column=config.text_column,
+            seed=config.pruning_seed,
+        )
+        train[name], given[name], splits[name] = split.calibration, split.test, split.how
     held_out, named = {}, dict[str, str]()
     for name, text in train.items():
         if (same := named.setdefault(text.fingerprint, name)) != name:
@@ -275,7 +292,7 @@ def _tell(result: DomainMatrix, member: _Member, base: LoadedModel, folder: Path
         base_bytes=None if base.folder is None else count_weight_bytes(base.folder),
         pruned_bytes=count_weight_bytes(folder),
         asked=ParameterBudget.of(member.config, result.scores[DENSE, member.domain].parameters).asked_ratio,
-        notes=plan_notes(PruningPlan.load(folder / PLAN_NAME), member.text, member.config, member.general),
+        notes=plan_notes(PruningPlan.load(folder / PLAN_NAME), member.calibration),
     )
     if (folder / REPORT_NAME).is_file():
         older = EvalReport.load(folder / REPORT_NAME)
@@ -309,7 +326,7 @@ def _pruned(base: LoadedModel, member: _Member, folder: Path) -> LoadedModel:
     if not _finished(base, member, folder):
         provenance = collect_provenance(base) | member.identity(base)
         model, tokenizer, plan = prune_model(
-            base.model, base.tokenizer, member.text, member.config, general=member.general, provenance=provenance
+            base.model, base.tokenizer, member.calibration, member.config, provenance=provenance
         )
         save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
     try:

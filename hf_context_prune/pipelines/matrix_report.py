@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_context_prune.evaluation.accuracy import Accuracy, PairedAccuracy, compare_answers, summarize_answers
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.general_text import build_loss_facts
-from hf_context_prune.evaluation.multiple_choice import Accuracy, PairedAccuracy, compare_answers, summarize_answers
-from hf_context_prune.evaluation.perplexity import summarize_losses
-from hf_context_prune.evaluation.reports.formatting import accuracy, percent, relative_change
+from hf_context_prune.evaluation.losses import relative_change, summarize_losses
+from hf_context_prune.evaluation.reports.formatting import format_accuracy, format_change
 from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
@@ -142,7 +142,7 @@ class DomainMatrix:
             (
                 name,
                 self._size(name),
-                *(f"{self._bits(name, d):.4f} ({percent(self.change(name, d))})" for d in self.domains),
+                *(f"{self._bits(name, d):.4f} ({format_change(self.change(name, d))})" for d in self.domains),
             )
             for name in self.domains
         ]
@@ -183,7 +183,7 @@ class DomainMatrix:
         if domain == reference:
             return ""
         paired = self._paired(domain, domain, reference)[index]
-        return f"{percent(paired.difference)}, p {paired.p_value:.2g}"
+        return f"{format_change(paired.difference)}, p {paired.p_value:.2g}"
 
     def _groups(self, name: str, domain: str) -> tuple[Accuracy, ...]:
         questions, answers = self.held_out[domain].questions, self.scores[name, domain].answers
@@ -197,7 +197,7 @@ class DomainMatrix:
 
     def _accuracy(self, name: str, domain: str, index: int) -> str:
         paired = None if name == DENSE else self._paired(name, domain, DENSE)[index]
-        return accuracy(self._groups(name, domain)[index], paired)
+        return format_accuracy(self._groups(name, domain)[index], paired)
 
     def _bits(self, name: str, domain: str) -> float:
         return summarize_losses(self.scores[name, domain].losses, seed=self.seed).bits_per_byte.value
@@ -216,8 +216,8 @@ class DomainMatrix:
         return [
             (
                 name,
-                percent(self.change(name, name, against=reference)),
-                percent(self.change(name, reference, against=reference)),
+                format_change(self.change(name, name, against=reference)),
+                format_change(self.change(name, reference, against=reference)),
             )
             for name in self.domains
             if reference is not None and name != reference
@@ -245,7 +245,7 @@ class DomainMatrix:
     def mix_rows(self) -> list[tuple[str, ...]]:
         """(domain, share of the reference's text, change on the domain's text, on the reference's)."""
         return [
-            (domain, f"{100 * share:g} %", percent(own), percent(general))
+            (domain, f"{100 * share:g} %", format_change(own), format_change(general))
             for domain, curve in self.curves().items()
             for share, own, general in curve
         ]

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_context_prune.evaluation.reports.report import EvalReport, MemoryFacts
+from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.evaluation.speed import measure_peak_memory
 from hf_context_prune.modeling.native_fit import NativeFit
 from hf_context_prune.modeling.plan import PruningPlan
@@ -43,6 +44,13 @@ class PruneResult:
     native_fit: NativeFit
     base: LoadedModel | None = None
 
+    def summary(self) -> str:
+        """Return base against pruned as a text table: sizes, losses, speed, as far as they were measured."""
+        rows = [("measure", "base", "pruned", "change"), *table_rows(self.report)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
     def save_pretrained(
         self, directory: str | Path, *, measure_memory: bool = False, card_name: str | None = None
     ) -> Path:
@@ -67,11 +75,14 @@ class PruneResult:
         # The work is done: better to wait for another run's save to the same place than to lose it.
         with staged_folder(target, required_bytes=estimate_bytes(self.model), wait_seconds=600) as staging:
             write_model_folder(staging, self.model, tokenizer=self.tokenizer, plan=self.plan)
-            self.report = self._with_footprint(staging, measure_memory=measure_memory)
-            self.report.save(staging / REPORT_NAME)
+            self._with_footprint(staging, measure_memory=measure_memory).save(staging / REPORT_NAME)
             write_card(staging, facts_in(staging, name=card_name or target.name))
-        self.model.name_or_path = str(target)  # whence a variable-width model's own push_to_hub takes what goes with it
+        self.model.name_or_path = str(target)  # a variable-width model's own push_to_hub reads plan and card there
         return target
+
+    def as_saved(self, folder: str | Path) -> PruneResult:
+        """Return the same result with the report that [`save_pretrained`][] wrote, sizes on disk included."""
+        return replace(self, report=EvalReport.load(Path(folder) / REPORT_NAME))
 
     def push_to_hub(
         self,

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.config import PrunerConfig
+from hf_context_prune.config import ThresholdConfig
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.splits import split_text
+from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
-from hf_context_prune.modeling.plan import PruningPlan, fingerprint
-from hf_context_prune.pruning.prune_model import check_budget, prune_model, threshold_magnitudes
-from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes
+from hf_context_prune.modeling.plan import fingerprint
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.prune_model import PrunedModel, check_budget, prune_model
+from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes, measure_sample_magnitudes
 from hf_context_prune.pruning.thresholds.prune import prune_below_thresholds, zeros_of_paper
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
@@ -67,7 +68,7 @@ class SweepOptions:
         grid = itertools.product(self.linear, self.activation, self.embedding)
         return [point for point in grid if any(threshold is not None for threshold in point)]
 
-    def configs(self) -> list[PrunerConfig]:
+    def configs(self) -> list[ThresholdConfig]:
         """The options of every point.
 
         Raises:
@@ -80,9 +81,7 @@ class SweepOptions:
             if len(set(given)) < len(given):
                 raise ConfigError(f"{name} is {', '.join(map(format_threshold, given))}; give each threshold once.")
         return [
-            PrunerConfig(
-                criterion="l1",
-                reconstruction="none",
+            ThresholdConfig(
                 linear_threshold=linear,
                 activation_threshold=activation,
                 embedding_threshold=embedding,
@@ -128,10 +127,10 @@ def sweep(
     base = ensure_loaded(model, tokenizer)
     for config in {config.embedding_threshold: config for config in configs}.values():
         check_budget(base.model, base.tokenizer, config)
-    shared = replace(configs[0], text_column=text_column)
-    text, given, how = split_text(data, eval_data, shared, base.tokenizer)
+    split = TextSplit.of(data, eval_data, tokenizer=base.tokenizer, text_column=text_column, seed=options.seed)
+    text = split.calibration
     held_out = held_out_of(
-        given,
+        split.test,
         base.tokenizer,
         max_tokens=options.max_tokens,
         max_seq_length=options.max_seq_length,
@@ -154,7 +153,7 @@ def sweep(
             seen.setdefault(row["weights"], row)
             tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
             measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
-        result = Sweep(base.name, how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
+        result = Sweep(base.name, split.how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
         environment = Environment.current(str(base.model.dtype).removeprefix("torch."))
         write_run(result.run_report(environment), folder)
     return result
@@ -168,19 +167,19 @@ class _Pruner:
         self._magnitudes: Magnitudes | None = None
         self._trimmed: dict[float | None, TrimmedModel | None] = {None: None}
 
-    def prune(self, config: PrunerConfig) -> tuple[PreTrainedModel, Any, PruningPlan]:
-        """The model of a point, its tokenizer and its plan."""
-        whole = (self.base.model, self.base.tokenizer)
+    def prune(self, config: ThresholdConfig) -> PrunedModel:
+        """Prune at a point of the grid."""
+        whole, calibration = (self.base.model, self.base.tokenizer), CalibrationSet(self.text, config)
         if not config.thresholds_units:
-            return prune_model(*whole, self.text, config)
+            return prune_model(*whole, calibration, config)
         if self._magnitudes is None:
-            self._magnitudes = threshold_magnitudes(*whole, self.text, config)
+            self._magnitudes = measure_sample_magnitudes(self.base.model, calibration.samples(self.base.tokenizer))
         threshold = config.embedding_threshold
         if threshold not in self._trimmed:
             self._trimmed[threshold] = prune_vocabulary_for(*whole, self.text, config)
-        return prune_below_thresholds(*whole, config, self._magnitudes, self._trimmed[threshold])
+        return PrunedModel(*prune_below_thresholds(*whole, config, self._magnitudes, self._trimmed[threshold]))
 
-    def zeros_of_paper(self, config: PrunerConfig) -> int:
+    def zeros_of_paper(self, config: ThresholdConfig) -> int:
         """Parameters that the paper's code zeroes at a point that was pruned."""
         threshold, dense = config.embedding_threshold, self.base.model
         if threshold not in self._trimmed:
@@ -192,7 +191,7 @@ class _Pruner:
 def _measure(
     pruner: _Pruner,
     held_out: HeldOut,
-    config: PrunerConfig,
+    config: ThresholdConfig,
     options: SweepOptions,
     seen: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
@@ -212,7 +211,7 @@ def _measure(
     tuned = None
     pruned = score(smaller, tokenizer, held_out).to_row()
     if options.recovery is not None:
-        result = recover(smaller, pruner.text, options.recovery, tokenizer=tokenizer, teacher=base.model, plan=plan)
+        result = recover(smaller, pruner.text, options.recovery, tokenizer=tokenizer)
         tuned = score(result.model, tokenizer, held_out).to_row()
     return {**facts, "pruned": pruned, "tuned": tuned}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_context_prune.evaluation.multiple_choice import compare_answers, summarize_answers
-from hf_context_prune.evaluation.perplexity import summarize_losses
-from hf_context_prune.evaluation.reports.formatting import accuracy, percent, relative_change
+from hf_context_prune.evaluation.accuracy import compare_answers, summarize_answers
+from hf_context_prune.evaluation.losses import relative_change, summarize_losses
+from hf_context_prune.evaluation.reports.formatting import format_accuracy, format_change
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
 from hf_context_prune.evaluation.scores import HeldOut, Scores, summary_of
@@ -94,7 +94,7 @@ class Sweep:
         bits = f"{summarize_losses(scores.losses, seed=self.seed).bits_per_byte.value:.4f}"
         if scores is self.base:
             return bits
-        return f"{bits} ({percent(relative_change(self.base.losses, scores.losses, self.seed))})"
+        return f"{bits} ({format_change(relative_change(self.base.losses, scores.losses, self.seed))})"
 
     def _perplexity(self, scores: Scores) -> str:
         value = summarize_losses(scores.losses, seed=self.seed).perplexity.value
@@ -105,7 +105,7 @@ class Sweep:
         assert scores.answers is not None and self.held_out.questions is not None  # noqa: PT018
         alone = scores is self.base or self.base.answers is None
         paired = None if alone else compare_answers(self.base.answers, scores.answers)[index]  # type: ignore[arg-type]
-        return accuracy(summarize_answers(self.held_out.questions, scores.answers)[index], paired)
+        return format_accuracy(summarize_answers(self.held_out.questions, scores.answers)[index], paired)
 
     def source_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """(header, rows) of the accuracies source by source, and last of all; no rows where none were measured."""

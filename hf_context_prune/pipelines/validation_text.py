@@ -1,14 +1,13 @@
-"""The text on which `max_loss_increase` searches the size."""
+"""Text that chooses and is never reported: for the size of `max_loss_increase`, and for ``vocab_size="auto"``."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_context_prune.config import PrunerConfig
+from hf_context_prune.config import CalibrationConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
@@ -16,9 +15,13 @@ from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
 from hf_context_prune.evaluation.reports.report import SizeSearch
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.pruning.token_budget import VocabularyProbe
+from hf_context_prune.utils.distributed import on_main_process
 
-_TOKENS = 12_000
-"""Withheld tokens on which a size is searched at most, in whole documents."""
+_VALIDATION_TOKENS = 12_000
+"""Upper limit of the tokens that a size is searched on, in whole documents."""
+_PROBE_TOKENS = 8_000
+"""Upper limit of the tokens that vocabularies are compared on, in whole documents."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class ValidationText:
 
     Attributes:
         text: The documents.
-        docs: Those that are scored.
-        max_seq_length: Tokens a window.
-        num_dropped: Documents that the calibration text has too.
+        docs: Names of the documents that are scored.
+        max_seq_length: Tokens per window.
+        num_dropped: Documents that were dropped because the calibration text has them too.
     """
 
     text: TextSource
@@ -41,17 +44,20 @@ class ValidationText:
     def withheld_from(
         cls,
         text: TextSource,
-        tokenizer: Any,  # noqa: ANN401
-        config: PrunerConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        config: CalibrationConfig,
         general: TextSource | None = None,
     ) -> tuple[TextSource, ValidationText]:
-        """(the rest of the calibration text, a tenth of its documents without those that are calibrated on as well).
+        """Withhold a tenth of the documents of the calibration text.
 
         Args:
-            text: Of the domain.
-            tokenizer: The model's.
-            config: All choices.
-            general: Text of no domain that is calibrated on too.
+            text: Text of the domain.
+            tokenizer: The tokenizer of the base model.
+            config: Seed and window length.
+            general: General text that is calibrated on too.
+
+        Returns:
+            (the rest to calibrate on, the validation text without documents that the rest or `general` repeats).
 
         Raises:
             DataError: There is a single document, or what is calibrated on repeats all of them.
@@ -70,25 +76,54 @@ class ValidationText:
             beside = "" if general is None else f" or the general text {general.name}"
             raise DataError(
                 f"max_loss_increase searches on documents withheld from the calibration text {text.name}, but the "
-                f"rest{beside} repeats all {len(given):,} of them. Give text that repeats itself less, or use "
+                f"rest{beside} repeats all {len(given):,} of them. Give text with fewer repetitions, or use "
                 f"pruning_ratio."
             )
-        dropped = len(given) - len(own)
-        docs = choose_documents(own, tokenizer, max_tokens=_TOKENS)
-        return rest, cls(own, tuple(docs), config.max_seq_length, dropped)
+        docs = choose_documents(own, tokenizer, max_tokens=_VALIDATION_TOKENS)
+        return rest, cls(own, tuple(docs), config.max_seq_length, len(given) - len(own))
 
-    def bits_per_byte(self, model: PreTrainedModel, tokenizer: Any) -> float:  # noqa: ANN401 - maybe a smaller one
-        """The loss of a model on these documents."""
+    def bits_per_byte(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Return the loss of a model on these documents; comparable between tokenizers."""
         losses = document_losses(model, tokenizer, self.text, max_seq_length=self.max_seq_length, docs=self.docs)
         return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
 
-    def budget(self, plan: PruningPlan) -> SizeSearch:
-        """What the search found, from the plan's provenance."""
+    def describe_search(self, plan: PruningPlan) -> SizeSearch:
+        """Return what the size search found, from the plan's provenance."""
         facts = plan.provenance["loss_budget"]
-        dropped = f" ({self.num_dropped:,} that are calibrated on too were dropped)" if self.num_dropped else ""
+        dropped = f" ({self.num_dropped:,} repeat calibration text and were dropped)" if self.num_dropped else ""
         text = (
-            f"Size searched on at most {_TOKENS:,} tokens of {len(self.text):,} documents of {self.text.name}"
-            f"{dropped}, withheld from calibration and not among the held-out text of the figures: "
+            f"The size was searched on at most {_VALIDATION_TOKENS:,} tokens of {len(self.text):,} documents of "
+            f"{self.text.name}{dropped}, withheld from calibration and from the test text: "
             f"{facts['increase']:+.2%} bits per byte there, {facts['max_loss_increase']:+.2%} allowed."
         )
         return SizeSearch(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))
+
+
+def withhold_vocabulary_probe(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextSource, config: CalibrationConfig
+) -> VocabularyProbe:
+    """Withhold documents of the calibration text that vocabularies are compared on; see [`split_token_budget`][].
+
+    Raises:
+        DataError: The text has a single document.
+    """
+    try:
+        counted, withheld = hold_out_documents(text, seed=config.pruning_seed)
+    except DataError as error:
+        raise DataError(
+            f"vocab_size='auto' compares vocabularies on documents withheld from the calibration text {text.name}, "
+            f"which is a single one. Give text of several documents, or a number of tokens (vocab_size)."
+        ) from error
+    length = config.max_seq_length
+
+    def measure_base() -> tuple[list[str], int]:
+        base = document_losses(model, tokenizer, withheld, max_seq_length=length, max_tokens=_PROBE_TOKENS)
+        return [loss.doc for loss in base], sum(loss.num_tokens for loss in base)
+
+    docs, base_tokens = on_main_process(measure_base)
+
+    def loss(candidate: PreTrainedModel, own: PreTrainedTokenizerBase) -> float:
+        losses = document_losses(candidate, own, withheld, max_seq_length=length, docs=docs)
+        return sum(loss.nll for loss in losses) / base_tokens
+
+    return VocabularyProbe(counted, loss)

@@ -1,4 +1,8 @@
-"""Statistics -> plan: scores units, sets widths for the budget, selects, and pairs the plan with its repair."""
+"""Statistics -> plan: score the units, set the widths for the budget, select, and reconstruct what is left.
+
+Two ways lead to a plan. From statistics of one pass ([`make_plan`][], with [`reconstruct_with`][]), or from samples
+([`plan_and_reconstruct`][]), which every config allows: sequential reconstruction chooses and refits in one.
+"""
 
 from __future__ import annotations
 
@@ -12,74 +16,72 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError, error_context
-from hf_context_prune.modeling.architectures import check_supported, layers_of, output_projection, spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import LayerWidths, read_geometry
+from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.adaptive import most_removable, predicted_loss
 from hf_context_prune.pruning.allocation.budget import Curve, removed_params
 from hf_context_prune.pruning.allocation.loss_search import Loss, smallest_within
 from hf_context_prune.pruning.allocation.probing import search_curves
 from hf_context_prune.pruning.allocation.sensitivity import measure_sensitivity, withhold_probe
-from hf_context_prune.pruning.allocation.widths import measured_widths, plan_widths, shape_of
+from hf_context_prune.pruning.allocation.widths import measured_widths, plan_widths
 from hf_context_prune.pruning.calibration.chunked import calibrate_in_turns
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
 from hf_context_prune.pruning.sequential.prune import check_sequential, prune_sequentially
+from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.version import versions
 
-from .criteria import get_criterion
-from .reconstruction import get_reconstruction
-from .scoring import needed_statistics, needed_targets, score_units, score_with, select_units
-from .surgery import ReconstructFn
+from .scoring import Requirements, score_units, score_with, select_units
+
+
+def check_reconstruction(model: PreTrainedModel, config: PrunerConfig) -> None:
+    """Refuse, from shapes alone, a reconstruction that the architecture can't have or save.
+
+    Args:
+        model: The base model; its weights may be on the meta device.
+        config: What is asked for.
+
+    Raises:
+        ConfigError: The layers can't be pruned sequentially, or `bias` adds biases that the architecture has no field
+            for.
+    """
+    needs = Requirements.of(config)
+    if config.reconstruction == "sequential" and config.prunes_units:
+        check_sequential(model, needs.criterion)
+    if config.reconstruction != "bias":
+        return
+    view = ModelView.of_shapes(model)
+    for target in needs.targets:
+        if view.output_projection(0, target).bias is None:
+            raise ConfigError(
+                f"reconstruction='bias' adds biases that a {view.spec.model_type} model has no field for, so the "
+                f"result can't be saved. Use reconstruction='least_squares' (better at the same size) or 'none'; to "
+                f"measure 'bias' in memory, call make_plan() and apply_plan()."
+            )
 
 
 def reconstruct_with(stats: CalibrationStats, config: PrunerConfig) -> ReconstructFn:
-    """The reconstruction of a config, as `apply_plan` calls it.
+    """Return the reconstruction of a config from statistics of one pass, as [`apply_plan`][] calls it.
 
     Raises:
         ConfigError: `reconstruction="sequential"`, which is no function of these statistics.
     """
-    _refuse_walk(config)
+    _refuse_sequential(config)
     return _one_shot_reconstruction(stats, config)
 
 
-def check_reconstruction(model: PreTrainedModel, config: PrunerConfig, *, will_save: bool) -> None:
-    """Refuse, from shapes alone, a repair that the architecture can't have.
-
-    Args:
-        model: The dense model; its weights may be on the meta device.
-        config: What is asked for.
-        will_save: Refuse too what works in memory alone.
-
-    Raises:
-        ConfigError: It can't walk the blocks, or adds biases that the architecture has no field for.
-    """
-    if config.reconstruction == "sequential" and config.prunes_units:
-        check_sequential(model, get_criterion(config.criterion))
-    if config.reconstruction != "bias" or not will_save:
-        return
-    spec = spec_of(model.config)
-    for target in needed_targets(config):
-        if output_projection(layers_of(model, spec)[0], spec, target).bias is None:
-            raise ConfigError(
-                f"reconstruction='bias' adds biases that a {spec.model_type} model has no field for, so the result "
-                f"can't be saved. Use reconstruction='least_squares' (better at the same size) or 'none'; 'bias' is "
-                f"for measuring in memory, through Python's prune()."
-            )
-
-
-def _refuse_walk(config: PrunerConfig) -> None:
+def _refuse_sequential(config: PrunerConfig) -> None:
     if config.reconstruction == "sequential":
         raise ConfigError(
-            "reconstruction='sequential' chooses and refits on its own walk over the blocks, not from these "
-            "statistics: use plan_and_reconstruct(model, samples, config), or reconstruction='least_squares'."
+            "reconstruction='sequential' chooses and refits layer by layer, not from the statistics of one pass: use "
+            "plan_and_reconstruct(model, samples, config), or reconstruction='least_squares'."
         )
 
 
 def _one_shot_reconstruction(stats: CalibrationStats, config: PrunerConfig) -> ReconstructFn:
-    # Where a walk is to come, its one-shot kin stands in.
-    function = get_reconstruction("least_squares" if config.reconstruction == "sequential" else config.reconstruction)
+    function = Requirements.of(config).reconstruction
 
     def reconstruct(
         layer: int, target: str, weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int]
@@ -95,13 +97,13 @@ def _one_shot_reconstruction(stats: CalibrationStats, config: PrunerConfig) -> R
 
 @dataclass
 class LayerMeasurements:
-    """What was measured of a model, enough for a plan of any size.
+    """What was measured of a model's layers, enough for a plan of any size.
 
     Attributes:
-        importance: One value a unit, by (layer, target); empty where a walk chooses the units.
-        curves: What each layer pays for each width; None for uniform widths.
-        num_samples: Blocks of text behind it.
-        num_tokens: Unpadded tokens behind it.
+        importance: One value per unit, by (layer, target); empty where sequential reconstruction chooses the units.
+        curves: Loss of each layer at each width; None for uniform widths.
+        num_samples: Samples that were read.
+        num_tokens: Unpadded tokens that were read.
     """
 
     importance: Mapping[Key, torch.Tensor]
@@ -122,25 +124,28 @@ class LayerMeasurements:
                     "allocation='adaptive' measures layers on text that the statistics lack; calibrate on the first "
                     "part of withhold_probe(tokenize_samples(...)), and pass the second as samples."
                 )
-            reconstruct, targets = _one_shot_reconstruction(stats, config), needed_targets(config)
+            reconstruct, targets = _one_shot_reconstruction(stats, config), Requirements.of(config).targets
             curves = on_main_process(
                 lambda: measure_sensitivity(model, importance, reconstruct, probe, targets=targets)
             )
         return cls(importance, curves, stats.num_samples, stats.num_tokens)
 
     def widths(self, model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidths, ...]:
-        """Widths of a size."""
+        """Return the widths of the size that a config names."""
         return plan_widths(model, config) if self.curves is None else measured_widths(model, config, self.curves)
 
     def plan(self, model: PreTrainedModel, config: PrunerConfig, provenance: Mapping[str, Any] | None) -> PruningPlan:
-        """The plan of a size: the most important units."""
+        """Return the plan of the size that a config names: the most important units."""
         widths = self.widths(model, config)
-        layers = select_units(self.importance, read_geometry(model.config, spec_of(model.config)), widths)
+        layers = select_units(self.importance, ModelView.of_shapes(model).geometry, widths)
         facts = {**(provenance or {}), **self.prediction(widths)}
         return _plan_of(model, layers, config, self.num_samples, self.num_tokens, facts)
 
     def prediction(self, widths: Sequence[LayerWidths]) -> dict[str, Any]:
-        """For the provenance: the curves as {"layer.target": [[kept units, nats a token], ...]}, and their sum."""
+        """Return the curves and the loss that they predict, for the provenance.
+
+        The curves are {"layer.target": [[kept units, nats per token], ...]}.
+        """
         if self.curves is None:
             return {}
         curves = {
@@ -161,31 +166,31 @@ def make_plan(
     """Score, allocate and select: statistics -> plan.
 
     Args:
-        model: The dense model.
-        stats: With what [`needed_statistics`][] names, for [`needed_targets`][].
+        model: The base model.
+        stats: Statistics of the targets that [`Requirements`][] names for the config.
         config: Budget, criterion, allocation.
-        samples: Token blocks for adaptive allocation to measure on, [blocks, length], int64: the second part of
+        samples: Samples for adaptive allocation to measure on, [samples, length], int64: the second part of
             [`withhold_probe`][], with the statistics from the first.
         provenance: Goes into the plan, beside the config and versions.
 
     Raises:
         BudgetError: The budget can't be reached.
-        ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what is not planned here: a walk
-            (`reconstruction="sequential"`), tokens, and the refit of their rows.
+        ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what statistics alone can't give:
+            sequential reconstruction, pruning of the vocabulary, and the refit of the LM head.
     """
     if config.prunes_vocabulary or config.refit_lm_head:
         raise ConfigError(
-            "make_plan plans neurons and KV groups alone. For tokens, use prune(), or prune_vocabulary() before, "
-            "without the vocab_* options here; for refit_lm_head=True, use prune()."
+            "make_plan plans neurons and KV groups alone. To prune the vocabulary, use prune(), or call "
+            "prune_vocabulary() first and leave the vocab_* options out here; for refit_lm_head=True, use prune()."
         )
-    _refuse_walk(config)
-    geometry = read_geometry(model.config, check_supported(model))
-    wanted = {(layer, target) for layer in range(len(geometry.layers)) for target in needed_targets(config)}
+    _refuse_sequential(config)
+    view, targets = ModelView.of(model), Requirements.of(config).targets
+    wanted = {(layer, target) for layer in range(len(view.widths)) for target in targets}
     if not wanted <= set(stats.targets):
         layer, target = min(wanted - set(stats.targets))
         raise ConfigError(
             f"The statistics lack layer {layer} ({target}), which this config may prune. Calibrate with "
-            f"targets=needed_targets(config)."
+            f"targets=Requirements.of(config).targets."
         )
     if config.allocation == "uniform" or config.max_loss_increase is not None:
         plan_widths(model, config)  # before scoring: it may refuse
@@ -193,15 +198,15 @@ def make_plan(
 
 
 class Planner:
-    """A model with its text, measured once where that is needed, to be planned at any size.
+    """A model with its samples, measured once where that is needed, to be planned at any size.
 
     Args:
-        model: The dense model.
-        samples: [blocks, length], int64.
-        config: All choices but the size, which every call names anew.
+        model: The base model.
+        samples: [samples, length], int64.
+        config: All choices but the size, which every call names again.
         provenance: Goes into the plans, beside the config and versions.
-        resume_dir: Where walks keep their finished blocks, to go on from; None keeps nothing.
-        measured: Of the same units by another planner (of the model before its tokens went).
+        resume_dir: Folder where finished layers and measured widths are kept, to resume from; None keeps nothing.
+        measured: Measurements of the same units by another planner (before the vocabulary was pruned).
     """
 
     def __init__(
@@ -215,28 +220,27 @@ class Planner:
         measured: LayerMeasurements | None = None,
     ) -> None:
         self.model, self.samples, self.provenance, self.resume_dir = model, samples, provenance, resume_dir
-        self.measured = measured
+        self.needs, self.measured = Requirements.of(config), measured
         self.stats: CalibrationStats | None = None
-        if measured is not None and config.reconstruction == "sequential":
-            return
-        if config.reconstruction == "sequential" and config.allocation == "uniform" and not config.max_loss_increase:
-            return  # the walk sees all it needs
-        if config.reconstruction == "sequential" and not config.max_loss_increase:  # no model is built of statistics
+        sequential, searches_size = config.reconstruction == "sequential", config.max_loss_increase is not None
+        if sequential and (measured is not None or (config.allocation == "uniform" and not searches_size)):
+            return  # sequential reconstruction measures all that it needs
+        if sequential and not searches_size:  # only widths are searched
             self.measured = LayerMeasurements({}, self._search(config), 0, 0)
             return
         fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
         self.stats = calibrate_in_turns(
-            model, batches_of(fit), targets=needed_targets(config), statistics=needed_statistics(config)
+            model, batches_of(fit), targets=self.needs.targets, statistics=self.needs.statistics
         )
         self.measured = measured or LayerMeasurements.of(model, self.stats, config, probe)
 
     def _search(self, config: PrunerConfig) -> dict[Key, Curve]:
-        generator = torch.Generator().manual_seed(config.pruning_seed)  # one for all layers, whatever the turns
+        generator = torch.Generator().manual_seed(config.pruning_seed)  # one for all layers, however they are grouped
         return search_curves(
             self.model,
             self.samples,
-            targets=needed_targets(config),
-            statistics=needed_statistics(config),
+            targets=self.needs.targets,
+            statistics=self.needs.statistics,
             prepare=lambda stats: (
                 score_with(self.model, stats, config.criterion, generator),
                 _one_shot_reconstruction(stats, config),
@@ -246,38 +250,42 @@ class Planner:
         )
 
     def most_removable(self, config: PrunerConfig) -> int:
-        """Parameters that can go at most, where no ratio fixes a width."""
-        _, geometry, costs = shape_of(self.model)
+        """Return how many parameters can be removed at most, where no ratio fixes a width."""
+        view = ModelView.of_shapes(self.model)
         if self.measured is not None and self.measured.curves is not None:
-            return most_removable(self.measured.curves, costs, round_to=config.round_to)
-        narrowest = [LayerWidths(min(config.round_to, w.neurons), w.kv_groups) for w in geometry.layers]
-        return removed_params(geometry.layers, narrowest, costs)
+            return most_removable(self.measured.curves, view.costs, round_to=config.round_to)
+        narrowest = [LayerWidths(min(config.round_to, w.neurons), w.kv_groups) for w in view.widths]
+        return removed_params(view.widths, narrowest, view.costs)
 
     def widths(self, config: PrunerConfig) -> tuple[LayerWidths, ...]:
-        """Widths of a size."""
+        """Return the widths of the size that a config names."""
         return self.measured.widths(self.model, config) if self.measured else plan_widths(self.model, config)
 
     def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
-        """Plan and repair from the statistics; for the sequential repair, those of its one-shot kin."""
+        """Plan and reconstruct from the statistics of one pass; for `sequential`, by its `least_squares` fallback."""
         assert self.measured is not None
         assert self.stats is not None
-        return self.measured.plan(self.model, config, self.provenance), _one_shot_reconstruction(self.stats, config)
+        return (
+            self.measured.plan(self.model, config, self.provenance),
+            _one_shot_reconstruction(self.stats, config),
+        )
 
-    def walk(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
-        """Plan and repair from a sequential walk, which chooses the units anew, on all of the text."""
-        self.stats = None  # a walk has statistics of its own
+    def sequential(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
+        """Plan and reconstruct sequentially on all samples; this chooses the units again, layer by layer."""
+        self.stats = None  # no longer needed: sequential reconstruction has statistics of its own
         widths = self.widths(config)
-        walk = prune_sequentially(
+        found = prune_sequentially(
             self.model,
             batches_of(self.samples),
             widths,
-            get_criterion(config.criterion),
+            self.needs.criterion,
             ridge=config.ridge,
             seed=config.pruning_seed,
             state_dir=self.resume_dir,
         )
         facts = {**(self.provenance or {}), **(self.measured.prediction(widths) if self.measured else {})}
-        return _plan_of(self.model, walk.layers, config, walk.num_samples, walk.num_tokens, facts), walk.reconstruct
+        plan = _plan_of(self.model, found.layers, config, found.num_samples, found.num_tokens, facts)
+        return plan, found.reconstruct
 
 
 def plan_and_reconstruct(
@@ -291,17 +299,17 @@ def plan_and_reconstruct(
     resume_dir: Path | None = None,
     measured: LayerMeasurements | None = None,
 ) -> tuple[PruningPlan, ReconstructFn]:
-    """Token blocks -> the plan, and the repair that goes with it: what [`apply_plan`][] takes.
+    """Return the plan for some samples and the reconstruction that belongs to it: what [`apply_plan`][] takes.
 
     Args:
-        model: The dense model.
-        samples: [blocks, length], int64.
+        model: The base model.
+        samples: [samples, length], int64, of [`tokenize_samples`][].
         config: All choices.
         loss: For `max_loss_increase`: the loss of a model, above 0, on text that is neither in `samples` nor reported.
-        base_loss: What it is an increase over; None: the loss of `model`.
+        base_loss: Loss that the increase is measured against; None: the loss of `model`.
         provenance: Goes into the plan, beside the config and versions.
-        resume_dir: As for [`Planner`][].
-        measured: As for [`Planner`][].
+        resume_dir: As for `Planner`.
+        measured: As for `Planner`.
 
     Raises:
         ContextPruneError: See `hf_context_prune.errors`.
@@ -310,8 +318,17 @@ def plan_and_reconstruct(
         raise ConfigError("max_loss_increase is found by measuring; pass loss=, a function of a model.")
     planner = Planner(model, samples, config, provenance, resume_dir, measured=measured)
     if loss is None or config.max_loss_increase is None:
-        return planner.walk(config) if config.reconstruction == "sequential" else planner.one_shot(config)
-    return smallest_within(planner, config, loss, base_loss=base_loss)
+        return planner.sequential(config) if config.reconstruction == "sequential" else planner.one_shot(config)
+    return smallest_within(
+        model,
+        config,
+        loss,
+        base_loss=base_loss,
+        most_removable=planner.most_removable(config),
+        widths=planner.widths,
+        one_shot=planner.one_shot,
+        sequential=planner.sequential,
+    )
 
 
 def _plan_of(
@@ -322,10 +339,10 @@ def _plan_of(
     num_tokens: int,
     provenance: Mapping[str, Any] | None,
 ) -> PruningPlan:
-    spec = spec_of(model.config)
+    view = ModelView.of_shapes(model)
     return PruningPlan(
-        model_type=spec.model_type,
-        dense=read_geometry(model.config, spec).layers,
+        model_type=view.spec.model_type,
+        dense=view.widths,
         layers=layers,
         model_fingerprint=fingerprint(model),
         provenance={

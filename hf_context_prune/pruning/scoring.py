@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,8 +26,24 @@ from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key, TargetWeights
 
-from .criteria import get_criterion
-from .reconstruction import NEEDS_GRAM
+from .criteria import Criterion, get_criterion
+from .reconstruction import NEEDS_GRAM, Reconstruction, get_reconstruction
+
+
+def top_units(scores: torch.Tensor, count: int, where: str) -> tuple[int, ...]:
+    """Return the `count` units with the highest scores, ascending; of equals, the lower index.
+
+    Args:
+        scores: Importance, [units].
+        count: How many units stay.
+        where: Layer and target, for the message.
+
+    Raises:
+        NumericsError: A score is NaN or Inf.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        raise NumericsError(f"The importance of {where} holds NaN or Inf; nothing was chosen.")
+    return tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
 
 
 def select_units(
@@ -35,30 +52,24 @@ def select_units(
     """Keep the most important units of every layer; of equals, the lower index.
 
     Args:
-        importance: One value a unit, [units], for every (layer, target) that loses units.
+        importance: One value per unit, [units], for every (layer, target) that loses units.
         geometry: Sizes of the model.
-        widths: Units to keep, one entry a layer.
+        widths: Units to keep, one entry per layer.
 
     Raises:
         NumericsError: An importance is NaN or Inf.
     """
-    layers = []
-    for index, (dense, width) in enumerate(zip(geometry.layers, widths, strict=True)):
-        kept = {}
-        for target, total, count in (
-            ("mlp", dense.neurons, width.neurons),
-            ("attention", dense.kv_groups, width.kv_groups),
-        ):
-            if count == total:
-                kept[target] = tuple(range(total))
-                continue
-            scores = importance[index, target]
-            if not bool(torch.isfinite(scores).all()):
-                raise NumericsError(f"The importance of layer {index} ({target}) holds NaN or Inf; nothing was chosen.")
-            order = scores.argsort(descending=True, stable=True)[:count]
-            kept[target] = tuple(sorted(order.tolist()))
-        layers.append(LayerPlan(kept["mlp"], kept["attention"]))
-    return tuple(layers)
+
+    def kept(index: int, base: LayerWidths, width: LayerWidths, target: Target) -> tuple[int, ...]:
+        total, count = base.of(target), width.of(target)
+        if count == total:
+            return tuple(range(total))
+        return top_units(importance[index, target], count, f"layer {index} ({target})")
+
+    return tuple(
+        LayerPlan(kept(index, base, width, "mlp"), kept(index, base, width, "attention"))
+        for index, (base, width) in enumerate(zip(geometry.layers, widths, strict=True))
+    )
 
 
 def weights_of_layer(
@@ -83,8 +94,33 @@ def weights_of_layer(
     )
 
 
-def needed_targets(config: PrunerConfig) -> tuple[Target, ...]:
-    """Which units a config may remove."""
+@dataclass(frozen=True)
+class Requirements:
+    """What a config needs of the calibration, and what it chooses and reconstructs with.
+
+    Attributes:
+        targets: Units that the config may remove.
+        statistics: Optional statistics that the criterion and the reconstruction read.
+        criterion: Ranks the units.
+        reconstruction: Refits the output projections from the statistics of one pass. For `sequential`, which has no
+            such function, it is `least_squares`: the first approximation where widths or a size are searched.
+    """
+
+    targets: tuple[Target, ...]
+    statistics: frozenset[str]
+    criterion: Criterion
+    reconstruction: Reconstruction
+
+    @classmethod
+    def of(cls, config: PrunerConfig) -> Requirements:
+        """Read the requirements of a config."""
+        criterion, sequential = get_criterion(config.criterion), config.reconstruction == "sequential"
+        name = "least_squares" if sequential else config.reconstruction
+        gram = frozenset({"gram"}) if name in NEEDS_GRAM else frozenset()
+        return cls(_targets(config), criterion.needs | gram, criterion, get_reconstruction(name))
+
+
+def _targets(config: PrunerConfig) -> tuple[Target, ...]:
     total = config.has_total_budget
     if config.allocation == "adaptive" and total and config.mlp_ratio is None and config.attention_ratio is None:
         return TARGETS
@@ -93,14 +129,6 @@ def needed_targets(config: PrunerConfig) -> tuple[Target, ...]:
         "attention": bool(config.attention_ratio) or (total and config.mlp_ratio is not None),
     }
     return tuple(target for target in TARGETS if wanted[target])
-
-
-def needed_statistics(config: PrunerConfig) -> frozenset[str]:
-    """Which optional statistics a config's criterion and reconstruction read."""
-    needs = set(get_criterion(config.criterion).needs)
-    if config.reconstruction in NEEDS_GRAM or config.reconstruction == "sequential":
-        needs.add("gram")
-    return frozenset(needs)
 
 
 def score_units(

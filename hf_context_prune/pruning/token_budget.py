@@ -1,24 +1,22 @@
-"""How many tokens to keep under one budget with the other units."""
+"""How many tokens of the vocabulary to keep under one budget with neurons and KV groups."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.utils import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.splits import hold_out_documents
-from hf_context_prune.errors import BudgetError, DataError
-from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.errors import BudgetError
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.pruning.allocation.adaptive import predicted_loss
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
-from hf_context_prune.pruning.calibration.samples import tokenize_calibration_samples
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.vocabulary.prune import build_vocabulary_pruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.utils.distributed import on_main_process
@@ -29,17 +27,28 @@ SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""
 
 
-_PROBE_TOKENS = 8_000
+@dataclass(frozen=True)
+class VocabularyProbe:
+    """Text that vocabularies are compared on, and the loss there. The caller measures: pruning knows no evaluation.
+
+    Attributes:
+        counted: The calibration text without the probe's documents: tokens are chosen on it.
+        loss: Loss of a model with its tokenizer on the probe's documents, in nats per token of the base tokenizer.
+    """
+
+    counted: TextSource
+    loss: Callable[[PreTrainedModel, PreTrainedTokenizerBase], float]
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """How many tokens a budget leaves, and what that was weighed against.
+    """How many tokens a budget leaves, and what was compared.
 
     Attributes:
-        tokens: Tokens to keep; None: all.
-        measured: What the other units cost, for the plan.
-        considered: (tokens, nats a token that their loss costs, nats a token of the other units that must go then).
+        tokens: Tokens to keep; None keeps all.
+        measured: Loss of the layers at each width, for the plan.
+        considered: For each vocabulary (its tokens, nats per token that its loss costs, nats per token that the other
+            units cost that must then be removed).
     """
 
     tokens: int | None
@@ -49,50 +58,47 @@ class TokenBudget:
 
 def split_token_budget(
     model: PreTrainedModel,
-    tokenizer: Any,  # noqa: ANN401
-    text: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: CalibrationSet,
     config: PrunerConfig,
-    general: TextSource | None = None,
+    probe: VocabularyProbe,
     resume_dir: Path | None = None,
 ) -> TokenBudget:
-    """Weigh tokens against other units: the split whose losses add up to the least.
+    """Choose how much of a budget the vocabulary gives: the split with the least sum of losses.
 
-    What a vocabulary costs is measured (before any refit) on documents that its tokens were not counted on; what the
-    other units cost is what adaptive allocation measures of them. Gains count as nothing lost, and no vocabulary is
-    smaller than what reaches the budget alone.
+    The loss of a vocabulary is measured before any refit, on documents that its tokens were not counted on; the loss of
+    the other units is what adaptive allocation measures. Negative loss changes count as zero. No vocabulary is tried
+    that would remove more than the whole budget.
 
     Args:
-        model: The dense model.
+        model: The base model.
         tokenizer: Its tokenizer.
-        text: Calibration text.
-        config: With `vocab_auto` and a budget for all parameters.
-        general: For `general_data_ratio`.
-        resume_dir: Where the measured widths are kept, to go on from; None keeps nothing.
+        calibration: Calibration text.
+        config: With ``vocab_size="auto"`` and a budget for all parameters.
+        probe: Text to compare vocabularies on.
+        resume_dir: Folder where the measured widths are kept, to resume from; None keeps nothing.
 
     Raises:
         BudgetError: No split reaches the budget.
     """
-    samples = tokenize_calibration_samples(text, tokenizer, config, general)
     budget = ParameterBudget.of(config, model.num_parameters())
-    rows, cost = num_rows(model), token_cost(model)
-    alone = rows - math.ceil((budget.remove_params or 0) / cost)
-    curve = on_main_process(lambda: _vocabulary_curve(model, tokenizer, text, config, alone))
-    planner = Planner(model, samples, config, resume_dir=resume_dir)
-    assert planner.measured is not None
+    remove, rows, cost = budget.remove_params or 0, num_rows(model), token_cost(model)
+    fewest = rows - math.ceil(remove / cost)
+    curve = on_main_process(lambda: _vocabulary_curve(model, tokenizer, config, probe, fewest))
+    planner = Planner(model, calibration.samples(tokenizer), config, resume_dir=resume_dir)
     measured = planner.measured
+    assert measured is not None
+    assert measured.curves is not None
     considered = []
     for tokens, loss in curve:
-        remove = (budget.remove_params or 0) - (rows - tokens) * cost
-        if remove <= 0:
+        rest = remove - (rows - tokens) * cost
+        if rest <= 0:
             considered.append((tokens, loss, 0.0))
-            continue
-        if remove > planner.most_removable(config):
-            continue
-        widths = planner.widths(
-            replace(config, pruning_ratio=None, target_params=budget.total_params - remove, vocab_auto=False)
-        )
-        assert measured.curves is not None
-        considered.append((tokens, loss, predicted_loss(measured.curves, widths)))
+        elif rest <= planner.most_removable(config):
+            widths = planner.widths(
+                replace(config, pruning_ratio=None, target_params=budget.total_params - rest, vocab_size=None)
+            )
+            considered.append((tokens, loss, predicted_loss(measured.curves, widths)))
     if not considered:
         most = (rows - min(tokens for tokens, _ in curve)) * cost + planner.most_removable(config)
         raise BudgetError(
@@ -105,29 +111,20 @@ def split_token_budget(
 
 def _vocabulary_curve(
     model: PreTrainedModel,
-    tokenizer: Any,  # noqa: ANN401
-    text: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
     config: PrunerConfig,
-    alone: int,
+    probe: VocabularyProbe,
+    fewest: int,
 ) -> list[tuple[int, float]]:
-    """(tokens, loss increase in nats a token of the full tokenizer), from all tokens down to `alone`."""
-    try:
-        rest, withheld = hold_out_documents(text, seed=config.pruning_seed)
-    except DataError as error:
-        raise DataError(
-            f"vocab_auto weighs vocabularies on documents withheld from the calibration text {text.name}, which is a "
-            f"single one. Give text of several documents, or fix the number of tokens (vocab_size)."
-        ) from error
-    options = {"max_seq_length": config.max_seq_length}
-    base = document_losses(model, tokenizer, withheld, max_tokens=_PROBE_TOKENS, **options)  # type: ignore[arg-type]
-    docs, tokens = [loss.doc for loss in base], sum(loss.num_tokens for loss in base)
-    pruner = build_vocabulary_pruner(model, tokenizer, rest, config)
+    """Return (tokens, loss increase in nats per token of the base tokenizer), from all tokens down to `fewest`."""
+    base = probe.loss(model, tokenizer)
+    pruner = build_vocabulary_pruner(model, tokenizer, probe.counted, config)
     rows, multiple = num_rows(model), config.pad_to_multiple_of
     curve = [(rows, 0.0)]
-    least = max(alone // multiple * multiple, pruner.fewest(multiple))  # what reaches the budget alone, if any does
+    least = max(fewest // multiple * multiple, pruner.fewest(multiple))
     sizes = {VocabularySize(multiple=multiple).rounded(int(rows * share)) for share in SHARES}
     sizes = {size for size in (*sizes, least) if least <= size < rows}
-    if len(pruner.table) < rows:  # padding costs nothing to remove
+    if len(pruner.table) < rows:  # removing padding costs nothing
         sizes.add(len(pruner.table))
     for size in tqdm(
         sorted(sizes, reverse=True), desc="Weighing vocabularies", unit="size", name="hf_context_prune.vocabulary"
@@ -135,7 +132,6 @@ def _vocabulary_curve(
         if size > len(pruner.table):  # padded rows
             continue
         trimmed = pruner.trim(VocabularySize(size, multiple=multiple), refit=False)
-        losses = document_losses(trimmed.model, trimmed.tokenizer, withheld, docs=docs, **options)  # type: ignore[arg-type]
-        excess = sum(loss.nll for loss in losses) - sum(loss.nll for loss in base)
-        curve.append((trimmed.model.config.vocab_size, max(0.0, excess / tokens)))
+        excess = probe.loss(trimmed.model, trimmed.tokenizer) - base
+        curve.append((trimmed.model.config.vocab_size, max(0.0, excess)))
     return curve

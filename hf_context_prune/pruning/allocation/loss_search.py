@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from functools import partial
 
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
@@ -129,43 +129,36 @@ def _next(trials: list[SizeTrial], limit: float, aim: float, low: float, high: f
     return min(max(share, low + margin), high - margin)
 
 
-class Planner(Protocol):
-    """A model with its text, to be planned at any size."""
-
-    model: PreTrainedModel
-
-    def most_removable(self, config: PrunerConfig) -> int:
-        """Parameters that can go at most."""
-        ...
-
-    def widths(self, config: PrunerConfig) -> tuple[LayerWidths, ...]:
-        """Widths of a size."""
-        ...
-
-    def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
-        """Plan and repair from the statistics; for the sequential repair, those of its one-shot kin."""
-        ...
-
-    def walk(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
-        """Plan and repair from a sequential walk; `one_shot` can't be called after it."""
-        ...
+Widths = Callable[[PrunerConfig], tuple[LayerWidths, ...]]
+"""A config with a size to the widths of that size."""
+Build = Callable[[PrunerConfig], tuple[PruningPlan, ReconstructFn]]
+"""A config with a size to the plan of that size and its reconstruction."""
 
 
 class _SizeTrials:
-    """Sizes that were built and measured; keeps the smallest model's plan and repair that are within the limit."""
+    """Sizes that were built and measured; keeps the smallest model's plan and reconstruction within the limit."""
 
     def __init__(
-        self, planner: Planner, config: PrunerConfig, loss: Loss, base: float, build: str, max_trials: int
+        self,
+        model: PreTrainedModel,
+        config: PrunerConfig,
+        loss: Loss,
+        base: float,
+        *,
+        widths: Widths,
+        build: Build,
+        reconstruction: str,
+        max_trials: int,
     ) -> None:
-        self.planner, self.config, self.loss, self.base = planner, config, loss, base
-        self.build = planner.walk if build == "sequential" else planner.one_shot
-        self.reconstruction, self.max_trials = build, max_trials
+        self.model, self.config, self.loss, self.base = model, config, loss, base
+        self.widths, self.build, self.reconstruction, self.max_trials = widths, build, reconstruction, max_trials
         self.known: dict[tuple[LayerWidths, ...], SizeTrial] = {}
         self.best: tuple[PruningPlan, ReconstructFn] | None = None
         self.best_share = 0.0
 
-    def search_size(self, start: float, largest: float, **options: float) -> tuple[SizeTrial, list[SizeTrial]]:
-        limit, total = self.config.max_loss_increase, self.planner.model.num_parameters()
+    def search(self, start: float, largest: float, **options: float) -> tuple[SizeTrial, list[SizeTrial]]:
+        """Search from a share of the parameters on, with a progress bar."""
+        limit, total = self.config.max_loss_increase, self.model.num_parameters()
         assert limit is not None
         name = "hf_context_prune.loss_search"
         with tqdm(total=self.max_trials, desc="Searching the size", unit="trial", name=name) as self.bar:
@@ -180,14 +173,14 @@ class _SizeTrials:
             )
 
     def measure(self, share: float) -> SizeTrial:
-        model = self.planner.model
+        """Build the model without a share of the parameters, and measure how much its loss grew."""
         config = replace(self.config, max_loss_increase=None, pruning_ratio=share)
-        widths = self.planner.widths(config)
+        widths = self.widths(config)
         if widths in self.known:
             return self.known[widths]
         plan, reconstruct = self.build(config)
-        smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()
-        total = model.num_parameters()
+        smaller = apply_plan(self.model, plan, reconstruct=reconstruct).eval()
+        total = self.model.num_parameters()
         gone = (total - smaller.num_parameters()) / total
         increase = on_main_process(lambda: self.loss(smaller)) / self.base - 1
         trial = self.known[widths] = SizeTrial(gone, increase, self.reconstruction)
@@ -199,42 +192,54 @@ class _SizeTrials:
 
 
 def smallest_within(
-    planner: Planner, config: PrunerConfig, loss: Loss, *, base_loss: float | None = None
+    model: PreTrainedModel,
+    config: PrunerConfig,
+    loss: Loss,
+    *,
+    base_loss: float | None = None,
+    most_removable: int,
+    widths: Widths,
+    one_shot: Build,
+    sequential: Build,
 ) -> tuple[PruningPlan, ReconstructFn]:
     """Find the smallest model whose loss is within `max_loss_increase`.
 
-    A walk is dear, so for the sequential repair its one-shot kin finds the size to begin with; then a few walks.
+    Sequential reconstruction is slow, so `least_squares` finds an approximate size first, and at most
+    `MAX_SEQUENTIAL_RUNS` sequential runs refine it.
 
     Args:
-        planner: The model and what was measured of it.
+        model: The base model.
         config: With `max_loss_increase`.
-        loss: The loss of a model, above 0.
-        base_loss: What it is an increase over; None: the loss of the planner's model.
+        loss: Loss of a model on validation text, above 0.
+        base_loss: Loss that the increase is measured against; None: the loss of `model`.
+        most_removable: Parameters that can be removed at most.
+        widths: Gives the widths of a size.
+        one_shot: Builds a size from the statistics of one pass.
+        sequential: Builds a size by sequential reconstruction; `one_shot` is not called after it.
 
     Returns:
-        Plan and repair; the plan's provenance has ``loss_budget``: limit, increase and trials.
+        Plan and reconstruction; the plan's provenance has ``loss_budget``: limit, increase and trials.
 
     Raises:
-        BudgetError: Nothing that was tried is within it.
+        BudgetError: No size that was tried is within the limit.
     """
-    most = planner.most_removable(config)
-    if not most:
+    if not most_removable:
         raise BudgetError(
-            f"Nothing can go: MLP widths stay multiples of round_to={config.round_to}, and the layers are no wider. "
-            f"Give a smaller one."
+            f"Nothing can be removed: MLP widths stay multiples of round_to={config.round_to}, and the layers are no "
+            f"wider. Give a smaller round_to."
         )
-    largest = most / planner.model.num_parameters()
-    base = on_main_process(lambda: loss(planner.model)) if base_loss is None else base_loss
-    walks = config.reconstruction == "sequential"
-    stage = _SizeTrials(planner, config, loss, base, "least_squares" if walks else config.reconstruction, MAX_TRIALS)
-    found, trials = stage.search_size(min(FIRST_SHARE, largest / 2), largest)
-    if walks:
-        stage = _SizeTrials(
-            planner, config, loss, base, "sequential", MAX_SEQUENTIAL_RUNS
-        )  # replaces the first, and its statistics
-        found, more = stage.search_size(found.share, largest, enough=0.8, aim=0.92)
+    largest = most_removable / model.num_parameters()
+    base = on_main_process(lambda: loss(model)) if base_loss is None else base_loss
+    trials_of = partial(_SizeTrials, model, config, loss, base, widths=widths)
+    is_sequential = config.reconstruction == "sequential"
+    approximate = "least_squares" if is_sequential else config.reconstruction
+    stage = trials_of(build=one_shot, reconstruction=approximate, max_trials=MAX_TRIALS)
+    found, trials = stage.search(min(FIRST_SHARE, largest / 2), largest)
+    if is_sequential:
+        stage = trials_of(build=sequential, reconstruction="sequential", max_trials=MAX_SEQUENTIAL_RUNS)
+        found, more = stage.search(found.share, largest, enough=0.8, aim=0.92)
         trials = trials + more
-    assert stage.best is not None  # `search_size` raises where nothing holds
+    assert stage.best is not None  # `search_size` raises where no size is within the limit
     plan, reconstruct = stage.best
     facts = {
         "max_loss_increase": config.max_loss_increase,

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.modeling.architectures import TARGETS, Target, UnitCosts, spec_of, unit_costs
-from hf_context_prune.modeling.native_fit import native_fit
+from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.pruning.calibration.statistics import Key
-from hf_context_prune.pruning.scoring import needed_targets
+from hf_context_prune.pruning.scoring import Requirements
 
 from .adaptive import adaptive_widths, most_removable
 from .budget import Costs, Curve, ParameterBudget, beyond_probes, removed_params
@@ -49,7 +49,7 @@ def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidt
     if config.native_architecture:
         native_groups = _native_groups(model, spec, geometry)
     widths = uniform_widths(geometry, costs, budget, config, native_groups=native_groups)
-    if config.native_architecture and not (fit := native_fit(model.config, spec, widths)).fits:
+    if config.native_architecture and not (fit := assess_native_fit(model.config, spec, widths)).fits:
         raise BudgetError(
             f"No such widths stay native: {fit.reason}. Leave out --native-architecture, or ask for another ratio."
         )
@@ -82,7 +82,7 @@ def _native_groups(model: PreTrainedModel, spec: ArchSpec, geometry: Geometry) -
     return [
         groups
         for groups in range(1, first.kv_groups + 1)
-        if native_fit(model.config, spec, [LayerWidths(first.neurons, groups)] * len(geometry.layers)).fits
+        if assess_native_fit(model.config, spec, [LayerWidths(first.neurons, groups)] * len(geometry.layers)).fits
     ]
 
 
@@ -101,7 +101,7 @@ def measured_widths(
     # Each unit has a budget of its own: what the same options would remove with uniform widths.
     uniform = uniform_widths(geometry, costs, budget, config)
     widths = geometry.layers
-    for target in needed_targets(config):
+    for target in Requirements.of(config).targets:
         own = {key: curve for key, curve in curves.items() if key[1] == target}
         remove = removed_of(target, geometry.layers, uniform, costs)
         part = adaptive_widths(own, geometry, costs, remove, round_to=config.round_to)
@@ -145,7 +145,7 @@ def check_units_budget(model: PreTrainedModel, config: PrunerConfig, tokens: int
         return rest
     _, geometry, costs = shape_of(model)
     widths = widths_beside(model, config, tokens)
-    for target in needed_targets(config) if config.allocation == "adaptive" else ():
+    for target in Requirements.of(config).targets if config.allocation == "adaptive" else ():
         check_adaptive(model, config, removed_of(target, geometry.layers, widths, costs), [target])
     return removed_params(geometry.layers, widths, costs)
 

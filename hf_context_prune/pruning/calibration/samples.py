@@ -1,41 +1,46 @@
-"""The blocks of text that a config calibrates on, and those that the rows of the tokens are refitted to."""
+"""The samples that a run calibrates on, and the batches that they are cut into."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from hf_context_prune.config import PrunerConfig
+from hf_context_prune.config import CalibrationConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import ConfigError, DataError
 
+Batch = dict[str, torch.Tensor]
+"""What a model's forward takes: ``input_ids`` and, where there is padding, ``attention_mask``."""
 
-def check_share(what: str, share: float, blocks: int) -> None:
-    """Refuse a share of general text that is no calibration block, or all of them.
+VALIDATION_EVERY = 12
+"""Of the text of a reconstruction, one part in so many (batch or sample) is never fitted: it chooses."""
+
+
+def check_share(what: str, share: float, num_samples: int) -> None:
+    """Refuse a share of general text that rounds to no calibration sample, or to all of them.
 
     Args:
         what: The share's name, for the message.
-        share: Of the blocks.
-        blocks: How many there are.
+        share: Share of the samples.
+        num_samples: How many samples there are.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: The share rounds to none or all of the samples.
     """
-    if not 0 < round(share * blocks) < blocks:
+    if not 0 < round(share * num_samples) < num_samples:
         raise ConfigError(
-            f"{what} is {share:g}: of {blocks} calibration blocks (num_calibration_samples) that is "
-            f"{'all of them' if share > 0.5 else 'none'}. Ask for more blocks"
-            + (f", or for {1 / blocks:g} to {1 - 1 / blocks:g}." if blocks > 1 else ".")
+            f"{what} is {share:g}: of {num_samples} calibration samples (num_calibration_samples) that is "
+            f"{'all of them' if share > 0.5 else 'none'}. Ask for more samples"
+            + (f", or for {1 / num_samples:g} to {1 - 1 / num_samples:g}." if num_samples > 1 else ".")
         )
 
 
-def check_general_data_ratio(config: PrunerConfig, general: object) -> None:
-    """Refuse a share of a text that is not there, and one that [`check_share`][] refuses.
+def check_general_data_ratio(config: CalibrationConfig, general: object) -> None:
+    """Refuse a share of general text where there is none, and a share that [`check_share`][] refuses.
 
     Raises:
-        ConfigError: `general_data_ratio` without general text, or for too few blocks.
+        ConfigError: `general_data_ratio` without general text, or for too few samples.
     """
     if config.general_data_ratio:
         check_share("general_data_ratio", config.general_data_ratio, config.num_calibration_samples)
@@ -46,66 +51,92 @@ def check_general_data_ratio(config: PrunerConfig, general: object) -> None:
         )
 
 
-def tokenize_calibration_samples(
-    text: TextSource,
-    tokenizer: Any,  # noqa: ANN401
-    config: PrunerConfig,
-    general: TextSource | None,
-    *,
-    count: int | None = None,
-) -> torch.Tensor:
-    """The calibration blocks of a config, [blocks, length], int64; those of general text are spread among the others.
+class CalibrationSet:
+    """The text that a run calibrates on. Each tokenizer reads it once, however often samples are asked for.
 
     Args:
-        text: Of the domain.
-        tokenizer: The model's.
-        config: Says how many blocks, how long, and how many of them are general.
-        general: Text of no domain.
-        count: Another number of blocks.
+        domain: Text of the domain.
+        config: Says how many samples, how long they are, and which share of them is general text.
+        general: Text of no domain, for `general_data_ratio`.
 
     Raises:
-        ConfigError: `general_data_ratio` without general text, or for too few blocks.
-        DataError: One of the texts has less than a block where the other has one.
+        ConfigError: See [`check_general_data_ratio`][].
     """
-    check_general_data_ratio(config, general)
 
-    def blocks(source: TextSource, count: int) -> torch.Tensor:
-        length, seed = config.max_seq_length, config.pruning_seed
-        return tokenize_samples(source, tokenizer, num_samples=count, max_seq_length=length, seed=seed, fewer=fewer)
+    def __init__(self, domain: TextSource, config: CalibrationConfig, general: TextSource | None = None) -> None:
+        check_general_data_ratio(config, general)
+        self.domain, self.config, self.general = domain, config, general
+        # The tokenizer is kept beside its samples, so that no other one can get its id.
+        self._known: dict[tuple[int, int], tuple[PreTrainedTokenizerBase, torch.Tensor]] = {}
 
-    whole = config.num_calibration_samples if count is None else count
-    fewer = whole > config.num_calibration_samples
-    mixed = min(whole - 1, round(config.general_data_ratio * whole))  # of another count, rounded up it may be all
-    if not mixed or general is None:
-        return blocks(text, whole)
-    parts = blocks(text, whole - mixed), blocks(general, mixed)
-    lengths = [part.shape[1] for part in parts]
-    if min(lengths) < max(lengths):
-        short = text if lengths[0] < lengths[1] else general
-        raise DataError(
-            f"{short.name} has {min(lengths)} tokens, less than one block of {max(lengths)}, so it can't be mixed with "
-            f"the other text. Give more of it, or lower max_seq_length to {min(lengths)}."
-        )
-    both = torch.cat(parts)
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(config.pruning_seed))]
+    def samples(self, tokenizer: PreTrainedTokenizerBase, num_samples: int | None = None) -> torch.Tensor:
+        """Return the calibration samples, with those of general text spread among the others.
 
+        Args:
+            tokenizer: The tokenizer of the model that reads them.
+            num_samples: Upper limit in place of `num_calibration_samples`; shorter text then gives no warning.
 
-Batch = dict[str, torch.Tensor]
+        Returns:
+            [samples, length], int64.
+
+        Raises:
+            DataError: One of the texts has less than a sample where the other has one.
+        """
+        wanted = self.config.num_calibration_samples if num_samples is None else num_samples
+        key = (id(tokenizer), wanted)
+        if key not in self._known:
+            self._known[key] = (tokenizer, self._tokenize(tokenizer, wanted))
+        return self._known[key][1]
+
+    def _tokenize(self, tokenizer: PreTrainedTokenizerBase, wanted: int) -> torch.Tensor:
+        config = self.config
+
+        def cut(source: TextSource, count: int) -> torch.Tensor:
+            return tokenize_samples(
+                source,
+                tokenizer,
+                num_samples=count,
+                max_seq_length=config.max_seq_length,
+                seed=config.pruning_seed,
+                warn_if_short=wanted <= config.num_calibration_samples,
+            )
+
+        mixed = min(wanted - 1, round(config.general_data_ratio * wanted))  # rounded up, it may be all of them
+        if not mixed or self.general is None:
+            return cut(self.domain, wanted)
+        parts = cut(self.domain, wanted - mixed), cut(self.general, mixed)
+        lengths = [part.shape[1] for part in parts]
+        if min(lengths) < max(lengths):
+            short = self.domain if lengths[0] < lengths[1] else self.general
+            raise DataError(
+                f"{short.name} has {min(lengths)} tokens, less than one sample of {max(lengths)}, so it can't be mixed "
+                f"with the other text. Give more of it, or lower max_seq_length to {min(lengths)}."
+            )
+        both = torch.cat(parts)
+        return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(config.pruning_seed))]
 
 
 def batches_of(samples: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:
-    """Cut token blocks into batches of about `batch_tokens` tokens.
+    """Cut samples into batches of about `batch_tokens` tokens.
 
     Args:
-        samples: [blocks, max_seq_length], int64, without padding.
-        batch_tokens: Tokens a batch, at least one block.
+        samples: [samples, max_seq_length], int64, without padding.
+        batch_tokens: Tokens per batch; a batch has at least one sample.
     """
     size = max(1, batch_tokens // samples.shape[1])
     return [{"input_ids": chunk} for chunk in samples.split(size)]
 
 
 def prepare_batch(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch, torch.Tensor | None]:
-    """A batch as the model takes it, and its mask of unpadded positions, [batch * length], or None without padding.
+    """Return a batch as the model takes it, and its mask of unpadded positions.
+
+    Args:
+        batch: ``input_ids`` [batch, length] and, where there is padding, ``attention_mask``.
+        index: Number of the batch, for messages.
+        embedding_rows: Rows of the model's embedding.
+
+    Returns:
+        (inputs, mask [batch * length] or None without padding).
 
     Raises:
         DataError: A token id beyond the embedding.
@@ -125,5 +156,5 @@ def prepare_batch(batch: Batch, index: int, embedding_rows: int) -> tuple[Batch,
     inputs = {"input_ids": ids, "attention_mask": mask}
     if bool(flat.all()):
         return inputs, None
-    # Left padding: GPT-2 counts its positions from the left edge, padding and all, unless it is told them.
+    # Left padding: without position_ids, GPT-2 counts its positions from the left edge, padding included.
     return inputs | {"position_ids": (mask.long().cumsum(dim=1) - 1).clamp_min(0)}, flat

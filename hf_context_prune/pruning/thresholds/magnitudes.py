@@ -19,8 +19,11 @@ from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.modeling.architectures import check_supported, layers_of
 from hf_context_prune.modeling.specs import ArchSpec, read_geometry
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
-from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
+from hf_context_prune.pruning.calibration.samples import Batch, batches_of, prepare_batch
 from hf_context_prune.utils.distributed import all_reduce_, fail_together, shard, sum_counts
+
+_HEAD_TOKENS = 1024
+"""Tokens per batch: the output of the head, which is wide, is measured too."""
 
 
 @dataclass(frozen=True)
@@ -187,3 +190,13 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
         num_samples,
         num_tokens,
     )
+
+
+def measure_sample_magnitudes(model: PreTrainedModel, samples: torch.Tensor) -> Magnitudes:
+    """Measure what the paper's thresholds are compared with, on samples without padding.
+
+    Args:
+        model: The base model, also where its vocabulary is to be pruned.
+        samples: [samples, length], int64.
+    """
+    return measure_magnitudes(model, batches_of(samples, batch_tokens=_HEAD_TOKENS))

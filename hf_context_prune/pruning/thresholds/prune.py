@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.config import PrunerConfig
+from hf_context_prune.config import ThresholdConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.architectures import check_supported, layers_of, output_projection, output_weight
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
@@ -121,7 +121,7 @@ def live_units(model: PreTrainedModel) -> tuple[LayerPlan, ...]:
 
 @torch.no_grad()
 def zeros_of_paper(
-    dense: PreTrainedModel, magnitudes: Magnitudes | None, config: PrunerConfig, tokens: Collection[int]
+    dense: PreTrainedModel, magnitudes: Magnitudes | None, config: ThresholdConfig, tokens: Collection[int]
 ) -> int:
     """Parameters that become zero in the paper's code, which cuts out nothing; tied ones once.
 
@@ -145,7 +145,7 @@ def count_zeros(model: nn.Module) -> int:
 
 
 def prune_by_thresholds(
-    model: PreTrainedModel, magnitudes: Magnitudes, config: PrunerConfig, provenance: Mapping[str, Any] | None = None
+    model: PreTrainedModel, magnitudes: Magnitudes, config: ThresholdConfig, provenance: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PruningPlan, ZeroCounts]:
     """The paper's rule on a model: zeros below the thresholds, dead units cut out.
 
@@ -200,7 +200,7 @@ def zeros_note(plan: PruningPlan) -> tuple[str, ...]:
 def prune_below_thresholds(
     dense: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
-    config: PrunerConfig,
+    config: ThresholdConfig,
     magnitudes: Magnitudes,
     trimmed: TrimmedModel | None,
     provenance: dict[str, Any] | None = None,

@@ -31,11 +31,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.modeling.patching import bfloat16_layers
-from hf_context_prune.pruning.calibration.samples import tokenize_calibration_samples
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.linalg import add_ridge, invert_spd
 from hf_context_prune.utils.precision import reduced_precision_matmul
@@ -87,8 +85,8 @@ def refit_to_text(
 ) -> dict[str, float] | None:
     """[`refit_rows`][] on as many blocks of a text as [`num_refit_samples`][] names."""
     count = num_refit_samples(model, num_samples, max_seq_length)
-    options = {"num_samples": count, "max_seq_length": max_seq_length, "seed": seed}
-    samples = tokenize_samples(source, tokenizer, **options, fewer=count > num_samples)
+    options: dict[str, Any] = {"num_samples": count, "max_seq_length": max_seq_length, "seed": seed}
+    samples = tokenize_samples(source, tokenizer, **options, warn_if_short=count <= num_samples)
     return refit_rows(model, samples)
 
 
@@ -261,18 +259,6 @@ class _Problem:
 def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     with reduced_precision_matmul():
         return functional.linear(states, weight, bias)
-
-
-def tokenize_refit_samples(
-    model: PreTrainedModel,
-    tokenizer: Any,  # noqa: ANN401
-    text: TextSource,
-    config: PrunerConfig,
-    general: TextSource | None,
-) -> torch.Tensor:
-    """Blocks for the refit of a model's rows, [blocks, length], int64: as many as pay, mixed as a config says."""
-    count = num_refit_samples(model, config.num_calibration_samples, config.max_seq_length)
-    return tokenize_calibration_samples(text, tokenizer, config, general, count=count)
 
 
 def refit_rows_in_all_processes(model: PreTrainedModel, samples: torch.Tensor) -> dict[str, float] | None:
