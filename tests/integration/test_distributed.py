@@ -62,11 +62,23 @@ def launch(folder, *arguments, worker=True):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What two processes wrote, all of it in one launch."""
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    return model_and_text(folder, "data.0.jsonl")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, place):
+    """One launch of two processes, whose last command fails in the second: (folder, code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("two")
-    code, out, err = launch(folder, "work")
-    assert code == 0, out + err
+    return folder, *launch(folder, *prune_arguments(place, "data.@RANK.jsonl", "failed"))
+
+
+@pytest.fixture(scope="module")
+def folder(launched):
+    """What the two processes wrote before the command."""
+    folder, _, out, err = launched
+    assert all((folder / f"result.{rank}.pt").exists() for rank in RANKS), out + err
     return folder
 
 
@@ -186,38 +198,31 @@ def test_objects_come_from_the_main_process(results):
 # The command line
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("command")
-    return model_and_text(folder, "data.0.jsonl")
-
-
 def prune_arguments(place, data, output):
     return [
         *("prune", place / "base", "--data", place / data, "--output", place / output, "--mlp-ratio", 0.25),
-        *("--max-seq-length", 32, "--num-calibration-samples", 16, "--no-speed", "--max-eval-tokens", 400),
+        *("--max-seq-length", 32, "--num-calibration-samples", 16, "--no-benchmark", "--max-eval-tokens", 400),
     ]
 
 
 @pytest.mark.slow
-def test_the_command_writes_and_prints_once(place):
+def test_the_command_writes_and_prints_once(place, run):
     code, out, err = launch(place, *prune_arguments(place, "data.0.jsonl", "two"), "--format", "json", worker=False)
     assert code == 0, err
     report = json.loads(out)  # one document: the other process printed nothing
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    alone = [sys.executable, "-m", "hf_context_prune", *map(str, prune_arguments(place, "data.0.jsonl", "one"))]
-    subprocess.run(alone, env=environment, check=True, capture_output=True, cwd=ROOT, timeout=120)
+    code, _, err = run(*prune_arguments(place, "data.0.jsonl", "one"))
+    assert code == 0, err
     plans = [PruningPlan.load(place / name / "pruning_plan.json") for name in ("one", "two")]
     assert plans[0].layers == plans[1].layers
     assert plans[1].sha256 == report["plan_sha256"]
 
 
 @pytest.mark.slow
-def test_a_failure_in_one_process_ends_all_with_its_exit_code(place):
-    code, out, err = launch(place, "command", *prune_arguments(place, "data.@RANK.jsonl", "failed"))
+def test_a_failure_in_one_process_ends_all_with_its_exit_code(place, launched):
+    folder, code, out, err = launched
     assert code != 0
     assert out == ""
-    assert [json.loads((place / f"exit.{rank}.json").read_text()) for rank in RANKS] == [1, 1]
+    assert [json.loads((folder / f"exit.{rank}.json").read_text()) for rank in RANKS] == [1, 1]
     shown = [line for line in err.splitlines() if line.startswith("Error: ")]
     assert len(shown) == 1
     assert "data.1.jsonl" in shown[0]
@@ -236,9 +241,9 @@ def test_one_process_makes_no_group(model):
     assert distributed.on_main_process(lambda: 3) == distributed.broadcast_object(3) == 3
     assert distributed.sum_counts(2, 5) == [2, 5]
     moments = moments_of(parts(1)[0], centre=True)
-    before = [tensor.clone() for tensor in moments.second()]
+    before = [tensor.clone() for tensor in moments.second_moments()]
     reduce_moments(moments)
-    assert all(torch.equal(a, b) for a, b in zip(before, moments.second(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, moments.second_moments(), strict=True))
     calibrate(model, batches())
     assert not torch.distributed.is_initialized()
 

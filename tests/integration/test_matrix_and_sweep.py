@@ -15,13 +15,14 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import CalibrationWarning, ConfigError, SaveError
+from hf_context_prune.evaluation.bootstrap import ratio_to_change
 from hf_context_prune.evaluation.options import QuestionOptions
-from hf_context_prune.evaluation.reports.formatting import ratio_to_change
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
 from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
 from hf_context_prune.pipelines.matrix import domain_matrix
 from hf_context_prune.pipelines.matrix_report import DENSE
 from hf_context_prune.pipelines.sweep import SweepOptions, _Pruner, sweep
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.loading import LoadedModel, load_model
@@ -80,7 +81,9 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     for name in PARTS:  # the folders are those of prune() and reload
         loaded = load_model(out / "models" / name)
         assert sum(p.numel() for p in loaded.model.parameters()) == found.scores[name, "law"].parameters
-    alone = prune(base, domains["law"], CONFIG, evaluation=EvalOptions(max_tokens=None, speed=False, memory=False))
+    alone = prune(
+        base, domains["law"], CONFIG, eval_options=EvalOptions(max_tokens=None, benchmark=False, memory=False)
+    )
     own = found.scores["law", "law"]
     assert alone.report.size.pruned_parameters == own.parameters
     nll, size = sum(x.nll for x in own.losses), sum(x.num_bytes for x in own.losses)
@@ -166,6 +169,7 @@ def test_held_out_text_that_another_domain_calibrates_on_is_dropped(base, domain
     assert "6 more were dropped" in found.splits["general"]
 
 
+@pytest.mark.slow
 def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, monkeypatch):
     out, how = tmp_path / "out", {"questions": {"law": questions}, "max_tokens": None}
     found = domain_matrix(base, domains, out, CONFIG, mixes={"law": [0.5, 0.25]}, **how)
@@ -185,9 +189,8 @@ def test_general_text_is_mixed_in_by_shares(base, domains, questions, tmp_path, 
     assert facts.report.multiple_choice is None  # losses alone
     text, general = (load_documents(domains[name]) for name in PARTS)
     rest, others = (hold_out_documents(one, seed=0)[0] for one in (text, general))
-    alone, _, _ = prune_model(
-        base.model, base.tokenizer, rest, replace(CONFIG, general_data_ratio=0.25), general=others
-    )
+    config = replace(CONFIG, general_data_ratio=0.25)
+    alone, _, _ = prune_model(base.model, base.tokenizer, CalibrationSet(rest, config, others), config)
     for one, other in zip(load_model(out / "models/law+0.25").model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(one, other)
     assert (out / "mix.png").read_bytes().startswith(b"\x89PNG")
@@ -433,7 +436,7 @@ def test_a_point_of_the_grid_is_what_prune_makes_of_its_options(base, domains):
     text, pruner = load_documents(domains["law"]), _Pruner(base, load_documents(domains["law"]))
     for config in OPTIONS.configs():
         own, _, plan = pruner.prune(config)
-        alone, _, expected = prune_model(base.model, base.tokenizer, text, config)
+        alone, _, expected = prune_model(base.model, base.tokenizer, CalibrationSet(text, config), config)
         assert plan == expected
         for (name, got), wanted in zip(own.named_parameters(), alone.parameters(), strict=True):
             assert torch.equal(got, wanted), name

@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 MINIMUM = 320  # 313 tokens must stay, rounded up to a multiple of 64
+EVERY = {"licences": 3, "shared": 25}
+"""One of so many documents is read."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,8 @@ def shared_documents() -> Iterator[str]:
 def test_no_text_loses_anything(corpus, smollm2, licences, trimmed):
     if corpus == "shared" and not SHARED.is_dir():
         pytest.skip("the six domains are not beside this checkout (../shared/data)")
-    texts = iter(licence_documents(licences) if corpus == "licences" else shared_documents())
+    texts = licence_documents(licences) if corpus == "licences" else shared_documents()
+    texts = islice(texts, 0, None, EVERY[corpus])
     full, small, vocabulary = smollm2.tokenizer, trimmed.tokenizer, trimmed.plan.vocabulary
     documents = kept = 0
     while batch := list(islice(texts, 512)):
@@ -66,7 +69,7 @@ def test_no_text_loses_anything(corpus, smollm2, licences, trimmed):
         whole = [index for index, ids in enumerate(mapped) if None not in ids]
         assert [new[index] for index in whole] == [mapped[index] for index in whole]
         documents, kept = documents + len(batch), kept + sum(bool(mapped[index]) for index in whole)
-    assert documents > (300 if corpus == "licences" else 10_000)
+    assert documents > (100 if corpus == "licences" else 1_000)
     assert kept > 0 or len(vocabulary.kept) == MINIMUM
 
 
@@ -76,7 +79,7 @@ def test_logits_of_kept_text_are_exact(smollm2, licences, trimmed):
     else:
         text = next(iter(licences.calibration.documents)).text
     old = smollm2.tokenizer(text)["input_ids"]
-    old = [index for index in old if index in trimmed.plan.vocabulary.new_ids][:256]
+    old = [index for index in old if index in trimmed.plan.vocabulary.new_ids][:64]
     new = trimmed.plan.vocabulary.to_new(old)
     assert len(new) > 5
     with torch.no_grad():
@@ -101,11 +104,12 @@ def test_tokens_and_neurons_in_one_budget_open_with_plain_transformers(smollm2, 
         reconstruction="least_squares",
         native_architecture=True,
         round_to=8,
-        num_calibration_samples=24,
-        max_seq_length=256,
+        criterion="wanda",
+        num_calibration_samples=16,
+        max_seq_length=128,
     )
-    quick = EvalOptions(max_tokens=2_500, speed=False, memory=False)
-    result = prune(smollm2, licences.calibration, config, eval_data=licences.held_out, evaluation=quick)
+    quick = EvalOptions(max_tokens=2_500, benchmark=False, memory=False)
+    result = prune(smollm2, licences.calibration, config, eval_data=licences.held_out, eval_options=quick)
     assert 0.25 <= result.report.size.achieved_ratio < 0.254
     assert result.plan.provenance["vocabulary"]["tokens_before"] == 49_152
     folder = result.save_pretrained(tmp_path / "mini-gpt")

@@ -1,6 +1,8 @@
 """Run in each of several processes that accelerate launched: does what test_distributed.py then looks at.
 
-Usage: distributed_worker.py FOLDER {work, command ARGUMENT...}
+Usage: distributed_worker.py FOLDER ARGUMENT...
+
+The arguments are those of the command line, which runs last and ends the process.
 """
 
 import atexit
@@ -49,7 +51,7 @@ def moments(rank, count):
         for name, mine in (("shares", parts(count)[rank]), ("empty", parts(1)[0] if rank == 0 else [])):
             summed = moments_of(mine, centre=centre)
             reduce_moments(summed)
-            result[f"{name}.{centre}"] = (summed.statistics.num_tokens, *summed.second())
+            result[f"{name}.{centre}"] = (summed.statistics.num_tokens, *summed.second_moments())
     return result
 
 
@@ -101,7 +103,5 @@ def command(folder, arguments):
         raise
 
 
-if sys.argv[2] == "work":
-    work(FOLDER)
-else:
-    command(FOLDER, sys.argv[3:])
+work(FOLDER)
+command(FOLDER, sys.argv[2:])

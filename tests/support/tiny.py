@@ -108,7 +108,19 @@ COVERING = ["llama-mqa-tied", "gpt2", "gpt_neox", "gemma2", "granite", "phi"]
 norms behind a sub-layer, parallel sub-layers, scaled residuals, tied heads; MQA, GQA and MHA. For tests outside the
 contract of the families."""
 
+
+def tokens(count: int = 4, length: int = 20, *, seed: int = 1) -> torch.Tensor:
+    """Random token ids, [count, length], none of them special."""
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
 TEXT = "the court finds that the party of the first part has a duty of care; the patient was given the dose. " * 8
+
+
+def texts(count: int = 40, *, seed: int = 0) -> list[str]:
+    """Texts of random words of TEXT."""
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(TEXT.split(), k=60)) for _ in range(count)]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -271,7 +271,7 @@ ODD = {
 KINDS = [*BUILDERS]
 ALL_KINDS = [*BUILDERS, *ODD]
 
-quick = settings(max_examples=100, derandomize=True, deadline=None, database=None)
+quick = settings(max_examples=50, derandomize=True, deadline=None, database=None)
 """A fixed, bounded choice of examples."""
 
 

@@ -15,6 +15,8 @@ from hf_context_prune.errors import ConfigError
 from hf_context_prune.storage.loading import LoadedModel
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 TEXT = "court party duty care patient dose trial market rate bank loan risk appeal judge nurse bond share fund"
 WORDS = TEXT.split()
 
@@ -176,14 +178,16 @@ def test_every_method_is_a_valid_config_or_a_peer():
         budgets(tiny_model("llama"), Size("none", -0.5))
 
 
-@pytest.mark.parametrize("size", ["mlp25", "mlp50", "all20"])
 @pytest.mark.parametrize(
-    ("package", "name"),
+    ("package", "name", "size"),
     [
-        ("optipfair", "optipfair-maw"),
-        ("optipfair", "optipfair-ppm"),
-        ("torch_pruning", "torch-pruning"),
-        ("torch_pruning", "torch-pruning-units"),
+        ("optipfair", "optipfair-maw", "mlp25"),
+        ("optipfair", "optipfair-maw", "all20"),
+        ("optipfair", "optipfair-ppm", "mlp50"),
+        ("torch_pruning", "torch-pruning", "mlp50"),
+        ("torch_pruning", "torch-pruning", "all20"),
+        ("torch_pruning", "torch-pruning-units", "mlp25"),
+        ("torch_pruning", "torch-pruning-units", "all20"),
     ],
 )
 def test_peers_hit_the_size_and_still_run(package, name, size):

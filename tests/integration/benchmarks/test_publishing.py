@@ -17,7 +17,10 @@ from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains
 from tests.unit.pipelines.test_prune import OPTIONS, texts
 from tests.unit.publishing.test_card import check_structure
 
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}"),
+]
 
 
 def test_cards_of_the_domains(tmp_path, monkeypatch):
@@ -47,7 +50,6 @@ def test_cards_of_the_domains(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "cards").iterdir()} == before
 
 
-@pytest.mark.slow
 def test_figures_of_publishing(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
     result = prune(
@@ -55,7 +57,7 @@ def test_figures_of_publishing(tmp_path, monkeypatch):
         texts(),
         PrunerConfig(mlp_ratio=0.25, **OPTIONS),
         tokenizer=tiny_tokenizer(),
-        evaluation=EvalOptions(max_tokens=300, speed=False, memory=False),
+        eval_options=EvalOptions(max_tokens=300, benchmark=False, memory=False),
     )
     folder = result.save_pretrained(tmp_path / "mini")
     publishing.main(["--folder", str(folder), "--megabytes", "40", "--repeats", "1"])

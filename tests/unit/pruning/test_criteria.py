@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_context_prune.config import CriterionName
+from hf_context_prune.config import DEFAULT_RIDGE, CriterionName
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.modeling.architectures import layers_of
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
-from hf_context_prune.pruning.criteria import CRITERIA, RIDGE, criterion, get_criterion
+from hf_context_prune.pruning.criteria import CRITERIA, criterion, get_criterion
 from hf_context_prune.pruning.scoring import weights_of_layer
 from hf_context_prune.utils.linalg import FLOOR
 from tests.support.problems import inputs, statistics_of, weights
@@ -48,21 +48,23 @@ def brute_force(name, w: TargetWeights, X: torch.Tensor) -> list[float]:
     return result
 
 
-@pytest.mark.parametrize(("units", "size"), SHAPES)
 @pytest.mark.parametrize("name", ["magnitude", "l1", "wanda", "flap"])
-def test_formula(name, units, size):
-    w, X = weights(units, size), inputs(units * size)
-    expected = torch.tensor(brute_force(name, w, X), dtype=torch.float64)
-    torch.testing.assert_close(score(name, w, statistics_of(X)), expected)
+def test_formula(name, subtests):
+    for units, size in SHAPES:
+        with subtests.test(units=units, size=size):
+            w, X = weights(units, size), inputs(units * size)
+            expected = torch.tensor(brute_force(name, w, X), dtype=torch.float64)
+            torch.testing.assert_close(score(name, w, statistics_of(X)), expected)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "flap", "obs"])
-def test_half_precision_weights_are_scored_in_float64(name):
+def test_half_precision_weights_are_scored_in_float64(subtests):
     w, stats = weights(12), statistics_of(inputs(12))
     half = TargetWeights(w.output.bfloat16(), 1, w.input_magnitude)
     exact = TargetWeights(w.output.bfloat16().double(), 1, w.input_magnitude)
-    assert score(name, half, stats).dtype == torch.float64
-    assert torch.equal(score(name, half, stats), score(name, exact, stats))
+    for name in ("magnitude", "wanda", "flap", "obs"):
+        with subtests.test(name):
+            assert score(name, half, stats).dtype == torch.float64
+            assert torch.equal(score(name, half, stats), score(name, exact, stats))
 
 
 def test_flap_of_a_constant_input_is_not_negative():
@@ -185,7 +187,7 @@ def test_taylor_of_a_model(family):
         torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
 
 
-def greedy_surgeon(W, X, size, *, ridge=RIDGE, batch=lambda alive: 1):
+def greedy_surgeon(W, X, size, *, ridge=DEFAULT_RIDGE, batch=lambda alive: 1):
     """Optimal brain surgeon from its definition: at each step try every unit and refit from scratch.
 
     The loss of keeping K is the least of ||X W^T - X_K V^T||^2 + ||(W - V) sqrt(D)||^2 over all V (V is 0 outside K).
@@ -214,11 +216,11 @@ def greedy_surgeon(W, X, size, *, ridge=RIDGE, batch=lambda alive: 1):
     return torch.tensor(rank)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("units", "size"), [(12, 1), (6, 3), (8, 2)])
-def test_obs_is_the_greedy_surgeon(units, size, seed):
-    w, X = weights(units, size, seed=seed), inputs(units * size, seed=seed)
-    assert torch.equal(score("obs", w, statistics_of(X)), greedy_surgeon(w.output, X, size))
+def test_obs_is_the_greedy_surgeon(subtests):
+    for seed, (units, size) in enumerate([(12, 1), (6, 3), (8, 2), (12, 1), (6, 3), (8, 2)]):
+        with subtests.test(units=units, size=size, seed=seed):
+            w, X = weights(units, size, seed=seed), inputs(units * size, seed=seed)
+            assert torch.equal(score("obs", w, statistics_of(X)), greedy_surgeon(w.output, X, size))
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -228,10 +230,11 @@ def test_obs_takes_a_sixteenth_at_a_time_where_there_are_many(size):
     assert torch.equal(score("obs", w, statistics_of(X)), expected)
 
 
-@pytest.mark.parametrize(("units", "size"), [*SHAPES, (70, 1), (33, 3)])
-def test_obs_is_a_permutation(units, size):
-    rank = score("obs", weights(units, size), statistics_of(inputs(units * size, tokens=20)))  # fewer tokens too
-    assert sorted(rank.tolist()) == list(range(units))
+def test_obs_is_a_permutation(subtests):
+    for units, size in [*SHAPES, (70, 1), (33, 3)]:
+        with subtests.test(units=units, size=size):
+            rank = score("obs", weights(units, size), statistics_of(inputs(units * size, tokens=20)))  # fewer tokens
+            assert sorted(rank.tolist()) == list(range(units))
 
 
 def test_obs_removes_dead_inputs_first():
@@ -242,18 +245,18 @@ def test_obs_removes_dead_inputs_first():
 
 
 def test_obs_without_any_input_is_refused():
-    with pytest.raises(NumericsError, match="never fire"):
+    with pytest.raises(NumericsError, match="fire"):
         score("obs", weights(4), statistics_of(torch.zeros(10, 4)))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_obs_does_not_hide_a_nan_behind_its_ranks(bad):
+def test_obs_does_not_hide_a_nan_behind_its_ranks():
     w = weights(6, 2)
-    w.output[0, 3] = bad
-    with pytest.raises(NumericsError, match="NaN or Inf"):
-        score("obs", w, statistics_of(inputs(12)))
-    for name in ("magnitude", "wanda", "flap"):  # theirs shows, and `select_units` refuses it
-        assert not torch.isfinite(score(name, w, statistics_of(inputs(12)))).all()
+    for bad in (float("nan"), float("inf")):
+        w.output[0, 3] = bad
+        with pytest.raises(NumericsError, match="NaN or Inf"):
+            score("obs", w, statistics_of(inputs(12)))
+        for name in ("magnitude", "wanda", "flap"):  # theirs shows, and `select_units` refuses it
+            assert not torch.isfinite(score(name, w, statistics_of(inputs(12)))).all()
 
 
 def test_random_is_reproducible_and_knows_nothing():
@@ -280,11 +283,11 @@ def test_statistics_that_were_not_collected_are_asked_for():
 def test_names():
     assert tuple(CRITERIA) == get_args(CriterionName)
     assert get_criterion("wanda").name == "wanda"
-    with pytest.raises(ConfigError, match=r"'wandda'.*allowed are .*obs.*Did you mean 'wanda'\?"):
+    with pytest.raises(ConfigError, match=r"'wandda'.*obs.*'wanda'\?"):
         get_criterion("wandda")
-    with pytest.raises(ConfigError, match="allowed are") as error:
+    with pytest.raises(ConfigError, match=r"'xyzzy'.*obs") as error:
         get_criterion("xyzzy")
-    assert "Did you mean" not in str(error.value)
+    assert "?" not in str(error.value)  # nothing like it
 
 
 def test_a_criterion_is_one_decorated_function(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import get_args
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_context_prune.config import ReconstructionName
+from hf_context_prune.config import DEFAULT_RIDGE, ReconstructionName
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.pruning.calibration.statistics import TargetWeights
-from hf_context_prune.pruning.criteria import CRITERIA, RIDGE, _obs_remove
+from hf_context_prune.pruning.criteria import CRITERIA, _obs_remove
 from hf_context_prune.pruning.reconstruction import NEEDS_GRAM, RECONSTRUCTIONS, get_reconstruction
 from hf_context_prune.utils.linalg import FLOOR, add_ridge, cholesky, invert_spd
 from tests.support.problems import inputs, matrix, statistics_of
@@ -60,21 +61,22 @@ def solve_with_numpy(X, W, b, ridge):
 
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_least_squares_equals_numpy(seed, biased, ridge):
-    X, W, b = problem(seed=seed)
-    b = b if biased else None
-    V, c = get_reconstruction("least_squares")(W, b, KEPT, statistics_of(X), ridge)
-    expected_V, expected_c = solve_with_numpy(X, W, b, ridge)
-    torch.testing.assert_close(V, expected_V, rtol=1e-8, atol=1e-9)
-    assert (c is None) == (not biased)
-    if biased:
-        torch.testing.assert_close(c, expected_c, rtol=1e-8, atol=1e-9)
+def test_least_squares_equals_numpy(biased, ridge):
+    for seed in range(3):
+        X, W, b = problem(seed=seed)
+        b = b if biased else None
+        V, c = get_reconstruction("least_squares")(W, b, KEPT, statistics_of(X), ridge)
+        expected_V, expected_c = solve_with_numpy(X, W, b, ridge)
+        torch.testing.assert_close(V, expected_V, rtol=1e-8, atol=1e-9)
+        assert (c is None) == (not biased)
+        if biased:
+            torch.testing.assert_close(c, expected_c, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("ridge", RIDGES)
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("tokens", [60, 4])
+@pytest.mark.parametrize(
+    ("tokens", "biased", "ridge"),
+    [(60, False, 1e-4), (60, True, 0.01), (60, False, 1.0), (4, True, 1e-4), (4, False, 0.01), (4, True, 1.0)],
+)
 def test_least_squares_minimises_its_objective(tokens, biased, ridge):
     X, W, b = problem(tokens=tokens)
     b = b if biased else None
@@ -118,25 +120,24 @@ def test_none_only_slices(biased):
     assert c is b
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", RECONSTRUCTIONS)
-def test_nothing_removed_changes_nothing(name, biased, dtype):
-    X, W, b = problem()
-    W, b = W.to(dtype), b.to(dtype) if biased else None
-    V, c = get_reconstruction(name)(W, b, list(range(FEATURES)), statistics_of(X), 0.01)
-    assert torch.equal(V, W)
-    assert c is None if b is None else torch.equal(c, b)
+def test_nothing_removed_changes_nothing(name, subtests):
+    for dtype, biased in itertools.product((torch.float64, torch.float32, torch.bfloat16), (False, True)):
+        with subtests.test(dtype=dtype, biased=biased):
+            X, W, b = problem()
+            W, b = W.to(dtype), b.to(dtype) if biased else None
+            V, c = get_reconstruction(name)(W, b, list(range(FEATURES)), statistics_of(X), 0.01)
+            assert torch.equal(V, W)
+            assert c is None if b is None else torch.equal(c, b)
 
 
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", RECONSTRUCTIONS)
-def test_a_dead_layer_is_sliced(name, biased):
-    _, W, b = problem()
-    b = b if biased else None
-    V, c = get_reconstruction(name)(W, b, KEPT, statistics_of(torch.zeros(10, FEATURES)), 0.01)
-    assert torch.equal(V, W[:, KEPT])
-    assert c is None or torch.equal(c, b if biased else torch.zeros(OUT, dtype=torch.float64))
+def test_a_dead_layer_is_sliced(name):
+    _, W, bias = problem()
+    for b in (None, bias):
+        V, c = get_reconstruction(name)(W, b, KEPT, statistics_of(torch.zeros(10, FEATURES)), 0.01)
+        assert torch.equal(V, W[:, KEPT])
+        assert c is None or torch.equal(c, torch.zeros(OUT, dtype=torch.float64) if b is None else b)
 
 
 def test_dead_features_get_no_share_of_the_repair():
@@ -147,8 +148,7 @@ def test_dead_features_get_no_share_of_the_repair():
     assert torch.equal(V[:, KEPT.index(3)], W[:, 3])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("biased", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_low_precision_weights_are_refitted_in_float64(biased, dtype):
     X, W, b = problem()
     W, b = W.to(dtype), b.to(dtype) if biased else None
@@ -166,13 +166,13 @@ def test_the_surgeons_weights_are_the_least_squares_weights(size):
     X, W = inputs(12), matrix(OUT, 12)
     stats = statistics_of(X)
     rank = CRITERIA["obs"].function(TargetWeights(W, size, torch.zeros(12 // size)), stats, torch.Generator())
-    output, inverse = W.clone(), invert_spd(add_ridge(stats.gram, RIDGE))
+    output, inverse = W.clone(), invert_spd(add_ridge(stats.gram, DEFAULT_RIDGE))
     alive = list(range(12))
     for unit in rank.argsort().tolist()[: 8 // size]:
         gone = list(range(unit * size, (unit + 1) * size))
         _obs_remove(output, inverse, torch.tensor(gone))
         alive = [feature for feature in alive if feature not in gone]
-        V, _ = get_reconstruction("least_squares")(W, None, alive, stats, RIDGE)
+        V, _ = get_reconstruction("least_squares")(W, None, alive, stats, DEFAULT_RIDGE)
         torch.testing.assert_close(output[:, alive], V, rtol=1e-8, atol=1e-9)
 
 
@@ -183,7 +183,7 @@ def test_what_is_missing_is_named():
         get_reconstruction("least_squares")(W, None, KEPT, replace(stats, gram=None), 0.01)
     assert torch.equal(get_reconstruction("none")(W, None, KEPT, replace(stats, gram=None), 0.01)[0], W[:, KEPT])
     assert {"least_squares"} == NEEDS_GRAM
-    with pytest.raises(ConfigError, match=r"'least_square'.*allowed are .*Did you mean 'least_squares'\?"):
+    with pytest.raises(ConfigError, match=r"'least_square'.*'least_squares'\?"):
         get_reconstruction("least_square")
     # The sequential walk is no function of one layer's statistics: it lives in sequential.py.
     assert (*RECONSTRUCTIONS, "sequential") == get_args(ReconstructionName)
@@ -194,8 +194,8 @@ def test_linear_algebra():
     G = X.T @ X
     torch.testing.assert_close(add_ridge(G, 0.1), G + 0.1 * (G.diagonal() + FLOOR * G.diagonal().mean()).diag())
     torch.testing.assert_close(invert_spd(G) @ G, torch.eye(5, dtype=torch.float64))
-    with pytest.raises(NumericsError, match=r"ridge \(say to 1\)"):
+    with pytest.raises(NumericsError, match="ridge"):
         cholesky(-G)
     for bad in (torch.zeros(3, 3), torch.full((3, 3), float("nan"))):
-        with pytest.raises(NumericsError, match="zero or not finite"):
+        with pytest.raises(NumericsError, match="not finite"):
             add_ridge(bad.double(), 0.01)

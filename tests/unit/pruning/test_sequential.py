@@ -13,15 +13,16 @@ from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.criteria import CRITERIA
-from hf_context_prune.pruning.reconstruction import least_squares, refit
+from hf_context_prune.pruning.reconstruction import least_squares, regress
 from hf_context_prune.pruning.sequential import prune as sequential
+from hf_context_prune.pruning.sequential import sub_layer
 from hf_context_prune.pruning.sequential.prune import prune_sequentially
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import precision
 from hf_context_prune.utils.linalg import FLOOR
-from tests.support.tiny import CASES, VOCABULARY, case
+from tests.support.tiny import COVERING, VOCABULARY, case
 
-WALKED = [name for name in CASES if name != "opt-post-norm"]
+WALKED = [*COVERING, "opt"]  # with biases behind an activation that is often zero
 
 
 def batches(count=4, length=24, *, padded=False):
@@ -119,21 +120,21 @@ def test_the_walk_sees_what_the_smaller_model_does(name, monkeypatch):
     result = prune_sequentially(model, given, widths, CRITERIA["wanda"])
     smaller = pruned_by(model, result, given, widths)
     walked = torch.cat([stream.pruned.reshape(-1, stream.pruned.shape[-1]) for stream in captured])
-    dense = torch.cat([stream.dense.reshape(-1, stream.dense.shape[-1]) for stream in captured])
+    dense = torch.cat([stream.base.reshape(-1, stream.base.shape[-1]) for stream in captured])
     scale = float(dense.abs().max())
     torch.testing.assert_close(walked / scale, final_hidden(smaller, given) / scale, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(dense / scale, final_hidden(model, given) / scale, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kept", [None, [0, 2, 3, 7, 8]])
-def test_refit_minimises_its_objective(kept):
+def test_the_regression_minimises_its_objective(kept):
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(60, 9, generator=generator, dtype=torch.float64)
     T = torch.randn(60, 4, generator=generator, dtype=torch.float64)
     W = torch.randn(4, 9, generator=generator, dtype=torch.float64)
     second, lacking = X.T @ X / 60, X.T @ (T - X @ W.T) / 60
     K = list(range(9)) if kept is None else kept
-    found = refit(W, second, lacking, kept, 0.1)
+    found = regress(W, second, lacking, kept, 0.1)
     scale = second.diagonal()[K] + FLOOR * second.diagonal().mean()
 
     def objective(weight):
@@ -161,7 +162,7 @@ def test_behind_a_norm_the_weights_are_those_of_the_equation(name):
     projection = smaller.model.layers[layer].mlp.down_proj
     weight, kept = projection.weight.detach().double(), list(result.layers[layer].neurons)
     gamma = 1 + norm.weight.detach().double()
-    damped = gamma / (gamma**2 + sequential.NORM_DAMPING * (gamma**2).mean())
+    damped = gamma / (gamma**2 + sub_layer.NORM_DAMPING * (gamma**2).mean())
     rows, wanted = [], []
     for batch in given:
         behind, seen = [], []
@@ -176,7 +177,7 @@ def test_behind_a_norm_the_weights_are_those_of_the_equation(name):
             handle.remove()
         x, lacking = seen[0].flatten(0, 1).double(), (behind[0] - behind[1]).flatten(0, 1).double()
         r = ((x @ weight.T).square().mean(-1, keepdim=True) + norm.eps).sqrt()
-        u = torch.minimum(torch.ones(()), r / (sequential.SINK_SHARE * r.median()))
+        u = torch.minimum(torch.ones(()), r / (sub_layer.SINK_SHARE * r.median()))
         rows.append(u * x / r)
         wanted.append(u * damped * lacking)
     X, T = torch.cat(rows), torch.cat(wanted)
@@ -212,12 +213,12 @@ def test_behind_a_norm_the_error_upstream_is_corrected(name, monkeypatch):
 
 def test_behind_a_norm_a_token_with_almost_no_output_has_little_weight():
     model = case("gemma2")
-    part = sequential._SubLayer(model.model.layers[0], spec_of(model.config), "mlp")
+    part = sub_layer.SubLayer(model.model.layers[0], spec_of(model.config), "mlp")
     channels = len(part.post_norm.weight)
     sizes = torch.tensor([1e-4, 1.0, 2.0, 3.0, 4.0])[:, None]
     x, lacking = torch.ones(5, 3), torch.ones(5, channels)
     rows, wanted = part.regression(x, sizes * torch.ones(5, channels), lacking)
-    least = sequential.SINK_SHARE * 2.0  # of the median
+    least = sub_layer.SINK_SHARE * 2.0  # of the median
     torch.testing.assert_close(rows[:, 0], 1 / torch.tensor([least, 1.0, 2.0, 3.0, 4.0]))
     shares = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
     torch.testing.assert_close(wanted[:, 0] / wanted[-1, 0], shares, atol=1e-2, rtol=1e-3)
@@ -253,20 +254,20 @@ def test_a_ridge_of_its_own_for_what_x_does_not_give():
     eye = (G.diagonal()[K] + FLOOR * G.diagonal().mean()).diag()
     own = torch.linalg.solve(G[K][:, K] + 0.1 * eye, (G @ W.T)[K] - G[K][:, K] @ W[:, K].T).T
     rest = torch.linalg.solve(G[K][:, K] + 2.0 * eye, (X.T @ E / 60)[K]).T
-    found = refit(W, G, X.T @ E / 60, K, 0.1, 2.0)
+    found = regress(W, G, X.T @ E / 60, K, 0.1, 2.0)
     torch.testing.assert_close(found, W[:, K] + own + rest)
 
 
 def test_text_that_chooses_ridges_is_never_fitted(monkeypatch):
     model, given = case("llama"), batches(12)
     seen = []
-    original = sequential.refit
+    original = sequential.regress
 
     def watch(weight, second_moment, lacking, kept, ridge, correction_ridge=None):
         seen.append((second_moment, kept, correction_ridge))
         return original(weight, second_moment, lacking, kept, ridge, correction_ridge)
 
-    monkeypatch.setattr(sequential, "refit", watch)
+    monkeypatch.setattr(sequential, "regress", watch)
     widths = widths_of(model, groups=0)
     prune_sequentially(model, given, widths, CRITERIA["wanda"])
     assert {ridge for _, kept, ridge in seen if kept is None} == set(sequential.CORRECTION_RIDGES)
@@ -300,20 +301,19 @@ def test_any_seed_will_do():
     assert results[0].layers == results[1].layers != results[2].layers
 
 
-def test_the_pace_of_blocks_that_are_taken_up_says_nothing_of_the_rest(tmp_path, monkeypatch):
+def test_the_pace_of_restored_layers_says_nothing_of_the_rest(tmp_path, monkeypatch):
     bars = []
     original = sequential._bar
     monkeypatch.setattr(sequential, "_bar", lambda *args: (bars.append(args), original(*args))[1])
     model, widths = case("llama"), widths_of(case("llama"))
     prune_sequentially(model, batches(), widths, CRITERIA["obs"], state_dir=tmp_path)
-    assert bars == [("Pruning blocks", 3, 0)]
+    assert bars == [("Pruning layers", 3, 0)]
     next(tmp_path.glob("*/block-0002.safetensors")).unlink()
     prune_sequentially(model, batches(), widths, CRITERIA["obs"], state_dir=tmp_path)
-    assert bars[1:] == [("Taking up finished blocks", 3, 0), ("Pruning blocks", 3, 2)]
+    assert bars[1:] == [("Restoring finished layers", 3, 0), ("Pruning layers", 3, 2)]
 
 
-@pytest.mark.parametrize("criterion", ["obs", "random"])
-@pytest.mark.parametrize("name", ["llama", "phi", "gemma2"])
+@pytest.mark.parametrize(("name", "criterion"), [("llama", "obs"), ("phi", "random"), ("gemma2", "obs")])
 def test_a_killed_walk_goes_on_to_the_same_bits(name, criterion, tmp_path, monkeypatch):
     model, widths = case(name), widths_of(case(name))
     whole = prune_sequentially(model, batches(), widths, CRITERIA[criterion])
@@ -365,10 +365,10 @@ def test_fast_products_change_little_and_the_setting_comes_back(monkeypatch):
     exact = prune_sequentially(model, batches(), widths, CRITERIA["wanda"])
     before = torch.get_float32_matmul_precision()
     inside = []
-    original = sequential.SequentialPruner._choose_and_refit
+    original = sequential.SequentialPruner._choose_and_reconstruct
     monkeypatch.setattr(
         sequential.SequentialPruner,
-        "_choose_and_refit",
+        "_choose_and_reconstruct",
         lambda *args: (inside.append(torch.get_float32_matmul_precision()), original(*args))[1],
     )
     monkeypatch.setattr(precision, "FAST_PRECISION", "medium")

@@ -19,15 +19,18 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.saving import save_pruned
-from tests.support.tiny import CASES, FAMILIES
+from tests.support.tiny import VARIANTS
 from tests.support.tiny_domain import ALL, documents, model_for, shared_tokenizer
 from tests.support.tiny_tokenizers import tokenizer_of
 
 # Tiny texts give fewer blocks than the package asks for.
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
 
-# AutoTokenizer opens whatever lies beside a qwen2 model as Qwen2Tokenizer.
-PAIRS = [(name, kind) for name in CASES for kind in ("llama3", "gemma") if name != "qwen2"] + [("qwen2", "qwen2-class")]
+PAIRS = [
+    *(("llama-mqa-tied", "llama3"), ("gpt2", "gemma"), ("gpt_neox", "llama3"), ("gemma2", "gemma")),
+    *(("granite", "llama3"), ("phi", "gemma"), ("opt", "llama3")),
+    ("qwen2", "qwen2-class"),  # AutoTokenizer opens whatever lies beside a qwen2 model as Qwen2Tokenizer
+]
 
 
 @cache
@@ -68,12 +71,12 @@ def test_kept_text_has_the_same_tokens_and_logits(name, kind, tmp_path):
     assert torch.equal(logits(again, new), logits(trimmed.model, new))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, _ in PAIRS])
 def test_what_is_saved_is_stock_and_bit_equal(name, tmp_path):
     model, tokenizer, trimmed = example(name, "qwen2-class" if name == "qwen2" else "llama3")
     folder = save_pruned(trimmed.model, tmp_path / "out", tokenizer=trimmed.tokenizer, plan=trimmed.plan)
     again, smaller = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert type(again) is getattr(transformers, SPECS[name].model_class)
+    assert type(again) is getattr(transformers, SPECS[VARIANTS.get(name, (name,))[0]].model_class)
     assert type(smaller) is type(tokenizer)
     text = "the court finds a 法院 zebra"
     ids = smaller(text)["input_ids"]
@@ -87,9 +90,9 @@ def test_what_is_saved_is_stock_and_bit_equal(name, tmp_path):
     assert smaller.eos_token_id == moved[1]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_it_generates_what_the_full_model_would_without_the_other_tokens(name):
-    model, tokenizer, trimmed = example(name, "qwen2-class" if name == "qwen2" else "gemma")
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_it_generates_what_the_full_model_would_without_the_other_tokens(name, kind):
+    model, tokenizer, trimmed = example(name, kind)
     vocabulary = trimmed.plan.vocabulary
     options = {"max_new_tokens": 12, "do_sample": False}
     prompt = tokenizer("the court finds", return_tensors="pt")
@@ -207,7 +210,7 @@ def test_tokens_to_keep_and_to_remove():
 
 def test_a_plan_for_other_tokens_is_refused():
     model, tokenizer, trimmed = example("llama", "llama3")
-    with pytest.raises(PlanError, match=r"for 467 embedding rows, this model has 480\. Make a plan"):
+    with pytest.raises(PlanError, match=r"467 embedding rows.*\b480\b"):
         apply_plan(model_for("llama", tokenizer, spare_rows=13), trimmed.plan)
     other = copy.deepcopy(model)
     lost = next(index for index in range(467) if index not in trimmed.plan.vocabulary.new_ids)

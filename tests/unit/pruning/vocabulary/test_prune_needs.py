@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -75,51 +77,50 @@ def test_what_the_chat_template_writes_stays(template, words):
             assert trimmed.tokenizer.decode(new) == tokenizer.decode(old)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "said"),
-    [
-        ({"vocab_size": 100}, BudgetError, r"vocab_size is 100, but 262 tokens must stay .* at least 320"),
-        ({"vocab_size": 468}, BudgetError, "468, but the tokenizer has only 467 tokens"),
-        ({}, ConfigError, "vocab_size, vocab_coverage"),
-        ({"vocab_size": 320, "vocab_coverage": 0.9}, ConfigError, "vocab_size, vocab_coverage"),
-        ({"vocab_size": 0}, ConfigError, "vocab_size is 0"),
-        ({"vocab_coverage": 1.5}, ConfigError, "vocab_coverage is 1.5"),
-        ({"vocab_min_count": True}, ConfigError, "vocab_min_count is True"),
-        ({"vocab_size": 320, "multiple": 0}, ConfigError, "multiple of the vocabulary is 0"),
-        ({"vocab_size": 320, "criterion": "often"}, ConfigError, "vocab_criterion"),
-        ({"vocab_size": 320, "keep": ["court zebra"]}, VocabularyError, "'court zebra' is to be kept, but"),
-        ({"vocab_size": 320, "remove": ["Ġzebra"]}, VocabularyError, "'Ġzebra' is to be removed, but"),
-        ({"vocab_size": 320, "remove": ["<|end|>"]}, VocabularyError, r"'<\|end\|>' .* it must stay"),
-        ({"vocab_size": 320, "data": []}, DataError, "in-memory"),
-        ({"vocab_size": 320, "data": ["", " "]}, DataError, "no text"),
-        ({"vocab_size": 320, "data": TextSource.from_documents([], name="none")}, DataError, "none"),
-    ],
-)
-def test_bad_arguments(options, error, said):
+BAD_ARGUMENTS = [
+    ({"vocab_size": 100}, BudgetError, r"vocab_size is 100,.*\b262\b.*\b320\b"),
+    ({"vocab_size": 468}, BudgetError, r"\b468\b.*\b467\b"),
+    ({}, ConfigError, "vocab_size, vocab_coverage"),
+    ({"vocab_size": 320, "vocab_coverage": 0.9}, ConfigError, "vocab_size, vocab_coverage"),
+    ({"vocab_size": 0}, ConfigError, "vocab_size is 0"),
+    ({"vocab_coverage": 1.5}, ConfigError, "vocab_coverage is 1.5"),
+    ({"vocab_min_count": True}, ConfigError, "vocab_min_count is True"),
+    ({"vocab_size": 320, "multiple": 0}, ConfigError, "multiple of the vocabulary is 0"),
+    ({"vocab_size": 320, "criterion": "often"}, ConfigError, "vocab_criterion"),
+    ({"vocab_size": 320, "keep": ["court zebra"]}, VocabularyError, "'court zebra'"),
+    ({"vocab_size": 320, "remove": ["Ġzebra"]}, VocabularyError, "'Ġzebra'"),
+    ({"vocab_size": 320, "remove": ["<|end|>"]}, VocabularyError, r"'<\|end\|>' .*must stay"),
+    ({"vocab_size": 320, "data": []}, DataError, "in-memory"),
+    ({"vocab_size": 320, "data": ["", " "]}, DataError, "no text"),
+    ({"vocab_size": 320, "data": TextSource.from_documents([], name="none")}, DataError, "none"),
+]
+
+
+def test_bad_arguments(subtests):
     tokenizer = shared_tokenizer("llama3")
-    options = {"data": documents(), **options}
-    with pytest.raises(error, match=said):
-        prune_vocabulary(model_for("llama", tokenizer), tokenizer, **options)
+    model = model_for("llama", tokenizer)
+    for options, error, said in BAD_ARGUMENTS:
+        with subtests.test(**options), pytest.raises(error, match=said):
+            prune_vocabulary(model, tokenizer, **{"data": documents(), **options})
 
 
-@pytest.mark.parametrize("date", ["26 Jul 2024", "01 December", "Wednesday"])
-def test_no_day_of_a_template_is_lost(date):
+def test_no_day_of_a_template_is_lost():
     tokenizer = tokenizer_of("llama3")
     template = "Today: {{ strftime_now('%d %b %Y, %A %B') }}. {{ messages[0].content }}"
     tokenizer.chat_template = template
     trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_min_count=1, multiple=1)
-    ids = tokenizer.encode(f"Today: {date}", add_special_tokens=False)
-    assert None not in trimmed.plan.vocabulary.to_new(ids)
+    for date in ("26 Jul 2024", "01 December", "Wednesday"):
+        ids = tokenizer.encode(f"Today: {date}", add_special_tokens=False)
+        assert None not in trimmed.plan.vocabulary.to_new(ids)
 
 
-@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
-@pytest.mark.parametrize("where", ["config", "generation_config"])
+@pytest.mark.parametrize(("name", "where"), [("eos_token_id", "generation_config"), ("bos_token_id", "config")])
 def test_another_tokenizer_with_ids_that_fit(name, where):
     tokenizer = shared_tokenizer("llama3")
     model = model_for("llama", tokenizer)
     ordinary = tokenizer.convert_tokens_to_ids("Ġcourt")
     setattr(getattr(model, where), name, ordinary)
-    said = rf"{where}\.{name} is {ordinary}, which is the ordinary token 'Ġcourt' .* they don't belong together"
+    said = rf"{where}\.{name} is {ordinary}\b.*'Ġcourt'"
     with pytest.raises(VocabularyError, match=said):
         prune_vocabulary(model, tokenizer, documents(), vocab_size=320)
 
@@ -137,11 +138,11 @@ def test_models_and_tokenizers_that_do_not_fit():
     tokenizer = shared_tokenizer("llama3")
     size = {"vocab_size": 320}
     few = {"spare_rows": 300 - 467, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    with pytest.raises(VocabularyError, match=r"ids up to \d+, the model only 300 embedding rows"):
+    with pytest.raises(VocabularyError, match=r"460.*\b300\b"):
         prune_vocabulary(model_for("llama", tokenizer, **few), tokenizer, documents(), **size)
-    with pytest.raises(VocabularyError, match="3,467 embedding rows, the tokenizer ids up to 466 only"):
+    with pytest.raises(VocabularyError, match=r"3,467.*\b466\b"):
         prune_vocabulary(model_for("llama", tokenizer, spare_rows=3_000), tokenizer, documents(), **size)
-    with pytest.raises(VocabularyError, match=r"config\.pad_token_id is 470, which is no token of the tokenizer"):
+    with pytest.raises(VocabularyError, match=r"config\.pad_token_id is 470\b"):
         prune_vocabulary(model_for("llama", tokenizer, spare_rows=9, pad_token_id=470), tokenizer, documents(), **size)
     model = model_for("llama", tokenizer, spare_rows=9)
     model.generation_config.eos_token_id = [462, 471]
@@ -150,9 +151,9 @@ def test_models_and_tokenizers_that_do_not_fit():
     model = model_for("llama", tokenizer)
     with pytest.raises(VocabularyError, match="WordPiece"):
         prune_vocabulary(model, word_piece(), documents(), **size)
-    with pytest.raises(VocabularyError, match="Slow has no fast backend"):
+    with pytest.raises(VocabularyError, match=r"\bSlow\b"):
         prune_vocabulary(model, Slow(), documents(), **size)
-    with pytest.raises(VocabularyError, match="Qwen2Tokenizer opens the smaller vocabulary with another "):
+    with pytest.raises(VocabularyError, match="Qwen2Tokenizer"):
         prune_vocabulary(model_for("qwen2", tokenizer), tokenizer, documents(), **size)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
@@ -185,12 +186,14 @@ def test_templates_that_surround_a_turn_with_spaces(kind):
     assert set(ids) - content <= required_ids(model, tokenizer, table)
 
 
-@pytest.mark.parametrize("template", ["{% for t in tools %}{{ t }}{% endfor %}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}"])
-def test_templates_that_break(template):
-    tokenizer = tokenizer_of("llama3")
-    tokenizer.chat_template = template
-    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, refit=False)
-    assert trimmed.tokenizer.chat_template == template
+def test_templates_that_break(subtests):
+    for template in ("{% for t in tools %}{{ t }}{% endfor %}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}"):
+        with subtests.test(template):
+            tokenizer = tokenizer_of("llama3")
+            tokenizer.chat_template = template
+            model = model_for("llama", tokenizer)
+            trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_size=320, refit=False)
+            assert trimmed.tokenizer.chat_template == template
 
 
 def test_padding_left_behind_by_a_call_and_sides():
@@ -220,15 +223,15 @@ def test_nothing_is_measured_for_what_is_refused(monkeypatch):
 
 def test_the_least_that_is_named_can_be_had():
     tokenizer = shared_tokenizer("llama3")
-    with pytest.raises(BudgetError, match="Ask for at least 467"):
+    with pytest.raises(BudgetError, match=r"\b467\b"):
         prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=10, multiple=250)
     trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=467, multiple=250)
     assert len(trimmed.tokenizer) == 467
 
 
-@pytest.mark.parametrize("name", ["keep", "remove"])
-@pytest.mark.parametrize("value", ["Ġcourt", None, 3])
-def test_tokens_come_as_a_list(name, value):
+def test_tokens_come_as_a_list(subtests):
     tokenizer = shared_tokenizer("llama3")
-    with pytest.raises(VocabularyError, match=f"are {value!r}; give a list"):
-        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=320, **{name: value})
+    model = model_for("llama", tokenizer)
+    for name, value in itertools.product(("keep", "remove"), ("Ġcourt", None, 3)):
+        with subtests.test(name=name, value=value), pytest.raises(VocabularyError, match=f"{value!r}.* list"):
+            prune_vocabulary(model, tokenizer, documents(), vocab_size=320, **{name: value})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from functools import cache
 
@@ -48,12 +49,12 @@ def test_occurrences_and_documents_against_single_encodings():
     assert tokenizer.convert_tokens_to_ids("<|begin|>") not in counts.occurrences
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["Z\x7f"]])
-def test_text_without_tokens_is_refused(texts):
-    documents = [TextDocument(text, str(place), "s") for place, text in enumerate(texts)]
-    source = TextSource.from_documents(documents, name="nothing.txt")
-    with pytest.raises(DataError, match=r"nothing\.txt has no token to count"):
-        count_tokens(tokenizer_of("smollm2"), source)
+def test_text_without_tokens_is_refused():
+    for texts in ([], [""], ["Z\x7f"]):
+        documents = [TextDocument(text, str(place), "s") for place, text in enumerate(texts)]
+        source = TextSource.from_documents(documents, name="nothing.txt")
+        with pytest.raises(DataError, match=r"nothing\.txt"):
+            count_tokens(tokenizer_of("smollm2"), source)
 
 
 def test_expected_scores_are_documents_and_a_share_of_the_expectation():
@@ -101,38 +102,39 @@ def test_the_best_scores_are_kept():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("coverage", [0.2, 0.9, 0.99, 1.0])
-def test_coverage(kind, coverage):
+def test_coverage(kind, subtests):
     table, counts, scores = counted(kind)
-    total = sum(counts.occurrences.values())
-    kept = choose(table, scores, counts, VocabularySize(coverage=coverage, multiple=1))
-    assert sum(counts.occurrences[index] for index in kept) >= coverage * total
-    rounded = choose(table, scores, counts, VocabularySize(coverage=coverage, multiple=16))
-    assert len(rounded) == min(-(-len(kept) // 16) * 16, len(table))
-    if coverage == 1.0:
-        assert kept == table.mandatory() | table.closed(counts.occurrences)
-    if coverage == 0.2:
-        assert len(kept) < len(choose(table, scores, counts, VocabularySize(coverage=0.99, multiple=1)))
+    total, sizes = sum(counts.occurrences.values()), []
+    for coverage in (0.2, 0.9, 0.99, 1.0):
+        with subtests.test(coverage):
+            kept = choose(table, scores, counts, VocabularySize(coverage=coverage, multiple=1))
+            assert sum(counts.occurrences[index] for index in kept) >= coverage * total
+            rounded = choose(table, scores, counts, VocabularySize(coverage=coverage, multiple=16))
+            assert len(rounded) == min(-(-len(kept) // 16) * 16, len(table))
+            sizes.append(len(kept))
+    assert kept == table.mandatory() | table.closed(counts.occurrences)
+    assert sizes[0] < sizes[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("least", [1, 20, 10**9])
-def test_min_count(kind, least):
+def test_min_count(kind, subtests):
     table, counts, scores = counted(kind)
-    frequent = {index for index, count in counts.occurrences.items() if count >= least}
-    kept = choose(table, scores, counts, VocabularySize(min_count=least, multiple=1))
-    assert kept == table.mandatory() | table.closed(frequent)
+    for least in (1, 20, 10**9):
+        with subtests.test(least):
+            frequent = {index for index, count in counts.occurrences.items() if count >= least}
+            kept = choose(table, scores, counts, VocabularySize(min_count=least, multiple=1))
+            assert kept == table.mandatory() | table.closed(frequent)
 
 
 def test_too_small_a_size_names_the_least():
     table, counts, scores = counted("gpt2")
-    with pytest.raises(BudgetError, match=r"vocab_size is 100, but 258 tokens must stay .*at least 320"):
+    with pytest.raises(BudgetError, match=r"vocab_size is 100,.*\b258\b.*\b320\b"):
         choose(table, scores, counts, VocabularySize(100))
-    with pytest.raises(BudgetError, match=r"257, but 258 tokens must stay .*at least 258"):
+    with pytest.raises(BudgetError, match=r"257,.*\b258\b.*\b258\b"):
         choose(table, scores, counts, VocabularySize(257, multiple=1))
     for size in (VocabularySize(258, multiple=1), VocabularySize(257)):
         assert len(choose(table, scores, counts, size)) == -(-size.tokens // size.multiple) * size.multiple
-    with pytest.raises(BudgetError, match="461, but the tokenizer has only 460 tokens"):
+    with pytest.raises(BudgetError, match=r"461,.*\b460\b"):
         choose(table, scores, counts, VocabularySize(461, multiple=1))
 
 
@@ -141,7 +143,7 @@ def test_what_is_made_from_a_removed_token_goes_with_it():
     gone = table.vocab["Ġc"]
     made = {index for index in table.contents if gone in table.closure(index)}
     assert len(made) > 2
-    with pytest.raises(BudgetError, match=r"vocab_coverage is 1, .* the rest is 9[0-9]\.[0-9]+% of the text"):
+    with pytest.raises(BudgetError, match=r"vocab_coverage is 1, .* 9[0-9]\.[0-9]+%"):
         choose(table, scores, counts, VocabularySize(coverage=1.0, multiple=1), remove=[gone])
     kept = choose(table, scores, counts, VocabularySize(min_count=1, multiple=1), remove=[gone])
     assert not kept & made
@@ -151,18 +153,19 @@ def test_what_is_made_from_a_removed_token_goes_with_it():
     assert table.closed(least) == least
 
 
-@pytest.mark.parametrize(("kind", "token"), [("gpt2", "<|im_start|>"), ("gpt2", "a"), ("llama2", "<0xE4>")])
-def test_a_token_that_must_stay_cannot_be_removed(kind, token):
-    table, counts, scores = counted(kind)
-    with pytest.raises(VocabularyError, match=f"{token!r}".replace("|", r"\|") + ".* it must stay"):
-        choose(table, scores, counts, VocabularySize(coverage=0.9), remove=[{**table.vocab, **table.added}[token]])
+def test_a_token_that_must_stay_cannot_be_removed():
+    for kind, token in (("gpt2", "<|im_start|>"), ("gpt2", "a"), ("llama2", "<0xE4>")):
+        table, counts, scores = counted(kind)
+        index = {**table.vocab, **table.added}[token]
+        with pytest.raises(VocabularyError, match=re.escape(repr(token)) + ".* must stay"):
+            choose(table, scores, counts, VocabularySize(coverage=0.9), remove=[index])
 
 
 def test_a_token_cannot_be_kept_and_removed():
     table, counts, scores = counted("gpt2")
     part, whole = table.vocab["Ġc"], table.vocab["Ġcourt"]
     assert part in table.closure(whole)
-    with pytest.raises(VocabularyError, match="it must stay"):
+    with pytest.raises(VocabularyError, match="must stay"):
         choose(table, scores, counts, VocabularySize(coverage=0.9), keep=[whole], remove=[part])
-    with pytest.raises(VocabularyError, match="id 99999 is to be removed"):
+    with pytest.raises(VocabularyError, match=r"\b99999\b"):
         choose(table, scores, counts, VocabularySize(coverage=0.9), remove=[99_999])
