@@ -18,27 +18,33 @@ from tests.support.tiny import FAST_PRECISION, tiny_model, tiny_tokenizer
 torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
 
 
+@pytest.hookimpl(trylast=True)  # once `-m` has chosen
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first, then those with most: a long one at the end would leave a worker idle."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    """Files with the real model first, then those with most tests: a long one at the end would leave a worker idle."""
+    real = {item.path for item in items if item.get_closest_marker("real")}
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+    items.sort(key=lambda item: (item.path not in real, -tests[item.path]))
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    """The real SmolLM2-135M-Instruct, for tests that are marked real; two threads and fast products while they run."""
+@pytest.fixture(scope="session")
+def loaded_smollm2():
     from hf_context_prune import load_model
     from hf_context_prune.data.demo import smollm2_gguf
 
+    return load_model(smollm2_gguf(), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def smollm2(loaded_smollm2):
+    """The real SmolLM2-135M-Instruct, for tests that are marked real; two threads and fast products while they run."""
     torch.set_num_threads(2)
     precision.FAST_PRECISION = FAST_PRECISION
-    yield load_model(smollm2_gguf(), dtype="float32", device="cpu")
+    yield loaded_smollm2
     torch.set_num_threads(1)
     precision.FAST_PRECISION = "highest"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def licences():
     """Real text: software licences from the package index."""
     from hf_context_prune.data.demo import licence_texts

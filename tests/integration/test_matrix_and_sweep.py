@@ -14,7 +14,7 @@ from hf_context_prune import EvalOptions, prune
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.splits import hold_out_documents
-from hf_context_prune.errors import CalibrationWarning, ConfigError, SaveError
+from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.evaluation.bootstrap import ratio_to_change
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
@@ -27,10 +27,11 @@ from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.training.recovery.config import RecoveryConfig
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import model_for, shared_tokenizer
 from tests.support.tiny_tokenizers import WORDS
 
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+pytestmark = TINY_TEXT
 
 CONFIG = PrunerConfig(mlp_ratio=0.3, num_calibration_samples=6, max_seq_length=64)
 PARTS = {"law": WORDS[:10], "general": WORDS}

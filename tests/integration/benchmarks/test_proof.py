@@ -6,15 +6,12 @@ import random
 import pytest
 
 from benchmarks import common, proof
-from hf_context_prune.errors import CalibrationWarning
 from hf_context_prune.storage.loading import LoadedModel
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains
 from tests.support.tiny_tokenizers import WORDS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}"),
-]
+pytestmark = [pytest.mark.slow, TINY_TEXT]
 
 
 @pytest.fixture

@@ -10,17 +10,14 @@ from huggingface_hub import ModelCard
 
 from benchmarks import common, model_cards, publishing
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.errors import CalibrationWarning
 from hf_context_prune.storage.loading import LoadedModel
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny import tiny_model, tiny_tokenizer
 from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains
 from tests.unit.pipelines.test_prune import OPTIONS, texts
 from tests.unit.publishing.test_card import check_structure
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}"),
-]
+pytestmark = [pytest.mark.slow, TINY_TEXT]
 
 
 def test_cards_of_the_domains(tmp_path, monkeypatch):

@@ -7,14 +7,11 @@ import json
 import pytest
 
 from benchmarks import common, recovery
-from hf_context_prune.errors import CalibrationWarning
 from hf_context_prune.storage.loading import LoadedModel
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}"),
-]
+pytestmark = [pytest.mark.slow, TINY_TEXT]
 
 
 @pytest.fixture

@@ -8,18 +8,19 @@ import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.data.samples import tokenize_samples
-from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
+from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.evaluation.general_text import read_general
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.pipelines.matrix import domain_matrix
 from hf_context_prune.pipelines.recover import recover_folder
-from hf_context_prune.pruning.calibration.samples import tokenize_calibration_samples
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.training.recovery.config import RecoveryConfig
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import documents, model_for, shared_tokenizer
 from tests.support.tiny_tokenizers import WORDS
 
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+pytestmark = TINY_TEXT
 
 OPTIONS = {"mlp_ratio": 0.3, "num_calibration_samples": 8, "max_seq_length": 32}
 
@@ -39,11 +40,11 @@ def base():
 def test_the_share_of_blocks_is_the_one_asked_for(base, mix, mixed):
     domain, general = documents(WORDS[:8]), documents(WORDS[20:])
     config = PrunerConfig(**OPTIONS, general_data_ratio=mix)
-    blocks = tokenize_calibration_samples(domain, base.tokenizer, config, general)
+    blocks = CalibrationSet(domain, config, general).samples(base.tokenizer)
     assert blocks.shape == (8, 32)
     both = [any(w in WORDS[20:] for w in base.tokenizer.decode(block).split()) for block in blocks]
     assert sum(both) == mixed
-    assert torch.equal(blocks, tokenize_calibration_samples(domain, base.tokenizer, config, general))
+    assert torch.equal(blocks, CalibrationSet(domain, config, general).samples(base.tokenizer))
     if 1 < mixed < 7:
         assert sorted(both) != both  # spread, not at the end
 
@@ -51,16 +52,16 @@ def test_the_share_of_blocks_is_the_one_asked_for(base, mix, mixed):
 def test_another_count_of_blocks_is_never_general_text_alone(base):
     domain, general = documents(WORDS[:8]), documents(WORDS[20:])
     config = PrunerConfig(**OPTIONS, general_data_ratio=0.875)
-    blocks = tokenize_calibration_samples(domain, base.tokenizer, config, general, count=4)  # 3.5 of 4
+    blocks = CalibrationSet(domain, config, general).samples(base.tokenizer, 4)  # 3.5 of 4
     both = [any(w in WORDS[20:] for w in base.tokenizer.decode(block).split()) for block in blocks]
     assert sorted(both) == [False, True, True, True]
 
 
 def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
-    options = EvalOptions(speed=False, memory=False, general_data=general_text())
+    options = EvalOptions(benchmark=False, memory=False, general_data=general_text())
     config = PrunerConfig(**OPTIONS, general_data_ratio=0.5)
     domain = documents(WORDS[:8])
-    result = prune(base, domain, config, evaluation=options)
+    result = prune(base, domain, config, eval_options=options)
     facts = result.plan.provenance
     whole = read_general(general_text(), apart_from=None, tokenizer=base.tokenizer, seed=0)
     assert whole is not None
@@ -75,7 +76,7 @@ def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
     assert result.report.general is not None
     assert result.report.general.dataset.fingerprint == part.facts.fingerprint
     assert "a share of 0.5 of" in " ".join(result.report.notes)
-    plain = prune(base, domain, PrunerConfig(**OPTIONS), evaluation=options)
+    plain = prune(base, domain, PrunerConfig(**OPTIONS), eval_options=options)
     assert plain.report.general is not None
     assert plain.report.general.dataset.fingerprint == whole.facts.fingerprint  # nothing of it was calibrated on
     assert plain.plan.layers != result.plan.layers or not torch.equal(
@@ -84,8 +85,8 @@ def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
     )
     # recovery measures on the same part
     folder = result.save_pretrained(tmp_path / "mixed")
-    recovery = RecoveryConfig(max_steps=1, num_epochs=9.0, max_seq_length=32, batch_size=2, distillation=0.0)
-    later = recover_folder(folder, domain, recovery, evaluation=options)
+    recovery = RecoveryConfig(max_steps=1, num_epochs=9.0, max_seq_length=32, batch_size=2)
+    later = recover_folder(folder, domain, recovery, eval_options=options)
     assert later.report.general is not None
     assert later.report.general.dataset.fingerprint == part.facts.fingerprint
 
@@ -109,7 +110,7 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
     """General text may hold the domain's documents under other names, or the evaluation text itself."""
     domain = documents(WORDS[:8])
     copies = [{"text": x.text, "doc": f"copy{i}"} for i, x in enumerate(domain.documents) if i % 2]
-    options = EvalOptions(speed=False, memory=False, general_data=[*copies, *general_text(400)])
+    options = EvalOptions(benchmark=False, memory=False, general_data=[*copies, *general_text(400)])
     used, measured, searched = [], [], []
 
     def blocks(source, *args, **how):
@@ -125,32 +126,32 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
     monkeypatch.setattr("hf_context_prune.pipelines.validation_text.document_losses", partial(losses, to=searched))
     size = {"max_loss_increase": 0.5} if searching else {"mlp_ratio": 0.3}
     config = PrunerConfig(**{**OPTIONS, "mlp_ratio": None} | size, general_data_ratio=0.5)
-    report = prune(base, domain, config, evaluation=options).report
+    report = prune(base, domain, config, eval_options=options).report
     assert measured
     assert bool(searched) == searching
     assert not identities(measured + searched) & identities(used)
-    assert "the general text that is calibrated on has them too" in report.dataset.held_out
+    assert "3 of these documents were dropped" in report.dataset.held_out
 
 
 def test_general_text_that_holds_all_of_the_evaluation_text_is_refused(base):
     domain, evaluation = documents(WORDS[:8]), general_text(3)
-    options = EvalOptions(speed=False, memory=False, general_data=[*evaluation * 9, *general_text(60)])
+    options = EvalOptions(benchmark=False, memory=False, general_data=[*evaluation * 9, *general_text(60)])
     with pytest.raises(DataError, match="Every held-out document is also in the general text"):
-        prune(base, domain, PrunerConfig(**OPTIONS, general_data_ratio=0.5), eval_data=evaluation, evaluation=options)
+        prune(base, domain, PrunerConfig(**OPTIONS, general_data_ratio=0.5), eval_data=evaluation, eval_options=options)
 
 
 def test_a_text_of_less_than_a_block_is_named(base):
     config = PrunerConfig(**OPTIONS | {"max_seq_length": 200}, general_data_ratio=0.5)
     short = documents(WORDS[20:], count=1, length=10)
-    with pytest.raises(DataError, match=r"has \d+ tokens, less than one block of 200.*lower max_seq_length"):
-        tokenize_calibration_samples(documents(WORDS[:8]), base.tokenizer, config, short)
+    with pytest.raises(DataError, match=r"has \d+ tokens, less than one sample of 200.*lower max_seq_length"):
+        CalibrationSet(documents(WORDS[:8]), config, short).samples(base.tokenizer)
 
 
 @pytest.mark.parametrize(("mix", "words"), [(0.01, "none"), (0.99, "all of them")])
 def test_a_share_that_is_no_block_is_refused(base, mix, words):
     config = PrunerConfig(**OPTIONS, general_data_ratio=mix)
-    with pytest.raises(ConfigError, match=rf"of 8 calibration blocks .* that is {words}.*0\.125 to 0\.875"):
-        prune(base, documents(WORDS[:8]), config, evaluation=EvalOptions(general_data=general_text()))
+    with pytest.raises(ConfigError, match=rf"of 8 calibration samples .* that is {words}.*0\.125 to 0\.875"):
+        prune(base, documents(WORDS[:8]), config, eval_options=EvalOptions(general_data=general_text()))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, "half", True, float("nan")])

@@ -11,27 +11,29 @@ import torch
 from hf_context_prune import PrunerConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
-from hf_context_prune.errors import BudgetError, CalibrationWarning, DataError
+from hf_context_prune.errors import BudgetError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.architectures import unit_costs
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
-from hf_context_prune.pipelines.validation_text import ValidationText
+from hf_context_prune.pipelines.validation_text import ValidationText, withhold_vocabulary_probe
 from hf_context_prune.pruning import prune_model as global_budget
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.notes import refit_note, vocabulary_note
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import documents, model_for, shared_tokenizer
 from tests.support.tiny_tokenizers import WORDS
 
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+pytestmark = TINY_TEXT
 
 SMALL = {"num_calibration_samples": 16, "max_seq_length": 32}
 AUTO = {
-    "vocab_auto": True,
+    "vocab_size": "auto",
     "allocation": "adaptive",
     "pad_to_multiple_of": 8,
     "reconstruction": "none",
@@ -45,7 +47,10 @@ def dense(name="llama"):
 
 
 def pruned(config, *, text=None, name="llama", **options):
-    return prune_model(dense(name), shared_tokenizer("smollm2"), text or documents(), config, **options)
+    model, tokenizer, source = dense(name), shared_tokenizer("smollm2"), text or documents()
+    if config.vocab_size == "auto":
+        options["vocabulary_probe"] = withhold_vocabulary_probe(model, tokenizer, source, config)
+    return prune_model(model, tokenizer, CalibrationSet(source, config), config, **options)
 
 
 def one_unit(name="llama"):
@@ -100,7 +105,7 @@ def test_tokens_without_a_budget_leave_all_units():
 def test_tokens_and_a_loss_budget():
     config = PrunerConfig(vocab_size=320, max_loss_increase=0.3, reconstruction="none", criterion="wanda", **SMALL)
     rest, search = ValidationText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
-    model, tokenizer, plan = pruned(config, text=rest, search=search)
+    model, tokenizer, plan = pruned(config, text=rest, validation_loss=search.bits_per_byte)
     base = search.bits_per_byte(dense(), shared_tokenizer("smollm2"))
     increase = search.bits_per_byte(model, tokenizer) / base - 1
     assert plan.provenance["loss_budget"]["increase"] == pytest.approx(increase, abs=1e-6)
@@ -236,7 +241,7 @@ def test_padding_is_the_first_to_go():
     tokenizer = shared_tokenizer("smollm2")
     model = model_for("llama", tokenizer, spare_rows=56)
     config = PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL)
-    *_, plan = prune_model(model, tokenizer, documents(WORDS), config)
+    *_, plan = prune_model(model, tokenizer, CalibrationSet(documents(WORDS), config), config)
     considered = plan.provenance["considered_vocabularies"]
     assert considered[:2] == [[448, 0.0, considered[0][2]], [392, 0.0, considered[1][2]]]
     assert considered[1][2] < considered[0][2]
@@ -254,7 +259,7 @@ def test_tokens_that_cost_more_than_a_loss_budget_allows():
     config = PrunerConfig(vocab_size=128, max_loss_increase=1e-6, reconstruction="none", criterion="wanda", **SMALL)
     rest, search = ValidationText.withheld_from(documents(WORDS), shared_tokenizer("smollm2"), config)
     with pytest.raises(BudgetError, match=r"with 128 of 392 tokens alone the loss .* Keep more tokens"):
-        pruned(config, text=rest, search=search)
+        pruned(config, text=rest, validation_loss=search.bits_per_byte)
 
 
 def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
@@ -265,7 +270,7 @@ def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
         raise BudgetError("none held")
 
     monkeypatch.setattr(global_budget, "plan_and_reconstruct", nothing_holds)
-    model, _, plan = pruned(config, text=rest, search=search)
+    model, _, plan = pruned(config, text=rest, validation_loss=search.bits_per_byte)
     assert plan.widths == plan.dense
     assert num_rows(model) == 320
     assert plan.provenance["loss_budget"]["trials"] == []
@@ -273,7 +278,7 @@ def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
 
 
 def test_text_of_one_document_can_not_weigh_vocabularies():
-    with pytest.raises(DataError, match=r"vocab_auto weighs .* which is a single one\. Give text of several"):
+    with pytest.raises(DataError, match=r"vocab_size.* which is a single one\. Give text of several"):
         pruned(PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL), text=documents(count=1, length=2000))
 
 

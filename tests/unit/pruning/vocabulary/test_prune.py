@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_context_prune.errors import CalibrationWarning, PlanError
+from hf_context_prune.errors import PlanError
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.token_rows import num_rows
@@ -19,12 +19,12 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.saving import save_pruned
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny import VARIANTS
 from tests.support.tiny_domain import ALL, documents, model_for, shared_tokenizer
 from tests.support.tiny_tokenizers import tokenizer_of
 
-# Tiny texts give fewer blocks than the package asks for.
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+pytestmark = TINY_TEXT
 
 PAIRS = [
     *(("llama-mqa-tied", "llama3"), ("gpt2", "gemma"), ("gpt_neox", "llama3"), ("gemma2", "gemma")),

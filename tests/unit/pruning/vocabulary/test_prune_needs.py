@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.errors import (
     BudgetError,
-    CalibrationWarning,
     ConfigError,
     DataError,
     NumericsError,
@@ -21,10 +20,11 @@ from hf_context_prune.errors import (
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
 from hf_context_prune.pruning.vocabulary.rebuild import table_of
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import documents, model_for, shared_tokenizer
 from tests.support.tiny_tokenizers import tokenizer_of
 
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+pytestmark = TINY_TEXT
 
 CALLS = (
     "{% if tools %}the revenue {{ tools[0]['function']['name'] }} {% endif %}"
