@@ -1,4 +1,4 @@
-"""Reconstruction (compensation): closed-form refit of an output projection after some of its inputs are removed.
+"""Reconstruction: the least-squares weights of an output projection after some of its inputs are removed.
 
 Notation: X [tokens, in_features] are the projection's inputs, W [out_features, in_features], K kept and P pruned
 features, G = X^T X, mu the mean of x. Pure tensor maths: no module names, no devices.
@@ -29,16 +29,16 @@ def _split(weight: torch.Tensor, kept: list[int]) -> tuple[torch.Tensor, torch.T
 def none(
     weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int], statistics: TargetStatistics, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W_K as it is."""
+    """Return W_K as it is: plain slicing."""
     return weight[:, torch.tensor(kept)], bias
 
 
 def bias(
     weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int], statistics: TargetStatistics, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """B + W_P mu_P: the removed inputs at their mean (FLAP, arXiv 2312.11983, Eq. 6).
+    """Return W_K, and B + W_P mu_P: the removed inputs at their mean (FLAP, arXiv 2312.11983, Eq. 6).
 
-    Adds a bias where there was none; such a model measures in memory but its architecture can't save it.
+    Adds a bias where there was none: such a model can be measured in memory, but its architecture can't save it.
     """
     K, P = _split(weight, kept)
     if len(P) == 0:
@@ -51,17 +51,18 @@ def bias(
 def least_squares(
     weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int], statistics: TargetStatistics, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W_K + W_P G_PK (G_KK + ridge diag(G_KK))^-1; with a bias on the centred covariance.
+    """Return W_K + W_P G_PK (G_KK + ridge diag(G_KK))^-1; with a bias on the centred covariance.
 
-    The least-squares fit of the old outputs from the kept inputs, with a ridge that pulls towards the old weights:
-    the empty plan is the identity. With a bias, C = G/n - mu mu^T stands for G, and b + W mu - W_K' mu_K for b.
+    This is the least-squares fit of the old outputs from the kept inputs, with a ridge that pulls towards the old
+    weights: the empty plan is the identity. With a bias, C = G/n - mu mu^T takes the place of G, and
+    b + W mu - W_K' mu_K that of b.
 
     Args:
         weight: W, any floating-point dtype.
         bias: [out_features] or None.
         kept: Kept features, ascending.
         statistics: With a Gram matrix.
-        ridge: Share of each feature's mean square, above 0; `add_ridge` has its small print.
+        ridge: Share of each feature's mean square, above 0; see [`add_ridge`][].
 
     Raises:
         NumericsError: The system is singular in spite of the ridge.
@@ -82,7 +83,7 @@ def least_squares(
     return new_weight, bias.double() + W @ mean - new_weight @ mean[K]
 
 
-def refit(
+def regress(
     weight: torch.Tensor,
     second_moment: torch.Tensor,
     lacking: torch.Tensor,
@@ -90,10 +91,11 @@ def refit(
     ridge: float,
     correction_ridge: float | None = None,
 ) -> torch.Tensor:
-    """Regression of W x + e on the kept inputs, with ridges that pull towards the old weights; for `sequential.py`.
+    """Return the regression of W x + e on the kept inputs, with ridges that pull towards the old weights.
 
-    W x is the projection's own output, which x gives exactly, and e what the residual stream lacks beside it, which x
-    gives only in part, so that few tokens overfit it. Each part has its own ridge (G = E[x x^T], D = diag G):
+    For sequential reconstruction. W x is the projection's own output, which x predicts exactly. e is what the residual
+    stream lacks beside it, which x predicts only in part, so a few tokens are enough to overfit it. Each part has its
+    own ridge (G = E[x x^T], D = diag G):
 
         W_K' = W_K + W_P G_PK (G_KK + ridge D_KK)^-1 + E[e x^T]_K (G_KK + correction_ridge D_KK)^-1
 
@@ -102,16 +104,16 @@ def refit(
         second_moment: E[x x^T], [features, features], float64.
         lacking: E[x e^T], [features, outputs], float64.
         kept: Features to keep, ascending; None keeps all.
-        ridge: Share of each feature's mean square, for the own output.
-        correction_ridge: The same for what is lacking; None: as `ridge`.
+        ridge: Share of each feature's mean square, for W x.
+        correction_ridge: The same for e; None: as `ridge`.
 
     Returns:
         New W, [outputs, kept], float64.
     """
     correction_ridge = ridge if correction_ridge is None else correction_ridge
-    # With all features kept, the own output needs no change, and its system is not solved.
+    # With all features kept, W x needs no change, and its system is not solved.
     shares = {correction_ridge} if kept is None else {ridge, correction_ridge}
-    # Features that never fire have nothing to be refitted to.
+    # Features that never fire have nothing that they could be fitted to.
     systems = {share: add_ridge(second_moment, share) for share in shares} if bool(second_moment.any()) else {}
     changes: dict[float, torch.Tensor] = {}
     if kept is not None:
@@ -128,7 +130,7 @@ def refit(
 
 
 def squared_error(change: torch.Tensor, second_moment: torch.Tensor, lacking: torch.Tensor) -> float:
-    """E|e - C x|^2 - E|e|^2: by how much a change C of the weights changes the error that is left.
+    """Return E|e - C x|^2 - E|e|^2: how much a change C of the weights changes the remaining error.
 
     Args:
         change: C, [outputs, features], float64.
@@ -143,7 +145,7 @@ NEEDS_GRAM = frozenset({"least_squares"})
 
 
 def get_reconstruction(name: str) -> Reconstruction:
-    """Look a reconstruction up.
+    """Look up a reconstruction.
 
     Raises:
         ConfigError: There is none of that name.

@@ -1,7 +1,7 @@
 """The values between calibration and scoring: per-target weights and streamed statistics.
 
-`TargetWeights` and `TargetStatistics` are all that a criterion or a reconstruction ever sees: plain tensors, no module
-names, devices or tokenizers.
+`TargetWeights` and `TargetStatistics` are all that a criterion or a reconstruction ever sees: plain tensors, without
+module names, devices or tokenizers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class TargetWeights:
 
     Attributes:
         output: Weight of the output projection, [out_features, in_features].
-        unit_size: Input features a unit, contiguous: unit u owns features u * unit_size to (u + 1) * unit_size.
+        unit_size: Input features per unit, contiguous: unit u owns features u * unit_size to (u + 1) * unit_size.
         input_magnitude: Sum of |w| over each unit's weights in the input projections, [units], float64.
-        has_bias: Whether the output projection has a bias, which takes up the mean of what is removed.
-        channel_scale: What of an output channel reaches the residual stream, [out_features, 1]: the gamma of a norm
-            behind the projection. None: all of it.
+        has_bias: Whether the output projection has a bias, which takes up the mean of the removed inputs.
+        channel_scale: Share of each output channel that reaches the residual stream, [out_features, 1]: the gamma of a
+            norm behind the projection. None: all of it.
     """
 
     output: torch.Tensor
@@ -42,11 +42,11 @@ class TargetWeights:
 
     @property
     def num_units(self) -> int:
-        """Number of units."""
+        """The number of units."""
         return self.output.shape[1] // self.unit_size
 
     def cpu(self) -> TargetWeights:
-        """The same on the CPU, where scoring runs: float64 is at home there, and the matrices are small."""
+        """Return a copy on the CPU, where scoring runs: not every device has float64, and the matrices are small."""
         scale = None if self.channel_scale is None else self.channel_scale.cpu()
         moved = {"output": self.output.cpu(), "input_magnitude": self.input_magnitude.cpu(), "channel_scale": scale}
         return replace(self, **moved)
@@ -66,8 +66,8 @@ class TargetStatistics:
         sum_abs: Sum of |x|, [in_features], float64.
         sum_squares: Sum of x^2, [in_features], float64.
         gram: (X - pivot)^T (X - pivot), [in_features, in_features], float32; None if not asked for.
-        pivot: A point near the mean, [in_features], float64, where the covariance is wanted: it would drown in the
-            float32 rounding of X^T X when the mean is large beside the spread. None: the origin.
+        pivot: A point near the mean, [in_features], float64, for statistics from which the covariance is computed. It
+            would drown in the float32 rounding of X^T X where the mean is large beside the spread. None: the origin.
         taylor: Sum of |w * dL/dw| over each unit's weights, [units], float64; None if not asked for.
     """
 
@@ -80,7 +80,7 @@ class TargetStatistics:
     pivot: torch.Tensor | None = None
 
     def cpu(self) -> TargetStatistics:
-        """The same on the CPU."""
+        """Return a copy on the CPU."""
         moved = {name: value.cpu() for name in _TENSORS if (value := getattr(self, name)) is not None}
         return replace(self, **moved)  # type: ignore[arg-type]
 
@@ -95,13 +95,13 @@ class TargetStatistics:
         return (self.sum_squares / self.num_tokens - self.mean**2).clamp_min(0)
 
     def second_moment(self, *, centred: bool = False) -> torch.Tensor:
-        """X^T X / n, or the covariance of x, [in_features, in_features], float64.
+        """Return X^T X / n, or the covariance of x, [in_features, in_features], float64.
 
         Args:
-            centred: The covariance: for a projection whose bias takes up the mean.
+            centred: Return the covariance, for a projection whose bias takes up the mean.
 
         Raises:
-            DataError: It was not collected.
+            DataError: The Gram matrix was not collected.
         """
         if self.gram is None:
             raise DataError("These statistics hold no Gram matrix; calibrate with statistics={'gram'}.")
@@ -114,7 +114,7 @@ class TargetStatistics:
         return covariance if centred else covariance + torch.outer(self.mean, self.mean)
 
     def check_finite(self, where: str) -> None:
-        """Raise if any sum is NaN or Inf (`topk` ranks NaN highest, so it would silently choose the survivors).
+        """Refuse sums that are NaN or Inf (sorting ranks NaN highest, so it would silently choose the survivors).
 
         Args:
             where: Layer, target and batch, for the message.
@@ -135,9 +135,13 @@ _TENSORS = ("sum", "sum_abs", "sum_squares", "gram", "taylor", "pivot")
 
 
 class RegressionMoments:
-    """Streamed second moments of x and between x and a target over unpadded tokens: float32 products, float64 sums.
+    """Streamed second moments of x, and of x with a target, over unpadded tokens: float32 products, float64 sums.
 
-    With `centre`, both are taken about a point near their mean, for projections whose bias takes the mean up.
+    Args:
+        features: Features of x.
+        outputs: Features of the target.
+        device: Where the sums are.
+        centre: Take both about a point near their mean, for projections whose bias takes up the mean.
     """
 
     def __init__(self, features: int, outputs: int, device: torch.device, *, centre: bool) -> None:
@@ -167,8 +171,8 @@ class RegressionMoments:
             target = target - self.pivot_target
         self.cross.addmm_(x.T, target)
 
-    def second(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(E[x x^T], E[x t^T]), or the covariances with `centre`; float64."""
+    def second_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (E[x x^T], E[x t^T]), or the covariances with `centre`; float64."""
         stats = self.statistics
         cross = self.cross.double() / stats.num_tokens
         if self.centre and stats.pivot is not None and self.pivot_target is not None:
@@ -183,7 +187,7 @@ class CalibrationStats:
 
     Attributes:
         targets: Statistics by (layer, target).
-        num_samples: Blocks of text used.
+        num_samples: Samples used.
         num_tokens: Unpadded tokens used.
     """
 
@@ -205,7 +209,7 @@ class CalibrationStats:
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationStats:
-        """Read what [`save`][] wrote.
+        """Read a file that [`save`][] wrote.
 
         Raises:
             DataError: The file is missing or is not a statistics file.
@@ -213,9 +217,9 @@ class CalibrationStats:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["calibration_stats"])
-                # Cloned: they map the file, and saving over it would pull the memory from under them.
+                # Cloned: they map the file, and saving over it would invalidate them.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return cls(_group(tensors, header["counts"]), header["num_samples"], header["num_tokens"])
+            return cls(_group_by_target(tensors, header["counts"]), header["num_samples"], header["num_tokens"])
         except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise DataError(
                 f"{path} is not a statistics file ({type(error).__name__}: {error}); write one with "
@@ -223,7 +227,7 @@ class CalibrationStats:
             ) from error
 
 
-def _group(tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> dict[Key, TargetStatistics]:
+def _group_by_target(tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> dict[Key, TargetStatistics]:
     targets: dict[Key, TargetStatistics] = {}
     for name, count in counts.items():
         layer, target = name.split(".")

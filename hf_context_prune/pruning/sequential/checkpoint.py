@@ -1,4 +1,4 @@
-"""Finished blocks of a sequential walk on disk: what a killed walk goes on from."""
+"""Finished layers of sequential reconstruction on disk, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.pruning.calibration.samples import Batch
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import is_main_process
 
@@ -28,33 +29,33 @@ Output = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """What a walk decided for one block.
+    """Kept units and reconstructed weights of one layer.
 
     Attributes:
         layer: Kept units.
-        outputs: Refitted projections, by target.
+        outputs: Reconstructed output projections, by target.
     """
 
     layer: LayerPlan
     outputs: dict[Target, Output] = field(default_factory=dict)
 
 
-class WalkState:
-    """One file a finished block, each whole or absent, in a folder of these inputs.
+class SequentialCheckpoint:
+    """One file per finished layer, each whole or absent, in a subfolder for exactly these inputs.
 
     Args:
-        folder: Where they lie; None keeps nothing.
-        model: The dense model.
+        folder: Where the subfolder lies; None keeps nothing.
+        model: The base model.
         batches: The calibration text.
         widths: Widths after pruning.
-        options: Whatever else decides the result.
+        options: All other values that decide the result.
     """
 
     def __init__(
         self,
         folder: Path | None,
         model: PreTrainedModel,
-        batches: Sequence[dict[str, torch.Tensor]],
+        batches: Sequence[Batch],
         widths: Sequence[LayerWidths],
         *options: object,
     ) -> None:
@@ -74,8 +75,8 @@ class WalkState:
         assert self.folder is not None
         return self.folder / f"block-{index:04d}.safetensors"
 
-    def finished(self, index: int) -> FinishedLayer | None:
-        """What an earlier walk over the same inputs decided for a block, if it came that far."""
+    def load(self, index: int) -> FinishedLayer | None:
+        """Return a layer that an earlier run over the same inputs finished; None if there is none."""
         if self.folder is None or not self._path(index).exists():
             return None
         try:
@@ -84,7 +85,7 @@ class WalkState:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged (%s); its block is pruned again.", self._path(index).name, error)
+            logger.warning("%s is damaged (%s); its layer is pruned again.", self._path(index).name, error)
             return None
         targets = [target for target in TARGETS if f"{target}.weight" in tensors]
         return FinishedLayer(
@@ -92,8 +93,12 @@ class WalkState:
             {target: (tensors[f"{target}.weight"], tensors.get(f"{target}.bias")) for target in targets},
         )
 
-    def keep(self, index: int, done: FinishedLayer) -> None:
-        """Write a finished block; the file appears whole."""
+    def save(self, index: int, done: FinishedLayer) -> None:
+        """Write a finished layer; its file appears whole.
+
+        Raises:
+            SaveError: The file can't be written.
+        """
         if self.folder is None or not is_main_process():
             return
         tensors = {"neurons": torch.tensor(done.layer.neurons), "kv_groups": torch.tensor(done.layer.kv_groups)}
@@ -108,6 +113,6 @@ class WalkState:
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             raise SaveError(
-                f"A finished block can't be written to {path}: {error}. Make room, then run the same command again: "
-                f"it goes on from the last finished block."
+                f"A finished layer can't be written to {path}: {error}. Make room, then run the same command again: "
+                f"it resumes from the last finished layer."
             ) from error

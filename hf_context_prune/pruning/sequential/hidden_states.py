@@ -1,6 +1,6 @@
-"""Hidden states on their way through the blocks, for the sequential walk.
+"""Hidden states on their way through the decoder layers, for sequential reconstruction.
 
-Blocks are called, never re-implemented: their real arguments (masks, position embeddings) are captured from the model's
+Layers are called, never re-implemented: their real arguments (masks, position embeddings) are captured from the model's
 own forward pass.
 """
 
@@ -14,58 +14,55 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from hf_context_prune.modeling.architectures import layers_of
 from hf_context_prune.modeling.patching import in_bfloat16, patch_forwards
-from hf_context_prune.modeling.specs import ArchSpec
+from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.calibration.samples import Batch
 from hf_context_prune.utils.memmap import memmap_zeros
 
-Batch = dict[str, torch.Tensor]
-
 SPILL_SHARE = 0.5
-"""Share of the free memory that hidden states may take; past it they lie in a memory-mapped file."""
+"""Share of the free memory that hidden states may take; above it they lie in a memory-mapped file."""
 
 
 @dataclass
 class Stream:
-    """One batch between two blocks, in the dense and in the pruned model.
+    """The hidden states of one batch between two layers, in the base model and in the pruned one.
 
     Attributes:
-        dense: Hidden states of the dense model, [batch, length, hidden]; maybe memory-mapped.
-        pruned: Those of the pruned one.
-        calls: What each block is called with beside them.
+        base: Hidden states of the base model, [batch, length, hidden]; possibly memory-mapped.
+        pruned: Hidden states of the pruned model, in the same shape.
+        calls: The other arguments that each layer is called with.
         mask: Unpadded positions, [batch * length]; None without padding.
-        device: Where blocks run.
-        held_out: Whether it only chooses ridges, and is never fitted.
+        device: Where layers run.
+        validation: Whether the batch only chooses ridges, and is never fitted.
     """
 
-    dense: torch.Tensor
+    base: torch.Tensor
     pruned: torch.Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     mask: torch.Tensor | None
     device: torch.device
-    held_out: bool = False
+    validation: bool = False
 
-    def call(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """What a block makes of hidden states, with the arguments of this batch."""
-        args, kwargs = self.calls[layer]
-        output = in_bfloat16(block)(hidden.to(self.device), *args, **kwargs)
+    def call(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run a layer on hidden states, with the arguments of this batch, and return its output."""
+        args, kwargs = self.calls[index]
+        output = in_bfloat16(layer)(hidden.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[tokens, features] of the unpadded positions, float32, where blocks run."""
+        """Return the unpadded positions, [tokens, features], float32, where layers run."""
         flat = tensor.to(self.device).reshape(-1, tensor.shape[-1]).float()
         return flat if self.mask is None else flat[self.mask]
 
 
 class StreamStorage:
-    """Room for both hidden states of every batch: memory, or past a limit a memory-mapped file that dies with it.
+    """Room for both hidden states of every batch: memory, or above a limit a memory-mapped temporary file.
 
     Args:
-        elements: Values of all batches together, one state.
+        elements: Values of all batches together, of one of the two models.
         dtype: Of the hidden states.
-        limit: Bytes that may stay in memory; None: `SPILL_SHARE` of what is free.
+        limit: Bytes that may stay in memory; None: `SPILL_SHARE` of the free memory.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, *, limit: int | None = None) -> None:
@@ -76,40 +73,33 @@ class StreamStorage:
         self._flat = memmap_zeros(2 * elements, dtype) if self.spilled else torch.empty(2 * elements, dtype=dtype)
 
     def keep(self, hidden: torch.Tensor) -> torch.Tensor:
-        """A copy of hidden states, in this storage."""
+        """Copy hidden states into this storage and return the copy."""
         room = self._flat[self._used : self._used + hidden.numel()].view(hidden.shape)
         self._used += hidden.numel()
         return room.copy_(hidden)
 
 
 def capture(
-    model: PreTrainedModel,
-    spec: ArchSpec,
-    inputs: Batch,
-    mask: torch.Tensor | None,
-    storage: StreamStorage,
-    *,
-    held_out: bool = False,
+    view: ModelView, inputs: Batch, mask: torch.Tensor | None, storage: StreamStorage, *, validation: bool = False
 ) -> Stream:
-    """Record the first hidden states and every block's other arguments; the blocks themselves do nothing meanwhile."""
+    """Record the first hidden states and the other arguments of every layer. No layer computes anything meanwhile."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     first: list[torch.Tensor] = []
-    layers = layers_of(model, spec)
 
     def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         first.append(hidden)
         calls.append((args, kwargs))
         return hidden
 
-    with patch_forwards(layers, [record] * len(layers)):
-        model.base_model(**inputs, use_cache=False)
+    with patch_forwards(view.layers, [record] * len(view.layers)):
+        view.model.base_model(**inputs, use_cache=False)
     hidden = first[0]
-    return Stream(storage.keep(hidden), storage.keep(hidden), calls, mask, hidden.device, held_out)
+    return Stream(storage.keep(hidden), storage.keep(hidden), calls, mask, hidden.device, validation)
 
 
 @contextmanager
 def record_activations(module: nn.Module, *, inputs: bool) -> Iterator[list[torch.Tensor]]:
-    """Keep what a module reads (or gives) in the next call."""
+    """Record the inputs (or the outputs) of a module's next call."""
     seen: list[torch.Tensor] = []
     if inputs:
         handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -121,6 +111,6 @@ def record_activations(module: nn.Module, *, inputs: bool) -> Iterator[list[torc
         handle.remove()
 
 
-def choose_held_out(count: int, share: int) -> Sequence[bool]:
-    """Which of `count` batches only choose ridges: the last of every `share`, none if there are fewer than `share`."""
-    return [count >= share and index >= count - count // share for index in range(count)]
+def choose_validation(count: int, every: int) -> Sequence[bool]:
+    """Return which of `count` batches only choose ridges: the last of each `every`, none if there are fewer."""
+    return [count >= every and index >= count - count // every for index in range(count)]
