@@ -20,7 +20,7 @@ from benchmarks.common import commit as current_commit
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource, load_documents
-from hf_context_prune.evaluation.multiple_choice import summarize_answers
+from hf_context_prune.evaluation.accuracy import summarize_answers
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import RunReport
@@ -92,12 +92,10 @@ def measure_grid(base: LoadedModel, args: argparse.Namespace, domain: str) -> Sw
     options = SweepOptions(
         linear=args.grid,
         activation=args.grid,
-        # As the paper trains: on the text alone.
         recovery=RecoveryConfig(
             max_steps=args.steps,
             num_epochs=1e6,
-            distillation=0.0,
-            evaluations=1,  # measuring the way would take longer than going it
+            num_evals=1,  # measuring more often would take longer than the training itself
             max_seq_length=args.length,
             recovery_seed=args.seed,
         ),
@@ -132,7 +130,7 @@ def measure_time(base: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
         TextSource.from_documents(documents, name=text.name),
         base=base,
         questions=asked(args, domain, args.questions),
-        options=EvalOptions(max_tokens=None, speed=False, memory=False),
+        eval_options=EvalOptions(max_tokens=None, benchmark=False, memory=False),
     )
     return {"seconds": time.perf_counter() - begin, "bytes": size, "questions": args.questions}
 

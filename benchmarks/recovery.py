@@ -1,6 +1,6 @@
-"""Recovery: what training gives back, beside the dense model trained for the same time; ablations; cost of the callback.
+"""Recovery: the loss that training wins back, beside the dense model trained as long; ablations; cost of the callback.
 
-python -m benchmarks.recovery --data PATH/TO/data            # medicine and law; goes on where it stopped
+python -m benchmarks.recovery --data PATH/TO/data            # medicine and law; continues where it stopped
 python -m benchmarks.recovery --data PATH/TO/data --quick    # medicine, one size, a few minutes of training
 python -m benchmarks.recovery --data PATH/TO/data --sizes    # medicine: how much may go, 8 minutes of training each
 """
@@ -31,9 +31,9 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.evaluation.reports.formatting import percent
+from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.modeling.architectures import TARGETS
-from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.saving import save_pruned
@@ -41,26 +41,25 @@ from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.schedule import PruningSchedule
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import recover
-from hf_context_prune.utils.file_names import PLAN_NAME
 from hf_context_prune.utils.precision import bfloat16_is_fast, reduced_precision_matmul
 
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}
-"""(row of the dense model, share gone) -> most that bits a byte may be above that row, after `GOAL_MINUTES`."""
+"""(row of the dense model, share gone) -> how far bits per byte may be above that row after `GOAL_MINUTES`."""
 GOAL_MINUTES = 30.0
 SHORT_MINUTES = 8.0
-"""Of the ablations, and of the sizes."""
+"""Minutes of training of the ablations and of the sizes."""
 
 LEARNING_RATE = RecoveryConfig().peak_learning_rate
 
 
 @dataclass(frozen=True)
 class Run:
-    """A row of the tables: what is trained, and how.
+    """A row of the tables: which model is trained, and how.
 
     Attributes:
-        label: In the table.
-        options: Of `RecoveryConfig`; None: nothing is trained.
-        dense: Train the dense model.
+        label: Its name in the table.
+        options: Options of `RecoveryConfig`; None trains nothing.
+        dense: Train the dense model in place of the pruned one.
     """
 
     label: str
@@ -78,10 +77,7 @@ ABLATIONS = {
     "dense-short": Run("dense, tuned", {}, dense=True),
     "ours-short": Run("default", {}),
     "rate": Run("at twice the learning rate", {"learning_rate": 2 * LEARNING_RATE}),
-    "half-teacher": Run("half the loss from the dense parent", {"distillation": 0.5}),
-    "teacher-alone": Run("all of it", {"distillation": 1.0}),
     "lora": Run("LoRA", {"method": "lora"}),
-    "ticket": Run("kept weights rewound to the pretrained ones", {"rewind": "pretrained"}),
 }
 EQUAL_TOKENS = {
     "gradual": "pruned during training (`ContextPruneCallback`, three prunings)",
@@ -90,14 +86,15 @@ EQUAL_TOKENS = {
 
 
 class RecoveryDomain(Domain):
-    """A domain with its pruned models on disk, so that a run that goes on does not prune again."""
+    """A domain with its pruned models on disk, so that a continued run does not prune again."""
 
     @cached_property
     def general(self) -> TextSource:
-        """Held-out text of no domain, without what the domain's train text has too."""
+        """Held-out text of no domain, without documents that overlap with the domain's train text."""
         return drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0]
 
-    def pruned(self, share: float) -> tuple[LoadedModel, PruningPlan]:
+    def pruned(self, share: float) -> LoadedModel:
+        """Load the pruned model of this share, after pruning and saving it if it is not there yet."""
         folder = self.args.work / "models" / f"{self.name}-{share:g}-{self.args.blocks}-{self.args.seed}"
         if not folder.exists():
             loaded = self.load()
@@ -110,13 +107,15 @@ class RecoveryDomain(Domain):
                 max_seq_length=self.args.length,
                 pruning_seed=self.args.seed,
             )
-            model, tokenizer, plan = prune_model(loaded.model, loaded.tokenizer, self.train, config)
+            model, tokenizer, plan = prune_model(
+                loaded.model, loaded.tokenizer, CalibrationSet(self.train, config), config
+            )
             folder.parent.mkdir(parents=True, exist_ok=True)
             save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
-        return load_model(folder, dtype="float32", device="cpu"), PruningPlan.load(folder / PLAN_NAME)
+        return load_model(folder, dtype="float32", device="cpu")
 
     def scored(self, model: Any, tokenizer: Any, dense: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Losses by document on the domain's text and on general text, on the documents of the dense row."""
+        """Score a model per document on the domain's text and on general text, on the documents of the dense row."""
         result: dict[str, Any] = {"parameters": model.num_parameters()}
         for name, source in (("own", self.held_out[0]), ("general", self.general)):
             with reduced_precision_matmul():
@@ -136,7 +135,7 @@ class RecoveryDomain(Domain):
         return result
 
     def measure(self, run: Run, share: float, minutes: float, dense: Mapping[str, Any] | None) -> dict[str, Any]:  # type: ignore[override]
-        loaded, plan = (self.load(), None) if run.dense else self.pruned(share)
+        loaded = self.load() if run.dense else self.pruned(share)
         if run.options is None:
             return self.scored(loaded.model, loaded.tokenizer, dense)
         config = RecoveryConfig(
@@ -146,12 +145,11 @@ class RecoveryDomain(Domain):
             num_epochs=100.0,
             recovery_seed=self.args.seed,
         )
-        teacher = None if run.dense else self.model
-        result = recover(loaded.model, self.train, config, tokenizer=loaded.tokenizer, teacher=teacher, plan=plan)
+        result = recover(loaded.model, self.train, config, tokenizer=loaded.tokenizer)
         return {**self.scored(result.model, loaded.tokenizer, dense), "history": result.history.to_dict()}
 
     def measure_equal(self, way: str, share: float, steps: int, dense: Mapping[str, Any]) -> dict[str, Any]:
-        """The same text, steps and learning rate: pruned on the way, or before (without the vocabulary, either way)."""
+        """Train on the same text, steps and learning rate, pruned during training or before; the vocabulary is kept."""
         model, tokenizer = copy.deepcopy(self.model), self.load().tokenizer
         config = PrunerConfig(
             pruning_ratio=share,
@@ -164,7 +162,7 @@ class RecoveryDomain(Domain):
         listened, pruned = _Timed(config), 0.0
         if way == "then":
             begin = time.perf_counter()
-            model, _, _ = prune_model(model, tokenizer, self.train, config)
+            model, _, _ = prune_model(model, tokenizer, CalibrationSet(self.train, config), config)
             pruned = time.perf_counter() - begin
         rest, _ = hold_out_documents(self.train, seed=self.args.seed)
         batch = 4
@@ -215,7 +213,7 @@ class RecoveryDomain(Domain):
 
 
 class _Timed(ContextPruneCallback):
-    """The callback, and how long it takes."""
+    """The callback, with the seconds that listening and pruning take."""
 
     def __init__(self, config: Any = None, schedule: Any = None) -> None:
         super().__init__(config, schedule or PruningSchedule(0.1, 0.4, 3))
@@ -240,24 +238,27 @@ def _line(label: str, row: Mapping[str, Any], dense: Mapping[str, Any], seed: in
     return [
         label,
         f"{1 - row['parameters'] / dense['parameters']:.1%}",
-        *("" if row is dense else percent(relative(dense[text], row[text], seed)) for text in ("own", "general")),
+        *("" if row is dense else format_change(relative(dense[text], row[text], seed)) for text in ("own", "general")),
         f"{history['tokens']:,}" if history else "",
         f"{history['tokens'] / history['seconds']:,.0f}" if history else "",
     ]
 
 
-_HEADER = ["", "parameters gone", "bits/byte, own domain", "bits/byte, general", "tokens trained on", "tokens/s"]
+_HEADER = [
+    *("", "parameters gone", "bits per byte, own domain", "bits per byte, general"),
+    *("tokens trained on", "tokens/s"),
+]
 
 
 def section(heading: str, rows: Iterable[Mapping[str, Any]], args: argparse.Namespace, *parts: str) -> str:
-    """A section of RESULTS.md, written when all of its rows are there; commits and machines are those of the rows."""
+    """Return a section of RESULTS.md; commits and machines are those of its rows."""
     commits, machines = (sorted({row["setting"][name] for row in rows}) for name in ("commit", "machine"))
     how = f"`python -m benchmarks.recovery --data DATA{args.given}` at {', '.join(f'`{c}`' for c in commits)}"
     return "\n\n".join((f"## Recovery: {heading}", *parts, f"{how}, {'; '.join(machines)}, seed {args.seed}."))
 
 
 def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:
-    """The table of a domain, and what became of the goal."""
+    """Return the table of a domain, and whether the goal was met."""
     used = {place: row for place, row in rows.items() if place[0] == domain and place[1] in HEADLINE}
     dense = used[domain, "dense", 0]
     body = [_line(HEADLINE[name].label, used[domain, name, 0], dense, args.seed) for name in ("dense", "dense-tuned")]
@@ -269,7 +270,7 @@ def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:
         parts = []
         for name, what in (("dense", "as it came"), ("dense-tuned", "tuned for the same time")):
             gap = relative(used[domain, name, 0]["own"], ours["own"], args.seed)
-            parts.append(f"{percent(gap)} against the dense model {what}")
+            parts.append(f"{format_change(gap)} against the dense model {what}")
             if args.minutes >= GOAL_MINUTES and (goal := GOALS.get((name, share))) is not None:
                 parts[-1] += f" (goal: at most {goal:+.0%}, {'met' if gap.value <= goal else 'missed'})"
         verdicts.append(f"- {share:.0%} gone: {', '.join(parts)}.")
@@ -280,8 +281,8 @@ def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:
         args,
         f"SmolLM2-135M-Instruct (float32 weights, bfloat16 products where the CPU has them). Pruned in one shot "
         f"(vocabulary, then neurons and KV groups by adaptive widths; {tokens}) on {args.blocks} x {args.length} tokens of "
-        f"the domain's train text, then trained on that text for {args.minutes:g} minutes, measuring included. Bits a byte "
-        f"against the dense model as it came, on held-out validation text of the domain and of no domain (at most "
+        f"the domain's train text, then trained on that text for {args.minutes:g} minutes, measuring included. Bits per "
+        f"byte against the dense model as it came, on held-out validation text of the domain and of no domain (at most "
         f"{args.eval_tokens:,} tokens each), 95 % bootstrap intervals over documents. *Tokens/s* are of training, measuring "
         f"included.",
         table(_HEADER, body),
@@ -290,7 +291,7 @@ def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:
 
 
 def ablations_text(rows: Found, args: argparse.Namespace) -> str:
-    """Ways of training for the same short time."""
+    """Return the table of ways to train for the same short time."""
     domain, share = args.domains[0], args.shares[0]
     dense = rows[domain, "dense", 0]
     runs = {"one-shot": HEADLINE["one-shot"], **ABLATIONS}
@@ -300,13 +301,13 @@ def ablations_text(rows: Found, args: argparse.Namespace) -> str:
         used.values(),
         args,
         f"The dense model, and the pruned one in several ways, each trained for {args.short_minutes:g} minutes. "
-        f"The weights that are best on withheld text are kept: those before training, where no step was better.",
+        f"The weights that are best on validation text are kept: those before training, if no step was better.",
         table(_HEADER, [_line(run.label, used[name], dense, args.seed) for name, run in runs.items()]),
     )
 
 
 def callback_text(rows: Found, args: argparse.Namespace) -> str:
-    """Two ways of pruning and training on the same tokens, and the time that listening takes."""
+    """Return the table of pruning during and before training on the same tokens, and the time that listening takes."""
     domain, share = args.domains[0], args.shares[0]
     dense, used = rows[domain, "dense", 0], {name: rows[domain, name, share] for name in EQUAL_TOKENS}
     gradual, then = (row["history"] for row in used.values())
@@ -315,8 +316,8 @@ def callback_text(rows: Found, args: argparse.Namespace) -> str:
         f"the callback ({domain}, {share:.0%} of all parameters, neurons alone)",
         used.values(),
         args,
-        f"{args.steps} steps of the Trainer in both ways, the same text and learning rate. *Tokens/s* of the first has its "
-        f"prunings in it; the second was pruned before.",
+        f"{args.steps} steps of the Trainer either way, the same text and learning rate. *Tokens/s* of the first way include "
+        f"its prunings; the second was pruned before.",
         table(_HEADER, [_line(label, used[name], dense, args.seed) for name, label in EQUAL_TOKENS.items()]),
         f"Listening took {gradual['listening'] / learning:.2%} of the time of training (goal: at most 10 %); the three "
         f"prunings {gradual['pruning']:.0f} s, {gradual['pruning'] / learning:.1%} of it, against {then['pruning']:.0f} s "

@@ -1,4 +1,4 @@
-"""Progress bars by name, as huggingface_hub keeps them."""
+"""Hide progress bars by name, as huggingface_hub groups them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 
 @contextmanager
-def without_bars(name: str) -> Iterator[None]:
-    """No bars of that name, and of those below it, in this block."""
+def hide_progress_bars(name: str) -> Iterator[None]:
+    """Show no bar of this name, or of a name below it, inside the context."""
     shown = not are_progress_bars_disabled(name)
     try:
         if shown:

@@ -1,25 +1,24 @@
-"""``hf-context-prune recover``: a pruned folder becomes a recovered one, with figures for both and their parent."""
+"""``hf-context-prune recover``: a pruned folder becomes a recovered one, with figures for both and their base."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from hf_context_prune import EvalOptions, PruningPlan, load_model, load_pruned
-from hf_context_prune.errors import CalibrationWarning, LoadError
+from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.pipelines import recover as folder
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.training.recovery.config import RecoveryConfig
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny import model_and_text
 
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+pytestmark = TINY_TEXT
 
-QUICK = ("--no-speed", "--max-eval-tokens", 400)
+QUICK = ("--no-benchmark", "--max-eval-tokens", 400)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def place(tmp_path_factory):
 @pytest.fixture
 def pruned(run, place):
     if not (place / "pruned").exists():
-        # Without a repair: refitted rows fit this little text better than a random teacher could teach it.
+        # Without a reconstruction: it fits so little text so well that training would gain nothing.
         options = ("--max-seq-length", 32, "--num-calibration-samples", 16, "--mlp-ratio", 0.5, "--vocab-size", 288)
         options += ("--reconstruction", "none")
         code, _, err = run("prune", "@base", "--data", "@data.jsonl", "--output", "@pruned", *options, *QUICK)
@@ -42,7 +41,7 @@ RECOVER = ("recover", "@pruned", "--data", "@data.jsonl", "--max-seq-length", 32
 
 
 def test_the_folder_and_its_figures(run, place, pruned):
-    code, out, err = run(*RECOVER, "--output", "@out", "--teacher", "@base", "--num-epochs", 2)
+    code, out, err = run(*RECOVER, "--output", "@out", "--base", "@base", "--num-epochs", 2)
     assert code == 0, err
     assert "bits per byte after recovery" in out
     assert "Recovered (full) on" in out
@@ -65,37 +64,18 @@ def test_the_folder_and_its_figures(run, place, pruned):
     assert "after recovery" in out
 
 
-def test_a_teacher_that_is_not_the_parent(run, place, pruned):
-    code, out, err = run(*RECOVER, "--output", "@other", "--teacher", "@pruned", "--max-steps", 2, "--format", "json")
+def test_a_base_that_is_not_the_model_that_was_pruned(run, place, pruned):
+    code, out, err = run(*RECOVER, "--output", "@other", "--base", "@pruned", "--max-steps", 2, "--format", "json")
     assert code == 0, err
     report = json.loads(out)["report"]
     assert report["loss"]["pruned"] is None
-    assert any("The teacher pruned is not the model that was pruned: the losses" in note for note in report["notes"])
-
-
-def test_a_teacher_over_other_tokens(run, place, pruned):
-    shutil.copytree(place / "base", place / "twin")
-    weights = load_file(place / "twin/model.safetensors")
-    weights["model.norm.weight"] += 1
-    save_file(weights, place / "twin/model.safetensors", metadata={"format": "pt"})
-    teach = (*RECOVER, "--teacher", "@twin", "--max-steps", 2, "--distillation", 0.5)
-    code, _, err = run(*teach, "--output", "@twins")
-    assert code == 0, err
-    values = json.loads((place / "twin/tokenizer.json").read_text())
-    vocabulary = values["model"]["vocab"]
-    first, second = [token for token, index in vocabulary.items() if index in (40, 41)]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (place / "twin/tokenizer.json").write_text(json.dumps(values))
-    code, _, err = run(*teach, "--output", "@others")
-    assert code == 2
-    assert "The teacher twin is over other tokens" in " ".join(err.split())
-    assert not (place / "others").exists()
+    assert any("pruned (--base) is not the model that was pruned" in note for note in report["notes"])
 
 
 def test_text_that_the_pruning_may_have_read(run, place, pruned):
     lines = (place / "data.jsonl").read_text().splitlines()
     (place / "other.jsonl").write_text("\n".join(lines[: len(lines) // 2]) + "\n")
-    options = ("--output", "@else", "--teacher", "@base", "--max-steps", 2)
+    options = ("--output", "@else", "--base", "@base", "--max-steps", 2)
     code, _, err = run(*RECOVER[:3], "@other.jsonl", *RECOVER[4:], *options)
     assert code == 0, err
     held_out = EvalReport.load(place / "else/eval_report.json").dataset.held_out
@@ -110,11 +90,7 @@ def test_a_folder_of_the_trainer_is_told_how_to_be_saved(run, place, pruned):
     assert "A Trainer saved it: write the model by callback.save_pretrained(folder)" in " ".join(err.split())
 
 
-def test_without_the_parent(run, place, pruned):
-    code, _, err = run(*RECOVER, "--output", "@none", "--distillation", 0.5)
-    assert code == 2
-    assert "names it only as 'base', without a revision on the Hub. Give it (--teacher)" in " ".join(err.split())
-    assert not (place / "none").exists()
+def test_without_the_base(run, place, pruned):
     code, out, err = run(*RECOVER, "--output", "@alone", "--max-steps", 4, "--format", "json")
     assert code == 0, err
     loss = json.loads(out)["report"]["loss"]
@@ -122,26 +98,24 @@ def test_without_the_parent(run, place, pruned):
     assert loss["recovered"]["bits_per_byte"]["value"] <= loss["base"]["bits_per_byte"]["value"] + 0.01
 
 
-@pytest.mark.parametrize(
-    ("options", "said", "code"),
-    [
-        (("--method", "qlora"), "Unknown method 'qlora'", 2),
-        (("--distillation", 2), "distillation is 2.0", 2),
-        (("--teacher", "@missing"), "does not exist", 1),
+def test_mistakes(run, place, pruned, subtests):
+    for options, said, code in (
+        (("--method", "qlora"), "method 'qlora'", 2),
+        (("--num-evals", 0), "num_evals is 0", 2),
+        (("--base", "@missing"), "does not exist", 1),
         (("--output", "@pruned/inside"), "lies inside", 2),
         (("--output", "@pruned/../pruned"), "would be lost", 2),
-    ],
-)
-def test_mistakes(run, place, pruned, options, said, code):
-    got, out, err = run(*RECOVER, "--output", "@bad", *options)
-    assert (got, out) == (code, "")
-    assert said in " ".join(err.split())
-    assert not (place / "bad").exists()
+    ):
+        with subtests.test(options):
+            got, out, err = run(*RECOVER, "--output", "@bad", *options)
+            assert (got, out) == (code, "")
+            assert said in " ".join(err.split())
+            assert not (place / "bad").exists()
 
 
 def test_recovered_twice(run, place, pruned):
     for source, target in (("@pruned", "@once"), ("@once", "@twice")):
-        words = ("recover", source, *RECOVER[2:], "--output", target, "--teacher", "@base", "--max-steps", 3)
+        words = ("recover", source, *RECOVER[2:], "--output", target, "--base", "@base", "--max-steps", 3)
         code, _, err = run(*words)
         assert code == 0, err
     plan = PruningPlan.load(place / "twice/pruning_plan.json")
@@ -168,15 +142,18 @@ def test_a_parent_without_a_revision_is_known_by_its_weights(run, place, pruned,
 
     monkeypatch.setattr(folder, "load_model", load)
     monkeypatch.setattr(folder.PruningPlan, "load", lambda path: plan)
-    options = {"evaluation": EvalOptions(max_tokens=400, speed=False, memory=False)}
+    options = {"eval_options": EvalOptions(max_tokens=400, benchmark=False, memory=False)}
     few = RecoveryConfig(max_steps=2, max_seq_length=32)
     result = folder.recover_folder(pruned, place / "data.jsonl", few, **options)
-    assert any("No parent was given" in note for note in result.report.notes)
+    assert any("No base model was given" in note for note in result.report.notes)
     before = EvalReport.load(pruned / "eval_report.json").size
     assert result.report.size == replace(before, base_weight_bytes=None, pruned_weight_bytes=None)  # of the parent
     assert result.base is None
+    pinned = replace(plan, provenance=plan.provenance | {"base_revision": "f" * 40})
+    monkeypatch.setattr(folder.PruningPlan, "load", lambda path: pinned)
     with pytest.raises(LoadError, match="no network"):
-        folder.recover_folder(pruned, place / "data.jsonl", replace(few, distillation=0.5), **options)
+        folder.recover_folder(pruned, place / "data.jsonl", few, **options)
+    monkeypatch.setattr(folder.PruningPlan, "load", lambda path: plan)
     there["org/base"] = place / "base"
     result = folder.recover_folder(pruned, place / "data.jsonl", few, **options)
     assert result.report.base_model == "org/base"

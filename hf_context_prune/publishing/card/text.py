@@ -11,6 +11,7 @@ from typing import Any
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
 from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.evaluation.reports.rows import table_rows, text_rows
 from hf_context_prune.utils.file_names import PICTURE_NAME
 
 from .facts import CardFacts
@@ -20,8 +21,12 @@ _SHOWN_ABOVE = ("bits per byte", "excess loss")
 _COLUMNS = ("measure", "base", "pruned", "change")
 _RECOVERY = (
     *("method", "max_minutes", "max_steps", "num_epochs", "learning_rate", "batch_size", "max_seq_length"),
-    *("distillation", "temperature", "lora_rank", "rewind", "patience", "recovery_seed"),
+    *("lora_rank", "num_evals", "early_stopping_patience", "recovery_seed"),
 )
+_RENAMED = {"evaluations": "num_evals", "patience": "early_stopping_patience"}
+"""Recovery options of older folders, with their names of today."""
+_REMOVED = {"distillation": 0.0, "temperature": 1.0, "rewind": "none"}
+"""Recovery options of older folders that `recover` no longer has, with the values at which they changed nothing."""
 CITATION = """@misc{valicenti2023minigpts,
   title = {Mini-GPTs: Efficient Large Language Models through Contextual Pruning},
   author = {Valicenti, Tim and Vidal, Justice and Patnaik, Ritik},
@@ -112,7 +117,7 @@ def _removed(facts: CardFacts) -> Trusted:
 
 
 def _table(report: EvalReport, *groups: str) -> Trusted | None:
-    rows = [row for row in report.table_rows(*groups) if not row[0].startswith(_SHOWN_ABOVE)]
+    rows = [row for row in table_rows(report, *groups) if not row[0].startswith(_SHOWN_ABOVE)]
     if not rows:
         return None
     names = list(_COLUMNS[: len(rows[0])])
@@ -122,7 +127,7 @@ def _table(report: EvalReport, *groups: str) -> Trusted | None:
 
 
 def _text_table(report: EvalReport) -> Trusted:
-    header, *rows = report.text_rows()
+    header, *rows = text_rows(report)
     return table(header, rows)
 
 
@@ -227,7 +232,13 @@ def _reproduce(facts: CardFacts) -> Trusted:
     for number, run in enumerate(recoveries if isinstance(recoveries, list) else (), 1):
         made_with = run.get("config") if isinstance(run, Mapping) else None
         if isinstance(made_with, Mapping):
-            choices = [_option(key, made_with[key]) for key in _RECOVERY if made_with.get(key) is not None]
+            asked = {_RENAMED.get(key, key): value for key, value in made_with.items()}
+            choices = [_option(key, asked[key]) for key in _RECOVERY if asked.get(key) is not None]
+            gone = [
+                _option(key, asked[key]) for key, idle in _REMOVED.items() if asked.get(key, idle) not in (None, idle)
+            ]
+            if gone:
+                commands.append(f"# This run also had {' '.join(gone)}, which `recover` no longer has:")
             after = f"{name}-recovered" + (f"-{number}" if number > 1 else "")
             commands.append(_command("recover", name, [_option("data", data), *choices, _option("output", after)]))
             name = after

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 from hf_context_prune.errors import ContextPruneError, LoadError
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.report import EvalReport, LossFacts
+from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
@@ -142,7 +143,7 @@ def _how(facts: Facts) -> list[str]:
     if isinstance(tokens, int) and data.get("name"):
         sentences.append(f"What the domain needs was read off {tokens:,} tokens of its text ({data['name']}).")
     if facts.report is not None and facts.report.loss.recovered is not None:
-        sentences.append("Then it was trained, with the dense model as its teacher.")
+        sentences.append("Then it was trained on text of the domain.")
     return sentences
 
 
@@ -217,4 +218,4 @@ def figures(report: EvalReport | None) -> list[list[str]]:
     """Rows of the report's own table: measure, base, pruned, change; none without two models."""
     if report is None or report.size.pruned_parameters is None:
         return []
-    return [list(row) for row in report.table_rows()]
+    return [list(row) for row in table_rows(report)]

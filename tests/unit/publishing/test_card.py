@@ -17,10 +17,11 @@ from markdown_it import MarkdownIt
 
 from hf_context_prune import EvalOptions, PrunerConfig, RecoveryConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveError
+from hf_context_prune.evaluation.accuracy import Accuracy
 from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.evaluation.multiple_choice import Accuracy
 from hf_context_prune.evaluation.reports.codec import decode
 from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoiceFacts
+from hf_context_prune.evaluation.reports.rows import text_rows
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pipelines.recover import recover_folder
 from hf_context_prune.publishing.card.card import build_card, rewrite_card
@@ -74,17 +75,17 @@ def place(tmp_path_factory):
     tiny_tokenizer().save_pretrained(place / "base")
     (place / "base" / "README.md").write_text(BASE_README)
     general = [f"{text} general {i}" for i, text in enumerate(texts(seed=5))]
-    options = EvalOptions(speed=True, memory=False, general_data=general, max_tokens=500)
+    options = EvalOptions(benchmark=True, memory=False, general_data=general, max_tokens=500)
     config = PrunerConfig(mlp_ratio=0.25, domain="Contract law", **OPTIONS)
-    result = prune(place / "base", texts(), config, evaluation=options)
+    result = prune(place / "base", texts(), config, eval_options=options)
     result.save_pretrained(place / "mini-law")
-    recovery = RecoveryConfig(max_steps=2, distillation=0.5, batch_size=2, max_seq_length=32, evaluations=1)
+    recovery = RecoveryConfig(max_steps=2, batch_size=2, max_seq_length=32, num_evals=1)
     recovered = recover_folder(
         place / "mini-law",
         texts(),
         recovery,
-        teacher=place / "base",
-        evaluation=dataclasses.replace(options, speed=False),
+        base=place / "base",
+        eval_options=dataclasses.replace(options, benchmark=False),
     )
     recovered.save_pretrained(place / "mini-law-recovered")
     save_pruned(tiny_model("llama"), place / "unmeasured", tokenizer=tiny_tokenizer(), plan=result.plan)
@@ -134,7 +135,7 @@ def test_the_card_of_a_folder(place, facts):
     }
     value = results[0]["metrics"][0]["value"]
     assert value == pytest.approx(report.loss.pruned.bits_per_byte.value, rel=1e-5)
-    for row in report.text_rows()[1:]:
+    for row in text_rows(report)[1:]:
         assert row[2] in text.replace("\\", "")  # base, with its interval
         assert row[3] in text.replace("\\", "")
     assert "| domain: in-memory |" in text
@@ -164,6 +165,18 @@ def test_a_recovered_model_has_three_columns(place):
     assert "then trained on the domain's text" in card.text
     assert "hf-context-prune recover mini-gpt" in card.text
     assert card.text.count("hf-context-prune prune") == 1
+    assert "--num-evals 1" in card.text
+    assert "no longer has" not in card.text
+
+
+def test_a_recovery_of_an_older_version_is_shown_by_the_names_of_today(facts):
+    old = {"method": "lora", "evaluations": 4, "patience": 2, "temperature": 1.0, "rewind": "none"}
+    runs = [{"config": {**old, "distillation": 0.5}}, {"config": {**old, "distillation": 0.0}}]
+    text = build_card(with_provenance(facts, recoveries=runs)).text
+    for part in ("--method lora", "--num-evals 4", "--early-stopping-patience 2"):
+        assert text.count(part) == 2
+    assert text.count("# This run also had --distillation 0.5, which `recover` no longer has:") == 1
+    assert not any(word in text for word in ("--temperature", "--rewind", "--patience", "--evaluations"))
 
 
 def test_without_a_report_it_says_that_nothing_was_measured(place):
@@ -250,7 +263,7 @@ def test_hostile_facts_stay_text(facts, hostile):
         data={"name": hostile, "revision": hostile, "fingerprint": hostile},
         search_data={"name": hostile},
         versions={hostile: hostile},
-        recoveries=[{"config": {"method": hostile}}],
+        recoveries=[{"config": {"method": hostile, "rewind": hostile}}],
     )
     report = dataclasses.replace(
         facts.report,
