@@ -13,7 +13,8 @@ from benchmarks.common import Rows, cell, corpus, given, parser, table, write_se
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.samples import tokenize_samples
-from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
+from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
+from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.criteria import CRITERIA

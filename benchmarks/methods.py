@@ -17,7 +17,8 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
-from hf_context_prune.evaluation.perplexity import DocumentLoss, document_losses
+from hf_context_prune.evaluation.losses import DocumentLoss
+from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.architectures import Target, layers_of, spec_of, unit_costs
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.allocation.budget import removed_params
@@ -26,7 +27,7 @@ from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats
 from hf_context_prune.pruning.planner import Planner, make_plan, plan_and_reconstruct, reconstruct_with
-from hf_context_prune.pruning.scoring import needed_statistics, needed_targets
+from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.refit import refit_rows
 from hf_context_prune.storage.loading import LoadedModel
@@ -159,7 +160,7 @@ class Domain:
 
     def adaptive(self, config: PrunerConfig) -> Planner:
         """What each layer pays for each width, measured once for all sizes."""
-        targets = needed_targets(config)
+        targets = Requirements.of(config).targets
         if targets not in self._planners:
             self._planners[targets] = Planner(self.model, self.samples, config)
         return self._planners[targets]
@@ -223,7 +224,7 @@ class Domain:
         elif config.reconstruction == "sequential":
             plan, reconstruct = plan_and_reconstruct(self.model, self.samples, config)
         else:
-            stats = self.stats(needed_statistics(config))
+            stats = self.stats(Requirements.of(config).statistics)
             plan, reconstruct = make_plan(self.model, stats, config), reconstruct_with(stats, config)
         predicted = plan.provenance.get(PREDICTED)
         row = {} if predicted is None else {"predicted": predicted}

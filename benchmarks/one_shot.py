@@ -21,7 +21,7 @@ from benchmarks.common import Rows, cell, given, parser, plot_path, table, write
 from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain
 from benchmarks.models import MODELS
 from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses
+from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses
 from hf_context_prune.modeling.architectures import TARGETS
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS

@@ -181,7 +181,7 @@ def _asked(question: Question) -> tuple[str, str, frozenset[str]]:
 def _no_column(where: str, field: str, column: str, names: Iterable[str]) -> str:
     return (
         f"{where} has no column {column!r} for the {field}; there are {', '.join(map(repr, names)) or 'none'}. Say "
-        f"which it is: columns, --mcq-columns {field}=NAME."
+        f"which it is: columns, --question-columns {field}=NAME."
     )
 
 
@@ -214,20 +214,7 @@ def format_example(question: Question, *, letters: bool = False) -> str:
     return f"{format_question(question, letters=letters)} {answer}"
 
 
-def format_paper_example(question: Question) -> str:
-    """The question as the paper's code asks it: small letters before the choices, and no "Answer:" behind them."""
-    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS.lower(), question.choices, strict=False))
-    context = f"{question.context}\n\n" if question.context else ""
-    return f"{context}Answer the following question:\n{question.question}{listed}"
-
-
-def format_paper_prompt(question: Question, examples: Iterable[Question] = ()) -> str:
-    """Examples and then the question, as the paper's code asks; its own runs have no examples."""
-    told = [f"{format_paper_example(row)}\nAnswer: {LETTERS[row.answer]}" for row in examples]
-    return "\n\n".join([*told, format_paper_example(question)])
-
-
-def prompt(question: Question, examples: Iterable[Question] = (), *, letters: bool = False) -> str:
+def format_prompt(question: Question, examples: Iterable[Question] = (), *, letters: bool = False) -> str:
     """Examples and then the question, separated by blank lines."""
     return "\n\n".join(
         [*(format_example(row, letters=letters) for row in examples), format_question(question, letters=letters)]

@@ -12,8 +12,8 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_context_prune.modeling.generation import draw_prompt, dtype_name, fit_prompt, time_generation
-from hf_context_prune.modeling.inference import max_positions, vocabulary_rows
+from hf_context_prune.modeling.generation import draw_prompt, fit_prompt, time_generation
+from hf_context_prune.modeling.inference import dtype_name, max_positions, vocabulary_rows
 
 
 def peak_rss() -> tuple[int, str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from hf_context_prune.errors import ConfigError
@@ -32,13 +32,25 @@ class Estimate:
     interval: tuple[float, float] | None
 
 
-def ratio(numerator: FloatArray, denominator: FloatArray, axis: int) -> FloatArray:
-    """Sum over `axis` of the first column over that of the second."""
-    return np.asarray(numerator.sum(axis=axis) / denominator.sum(axis=axis))
+def ratio_to_change(ratio: Estimate) -> Estimate:
+    """Return a ratio as a relative change: less 1."""
+    interval = None if ratio.interval is None else (ratio.interval[0] - 1, ratio.interval[1] - 1)
+    return Estimate(ratio.value - 1, interval)
 
 
-def bits_per_byte(nll: FloatArray, num_bytes: FloatArray, axis: int) -> FloatArray:
-    """Bits a byte from losses (nats) and sizes (bytes) of documents."""
+def ratio(numerator: ArrayLike, denominator: ArrayLike, axis: int = -1) -> FloatArray:
+    """Return the sum over `axis` of the first column over that of the second."""
+    return np.asarray(np.sum(numerator, axis=axis) / np.sum(denominator, axis=axis))
+
+
+def bits_per_byte(nll: ArrayLike, num_bytes: ArrayLike, axis: int = -1) -> FloatArray:
+    """Return the bits per byte of all documents together.
+
+    Args:
+        nll: Negative log-likelihoods (nats), summed over each document; shape [..., documents].
+        num_bytes: UTF-8 bytes of each document.
+        axis: Of the documents.
+    """
     return ratio(nll, num_bytes, axis) / math.log(2)
 
 
@@ -56,12 +68,12 @@ def bootstrap_estimate(
 
     Args:
         statistic: Function of the columns ([..., documents], float64) and the keyword `axis`, reduced over `axis`.
-        columns: Equally long sequences, one value a document.
+        columns: Equally long sequences, one value per document.
         seed: Seed of the resampling.
         n_resamples: Number of resamples, at least 1.
 
     Raises:
-        ConfigError: If `n_resamples` is below 1.
+        ConfigError: `n_resamples` is below 1.
     """
     if n_resamples < 1:
         raise ConfigError(f"n_resamples is {n_resamples}; it must be at least 1 (2000 is a good number).")

@@ -12,7 +12,8 @@ from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts, TextLosses
 
-from .perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
+from .losses import DocumentLoss, compare_losses, summarize_losses
+from .perplexity import document_losses
 
 ModelAndTokenizer = tuple[Any, Any]
 """A model and its tokenizer."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from hf_context_prune.data.questions import QuestionSet, prompt
+from hf_context_prune.data.questions import QuestionSet, format_prompt
 from hf_context_prune.errors import SaveError
 from hf_context_prune.storage.files import write_file
 
@@ -41,7 +41,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewsho
         {
             "id": question.id,
             "source": question.source,
-            "prompt": prompt(question, questions.shots(question, num_fewshot)),
+            "prompt": format_prompt(question, questions.shots(question, num_fewshot)),
             "choices": list(question.choices),
             "answer": question.answer,
         }

@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from hf_context_prune.data.questions import QuestionSet, load_questions
+from hf_context_prune.config import EVALUATION, QUESTIONS, TEXT, at_least, check_options, option
 
-from .multiple_choice import Scorer, check_scoring
+if TYPE_CHECKING:
+    from hf_context_prune.data.questions import QuestionSet
+
+Scorer = Literal["likelihood_normalised", "likelihood", "letter", "paper"]
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How much is measured; the figures always come from text that was not used to calibrate.
+    """How much is measured, always on text that was not used to calibrate.
 
     Attributes:
-        max_tokens: Held-out tokens at most, whole documents; None takes all.
-        speed: Measure prefill and decode speed of base and pruned, interleaved.
-        memory: Measure peak memory in a fresh process (`evaluate`); `prune` has no folder yet, so there it is asked for
-            when the result is saved.
-        general_data: Text of no domain, as `load_documents` reads it: what the model forgot is measured on it. None
-            leaves that open, and the model card says so.
+        max_tokens: Largest number of test tokens, in whole documents; None takes all.
+        benchmark: Measure prefill and decode speed of base and pruned model, interleaved.
+        memory: Measure peak memory in a fresh process. It needs a saved folder, so `prune` leaves it to saving.
+        general_data: General text, as [`load_documents`][] reads it, to measure what the model forgot. None leaves that
+            open, and the model card says so.
+
+    Raises:
+        ConfigError: A value out of range.
     """
 
-    max_tokens: int | None = 20_000
-    speed: bool = True
+    max_tokens: int | None = option(
+        20_000,
+        "Largest number of test tokens to measure on, in whole documents (the first one always).",
+        panel=EVALUATION,
+        allowed=at_least(1),
+        flag="max-eval-tokens",
+    )
+    benchmark: bool = option(True, "Measure speed and peak memory.", panel=EVALUATION)
     memory: bool = True
-    general_data: Any = None
+    general_data: Any = option(
+        None,
+        "General text, to measure what the model forgets outside the domain. The model card says if it is missing.",
+        panel=TEXT,
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -36,29 +55,63 @@ class QuestionOptions:
     """Multiple-choice questions to answer.
 
     Attributes:
-        source: What [`load_questions`][] reads.
+        source: As [`load_questions`][] reads it.
         columns: Names of its columns, where they differ.
-        splits: Rows of these splits are asked.
+        splits: The splits whose rows are asked.
         scorer: See [`answer_questions`][].
-        num_fewshot: Examples, at most.
-        max_questions: Questions at most; None takes all.
-        harness_task: Folder to write them to as a task of lm-evaluation-harness; None writes none.
+        num_fewshot: Largest number of examples before a question.
+        max_questions: Largest number of questions; None takes all.
+        harness_task: Folder to write the questions to as a task of lm-evaluation-harness; None writes none.
 
     Raises:
         ConfigError: An unknown scorer, or a number out of range.
     """
 
-    source: Any
-    columns: Mapping[str, str] | None = None
-    splits: tuple[str, ...] = ("test",)
-    scorer: Scorer = "likelihood_normalised"
-    num_fewshot: int = 0
-    max_questions: int | None = None
-    harness_task: str | Path | None = None
+    source: Any = option(
+        MISSING,
+        "Multiple-choice questions: a .jsonl file or Hub dataset with question, choices, answer (index from 0, or "
+        "letter), optionally context, source, split (test rows are asked, dev rows are examples) and id.",
+        panel=QUESTIONS,
+        flag="questions",
+    )
+    columns: Mapping[str, str] | None = option(
+        None,
+        "Names of the columns of the questions, where they differ: question=query,choices=options.",
+        panel=QUESTIONS,
+        flag="question-columns",
+    )
+    splits: tuple[str, ...] = option(
+        ("test",),
+        "Split of the questions that are asked; rows without a split count as test. Default test.",
+        panel=QUESTIONS,
+        flag="question-split",
+    )
+    scorer: Scorer = option(
+        "likelihood_normalised",
+        "How an answer is chosen. likelihood_normalised: by likelihood per byte of the choice; likelihood: by its sum; "
+        "letter: by the likelihood of the choice's letter; paper: as in arXiv 2312.12682.",
+        panel=QUESTIONS,
+        flag="question-scorer",
+    )
+    num_fewshot: int = option(
+        0,
+        "Number of examples before a question, from the dev rows of its source.",
+        panel=QUESTIONS,
+        allowed=at_least(0),
+    )
+    max_questions: int | None = option(
+        None,
+        "Largest number of questions, evenly spread over all of them; all by default.",
+        panel=QUESTIONS,
+        allowed=at_least(1),
+    )
+    harness_task: str | Path | None = option(
+        None, "Also write the questions to this folder, as a task of lm-evaluation-harness.", panel=QUESTIONS
+    )
 
     def __post_init__(self) -> None:
-        """Check what would else be found after long work."""
-        check_scoring(self.scorer, self.num_fewshot)
+        """Check every value."""
+        check_options(self)
 
     def load(self) -> QuestionSet:
         """Read the questions.
@@ -66,4 +119,6 @@ class QuestionOptions:
         Raises:
             ContextPruneError: See [`load_questions`][].
         """
+        from hf_context_prune.data.questions import load_questions
+
         return load_questions(self.source, columns=self.columns, splits=self.splits, max_questions=self.max_questions)

@@ -12,10 +12,12 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import QuestionSet
 from hf_context_prune.evaluation.reports.report import MultipleChoiceFacts
 
+from .accuracy import Answer, compare_answers, summarize_answers
 from .general_text import ModelAndTokenizer
-from .multiple_choice import Answer, Scorer, answer_questions, compare_answers, summarize_answers
-from .options import QuestionOptions
-from .perplexity import DocumentLoss, choose_documents, compare_losses, document_losses, summarize_losses
+from .losses import DocumentLoss, compare_losses, summarize_losses
+from .multiple_choice import answer_questions
+from .options import QuestionOptions, Scorer
+from .perplexity import choose_documents, document_losses
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_context_prune.errors import ConfigError, LoadError
-from hf_context_prune.modeling.generation import draw_prompt, dtype_name, fit_prompt, hardware_name, time_generation
-from hf_context_prune.modeling.inference import max_positions, vocabulary_rows
+from hf_context_prune.modeling.generation import draw_prompt, fit_prompt, hardware_name, time_generation
+from hf_context_prune.modeling.inference import dtype_name, max_positions, vocabulary_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,6 +20,7 @@ from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from hf_context_prune.evaluation.speed import measure_speed
+from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.view import ModelView
@@ -265,7 +266,7 @@ def _measure(
             build_loss_facts(base_losses, {"pruned": losses}, seed=config.pruning_seed),
             predicted_excess=pruned.plan.provenance.get("predicted_loss_increase"),
         ),
-        environment=Environment.current(str(pruned.model.dtype).removeprefix("torch.")),
+        environment=Environment.current(dtype_name(pruned.model)),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
         budget=search,
         general=general,

@@ -1,91 +1,101 @@
-"""Frozen dataclasses to plain JSON values and back, strict in both directions."""
+"""Frozen dataclasses as plain JSON values and back; pydantic checks what is read."""
 
 import dataclasses
 import json
 import math
 import os
-import types
 import typing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from hf_context_prune.errors import LoadError, NumericsError
 from hf_context_prune.storage.files import write_file
 
+_LARGEST = 2**63 - 1
 
-def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON has no narrower type
-    """Return what `dataclasses.asdict` gave with tuples as lists; `where` names the value in errors.
+_Dataclass = TypeVar("_Dataclass")
+
+
+def to_plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON has no narrower type
+    """Return a value of dicts, lists, tuples and scalars with its tuples as lists.
+
+    Args:
+        value: The value.
+        where: Name of the value in errors.
 
     Raises:
-        NumericsError: If a number is NaN or infinite, which JSON can't hold.
+        NumericsError: A number is NaN, infinite or an integer beyond 64 bits, which not every reader of JSON can hold.
     """
     if isinstance(value, dict):
-        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: to_plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [to_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise NumericsError(f"{where} is {value}; a report holds finite numbers only. Find out what went wrong there.")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise NumericsError(f"{where} has over {len(str(_LARGEST)) - 1} digits; a report holds 64-bit integers only.")
     return value
 
 
-def decode(annotation: Any, value: object, where: str) -> Any:  # noqa: ANN401 - any annotation, any value
-    """Return `value` (plain JSON) as what `annotation` says: a dataclass, tuple, dict, union with None, or scalar.
+def decode(kind: type[_Dataclass], value: object, where: str) -> _Dataclass:
+    """Return plain JSON values as a dataclass.
+
+    Unknown keys and values of another type are refused (an integer may stand for a float); a key may be absent where
+    the dataclass has a default.
+
+    Args:
+        kind: The dataclass.
+        value: Plain JSON values.
+        where: Name of the value in errors.
 
     Raises:
-        LoadError: If a key is missing or unknown, or a value has another type; the message names the place.
+        LoadError: The value does not fit; names the key, what it holds and what it must hold.
+        ContextPruneError: The dataclass itself refuses the values.
     """
-    if dataclasses.is_dataclass(annotation):
-        return _decode_dataclass(annotation, value, where)
-    if annotation is Any:
-        return value
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
-        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
-        return None if value is None else decode(inner, value, where)
-    if origin is dict:
-        return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
-    if origin is tuple:
-        items = _expect(list, value, where)
-        kinds = [arguments[0]] * len(items) if arguments[1:] == (Ellipsis,) else list(arguments)
-        if len(items) != len(kinds):
-            raise LoadError(f"{where} has {len(items)} items; it must have {len(kinds)}.")
-        return tuple(
-            decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, items, strict=True))
-        )
-    if annotation is int:
-        return _expect_int(_expect(int, value, where), where)
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(_expect_int(value, where))
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise LoadError(f"{where} is {value!r:.80}; it must be one of {', '.join(arguments)}. The file is damaged.")
-        return value
-    return _expect(annotation, value, where)
+    try:
+        text = json.dumps(to_plain(value, where))
+    except NumericsError as error:
+        raise LoadError(f"{error} The file is damaged.") from error
+    except RecursionError as error:
+        raise LoadError(f"{where} is nested too deeply; the file is damaged.") from error
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if isinstance(refusal := first.get("ctx", {}).get("error"), Exception):  # of the dataclass's own __post_init__
+            raise refusal from error
+        place = where + "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in first["loc"])
+        if word := {"missing": "missing", "unexpected_keyword_argument": "unknown"}.get(first["type"]):
+            raise LoadError(f"{place} is {word}; the file is damaged.") from error
+        message = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        raise LoadError(f"{place} is {first['input']!r:.80}: {message}. The file is damaged.") from error
 
 
 def now() -> str:
-    """UTC time, ISO 8601 to the second."""
+    """Return the UTC time, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Saved:
-    """What the dataclasses that are saved as reports have in common."""
+    """Base of the dataclasses that are saved as reports."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values (dicts, lists, str, int, float, None).
 
         Raises:
-            NumericsError: If a figure is NaN or infinite; the message names it.
+            NumericsError: A figure is NaN or infinite; names it.
         """
-        return typing.cast(dict[str, Any], plain(dataclasses.asdict(typing.cast(Any, self)), "report"))
+        return typing.cast(dict[str, Any], to_plain(dataclasses.asdict(typing.cast(Any, self)), "report"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON with sorted keys; `path` is replaced whole or stays as it was.
 
         Raises:
-            NumericsError: If a figure is NaN or infinite; nothing is written.
-            SaveError: If the file can't be written.
+            NumericsError: A figure is NaN or infinite; nothing is written.
+            SaveError: The file can't be written.
         """
         write_file(
             path, json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -93,35 +103,14 @@ class Saved:
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401 - JSON has no narrower type
-    """Read a saved report's plain values.
+    """Read the plain values of a saved report.
 
     Raises:
-        LoadError: If the file is missing or no JSON.
+        LoadError: The file is missing or is no JSON.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        json.dumps(data, ensure_ascii=False).encode()  # what can't be written can't be shown: half a character, say
+        json.dumps(data, ensure_ascii=False).encode()  # half a character, say, can be read but not shown
         return data
     except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
-
-
-def _decode_dataclass(kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - the instance of a given class
-    given = _expect(dict, value, where)
-    fields = typing.get_type_hints(kind)
-    if given.keys() != fields.keys():
-        missing, unknown = sorted(fields.keys() - given.keys()), sorted(given.keys() - fields.keys())
-        raise LoadError(f"{where} lacks the keys {missing} and has the unknown keys {unknown}; the file is damaged.")
-    return kind(**{name: decode(hint, given[name], f"{where}.{name}") for name, hint in fields.items()})
-
-
-def _expect_int(value: int, where: str) -> int:
-    if abs(value) >= 2**63:
-        raise LoadError(f"{where} has over {len(str(2**63)) - 1} digits; the file is damaged.")
-    return value
-
-
-def _expect(kind: type, value: object, where: str) -> Any:  # noqa: ANN401 - an instance of `kind`
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise LoadError(f"{where} is {value!r:.80}; it must be of type {kind.__name__}. The file is damaged.")
-    return value

@@ -1,37 +1,74 @@
-"""Figures as the cells of tables."""
+"""Figures with their intervals as the cells of tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
-from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.evaluation.multiple_choice import Accuracy, PairedAccuracy
-from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses
+from hf_context_prune.evaluation.accuracy import Accuracy, PairedAccuracy
+from hf_context_prune.evaluation.bootstrap import Estimate, ratio_to_change
+from hf_context_prune.evaluation.speed import Spread
 
 
-def percent(estimate: Estimate) -> str:
-    """A share with its interval, in per cent with a sign."""
-    text = f"{estimate.value:+.1%}"
+def format_estimate(estimate: Estimate, pattern: str, transform: Callable[[float], float] = float) -> str:
+    """Return a figure with its interval in brackets, where it has one.
+
+    Args:
+        estimate: The figure.
+        pattern: Format of each number, such as ``"{:.4f}"``.
+        transform: Increasing function applied to each number first.
+    """
+    text = pattern.format(transform(estimate.value))
     if estimate.interval is None:
         return text
-    return f"{text} [{estimate.interval[0]:+.1%}, {estimate.interval[1]:+.1%}]"
+    low, high = (pattern.format(transform(bound)) for bound in estimate.interval)
+    return f"{text} [{low}, {high}]"
 
 
-def ratio_to_change(ratio: Estimate) -> Estimate:
-    """A ratio as a change."""
-    interval = None if ratio.interval is None else (ratio.interval[0] - 1, ratio.interval[1] - 1)
-    return Estimate(ratio.value - 1, interval)
+def format_change(change: Estimate) -> str:
+    """Return a relative change in per cent with a sign, such as "+1.2% [+0.9%, +1.5%]"."""
+    return format_estimate(change, "{:+.1%}")
 
 
-def relative_change(base: Sequence[DocumentLoss], own: Sequence[DocumentLoss], seed: int) -> Estimate:
-    """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
-    return ratio_to_change(compare_losses(base, own, seed=seed).bits_per_byte_ratio)
+def format_ratio(ratio: Estimate) -> str:
+    """Return a ratio as a relative change: 1.012 as "+1.2%"."""
+    return format_change(ratio_to_change(ratio))
 
 
-def accuracy(group: Accuracy, paired: PairedAccuracy | None = None) -> str:
-    """An accuracy with its interval: against another model's with p, else against guessing (*: not clear of it)."""
-    low, high = group.accuracy.interval or (group.accuracy.value,) * 2
-    cell = f"{group.accuracy.value:.1%} [{low:.1%}, {high:.1%}]"
-    if paired is None:
-        return f"{cell}, guessing {group.chance:.0%}{'' if low > group.chance else '*'}"
-    return f"{cell}, p {paired.p_value:.2g}"
+def format_share(share: Estimate) -> str:
+    """Return a share in per cent, such as "31.2% [28.0%, 34.6%]"."""
+    return format_estimate(share, "{:.1%}")
+
+
+def format_points(difference: Estimate) -> str:
+    """Return a difference of shares in percentage points, such as "-1.2 [-3.0, +0.6] points"."""
+    return f"{format_estimate(difference, '{:+.1f}', lambda value: 100 * value)} points"
+
+
+def format_accuracy(group: Accuracy, paired: PairedAccuracy | None = None) -> str:
+    """Return an accuracy with its interval.
+
+    Args:
+        group: The accuracy.
+        paired: Its comparison with another model, whose p-value then follows; without one the accuracy of guessing
+            follows, with an asterisk where the interval does not lie above it.
+    """
+    cell = format_share(group.accuracy)
+    if paired is not None:
+        return f"{cell}, p {paired.p_value:.2g}"
+    low = group.accuracy.value if group.accuracy.interval is None else group.accuracy.interval[0]
+    return f"{cell}, guessing {group.chance:.0%}{'' if low > group.chance else '*'}"
+
+
+def format_spread(spread: Spread, pattern: str) -> str:
+    """Return a median with its quartiles, such as "100.0 (90.0 to 110.0)"; `pattern` formats each number."""
+    return "{} ({} to {})".format(*(pattern.format(value) for value in (spread.median, spread.q1, spread.q3)))
+
+
+def format_speedup(ratio: Spread) -> str:
+    """Return a ratio of speeds, such as "x1.50 (1.45 to 1.52)"."""
+    return f"x{format_spread(ratio, '{:.2f}')}"
+
+
+def format_percent(change: float) -> str:
+    """Return a relative change without an interval in per cent, with a sign and never "-0.0%"."""
+    return f"{change:+z.1%}"

@@ -20,6 +20,7 @@ from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_N
 from .markdown import inert, one_line, table
 from .plots import PlotPoint, plot_curves, plot_losses, plot_matrix, plot_widths
 from .report import EvalReport
+from .rows import table_rows
 from .run_report import AnyReport, RunReport, load_report
 
 REPORT_MARKDOWN = "report.md"
@@ -148,7 +149,7 @@ def _machine(report: AnyReport) -> str:
 
 
 def _model_parts(report: EvalReport) -> list[str]:
-    rows = report.table_rows()
+    rows = table_rows(report)
     single = report.size.pruned_parameters is None
     header = ("measure", "base", "pruned", "change") if not single else ("measure", "value")
     return [

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import typing
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -11,16 +10,14 @@ from typing import Any
 import torch
 
 from hf_context_prune.errors import ConfigError, LoadError
-from hf_context_prune.evaluation.multiple_choice import Accuracy, PairedAccuracy
-from hf_context_prune.evaluation.perplexity import LossComparison, LossSummary
+from hf_context_prune.evaluation.accuracy import Accuracy, PairedAccuracy
+from hf_context_prune.evaluation.losses import LossComparison, LossSummary
 from hf_context_prune.evaluation.speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
 
 from .codec import Saved, decode, load_json, now
-from .rows import grouped_rows, text_rows
 
 SCHEMA_VERSION = 4
 
-_ADDED_IN_3 = {"recovered": None, "recovered_comparison": None}
 _PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
@@ -96,6 +93,16 @@ class LossFacts:
     predicted_excess: float | None = None
     recovered: LossSummary | None = None
     recovered_comparison: LossComparison | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse losses without a finite perplexity.
+
+        Raises:
+            NumericsError: A comparison has none.
+        """
+        for comparison in (self.comparison, self.recovered_comparison):
+            if comparison is not None:
+                _ = comparison.perplexity_ratio  # raises
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,15 @@ class MultipleChoiceFacts:
     pruned: tuple[Accuracy, ...] | None = None
     paired: tuple[PairedAccuracy, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse figures of the pruned model on other groups than the base's.
+
+        Raises:
+            ConfigError: Their numbers differ.
+        """
+        if any(groups is not None and len(groups) != len(self.base) for groups in (self.pruned, self.paired)):
+            raise ConfigError(f"The base has {len(self.base)} groups of questions, and the pruned model others.")
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -236,51 +252,28 @@ class EvalReport(Saved):
     def from_dict(cls, data: dict[str, Any]) -> "EvalReport":
         """Return the report that `to_dict` gave.
 
+        Reports of the schema versions 2 and 3 lack what was added later, which reads as not measured.
+
         Raises:
-            LoadError: If the schema version is unknown, or a key is missing, unknown or of the wrong type.
+            LoadError: The schema version is unknown, or a key is missing, unknown or of the wrong type.
         """
         if not isinstance(data, dict):
             raise LoadError(f"An evaluation report must be a JSON object, not {type(data).__name__}.")
-        version = data.get("schema_version")
-        if version == 2 and isinstance(data.get("loss"), dict):  # before recovery and questions
-            data = {**data, "loss": {**data["loss"], **_ADDED_IN_3}, "multiple_choice": None}
-        if version in (2, 3):  # before the general text
-            data = {**data, "general": None, "schema_version": SCHEMA_VERSION}
-        elif version != SCHEMA_VERSION:
+        if (version := data.get("schema_version")) not in (2, 3, SCHEMA_VERSION):
             raise LoadError(
                 f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads 2 to "
                 f"{SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."
             )
         try:
-            report = typing.cast(EvalReport, decode(cls, data, "report"))
-            report.table_rows()  # figures that contradict one another are found now
+            return decode(cls, {"created": None, **data, "schema_version": SCHEMA_VERSION}, "report")
         except (ConfigError, ArithmeticError, LookupError, ValueError) as error:
             raise LoadError(f"The evaluation report contradicts itself: {error}") from error
-        return report
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EvalReport":
         """Read a saved report.
 
         Raises:
-            LoadError: If the file is missing, is no JSON, or is no report of a known version.
+            LoadError: The file is missing, is no JSON, or is no report of a known version.
         """
         return cls.from_dict(load_json(path))
-
-    def table_rows(self, *groups: str) -> list[tuple[str, ...]]:
-        """Return the figures for people: (measure, base, pruned, change), or (measure, value) for a single model.
-
-        Measures that were not taken are left out; a dash stands for the side that was not measured.
-
-        Args:
-            groups: Some of "size", "loss", "general", "budget", "multiple_choice", "speed", "memory"; none: all.
-        """
-        found = grouped_rows(self)
-        rows = [row for name in groups or found for row in found.get(name, []) if any(row[1:])]
-        if self.size.pruned_parameters is None:
-            return [row[:2] for row in rows if row[1]]
-        return [(row[0], *(cell or "-" for cell in row[1:])) for row in rows]
-
-    def text_rows(self) -> list[tuple[str, ...]]:
-        """Return bits per byte on each text, of base, pruned and recovered model; the first row holds the headings."""
-        return text_rows(self)

@@ -1,27 +1,46 @@
-"""The rows of a report's table, formatted for people."""
+"""The figures of a report as rows of tables for people."""
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.evaluation.speed import Spread
+from hf_context_prune.evaluation.losses import LossComparison, LossSummary
 
-if TYPE_CHECKING:
-    from hf_context_prune.evaluation.perplexity import LossComparison, LossSummary
+from .formatting import (
+    format_estimate,
+    format_percent,
+    format_points,
+    format_ratio,
+    format_share,
+    format_speedup,
+    format_spread,
+)
+from .report import EvalReport, LossFacts, MemoryFacts, MultipleChoiceFacts, SizeFacts, SpeedFacts
 
-    from .report import EvalReport, LossFacts, MemoryFacts, MultipleChoiceFacts, SizeFacts, SpeedFacts
-
-Row = tuple[str, str, str, str]
+Row = tuple[str, ...]
 
 
-def grouped_rows(report: "EvalReport") -> dict[str, list[Row]]:
+def table_rows(report: EvalReport, *groups: str) -> list[tuple[str, ...]]:
+    """Return the figures of a report: (measure, base, pruned, change), or (measure, value) for a single model.
+
+    Measures that were not taken are left out; a dash stands for the side that was not measured.
+
+    Args:
+        report: The report.
+        groups: Some of "size", "loss", "general", "budget", "multiple_choice", "speed", "memory"; none: all.
+    """
+    found = _grouped_rows(report)
+    rows = [row for name in groups or found for row in found.get(name, []) if any(row[1:])]
+    if report.size.pruned_parameters is None:
+        return [row[:2] for row in rows if row[1]]
+    return [(row[0], *(cell or "-" for cell in row[1:])) for row in rows]
+
+
+def _grouped_rows(report: EvalReport) -> dict[str, list[Row]]:
     """Return (measure, base, pruned, change) for every measure, by group; a cell without a figure is empty."""
     groups = {"size": _size_rows(report.size), "loss": _loss_rows(report.loss)}
     if report.general is not None:
         groups["general"] = _loss_rows(report.general.loss, " on general text")
     if report.budget is not None:
-        change = f"{_percent(report.budget.measured)} (allowed {_percent(report.budget.allowed)})"
+        change = f"{format_percent(report.budget.measured)} (allowed {format_percent(report.budget.allowed)})"
         groups["budget"] = [("bits per byte on the text of the search", "", "", change)]
     if report.multiple_choice is not None:
         groups["multiple_choice"] = _choice_rows(report.multiple_choice)
@@ -32,7 +51,7 @@ def grouped_rows(report: "EvalReport") -> dict[str, list[Row]]:
     return groups
 
 
-def text_rows(report: "EvalReport") -> list[tuple[str, ...]]:
+def text_rows(report: EvalReport) -> list[tuple[str, ...]]:
     """Return the bits per byte of base, pruned and recovered model on each text, with a first row of headings.
 
     The change is of the last model against the base. A column that no model of the report has is left out.
@@ -48,18 +67,18 @@ def text_rows(report: "EvalReport") -> list[tuple[str, ...]]:
             (
                 f"{kind}: {name}",
                 f"{loss.base.num_documents:,} ({loss.base.num_tokens:,} tokens of the base)",
-                *("" if model is None else _estimate(model.bits_per_byte, "{:.4f}") for model in models),
-                "" if last is None else _estimate(last.bits_per_byte_ratio, "{:+.1f} %", lambda x: 100 * (x - 1)),
+                *("" if model is None else format_estimate(model.bits_per_byte, "{:.4f}") for model in models),
+                "" if last is None else format_ratio(last.bits_per_byte_ratio),
             )
         )
     kept = [index for index in range(len(table[0])) if any(line[index] for line in table[1:])]
     return [tuple(line[index] for index in kept) for line in table]
 
 
-def _size_rows(size: "SizeFacts") -> list[Row]:
-    change = "" if size.achieved_ratio is None else _percent(-size.achieved_ratio)
+def _size_rows(size: SizeFacts) -> list[Row]:
+    change = "" if size.achieved_ratio is None else format_percent(-size.achieved_ratio)
     if change and size.asked_ratio is not None:
-        change += f" (asked {_percent(-size.asked_ratio)})"
+        change += f" (asked {format_percent(-size.asked_ratio)})"
     pruned = "" if size.pruned_parameters is None else f"{size.pruned_parameters:,}"
     return [
         ("parameters", f"{size.base_parameters:,}", pruned, change),
@@ -67,7 +86,7 @@ def _size_rows(size: "SizeFacts") -> list[Row]:
     ]
 
 
-def _loss_rows(loss: "LossFacts", where: str = "") -> list[Row]:
+def _loss_rows(loss: LossFacts, where: str = "") -> list[Row]:
     rows = _losses(where, loss.base, loss.pruned, loss.comparison, loss.predicted_excess)
     if loss.recovered is not None:
         rows += _losses(f"{where} after recovery", loss.base, loss.recovered, loss.recovered_comparison, None)
@@ -75,71 +94,58 @@ def _loss_rows(loss: "LossFacts", where: str = "") -> list[Row]:
 
 
 def _losses(
-    when: str,
-    base: "LossSummary",
-    pruned: "LossSummary | None",
-    comparison: "LossComparison | None",
-    predicted: float | None,
+    when: str, base: LossSummary, pruned: LossSummary | None, comparison: LossComparison | None, predicted: float | None
 ) -> list[Row]:
+    bits, perplexities = (
+        ["" if one is None else format_estimate(getattr(one, name), pattern) for one in (base, pruned)]
+        for name, pattern in (("bits_per_byte", "{:.4f}"), ("perplexity", "{:.2f}"))
+    )
     difference = excess = factor = ""
     if comparison is not None:
-        difference = _estimate(comparison.bits_per_byte_difference, "{:+.4f}")
-        if comparison.excess_nats_per_token is None:
-            factor = "not comparable: other tokens"
-        else:
-            excess = _estimate(comparison.excess_nats_per_token, "{:+.4f}")
-            factor = _estimate(comparison.excess_nats_per_token, "x{:.3f}", math.exp)
+        difference = format_estimate(comparison.bits_per_byte_difference, "{:+.4f}")
+        factor = "not comparable: other tokens"
+        if comparison.excess_nats_per_token is not None and comparison.perplexity_ratio is not None:
+            excess = format_estimate(comparison.excess_nats_per_token, "{:+.4f}")
+            factor = format_estimate(comparison.perplexity_ratio, "x{:.3f}")
             if predicted is not None:
                 excess += f" (predicted {predicted:+.4f})"
     return [
-        (
-            f"bits per byte{when}",
-            _estimate(base.bits_per_byte, "{:.4f}"),
-            "" if pruned is None else _estimate(pruned.bits_per_byte, "{:.4f}"),
-            difference,
-        ),
-        (
-            f"perplexity per token{when}",
-            _estimate(base.perplexity, "{:.2f}"),
-            "" if pruned is None else _estimate(pruned.perplexity, "{:.2f}"),
-            factor,
-        ),
+        (f"bits per byte{when}", *bits, difference),
+        (f"perplexity per token{when}", *perplexities, factor),
         (f"excess loss{when} (nats/token)", "", "", excess),
     ]
 
 
-def _choice_rows(facts: "MultipleChoiceFacts") -> list[Row]:
-    rows = []
+def _choice_rows(facts: MultipleChoiceFacts) -> list[Row]:
+    rows: list[Row] = []
     for index, base in enumerate(facts.base):
         change = ""
         if facts.paired is not None:
             paired = facts.paired[index]
-            change = f"{_points(paired.difference, '{:+.1f}')} points (McNemar p {paired.p_value:.2g})"
+            change = f"{format_points(paired.difference)} (McNemar p {paired.p_value:.2g})"
         shots = "-".join(str(count) for count in sorted(set(base.shots)))
         measure = f"accuracy, {base.source} ({base.num_questions:,} questions, {shots}-shot, chance {base.chance:.0%})"
-        pruned = "" if facts.pruned is None else f"{_points(facts.pruned[index].accuracy, '{:.1f}')} %"
-        rows.append((measure, f"{_points(base.accuracy, '{:.1f}')} %", pruned, change))
+        pruned = "" if facts.pruned is None else format_share(facts.pruned[index].accuracy)
+        rows.append((measure, format_share(base.accuracy), pruned, change))
     return rows
 
 
-def _points(estimate: Estimate, pattern: str) -> str:
-    return _estimate(estimate, pattern, lambda value: 100 * value)
-
-
-def _speed_rows(speed: "SpeedFacts") -> list[Row]:
-    base, pruned, ratio = speed.base, speed.pruned, speed.ratio()
-    if pruned is None or ratio is None:
-        return [
-            ("prefill (tokens/s)", _rate(base.prefill), "", ""),
-            ("decode (tokens/s)", _rate(base.decode), "", ""),
-        ]
+def _speed_rows(speed: SpeedFacts) -> list[Row]:
+    ratio = speed.ratio()
     return [
-        ("prefill (tokens/s)", _rate(base.prefill), _rate(pruned.prefill), _factor(ratio.prefill)),
-        ("decode (tokens/s)", _rate(base.decode), _rate(pruned.decode), _factor(ratio.decode)),
+        (
+            f"{name} (tokens/s)",
+            *(
+                "" if one is None else format_spread(getattr(one, name), "{:,.1f}")
+                for one in (speed.base, speed.pruned)
+            ),
+            "" if ratio is None else format_speedup(getattr(ratio, name)),
+        )
+        for name in ("prefill", "decode")
     ]
 
 
-def _memory_row(memory: "MemoryFacts") -> Row:
+def _memory_row(memory: MemoryFacts) -> Row:
     base = None if memory.base is None else memory.base.peak_rss
     pruned = None if memory.pruned is None else memory.pruned.peak_rss
     return _bytes_row("peak RSS", base, pruned)
@@ -147,24 +153,4 @@ def _memory_row(memory: "MemoryFacts") -> Row:
 
 def _bytes_row(measure: str, base: int | None, pruned: int | None) -> Row:
     before, after = ("" if size is None else f"{size / 1e6:,.1f} MB" for size in (base, pruned))
-    return measure, before, after, _percent(pruned / base - 1) if base and pruned is not None else ""
-
-
-def _percent(change: float) -> str:
-    return f"{100 * change:+z.1f} %"
-
-
-def _rate(spread: Spread) -> str:
-    return f"{spread.median:,.1f} ({spread.q1:,.1f} to {spread.q3:,.1f})"
-
-
-def _factor(spread: Spread) -> str:
-    return f"x{spread.median:.2f} ({spread.q1:.2f} to {spread.q3:.2f})"
-
-
-def _estimate(estimate: Estimate, pattern: str, transform: Callable[[float], float] = float) -> str:
-    text = pattern.format(transform(estimate.value))
-    if estimate.interval is None:
-        return text
-    low, high = (pattern.format(transform(bound)) for bound in estimate.interval)
-    return f"{text} [{low}, {high}]"
+    return measure, before, after, format_percent(pruned / base - 1) if base and pruned is not None else ""

@@ -22,7 +22,7 @@ class ReportTable:
     Attributes:
         title: A few words.
         header: Names of the columns.
-        rows: One cell a column.
+        rows: One cell per column.
         caption: Sentences that a reader of the table must know; may be empty.
     """
 
@@ -63,7 +63,7 @@ class RunReport(Saved):
         """Return the report that `to_dict` gave.
 
         Raises:
-            LoadError: If kind or schema version are unknown, a key is missing, unknown or of the wrong type, or a row
+            LoadError: The kind or schema version is unknown, a key is missing, unknown or of the wrong type, or a row
                 has other cells than its table has columns.
         """
         kinds = typing.get_args(RunKind)
@@ -73,7 +73,7 @@ class RunReport(Saved):
                 f"version of hf_context_prune reads {', '.join(kinds)} of version {SCHEMA_VERSION}. Install the "
                 f"version that wrote it, or measure again."
             )
-        report = typing.cast(RunReport, decode(cls, data, "report"))
+        report = decode(cls, {"created": None, **data}, "report")
         for table in report.tables:
             if any(len(row) != len(table.header) for row in table.rows):
                 raise LoadError(f"The table {table.title!r} of the report has rows of other lengths than its header.")
@@ -87,7 +87,7 @@ def load_report(path: str | os.PathLike[str]) -> AnyReport:
     """Read a saved report of any kind.
 
     Raises:
-        LoadError: If the file is missing, is no JSON, or is no report of a known kind and version.
+        LoadError: The file is missing, is no JSON, or is no report of a known kind and version.
     """
     data = load_json(path)
     return RunReport.from_dict(data) if isinstance(data, dict) and "kind" in data else EvalReport.from_dict(data)

@@ -517,7 +517,7 @@ def test_too_little_text_warns_with_both_numbers(tokenizer):
         warnings.simplefilter("error")
         with pytest.raises(DataError, match="at least 8"):
             tokenize_samples(source_of("cat"), tokenizer, num_samples=2, max_seq_length=512)
-        tokenize_samples(source, tokenizer, num_samples=1000, max_seq_length=8, fewer=True)  # nobody asked for as many
+        tokenize_samples(source, tokenizer, num_samples=1000, max_seq_length=8, warn_if_short=False)  # nobody asked for as many
     assert short.shape[0] == 1
     assert 8 <= short.shape[1] < 512
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from hf_context_prune.data.questions import Question, format_example, format_question, load_questions, prompt
+from hf_context_prune.data.questions import Question, format_example, format_prompt, format_question, load_questions
 from hf_context_prune.errors import ConfigError, DataError
 
 ROW = {"id": "q1", "question": "Who decides?", "choices": ["The court", "The clerk"], "answer": 0, "source": "a/law"}
@@ -120,7 +120,7 @@ def test_options_that_are_refused(tmp_path):
         load_questions(write(tmp_path, {}), columns={"choice": "x"})
     with pytest.raises(DataError, match=r"mcq\.jsonl has no column 'quest' for the question; there are 'id', 'quest"):
         load_questions(write(tmp_path, {}), columns={"question": "quest"})
-    with pytest.raises(DataError, match=r"record 2 has no column 'choices' .* --mcq-columns choices=NAME"):
+    with pytest.raises(DataError, match=r"record 2 has no column 'choices' .* --question-columns choices=NAME"):
         load_questions([ROW, {"question": "Q?", "options": ["a", "b"]}])
     with pytest.raises(ConfigError, match="max_questions is 0"):
         load_questions(write(tmp_path, {}), max_questions=0)
@@ -134,4 +134,4 @@ def test_prompts():
     assert format_example(question, letters=True) == (
         "A case.\n\nQuestion: Who decides?\nA. The court\nB. The clerk\nAnswer: B"
     )
-    assert prompt(question, [question]) == f"{format_example(question)}\n\n{format_question(question)}"
+    assert format_prompt(question, [question]) == f"{format_example(question)}\n\n{format_question(question)}"

@@ -15,12 +15,12 @@ from tests.unit.pipelines.test_prune import OPTIONS, texts
 
 
 def options(general):
-    return EvalOptions(max_tokens=300, speed=False, memory=False, general_data=general)
+    return EvalOptions(max_tokens=300, benchmark=False, memory=False, general_data=general)
 
 
 def test_a_general_text_is_measured_beside_the_domain():
     config, general = PrunerConfig(mlp_ratio=0.25, **OPTIONS), texts(seed=5)
-    result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), evaluation=options(general))
+    result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=options(general))
     facts = result.report.general
     assert facts.dataset.held_out.startswith("Text of its own")
     assert facts.loss.base.num_documents == facts.loss.comparison.num_documents
@@ -29,7 +29,7 @@ def test_a_general_text_is_measured_beside_the_domain():
     )
     assert alone.loss.base.bits_per_byte.value == pytest.approx(facts.loss.pruned.bits_per_byte.value, rel=1e-4)
     assert alone.general.loss.pruned is None
-    plain = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), evaluation=options(None))
+    plain = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=options(None))
     assert plain.report.general is None
     assert plain.plan.sha256 == result.plan.sha256  # it changes nothing but the report
 
@@ -37,7 +37,7 @@ def test_a_general_text_is_measured_beside_the_domain():
 def test_general_text_that_was_calibrated_on_is_refused():
     config = PrunerConfig(mlp_ratio=0.25, **OPTIONS)
     with pytest.raises(DataError, match="also in the calibration text"):
-        prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), evaluation=options(texts()[:3]))
+        prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=options(texts()[:3]))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def place(tmp_path_factory):
 
 
 def test_commands_take_it(run, place):
-    quick = ("--max-seq-length", "32", "--no-speed", "--max-eval-tokens", "300")
+    quick = ("--max-seq-length", "32", "--no-benchmark", "--max-eval-tokens", "300")
     small = ("--num-calibration-samples", "8", "--mlp-ratio", "0.25", "--domain", "law", *quick)
     general = ("--general-data", "@general.txt")
     code, _, err = run("prune", "@base", "--data", "@data.jsonl", *general, *small, "--output", "@out")

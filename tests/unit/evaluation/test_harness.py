@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from hf_context_prune import prune_vocabulary
-from hf_context_prune.data.questions import prompt
+from hf_context_prune.data.questions import format_prompt
 from hf_context_prune.errors import SaveError
 from hf_context_prune.evaluation.harness import write_harness_task
 from hf_context_prune.evaluation.multiple_choice import answer_questions
@@ -35,7 +35,7 @@ def test_the_task_has_our_prompts(tmp_path):
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     assert len(rows) == 12  # another task in the folder does not replace them
     for row, question in zip(rows, asked.questions, strict=True):
-        assert row["prompt"] == prompt(question, asked.examples[question.source][:1])
+        assert row["prompt"] == format_prompt(question, asked.examples[question.source][:1])
         assert (tuple(row["choices"]), row["answer"]) == (question.choices, question.answer)
     assert task["task"] == name == "context_prune_in_memory"
     (tmp_path / "task/config.json").touch()

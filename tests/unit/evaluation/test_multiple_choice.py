@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_context_prune.data.questions import ALL, load_questions, prompt
+from hf_context_prune.data.questions import ALL, format_prompt, load_questions
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
-from hf_context_prune.evaluation import multiple_choice
-from hf_context_prune.evaluation.multiple_choice import Answer, answer_questions, compare_answers, summarize_answers
+from hf_context_prune.evaluation import accuracy, paper_scoring
+from hf_context_prune.evaluation.accuracy import Answer, compare_answers, summarize_answers
+from hf_context_prune.evaluation.multiple_choice import answer_questions
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
 
 WORDS = TEXT.split()
@@ -60,7 +61,7 @@ def test_questions_that_are_too_long(scorer):
         return
     with pytest.warns(PruningWarning, match="1 of 1 questions are longer than the model's 24 positions"):
         (answer,) = answer_questions(model, tokenizer, asked, scorer=scorer)
-    text = prompt(asked.questions[0])
+    text = format_prompt(asked.questions[0])
     start = len(tokenizer.encode(text, add_special_tokens=False))
     for choice, score in zip(row["choices"], answer.scores, strict=True):
         whole = tokenizer.encode(f"{text} {choice}", add_special_tokens=False)
@@ -96,7 +97,7 @@ def test_scores_by_brute_force(scorer, num_fewshot):
     letters = scorer == "letter"
     for question, answer in zip(asked.questions, answers, strict=True):
         examples = asked.examples.get(question.source, ())[:num_fewshot]
-        text = prompt(question, examples, letters=letters)
+        text = format_prompt(question, examples, letters=letters)
         expected = []
         for letter, choice in zip("ABCD", question.choices, strict=False):
             own = letter if letters else choice
@@ -113,7 +114,7 @@ def test_the_papers_two_ways(monkeypatch):
     model, tokenizer, asked = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), questions(5)
     texts = ["\nAnswer: b because", "nothing", " so. Answer:  A", "Answer: Z", "(A) it is"]
     prompts = []
-    monkeypatch.setattr(multiple_choice, "_generated", lambda *given: prompts.extend(given[2]) or texts)
+    monkeypatch.setattr(paper_scoring, "_generate", lambda *given: prompts.extend(given[2]) or texts)
     answers = answer_questions(model, tokenizer, asked, scorer="paper")
     first = asked.questions[0]
     listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip("abcd", first.choices, strict=False))
@@ -134,7 +135,7 @@ def test_the_papers_two_ways(monkeypatch):
 def test_what_is_generated():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     prompts = ["the court finds", "the patient was given the dose. " * 40]
-    texts = multiple_choice._generated(model, tokenizer, prompts)
+    texts = paper_scoring._generate(model, tokenizer, prompts)
     ids = torch.tensor([tokenizer.encode(prompts[0])])
     expected = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
     assert texts[0] == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
@@ -183,15 +184,15 @@ def test_the_interval_of_the_difference_covers_the_truth(shares):
     draws = np.random.default_rng(0).multinomial(60, shares, size=300).tolist()
     covered = 0
     for both, only_base, only_pruned, _ in draws:
-        low, high = multiple_choice._difference(both, only_base, only_pruned, 60).interval
+        low, high = accuracy._difference(both, only_base, only_pruned, 60).interval
         covered += low <= shares[2] - shares[1] <= high
     assert covered / len(draws) >= 0.93
 
 
 def test_the_interval_where_nothing_differs():
     # Wilson's lower end for 54 of 54 is 54 / (54 + 1.96^2)
-    assert multiple_choice._difference(54, 0, 0, 54).interval == pytest.approx((-0.0664, 0.0664), abs=1e-4)
-    assert multiple_choice._difference(0, 0, 0, 1).interval == pytest.approx((-0.7935, 0.7935), abs=1e-3)
+    assert accuracy._difference(54, 0, 0, 54).interval == pytest.approx((-0.0664, 0.0664), abs=1e-4)
+    assert accuracy._difference(0, 0, 0, 1).interval == pytest.approx((-0.7935, 0.7935), abs=1e-3)
 
 
 @pytest.mark.parametrize(

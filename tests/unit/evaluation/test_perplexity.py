@@ -20,7 +20,8 @@ from transformers import (
 
 from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.evaluation.perplexity import DocumentLoss, compare_losses, document_losses, summarize_losses
+from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
+from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.windows import EncodedDocument, batch_windows, cut_windows
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

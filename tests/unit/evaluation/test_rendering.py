@@ -12,6 +12,7 @@ from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.evaluation.reports.files import check_report_folder, save_report
 from hf_context_prune.evaluation.reports.rendering import Folder, markdown, read_folder, read_folders, render
 from hf_context_prune.evaluation.reports.report import Environment
+from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport, load_report
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import save_pruned
@@ -25,7 +26,7 @@ def folders(tmp_path_factory):
     paths = []
     for name, ratio in (("small", 0.5), ("wide one", 0.25)):
         config = PrunerConfig(mlp_ratio=ratio, **OPTIONS)
-        result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), evaluation=QUICK)
+        result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=QUICK)
         paths.append(result.save_pretrained(place / name))
     return paths
 
@@ -39,7 +40,7 @@ def test_markdown_and_pictures(folders, tmp_path):
     text = (out / "report.md").read_text(encoding="utf-8")
     for folder in found:
         assert folder.plan.sha256 in text
-        for row in folder.report.table_rows():
+        for row in table_rows(folder.report):
             assert row[1] in text.replace("\\", "")
     for name in names - {"report.md"}:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -160,7 +161,7 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
         ({"schema_version": 2}, "schema_version 2"),
         ({"tables": [{"title": "T", "header": ["a"], "rows": [["1", "2"]], "caption": ""}]}, "other lengths"),
         ({"notes": [1]}, r"report\.notes\[0\]"),
-        ({"more": 1}, "unknown keys"),
+        ({"more": 1}, "more is unknown"),
     ],
 )
 def test_damaged_reports_of_runs_are_refused(tmp_path, change, said):

@@ -11,7 +11,9 @@ import torch
 from hf_context_prune import EvalOptions, PrunerConfig, apply_plan, prune
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.samples import tokenize_samples
+from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.errors import BudgetError, ConfigError, DataError
+from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.pipelines import prune as pipeline
 from hf_context_prune.pipelines.validation_text import ValidationText
 from hf_context_prune.pruning.allocation.loss_search import MAX_SEQUENTIAL_RUNS, TOLERANCE, SizeTrial, search_size
@@ -122,7 +124,9 @@ def trained(tokenizer):
 
 def run(model, tokenizer, **options):
     config = PrunerConfig(max_seq_length=32, num_calibration_samples=48, **options)
-    return prune(model, texts(60), config, tokenizer=tokenizer, evaluation=EvalOptions(600, speed=False, memory=False))
+    return prune(
+        model, texts(60), config, tokenizer=tokenizer, eval_options=EvalOptions(600, benchmark=False, memory=False)
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,7 @@ def test_the_smallest_model_within_the_limit(trained, tokenizer, options, monkey
     assert not searched & reported
     assert len(searched | reported) == 6 + 5
     assert budget.text in result.report.notes
-    assert any("allowed +4.0 %" in row[-1] for row in result.report.table_rows())
+    assert any("allowed +4.0%" in row[-1] for row in table_rows(result.report))
     if options.get("allocation") == "adaptive":
         assert result.report.loss.predicted_excess > 0
 
@@ -177,10 +181,8 @@ def test_with_a_refit_of_rows_the_size_is_searched_for_the_model_that_comes_out(
     result = run(trained, tokenizer, max_loss_increase=0.04, refit_lm_head=True)
     facts = result.plan.provenance["loss_budget"]
     assert facts["increase"] <= 0.04
-    text = load_documents(texts(60))
-    split = PrunerConfig(max_seq_length=32)
-    rest, _, _ = pipeline.split_text(text, None, split, tokenizer)
-    _, search_text = ValidationText.withheld_from(rest, tokenizer, split)
+    rest = TextSplit.of(texts(60), tokenizer=tokenizer).calibration
+    _, search_text = ValidationText.withheld_from(rest, tokenizer, PrunerConfig(max_seq_length=32))
     dense, pruned = (search_text.bits_per_byte(m, tokenizer) for m in (trained, result.model))
     assert pruned / dense - 1 == pytest.approx(facts["increase"], abs=1e-6)
     plain = run(trained, tokenizer, max_loss_increase=0.04)

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from hf_context_prune.data.questions import Question, QuestionSet
-from hf_context_prune.evaluation.multiple_choice import Answer, summarize_answers
+from hf_context_prune.evaluation.accuracy import Answer, summarize_answers
 from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoiceFacts, TextLosses
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.publishing.space import facts as facts_module

@@ -1,0 +1,185 @@
+"""Losses of documents: summed up for one model, and compared between two, with bootstrap intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_context_prune.errors import DataError, NumericsError
+
+from .bootstrap import Estimate, Statistic, bits_per_byte, bootstrap_estimate, ratio, ratio_to_change
+
+
+@dataclass(frozen=True)
+class DocumentLoss:
+    """Loss of one model on one document.
+
+    Attributes:
+        doc: Identifier of the document.
+        source: Where its first record came from.
+        nll: Negative log-likelihood of all its tokens, summed (nats).
+        num_tokens: Tokens predicted, without special tokens.
+        num_bytes: UTF-8 bytes of its text.
+    """
+
+    doc: str
+    source: str
+    nll: float
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class LossSummary:
+    """Losses of one model over documents; all intervals are 95 % percentile bootstrap intervals over documents.
+
+    Attributes:
+        bits_per_byte: Comparable between vocabularies.
+        nats_per_token: Mean loss a token; comparable only between models with the same tokenizer.
+        perplexity: exp(nats_per_token), with the same restriction.
+        num_documents: Documents scored.
+        num_tokens: Tokens scored.
+        num_bytes: UTF-8 bytes of the documents.
+        seed: Seed of the bootstrap.
+        n_resamples: Resamples of the bootstrap.
+    """
+
+    bits_per_byte: Estimate
+    nats_per_token: Estimate
+    perplexity: Estimate
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    seed: int
+    n_resamples: int
+
+
+@dataclass(frozen=True)
+class LossComparison:
+    """Losses of a pruned model against its base on the same documents, with paired bootstrap intervals.
+
+    Attributes:
+        excess_nats_per_token: Pruned minus base; None where the tokenizers cut the text into different numbers
+            of tokens, as a loss per token then means nothing.
+        bits_per_byte_difference: Pruned minus base.
+        bits_per_byte_ratio: Pruned over base.
+        num_documents: Documents compared.
+        seed: Seed of the bootstrap.
+        n_resamples: Resamples of the bootstrap.
+    """
+
+    excess_nats_per_token: Estimate | None
+    bits_per_byte_difference: Estimate
+    bits_per_byte_ratio: Estimate
+    num_documents: int
+    seed: int
+    n_resamples: int
+
+    @property
+    def perplexity_ratio(self) -> Estimate | None:
+        """Perplexity of the pruned model over that of the base; None where `excess_nats_per_token` is."""
+        return None if self.excess_nats_per_token is None else _perplexity(self.excess_nats_per_token)
+
+
+def mean_bits_per_byte(losses: Sequence[DocumentLoss]) -> float:
+    """Return the bits per byte of all documents together, without an interval."""
+    return float(bits_per_byte([loss.nll for loss in losses], [loss.num_bytes for loss in losses]))
+
+
+def summarize_losses(losses: Sequence[DocumentLoss], *, seed: int = 0, n_resamples: int = 2000) -> LossSummary:
+    """Sum up the losses of one model, with bootstrap intervals over documents.
+
+    Raises:
+        DataError: If `losses` is empty.
+        NumericsError: If the loss is so large that its perplexity is no finite number.
+    """
+    if not losses:
+        raise DataError("There are no document losses to sum up. Score at least one document with document_losses().")
+    nll = [loss.nll for loss in losses]
+    num_tokens = [float(loss.num_tokens) for loss in losses]
+    num_bytes = [float(loss.num_bytes) for loss in losses]
+    nats = bootstrap_estimate(ratio, (nll, num_tokens), seed=seed, n_resamples=n_resamples)
+    bits = bootstrap_estimate(bits_per_byte, (nll, num_bytes), seed=seed, n_resamples=n_resamples)
+    return LossSummary(
+        bits_per_byte=bits,
+        nats_per_token=nats,
+        perplexity=_perplexity(nats),
+        num_documents=len(losses),
+        num_tokens=sum(loss.num_tokens for loss in losses),
+        num_bytes=sum(loss.num_bytes for loss in losses),
+        seed=seed,
+        n_resamples=n_resamples,
+    )
+
+
+def compare_losses(
+    base: Sequence[DocumentLoss], pruned: Sequence[DocumentLoss], *, seed: int = 0, n_resamples: int = 2000
+) -> LossComparison:
+    """Compare two models on the same documents, paired by `doc`, in whatever order they come.
+
+    Raises:
+        DataError: If there are no documents, or the two lists do not hold the same documents with the same text.
+    """
+    if not base:
+        raise DataError("There are no document losses to compare. Score at least one document with document_losses().")
+    before = _by_doc(base, "base")
+    after = _by_doc(pruned, "pruned")
+    if before.keys() != after.keys():
+        lone = sorted(before.keys() ^ after.keys())
+        raise DataError(
+            f"Base and pruned losses are of different documents: {len(lone)} are in one list only, such as "
+            f"{lone[0]!r}. Score both models on the same documents (pass the ids of the first as docs=)."
+        )
+    pairs = [(loss, after[doc]) for doc, loss in before.items()]
+    for first, second in pairs:
+        if first.num_bytes != second.num_bytes:
+            raise DataError(
+                f"Document {first.doc!r} has {first.num_bytes} bytes in the base losses and {second.num_bytes} in the "
+                "pruned losses: the texts differ. Score both models on the same text."
+            )
+    base_nll = [first.nll for first, _ in pairs]
+    pruned_nll = [second.nll for _, second in pairs]
+    num_bytes = [float(first.num_bytes) for first, _ in pairs]
+    num_tokens = [float(first.num_tokens) for first, _ in pairs]
+    excess = [second - first for first, second in zip(base_nll, pruned_nll, strict=True)]
+    same_tokens = all(first.num_tokens == second.num_tokens for first, second in pairs)
+
+    def estimate(statistic: Statistic, *columns: Sequence[float]) -> Estimate:
+        return bootstrap_estimate(statistic, columns, seed=seed, n_resamples=n_resamples)
+
+    return LossComparison(
+        excess_nats_per_token=estimate(ratio, excess, num_tokens) if same_tokens else None,
+        bits_per_byte_difference=estimate(bits_per_byte, excess, num_bytes),
+        bits_per_byte_ratio=estimate(ratio, pruned_nll, base_nll),
+        num_documents=len(pairs),
+        seed=seed,
+        n_resamples=n_resamples,
+    )
+
+
+def relative_change(base: Sequence[DocumentLoss], own: Sequence[DocumentLoss], seed: int) -> Estimate:
+    """Return the relative change of the bits per byte against another model, with its paired interval."""
+    return ratio_to_change(compare_losses(base, own, seed=seed).bits_per_byte_ratio)
+
+
+def _perplexity(nats_per_token: Estimate) -> Estimate:
+    """Return exp of a loss; since exp is increasing, the ends of its interval are those of the loss, transformed."""
+    try:
+        interval = nats_per_token.interval and (
+            math.exp(nats_per_token.interval[0]),
+            math.exp(nats_per_token.interval[1]),
+        )
+        return Estimate(math.exp(nats_per_token.value), interval)
+    except OverflowError as error:
+        raise NumericsError(
+            f"The loss is {nats_per_token.value:.4g} nats per token: its perplexity is no finite number. The model is "
+            f"broken; check its weights, or prune less."
+        ) from error
+
+
+def _by_doc(losses: Sequence[DocumentLoss], which: str) -> dict[str, DocumentLoss]:
+    by_doc: dict[str, DocumentLoss] = {}
+    for loss in losses:
+        if loss.doc in by_doc:
+            raise DataError(f"Document {loss.doc!r} occurs twice in the {which} losses; pairing needs it once.")
+        by_doc[loss.doc] = loss
+    return by_doc
