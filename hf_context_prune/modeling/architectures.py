@@ -1,8 +1,8 @@
-"""Finds the prunable parts of a model through the ArchSpec table; re-exports that table.
+"""The prunable parts of a model, found through the [`ArchSpec`][] table.
 
-The only module, beside `modeling/specs.py`, that turns a table entry into modules. Everything above works on
-*targets*: ``"mlp"`` (units are neurons) and ``"attention"`` (units are KV groups), each with one output projection
-whose input features belong to the units.
+Only this module and `modeling_context_pruned.py` turn a table entry into modules. All other code works on *targets*:
+``"mlp"`` (units are neurons) and ``"attention"`` (units are KV groups), each with one output projection whose input
+features belong to the units.
 """
 
 from __future__ import annotations
@@ -21,20 +21,18 @@ from .specs import SPECS, ArchSpec, Geometry, base_model_type
 
 Target = Literal["mlp", "attention"]
 TARGETS: tuple[Target, ...] = ("mlp", "attention")
-
-
 Gradients = Mapping[int, torch.Tensor]
 """dL/dw by the id of the parameter, in float32 or better."""
 
 UnitCosts = dict[str, int]
-"""Parameters a unit, by target."""
+"""Parameters per unit, by target."""
 
 
 def spec_of(config: PreTrainedConfig) -> ArchSpec:
-    """The table entry of a config.
+    """Return the table entry of a config.
 
     Raises:
-        UnsupportedArchitectureError: There is none for ``config.model_type``.
+        UnsupportedArchitectureError: The table has no entry for ``config.model_type``.
     """
     spec = SPECS.get(base_model_type(config.model_type))
     if spec is None:
@@ -46,13 +44,14 @@ def spec_of(config: PreTrainedConfig) -> ArchSpec:
 
 
 def check_supported(model: nn.Module) -> ArchSpec:
-    """The table entry of a model that can be pruned as it is.
+    """Return the table entry of a model, and refuse a model that can't be pruned in its present form.
 
     Args:
         model: A causal LM of `transformers` or of this package, with plain floating-point weights in memory.
 
     Raises:
-        UnsupportedArchitectureError: An unknown or wrapped class, quantised weights, or weights on the meta device.
+        UnsupportedArchitectureError: The class is unknown or wrapped, or the weights are quantised, replaced by an
+            adapter or on the meta device.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedArchitectureError(
@@ -78,15 +77,15 @@ def check_supported(model: nn.Module) -> ArchSpec:
         if type(parameter) is not nn.Parameter:
             raise UnsupportedArchitectureError(
                 f"The weight {name} is a {type(parameter).__name__}, not a plain parameter: a quantiser or a sharding "
-                f"has replaced it. Load the model without, prune, and quantise the result."
+                f"has replaced it. Load the model without a quantiser or sharding, prune, and quantise the result."
             )
         if not parameter.is_floating_point():
             raise UnsupportedArchitectureError(
                 f"The weight {name} has dtype {parameter.dtype}; only floating-point weights can be pruned."
             )
-    for index, block in enumerate(layers_of(model, spec)):
+    for index, layer in enumerate(layers_of(model, spec)):
         for path in _projection_paths(spec):
-            module = block.get_submodule(path)
+            module = layer.get_submodule(path)
             if type(module) is not nn.Linear and not is_transposed(module):  # quantisers and adapters derive from it
                 raise UnsupportedArchitectureError(
                     f"{spec.layers}.{index}.{path} is a {type(module).__name__}, not a plain projection: an adapter "
@@ -102,82 +101,82 @@ def _projection_paths(spec: ArchSpec) -> tuple[str, ...]:
 
 
 def layers_of(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
-    """The transformer blocks of a causal LM, in order."""
+    """Return the decoder layers of a causal LM, in order."""
     return list(model.get_submodule(spec.layers))  # type: ignore[arg-type]
 
 
-def output_projection(block: nn.Module, spec: ArchSpec, target: Target) -> nn.Module:
-    """The projection that reads a target's units: ``down_proj`` or ``o_proj`` and their kin."""
-    return block.get_submodule(spec.mlp_output if target == "mlp" else spec.attention_output)
+def output_projection(layer: nn.Module, spec: ArchSpec, target: Target) -> nn.Module:
+    """Return the projection that reads a target's units, such as ``down_proj`` or ``o_proj``."""
+    return layer.get_submodule(spec.output_path(target))
 
 
 def output_weight(projection: nn.Module) -> torch.Tensor:
-    """The weight of a projection as [out_features, in_features], a view where it is stored transposed."""
+    """Return the weight of a projection as [out_features, in_features]; a view if it is stored transposed."""
     weight: torch.Tensor = projection.weight.detach()  # type: ignore[union-attr,operator,assignment]
     return weight.T if is_transposed(projection) else weight
 
 
-def post_norm(block: nn.Module, spec: ArchSpec, target: Target) -> nn.Module | None:
-    """The norm between a target's output projection and the residual stream, if there is one (Gemma 2 and 3)."""
+def post_norm(layer: nn.Module, spec: ArchSpec, target: Target) -> nn.Module | None:
+    """Return the norm between a target's output projection and the residual stream (Gemma 2 and 3), or None."""
     path = dict(spec.post_norms).get(target)
-    return None if path is None else block.get_submodule(path)
+    return None if path is None else layer.get_submodule(path)
 
 
-def channel_scale(block: nn.Module, spec: ArchSpec, target: Target) -> torch.Tensor:
-    """The gamma of that norm, its answer to a vector of ones, or ones: [out_features, 1]."""
-    ones = torch.ones_like(output_weight(output_projection(block, spec, target))[:, :1])
-    norm = post_norm(block, spec, target)
+def channel_scale(layer: nn.Module, spec: ArchSpec, target: Target) -> torch.Tensor:
+    """Return the output of [`post_norm`][] for a vector of ones (its gamma), or ones without one: [out_features, 1]."""
+    ones = torch.ones_like(output_weight(output_projection(layer, spec, target))[:, :1])
+    norm = post_norm(layer, spec, target)
     return ones if norm is None else norm(ones.T).detach().T
 
 
 def is_parallel(config: PreTrainedConfig, spec: ArchSpec) -> bool:
-    """Whether attention and MLP of a block both read the block's input."""
+    """Return whether attention and MLP of a layer both read the layer's input."""
     return bool(getattr(config, spec.parallel)) if isinstance(spec.parallel, str) else spec.parallel
 
 
 def residual_scale(config: PreTrainedConfig, spec: ArchSpec) -> float:
-    """Factor on a sub-layer's output before it is added to the residual stream."""
+    """Return the factor that scales a sub-layer's output before it is added to the residual stream."""
     return 1.0 if spec.residual_multiplier is None else float(getattr(config, spec.residual_multiplier))
 
 
 def unit_size(geometry: Geometry, target: Target) -> int:
-    """Input features of the output projection that belong to one unit."""
+    """Return the number of input features of the output projection that belong to one unit."""
     return 1 if target == "mlp" else geometry.queries_per_group * geometry.head_dim
 
 
 def _input_rows(
-    block: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int
+    layer: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int
 ) -> Iterator[tuple[nn.Module, list[list[int]] | None]]:
-    """Input projections with, for each unit, its output features (None: feature j is unit j)."""
+    """Yield each input projection with the output features of every unit (None: feature j is unit j)."""
     if target == "mlp":
         for path in spec.mlp_inputs:
-            yield block.get_submodule(path), None
+            yield layer.get_submodule(path), None
     else:
         for projection in spec.attention_inputs:
             rows = [geometry.projection_features(projection, [group], groups) for group in range(groups)]
-            yield block.get_submodule(projection.path), rows
+            yield layer.get_submodule(projection.path), rows
 
 
 def input_magnitude(
-    block: nn.Module,
+    layer: nn.Module,
     spec: ArchSpec,
     geometry: Geometry,
     target: Target,
     groups: int,
     gradients: Gradients | None = None,
 ) -> torch.Tensor:
-    """Sum of |w| (or of |w * grad|) over each unit's weights in the input projections, [units], float64.
+    """Return the sum of |w| (or |w * grad|) over each unit's weights in the input projections, [units], float64.
 
     Args:
-        block: One transformer block.
+        layer: One decoder layer.
         spec: The architecture.
         geometry: Sizes of the model.
         target: Which units.
-        groups: KV groups of this block.
-        gradients: dL/dw by the id of the weight: use |w * dL/dw| instead of |w|.
+        groups: KV groups of this layer.
+        gradients: dL/dw by the id of the weight; if given, |w * dL/dw| is summed instead of |w|.
     """
     total: torch.Tensor | None = None
-    for module, rows in _input_rows(block, spec, geometry, target, groups):
+    for module, rows in _input_rows(layer, spec, geometry, target, groups):
         per_feature = absolute_weight(module, gradients).sum(dim=1)
         part = per_feature if rows is None else per_feature[torch.tensor(rows)].sum(dim=1)
         total = part if total is None else total + part
@@ -186,7 +185,7 @@ def input_magnitude(
 
 
 def absolute_weight(module: nn.Module, gradients: Gradients | None = None) -> torch.Tensor:
-    """|w| or |w * dL/dw| of a projection as [out_features, in_features], float64."""
+    """Return |w| or |w * dL/dw| of a projection as [out_features, in_features], float64."""
     weight = output_weight(module).double()
     if gradients is not None:
         gradient = gradients[id(module.weight)]
@@ -195,19 +194,19 @@ def absolute_weight(module: nn.Module, gradients: Gradients | None = None) -> to
 
 
 def unit_costs(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> UnitCosts:
-    """Parameters that go with one neuron and with one KV group, from the shapes of the first block.
+    """Return the parameters removed with one neuron and with one KV group, from the shapes of the first layer.
 
     Args:
         model: The model; its weights may be on the meta device.
         spec: The architecture.
         geometry: Sizes of the model.
     """
-    block = layers_of(model, spec)[0]
+    layer = layers_of(model, spec)[0]
     costs: UnitCosts = {}
     for target in TARGETS:
-        total = unit_size(geometry, target) * output_weight(output_projection(block, spec, target)).shape[0]
+        total = unit_size(geometry, target) * output_weight(output_projection(layer, spec, target)).shape[0]
         groups = geometry.layers[0].kv_groups
-        for module, rows in _input_rows(block, spec, geometry, target, groups):
+        for module, rows in _input_rows(layer, spec, geometry, target, groups):
             per_feature = output_weight(module).shape[1] + (module.bias is not None)
             total += per_feature * (1 if rows is None else len(rows[0]))
         costs[target] = total

@@ -1,8 +1,8 @@
 """Configs of variable-width models: ``ContextPruned<Base>Config`` for every entry of the table.
 
-Widths live in the library's own ``per_layer_config`` field (sparse: ``{layer: {attribute: value}}``); the global
-attributes keep the dense parent's values. The classes are made on first access (PEP 562), so that pickle, ``auto_map``
-and remote code all find them by name.
+Widths are kept in the ``per_layer_config`` field of `transformers` (sparse: ``{layer: {attribute: value}}``); the
+global attributes keep the values of the base model. The classes are made on first access (PEP 562), so that
+pickle, ``auto_map`` and remote code all find them by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .specs import PREFIX, SPECS, ArchSpec, classes_on_demand
 
 
 def config_class_name(spec: ArchSpec) -> str:
-    """Name of the variable-width config class of an architecture, such as ``ContextPrunedLlamaConfig``."""
+    """Return the name of the variable-width config class, such as ``ContextPrunedLlamaConfig``."""
     return f"ContextPruned{spec.config_class}"
 
 
@@ -24,16 +24,16 @@ def _check_width(layer: int, name: str, value: object, dense: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(
             f"per_layer_config[{layer}].{name} is {value!r} ({type(value).__name__}); it must be an integer "
-            f"from 1 to {dense}, the width of the dense parent."
+            f"from 1 to {dense}, the width of the base model."
         )
     if not 1 <= value <= dense:
         raise ValueError(
-            f"per_layer_config[{layer}].{name} is {value}; it must be from 1 to {dense}, the width of the dense parent."
+            f"per_layer_config[{layer}].{name} is {value}; it must be from 1 to {dense}, the width of the base model."
         )
 
 
 class ContextPrunedConfigMixin:
-    """Checks per-layer widths, and lifts the parent's rule that the hidden size is a multiple of the head count."""
+    """Check per-layer widths, and lift the native rule that the hidden size is a multiple of the head count."""
 
     spec: ArchSpec
     model_type: str
@@ -42,18 +42,18 @@ class ContextPrunedConfigMixin:
         """Refuse widths that no layer could have.
 
         Raises:
-            ValueError: A width is not an integer, below 1, above the dense parent's, or query heads and KV groups do
-                not stand in the dense parent's ratio.
+            ValueError: A width is not an integer, is below 1 or above the width of the base model, or query heads
+                and KV groups do not have the ratio of the base model.
         """
         spec, overrides = self.spec, self.width_overrides()
         dense = {name: self._dense_value(name) for name in (spec.width, spec.query_heads, spec.kv_heads) if name}
         for name, value in dense.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; the dense parent's width must be an integer of at least 1.")
+                raise ValueError(f"{name} is {value!r}; the width of the base model must be an integer of at least 1.")
         if spec.kv_heads and dense[spec.query_heads] % dense[spec.kv_heads]:
             raise ValueError(
                 f"{spec.query_heads} is {dense[spec.query_heads]} and {spec.kv_heads} is {dense[spec.kv_heads]}; the "
-                f"dense parent's query heads must be a multiple of its KV heads."
+                f"base model's query heads must be a multiple of its KV heads."
             )
         ratio = dense[spec.query_heads] // dense[spec.kv_heads] if spec.kv_heads else 1
         for layer, values in overrides.items():
@@ -70,18 +70,21 @@ class ContextPrunedConfigMixin:
             if heads != groups * ratio:
                 raise ValueError(
                     f"per_layer_config[{layer}] has {heads} query heads and {groups} KV groups; each KV group must "
-                    f"have {ratio} query heads, as in the dense parent."
+                    f"have {ratio} query heads, as in the base model."
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As the parent's, with the number of layers by its general name: a Trainer resumes with a bare config."""
+        """Return the native config's values, plus ``num_hidden_layers``, which a Trainer needs to resume.
+
+        The Trainer resumes with a config made from these values alone, and some families name that count otherwise.
+        """
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         if "per_layer_config" in values:
             values.setdefault("num_hidden_layers", self.num_hidden_layers)  # type: ignore[attr-defined]
         return values
 
     def width_overrides(self) -> dict[int, dict[str, Any]]:
-        """The sparse per-layer overrides, as a copy: ``{layer: {attribute: value}}``."""
+        """Return a copy of the sparse per-layer overrides: ``{layer: {attribute: value}}``."""
         overrides = self.to_dict().get("per_layer_config", {})  # type: ignore[attr-defined]
         return {int(layer): dict(values) for layer, values in overrides.items()}
 

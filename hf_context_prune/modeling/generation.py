@@ -1,4 +1,6 @@
-"""Timed generation and the names of what it runs on: shared by `speed.py` and the memory worker."""
+"""Timed generation, its KV cache and end tokens, and the name of the hardware that it runs on."""
+
+from __future__ import annotations
 
 import inspect
 import platform
@@ -22,7 +24,7 @@ def fit_prompt(limits: Iterable[int | None], prompt_tokens: int, new_tokens: int
     """Return `prompt_tokens`, cut so that prompt and new tokens fit the smallest of `limits` (None: no limit).
 
     Raises:
-        ConfigError: If a length is below 1 or no prompt fits.
+        ConfigError: A length is below 1, or no prompt fits.
     """
     if prompt_tokens < 1 or new_tokens < 1:
         raise ConfigError(f"prompt_tokens is {prompt_tokens} and new_tokens {new_tokens}; both must be at least 1.")
@@ -37,19 +39,19 @@ def draw_prompt(vocabulary: int, batch_size: int, length: int, seed: int) -> tor
     return torch.randint(vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
-def build_cache_arguments(model: "PreTrainedModel") -> dict[str, Any]:
-    """Return what `forward` needs for decoding a token a step: an empty KV cache under its name, and the last logits.
+def build_cache_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the arguments of `forward` for decoding one token per step: an empty KV cache, and the last logits only.
 
     Raises:
-        UnsupportedArchitectureError: If the model's `forward` takes no KV cache.
+        UnsupportedArchitectureError: The model's `forward` takes no KV cache.
     """
     accepted = inspect.signature(model.forward).parameters
-    # transformers 5.24 renamed the argument, and warns about the old name where it knows the new one.
+    # transformers 5.24 renamed the argument; versions that know the new name warn about the old one.
     name = next((name for name in ("cache", "past_key_values") if name in accepted), None)
     if name is None:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__}.forward takes neither `cache` nor `past_key_values`: its decoding with a KV cache "
-            "can't be measured. Leave speed and memory out for this model."
+            f"{type(model).__name__}.forward takes neither `cache` nor `past_key_values`, so decoding with a KV cache "
+            "can't be measured. Measure this model without speed and memory."
         )
     arguments: dict[str, Any] = {name: DynamicCache(config=model.config), "use_cache": True}
     if "logits_to_keep" in accepted:
@@ -57,8 +59,8 @@ def build_cache_arguments(model: "PreTrainedModel") -> dict[str, Any]:
     return arguments
 
 
-def get_end_token_ids(model: "PreTrainedModel") -> list[int]:
-    """Return the token ids that end a text, by the generation config, else by the config."""
+def get_end_token_ids(model: PreTrainedModel) -> list[int]:
+    """Return the token ids that end a text: those of the generation config, else those of the config."""
     for config in (model.generation_config, model.config):
         found = getattr(config, "eos_token_id", None)
         if found is not None:
@@ -66,16 +68,16 @@ def get_end_token_ids(model: "PreTrainedModel") -> list[int]:
     return []
 
 
-def time_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Read `prompt` [batch, length] in one forward pass, then decode greedily, a token a step, with the KV cache.
+def time_generation(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Read `prompt` [batch, length] in one forward pass, then decode greedily, one token per step, with the KV cache.
 
-    `generate` isn't used as its time can't be split into prefill and decoding.
+    `generate` is not used, because its time can't be split into prefill and decoding.
 
     Returns:
         Seconds of the prefill and of the `new_tokens` decode steps.
 
     Raises:
-        UnsupportedArchitectureError: If the model's `forward` takes no KV cache.
+        UnsupportedArchitectureError: The model's `forward` takes no KV cache.
     """
     arguments = build_cache_arguments(model)
     synchronize = _synchronizer(model.device)
@@ -94,19 +96,14 @@ def time_generation(model: "PreTrainedModel", prompt: torch.Tensor, new_tokens: 
 
 
 def _synchronizer(device: torch.device) -> Callable[[], object]:
-    """Return what waits until `device` has done its work: accelerators return from a call before that."""
+    """Return a function that waits until `device` has done its work: accelerators return from a call earlier."""
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.accelerator.synchronize(device)
 
 
-def dtype_name(model: "PreTrainedModel") -> str:
-    """Return the dtype of the weights, such as "bfloat16"."""
-    return str(model.dtype).removeprefix("torch.")
-
-
 def hardware_name(device: torch.device) -> str:
-    """Return the name of the accelerator or, for the CPU, of the processor as well as the system tells it."""
+    """Return the name of the CUDA device or, for others, of the processor, as precisely as the system reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
 """Variable-width causal LMs: ``ContextPruned<Base>ForCausalLM`` for every entry of the table.
 
 A model is built by the native class with the dense widths (free under `from_pretrained`, which builds on the meta
-device), then every block is narrowed to its own widths. Forward code is the native class's, untouched.
+device), then every layer is narrowed to its own widths. The forward code is the native class's, unchanged.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .configuration_context_pruned import config_class_name
 from .specs import SPECS, ArchSpec, Geometry, LayerWidths, classes_on_demand, read_geometry
 
 MODELING_FILES = ("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py")
-"""What travels flat with every saved variable-width model."""
+"""Files that are copied, without subfolders, beside every saved variable-width model."""
 UPLOAD_CHECKS: list[Callable[[Any, str | None], None]] = []
-"""Called with a saved folder and the token before `push_to_hub` uploads it. The package fills this list when it is
-imported; where these files travel alone, it stays empty."""
+"""Functions that `push_to_hub` calls with the saved folder and the token before it uploads. Importing the package fills
+this list; where these files are used without the package, the list stays empty."""
 
 
 def model_class_name(spec: ArchSpec) -> str:
-    """Name of the variable-width model class of an architecture, such as ``ContextPrunedLlamaForCausalLM``."""
+    """Return the name of the variable-width model class, such as ``ContextPrunedLlamaForCausalLM``."""
     return f"ContextPruned{spec.model_class}"
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a projection stores its weight as [in_features, out_features] (`Conv1D` of GPT-2)."""
+    """Return whether a projection stores its weight as [in_features, out_features] (`Conv1D` of GPT-2)."""
     return isinstance(module, transformers.pytorch_utils.Conv1D)
 
 
@@ -59,27 +59,27 @@ def narrow_projection(module: nn.Module, *, in_features: int | None = None, out_
             setattr(module, name, value)
 
 
-def set_attention_sizes(block: nn.Module, spec: ArchSpec, geometry: Geometry, kv_groups: int) -> None:
+def set_attention_sizes(layer: nn.Module, spec: ArchSpec, geometry: Geometry, kv_groups: int) -> None:
     """Set the size attributes that the attention module keeps beside its projections (OPT, GPT-2)."""
     heads = kv_groups * geometry.queries_per_group
     sizes = {"heads": heads, "features": heads * geometry.head_dim}
     for attribute, size in spec.attention_attributes:
-        setattr(block.get_submodule(spec.attention), attribute, sizes[size])
+        setattr(layer.get_submodule(spec.attention), attribute, sizes[size])
 
 
-def narrow_layer(block: nn.Module, spec: ArchSpec, geometry: Geometry, dense: LayerWidths, target: LayerWidths) -> None:
-    """Narrow one block from the dense widths to its own, in place."""
+def narrow_layer(layer: nn.Module, spec: ArchSpec, geometry: Geometry, dense: LayerWidths, target: LayerWidths) -> None:
+    """Narrow one decoder layer from the dense to the target widths, in place."""
     if target.neurons != dense.neurons:
         for path in spec.mlp_inputs:
-            narrow_projection(block.get_submodule(path), out_features=target.neurons)
-        narrow_projection(block.get_submodule(spec.mlp_output), in_features=target.neurons)
+            narrow_projection(layer.get_submodule(path), out_features=target.neurons)
+        narrow_projection(layer.get_submodule(spec.mlp_output), in_features=target.neurons)
     if target.kv_groups != dense.kv_groups:
         query_features = target.kv_groups * geometry.queries_per_group * geometry.head_dim
         for projection in spec.attention_inputs:
             kept = geometry.projection_features(projection, range(target.kv_groups), dense.kv_groups)
-            narrow_projection(block.get_submodule(projection.path), out_features=len(kept))
-        narrow_projection(block.get_submodule(spec.attention_output), in_features=query_features)
-        set_attention_sizes(block, spec, geometry, target.kv_groups)
+            narrow_projection(layer.get_submodule(projection.path), out_features=len(kept))
+        narrow_projection(layer.get_submodule(spec.attention_output), in_features=query_features)
+        set_attention_sizes(layer, spec, geometry, target.kv_groups)
 
 
 def check_header(folder: str, spec: ArchSpec, geometry: Geometry) -> None:
@@ -91,17 +91,17 @@ def check_header(folder: str, spec: ArchSpec, geometry: Geometry) -> None:
         geometry: Sizes from the config.
 
     Raises:
-        ValueError: A layer of the config is wider or narrower than its weights, has no weights, or there are weights
+        ValueError: A layer of the config is wider or narrower than its weights or has no weights, or there are weights
             of layers that the config does not have.
     """
     try:
         metadata = get_local_safetensors_metadata(folder)
     except NotASafetensorsRepoError:
-        return  # no safetensors here: from_pretrained itself says so
+        return  # no safetensors here: from_pretrained reports that
     shapes = {name: info.shape for file in metadata.files_metadata.values() for name, info in file.tensors.items()}
     layers = spec.layers
     if not any(name.startswith(f"{layers}.") for name in shapes):
-        layers = layers.partition(".")[2]  # saved from the base model, as the first GPT-2 was
+        layers = layers.partition(".")[2]  # saved without the head's prefix, as the first GPT-2 was
     present = {name.rpartition(".")[0] for name in shapes if not name.endswith(".bias")}  # .weight, or quantised parts
     files = os.path.basename(os.path.normpath(folder))
     remedy = (
@@ -135,13 +135,13 @@ def check_header(folder: str, spec: ArchSpec, geometry: Geometry) -> None:
 
 
 def add_companions(source: str, target: str) -> None:
-    """Copy card, plan, report and tokenizer from the folder that a model is from, if the saved weights are still those.
+    """Copy card, plan, report and tokenizer from the folder that a model came from, if the weights are unchanged.
 
-    They describe these very weights, so a model that was changed since goes without them.
+    These files describe exactly the weights beside them, so a model that was changed since gets none of them.
 
     Args:
-        source: Where the model was loaded from or saved to; anything but a folder with a manifest is passed over.
-        target: A folder with the model as it was just saved.
+        source: Where the model was loaded from or saved to; ignored unless it is a folder with a manifest.
+        target: A folder into which the model was just saved.
     """
     manifest_file = os.path.join(source, "manifest.json")
     if not os.path.isfile(manifest_file):
@@ -164,7 +164,7 @@ def add_companions(source: str, target: str) -> None:
 
 
 def _is_as_saved(folder: str, name: str, sha256: str) -> bool:
-    """Whether a listed file may travel: inside of the folder, and what was saved; the card may have been edited."""
+    """Return whether a listed file may be copied: it lies in the folder and is unchanged (the card may be edited)."""
     path = os.path.join(folder, name)
     if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or not os.path.isfile(path):
         return False
@@ -177,7 +177,7 @@ def _sha256(path: str) -> str:
 
 
 class ContextPrunedModelMixin:
-    """Builds the native model with dense widths, then narrows every block to its own."""
+    """Build the native model with dense widths, then narrow every layer to its own widths."""
 
     spec: ArchSpec
     config_class: Any
@@ -192,17 +192,17 @@ class ContextPrunedModelMixin:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             config.per_layer_config = overrides
-        blocks = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
-        for block, dense_widths, widths in zip(blocks, dense.layers, target.layers, strict=True):
-            narrow_layer(block, self.spec, dense, dense_widths, widths)
+        layers = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
+        for layer, dense_widths, widths in zip(layers, dense.layers, target.layers, strict=True):
+            narrow_layer(layer, self.spec, dense, dense_widths, widths)
         for module in self.modules():  # type: ignore[attr-defined]
-            # Rotary tables depend on head_dim alone, but read it from head counts that are ambiguous once they vary.
+            # Rotary tables need only head_dim, but derive it from head counts, which are ambiguous once they vary.
             if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
                 module.config = dense_config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As `PreTrainedModel.from_pretrained`, after checking a local folder's widths against its weights."""
+        """Load like `PreTrainedModel.from_pretrained`, after comparing a local folder's widths with its weights."""
         folder = str(pretrained_model_name_or_path)
         if os.path.isdir(folder):
             config = kwargs.get("config")
@@ -212,7 +212,7 @@ class ContextPrunedModelMixin:
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As `PreTrainedModel.save_pretrained`, with the modeling files that ``auto_map`` names beside the weights."""
+        """Save like `PreTrainedModel.save_pretrained`, and copy the modeling files that ``auto_map`` names."""
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         here = os.path.dirname(os.path.abspath(__file__))
         for name in MODELING_FILES:
@@ -221,13 +221,13 @@ class ContextPrunedModelMixin:
         return result
 
     def _get_name(self) -> str:
-        """The native class's name: by it `Trainer` knows that labels are to be shifted before they are smoothed."""
+        """Return the native class's name, by which `Trainer` decides to shift labels before it smooths them."""
         return self.spec.model_class
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """What `push_to_hub` calls with the saved model; adds what its folder holds beside the same weights.
+        """Upload the saved model for `push_to_hub`, with the companion files of the folder that the model came from.
 
-        Where the package is installed, the checks in `UPLOAD_CHECKS` look through the files first.
+        Where the package is installed, the checks in `UPLOAD_CHECKS` inspect the files first.
         """
         add_companions(str(self.name_or_path), str(working_dir))  # type: ignore[attr-defined]
         for check in UPLOAD_CHECKS:

@@ -1,4 +1,4 @@
-"""Blocks whose forward is another for a while: recorded, known, or fast."""
+"""Layers whose forward is replaced for a while: recorded, known in advance, or in bfloat16."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def patch_forwards(layers: Sequence[nn.Module], patch_forwards: Sequence[Forward]) -> Iterator[None]:
-    """Let blocks run these functions instead of their own; undone at the end."""
-    own = [vars(block).get("forward") for block in layers]  # accelerate's hooks set one on the instance
+def patch_forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
+    """Let layers run these functions instead of their own forwards, which are restored at the end."""
+    own = [vars(layer).get("forward") for layer in layers]  # accelerate's hooks set one on the instance
     try:
-        for block, forward in zip(layers, patch_forwards, strict=True):
-            block.forward = forward
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
         yield
     finally:
-        for block, forward in zip(layers, own, strict=True):
+        for layer, forward in zip(layers, own, strict=True):
             if forward is None:
-                del block.forward
+                del layer.forward
             else:
-                block.forward = forward
+                layer.forward = forward
 
 
 def in_bfloat16(forward: Forward) -> Forward:
-    """A block's forward, in [`bfloat16_autocast`][]."""
+    """Return a layer's forward that runs in [`bfloat16_autocast`][]."""
 
-    def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a block takes and gives
+    def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any layer's arguments and result
         with bfloat16_autocast(hidden):
             return forward(hidden, *args, **kwargs)
 
@@ -44,6 +44,6 @@ def in_bfloat16(forward: Forward) -> Forward:
 
 
 def bfloat16_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Run a model's layers in [`bfloat16_autocast`][]; embedding, final norm and head stay as precise as they are."""
-    layers = layers_of(model, spec_of(model.config))  # a projection may be an adapter's
-    return patch_forwards(layers, [in_bfloat16(block.forward) for block in layers])
+    """Run a model's layers in [`bfloat16_autocast`][]; embedding, final norm and head keep their precision."""
+    layers = layers_of(model, spec_of(model.config))  # without check_supported: a projection may be an adapter's
+    return patch_forwards(layers, [in_bfloat16(layer.forward) for layer in layers])

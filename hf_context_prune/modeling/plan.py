@@ -1,4 +1,4 @@
-"""The pruning plan: which units of every layer are kept. A frozen value, and the auditable artefact of every run."""
+"""The pruning plan: the kept units of every layer. A frozen value, and the auditable artefact of every run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch import nn
 
 from hf_context_prune.errors import PlanError, VocabularyError
 
-from .specs import Geometry, LayerWidths, base_model_type
+from .specs import UNIT_NAMES, Geometry, LayerWidths, base_model_type
 from .token_rows import num_rows
 
 FORMAT_VERSION = 2
-"""Version 1 had no vocabulary."""
+"""Version of the JSON format. Version 1 had no vocabulary."""
 _FINGERPRINT_VALUES = 512
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's parameter names, shapes and a spread of values.
+    """Return a hash of a model's parameter names, shapes and a sample of values.
 
-    Values are rounded to bfloat16 first, so that the same checkpoint loaded as float32 or bfloat16 agrees.
+    Values are rounded to bfloat16 first, so that a checkpoint has the same hash in float32 and in bfloat16.
 
     Args:
-        model: The dense model.
+        model: The base model.
 
     Returns:
         64 hexadecimal digits.
@@ -47,7 +47,7 @@ def fingerprint(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Kept units of one block, ascending.
+    """Kept units of one layer, ascending.
 
     Attributes:
         neurons: Indices of the kept MLP neurons.
@@ -58,27 +58,28 @@ class LayerPlan:
     kv_groups: tuple[int, ...]
 
     def kept(self, target: str) -> tuple[int, ...]:
-        """Kept units of ``"mlp"`` or ``"attention"``."""
-        return self.neurons if target == "mlp" else self.kv_groups
+        """Return the kept units of ``"mlp"`` (neurons) or ``"attention"`` (KV groups)."""
+        units: tuple[int, ...] = getattr(self, UNIT_NAMES[target])
+        return units
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The kept tokens; a token's place is its new id.
+    """The kept vocabulary entries; the position of an entry is its new id.
 
     Attributes:
-        dense: Embedding rows of the model that the plan is for.
-        kept: Old ids in the order of the new ones.
+        dense: Embedding rows of the base model.
+        kept: Old ids in the order of the new ids.
     """
 
     dense: int
     kept: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse ids that are no integers, out of range or repeated.
+        """Refuse ids that are not integers, out of range or repeated.
 
         Raises:
-            PlanError: With the value.
+            PlanError: An id or a count is wrong; the message has the value.
         """
         if isinstance(self.dense, bool) or not isinstance(self.dense, int) or not self.kept:
             raise PlanError(
@@ -88,55 +89,55 @@ class Vocabulary:
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.dense:
                 raise PlanError(f"The plan's vocabulary has {index!r}; ids are integers from 0 to {self.dense - 1}.")
         if len(set(self.kept)) != len(self.kept):
-            raise PlanError("The plan's vocabulary names a token twice.")
+            raise PlanError("The plan's vocabulary has an id twice.")
 
     @cached_property
     def new_ids(self) -> dict[int, int]:
-        """New ids by old ones."""
+        """New ids by old ids."""
         return {old: new for new, old in enumerate(self.kept)}
 
     def to_new(self, ids: Iterable[int]) -> list[int | None]:
-        """New ids of old ones, a flat sequence (or tensor); None for a token that is gone.
+        """Return the new ids of a flat sequence (or tensor) of old ids; None for a removed token.
 
         Raises:
-            VocabularyError: One is no id of the old vocabulary.
+            VocabularyError: A value is not an id of the old vocabulary.
         """
-        return [self.new_ids.get(index) for index in _ids(ids, self.dense, "old")]
+        return [self.new_ids.get(index) for index in _check_ids(ids, self.dense, "old")]
 
     def to_old(self, ids: Iterable[int]) -> list[int]:
-        """Old ids of new ones, a flat sequence (or tensor).
+        """Return the old ids of a flat sequence (or tensor) of new ids.
 
         Raises:
-            VocabularyError: One is no id of the new vocabulary.
+            VocabularyError: A value is not an id of the new vocabulary.
         """
-        return [self.kept[index] for index in _ids(ids, len(self.kept), "new")]
+        return [self.kept[index] for index in _check_ids(ids, len(self.kept), "new")]
 
 
-def _ids(ids: Iterable[int], count: int, which: str) -> Iterator[int]:
+def _check_ids(ids: Iterable[int], count: int, which: str) -> Iterator[int]:
     for value in ids:
         try:
             index = operator.index(value)
         except TypeError:
-            index = -1  # a list of lists, or a number that is not whole
+            index = -1  # a list of lists, or a fraction
         if not 0 <= index < count:
             raise VocabularyError(
-                f"{value!r} is no id of the {which} vocabulary; give a flat sequence of integers from 0 to "
-                f"{count - 1:,} (labels of -100 and the like left out)."
+                f"{value!r} is not an id of the {which} vocabulary; give a flat sequence of integers from 0 to "
+                f"{count - 1:,}, without labels such as -100."
             )
         yield index
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Kept units of every layer, the kept tokens, and for which model.
+    """Kept units of every layer and kept vocabulary entries, for one base model.
 
     Attributes:
         model_type: Native model type, such as ``"llama"``.
-        dense: Widths of the model that the plan is for, one a layer.
-        layers: Kept units, one a layer.
-        model_fingerprint: [`fingerprint`][] of that model; empty for a plan made from shapes alone.
-        provenance: How it was made: options, data, seed, versions (JSON values).
-        vocabulary: The kept tokens; None where all stay, with their ids.
+        dense: Widths of the base model, one per layer.
+        layers: Kept units, one entry per layer.
+        model_fingerprint: [`fingerprint`][] of the base model; empty for a plan made from shapes alone.
+        provenance: How the plan was made: options, data, seed, versions (JSON values).
+        vocabulary: The kept vocabulary entries; None if all stay, with their ids.
     """
 
     model_type: str
@@ -150,21 +151,19 @@ class PruningPlan:
         """Refuse fields of a wrong type, and indices that are out of range, repeated or not ascending.
 
         Raises:
-            PlanError: With field or layer, unit kind and value.
+            PlanError: The message has the field, or the layer and the kind of unit, and the value.
         """
         for name, kind in (("model_type", str), ("model_fingerprint", str), ("provenance", Mapping)):
             if not isinstance(getattr(self, name), kind):
                 what = "a string" if kind is str else "a mapping"
                 raise PlanError(f"The plan's {name} is {getattr(self, name)!r}; it must be {what}.")
         if not self.layers:
-            raise PlanError("The plan has no layers; it must have one entry for each block of its model.")
+            raise PlanError("The plan has no layers; it must have one entry for each layer of its model.")
         if len(self.layers) != len(self.dense):
             raise PlanError(f"The plan has {len(self.layers)} layers, its model has {len(self.dense)}.")
         for index, (layer, widths) in enumerate(zip(self.layers, self.dense, strict=True)):
-            for name, kept, width in (
-                ("neurons", layer.neurons, widths.neurons),
-                ("kv_groups", layer.kv_groups, widths.kv_groups),
-            ):
+            for target, name in UNIT_NAMES.items():
+                kept, width = layer.kept(target), widths.of(target)
                 if isinstance(width, bool) or not isinstance(width, int):
                     raise PlanError(f"Layer {index} of the plan: dense_{name} is {width!r}; it must be an integer.")
                 if not kept:
@@ -178,13 +177,13 @@ class PruningPlan:
 
     @classmethod
     def identity(cls, model_type: str, geometry: Geometry, model_fingerprint: str = "") -> PruningPlan:
-        """The plan that keeps everything."""
+        """Return the plan that keeps everything."""
         layers = tuple(LayerPlan(tuple(range(w.neurons)), tuple(range(w.kv_groups))) for w in geometry.layers)
         return cls(base_model_type(model_type), geometry.layers, layers, model_fingerprint)
 
     @property
     def widths(self) -> tuple[LayerWidths, ...]:
-        """Widths after pruning, one a layer."""
+        """Widths after pruning, one per layer."""
         return tuple(LayerWidths(len(layer.neurons), len(layer.kv_groups)) for layer in self.layers)
 
     @property
@@ -194,7 +193,7 @@ class PruningPlan:
 
     @property
     def sha256(self) -> str:
-        """Hash of what is kept and for which model (not of the provenance)."""
+        """Hash of the kept units and entries and of the base model's facts, without the provenance."""
         content = {key: value for key, value in self.to_dict().items() if key != "provenance"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -202,7 +201,7 @@ class PruningPlan:
         """Refuse a model that the plan was not made for.
 
         Raises:
-            PlanError: Another architecture, other widths or other weights.
+            PlanError: The model has another architecture, other widths or other weights.
         """
         if self.model_type != base_model_type(model_type):
             raise PlanError(
@@ -226,7 +225,7 @@ class PruningPlan:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; [`from_dict`][] reads them."""
+        """Return the plan as JSON values, which [`from_dict`][] reads."""
         return {
             "format_version": FORMAT_VERSION,
             "model_type": self.model_type,
@@ -248,10 +247,10 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
-        """Rebuild a plan from JSON values.
+        """Build a plan from JSON values.
 
         Raises:
-            PlanError: A missing field, another format version, or bad indices.
+            PlanError: A field is missing, the format version is unknown, or indices are wrong.
         """
         try:
             if data["format_version"] not in range(1, FORMAT_VERSION + 1):
@@ -272,7 +271,7 @@ class PruningPlan:
             raise PlanError(f"This is not a pruning plan: {type(error).__name__} {error}.") from error
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, one layer a line."""
+        """Write the plan as JSON, one layer per line."""
         data = self.to_dict()
         layers = ",\n  ".join(json.dumps(layer, separators=(",", ":")) for layer in data.pop("layers"))
         vocabulary = json.dumps(data.pop("vocabulary"), separators=(",", ":"))
@@ -283,7 +282,7 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Read a plan from JSON.
+        """Read a plan from a JSON file.
 
         Raises:
             PlanError: The file is missing, not JSON or not a plan.
@@ -292,7 +291,8 @@ class PruningPlan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PlanError(
-                f"{path} does not exist: no pruned model is there. `prune` or callback.save_pretrained makes one."
+                f"{path} does not exist, so its folder holds no pruned model. Make one by `prune` or by "
+                f"callback.save_pretrained."
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path} can't be read as a pruning plan: {error}.") from error
@@ -303,8 +303,8 @@ class PruningPlan:
 
 def _describe(widths: tuple[LayerWidths, ...]) -> str:
     neurons, groups = {w.neurons for w in widths}, {w.kv_groups for w in widths}
-    return f"{len(widths)} layers of {_span(neurons)} neurons and {_span(groups)} KV groups"
+    return f"{len(widths)} layers of {_format_range(neurons)} neurons and {_format_range(groups)} KV groups"
 
 
-def _span(values: set[int]) -> str:
+def _format_range(values: set[int]) -> str:
     return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"

@@ -1,4 +1,4 @@
-"""Access tokens in files: looked for before anything leaves the machine."""
+"""A search for access tokens in files, before anything leaves the machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hf_context_prune.errors import PublishError
 
 _CHUNK = 1 << 20
 _OVERLAP = 4096  # longer than any form below
-_OPAQUE = {".safetensors", ".png", ".whl", ".model"}  # no text that people or libraries write settings into
-# Where a token may begin: also after an escape of JSON ("\n", "\u00e9"), whose last character is a letter or digit.
+_OPAQUE = {".safetensors", ".png", ".whl", ".model"}  # files that hold no settings as text
+# A token may begin here: also after an escape of JSON ("\n", "\u00e9"), whose last character is a letter or digit.
 _START = rb"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9a-fA-F]{4}))"
 _FORMS: dict[str, bytes] = {
     "a Hugging Face token": rb"(?:hf|api_org)_[A-Za-z0-9]{30,}",
@@ -29,15 +29,15 @@ _ANY = re.compile(b"%s(?:%s)|(%s)" % (_START, b"|".join(b"(%s)" % form for form 
 
 
 def refuse_tokens(folder: Path, names: list[str], own_token: str | None = None) -> None:
-    """Look for access tokens in the text files of a folder, in constant memory.
+    """Refuse access tokens in the text files of a folder; the search needs constant memory.
 
     Args:
-        folder: Where the files are.
-        names: Their relative paths.
-        own_token: A token that must not be in them either, whatever its form.
+        folder: The folder.
+        names: Relative paths of the files.
+        own_token: One more token to refuse, whatever its form.
 
     Raises:
-        PublishError: One is there; the message says in which file and line, and shows its first characters only.
+        PublishError: A file holds a token. The message names file and line, and shows only the first characters.
     """
     own = own_token.encode() if own_token and len(own_token) >= 8 else None
     for name in names:
@@ -60,8 +60,8 @@ def _refuse_in(path: Path, name: str, own: bytes | None) -> None:
             if at >= 0:
                 number = line + text.count(b"\n", 0, at)
                 raise PublishError(
-                    f"{name} holds {kind} in line {number} ({shown.decode()}...). Nothing was uploaded. Remove it, "
-                    f"save the folder again, and revoke that token if it was ever shared."
+                    f"{name} holds {kind} in line {number} ({shown.decode()}...). Nothing was uploaded. Remove the "
+                    f"token, save the folder again, and revoke the token if it was ever shared."
                 )
             rest = text[-_OVERLAP:]
             line += text[: len(text) - len(rest)].count(b"\n")

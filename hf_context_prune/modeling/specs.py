@@ -1,8 +1,8 @@
 """The table of supported architectures: the only place that knows module paths and config attribute names.
 
-An architecture is one [`ArchSpec`][]: where the blocks are, which projections read and write the MLP neurons and the
-attention heads, and how the config calls their counts. Everything else (surgery, the model class, calibration) follows
-from the entry. To add an architecture, add an entry here and one line to ``tests/support/tiny.py``.
+An architecture is one [`ArchSpec`][]: where the decoder layers are, which projections read and write the MLP neurons
+and the attention heads, and how the config names their counts. Everything else (surgery, the model class, calibration)
+follows from the entry. To add an architecture, add an entry here and one line to ``tests/support/tiny.py``.
 
 This file travels with every saved variable-width model, so it imports nothing but the standard library.
 """
@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 PREFIX = "context_pruned_"
+"""Begins the ``model_type`` of every variable-width model."""
+UNIT_NAMES = {"mlp": "neurons", "attention": "kv_groups"}
+"""The units of a target, by the name that plans, widths and messages use."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """An input projection of the attention and what its output features hold.
+    """An input projection of the attention, and the layout of its output features.
 
     Attributes:
-        path: Module path relative to the block.
+        path: Module path relative to the layer.
         roles: ``"query"``, ``"key"`` and/or ``"value"``, in the order in which they are stacked.
         interleaved: False: all heads of the first role, then all of the second (GPT-2). True: head by head, each
             with all roles (GPT-NeoX).
@@ -38,27 +41,27 @@ def _separate(prefix: str) -> tuple[Projection, ...]:
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """Where the prunable units of one architecture are.
+    """The places of the prunable units of one architecture.
 
     Attributes:
         model_type: ``config.model_type`` of the native architecture.
         config_class: Name of the config class in `transformers`.
         model_class: Name of the causal-LM class in `transformers`.
-        layers: Module path of the block list, from the causal-LM model.
-        mlp_inputs: Projections whose output features are the neurons (gate and up, or one), relative to the block.
+        layers: Module path of the list of decoder layers, from the causal-LM model.
+        mlp_inputs: Projections whose output features are the neurons (gate and up, or one), relative to the layer.
         mlp_output: Projection whose input features are the neurons.
-        activation: The MLP's activation function; it reads the first of `mlp_inputs`.
+        activation: The MLP's activation function; its input is the output of the first of `mlp_inputs`.
         attention_inputs: Projections whose output features are query, key and value heads.
         attention_output: Projection whose input features are the query heads.
-        attention: The attention module, relative to the block.
+        attention: The attention module, relative to the layer.
         width: Config attribute with the number of neurons.
         query_heads: Config attribute with the number of query heads.
         kv_heads: Config attribute with the number of key/value heads; None where every query head has its own.
         attention_attributes: Attributes of the attention module that hold a size, with ``"heads"`` (query heads) or
-            ``"features"`` (query heads x head_dim): set anew when heads are removed.
+            ``"features"`` (query heads x head_dim); updated when heads are removed.
         post_norms: (target, module path) of the norms between a projection and the residual stream (Gemma 2 and 3).
-        residual_multiplier: Config attribute by which a sub-layer's output is scaled before it is added (Granite).
-        parallel: Whether attention and MLP both read the block's input; or the config attribute that says so.
+        residual_multiplier: Config attribute that scales a sub-layer's output before it is added (Granite).
+        parallel: Whether attention and MLP both read the layer's input; or the config attribute that says so.
         transposed: Whether projections store their weight as [in_features, out_features] (`Conv1D` of GPT-2).
     """
 
@@ -80,6 +83,10 @@ class ArchSpec:
     residual_multiplier: str | None = None
     parallel: bool | str = False
     transposed: bool = False
+
+    def output_path(self, target: str) -> str:
+        """Return the path of the projection that reads the units of ``"mlp"`` or ``"attention"``."""
+        return self.mlp_output if target == "mlp" else self.attention_output
 
 
 def _llama_like(model_type: str, name: str, config_class: str | None = None, **differences: Any) -> ArchSpec:  # noqa: ANN401
@@ -161,7 +168,7 @@ SPECS: dict[str, ArchSpec] = {
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """Sizes of one block.
+    """Widths of one decoder layer.
 
     Attributes:
         neurons: MLP neurons.
@@ -170,6 +177,11 @@ class LayerWidths:
 
     neurons: int
     kv_groups: int
+
+    def of(self, target: str) -> int:
+        """Return the number of units of ``"mlp"`` (neurons) or ``"attention"`` (KV groups)."""
+        width: int = getattr(self, UNIT_NAMES[target])
+        return width
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,7 @@ class Geometry:
         hidden_size: Width of the residual stream.
         head_dim: Features of one head.
         queries_per_group: Query heads that share one key/value head.
-        layers: One [`LayerWidths`][] a block.
+        layers: One [`LayerWidths`][] per decoder layer.
     """
 
     hidden_size: int
@@ -189,13 +201,13 @@ class Geometry:
     layers: tuple[LayerWidths, ...]
 
     def head_range(self, group: int, role: str) -> range:
-        """Heads of one KV group: its query heads, or itself for key and value."""
+        """Return the heads of one KV group: its query heads, or the group's own head for key and value."""
         if role == "query":
             return range(group * self.queries_per_group, (group + 1) * self.queries_per_group)
         return range(group, group + 1)
 
     def query_features(self, groups: Sequence[int]) -> list[int]:
-        """Input features of the output projection that belong to these KV groups, ascending within each."""
+        """Return the output projection's input features of these KV groups, ascending within each group."""
         return [
             head * self.head_dim + feature
             for group in groups
@@ -204,17 +216,17 @@ class Geometry:
         ]
 
     def projection_features(self, projection: Projection, groups: Sequence[int], total_groups: int) -> list[int]:
-        """Output features of an input projection that belong to these KV groups.
+        """Return the output features of an input projection that belong to these KV groups.
 
         Args:
-            projection: What the projection's output features hold.
+            projection: The projection.
             groups: Kept KV groups, ascending.
-            total_groups: KV groups of the projection as it is now.
+            total_groups: KV groups that the projection has now.
         """
         dim = self.head_dim
-        if projection.interleaved:  # one head = one block of all roles; such models have one query head a group
-            block = dim * len(projection.roles)
-            return [group * block + feature for group in groups for feature in range(block)]
+        if projection.interleaved:  # all roles of a head lie together; such models have one query head per group
+            size = dim * len(projection.roles)
+            return [group * size + feature for group in groups for feature in range(size)]
         features: list[int] = []
         offset = 0
         for role in projection.roles:
@@ -229,12 +241,12 @@ class Geometry:
 def classes_on_demand(
     module: str, specs: Mapping[str, ArchSpec], make: Callable[[ArchSpec], type]
 ) -> Callable[[str], type]:
-    """A module-level ``__getattr__`` (PEP 562) that makes an architecture's class when its name is first asked for.
+    """Return a module-level ``__getattr__`` (PEP 562) that makes an architecture's class on first access to its name.
 
     Args:
         module: Name of the module, for the error.
         specs: Table entries by class name.
-        make: Makes the class of an entry; called once for each.
+        make: Makes the class of an entry; called once per entry.
     """
     made: dict[str, type] = {}
 
@@ -249,25 +261,25 @@ def classes_on_demand(
 
 
 def base_model_type(model_type: str) -> str:
-    """The native model type behind ``context_pruned_<base>``; any other is returned as it is."""
+    """Return the native model type behind ``context_pruned_<base>``; any other type is returned unchanged."""
     return model_type.removeprefix(PREFIX)
 
 
 def neurons_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
-    """Number of MLP neurons that a (layer) config asks for."""
+    """Return the number of MLP neurons that a (layer) config asks for."""
     width = getattr(config, spec.width, None)
-    # GPT-2 writes None for its default of four times the hidden size.
+    # GPT-2 writes None for its default, four times the hidden size.
     return 4 * config.hidden_size if width is None else width
 
 
 def kv_groups_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
-    """Number of KV groups that a (layer) config asks for."""
+    """Return the number of KV groups that a (layer) config asks for."""
     attribute = spec.query_heads if spec.kv_heads is None else spec.kv_heads
     return getattr(config, attribute)
 
 
 def read_geometry(config: Any, spec: ArchSpec) -> Geometry:  # noqa: ANN401
-    """Read all sizes from a config, stock or variable-width.
+    """Read all sizes from a config, native or variable-width.
 
     Args:
         config: A `PreTrainedConfig`.

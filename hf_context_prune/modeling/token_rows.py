@@ -1,4 +1,4 @@
-"""Rows of the token embeddings, and every place of a config that names a token by its id."""
+"""Rows of the token embeddings, and every config field that holds token ids."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ID_SEQUENCES = ("bad_words_ids", "force_words_ids")
 
 
 def iter_token_ids(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - model and generation configs alike
-    """(field, id) of every token that a config relies on: bos, eos (also several), pad, forced ones and the like.
+    """Yield (field, id) for every token that a config relies on: bos, eos (one or several), pad, forced and others.
 
-    Negative ids, which some configs have for "none", are left out; so are tokens that are only suppressed.
+    Negative ids, which some configs use for "none", are left out; so are tokens that are only suppressed.
     """
     for name, value in _id_fields(config):
         for index in value if isinstance(value, list | tuple) else [value]:
@@ -32,20 +32,20 @@ def iter_token_ids(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - 
 def renumber_token_ids(config: Any, new_ids: Mapping[int, int]) -> None:  # noqa: ANN401
     """Replace every token id of a model or generation config, in place.
 
-    Suppressed tokens and forbidden sequences that lose a token are dropped: they can't come up any more.
+    Suppressed tokens that are removed, and forbidden sequences with a removed token, are dropped: they can't occur.
 
     Args:
         config: Model config or generation config.
-        new_ids: New ids by old ones, with all of [`iter_token_ids`][].
+        new_ids: New ids by old ids; must have every id of [`iter_token_ids`][].
 
     Raises:
-        PlanError: One of them has no new id.
+        PlanError: One of these ids has no new id.
     """
     for name, index in iter_token_ids(config):
         if index not in new_ids:
             raise PlanError(
                 f"{type(config).__name__}.{name} names the token {index}, which the plan removes. Make a plan with "
-                f"this model, or set it to a token that stays."
+                f"this model, or set this field to a token that stays."
             )
 
     def mapped(value: Any) -> Any:  # noqa: ANN401
@@ -76,14 +76,14 @@ def _id_fields(config: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
 
 
 def _sequence(item: Sequence[Any], new_ids: Mapping[int, int]) -> list[Any] | None:
-    """A sequence of ids (or, for force_words_ids, of alternatives) without what has lost a token."""
+    """Return a sequence in new ids, or None if it has a removed token; of alternatives, those that remain."""
     if item and isinstance(item[0], list | tuple):
         return [kept for part in item if (kept := _sequence(part, new_ids))] or None
     return [new_ids[index] for index in item] if all(index in new_ids for index in item) else None
 
 
 def build_vocabulary_config(config: Any, order: Sequence[int]) -> Any:  # noqa: ANN401
-    """A copy of a model config for the kept tokens, with new ids everywhere."""
+    """Return a copy of a model config for the kept vocabulary entries, with new ids in every field."""
     result = copy.deepcopy(config)
     result.vocab_size = len(order)
     renumber_token_ids(result, {old: new for new, old in enumerate(order)})
@@ -91,12 +91,12 @@ def build_vocabulary_config(config: Any, order: Sequence[int]) -> Any:  # noqa: 
 
 
 def token_modules(model: Any) -> list[nn.Module]:  # noqa: ANN401
-    """The input embedding and, where there is one, the head."""
+    """Return the input embedding and, if there is one, the LM head."""
     return [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
 
 
 def token_rows(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
-    """Parameters with one row a token, by their names in the state dict: embedding, head, the head's bias."""
+    """Return the parameters with one row per vocabulary entry (embedding, LM head, its bias), by state-dict name."""
     modules = {id(module) for module in token_modules(model)}
     return {
         f"{path}.{name}": parameter
@@ -107,11 +107,11 @@ def token_rows(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
 
 
 def token_cost(model: Any) -> int:  # noqa: ANN401
-    """Parameters a token, tied ones once."""
+    """Return the parameters per vocabulary entry; tied parameters count once."""
     unique = {id(parameter): parameter for parameter in token_rows(model).values()}
     return sum(parameter[0].numel() for parameter in unique.values())
 
 
 def num_rows(model: Any) -> int:  # noqa: ANN401
-    """Rows of the input embedding."""
+    """Return the number of rows of the input embedding."""
     return int(model.get_input_embeddings().weight.shape[0])

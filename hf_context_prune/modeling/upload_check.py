@@ -1,4 +1,4 @@
-"""Which files of a model or a Space may leave this machine: checked before every upload."""
+"""The files of a model or a Space that may leave this machine, checked before every upload."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from hf_context_prune.utils.file_names import MANIFEST_NAME
 from .secret_scan import refuse_tokens
 
 RepoType = Literal["model", "space"]
-
-
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -22,18 +20,16 @@ MODEL_FILES = (
     *("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py"),
     *("pruning_plan.json", "eval_report.json", MANIFEST_NAME, "README.md", "widths.png", ".eval_results/*.yaml"),
 )
-"""What may go to a model repository; ``*`` does not cross folders."""
-
-
+"""Files that may go to a model repository; ``*`` does not match across folders."""
 SPACE_SUFFIXES = frozenset({".py", ".md", ".txt", ".yaml", ".json", ".css", ".png", ".whl"})
-"""What may go to a Space: text, pictures and our own wheel."""
+"""Suffixes of files that may go to a Space: text, pictures and the wheel of this package."""
 
 
 def refuse_upload(folder: str | Path, token: str | None = None) -> None:
-    """Check a folder that a model's own ``push_to_hub`` wrote: every file must be allowed, and hold no access token.
+    """Refuse to upload a folder that a model's own ``push_to_hub`` wrote, if a file is not allowed or holds a token.
 
     Raises:
-        PublishError: Says which file may not leave, and why.
+        PublishError: A file may not be uploaded; the message names the file and the reason.
     """
     path = Path(folder)
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
@@ -47,12 +43,12 @@ def refuse_upload(folder: str | Path, token: str | None = None) -> None:
 
 
 def is_allowed(name: str, repo_type: RepoType) -> bool:
-    """Whether a file of this relative path may go to a repository."""
+    """Return whether a file with this relative path may go to a repository."""
     if repo_type == "space":
         return Path(name).suffix.lower() in SPACE_SUFFIXES
     return any(matches_pattern(name, pattern) for pattern in MODEL_FILES)
 
 
 def matches_pattern(name: str, pattern: str) -> bool:
-    """Return whether a relative path matches a pattern; ``*`` does not cross folders."""
+    """Return whether a relative path matches a pattern; ``*`` does not match across folders."""
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)

@@ -72,5 +72,4 @@ class ModelView:
 
     def num_units(self, layer: int, target: Target) -> int:
         """Return how many units of a target a layer has."""
-        widths = self.widths[layer]
-        return widths.neurons if target == "mlp" else widths.kv_groups
+        return self.widths[layer].of(target)

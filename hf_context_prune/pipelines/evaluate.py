@@ -21,6 +21,7 @@ from hf_context_prune.evaluation.reports.report import (
 )
 from hf_context_prune.evaluation.scores import answer_with_models
 from hf_context_prune.evaluation.speed import measure_peak_memory, measure_speed
+from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, explain_gguf_sizes
 from hf_context_prune.storage.saving import count_weight_bytes
 
@@ -82,7 +83,7 @@ def evaluate(
             pruned_weight_bytes=count_weight_bytes(own.folder) if base is not None and own.folder else None,
         ),
         loss=losses,
-        environment=Environment.current(str(own.model.dtype).removeprefix("torch.")),
+        environment=Environment.current(dtype_name(own.model)),
         speed=SpeedFacts(speed["base"], speed.get("pruned")) if speed else None,
         memory=_memory(first, None if base is None else own) if options.memory else None,
         multiple_choice=choice,

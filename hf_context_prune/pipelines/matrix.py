@@ -19,6 +19,7 @@ from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment, EvalReport
 from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
+from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, check_share
@@ -121,7 +122,7 @@ def domain_matrix(
                 )
                 scores[name, measured] = Scores.from_row(row)
         result = DomainMatrix(base.name, names, held_out, splits, scores, reference, config.pruning_seed, shares)
-        environment = Environment.current(str(base.model.dtype).removeprefix("torch."))
+        environment = Environment.current(dtype_name(base.model))
         write_run(result.run_report(environment), folder)
         for member in members:
             if not (folder / MODELS / member.name).exists():  # removed by hand since its rows were measured

@@ -15,6 +15,7 @@ from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from hf_context_prune.evaluation.speed import measure_speed
+from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
@@ -90,7 +91,7 @@ def recover_folder(
             asked_ratio=(plan.provenance.get("config") or {}).get("pruning_ratio"),
         ),
         loss=build_loss_facts(base_losses, losses, seed=config.recovery_seed),
-        environment=Environment.current(str(recovered.model.dtype).removeprefix("torch.")),
+        environment=Environment.current(dtype_name(recovered.model)),
         speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
         general=measure_general_losses(
             general,

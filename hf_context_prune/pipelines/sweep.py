@@ -19,6 +19,7 @@ from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
+from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import fingerprint
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import PrunedModel, check_budget, prune_model
@@ -154,7 +155,7 @@ def sweep(
             tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
             measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
         result = Sweep(base.name, split.how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
-        environment = Environment.current(str(base.model.dtype).removeprefix("torch."))
+        environment = Environment.current(dtype_name(base.model))
         write_run(result.run_report(environment), folder)
     return result
 

@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from hf_context_prune.modeling import model_class
 from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, output_weight
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from hf_context_prune.storage.saving import save_pruned
@@ -103,7 +103,7 @@ def test_empty_plan_is_the_identity(name):
 def test_cached_equals_uncached_and_static_equals_dynamic(name):
     model = case(name)
     smaller = apply_plan(model, random_plan(model))
-    assert isinstance(smaller, model_class(spec_of_case(name)))
+    assert isinstance(smaller, get_model_class(spec_of_case(name)))
     ids = tokens()
     full = logits(smaller, ids)
     for cache in (DynamicCache(config=smaller.config), StaticCache(config=smaller.config, max_cache_len=32)):

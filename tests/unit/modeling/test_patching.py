@@ -1,4 +1,4 @@
-"""Blocks run fast where the processor can: what is rounded there, and what never is."""
+"""Layers run in bfloat16 where the processor is faster so; head, other precisions and the model are unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hf_context_prune.modeling.architectures import layers_of, spec_of
 from hf_context_prune.modeling.patching import bfloat16_layers, patch_forwards
 from hf_context_prune.utils import precision
-from tests.support.tiny import CASES, VOCABULARY, case
+from tests.support.tiny import COVERING, VOCABULARY, case
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def tokens():
     return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_fast_blocks_round_little_and_leave_no_trace(name, fast_bfloat16):
+@pytest.mark.parametrize("name", COVERING)
+def test_fast_layers_round_little_and_leave_no_trace(name, fast_bfloat16):
     model, ids = case(name).eval(), tokens()
     layers = layers_of(model, spec_of(model.config))
     seen = []

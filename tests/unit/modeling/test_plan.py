@@ -49,12 +49,13 @@ def test_ids_of_a_vocabulary():
     assert VOCABULARY.to_old(torch.tensor([3, 0])) == [7, 0]
 
 
-@pytest.mark.parametrize("bad", [[99], [-100], [9], [1.5], [[1, 2]], ["1"], torch.tensor([[1, 2]]), [None]])
-def test_ids_of_no_vocabulary(bad):
-    with pytest.raises(VocabularyError, match=r"is no id of the old vocabulary; .* from 0 to 8"):
-        VOCABULARY.to_new(bad)
-    with pytest.raises(VocabularyError, match=r"is no id of the new vocabulary; .* from 0 to 4"):
-        VOCABULARY.to_old(bad)
+def test_ids_of_no_vocabulary(subtests):
+    for bad in ([99], [-100], [9], [1.5], [[1, 2]], ["1"], torch.tensor([[1, 2]]), [None]):
+        with subtests.test(bad=bad):
+            with pytest.raises(VocabularyError, match=r"old vocabulary; .* from 0 to 8"):
+                VOCABULARY.to_new(bad)
+            with pytest.raises(VocabularyError, match=r"new vocabulary; .* from 0 to 4"):
+                VOCABULARY.to_old(bad)
 
 
 def test_widths():
@@ -99,9 +100,8 @@ def test_the_hash_is_of_what_is_kept_and_for_which_model():
     assert len({plan.sha256 for plan in [PLAN, *changed]}) == 1 + len(changed)
 
 
-@pytest.mark.parametrize(
-    ("layer", "said"),
-    [
+def test_indices(subtests):
+    for layer, said in (
         (LayerPlan((), (0,)), "Layer 1 of the plan keeps no neurons"),
         (LayerPlan((0,), ()), "Layer 1 of the plan keeps no kv_groups"),
         (LayerPlan((0, 6), (0,)), "Layer 1 .* neurons that are not ascending integers from 0 to 5"),
@@ -113,11 +113,9 @@ def test_the_hash_is_of_what_is_kept_and_for_which_model():
         (LayerPlan((0, 1.0), (0,)), "Layer 1 .* neurons that are not integers"),
         (LayerPlan(("0",), (0,)), "Layer 1 .* neurons that are not integers"),
         (LayerPlan((None,), (0,)), "Layer 1 .* neurons that are not integers"),
-    ],
-)
-def test_indices(layer, said):
-    with pytest.raises(PlanError, match=said):
-        replace(PLAN, layers=(LAYERS[0], layer))
+    ):
+        with subtests.test(layer=layer), pytest.raises(PlanError, match=said):
+            replace(PLAN, layers=(LAYERS[0], layer))
 
 
 def test_layer_counts_must_agree():
@@ -134,9 +132,9 @@ def damage(**changes):
 FIRST = PLAN.to_dict()["layers"][0]
 
 
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
+def test_damaged_values(subtests, tmp_path):
+    path = tmp_path / "plan.json"
+    for data, said in (
         *[(damage(**{key: "gone"}), key) for key in PLAN.to_dict()],
         (damage(format_version=3), "format version 3; this package reads 1 to 2"),
         (damage(format_version=None), "format version None"),
@@ -166,19 +164,16 @@ FIRST = PLAN.to_dict()["layers"][0]
         (damage(vocabulary={"dense": 9, "kept": [0, True]}), "vocabulary has True"),
         (damage(vocabulary={"dense": 9, "kept": [0, 1.0]}), r"vocabulary has 1\.0"),
         (damage(vocabulary={"dense": 9, "kept": "012"}), "vocabulary has '0'"),
-        (damage(vocabulary={"dense": 9, "kept": [2, 0, 2]}), "names a token twice"),
+        (damage(vocabulary={"dense": 9, "kept": [2, 0, 2]}), "vocabulary has an id twice"),
         (damage(provenance=None), "provenance is None"),
         (damage(provenance=["seed"]), r"provenance is \['seed'\]"),
         ([PLAN.to_dict()], "top level is a list"),
         ("plan", "top level is a str"),
         (None, "top level is a NoneType"),
-    ],
-)
-def test_damaged_values(data, said, tmp_path):
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps(data))
-    with pytest.raises(PlanError, match=said):
-        PruningPlan.load(path)
+    ):
+        path.write_text(json.dumps(data))
+        with subtests.test(said=said), pytest.raises(PlanError, match=said):
+            PruningPlan.load(path)
 
 
 def test_damaged_files(tmp_path):
@@ -189,7 +184,7 @@ def test_damaged_files(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(PlanError, match=r"plan\.json can't be read as a pruning plan"):
             PruningPlan.load(path)
-    with pytest.raises(PlanError, match=r"other\.json does not exist: no pruned model is there"):
+    with pytest.raises(PlanError, match=r"other\.json does not exist"):
         PruningPlan.load(tmp_path / "other.json")
     with pytest.raises(PlanError, match="can't be read"):
         PruningPlan.load(tmp_path)
@@ -201,25 +196,22 @@ def plan_for(model, **changes):
     return replace(PruningPlan("llama", geometry.layers, layers, fingerprint(model)), **changes)
 
 
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        (("qwen2", {}), "made for a llama model, this one is qwen2"),
-        (("llama", {"intermediate_size": 41}), "3 layers of 40 neurons and 3 KV groups, this model has .* 41 neurons"),
-        (("llama", {"num_key_value_heads": 6}), "3 KV groups, this model has .* 6 KV groups"),
-        (("llama", {"num_hidden_layers": 2}), "made for 3 layers .* this model has 2 layers"),
-        (("llama", {"seed": 1}), "other weights"),
-        (("llama", {"vocab_size": 321}), "vocabulary is for 320 embedding rows, this model has 321"),
-    ],
-)
-def test_a_plan_for_another_model(model, other, said):
-    family, overrides = other
+def test_a_plan_for_another_model(model, subtests):
     plan = plan_for(model, vocabulary=Vocabulary(320, (0, 1, 2, 9)))
-    stranger = tiny_model(family, **overrides)
-    before = {name: tensor.clone() for name, tensor in stranger.state_dict().items()}
-    with pytest.raises(PlanError, match=said):
-        apply_plan(stranger, plan)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in stranger.state_dict().items())
+    for family, overrides, said in (
+        ("qwen2", {}, "made for a llama model, this one is qwen2"),
+        ("llama", {"intermediate_size": 41}, "3 layers of 40 neurons and 3 KV groups, this model has .* 41 neurons"),
+        ("llama", {"num_key_value_heads": 6}, "3 KV groups, this model has .* 6 KV groups"),
+        ("llama", {"num_hidden_layers": 2}, "made for 3 layers .* this model has 2 layers"),
+        ("llama", {"seed": 1}, "other weights"),
+        ("llama", {"vocab_size": 321}, "vocabulary is for 320 embedding rows, this model has 321"),
+    ):
+        with subtests.test(family=family, **overrides):
+            stranger = tiny_model(family, **overrides)
+            before = {name: tensor.clone() for name, tensor in stranger.state_dict().items()}
+            with pytest.raises(PlanError, match=said):
+                apply_plan(stranger, plan)
+            assert all(torch.equal(tensor, before[name]) for name, tensor in stranger.state_dict().items())
 
 
 def test_a_plan_from_shapes_alone_fits_any_weights(model):

@@ -18,14 +18,13 @@ from hf_context_prune.modeling.token_rows import (
     token_modules,
     token_rows,
 )
-from tests.support.tiny import CASES, VOCABULARY, case, tiny_config
+from tests.support.tiny import COVERING, VOCABULARY, case, tiny_config
 
 NEW = {1: 0, 2: 1, 5: 2, 7: 3, 8: 4, 9: 5}
 
 
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
+def test_the_ids_that_a_generation_config_relies_on(subtests):
+    for values, named in (
         ({"eos_token_id": 2}, {("eos_token_id", 2)}),
         ({"eos_token_id": [2, 5]}, {("eos_token_id", 2), ("eos_token_id", 5)}),
         ({"eos_token_id": []}, set()),
@@ -37,22 +36,21 @@ NEW = {1: 0, 2: 1, 5: 2, 7: 3, 8: 4, 9: 5}
         ({"forced_decoder_ids": [[1, 5], [2, None]]}, {("forced_decoder_ids", 5)}),
         ({"suppress_tokens": [3], "bad_words_ids": [[4]], "sequence_bias": {(6,): 1.0}, "max_new_tokens": 7}, set()),
         ({"my_token_ids": [7, 8]}, {("my_token_ids", 7), ("my_token_ids", 8)}),
-    ],
-)
-def test_the_ids_that_a_generation_config_relies_on(values, named):
-    assert set(iter_token_ids(GenerationConfig(**values))) == named
+    ):
+        with subtests.test(**values):
+            assert set(iter_token_ids(GenerationConfig(**values))) == named
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
-def test_the_ids_that_a_model_config_relies_on(family):
+def test_the_ids_that_a_model_config_relies_on(subtests):
     ids = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": None}
-    config = tiny_config(family, **ids)
-    assert sorted(iter_token_ids(config)) == [("bos_token_id", 1), ("eos_token_id", 2), ("eos_token_id", 5)]
+    for family in ("llama", "gemma3_text", "gpt2", "opt"):
+        with subtests.test(family):
+            config = tiny_config(family, **ids)
+            assert sorted(iter_token_ids(config)) == [("bos_token_id", 1), ("eos_token_id", 2), ("eos_token_id", 5)]
 
 
-@pytest.mark.parametrize(
-    ("name", "before", "after"),
-    [
+def test_renumbering_a_generation_config(subtests):
+    for name, before, after in (
         ("eos_token_id", 2, 1),
         ("eos_token_id", [2, 5], [1, 2]),
         ("pad_token_id", -1, -1),
@@ -61,7 +59,7 @@ def test_the_ids_that_a_model_config_relies_on(family):
         ("decoder_start_token_id", [1, 7], [0, 3]),
         ("forced_eos_token_id", [9], [5]),
         ("forced_decoder_ids", [[1, 5], [2, None]], [[1, 2], [2, None]]),
-        # What loses a token can't come up any more.
+        # A sequence that loses a token can't occur.
         ("suppress_tokens", [3, 5, 4, 7], [2, 3]),
         ("suppress_tokens", [3], []),
         ("begin_suppress_tokens", [9, 3], [5]),
@@ -72,19 +70,18 @@ def test_the_ids_that_a_model_config_relies_on(family):
         ("sequence_bias", {(5, 7): 1.5, (3,): -1.0}, [[[2, 3], 1.5]]),
         ("sequence_bias", [[[5], 1.5], [[7, 3], -1.0]], [[[2], 1.5]]),
         ("sequence_bias", [[[3], 1.5]], None),
-    ],
-)
-def test_renumbering_a_generation_config(name, before, after):
-    config = GenerationConfig(**{name: before, "max_new_tokens": 7, "top_k": 5})
-    renumber_token_ids(config, NEW)
-    assert getattr(config, name) == after
-    assert (config.max_new_tokens, config.top_k) == (7, 5)
+    ):
+        with subtests.test(name, before=before):
+            config = GenerationConfig(**{name: before, "max_new_tokens": 7, "top_k": 5})
+            renumber_token_ids(config, NEW)
+            assert getattr(config, name) == after
+            assert (config.max_new_tokens, config.top_k) == (7, 5)
 
 
 @pytest.mark.parametrize("name", ["eos_token_id", "forced_decoder_ids"])
 def test_an_id_that_has_no_new_one_is_refused(name):
     config = GenerationConfig(**{name: {"eos_token_id": [2, 3], "forced_decoder_ids": [[0, 3]]}[name]})
-    with pytest.raises(PlanError, match=f"GenerationConfig.{name} names the token 3, which the plan removes"):
+    with pytest.raises(PlanError, match=f"GenerationConfig.{name} .* token 3"):
         renumber_token_ids(config, NEW)
 
 
@@ -98,7 +95,7 @@ def test_a_config_with_another_vocabulary(family):
     assert smaller.to_dict() == before | changed
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COVERING)
 def test_rows_and_cost_of_a_token(name):
     model = case(name)
     before, rows = model.num_parameters(), token_rows(model)

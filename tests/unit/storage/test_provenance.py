@@ -106,7 +106,7 @@ def test_a_model_in_memory_names_the_gguf_file_that_it_is_from(tmp_path, monkeyp
     options = PrunerConfig(mlp_ratio=0.5, num_calibration_samples=4, max_seq_length=16)
     draw = random.Random(0)
     text = [" ".join(draw.choices(TEXT.split(), k=60)) for _ in range(20)]
-    result = prune(model, text, options, evaluation=EvalOptions(max_tokens=200, speed=False, memory=False))
+    result = prune(model, text, options, eval_options=EvalOptions(max_tokens=200, benchmark=False, memory=False))
     assert result.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()  # that of its copy
     assert result.report.base_model == "x.gguf"
     model.save_pretrained(tmp_path / "saved")

@@ -1,0 +1,39 @@
+"""Registration of the variable-width classes with the auto classes of `transformers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from . import configuration_context_pruned, modeling_context_pruned
+from .configuration_context_pruned import config_class_name
+from .modeling_context_pruned import model_class_name
+from .specs import PREFIX, SPECS, ArchSpec
+from .upload_check import refuse_upload
+
+
+def get_config_class(spec: ArchSpec) -> type[PreTrainedConfig]:
+    """Return the variable-width config class of an architecture."""
+    return getattr(configuration_context_pruned, config_class_name(spec))
+
+
+def get_model_class(spec: ArchSpec) -> type[Any]:
+    """Return the variable-width model class of an architecture."""
+    return getattr(modeling_context_pruned, model_class_name(spec))
+
+
+def build_auto_map(spec: ArchSpec) -> dict[str, str]:
+    """Return the ``auto_map`` entry of config.json: the file and class that remote code loads."""
+    return {
+        "AutoConfig": f"configuration_context_pruned.{config_class_name(spec)}",
+        "AutoModelForCausalLM": f"modeling_context_pruned.{model_class_name(spec)}",
+    }
+
+
+def register_classes() -> None:
+    """Register every variable-width architecture, and the check of files before a model's own ``push_to_hub``."""
+    for spec in SPECS.values():
+        AutoConfig.register(PREFIX + spec.model_type, get_config_class(spec), exist_ok=True)
+        AutoModelForCausalLM.register(get_config_class(spec), get_model_class(spec), exist_ok=True)
+    modeling_context_pruned.UPLOAD_CHECKS.append(refuse_upload)
