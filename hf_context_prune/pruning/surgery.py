@@ -11,23 +11,114 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.modeling.architectures import (
-    TARGETS,
-    Target,
-    check_supported,
-    layers_of,
-    output_projection,
-    unit_size,
-)
+from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, output_projection, unit_size
 from hf_context_prune.modeling.modeling_context_pruned import is_transposed
-from hf_context_prune.modeling.native_fit import build_empty
+from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import ArchSpec, Geometry, read_geometry
-from hf_context_prune.modeling.token_rows import renumber, token_rows, with_vocabulary
+from hf_context_prune.modeling.specs import ArchSpec, Geometry
+from hf_context_prune.modeling.token_rows import build_vocabulary_config, renumber_token_ids, token_rows
+from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.utils.compat import computed_buffers, fill_computed_buffers
+
+State = dict[str, torch.Tensor]
+"""Tensors of a model by name."""
+
+ReconstructFn = Callable[
+    [int, str, torch.Tensor, torch.Tensor | None, list[int]], tuple[torch.Tensor, torch.Tensor | None]
+]
+"""(layer, target, W [out, in], bias [out] or None, kept features) -> (new W [out, kept], new bias or None)."""
+
+
+def apply_plan(
+    model: PreTrainedModel, plan: PruningPlan, *, reconstruct: ReconstructFn | None = None
+) -> PreTrainedModel:
+    """Build the smaller model that a plan describes; the given model is unchanged.
+
+    Args:
+        model: The base (or an already pruned) model, on any device and in any floating-point dtype.
+        plan: The kept units, made for this model.
+        reconstruct: Called for every output projection that loses features; returns its new weight and bias. None:
+            slice.
+
+    Returns:
+        A new model, with tensors of its own, of the native class where its config can express the widths, else of the
+        variable-width class. Same dtype, device, training mode and generation config.
+
+    Raises:
+        PlanError: The plan was made for another model.
+        UnsupportedArchitectureError: See [`check_supported`][].
+    """
+    view = ModelView.of(model)
+    plan.check_fits(model, model.config.model_type, view.geometry)
+    config = model.config
+    if plan.vocabulary is not None:
+        config = build_vocabulary_config(config, plan.vocabulary.kept)
+    smaller = build_empty_model(config, view.spec, plan.widths)
+    state = _sliced_state(view, plan, reconstruct)
+    unsavable = _add_missing_biases(smaller, state, view.spec)
+    smaller.load_state_dict(state, strict=False, assign=True)
+    smaller.tie_weights()
+    _fill_buffers(model, smaller)
+    left = [name for name, tensor in [*smaller.named_parameters(), *smaller.named_buffers()] if tensor.is_meta]
+    assert not left, f"not filled: {left}"
+    _copy_settings(model, smaller, plan)
+    if unsavable is not None:
+        smaller._context_prune_unsavable = unsavable
+        smaller.save_pretrained = partial(_refuse_to_save, unsavable)  # type: ignore[method-assign]
+    return smaller.train(model.training)
+
+
+def _sliced_state(view: ModelView, plan: PruningPlan, reconstruct: ReconstructFn | None) -> State:
+    """Return the tensors of the smaller model, none shared with the larger; tied ones are left to `tie_weights`."""
+    model = view.model
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    originals = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    for name in model.all_tied_weights_keys or {}:
+        state.pop(name, None)
+    if plan.vocabulary is not None:
+        for name in token_rows(model).keys() & state.keys():
+            state[name] = state[name][torch.tensor(plan.vocabulary.kept, device=state[name].device)]
+    for index in range(len(view.layers)):
+        _prune_layer(view, index, state, plan, reconstruct)
+    # A tensor may be unchanged, or `reconstruct` may have returned a view of the old one.
+    return {
+        name: tensor.clone() if tensor.untyped_storage().data_ptr() in originals else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _prune_layer(
+    view: ModelView, index: int, state: State, plan: PruningPlan, reconstruct: ReconstructFn | None
+) -> None:
+    """Narrow the tensors of one layer in `state`."""
+    spec, geometry, layer = view.spec, view.geometry, view.layers[index]
+    prefix, kept = f"{spec.layers}.{index}", plan.layers[index]
+    for target in TARGETS:
+        units = kept.kept(target)
+        if len(units) == view.num_units(index, target):
+            continue
+        if target == "mlp":
+            inputs = [(path, list(units)) for path in spec.mlp_inputs]
+        else:
+            groups = view.widths[index].kv_groups
+            inputs = [(p.path, geometry.projection_features(p, units, groups)) for p in spec.attention_inputs]
+        for path, rows in inputs:
+            _slice_projection(layer.get_submodule(path), state, f"{prefix}.{path}", rows=rows, columns=None)
+        name, module = f"{prefix}.{spec.output_path(target)}", view.output_projection(index, target)
+        features = kept_features(geometry, target, units)
+        if reconstruct is None:
+            _slice_projection(module, state, name, rows=None, columns=features)
+            continue
+        stored, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
+        weight, new_bias = reconstruct(index, target, stored.T if is_transposed(module) else stored, bias, features)
+        weight = weight.to(stored.dtype)
+        state[f"{name}.weight"] = weight.T.contiguous() if is_transposed(module) else weight.contiguous()
+        if new_bias is not None:
+            state[f"{name}.bias"] = new_bias.to(stored.dtype)
 
 
 def _slice_projection(
-    module: nn.Module, state: dict[str, torch.Tensor], name: str, *, rows: list[int] | None, columns: list[int] | None
+    module: nn.Module, state: State, name: str, *, rows: list[int] | None, columns: list[int] | None
 ) -> None:
     """Put the kept output features (rows) and input features (columns) of one projection into `state`."""
     weight = state[f"{name}.weight"]
@@ -46,57 +137,45 @@ def _slice_projection(
 
 
 def kept_features(geometry: Geometry, target: Target, units: Sequence[int]) -> list[int]:
-    """Input features of the output projection that belong to the kept units, ascending."""
+    """Return the input features of the output projection that belong to the kept units, ascending."""
     size = unit_size(geometry, target)
     return [unit * size + feature for unit in units for feature in range(size)]
 
 
-def _prune_layer(
-    index: int,
-    block: nn.Module,
-    prefix: str,
-    state: dict[str, torch.Tensor],
-    spec: ArchSpec,
-    geometry: Geometry,
-    plan: PruningPlan,
-    reconstruct: ReconstructFn | None,
-) -> None:
-    dense, kept = geometry.layers[index], plan.layers[index]
-    for target in TARGETS:
-        units = kept.kept(target)
-        if len(units) == (dense.neurons if target == "mlp" else dense.kv_groups):
-            continue
-        if target == "mlp":
-            for path in spec.mlp_inputs:
-                _slice_projection(block.get_submodule(path), state, f"{prefix}.{path}", rows=list(units), columns=None)
-        else:
-            for projection in spec.attention_inputs:
-                rows = geometry.projection_features(projection, units, dense.kv_groups)
-                _slice_projection(
-                    block.get_submodule(projection.path), state, f"{prefix}.{projection.path}", rows=rows, columns=None
-                )
-        path = spec.mlp_output if target == "mlp" else spec.attention_output
-        name, module = f"{prefix}.{path}", output_projection(block, spec, target)
-        features = kept_features(geometry, target, units)
-        if reconstruct is None:
-            _slice_projection(module, state, name, rows=None, columns=features)
-            continue
-        stored, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
-        weight, new_bias = reconstruct(index, target, stored.T if is_transposed(module) else stored, bias, features)
-        weight = weight.to(stored.dtype)
-        state[f"{name}.weight"] = weight.T.contiguous() if is_transposed(module) else weight.contiguous()
-        if new_bias is not None:
-            state[f"{name}.bias"] = new_bias.to(stored.dtype)
+def kept_entries(model: PreTrainedModel, plan: PruningPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield, layer by layer, where the entries of every narrower weight come from: for states that belong to weights.
+
+    Args:
+        model: The model before the plan is applied.
+        plan: A plan for this model; its vocabulary is ignored.
+
+    Yields:
+        (name of the parameter, flat indices into the parameter, int64, in its shape after the plan).
+    """
+    view = ModelView.of(model)
+    for index, layer in enumerate(view.layers):
+        places = {
+            f"{view.spec.layers}.{index}.{name}": torch.arange(parameter.numel()).view(parameter.shape)
+            for name, parameter in layer.named_parameters()
+        }
+        shapes = {name: tensor.shape for name, tensor in places.items()}
+        _prune_layer(view, index, places, plan, None)
+        for name, tensor in places.items():
+            if tensor.shape != shapes[name]:
+                yield name, tensor
 
 
-def _add_missing_biases(model: nn.Module, state: dict[str, torch.Tensor], spec: ArchSpec) -> str | None:
-    """Give output projections the bias that a repair made although the architecture has none."""
+def _add_missing_biases(model: nn.Module, state: State, spec: ArchSpec) -> str | None:
+    """Give output projections the biases that a reconstruction added although the architecture has none.
+
+    Returns:
+        Why the model can't be saved; None if no bias was added.
+    """
     added = 0
-    for index, block in enumerate(layers_of(model, spec)):
+    for index, layer in enumerate(layers_of(model, spec)):
         for target in TARGETS:
-            path = spec.mlp_output if target == "mlp" else spec.attention_output
-            module = output_projection(block, spec, target)
-            if module.bias is None and f"{spec.layers}.{index}.{path}.bias" in state:
+            module = output_projection(layer, spec, target)
+            if module.bias is None and f"{spec.layers}.{index}.{spec.output_path(target)}.bias" in state:
                 module.bias = nn.Parameter(torch.empty(module.weight.shape[0], device="meta"))  # type: ignore[union-attr,index]
                 added += 1
     if not added:
@@ -108,118 +187,41 @@ def _add_missing_biases(model: nn.Module, state: dict[str, torch.Tensor], spec: 
     )
 
 
-def apply_plan(
-    model: PreTrainedModel, plan: PruningPlan, *, reconstruct: ReconstructFn | None = None
-) -> PreTrainedModel:
-    """Build the smaller model that a plan describes; the given model is left as it is.
-
-    Args:
-        model: The dense (or already pruned) model, on any device and in any floating-point dtype.
-        plan: The kept units, made for this model.
-        reconstruct: Called for every output projection that loses features; gives its new weight and bias. None: slice.
-
-    Returns:
-        A new model, with tensors of its own, of the native class where its config can express the widths, else of the
-        variable-width class. Same dtype, device, training mode and generation config.
-
-    Raises:
-        PlanError: The plan was made for another model.
-        UnsupportedArchitectureError: See [`check_supported`][].
-    """
-    spec = check_supported(model)
-    geometry = read_geometry(model.config, spec)
-    plan.check_fits(model, model.config.model_type, geometry)
-    config = model.config
-    if plan.vocabulary is not None:
-        config = with_vocabulary(config, plan.vocabulary.kept)
-    smaller = build_empty(config, spec, plan.widths)
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    tied = {name for name in (model.all_tied_weights_keys or {}) if name in state}
-    for name in tied:
-        del state[name]  # tied again below, so that the tensor exists once
-    if plan.vocabulary is not None:
-        for name in token_rows(model).keys() & state.keys():
-            state[name] = state[name][torch.tensor(plan.vocabulary.kept, device=state[name].device)]
-    for index, block in enumerate(layers_of(model, spec)):
-        _prune_layer(index, block, f"{spec.layers}.{index}", state, spec, geometry, plan, reconstruct)
-    unsavable = _add_missing_biases(smaller, state, spec)
-    originals = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    for name, tensor in state.items():
-        if tensor.untyped_storage().data_ptr() in originals:  # as it was, or a repair gave a view of it
-            state[name] = tensor.clone()
-    smaller.load_state_dict(state, strict=False, assign=True)
-    smaller.tie_weights()
-    _fill_buffers(model, smaller)
-    left = [name for name, tensor in [*smaller.named_parameters(), *smaller.named_buffers()] if tensor.is_meta]
-    assert not left, f"not filled: {left}"
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    for name, parameter in smaller.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    smaller.generation_config = copy.deepcopy(model.generation_config)
-    if plan.vocabulary is not None and smaller.generation_config is not None:
-        renumber(smaller.generation_config, plan.vocabulary.new_ids)
-    smaller.config.name_or_path = model.config.name_or_path
-    if unsavable is not None:
-        smaller._context_prune_unsavable = unsavable
-        smaller.save_pretrained = partial(_refuse_to_save, unsavable)  # type: ignore[method-assign]
-    return smaller.train(model.training)
-
-
-def kept_entries(model: PreTrainedModel, plan: PruningPlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Where the entries of every narrower weight come from, block by block: for states that belong to weights.
-
-    Args:
-        model: As it is before the plan is applied.
-        plan: Made for it; its vocabulary is not looked at.
-
-    Yields:
-        (name of the parameter, flat indices into it, int64 in the shape that it has after the plan).
-    """
-    spec = check_supported(model)
-    geometry = read_geometry(model.config, spec)
-    for index, block in enumerate(layers_of(model, spec)):
-        prefix = f"{spec.layers}.{index}"
-        places = {
-            f"{prefix}.{name}": torch.arange(parameter.numel()).view(parameter.shape)
-            for name, parameter in block.named_parameters()
-        }
-        shapes = {name: tensor.shape for name, tensor in places.items()}
-        _prune_layer(index, block, prefix, places, spec, geometry, plan, None)
-        for name, tensor in places.items():
-            if tensor.shape != shapes[name]:
-                yield name, tensor
-
-
-def _refuse_to_save(reason: str, *_: object, **__: object) -> None:
-    """Stands in for `save_pretrained` (also of the Trainer and `push_to_hub`) where something would vanish on reload.
-
-    Raises:
-        SaveError: Always.
-    """
-    raise SaveError(f"This model can't be saved so that it reloads as it is: {reason}")
-
-
 def _fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
-    """Buffers depend on head_dim and hidden size alone, so they carry over.
+    """Copy the buffers of a model. They depend on head_dim and hidden size alone, so pruning does not change them.
 
-    Those that are computed and never saved (rotary tables) are computed anew, as `from_pretrained` does, in float32:
-    a source that was cast with `.to(bfloat16)` has them rounded, and a copy would not be what the folder reloads to.
+    Buffers that are computed and never saved (rotary tables) are computed again, in float32, as `from_pretrained` does:
+    `.to(bfloat16)` rounds them in the source, so a copy would differ from the reloaded folder.
     """
     modules = dict(target.named_modules())
     for path, module in source.named_modules():
         buffers = dict(module.named_buffers(recurse=False))
         if not buffers:
             continue
-        mirror, computed = modules[path], module._non_persistent_buffers_set
+        mirror, computed = modules[path], computed_buffers(module)
         if set(buffers) <= computed and not list(module.parameters(recurse=False)):
             mirror.to_empty(device=next(iter(buffers.values())).device)
-            target._init_weights(mirror)
+            fill_computed_buffers(target, mirror)
             continue
         for name, buffer in buffers.items():
             mirror.register_buffer(name, buffer.clone(), persistent=name not in computed)
 
 
-ReconstructFn = Callable[
-    [int, str, torch.Tensor, torch.Tensor | None, list[int]], tuple[torch.Tensor, torch.Tensor | None]
-]
-"""(layer, target, W [out, in], bias [out] or None, kept features) -> (new W [out, kept], new bias or None)."""
+def _copy_settings(model: PreTrainedModel, smaller: PreTrainedModel, plan: PruningPlan) -> None:
+    """Copy frozen flags, generation config (with new token ids) and name."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in smaller.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    smaller.generation_config = copy.deepcopy(model.generation_config)
+    if plan.vocabulary is not None and smaller.generation_config is not None:
+        renumber_token_ids(smaller.generation_config, plan.vocabulary.new_ids)
+    smaller.config.name_or_path = model.config.name_or_path
+
+
+def _refuse_to_save(reason: str, *_: object, **__: object) -> None:
+    """Replace `save_pretrained` (also of the Trainer and `push_to_hub`) where something would vanish on reload.
+
+    Raises:
+        SaveError: Always.
+    """
+    raise SaveError(f"This model can't be saved so that it reloads as it is: {reason}")

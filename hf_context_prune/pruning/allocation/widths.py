@@ -20,7 +20,7 @@ from hf_context_prune.pruning.scoring import Requirements
 
 from .adaptive import adaptive_widths, most_removable
 from .budget import Costs, Curve, ParameterBudget, beyond_probes, removed_params
-from .sensitivity import probed_counts
+from .sensitivity import choose_probe_counts
 from .uniform import uniform_widths
 
 
@@ -69,7 +69,7 @@ def check_adaptive(
     for layer, widths in enumerate(geometry.layers):
         for target in targets:
             full = widths.neurons if target == "mlp" else widths.kv_groups
-            if counts := probed_counts(widths, target):
+            if counts := choose_probe_counts(widths, target):
                 probed[layer, target] = ((full, 0.0), *((count, 0.0) for count in counts))
     most = most_removable(probed, costs, round_to=config.round_to)
     if remove_params > most:

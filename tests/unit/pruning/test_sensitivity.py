@@ -272,7 +272,7 @@ def test_an_output_that_is_not_finite_is_refused(model):
     check_untouched(model, before, modes)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
-    with pytest.raises(NumericsError, match="output of the dense model"):
+    with pytest.raises(NumericsError, match="output of the base model"):
         measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
 
 
