@@ -32,6 +32,7 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.refit import refit_rows
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.precision import reduced_precision_matmul
+from hf_context_prune.utils.rounding import six_digits
 
 OURS = {"criterion": "obs", "reconstruction": "sequential"}
 REFERENCE = "flap+bias"
@@ -246,4 +247,4 @@ def documents_of(losses: Sequence[DocumentLoss]) -> list[list[Any]]:
 
 def rounded(losses: Sequence[DocumentLoss]) -> list[float]:
     """Losses by document to six digits: rows are kept in the repository."""
-    return [float(f"{loss.nll:.6g}") for loss in losses]
+    return [six_digits(loss.nll) for loss in losses]

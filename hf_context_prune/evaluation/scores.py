@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import QuestionSet
 from hf_context_prune.evaluation.reports.report import MultipleChoiceFacts
+from hf_context_prune.utils.rounding import six_digits
 
 from .accuracy import Answer, compare_answers, summarize_answers
 from .general_text import ModelAndTokenizer
@@ -69,10 +70,10 @@ class Scores:
         """As JSON values, losses to six digits."""
         return {
             "parameters": self.parameters,
-            "losses": [[x.doc, x.source, _short(x.nll), x.num_tokens, x.num_bytes] for x in self.losses],
+            "losses": [[x.doc, x.source, six_digits(x.nll), x.num_tokens, x.num_bytes] for x in self.losses],
             "answers": None
             if self.answers is None
-            else [[x.id, x.source, [*map(_short, x.scores)], x.chosen, x.correct, x.shots] for x in self.answers],
+            else [[x.id, x.source, [*map(six_digits, x.scores)], x.chosen, x.correct, x.shots] for x in self.answers],
         }
 
     @classmethod
@@ -86,10 +87,6 @@ class Scores:
             if answers is None
             else tuple(Answer(i, source, tuple(scores), *rest) for i, source, scores, *rest in answers),
         )
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def score(model: PreTrainedModel, tokenizer: Any, held_out: HeldOut) -> Scores:  # noqa: ANN401

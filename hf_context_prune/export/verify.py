@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_context_prune.errors import ExportError
+from hf_context_prune.evaluation.bootstrap import bits_per_byte
 
 from .runtime import Runtime, TorchRuntime
 from .sample import Sample
@@ -145,14 +146,16 @@ def compare(
         max(reference.gaps(prompt, text), default=0.0) for prompt, text in zip(sample.prompts, after.texts, strict=True)
     ]
     means = [math.fsum(losses) / len(losses) for losses in (old, new)]
-    to_bits = None if sample.num_bytes is None else len(old) / (math.log(2) * sample.num_bytes)
+    bits = [
+        None if sample.num_bytes is None else float(bits_per_byte(losses, sample.num_bytes)) for losses in (old, new)
+    ]
     return Verification(
         text=sample.description,
         num_tokens=sample.num_tokens,
         before=means[0],
         after=means[1],
-        bits_per_byte_before=None if to_bits is None else means[0] * to_bits,
-        bits_per_byte_after=None if to_bits is None else means[1] * to_bits,
+        bits_per_byte_before=bits[0],
+        bits_per_byte_after=bits[1],
         perplexity_change=math.exp(min(means[1] - means[0], 700.0)) - 1,
         largest_difference=max(abs(a - b) for a, b in zip(old, new, strict=True)),
         prompts=len(sample.prompts),
@@ -178,7 +181,7 @@ def check(found: Verification) -> None:
         raise ExportError(
             f"The artefact's perplexity on {found.text} differs by {found.perplexity_change:+.2%} from the folder's "
             f"({found.after:.4f} against {found.before:.4f} nats a token); allowed are {limit.perplexity:.2%}. Nothing "
-            f"was put in place. Choose wider --weights, or allow more with --tolerance."
+            f"was put in place. Choose a wider --dtype, or allow more with --tolerance."
         )
     if limit.gap is not None and not found.largest_gap <= limit.gap:
         raise ExportError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
+from hf_context_prune.evaluation.losses import mean_bits_per_byte
 from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
 from hf_context_prune.evaluation.reports.report import SizeSearch
 from hf_context_prune.modeling.plan import PruningPlan
@@ -85,7 +85,7 @@ class ValidationText:
     def bits_per_byte(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the loss of a model on these documents; comparable between tokenizers."""
         losses = document_losses(model, tokenizer, self.text, max_seq_length=self.max_seq_length, docs=self.docs)
-        return sum(loss.nll for loss in losses) / sum(loss.num_bytes for loss in losses) / math.log(2)
+        return mean_bits_per_byte(losses)
 
     def describe_search(self, plan: PruningPlan) -> SizeSearch:
         """Return what the size search found, from the plan's provenance."""

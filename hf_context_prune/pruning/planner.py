@@ -31,6 +31,7 @@ from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Ke
 from hf_context_prune.pruning.sequential.prune import check_sequential, prune_sequentially
 from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.utils.distributed import on_main_process
+from hf_context_prune.utils.rounding import six_digits
 from hf_context_prune.utils.version import versions
 
 from .scoring import Requirements, score_units, score_with, select_units
@@ -149,7 +150,7 @@ class LayerMeasurements:
         if self.curves is None:
             return {}
         curves = {
-            f"{layer}.{target}": [[kept, float(f"{loss:.6g}")] for kept, loss in curve]
+            f"{layer}.{target}": [[kept, six_digits(loss)] for kept, loss in curve]
             for (layer, target), curve in self.curves.items()
         }
         return {"predicted_loss_increase": predicted_loss(self.curves, widths), "sensitivity": curves}

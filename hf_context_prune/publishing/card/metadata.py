@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from hf_context_prune.evaluation.reports.markdown import one_line
 from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.utils.rounding import six_digits
 
 from .facts import CardFacts
 
@@ -80,11 +81,13 @@ def _results(facts: CardFacts) -> list[EvalResult]:
             "dataset_revision": dataset.revision,
         }
         results.append(
-            EvalResult(metric_type="bits_per_byte", metric_value=_number(last.bits_per_byte.value), **common)
+            EvalResult(metric_type="bits_per_byte", metric_value=six_digits(last.bits_per_byte.value), **common)
         )
         compared = loss.recovered_comparison if loss.recovered is not None else loss.comparison
         if compared is None or compared.excess_nats_per_token is not None:  # else of other tokens than the base's
-            results.append(EvalResult(metric_type="perplexity", metric_value=_number(last.perplexity.value), **common))
+            results.append(
+                EvalResult(metric_type="perplexity", metric_value=six_digits(last.perplexity.value), **common)
+            )
     questions = report.multiple_choice
     if questions is not None and questions.pruned is not None:
         results.append(
@@ -94,7 +97,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
                 dataset_name=one_line(questions.name),
                 dataset_revision=questions.revision,
                 metric_type="accuracy",
-                metric_value=_number(questions.pruned[-1].accuracy.value),
+                metric_value=six_digits(questions.pruned[-1].accuracy.value),
             )
         )
     return results
@@ -110,10 +113,6 @@ def _identity(name: str, revision: str | None, local: str, kind: str) -> dict[st
     if revision is None or (found := _hub_id(repo)) is None:
         return {"dataset_type": local, "dataset_split": kind}
     return {"dataset_type": found, "dataset_config": one_line(config) or None, "dataset_split": one_line(split) or kind}
-
-
-def _number(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def _dataset(data: Any) -> object:  # noqa: ANN401 - of the provenance
