@@ -129,7 +129,7 @@ def test_too_much_text_and_markup(visit):
     page = visit()
     page.fill("#prompt textarea", "x" * 50_000)
     page.click("#run")
-    wait_for_status(page, "50,000 characters; at most 400")
+    wait_for_status(page, "50,000 characters.*at most 400")
     page.fill("#prompt textarea", "  ")
     page.click("#run")
     wait_for_status(page, "There is no text")

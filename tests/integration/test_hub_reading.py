@@ -339,7 +339,7 @@ def test_the_command_line_by_id(place):
     facts = place.run(
         """
 import contextlib, io
-from hf_context_prune import cli
+from hf_context_prune.cli import app as cli
 
 def run(*words):
     sys.argv = ["hf-context-prune", *words]
@@ -350,7 +350,7 @@ def run(*words):
     except SystemExit as end:
         return [end.code or 0, out.getvalue(), err.getvalue()]
 
-quick = ("--max-seq-length", "32", "--num-calibration-samples", "8", "--no-speed", "--max-eval-tokens", "300")
+quick = ("--max-seq-length", "32", "--num-calibration-samples", "8", "--no-benchmark", "--max-eval-tokens", "300")
 data = ("--data", "org/corpus:law@train")
 options = ("--mlp-ratio", "0.25", "--format", "json")
 results = {"dry": run("prune", "org/llama", "--revision", "old", *options, "--dry-run")}

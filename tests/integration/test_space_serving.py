@@ -64,7 +64,7 @@ def test_one_model_down(client):
     ("given", "message"),
     [
         ({"domain": "../../etc"}, "Choose one of the domains"),
-        ({"prompt": "x" * 50_000}, "50,000 characters; at most 400"),
+        ({"prompt": "x" * 50_000}, "50,000 characters.*at most 400"),
         ({"prompt": ["x"]}, "no text"),
         ({"mode": "__import__"}, "mode"),
         ({"new_tokens": 10**9}, "from 1 to 100"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 from hf_context_prune.errors import ConfigError, ContextPruneError
 
-from .generation import Progress, Runner, Wish, race
+from .generation import Progress, Request, Runner, race
 from .settings import Entry, Settings, Source
 from .store import ModelStore
 
@@ -80,18 +81,18 @@ class Comparer:
         entry = self.entry(domain)
         return View((self._side("dense", entry.base), self._side("pruned", entry.model)))
 
-    def compare(self, domain: str, wish: Wish) -> Iterator[View]:
+    def compare(self, domain: str, request: Request) -> Iterator[View]:
         """Let both models of a domain write; stops between two tokens when it is no longer iterated.
 
         Args:
             domain: Name of the entry.
-            wish: What is asked; checked here.
+            request: The request; checked here.
 
         Yields:
             Views, a few a second.
         """
         try:
-            entry, wish = self.entry(domain), wish.checked(self.settings.limits)
+            entry, request = self.entry(domain), request.checked(self.settings.limits)
         except ConfigError as error:
             known = isinstance(domain, str) and domain in self._entries
             shown = self.idle(domain if known else self.settings.entries[0].name)
@@ -105,7 +106,7 @@ class Comparer:
             try:
                 loaded = self._store.get(source)
                 sides[index] = self._side(sides[index].kind, source)
-                runners[index] = Runner(loaded, wish, self.settings.limits)
+                runners[index] = Runner(loaded, request, self.settings.limits)
             except ContextPruneError as error:
                 problem = str(error)
                 if source.path is not None:  # visitors need not know where on the server it is
@@ -120,15 +121,16 @@ class Comparer:
         shown = 0.0
         was_first = dict.fromkeys(runners, False)
         yield View((sides[0], sides[1]), "Writing, in turns on the same processor ...")
-        for all_progress in race(list(runners.values()), self.settings.limits.seconds):
-            news = False
-            for index, progress in zip(runners, all_progress, strict=True):
-                news = news or bool(progress.tokens and not was_first[index])
-                was_first[index] = bool(progress.tokens)
-                sides[index] = replace(sides[index], progress=progress)
-            if news or time.perf_counter() - shown >= _SECONDS_BETWEEN:
-                yield View((sides[0], sides[1]), "Writing, in turns on the same processor ...")
-                shown = time.perf_counter()
+        with closing(race(list(runners.values()), self.settings.limits.seconds)) as running:
+            for all_progress in running:
+                news = False
+                for index, progress in zip(runners, all_progress, strict=True):
+                    news = news or bool(progress.tokens and not was_first[index])
+                    was_first[index] = bool(progress.tokens)
+                    sides[index] = replace(sides[index], progress=progress)
+                if news or time.perf_counter() - shown >= _SECONDS_BETWEEN:
+                    yield View((sides[0], sides[1]), "Writing, in turns on the same processor ...")
+                    shown = time.perf_counter()
         yield View((sides[0], sides[1]), self._summary(sides))
 
     def _side(self, kind: str, source: Source) -> Side:

@@ -47,7 +47,7 @@ _OTHER_FILES_BYTES = 8 * 2**20
 _PREFIX = re.compile(r"^mini(-?gpts?)?[-_ ]", re.IGNORECASE)
 
 
-def settings_for(models: Sequence[str], *, base: str | None = None, title: str | None = None) -> Settings:
+def make_space_settings(models: Sequence[str], *, base: str | None = None, title: str | None = None) -> Settings:
     """The settings of a Space for pruned models.
 
     Args:
@@ -140,7 +140,7 @@ def demo_files() -> dict[str, str]:
     }
 
 
-def check_publishable(settings: Settings) -> None:
+def check_space_publishable(settings: Settings) -> None:
     """Refuse to push a Space with models in its folder: on the Hub it reads them from their own repositories.
 
     Raises:

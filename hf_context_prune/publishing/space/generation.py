@@ -1,26 +1,36 @@
-"""Two models write after the same prompt, in turns on one processor, a token a step.
+"""Two models write after the same prompt, in turns on one processor, one token per turn.
 
-A plain loop over the model's forward, not `generate`: it stops where its caller stops asking (a visitor who left), its
-deadline holds between any two tokens, and the time of a model is that of its own steps.
+Each model runs `generate` in a thread of its own, which waits after every token for its next turn. So generation stops
+where its caller stops asking (a visitor who left), the deadline holds between any two tokens, and the time of a model
+is the time of its own steps.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from queue import Empty
 from typing import Any
 
 import torch
 from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
+    TextIteratorStreamer,
     TopPLogitsWarper,
 )
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.generation import build_cache_arguments, get_end_token_ids
+from hf_context_prune.modeling.generation import get_end_token_ids
 from hf_context_prune.modeling.inference import max_positions
 from hf_context_prune.storage.loading import LoadedModel
 
@@ -28,20 +38,20 @@ from .settings import Limits
 
 CONTINUE, ANSWER = "Continue the text", "Answer"
 MAX_TEMPERATURE = 1.5
-_REPETITION_PENALTY = 1.15  # small models repeat themselves without; the same for both
+_REPETITION_PENALTY = 1.15  # without it, small models repeat themselves; the same for both
 _TOP_P = 0.95
 _SEED = 0
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a visitor asks for.
+class Request:
+    """A visitor's request.
 
     Attributes:
         prompt: The text.
         mode: `CONTINUE` or `ANSWER` (through the chat template).
-        new_tokens: Tokens to write at most.
-        temperature: 0 takes the likeliest token; above it tokens are drawn, with the same seed for both models.
+        new_tokens: Upper limit of tokens to write.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn with the same seed for both models.
     """
 
     prompt: str
@@ -49,41 +59,42 @@ class Wish:
     new_tokens: int = 96
     temperature: float = 0.0
 
-    def checked(self, limits: Limits) -> Wish:
-        """This, within the limits.
+    def checked(self, limits: Limits) -> Request:
+        """Return this request with plain numbers, after checking it against the limits.
 
         Raises:
-            ConfigError: The prompt is empty or too long, or a value is not one that the page can send.
+            ConfigError: The prompt is empty or too long, or the page can't send such a value.
         """
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ConfigError("There is no text. Write some, or choose an example.")
         if len(self.prompt) > limits.prompt_characters:
             raise ConfigError(
-                f"The text has {len(self.prompt):,} characters; at most {limits.prompt_characters:,} are taken here."
+                f"The text has {len(self.prompt):,} characters; this page takes at most {limits.prompt_characters:,}."
             )
         if self.mode not in (CONTINUE, ANSWER):
             raise ConfigError(f"The mode must be {CONTINUE!r} or {ANSWER!r}.")
-        new_tokens = _number(self.new_tokens, "The number of tokens", 1, limits.new_tokens)
-        temperature = _number(self.temperature, "The temperature", 0, MAX_TEMPERATURE)
-        return Wish(self.prompt, self.mode, int(new_tokens), float(temperature))
+        new_tokens = _check_number(self.new_tokens, "The number of tokens", 1, limits.new_tokens)
+        temperature = _check_number(self.temperature, "The temperature", 0, MAX_TEMPERATURE)
+        return Request(self.prompt, self.mode, int(new_tokens), float(temperature))
 
 
-def _number(value: object, what: str, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is not either
+def _check_number(value: object, what: str, low: float, high: float) -> float:
+    # The comparison is false for NaN too.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError(f"{what} must be a number from {low} to {high}.")
     return value
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What one model has written so far.
+    """The text that one model has written so far.
 
     Attributes:
-        text: Without the prompt.
+        text: Without the prompt; the last few characters may still be missing while the model writes.
         tokens: Number of new tokens.
-        first_seconds: Reading the prompt and writing the first token; None before it.
-        seconds: All steps of this model.
-        stopped: Why it stopped: "" while it has not, else "end" (of its text), "length", or "time".
+        first_seconds: Seconds for reading the prompt and writing the first token; None before the first token.
+        seconds: Seconds of all steps of this model.
+        stopped: Why it stopped: "" while it writes, else "end" (of its text), "length", or "time".
     """
 
     text: str = ""
@@ -94,7 +105,7 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed after the first token; None before there is one."""
+        """Speed after the first token; None before the second token."""
         if self.first_seconds is None or self.tokens < 2:
             return None
         return (self.tokens - 1) / max(self.seconds - self.first_seconds, 1e-9)
@@ -103,96 +114,196 @@ class Progress:
 class Runner:
     """One model on one prompt."""
 
-    def __init__(self, loaded: LoadedModel, wish: Wish, limits: Limits) -> None:
-        """Tokenize the prompt.
+    def __init__(self, loaded: LoadedModel, request: Request, limits: Limits) -> None:
+        """Tokenize the prompt; nothing runs yet.
 
         Args:
-            loaded: Shared with others: its weights are only read.
-            wish: As `Wish.checked` gave it.
-            limits: For the tokens of the prompt.
+            loaded: The model, shared with other requests: its weights are only read.
+            request: As `Request.checked` returned it.
+            limits: The limits of the page, for the tokens of the prompt and the wait for a turn.
 
         Raises:
             ConfigError: The prompt is too long for the model or the limits, or the model has no chat template.
         """
-        self._model, self._tokenizer, self._wish = loaded.model, loaded.tokenizer, wish
-        ids = _encoded(loaded, wish)
+        ids = _encode(loaded, request)
         room = max_positions(loaded.model)
-        most = min(limits.prompt_tokens, (room - wish.new_tokens) if room else limits.prompt_tokens)
+        most = min(limits.prompt_tokens, (room - request.new_tokens) if room else limits.prompt_tokens)
         if not 0 < ids.shape[1] <= most:
             raise ConfigError(
-                f"The text has {ids.shape[1]:,} tokens for {loaded.name}; at most {max(most, 0):,} are taken here."
+                f"The text has {ids.shape[1]:,} tokens for {loaded.name}; this page takes at most {max(most, 0):,}."
             )
         self._ids = ids.to(loaded.model.device)
-        self._unread = self._ids
-        self._prompt_length = ids.shape[1]
-        self._arguments = build_cache_arguments(loaded.model)
-        self._ends = set(get_end_token_ids(loaded.model))
-        self._processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(_REPETITION_PENALTY)])
-        if wish.temperature:
-            self._processors += [TemperatureLogitsWarper(wish.temperature), TopPLogitsWarper(_TOP_P)]
-        self._draw = torch.Generator(loaded.model.device).manual_seed(_SEED)
+        self._ends = get_end_token_ids(loaded.model)
+        self._model = _with_plain_generation(loaded.model, request, self._ends)
+        self._request = request
+        self._streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, timeout=0, skip_special_tokens=True)
+        self._turns = _Turns(limits.seconds)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         self.progress = Progress()
 
     def step(self) -> None:
-        """Write one token."""
-        start = time.perf_counter()
-        with torch.inference_mode():
-            logits = self._model(input_ids=self._unread, **self._arguments).logits[:, -1].float()
-            scores = self._processors(self._ids, logits)
-            if self._wish.temperature:
-                token = torch.multinomial(scores.softmax(-1), 1, generator=self._draw)
-            else:
-                token = scores.argmax(-1, keepdim=True)
-            value = int(token)  # waits for an accelerator
-            self._ids, self._unread = torch.cat([self._ids, token], dim=1), token
-        before, elapsed = self.progress, time.perf_counter() - start
-        ended = value in self._ends
-        tokens = self._ids.shape[1] - self._prompt_length
-        stopped = "end" if ended else "length" if tokens >= self._wish.new_tokens else ""
-        text = self._tokenizer.decode(self._ids[0, self._prompt_length :], skip_special_tokens=True)
-        self.progress = Progress(
-            text if stopped else text.rstrip("\ufffd"),  # a character whose other bytes are still to come
-            tokens,
-            before.first_seconds if before.first_seconds is not None else elapsed,
-            before.seconds + elapsed,
-            stopped,
-        )
+        """Write one token.
+
+        Raises:
+            Exception: As the model raised it.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._generate, name="space-generation", daemon=True)
+            self._thread.start()
+        else:
+            self._turns.begin.release()
+        self._turns.over.acquire()
+        if self._error is not None:
+            raise self._error
+        before, tokens, elapsed = self.progress, self._turns.tokens, self._turns.seconds
+        ended = self._turns.last_token in self._ends
+        stopped = "end" if ended else "length" if tokens >= self._request.new_tokens else ""
+        first = elapsed if before.first_seconds is None else before.first_seconds
+        self.progress = Progress(before.text, tokens, first, before.seconds + elapsed, stopped)
+        if stopped:
+            self.close()
+        self._read_text()
 
     def stop(self) -> None:
-        """End with what there is: the time is up."""
-        before = self.progress
-        self.progress = Progress(before.text, before.tokens, before.first_seconds, before.seconds, "time")
+        """End with the text so far: the time is up."""
+        self.close()
+        self.progress = replace(self.progress, stopped="time")
+
+    def close(self) -> None:
+        """End the thread; there are no further steps. Does nothing if it has ended."""
+        if self._thread is None:
+            return
+        self._turns.ending = True
+        self._turns.begin.release()
+        self._thread.join()
+        self._read_text()
+
+    def _read_text(self) -> None:
+        with suppress(Empty):  # there is no more text yet
+            for part in self._streamer:
+                self.progress = replace(self.progress, text=self.progress.text + part)
+
+    def _generate(self) -> None:
+        try:
+            self._turns.start()
+            with torch.inference_mode():
+                self._model.generate(
+                    input_ids=self._ids,
+                    attention_mask=torch.ones_like(self._ids),
+                    logits_processor=_draw_processors(self._request, self._ids.device),
+                    stopping_criteria=StoppingCriteriaList([self._turns]),
+                    streamer=self._streamer,
+                )
+        except BaseException as error:  # raised again by `step`, in the thread of the request
+            self._error = error
+        finally:
+            self._turns.over.release()
+
+
+class _Turns(StoppingCriteria):  # type: ignore[misc]
+    """Hold `generate` after every token until its next turn, or end it.
+
+    Attributes:
+        begin: Released by the caller for every turn after the first.
+        over: Released when a token is written, or generation has ended.
+        ending: Set by the caller before the last `begin`: generation ends there.
+        tokens: Number of new tokens.
+        last_token: Id of the last one.
+        seconds: Time of the last turn, without the hand-over between the threads.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.begin, self.over = threading.Semaphore(0), threading.Semaphore(0)
+        self.ending = False
+        self.tokens, self.last_token, self.seconds = 0, -1, 0.0
+        self._limit, self._start = limit, 0.0
+
+    def start(self) -> None:
+        """Begin the time of a turn."""
+        self._start = time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: Any) -> torch.Tensor:  # noqa: ANN401
+        self.last_token = int(input_ids[0, -1])  # waits for an accelerator
+        self.tokens += 1
+        self.seconds = time.perf_counter() - self._start
+        self.over.release()
+        in_time = self.begin.acquire(timeout=self._limit)  # of the page: later, nobody asks any more
+        self.start()
+        return torch.tensor([self.ending or not in_time], device=input_ids.device)
+
+
+class _Draw(LogitsProcessor):  # type: ignore[misc]
+    """Add Gumbel noise, so that the argmax is a draw from the softmax, by a generator of its own.
+
+    The sampling of `generate` uses torch's global generator, which two models in turns would share.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(_SEED)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores - torch.empty_like(scores).exponential_(generator=self._generator).log()
+
+
+def _draw_processors(request: Request, device: torch.device) -> LogitsProcessorList:
+    if not request.temperature:
+        return LogitsProcessorList()
+    return LogitsProcessorList([TemperatureLogitsWarper(request.temperature), TopPLogitsWarper(_TOP_P), _Draw(device)])
+
+
+def _with_plain_generation(model: PreTrainedModel, request: Request, ends: Sequence[int]) -> Any:  # noqa: ANN401
+    """Return a shallow copy that shares all weights and modules, without the generation options of the repository.
+
+    `generate` fills every option that its caller leaves out from the model's own `generation_config`, which would give
+    the two models different rules.
+    """
+    plain = copy.copy(model)
+    plain.generation_config = GenerationConfig(
+        do_sample=False,
+        repetition_penalty=_REPETITION_PENALTY,
+        max_new_tokens=request.new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
+    )
+    return plain
 
 
 def race(
     runners: Sequence[Runner], seconds: float, *, clock: Callable[[], float] = time.perf_counter
-) -> Iterator[tuple[Progress, ...]]:
+) -> Generator[tuple[Progress, ...]]:
     """Let models write in turns; the one that has used less time goes next, so that the faster one is seen to lead.
 
+    Closing the iterator ends all of them.
+
     Args:
-        runners: One a model.
+        runners: One per model.
         seconds: From now to the last token; looked at before every token.
-        clock: Tells seconds.
+        clock: Returns seconds.
 
     Yields:
-        The progress of each, after every token and at the end.
+        The progress of each model, after every token and at the end.
     """
     deadline = clock() + seconds
-    while running := [runner for runner in runners if not runner.progress.stopped]:
-        if clock() >= deadline:
-            for runner in running:
-                runner.stop()
-        else:
-            min(running, key=lambda runner: runner.progress.seconds).step()
-        yield tuple(runner.progress for runner in runners)
+    try:
+        while running := [runner for runner in runners if not runner.progress.stopped]:
+            if clock() >= deadline:
+                for runner in running:
+                    runner.stop()
+            else:
+                min(running, key=lambda runner: runner.progress.seconds).step()
+            yield tuple(runner.progress for runner in runners)
+    finally:
+        for runner in runners:
+            runner.close()
 
 
-def _encoded(loaded: LoadedModel, wish: Wish) -> torch.Tensor:
+def _encode(loaded: LoadedModel, request: Request) -> torch.Tensor:
     tokenizer: Any = loaded.tokenizer
-    if wish.mode == CONTINUE:
-        return torch.tensor([tokenizer(wish.prompt)["input_ids"]])
+    if request.mode == CONTINUE:
+        return torch.tensor([tokenizer(request.prompt)["input_ids"]])
     if not tokenizer.chat_template:
         raise ConfigError(f"{loaded.name} can't answer: it has no chat template. Let it continue the text.")
-    messages = [{"role": "user", "content": wish.prompt}]
+    messages = [{"role": "user", "content": request.prompt}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])

@@ -12,7 +12,7 @@ from hf_context_prune.errors import ConfigError, ContextPruneError
 
 from .compare import Comparer, Side, View
 from .facts import Facts, figures, matrix, questions, read_facts, removed_in_words
-from .generation import ANSWER, CONTINUE, MAX_TEMPERATURE, Wish
+from .generation import ANSWER, CONTINUE, MAX_TEMPERATURE, Request
 from .gradio_import import gradio
 from .html import render, text_file
 from .settings import Entry, Settings
@@ -125,13 +125,15 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
                     _table(matrix(facts), MATRIX_CAPTION, "No model here has an evaluation report."), elem_id="matrix"
                 )
             with gr.Tab("Questions", id="questions"):
-                empty = "No report has multiple-choice questions: `hf-context-prune evaluate --base --mcq` asks them."
+                empty = (
+                    "No report has multiple-choice questions: `hf-context-prune evaluate --base --questions` asks."
+                )
                 gr.HTML(_table(questions(facts), QUESTIONS_CAPTION, empty), elem_id="questions")
 
         def show(
             domain: str, prompt: str, mode: str, length: float, temperature: float
         ) -> Iterator[tuple[str, str, str, str, str]]:
-            for view in comparer.compare(domain, _wish(prompt, mode, length, temperature)):
+            for view in comparer.compare(domain, _make_request(prompt, mode, length, temperature)):
                 dense, pruned = view.sides
                 yield _status(view), _stats(dense), _text(dense), _stats(pruned), _text(pruned)
 
@@ -155,7 +157,7 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
         def program(
             domain: str, prompt: str, mode: str = CONTINUE, new_tokens: int = usual_tokens, temperature: float = 0.0
         ) -> Iterator[dict[str, Any]]:
-            for view in comparer.compare(domain, _wish(prompt, mode, new_tokens, temperature)):
+            for view in comparer.compare(domain, _make_request(prompt, mode, new_tokens, temperature)):
                 if view.refused:
                     raise gr.Error(view.status, print_exception=False)
                 yield {"status": view.status, **{side.kind: _plain(side) for side in view.sides}}
@@ -232,9 +234,9 @@ def serve(blocks: Any, settings: Settings, **launch: Any) -> Any:  # noqa: ANN40
     )
 
 
-def _wish(prompt: Any, mode: Any, length: Any, temperature: Any) -> Wish:  # noqa: ANN401 - checked by `compare`
+def _make_request(prompt: Any, mode: Any, length: Any, temperature: Any) -> Request:  # noqa: ANN401 - checked by `compare`
     whole = isinstance(length, float) and length.is_integer()
-    return Wish(prompt, mode, int(length) if whole else length, temperature)
+    return Request(prompt, mode, int(length) if whole else length, temperature)
 
 
 def _samples(entry: Entry) -> list[list[str]]:
@@ -336,13 +338,13 @@ def picked(arguments: list[str], beside: Path) -> Settings:
     Raises:
         ConfigError: More than one argument, or a YAML that can't be used.
     """
-    from .settings import DEMO_FOLDER, demo_settings, read_settings
+    from .settings import DEMO_FOLDER, demo_settings, read_space_settings
 
     if len(arguments) > 1:
         raise ConfigError(f"app.py takes one argument, the YAML of a Space; it was given {len(arguments)}.")
     own = beside / "space.yaml"
     if arguments or own.is_file():
-        return read_settings(arguments[0] if arguments else own)
+        return read_space_settings(arguments[0] if arguments else own)
     return demo_settings(Path(DEMO_FOLDER).absolute())
 
 

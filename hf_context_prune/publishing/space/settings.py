@@ -128,7 +128,7 @@ def demo_settings(folder: Path) -> Settings:
     return Settings("Mini-GPT: software licences", (entry,))
 
 
-def read_settings(path: str | Path) -> Settings:
+def read_space_settings(path: str | Path) -> Settings:
     """Read the YAML of a Space; paths in it are relative to its folder.
 
     Raises:
@@ -149,7 +149,7 @@ def read_settings(path: str | Path) -> Settings:
 
 
 def write_settings(settings: Settings, path: Path) -> None:
-    """Write YAML that `read_settings` reads back, with paths relative to its folder.
+    """Write YAML that `read_space_settings` reads back, with paths relative to its folder.
 
     Args:
         settings: Whose paths lie below the folder of `path`.

@@ -11,7 +11,7 @@ import pytest
 from hf_context_prune.errors import LoadError
 from hf_context_prune.publishing.space import compare
 from hf_context_prune.publishing.space.compare import Comparer
-from hf_context_prune.publishing.space.generation import Wish, race
+from hf_context_prune.publishing.space.generation import Request, race
 from hf_context_prune.publishing.space.settings import Limits, Source
 from hf_context_prune.publishing.space.store import ModelStore, load_source
 from tests.support.space_models import settings_of
@@ -24,7 +24,7 @@ def comparer(tiny_space):
 
 @pytest.mark.parametrize("domain", ["Law", "Medicine"])
 def test_both_sides(comparer, domain):
-    views = list(comparer.compare(domain, Wish("the court", new_tokens=10)))
+    views = list(comparer.compare(domain, Request("the court", new_tokens=10)))
     dense, pruned = views[-1].sides
     assert (dense.kind, pruned.kind) == ("dense", "pruned")
     assert dense.progress.tokens == pruned.progress.tokens == 10
@@ -35,7 +35,7 @@ def test_both_sides(comparer, domain):
 
 
 def test_a_model_that_fails_leaves_the_other(comparer):
-    *_, last = comparer.compare("Lost", Wish("the court", new_tokens=4))
+    *_, last = comparer.compare("Lost", Request("the court", new_tokens=4))
     dense, pruned = last.sides
     assert dense.progress.tokens == 4
     assert pruned.problem.startswith("lost does not exist")  # not where on the server it was looked for
@@ -48,7 +48,7 @@ def test_an_unforeseen_failure_shows_no_insides(tiny_space, caplog):
             raise RuntimeError("secret of the machine")
         return load_source(source)
 
-    *_, last = Comparer(settings_of(tiny_space), ModelStore(load)).compare("Law", Wish("the", new_tokens=2))
+    *_, last = Comparer(settings_of(tiny_space), ModelStore(load)).compare("Law", Request("the", new_tokens=2))
     assert "secret" not in last.sides[0].problem
     assert "secret" in caplog.text
     assert last.sides[1].progress.tokens == 2
@@ -58,14 +58,14 @@ def test_neither_can_write(tiny_space):
     def load(source):
         raise LoadError("gone")
 
-    *_, last = Comparer(settings_of(tiny_space), ModelStore(load)).compare("Law", Wish("the"))
+    *_, last = Comparer(settings_of(tiny_space), ModelStore(load)).compare("Law", Request("the"))
     assert [side.problem for side in last.sides] == ["gone", "gone"]
     assert last.status == "Neither model could write."
 
 
 @pytest.mark.parametrize("domain", ["../secret", "", None, ["Law"], "law"])
 def test_only_the_domains_of_the_settings(comparer, domain):
-    (view,) = comparer.compare(domain, Wish("the court"))
+    (view,) = comparer.compare(domain, Request("the court"))
     assert view.refused
     assert "Law, Medicine, Lost" in view.status
 
@@ -74,7 +74,7 @@ def test_the_time_limit_is_told(tiny_space, monkeypatch):
     now = iter(range(1_000))
     monkeypatch.setattr(compare, "race", partial(race, clock=lambda: next(now)))
     comparer = Comparer(settings_of(tiny_space, limits=Limits(seconds=9)), ModelStore())
-    *_, last = comparer.compare("Law", Wish("the court", new_tokens=100))
+    *_, last = comparer.compare("Law", Request("the court", new_tokens=100))
     assert "Stopped after 9 seconds" in last.status
     assert sum(side.progress.tokens for side in last.sides) == 8
     assert {side.progress.stopped for side in last.sides} == {"time"}

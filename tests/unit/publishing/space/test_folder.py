@@ -19,8 +19,8 @@ from hf_context_prune import __version__
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.export.run import export_model
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.publishing.space.folder import demo_files, settings_for, write_space
-from hf_context_prune.publishing.space.settings import Entry, Settings, Source, read_settings
+from hf_context_prune.publishing.space.folder import demo_files, make_space_settings, write_space
+from hf_context_prune.publishing.space.settings import Entry, Settings, Source, read_space_settings
 from hf_context_prune.publishing.space.wheel import write_wheel
 from hf_context_prune.storage.manifest import verify_folder
 from tests.unit.publishing.space.test_settings import COMMIT
@@ -38,7 +38,7 @@ def place(tiny_space, tmp_path):
 def folder(tiny_space, tmp_path_factory):
     models = [str(tiny_space / name) for name in ("uniform", "variable")]
     target = tmp_path_factory.mktemp("space") / "out"
-    return write_space(settings_for(models, base=str(tiny_space / "base"), title="Ours"), target)
+    return write_space(make_space_settings(models, base=str(tiny_space / "base"), title="Ours"), target)
 
 
 def test_what_is_in_it(folder):
@@ -55,7 +55,7 @@ def test_what_is_in_it(folder):
         assert f"models/{name}/model.safetensors" in listed
     for name in ("uniform", "variable"):
         verify_folder(folder / "models" / name)
-    settings = read_settings(folder / "space.yaml")
+    settings = read_space_settings(folder / "space.yaml")
     assert [entry.name for entry in settings.entries] == ["Uniform", "Variable"]
     assert {entry.base for entry in settings.entries} == {Source(path=folder / "models/base")}
     assert all(entry.prompts for entry in settings.entries)
@@ -103,7 +103,7 @@ def test_hub_models_are_named_and_not_copied(tmp_path):
     out = write_space(settings, tmp_path / "out")
     assert not (out / "models").exists()
     assert SpaceCard.load(out / "README.md").data.models == ["us/dense", "us/mini"]
-    assert read_settings(out / "space.yaml") == settings
+    assert read_space_settings(out / "space.yaml") == settings
 
 
 def test_a_yaml_with_reports(run, place):
@@ -116,7 +116,7 @@ def test_a_yaml_with_reports(run, place):
     code, out, _ = run("space", "@mine.yaml", "--output", "@out")
     assert code == 0
     assert str(place / "out") in out
-    settings = read_settings(place / "out/space.yaml")
+    settings = read_space_settings(place / "out/space.yaml")
     assert settings.limits.seconds == 5
     (report,) = settings.entries[0].reports.values()
     assert json.loads(report.read_text()) == json.loads((place / "models/variable/eval_report.json").read_text())
@@ -142,9 +142,9 @@ def test_the_base_comes_from_the_plan(tiny_space, monkeypatch, provenance, base)
     monkeypatch.setattr(PruningPlan, "load", lambda path: plan)
     if base is None:
         with pytest.raises(ConfigError, match="--base"):
-            settings_for([str(tiny_space / "uniform")])
+            make_space_settings([str(tiny_space / "uniform")])
     else:
-        assert settings_for([str(tiny_space / "uniform")]).entries[0].base == base
+        assert make_space_settings([str(tiny_space / "uniform")]).entries[0].base == base
 
 
 def test_what_is_refused(run, place, tiny_space):
@@ -171,18 +171,18 @@ def test_what_is_refused(run, place, tiny_space):
 def test_an_export_is_no_model_of_a_space(tiny_space, tmp_path):
     export_model(tiny_space / "uniform", tmp_path / "exported", format="quanto", tolerance=10.0)
     with pytest.raises(LoadError, match="is an export, which a Space can't load"):
-        write_space(settings_for([str(tmp_path / "exported")], base="demo"), tmp_path / "out")
+        write_space(make_space_settings([str(tmp_path / "exported")], base="demo"), tmp_path / "out")
 
 
 def test_failures_leave_nothing(tiny_space, tmp_path):
     broken = shutil.copytree(tiny_space / "uniform", tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"x")
     with pytest.raises(LoadError):
-        write_space(settings_for([str(broken)], base="demo"), tmp_path / "out")
+        write_space(make_space_settings([str(broken)], base="demo"), tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
     with pytest.raises(SaveError):
-        write_space(settings_for([str(tiny_space / "uniform")], base="demo"), tmp_path / "mine")
+        write_space(make_space_settings([str(tiny_space / "uniform")], base="demo"), tmp_path / "mine")
     entry = Entry("Law", Source(path=tiny_space / "uniform"), Source(), reports={"x": tmp_path / "none.json"})
     with pytest.raises(LoadError, match="report"):
         write_space(Settings("X", (entry,)), tmp_path / "out")

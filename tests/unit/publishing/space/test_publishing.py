@@ -13,11 +13,11 @@ from tests.support.hub.server import files_of
 pytestmark = pytest.mark.slow
 
 CODE = """
-from hf_context_prune import cli
+from hf_context_prune.cli import app as cli
 from hf_context_prune.publishing.space.compare import Comparer
 from hf_context_prune.publishing.space.facts import matrix, read_facts
-from hf_context_prune.publishing.space.generation import Wish
-from hf_context_prune.publishing.space.settings import read_settings
+from hf_context_prune.publishing.space.generation import Request
+from hf_context_prune.publishing.space.settings import read_space_settings
 from hf_context_prune.publishing.space.store import ModelStore
 
 def run(*words):
@@ -31,8 +31,8 @@ push = ["space", "org/mini", "--base", "org/dense@main", "--output", "out", "--p
 codes = [run(*push, "--private"), run(*push)]
 codes.append(run("space", "org/none", "--base", "org/dense", "--output", "none"))
 codes.append(run("space", "org/mini", "--output", "none"))
-settings = read_settings("out/space.yaml")
-*_, last = Comparer(settings, ModelStore()).compare("Mini", Wish("the court", new_tokens=5))
+settings = read_space_settings("out/space.yaml")
+*_, last = Comparer(settings, ModelStore()).compare("Mini", Request("the court", new_tokens=5))
 facts = {entry.name: read_facts(entry) for entry in settings.entries}
 print(json.dumps({
     "codes": codes,

@@ -8,14 +8,14 @@ import pytest
 import yaml
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.publishing.space.folder import settings_for
+from hf_context_prune.publishing.space.folder import make_space_settings
 from hf_context_prune.publishing.space.page import picked
 from hf_context_prune.publishing.space.settings import (
     Entry,
     Limits,
     Source,
     demo_settings,
-    read_settings,
+    read_space_settings,
     write_settings,
 )
 
@@ -38,7 +38,7 @@ def written(place: Path, values: object) -> Path:
 
 
 def test_all_that_it_may_say(tmp_path):
-    settings = read_settings(written(tmp_path, GOOD))
+    settings = read_space_settings(written(tmp_path, GOOD))
     law, medicine = settings.entries
     assert law == Entry(
         "Law", Source(path=tmp_path / "models/law"), Source(), ("The court",), {"general": tmp_path / "reports/g.json"}
@@ -46,16 +46,16 @@ def test_all_that_it_may_say(tmp_path):
     assert medicine == Entry("Medicine", Source("us/mini", COMMIT), Source("us/dense", COMMIT))
     assert settings.limits == Limits(new_tokens=64)
     write_settings(settings, tmp_path / "again.yaml")
-    assert read_settings(tmp_path / "again.yaml") == settings
+    assert read_space_settings(tmp_path / "again.yaml") == settings
 
 
 def test_a_path_that_climbs_is_the_folder_that_it_leads_to(tmp_path, monkeypatch):
     inner = tmp_path / "mini-law" / "space"
     inner.mkdir(parents=True)
     path = written(inner, {"base": "demo", "models": [{"name": "Law", "path": ".."}]})
-    assert read_settings(path).entries[0].model == Source(path=tmp_path / "mini-law")
+    assert read_space_settings(path).entries[0].model == Source(path=tmp_path / "mini-law")
     monkeypatch.chdir(inner)
-    entry = settings_for([".."], base="demo").entries[0]
+    entry = make_space_settings([".."], base="demo").entries[0]
     assert (entry.name, entry.model) == ("Law", Source(path=tmp_path / "mini-law"))
 
 
@@ -97,7 +97,7 @@ def model(**values):
 )
 def test_what_is_refused(tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
-        read_settings(written(tmp_path, values))
+        read_space_settings(written(tmp_path, values))
 
 
 def test_what_app_py_starts(tmp_path, monkeypatch):
