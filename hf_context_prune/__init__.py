@@ -16,24 +16,29 @@ from typing import TYPE_CHECKING, Any
 from .utils.version import __version__
 
 if TYPE_CHECKING:
-    from .config import PrunerConfig
+    from .config import PrunerConfig, ThresholdConfig
     from .data.documents import load_documents
     from .data.samples import tokenize_samples
     from .errors import ContextPruneError
     from .evaluation.options import EvalOptions, QuestionOptions
     from .evaluation.reports.report import EvalReport
-    from .export.run import export_model, open_export
+    from .export.run import export_model, open_export, read_export
     from .modeling.plan import PruningPlan
     from .pipelines.evaluate import evaluate
-    from .pipelines.prune import prune
+    from .pipelines.prune import prune, prune_to_folder
+    from .pipelines.recover import recover_to_folder
     from .pipelines.result import PruneResult
     from .pruning.calibration.calibrate import calibrate
     from .pruning.criteria import CRITERIA
     from .pruning.planner import make_plan, plan_and_reconstruct
     from .pruning.surgery import apply_plan
     from .pruning.vocabulary.prune import prune_vocabulary
+    from .publishing.card.card import rewrite_card
     from .publishing.hub import push_folder
+    from .publishing.space.folder import check_space_publishable, make_space_settings, write_space
+    from .publishing.space.settings import read_space_settings
     from .storage.loading import load_model, load_pruned
+    from .storage.manifest import verify_folder
     from .training.callback.callback import ContextPruneCallback
     from .training.callback.checkpoints import load_checkpoint
     from .training.callback.mixin import ContextPruneTrainerMixin
@@ -54,8 +59,10 @@ _HOME = {
     "PruningSchedule": "training.callback.schedule",
     "QuestionOptions": "evaluation.options",
     "RecoveryConfig": "training.recovery.config",
+    "ThresholdConfig": "config",
     "apply_plan": "pruning.surgery",
     "calibrate": "pruning.calibration.calibrate",
+    "check_space_publishable": "publishing.space.folder",
     "evaluate": "pipelines.evaluate",
     "export_model": "export.run",
     "load_checkpoint": "training.callback.checkpoints",
@@ -63,13 +70,21 @@ _HOME = {
     "load_model": "storage.loading",
     "load_pruned": "storage.loading",
     "make_plan": "pruning.planner",
+    "make_space_settings": "publishing.space.folder",
     "open_export": "export.run",
     "plan_and_reconstruct": "pruning.planner",
     "prune": "pipelines.prune",
+    "prune_to_folder": "pipelines.prune",
     "prune_vocabulary": "pruning.vocabulary.prune",
     "push_folder": "publishing.hub",
+    "read_export": "export.run",
+    "read_space_settings": "publishing.space.settings",
     "recover": "training.recovery.recover",
+    "recover_to_folder": "pipelines.recover",
+    "rewrite_card": "publishing.card.card",
     "tokenize_samples": "data.samples",
+    "verify_folder": "storage.manifest",
+    "write_space": "publishing.space.folder",
 }
 
 __all__ = [
@@ -85,9 +100,11 @@ __all__ = [
     "PruningSchedule",
     "QuestionOptions",
     "RecoveryConfig",
+    "ThresholdConfig",
     "__version__",
     "apply_plan",
     "calibrate",
+    "check_space_publishable",
     "evaluate",
     "export_model",
     "load_checkpoint",
@@ -95,13 +112,21 @@ __all__ = [
     "load_model",
     "load_pruned",
     "make_plan",
+    "make_space_settings",
     "open_export",
     "plan_and_reconstruct",
     "prune",
+    "prune_to_folder",
     "prune_vocabulary",
     "push_folder",
+    "read_export",
+    "read_space_settings",
     "recover",
+    "recover_to_folder",
+    "rewrite_card",
     "tokenize_samples",
+    "verify_folder",
+    "write_space",
 ]
 
 

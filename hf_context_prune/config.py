@@ -1,14 +1,18 @@
-"""`PrunerConfig`: every choice of a pruning run, as a dataclass that HfArgumentParser and YAML can fill."""
+"""`PrunerConfig` and `ThresholdConfig`: every option of a pruning run, for Python, YAML and HfArgumentParser.
+
+An option is a dataclass field. Its metadata hold the help text with the panel of ``--help`` and the allowed values; the
+command line is made from them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,187 +26,334 @@ VocabCriterion = Literal["expected", "frequency"]
 Config = TypeVar("Config")
 
 DEFAULT_PRUNING_RATIO = 0.2
+DEFAULT_PAD_TO_MULTIPLE_OF = 64
+DEFAULT_RIDGE = 0.3
+"""Ridge of every Gram matrix that is inverted, as a share of each feature's mean square."""
 THRESHOLDS = ("linear_threshold", "activation_threshold", "embedding_threshold")
+PANELS = (
+    *("Budget", "Vocabulary", "Method", "Text"),
+    *("Paper's thresholds", "Evaluation", "Questions", "Model", "Output"),
+)
+"""Panels of ``--help``, in their order."""
+BUDGET, VOCABULARY, METHOD, TEXT, PAPER, EVALUATION, QUESTIONS, MODEL, OUTPUT = PANELS
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_DIGITS = re.compile(r"[0-9]{1,19}")
 
 
-def option(default: Any, help: str) -> Any:  # noqa: ANN401 - `help` is HfArgumentParser's metadata key
-    """A field of a config with its help text."""
-    return field(default=default, metadata={"help": help})
+@dataclass(frozen=True)
+class Allowed:
+    """The values that an option may have.
+
+    Attributes:
+        test: Returns whether a value is one of them.
+        text: The same in words, for the error: "it must be ...".
+    """
+
+    test: Callable[[Any], bool]
+    text: str
 
 
-@dataclass
-class PrunerConfig:
-    """What to remove, how to choose it, and how to repair what is left.
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number (and no bool)."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return is_integer(value)
 
-    The budget is one of: a share or number of *all* parameters (`pruning_ratio`, `target_params`), a share of each unit
-    (`mlp_ratio`, `attention_ratio`), or how much worse the model may get (`max_loss_increase`). A share of all
-    parameters may be combined with one unit's ratio: that ratio is then exact, and the other unit gives the rest.
-    Tokens go by `vocab_size`, `vocab_coverage` or `vocab_min_count`, and count towards a share of all parameters; with
-    `vocab_auto`, that budget says how many. The paper's protocol has thresholds in place of a budget
-    (`linear_threshold`, `activation_threshold`, `embedding_threshold`). With none of all these, `pruning_ratio` is 0.2.
-    What is left open (`pruning_ratio`, `allocation`) is filled in, so that a config always says what is done.
+
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer (and no bool)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def at_least(lowest: int, bits: int = 63) -> Allowed:
+    """Allow integers from a lowest one up to what generators and tensors take, or fewer bits."""
+    return Allowed(
+        lambda value: is_integer(value) and lowest <= value < 2**bits,
+        f"an integer of at least {lowest}, below 2^{bits}",
+    )
+
+
+_RATIO = Allowed(
+    lambda value: is_number(value) and 0 <= value < 1,
+    "a share in [0, 1): 0 removes nothing, 0.25 a quarter, and 1 would leave nothing",
+)
+_THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of at least 0 (the paper has 1e-3)")
+_NAME = Allowed(lambda value: isinstance(value, str) and bool(value.strip()), "a name, such as 'text'")
+
+
+def option(
+    default: Any,  # noqa: ANN401 - of the option's own type
+    help: str,
+    *,
+    panel: str | None = None,
+    allowed: Allowed | None = None,
+    flag: str | None = None,
+    metavar: str | None = None,
+) -> Any:  # noqa: ANN401 - a dataclass field, as `dataclasses.field` returns it
+    """Return the field of an option.
+
+    Args:
+        default: Its default; `dataclasses.MISSING` if it has none.
+        help: Its help text (HfArgumentParser reads it by this name).
+        panel: The panel of ``--help`` that shows it.
+        allowed: Its values, where the annotation does not give them (names of a Literal, true and false).
+        flag: Its flag without dashes, if that is not the name of the field.
+        metavar: How ``--help`` shows its value, if not by its type.
+    """
+    about = OptionHelp(help)
+    about.panel, about.allowed, about.flag, about.metavar = panel, allowed, flag, metavar
+    return field(default=default, metadata={"help": about})
+
+
+class OptionHelp(str):
+    """The help text of an option with what else is known of the option.
+
+    It is one string because HfArgumentParser hands all metadata of a field to argparse, which refuses unknown keys. The
+    attributes are the arguments of [`option`][].
+    """
+
+    panel: str | None
+    allowed: Allowed | None
+    flag: str | None
+    metavar: str | None
+
+
+def help_of(item: Field[Any]) -> OptionHelp | None:
+    """Return the help text of a config's field; None if the field is no option of the command line."""
+    found: OptionHelp | None = item.metadata.get("help")
+    return found
+
+
+def check_options(config: object) -> None:
+    """Check every option of a config by its annotation and its metadata.
+
+    Raises:
+        ConfigError: A value that is not allowed.
+    """
+    hints = get_type_hints(type(config))
+    for item in fields(config):  # type: ignore[arg-type]
+        name, value, hint = item.name, getattr(config, item.name), hints[item.name]
+        if value is None and type(None) in get_args(hint):
+            continue
+        names = choices(hint)
+        if names and value not in names:
+            raise ConfigError(unknown_name(name, value, names))
+        if hint is bool and not isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}; it must be true or false.")
+        about = help_of(item)
+        if about is not None and about.allowed is not None and not about.allowed.test(value):
+            raise ConfigError(f"{name} is {value!r}; it must be {about.allowed.text}.")
+
+
+def choices(annotation: object) -> tuple[str, ...]:
+    """Return the names that an annotation allows (a Literal, or a Literal or None); empty for any other."""
+    parts = (annotation, *get_args(annotation))
+    return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+
+
+@dataclass(kw_only=True)
+class CalibrationConfig:
+    """The text that a pruning run is calibrated on.
+
+    Raises:
+        ConfigError: A value out of range, or an unknown name.
+    """
+
+    num_calibration_samples: int = option(
+        128, "Number of samples of calibration text.", panel=TEXT, allowed=at_least(1)
+    )
+    max_seq_length: int = option(512, "Tokens per sample.", panel=TEXT, allowed=at_least(2))
+    general_data_ratio: float = option(
+        0.0,
+        "Share of the calibration samples taken from general text instead of domain text, in [0, 1). The model loses a "
+        "little more on the domain and forgets less elsewhere. Needs general text (--general-data), of which a tenth "
+        "is then held out to measure on.",
+        panel=TEXT,
+        allowed=Allowed(
+            lambda value: is_number(value) and 0 <= value < 1,
+            "a share in [0, 1): 0.25 takes a quarter of the calibration samples from general text",
+        ),
+    )
+    text_column: str | None = option(
+        None, "Column that holds the text; found automatically if there is one candidate.", panel=TEXT, allowed=_NAME
+    )
+    # Not `seed`: HfArgumentParser would refuse this class beside TrainingArguments, which has that one.
+    pruning_seed: int = option(
+        0,
+        "Seed of everything random: the choice of text, and the random criterion.",
+        panel=TEXT,
+        allowed=at_least(0),
+        flag="seed",
+    )
+    domain: str | None = option(
+        None,
+        "Name of the domain, such as law, for the model card and its tags.",
+        panel=OUTPUT,
+        allowed=Allowed(_NAME.test, "a name, such as 'law'"),
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_options(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a config from a mapping of options; ``seed`` may stand for ``pruning_seed``, as on the command line.
+
+        Raises:
+            ConfigError: An unknown key, with the nearest known one.
+        """
+        if "seed" in values and "pruning_seed" not in values:
+            values = {"pruning_seed" if name == "seed" else name: value for name, value in values.items()}
+        return from_options(cls, values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a config from a YAML file (a flat mapping).
+
+        Raises:
+            ConfigError: The file is missing, not YAML or not a mapping, or has an unknown key.
+        """
+        return cls.from_dict(read_yaml(path))
+
+
+@dataclass(kw_only=True)
+class PrunerConfig(CalibrationConfig):
+    """What to remove, how to choose it, and how to reconstruct the rest.
+
+    The budget is one of: a share or number of *all* parameters (`pruning_ratio`, `target_params`), a share of each kind
+    of unit (`mlp_ratio`, `attention_ratio`), or the loss that may be added (`max_loss_increase`). A share of all
+    parameters may be combined with the ratio of one kind of unit: that ratio is then exact, and the other kind gives
+    the rest. Vocabulary entries are removed by `vocab_size`, `vocab_coverage` or `vocab_min_count`, and count towards a
+    share of all parameters; with ``vocab_size="auto"``, that budget decides how many. With no size at all,
+    `pruning_ratio` is 0.2. Options left open (`pruning_ratio`, `allocation`) are filled in, so that a config always
+    says what is done.
 
     Raises:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
     """
 
     pruning_ratio: float | None = option(
-        None, "Share of all parameters to remove, from 0 up to, not including, 1 (tied embeddings counted once)."
+        None,
+        f"Share of all parameters to remove, in [0, 1); tied embeddings count once. Without any size "
+        f"{DEFAULT_PRUNING_RATIO}.",
+        panel=BUDGET,
+        allowed=_RATIO,
     )
-    target_params: int | None = option(None, "Number of parameters to keep at most, instead of a ratio.")
-    mlp_ratio: float | None = option(None, "Share of the MLP neurons to remove, in [0, 1).")
-    attention_ratio: float | None = option(None, "Share of the attention KV groups to remove, in [0, 1).")
+    target_params: int | None = option(
+        None, "Largest number of parameters to keep, instead of a ratio.", panel=BUDGET, allowed=at_least(1)
+    )
     max_loss_increase: float | None = option(
         None,
-        "As small as possible, with at most this share more bits per byte on the domain (0.03: 1.03 times as many). "
-        "Found by search on documents withheld from calibration.",
+        "Find the smallest model whose bits per byte on validation text rise by at most this share (0.03: 3 percent).",
+        panel=BUDGET,
+        allowed=Allowed(
+            lambda value: is_number(value) and 0 < value <= 1,
+            "a share above 0, up to 1: 0.03 allows 3 % more bits per byte",
+        ),
     )
-    criterion: CriterionName = option("obs", "Which units matter: how the importance of a unit is measured.")
+    mlp_ratio: float | None = option(
+        None, "Share of the MLP neurons to remove, in [0, 1).", panel=BUDGET, allowed=_RATIO
+    )
+    attention_ratio: float | None = option(
+        None, "Share of the attention KV groups to remove, in [0, 1).", panel=BUDGET, allowed=_RATIO
+    )
+    vocab_size: int | str | None = option(
+        None,
+        "Number of vocabulary entries to keep, or auto: the budget for all parameters decides, by the measured loss of "
+        "removing entries, neurons and KV groups. All are kept by default.",
+        panel=VOCABULARY,
+        allowed=Allowed(
+            lambda value: value == "auto" or at_least(1).test(value),
+            f"'auto' or {at_least(1).text}",
+        ),
+        metavar="N|auto",
+    )
+    vocab_coverage: float | None = option(
+        None,
+        "Keep as many vocabulary entries as make up this share of the text, in (0, 1], instead of a number.",
+        panel=VOCABULARY,
+        allowed=Allowed(
+            lambda value: is_number(value) and 0 < value <= 1,
+            "a share above 0, up to 1: 0.995 keeps as many entries as make up 99.5 % of the text",
+        ),
+    )
+    vocab_min_count: int | None = option(
+        None,
+        "Keep the vocabulary entries that occur at least this often in the text, instead of a number.",
+        panel=VOCABULARY,
+        allowed=at_least(1),
+    )
+    pad_to_multiple_of: int = option(
+        DEFAULT_PAD_TO_MULTIPLE_OF,
+        "Round the number of kept vocabulary entries up to a multiple of this.",
+        panel=VOCABULARY,
+        allowed=at_least(1),
+    )
+    vocab_criterion: VocabCriterion = option(
+        "expected",
+        "How vocabulary entries are ranked. expected: by the documents that contain them, and by how probable the "
+        "model holds them there; frequency: by how often they occur in the text.",
+        panel=VOCABULARY,
+    )
+    criterion: CriterionName = option("obs", "How the importance of a unit is measured.", panel=METHOD)
     reconstruction: ReconstructionName = option(
-        "sequential", "How the output projections are refitted to what is left."
+        "sequential", "How the output projections are fitted to the units that are kept.", panel=METHOD
     )
     allocation: AllocationName | None = option(
         None,
-        "adaptive: widths by each layer's measured effect on the loss; uniform: the same in every layer. By default "
-        "adaptive where the budget is for all parameters or the loss, uniform with unit ratios, stock, thresholds or a "
-        "single block of text.",
+        "adaptive: widths by each layer's measured effect on the loss; uniform: the same share in every layer. By "
+        "default adaptive if the budget is for all parameters or the loss, and uniform with mlp_ratio, "
+        "attention_ratio, native_architecture or a single sample of text.",
+        panel=METHOD,
     )
     refit_lm_head: bool = option(
         False,
         "After pruning, also refit the LM head (and the tied embedding) on the calibration text: less loss at the same "
-        "size, in more time. Always done where tokens go.",
+        "size, in more time. Always done when the vocabulary is pruned.",
+        panel=METHOD,
     )
-    round_to: int = option(1, "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).")
+    round_to: int = option(
+        1,
+        "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).",
+        panel=METHOD,
+        allowed=at_least(1),
+    )
     native_architecture: bool = option(
-        False, "Plan only widths that the stock architecture can hold (loads without this package)."
-    )
-    vocab_size: int | None = option(None, "Tokens of the vocabulary to keep; by default all.")
-    vocab_coverage: float | None = option(
-        None, "Keep as many tokens as make up this share of the text, in (0, 1], instead of a number."
-    )
-    vocab_min_count: int | None = option(None, "Keep tokens that the text has at least this often, instead.")
-    vocab_auto: bool = option(
         False,
-        "Let the budget for all parameters choose the number of tokens too, by what they and the other units cost in "
-        "loss (not with allocation=uniform).",
+        "Plan only widths that the model's own architecture can hold, so that it loads without this package.",
+        panel=METHOD,
     )
-    pad_to_multiple_of: int = option(64, "The number of kept tokens is rounded up to a multiple of this.")
-    vocab_criterion: VocabCriterion = option(
-        "expected",
-        "Which tokens matter. expected: documents that have them, and how probable the model holds them there; "
-        "frequency: how often the text has them.",
+    ridge: float = option(
+        DEFAULT_RIDGE,
+        "Ridge of the reconstruction, as a share of each feature's mean square; above 0.",
+        panel=METHOD,
+        allowed=Allowed(
+            lambda value: is_number(value) and 0 < value <= 1e6, "a number above 0, up to 1e6 (0.3 is a good one)"
+        ),
     )
-    linear_threshold: float | None = option(
-        None,
-        "The paper's protocol (with criterion=l1, reconstruction=none): zero the rows and columns of linear layers "
-        "with mean |x| of at most this, and remove the units that are then dead.",
-    )
-    activation_threshold: float | None = option(
-        None, "The paper's protocol: remove the MLP neurons whose mean |activation| is at most this."
-    )
-    embedding_threshold: float | None = option(
-        None, "The paper's protocol: remove the tokens whose share of the text is at most this (0: those it lacks)."
-    )
-    ridge: float = option(0.3, "Ridge of the refit, as a share of each feature's mean square; above 0.")
-    num_calibration_samples: int = option(128, "Blocks of calibration text.")
-    max_seq_length: int = option(512, "Tokens a block.")
-    general_data_ratio: float = option(
-        0.0,
-        "Share of the calibration blocks that comes from text of no domain, in [0, 1): the domain loses a little, and "
-        "less is forgotten elsewhere. Needs such a text.",
-    )
-    text_column: str | None = option(None, "Column with the text; found by itself where there is only one candidate.")
-    domain: str | None = option(None, "Name of the domain, such as law: for the model card and its tags.")
-    # Not `seed`: HfArgumentParser would refuse this class beside TrainingArguments, which has that one.
-    pruning_seed: int = option(0, "Seed of everything random: choice of text, and the `random` criterion.")
 
     def __post_init__(self) -> None:
-        """Check every value."""
-        for name in ("pruning_ratio", "mlp_ratio", "attention_ratio"):
-            self._check_ratio(name)
-        for name, lowest in (
-            ("target_params", 1),
-            ("vocab_size", 1),
-            ("vocab_min_count", 1),
-            ("pad_to_multiple_of", 1),
-            ("round_to", 1),
-            ("num_calibration_samples", 1),
-            ("max_seq_length", 2),
-            ("pruning_seed", 0),
-        ):
-            self._check_integer(name, lowest)
-        if not (is_number(self.general_data_ratio) and 0 <= self.general_data_ratio < 1):
-            raise ConfigError(
-                f"general_data_ratio is {self.general_data_ratio!r}; it must be a share in [0, 1): 0.25 takes a quarter of "
-                f"the calibration samples from general text."
-            )
-        if self.max_loss_increase is not None and not (
-            is_number(self.max_loss_increase) and 0 < self.max_loss_increase <= 1
-        ):
-            raise ConfigError(
-                f"max_loss_increase is {self.max_loss_increase!r}; it must be a share above 0, up to 1: 0.03 allows "
-                f"3 % more bits per byte."
-            )
-        if not (is_number(self.ridge) and 0 < self.ridge <= 1e6):
-            raise ConfigError(f"ridge is {self.ridge!r}; it must be a number above 0, up to 1e6 (0.3 is a good one).")
-        for name in ("native_architecture", "refit_lm_head"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
-        if self.vocab_coverage is not None and not (is_number(self.vocab_coverage) and 0 < self.vocab_coverage <= 1):
-            raise ConfigError(
-                f"vocab_coverage is {self.vocab_coverage!r}; it must be a share above 0, up to 1: 0.995 keeps as many "
-                f"tokens as make up 99.5 % of the text."
-            )
-        if self.text_column is not None and not (isinstance(self.text_column, str) and self.text_column):
-            raise ConfigError(f"text_column is {self.text_column!r}; it must be the name of a column.")
-        if self.domain is not None and not (isinstance(self.domain, str) and self.domain.strip()):
-            raise ConfigError(f"domain is {self.domain!r}; it must be a name, such as 'law'.")
-        for name, names in (
-            ("criterion", CriterionName),
-            ("reconstruction", ReconstructionName),
-            ("allocation", AllocationName),
-            ("vocab_criterion", VocabCriterion),
-        ):
-            if name != "allocation" or self.allocation is not None:
-                self._check_name(name, get_args(names))
+        """Check every value, fill in what is open, and refuse contradictions."""
+        if isinstance(self.vocab_size, str) and _DIGITS.fullmatch(self.vocab_size):  # HfArgumentParser gives strings
+            self.vocab_size = int(self.vocab_size)
+        super().__post_init__()
         self._fill_in()
         self._check_budget()
-
-    def _check_ratio(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not (is_number(value) and 0 <= value < 1):
-            raise ConfigError(
-                f"{name} is {value!r}; it must be a share in [0, 1): 0 removes nothing, 0.25 a quarter, and 1 would "
-                f"leave nothing."
-            )
-
-    def _check_integer(self, name: str, lowest: int) -> None:
-        value = getattr(self, name)
-        if value is None and name in ("target_params", "vocab_size", "vocab_min_count"):
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ConfigError(f"{name} is {value!r}; it must be an integer of at least {lowest}.")
-        if value >= 2**63:
-            raise ConfigError(f"{name} is {value!r}; it must be below 2^63.")
-
-    def _check_name(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            raise ConfigError(unknown_name(name, value, allowed))
+        self._check_method()
+        self._check_vocabulary()
 
     def _fill_in(self) -> None:
-        if not self.prunes_units and not self.prunes_vocabulary:
+        if not self.prunes_units and (not self.prunes_vocabulary or self.vocab_size == "auto"):
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if self.allocation is None:
             fixed = self.mlp_ratio is not None or self.attention_ratio is not None or self.native_architecture
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
             self.allocation = "adaptive" if self.has_total_budget and not (fixed or nothing) else "uniform"
-
-    @property
-    def has_total_budget(self) -> bool:
-        """Whether the budget is for all parameters, or for the loss."""
-        return any(x is not None for x in (self.pruning_ratio, self.target_params, self.max_loss_increase))
 
     def _check_budget(self) -> None:
         if self.pruning_ratio is not None and self.target_params is not None:
@@ -220,112 +371,117 @@ class PrunerConfig:
                 "mlp_ratio and attention_ratio together already fix the size; leave out pruning_ratio/target_params, "
                 "or one of the two."
             )
+
+    def _check_method(self) -> None:
         if self.reconstruction == "sequential" and self.criterion == "taylor":
             raise ConfigError(
-                "criterion='taylor' needs gradients, which the walk of reconstruction='sequential' does not have. Use "
+                "criterion='taylor' needs gradients, which reconstruction='sequential' does not compute. Use "
                 "criterion='obs', or reconstruction='least_squares'."
             )
         if self.allocation == "adaptive" and self.native_architecture:
             raise ConfigError(
-                "allocation='adaptive' gives layers different widths, which native_architecture=True rules out; leave allocation out "
-                "(None; a config fills it in)."
+                "allocation='adaptive' gives layers different widths, which native_architecture=True rules out; leave "
+                "allocation out (None; a config fills it in)."
             )
         if self.refit_lm_head and self.reconstruction == "none":
             raise ConfigError(
-                "refit_lm_head=True reconstructs more, and reconstruction='none' nothing; use another reconstruction, or leave "
-                "refit_lm_head out."
-            )
-        self._check_thresholds(total)
-        self._check_vocabulary(total)
-
-    def _check_thresholds(self, total: bool) -> None:
-        given = [name for name in THRESHOLDS if getattr(self, name) is not None]
-        for name in given:
-            value = getattr(self, name)
-            if not (is_number(value) and value >= 0):
-                raise ConfigError(f"{name} is {value!r}; it must be a number of at least 0 (the paper has 1e-3).")
-            if name == "embedding_threshold" and value > 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a share of the text's tokens, in [0, 1].")
-        if not given:
-            return
-        sized = total or self.max_loss_increase is not None or bool(self.mlp_ratio or self.attention_ratio)
-        if sized or self.allocation == "adaptive" or self.native_architecture or self.round_to > 1:
-            raise ConfigError(
-                f"{given[0]} says by itself what goes, layer by layer; leave out sizes (pruning_ratio, target_params, "
-                f"mlp_ratio, attention_ratio, max_loss_increase), allocation, stock and round_to, or the thresholds."
-            )
-        if self.criterion != "l1" or self.reconstruction != "none":
-            raise ConfigError(
-                f"{given[0]} is the paper's rule, which compares mean |x| and repairs nothing: give criterion='l1' and "
-                f"reconstruction='none' with it (here: {self.criterion!r}, {self.reconstruction!r})."
+                "refit_lm_head=True reconstructs more, and reconstruction='none' reconstructs nothing; use another "
+                "reconstruction, or leave refit_lm_head out."
             )
 
-    def _check_vocabulary(self, total: bool) -> None:
-        given = [
-            name
-            for name in ("vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto", "embedding_threshold")
-            if (value := getattr(self, name)) is not None and value is not False
-        ]
+    def _check_vocabulary(self) -> None:
+        sizes = ("vocab_size", "vocab_coverage", "vocab_min_count")
+        given = [name for name in sizes if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} each set the number of tokens; give one of them.")
-        if not self.vocab_auto:
-            return
-        if not total or self.pruning_ratio == 0:
+            raise ConfigError(f"{' and '.join(given)} each set the size of the vocabulary; give one of them.")
+        units = self.mlp_ratio is not None or self.attention_ratio is not None
+        shared = self.allocation == "adaptive" and self.max_loss_increase is None and not units
+        if self.vocab_size == "auto" and not shared:
             raise ConfigError(
-                "vocab_auto needs a budget to share: pruning_ratio (above 0) or target_params. Or give vocab_size."
+                "vocab_size='auto' shares one budget between vocabulary entries and other units by their measured "
+                "loss: it needs pruning_ratio (above 0) or target_params, allocation='adaptive' (so not "
+                "native_architecture), and no mlp_ratio or attention_ratio. Or give a number: vocab_size=16000."
             )
-        if self.allocation != "adaptive" or self.mlp_ratio is not None or self.attention_ratio is not None:
-            raise ConfigError(
-                "vocab_auto shares one budget between tokens and other units by their measured cost: it needs "
-                "allocation='adaptive' (so not stock), and no mlp_ratio or attention_ratio. Or fix the tokens: "
-                "vocab_size."
-            )
+
+    thresholds_units: ClassVar[bool] = False
+
+    @property
+    def has_total_budget(self) -> bool:
+        """Whether the budget is for all parameters, or for the loss."""
+        return any(x is not None for x in (self.pruning_ratio, self.target_params, self.max_loss_increase))
 
     @property
     def prunes_units(self) -> bool:
-        """Whether MLP neurons or KV groups may go."""
-        sizes = (
-            *(self.pruning_ratio, self.target_params, self.max_loss_increase),
-            *(self.mlp_ratio, self.attention_ratio),
-        )
-        return self.thresholds_units or any(size is not None for size in sizes)
+        """Whether MLP neurons or KV groups may be removed."""
+        return self.has_total_budget or self.mlp_ratio is not None or self.attention_ratio is not None
+
+    @property
+    def prunes_vocabulary(self) -> bool:
+        """Whether vocabulary entries may be removed."""
+        return any(size is not None for size in (self.vocab_size, self.vocab_coverage, self.vocab_min_count))
+
+
+@dataclass(kw_only=True)
+class ThresholdConfig(CalibrationConfig):
+    """The protocol of the paper (arXiv 2312.12682): thresholds alone decide what is removed, layer by layer.
+
+    Importance is the mean absolute activation, and nothing is reconstructed.
+
+    Raises:
+        ConfigError: A value out of range, or no threshold at all.
+    """
+
+    # What the protocol fixes, for code that reads either config.
+    criterion: ClassVar[CriterionName] = "l1"
+    reconstruction: ClassVar[ReconstructionName] = "none"
+    refit_lm_head: ClassVar[bool] = False
+    vocab_criterion: ClassVar[VocabCriterion] = "expected"
+    pad_to_multiple_of: ClassVar[int] = DEFAULT_PAD_TO_MULTIPLE_OF
+    vocab_size: ClassVar[None] = None
+    pruning_ratio: ClassVar[None] = None
+    target_params: ClassVar[None] = None
+    max_loss_increase: ClassVar[None] = None
+
+    linear_threshold: float | None = option(
+        None,
+        "Zero the rows and columns of linear layers whose mean |x| is at most this, and remove the units that are then "
+        "dead.",
+        panel=PAPER,
+        allowed=_THRESHOLD,
+    )
+    activation_threshold: float | None = option(
+        None, "Remove the MLP neurons whose mean |activation| is at most this.", panel=PAPER, allowed=_THRESHOLD
+    )
+    embedding_threshold: float | None = option(
+        None,
+        "Remove the vocabulary entries whose share of the text is at most this (0: those that do not occur).",
+        panel=PAPER,
+        allowed=Allowed(
+            lambda value: is_number(value) and 0 <= value <= 1,
+            "a share of the text's tokens, in [0, 1] (0 removes those that do not occur)",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        if all(getattr(self, name) is None for name in THRESHOLDS):
+            raise ConfigError(f"There is no threshold; give at least one of {', '.join(THRESHOLDS)}.")
 
     @property
     def thresholds_units(self) -> bool:
-        """Whether the paper's thresholds say which neurons and KV groups go."""
+        """Whether thresholds decide which MLP neurons and KV groups are removed."""
+        return self.prunes_units
+
+    @property
+    def prunes_units(self) -> bool:
+        """Whether MLP neurons or KV groups may be removed."""
         return self.linear_threshold is not None or self.activation_threshold is not None
 
     @property
     def prunes_vocabulary(self) -> bool:
-        """Whether tokens may go."""
-        return self.vocab_auto or any(
-            size is not None
-            for size in (self.vocab_size, self.vocab_coverage, self.vocab_min_count, self.embedding_threshold)
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All options as plain values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PrunerConfig:
-        """Build from a mapping of options; ``seed`` may stand for ``pruning_seed``, as on the command line.
-
-        Raises:
-            ConfigError: An unknown key, with the nearest known one.
-        """
-        if "seed" in values and "pruning_seed" not in values:
-            values = {"pruning_seed" if name == "seed" else name: value for name, value in values.items()}
-        return from_options(cls, values)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> PrunerConfig:
-        """Read options from a YAML file (a flat mapping).
-
-        Raises:
-            ConfigError: The file is missing, not YAML or not a mapping, or has an unknown key.
-        """
-        return cls.from_dict(read_yaml(path))
+        """Whether vocabulary entries may be removed."""
+        return self.embedding_threshold is not None
 
 
 def from_options(config_class: type[Config], values: Mapping[str, Any]) -> Config:
@@ -334,11 +490,59 @@ def from_options(config_class: type[Config], values: Mapping[str, Any]) -> Confi
     Raises:
         ConfigError: An unknown key, with the nearest known one.
     """
-    allowed = [item.name for item in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    allowed = [item.name for item in fields(config_class)]  # type: ignore[arg-type]
     for key in values:
         if key not in allowed:
             raise ConfigError(unknown_name("option", key, allowed))
     return config_class(**values)
+
+
+def build_config(values: Mapping[str, Any]) -> PrunerConfig | ThresholdConfig:
+    """Build the config that options describe: a `ThresholdConfig` where a threshold is among them.
+
+    Raises:
+        ConfigError: An unknown key, or options of both configs.
+    """
+    own = {item.name for item in fields(ThresholdConfig)}
+    others = [item.name for item in fields(PrunerConfig) if item.name not in own and values.get(item.name) is not None]
+    given = [name for name in THRESHOLDS if values.get(name) is not None]
+    if not given:
+        return PrunerConfig.from_dict({name: value for name, value in values.items() if name not in THRESHOLDS})
+    if others:
+        raise ConfigError(
+            f"{given[0]} alone decides what is removed, as in the paper, and {', '.join(others)} can't be given with "
+            f"it; leave out {', '.join(others)}, or the thresholds."
+        )
+    open_ones = {item.name for item in fields(PrunerConfig)} - own
+    return ThresholdConfig.from_dict({name: value for name, value in values.items() if name not in open_ones})
+
+
+_OLD_NAMES = {
+    "stock": "native_architecture",
+    "vocab_multiple": "pad_to_multiple_of",
+    "general_mix": "general_data_ratio",
+}
+
+
+def config_from_provenance(values: Mapping[str, Any]) -> PrunerConfig | ThresholdConfig:
+    """Build the config that a pruning plan was made with, also from the option names of earlier plans.
+
+    Args:
+        values: ``provenance["config"]`` of a plan.
+
+    Raises:
+        ConfigError: An unknown key or value, or a combination that is no longer possible.
+    """
+    values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
+    if values.pop("effort", None) == "high":
+        values["refit_lm_head"] = True
+    if values.pop("vocab_auto", False):
+        values["vocab_size"] = "auto"
+    if any(values.get(name) is not None for name in THRESHOLDS):
+        left_open = {item.name: item.default for item in fields(PrunerConfig)}
+        left_open |= {"criterion": "l1", "reconstruction": "none", "allocation": "uniform"}  # written with thresholds
+        values = {name: value for name, value in values.items() if name not in left_open or value != left_open[name]}
+    return build_config(values)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -364,13 +568,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _number(value: str) -> float | int:
-    """What people mean by 1e-2 or 5e7, which YAML 1.1 reads as strings."""
+    """Return the number that 1e-2 or 5e7 means; YAML 1.1 reads it as a string."""
     number = float(value)
     return int(number) if number.is_integer() else number
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number (and no bool)."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)

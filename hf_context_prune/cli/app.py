@@ -1,4 +1,4 @@
-"""The command line: data on stdout, progress and messages on stderr, exit code 0, 1 (failed) or 2 (asked wrongly)."""
+"""The command line: data on stdout, progress and messages on stderr, exit code 0, 1 (failed) or 2 (wrong usage)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from rich.markup import escape
 from hf_context_prune.errors import ConfigError, ContextPruneError
 from hf_context_prune.utils.distributed import is_main_process
 
+from .bench import bench
 from .demo import demo
-from .evaluate import bench, evaluate
-from .experiments import matrix, sweep
+from .evaluate import evaluate
+from .experiments import cross_domain, paper_grid
 from .export import export
 from .inspect import inspect
 from .output import errors, out
@@ -29,7 +30,7 @@ from .space import space
 
 app = typer.Typer(
     name="hf-context-prune",
-    help="Contextual pruning: turn a causal LM into a really smaller model for one domain.",
+    help="Contextual pruning: make a causal LM smaller for one domain.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -61,8 +62,8 @@ app.command()(evaluate)
 app.command()(bench)
 app.command()(report)
 app.command()(space)
-app.command()(matrix)
-app.command()(sweep)
+app.command()(cross_domain)
+app.command()(paper_grid)
 app.command()(card)
 app.command()(push)
 app.command()(export)
@@ -97,12 +98,12 @@ def _guarded(run: Callable[[], Any]) -> int:
 
 
 def _terminate(*_: object) -> None:
-    """SIGTERM ends a run as Ctrl-C does, so that it removes what it had begun to write."""
+    """End a run on SIGTERM as on Ctrl-C, so that it removes its unfinished files."""
     raise KeyboardInterrupt
 
 
 def _run() -> None:
-    if not is_main_process():  # what happens in all processes is shown once
+    if not is_main_process():  # every process does the same; it is shown once
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
@@ -111,7 +112,7 @@ def _run() -> None:
 
 
 def main() -> None:
-    """Entry point of the ``hf-context-prune`` command."""
+    """Run the ``hf-context-prune`` command."""
     import signal
 
     signal.signal(signal.SIGTERM, _terminate)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import DATA_HELP, OutputFormat, TextColumn
+from hf_context_prune.config import EVALUATION, TEXT, CalibrationConfig
+
+from .options import DATA_HELP, NONE, FormatOption, Given, Output, OutputFormat, options_of, shared
 from .output import out, out_json, out_table
 from .tables import export_table
 
@@ -15,59 +16,58 @@ if TYPE_CHECKING:
     from hf_context_prune.export.report import ExportReport
 
 
+@options_of(CalibrationConfig, into="column", only=("text_column",))
 def export(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A pruned folder (or any model folder, or Hub id).")],
-    to: Annotated[str, typer.Option("--format", help="quanto, torchao, onnx or gguf.")],
-    output: Annotated[Path, typer.Option(help="Folder to write; an older one of ours is replaced.")],
-    weights: Annotated[
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A pruned folder, any model folder, or a Hub id.")],
+    to: Annotated[str, shared("Format of the export: quanto, torchao, onnx or gguf.")],
+    output: Output,
+    dtype: Annotated[
         str | None,
-        typer.Option(
-            help="quanto: int8, int4; torchao: int8; onnx: float32, int8; gguf: f16, bf16, q8_0. Default: the first."
+        shared(
+            "Data type of the weights. quanto: int8, int4; torchao: int8; onnx: float32, int8; gguf: f16, bf16, q8_0. "
+            "By default the first."
         ),
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="Held-out text to compare on; by default text that the model itself writes. " + DATA_HELP),
+        str | None, shared("Test text to compare on; by default text that the model itself writes. " + DATA_HELP, TEXT)
     ] = None,
-    text_column: TextColumn = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of --data to compare on at most.")] = 2000,
+    column: Given = NONE,
+    max_tokens: Annotated[int, shared("Largest number of tokens of --data to compare on.", EVALUATION, min=1)] = 2000,
     tolerance: Annotated[
-        float | None, typer.Option(help="Relative difference of the perplexity to allow, instead of the format's.")
+        float | None,
+        shared("Relative change of the perplexity to allow, instead of the format's own limit.", EVALUATION),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the text to compare on.")] = 0,
-    show: Annotated[
-        OutputFormat,
-        typer.Option("--show", help="auto: a table; json: everything, for programs; quiet: only the folder."),
-    ] = OutputFormat.auto,
+    seed: Annotated[int, shared("Seed of the text to compare on.", EVALUATION, min=0)] = 0,
+    format: FormatOption = OutputFormat.auto,
 ) -> None:
-    """Write DIR for another runtime, and keep it only if it says there what DIR says.
+    """Write DIR for another runtime, and keep the export only if that runtime gives the same results.
 
-    The artefact is loaded by the other runtime and compared with DIR on held-out text: loss, greedy text, size, speed.
+    The other runtime loads the export, which is compared with DIR on test text: loss, greedy text, size, speed.
     `inspect` verifies and shows it later.
     """
-    from hf_context_prune.export.run import export_model
+    from hf_context_prune import export_model
 
     result = export_model(
         folder,
         output,
         format=to,
-        weights=weights,
+        weights=dtype,
         data=data,
-        text_column=text_column,
         max_tokens=max_tokens,
         tolerance=tolerance,
         seed=seed,
+        **column,
     )
-    if show is OutputFormat.quiet:
+    if format is OutputFormat.quiet:
         out(str(result.folder))
     else:
-        show_export(result.report, show)
-        if show is OutputFormat.auto:
+        show_export(result.report, format)
+        if format is OutputFormat.auto:
             out(f"Wrote {result.folder}")
 
 
 def show_export(report: ExportReport, format: OutputFormat) -> None:
-    """The facts of an export."""
+    """Show the facts of an export."""
     if format is OutputFormat.json:
         out_json(report.to_dict())
     elif format is OutputFormat.quiet:

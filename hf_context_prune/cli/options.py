@@ -1,21 +1,31 @@
-"""Arguments and options that commands share."""
+"""Options of the command line: made from the fields of the configs, and those that several commands share."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
+from rich.markup import escape
 
 from hf_context_prune.config import (
-    CriterionName,
+    MODEL,
+    OUTPUT,
+    PANELS,
+    TEXT,
     PrunerConfig,
-    ReconstructionName,
-    VocabCriterion,
+    ThresholdConfig,
+    build_config,
+    choices,
+    help_of,
     read_yaml,
 )
+from hf_context_prune.evaluation.options import EvalOptions
 
 
 class OutputFormat(StrEnum):
@@ -35,134 +45,171 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-def names(literal: object) -> str:
-    """The values of a Literal, for a help text."""
-    return ", ".join(get_args(literal))
+def shared(help: str, panel: str | None = None, *flags: str, **settings: Any) -> Any:  # noqa: ANN401 - typer's OptionInfo
+    """Return an option that is no field of a config."""
+    return typer.Option(*flags, help=escape(help), rich_help_panel=panel, **settings)
 
 
 DATA_HELP = (
     "Domain text: .txt, .jsonl[.gz], .json, .csv or .parquet files, a folder of them, a Hub dataset "
-    r"(id[:config]\[@split]), or a preset of the paper's data sets."
+    "(id[:config][@split]), or a preset of the paper's data sets."
 )
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file, or Hub id.")]
-TextColumn = Annotated[
-    str | None, typer.Option(help="Column with the text; found by itself if there is one candidate.")
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A pruned folder that this tool wrote.")]
+Data = Annotated[str, shared(DATA_HELP, TEXT)]
+EvalData = Annotated[
+    str | None, shared("Test text to measure on; by default a tenth of the documents of --data.", TEXT)
 ]
+ConfigFile = Annotated[
+    Path | None, shared("YAML file with options by the names of the fields; the command line has precedence.")
+]
+Output = Annotated[Path, shared("Folder to write. An older folder that this tool wrote is replaced.", OUTPUT)]
 FormatOption = Annotated[
     OutputFormat,
-    typer.Option("--format", help="auto: a table; json: everything, for programs; quiet: only the essential."),
+    shared("auto: a table; json: everything, for programs; quiet: only the essential.", OUTPUT, "--format"),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point type to load the weights in.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Torch device; by default an accelerator if there is one.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub model.")]
-MaxEvalTokens = Annotated[
-    int,
-    typer.Option(
-        "--max-eval-tokens",
-        min=1,
-        help="Held-out tokens to measure on at most, in whole documents (the first one always).",
-    ),
+ResultsFolder = Annotated[
+    Path, shared("Folder of all results. The same command resumes a run that was interrupted.", OUTPUT)
 ]
-GeneralData = Annotated[
-    str | None,
-    typer.Option(help="Text of no domain, to measure what the model forgot: the model card says if it is missing."),
+ReportFolder = Annotated[
+    Path | None, shared("Folder for eval_report.json, which `report` shows beside others.", OUTPUT, "--output")
 ]
-GeneralMix = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of the calibration blocks that comes from --general-data (a tenth of whose documents is then held "
-        "out for the figures), in [0, 1). Default 0."
-    ),
-]
-SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and peak memory.")]
+DtypeOption = Annotated[Dtype, shared("Floating-point type to load the weights in.", MODEL)]
+DeviceOption = Annotated[str | None, shared("Torch device; by default an accelerator if there is one.", MODEL)]
+RevisionOption = Annotated[str | None, shared("Branch, tag or commit of the Hub model.", MODEL)]
 
-DomainOption = Annotated[str | None, typer.Option(help="Name of the domain, such as law, for the model card.")]
-PruningRatio = Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1). Default 0.2.")]
-TargetParams = Annotated[int | None, typer.Option(help="Parameters to keep at most, instead of a share.")]
-MlpRatio = Annotated[float | None, typer.Option(help="Share of the MLP neurons to remove, in [0, 1).")]
-AttentionRatio = Annotated[float | None, typer.Option(help="Share of the attention KV groups to remove, in [0, 1).")]
-MaxLossIncrease = Annotated[
-    float | None,
-    typer.Option(help="As small as possible, at most this share worse on the domain (0.03: 3 %); found by search."),
-]
-LinearThreshold = Annotated[
-    float | None,
-    typer.Option(
-        help="The paper's protocol, with --criterion l1 --reconstruction none: zero rows and columns of linear layers "
-        "with mean |x| of at most this, remove the units that are then dead."
-    ),
-]
-ActivationThreshold = Annotated[
-    float | None, typer.Option(help="The same: MLP neurons with a mean |activation| of at most this.")
-]
-EmbeddingThreshold = Annotated[
-    float | None, typer.Option(help="The same: tokens whose share of the text is at most this.")
-]
-CriterionOption = Annotated[str | None, typer.Option(help=f"{names(CriterionName)}. Default obs.")]
-ReconstructionOption = Annotated[
-    str | None, typer.Option(help=f"How what is left is repaired: {names(ReconstructionName)}.")
-]
-AllocationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="adaptive: widths by each layer's measured effect on the loss; uniform: the same in every layer. Default "
-        "adaptive, but uniform with --mlp-ratio, --attention-ratio, --native-architecture, thresholds or a single block of text."
-    ),
-]
-RefitOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--refit-lm-head/--no-refit-lm-head",
-        help="After pruning, also refit the LM head (and the tied embedding) on the calibration text: less loss at the "
-        "same size, in more time.",
-    ),
-]
-RoundTo = Annotated[
-    int | None, typer.Option(help="Keep MLP widths at multiples of this; 8 or 32 run faster. Default 1.")
-]
-VocabSize = Annotated[int | None, typer.Option(help="Tokens of the vocabulary to keep. Default all.")]
-VocabCoverage = Annotated[
-    float | None, typer.Option(help="Keep as many tokens as make up this share of the text, in (0, 1], instead.")
-]
-VocabMinCount = Annotated[int | None, typer.Option(help="Keep tokens that the text has at least this often, instead.")]
-VocabAuto = Annotated[
-    bool | None,
-    typer.Option(
-        "--vocab-auto/--no-vocab-auto",
-        help="Let the budget choose the number of tokens too, by measured cost (not with --allocation uniform).",
-    ),
-]
-VocabCriterionOption = Annotated[
-    str | None,
-    typer.Option("--vocab-criterion", help=f"Which tokens matter: {names(VocabCriterion)}. Default expected."),
-]
-VocabMultiple = Annotated[
-    int | None, typer.Option(help="The number of kept tokens is rounded up to a multiple of this. Default 64.")
-]
+Given = dict[str, Any]
+"""Options that were given on the command line, by the names of the fields."""
+NONE: Given = {}
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
+def options_of(
+    *configs: type,
+    into: str,
+    only: Collection[str] | None = None,
+    without: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[[Command], Command]:
+    """Give a command one option per field of some configs.
+
+    Type, default, help text and panel come from the field. The command gets those that were given, and only those, as a
+    dictionary.
+
+    Args:
+        configs: Dataclasses whose fields are made by [`option`][]; a field that several have is one option.
+        into: The parameter of the command that takes the dictionary.
+        only: Names of the fields to take; None takes all that have a help text.
+        without: Names of the fields to leave out.
+        defaults: Defaults that ``--help`` shows in place of the fields'.
+    """
+    chosen = {
+        item.name: (item, get_type_hints(config)[item.name])
+        for config in configs
+        for item in fields(config)
+        if help_of(item) and item.name not in without and (only is None or item.name in only)
+    }
+    made = [_parameter(item, annotation, defaults or {}) for item, annotation in chosen.values()]
+
+    def extend(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(context: typer.Context, **values: Any) -> None:  # noqa: ANN401 - the command's own parameters
+            sources = {item.name: context.get_parameter_source(item.name) for item in made}
+            taken = {name: values.pop(name) for name in sources}
+            given = {name: taken[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+            keep = {"context": context} if "context" in inspect.signature(command).parameters else {}
+            command(**keep, **values, **{into: given})
+
+        return _with_parameters(run, command, into, made)  # type: ignore[return-value]
+
+    return extend
+
+
+def _with_parameters(
+    run: Callable[..., None], command: Callable[..., None], into: str, made: list[inspect.Parameter]
+) -> Callable[..., None]:
+    """Set the signature that typer reads: the command's own parameters and the made ones, by panel."""
+    own = inspect.signature(command, eval_str=True).parameters
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    rest = [item.replace(kind=item.KEYWORD_ONLY) for name, item in own.items() if name not in ("context", into)]
+    parameters = [context, *sorted((*rest, *made), key=_panel_index)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {item.name: item.annotation for item in parameters}
+    return run
+
+
+def _panel_index(parameter: inspect.Parameter) -> int:
+    """Return the place of a parameter's panel in ``--help``; arguments and options without one come first."""
+    for note in getattr(parameter.annotation, "__metadata__", ()):
+        if getattr(note, "rich_help_panel", None) in PANELS:
+            return PANELS.index(note.rich_help_panel)
+    return -1
+
+
+def flag_of(config: type, name: str) -> str:
+    """Return the flag of a config's field."""
+    return next(f"--{_flag(item)}" for item in fields(config) if item.name == name)
+
+
+def _flag(item: Field[Any]) -> str:
+    about = help_of(item)
+    return (about and about.flag) or item.name.replace("_", "-")
+
+
+def _parameter(item: Field[Any], annotation: object, defaults: Mapping[str, Any]) -> inspect.Parameter:
+    """Return the option of a field; values that the command line can't hold are strings, which the command reads."""
+    parts = get_args(annotation) if type(None) in get_args(annotation) else (annotation,)
+    kind = next((part for part in (bool, int, float) if part in parts and str not in parts), str)
+    default = defaults.get(item.name, item.default)
+    if default is MISSING or not isinstance(default, kind):
+        default = None
+    about, flag, names = help_of(item), _flag(item), choices(annotation)
+    assert about is not None
+    info = shared(
+        about + (f" One of: {', '.join(names)}." if names else ""),
+        about.panel,
+        f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
+        metavar=about.metavar,
+    )
+    hint = Annotated[kind | None if default is None else kind, info]  # type: ignore[valid-type]
+    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+_SIZES = (
+    {"pruning_ratio", "target_params", "max_loss_increase"},
+    {"vocab_size", "vocab_coverage", "vocab_min_count", "embedding_threshold"},
+)
+"""Any option of a set on the command line replaces the others of the set in the file."""
 _EXCLUDES = {
     "max_loss_increase": ("mlp_ratio", "attention_ratio"),
     "mlp_ratio": ("max_loss_increase",),
     "attention_ratio": ("max_loss_increase",),
     "native_architecture": ("allocation",),
 }
-"""Options of a file that one of the command line leaves no sense to."""
+"""Config-file options that are ignored when the command line sets the option on the left."""
 
 
-def given_options(config_file: Path | None, options: dict[str, Any]) -> PrunerConfig:
-    """Those options of the command line that are a config's, over those of the file."""
+def config_from(config_file: Path | None, given: Given) -> PrunerConfig | ThresholdConfig:
+    """Build the config of a run; options of the command line replace those of the file.
+
+    Raises:
+        ConfigError: The file can't be read, an unknown name, or options that contradict each other.
+    """
     values = read_yaml(config_file) if config_file else {}
-    known = {field.name for field in fields(PrunerConfig)}
-    given = {name: value for name, value in options.items() if name in known and value is not None}
-    for sizes in (
-        {"pruning_ratio", "target_params", "max_loss_increase"},
-        {"vocab_size", "vocab_coverage", "vocab_min_count", "vocab_auto", "embedding_threshold"},
-    ):
-        # Any one on the command line replaces the others in the file.
-        if any(name in given and given[name] is not False for name in sizes):
-            values = {name: value for name, value in values.items() if name not in sizes}
-    for name, beside in _EXCLUDES.items():
+    replaced = set(_replaced(given))
+    return build_config({**{name: value for name, value in values.items() if name not in replaced}, **given})
+
+
+def _replaced(given: Given) -> Iterator[str]:
+    """Yield the options of the file that the command line replaces beside those of the same name."""
+    for sizes in _SIZES:
+        if any(name in given for name in sizes):
+            yield from sizes
+    for name, others in _EXCLUDES.items():
         if given.get(name) not in (None, False):
-            values = {other: value for other, value in values.items() if other not in beside}
-    return PrunerConfig.from_dict({**values, **given})
+            yield from others
+
+
+def eval_options(given: Given) -> EvalOptions:
+    """Build the options of the measurement; ``--benchmark`` covers speed and peak memory."""
+    return EvalOptions(**given, memory=given.get("benchmark", True))

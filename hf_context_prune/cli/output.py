@@ -1,4 +1,4 @@
-"""What the command line prints: data on stdout, messages on stderr."""
+"""Output of the command line: data on stdout, messages on stderr."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-
-from hf_context_prune.utils.distributed import on_main_process
 
 from .options import OutputFormat
 from .tables import report_table
@@ -21,26 +19,26 @@ errors = Console(stderr=True, highlight=False)
 
 
 def out(text: str) -> None:
-    """A line."""
+    """Print a line."""
     print(text)
 
 
 def out_json(value: object) -> None:
-    """A JSON document."""
+    """Print a JSON document."""
     out(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
 def out_table(table: Table) -> None:
-    """A table."""
+    """Print a table."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width; don't fold figures at 80 columns
+        console = Console(width=160)  # a pipe has no width; don't fold numbers at 80 columns
     console.print(table)
 
 
-def save_and_show(result: PruneResult, output: Path, *, measure_memory: bool, format: OutputFormat) -> None:
-    """Write the folder of a result, and show its figures."""
-    folder = on_main_process(lambda: result.save_pretrained(output, measure_memory=measure_memory))
+def show_result(result: PruneResult, output: Path, format: OutputFormat) -> None:
+    """Show the numbers of a result that was saved to a folder."""
+    folder = output.expanduser().resolve()
     if format is OutputFormat.quiet:
         out(str(folder))
     elif format is OutputFormat.json:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import FormatOption, OutputFormat
+from .options import FolderArgument, FormatOption, OutputFormat, shared
 from .output import out, out_json
 
 
@@ -20,14 +20,14 @@ class RepoType(StrEnum):
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned folder that this tool wrote.")],
+    folder: FolderArgument,
     name: Annotated[
-        str | None, typer.Option(help="How the card names the model, such as owner/name. Default: the folder's name.")
+        str | None, shared("How the card names the model, such as owner/name. By default the folder's name.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that was edited by hand.")] = False,
+    overwrite: Annotated[bool, shared("Replace a card that was edited by hand.", None, "--overwrite")] = False,
 ) -> None:
-    """Write the model card (README.md, picture) of a pruned folder anew, from the folder alone."""
-    from hf_context_prune.publishing.card.card import rewrite_card
+    """Write the model card (README.md, picture) of a pruned folder again, from the folder alone."""
+    from hf_context_prune import rewrite_card
 
     out(f"Wrote {rewrite_card(folder, name=name, overwrite=overwrite)}")
 
@@ -35,21 +35,22 @@ def card(
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this tool wrote.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; made if it does not exist.")],
-    repo_type: Annotated[RepoType, typer.Option(help="model or space.")] = RepoType.model,
+    repo_type: Annotated[RepoType, shared("Kind of repository.")] = RepoType.model,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a new repository; one that exists must be so.")
+        bool | None,
+        shared("Visibility of a new repository; an existing one must have it already.", None, "--private/--public"),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist, or refs/pr/N.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request against main instead.")] = False,
-    commit_message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+    revision: Annotated[str | None, shared("Branch, made if it does not exist, or refs/pr/N.")] = None,
+    create_pr: Annotated[bool, shared("Open a pull request against main instead.", None, "--create-pr")] = False,
+    commit_message: Annotated[str | None, shared("First line of the commit.")] = None,
     format: FormatOption = OutputFormat.auto,
 ) -> None:
-    """Upload a folder to the Hub in one commit, card included; nothing happens if it is there already.
+    """Upload a folder to the Hub in one commit, card included; do nothing if the Hub holds it already.
 
-    Log in first with `hf auth login`, or set HF_TOKEN. Files beside those that this tool saved are left out, and text
-    that holds an access token is refused.
+    Log in first with `hf auth login`, or set HF_TOKEN. Files that this tool did not save are left out, and text that
+    holds an access token is refused.
     """
-    from hf_context_prune.publishing.hub import push_folder
+    from hf_context_prune import push_folder
 
     done = push_folder(
         folder,

@@ -2,87 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-import typer
-
+from hf_context_prune.config import QUESTIONS
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation.options import QuestionOptions
 
-if TYPE_CHECKING:
-    from hf_context_prune.evaluation.options import QuestionOptions
+from .options import Given, flag_of, shared
 
-_QUESTIONS = (
-    "a .jsonl file or Hub dataset with question, choices, answer (index from 0, or letter), optionally context, "
-    "source, split (test rows are asked, dev rows are examples) and id."
-)
-McqSource = Annotated[str | None, typer.Option("--mcq", help=f"Multiple-choice questions: {_QUESTIONS}")]
-McqSources = Annotated[
+PAPER = {"scorer": "paper", "max_questions": 100}
+"""Defaults of the paper's protocol."""
+QuestionSources = Annotated[
     list[str] | None,
-    typer.Option("--mcq", metavar="NAME=SOURCE", help=f"Multiple-choice questions of a domain: {_QUESTIONS}"),
-]
-McqColumns = Annotated[
-    str | None, typer.Option(help="Names of their columns, where they differ: question=query,choices=options.")
-]
-McqSplit = Annotated[
-    str | None, typer.Option(help="Split of the rows that are asked; those without one are test. Default test.")
-]
-McqScorer = Annotated[
-    str | None,
-    typer.Option(
-        help="likelihood_normalised (a byte), likelihood, letter, or paper (arXiv 2312.12682). "
-        "Default likelihood_normalised; paper for sweep."
+    shared(
+        "Multiple-choice questions of a domain, as for evaluate. Repeat it for more domains.",
+        QUESTIONS,
+        "--questions",
+        metavar="NAME=SOURCE",
     ),
-]
-FewShot = Annotated[
-    int | None, typer.Option(min=0, help="Examples from the dev rows of a question's source. Default 0.")
-]
-MaxQuestions = Annotated[
-    int | None, typer.Option(min=1, help="Questions at most, evenly spread. Default all; 100 for sweep.")
 ]
 
 
 def question_options(
-    sources: Mapping[str, str], options: Mapping[str, Any], **defaults: object
+    sources: Mapping[str, str], given: Given, defaults: Mapping[str, Any] | None = None
 ) -> dict[str, QuestionOptions]:
-    """Options for the questions of ``--mcq``, by domain.
+    """Build the options for the questions of ``--questions``, by domain.
 
     Args:
-        sources: Of the questions, by domain; empty where there is no ``--mcq``.
-        options: Values by the name of the parameter that took them; None was not given.
-        defaults: Of `QuestionOptions`, in place of its own.
+        sources: The questions, by domain; empty without ``--questions``.
+        given: Fields of `QuestionOptions` that were given on the command line, as it holds them.
+        defaults: Defaults in place of the fields'.
 
     Raises:
-        ConfigError: An option without questions, or one that is out of range.
+        ConfigError: An option without questions, or a value out of range.
     """
-    from hf_context_prune.evaluation.options import QuestionOptions
-
-    fields: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "mcq_columns": ("columns", _columns),
-        "mcq_split": ("splits", lambda name: (name,)),
-        "mcq_scorer": ("scorer", str),
-        "few_shot": ("num_fewshot", int),
-        "max_questions": ("max_questions", int),
-        "harness_task": ("harness_task", lambda path: path),
-    }
-    chosen: dict[str, Any] = dict(defaults)
-    for name, (field, convert) in fields.items():
-        if options.get(name) is None:
-            continue
-        if not sources:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} says what to do with the questions of --mcq; give --mcq too.")
-        chosen[field] = convert(options[name])
+    if given and not sources:
+        flag = flag_of(QuestionOptions, next(iter(given)))
+        raise ConfigError(f"{flag} is about the questions of --questions; give --questions too.")
+    chosen = {**(defaults or {}), **given}
+    if "columns" in given:
+        chosen["columns"] = _columns(given["columns"])
+    if "splits" in given:
+        chosen["splits"] = (given["splits"],)
     return {domain: QuestionOptions(source, **chosen) for domain, source in sources.items()}
 
 
+def single_question_options(given: Given, defaults: Mapping[str, Any] | None = None) -> QuestionOptions | None:
+    """Build the options for the questions of one source; None without ``--questions``.
+
+    Raises:
+        ConfigError: As [`question_options`][].
+    """
+    rest = dict(given)
+    sources = {"": rest.pop("source")} if "source" in rest else {}
+    return question_options(sources, rest, defaults).get("")
+
+
 def _columns(text: str) -> dict[str, str]:
-    """``ours=theirs,...`` as a mapping."""
+    """Read ``field=column,...`` as a mapping."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    for ours, _, theirs in pairs:
-        if not ours.strip() or not theirs.strip():
-            raise ConfigError(f"--mcq-columns is {text!r}; it must be pairs, as in question=query,choices=options.")
-    found = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    for name, _, column in pairs:
+        if not name.strip() or not column.strip():
+            raise ConfigError(
+                f"--question-columns is {text!r}; it must be pairs, as in question=query,choices=options."
+            )
+    found = {name.strip(): column.strip() for name, _, column in pairs}
     if len(found) < len(pairs):
-        raise ConfigError(f"--mcq-columns is {text!r}; name the column of each field once.")
+        raise ConfigError(f"--question-columns is {text!r}; name the column of each field once.")
     return found

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import FormatOption, OutputFormat
+from .options import FormatOption, OutputFormat, shared
 from .output import out, out_json, out_table
 from .tables import report_table, run_tables
 
@@ -16,15 +16,16 @@ def report(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...", help="Pruned models, and folders of evaluate, bench, matrix and sweep (their --output)."
+            metavar="DIR...",
+            help="Pruned models, and folders of evaluate, bench, cross-domain and paper-grid (their --output).",
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for report.md and its pictures (widths, loss against size, matrix).")
+        Path | None, shared("Folder for report.md and its pictures (widths, loss against size, matrix of domains).")
     ] = None,
     format: FormatOption = OutputFormat.auto,
 ) -> None:
-    """Show the figures of runs, and write them as Markdown with pictures."""
+    """Show the results of runs, and write them as Markdown with pictures."""
     from hf_context_prune.evaluation.reports.rendering import markdown, read_folders, render
     from hf_context_prune.evaluation.reports.run_report import RunReport
 

@@ -1,4 +1,4 @@
-"""Tables for the terminal, from the facts; printing them is the command line's business."""
+"""Tables for the terminal, made from reports and plans."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ if TYPE_CHECKING:
 
 
 def report_table(report: EvalReport) -> Table:
-    """Base against pruned, or one model alone."""
+    """Return the table of an evaluation: base against pruned, or one model alone."""
+    from hf_context_prune.evaluation.reports.rows import table_rows
+
     single = report.size.pruned_parameters is None
     table = Table(title=escape(report.base_model), title_justify="left")
     for index, name in enumerate(("measure", "value") if single else ("measure", "base", "pruned", "change")):
         table.add_column(name, justify="left" if index == 0 else "right")
-    for row in report.table_rows():
+    for row in table_rows(report):
         table.add_row(*(escape(cell) for cell in row))
     return table
 
 
 def run_tables(report: RunReport) -> list[Table]:
-    """The tables of a run."""
+    """Return the tables of a run."""
     tables = []
     for one in report.tables:
         table = Table(title=escape(one.title), caption=escape(one.caption) or None, title_justify="left")
@@ -40,7 +42,7 @@ def run_tables(report: RunReport) -> list[Table]:
 
 
 def export_table(report: ExportReport) -> Table:
-    """An export beside the folder it was made from."""
+    """Return the table of an export beside the folder that it was made from."""
     versions = ", ".join(f"{name} {version}" for name, version in report.packages.items())
     title = f"{report.source} as {report.format}, {report.weights} ({versions})"
     table = Table(title=escape(title), title_justify="left")
@@ -52,7 +54,7 @@ def export_table(report: ExportReport) -> Table:
 
 
 def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:
-    """Sizes before and after, layer by layer."""
+    """Return the sizes before and after pruning, layer by layer."""
     table = Table(title="Widths by layer", title_justify="left")
     for name in ("layer", "MLP neurons", "kept", "KV groups", "kept"):
         table.add_column(name, justify="right")

@@ -82,7 +82,7 @@ class ExportFormat:
             ConfigError: The format has no such weights.
         """
         if weights not in self.weights:
-            raise ConfigError(unknown_name(f"--weights for {self.name}", weights, self.weights))
+            raise ConfigError(unknown_name(f"--dtype for {self.name}", weights, self.weights))
         return self.weights[weights]
 
 

@@ -17,5 +17,5 @@ def check_projections(loaded: LoadedModel, quantiser: str) -> None:
     if any(isinstance(module, Conv1D) for module in loaded.model.modules()):
         raise ExportError(
             f"The projections of a {loaded.model.config.model_type} model are Conv1D modules, which {quantiser} does "
-            f"not quantise. Export to onnx (--weights int8 makes it smaller)."
+            f"not quantise. Export to onnx (--dtype int8 makes it smaller)."
         )

@@ -1,0 +1,48 @@
+"""A pruned folder -> an OpenAI-compatible API, by `transformers serve`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.export.report import ExportReport
+from hf_context_prune.modeling import model_class
+from hf_context_prune.modeling.modeling_context_pruned import model_class_name
+from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
+
+_PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
+
+
+def serve(folder: Path, arguments: Sequence[str] = ()) -> None:
+    """Serve a folder with `transformers serve`, which alone finds the classes of native widths only.
+
+    Args:
+        folder: A pruned folder, or its export to torchao.
+        arguments: Options of `transformers serve`.
+
+    Raises:
+        ConfigError: A package is missing, or the folder is an export that transformers can't read.
+        LoadError: The folder is damaged.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'Serving needs {", ".join(missing)}: pip install "hf-context-prune[serving]".')
+    import transformers
+    from transformers.cli.transformers import main
+
+    if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
+        report = ExportReport.load(folder / EXPORT_REPORT_NAME)
+        if report.format != "torchao":  # transformers would draw the weights that it does not find at random
+            raise ConfigError(
+                f"{folder} is an export to {report.format}, which transformers can't serve. Serve the folder that it "
+                f"was made from ({report.source}), or an export to torchao."
+            )
+    for spec in SPECS.values():
+        setattr(transformers, model_class_name(spec), model_class(spec))
+    sys.argv = ["transformers", "serve", str(folder), *arguments]
+    main()
