@@ -54,9 +54,9 @@ def pruned_folder(kind: str, given: Path | None, options: argparse.Namespace, sc
         num_calibration_samples=options.blocks,
         pruning_seed=options.seed,
     )
-    quick = EvalOptions(max_tokens=options.tokens, speed=False, memory=False)
+    quick = EvalOptions(max_tokens=options.tokens, benchmark=False, memory=False)
     result = prune(
-        smollm2(), corpus(options, "train"), config, eval_data=corpus(options, "validation"), evaluation=quick
+        smollm2(), corpus(options, "train"), config, eval_data=corpus(options, "validation"), eval_options=quick
     )
     return result.save_pretrained(scratch / kind)
 

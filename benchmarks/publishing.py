@@ -46,8 +46,8 @@ def quick_folder(place: Path) -> Path:
     texts = licence_texts()
     some = TextSource.from_documents(texts.calibration.documents[:40], name=texts.calibration.name)
     config = PrunerConfig(mlp_ratio=0.25, criterion="magnitude", reconstruction="none", num_calibration_samples=4)
-    options = EvalOptions(max_tokens=2_000, speed=True, general_data=texts.held_out)
-    return prune(smollm2(), some, config, evaluation=options).save_pretrained(place / "mini-gpt")
+    options = EvalOptions(max_tokens=2_000, benchmark=True, general_data=texts.held_out)
+    return prune(smollm2(), some, config, eval_options=options).save_pretrained(place / "mini-gpt")
 
 
 def card_seconds(folder: Path, repeats: int) -> tuple[list[float], list[float]]:

@@ -20,7 +20,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.modeling.architectures import check_supported, layers_of
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.planner import reconstruct_with
-from hf_context_prune.pruning.scoring import needed_statistics
+from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.pruning.surgery import apply_plan
 
 WALKED = "ours-adaptive"
@@ -62,7 +62,7 @@ class ResidualDomain(Domain):
         plan = self.walked[0]
         if reconstruction == "none":
             return apply_plan(self.model, plan)
-        stats = self.stats(needed_statistics(config))
+        stats = self.stats(Requirements.of(config).statistics)
         return apply_plan(self.model, plan, reconstruct=reconstruct_with(stats, config))
 
 

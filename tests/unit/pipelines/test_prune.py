@@ -28,10 +28,10 @@ from hf_context_prune.errors import BudgetError, ConfigError, DataError, LoadErr
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.planner import reconstruct_with
-from hf_context_prune.pruning.scoring import needed_statistics, needed_targets
+from hf_context_prune.pruning.scoring import Requirements
 from tests.support.tiny import TEXT, case, tiny_model
 
-QUICK = EvalOptions(max_tokens=600, speed=False, memory=False)
+QUICK = EvalOptions(max_tokens=600, benchmark=False, memory=False)
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 16}
 
 
@@ -45,20 +45,34 @@ def run(model, tokenizer, **options):
     eval_data = options.pop("eval_data", None)
     data = options.pop("data", texts())
     config = PrunerConfig(**OPTIONS | options)
-    return prune(model, data, config, tokenizer=tokenizer, eval_data=eval_data, evaluation=evaluation)
+    return prune(model, data, config, tokenizer=tokenizer, eval_data=eval_data, eval_options=evaluation)
 
 
 @pytest.mark.parametrize("criterion", ["random", "magnitude", "l1", "wanda", "flap", "taylor", "obs"])
-@pytest.mark.parametrize("reconstruction", ["none", "bias", "least_squares"])
+@pytest.mark.parametrize("reconstruction", ["none", "least_squares"])
 def test_every_criterion_with_every_reconstruction(model, tokenizer, criterion, reconstruction):
     result = run(
         model, tokenizer, mlp_ratio=0.25, attention_ratio=0.34, criterion=criterion, reconstruction=reconstruction
     )
     assert {(w.neurons, w.kv_groups) for w in result.plan.widths} == {(30, 2)}
     size = result.report.size
-    biases = 2 * 3 * 48 if reconstruction == "bias" else 0  # an output bias a target and layer, in memory
-    assert size.pruned_parameters == size.base_parameters - 3 * (10 * 3 * 48 + (8 * 2 * 2 + 8 * 2) * 48) + biases
+    assert size.pruned_parameters == size.base_parameters - 3 * (10 * 3 * 48 + (8 * 2 * 2 + 8 * 2) * 48)
     assert result.report.loss.comparison.num_documents > 1
+
+
+def test_bias_needs_biases_or_stays_in_memory(model, tokenizer):
+    config = PrunerConfig(**OPTIONS, mlp_ratio=0.25, attention_ratio=0.34, criterion="flap", reconstruction="bias")
+    with pytest.raises(ConfigError, match=r"bias.*llama.*least_squares.*apply_plan"):
+        run(model, tokenizer, mlp_ratio=0.25, criterion="flap", reconstruction="bias")
+    biased = run(tiny_model("opt"), tokenizer, mlp_ratio=0.25, criterion="flap", reconstruction="bias")
+    assert biased.native_fit.fits
+    samples = tokenize_samples(load_documents(texts()), tokenizer, num_samples=16, max_seq_length=32)
+    needs = Requirements.of(config)
+    stats = calibrate(model, batches_of(samples), targets=needs.targets, statistics=needs.statistics)
+    smaller = apply_plan(model, make_plan(model, stats, config), reconstruct=reconstruct_with(stats, config))
+    gone = 3 * (10 * 3 * 48 + (8 * 2 * 2 + 8 * 2) * 48)
+    # an output bias per target and layer, in memory
+    assert smaller.num_parameters() == model.num_parameters() - gone + 2 * 3 * 48
 
 
 def test_asked_and_achieved_and_the_input_model_untouched(model, tokenizer):
@@ -102,10 +116,11 @@ def test_saved_folder_reloads_and_tells_its_story(model, tokenizer, tmp_path):
 
 def test_every_stage_by_itself_gives_what_prune_gives(model, tokenizer):
     config = PrunerConfig(mlp_ratio=0.25, reconstruction="least_squares", **OPTIONS)
-    result = prune(model, texts(), config, tokenizer=tokenizer, eval_data=texts(5, seed=9), evaluation=QUICK)
+    result = prune(model, texts(), config, tokenizer=tokenizer, eval_data=texts(5, seed=9), eval_options=QUICK)
     source = load_documents(texts())
     samples = tokenize_samples(source, tokenizer, num_samples=16, max_seq_length=32)
-    stats = calibrate(model, batches_of(samples), targets=needed_targets(config), statistics=needed_statistics(config))
+    needs = Requirements.of(config)
+    stats = calibrate(model, batches_of(samples), targets=needs.targets, statistics=needs.statistics)
     plan = make_plan(model, stats, config)
     assert plan.sha256 == result.plan.sha256
     smaller = apply_plan(model, plan, reconstruct=reconstruct_with(stats, config))
@@ -127,7 +142,7 @@ def test_repair_lowers_the_loss_of_a_model_that_was_trained(tokenizer):
         name: run(
             model, tokenizer, mlp_ratio=0.5, criterion="wanda", reconstruction=name, eval_data=held_out
         ).report.loss.comparison.excess_nats_per_token.value
-        for name in ("none", "bias", "least_squares")
+        for name in ("none", "least_squares")
     }
     assert excess["least_squares"] < excess["none"]
 
@@ -200,7 +215,7 @@ def test_dry_run_agrees_with_the_real_run(model, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     config = PrunerConfig(pruning_ratio=0.15, attention_ratio=0.34, **OPTIONS)
     outline = dry_run(tmp_path, config)
-    result = prune(tmp_path, texts(), config, evaluation=QUICK)
+    result = prune(tmp_path, texts(), config, eval_options=QUICK)
     assert outline.widths == result.plan.widths
     assert outline.pruned_parameters == result.report.size.pruned_parameters
     assert outline.native_fit == result.native_fit
@@ -210,8 +225,8 @@ def test_stock_plans_only_what_stays_stock(tokenizer):
     model = tiny_model("opt")
     with pytest.raises(BudgetError, match="can hold 6"):
         run(model, tokenizer, mlp_ratio=0.25, attention_ratio=0.5, native_architecture=True)
-    assert run(model, tokenizer, mlp_ratio=0.25, native_architecture=True).stock.fits
-    assert not run(model, tokenizer, mlp_ratio=0.25, attention_ratio=0.5).stock.fits
+    assert run(model, tokenizer, mlp_ratio=0.25, native_architecture=True).native_fit.fits
+    assert not run(model, tokenizer, mlp_ratio=0.25, attention_ratio=0.5).native_fit.fits
     with pytest.raises(ConfigError, match="rules out"):
         PrunerConfig(allocation="adaptive", native_architecture=True)
 
@@ -252,7 +267,7 @@ def test_a_damaged_folder_is_refused(model, tokenizer, tmp_path):
 
 
 def test_evaluate_measures_one_model(model, tokenizer):
-    report = evaluate(model, texts(6), tokenizer=tokenizer, max_seq_length=32, options=QUICK)
+    report = evaluate(model, texts(6), tokenizer=tokenizer, max_seq_length=32, eval_options=QUICK)
     assert report.size.pruned_parameters is None
     assert report.loss.base.bits_per_byte.value > 0
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.pruning.allocation import probing as width_search
 from hf_context_prune.pruning.calibration import chunked
 from hf_context_prune.pruning.planner import Planner, plan_and_reconstruct
-from tests.support.tiny import VOCABULARY, tiny_model
-
-
-def tokens(blocks, length=16, seed=0):
-    return torch.randint(3, VOCABULARY, (blocks, length), generator=torch.Generator().manual_seed(seed))
+from tests.support.tiny import tiny_model, tokens
 
 
 def curves_of(model, config=None, samples=None, **how):
-    return Planner(model, tokens(12) if samples is None else samples, config or PrunerConfig(), **how).measured.curves
+    samples = tokens(12, 16) if samples is None else samples
+    return Planner(model, samples, config or PrunerConfig(), **how).measured.curves
 
 
 @pytest.fixture
@@ -42,7 +38,7 @@ def test_statistics_take_less_text_than_the_walk(model, monkeypatch, calibration
     monkeypatch.setattr(width_search, "SEARCH_TOKENS", 50)
     monkeypatch.setattr(width_search, "TOKENS_A_FEATURE", 1)
     config = PrunerConfig(pruning_ratio=0.1)
-    plan, _ = plan_and_reconstruct(model, tokens(12), config)
+    plan, _ = plan_and_reconstruct(model, tokens(12, 16), config)
     assert calibrations == [([0, 1, 2], 3)]
     assert plan.provenance["num_calibration_samples"] == 12
     monkeypatch.setattr(width_search, "TOKENS_A_FEATURE", 2)  # 40 neurons
@@ -70,19 +66,20 @@ def test_a_search_that_was_finished_is_not_made_again(model, tmp_path, calibrati
     for other in (
         {"config": PrunerConfig(ridge=0.5)},
         {"config": PrunerConfig(criterion="wanda")},
-        {"samples": tokens(12, seed=1)},
+        {"samples": tokens(12, 16, seed=2)},
     ):
         curves_of(model, resume_dir=tmp_path, **other)
     curves_of(tiny_model("llama", seed=3), resume_dir=tmp_path)
     assert len(calibrations) == 5
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", json.dumps({"curves": []})])
-def test_kept_curves_that_are_damaged_are_measured_again(model, tmp_path, calibrations, damage):
+def test_kept_curves_that_are_damaged_are_measured_again(model, tmp_path, calibrations, subtests):
     first = curves_of(model, resume_dir=tmp_path)
-    (tmp_path / "widths.json").write_text(damage)
-    assert curves_of(model, resume_dir=tmp_path) == first
-    assert len(calibrations) == 2
+    for number, damage in enumerate(("", "{", "[]", json.dumps({"curves": []}))):
+        with subtests.test(damage):
+            (tmp_path / "widths.json").write_text(damage)
+            assert curves_of(model, resume_dir=tmp_path) == first
+            assert len(calibrations) == number + 2
 
 
 def test_curves_that_can_not_be_kept(model, tmp_path):
@@ -93,4 +90,4 @@ def test_curves_that_can_not_be_kept(model, tmp_path):
 
 def test_too_little_text(model):
     with pytest.raises(ConfigError, match="there is 1 block of 16 tokens"):
-        curves_of(model, samples=tokens(1))
+        curves_of(model, samples=tokens(1, 16))

@@ -241,7 +241,9 @@ def test_padding_is_the_first_to_go():
     tokenizer = shared_tokenizer("smollm2")
     model = model_for("llama", tokenizer, spare_rows=56)
     config = PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL)
-    *_, plan = prune_model(model, tokenizer, CalibrationSet(documents(WORDS), config), config)
+    text = documents(WORDS)
+    probe = withhold_vocabulary_probe(model, tokenizer, text, config)
+    *_, plan = prune_model(model, tokenizer, CalibrationSet(text, config), config, vocabulary_probe=probe)
     considered = plan.provenance["considered_vocabularies"]
     assert considered[:2] == [[448, 0.0, considered[0][2]], [392, 0.0, considered[1][2]]]
     assert considered[1][2] < considered[0][2]
@@ -274,7 +276,7 @@ def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
     assert plan.widths == plan.dense
     assert num_rows(model) == 320
     assert plan.provenance["loss_budget"]["trials"] == []
-    assert search.budget(plan).measured == plan.provenance["loss_budget"]["increase"] <= 0.5
+    assert search.describe_search(plan).measured == plan.provenance["loss_budget"]["increase"] <= 0.5
 
 
 def test_text_of_one_document_can_not_weigh_vocabularies():
