@@ -1,4 +1,4 @@
-"""What a budget comes to, from shapes alone: no weight is read and nothing is measured."""
+"""The sizes that a budget leads to, from shapes alone: no weight is read and nothing is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
-from hf_context_prune.pruning.allocation.widths import check_units_budget, widths_beside
+from hf_context_prune.pruning.allocation.widths import check_units_budget, plan_widths_beside_vocabulary
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.loading import load_meta_model
@@ -21,17 +21,17 @@ from hf_context_prune.storage.loading import load_meta_model
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a budget comes to, from shapes alone.
+    """The sizes that a budget leads to, from shapes alone.
 
     Attributes:
-        base_parameters: Parameters of the model as it is, tied ones once.
+        base_parameters: Parameters of the base model, tied ones counted once.
         pruned_parameters: Parameters after pruning; adaptive widths may remove up to one step more.
-        asked_ratio: Share of all parameters that was asked for, if one was.
-        dense: Widths as they are, one a layer.
-        widths: Widths after pruning, one a layer; None for adaptive ones, which are measured.
-        dense_tokens: Embedding rows as they are.
+        asked_ratio: Share of all parameters to remove, if the config has one.
+        dense: Widths of the base model, one per layer.
+        widths: Widths after pruning, one per layer; None for adaptive widths, which are measured.
+        dense_tokens: Embedding rows of the base model.
         tokens: Embedding rows after pruning.
-        native_fit: Whether the native architecture holds them, and why or why not.
+        native_fit: Whether the native architecture holds the widths, and why or why not.
     """
 
     base_parameters: int
@@ -44,7 +44,7 @@ class DryRun:
     native_fit: NativeFit
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return all values as JSON values."""
         return asdict(self)
 
 
@@ -57,7 +57,7 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         revision: Branch, tag or commit of the Hub model.
 
     Raises:
-        ContextPruneError: The model is unknown, can't have or save the repair, or the budget can't be reached.
+        ContextPruneError: The model is unknown, can't have or save the reconstruction, or the budget can't be reached.
     """
     empty = load_meta_model(model, revision=revision)
     view = ModelView.of_shapes(empty)
@@ -73,7 +73,9 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     if config.prunes_units:
         gone = check_units_budget(empty, config, kept)
         removed += gone
-        widths = None if config.allocation == "adaptive" and gone else widths_beside(empty, config, kept)
+        widths = (
+            None if config.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(empty, config, kept)
+        )
     return DryRun(
         base_parameters=total,
         pruned_parameters=total - removed,

@@ -19,7 +19,7 @@ from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.allocation.widths import dense_parameters
+from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.staging import check_target
@@ -86,7 +86,7 @@ def recover_folder(
         base_model=first.name,
         dataset=DatasetFacts(split.test.name, split.test.revision, split.test.fingerprint, split.how),
         size=SizeFacts.measured(
-            dense_parameters(pruned.model, plan),
+            count_base_parameters(pruned.model, plan),
             recovered.model.num_parameters(),
             asked_ratio=(plan.provenance.get("config") or {}).get("pruning_ratio"),
         ),

@@ -1,4 +1,4 @@
-"""Budget -> widths -> plan. Pure and deterministic: no model, no data, no randomness."""
+"""Adaptive widths: measured curves + budget -> widths. Pure and deterministic: no model, no data, no randomness."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hf_context_prune.pruning.calibration.statistics import Key
 from .budget import Costs, Curve, beyond_probes
 
 _BETWEEN = 8
-"""Widths between two measured ones at which the power law stands in."""
+"""Number of widths between two measured ones that the power law fills in."""
 
 
-def _densified(curve: Curve) -> Curve:
-    """A curve with points between its measured ones, on the power law (loss ~ units gone^p) through neighbours.
+def _densify(curve: Curve) -> Curve:
+    """Add points between the measured ones of a curve, on the power law (loss ~ units gone^p) through neighbours.
 
-    Losses start flat and grow ever faster, so straight lines between few points would call the first units dearer than
-    they are, and make every layer end at a measured width.
+    Losses start flat and grow ever faster, so straight lines between few points would overestimate the cost of the
+    first units, and make every layer end at a measured width.
     """
     total = curve[0][0]
     points = [(total - kept, loss) for kept, loss in curve[1:]]
@@ -41,9 +41,9 @@ def _densified(curve: Curve) -> Curve:
 
 
 def _lower_hull(curve: Curve) -> list[tuple[int, float]]:
-    """Lower convex hull of a curve as (units gone, loss increase), widest first; losses below 0 count as free."""
+    """Return the lower convex hull of a curve as (units gone, loss increase), widest first; losses below 0 are free."""
     hull: list[tuple[int, float]] = []
-    for kept, increase in _densified(curve):
+    for kept, increase in _densify(curve):
         point = (curve[0][0] - kept, max(increase, 0.0))
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
@@ -56,7 +56,7 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
 
 
 def _steps(curve: Curve, multiple: int) -> list[tuple[float, int]]:
-    """Steps from one allowed width to the next on a curve's lower hull, widest first, as (loss, units).
+    """Return the steps from one allowed width to the next on a curve's lower hull, widest first, as (loss, units).
 
     Allowed are the whole width and the multiples of `multiple` down to the smallest measured width.
     """
@@ -67,13 +67,13 @@ def _steps(curve: Curve, multiple: int) -> list[tuple[float, int]]:
 
 
 def _on_hull(curve: Curve, gone: Sequence[int]) -> list[float]:
-    """Losses on a curve's lower hull at these numbers of removed units."""
+    """Return the losses on a curve's lower hull at these numbers of removed units."""
     hull = _lower_hull(curve)
     return list(map(float, np.interp(gone, [units for units, _ in hull], [loss for _, loss in hull])))
 
 
 def _runs(steps: Sequence[tuple[float, int]]) -> list[tuple[float, int, int]]:
-    """Neighbouring steps that are alike but for rounding, as (loss a step, units a step, steps)."""
+    """Group neighbouring steps that are equal up to rounding, as (loss per step, units per step, steps)."""
     runs: list[tuple[float, int, int]] = []
     for loss, units in steps:
         if runs and runs[-1][1] == units and math.isclose(loss, runs[-1][0], rel_tol=1e-9):
@@ -83,11 +83,14 @@ def _runs(steps: Sequence[tuple[float, int]]) -> list[tuple[float, int, int]]:
     return runs
 
 
-def _cheapest(steps: Mapping[Key, Sequence[tuple[float, int]]], costs: Costs, remove_params: int) -> dict[Key, int]:
-    """How many steps each curve takes, so that at least `remove_params` go for the least sum of losses: exact.
+def _take_cheapest(
+    steps: Mapping[Key, Sequence[tuple[float, int]]], costs: Costs, remove_params: int
+) -> dict[Key, int]:
+    """Return how many steps each curve takes to remove at least `remove_params` for the exact least sum of losses.
 
-    An integer program with one variable a run of equal steps. Within a curve losses a unit only grow, so its steps are
-    taken in order by themselves, but for a first step of another size (a width that is no multiple of `round_to`).
+    An integer program with one variable per run of equal steps. Within a curve the loss per unit only grows, so steps
+    are taken in order without a constraint, except for a first step of another size (a width that is no multiple of
+    `round_to`).
     """
     runs = {key: _runs(own) for key, own in steps.items()}
     flat = [(key, *run) for key, own in runs.items() for run in own]
@@ -96,7 +99,7 @@ def _cheapest(steps: Mapping[Key, Sequence[tuple[float, int]]], costs: Costs, re
     sizes = [units * costs[key[1]] for key, _, units, _ in flat]
     unit = math.gcd(*sizes)
     counts, losses = np.array([run[3] for run in flat]), np.array([run[1] for run in flat])
-    # HiGHS stops at an absolute gap of 1e-6: of a sum of 1e6, that is nothing.
+    # HiGHS stops at an absolute gap of 1e-6, which is negligible in a sum of 1e6.
     scale = 1e6 / float(losses @ counts) if losses.any() else 1.0
     rows, lowest = [np.array([size // unit for size in sizes], float)], [float(-(-remove_params // unit))]
     first = 0
@@ -121,8 +124,8 @@ def _cheapest(steps: Mapping[Key, Sequence[tuple[float, int]]], costs: Costs, re
         taken[key] += count
     spare = sum(units * costs[key[1]] for key, own in steps.items() for _, units in own[: taken[key]]) - remove_params
     if spare < 0:  # rounding within the solver's tolerance
-        return _cheapest(steps, costs, remove_params - spare)
-    for key, own in steps.items():  # steps that cost nothing may have been taken without need
+        return _take_cheapest(steps, costs, remove_params - spare)
+    for key, own in steps.items():  # steps without loss may have been taken without need
         while taken[key] and (size := own[taken[key] - 1][1] * costs[key[1]]) <= spare:
             taken[key] -= 1
             spare -= size
@@ -134,7 +137,7 @@ def _allowed_steps(curves: Mapping[Key, Curve], round_to: int) -> dict[Key, list
 
 
 def most_removable(curves: Mapping[Key, Curve], costs: Costs, *, round_to: int = 1) -> int:
-    """Parameters that [`adaptive_widths`][] can remove at most with these curves."""
+    """Return the most parameters that [`adaptive_widths`][] can remove with these curves."""
     return sum(
         units * costs[target] for (_, target), own in _allowed_steps(curves, round_to).items() for _, units in own
     )
@@ -143,34 +146,35 @@ def most_removable(curves: Mapping[Key, Curve], costs: Costs, *, round_to: int =
 def adaptive_widths(
     curves: Mapping[Key, Curve], geometry: Geometry, costs: Costs, remove_params: int, *, round_to: int = 1
 ) -> tuple[LayerWidths, ...]:
-    """Spend a budget where it costs the least loss.
+    """Return the widths that remove a budget for the least predicted loss.
 
     The surrogate is additive over layers and convex within each (lower hull of the measured points, losses below 0
-    count as free). The widths are those of its least sum, exactly, although units differ in size.
+    are free). The widths minimise its sum exactly, although units differ in size.
 
     Args:
         curves: Measured loss increase by kept units, for every (layer, target) that may lose units.
         geometry: Sizes of the model.
-        costs: Parameters a unit.
+        costs: Parameters per unit, by target.
         remove_params: Parameters to remove at least.
         round_to: MLP widths stay multiples of this number.
 
     Raises:
-        BudgetError: The curves do not reach that far; names the maximum.
+        BudgetError: The curves do not reach that far; the message names the maximum.
     """
     steps = _allowed_steps(curves, round_to)
     most = most_removable(curves, costs, round_to=round_to)
     if remove_params > most:
         raise beyond_probes(remove_params, most)
-    taken = _cheapest(steps, costs, remove_params)
+    taken = _take_cheapest(steps, costs, remove_params)
     gone = {key: sum(units for _, units in own[: taken[key]]) for key, own in steps.items()}
     return tuple(
-        LayerWidths(dense.neurons - gone.get((layer, "mlp"), 0), dense.kv_groups - gone.get((layer, "attention"), 0))
-        for layer, dense in enumerate(geometry.layers)
+        LayerWidths(base.neurons - gone.get((layer, "mlp"), 0), base.kv_groups - gone.get((layer, "attention"), 0))
+        for layer, base in enumerate(geometry.layers)
     )
 
 
 def predicted_loss(curves: Mapping[Key, Curve], widths: Sequence[LayerWidths]) -> float:
-    """What the surrogate of [`adaptive_widths`][] says that these widths cost, in the unit of the curves."""
-    kept = {key: widths[key[0]].neurons if key[1] == "mlp" else widths[key[0]].kv_groups for key in curves}
-    return sum(_on_hull(curve, [curve[0][0] - kept[key]])[0] for key, curve in curves.items())
+    """Return the loss that the surrogate of [`adaptive_widths`][] predicts for these widths, in the curves' unit."""
+    return sum(
+        _on_hull(curve, [curve[0][0] - widths[layer].of(target)])[0] for (layer, target), curve in curves.items()
+    )

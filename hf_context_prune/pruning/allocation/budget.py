@@ -1,4 +1,4 @@
-"""Budgets: how many parameters to remove, and what removing them costs."""
+"""Budgets: how many parameters to remove, and how many go with a unit."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from hf_context_prune.errors import BudgetError
 from hf_context_prune.modeling.specs import LayerWidths
 
 Curve = tuple[tuple[int, float], ...]
-"""((kept units, loss increase in nats a token), ...), widest first; the first is (all units, 0.0)."""
+"""((kept units, loss increase in nats per token), ...), widest first; the first is (all units, 0.0)."""
 
 
 Costs = Mapping[str, int]
-"""Parameters a unit, by target."""
+"""Parameters per unit, by target."""
 
 
 @dataclass(frozen=True)
 class ParameterBudget:
-    """What the config asks for, in parameters.
+    """The budget of a config, in parameters.
 
     Attributes:
-        total_params: Parameters of the model as it is, tied ones once.
+        total_params: Parameters of the model before pruning, tied ones counted once.
         remove_params: Parameters to remove at least; None where the unit ratios alone decide.
-        asked_ratio: The share that was asked for, if one was.
+        asked_ratio: The requested share; None where none was requested.
     """
 
     total_params: int
@@ -47,30 +47,30 @@ class ParameterBudget:
             remove = total_params - config.target_params
             return cls(total_params, remove, remove / total_params)
         if config.pruning_ratio is not None:
-            # Rounded up, so that at least the asked share goes; the slack forgives 0.2 * 5 = 1.0000000000000002.
+            # Rounded up, so that at least the asked share goes; the slack allows for 0.2 * 5 = 1.0000000000000002.
             remove = -int(-(config.pruning_ratio * total_params - max(1e-6, 4e-16 * total_params)) // 1)
             return cls(total_params, remove, config.pruning_ratio)
         return cls(total_params, None, None)
 
 
-def removed_params(dense: Sequence[LayerWidths], widths: Sequence[LayerWidths], costs: Costs) -> int:
-    """Parameters that go when the layers shrink from `dense` to `widths`."""
+def removed_params(base: Sequence[LayerWidths], widths: Sequence[LayerWidths], costs: Costs) -> int:
+    """Return how many parameters go when the layers shrink from `base` to `widths`."""
     return sum(
         costs["mlp"] * (a.neurons - b.neurons) + costs["attention"] * (a.kv_groups - b.kv_groups)
-        for a, b in zip(dense, widths, strict=True)
+        for a, b in zip(base, widths, strict=True)
     )
 
 
 def share_below(part: int, total: int) -> str:
-    """A share with four digits, rounded down: asking for it must work."""
+    """Format a share with four digits, rounded down, so that asking for it works."""
     return f"{part * 10_000 // total / 10_000:.4f}"
 
 
 def beyond_probes(remove_params: int, most: int, total: int | None = None) -> BudgetError:
-    """The error of a budget that adaptive widths can't reach; with the model's parameters, it names a share that is."""
+    """Return the error for a budget that adaptive widths can't reach; with `total`, it names the share in reach."""
     share = "" if total is None else f" ({share_below(most, total)} of all)"
     return BudgetError(
         f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}{share}, since no "
-        f"layer is narrowed below its smallest probed width. Ask for less, let tokens go too (--vocab-size), or fix "
-        f"both shares (--mlp-ratio, --attention-ratio, --allocation uniform), which reach further."
+        f"layer is narrowed below its smallest probed width. Ask for less, prune the vocabulary too (--vocab-size), or "
+        f"set both ratios (--mlp-ratio, --attention-ratio, --allocation uniform), which reach further."
     )

@@ -1,7 +1,7 @@
-"""The smallest model within an allowed loss increase, by trial.
+"""Find the smallest model within an allowed loss increase, by trial.
 
-The loss grows with the removed share about as a power of it, so the next share to try is where the power law through
-the nearest trials meets the limit, kept inside the bracket of what holds and what does not.
+The loss grows roughly as a power of the removed share, so the next share to try is where the power law through the
+nearest trials meets the limit, kept between the largest share that was within the limit and the smallest that was not.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TOLERANCE = 0.005
 """Share of all parameters below which a bracket is narrow enough."""
 MAX_TRIALS = 8
 MAX_SEQUENTIAL_RUNS = 3
-"""Sequential walks at most."""
+"""Most sequential runs that refine a size."""
 EXPONENT = 1.3
-"""Of the power law, while there is one trial only."""
+"""Exponent of the power law while there is only one trial."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class SizeTrial:
     """One size that was measured.
 
     Attributes:
-        share: Share of all parameters that went.
+        share: Share of all parameters that was removed.
         increase: Relative increase of the loss.
-        reconstruction: How the model was repaired.
+        reconstruction: Name of the reconstruction.
     """
 
     share: float
@@ -63,25 +63,25 @@ def search_size(
     """Find the largest share whose increase is within the limit.
 
     Args:
-        measure: Removes at least the given share and measures; the trial says what went.
+        measure: Removes at least the given share and measures; the trial has the share that was removed.
         limit: Allowed relative increase, above 0.
         start: Share to try first.
-        smallest: Share that is asked for where nothing else holds: the least that can go.
-        largest: Share that can go at most.
-        max_trials: Measurements at most.
-        enough: A trial that holds and uses this part of the limit ends the search.
-        aim: Part of the limit that the next trial is to use; below 1 where a trial that fails is dear.
+        smallest: Least share that can be removed; tried where no other is within the limit.
+        largest: Largest share that can be removed.
+        max_trials: Most measurements.
+        enough: A trial within the limit that uses this part of it ends the search.
+        aim: Part of the limit that the next trial aims at; below 1 where a trial above the limit is expensive.
 
     Returns:
         (the trial to take, all trials in order).
 
     Raises:
-        BudgetError: None held; names the smallest.
+        BudgetError: No trial was within the limit; the message names the smallest.
     """
     trials: list[SizeTrial] = []
     low, high = 0.0, math.inf
     asked = min(max(start, smallest), largest)
-    for _ in range(4 * max_trials):  # with coarse widths, several shares may come to the same trial
+    for _ in range(4 * max_trials):  # with coarse widths, several shares may give the same trial
         trial = measure(asked)
         if trial not in trials:
             trials.append(trial)
@@ -93,26 +93,26 @@ def search_size(
         if done or len(trials) == max_trials or enough * limit <= trial.increase <= limit:
             break
         last = len(trials) == max_trials - 1
-        asked = smallest if low == 0 and high <= TOLERANCE else _next(trials, limit, aim, low, high, last=last)
+        asked = smallest if low == 0 and high <= TOLERANCE else _next_share(trials, limit, aim, low, high, last=last)
         asked = min(max(asked, smallest), largest)
-    held = [trial for trial in trials if trial.increase <= limit]
-    if not held:
+    within = [trial for trial in trials if trial.increase <= limit]
+    if not within:
         least = min(trials, key=lambda trial: trial.share)
         raise BudgetError(
-            f"max_loss_increase is {limit:g}, but with {least.share:.2%} of the parameters gone, the least that was "
-            f"tried, the loss on the withheld text grew by {least.increase:.4f} ({least.reconstruction}). Allow more, "
+            f"max_loss_increase is {limit:g}, but with {least.share:.2%} of the parameters removed, the least that was "
+            f"tried, the loss on validation text grew by {least.increase:.4f} ({least.reconstruction}). Allow more, "
             f"give more calibration text, or use pruning_ratio."
         )
-    return max(held, key=lambda trial: trial.share), trials
+    return max(within, key=lambda trial: trial.share), trials
 
 
-def _next(trials: list[SizeTrial], limit: float, aim: float, low: float, high: float, *, last: bool) -> float:
-    """The share to try next, above `low` and below `high`."""
+def _next_share(trials: list[SizeTrial], limit: float, aim: float, low: float, high: float, *, last: bool) -> float:
+    """Return the share to try next, above `low` and below `high`."""
     goal = aim * limit
     below = max((t for t in trials if t.increase <= limit), key=lambda t: t.share, default=None)
     above = min((t for t in trials if t.increase > limit), key=lambda t: t.share, default=None)
     if below is None and above is not None:
-        # Where this is the last chance, better far inside the limit than nothing at all.
+        # The last trial should rather be far within the limit than above it again.
         return min(above.share * (goal * (0.5 if last else 1.0) / above.increase) ** (1 / EXPONENT), high - TOLERANCE)
     if below is not None and above is None:
         factor = (goal / below.increase) ** (1 / EXPONENT) if below.increase > 0 else 2.0

@@ -1,4 +1,4 @@
-"""Statistics of some layers at a time, and the search of adaptive widths by them, its curves kept for a resume."""
+"""Measure the curves of adaptive widths some layers at a time, and keep them for a resumed run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.modeling.architectures import Target, check_supported
-from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.modeling.architectures import Target
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.chunked import layer_groups
 from hf_context_prune.pruning.calibration.samples import batches_of
@@ -26,11 +26,13 @@ from .budget import Curve
 from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
 
 SEARCH_TOKENS = 16_384
-"""Text of the statistics, or `TOKENS_A_FEATURE` times the widest layer: widths need less of it than the refit."""
-TOKENS_A_FEATURE = 4
+"""Least tokens of the statistics: widths need less text than the reconstruction."""
+TOKENS_PER_FEATURE = 4
+"""Tokens of the statistics, as a multiple of the widest layer's neurons, where that is more than `SEARCH_TOKENS`."""
 _NAME = "widths.json"
 
 Prepare = Callable[[CalibrationStats], tuple[Mapping[Key, torch.Tensor], ReconstructFn]]
+"""Statistics -> (importance by layer and target, reconstruction)."""
 
 
 def search_curves(
@@ -43,29 +45,29 @@ def search_curves(
     identity: str,
     state_dir: Path | None = None,
 ) -> dict[Key, Curve]:
-    """Measure what every layer pays for every width, within a memory that does not grow with the number of layers.
+    """Measure what every layer pays for every width, in memory that does not grow with the number of layers.
 
-    Where the Gram matrices of all layers would not fit, layers take turns: that costs passes over the text and changes
+    Where the Gram matrices of all layers would not fit, layers take turns. That costs passes over the text and changes
     no curve.
 
     Args:
-        model: The dense model.
-        samples: Text of the walk, [blocks, length], int64; a part of it is used.
+        model: The base model.
+        samples: Calibration samples, [samples, length], int64; a part of them is used.
         targets: Which units.
         statistics: As for `calibrate`.
-        prepare: Importance and repair from statistics.
-        identity: Whatever decides the result beside model and text.
-        state_dir: Where the curves are kept once they are complete; the same search takes them from there.
+        prepare: Computes importance and reconstruction from statistics.
+        identity: All other values that decide the result.
+        state_dir: Where the complete curves are kept; a later run of the same search reads them there.
 
     Returns:
         As `measure_sensitivity`.
 
     Raises:
         ConfigError: Too little text.
-        SaveError: The curves can't be kept.
+        SaveError: The curves can't be written.
     """
-    widest = max(widths.neurons for widths in read_geometry(model.config, check_supported(model)).layers)
-    fit, probe = withhold_probe(samples, max(SEARCH_TOKENS, TOKENS_A_FEATURE * widest))
+    widest = max(widths.neurons for widths in ModelView.of(model).widths)
+    fit, probe = withhold_probe(samples, max(SEARCH_TOKENS, TOKENS_PER_FEATURE * widest))
     path, key = None, ""
     if state_dir is not None:
         path = state_dir / _NAME
@@ -78,12 +80,12 @@ def search_curves(
         measure = partial(measure_sensitivity, model, *prepare(stats), probe, targets=targets)
         curves |= on_main_process(measure)
     if path is not None and is_main_process():
-        _keep(path, key, curves)
+        _save(path, key, curves)
     return curves
 
 
 def _read(path: Path, key: str) -> dict[Key, Curve] | None:
-    """The curves of the same search, if it came to its end."""
+    """Return the curves of the same search, if an earlier run completed it."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,7 +95,8 @@ def _read(path: Path, key: str) -> dict[Key, Curve] | None:
     return {(layer, target): tuple(map(tuple, curve)) for layer, target, curve in kept["curves"]}  # type: ignore[misc]
 
 
-def _keep(path: Path, key: str, curves: Mapping[Key, Curve]) -> None:
+def _save(path: Path, key: str, curves: Mapping[Key, Curve]) -> None:
+    """Write the curves with the key of their search."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

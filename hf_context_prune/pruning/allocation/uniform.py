@@ -1,10 +1,10 @@
-"""Uniform widths: the same share of every layer."""
+"""Uniform widths: the same share of every layer, from shapes alone."""
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
@@ -14,16 +14,16 @@ from .budget import Costs, ParameterBudget, removed_params, share_below
 
 
 def round_half_up(value: float) -> int:
-    """Nearest integer, halves up (and not to even, so that ratios act the same at every width)."""
+    """Return the nearest integer, halves up (and not to even, so that ratios act the same at every width)."""
     return int(value + 0.5 + 1e-9)
 
 
-def _kept(width: int, ratio: float, multiple: int) -> int:
+def _keep_neurons(width: int, ratio: float, multiple: int) -> int:
     kept = width - round_half_up(width * ratio)
     return width if kept == width else max(min(multiple, width), kept - kept % multiple)
 
 
-def _kept_groups(groups: int, ratio: float, allowed: Collection[int]) -> int:
+def _keep_groups(groups: int, ratio: float, allowed: Collection[int]) -> int:
     kept = max(1, groups - round_half_up(groups * ratio))
     if ratio > 0 and kept == groups > 1:
         reachable = ", ".join(f"{(groups - n) / groups:.3f}" for n in range(groups, 0, -1))
@@ -35,7 +35,8 @@ def _kept_groups(groups: int, ratio: float, allowed: Collection[int]) -> int:
     if not fitting:
         raise BudgetError(
             f"attention_ratio {ratio} leaves {kept} of {groups} KV groups, which the native architecture can't hold; "
-            f"it can hold {', '.join(map(str, sorted(allowed)))}. Ask for one of those, or leave out --native-architecture."
+            f"it can hold {', '.join(map(str, sorted(allowed)))}. Ask for one of those numbers, or leave out "
+            f"--native-architecture."
         )
     return max(fitting)
 
@@ -48,60 +49,30 @@ def uniform_widths(
     *,
     native_groups: Collection[int] = (),
 ) -> tuple[LayerWidths, ...]:
-    """The same share of every layer.
+    """Return widths that take the same share of every layer.
 
     Args:
         geometry: Sizes of the model.
-        costs: Parameters a unit.
-        budget: What is asked for.
+        costs: Parameters per unit, by target.
+        budget: The budget in parameters.
         config: Ratios and rounding.
-        native_groups: KV groups a layer that the native architecture accepts; empty where that does not matter.
+        native_groups: KV groups per layer that the native architecture accepts; empty where any number will do.
 
     Returns:
-        Widths, one a layer. A share of all parameters is met or exceeded by less than one step of the widths.
+        Widths, one entry per layer. A share of all parameters is met or exceeded by less than one step of the widths.
 
     Raises:
-        BudgetError: It can't be reached; names the maximum that can.
+        BudgetError: The budget can't be reached; the message names the maximum.
     """
-    dense, multiple = geometry.layers, config.round_to
-    groups = [layer.kv_groups for layer in dense]
-    if config.attention_ratio is not None:
-        if config.attention_ratio > 0 and max(groups) == 1:
-            raise BudgetError(
-                f"attention_ratio is {config.attention_ratio}, but every layer has a single KV group, which must stay. "
-                f"Leave attention_ratio out; the MLP neurons can go."
-            )
-        groups = [_kept_groups(n, config.attention_ratio, native_groups or range(1, n + 1)) for n in groups]
-    neurons = [layer.neurons for layer in dense]
-    if config.mlp_ratio is not None:
-        neurons = [_kept(n, config.mlp_ratio, multiple) for n in neurons]
-        if config.mlp_ratio > 0 and neurons == [layer.neurons for layer in dense]:
-            widest = max(neurons)
-            raise BudgetError(
-                f"mlp_ratio is {config.mlp_ratio}, which removes no neuron: the layers have {widest}, and round_to is "
-                f"{multiple}. Ask for at least {math.ceil(1e6 / widest) / 1e6}, with round_to below {widest}."
-            )
-    widths = _zip(neurons, groups)
+    base = geometry.layers
+    groups = _groups_by_ratio(base, config, native_groups)
+    neurons = _neurons_by_ratio(base, config)
     if budget.remove_params is None:
-        return widths
-    if config.mlp_ratio is None:
-        widest = max(layer.neurons for layer in dense)
-        steps = range(widest, 0, -1)
-
-        def widths_at(step: int) -> tuple[LayerWidths, ...]:
-            return _zip([_kept(layer.neurons, 1 - step / widest, multiple) for layer in dense], groups)
-    else:
-        most = max(layer.kv_groups for layer in dense)
-        steps = range(most, 0, -1)
-        if native_groups:
-            steps = [step for step in steps if step in {*native_groups, most}]  # type: ignore[assignment]
-
-        def widths_at(step: int) -> tuple[LayerWidths, ...]:
-            kept = [max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most))) for layer in dense]
-            return _zip(neurons, kept)
+        return _pair(neurons, groups)
+    steps, widths_at = _narrowing_steps(base, neurons, groups, config, native_groups)
 
     def removed_at(step: int) -> int:
-        return removed_params(dense, widths_at(step), costs)
+        return removed_params(base, widths_at(step), costs)
 
     if removed_at(steps[0]) > budget.remove_params:
         raise BudgetError(
@@ -110,25 +81,78 @@ def uniform_widths(
         )
     position = bisect.bisect_left(steps, budget.remove_params, key=removed_at)
     if position == len(steps):
-        _refuse(budget, dense, widths_at(steps[-1]), costs, config, min(native_groups, default=1))
+        _refuse(budget, base, widths_at(steps[-1]), costs, config, min(native_groups, default=1))
     return widths_at(steps[position])
 
 
-def _zip(neurons: Sequence[int], groups: Sequence[int]) -> tuple[LayerWidths, ...]:
+def _groups_by_ratio(base: Sequence[LayerWidths], config: PrunerConfig, native_groups: Collection[int]) -> list[int]:
+    """Return the KV groups of every layer after `attention_ratio`; all of them without it."""
+    ratio, groups = config.attention_ratio, [layer.kv_groups for layer in base]
+    if ratio is None:
+        return groups
+    if ratio > 0 and max(groups) == 1:
+        raise BudgetError(
+            f"attention_ratio is {ratio}, but every layer has a single KV group, which must stay. Leave out "
+            f"attention_ratio; MLP neurons can be removed."
+        )
+    return [_keep_groups(n, ratio, native_groups or range(1, n + 1)) for n in groups]
+
+
+def _neurons_by_ratio(base: Sequence[LayerWidths], config: PrunerConfig) -> list[int]:
+    """Return the neurons of every layer after `mlp_ratio`; all of them without it."""
+    ratio, neurons = config.mlp_ratio, [layer.neurons for layer in base]
+    if ratio is None:
+        return neurons
+    kept = [_keep_neurons(n, ratio, config.round_to) for n in neurons]
+    if ratio > 0 and kept == neurons:
+        widest = max(neurons)
+        raise BudgetError(
+            f"mlp_ratio is {ratio}, which removes no neuron: the layers have {widest}, and round_to is "
+            f"{config.round_to}. Ask for at least {math.ceil(1e6 / widest) / 1e6}, with round_to below {widest}."
+        )
+    return kept
+
+
+def _narrowing_steps(
+    base: Sequence[LayerWidths],
+    neurons: Sequence[int],
+    groups: Sequence[int],
+    config: PrunerConfig,
+    native_groups: Collection[int],
+) -> tuple[Sequence[int], Callable[[int], tuple[LayerWidths, ...]]]:
+    """Return the sizes of the widest layer, widest first, for the unit without a ratio, and the widths at each."""
+    if config.mlp_ratio is None:
+        widest = max(layer.neurons for layer in base)
+
+        def narrow_neurons(step: int) -> tuple[LayerWidths, ...]:
+            return _pair([_keep_neurons(layer.neurons, 1 - step / widest, config.round_to) for layer in base], groups)
+
+        return range(widest, 0, -1), narrow_neurons
+    most = max(layer.kv_groups for layer in base)
+
+    def narrow_groups(step: int) -> tuple[LayerWidths, ...]:
+        kept = [max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most))) for layer in base]
+        return _pair(neurons, kept)
+
+    return [n for n in range(most, 0, -1) if not native_groups or n in {*native_groups, most}], narrow_groups
+
+
+def _pair(neurons: Sequence[int], groups: Sequence[int]) -> tuple[LayerWidths, ...]:
     return tuple(LayerWidths(a, b) for a, b in zip(neurons, groups, strict=True))
 
 
 def _refuse(
     budget: ParameterBudget,
-    dense: Sequence[LayerWidths],
+    base: Sequence[LayerWidths],
     smallest: Sequence[LayerWidths],
     costs: Costs,
     config: PrunerConfig,
     fewest_groups: int,
 ) -> None:
-    reachable = removed_params(dense, smallest, costs)
+    """Refuse a budget that the smallest widths of these options don't reach."""
+    reachable = removed_params(base, smallest, costs)
     everything = removed_params(
-        dense, [LayerWidths(min(config.round_to, w.neurons), min(fewest_groups, w.kv_groups)) for w in dense], costs
+        base, [LayerWidths(min(config.round_to, w.neurons), min(fewest_groups, w.kv_groups)) for w in base], costs
     )
     more = (
         f" With --attention-ratio as well, up to {share_below(everything, budget.total_params)} can."

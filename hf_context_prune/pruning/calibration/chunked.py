@@ -1,4 +1,4 @@
-"""Statistics of some layers at a time, where the Gram matrices of all would not fit into memory."""
+"""Calibrate some layers at a time, where the Gram matrices of all would not fit into memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from hf_context_prune.modeling.architectures import Target, check_supported, layers_of, output_projection, output_weight
+from hf_context_prune.modeling.architectures import Target, output_weight
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.distributed import broadcast_object
 from hf_context_prune.utils.memmap import memmap_zeros
 
 from .calibrate import calibrate
+from .samples import Batch
 from .statistics import CalibrationStats
 
 GRAM_SHARE = 0.25
@@ -22,12 +24,12 @@ GRAM_SHARE = 0.25
 
 def calibrate_in_turns(
     model: PreTrainedModel,
-    batches: Sequence[dict[str, torch.Tensor]],
+    batches: Sequence[Batch],
     *,
     targets: tuple[Target, ...],
     statistics: frozenset[str],
 ) -> CalibrationStats:
-    """As [`calibrate`][], within the same memory: Gram matrices that would not fit lie in a memory-mapped file.
+    """Do the same as [`calibrate`][] in limited memory: Gram matrices that would not fit lie in a memory-mapped file.
 
     Raises:
         SaveError: The disk has no room for them.
@@ -47,23 +49,22 @@ def calibrate_in_turns(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had there."""
+    """Return the bytes that are free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def layer_groups(model: PreTrainedModel, targets: tuple[Target, ...]) -> Iterator[range]:
-    """Neighbouring layers whose Gram matrices fit in together, the same in all processes."""
+    """Yield neighbouring layers whose Gram matrices fit into memory together, the same in all processes."""
     limit = broadcast_object(int(GRAM_SHARE * free_memory(model.device)))
-    spec = check_supported(model)
+    view = ModelView.of(model)
     first = held = 0
-    layers = layers_of(model, spec)
-    for index, block in enumerate(layers):
-        widths = (output_weight(output_projection(block, spec, target)).shape[1] for target in targets)
+    for index in range(len(view.layers)):
+        widths = (output_weight(view.output_projection(index, target)).shape[1] for target in targets)
         size = sum(4 * width**2 for width in widths)
         if index > first and held + size > limit:
             yield range(first, index)
             first, held = index, 0
         held += size
-    yield range(first, len(layers))
+    yield range(first, len(view.layers))

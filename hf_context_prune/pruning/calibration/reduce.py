@@ -1,4 +1,4 @@
-"""Sums of statistics over the processes of accelerate, each with pivots of its own."""
+"""Sum statistics over the processes of accelerate, each of which has its own pivots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _first_pivot(pivot: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    """The pivot of the first process that has one; it has none where it saw no token, and nowhere if none is used."""
+    """Return the pivot of the lowest-ranked process that has one (a process that saw no token has none), or None."""
     holders = all_gather(pivot is not None)
     if not any(holders):
         return None
@@ -30,8 +30,8 @@ def _move_pivots(
     """Turn a sum of (x - p)(t - q)^T over tokens into one about other pivots p' and q', in place.
 
     (x - p')(t - q')^T = ((x - p) + d)((t - q) + e)^T with d = p - p' and e = q - q', so it lacks
-    sum(x - p) e^T + d sum(t - q)^T + count d e^T. All pivots are near the mean, so what is added is no larger than what
-    it is added to, and float32 is enough.
+    sum(x - p) e^T + d sum(t - q)^T + count d e^T. All pivots are near the mean, so the terms are no larger than the
+    sum that they are added to, and float32 is enough.
 
     Args:
         product: [features, outputs], float32.
@@ -46,9 +46,9 @@ def _move_pivots(
 
 
 def reduce_statistics(statistics: TargetStatistics) -> None:
-    """Sum one target's moments over all processes, in place; each may have used a pivot of its own, or seen no token.
+    """Sum one target's moments over all processes, in place; each may have its own pivot, or have seen no token.
 
-    `taylor` is left alone: it holds absolute values, and gradients have to be summed before those are taken.
+    `taylor` is not summed: it holds absolute values, and gradients have to be summed before those are taken.
 
     Raises:
         ContextPruneError: Another process failed.
@@ -66,7 +66,7 @@ def reduce_statistics(statistics: TargetStatistics) -> None:
 
 
 def reduce_moments(moments: RegressionMoments) -> None:
-    """Sum regression moments over all processes, in place; each may have used pivots of its own, or seen no token.
+    """Sum regression moments over all processes, in place; each may have its own pivots, or have seen no token.
 
     Raises:
         ContextPruneError: Another process failed.
@@ -80,7 +80,7 @@ def reduce_moments(moments: RegressionMoments) -> None:
         x = (statistics.sum, statistics.pivot, pivot)
         t = (moments.sum_target, own.double(), target)
         _move_pivots(moments.cross, statistics.num_tokens, x, t)
-    # float32, as `RegressionMoments.add` makes it: the numbers came from one, so nothing is lost.
+    # float32, as `RegressionMoments.add` makes it: one process made these numbers, so nothing is lost.
     moments.pivot_target = None if target is None else target.float()
     all_reduce_([moments.cross, moments.sum_target])
     reduce_statistics(statistics)

@@ -36,12 +36,12 @@ def calibrations(monkeypatch):
 
 def test_statistics_take_less_text_than_the_walk(model, monkeypatch, calibrations):
     monkeypatch.setattr(width_search, "SEARCH_TOKENS", 50)
-    monkeypatch.setattr(width_search, "TOKENS_A_FEATURE", 1)
+    monkeypatch.setattr(width_search, "TOKENS_PER_FEATURE", 1)
     config = PrunerConfig(pruning_ratio=0.1)
     plan, _ = plan_and_reconstruct(model, tokens(12, 16), config)
     assert calibrations == [([0, 1, 2], 3)]
     assert plan.provenance["num_calibration_samples"] == 12
-    monkeypatch.setattr(width_search, "TOKENS_A_FEATURE", 2)  # 40 neurons
+    monkeypatch.setattr(width_search, "TOKENS_PER_FEATURE", 2)  # 40 neurons
     curves_of(model)
     assert calibrations[1:] == [([0, 1, 2], 5)]
 
@@ -89,5 +89,5 @@ def test_curves_that_can_not_be_kept(model, tmp_path):
 
 
 def test_too_little_text(model):
-    with pytest.raises(ConfigError, match="there is 1 block of 16 tokens"):
+    with pytest.raises(ConfigError, match=r"there is 1 \w+ of 16 tokens"):
         curves_of(model, samples=tokens(1, 16))
