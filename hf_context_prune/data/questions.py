@@ -25,13 +25,13 @@ class Question:
     """A question with its choices.
 
     Attributes:
-        id: Names it in results.
-        question: Its text.
+        id: Name of the question in results.
+        question: Text of the question.
         choices: At least two.
         answer: Index of the right choice, from 0.
-        source: Where it comes from; results are told apart by it.
-        split: ``"dev"`` rows are examples for the others of their source.
-        context: Goes before the question; may be empty.
+        source: Where the question comes from; results are grouped by source.
+        split: ``"dev"`` rows are examples for the other questions of their source.
+        context: Text before the question; may be empty.
     """
 
     id: str
@@ -48,8 +48,8 @@ class QuestionSet:
     """Questions to answer, and examples by source.
 
     Attributes:
-        questions: To be answered.
-        examples: ``dev`` rows by source.
+        questions: The questions to answer.
+        examples: The ``dev`` rows by source.
         name: A file's base name or a Hub id.
         revision: Commit of a Hub dataset.
     """
@@ -60,13 +60,13 @@ class QuestionSet:
     revision: str | None
 
     def shots(self, question: Question, count: int) -> tuple[Question, ...]:
-        """Examples for a question: `count` of its own source, fewer where there are fewer, and never itself."""
+        """Return `count` examples of the question's own source, fewer where there are fewer, never the question."""
         own = _asked(question)
         return tuple(islice((row for row in self.examples.get(question.source, ()) if _asked(row) != own), count))
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that is asked and shown, 64 hexadecimal digits."""
+        """sha256 of all questions and examples, 64 hexadecimal digits."""
         rows = [self.questions, *(self.examples[source] for source in sorted(self.examples))]
         text = json.dumps([[asdict(question) for question in some] for some in rows], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -83,14 +83,13 @@ def load_questions(
 
     Args:
         source: A ``.jsonl`` (or .json, .csv, .parquet) file, a Hub dataset id ``id[:config][@split]``, or rows.
-        columns: Names of the columns in the data by ours (`FIELDS`), where they differ.
-        splits: Rows of these splits are answered; ``dev`` rows are examples. Rows without
-            a split count as ``test``.
-        max_questions: No more than that, evenly spread over the rows of every source; None takes all.
+        columns: Column in the data for each of `FIELDS`, where the names differ.
+        splits: Splits whose rows are answered; ``dev`` rows are examples. Rows without a split count as ``test``.
+        max_questions: Largest number of questions, evenly spread over the rows of every source; None takes all.
 
     Raises:
-        DataError: Nothing there, or a row without a question, choices or a valid answer; says which.
-        ConfigError: An unknown name in `columns`, or `max_questions` below 1.
+        DataError: The data has no question, or a row lacks a question, choices or a valid answer; names the row.
+        ConfigError: `columns` has an unknown name, or `max_questions` is below 1.
     """
     for name in columns or {}:
         if name not in FIELDS:
@@ -110,7 +109,7 @@ def load_questions(
             raise DataError(_no_column(opened.name, field, column, names))
     rows = [_question(record, columns or {}, where, opened.name) for where, record in records.items()]
     if not rows:
-        raise DataError(f"{opened.name}: no question in it.")
+        raise DataError(f"{opened.name} holds no question.")
     examples: dict[str, tuple[Question, ...]] = {}
     for row in rows:
         if row.split == "dev":
@@ -120,7 +119,7 @@ def load_questions(
         found = ", ".join(sorted({repr(row.split) for row in rows}))
         raise DataError(f"{opened.name}: no question of the splits {', '.join(map(repr, splits))}; there are {found}.")
     if max_questions is not None and max_questions < len(chosen):
-        places = sorted(range(len(chosen)), key=lambda place: chosen[place].source)  # each source by its share
+        places = sorted(range(len(chosen)), key=lambda place: chosen[place].source)  # each source gives its share
         spread = sorted(places[index * len(places) // max_questions] for index in range(max_questions))
         chosen = [chosen[place] for place in spread]
     return QuestionSet(tuple(chosen), examples, opened.name, opened.revision)
@@ -133,9 +132,9 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
     values = {field: record.get(columns.get(field, field)) for field in FIELDS}
     question, choices = values["question"], values["choices"]
     answer = values["answer"]
-    if isinstance(choices, Mapping) and isinstance(choices.get("text"), Sequence):  # as ARC has them
+    if isinstance(choices, Mapping) and isinstance(choices.get("text"), Sequence):  # the form of ARC
         labels = choices.get("label")
-        if isinstance(labels, Sequence) and answer in labels:  # "1" to "4" are labels too, and no indices
+        if isinstance(labels, Sequence) and answer in labels:  # "1" to "4" are labels, not indices
             answer = list(labels).index(answer)
         choices = choices["text"]
     if not isinstance(question, str) or not question.strip():
@@ -161,7 +160,7 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
     source = name if values["source"] in (None, "") else str(values["source"])
     if source == ALL:
         whose = "" if values["source"] else " (the name of the file or folder, since the row has none)"
-        raise DataError(f"{where}: the source is {ALL!r}{whose}, which names all sources together; name it otherwise.")
+        raise DataError(f"{where}: the source is {ALL!r}{whose}, which names all sources together; rename it.")
     return Question(
         id=str(values["id"] if values["id"] not in (None, "") else where),
         question=question.strip(),
@@ -174,14 +173,14 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
 
 
 def _asked(question: Question) -> tuple[str, str, frozenset[str]]:
-    """What makes two rows the same question: one instruction may be asked of many contexts or choices."""
+    """Return what identifies a question: one instruction may be asked of many contexts or choices."""
     return question.context, question.question, frozenset(question.choices)
 
 
 def _no_column(where: str, field: str, column: str, names: Iterable[str]) -> str:
     return (
-        f"{where} has no column {column!r} for the {field}; there are {', '.join(map(repr, names)) or 'none'}. Say "
-        f"which it is: columns, --question-columns {field}=NAME."
+        f"{where} has no column {column!r} for the {field}; there are {', '.join(map(repr, names)) or 'none'}. Name "
+        f"it: columns, --question-columns {field}=NAME."
     )
 
 
@@ -197,7 +196,7 @@ def _index(answer: object, count: int) -> int | None:
 
 
 def format_question(question: Question, *, letters: bool = False) -> str:
-    """The question up to where its answer goes: "Question: ...", "Answer:", with its context before it.
+    """Return a question up to its answer: the context, "Question: ..." and "Answer:".
 
     Args:
         question: The question.
@@ -209,13 +208,13 @@ def format_question(question: Question, *, letters: bool = False) -> str:
 
 
 def format_example(question: Question, *, letters: bool = False) -> str:
-    """A question with its right answer: an example."""
+    """Return a question with its right answer: an example."""
     answer = LETTERS[question.answer] if letters else question.choices[question.answer]
     return f"{format_question(question, letters=letters)} {answer}"
 
 
 def format_prompt(question: Question, examples: Iterable[Question] = (), *, letters: bool = False) -> str:
-    """Examples and then the question, separated by blank lines."""
+    """Return examples and then the question, separated by blank lines."""
     return "\n\n".join(
         [*(format_example(row, letters=letters) for row in examples), format_question(question, letters=letters)]
     )

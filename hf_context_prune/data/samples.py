@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer adds to a text by itself."""
+"""Documents -> samples: rows of tokens for calibration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import random
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,21 +14,19 @@ from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
 
 from .documents import TextDocument, TextSource, stable_hash
 
+_SAMPLES_PER_DOCUMENT = 4  # so that a few long documents don't make up all the calibration text
+_SHORTEST_SAMPLE = 8
 
-def leading_token(tokenizer: Any) -> int | None:  # noqa: ANN401
-    """The token that a tokenizer itself puts before a text: Gemma's and Llama's do, SmolLM2's and GPT-2's don't.
 
-    Models that never read without it give other activations without it (whatever comes first becomes the attention
-    sink), so statistics and losses are then those of another model.
+def leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that a tokenizer itself puts before a text, if any.
+
+    The tokenizers of Gemma and Llama have one, those of SmolLM2 and GPT-2 don't. A model that was trained with it gives
+    other activations without it (the first token of a text becomes the attention sink), so statistics and losses would
+    be those of another model.
     """
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer.encode("a")[:1] == [bos] else None
-
-
-_SAMPLES_PER_DOCUMENT = 4  # so that a few long documents don't make up all the calibration text
-
-
-_SHORTEST_SAMPLE = 8
 
 
 def tokenize_samples(
@@ -41,35 +38,36 @@ def tokenize_samples(
     seed: int = 0,
     warn_if_short: bool = True,
 ) -> torch.LongTensor:
-    """Cuts documents into blocks of tokens for calibration.
+    """Cut documents into samples for calibration.
 
     Documents are taken in an order shuffled by the seed until there are enough tokens, tokenised without special
     tokens, and joined by the end-of-sequence token (or beginning-of-sequence where there is no end). A long document
-    gives one contiguous stretch of at most four blocks, more only where the text is too little otherwise. Blocks
-    begin with the token that the tokenizer itself puts before a text ([`leading_token`][]).
+    gives one contiguous stretch of at most four samples, more only where there would be too little text. Samples begin
+    with the token that the tokenizer itself puts before a text ([`leading_token`][]).
 
     Args:
         source: Documents to read.
         tokenizer: A ``transformers`` tokenizer.
-        num_samples: Blocks asked for.
-        max_seq_length: Tokens of a block.
-        seed: Order of the documents, and the stretch taken of a long one.
+        num_samples: Largest number of samples.
+        max_seq_length: Tokens per sample.
+        seed: Seed of the order of the documents, and of the stretch that a long one gives.
         warn_if_short: Warn about fewer samples. False where `num_samples` is only an upper limit.
 
     Returns:
-        int64 token ids [blocks, max_seq_length] without padding, blocks <= num_samples. With less text than one block,
-        one shorter block of at least 8 tokens.
+        int64 token ids [samples, max_seq_length] without padding, samples <= num_samples. With less text than one
+        sample, one shorter sample of at least 8 tokens.
 
     Warns:
-        CalibrationWarning: Fewer or shorter blocks than asked.
+        CalibrationWarning: There are fewer or shorter samples than asked for.
 
     Raises:
-        DataError: Less than 8 tokens of text.
+        DataError: There are fewer than 8 tokens of text.
         ConfigError: ``num_samples`` or ``max_seq_length`` is below 1.
     """
     for option, value in (("num_calibration_samples", num_samples), ("max_seq_length", max_seq_length)):
         if value < 1:
-            raise ConfigError(f"{option} is {value}, but must be at least 1")
+            raise ConfigError(f"{option} is {value}; it must be at least 1")
+    # The word in the hash fixes the order of the documents, so it keeps its old name.
     order = sorted(source.documents, key=lambda document: stable_hash("blocks", seed, document.doc))
     lead = leading_token(tokenizer) if max_seq_length > 1 else None
     length = max_seq_length - (lead is not None)
@@ -79,30 +77,30 @@ def tokenize_samples(
         if len(tokens) >= needed or not was_cut:
             break
         cap *= 4
-    blocks = min(num_samples, len(tokens) // length)
-    if blocks == 0:
+    samples = min(num_samples, len(tokens) // length)
+    if samples == 0:
         if len(tokens) < _SHORTEST_SAMPLE:
             raise DataError(
-                f"{source.name}: {len(tokens)} tokens of text, but a block needs at least {_SHORTEST_SAMPLE}; "
-                "give more text"
+                f"{source.name}: {len(tokens)} tokens of text, but a sample needs at least {_SHORTEST_SAMPLE}; give "
+                "more text"
             )
-        blocks, length = 1, len(tokens)
-    if blocks * length < needed and warn_if_short:
+        samples, length = 1, len(tokens)
+    if samples * length < needed and warn_if_short:
         warnings.warn(
-            f"{source.name}: asked for {num_samples} blocks ({num_samples * max_seq_length} tokens), but there is text "
-            f"for {blocks} of {length + (lead is not None)} tokens: calibrating on those. Give more text, or lower "
+            f"{source.name}: asked for {num_samples} samples ({num_samples * max_seq_length} tokens), but the text "
+            f"gives {samples} of {length + (lead is not None)} tokens: calibrating on those. Give more text, or lower "
             f"num_calibration_samples.",
             CalibrationWarning,
             stacklevel=2,
         )
-    own = torch.tensor(tokens[: blocks * length], dtype=torch.long).view(blocks, length)
+    own = torch.tensor(tokens[: samples * length], dtype=torch.long).view(samples, length)
     return own if lead is None else torch.nn.functional.pad(own, (1, 0), value=lead)
 
 
 def _gather_tokens(
     documents: Sequence[TextDocument], tokenizer: PreTrainedTokenizerBase, needed: int, cap: int, seed: int
 ) -> tuple[list[int], bool]:
-    """Joins documents' tokens until there are enough.
+    """Join the tokens of documents until there are enough.
 
     Returns:
         (token ids, at least ``needed`` where the documents hold that many; whether a document was cut to ``cap``).
@@ -114,7 +112,7 @@ def _gather_tokens(
         batch = documents[start : start + 64]
         draws = [random.Random(stable_hash("stretch", seed, document.doc)) for document in batch]
         texts = [_window(document.text, 16 * cap, draw) for document, draw in zip(batch, draws, strict=True)]
-        # verbose=False: a document longer than the model's context is fine here, it is cut into blocks.
+        # verbose=False: a document longer than the model's context is fine here: it is cut into samples.
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for document, text, draw, ids in zip(batch, texts, draws, encoded, strict=True):
             was_cut |= len(ids) > cap or len(text) < len(document.text)
@@ -128,7 +126,7 @@ def _gather_tokens(
 
 
 def _window(text: str, num_chars: int, draw: random.Random) -> str:
-    """A random stretch of a very long text that starts with a word, so that tokenising it stays cheap."""
+    """Return a random stretch of a very long text, from the start of a word, so that tokenising it stays cheap."""
     if len(text) <= num_chars:
         return text
     start = draw.randrange(len(text) - num_chars + 1)
