@@ -42,12 +42,12 @@ def evaluate(
 
     Args:
         model: A `PreTrainedModel`, or what [`load_model`][] reads.
-        data: What [`load_documents`][] reads; whether the model saw it before, only the caller knows.
-        base: The model that it was pruned from: both are measured, on the same documents and questions.
-        tokenizer: Of `model`, as for [`prune`][].
+        data: What [`load_documents`][] reads. Only the caller knows whether the model was calibrated on it.
+        base: The model that it was pruned from: both are measured on the same documents and questions.
+        tokenizer: Tokenizer of `model`, as for [`prune`][].
         text_column: Column with the text.
-        max_seq_length: Tokens a window.
-        seed: Of the bootstrap and of the choice of documents.
+        max_seq_length: Tokens per window.
+        seed: Seed of the bootstrap and of the choice of documents.
         eval_options: How much is measured.
         questions: Multiple-choice questions, if any.
 
@@ -56,7 +56,7 @@ def evaluate(
     """
     options = eval_options or EvalOptions()
     own = ensure_loaded(model, tokenizer)
-    first = own if base is None else ensure_loaded(base, None)
+    first = own if base is None else ensure_loaded(base)
     asked = None
     if questions is not None:  # read before anything long
         asked = questions.load()
@@ -75,7 +75,7 @@ def evaluate(
     speed = measure_speed(both) if options.benchmark else None
     return EvalReport(
         base_model=first.name,
-        dataset=DatasetFacts(text.name, text.revision, text.fingerprint, "The text that was given, as it is."),
+        dataset=DatasetFacts(text.name, text.revision, text.fingerprint, "The given text, unchanged."),
         size=SizeFacts.measured(
             first.model.num_parameters(),
             None if base is None else own.model.num_parameters(),

@@ -1,4 +1,4 @@
-"""The domain matrix: prune once for every domain, measure each model on every domain. Does the context matter?"""
+"""The domain matrix: prune once for every domain, and measure every model on every domain."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def domain_matrix(
     """Prune a model once for each domain, and measure every result on every domain.
 
     Writes ``eval_report.json``, ``matrix.md`` with its pictures, ``matrix.jsonl`` and the pruned folders with report
-    and card (``models/<domain>``); a run that was killed goes on from there.
+    and card (``models/<domain>``); a run that was killed resumes from there.
 
     Args:
         model: A `PreTrainedModel`, or what [`load_model`][] reads.
@@ -64,17 +64,17 @@ def domain_matrix(
         output: Folder of all results.
         config: What to remove and how: the same for all.
         tokenizer: As for [`prune`][].
-        eval_data: Text for the figures by domain; a domain without one holds out a tenth of its documents. What any of
-            the calibration texts has too is dropped.
+        eval_data: Test text by domain; a domain without one holds out a tenth of its documents. Documents that any
+            of the calibration texts has too are dropped.
         questions: Multiple-choice questions by domain.
         reference: The domain that the others are compared with: text of no domain. None: ``general``, if it is there.
         mixes: Shares of the reference's calibration text to mix in (`general_data_ratio`), by domain: one more model
             each (``models/<domain>+<share>``), measured on the text of the domain and of the reference.
-        max_tokens: Held-out tokens a domain at most, whole documents.
+        max_tokens: Upper limit of test tokens per domain, in whole documents.
 
     Raises:
         ConfigError: See [`check_matrix`][].
-        ContextPruneError: See `hf_context_prune.errors`. What was finished stays.
+        ContextPruneError: See `hf_context_prune.errors`. Finished models and rows stay.
     """
     config, folder = config or PrunerConfig(), Path(output)
     names = tuple(domains)
@@ -99,13 +99,13 @@ def domain_matrix(
             members.append(_Member(mixed_name(domain, share), domain, train[domain], mixed, general))
     with open_results_log(folder / ROWS_NAME, setting) as rows:
         for member in members:  # before the long work
-            _finished(base, member, folder / MODELS / member.name)
+            _is_finished(base, member, folder / MODELS / member.name)
         for one in tqdm([None, *members], desc="Matrix", unit="model", name="hf_context_prune.matrix"):
             loaded: list[LoadedModel] = []
 
             def smaller(one: _Member | None = one, loaded: list[LoadedModel] = loaded) -> LoadedModel:
                 if not loaded:  # nothing is loaded or pruned where all rows are there
-                    loaded.append(base if one is None else _pruned(base, one, folder / MODELS / one.name))
+                    loaded.append(base if one is None else _load_or_prune(base, one, folder / MODELS / one.name))
                 return loaded[0]
 
             name = DENSE if one is None else one.name
@@ -116,7 +116,7 @@ def domain_matrix(
                     kept = replace(kept, questions=None)
                 # What is mixed in depends on the reference.
                 key = [name, measured] if one is None or one.general is None else [name, measured, reference]
-                row = rows.get(
+                row = rows.get_or_measure(
                     key,
                     lambda kept=kept, get=smaller: score(get().model, get().tokenizer, kept).to_row(),  # type: ignore[misc]
                 )
@@ -126,8 +126,8 @@ def domain_matrix(
         write_run(result.run_report(environment), folder)
         for member in members:
             if not (folder / MODELS / member.name).exists():  # removed by hand since its rows were measured
-                _pruned(base, member, folder / MODELS / member.name)
-            _tell(result, member, base, folder / MODELS / member.name, environment)
+                _load_or_prune(base, member, folder / MODELS / member.name)
+            _write_report(result, member, base, folder / MODELS / member.name, environment)
     return result
 
 
@@ -136,11 +136,11 @@ class _Member:
     """A model of the matrix.
 
     Attributes:
-        name: Of its rows and its folder.
-        domain: The one that it is calibrated on.
+        name: Name of its rows and its folder.
+        domain: Domain that it is calibrated on.
         text: Calibration text of the domain.
-        config: With `general_data_ratio`, where general text is mixed in.
-        general: Where that comes from.
+        config: All choices; with `general_data_ratio` where general text is mixed in.
+        general: General text, where some is mixed in.
     """
 
     name: str
@@ -155,7 +155,10 @@ class _Member:
         return CalibrationSet(self.text, self.config, self.general)
 
     def identity(self, base: LoadedModel) -> dict[str, Any]:
-        """What the model is known by; the base's card is not: it may lie on the Hub, and change."""
+        """Return the fields that identify this model when a run is resumed.
+
+        The base's card is left out, because it may change on the Hub.
+        """
         return {
             "base_model": base.name,
             "base_revision": base.revision,
@@ -174,14 +177,14 @@ def check_matrix(
     reference: str | None,
     mixes: Mapping[str, Sequence[float]],
 ) -> str | None:
-    """Refuse what [`domain_matrix`][] would, before a model is loaded.
+    """Refuse, before a model is loaded, what [`domain_matrix`][] would refuse.
 
     Returns:
         The domain that the others are compared with, if there is one.
 
     Raises:
-        ConfigError: Fewer than two domains, names that are none, a size that differs from domain to domain, general
-            text mixed into all of them, or shares of it that are none.
+        ConfigError: Fewer than two domains, a bad name, a size that differs from domain to domain, general text mixed
+            into all of them, or a share of it out of range.
         SaveError: The output can't be written.
     """
     if len(names) < 2:
@@ -215,19 +218,19 @@ def check_matrix(
     if config.general_data_ratio:
         raise ConfigError(
             f"general_data_ratio is {config.general_data_ratio:g} for every domain; a matrix has a curve of it: "
-            f"say mixes (--mix) of the domains instead."
+            f"give mixes (--mix) for single domains instead."
         )
     reference = reference or (REFERENCE if REFERENCE in names else None)
     for name, shares in mixes.items():
         if reference is None or name == reference:
             raise ConfigError(
                 f"mixes has shares of general text for {name}, but "
-                + ("it is that." if reference else "no domain is of general text: name the one that is as reference.")
+                + ("that is the general text." if reference else "no domain is general text: name it as reference.")
             )
-        told = ", ".join(map(str, shares))
+        given = ", ".join(map(str, shares))
         if len({mixed_name(name, share) for share in shares}) < len(shares) or not all(0 < x < 1 for x in shares):
             raise ConfigError(
-                f"mixes of {name} are {told}; they must be above 0 and below 1, each once: 0 and 1 are the models of "
+                f"mixes of {name} are {given}; they must be above 0 and below 1, each once: 0 and 1 are the models of "
                 f"{name} and {reference}."
             )
         for share in shares:
@@ -244,7 +247,7 @@ def _texts(
     config: PrunerConfig,
     max_tokens: int | None,
 ) -> tuple[dict[str, TextSource], dict[str, HeldOut], dict[str, str]]:
-    """Calibration text, what is held out, and a sentence on how, by domain."""
+    """Return calibration text, test text and questions, and how they were kept apart, each by domain."""
     train, given, splits = dict[str, TextSource](), dict[str, TextSource](), dict[str, str]()
     for name, data in domains.items():
         split = TextSplit.of(
@@ -258,7 +261,10 @@ def _texts(
     held_out, named = {}, dict[str, str]()
     for name, text in train.items():
         if (same := named.setdefault(text.fingerprint, name)) != name:
-            raise ConfigError(f"{same} and {name} are the same text ({text.name}), so nothing would tell them apart.")
+            raise ConfigError(
+                f"{same} and {name} are the same text ({text.name}), so their models would be the same. Give each its "
+                f"own."
+            )
     named = {}
     for name, text in given.items():
         if (same := named.setdefault(text.fingerprint, name)) != name:
@@ -268,12 +274,14 @@ def _texts(
             left = left if other == name else drop_overlapping(left, calibration)[0]
             if not len(left):
                 raise ConfigError(
-                    f"None of the {number:,} held-out documents of {name} is left that no other domain calibrates on; "
-                    f"the last ones are in the text of {other}. Give other text for {name} or {other}, or "
-                    f"held-out text of its own (--eval-data {name}=SOURCE)."
+                    f"Other domains calibrate on all {number:,} test documents of {name}; the last ones are in the text "
+                    f"of {other}. Give other text for {name} or {other}, or test text of its own (--eval-data "
+                    f"{name}=SOURCE)."
                 )
         if number > len(left):
-            splits[name] += f" {number - len(left):,} more were dropped: the other domains' calibration text has them."
+            splits[name] += (
+                f" {number - len(left):,} more were dropped, because the other domains' calibration text has them."
+            )
         held_out[name] = held_out_of(
             left,
             base.tokenizer,
@@ -284,7 +292,9 @@ def _texts(
     return train, held_out, splits
 
 
-def _tell(result: DomainMatrix, member: _Member, base: LoadedModel, folder: Path, environment: Environment) -> None:
+def _write_report(
+    result: DomainMatrix, member: _Member, base: LoadedModel, folder: Path, environment: Environment
+) -> None:
     """Put the report and the card into a model's folder, unless an earlier run left the same there."""
     report = result.model_report(
         member.name,
@@ -302,12 +312,12 @@ def _tell(result: DomainMatrix, member: _Member, base: LoadedModel, folder: Path
     rewrite_card(folder, report=report)
 
 
-def _finished(base: LoadedModel, member: _Member, folder: Path) -> bool:
-    """Whether an earlier run left the very model in its folder.
+def _is_finished(base: LoadedModel, member: _Member, folder: Path) -> bool:
+    """Return whether an earlier run left this model in its folder.
 
     Raises:
-        ConfigError: It holds another one.
-        SaveError: It holds something else, or can't be written.
+        ConfigError: The folder holds another model.
+        SaveError: The folder holds something else, or can't be written.
     """
     if not (folder / PLAN_NAME).is_file():
         check_target(folder)
@@ -322,9 +332,9 @@ def _finished(base: LoadedModel, member: _Member, folder: Path) -> bool:
     return True
 
 
-def _pruned(base: LoadedModel, member: _Member, folder: Path) -> LoadedModel:
-    """A model, from its folder if an earlier run left it there."""
-    if not _finished(base, member, folder):
+def _load_or_prune(base: LoadedModel, member: _Member, folder: Path) -> LoadedModel:
+    """Load a model from its folder, after pruning it if no earlier run left it there."""
+    if not _is_finished(base, member, folder):
         provenance = collect_provenance(base) | member.identity(base)
         model, tokenizer, plan = prune_model(
             base.model, base.tokenizer, member.calibration, member.config, provenance=provenance

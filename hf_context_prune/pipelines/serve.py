@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.export.report import ExportReport
-from hf_context_prune.modeling import model_class
 from hf_context_prune.modeling.modeling_context_pruned import model_class_name
+from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
@@ -43,6 +43,6 @@ def serve(folder: Path, arguments: Sequence[str] = ()) -> None:
                 f"was made from ({report.source}), or an export to torchao."
             )
     for spec in SPECS.values():
-        setattr(transformers, model_class_name(spec), model_class(spec))
+        setattr(transformers, model_class_name(spec), get_model_class(spec))
     sys.argv = ["transformers", "serve", str(folder), *arguments]
     main()

@@ -1,4 +1,4 @@
-"""The paper's grid of thresholds on one domain: what goes for real, what is only zeroed, and what it costs."""
+"""The paper's grid of thresholds on one domain: what can be removed, what is only zeroed, and what it costs."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ class SweepOptions:
 
     @property
     def points(self) -> list[Thresholds]:
-        """The grid, without the point where nothing is pruned."""
+        """Points of the grid, without the one where nothing is pruned."""
         grid = itertools.product(self.linear, self.activation, self.embedding)
         return [point for point in grid if any(threshold is not None for threshold in point)]
 
     def configs(self) -> list[ThresholdConfig]:
-        """The options of every point.
+        """Return the config of every point.
 
         Raises:
-            ConfigError: There is no point, or a threshold that is none or is there twice.
+            ConfigError: There is no point, or a threshold is out of range or given twice.
         """
         if not self.points:
-            raise ConfigError("Every threshold of the grid is off, so nothing would be pruned. Give one.")
+            raise ConfigError("Every threshold of the grid is off, so nothing would be pruned. Give one or more.")
         for name in ("linear", "activation", "embedding"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
@@ -105,7 +105,7 @@ def sweep(
     text_column: str | None = None,
     questions: QuestionOptions | None = None,
 ) -> Sweep:
-    """Run the grid, and write it to a folder; a run that was killed goes on from there.
+    """Run the grid, and write the results to a folder; a run that was killed resumes from there.
 
     Writes ``eval_report.json``, ``sweep.md`` with its picture, and ``sweep.jsonl``.
 
@@ -115,7 +115,7 @@ def sweep(
         output: Folder of the rows and the table.
         options: Which thresholds, and how the results are measured.
         tokenizer: As for [`prune`][].
-        eval_data: Text for the figures; None holds out a tenth of `data`, by document.
+        eval_data: Test text; None holds out a tenth of `data`, by document.
         text_column: Column with the text.
         questions: Multiple-choice questions, if any.
 
@@ -146,11 +146,11 @@ def sweep(
         **{name: getattr(options, name) for name in ("num_calibration_samples", "max_seq_length", "seed")},
     }
     with open_results_log(folder / ROWS_NAME, setting) as rows:
-        dense = rows.get(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
+        dense = rows.get_or_measure(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
         measured, seen, pruner = [], dict[str, dict[str, Any]](), _Pruner(base, text)
         grid = tqdm(configs, desc="Grid", unit="point", name="hf_context_prune.sweep")
         for point, config in zip(points, grid, strict=True):
-            row = rows.get(list(point), lambda c=config: _measure(pruner, held_out, c, options, seen))  # type: ignore[misc]
+            row = rows.get_or_measure(list(point), lambda c=config: _measure(pruner, held_out, c, options, seen))  # type: ignore[misc]
             seen.setdefault(row["weights"], row)
             tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
             measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
@@ -161,7 +161,7 @@ def sweep(
 
 
 class _Pruner:
-    """The dense model with its text; what several points have in common is measured once, when it is first needed."""
+    """The base model with its text. What several points share is measured once, when it is first needed."""
 
     def __init__(self, base: LoadedModel, text: TextSource) -> None:
         self.base, self.text = base, text
@@ -181,7 +181,7 @@ class _Pruner:
         return PrunedModel(*prune_below_thresholds(*whole, config, self._magnitudes, self._trimmed[threshold]))
 
     def zeros_of_paper(self, config: ThresholdConfig) -> int:
-        """Parameters that the paper's code zeroes at a point that was pruned."""
+        """Return how many parameters the paper's code zeroes at a point that was pruned."""
         threshold, dense = config.embedding_threshold, self.base.model
         if threshold not in self._trimmed:
             self._trimmed[threshold] = prune_vocabulary_for(dense, self.base.tokenizer, self.text, config)
@@ -196,7 +196,7 @@ def _measure(
     options: SweepOptions,
     seen: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Prune by one point and score it; a point that leaves the same weights as an earlier one is not scored again."""
+    """Prune at one point and score the model; weights that an earlier point left are not scored again."""
     base = pruner.base
     smaller, tokenizer, plan = pruner.prune(config)
     dense = base.model.num_parameters()
@@ -218,7 +218,7 @@ def _measure(
 
 
 def _digest(model: PreTrainedModel) -> str:
-    """sha256 of every weight, 64 hexadecimal digits."""
+    """Return the sha256 of all weights, 64 hexadecimal digits."""
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

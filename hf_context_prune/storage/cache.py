@@ -1,4 +1,4 @@
-"""Where downloads and conversions are kept."""
+"""The folder for downloads, conversions and unfinished work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CACHE_VARIABLE = "HF_CONTEXT_PRUNE_CACHE"
 
 
 def cache_dir() -> Path:
-    """$HF_CONTEXT_PRUNE_CACHE, else hf_context_prune in the user's cache folder; it need not exist."""
+    """Return $HF_CONTEXT_PRUNE_CACHE, else hf_context_prune in the user's cache folder; it need not exist."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(os.path.expanduser(folder))
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "hf_context_prune"

@@ -1,4 +1,4 @@
-"""Single files that are written whole or not at all, and locks that keep two runs out of one place."""
+"""Single files that are written whole or not at all, and locks against two runs with one target."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hf_context_prune.errors import SaveError
 
 
 def find_existing_folder(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there."""
+    """Return the path itself if it exists, else the nearest existing folder above it."""
     return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder in which nothing can be made, before the long work; leaves nothing behind.
+    """Refuse a folder in which nothing can be made, before the long work; leave nothing behind.
 
     Args:
-        folder: May be absent, and so may its parents.
+        folder: The folder; it and its parents need not exist.
 
     Raises:
-        SaveError: It or what would hold it is a file, or may not be written.
+        SaveError: The folder, or its nearest existing parent, is a file or is not writable.
     """
     existing = find_existing_folder(Path(os.path.abspath(os.path.expanduser(folder))))
     if not existing.is_dir():
@@ -37,17 +37,17 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def hold_lock(goal: Path, wait_seconds: float = 0, *, what: str | None = None) -> Iterator[None]:
-    """Hold the lock of a file or folder that this run writes. The system frees it when a process dies.
+    """Hold the lock of a file or folder that this run writes. The system frees the lock when the process dies.
 
     Args:
-        goal: Its absolute path; need not exist.
+        goal: Absolute path of the file or folder, which need not exist.
         wait_seconds: How long to wait for another run.
-        what: What the other run is doing, for the message; by default saving to the goal.
+        what: The work of the other run, for the message; by default "saving to" the goal.
 
     Raises:
-        SaveError: Another run has it still.
+        SaveError: Another run still has the lock, or the lock file can't be used.
     """
-    user = os.getuid() if hasattr(os, "getuid") else 0  # another user's file in a shared folder can't be opened
+    user = os.getuid() if hasattr(os, "getuid") else 0  # another user's lock file can't be opened
     key = hashlib.sha256(os.fsencode(goal)).hexdigest()[:32]
     path = Path(tempfile.gettempdir(), f"hf_context_prune-{user}-{key}.lock")
     lock = FileLock(path)
@@ -57,7 +57,9 @@ def hold_lock(goal: Path, wait_seconds: float = 0, *, what: str | None = None) -
         doing = what or f"saving to {goal}"
         raise SaveError(f"Another run is {doing}: wait for it to end, or choose another --output.") from error
     except OSError as error:
-        raise SaveError(f"The lock file {path} can't be used ({error.strerror}): remove it and run again.") from error
+        raise SaveError(
+            f"The lock file {path} can't be used ({error.strerror}): remove the file and run again."
+        ) from error
     try:
         yield
     finally:
@@ -65,14 +67,14 @@ def hold_lock(goal: Path, wait_seconds: float = 0, *, what: str | None = None) -
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file; it is replaced whole, or stays as it was.
+    """Write a file: an older file is replaced as a whole, or stays as it was.
 
     Args:
-        path: In a folder that is there.
-        content: Text is written as UTF-8.
+        path: The file, in an existing folder.
+        content: Bytes, or text, which is written as UTF-8.
 
     Raises:
-        SaveError: It can't be written.
+        SaveError: The file can't be written.
     """
     path = Path(path)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -83,6 +85,6 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         with suppress(OSError):
             staged.unlink()
         raise SaveError(
-            f"{path} could not be written: {error.strerror or error}. Name a place in a writable folder with free "
-            f"space; what was there before is as it was."
+            f"{path} could not be written: {error.strerror or error}. Name a file in a writable folder with free "
+            f"space; an older file is as it was."
         ) from error

@@ -1,4 +1,4 @@
-"""GGUF files: dequantised once to a folder in the cache."""
+"""GGUF files, dequantised once to a folder in the cache."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def resolve_source(name: str) -> str:
-    """What `transformers` reads for the place that a loaded model says it is from: of a GGUF file, its copy."""
+    """Return the path or Hub id to give to `transformers`; of a GGUF file, its dequantised copy in the cache."""
     return str(ensure_dequantised(Path(name))) if Path(name).is_file() else name
 
 
 def ensure_dequantised(gguf: Path) -> Path:
-    """The float32 safetensors folder of a GGUF file, made once and kept in the cache under the file's sha256."""
+    """Return the float32 safetensors folder of a GGUF file, made once and cached under the file's sha256.
+
+    Raises:
+        LoadError: The file can't be read as a GGUF model, or the cache can't be written.
+    """
     try:
         folder = cache_dir() / "gguf" / hash_file(gguf)
     except OSError as error:
         raise LoadError(f"{gguf} can't be read: {error}. Check its permissions, or download it again.") from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first, and then reads its result
+        with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first and reads its result
             if read_manifest(folder) is None:
                 dequantise(gguf, folder)
     except ContextPruneError:
@@ -42,7 +46,7 @@ def ensure_dequantised(gguf: Path) -> Path:
     except OSError as error:
         raise LoadError(
             f"The dequantised {gguf.name} can't be kept in the cache folder {folder.parent}: {error}. Set "
-            f"{CACHE_VARIABLE} to a folder that can be written."
+            f"{CACHE_VARIABLE} to a writable folder."
         ) from error
     return folder
 
@@ -70,11 +74,11 @@ def dequantise(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ContextPruneError:
         raise
-    except Exception as error:  # as in _load: the readers raise whatever they meet
+    except Exception as error:  # the readers of GGUF files raise many types
         raise LoadError(f"{gguf} can't be read as a GGUF model: {type(error).__name__}: {error}") from error
-    model.config._name_or_path = gguf.stem
+    model.config.name_or_path = gguf.stem
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # it is plain float32 from here on
+        del model.config.quantization_config  # the weights are plain float32 now
     with staged_folder(folder, required_bytes=estimate_bytes(model)) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

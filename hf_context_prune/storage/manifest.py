@@ -1,7 +1,7 @@
-"""The sha256 manifest of a saved folder: written last, so that a folder with a manifest is a whole one.
+"""The sha256 manifest of a saved folder: written last, so that a folder with a manifest is whole.
 
-It guards against damage and half-finished copies. It is not a signature: who can write the folder can write the
-manifest too.
+The manifest guards against damage and half-finished copies. It is not a signature: whoever can write the folder can
+write the manifest too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 """Files that run code when they are loaded. None is ever written, and none may lie beside the weights."""
 
 EDITABLE = frozenset({"README.md"})
-"""Files that people edit and nothing reads: a folder in which only these changed is still a whole one."""
+"""Files that people edit and no code loads: a folder in which only these changed is still whole."""
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors"})
 _LISTED_SUFFIXES = _WEIGHT_SUFFIXES | PICKLE_SUFFIXES | {".py"}
@@ -35,7 +35,7 @@ def write_manifest(folder: Path) -> dict[str, Any]:
     """Make every file of a folder durable and write the manifest, last.
 
     Each file is read once: hashed and flushed (fsync) through the same handle. Files get the read and write
-    permissions that new files have here (`safetensors` makes its files readable by their owner alone).
+    permissions of new files in this place (`safetensors` makes its files readable only by their owner).
 
     Args:
         folder: The finished folder, without a manifest.
@@ -44,10 +44,10 @@ def write_manifest(folder: Path) -> dict[str, Any]:
         The manifest: ``{"format": "hf_context_prune", "version": 1, "files": {path: {"sha256": str, "bytes": int}}}``.
 
     Raises:
-        SaveError: A link, device or file name that can't travel in a manifest.
+        SaveError: The folder holds a link, a device or a file name that a manifest can't list.
         OSError: The disk is full, or a file can't be read or flushed.
     """
-    # The folder was made with 0o777 less the umask; the umask itself can't be read without changing it.
+    # The folder was made with 0o777 minus the umask; the umask itself can't be read without changing it.
     permissions = stat.S_IMODE(folder.stat().st_mode) & 0o666
     files: dict[str, dict[str, Any]] = {}
     folders = []
@@ -79,13 +79,13 @@ def write_manifest(folder: Path) -> dict[str, Any]:
 
 
 def hash_file(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the sha256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable; nothing where the file system or the system has no such call.
+    """Make the entries of a folder durable; do nothing where the system or the file system has no such call.
 
     Raises:
         OSError: The disk failed.
@@ -103,13 +103,13 @@ def fsync_folder(folder: Path) -> None:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest of a folder if this package wrote one, else None. Nothing is checked against the files.
+    """Return the manifest of a folder if this package wrote one, else None; do not compare it with the files.
 
     Args:
         folder: Any path.
 
     Returns:
-        The manifest, or None where the folder has none, has someone else's, or has one that can't be read.
+        The manifest; None if the folder has no manifest, one of another program, or one that can't be read.
     """
     try:
         return _parse(Path(folder))
@@ -124,16 +124,16 @@ def verify_folder(
 
     Args:
         folder: A folder saved by this package.
-        hash_weights: False: of the ``*.safetensors`` files only the size is compared, which is instant. All other
-            files are always hashed.
-        allow_edits: The card may have been edited since; it must still be there.
+        hash_weights: False compares only the size of the ``*.safetensors`` files, which is instant. All other files
+            are always hashed.
+        allow_edits: Accept a card that was edited since; the card must still exist.
 
     Returns:
         The manifest.
 
     Raises:
         LoadError: The manifest is missing or malformed; a listed file is missing or has another size or checksum;
-            or weights or code lie in the folder that the manifest does not list, or a pickle, listed or not.
+            or the folder holds weights or code that the manifest does not list, or a pickle, listed or not.
     """
     folder = Path(folder)
     manifest = _parse(folder)
@@ -142,7 +142,7 @@ def verify_folder(
         if Path(name).suffix.lower() in PICKLE_SUFFIXES:
             raise LoadError(
                 f"The manifest of {folder} lists {name}, but this package saves no pickles: the folder was changed by "
-                f"someone else. {remedy}"
+                f"another program. {remedy}"
             )
         path = folder / name
         try:
@@ -178,7 +178,7 @@ def verify_folder(
 
 
 def find_unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Relative paths of the files and links in a folder that its manifest does not list, sorted."""
+    """Return the relative paths of files and links in a folder that its manifest does not list, sorted."""
     found = []
     for root, folder_names, file_names in os.walk(folder):
         links = [name for name in folder_names if Path(root, name).is_symlink()]
@@ -187,11 +187,15 @@ def find_unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _parse(folder: Path) -> dict[str, Any]:
-    """Read and validate the manifest of a folder; LoadError where there is none or it is malformed."""
+    """Read and validate the manifest of a folder.
+
+    Raises:
+        LoadError: The manifest is missing or malformed.
+    """
     path = folder / MANIFEST_NAME
     hint = "The folder was not saved by this package, or was copied in part: save or download the model again."
     if (folder / "training_args.bin").exists():
-        hint = "A Trainer saved it: write the model by callback.save_pretrained(folder), with its plan and card."
+        hint = "A Trainer saved it: write the model with callback.save_pretrained(folder), with its plan and card."
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_MANIFEST_BYTES + 1)
@@ -226,7 +230,7 @@ def _validate(manifest: object) -> None:
 
 
 def _is_safe(name: str) -> bool:
-    """Whether a path is relative, with ``/`` between its parts, and stays inside its folder on every system."""
+    """Return whether a path is relative, has ``/`` between its parts, and stays inside its folder on every system."""
     if "\\" in name or "\0" in name or PureWindowsPath(name).drive:
         return False
     return all(part not in ("", ".", "..") for part in name.split("/"))

@@ -19,12 +19,12 @@ from .manifest import hash_file
 
 
 def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Path:
-    """Fetches a pure-Python wheel with pip, without its dependencies.
+    """Fetch a pure-Python wheel with pip, without its dependencies.
 
     Args:
         name: Project name on the package index.
         version: Exact version.
-        sha256: Hex digest of the wheel; a cached file is checked against it, too.
+        sha256: Hex digest of the wheel; a cached file must have it, too.
         cache_dir: The package's cache folder.
 
     Returns:
@@ -53,7 +53,17 @@ def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Pat
 
 
 def make_once(target: Path, is_whole: Callable[[], bool], make: Callable[[Path], Path], remedy: str) -> Path:
-    """Returns the target, made in a temporary folder beside it and moved into place if it is absent or damaged."""
+    """Return the target; if it is absent or damaged, make it in a temporary folder and move it into place.
+
+    Args:
+        target: The file or folder.
+        is_whole: Returns whether the target exists and is undamaged.
+        make: Makes the target inside a given folder, and returns its path there.
+        remedy: Last words of an error.
+
+    Raises:
+        DownloadError: The target can't be made, read or written.
+    """
     prefix = f".{target.name}-"
     try:
         if is_whole():
@@ -62,7 +72,7 @@ def make_once(target: Path, is_whole: Callable[[], bool], make: Callable[[Path],
         with FileLock(target.parent / f"{target.name}.lock"):
             if is_whole():  # another process has made it meanwhile
                 return target
-            for debris in target.parent.glob(f"{prefix}*"):  # of a run that was killed: we hold the lock
+            for debris in target.parent.glob(f"{prefix}*"):  # from a killed run: this run holds the lock
                 shutil.rmtree(debris)
             with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
                 os.replace(make(Path(folder)), target)
@@ -74,7 +84,16 @@ def make_once(target: Path, is_whole: Callable[[], bool], make: Callable[[Path],
 
 
 def download_package(requirement: str, folder: Path, remedy: str) -> None:
-    """Runs pip, the package index's ordinary client, so that the user's index, proxy and certificates apply."""
+    """Download a package with pip, so that the user's index, proxy and certificates apply.
+
+    Args:
+        requirement: Name and version, such as ``"name==1.0"``.
+        folder: Folder for the wheel.
+        remedy: Last words of an error.
+
+    Raises:
+        DownloadError: pip is missing or failed.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

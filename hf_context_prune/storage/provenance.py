@@ -1,4 +1,4 @@
-"""What a dense model says of itself: licence, language, id. Copied when it is pruned, and never made up."""
+"""The facts that a base model states about itself (licence, language, id): copied when pruned, never invented."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ _LONGEST = 300
 
 
 def read_base_card(base: LoadedModel) -> dict[str, Any]:
-    """The facts of a base that its card repeats, for the plan's provenance.
+    """Read the facts of a base model that the card of the pruned model repeats.
+
+    They come from the ``README.md`` in the model's folder or on the Hub, or from the header of its GGUF file.
 
     Args:
-        base: Read from a folder with a ``README.md``, from the Hub, or from a GGUF file, which has them in its header.
+        base: The base model.
 
     Returns:
         ``license``, ``license_name``, ``license_link``, ``language``, ``pipeline_tag`` and ``id``, each only if it is
-        told; ``stated_by`` says where, or ``unknown`` why nothing could be read.
+        stated; ``stated_by`` says where, or ``unknown`` why nothing could be read.
     """
     if base.source is not None and base.source.is_file():
         return _of_gguf(base.source)
@@ -44,13 +46,13 @@ def read_base_card(base: LoadedModel) -> dict[str, Any]:
         file = hf_hub_download(base.name, "README.md", revision=base.revision)
     except HFValidationError:
         return {"unknown": "it was given in memory"}
-    except (OSError, ValueError, HTTPError):  # none there, no network, gated, ...
+    except (OSError, ValueError, HTTPError):  # no card, no network, gated, ...
         return {"id": base.name, "unknown": "its model card could not be read"}
     return {"id": base.name, **_of_readme(Path(file), "its model card")}
 
 
 def collect_provenance(base: LoadedModel) -> dict[str, Any]:
-    """What a plan's provenance says of the dense model."""
+    """Return the entries of a plan's provenance that describe the base model."""
     return {"base_model": base.name, "base_revision": base.revision, "base_card": read_base_card(base)}
 
 
@@ -78,7 +80,7 @@ def _of_gguf(file: Path) -> dict[str, Any]:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those fields that are a short string, or a few of them."""
+    """Return the fields whose value is a short string or a list of at most 50 of them."""
     found = {}
     for name in _FIELDS:
         value = values.get(name)

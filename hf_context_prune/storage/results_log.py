@@ -1,4 +1,4 @@
-"""Finished rows of a long run, one JSON line each, so that the same run, started again, goes on from them."""
+"""Finished rows of a long run, one JSON line each, from which the same run resumes when it is started again."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .files import hold_lock
 
 
 class ResultsLog:
-    """A file of rows by key; its first line says what they were measured with.
+    """A file of rows by key, whose first line holds the setting in which they are measured.
 
     Args:
-        path: Made if it is not there.
-        setting: All that the rows depend on, as JSON values.
+        path: The file; made if it does not exist.
+        setting: All values that the rows depend on, as JSON values.
 
     Raises:
-        ConfigError: The file holds rows of another setting, or is none of ours.
-        SaveError: It can't be read or written.
+        ConfigError: The file holds rows of another setting, or was not written by this class.
+        SaveError: The file can't be read or written.
     """
 
     def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
@@ -37,17 +37,17 @@ class ResultsLog:
             return
         known = lines[0].get("setting")
         if not isinstance(known, dict) or any("key" not in line for line in lines[1:]):
-            raise ConfigError(f"{path} is not a file of rows that this tool wrote. Name another --output.")
+            raise ConfigError(f"{path} is not a file of rows of this package. Name another --output.")
         differing = sorted(name for name in known.keys() | setting.keys() if known.get(name) != setting.get(name))
         if differing:
             raise ConfigError(
                 f"{path} holds rows that were measured with other values of {', '.join(differing)}. Name another "
-                f"--output, or remove the file to begin anew."
+                f"--output, or remove the file to measure all rows again."
             )
         self.rows = {json.dumps(line["key"]): line for line in lines[1:]}
 
-    def get(self, key: Sequence[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of a key: as it was measured before, or measured now and kept."""
+    def get_or_measure(self, key: Sequence[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the row of a key: the row on disk, or one that is measured now and written."""
         name = json.dumps(key)
         if name not in self.rows:
             row = {"key": list(key), **measure()}
@@ -59,10 +59,10 @@ class ResultsLog:
         try:
             text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
             whole, _, rest = text.rpartition("\n")
-            if rest:  # a line that a kill cut short
+            if rest:  # a line that was not finished when the run was killed
                 os.truncate(self.path, len(f"{whole}\n".encode()) if whole else 0)
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{self.path} is not a file of rows that this tool wrote ({error}).") from error
+            raise ConfigError(f"{self.path} is not a file of rows of this package ({error}).") from error
         except OSError as error:
             raise SaveError(f"{self.path} can't be read: {error.strerror or error}. Name another --output.") from error
         lines = []
@@ -71,13 +71,13 @@ class ResultsLog:
                 lines.append(json.loads(line))
             except ValueError as error:
                 if number == 1:  # the setting
-                    raise ConfigError(f"{self.path} is not a file of rows that this tool wrote ({error}).") from error
+                    raise ConfigError(f"{self.path} is not a file of rows of this package ({error}).") from error
                 raise ConfigError(
-                    f"Line {number} of {self.path} is damaged ({error}). Remove that line, and its row is measured "
-                    f"again; or name another --output."
+                    f"Line {number} of {self.path} is damaged ({error}). Remove that line, so that its row is measured "
+                    f"again, or name another --output."
                 ) from error
         if not all(isinstance(line, dict) for line in lines):
-            raise ConfigError(f"{self.path} is not a file of rows that this tool wrote. Name another --output.")
+            raise ConfigError(f"{self.path} is not a file of rows of this package. Name another --output.")
         return lines
 
     def _append(self, row: Mapping[str, Any], *, new: bool = False) -> None:
@@ -85,8 +85,8 @@ class ResultsLog:
             line = json.dumps(row, allow_nan=False) + "\n"
         except ValueError as error:
             raise NumericsError(
-                f"A figure of the row {row.get('key')} for {self.path} is NaN or Inf, so it is not kept. Load the "
-                f"model in float32."
+                f"A number in the row {row.get('key')} for {self.path} is NaN or Inf, so the row is not written. Load "
+                f"the model in float32."
             ) from error
         size = None
         try:
@@ -98,22 +98,22 @@ class ResultsLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            if size is not None:  # no half a line
+            if size is not None:  # leave no half line
                 with suppress(OSError):
                     os.truncate(self.path, size)
             raise SaveError(
-                f"A row could not be written to {self.path}: {error.strerror or error}. Rows that were finished before "
-                f"are kept; mend that, or free some space, and run the same command again."
+                f"A row could not be written to {self.path}: {error.strerror or error}. Earlier rows are kept: free "
+                f"some space or change the permissions, and run the same command again."
             ) from error
 
 
 @contextmanager
 def open_results_log(path: Path, setting: Mapping[str, Any]) -> Iterator[ResultsLog]:
-    """[`ResultsLog`][] that no other run can write meanwhile.
+    """Open a [`ResultsLog`][] and lock it, so that no other run can write to it.
 
     Raises:
         ConfigError: See [`ResultsLog`][].
-        SaveError: Another run has them, or they can't be read or written.
+        SaveError: Another run holds the lock, or the file can't be read or written.
     """
     with hold_lock(Path(os.path.realpath(path))):
         yield ResultsLog(path, setting)

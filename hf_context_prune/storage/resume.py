@@ -1,4 +1,4 @@
-"""What a killed run goes on from: where it lies while a run is at work, and the key that says whose work it is."""
+"""The folder in which a run keeps finished work until it ends, and the key of the inputs that the work belongs to."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import PruningWarning
+from hf_context_prune.utils.compat import attention_implementation
 from hf_context_prune.utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
 from hf_context_prune.utils.precision import bfloat16_is_fast
 from hf_context_prune.utils.version import __version__
@@ -29,18 +30,18 @@ _FORGOTTEN_AFTER_DAYS = 7
 
 @contextmanager
 def open_resume_folder(*identity: object) -> Iterator[Path | None]:
-    """A folder of the cache for what a run has finished so far; it goes once the work is done, and not if it fails.
+    """Open a folder of the cache for the finished work of a run; remove it at the end, but not if the run fails.
 
-    Folders of runs that nobody took up for a week go as well.
+    Folders of other runs that nothing was written to for a week are removed as well.
 
     Args:
-        identity: What the same run, started again, has in common with this one, its output above all.
+        identity: Values that the same run has when it is started again: its output folder and its options.
 
     Yields:
-        The folder; None where the cache can't be written, so that nothing is kept.
+        The folder; None if the cache can't be written, so that nothing is kept.
 
     Raises:
-        SaveError: Another run of this identity is at work.
+        SaveError: Another run with this identity is at work.
 
     Warns:
         PruningWarning: The cache can't be written.
@@ -64,8 +65,8 @@ def open_resume_folder(*identity: object) -> Iterator[Path | None]:
 
         if reason := on_main_process(begin):
             warnings.warn(
-                f"What this run finishes can't be kept in {root} ({reason}), so if it is killed, it starts anew. Set "
-                f"{CACHE_VARIABLE} to a folder that can be written.",
+                f"Finished work can't be kept in {root} ({reason}), so this run would start from the beginning if it "
+                f"were killed. Set {CACHE_VARIABLE} to a writable folder.",
                 PruningWarning,
                 stacklevel=3,
             )
@@ -90,22 +91,22 @@ def _forget_old(folder: Path) -> None:
 
 
 def resume_key(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], *options: object) -> str:
-    """A hash of all that decides a result: every weight, the config, the text, the options, and what computes.
+    """Return a hash of all that decides a result: every weight, the config, the text, the options, the libraries.
 
-    `plan.fingerprint` is no such thing: it samples the weights, and does not tell a dtype from another.
+    [`fingerprint`][] is not enough: it reads only a sample of the weights, and does not depend on the dtype.
 
     Args:
-        model: The dense model; all its values are read.
+        model: The base model; all its values are read.
         batches: The text.
-        options: Whatever else decides the result; their `repr` counts.
+        options: All other values that decide the result; their `repr` counts.
 
     Returns:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256(repr(options).encode())
     config = model.config
-    digest.update(f"{config.to_json_string()} {getattr(config, '_attn_implementation', None)}".encode())
-    # Sums may round otherwise, and another version may follow another rule.
+    digest.update(f"{config.to_json_string()} {attention_implementation(config)}".encode())
+    # With other threads or processes sums round differently, and other versions may compute differently.
     versions = (__version__, torch.__version__, transformers.__version__)
     computes = (*versions, torch.get_num_threads(), num_processes(), bfloat16_is_fast(model.device), os.name)
     digest.update(f"{computes} {model.device.type}".encode())

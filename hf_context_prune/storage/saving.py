@@ -1,11 +1,11 @@
-"""Model folders on disk: what is in one, written by the staged write of `staging.py`, whole or not at all."""
+"""The files of a model folder, written by the staged write of `staging.py`: whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
@@ -14,7 +14,7 @@ from .manifest import PICKLE_SUFFIXES
 from .staging import resolve_target, staged_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 _SIDE_FILES_BYTES = 8 * 2**20
@@ -27,7 +27,7 @@ class _Savable(Protocol):
 
 
 def estimate_bytes(model: PreTrainedModel) -> int:
-    """Bytes that saving a model needs: parameters and buffers, shared ones once, and 8 MiB for tokenizer and JSON."""
+    """Return the bytes that saving a model needs: its tensors, shared ones once, and 8 MiB for tokenizer and JSON."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _SIDE_FILES_BYTES
 
@@ -36,15 +36,15 @@ def save_pruned(
     model: PreTrainedModel,
     target: str | os.PathLike[str],
     *,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase | None = None,
     plan: _Savable | None = None,
     report: _Savable | None = None,
 ) -> Path:
     """Write a model with its tokenizer, plan and report to a folder, whole or not at all.
 
     Args:
-        model: The model to save; what its config and class can't express must have been checked before.
-        target: The folder: absent, empty, or an older one of ours, which is then replaced.
+        model: The model to save.
+        target: The folder: absent, empty, or an older folder of this package, which is then replaced.
         tokenizer: Saved beside the weights if given.
         plan: Saved as ``pruning_plan.json`` if given.
         report: Saved as ``eval_report.json`` if given.
@@ -53,7 +53,7 @@ def save_pruned(
         The absolute path of the folder.
 
     Raises:
-        SaveError: Nothing was put in place; an older folder is as it was.
+        SaveError: The model can't be saved; nothing was put in place, and an older folder is as it was.
     """
     _refuse_unsavable(model)
     goal = resolve_target(target)
@@ -66,25 +66,25 @@ def write_model_folder(
     folder: Path,
     model: PreTrainedModel,
     *,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase | None = None,
     plan: _Savable | None = None,
     report: _Savable | None = None,
 ) -> None:
     """Write the files of a model into a staging folder.
 
-    A variable-width model also gets the flat modeling files that its ``auto_map`` names. The config is written as it
-    is: whoever trained the model has to reset ``use_cache`` before.
+    A variable-width model also gets the modeling files that its ``auto_map`` names. The config is written unchanged:
+    code that trained the model has to reset ``use_cache`` before.
 
     Args:
-        folder: An existing folder, as `staged_folder` yields it.
-        model: As in `save_pruned`.
-        tokenizer: As in `save_pruned`.
-        plan: As in `save_pruned`.
-        report: As in `save_pruned`.
+        folder: An existing folder, as [`staged_folder`][] yields it.
+        model: As in [`save_pruned`][].
+        tokenizer: As in [`save_pruned`][].
+        plan: As in [`save_pruned`][].
+        report: As in [`save_pruned`][].
 
     Raises:
-        SaveError: The model has something that its config can't express (nothing was written then), its ``auto_map``
-            names a file that is not there, or a pickle was written.
+        SaveError: The config can't express the model (then nothing was written), the ``auto_map`` names a file that
+            does not exist, or a pickle was written.
     """
     _refuse_unsavable(model)
     model.save_pretrained(folder)
@@ -100,14 +100,14 @@ def write_model_folder(
     if pickles:
         raise SaveError(
             f"Saving wrote {', '.join(pickles)}: files that can run code when they are loaded. Only safetensors, JSON, "
-            f"text and our own modeling files are saved; use a tokenizer and a model that save without pickle."
+            f"text and this package's modeling files are saved; use a tokenizer and a model that save without pickle."
         )
 
 
 def _refuse_unsavable(model: PreTrainedModel) -> None:
     reason = getattr(model, "_context_prune_unsavable", None)
     if reason is not None:
-        raise SaveError(f"This {type(model).__name__} can't be saved so that it reloads as it is: {reason}")
+        raise SaveError(f"This {type(model).__name__} can't be saved so that it reloads unchanged: {reason}")
 
 
 def _check_auto_map(folder: Path) -> None:
@@ -115,14 +115,14 @@ def _check_auto_map(folder: Path) -> None:
     if not auto_map:
         raise SaveError(
             "config.json of this variable-width model has no auto_map, so it would not open without this package. "
-            "Set config.auto_map = hf_context_prune.modeling.auto_map(spec) before saving."
+            "Set config.auto_map = hf_context_prune.modeling.registry.build_auto_map(spec) before saving."
         )
     for reference in auto_map.values():
         file_name = f"{reference.rpartition('.')[0]}.py"
         if not (folder / file_name).is_file():  # a "repo--module" reference, to another repository, fails here too
             raise SaveError(
                 f"auto_map in config.json names {reference!r}, but {file_name} is not one of the package's modeling "
-                f"files. Set config.auto_map = hf_context_prune.modeling.auto_map(spec) before saving."
+                f"files. Set config.auto_map = hf_context_prune.modeling.registry.build_auto_map(spec) before saving."
             )
 
 
@@ -130,7 +130,7 @@ def count_weight_bytes(folder: str | os.PathLike[str]) -> int:
     """Return the bytes of all safetensors files directly in `folder`.
 
     Raises:
-        LoadError: If there are none.
+        LoadError: The folder holds no safetensors file.
     """
     sizes = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
     if not sizes:

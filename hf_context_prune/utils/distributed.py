@@ -1,11 +1,11 @@
-"""Several processes under accelerate: who takes which batches, sums that are equal in all, errors that end all.
+"""Several processes under accelerate: shares of the batches, sums that are equal in all, errors that end all.
 
-Every process loads the same model and text; only the batches of calibration are split. All communication is by
+Every process loads the same model and text; only the calibration batches are split. All communication is by
 accelerate, on the process group that the launcher's variables describe or that the caller's `Accelerator` made. With
-one process every function here is a no-op, and neither torch nor accelerate is imported for it.
+one process every function here is a no-op, and imports neither torch nor accelerate.
 
-Before numbers are exchanged, so is whether all is well (`fail_together`): a process that failed would leave the others
-waiting for its numbers.
+Before the processes exchange numbers, they exchange whether one of them failed ([`fail_together`][]): otherwise the
+rest would wait for the numbers of a failed process.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# One process may measure or write for long while the others wait; a process that dies ends the waiting at once.
+# One process may measure or write for a long time while the rest wait; the death of a process ends the waiting at once.
 _TIMEOUT = timedelta(days=1)
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SHARED = "_hf_context_prune_shared"
-"""Attribute of an error that all processes know of."""
+"""Attribute that marks an error as raised in all processes."""
 _CHUNK = 2**22
-"""Elements of a tensor that are gathered at once: of a large Gram matrix no process holds every other's copy."""
+"""Elements of a tensor that are gathered at once, so that no process holds all copies of a large Gram matrix."""
 
 
-# Who is there
+# The processes
 
 
 def _launched() -> int:
-    """Processes that a launcher started, by its environment variables; 1 without a launcher."""
+    """Return how many processes a launcher started, from its environment variables; 1 without a launcher."""
     names = ("WORLD_SIZE", *_MPI_SIZES) if "LOCAL_RANK" in os.environ else _MPI_SIZES
     sizes = [os.environ.get(name, "") for name in names]
     return max([int(size) for size in sizes if size.isdigit()], default=1)
 
 
 def _has_group() -> bool:
-    torch = sys.modules.get("torch")  # whoever made a group has imported it
+    torch = sys.modules.get("torch")  # code that made a group has imported torch
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _end_group() -> None:
     """End a gloo group while Python still runs.
 
-    A thread of gloo may hold the last tensor a moment longer than the call that sent it. If Python ends meanwhile, the
-    process aborts ("terminate called without an active exception"). Ending the group joins those threads. NCCL is left
-    to itself: there the end waits for the other processes, of which one may have failed.
+    A thread of gloo may hold the last tensor a moment longer than the call that sent it. If Python ends in that moment,
+    the process aborts ("terminate called without an active exception"). Ending the group joins those threads. An NCCL
+    group is not ended here: its end waits for the other processes, of which one may have failed.
     """
     import torch
 
@@ -67,13 +67,13 @@ def _end_group() -> None:
 
 
 def _accelerate() -> PartialState:
-    """The state of accelerate; made here, with its process group, if the caller made none."""
+    """Return the state of accelerate; make it, with its process group, if the caller has not."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    # accelerate forms a group of CPU processes only when told that they are on the CPU. MPS has no collectives.
+    # accelerate forms a group of CPU processes only with cpu=True. MPS has no collectives.
     on_cpu = _launched() > 1 and (accelerator is None or accelerator.type == "mps")
     callers = _has_group()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or on_cpu, timeout=_TIMEOUT)
@@ -83,10 +83,10 @@ def _accelerate() -> PartialState:
 
 
 def _group() -> PartialState | None:
-    """The processes that work together, or None for one process.
+    """Return the processes that work together, or None for one process.
 
     Raises:
-        ConfigError: Several were launched, but accelerate was set up as one.
+        ConfigError: Several processes were launched, but accelerate was set up for one.
     """
     launched = _launched()
     if launched < 2 and not _has_group():
@@ -101,26 +101,26 @@ def _group() -> PartialState | None:
     if launched < 2:
         return None
     raise ConfigError(
-        f"{launched} processes were launched, but accelerate was set up in each as if it were alone, so each would do "
-        f"all the work and they would write over one another. Without a GPU, set ACCELERATE_USE_CPU=true, or "
-        f"make your own Accelerator(cpu=True) first."
+        f"{launched} processes were launched, but accelerate was set up in each for one process, so each would do all "
+        f"the work and overwrite the files of the others. Without a GPU, set ACCELERATE_USE_CPU=true, or make your "
+        f"own Accelerator(cpu=True) first."
     )
 
 
 def num_processes() -> int:
-    """Processes that work together; 1 without a launcher."""
+    """Return how many processes work together; 1 without a launcher."""
     state = _group()
     return 1 if state is None else int(state.num_processes)
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Return whether this process prints and writes."""
     state = _group()
     return state is None or bool(state.is_main_process)
 
 
-def device() -> torch.device:
-    """The device that accelerate gives this process."""
+def default_device() -> torch.device:
+    """Return the device that accelerate gives this process."""
     return _accelerate().device
 
 
@@ -128,10 +128,10 @@ def warn_if_alone() -> None:
     """Warn if ``accelerate launch --cpu --num_processes N`` started one process, as it does without MPI.
 
     Warns:
-        LaunchWarning: With the commands that start several.
+        LaunchWarning: One process was started; the message has a command that starts several.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    # Without its --mpirun_hostfile it starts one process, and tells it the address of a main process all the same.
+    # Without its --mpirun_hostfile it starts one process, but sets the address of a main process all the same.
     if on_cpu and "MASTER_ADDR" in os.environ and _launched() < 2 and not _has_group():
         warnings.warn(
             "accelerate launch --cpu starts one process whatever --num_processes says, unless it has MPI "
@@ -146,11 +146,11 @@ def warn_if_alone() -> None:
 
 
 def _exchange(error: Exception | None, value: T) -> list[T]:
-    """Tell all processes this one's error, or its value; all values in the order of the processes.
+    """Send this process's error or value to all processes; return all values in the order of the processes.
 
     Raises:
-        ContextPruneError: Of the first other process that failed, with its type; the caller raises its own.
-        RuntimeError: The same, for errors of other types.
+        ContextPruneError: Another process failed: the first such error, with its type. The caller raises its own error.
+        RuntimeError: Another process failed with an error of another type.
     """
     state = _group()
     if state is None:
@@ -174,7 +174,7 @@ def _exchange(error: Exception | None, value: T) -> list[T]:
 
 
 def is_shared(error: BaseException | None) -> bool:
-    """Whether all processes raise this error or the one it stems from, so that the main one need only show it."""
+    """Return whether all processes raise this error or its cause, so that only the main process need show it."""
     while error is not None:
         if getattr(error, _SHARED, False):
             return True
@@ -184,10 +184,10 @@ def is_shared(error: BaseException | None) -> bool:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """A block (or, as a decorator, a function) that succeeds in all processes or raises in all. Blocks may be nested.
+    """Let a block (or, as a decorator, a function) succeed in all processes or raise in all. Blocks may be nested.
 
     Raises:
-        ContextPruneError: What was raised in this process or, with its type, in the first that failed.
+        ContextPruneError: This process failed or, with the same type, the first process that did.
         RuntimeError: Another process failed with an error of another type.
     """
     try:
@@ -200,10 +200,10 @@ def fail_together() -> Iterator[None]:
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """Call a function in the main process alone; all processes wait for its result, or its error.
+    """Call a function only in the main process; all processes wait for its result or its error.
 
     Args:
-        function: Takes nothing; what it returns is pickled.
+        function: A function without arguments; its result is pickled.
     """
     value, failed = None, None
     if is_main_process():
@@ -218,7 +218,7 @@ def on_main_process(function: Callable[[], T]) -> T:
 
 
 def broadcast_object(value: T) -> T:
-    """The main process's value, in all processes. Small objects: they are pickled."""
+    """Return the main process's value in all processes; for small objects, which are pickled."""
     return _exchange(None, value)[0]
 
 
@@ -226,18 +226,18 @@ def broadcast_object(value: T) -> T:
 
 
 def all_gather(value: T) -> list[T]:
-    """The values of all processes, in the order of their ranks; every process has to call it."""
+    """Return the values of all processes, in the order of their ranks; every process has to call this function."""
     return _exchange(None, value)
 
 
 def shard(batches: Iterable[dict[str, torch.Tensor]]) -> list[tuple[int, dict[str, torch.Tensor]]]:
-    """This process's share of the batches, with their numbers: every n-th, so that the first is the first of all.
+    """Return this process's share of the batches, every n-th, with their numbers among all batches.
 
     Args:
-        batches: The same in every process.
+        batches: The batches, the same in every process.
 
     Returns:
-        [(number, batch), ...]; empty where there are more processes than batches.
+        [(number, batch), ...]; empty if there are more processes than batches.
 
     Raises:
         DataError: The processes were given different batches.
@@ -249,14 +249,14 @@ def shard(batches: Iterable[dict[str, torch.Tensor]]) -> list[tuple[int, dict[st
     digests = _exchange(None, digest_batches([batch for _, batch in numbered]))
     if len(set(digests)) > 1:
         raise DataError(
-            f"The {state.num_processes} processes were given different batches. Give all of them the same text and "
-            f"seed: the batches are split here."
+            f"The {state.num_processes} processes were given different batches. Give all processes the same text and "
+            f"seed: this package splits the batches."
         )
     return numbered[state.process_index :: state.num_processes]
 
 
 def digest_batches(batches: Sequence[dict[str, torch.Tensor]]) -> str:
-    """A hash of every tensor of every batch, 64 hexadecimal digits."""
+    """Return a hash of every tensor of every batch, 64 hexadecimal digits."""
     sha = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.items()):
@@ -266,22 +266,22 @@ def digest_batches(batches: Sequence[dict[str, torch.Tensor]]) -> str:
 
 
 def gather_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Every process's tensor, in their order, on accelerate's device. All have one shape and dtype."""
+    """Return the tensors of all processes, in their order, on accelerate's device; all have one shape and dtype."""
     from accelerate.utils import gather
 
-    rows = gather(tensor.detach().to(device()).reshape(1, -1))
+    rows = gather(tensor.detach().to(default_device()).reshape(1, -1))
     return [row.reshape(tensor.shape) for row in rows]
 
 
 def all_reduce_(tensors: Iterable[torch.Tensor]) -> None:
     """Sum contiguous floating-point tensors over all processes, in place.
 
-    They are gathered and added in float64, in the order of the processes. A reduction by the backend would choose its
-    order by topology and message size, and add float32 in float32: here the sum is the same, bit for bit, in all
+    The tensors are gathered and added in float64, in the order of the processes. A reduction by the backend would
+    choose its order by topology and message size, and add float32 in float32; this sum is the same, bit for bit, in all
     processes and on any network.
 
     Args:
-        tensors: As many, of the same shapes and dtypes, in every process.
+        tensors: The tensors; every process gives the same number of them, with the same shapes and dtypes.
     """
     if _group() is None:
         return
@@ -295,5 +295,5 @@ def all_reduce_(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def sum_counts(*counts: int) -> list[int]:
-    """Sums of integers over all processes."""
+    """Return the sums of integers over all processes."""
     return [sum(column) for column in zip(*_exchange(None, counts), strict=True)]

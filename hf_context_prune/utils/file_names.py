@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 MANIFEST_NAME = "manifest.json"
-
-
 PLAN_NAME = "pruning_plan.json"
-
-
 REPORT_NAME = "eval_report.json"
-
-
 EXPORT_REPORT_NAME = "export_report.json"
-
-
 CARD_NAME = "README.md"
-
-
 RESULTS_NAME = ".eval_results/questions.yaml"
-
-
 PICTURE_NAME = "widths.png"

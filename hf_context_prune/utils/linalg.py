@@ -1,4 +1,4 @@
-"""Linear algebra that several modules share: ridge and inverse of Gram matrices, in float64, and fast products."""
+"""Linear algebra that several modules share: ridge and inverse of Gram matrices, in float64."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import torch
 from hf_context_prune.errors import NumericsError
 
 FLOOR = 1e-3
-"""Share of the mean diagonal that the ridge never falls below: features that never fire stay solvable."""
+"""Lower limit of the ridge as a share of the mean diagonal, so that features that never fire stay solvable."""
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or Inf, in one reading: `isfinite` and a sum in float64 make copies."""
+    """Return whether no value is NaN or Inf; one pass without a copy, which `isfinite` and a float64 sum would make."""
     return not values.numel() or all(map(math.isfinite, map(float, values.aminmax())))
 
 
 def add_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """G + ridge * diag(g), g_j = G_jj + FLOOR * mean diag(G): a ridge in every feature's own scale.
+    """Return G + ridge * diag(g), g_j = G_jj + FLOOR * mean diag(G): a ridge on the scale of each feature.
 
-    The same as ridge * I after scaling the features to unit size. A few neurons of a language model are thousands of
-    times larger than most; a ridge that is a share of the *mean* would be nothing to them and would drown the others.
+    This equals ridge * I after the features are scaled to unit size. A few neurons of a language model are thousands of
+    times larger than most; a ridge that is a share of the *mean* would not regularise these and would dominate the
+    rest.
 
     Args:
         gram: Symmetric, [features, features], float64.
         ridge: Share of each feature's mean square, above 0.
 
     Raises:
-        NumericsError: G is all zero (the inputs never fire), so there is nothing to scale the ridge by.
+        NumericsError: G is all zero (the inputs never fire) or not finite, so the ridge has no scale.
     """
     scale = float(gram.diagonal().mean())
     if not scale > 0:
@@ -42,10 +43,10 @@ def add_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def cholesky(matrix: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factor of a symmetric positive definite matrix, or of a batch of them.
+    """Return the lower Cholesky factor of a symmetric positive definite matrix, or of a batch of matrices.
 
     Raises:
-        NumericsError: It is not positive definite.
+        NumericsError: A matrix is not positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool(info.any()):
@@ -57,5 +58,5 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def invert_spd(matrix: torch.Tensor) -> torch.Tensor:
-    """Inverse of a symmetric positive definite matrix through its Cholesky factor."""
+    """Return the inverse of a symmetric positive definite matrix, computed from its Cholesky factor."""
     return torch.cholesky_inverse(cholesky(matrix))

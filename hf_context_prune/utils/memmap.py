@@ -11,11 +11,13 @@ from hf_context_prune.errors import SaveError
 
 
 def memmap_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Room in a memory-mapped file of the folder for temporary files (``$TMPDIR``), which dies with the tensor.
+    """Return zeros in a memory-mapped file in the folder for temporary files (``$TMPDIR``).
+
+    The file is removed when the tensor is freed.
 
     Args:
-        elements: How many.
-        dtype: Of the tensor.
+        elements: Length of the tensor.
+        dtype: Dtype of the tensor.
 
     Returns:
         [elements], zeros.
@@ -26,11 +28,11 @@ def memmap_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
     size = elements * dtype.itemsize
     try:
         with tempfile.NamedTemporaryFile(prefix="hf-context-prune-") as file:  # the mapping keeps the file alive
-            if hasattr(os, "posix_fallocate"):  # else a full disk shows as a signal, when the room is written to
+            if hasattr(os, "posix_fallocate"):  # without this, writing to a full disk ends the process by a signal
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_file(file.name, shared=True, size=elements, dtype=dtype)
     except (OSError, RuntimeError) as error:
         raise SaveError(
-            f"What does not fit into memory needs {size:,} bytes in {tempfile.gettempdir()}: {error}. Make room there, "
-            f"set TMPDIR to a folder of a larger disk, or calibrate on fewer blocks (num_calibration_samples)."
+            f"Data that does not fit into memory needs {size:,} bytes in {tempfile.gettempdir()}: {error}. Make room "
+            f"there, set TMPDIR to a folder on a larger disk, or calibrate on fewer samples (num_calibration_samples)."
         ) from error

@@ -1,4 +1,4 @@
-"""Faster products in bfloat16 where the processor has them."""
+"""Products in bfloat16 where the processor computes them faster."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 FAST_PRECISION = "medium"
-"""PyTorch's name for float32 products of factors rounded to bfloat16; "highest" rounds nothing anywhere."""
+"""PyTorch's name for float32 products of factors rounded to bfloat16; "highest" disables all rounding."""
 
 
 @contextmanager
 def reduced_precision_matmul() -> Iterator[None]:
-    """Let float32 products round their factors to bfloat16 (sums stay float32), where PyTorch has that faster.
+    """Let float32 products round their factors to bfloat16 (sums stay float32), where PyTorch is faster so.
 
-    It has with AMX, and on CUDA with TensorFloat-32; elsewhere nothing changes. See also [`bfloat16_autocast`][].
+    PyTorch is faster with AMX, and on CUDA with TensorFloat-32; elsewhere nothing changes. See also
+    [`bfloat16_autocast`][].
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(FAST_PRECISION)
@@ -26,7 +27,7 @@ def reduced_precision_matmul() -> Iterator[None]:
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32 there."""
+    """Return whether products in bfloat16 are faster than products in float32 on this device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -37,13 +38,14 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 
 @contextmanager
 def bfloat16_autocast(hidden: torch.Tensor) -> Iterator[None]:
-    """Let a block run in bfloat16 but for its residual stream and norms, where the processor is faster so.
+    """Run a layer in bfloat16, except its residual stream and norms, where the processor is faster so.
 
-    For blocks that are run to compare two models over many tokens: both round alike, what is left averages out, and the
-    same time buys more tokens. Not for the head: rounded logits differ by more than a narrowed layer costs.
+    Use this to compare two models over many tokens: both round alike, the remaining error averages out, and the same
+    time is enough for more tokens. Do not use it for the LM head: rounded logits differ by more than the loss from a
+    narrowed layer.
 
     Args:
-        hidden: What the block is given; in half precision it is fast as it is.
+        hidden: Input of the layer; half precision needs no autocast.
     """
     cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32
     rounds = cpu and FAST_PRECISION != "highest" and bfloat16_is_fast(hidden.device)

@@ -1,4 +1,4 @@
-"""The version of this package and of the libraries that a plan depends on."""
+"""The versions of this package and of the libraries that a plan depends on."""
 
 from importlib import metadata
 

@@ -9,10 +9,11 @@ import gguf
 import pytest
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
+from hf_context_prune.storage import gguf as gguf_files
 from hf_context_prune.storage import loading
 from hf_context_prune.storage import provenance as module
 from hf_context_prune.storage.known_models import SMOLLM2
-from hf_context_prune.storage.loading import LoadedModel, in_memory
+from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
 
@@ -51,7 +52,7 @@ def test_a_readme_that_cant_be_read(tmp_path, content):
 
 def test_nothing_is_stated():
     assert "no README.md" in read_base_card(base(source=module.Path("/nonexistent")))["unknown"]
-    assert read_base_card(in_memory(tiny_model("llama"), None)) == {"unknown": "it was given in memory"}
+    assert read_base_card(LoadedModel.from_memory(tiny_model("llama"), None)) == {"unknown": "it was given in memory"}
     # HF_HUB_OFFLINE is set for the tests
     assert read_base_card(base(name="org/model")) == {"id": "org/model", "unknown": "its model card could not be read"}
 
@@ -91,17 +92,18 @@ def test_the_demo_model_is_known_by_its_checksum(tmp_path, monkeypatch):
 
 def test_a_model_in_memory_names_the_folder_that_it_is_from(tmp_path):
     model = SimpleNamespace(config=SimpleNamespace(name_or_path=str(tmp_path)))
-    loaded = in_memory(model, None)
+    loaded = LoadedModel.from_memory(model, None)
     assert (loaded.source, loaded.name) == (tmp_path, tmp_path.name)
 
 
 def test_a_model_in_memory_names_the_gguf_file_that_it_is_from(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").touch()
-    monkeypatch.setattr(loading, "ensure_dequantised", lambda path: tmp_path / "copy")
+    for reader in (loading, gguf_files):
+        monkeypatch.setattr(reader, "ensure_dequantised", lambda path: tmp_path / "copy")
     tiny_model("llama").save_pretrained(tmp_path / "copy")
     tiny_tokenizer().save_pretrained(tmp_path / "copy")
     model = loading.load_model(tmp_path / "x.gguf").model
-    loaded = in_memory(model, None)
+    loaded = LoadedModel.from_memory(model, None)
     assert (loaded.source, loaded.name) == (tmp_path / "x.gguf", "x.gguf")
     options = PrunerConfig(mlp_ratio=0.5, num_calibration_samples=4, max_seq_length=16)
     draw = random.Random(0)

@@ -244,7 +244,7 @@ def test_current_folder_and_those_that_hold_it_are_refused(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["x" * 240, "模" * 80, ".m.staging-0123456789abcdef", ".m.previous"])
 def test_names_that_cannot_be_staged_are_refused(tmp_path, name):
-    with pytest.raises(SaveError, match=r"too long|kept for unfinished runs"):
+    with pytest.raises(SaveError, match=r"too long|reserved for unfinished runs"):
         check_target(tmp_path / name)
     assert snapshot(tmp_path) == {}
 
@@ -587,19 +587,20 @@ def test_pickles_are_never_saved(target, model):
 
 
 def variable_width_model():
-    from hf_context_prune.modeling import config_class, model_class
+    from hf_context_prune.modeling.registry import get_config_class, get_model_class
     from hf_context_prune.modeling.specs import SPECS
 
-    config = config_class(SPECS["llama"])(**SIZES, per_layer_config={1: {"intermediate_size": 8}})
-    return model_class(SPECS["llama"])(config)
+    config = get_config_class(SPECS["llama"])(**SIZES, per_layer_config={1: {"intermediate_size": 8}})
+    return get_model_class(SPECS["llama"])(config)
 
 
 def test_variable_width_model_travels_with_its_code(target):
-    from hf_context_prune.modeling import auto_map, modeling_context_pruned
+    from hf_context_prune.modeling import modeling_context_pruned
+    from hf_context_prune.modeling.registry import build_auto_map
     from hf_context_prune.modeling.specs import SPECS
 
     model = variable_width_model()
-    model.config.auto_map = auto_map(SPECS["llama"])
+    model.config.auto_map = build_auto_map(SPECS["llama"])
     save_pruned(model, target)
     package = Path(modeling_context_pruned.__file__).parent
     code = {name: (package / name).read_bytes() for name in modeling_context_pruned.MODELING_FILES}

@@ -1,0 +1,93 @@
+"""Downloads of a model from the Hub at one commit, and plain sentences for their failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_context_prune.errors import LoadError
+
+CONVERT = (
+    "Convert them to safetensors once, where you trust them: from_pretrained(...).save_pretrained(...) of "
+    "AutoModelForCausalLM."
+)
+"""The remedy for weights that are saved as a pickle."""
+
+
+def fetch_config(source: str, revision: str | None) -> Path:
+    """Fetch a Hub model's config, and return its folder in the cache, whose name is the commit.
+
+    Everything else of the model is then read at this commit.
+
+    Args:
+        source: Hub id.
+        revision: Branch, tag or commit.
+
+    Raises:
+        LoadError: The repository can't be read or has no config.json.
+    """
+    try:
+        return Path(hf_hub_download(source, "config.json", revision=revision)).parent
+    except RemoteEntryNotFoundError as error:
+        raise LoadError(
+            f"{source!r} has no config.json on the Hub, so it is not a model of transformers. Of a GGUF repository, "
+            f"download the .gguf file and pass its path; of an adapter, merge it into its model first."
+        ) from error
+    except (OSError, ValueError, HTTPError) as error:
+        raise _explain(source, revision, error) from error
+
+
+def fetch_weights(source: str, commit: str) -> None:
+    """Fetch a Hub model's weights, or the index of their shards, before transformers does.
+
+    Transformers takes any failure of this download (no network, an overloaded Hub) for a missing file, and then
+    advises to load the pickle.
+
+    Raises:
+        LoadError: The download failed, or the repository holds no safetensors weights.
+    """
+    failure: Exception | None = None
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        try:
+            hf_hub_download(source, name, revision=commit)
+            return
+        except RemoteEntryNotFoundError:
+            continue
+        except (OSError, ValueError, HTTPError) as error:
+            failure = error
+    if failure is not None:
+        raise _explain(source, commit, failure) from failure
+    raise LoadError(
+        f"{source!r} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} at commit {commit}. Weights "
+        f"saved as a pickle (pytorch_model.bin) can run any code when they are loaded, and are refused. {CONVERT}"
+    )
+
+
+def _explain(source: str, revision: str | None, error: Exception) -> LoadError:
+    if isinstance(error, GatedRepoError):
+        what = "is gated on the Hub; ask for access on its page, then log in with `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        what = (
+            "is neither a local folder or file nor a public model on the Hub; check the spelling, or log in with "
+            "`hf auth login` if it is private"
+        )
+    elif isinstance(error, RevisionNotFoundError):
+        what = f"has no branch, tag or commit {revision!r} on the Hub"
+    elif isinstance(error, HFValidationError):
+        what = "is neither a local folder or file nor a Hub id (owner/name)"
+    else:
+        what = (
+            "is not complete in the cache and can't be fetched from the Hub; check the network and HF_HUB_OFFLINE, or "
+            "try again later"
+        )
+    return LoadError(f"{source!r} {what} ({type(error).__name__}: {error})")
