@@ -1,4 +1,4 @@
-"""Facts of a pruned folder -> its model card, with the picture of the widths."""
+"""Model cards: built from the facts of a pruned folder, with the picture of the widths."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _template() -> Template:
 
 
 def _finalize(value: object) -> object:
-    """What the template prints: Markdown of ours as it is, anything else as text."""
+    """Return trusted Markdown as it is, and anything else as text without markup."""
     return value if isinstance(value, Trusted) else inert(str(value))
 
 
 def build_card(facts: CardFacts) -> ModelCard:
-    """The card of a pruned model.
+    """Build the card of a pruned model.
 
     Every value that others chose (names, texts, options, versions) is shown as text: it can't become markup, a link, a
     template or another field of the metadata.
@@ -52,7 +52,7 @@ def build_card(facts: CardFacts) -> ModelCard:
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
-    """Write the card with its picture into a folder, such as one that is being written."""
+    """Write the card and its picture into a folder, such as one that is being written."""
     (folder / CARD_NAME).write_text(str(build_card(facts)), encoding="utf-8")
     plot_widths(facts.plan, "Widths by layer").savefig(folder / PICTURE_NAME, dpi=120)
     if facts.report is not None and (results := benchmark_results(facts.report)) is not None:
@@ -63,13 +63,13 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 def rewrite_card(
     folder: str | Path, *, name: str | None = None, overwrite: bool = False, report: EvalReport | None = None
 ) -> Path:
-    """Make a folder's card anew from the folder alone, and put it in place, whole or not at all.
+    """Rewrite the card of a folder from the folder alone, whole or not at all.
 
     Args:
         folder: A saved folder with a plan.
-        name: Of the model, such as its id on the Hub; None takes the folder's name.
+        name: The name of the model, such as its id on the Hub; None takes the name of the folder.
         overwrite: Replace a card that was edited by hand.
-        report: What was measured meanwhile: goes into the folder, in place of its own report.
+        report: A newer report, which replaces the one in the folder.
 
     Returns:
         The path of the card.
@@ -77,14 +77,16 @@ def rewrite_card(
     Raises:
         ConfigError: The card was edited, and `overwrite` is not set.
         LoadError: The folder was not saved by this package, is damaged, or has no plan.
-        SaveError: It can't be written; the folder is as it was.
+        SaveError: The card can't be written; the folder is as it was.
     """
     path = Path(folder).resolve()
     files = verify_folder(path, hash_weights=False)["files"]
     if PLAN_NAME not in files:
-        raise LoadError(f"{path} has no {PLAN_NAME}, so there is nothing that a card could tell. Prune a model first.")
+        raise LoadError(f"{path} has no {PLAN_NAME}, so a card would have no facts. Prune a model first.")
     if not overwrite and CARD_NAME in files and hash_file(path / CARD_NAME) != files[CARD_NAME]["sha256"]:
-        raise ConfigError(f"{path / CARD_NAME} was edited by hand, which would be lost. Replace it with --overwrite.")
+        raise ConfigError(
+            f"{path / CARD_NAME} was edited by hand, and the edits would be lost. Add --overwrite to replace the card."
+        )
     with staged_folder(path, required_bytes=2**20, discard_edits=overwrite) as staging:
         for file in files:
             if file not in (*CARD_FILES, *([REPORT_NAME] if report else [])):
@@ -97,7 +99,7 @@ def rewrite_card(
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name, so that weights are not written again; or a copy, without links."""
+    """Link a file to a second name, so that weights are not written again; copy it where links are not possible."""
     try:
         os.link(source, target)
     except OSError:

@@ -18,14 +18,15 @@ from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells.
+    """The facts that a card shows.
 
     Attributes:
-        name: Of the model: the folder's name, or its id on the Hub.
-        plan: What was kept, how it was chosen, and what the base states of itself (its provenance).
-        report: What it cost; None where nothing was measured.
-        model_type: Of config.json.
-        architecture: Class of config.json.
+        name: The name of the model: of its folder, or its id on the Hub.
+        plan: The widths, and in its provenance how they were chosen and what the base states of itself.
+        report: The measured figures; None where nothing was measured.
+        model_type: The model type in config.json.
+        architecture: The model class in config.json.
+        base: The facts that the base states of itself.
     """
 
     name: str
@@ -36,7 +37,7 @@ class CardFacts:
     base: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse figures that are no numbers.
+        """Refuse figures that are not finite.
 
         Raises:
             NumericsError: NaN or Inf in the report or in the plan's provenance.
@@ -49,56 +50,56 @@ class CardFacts:
             ) from error
         if self.report is not None:
             self.report.to_dict()
-        object.__setattr__(self, "base", self.told("base_card"))
+        object.__setattr__(self, "base", self.recorded("base_card"))
 
-    def told(self, name: str) -> Mapping[str, Any]:
-        """A mapping of the plan's provenance; empty where there is none."""
+    def recorded(self, name: str) -> Mapping[str, Any]:
+        """Return a mapping of the plan's provenance; empty where it has none of this name."""
         value = self.plan.provenance.get(name)
         return value if isinstance(value, Mapping) else {}
 
     @property
-    def is_stock(self) -> bool:
-        """Whether plain transformers opens it."""
+    def is_native(self) -> bool:
+        """Whether transformers opens the model without this package."""
         return not self.model_type.startswith(PREFIX)
 
     @property
     def base_place(self) -> str:
-        """How the plan names the base: an id, a folder or a file. This is what was pruned, and what commands take."""
+        """The base as the plan names it (an id, a folder or a file) and as commands take it."""
         return str(self.plan.provenance.get("base_model") or self.base.get("id") or "BASE")
 
     @property
     def base_id(self) -> str | None:
-        """The base's id on the Hub, where it differs from that."""
+        """The id of the base on the Hub, where it differs from `base_place`."""
         value = self.base.get("id")
         return str(value) if value and value != self.base_place else None
 
     @property
     def domain(self) -> str | None:
-        """The domain's name, if it was given."""
-        value = self.told("config").get("domain")
+        """The name of the domain, if it was given."""
+        value = self.recorded("config").get("domain")
         return value if isinstance(value, str) and value.strip() else None
 
 
 def read_facts(folder: str | Path, *, name: str | None = None) -> CardFacts:
-    """Read a folder that this package saved, after checking its files.
+    """Read the facts of a folder that this package saved, after checking its files.
 
     Args:
-        folder: With a plan; the report may be missing.
-        name: Of the model; None takes the folder's.
+        folder: The folder; it must hold a plan, and may lack a report.
+        name: The name of the model; None takes the name of the folder.
 
     Raises:
-        LoadError: It was not saved by this package, is damaged, or has no plan.
+        LoadError: The folder was not saved by this package, is damaged, or has no plan.
         NumericsError: NaN or Inf among the figures.
     """
     path = Path(folder)
     files = verify_folder(path, hash_weights=False)["files"]
     if PLAN_NAME not in files:
-        raise LoadError(f"{path} has no {PLAN_NAME}, so there is nothing that a card could tell. Prune a model first.")
+        raise LoadError(f"{path} has no {PLAN_NAME}, so a card would have no facts. Prune a model first.")
     return facts_in(path, name=name or path.resolve().name)
 
 
 def facts_in(folder: Path, *, name: str) -> CardFacts:
-    """As [`read_facts`][], of a folder that is being written and has no manifest yet."""
+    """Read the facts of a folder that is being written, which has no manifest yet."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     report = folder / REPORT_NAME
     architectures = config.get("architectures") or [""]

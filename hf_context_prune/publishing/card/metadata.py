@@ -1,4 +1,4 @@
-"""The YAML of a card, as `ModelCardData`; what the Hub would refuse or misread is left to the text."""
+"""The YAML of a card, as `ModelCardData`; values that the Hub would refuse or misread stay in the text alone."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _LINK = re.compile(r"https?://[^\s\"'<>]+|[A-Za-z0-9._-]+")
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
-    """The metadata of a card."""
+    """Build the metadata of a card."""
     licence = _matching(_LICENCE, facts.base.get("license"))
     base = _hub_id(facts.base.get("id"))
     domain = [_slug(facts.domain)] if facts.domain and _slug(facts.domain) else []
-    data = _hub_id(_dataset(facts.told("data")))
+    data = _hub_id(_dataset(facts.recorded("data")))
     results = _results(facts) if facts.report else []
     return ModelCardData(
         library_name="transformers",
@@ -47,7 +47,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
 
 
 def benchmark_results(report: EvalReport) -> str | None:
-    """The answers to a Hub data set of questions, in the form of ``.eval_results/*.yaml``; None for other questions."""
+    """Return the answers to a Hub data set of questions as ``.eval_results/*.yaml``; None for other questions."""
     facts = report.multiple_choice
     if facts is None or facts.revision is None or facts.pruned is None:
         return None
@@ -68,7 +68,7 @@ def benchmark_results(report: EvalReport) -> str | None:
 def _results(facts: CardFacts) -> list[EvalResult]:
     report = facts.report
     assert report is not None
-    texts = [("domain", "held-out text of the domain", report.dataset, report.loss)]
+    texts = [("domain", "test text of the domain", report.dataset, report.loss)]
     if report.general is not None:
         texts.append(("general", "general text", report.general.dataset, report.general.loss))
     results = []
@@ -104,7 +104,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _identity(name: str, revision: str | None, local: str, kind: str) -> dict[str, Any]:
-    """Data set, config and split of a name; the client takes figures of one identity for figures on one text.
+    """Return data set, config and split of a name; the client takes figures of one identity for figures on one text.
 
     A data set of the Hub has a revision; without one, ``law/validation.jsonl`` is a file of that name.
     """
@@ -116,7 +116,7 @@ def _identity(name: str, revision: str | None, local: str, kind: str) -> dict[st
 
 
 def _dataset(data: Any) -> object:  # noqa: ANN401 - of the provenance
-    """The id of the calibration text, where it is a data set of the Hub: those have a revision."""
+    """Return the id of the calibration text if it is a data set of the Hub, which has a revision; else None."""
     name = data.get("name") if data.get("revision") else None
     return name.partition("@")[0].partition(":")[0] if isinstance(name, str) else None
 
@@ -141,7 +141,7 @@ def _languages(value: object) -> str | list[str] | None:
 
 
 def _link(facts: CardFacts, base: str | None) -> str | None:
-    """A link to the licence; one that is relative leads into the base's repository."""
+    """Return a link to the licence; a relative one leads into the repository of the base."""
     link = _matching(_LINK, facts.base.get("license_link"))
     if link is None or link.startswith("http"):
         return link

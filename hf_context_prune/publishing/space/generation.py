@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty
@@ -271,7 +271,7 @@ def _with_plain_generation(model: PreTrainedModel, request: Request, ends: Seque
 
 def race(
     runners: Sequence[Runner], seconds: float, *, clock: Callable[[], float] = time.perf_counter
-) -> Generator[tuple[Progress, ...]]:
+) -> Generator[tuple[Progress, ...], None, None]:
     """Let models write in turns; the one that has used less time goes next, so that the faster one is seen to lead.
 
     Closing the iterator ends all of them.

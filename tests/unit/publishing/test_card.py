@@ -31,8 +31,8 @@ from hf_context_prune.storage.loading import load_model, load_pruned
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
-from tests.support.tiny import tiny_model, tiny_tokenizer
-from tests.unit.pipelines.test_prune import OPTIONS, texts
+from tests.support.runs import OPTIONS
+from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 
 CARDS = sorted((Path(__file__).parents[3] / "model_cards").glob("*.md"))
 BASE_README = """---
@@ -45,13 +45,13 @@ pipeline_tag: text-generation
 # A base
 """
 HEADINGS = [
-    "What it is for",
-    "What was removed",
-    "The text that it was fitted to",
-    "What it costs",
+    "Intended use",
+    "Removed parts",
+    "Calibration text",
+    "Evaluation",
     "Speed and memory",
     "How to load it",
-    "How to make it again",
+    "How to reproduce it",
     "Limits",
     "Licence",
     "Citation",
@@ -113,7 +113,7 @@ def check_structure(card: ModelCard, picture: str = "widths.png") -> None:
     assert f"({picture})" in card.text
     assert "2312.12682" in card.text
     assert "safety" in card.text
-    assert "forgot" in card.text or "Nothing was measured" in card.text
+    assert "outside the domain" in card.text or "Nothing was measured" in card.text
     assert re.search(r"Plan `[0-9a-f]{64}`", card.text)
     assert ModelCard(str(card)).data.to_dict() == data
 
@@ -130,7 +130,7 @@ def test_the_card_of_a_folder(place, facts):
     report, text = facts.report, card.text
     results = data["model-index"][0]["results"]
     assert {result["dataset"]["name"].rpartition(" (")[2] for result in results} == {
-        "held-out text of the domain)",
+        "test text of the domain)",
         "general text)",
     }
     value = results[0]["metrics"][0]["value"]
@@ -143,7 +143,7 @@ def test_the_card_of_a_folder(place, facts):
     assert f"{report.size.pruned_parameters:,} of {report.size.base_parameters:,} parameters" in text
     assert report.speed.base.hardware in text.replace("\\", "")
     assert "seed 0" in text
-    assert "**What it forgot:** on general text" in text
+    assert "**Loss outside the domain:** on general text" in text
     assert "--mlp-ratio 0.25" in text
     assert "--general-data" in text
     assert "the README.md in its folder" in text
@@ -162,7 +162,7 @@ def test_a_recovered_model_has_three_columns(place):
     card = ModelCard.load(place / "mini-law-recovered" / "README.md")
     check_structure(card)
     assert "| text | documents | base | pruned | recovered | change |" in card.text
-    assert "then trained on the domain's text" in card.text
+    assert "then trained on text of the domain" in card.text
     assert "hf-context-prune recover mini-gpt" in card.text
     assert card.text.count("hf-context-prune prune") == 1
     assert "--num-evals 1" in card.text
@@ -196,7 +196,7 @@ def test_without_general_text_it_says_so(facts):
 @pytest.mark.parametrize(
     ("stated", "words", "licence"),
     [
-        ({}, "licence is not known (the plan names none)", None),
+        ({}, "not known (the plan names none)", None),
         ({"unknown": "its model card could not be read"}, "not known (its model card could not be read)", None),
         ({"stated_by": "its model card"}, "not known (its model card names none)", None),
         (
@@ -225,7 +225,7 @@ def test_a_base_of_the_hub_is_named_in_the_metadata(facts):
     assert card["license_link"] == "https://huggingface.co/org/base/blob/main/LICENSE.md"
     assert card["datasets"] == ["org/corpus"]
     from_file = build_card(with_provenance(facts, base_card=stated, base_model="base.Q4.gguf")).text
-    assert "`org/base` (from `base.Q4.gguf`), made smaller" in from_file
+    assert "`org/base` (from `base.Q4.gguf`), pruned" in from_file
     assert "hf-context-prune prune base.Q4.gguf" in from_file  # the file is what was pruned
 
 
@@ -424,6 +424,6 @@ def test_committed_cards(path):
     data = card.data.to_dict()
     assert (data["base_model"], data["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
     assert path.stem.rpartition("-")[2] in data["tags"]
-    assert "**What it forgot:**" in card.text
+    assert "**Loss outside the domain:**" in card.text
     assert "(from `SmolLM2-135M-Instruct.Q4_1.gguf`)" in card.text
     assert (path.parent / f"{path.stem}.png").read_bytes().startswith(b"\x89PNG")
