@@ -125,7 +125,7 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     report = load_report(out / "eval_report.json")
     assert isinstance(report, RunReport)
     assert [table.title for table in report.tables] == [
-        "Bits a byte",
+        "Bits per byte",
         "Own domain against general",
         "Accuracy, all sources",
         "Accuracy by source",
@@ -411,7 +411,7 @@ def test_the_grid_trains_what_it_pruned(base, domains, tmp_path):
         linear=(None,),
         activation=(0.3,),
         embedding=(None, 0.0),
-        recovery=RecoveryConfig(max_steps=3, num_epochs=100.0, distillation=0.0, max_seq_length=64, batch_size=2),
+        recovery=RecoveryConfig(max_steps=3, num_epochs=100.0, max_seq_length=64, batch_size=2),
         num_calibration_samples=4,
         max_seq_length=64,
     )

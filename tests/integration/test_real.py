@@ -41,7 +41,7 @@ def test_prune_20_percent_and_repair(smollm2, licences, tmp_path):
     assert result.report.loss.comparison.excess_nats_per_token.value > 0
     sliced = apply_plan(smollm2.model, result.plan)  # the same units, nothing reconstructed
     without, with_ = (
-        evaluate(replace(smollm2, model=model), licences.held_out, max_seq_length=128, options=options).loss.base
+        evaluate(replace(smollm2, model=model), licences.held_out, max_seq_length=128, eval_options=options).loss.base
         for model in (sliced, result.model)
     )
     assert without.bits_per_byte.value > with_.bits_per_byte.value

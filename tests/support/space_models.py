@@ -13,8 +13,8 @@ from hf_context_prune.publishing.space.page import build, serve
 from hf_context_prune.publishing.space.settings import Entry, Limits, Settings, Source
 from hf_context_prune.publishing.space.store import ModelStore, load_source
 from hf_context_prune.storage.loading import LoadedModel, load_model
-from tests.support.tiny import tiny_model, tiny_tokenizer
-from tests.unit.pipelines.test_prune import OPTIONS, texts
+from tests.support.runs import OPTIONS
+from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 
 CHAT = "{% for message in messages %}<s>{{ message['content'] }}{% endfor %}"
 
@@ -28,12 +28,12 @@ def make_models(place: Path) -> Path:
         config.eos_token_id = None  # they write to the end, whatever it is
     model.save_pretrained(place / "base")
     tokenizer.save_pretrained(place / "base")
-    quick = EvalOptions(max_tokens=400, speed=False, memory=False)
+    quick = EvalOptions(max_tokens=400, benchmark=False, memory=False)
     for name, config in (
         ("uniform", PrunerConfig(mlp_ratio=0.5, **OPTIONS)),
         ("variable", PrunerConfig(pruning_ratio=0.2, allocation="adaptive", **OPTIONS)),
     ):
-        result = prune(load_model(place / "base"), texts(), config, evaluation=quick)
+        result = prune(load_model(place / "base"), texts(), config, eval_options=quick)
         result.save_pretrained(place / name)
     return place
 

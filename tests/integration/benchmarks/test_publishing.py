@@ -12,9 +12,9 @@ from benchmarks import common, model_cards, publishing
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.storage.loading import LoadedModel
 from tests.support.marks import TINY_TEXT
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.runs import OPTIONS
+from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains
-from tests.unit.pipelines.test_prune import OPTIONS, texts
 from tests.unit.publishing.test_card import check_structure
 
 pytestmark = [pytest.mark.slow, TINY_TEXT]

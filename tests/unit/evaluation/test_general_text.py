@@ -10,8 +10,8 @@ from hf_context_prune import EvalOptions, PrunerConfig, evaluate, prune
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.utils.file_names import REPORT_NAME
-from tests.support.tiny import model_and_text, tiny_model, tiny_tokenizer
-from tests.unit.pipelines.test_prune import OPTIONS, texts
+from tests.support.runs import OPTIONS
+from tests.support.tiny import model_and_text, texts, tiny_model, tiny_tokenizer
 
 
 def options(general):

@@ -16,8 +16,8 @@ from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport, load_report
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import save_pruned
-from tests.support.tiny import tiny_model, tiny_tokenizer
-from tests.unit.pipelines.test_prune import OPTIONS, QUICK, texts
+from tests.support.runs import OPTIONS, QUICK
+from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

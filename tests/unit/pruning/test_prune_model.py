@@ -58,15 +58,14 @@ def one_unit(name="llama"):
     return max(unit_costs(dense(name), spec, read_geometry(dense(name).config, spec)).values())
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-mqa-tied", "phi"])
+SIZE = {"pruning_ratio": 0.3, "vocab_size": 256}
+COVERAGE = {"pruning_ratio": 0.4, "vocab_coverage": 0.9, "reconstruction": "least_squares"}
+MIN_COUNT = {"pruning_ratio": 0.4, "vocab_min_count": 5, "allocation": "adaptive", "reconstruction": "none"}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"pruning_ratio": 0.3, "vocab_size": 256},
-        {"pruning_ratio": 0.4, "vocab_coverage": 0.9, "reconstruction": "least_squares"},
-        {"pruning_ratio": 0.4, "vocab_min_count": 5, "allocation": "adaptive", "reconstruction": "none"},
-    ],
-    ids=["size", "coverage", "min_count-adaptive"],
+    ("name", "options"),
+    [("llama", SIZE), ("llama-mqa-tied", COVERAGE), ("phi", MIN_COUNT), ("llama-mqa-tied", SIZE)],
 )
 def test_tokens_and_units_meet_one_budget(name, options):
     config = PrunerConfig(**options, **SMALL)
@@ -113,8 +112,11 @@ def test_tokens_and_a_loss_budget():
     assert len(plan.vocabulary.kept) == 320
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
-@pytest.mark.parametrize("words", [WORDS[:13], WORDS], ids=["few-tokens", "all-tokens"])
+@pytest.mark.parametrize(
+    ("words", "ratio"),
+    [(WORDS[:13], 0.1), (WORDS[:13], 0.6), (WORDS, 0.3), (WORDS, 0.6)],
+    ids=["few-0.1", "few-0.6", "all-0.3", "all-0.6"],
+)
 def test_the_split_has_the_least_sum_of_losses(words, ratio):
     config = PrunerConfig(pruning_ratio=ratio, **AUTO, **SMALL)
     model, tokenizer, plan = pruned(config, text=documents(words))
@@ -161,19 +163,16 @@ def test_the_same_config_gives_the_same(options):
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({**AUTO, "pruning_ratio": 0.97}, r"Asked to remove .* together can give [\d,]+ \(0\.\d+ of all\)"),
+def test_budgets_that_cannot_be_met(subtests):
+    for options, said in (
+        ({**AUTO, "pruning_ratio": 0.97}, r"[\d,]+ \(0\.\d+ of all\)"),
         ({"vocab_size": 256, "pruning_ratio": 0.97}, "adaptive widths can remove at most"),
-        ({"vocab_size": 64, "pruning_ratio": 0.2}, "102 tokens must stay"),
-        ({"vocab_size": 4000}, "the tokenizer has only 392 tokens"),
-        ({**AUTO, "target_params": 10**9}, "the model has only"),
-    ],
-)
-def test_budgets_that_cannot_be_met(options, said):
-    with pytest.raises(BudgetError, match=said):
-        pruned(PrunerConfig(**options, **SMALL))
+        ({"vocab_size": 64, "pruning_ratio": 0.2}, r"\b102\b"),
+        ({"vocab_size": 4000}, r"\b392\b"),
+        ({**AUTO, "target_params": 10**9}, f"{dense().num_parameters():,}"),
+    ):
+        with subtests.test(**options), pytest.raises(BudgetError, match=said):
+            pruned(PrunerConfig(**options, **SMALL))
 
 
 def test_the_fewest_tokens_are_considered_too():
@@ -190,15 +189,12 @@ def test_the_fewest_tokens_are_considered_too():
 @pytest.mark.parametrize("options", [{"vocab_size": 300, "pad_to_multiple_of": 64}, {"vocab_coverage": 0.5}])
 def test_what_is_left_for_units_is_told_in_terms_of_the_whole(options):
     """Whether it is known before the text is read or only after."""
-    with pytest.raises(
-        BudgetError, match=r"Of the ([\d,]+) parameters asked to go, [\d,]+ go with the tokens"
-    ) as error:
+    asked = round(0.96 * dense().num_parameters())
+    with pytest.raises(BudgetError, match=rf"\b{asked:,} .*[\d,]+ go with the") as error:
         pruned(PrunerConfig(pruning_ratio=0.96, allocation="uniform", **options, **SMALL))
-    asked = int(str(error.value).split(" ")[2].replace(",", ""))
-    assert asked == round(0.96 * dense().num_parameters())
     if "vocab_size" in options:
-        assert "beyond 320." in str(error.value)
-        with pytest.raises(BudgetError, match="beyond 320"):
+        assert "320." in str(error.value)
+        with pytest.raises(BudgetError, match=r"\b320\b"):
             check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(pruning_ratio=0.96, **options, **SMALL))
 
 
@@ -206,10 +202,11 @@ HIGH = {**SMALL, "num_calibration_samples": 48, "pruning_ratio": 0.2}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"vocab_size": 256}, {"native_architecture": True}], ids=["units", "tokens", "stock"]
+    ("name", "options"),
+    [("llama", {}), ("llama-mqa-tied", {"vocab_size": 256}), ("llama-mqa-tied", {"native_architecture": True})],
+    ids=["units", "tokens", "native"],
 )
-@pytest.mark.parametrize("name", ["llama", "llama-mqa-tied"])
-def test_high_effort_refits_the_rows_of_the_pruned_model(name, options):
+def test_the_head_of_the_pruned_model_is_refitted(name, options):
     text, withheld = hold_out_documents(documents(), seed=3)
     config = PrunerConfig(**HIGH, **options)
     low, tokenizer, plan = pruned(config, text=text, name=name)
@@ -230,7 +227,7 @@ def test_high_effort_refits_the_rows_of_the_pruned_model(name, options):
     assert "the rows of the tokens were refitted" in refit_note(longer)[0]
 
 
-def test_high_effort_with_little_text_says_so():
+def test_a_refit_of_the_head_with_little_text_says_so():
     config = PrunerConfig(mlp_ratio=0.3, refit_lm_head=True, num_calibration_samples=2, max_seq_length=2000)
     *_, plan = pruned(config, text=TextSource.from_documents([next(iter(documents().documents))], name="one"))
     assert plan.provenance["refit"] is None
@@ -284,17 +281,11 @@ def test_text_of_one_document_can_not_weigh_vocabularies():
         pruned(PrunerConfig(pruning_ratio=0.2, **AUTO, **SMALL), text=documents(count=1, length=2000))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            {"vocab_size": 256, "pruning_ratio": 0.97},
-            r"parameters asked to go, 13,056 go with the tokens",
-        ),
-        ({"vocab_size": 64, "pruning_ratio": 0.2}, "102 tokens must stay"),
-        ({"vocab_size": 4000}, "the tokenizer has only 392 tokens"),
-    ],
-)
-def test_what_shapes_alone_refuse_is_refused_before_the_long_work(options, said):
-    with pytest.raises(BudgetError, match=said):
-        check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(**options, **SMALL))
+def test_what_shapes_alone_refuse_is_refused_before_the_long_work(subtests):
+    for options, said in (
+        ({"vocab_size": 256, "pruning_ratio": 0.97}, r"\b13,056\b"),
+        ({"vocab_size": 64, "pruning_ratio": 0.2}, r"\b102\b"),
+        ({"vocab_size": 4000}, r"\b392\b"),
+    ):
+        with subtests.test(**options), pytest.raises(BudgetError, match=said):
+            check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(**options, **SMALL))
