@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from .pipelines.prune import prune, prune_to_folder
     from .pipelines.recover import recover_to_folder
     from .pipelines.result import PruneResult
+    from .pruning.allocation.sensitivity import withhold_probe
     from .pruning.calibration.calibrate import calibrate
+    from .pruning.calibration.samples import batches_of
     from .pruning.criteria import CRITERIA
-    from .pruning.planner import make_plan, plan_and_reconstruct
+    from .pruning.planner import make_plan, plan_and_reconstruct, reconstruct_with
+    from .pruning.scoring import Requirements
     from .pruning.surgery import apply_plan
     from .pruning.vocabulary.prune import prune_vocabulary
     from .publishing.card.card import rewrite_card
@@ -59,8 +62,10 @@ _HOME = {
     "PruningSchedule": "training.callback.schedule",
     "QuestionOptions": "evaluation.options",
     "RecoveryConfig": "training.recovery.config",
+    "Requirements": "pruning.scoring",
     "ThresholdConfig": "config",
     "apply_plan": "pruning.surgery",
+    "batches_of": "pruning.calibration.samples",
     "calibrate": "pruning.calibration.calibrate",
     "check_space_publishable": "publishing.space.folder",
     "evaluate": "pipelines.evaluate",
@@ -79,11 +84,13 @@ _HOME = {
     "push_folder": "publishing.hub",
     "read_export": "export.run",
     "read_space_settings": "publishing.space.settings",
+    "reconstruct_with": "pruning.planner",
     "recover": "training.recovery.recover",
     "recover_to_folder": "pipelines.recover",
     "rewrite_card": "publishing.card.card",
     "tokenize_samples": "data.samples",
     "verify_folder": "storage.manifest",
+    "withhold_probe": "pruning.allocation.sensitivity",
     "write_space": "publishing.space.folder",
 }
 
@@ -100,9 +107,11 @@ __all__ = [
     "PruningSchedule",
     "QuestionOptions",
     "RecoveryConfig",
+    "Requirements",
     "ThresholdConfig",
     "__version__",
     "apply_plan",
+    "batches_of",
     "calibrate",
     "check_space_publishable",
     "evaluate",
@@ -121,11 +130,13 @@ __all__ = [
     "push_folder",
     "read_export",
     "read_space_settings",
+    "reconstruct_with",
     "recover",
     "recover_to_folder",
     "rewrite_card",
     "tokenize_samples",
     "verify_folder",
+    "withhold_probe",
     "write_space",
 ]
 

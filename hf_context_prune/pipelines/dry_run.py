@@ -67,7 +67,7 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     if isinstance(config.vocab_size, int):
         if config.vocab_size > rows:
             raise BudgetError(f"vocab_size is {config.vocab_size:,}, but the model has only {rows:,} embedding rows.")
-        kept = min(VocabularySize(multiple=config.pad_to_multiple_of).rounded(config.vocab_size), rows)
+        kept = min(VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of).round_up(config.vocab_size), rows)
     widths: tuple[LayerWidths, ...] | None = view.widths
     removed = (rows - kept) * token_cost(empty)
     if config.prunes_units:

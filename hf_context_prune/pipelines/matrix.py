@@ -18,7 +18,7 @@ from hf_context_prune.errors import ConfigError, LoadError, unknown_name
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment, EvalReport
-from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
+from hf_context_prune.evaluation.scores import HeldOut, Scores, choose_held_out, score
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
@@ -274,7 +274,7 @@ def _texts(
             left = left if other == name else drop_overlapping(left, calibration)[0]
             if not len(left):
                 raise ConfigError(
-                    f"Other domains calibrate on all {number:,} test documents of {name}; the last ones are in the text "
+                    f"Other domains calibrate on all {number:,} test documents of {name}; the last are in the text "
                     f"of {other}. Give other text for {name} or {other}, or test text of its own (--eval-data "
                     f"{name}=SOURCE)."
                 )
@@ -282,7 +282,7 @@ def _texts(
             splits[name] += (
                 f" {number - len(left):,} more were dropped, because the other domains' calibration text has them."
             )
-        held_out[name] = held_out_of(
+        held_out[name] = choose_held_out(
             left,
             base.tokenizer,
             max_tokens=max_tokens,

@@ -1,4 +1,4 @@
-"""What a domain matrix found, as tables and plain values."""
+"""The results of a domain matrix, as tables and plain values."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hf_context_prune.evaluation.reports.report import (
     TextLosses,
 )
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
-from hf_context_prune.evaluation.scores import HeldOut, Scores, choice_facts, summary_of
+from hf_context_prune.evaluation.scores import HeldOut, Scores, build_choice_facts, summarize_scores
 
 DENSE = "dense"
 
 
 def mixed_name(domain: str, share: float) -> str:
-    """Name of the model of a domain that a share of general text was mixed in for; no domain can be named so."""
+    """Return the name of a domain's model with a share of general text mixed in; no domain can have such a name."""
     return f"{domain}+{share:g}"
 
 
@@ -35,13 +35,13 @@ class DomainMatrix:
     """Scores of every model on every domain.
 
     Attributes:
-        name: Of the dense model.
-        domains: Names, in order; each is a domain calibrated on, and one measured on.
-        held_out: What was scored, by domain.
-        splits: How each domain's text was kept apart, by domain.
-        scores: By (model, measured on); a model is the domain that it was calibrated on, or ``"dense"``.
+        name: Name of the base model.
+        domains: Names, in order; each domain is calibrated on and measured on.
+        held_out: Test text and questions, by domain.
+        splits: How calibration and test text were kept apart, by domain.
+        scores: By (model, measured on); a model is named by the domain that it was calibrated on, or ``"dense"``.
         reference: The domain that the others are compared with, if there is one.
-        seed: Of the intervals.
+        seed: Seed of the intervals.
         mixes: Shares of the reference's text that were mixed in, by domain; their models are named by
             [`mixed_name`][], and have losses on the domain and on the reference.
     """
@@ -56,7 +56,7 @@ class DomainMatrix:
     mixes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def change(self, calibrated: str, measured: str, against: str = DENSE) -> Estimate:
-        """Bits a byte over those of another model on the same documents, less 1; paired interval over documents."""
+        """Return the relative change in bits per byte against another model on the same documents, with an interval."""
         base, own = self.scores[against, measured], self.scores[calibrated, measured]
         return relative_change(base.losses, own.losses, self.seed)
 
@@ -71,22 +71,22 @@ class DomainMatrix:
         asked: float | None,
         notes: tuple[str, ...] = (),
     ) -> EvalReport:
-        """What one model scored on its domain's text and questions, and on the reference, as a report.
+        """Return the report of one model: its domain's text and questions, and the reference text.
 
         Args:
-            name: Of the model.
-            domain: The one that it was calibrated on.
+            name: Name of the model.
+            domain: Domain that the model was calibrated on.
             environment: Where it was measured.
-            base_bytes: Size of the dense weights on disk, if they are there.
-            pruned_bytes: Size of its own.
-            asked: Share of the parameters that was to go, if the config has one.
-            notes: Sentences that a reader of the figures must know.
+            base_bytes: Size of the base weights on disk, if they are there.
+            pruned_bytes: Size of the pruned weights on disk.
+            asked: Share of the parameters to remove, if the config has one.
+            notes: Sentences that a reader of the numbers must know.
         """
         dense, own, held_out = self.scores[DENSE, domain], self.scores[name, domain], self.held_out[domain]
         choice = None
         if held_out.questions is not None and dense.answers is not None and own.answers is not None:
             how: dict[str, Any] = {"scorer": held_out.scorer, "num_fewshot": held_out.num_fewshot}
-            choice = choice_facts(held_out.questions, dense.answers, own.answers, **how)
+            choice = build_choice_facts(held_out.questions, dense.answers, own.answers, **how)
         general = None
         if self.reference not in (None, domain):
             general = TextLosses(self._dataset(self.reference), self._losses(name, self.reference))
@@ -108,18 +108,18 @@ class DomainMatrix:
         )
 
     def _asked_how(self) -> str:
-        """Scorer and examples, once where they are the same on all domains."""
+        """Return scorer and number of examples, once where they are the same on all domains."""
         ways: dict[str, list[str]] = {}
         for domain in self.asked:
             some, fewest = self.held_out[domain], self._groups(DENSE, domain)[-1].shots[0]
             way = f"scorer {some.scorer}, {some.num_fewshot}-shot"
             if fewest < some.num_fewshot:
-                way += f" (of some sources only {fewest}: they have no more examples)"
+                way += f" (only {fewest} for some sources, which have no more examples)"
             ways.setdefault(way, []).append(domain)
         return "; ".join(way if len(ways) == 1 else f"{', '.join(names)}: {way}" for way, names in ways.items())
 
     def _scored(self) -> str:
-        """How much text the losses are of; without a second document there is no interval."""
+        """Return how much text was scored; a single document has no interval."""
         parts = []
         for domain in self.domains:
             losses = self.scores[DENSE, domain].losses
@@ -136,7 +136,7 @@ class DomainMatrix:
         return build_loss_facts(self.scores[DENSE, measured].losses, pruned, seed=self.seed)
 
     def loss_rows(self) -> list[tuple[str, ...]]:
-        """Bits a byte: (calibrated on, parameters, one cell a domain)."""
+        """Return bits per byte: (calibrated on, parameters, one cell per domain)."""
         rows = [(DENSE, self._size(DENSE), *(f"{self._bits(DENSE, domain):.4f}" for domain in self.domains))]
         return rows + [
             (
@@ -149,11 +149,11 @@ class DomainMatrix:
 
     @property
     def asked(self) -> list[str]:
-        """Domains that have questions."""
+        """Domains with questions."""
         return [domain for domain in self.domains if self.held_out[domain].questions is not None]
 
     def accuracy_rows(self) -> list[tuple[str, ...]]:
-        """Accuracy on all of a domain's questions: (calibrated on, one cell a domain); empty without any."""
+        """Return the accuracy on all questions: (calibrated on, one cell per domain); empty without questions."""
         asked = self.asked
         models = (DENSE, *self.domains) if asked else ()
         return [(name, *(self._accuracy(name, domain, -1) for domain in asked)) for name in models]
@@ -165,7 +165,7 @@ class DomainMatrix:
         return ("questions", "number", DENSE, *self.domains, *against)
 
     def source_rows(self) -> list[tuple[str, ...]]:
-        """Accuracy source by source, and last of all of a domain, of every model; and own domain against reference."""
+        """Return the accuracy of every model by source, then of the whole domain, and own domain against reference."""
         rows = []
         for domain in self.asked:
             for index, group in enumerate(self._groups(DENSE, domain)):
@@ -206,11 +206,10 @@ class DomainMatrix:
         return f"{self.scores[name, self.domains[0]].parameters:,}"
 
     def context_rows(self) -> list[tuple[str, ...]]:
-        """(domain, own against reference there, own against reference on the reference's text), of equal size.
+        """Return (domain, own against reference model on its text, the same on the reference's text).
 
-        Empty without a reference.
-
-        Below 0 in the first: the domain's own context makes a better model for it than the reference's text does.
+        The models have equal sizes. Empty without a reference. Below 0 in the first column: calibrating on the domain
+        makes a better model for it than calibrating on the reference's text.
         """
         reference = self.reference
         return [
@@ -224,9 +223,9 @@ class DomainMatrix:
         ]
 
     def curves(self) -> dict[str, list[tuple[float, Estimate, Estimate]]]:
-        """(share of the reference's text, change on the domain's text, change on the reference's), by domain.
+        """Return (share of the reference's text, change on the domain's text, on the reference's text), by domain.
 
-        From the domain's own model (0) to the reference's (1); empty where nothing was mixed in.
+        From the domain's own model (0) to the reference's model (1); empty where nothing was mixed in.
         """
         reference = self.reference
         return {
@@ -243,7 +242,7 @@ class DomainMatrix:
         }
 
     def mix_rows(self) -> list[tuple[str, ...]]:
-        """(domain, share of the reference's text, change on the domain's text, on the reference's)."""
+        """Return (domain, share of the reference's text, change on the domain's text, on the reference's text)."""
         return [
             (domain, f"{100 * share:g} %", format_change(own), format_change(general))
             for domain, curve in self.curves().items()
@@ -251,7 +250,7 @@ class DomainMatrix:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
+        """Return the numbers as plain JSON values."""
         return {
             "domains": list(self.domains),
             "reference": self.reference,
@@ -263,7 +262,7 @@ class DomainMatrix:
                 {
                     "calibrated": name,
                     "measured": domain,
-                    **summary_of(
+                    **summarize_scores(
                         self.scores[name, domain],
                         self.held_out[domain],
                         None if name == DENSE else self.scores[DENSE, domain],
@@ -275,14 +274,14 @@ class DomainMatrix:
         }
 
     def run_report(self, environment: Environment) -> RunReport:
-        """All of it, as a report."""
+        """Return everything as a report."""
         reference = self.reference
         tables = [
             ReportTable(
-                "Bits a byte",
+                "Bits per byte",
                 ("calibrated on", "parameters", *(f"on {name}" for name in self.domains)),
                 tuple(self.loss_rows()),
-                f"Bits a byte on held-out text; in brackets the change against the dense model, with a 95 % interval "
+                f"Bits per byte on test text; in brackets the change against the base model, with a 95 % interval "
                 f"over documents. {self._scored()}",
             )
         ]
@@ -293,7 +292,7 @@ class DomainMatrix:
                     ("domain", "on its own text", f"on {reference} text"),
                     tuple(self.context_rows()),
                     f"Does the context matter? Models of equal size (to one unit), calibrated on their own domain, "
-                    f"against the one calibrated on {reference} (below 0: better).",
+                    f"against the model calibrated on {reference} (below 0: better).",
                 )
             )
         if self.mixes:
@@ -302,9 +301,8 @@ class DomainMatrix:
                     f"Text of {reference} mixed in",
                     ("domain", f"{reference} text", "on its own text", f"on {reference} text"),
                     tuple(self.mix_rows()),
-                    f"Change of the bits a byte against the dense model, by the share of {reference} text among the "
-                    f"calibration samples (general_data_ratio): the domain's own model has none, {reference}'s "
-                    f"nothing else.",
+                    f"Change of the bits per byte against the base model, by the share of {reference} text among the "
+                    f"calibration samples (general_data_ratio): 0 is the domain's own model, 1 that of {reference}.",
                 )
             )
         if self.asked:
@@ -315,8 +313,8 @@ class DomainMatrix:
                     ("calibrated on", *(f"on {name}" for name in self.asked)),
                     tuple(self.accuracy_rows()),
                     f"Accuracy on multiple-choice questions, all sources together ({self._asked_how()}), with 95 % "
-                    f"Wilson intervals; p of McNemar's exact test against the dense one. *: its interval is not clear "
-                    f"of guessing, so these questions say nothing about this model.",
+                    f"Wilson intervals; p of McNemar's exact test against the base model. An asterisk marks "
+                    f"questions that a model answers no better than chance, so a change there means nothing.",
                 ),
                 ReportTable(
                     "Accuracy by source", self.source_header, tuple(self.source_rows()), f"The same by source{against}."

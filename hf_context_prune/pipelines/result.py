@@ -1,4 +1,4 @@
-"""`PruneResult`: a pruned model with what was done, saved to a folder or to the Hub."""
+"""`PruneResult`: a pruned model with plan and report, to be saved to a folder or to the Hub."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from hf_context_prune.utils.file_names import REPORT_NAME
 
 @dataclass
 class PruneResult:
-    """A pruned model with what was done and what it cost.
+    """A pruned model with its plan and what pruning cost.
 
     Attributes:
         model: The smaller model, in evaluation mode.
-        tokenizer: The base's tokenizer, with fewer tokens where those were pruned.
+        tokenizer: The base's tokenizer, with fewer tokens where the vocabulary was pruned.
         plan: What was kept, with provenance.
-        report: Base against pruned on held-out text.
-        native_fit: Whether the native architecture holds it, and why or why not.
-        base: Where the dense model came from, if `prune` loaded it.
+        report: Base against pruned model on test text.
+        native_fit: Whether the native architecture holds the widths, and why or why not.
+        base: Where the base model came from, if it has a folder.
     """
 
     model: PreTrainedModel
@@ -59,8 +59,8 @@ class PruneResult:
         Under ``accelerate launch`` the main process writes; in the others this does nothing and does not wait.
 
         Args:
-            directory: Absent, empty, or an older folder of ours, which is replaced.
-            measure_memory: Also load base and pruned in fresh processes, for the report's peak memory.
+            directory: Absent, empty, or an older folder of this package, which is replaced.
+            measure_memory: Also load base and pruned model in fresh processes, for the peak memory in the report.
             card_name: How the card names the model; None takes the folder's name.
 
         Returns:
@@ -72,7 +72,7 @@ class PruneResult:
         target = resolve_target(directory)
         if not is_main_process():
             return target
-        # The work is done: better to wait for another run's save to the same place than to lose it.
+        # The work is done: waiting for another run that saves to the same place is better than losing it.
         with staged_folder(target, required_bytes=estimate_bytes(self.model), wait_seconds=600) as staging:
             write_model_folder(staging, self.model, tokenizer=self.tokenizer, plan=self.plan)
             self._with_footprint(staging, measure_memory=measure_memory).save(staging / REPORT_NAME)
@@ -96,7 +96,7 @@ class PruneResult:
     ) -> PushResult:
         """Upload what [`save_pretrained`][] writes, in one commit; see [`push_folder`][] for arguments and errors.
 
-        Under ``accelerate launch`` every process has to call it; the main one uploads, and all get the result.
+        Under ``accelerate launch`` every process has to call it; the main process uploads, and all get the result.
         """
 
         def push() -> PushResult:

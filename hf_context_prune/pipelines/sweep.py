@@ -18,13 +18,13 @@ from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment
-from hf_context_prune.evaluation.scores import HeldOut, Scores, held_out_of, score
+from hf_context_prune.evaluation.scores import HeldOut, Scores, choose_held_out, score
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import fingerprint
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import PrunedModel, check_budget, prune_model
 from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes, measure_sample_magnitudes
-from hf_context_prune.pruning.thresholds.prune import prune_below_thresholds, zeros_of_paper
+from hf_context_prune.pruning.thresholds.prune import count_zeros_of_paper, prune_below_thresholds
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
 from hf_context_prune.storage.results_log import open_results_log
@@ -130,7 +130,7 @@ def sweep(
         check_budget(base.model, base.tokenizer, config)
     split = TextSplit.of(data, eval_data, tokenizer=base.tokenizer, text_column=text_column, seed=options.seed)
     text = split.calibration
-    held_out = held_out_of(
+    held_out = choose_held_out(
         split.test,
         base.tokenizer,
         max_tokens=options.max_tokens,
@@ -186,7 +186,7 @@ class _Pruner:
         if threshold not in self._trimmed:
             self._trimmed[threshold] = prune_vocabulary_for(dense, self.base.tokenizer, self.text, config)
         trimmed, magnitudes = self._trimmed[threshold], self._magnitudes if config.thresholds_units else None
-        return zeros_of_paper(dense, magnitudes, config, trimmed.zeroed_by_paper if trimmed else ())
+        return count_zeros_of_paper(dense, magnitudes, config, trimmed.zeroed_by_paper if trimmed else ())
 
 
 def _measure(

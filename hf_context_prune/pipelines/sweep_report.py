@@ -1,4 +1,4 @@
-"""The results of a sweep of thresholds, and how they are shown."""
+"""The results of the paper's grid of thresholds, and how they are shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_context_prune.evaluation.losses import relative_change, summarize_losses
 from hf_context_prune.evaluation.reports.formatting import format_accuracy, format_change
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
-from hf_context_prune.evaluation.scores import HeldOut, Scores, summary_of
+from hf_context_prune.evaluation.scores import HeldOut, Scores, summarize_scores
 
 Thresholds = tuple[float | None, float | None, float | None]
 """Thresholds of linear layers, activations and embedding; None: off."""
@@ -22,10 +22,10 @@ class SweepRow:
 
     Attributes:
         point: The thresholds.
-        zeroed: Share of the dense parameters that became zero and stay.
-        zeros: Share of the dense parameters that became zero, as in the paper's code, which calls them removed.
+        zeroed: Share of the base parameters that became zero and stay in the file.
+        zeros: Share of the base parameters that become zero in the paper's code, which calls them removed.
         pruned: Scores after pruning.
-        tuned: Scores after the training, if there was one.
+        tuned: Scores after recovery training, if there was one.
     """
 
     point: Thresholds
@@ -37,15 +37,15 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All points, beside the dense model.
+    """All points of the grid, beside the base model.
 
     Attributes:
-        name: Of the dense model.
-        text: How the text was kept apart.
-        held_out: What was scored.
-        base: Scores of the dense model.
-        rows: In the order of the grid.
-        seed: Of the intervals.
+        name: Name of the base model.
+        text: How calibration and test text were kept apart.
+        held_out: Test text and questions.
+        base: Scores of the base model.
+        rows: One per point, in the order of the grid.
+        seed: Seed of the intervals.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Sweep:
 
     @property
     def header(self) -> tuple[str, ...]:
-        """Names of the columns of [`table_rows`][]; what was not measured has none."""
-        measures = ("bits/byte", "perplexity", *(["accuracy"] if self.base.answers is not None else []))
+        """Names of the columns of `table_rows`; what was not measured has no column."""
+        measures = ("bits per byte", "perplexity", *(["accuracy"] if self.base.answers is not None else []))
         return (
             *("linear", "activation", "embedding", "removed", "zeroed, not removed", "paper's non-zero size"),
             *(f"{measure}{when}" for measure in measures for when in self._whens),
@@ -69,9 +69,9 @@ class Sweep:
         return ("", ", tuned") if any(row.tuned for row in self.rows) else ("",)
 
     def table_rows(self) -> list[tuple[str, ...]]:
-        """The figures for people: the dense model, then one row a point.
+        """Return the table for people: the base model, then one row per point.
 
-        Perplexities with ``*`` are a token of another vocabulary.
+        A perplexity with ``*`` is per token of another vocabulary.
         """
         dense = ("dense", "", "", "", "", "", *self._cells(self.base, None))
         return [dense, *(self._row(row) for row in self.rows)]
@@ -108,7 +108,7 @@ class Sweep:
         return format_accuracy(summarize_answers(self.held_out.questions, scores.answers)[index], paired)
 
     def source_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """(header, rows) of the accuracies source by source, and last of all; no rows where none were measured."""
+        """Return (header, rows) of the accuracies by source, then of all; no rows where none were measured."""
         asked, answers = self.held_out.questions, self.base.answers
         groups = () if asked is None or answers is None else summarize_answers(asked, answers)
         header = tuple(f"{x.source} (n {x.num_questions:,})" for x in groups)
@@ -124,9 +124,9 @@ class Sweep:
         return ("linear", "activation", "embedding", "", *header), rows if groups else []
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
+        """Return the numbers as plain JSON values."""
         return {
-            "base": summary_of(self.base, self.held_out, seed=self.seed),
+            "base": summarize_scores(self.base, self.held_out, seed=self.seed),
             "rows": [
                 {
                     **dict(zip(("linear", "activation", "embedding"), row.point, strict=True)),
@@ -134,7 +134,7 @@ class Sweep:
                     "zeroed_not_removed": row.zeroed,
                     "nonzero_of_paper": 1 - row.zeros,
                     **{
-                        name: None if scores is None else summary_of(scores, self.held_out, self.base, seed=self.seed)
+                        name: None if scores is None else summarize_scores(scores, self.held_out, self.base, seed=self.seed)
                         for name, scores in (("pruned", row.pruned), ("tuned", row.tuned))
                     },
                 }
@@ -143,14 +143,14 @@ class Sweep:
         }
 
     def run_report(self, environment: Environment) -> RunReport:
-        """All of it, as a report."""
+        """Return everything as a report."""
         losses, asked = self.base.losses, self.held_out.questions
         caption = (
             "Removed: share of the parameters that are gone from the file. Zeroed, not removed: zeros that stay in the "
-            "file, since no whole unit is dead; training leaves them zero. Paper's non-zero size: what the paper's "
-            "code would call the relative size, with everything in the file; it zeroes rows of tokens that must stay "
-            "here, too. Bits a byte: in brackets the change, with a 95 % interval over documents. A perplexity with * "
-            "is a token of another vocabulary, and can't be compared."
+            "file, because no whole unit is dead; training leaves them zero. Paper's non-zero size: the relative size "
+            "in the paper's terms, with everything still in the file; its code also zeroes rows of tokens that must "
+            "stay here. Bits per byte: in brackets the change, with a 95 % interval over documents. A perplexity with "
+            "* is per token of another vocabulary, and can't be compared."
         )
         notes = [f"{self.text} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} documents."]
         tables = [ReportTable("Grid of thresholds", self.header, tuple(self.table_rows()), caption)]
@@ -161,7 +161,7 @@ class Sweep:
             notes.append(
                 f"Accuracy: {group.num_questions:,} questions of {asked.name}, scorer {self.held_out.scorer}, "
                 f"{self.held_out.num_fewshot}-shot, with 95 % Wilson intervals; p of McNemar's exact test against the "
-                f"dense model. *: its interval is not clear of guessing, so these questions say nothing about it."
+                f"base model. An asterisk marks questions that a model answers no better than chance."
             )
         return RunReport(
             "sweep",

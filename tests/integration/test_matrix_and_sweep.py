@@ -109,7 +109,7 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
         scored,
         "Does the context matter?",
         "| law / t | 4 |",
-        "2-shot (of some sources only 0: they have no more",
+        "2-shot (only 0 for some sources",
     ):
         assert part in text
     asked = found.held_out["law"]
@@ -317,7 +317,7 @@ def test_texts_that_tell_no_domains_apart(base, domains, tmp_path):
     held = write(tmp_path / "held.jsonl", texts(WORDS, 12, 5))
     with pytest.raises(ConfigError, match=r"law and general are measured on the same text \(held\.jsonl\)"):
         domain_matrix(base, domains, tmp_path / "out", CONFIG, eval_data={"law": held, "general": held})
-    with pytest.raises(ConfigError, match=r"None of the 5 held-out documents of general .* in the text of law"):
+    with pytest.raises(ConfigError, match=r"all 5 test documents of general.* in the text of law"):
         domain_matrix(base, domains, tmp_path / "out", CONFIG, eval_data={"general": part})
 
 
