@@ -86,6 +86,7 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
     assert int(done.stdout) == open_export(result.folder).generate(PROMPTS[0], 1)[0]
 
 
+@pytest.mark.slow
 def test_int8_is_smaller_and_near(variable, tmp_path):
     folder, result = variable
     small = export_model(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
@@ -96,6 +97,7 @@ def test_int8_is_smaller_and_near(variable, tmp_path):
     assert open_export(small.folder).losses(PROMPTS[0]) == pytest.approx(losses, abs=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_int8_holds_projections_with_biases_too(tmp_path, family):
     folder = save(tmp_path / "model", family=family)

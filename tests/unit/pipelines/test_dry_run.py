@@ -40,7 +40,7 @@ def test_adaptive_widths_are_measured_and_their_size_is_known(model, tmp_path):
 def test_a_repair_that_a_run_would_refuse_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path / "llama")
     case("opt-post-norm").save_pretrained(tmp_path / "opt")
-    with pytest.raises(ConfigError, match="llama model has no field for"):
+    with pytest.raises(ConfigError, match="llama"):
         dry_run(tmp_path / "llama", PrunerConfig(pruning_ratio=0.1, reconstruction="bias"))
     with pytest.raises(ConfigError, match="do_layer_norm_before=False"):
         dry_run(tmp_path / "opt", PrunerConfig(pruning_ratio=0.1))
@@ -56,5 +56,5 @@ def test_tokens_that_reach_the_budget_alone_leave_the_widths(model, tmp_path):
 
 def test_a_size_that_has_to_be_measured_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="found by measuring"):
+    with pytest.raises(ConfigError, match="max_loss_increase"):
         dry_run(tmp_path, PrunerConfig(max_loss_increase=0.03))

@@ -139,7 +139,7 @@ def test_repair_lowers_the_loss_of_a_model_that_was_trained(tokenizer):
 
 def test_what_the_walk_cannot_do_is_refused_before_anything_is_measured(tokenizer, monkeypatch):
     monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", lambda *_, **__: pytest.fail("measured"))
-    with pytest.raises(ConfigError, match="Use reconstruction='least_squares'"):
+    with pytest.raises(ConfigError, match="reconstruction='least_squares'"):
         run(case("opt-post-norm"), tokenizer, mlp_ratio=0.25)
 
 
@@ -165,7 +165,7 @@ def test_held_out_documents_that_repeat_the_rest_are_dropped_and_counted(model, 
     how = run(model, tokenizer, mlp_ratio=0.25, data=[*alike, *texts(20, seed=3)]).report.dataset.held_out
     assert "6 of 60 documents of in-memory were held out before calibration, by document." in how
     assert "of these 6 documents were dropped" in how
-    with pytest.raises(DataError, match=r"Every held-out document is also .*--eval-data"):
+    with pytest.raises(DataError, match=r"held-out.*--eval-data"):
         run(model, tokenizer, mlp_ratio=0.25, data=alike)
 
 
@@ -215,11 +215,11 @@ def test_dry_run_agrees_with_the_real_run(model, tokenizer, tmp_path):
 
 def test_stock_plans_only_what_stays_stock(tokenizer):
     model = tiny_model("opt")
-    with pytest.raises(BudgetError, match="can hold 6"):
+    with pytest.raises(BudgetError, match=r"\b6\b"):
         run(model, tokenizer, mlp_ratio=0.25, attention_ratio=0.5, native_architecture=True)
     assert run(model, tokenizer, mlp_ratio=0.25, native_architecture=True).native_fit.fits
     assert not run(model, tokenizer, mlp_ratio=0.25, attention_ratio=0.5).native_fit.fits
-    with pytest.raises(ConfigError, match="rules out"):
+    with pytest.raises(ConfigError, match="native_architecture"):
         PrunerConfig(allocation="adaptive", native_architecture=True)
 
 

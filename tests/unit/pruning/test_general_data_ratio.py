@@ -136,25 +136,25 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
 def test_general_text_that_holds_all_of_the_evaluation_text_is_refused(base):
     domain, evaluation = documents(WORDS[:8]), general_text(3)
     options = EvalOptions(benchmark=False, memory=False, general_data=[*evaluation * 9, *general_text(60)])
-    with pytest.raises(DataError, match="Every held-out document is also in the general text"):
+    with pytest.raises(DataError, match="held-out.* general text"):
         prune(base, domain, PrunerConfig(**OPTIONS, general_data_ratio=0.5), eval_data=evaluation, eval_options=options)
 
 
 def test_a_text_of_less_than_a_block_is_named(base):
     config = PrunerConfig(**OPTIONS | {"max_seq_length": 200}, general_data_ratio=0.5)
     short = documents(WORDS[20:], count=1, length=10)
-    with pytest.raises(DataError, match=r"has \d+ tokens, less than one sample of 200.*lower max_seq_length"):
+    with pytest.raises(DataError, match=r"\b200\b.*max_seq_length"):
         CalibrationSet(documents(WORDS[:8]), config, short).samples(base.tokenizer)
 
 
-@pytest.mark.parametrize(("mix", "words"), [(0.01, "none"), (0.99, "all of them")])
-def test_a_share_that_is_no_block_is_refused(base, mix, words):
+@pytest.mark.parametrize("mix", [0.01, 0.99])
+def test_a_share_that_is_no_sample_is_refused(base, mix):
     config = PrunerConfig(**OPTIONS, general_data_ratio=mix)
-    with pytest.raises(ConfigError, match=rf"of 8 calibration samples .* that is {words}.*0\.125 to 0\.875"):
+    with pytest.raises(ConfigError, match=rf"{mix}\b.*\b8\b.*0\.125.*0\.875"):
         prune(base, documents(WORDS[:8]), config, eval_options=EvalOptions(general_data=general_text()))
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.0, "half", True, float("nan")])
-def test_shares_out_of_range(value):
-    with pytest.raises(ConfigError, match="general_data_ratio is"):
-        PrunerConfig(general_data_ratio=value)
+def test_shares_out_of_range(subtests):
+    for value in (-0.1, 1.0, "half", True, float("nan")):
+        with subtests.test(str(value)), pytest.raises(ConfigError, match="general_data_ratio"):
+            PrunerConfig(general_data_ratio=value)

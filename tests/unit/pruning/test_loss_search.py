@@ -176,7 +176,7 @@ def test_with_a_refit_of_rows_the_size_is_searched_for_the_model_that_comes_out(
 
 def test_a_single_document_is_no_text_to_search_on(trained, tokenizer):
     config = PrunerConfig(max_loss_increase=0.04)
-    with pytest.raises(DataError, match="max_loss_increase searches on documents withheld"):
+    with pytest.raises(DataError, match="max_loss_increase"):
         ValidationText.withheld_from(load_documents(texts(1)), tokenizer, config)
 
 
@@ -200,5 +200,5 @@ def test_plan_and_repair_needs_a_loss_to_search(trained):
     plan, reconstruct = plan_and_reconstruct(trained, samples, config, loss=lambda m: 2 - m.num_parameters() / total)
     gone = 1 - apply_plan(trained, plan, reconstruct=reconstruct).num_parameters() / total
     assert 0.1 - 2 * TOLERANCE <= gone <= 0.1  # one neuron a layer is 0.006
-    with pytest.raises(BudgetError, match=r"grew by 1\.0000"):
+    with pytest.raises(BudgetError, match=r"1\.0000"):
         plan_and_reconstruct(trained, samples, config, loss=lambda m: 1.0 if m is trained else 2.0)

@@ -16,11 +16,7 @@ from hf_context_prune.pruning.calibration import chunked
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.planner import plan_and_reconstruct, reconstruct_with
 from hf_context_prune.pruning.scoring import Requirements
-from tests.support.tiny import VOCABULARY, tiny_model
-
-
-def tokens(blocks, length=16):
-    return torch.randint(3, VOCABULARY, (blocks, length), generator=torch.Generator().manual_seed(0))
+from tests.support.tiny import tiny_model, tokens
 
 
 @pytest.mark.parametrize("reconstruction", ["least_squares", "sequential"])
@@ -82,7 +78,7 @@ def test_a_walk_is_not_quietly_replaced_by_its_one_shot_kin(model):
     config = PrunerConfig(mlp_ratio=0.25)
     stats = calibrate(model, batches_of(tokens(2)), statistics=Requirements.of(config).statistics)
     for call in (lambda: make_plan(model, stats, config), lambda: reconstruct_with(stats, config)):
-        with pytest.raises(ConfigError, match="use plan_and_reconstruct"):
+        with pytest.raises(ConfigError, match="plan_and_reconstruct"):
             call()
 
 
@@ -117,7 +113,7 @@ def test_where_no_unit_can_go_a_loss_budget_says_so(model):
     config = PrunerConfig(max_loss_increase=0.3, round_to=64, allocation="uniform")
     with pytest.raises(BudgetError, match=r"round_to=64"):
         plan_and_reconstruct(model, tokens(4), config, loss=lambda m: 1.0)
-    with pytest.raises(BudgetError, match=r"multiples of round_to=64; with a smaller one, more can go"):
+    with pytest.raises(BudgetError, match="round_to=64"):
         plan_widths(model, PrunerConfig(pruning_ratio=0.2, round_to=64, allocation="uniform"))
 
 
@@ -126,17 +122,17 @@ def test_which_units_a_loss_budget_may_remove(model):
     assert Requirements.of(PrunerConfig(max_loss_increase=0.1)).targets == ("mlp", "attention")
     config = PrunerConfig(max_loss_increase=0.1, reconstruction="least_squares")
     for call in (plan_widths, lambda model, config: make_plan(model, calibrate(model, batches_of(tokens(2))), config)):
-        with pytest.raises(ConfigError, match="found by measuring"):
+        with pytest.raises(ConfigError, match="max_loss_increase"):
             call(model, config)
 
 
 @pytest.mark.parametrize("options", [{"vocab_size": 128}, {"refit_lm_head": True}])
 def test_what_is_no_plan_of_units_is_not_left_out_silently(model, options):
     config = PrunerConfig(mlp_ratio=0.25, **options)
-    with pytest.raises(ConfigError, match="make_plan plans neurons and KV groups alone"):
+    with pytest.raises(ConfigError, match="make_plan"):
         make_plan(model, calibrate(model, batches_of(tokens(2))), config)
 
 
 def test_adaptive_needs_two_blocks():
-    with pytest.raises(ConfigError, match="1 sample of 16 tokens"):
+    with pytest.raises(ConfigError, match=r"\b1 sample of 20\b"):
         plan_and_reconstruct(tiny_model("llama"), tokens(1), PrunerConfig(allocation="adaptive"))

@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_and_nothing_given_is_changed(criterion):
     files, options = tokenizer.backend_tokenizer.to_str(), copy.deepcopy(tokenizer.init_kwargs)
     source = documents(length=200)
     first, second = (
-        prune_vocabulary(model, tokenizer, source, vocab_size=300, multiple=1, criterion=criterion, seed=3)
+        prune_vocabulary(model, tokenizer, source, vocab_size=300, pad_to_multiple_of=1, criterion=criterion, seed=3)
         for _ in range(2)
     )
     assert first.plan == second.plan
@@ -168,7 +168,7 @@ def test_only_one_criterion_reads_what_the_model_expects():
         model.lm_head.bias[unseen] = 30.0
     kept = {
         criterion: prune_vocabulary(
-            model, tokenizer, documents(), vocab_size=300, multiple=1, criterion=criterion, refit=False
+            model, tokenizer, documents(), vocab_size=300, pad_to_multiple_of=1, criterion=criterion, refit=False
         ).plan.vocabulary.kept
         for criterion in ("expected", "frequency")
     }
@@ -189,7 +189,7 @@ def test_facts_of_a_run():
         "refit": None,
     }
     model = model_for("llama", tokenizer)
-    refitted = prune_vocabulary(model, tokenizer, documents(length=200), vocab_coverage=0.5, multiple=1)
+    refitted = prune_vocabulary(model, tokenizer, documents(length=200), vocab_coverage=0.5, pad_to_multiple_of=1)
     facts = refitted.plan.provenance["vocabulary"]
     assert 0.5 <= facts["coverage"] < 1
     assert facts["refit"]["after"] <= facts["refit"]["before"]
@@ -226,8 +226,8 @@ def test_one_measurement_gives_any_size():
     tokenizer = shared_tokenizer("gpt2")
     model = model_for("gpt2", tokenizer)
     pruner = VocabularyPruner(model, tokenizer, documents(), num_samples=8, max_seq_length=32)
-    kept = [set(pruner.trim(VocabularySize(size, multiple=1)).plan.vocabulary.kept) for size in (280, 320, 400)]
+    kept = [set(pruner.trim(VocabularySize(size, pad_to_multiple_of=1)).plan.vocabulary.kept) for size in (280, 320, 400)]
     assert [len(ids) for ids in kept] == [280, 320, 400]
     assert kept[0] < kept[1] < kept[2]
     alone = VocabularyPruner(model, tokenizer, documents(), num_samples=8, max_seq_length=32)
-    assert set(alone.trim(VocabularySize(320, multiple=1)).plan.vocabulary.kept) == kept[1]
+    assert set(alone.trim(VocabularySize(320, pad_to_multiple_of=1)).plan.vocabulary.kept) == kept[1]

@@ -18,7 +18,7 @@ from hf_context_prune.errors import (
     VocabularyError,
 )
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
-from hf_context_prune.pruning.vocabulary.rebuild import table_of
+from hf_context_prune.pruning.vocabulary.rebuild import read_table
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import documents, model_for, shared_tokenizer
@@ -62,12 +62,12 @@ CONVERSATIONS = [
 )
 def test_what_the_chat_template_writes_stays(template, words):
     tokenizer = tokenizer_of("llama3")
-    model, table = model_for("llama", tokenizer), table_of(tokenizer)
+    model, table = model_for("llama", tokenizer), read_table(tokenizer)
     without = required_ids(model, tokenizer, table)
     tokenizer.chat_template = template
     contents = {table.contents[index] for index in required_ids(model, tokenizer, table) - without}
     assert contents >= set(words)
-    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_coverage=1.0, multiple=1, refit=False)
+    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_coverage=1.0, pad_to_multiple_of=1, refit=False)
     assert trimmed.tokenizer.chat_template == template
     for name in template if isinstance(template, dict) else [None]:
         for turns in CONVERSATIONS[: 1 if template == ONLY_USER else 2]:
@@ -108,7 +108,7 @@ def test_no_day_of_a_template_is_lost():
     tokenizer = tokenizer_of("llama3")
     template = "Today: {{ strftime_now('%d %b %Y, %A %B') }}. {{ messages[0].content }}"
     tokenizer.chat_template = template
-    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_min_count=1, multiple=1)
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_min_count=1, pad_to_multiple_of=1)
     for date in ("26 Jul 2024", "01 December", "Wednesday"):
         ids = tokenizer.encode(f"Today: {date}", add_special_tokens=False)
         assert None not in trimmed.plan.vocabulary.to_new(ids)
@@ -166,7 +166,7 @@ def test_added_tokens_beyond_the_rows_stay_beyond_them():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     beyond = tokenizer.convert_tokens_to_ids("<image_soft_token>")
     model = model_for("gemma3_text", tokenizer, spare_rows=-1)
-    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_min_count=1, multiple=8, refit=False)
+    trimmed = prune_vocabulary(model, tokenizer, documents(), vocab_min_count=1, pad_to_multiple_of=8, refit=False)
     kept = trimmed.plan.vocabulary.kept
     assert beyond not in kept
     assert len(kept) == trimmed.model.config.vocab_size == trimmed.tokenizer.convert_tokens_to_ids("<image_soft_token>")
@@ -180,7 +180,7 @@ def test_added_tokens_beyond_the_rows_stay_beyond_them():
 def test_templates_that_surround_a_turn_with_spaces(kind):
     tokenizer = tokenizer_of(kind)
     tokenizer.chat_template = "{% for m in messages %}the {{ m['content'] }} court{% endfor %}"
-    model, table = model_for("llama", tokenizer), table_of(tokenizer)
+    model, table = model_for("llama", tokenizer), read_table(tokenizer)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "fell"}])["input_ids"]
     content = set(tokenizer("the fell")["input_ids"])
     assert set(ids) - content <= required_ids(model, tokenizer, table)
@@ -224,8 +224,8 @@ def test_nothing_is_measured_for_what_is_refused(monkeypatch):
 def test_the_least_that_is_named_can_be_had():
     tokenizer = shared_tokenizer("llama3")
     with pytest.raises(BudgetError, match=r"\b467\b"):
-        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=10, multiple=250)
-    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=467, multiple=250)
+        prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=10, pad_to_multiple_of=250)
+    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=467, pad_to_multiple_of=250)
     assert len(trimmed.tokenizer) == 467
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_context_prune.errors import VocabularyError
-from hf_context_prune.pruning.vocabulary.rebuild import order_of, pruned_state, rebuild_tokenizer, table_of
+from hf_context_prune.pruning.vocabulary.rebuild import order_ids, build_state, rebuild_tokenizer, read_table
 from hf_context_prune.pruning.vocabulary.tokens import TokenTable
 from tests.support.tiny_tokenizers import (
     ALL_KINDS,
@@ -45,8 +45,8 @@ def smaller_state(table, share, seed=0, also=()):
     """A random share of the tokens, with all that must stay: the order of their ids, and the JSON."""
     draw = random.Random(seed)
     some = [index for index in table.contents if draw.random() < share]
-    order = order_of(table, sorted(table.mandatory() | table.closed([*some, *also])))
-    return order, pruned_state(table, order)
+    order = order_ids(table, sorted(table.mandatory() | table.closed([*some, *also])))
+    return order, build_state(table, order)
 
 
 def assert_alike(tokenizer, smaller, order, text):
@@ -87,7 +87,7 @@ def test_the_saved_tokenizer_is_the_same_with_fewer_tokens(kind, tmp_path):
     tokenizer = tokenizer_of(kind)
     tokenizer.model_max_length = 77
     before, words = tokenizer.backend_tokenizer.to_str(), "the court finds naïve café 法院 🚀\n\n  zz<|begin|>"
-    table = table_of(tokenizer)
+    table = read_table(tokenizer)
     order, state = smaller_state(table, 0.4)
     smaller = rebuild_tokenizer(tokenizer, state)
     assert tokenizer.backend_tokenizer.to_str() == before
@@ -108,7 +108,7 @@ def test_the_saved_tokenizer_is_the_same_with_fewer_tokens(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_a_surrogate_pair_is_refused_as_before(kind):
     tokenizer = tokenizer_of(kind)
-    smaller = rebuild_tokenizer(tokenizer, smaller_state(table_of(tokenizer), 0)[1])
+    smaller = rebuild_tokenizer(tokenizer, smaller_state(read_table(tokenizer), 0)[1])
     for text in ("\ud83d", "a\udc00b"):
         with pytest.raises(Exception) as first:
             tokenizer.encode(text)
@@ -119,7 +119,7 @@ def test_half_a_surrogate_pair_is_refused_as_before(kind):
 
 def test_bytes_that_have_no_token_are_not_invented():
     tokenizer = tokenizer_of("smollm2")
-    smaller = rebuild_tokenizer(tokenizer, smaller_state(table_of(tokenizer), 0)[1])
+    smaller = rebuild_tokenizer(tokenizer, smaller_state(read_table(tokenizer), 0)[1])
     text = "Zebra \x7f the court ﷽ z"
     assert smaller.decode(smaller.encode(text)) == tokenizer.decode(tokenizer.encode(text)) != text
 
@@ -144,7 +144,7 @@ CLASSES = {
 @pytest.mark.parametrize("name", CLASSES)
 def test_classes_that_build_their_tokenizer_themselves(name, tmp_path):
     tokenizer = CLASSES[name]()
-    table = table_of(tokenizer)
+    table = read_table(tokenizer)
     also = tokenizer.all_special_ids
     order, state = smaller_state(table, 0.4, also=also)
     smaller = rebuild_tokenizer(tokenizer, state)
@@ -163,7 +163,7 @@ def test_a_class_that_opens_it_in_another_way_is_refused():
         [decoders.Replace("\u2581", "_"), decoders.ByteFallback(), decoders.Fuse()]
     )
     with pytest.raises(VocabularyError, match="LlamaTokenizer opens the smaller vocabulary with another decoder"):
-        rebuild_tokenizer(tokenizer, smaller_state(table_of(tokenizer), 0.5)[1])
+        rebuild_tokenizer(tokenizer, smaller_state(read_table(tokenizer), 0.5)[1])
 
 
 def test_ids_of_every_post_processor():
@@ -210,7 +210,7 @@ def test_padding_and_truncation_carry_over():
 def test_flags_of_added_tokens_and_the_chat_template_carry_over():
     tokenizer = tokenizer_of("llama3")
     tokenizer.chat_template = TEMPLATE
-    order, state = smaller_state(table_of(tokenizer), 0.3)
+    order, state = smaller_state(read_table(tokenizer), 0.3)
     smaller = rebuild_tokenizer(tokenizer, state)
     flags = {str(token): token.__getstate__() for token in smaller.added_tokens_decoder.values()}
     assert flags == {str(token): token.__getstate__() for token in tokenizer.added_tokens_decoder.values()}
@@ -230,7 +230,7 @@ def test_tokens_that_the_model_lacks_come_last(kind):
         table.contents[10_000] = table.contents.pop(3)
         token = next(token for token, index in table.vocab.items() if index == 3)
         table.vocab[token] = 10_000
-    order = order_of(table, sorted(table.contents))
+    order = order_ids(table, sorted(table.contents))
     own = set(table.vocab.values())
     last = [index for index in order if index not in own]
     assert order == [*sorted(own), *sorted(last)]
@@ -253,7 +253,7 @@ def test_a_tokenizer_without_a_fast_backend_is_refused():
         pass
 
     with pytest.raises(VocabularyError, match="Slow has no fast backend"):
-        table_of(Slow())
+        read_table(Slow())
 
 
 def test_options_of_the_wrapper_carry_over():
@@ -265,7 +265,7 @@ def test_options_of_the_wrapper_carry_over():
         model_input_names=["input_ids", "attention_mask"],
     )
     before = copy.deepcopy(tokenizer.init_kwargs)
-    smaller = rebuild_tokenizer(tokenizer, smaller_state(table_of(tokenizer), 0.2)[1])
+    smaller = rebuild_tokenizer(tokenizer, smaller_state(read_table(tokenizer), 0.2)[1])
     assert tokenizer.init_kwargs == before
     assert smaller.padding_side == smaller.truncation_side == "left"
     assert set(smaller("a")) == {"input_ids", "attention_mask"}

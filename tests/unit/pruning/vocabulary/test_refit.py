@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from hf_context_prune.pruning.vocabulary import refit
-from hf_context_prune.pruning.vocabulary.refit import HELD_OUT_EVERY, _Problem, num_refit_samples, refit_rows
+from hf_context_prune.pruning.vocabulary.refit import VALIDATION_EVERY, _Problem, num_refit_samples, refit_rows
 from tests.support.tiny import VOCABULARY, case
 
 
@@ -43,7 +43,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_it_lowers_the_loss_on_text_that_is_not_fitted(name):
     model, samples = case(name), domain()
-    before, probe = copied(model), samples[-len(samples) // HELD_OUT_EVERY :]
+    before, probe = copied(model), samples[-len(samples) // VALIDATION_EVERY :]
     dense = loss_of(model, probe), loss_of(model, domain(seed=1))
     result = refit_rows(model, samples)
     assert result["before"] == pytest.approx(dense[0], abs=1e-4)
@@ -98,9 +98,9 @@ def test_only_where_the_head_alone_gives_the_logits(name, overrides, refitted):
 def test_too_little_text():
     model = case("llama")
     before = copied(model)
-    assert refit_rows(model, domain(HELD_OUT_EVERY - 1)) is None
+    assert refit_rows(model, domain(VALIDATION_EVERY - 1)) is None
     assert not changed(model, before)
-    assert refit_rows(model, domain(HELD_OUT_EVERY)) is not None
+    assert refit_rows(model, domain(VALIDATION_EVERY)) is not None
 
 
 def test_text_is_read_as_far_as_it_pays(monkeypatch):
@@ -113,7 +113,7 @@ def test_text_is_read_as_far_as_it_pays(monkeypatch):
     monkeypatch.setattr(refit, "_MOST_STATES", 20 * 32 * model.config.hidden_size)
     assert num_refit_samples(model, 30, 32) == 20
     monkeypatch.setattr(refit, "_MOST_STATES", 1)  # never fewer than can be split
-    assert num_refit_samples(model, 30, 32) == HELD_OUT_EVERY
+    assert num_refit_samples(model, 30, 32) == VALIDATION_EVERY
 
 
 def test_more_text_generalises_better():

@@ -17,7 +17,7 @@ from hf_context_prune.pruning.vocabulary.selection import (
     EXPECTED_WEIGHT,
     TokenCounts,
     VocabularySize,
-    choose,
+    choose_tokens,
     count_tokens,
     expected_scores,
 )
@@ -79,11 +79,11 @@ def test_any_size_is_reached_exactly_and_closed(kind):
         keep = draw.sample(possible, 1)
         if len(must | table.closed(keep)) > tokens:
             keep = []
-        kept = choose(table, some, counts, VocabularySize(tokens, multiple=multiple), keep=keep)
+        kept = choose_tokens(table, some, counts, VocabularySize(tokens, pad_to_multiple_of=multiple), keep=keep)
         assert len(kept) == min(-(-tokens // multiple) * multiple, len(table))
         assert kept >= must.union(keep)
         assert table.closed(kept) == kept
-        again = choose(table, some, counts, VocabularySize(tokens, multiple=multiple), keep=keep)
+        again = choose_tokens(table, some, counts, VocabularySize(tokens, pad_to_multiple_of=multiple), keep=keep)
         assert again == kept
 
     check()
@@ -92,7 +92,7 @@ def test_any_size_is_reached_exactly_and_closed(kind):
 def test_the_best_scores_are_kept():
     table, counts, scores = counted("gpt2")
     must = table.mandatory()
-    kept = choose(table, scores, counts, VocabularySize(len(must) + 30, multiple=1))
+    kept = choose_tokens(table, scores, counts, VocabularySize(len(must) + 30, pad_to_multiple_of=1))
     lost = [index for index in table.contents if index not in kept]
     # A token that is not kept has a lower score than every kept one, unless it needs more room than it would take.
     best_lost = max(lost, key=lambda index: scores[index])
@@ -107,9 +107,9 @@ def test_coverage(kind, subtests):
     total, sizes = sum(counts.occurrences.values()), []
     for coverage in (0.2, 0.9, 0.99, 1.0):
         with subtests.test(coverage):
-            kept = choose(table, scores, counts, VocabularySize(coverage=coverage, multiple=1))
+            kept = choose_tokens(table, scores, counts, VocabularySize(coverage=coverage, pad_to_multiple_of=1))
             assert sum(counts.occurrences[index] for index in kept) >= coverage * total
-            rounded = choose(table, scores, counts, VocabularySize(coverage=coverage, multiple=16))
+            rounded = choose_tokens(table, scores, counts, VocabularySize(coverage=coverage, pad_to_multiple_of=16))
             assert len(rounded) == min(-(-len(kept) // 16) * 16, len(table))
             sizes.append(len(kept))
     assert kept == table.mandatory() | table.closed(counts.occurrences)
@@ -122,20 +122,20 @@ def test_min_count(kind, subtests):
     for least in (1, 20, 10**9):
         with subtests.test(least):
             frequent = {index for index, count in counts.occurrences.items() if count >= least}
-            kept = choose(table, scores, counts, VocabularySize(min_count=least, multiple=1))
+            kept = choose_tokens(table, scores, counts, VocabularySize(min_count=least, pad_to_multiple_of=1))
             assert kept == table.mandatory() | table.closed(frequent)
 
 
 def test_too_small_a_size_names_the_least():
     table, counts, scores = counted("gpt2")
     with pytest.raises(BudgetError, match=r"vocab_size is 100,.*\b258\b.*\b320\b"):
-        choose(table, scores, counts, VocabularySize(100))
+        choose_tokens(table, scores, counts, VocabularySize(100))
     with pytest.raises(BudgetError, match=r"257,.*\b258\b.*\b258\b"):
-        choose(table, scores, counts, VocabularySize(257, multiple=1))
-    for size in (VocabularySize(258, multiple=1), VocabularySize(257)):
-        assert len(choose(table, scores, counts, size)) == -(-size.tokens // size.multiple) * size.multiple
+        choose_tokens(table, scores, counts, VocabularySize(257, pad_to_multiple_of=1))
+    for size in (VocabularySize(258, pad_to_multiple_of=1), VocabularySize(257)):
+        assert len(choose_tokens(table, scores, counts, size)) == -(-size.tokens // size.pad_to_multiple_of) * size.pad_to_multiple_of
     with pytest.raises(BudgetError, match=r"461,.*\b460\b"):
-        choose(table, scores, counts, VocabularySize(461, multiple=1))
+        choose_tokens(table, scores, counts, VocabularySize(461, pad_to_multiple_of=1))
 
 
 def test_what_is_made_from_a_removed_token_goes_with_it():
@@ -144,11 +144,11 @@ def test_what_is_made_from_a_removed_token_goes_with_it():
     made = {index for index in table.contents if gone in table.closure(index)}
     assert len(made) > 2
     with pytest.raises(BudgetError, match=r"vocab_coverage is 1, .* 9[0-9]\.[0-9]+%"):
-        choose(table, scores, counts, VocabularySize(coverage=1.0, multiple=1), remove=[gone])
-    kept = choose(table, scores, counts, VocabularySize(min_count=1, multiple=1), remove=[gone])
+        choose_tokens(table, scores, counts, VocabularySize(coverage=1.0, pad_to_multiple_of=1), remove=[gone])
+    kept = choose_tokens(table, scores, counts, VocabularySize(min_count=1, pad_to_multiple_of=1), remove=[gone])
     assert not kept & made
-    assert len(choose(table, scores, counts, VocabularySize(len(table)), remove=[gone])) == len(table) - len(made)
-    least = choose(table, scores, counts, VocabularySize(min_count=1, multiple=1), remove=[gone])
+    assert len(choose_tokens(table, scores, counts, VocabularySize(len(table)), remove=[gone])) == len(table) - len(made)
+    least = choose_tokens(table, scores, counts, VocabularySize(min_count=1, pad_to_multiple_of=1), remove=[gone])
     assert not least & made
     assert table.closed(least) == least
 
@@ -158,7 +158,7 @@ def test_a_token_that_must_stay_cannot_be_removed():
         table, counts, scores = counted(kind)
         index = {**table.vocab, **table.added}[token]
         with pytest.raises(VocabularyError, match=re.escape(repr(token)) + ".* must stay"):
-            choose(table, scores, counts, VocabularySize(coverage=0.9), remove=[index])
+            choose_tokens(table, scores, counts, VocabularySize(coverage=0.9), remove=[index])
 
 
 def test_a_token_cannot_be_kept_and_removed():
@@ -166,6 +166,6 @@ def test_a_token_cannot_be_kept_and_removed():
     part, whole = table.vocab["Ġc"], table.vocab["Ġcourt"]
     assert part in table.closure(whole)
     with pytest.raises(VocabularyError, match="must stay"):
-        choose(table, scores, counts, VocabularySize(coverage=0.9), keep=[whole], remove=[part])
+        choose_tokens(table, scores, counts, VocabularySize(coverage=0.9), keep=[whole], remove=[part])
     with pytest.raises(VocabularyError, match=r"\b99999\b"):
-        choose(table, scores, counts, VocabularySize(coverage=0.9), remove=[99_999])
+        choose_tokens(table, scores, counts, VocabularySize(coverage=0.9), remove=[99_999])

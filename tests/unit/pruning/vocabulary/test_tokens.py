@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hf_context_prune.errors import VocabularyError
-from hf_context_prune.pruning.vocabulary.rebuild import order_of, pruned_state
+from hf_context_prune.pruning.vocabulary.rebuild import order_ids, build_state
 from hf_context_prune.pruning.vocabulary.tokens import METASPACE, TokenTable
 from tests.support.tiny_tokenizers import ADDED, ALL_KINDS, BYTES, KINDS, SPECIAL, quick, state_of
 
@@ -58,8 +58,8 @@ def test_the_closure_holds_all_that_any_word_passes_through_and_then_words_stay_
     vocab, merges, wanted = given_bpe
     tokenizer, table = table_of(vocab, merges)
     kept = table.mandatory() | table.closed(vocab[token] for token in wanted)
-    order = order_of(table, sorted(kept))
-    smaller = Tokenizer.from_str(json.dumps(pruned_state(table, order)))
+    order = order_ids(table, sorted(kept))
+    smaller = Tokenizer.from_str(json.dumps(build_state(table, order)))
     for word in WORDS:
         tokens, seen = simulated(word, merges)
         assert tokenizer.encode(word).tokens == tokens  # the simulation is right
@@ -183,5 +183,5 @@ def test_a_decoder_that_drops_no_spaces_is_fine_without_splitting_at_them():
 def test_the_state_is_never_changed():
     state = state_of("llama3")
     table = TokenTable(state)
-    pruned_state(table, order_of(table, sorted(table.mandatory())))
+    build_state(table, order_ids(table, sorted(table.mandatory())))
     assert state == state_of("llama3")
