@@ -139,7 +139,7 @@ def draw(found: Iterable[Line], target: Path) -> None:
     axis.set(xlabel="parameters removed (%)", ylabel="bits per byte, change (%)", xlim=(0, 52))
     axis.set_title("SmolLM2-135M-Instruct on law and medicine: lower is better", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="upper left", frameon=False)
+    axis.legend(fontsize=8, loc="upper right", frameon=False)
     figure.savefig(target, dpi=110, metadata={"Software": None})
 
 

@@ -62,15 +62,15 @@ class ShortReferences(griffe.Extension):
         if pkg.path != PACKAGE:
             return
         objects = list(_objects(pkg))
-        homes: dict[str, set[str]] = {}
-        for item in objects:
-            for name in {item.name, ".".join(item.path.split(".")[-2:])}:
-                homes.setdefault(name, set()).add(item.path)
+        homes: dict[str, str] = {}
+        for item in sorted(objects, key=lambda item: (item.is_attribute, item.path)):
+            for name in (item.name, ".".join(item.path.split(".")[-2:])):
+                homes.setdefault(name, item.path)
         public = {str(name): f"{pkg.path}.{name}" for name in pkg.exports or ()}
 
         def full(match: re.Match[str], item: griffe.Object) -> str:
             name = match[1]
-            found = public.get(name) or _in_scope(item, name) or next(iter(homes.get(name, ())), None)
+            found = public.get(name) or _in_scope(item, name) or homes.get(name)
             return match[0] if found is None else f"[`{name}`][{found}]"
 
         for item in objects:
