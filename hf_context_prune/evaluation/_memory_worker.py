@@ -1,4 +1,4 @@
-"""A fresh process of `measure_peak_memory`: loads a model folder, uses it, and writes one JSON line to stdout."""
+"""The fresh process of `measure_peak_memory`: load a model folder, use it, and write one JSON line to stdout."""
 
 import argparse
 import json
@@ -17,10 +17,10 @@ from hf_context_prune.modeling.inference import dtype_name, max_positions, vocab
 
 
 def peak_rss() -> tuple[int, str]:
-    """Return the highest resident size of this process so far (bytes) and what told it.
+    """Return the highest resident size of this process so far (bytes) and the name of its source.
 
-    On Linux not `ru_maxrss`: it survives exec, so a child starts with the peak of the process that started it, which
-    here holds both models.
+    On Linux this is not `ru_maxrss`, which survives exec: a child starts with the peak of the process that started it,
+    which here holds both models.
     """
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset), "peak_wset"

@@ -14,15 +14,15 @@ from .bootstrap import CONFIDENCE, Estimate
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered.
+    """The answer of a model to a question.
 
     Attributes:
-        id: Of the question.
-        source: Of the question.
-        scores: One a choice, higher is better.
-        chosen: Index of the choice with the highest.
-        correct: Whether it is the right one.
-        shots: Examples that were shown.
+        id: Id of the question.
+        source: Source of the question.
+        scores: One per choice, higher is better.
+        chosen: Index of the choice with the highest score.
+        correct: Whether the chosen choice is the right one.
+        shots: Number of examples before the question.
     """
 
     id: str
@@ -35,15 +35,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Answers of a group of questions.
+    """Accuracy on a group of questions.
 
     Attributes:
-        source: The group, or ``"all"``.
-        num_questions: Questions.
-        num_correct: Right answers.
-        accuracy: Their share, with its 95 % Wilson interval.
-        chance: Share that guessing gives.
-        shots: Fewest and most examples that a question was shown.
+        source: Source of the questions, or ``"all"``.
+        num_questions: Number of questions.
+        num_correct: Number of right answers.
+        accuracy: Share of right answers, with its 95 % Wilson interval.
+        chance: Share of right answers by guessing.
+        shots: Fewest and most examples before a question.
     """
 
     source: str
@@ -59,11 +59,11 @@ class PairedAccuracy:
     """A pruned model against its base on the same questions.
 
     Attributes:
-        source: The group, or ``"all"``.
-        difference: Accuracy, pruned less base, with Newcombe's 95 % interval for pairs.
+        source: Source of the questions, or ``"all"``.
+        difference: Accuracy of the pruned model minus that of the base, with Newcombe's 95 % interval for pairs.
         only_base: Questions that only the base answers rightly.
         only_pruned: Questions that only the pruned model answers rightly.
-        p_value: Of the exact McNemar test: how often chance alone would set them apart as much.
+        p_value: p-value of the exact McNemar test.
     """
 
     source: str
@@ -74,11 +74,11 @@ class PairedAccuracy:
 
 
 def summarize_answers(questions: QuestionSet, answers: Sequence[Answer]) -> tuple[Accuracy, ...]:
-    """Accuracy by source, in alphabetical order, and last of all questions.
+    """Return the accuracy by source, in alphabetical order, and last on all questions.
 
     Args:
-        questions: What was asked.
-        answers: One a question, in the same order.
+        questions: The questions.
+        answers: One per question, in the same order.
     """
     pairs = list(zip(answers, questions.questions, strict=True))
     return tuple(
@@ -88,7 +88,7 @@ def summarize_answers(questions: QuestionSet, answers: Sequence[Answer]) -> tupl
 
 
 def _groups(answers: Sequence[Answer]) -> list[tuple[str, list[int]]]:
-    """Indices of the answers by source, and of all."""
+    """Return the indices of the answers by source, and of all answers."""
     sources = sorted({answer.source for answer in answers})
     groups = [(source, [i for i, answer in enumerate(answers) if answer.source == source]) for source in sources]
     return [*groups, (ALL, list(range(len(answers))))]
@@ -113,14 +113,14 @@ def _accuracy(source: str, answers: Sequence[Answer], chances: Sequence[float]) 
 
 
 def compare_answers(base: Sequence[Answer], pruned: Sequence[Answer]) -> tuple[PairedAccuracy, ...]:
-    """The same questions answered by two models, by source, and last all of them.
+    """Compare two models on the same questions, by source, and last on all questions.
 
     Args:
         base: Answers of the base.
         pruned: Answers of the pruned model, to the same questions in the same order.
 
     Raises:
-        ConfigError: Other questions.
+        ConfigError: The questions differ.
     """
     if [answer.id for answer in base] != [answer.id for answer in pruned]:
         raise ConfigError("The two models answered different questions, so they can't be compared.")
@@ -136,10 +136,10 @@ def compare_answers(base: Sequence[Answer], pruned: Sequence[Answer]) -> tuple[P
 
 
 def _difference(both: int, only_base: int, only_pruned: int, count: int) -> Estimate:
-    """Accuracy of the pruned model less the base's, with Newcombe's interval for pairs (1998, method 10).
+    """Return the accuracy of the pruned model minus that of the base, with Newcombe's interval for pairs.
 
-    It joins the two Wilson intervals by the correlation of the pairs; so a few questions that both models answer alike
-    are no proof that there is no difference, as a bootstrap over them would have it.
+    The interval (1998, method 10) joins the two Wilson intervals by the correlation of the pairs. So a few questions
+    that both models answer alike do not prove that there is no difference, as a bootstrap over them would.
     """
     neither = count - both - only_base - only_pruned
     first, second = ((both + only_base) / count, (both + only_pruned) / count)

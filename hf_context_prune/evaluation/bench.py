@@ -1,4 +1,4 @@
-"""A pruned model beside its base: load time, prefill, decoding, memory and disk, each measured in turns."""
+"""Benchmark of a pruned model beside its base: load time, prefill, decoding, memory and disk, measured in turns."""
 
 import dataclasses
 import statistics
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation.reports.formatting import format_speedup
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
 from hf_context_prune.storage.saving import count_weight_bytes
@@ -34,12 +35,12 @@ class Bench:
     """All measurements of two models.
 
     Attributes:
-        prefill: By length of the prompt.
-        decode: By sequences at once.
-        base_memory: Rounds of fresh processes that load and use the base; empty where it has no folder.
-        pruned_memory: The same of the pruned model.
-        base_bytes: Of the safetensors files; None without a folder.
-        pruned_bytes: The same of the pruned model.
+        prefill: One measurement per length of the prompt.
+        decode: One measurement per batch size.
+        base_memory: Fresh processes that load and use the base; empty where the base has no folder.
+        pruned_memory: The same for the pruned model.
+        base_bytes: Bytes of the safetensors files; None without a folder.
+        pruned_bytes: The same for the pruned model.
     """
 
     prefill: tuple[Pair, ...]
@@ -50,7 +51,7 @@ class Bench:
     pruned_bytes: int | None
 
     def table_rows(self) -> list[tuple[str, ...]]:
-        """(measure, base, pruned, ratio with quartiles); above 1: the pruned model is faster, or takes more."""
+        """Return (measure, base, pruned, pruned / base with quartiles) for every measurement."""
         rows = [
             *(_speed_row(f"prefill, {p.base.prompt_tokens} tokens (tokens/s)", p, "prefill") for p in self.prefill),
             *(_speed_row(f"decode, batch {p.base.batch_size} (tokens/s)", p, "decode") for p in self.decode),
@@ -74,10 +75,10 @@ class Bench:
         return label, *cells, ratio
 
     def run_report(self, base: str, pruned: str, *, notes: tuple[str, ...] = ()) -> RunReport:
-        """All of it, as a report.
+        """Return all measurements as a report.
 
         Args:
-            base: Name of the dense model.
+            base: Name of the base.
             pruned: Name of the pruned model.
             notes: Sentences that a reader of the figures must know.
         """
@@ -90,7 +91,7 @@ class Bench:
         return RunReport("bench", base, title, (table,), {"pruned": pruned, **dataclasses.asdict(self)}, environment)
 
     def caption(self) -> str:
-        """Machine, threads and dtypes."""
+        """Return a sentence on machine, threads, dtypes and rounds."""
         one = (self.prefill or self.decode)[0]
         dtypes = " and ".join(dict.fromkeys((one.base.dtype, one.pruned.dtype)))
         rounds = len(one.base.prefill_rounds)
@@ -100,15 +101,10 @@ class Bench:
         )
 
 
-def _speed_row(label: str, pair: Pair, what: str) -> tuple[str, ...]:
-    base, pruned = getattr(pair.base, what), getattr(pair.pruned, what)
-    ratio = getattr(speed_ratio(pair.base, pair.pruned), what)
-    return (
-        label,
-        f"{base.median:,.1f}",
-        f"{pruned.median:,.1f}",
-        f"x{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})",
-    )
+def _speed_row(label: str, pair: Pair, name: str) -> tuple[str, ...]:
+    medians = [getattr(one, name).median for one in (pair.base, pair.pruned)]
+    ratio = getattr(speed_ratio(pair.base, pair.pruned), name)
+    return label, *(f"{median:,.1f}" for median in medians), format_speedup(ratio)
 
 
 def bench(
@@ -128,20 +124,20 @@ def bench(
     Args:
         base: The base, on the device of `pruned`.
         pruned: The pruned model.
-        base_folder: Where the base lies, for load time, memory and disk; None leaves them out.
-        pruned_folder: The same of the pruned model.
-        prompts: Lengths of the prompts, cut to the models' positions; those that then are the same count once.
-        batches: Sequences decoded at once, after 128 tokens each.
+        base_folder: Folder of the base, for load time, memory and disk; None leaves these out.
+        pruned_folder: The same for the pruned model.
+        prompts: Lengths of the prompts, cut to the models' positions; lengths that then are equal count once.
+        batches: Batch sizes of the decoding, after 128 tokens each.
         new_tokens: Decode steps.
         repeats: Rounds of prefill and decoding.
-        memory_repeats: Fresh processes a model.
+        memory_repeats: Fresh processes per model.
 
     Raises:
         ConfigError: The models are on different devices, or a number is below 1.
     """
     if base.device.type != pruned.device.type:
         raise ConfigError(
-            f"The base is on {base.device}, the pruned model on {pruned.device}; load both on one device."
+            f"The base is on {base.device}, the pruned model on {pruned.device}; load both on the same device."
         )
     models = {"base": base, "pruned": pruned}
     prefill: dict[int, Pair] = {}
@@ -155,7 +151,7 @@ def bench(
     folders = {"base": base_folder, "pruned": pruned_folder}
     memory: dict[str, list[MemoryMeasurement]] = {name: [] for name in folders}
     if memory_repeats and (first := base_folder or pruned_folder) is not None:
-        measure_peak_memory(first)  # the first process of all is slower: the libraries are not in the disk's cache yet
+        measure_peak_memory(first)  # the first process is slower: the disk cache does not hold the libraries yet
     for turn in range(memory_repeats):
         for name in list(folders) if turn % 2 == 0 else reversed(list(folders)):
             folder = folders[name]

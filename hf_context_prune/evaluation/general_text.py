@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.data.decontamination import drop_overlapping
-from hf_context_prune.data.documents import TextSource, load_documents
+from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts, TextLosses
@@ -15,19 +17,18 @@ from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts, 
 from .losses import DocumentLoss, compare_losses, summarize_losses
 from .perplexity import document_losses
 
-ModelAndTokenizer = tuple[Any, Any]
-"""A model and its tokenizer."""
+ModelAndTokenizer: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @dataclass(frozen=True)
 class GeneralText:
-    """Text of no domain, with the facts of the report.
+    """General text, with its facts.
 
     Attributes:
-        source: What is measured on.
-        facts: On it, for the report.
-        calibration: The rest of its documents, where a part of it is calibrated on; else None.
-        whole: Name, revision and fingerprint of all of it, for the plan.
+        source: The documents to measure on.
+        facts: Facts of these documents, for the report.
+        calibration: The rest of the documents, where they are calibrated on; else None.
+        whole: Name, revision and fingerprint of the whole text, for the plan.
     """
 
     source: TextSource
@@ -37,24 +38,25 @@ class GeneralText:
 
 
 def read_general(
-    data: Any,  # noqa: ANN401
+    data: TextData | None,
     *,
     apart_from: TextSource | None,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase,
     seed: int,
     hold_out: bool = False,
 ) -> GeneralText | None:
-    """The general text that a report is asked to have; None where none is asked for.
+    """Read the general text of a report.
 
     Args:
-        data: What `load_documents` reads, or None.
-        apart_from: Calibration text; documents that share over a quarter of their 13-word sequences with it go.
-        hold_out: Measure on a tenth of its documents alone: the rest is, or was, calibrated on.
-        tokenizer: For chat messages.
-        seed: Of the order of a streamed data set.
+        data: A text source, as [`load_documents`][] reads it; None gives None.
+        apart_from: Calibration text; documents that share over a quarter of their 13-word sequences with it are
+            dropped.
+        tokenizer: Renders chat messages.
+        seed: Seed of the order of a streamed dataset.
+        hold_out: Measure on a tenth of the documents only, since the rest is, or was, calibrated on.
 
     Raises:
-        DataError: Nothing is left of it, or it can't be read.
+        DataError: The text can't be read, or no document is left.
     """
     if data is None:
         return None
@@ -67,7 +69,7 @@ def read_general(
         if not len(source):
             raise DataError(
                 f"general_data_ratio calibrates on the general text {all_of_it.name}, which repeats all {len(given):,} "
-                f"documents of it that were held out for the figures. Give text that repeats itself less."
+                f"documents of it that were held out for the figures. Give text with fewer repetitions."
             )
     if apart_from is not None:
         source, more = drop_overlapping(source, apart_from)
@@ -79,7 +81,7 @@ def read_general(
             )
         how = f"Text of its own ({source.name}), beside the calibration text {apart_from.name}."
         if rest is not None:
-            how = f"A tenth of the documents of {all_of_it.name}, of which the rest is calibrated on as well."
+            how = f"A tenth of the documents of {all_of_it.name}, whose other documents are calibrated on too."
         if dropped:
             how += f" {dropped:,} of its documents were dropped, as they are in the calibration text too."
     facts = DatasetFacts(source.name, source.revision, source.fingerprint, how)
@@ -96,7 +98,7 @@ def measure_losses(
     max_tokens: int | None,
     seed: int,
 ) -> LossFacts:
-    """Measure models on the same documents of a text; those that are not given are None in the facts."""
+    """Measure models on the same documents of a text; the facts of a model that is not given are None."""
     first = document_losses(*base, source, max_seq_length=max_seq_length, max_tokens=max_tokens)
     docs = [loss.doc for loss in first]
     others = {
@@ -110,12 +112,12 @@ def measure_losses(
 def build_loss_facts(
     base: Sequence[DocumentLoss], others: Mapping[str, Sequence[DocumentLoss]], *, seed: int
 ) -> LossFacts:
-    """Losses on the same documents as facts of a report.
+    """Return losses on the same documents as facts of a report.
 
     Args:
-        base: Of the base.
-        others: Of the ``"pruned"`` and the ``"recovered"`` model, those that there are.
-        seed: Of the intervals.
+        base: Losses of the base.
+        others: Losses of the ``"pruned"`` and the ``"recovered"`` model, as far as they exist.
+        seed: Seed of the intervals.
     """
     summaries = {name: summarize_losses(losses, seed=seed) for name, losses in others.items()}
     against = {name: compare_losses(base, losses, seed=seed) for name, losses in others.items()}
@@ -129,5 +131,5 @@ def build_loss_facts(
 
 
 def measure_general_losses(text: GeneralText | None, base: ModelAndTokenizer, **how: Any) -> TextLosses | None:  # noqa: ANN401
-    """As `measure_losses`, of the general text, if there is one."""
+    """Measure models on the general text, as [`measure_losses`][] does; None without a text."""
     return None if text is None else TextLosses(text.facts, measure_losses(text.source, base, **how))

@@ -1,4 +1,4 @@
-"""Questions as a local task of lm-evaluation-harness, with the very prompts that `answer_questions` uses."""
+"""Questions as a local task of lm-evaluation-harness, with the same prompts as `answer_questions`."""
 
 import json
 import re
@@ -12,20 +12,20 @@ from hf_context_prune.storage.files import write_file
 
 
 def harness_task_name(questions: str) -> str:
-    """Name of the task of questions with that name (a file's, or a Hub id)."""
+    """Return the name of the task for questions of a name (of a file, or a Hub id)."""
     return "context_prune_" + (re.sub(r"\W+", "_", Path(questions).stem.lower()).strip("_") or "questions")
 
 
 def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewshot: int = 0) -> str:
     """Write a task folder for ``lm_eval --include_path FOLDER --tasks NAME --num_fewshot 0``.
 
-    Examples are part of each prompt, since they are those of the question's own source. ``acc`` is the scorer
+    Examples are part of each prompt, since they come from the question's own source. ``acc`` is the scorer
     ``likelihood``; ``acc_norm`` divides by characters, ``likelihood_normalised`` by bytes: the same for ASCII.
 
     Args:
-        questions: What is asked.
-        folder: Made if it is not there; an older task of that name is replaced.
-        num_fewshot: Examples, at most.
+        questions: Questions with examples.
+        folder: The folder, created if absent; an older task of that name is replaced.
+        num_fewshot: Largest number of examples before a question.
 
     Returns:
         The task's name.
@@ -35,7 +35,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewsho
     """
     folder = Path(folder).resolve()
     if (folder / "config.json").is_file():
-        raise SaveError(f"{folder} holds a model; name a folder of its own for the task.")
+        raise SaveError(f"{folder} holds a model; name another folder for the task.")
     name = harness_task_name(questions.name)
     rows = [
         {
@@ -66,7 +66,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewsho
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"The task can't be written to {folder}: {error}. Name a folder that can be.") from error
-    # Each task has rows of its own: several may lie in one folder.
+    # Each task has its own file of rows: one folder may hold several tasks.
     write_file(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_file(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
     return name

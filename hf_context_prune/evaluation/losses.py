@@ -15,9 +15,9 @@ class DocumentLoss:
 
     Attributes:
         doc: Identifier of the document.
-        source: Where its first record came from.
-        nll: Negative log-likelihood of all its tokens, summed (nats).
-        num_tokens: Tokens predicted, without special tokens.
+        source: Source of its first record.
+        nll: Negative log-likelihood (nats), summed over all its tokens.
+        num_tokens: Number of tokens predicted, without special tokens.
         num_bytes: UTF-8 bytes of its text.
     """
 
@@ -33,14 +33,14 @@ class LossSummary:
     """Losses of one model over documents; all intervals are 95 % percentile bootstrap intervals over documents.
 
     Attributes:
-        bits_per_byte: Comparable between vocabularies.
-        nats_per_token: Mean loss a token; comparable only between models with the same tokenizer.
+        bits_per_byte: Loss in bits per byte; comparable between vocabularies.
+        nats_per_token: Mean loss per token; comparable only between models with the same tokenizer.
         perplexity: exp(nats_per_token), with the same restriction.
-        num_documents: Documents scored.
-        num_tokens: Tokens scored.
+        num_documents: Number of documents scored.
+        num_tokens: Number of tokens scored.
         num_bytes: UTF-8 bytes of the documents.
         seed: Seed of the bootstrap.
-        n_resamples: Resamples of the bootstrap.
+        n_resamples: Number of resamples of the bootstrap.
     """
 
     bits_per_byte: Estimate
@@ -62,9 +62,9 @@ class LossComparison:
             of tokens, as a loss per token then means nothing.
         bits_per_byte_difference: Pruned minus base.
         bits_per_byte_ratio: Pruned over base.
-        num_documents: Documents compared.
+        num_documents: Number of documents compared.
         seed: Seed of the bootstrap.
-        n_resamples: Resamples of the bootstrap.
+        n_resamples: Number of resamples of the bootstrap.
     """
 
     excess_nats_per_token: Estimate | None
@@ -89,8 +89,8 @@ def summarize_losses(losses: Sequence[DocumentLoss], *, seed: int = 0, n_resampl
     """Sum up the losses of one model, with bootstrap intervals over documents.
 
     Raises:
-        DataError: If `losses` is empty.
-        NumericsError: If the loss is so large that its perplexity is no finite number.
+        DataError: `losses` is empty.
+        NumericsError: The loss is so large that its perplexity is not a finite number.
     """
     if not losses:
         raise DataError("There are no document losses to sum up. Score at least one document with document_losses().")
@@ -117,7 +117,7 @@ def compare_losses(
     """Compare two models on the same documents, paired by `doc`, in whatever order they come.
 
     Raises:
-        DataError: If there are no documents, or the two lists do not hold the same documents with the same text.
+        DataError: There are no documents, or the two lists do not hold the same documents with the same text.
     """
     if not base:
         raise DataError("There are no document losses to compare. Score at least one document with document_losses().")
@@ -171,8 +171,8 @@ def _perplexity(nats_per_token: Estimate) -> Estimate:
         return Estimate(math.exp(nats_per_token.value), interval)
     except OverflowError as error:
         raise NumericsError(
-            f"The loss is {nats_per_token.value:.4g} nats per token: its perplexity is no finite number. The model is "
-            f"broken; check its weights, or prune less."
+            f"The loss is {nats_per_token.value:.4g} nats per token: its perplexity is not a finite number. The model "
+            f"is broken; check its weights, or prune less."
         ) from error
 
 

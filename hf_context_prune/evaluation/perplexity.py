@@ -40,32 +40,32 @@ def document_losses(
 ) -> list[DocumentLoss]:
     """Score every document of `source`, each of its tokens exactly once.
 
-    A record is cut into windows of `max_seq_length` tokens. The first is led by the tokenizer's bos (else eos) token,
-    and so is every later one where the tokenizer itself puts bos before a text ([`leading_token`][]); else the last
-    token of the window before leads it. That leading token is never scored. Windows are batched by length; the results
+    A record is cut into windows of `max_seq_length` tokens. The tokenizer's bos (else eos) token leads the first window
+    and, where the tokenizer itself puts bos before a text ([`leading_token`][]), every later one; otherwise the last
+    token of the previous window leads it. The leading token is never scored. Windows are batched by length; the results
     do not depend on the batching. Documents without any token are left out.
 
     To compare two tokenizers under `max_tokens`, choose the documents once: pass the `doc` ids of the first result
-    as `docs` to the second call, with no budget.
+    as `docs` to the second call, without `max_tokens`.
 
     Args:
-        model: Causal LM, in any mode and dtype, on any device. Its mode is given back.
+        model: Causal LM, in any mode and dtype, on any device. Its mode is restored.
         tokenizer: The model's tokenizer.
         source: Held-out text.
-        max_seq_length: Tokens the model reads at once.
-        batch_tokens: Tokens a batch, padding included; a batch holds at least one window.
+        max_seq_length: Tokens per window.
+        batch_tokens: Tokens per batch, padding included; a batch holds at least one window.
         max_tokens: If given, take whole documents in shuffled order while they fit, but at least one.
         docs: If given, score only the documents with these ids.
-        seed: Seed of that order.
+        seed: Seed of the shuffled order.
 
     Returns:
-        One loss a document, in the order of `source`.
+        One loss per document, in the order of `source`.
 
     Raises:
-        ConfigError: If a length is below 1 or beyond the model's positions.
-        DataError: If there is nothing to score, an id in `docs` is unknown, the tokenizer has no bos or eos token, or
-            a token id has no row in the model.
-        NumericsError: If the model's logits are not finite; the message names the document.
+        ConfigError: A length is below 1 or beyond the model's positions.
+        DataError: There is nothing to score, an id in `docs` is unknown, the tokenizer has no bos or eos token, or a
+            token id has no row in the model.
+        NumericsError: The model's logits are not finite; names the document.
     """
     _check_lengths(model, max_seq_length, batch_tokens, max_tokens)
     context = context_token(tokenizer)
@@ -100,7 +100,7 @@ def document_losses(
 def choose_documents(
     source: TextSource, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int | None, seed: int = 0
 ) -> list[str]:
-    """The ids of the documents that [`document_losses`][] would score under a budget, without scoring them."""
+    """Return the ids of the documents that [`document_losses`][] would score with `max_tokens`."""
     documents = encode_documents(group_records(source, None), source.name, tokenizer, max_tokens, seed)
     return [document.doc for document in documents]
 
@@ -144,6 +144,6 @@ def _window_losses(model: "PreTrainedModel", batch: Sequence[Window], padding: i
             for rows, ids in zip(flat_logits.split(_LOGIT_ROWS), flat_targets.split(_LOGIT_ROWS), strict=True)
         ]
     )
-    # A masked select, not a product: whatever the model says at padded positions, NaN too, must not matter.
+    # A masked fill, not a product: the values at padded positions, NaN too, must not matter.
     scored = losses.double().view_as(mask).masked_fill(mask == 0, 0.0)
     return [float(loss) for loss in scored.sum(dim=1)]

@@ -1,4 +1,4 @@
-"""What a model scored on texts and questions, document by document, as JSON values: compared whenever it is needed."""
+"""Scores of a model on text and questions, document by document, as JSON values that are compared later."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import QuestionSet
@@ -23,15 +23,15 @@ from .perplexity import choose_documents, document_losses
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What models are compared on.
+    """Text and questions on which models are compared.
 
     Attributes:
         text: Held-out text.
-        docs: The documents that are scored.
+        docs: Ids of the documents that are scored.
         questions: Multiple-choice questions, if any.
         scorer: See [`answer_questions`][].
-        num_fewshot: Examples, at most.
-        max_seq_length: Tokens a window.
+        num_fewshot: Largest number of examples before a question.
+        max_seq_length: Tokens per window.
     """
 
     text: TextSource
@@ -42,7 +42,7 @@ class HeldOut:
     max_seq_length: int = 512
 
     def setting(self) -> dict[str, Any]:
-        """All that scores depend on, beside the model."""
+        """Return everything but the model that scores depend on."""
         asked = self.questions
         return {
             "text": [self.text.name, self.text.fingerprint, len(self.docs)],
@@ -54,12 +54,12 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one model on what was held out.
+    """Scores of one model on held-out text and questions.
 
     Attributes:
-        parameters: Of the model, tied ones once.
-        losses: One a document.
-        answers: One a question, in their order; None where none were asked.
+        parameters: Number of parameters of the model, tied ones counted once.
+        losses: One per document.
+        answers: One per question, in their order; None where none were asked.
     """
 
     parameters: int
@@ -67,7 +67,7 @@ class Scores:
     answers: tuple[Answer, ...] | None
 
     def to_row(self) -> dict[str, Any]:
-        """As JSON values, losses to six digits."""
+        """Return JSON values, with losses and scores to six significant digits."""
         return {
             "parameters": self.parameters,
             "losses": [[x.doc, x.source, six_digits(x.nll), x.num_tokens, x.num_bytes] for x in self.losses],
@@ -78,7 +78,7 @@ class Scores:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Scores:
-        """Back from JSON values."""
+        """Return the scores that `to_row` gave."""
         answers = row["answers"]
         return cls(
             row["parameters"],
@@ -89,8 +89,8 @@ class Scores:
         )
 
 
-def score(model: PreTrainedModel, tokenizer: Any, held_out: HeldOut) -> Scores:  # noqa: ANN401
-    """Score a model."""
+def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut) -> Scores:
+    """Score a model on held-out text and questions."""
     answers = None
     losses = document_losses(
         model, tokenizer, held_out.text, max_seq_length=held_out.max_seq_length, docs=held_out.docs
@@ -104,8 +104,8 @@ def score(model: PreTrainedModel, tokenizer: Any, held_out: HeldOut) -> Scores: 
     return Scores(model.num_parameters(), tuple(losses), answers)
 
 
-def summary_of(scores: Scores, held_out: HeldOut, base: Scores | None = None, *, seed: int = 0) -> dict[str, Any]:
-    """Figures with intervals as plain JSON values; against a base in pairs, where one is given."""
+def summarize_scores(scores: Scores, held_out: HeldOut, base: Scores | None = None, *, seed: int = 0) -> dict[str, Any]:
+    """Return figures with intervals as plain JSON values, paired with those of a base where one is given."""
     found: dict[str, Any] = {
         "parameters": scores.parameters,
         "loss": asdict(summarize_losses(scores.losses, seed=seed)),
@@ -119,15 +119,15 @@ def summary_of(scores: Scores, held_out: HeldOut, base: Scores | None = None, *,
     return found
 
 
-def held_out_of(
+def choose_held_out(
     text: TextSource,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int | None,
     max_seq_length: int,
     questions: QuestionOptions | None = None,
 ) -> HeldOut:
-    """Fix the documents and questions, so that all models are scored on the same."""
+    """Choose the documents and questions once, so that all models are scored on the same ones."""
     asked, how = None, dict[str, Any]()
     if questions is not None:
         asked = questions.load()
@@ -139,20 +139,22 @@ def held_out_of(
 def answer_with_models(
     asked: QuestionSet, options: QuestionOptions, base: ModelAndTokenizer, pruned: ModelAndTokenizer | None = None
 ) -> MultipleChoiceFacts:
-    """Answers of one model, or of a base and what was pruned from it, to the same questions.
+    """Answer questions with one model, or with a base and the model pruned from it.
 
     Args:
         asked: The questions, as [`load_questions`][] gave them.
-        options: How they are answered; its `source` is not read again.
-        base: Model and tokenizer.
-        pruned: The same of the pruned model.
+        options: How the questions are answered; its `source` is not read again.
+        base: The base and its tokenizer.
+        pruned: The pruned model and its tokenizer.
     """
     how: dict[str, Any] = {"scorer": options.scorer, "num_fewshot": options.num_fewshot}
     answers = answer_questions(*base, asked, **how)
-    return choice_facts(asked, answers, None if pruned is None else answer_questions(*pruned, asked, **how), **how)
+    return build_choice_facts(
+        asked, answers, None if pruned is None else answer_questions(*pruned, asked, **how), **how
+    )
 
 
-def choice_facts(
+def build_choice_facts(
     asked: QuestionSet,
     answers: Sequence[Answer],
     others: Sequence[Answer] | None,
@@ -160,7 +162,7 @@ def choice_facts(
     scorer: Scorer,
     num_fewshot: int,
 ) -> MultipleChoiceFacts:
-    """Answers of a base, and of what was pruned from it if they are given, as facts of a report."""
+    """Return the answers of a base, and of the model pruned from it where given, as facts of a report."""
     return MultipleChoiceFacts(
         asked.name,
         asked.revision,

@@ -38,13 +38,13 @@ class SpeedMeasurement:
     """Speed of one model, measured in rounds interleaved with those of the other models of the same call.
 
     Attributes:
-        prefill_rounds: Prompt tokens a second (all sequences of the batch), one value a round.
-        decode_rounds: Generated tokens a second (all sequences of the batch), one value a round.
+        prefill_rounds: Prompt tokens per second (all sequences of the batch), one value per round.
+        decode_rounds: Generated tokens per second (all sequences of the batch), one value per round.
         prefill: Median and quartiles of `prefill_rounds`.
         decode: Median and quartiles of `decode_rounds`.
         prompt_tokens: Length of the prompt, after capping it to the models' positions.
-        new_tokens: Decode steps a round, with the KV cache.
-        batch_size: Sequences at once.
+        new_tokens: Decode steps per round, with the KV cache.
+        batch_size: Sequences per batch.
         dtype: Dtype of the weights.
         threads: Intra-op threads of torch.
         device: Device type, such as "cpu".
@@ -83,7 +83,7 @@ class MemoryMeasurement:
         prompt_tokens: Length of the prompt, after capping it to the model's positions.
         new_tokens: Decode steps.
         dtype: Dtype of the loaded weights.
-        method: Where the peak comes from: "VmHWM" (Linux), "ru_maxrss" (other Unix) or "peak_wset" (Windows).
+        method: Source of the peak: "VmHWM" (Linux), "ru_maxrss" (other Unix) or "peak_wset" (Windows).
     """
 
     baseline_rss: int
@@ -104,25 +104,25 @@ def measure_speed(
     batch_size: int = 1,
     seed: int = 0,
 ) -> dict[str, SpeedMeasurement]:
-    """Measure prefill and greedy decoding of several models, taking turns so that drift of the machine hits all alike.
+    """Measure prefill and greedy decoding of several models in turns, so that drift of the machine affects all alike.
 
-    Every model runs once to warm up, then once a round; the order of the models alternates from round to round. All
-    read the same random prompt, cut to the shortest `max_position_embeddings` less `new_tokens`.
+    Every model runs once to warm up, then once per round; the order of the models alternates from round to round. All
+    models read the same random prompt, cut to the shortest `max_position_embeddings` less `new_tokens`.
 
     Args:
         models: Name to causal LM, each on its device.
         prompt_tokens: Length of the prompt.
         new_tokens: Decode steps after the prompt.
         repeats: Rounds.
-        batch_size: Sequences at once.
+        batch_size: Sequences per batch.
         seed: Seed of the prompt.
 
     Returns:
-        One measurement a model, in the order of `models`.
+        One measurement per model, in the order of `models`.
 
     Raises:
-        ConfigError: If there is no model, a number is below 1, or `new_tokens` leaves no room for a prompt.
-        UnsupportedArchitectureError: If a model's `forward` takes no KV cache.
+        ConfigError: There is no model, a number is below 1, or `new_tokens` leaves no room for a prompt.
+        UnsupportedArchitectureError: The `forward` of a model takes no KV cache.
     """
     if not models:
         raise ConfigError("models is empty; give at least one model to measure.")
@@ -149,7 +149,7 @@ def speed_ratio(base: SpeedMeasurement, pruned: SpeedMeasurement) -> SpeedRatio:
     """Compare two measurements of one `measure_speed` call, round by round.
 
     Raises:
-        ConfigError: If they were measured in different settings.
+        ConfigError: They were measured in different settings.
     """
     for name in ("prompt_tokens", "new_tokens", "batch_size", "threads", "device", "hardware"):
         before, after = getattr(base, name), getattr(pruned, name)
@@ -183,12 +183,12 @@ def measure_peak_memory(
         prompt_tokens: Length of the prompt, cut to the model's positions less `new_tokens`.
         new_tokens: Decode steps.
         trust_remote_code: Whether the process may run code from the folder. The classes of this package never need it.
-        timeout_seconds: Longest time for the whole process.
+        timeout_seconds: Time limit of the whole process.
 
     Raises:
-        ConfigError: If a length is below 1.
-        LoadError: If `folder` is no model folder, or the process fails or takes too long; the message ends with the
-            tail of its stderr.
+        ConfigError: A length is below 1.
+        LoadError: `folder` is no model folder, or the process fails or takes too long; the message ends with the tail
+            of its stderr.
     """
     if prompt_tokens < 1 or new_tokens < 1:
         raise ConfigError(f"prompt_tokens is {prompt_tokens} and new_tokens {new_tokens}; both must be at least 1.")
@@ -203,7 +203,7 @@ def measure_peak_memory(
         command.append("--trust-remote-code")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-        "HF_HUB_OFFLINE": "1",  # a local folder must not send the child to the Hub
+        "HF_HUB_OFFLINE": "1",  # the child reads a local folder and must not ask the Hub
     }
     try:
         done = subprocess.run(

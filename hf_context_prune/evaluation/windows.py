@@ -1,4 +1,4 @@
-"""Documents to token windows to batches: what `perplexity.py` feeds to a model."""
+"""Documents -> token windows -> batches, on which `perplexity.py` scores a model."""
 
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """One document as token ids, a list for each of its records."""
+    """One document as token ids, one list per record."""
 
     doc: str
     source: str
@@ -47,7 +47,7 @@ def context_token(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def group_records(source: TextSource, docs: Collection[str] | None) -> dict[str, list[TextDocument]]:
-    """Return the records of every document, or of those in `docs`, in the order of `source`."""
+    """Return the records of every document, or of the documents in `docs`, in the order of `source`."""
     groups: dict[str, list[TextDocument]] = {}
     for record in source.documents:
         groups.setdefault(record.doc, []).append(record)
@@ -55,7 +55,7 @@ def group_records(source: TextSource, docs: Collection[str] | None) -> dict[str,
         return groups
     unknown = sorted(set(docs) - groups.keys())
     if unknown:
-        raise DataError(f"{len(unknown)} of the asked docs are not in {source.name!r}, such as {unknown[0]!r}.")
+        raise DataError(f"{len(unknown)} of the given docs are not in {source.name!r}, such as {unknown[0]!r}.")
     wanted = set(docs)
     return {doc: records for doc, records in groups.items() if doc in wanted}
 
@@ -67,7 +67,7 @@ def encode_documents(
     max_tokens: int | None,
     seed: int,
 ) -> list[EncodedDocument]:
-    """Tokenise the documents (only as many as the budget needs) and return them in their original order."""
+    """Tokenise the documents, only as many as `max_tokens` allows, and return them in their original order."""
     order = list(groups)
     if max_tokens is not None:
         random.Random(seed).shuffle(order)
@@ -98,10 +98,10 @@ def cut_windows(
     """Cut every record into windows that predict each of its tokens once.
 
     Args:
-        documents: With their tokens.
-        context: The token that leads the first window of a record.
-        max_seq_length: Tokens of a window.
-        each: Whether it leads every window; else the last token of the one before does.
+        documents: Documents with their tokens.
+        context: Token that leads the first window of a record.
+        max_seq_length: Tokens per window.
+        each: Whether `context` leads every window; otherwise the last token of the previous window does.
     """
     for index, document in enumerate(documents):
         for ids in document.records:

@@ -1,4 +1,4 @@
-"""Writing reports to folders, and refusing folders that hold something else."""
+"""Reports written to folders, and folders that are refused since they hold something else."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from .run_report import AnyReport, RunReport, load_report
 
 
 def check_report_folder(folder: str | Path, kind: str) -> None:
-    """Refuse a folder that a report can't go to, before the long work.
+    """Refuse a folder that a report can't be written to, before the long work.
 
     Args:
-        folder: May be absent.
-        kind: Of the report: the command. An older one of the same is replaced.
+        folder: The folder, which may be absent.
+        kind: Kind of the report: its command. An older report of that kind is replaced.
 
     Raises:
-        SaveError: It holds a model, another kind of report or something else that this package saved, or can't be
-            written.
+        SaveError: The folder holds a model, another kind of report or something else that this package saved, or can't
+            be written.
     """
     path = Path(folder)
     check_writable(path)
     if any((path / name).is_file() for name in (MANIFEST_NAME, "config.json")):
-        raise SaveError(f"{path} holds a model or a rendered report; figures go to a folder of their own: --output.")
+        raise SaveError(f"{path} holds a model or a rendered report. Write the figures to a separate folder: --output.")
     if os.path.lexists(path / REPORT_NAME):
         try:
             older = load_report(path / REPORT_NAME)
         except LoadError as error:
-            raise SaveError(f"{error} It would be lost: remove it, or choose another --output.") from error
+            raise SaveError(f"{error} The file would be lost: remove it, or choose another --output.") from error
         if (held := kind_of(older)) != kind:
-            raise SaveError(f"{path} holds what {held} found, which would be lost: choose another --output.")
+            raise SaveError(f"{path} holds a report of {held}, which would be lost: choose another --output.")
     elif present := [name for name in FILES_OF_RUNS.get(kind, ()) if os.path.lexists(path / name)]:
         raise SaveError(
             f"{path} has {', '.join(present)}, but no report of an earlier {kind}: they would be lost. Choose another "
@@ -44,7 +44,7 @@ def check_report_folder(folder: str | Path, kind: str) -> None:
 
 
 def save_report(report: AnyReport, folder: str | Path) -> None:
-    """Write ``eval_report.json`` to a folder, which is made if it is not there; an older report is replaced.
+    """Write ``eval_report.json`` to a folder, which is created if absent; an older report is replaced.
 
     Raises:
         SaveError: See [`check_report_folder`][]; or the file can't be written.
@@ -54,22 +54,22 @@ def save_report(report: AnyReport, folder: str | Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaveError(f"{path} can't be made: {error.strerror or error}. Choose another --output.") from error
+        raise SaveError(f"{path} can't be created: {error.strerror or error}. Choose another --output.") from error
     report.save(path / REPORT_NAME)
 
 
 def write_run(report: RunReport, folder: Path) -> None:
-    """Write a run's ``eval_report.json``, its pictures, and its Markdown; those of an earlier run are replaced.
+    """Write ``eval_report.json``, pictures and Markdown of a run; the files of an earlier run are replaced.
 
     Args:
-        report: Of the run.
-        folder: Of the run.
+        report: Report of the run.
+        folder: Folder of the run.
 
     Raises:
-        SaveError: One can't be written.
+        SaveError: A file can't be written.
     """
     pictures = pictures_of(Folder(folder.name, None, report))
-    save_report(report, folder)  # first: it says whose the others are
+    save_report(report, folder)  # first: it shows which run the other files belong to
     text, *names = FILES_OF_RUNS[report.kind]
     for name in names:
         if name in pictures:

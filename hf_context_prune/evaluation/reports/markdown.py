@@ -1,4 +1,4 @@
-"""Markdown of values that others chose: text that stays text, code that stays in its block."""
+"""Markdown of foreign values: text stays text, and code stays in its block."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ _MOST = 2_000
 
 
 class Trusted(str):
-    """Markdown of our own making, with every foreign part of it inert already."""
+    """Markdown that this package wrote, in which every foreign part is inert already."""
 
     __slots__ = ()
 
 
 def one_line(text: str) -> str:
-    """A value in one line, without invisible characters, at most 2,000 characters long."""
+    """Return a value in one line, without invisible characters, cut to 2,000 characters."""
     line = " ".join(text.split())
     line = "".join(character for character in line if character.isprintable())
     return line if len(line) <= _MOST else f"{line[:_MOST]}..."
 
 
 def inert(text: str) -> Trusted:
-    """Text that Markdown shows as it is, in one line: no markup, HTML, link, mention, formula, list or heading."""
+    """Escape text so that Markdown shows it as it is: no markup, HTML, link, mention, formula, list or heading."""
     line = _MARKUP.sub(r"\\\1", one_line(text))
     line = line.replace("://", r":\/\/")
     line = re.sub(r"(?i)\bwww\.", r"www\.", line)
@@ -35,7 +35,7 @@ def _escaped(marker: str) -> str:
 
 
 def code(text: str) -> Trusted:
-    """A value as code within a line."""
+    """Return a value as code within a line."""
     line = one_line(text)
     ticks = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -43,17 +43,17 @@ def code(text: str) -> Trusted:
 
 
 def block(language: str, text: str) -> Trusted:
-    """Lines of code, fenced so that nothing in them ends the block."""
+    """Return lines of code, fenced so that nothing in them ends the block."""
     fence = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     return Trusted(f"{fence}{language}\n{text}\n{fence}")
 
 
 def row(cells: Sequence[str]) -> str:
-    """One line of a table; what is not trusted is made inert."""
+    """Return one row of a table; cells that are not [`Trusted`][] are escaped."""
     return f"| {' | '.join(cell if isinstance(cell, Trusted) else inert(cell) for cell in cells)} |"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Trusted:
-    """A table, first column left, others right."""
+    """Return a table: the first column aligned left, the others right."""
     align = [Trusted("---"), *[Trusted("---:")] * (len(header) - 1)]
     return Trusted("\n".join(row(cells) for cells in (header, align, *rows)))

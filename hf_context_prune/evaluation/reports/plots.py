@@ -1,4 +1,4 @@
-"""Pictures, drawn without a window."""
+"""Pictures of reports, drawn without a window."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hf_context_prune.modeling.plan import PruningPlan
 
 @dataclass(frozen=True)
 class PlotPoint:
-    """A loss with its interval, in a picture.
+    """A loss with its interval, as drawn.
 
     Attributes:
-        label: In the legend; the same label is one line of it.
-        x: Where it stands.
+        label: Name in the legend; points with the same label share a line of it.
+        x: Position on the horizontal axis.
         y: The loss.
-        interval: Of the loss.
-        marker: As matplotlib names it; ``"*"`` is a base, and has no place in the legend.
+        interval: Interval of the loss.
+        marker: Marker of matplotlib; ``"*"`` is a base, which is not in the legend.
     """
 
     label: str
@@ -28,8 +28,8 @@ class PlotPoint:
     marker: str = "o"
 
 
-def new_figure(**options: Any) -> Any:  # noqa: ANN401 - matplotlib's, imported when it is needed
-    """A figure with a canvas of its own: no pyplot, so no state and no window."""
+def new_figure(**options: Any) -> Any:  # noqa: ANN401 - of matplotlib, imported when needed
+    """Return a figure with its own canvas: without pyplot there is no global state and no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,7 +39,7 @@ def new_figure(**options: Any) -> Any:  # noqa: ANN401 - matplotlib's, imported 
 
 
 def plot_widths(plan: PruningPlan, title: str) -> Any:  # noqa: ANN401
-    """Neurons and KV groups of every layer, before and after."""
+    """Draw the neurons and KV groups of every layer, before and after pruning."""
     figure = new_figure(figsize=(8, 4.5))
     figure.subplots_adjust(left=0.1, right=0.98, top=0.92, bottom=0.11)  # a fitted layout takes twice as long
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -56,13 +56,13 @@ def plot_widths(plan: PruningPlan, title: str) -> Any:  # noqa: ANN401
 
 
 def _plain_legend(axis: Any) -> None:  # noqa: ANN401
-    """A legend of names that are no formulas."""
+    """Draw a legend whose names are not read as formulas."""
     for text in axis.legend(fontsize="small").get_texts():
         text.set_parse_math(False)
 
 
 def plot_losses(panels: Mapping[str, Sequence[PlotPoint]], xlabel: str, ylabel: str) -> Any:  # noqa: ANN401
-    """Losses against something: one panel a text, since losses on different texts can't be compared."""
+    """Draw losses, one panel per text, since losses on different texts can't be compared."""
     figure = new_figure(figsize=(7, 0.8 + 3.7 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
@@ -90,18 +90,18 @@ def plot_losses(panels: Mapping[str, Sequence[PlotPoint]], xlabel: str, ylabel: 
 def plot_matrix(
     names: Sequence[str], changes: Mapping[tuple[str, str], tuple[float, tuple[float, float] | None]]
 ) -> Any:  # noqa: ANN401
-    """The domain matrix as a heat map.
+    """Draw the domain matrix as a heat map.
 
     Args:
         names: Domains, in order.
-        changes: Change of the bits a byte against the dense model and its interval, by (calibrated on, measured on).
+        changes: Change of the bits per byte against the base and its interval, by (calibrated on, measured on).
     """
     side = 2.5 + 0.9 * len(names)
     figure = new_figure(figsize=(side + 1.5, side))
     axis = figure.subplots()
     values = [[100 * changes[row, column][0] for column in names] for row in names]
     most = max(1e-9, *(abs(value) for line in values for value in line))
-    image = axis.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most)  # white: as the dense model
+    image = axis.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most)  # white: as the base
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             colour = "white" if abs(value) > 0.6 * most else "black"
@@ -115,17 +115,17 @@ def plot_matrix(
     axis.set_yticks(range(len(names)), names, parse_math=False)
     axis.set_xlabel("measured on")
     axis.set_ylabel("calibrated on")
-    axis.set_title("Bits a byte against the dense model, 95 % intervals")
+    axis.set_title("Bits per byte against the base, 95 % intervals")
     figure.colorbar(image, ax=axis, shrink=0.8, label="per cent")
     return figure
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], reference: str) -> Any:  # noqa: ANN401
-    """What general text in the calibration gives and takes: one line a domain, from its own text alone to general.
+    """Draw what general text in the calibration changes, one line per domain, from its own text alone to general text.
 
     Args:
         curves: (share of general text, change on the domain's text, change on general text), in order, by domain.
-        reference: The domain of general text.
+        reference: Name of the domain of general text.
     """
     figure = new_figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -134,7 +134,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], refe
         axis.plot(own, general, "o-", label=name)
         for (share, *_), x, y in zip(points, own, general, strict=True):
             axis.annotate(f"{100 * share:g} %", (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
-    axis.set_xlabel("bits a byte on the domain's text, change in per cent")
+    axis.set_xlabel("bits per byte on the domain's text, change in per cent")
     axis.set_ylabel(f"on {reference} text, change in per cent", parse_math=False)
     axis.margins(0.1)  # room for the labels
     axis.set_title(f"Share of {reference} text in the calibration", parse_math=False)

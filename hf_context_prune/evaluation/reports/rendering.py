@@ -26,19 +26,19 @@ from .run_report import AnyReport, RunReport, load_report
 REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"
 FILES_OF_RUNS = {"matrix": ("matrix.md", "matrix.png", "mix.png"), "sweep": ("sweep.md", LOSS_PICTURE)}
-"""What a run leaves beside its report, by kind; Markdown first."""
+"""Files that a run writes beside its report, by kind; Markdown first."""
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-_SIZE, _LOSS = "parameters, millions (stars: bases)", "bits a byte, held-out text"
+_SIZE, _LOSS = "parameters, millions (stars: bases)", "bits per byte, test text"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What the folder of a run tells.
+    """Facts of the folder of a run.
 
     Attributes:
-        name: Of the folder.
-        plan: What was kept; None where no model lies there.
-        report: What was measured.
+        name: Name of the folder.
+        plan: The pruning plan; None where the folder holds no model.
+        report: The report.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Folder:
 
 
 def read_folders(folders: Sequence[str | Path]) -> list[Folder]:
-    """Read the facts of folders; those of a pruned model after checking its files.
+    """Read the facts of folders; the files of pruned models are verified first.
 
     Raises:
-        LoadError: One is not of this package, is damaged, or has no report.
-        ConfigError: Two have one name.
+        LoadError: A folder was not written by this package, is damaged, or has no report.
+        ConfigError: Two folders have the same name.
     """
     found = [read_folder(folder) for folder in folders]
     names = [folder.name for folder in found]
@@ -63,33 +63,35 @@ def read_folders(folders: Sequence[str | Path]) -> list[Folder]:
 
 
 def read_folder(folder: str | Path) -> Folder:
-    """Read the facts of a folder; those of a pruned model after checking its files.
+    """Read the facts of a folder; the files of a pruned model are verified first.
 
     Raises:
-        LoadError: It is not one that this package wrote, is damaged, or has no report.
+        LoadError: The folder was not written by this package, is damaged, or has no report.
     """
     path = Path(folder)
     report = path / REPORT_NAME
-    # As it was given: a link has its own name. What is not UTF-8 can't be shown.
+    # The name as given, since a link has its own name; bytes that are not UTF-8 can't be shown.
     name = one_line(os.fsencode(Path(os.path.abspath(path)).name).decode("utf-8", "replace"))
     if not (path / MANIFEST_NAME).is_file():
         if not report.is_file():
             raise LoadError(
                 f"{path} has no {REPORT_NAME} and no {MANIFEST_NAME}: name a folder that prune, evaluate, bench, "
-                f"matrix or sweep wrote."
+                f"cross-domain or paper-grid wrote."
             )
         return Folder(name, None, load_report(report))
     if REPORT_NAME not in (files := verify_folder(path)["files"]):
-        raise LoadError(f"{path} has no {REPORT_NAME}: it was saved without figures. Prune it anew, or measure it.")
+        raise LoadError(
+            f"{path} has no {REPORT_NAME}: it was saved without figures. Prune again with figures, or run `evaluate`."
+        )
     return Folder(name, PruningPlan.load(path / PLAN_NAME) if PLAN_NAME in files else None, load_report(report))
 
 
 def markdown(folders: Sequence[Folder], *, pictures: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> str:
-    """The figures of folders, one section each.
+    """Return the figures of folders as Markdown, one section each.
 
     Args:
-        folders: In the order of the sections.
-        pictures: (what it shows, file) of the pictures of a folder, by its name; by ``""`` of all folders.
+        folders: Folders, in the order of the sections.
+        pictures: (title, file) of the pictures of a folder, by its name; by ``""`` those of all folders.
     """
     pictures = pictures or {}
     parts = ["# Reports", "", *shown_pictures(pictures.get("", ()))]
@@ -106,11 +108,11 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
     """Write ``report.md`` with its pictures to a folder, whole or not at all.
 
     Args:
-        folders: As [`read_folders`][] gives them.
-        target: An older report there is replaced.
+        folders: Facts that [`read_folders`][] gave.
+        target: The folder; an older report there is replaced.
 
     Raises:
-        LoadError: Figures that can't be drawn.
+        LoadError: Figures can't be drawn.
         SaveError: The folder can't be written, or holds something else.
     """
     goal = Path(target).resolve()
@@ -134,7 +136,7 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
 
 
 def kind_of(report: AnyReport) -> str:
-    """Return the command that a report is from."""
+    """Return the command that wrote a report."""
     return report.kind if isinstance(report, RunReport) else "evaluate"
 
 
@@ -172,10 +174,10 @@ def run_parts(report: RunReport) -> list[str]:
 
 
 def _drawn(name: str, draw: Callable[..., Any], *values: Any) -> bytes:  # noqa: ANN401
-    """A picture as the bytes of a PNG file.
+    """Return a picture as the bytes of a PNG file.
 
     Raises:
-        LoadError: The values are not such that they can be drawn.
+        LoadError: The values can't be drawn.
     """
     try:
         picture = io.BytesIO()
@@ -186,7 +188,7 @@ def _drawn(name: str, draw: Callable[..., Any], *values: Any) -> bytes:  # noqa:
 
 
 def pictures_of(folder: Folder) -> dict[str, tuple[str, bytes]]:
-    """(what it shows, PNG file) by file name."""
+    """Return (title, bytes of a PNG file) by file name."""
     found: dict[str, tuple[str, bytes]] = {}
     if folder.plan is not None:
         title = f"Widths of {folder.name}"
@@ -198,7 +200,7 @@ def pictures_of(folder: Folder) -> dict[str, tuple[str, bytes]]:
     return found
 
 
-def _matrix(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401 - matplotlib's
+def _matrix(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401 - of matplotlib
     changes = {}
     for cell in figures["cells"]:
         if "change" in cell:
@@ -227,7 +229,7 @@ def _grid(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
 
 _DRAWINGS: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]]] = {
     "matrix": {
-        "matrix.png": ("Change of the bits a byte", _matrix),
+        "matrix.png": ("Change of the bits per byte", _matrix),
         "mix.png": ("General text mixed in", _mixes),
     },
     "sweep": {LOSS_PICTURE: ("Loss against size", _grid)},
@@ -241,7 +243,7 @@ def _point(label: str, scores: Mapping[str, Any], marker: str) -> PlotPoint:
 
 
 def _panels(folders: Sequence[Folder]) -> dict[str, list[PlotPoint]]:
-    """Losses of pruned models against their sizes, by the text that they were measured on, and how much of it."""
+    """Return the losses of pruned models against their sizes, by the text, and the amount of it, that they are on."""
     panels: dict[str, list[PlotPoint]] = {}
     texts: dict[str, str] = {}
     for folder in folders:
@@ -252,8 +254,8 @@ def _panels(folders: Sequence[Folder]) -> dict[str, list[PlotPoint]]:
         if text.fingerprint not in texts:
             same = text.name in texts.values()
             texts[text.fingerprint] = f"{text.name} ({text.fingerprint[:8]})" if same else text.name
-        much = f"{loss.base.num_documents:,} documents, {loss.base.num_bytes:,} bytes"
-        points = panels.setdefault(f"{texts[text.fingerprint]}: {much}", [])
+        amount = f"{loss.base.num_documents:,} documents, {loss.base.num_bytes:,} bytes"
+        points = panels.setdefault(f"{texts[text.fingerprint]}: {amount}", [])
         base = PlotPoint("base", size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
         if base not in points:
             points.append(base)

@@ -1,4 +1,4 @@
-"""The facts of an evaluation as one value: saved as JSON, shown as a table, handed to the model card."""
+"""The facts of an evaluation as one value: saved as JSON, and shown in tables and model cards."""
 
 import contextlib
 import os
@@ -23,10 +23,10 @@ _PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safeten
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """The text that the losses were measured on.
+    """The text of the losses.
 
     Attributes:
-        name: As `TextSource.name`.
+        name: Name of the text, as `TextSource.name`.
         revision: Hub commit, else None.
         fingerprint: sha256 of the texts in order.
         held_out: A sentence on how the text was kept apart from calibration.
@@ -40,15 +40,15 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class SizeFacts:
-    """Sizes; what was not measured or does not exist (one model only) is None. Build it with `SizeFacts.measured`.
+    """Sizes; None where not measured or, for a single model, where there is no pruned one. See `SizeFacts.measured`.
 
     Attributes:
         base_parameters: Parameters, tied ones counted once.
-        pruned_parameters: The same of the pruned model.
-        asked_ratio: Share of all parameters that was asked to go, if it was asked that way.
-        achieved_ratio: Share of all parameters that went.
+        pruned_parameters: The same for the pruned model.
+        asked_ratio: Share of all parameters to remove, where the size was given so.
+        achieved_ratio: Share of all parameters that was removed.
         base_weight_bytes: Bytes of the safetensors files.
-        pruned_weight_bytes: The same of the pruned model.
+        pruned_weight_bytes: The same for the pruned model.
     """
 
     base_parameters: int
@@ -68,23 +68,23 @@ class SizeFacts:
         base_weight_bytes: int | None = None,
         pruned_weight_bytes: int | None = None,
     ) -> "SizeFacts":
-        """Return the facts with the achieved ratio worked out."""
+        """Return the facts with the achieved ratio computed."""
         achieved = None if pruned_parameters is None else 1 - pruned_parameters / base_parameters
         return cls(base_parameters, pruned_parameters, asked_ratio, achieved, base_weight_bytes, pruned_weight_bytes)
 
 
 @dataclass(frozen=True)
 class LossFacts:
-    """Losses of the base, of the pruned model and between them; the last ones are None for a single model.
+    """Losses of the base and the pruned model, and their comparison; only `base` is set for a single model.
 
     Attributes:
-        base: Of the base, or of the single model.
-        pruned: Of the pruned model.
-        comparison: Pruned against base.
-        predicted_excess: What adaptive allocation predicted of `comparison.excess_nats_per_token`, from what narrowing
-            each layer alone does to the output (KL) on calibration text; None for other allocations.
-        recovered: Of the pruned model after recovery; None without one.
-        recovered_comparison: Recovered against base.
+        base: Losses of the base, or of the single model.
+        pruned: Losses of the pruned model.
+        comparison: Pruned model against base.
+        predicted_excess: `comparison.excess_nats_per_token` as adaptive allocation predicted it, from the change of the
+            output (KL) on calibration text when each layer alone is narrowed; None for other allocations.
+        recovered: Losses of the pruned model after recovery; None without one.
+        recovered_comparison: Recovered model against base.
     """
 
     base: LossSummary
@@ -111,7 +111,7 @@ class TextLosses:
 
     Attributes:
         dataset: The text.
-        loss: As `EvalReport.loss`.
+        loss: Losses on it, as `EvalReport.loss`.
     """
 
     dataset: DatasetFacts
@@ -120,13 +120,13 @@ class TextLosses:
 
 @dataclass(frozen=True)
 class SizeSearch:
-    """A size that was found by search: the smallest within an allowed loss increase.
+    """A size found by search: the smallest within an allowed loss increase.
 
     Attributes:
-        allowed: Relative increase of the bits per byte that was allowed.
-        measured: The increase at the size that was taken, on the text of the search.
+        allowed: Allowed relative increase of the bits per byte.
+        measured: Increase at the chosen size, on the text of the search.
         text: A sentence on that text, which is not the text of `EvalReport.loss`.
-        num_trials: Sizes that were measured.
+        num_trials: Number of sizes measured.
     """
 
     allowed: float
@@ -149,7 +149,7 @@ class SpeedFacts:
         """Return the speed of the pruned model over that of the base, None for a single model.
 
         Raises:
-            ConfigError: If the two were measured in different settings.
+            ConfigError: The two were measured in different settings.
         """
         return None if self.pruned is None else speed_ratio(self.base, self.pruned)
 
@@ -167,13 +167,13 @@ class MultipleChoiceFacts:
     """Answers to multiple-choice questions; the last two are None for a single model.
 
     Attributes:
-        name: As `QuestionSet.name`.
+        name: Name of the questions, as `QuestionSet.name`.
         revision: Hub commit, else None.
         scorer: How answers were chosen.
-        num_fewshot: Examples asked for.
-        base: By source and of all, of the base or of the single model.
-        pruned: The same of the pruned model.
-        paired: Pruned against base.
+        num_fewshot: Largest number of examples before a question.
+        base: Accuracies by source and of all questions, of the base or of the single model.
+        pruned: The same for the pruned model.
+        paired: Pruned model against base.
     """
 
     name: str
@@ -196,7 +196,7 @@ class MultipleChoiceFacts:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where the figures were taken: package versions, python, platform, torch threads, dtype of the losses."""
+    """Where figures were measured: package versions, Python, platform, torch threads, dtype of the losses."""
 
     packages: dict[str, str]
     python: str
@@ -216,19 +216,19 @@ class Environment:
 
 @dataclass(frozen=True)
 class EvalReport(Saved):
-    """One evaluation: of a pruned model against its base, or of a single model (every `pruned` is None).
+    """One evaluation, of a pruned model against its base or of a single model (where every `pruned` is None).
 
     Attributes:
         base_model: Name of the base, or of the single model.
         dataset: The text of the losses.
         size: Parameters and bytes.
         loss: Losses with intervals.
-        environment: Where it was measured.
-        speed: Speeds, None where not measured.
-        memory: Peak memory, None where not measured.
-        budget: How the size was found, None where it was given.
-        multiple_choice: Answers to questions, None where none were asked.
-        general: Losses on text of no domain, which show what was forgotten; None where not measured.
+        environment: Where the figures were measured.
+        speed: Speeds; None where not measured.
+        memory: Peak memory; None where not measured.
+        budget: How the size was found; None where it was given.
+        multiple_choice: Answers to questions; None where none were asked.
+        general: Losses on general text, which show what was forgotten; None where not measured.
         notes: Sentences that a reader of the figures must know.
         created: UTC time, ISO 8601 to the second.
         schema_version: Version of the JSON layout.

@@ -1,4 +1,4 @@
-"""The facts of a run that compares many models, or one pair in many ways: figures for programs, tables for people."""
+"""The facts of a run that compares several models: figures for programs, tables for people."""
 
 import os
 import typing
@@ -20,7 +20,7 @@ class ReportTable:
     """One table.
 
     Attributes:
-        title: A few words.
+        title: Title of the table.
         header: Names of the columns.
         rows: One cell per column.
         caption: Sentences that a reader of the table must know; may be empty.
@@ -34,16 +34,16 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class RunReport(Saved):
-    """What a run found: of ``bench``, ``matrix`` or ``sweep``.
+    """The results of a run.
 
     Attributes:
-        kind: The command.
-        model: Name of the dense model.
-        title: Of the whole.
-        tables: For people.
-        figures: The same and more for programs, as plain JSON values.
-        environment: Where it was measured.
-        notes: Sentences on how it was measured.
+        kind: Kind of the run.
+        model: Name of the base.
+        title: Title of the report.
+        tables: Tables for people.
+        figures: The figures of the tables and more, for programs, as plain JSON values.
+        environment: Where the figures were measured.
+        notes: Sentences on how the figures were measured.
         created: UTC time, ISO 8601 to the second.
         schema_version: Version of the JSON layout.
     """
