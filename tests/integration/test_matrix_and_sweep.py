@@ -150,11 +150,11 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
     again = domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, max_tokens=None)
     assert again.scores == found.scores
     monkeypatch.undo()
-    shutil.rmtree(out / "models/law")  # it is made again, to be told of
+    shutil.rmtree(out / "models/law")  # it is made again
     other = domain_matrix(base, domains, out, CONFIG, questions={"law": questions}, reference="law", max_tokens=None)
     assert other.scores == found.scores
     assert read_facts(out / "models/law").report.general is None
-    assert read_facts(out / "models/general").report.general is not None  # told anew: the reference is another one
+    assert read_facts(out / "models/general").report.general is not None  # reported again: the reference is another one
     with pytest.raises(ConfigError, match="vocab_coverage would give every domain's model a size of its own"):
         domain_matrix(base, domains, out, PrunerConfig(vocab_coverage=0.9))
     with pytest.raises(ConfigError, match="other values of config"):

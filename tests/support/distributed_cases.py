@@ -21,7 +21,7 @@ CONFIGS = {
 
 
 def samples():
-    """Token blocks, [130, 64]: five batches."""
+    """Token ids, [130, 64]: five batches."""
     return torch.randint(3, VOCABULARY, (130, 64), generator=torch.Generator().manual_seed(2))
 
 

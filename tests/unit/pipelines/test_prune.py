@@ -125,7 +125,7 @@ def test_every_stage_by_itself_gives_what_prune_gives(model, tokenizer):
 
 
 def test_repair_lowers_the_loss_of_a_model_that_was_trained(tokenizer):
-    """On a random model nothing matters; a few steps make it one that repair can help."""
+    """On a random model nothing matters; a few steps make it one that reconstruction can help."""
     model = trained_model()
     held_out = texts(12, seed=5)
     excess = {

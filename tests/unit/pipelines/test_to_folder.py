@@ -1,4 +1,4 @@
-"""Runs that end in a folder: checked first, saved whole, told as they were saved."""
+"""Runs that end in a folder: checked first, saved whole, reported as they were saved."""
 
 import pytest
 

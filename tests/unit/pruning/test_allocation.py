@@ -279,7 +279,7 @@ def test_native_groups():
     def groups(**options):
         return [width.kv_groups for width in uniform(shape, COSTS, total, native_groups=stock, **options)]
 
-    assert groups(attention_ratio=0.25) == [4, 4]  # six would do; four is the next that stays stock
+    assert groups(attention_ratio=0.25) == [4, 4]  # six would do; four is the next that the native architecture holds
     assert groups(attention_ratio=0.5) == [4, 4]
     assert groups(attention_ratio=0) == [8, 8]
     with pytest.raises(BudgetError, match=r"1 of 8 KV groups.*2, 4, 8"):

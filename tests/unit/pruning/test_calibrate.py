@@ -37,7 +37,7 @@ def projections(model):
 
 
 def inputs_by_hand(model, batches, **kwargs):
-    """{(layer, target): X [tokens, features]} in float64, from hooks of our own."""
+    """{(layer, target): X [tokens, features]} in float64, from separate hooks."""
     seen = {key: [] for key in projections(model)}
     handles = [
         module.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].detach().double()))
@@ -292,7 +292,7 @@ def test_a_nan_in_a_padded_position_does_not_matter(model):
 def test_the_model_is_left_as_it_was(statistics, fails):
     model = tiny_model("gpt2", resid_pdrop=0.5)
     model.train()
-    model.transformer.h[1].eval()  # one block frozen by its owner
+    model.transformer.h[1].eval()  # one layer frozen by its owner
     frozen = {"transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -1,4 +1,4 @@
-"""A share of the calibration blocks from general text: which blocks, what is held out, what the plan says."""
+"""A share of the calibration samples from general text: which samples, what is held out, what the plan says."""
 
 import random
 from functools import partial
@@ -136,7 +136,7 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
 def test_general_text_that_holds_all_of_the_evaluation_text_is_refused(base):
     domain, evaluation = documents(WORDS[:8]), general_text(3)
     options = EvalOptions(benchmark=False, memory=False, general_data=[*evaluation * 9, *general_text(60)])
-    with pytest.raises(DataError, match="held-out.* general text"):
+    with pytest.raises(DataError, match=r"held-out.* general text"):
         prune(base, domain, PrunerConfig(**OPTIONS, general_data_ratio=0.5), eval_data=evaluation, eval_options=options)
 
 

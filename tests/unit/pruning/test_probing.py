@@ -1,4 +1,4 @@
-"""The search of adaptive widths before a walk: how much text, how much memory, and what a killed run keeps of it."""
+"""Adaptive widths before sequential pruning: how much text, how much memory, and what a killed run keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def curves_of(model, config=None, samples=None, **how):
 
 @pytest.fixture
 def calibrations(monkeypatch):
-    """(layers, blocks) of every pass of calibration."""
+    """(layers, number of samples) of every pass of calibration."""
     seen = []
     real = width_search.calibrate
 

@@ -185,7 +185,7 @@ def test_what_is_missing_is_named():
     assert {"least_squares"} == NEEDS_GRAM
     with pytest.raises(ConfigError, match=r"'least_square'.*'least_squares'\?"):
         get_reconstruction("least_square")
-    # The sequential walk is no function of one layer's statistics: it lives in sequential.py.
+    # Sequential reconstruction is no function of one layer's statistics: pruning/sequential has it.
     assert (*RECONSTRUCTIONS, "sequential") == get_args(ReconstructionName)
 
 

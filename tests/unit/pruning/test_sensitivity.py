@@ -191,7 +191,7 @@ def test_the_model_is_bit_identical_after_an_exception(name, at):
     with pytest.raises(RuntimeError, match="shape mismatch" if at == "shape" else "stop"):
         measure_sensitivity(model, random_importance(model), reconstruct, tokens(), targets=TARGETS)
     handle.remove()
-    assert len(calls) == 3  # one repair at a time
+    assert len(calls) == 3  # one reconstruction at a time
     assert len(forwards) == {"repair": 3, "forward": 4, "shape": 3}[at]  # the first is the dense model's
     check_untouched(model, before, modes)
 

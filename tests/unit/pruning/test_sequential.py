@@ -1,4 +1,4 @@
-"""The sequential walk, for every family: it calls the real blocks, keeps what needs no change, and lowers the error."""
+"""Sequential pruning: it calls the real layers, keeps what needs no change, and lowers the error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def widths_of(model, *, neurons=0.75, groups=1):
 
 
 def final_hidden(model, given):
-    """Residual stream after the last block, unpadded rows of all batches."""
+    """Residual stream after the last layer, unpadded rows of all batches."""
     rows = []
     last = layers_of(model, SPECS[model.config.model_type.removeprefix("context_pruned_")])[-1]
     for batch in given:
@@ -87,7 +87,7 @@ def test_the_error_is_lower_than_without_and_the_model_is_left_alone(name, padde
 
 @pytest.mark.parametrize("name", WALKED)
 def test_with_equal_streams_and_nothing_removed_the_old_weights_come_back(name):
-    """A walk over a plan that removes one unit that never fires: everything else must stay as it was."""
+    """A plan that removes one unit that never fires: everything else must stay as it was."""
     model = case(name)
     spec, geometry = spec_of(model.config), read_geometry(model.config, spec_of(model.config))
     for block in layers_of(model, spec):
@@ -105,7 +105,7 @@ def test_with_equal_streams_and_nothing_removed_the_old_weights_come_back(name):
 
 @pytest.mark.parametrize("name", WALKED)
 def test_the_walk_sees_what_the_smaller_model_does(name, monkeypatch):
-    """The walk's pruned stream and the sliced model agree block by block, since blocks are called, not imitated."""
+    """The pruned stream and the sliced model agree layer by layer, since layers are called, not imitated."""
     model = case(name)
     given = batches(2)
     widths = widths_of(model)
@@ -155,7 +155,7 @@ def test_behind_a_norm_the_weights_are_those_of_the_equation(name):
         norm.weight.copy_(torch.linspace(-0.999, 1.0, len(norm.weight)))  # gamma = 1 + weight
     result = prune_sequentially(model, given, widths, CRITERIA["obs"])
 
-    # The model whose earlier layers are as the walk left them, and this one as it was.
+    # The model whose earlier layers are as sequential pruning left them, and this one as it was.
     earlier = list(read_geometry(model.config, spec_of(model.config)).layers)
     earlier[:layer] = widths[:layer]
     smaller = pruned_by(model, prune_sequentially(model, given, earlier, CRITERIA["obs"]), given, earlier)

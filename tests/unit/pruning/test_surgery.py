@@ -1,4 +1,4 @@
-"""Repairs, stock or not, the variable-width config's checks, and models that are refused."""
+"""Reconstruction, native architecture or not, the variable-width config's checks, and models that are refused."""
 
 from __future__ import annotations
 
