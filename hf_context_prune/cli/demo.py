@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 from rich.markup import escape
 from rich.table import Table
 
-from hf_context_prune.config import OUTPUT, TEXT, PrunerConfig
+from hf_context_prune.config import PrunerConfig
 from hf_context_prune.utils.distributed import fail_together
+from hf_context_prune.utils.options import OUTPUT, TEXT
 
 from .options import DATA_HELP, NONE, FormatOption, Given, OutputFormat, options_of, shared
 from .output import errors, out, out_table, show_result

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from hf_context_prune.config import PAPER, TEXT, CalibrationConfig, PrunerConfig
+from hf_context_prune import EvalOptions, QuestionOptions
+from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.utils.file_names import REPORT_NAME
+from hf_context_prune.utils.options import PAPER, TEXT
 
 from . import questions as about_questions
 from .options import (

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_context_prune.config import EVALUATION, TEXT, CalibrationConfig
+from hf_context_prune.config import CalibrationConfig
+from hf_context_prune.utils.options import EVALUATION, TEXT
 
 from .options import DATA_HELP, NONE, FormatOption, Given, Output, OutputFormat, options_of, shared
 from .output import out, out_json, out_table

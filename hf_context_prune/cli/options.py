@@ -13,19 +13,9 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import typer
 from rich.markup import escape
 
-from hf_context_prune.config import (
-    MODEL,
-    OUTPUT,
-    PANELS,
-    TEXT,
-    PrunerConfig,
-    ThresholdConfig,
-    build_config,
-    choices,
-    help_of,
-    read_yaml,
-)
-from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune import EvalOptions
+from hf_context_prune.config import PrunerConfig, ThresholdConfig, build_config
+from hf_context_prune.utils.options import MODEL, OUTPUT, PANELS, TEXT, choices, help_of, read_yaml
 
 
 class OutputFormat(StrEnum):

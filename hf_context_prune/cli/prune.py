@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from hf_context_prune.config import OUTPUT, TEXT, PrunerConfig, ThresholdConfig
+from hf_context_prune import EvalOptions
+from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.utils.distributed import fail_together
+from hf_context_prune.utils.options import OUTPUT, TEXT
 
 from .options import (
     DATA_HELP,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from hf_context_prune.config import QUESTIONS
+from hf_context_prune import QuestionOptions
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.evaluation.options import QuestionOptions
+from hf_context_prune.utils.options import QUESTIONS
 
 from .options import Given, flag_of, shared
 

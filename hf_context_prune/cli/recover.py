@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from hf_context_prune import RecoveryConfig
-from hf_context_prune.config import MODEL, CalibrationConfig
-from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune import EvalOptions, RecoveryConfig
+from hf_context_prune.config import CalibrationConfig
+from hf_context_prune.utils.options import MODEL
 
 from .options import (
     NONE,

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_context_prune.config import EVALUATION, QUESTIONS, TEXT, at_least, check_options, option
+from hf_context_prune.utils.options import EVALUATION, QUESTIONS, TEXT, at_least, check_options, option
 
 if TYPE_CHECKING:
     from hf_context_prune.data.questions import QuestionSet

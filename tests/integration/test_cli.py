@@ -15,9 +15,9 @@ from rich.markup import escape
 from hf_context_prune import PrunerConfig, RecoveryConfig, ThresholdConfig
 from hf_context_prune.cli.app import app
 from hf_context_prune.cli.options import config_from, flag_of
-from hf_context_prune.config import PANELS, help_of
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.pipelines import demo
+from hf_context_prune.utils.options import PANELS, help_of
 from tests.support.tiny import model_and_text, tiny_model
 
 
@@ -278,6 +278,7 @@ def test_report(run, place):
     assert "manifest.json" in err
 
 
+@pytest.mark.slow
 def test_bench(run):
     code, out, err = run("bench", "@base", "@base", "--repeats", 1, "--new-tokens", 2, "--output", "@speed")
     assert code == 0, err

@@ -12,7 +12,6 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_context_prune.config import (
     DEFAULT_PRUNING_RATIO,
-    PANELS,
     AllocationName,
     CalibrationConfig,
     CriterionName,
@@ -22,11 +21,10 @@ from hf_context_prune.config import (
     VocabCriterion,
     build_config,
     config_from_provenance,
-    help_of,
-    read_yaml,
 )
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
+from hf_context_prune.utils.options import PANELS, help_of, read_yaml
 
 RATIOS = ["pruning_ratio", "mlp_ratio", "attention_ratio"]
 OPTIONAL_INTEGERS = {"target_params": 1, "vocab_min_count": 1}

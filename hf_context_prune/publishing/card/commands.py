@@ -8,9 +8,10 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_context_prune.config import PrunerConfig, ThresholdConfig, config_from_provenance, help_of
+from hf_context_prune.config import PrunerConfig, ThresholdConfig, config_from_provenance
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, one_line
+from hf_context_prune.utils.options import help_of
 
 from .facts import CardFacts
 

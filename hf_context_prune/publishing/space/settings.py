@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from hf_context_prune.config import read_yaml
 from hf_context_prune.data.demo import LICENCE_PROMPTS
 from hf_context_prune.errors import ConfigError, unknown_name
+from hf_context_prune.utils.options import read_yaml
 
 DEMO = "demo"
 """The base model that `hf-context-prune demo` fetches from the package index."""

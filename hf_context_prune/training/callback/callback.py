@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from hf_context_prune.config import PrunerConfig, from_options
+from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.native_fit import build_empty_model
@@ -34,6 +34,7 @@ from hf_context_prune.training.progress import hide_progress_bars
 from hf_context_prune.utils.compat import claim_training, class_forward
 from hf_context_prune.utils.distributed import num_processes
 from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.options import from_options
 from hf_context_prune.utils.version import versions
 
 from .batches import BatchListener, pack_samples

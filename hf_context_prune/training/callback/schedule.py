@@ -1,4 +1,4 @@
-"""When to prune during training, and how far: step -> widths or parameters."""
+"""When to prune during training, and how far: step -> config of that pruning."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from hf_context_prune.config import PrunerConfig, is_number, option
+from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError, unknown_name
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.uniform import round_half_up
+from hf_context_prune.utils.options import is_number, option
 
 Shape = Literal["cubic", "linear"]
 
@@ -21,19 +22,22 @@ class PruningSchedule:
 
     Attributes:
         start: First pruning: a share of the training, in (0, 1), or a step, from 1.
-        end: Last pruning, likewise.
-        num_prunings: How many; 1 prunes at `start` alone.
-        shape: Share of the units that is gone after a share t of the prunings: ``cubic`` 1 - (1 - t)^3 (Zhu and Gupta,
-            arXiv 1710.01878, Eq. 1), ``linear`` t.
+        end: Last pruning, in the same terms.
+        num_prunings: How many prunings; 1 prunes at `start` alone.
+        shape: Share of the removal that is done after a share t of the prunings: ``cubic`` 1 - (1 - t)^3 (Zhu and
+            Gupta, arXiv 1710.01878, Eq. 1), ``linear`` t.
 
     Raises:
         ConfigError: A value out of range.
     """
 
     start: float = option(0.1, "First pruning: a share of the training, in (0, 1), or a step, from 1.")
-    end: float = option(0.5, "Last pruning, likewise.")
+    end: float = option(0.5, "Last pruning, in the same terms.")
     num_prunings: int = option(3, "How many prunings; 1 prunes at --start alone.")
-    shape: Shape = option("cubic", "How the removed share grows over the prunings.")
+    shape: Shape = option(
+        "cubic",
+        "How the removed share grows from pruning to pruning: cubic removes more at first; linear as much each time.",
+    )
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -55,13 +59,13 @@ class PruningSchedule:
             raise ConfigError(unknown_name("shape", self.shape, get_args(Shape)))
 
     def steps(self, max_steps: int) -> tuple[int, ...]:
-        """The steps after which to prune, ascending.
+        """Return the steps after which to prune, ascending.
 
         Args:
             max_steps: Steps of the training.
 
         Raises:
-            ConfigError: They do not fit into the training.
+            ConfigError: The prunings do not fit into the training.
         """
         first, last = (
             value if isinstance(value, int) else max(1, round(value * max_steps)) for value in (self.start, self.end)
@@ -70,8 +74,8 @@ class PruningSchedule:
             last = first
         if last >= max_steps:
             raise ConfigError(
-                f"The schedule's last pruning is at step {last}, but the training ends with step {max_steps}: nothing "
-                f"could be learnt after it. Prune earlier, or train longer."
+                f"The schedule's last pruning is at step {last}, but the training ends with step {max_steps}: no "
+                f"step would follow to train the pruned model. Prune earlier, or train longer."
             )
         if last - first < self.num_prunings - 1:
             raise ConfigError(
@@ -82,16 +86,16 @@ class PruningSchedule:
         return tuple(first + (last - first) * index // gaps for index in range(self.num_prunings))
 
     def share(self, pruning: int) -> float:
-        """Share of all that will go which is gone after a pruning, counted from 0."""
+        """Return the share of the whole removal that is done after a pruning, counted from 0."""
         done = (pruning + 1) / self.num_prunings
         return done if self.shape == "linear" else 1 - (1 - done) ** 3
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return all options as plain values."""
         return asdict(self)
 
 
-def config_at(
+def config_for_pruning(
     share: float,
     config: PrunerConfig,
     dense: Sequence[LayerWidths],
@@ -99,15 +103,15 @@ def config_at(
     final: Sequence[LayerWidths] | None,
     total_params: int,
 ) -> PrunerConfig:
-    """What to ask for at a pruning, of the model as it is then.
+    """Return the config of one pruning, in terms of the model before that pruning.
 
     Args:
-        share: Share of all that will go which is then gone.
-        config: Of the whole training.
-        dense: Widths at its begin.
-        current: Widths now.
-        final: Uniform widths at its end; None for adaptive ones, which are found by measuring.
-        total_params: Parameters at its begin.
+        share: Share of the whole removal that is done after it.
+        config: Config of the whole training.
+        dense: Widths at the begin of the training.
+        current: Widths before this pruning.
+        final: Uniform widths after the last pruning; None for adaptive ones, which are found by measuring.
+        total_params: Parameters at the begin of the training.
     """
     if final is None:
         remove = ParameterBudget.of(config, total_params).remove_params or 0
@@ -120,7 +124,7 @@ def config_at(
         config,
         pruning_ratio=None,
         target_params=None,
-        native_architecture=False,  # the widths are known to fit, and those on the way need not
+        native_architecture=False,  # the last widths are known to fit, and the widths before need not
         mlp_ratio=1 - neurons / now.neurons,
         attention_ratio=1 - groups / now.kv_groups,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_context_prune.config import (
+from hf_context_prune.utils.options import (
     BUDGET,
     METHOD,
     TEXT,
