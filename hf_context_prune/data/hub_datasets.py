@@ -7,10 +7,10 @@ from typing import Any
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import tqdm
 
 from hf_context_prune.errors import DataError
+from hf_context_prune.storage.hub_errors import explain_hub_error
 
 from .records import OpenedSource, Record, Table
 
@@ -100,23 +100,23 @@ def _hub_records(reference: str, stream: Iterable[Record]) -> Iterator[Record]:
 
 
 def _hub_error(reference: str, error: Exception) -> DataError:
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    # The client's message about a missing repository mentions gated ones too; that of `datasets` doesn't.
-    gated = isinstance(error, DatasetNotFoundError) and "gated" in str(error)
-    if gated or isinstance(error, GatedRepoError):
-        what = "the dataset is gated; request access on its page, then log in with `hf auth login`"
-    elif isinstance(error, (RepositoryNotFoundError, DatasetNotFoundError)):
-        what = (
-            "there is no such file, preset or public Hub dataset; check the spelling "
-            f"(presets: {', '.join(PRESETS)}), or log in with `hf auth login` if it is private"
-        )
-    elif isinstance(error, ConnectionError) or (isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError)):
-        what = (
-            "there is no such file, and the Hub can't be reached; check the path, or the network and HF_HUB_OFFLINE, "
-            "or give a local file"
-        )
-    elif status == 429 or status >= 500 or "LocalEntryNotFoundError" in str(error):  # raised by `datasets` for a 503
-        what = "the Hub does not respond; try again in some minutes"
+    missing = (
+        f"there is no such file, preset or public Hub dataset; check the spelling (presets: {', '.join(PRESETS)}), or "
+        f"log in with `hf auth login` if it is private"
+    )
+    unreachable = (
+        "there is no such file, and the Hub can't be reached; check the path, or the network and HF_HUB_OFFLINE, or "
+        "give a local file"
+    )
+    own = {
+        "missing": missing,
+        **dict.fromkeys(("offline", "unreachable"), unreachable),
+        "busy": "the Hub does not respond; try again in some minutes",
+        "other": "the Hub dataset can't be read; check config and split (id[:config][@split])",
+    }
+    if isinstance(error, DatasetNotFoundError):  # of `datasets`, which names a gated repository in its message alone
+        kind = "gated" if "gated" in str(error) else "missing"
     else:
-        what = "the Hub dataset can't be read; check config and split (id[:config][@split])"
-    return DataError(f"{reference}: {what} ({type(error).__name__}: {error})")
+        kind = "busy" if "LocalEntryNotFoundError" in str(error) else None  # raised by `datasets` for a 503
+    why = explain_hub_error(error, own, kind=kind)
+    return DataError(f"{reference}: {why} ({type(error).__name__}: {error})")

@@ -111,7 +111,7 @@ class PruneResult:
                     create_pr=create_pr,
                     commit_message=commit_message,
                     token=token,
-                    again="push_to_hub",
+                    retry_hint="push_to_hub",
                 )
 
         name = self.model.name_or_path

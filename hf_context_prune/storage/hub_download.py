@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_context_prune.errors import LoadError
+
+from .hub_errors import explain_hub_error
 
 CONVERT = (
     "Convert them to safetensors once, where you trust them: from_pretrained(...).save_pretrained(...) of "
@@ -74,20 +69,18 @@ def fetch_weights(source: str, commit: str) -> None:
 
 
 def _explain(source: str, revision: str | None, error: Exception) -> LoadError:
-    if isinstance(error, GatedRepoError):
-        what = "is gated on the Hub; ask for access on its page, then log in with `hf auth login`"
-    elif isinstance(error, RepositoryNotFoundError):
-        what = (
-            "is neither a local folder or file nor a public model on the Hub; check the spelling, or log in with "
-            "`hf auth login` if it is private"
-        )
-    elif isinstance(error, RevisionNotFoundError):
-        what = f"has no branch, tag or commit {revision!r} on the Hub"
-    elif isinstance(error, HFValidationError):
-        what = "is neither a local folder or file nor a Hub id (owner/name)"
-    else:
-        what = (
-            "is not complete in the cache and can't be fetched from the Hub; check the network and HF_HUB_OFFLINE, or "
-            "try again later"
-        )
-    return LoadError(f"{source!r} {what} ({type(error).__name__}: {error})")
+    incomplete = (
+        "it is not complete in the cache and can't be fetched from the Hub; check the network and HF_HUB_OFFLINE, or "
+        "try again later"
+    )
+    why = explain_hub_error(
+        error,
+        {
+            "missing": "it is neither a local folder or file nor a public model on the Hub; check the spelling, or log "
+            "in with `hf auth login` if it is private",
+            "revision": f"it has no branch, tag or commit {revision!r} on the Hub",
+            "invalid": "it is neither a local folder or file nor a Hub id (owner/name)",
+            **dict.fromkeys(("offline", "unreachable", "busy", "other"), incomplete),
+        },
+    )
+    return LoadError(f"{source!r} can't be read: {why} ({type(error).__name__}: {error})")

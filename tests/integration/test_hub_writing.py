@@ -16,8 +16,8 @@ from tests.integration.test_hub_reading import pruned_model
 from tests.support.hub.client import client, digest
 from tests.support.hub.process import HubProcess
 from tests.support.hub.server import files_of
-from tests.support.tiny import tiny_model, tiny_tokenizer
-from tests.unit.pipelines.test_prune import OPTIONS, QUICK, texts
+from tests.support.runs import OPTIONS, QUICK
+from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ TOKEN, STRANGER = "hf_token_of_org", "hf_token_of_someone"
 STEPS = """
 import time
 time.sleep = lambda seconds: None
-from hf_context_prune import hub
+from hf_context_prune.publishing import push
 from hf_context_prune.publishing.hub import push_folder
 
 results = {}
@@ -43,7 +43,7 @@ def place(tmp_path_factory):
     """The server, and a folder with a variable-width model, one of stock widths and a Space."""
     folder = tmp_path_factory.mktemp("writing")
     config = PrunerConfig(mlp_ratio=0.25, **OPTIONS)
-    result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), evaluation=QUICK)
+    result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=QUICK)
     result.save_pretrained(folder / "stock")
     model, plan = pruned_model(tiny_model("llama"))
     save_pruned(model, folder / "variable", tokenizer=tiny_tokenizer(), plan=plan, report=result.report)
@@ -110,7 +110,7 @@ step("after the cut", "fresh", "org/cut")
 step("raced", "stock", "org/raced")
 for name in ("faulty", "busy", "down"):
     step(name, "stock", "org/" + name)
-hub.MAX_FILES = 4
+push.MAX_FILES = 4
 step("large", "variable", "org/large")
 step("large branch", "variable", "org/large", revision="dev")
 card = Path("stock/README.md")
@@ -197,7 +197,7 @@ def test_a_refusal_says_what_to_do(pushes, name, words):
     kind, message = pushes[0][name]
     assert kind == "PublishError"
     assert all(word in message for word in words), message
-    assert "Nothing there changed" in message
+    assert "Nothing changed there" in message
     assert "Then run `hf-context-prune push " in message
     assert "hf_" not in message
 
@@ -315,7 +315,8 @@ def test_results_models_and_commands_push_the_same(place):
 import contextlib, io, os, shutil
 os.environ["HF_TOKEN"] = arguments["token"]
 import torch
-from hf_context_prune import EvalOptions, PrunerConfig, cli, load_pruned, prune
+from hf_context_prune import EvalOptions, PrunerConfig, load_pruned, prune
+from hf_context_prune.cli import app as cli
 from hf_context_prune.errors import PublishError
 
 model = load_pruned("variable")
@@ -335,7 +336,7 @@ def attempt(name, call):
 attempt("own", lambda: load_pruned("leaky").push_to_hub("org/leaky", token=arguments["token"]))
 
 config = PrunerConfig(mlp_ratio=0.25, num_calibration_samples=8, max_seq_length=32)
-result = prune("base", arguments["texts"], config, evaluation=EvalOptions(speed=False, memory=False, max_tokens=300))
+result = prune("base", arguments["texts"], config, eval_options=EvalOptions(benchmark=False, memory=False, max_tokens=300))
 pushed = result.push_to_hub("org/result", token=arguments["token"], commit_message="From Python")
 again = result.push_to_hub("org/result", token=arguments["token"])
 attempt("result", lambda: result.push_to_hub("else/where", token=arguments["token"]))
@@ -411,7 +412,7 @@ from hf_context_prune import ContextPruneCallback, ContextPruneTrainerMixin
 from hf_context_prune.errors import PruningWarning
 from hf_context_prune.errors import ConfigError
 from tests.support.callback_cases import SCHEDULE, arguments as training, config_for, dataset
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 
 class Ours(ContextPruneTrainerMixin, Trainer):
     pass
@@ -431,7 +432,7 @@ def train(kind, name, config=None, **options):
     return trainer, hook
 
 token = {"push_to_hub": True, "hub_token": arguments["token"]}
-saves = {"save_strategy": "steps", "save_steps": 6, "hub_always_push": True}
+saves = {"save_strategy": "steps", "save_steps": 3, "hub_always_push": True}
 trainer, hook = train(Ours, "ours", hub_model_id="org/ours", **token, **saves)
 trainer.save_model()
 results["digest"] = digest(trainer.model.eval())

@@ -1,8 +1,9 @@
-"""What the tabs tell about the models of a Space, from their plans and evaluation reports alone."""
+"""The facts in the tabs of a Space, from the plans and evaluation reports of its models alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
-from hf_context_prune.errors import ContextPruneError, LoadError
-from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.config import config_from_provenance
+from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError
+from hf_context_prune.evaluation.reports.formatting import format_ratio, format_share
 from hf_context_prune.evaluation.reports.report import EvalReport, LossFacts
 from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 
@@ -23,6 +26,7 @@ from .settings import Entry, Source
 
 OWN = "own domain"
 GENERAL = "general text"
+_LOGGER = logging.getLogger(__name__)
 _CRITERIA = {
     "random": "at random",
     "magnitude": "by the size of their weights",
@@ -30,25 +34,25 @@ _CRITERIA = {
     "wanda": "by weights times activations on the domain's text",
     "flap": "by how much their activations vary on the domain's text",
     "taylor": "by their first-order effect on the loss on the domain's text",
-    "obs": "by the error that stays after the others are refitted (optimal brain surgeon)",
+    "obs": "by the error that remains after the other units are refitted (optimal brain surgeon)",
 }
-_REPAIRS = {
-    "none": "What stayed was not refitted.",
-    "bias": "The means of what went were added to the biases.",
-    "least_squares": "The output projections were refitted to what stayed, by least squares.",
-    "sequential": "The output projections were refitted block by block to the dense model's hidden states.",
+_RECONSTRUCTIONS = {
+    "none": "The layers were not reconstructed.",
+    "bias": "The means of the removed units were added to the biases.",
+    "least_squares": "The output projections were fitted to the remaining units by least squares.",
+    "sequential": "The output projections were fitted layer by layer to the hidden states of the dense model.",
 }
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a domain's pruned model.
+    """The facts of a domain's pruned model.
 
     Attributes:
-        plan: What was kept; None where it can't be read.
-        report: Its figures; None where it has none.
+        plan: The pruning plan; None where it can't be read.
+        report: The evaluation report; None where there is none.
         others: Reports on other texts, by name.
-        problems: Why something is missing.
+        problems: Reasons why a plan or report is missing.
     """
 
     plan: PruningPlan | None = None
@@ -58,7 +62,7 @@ class Facts:
 
 
 def read_facts(entry: Entry) -> Facts:
-    """Read the plan and the reports of an entry; what can't be read is named in `problems`, and the rest is there."""
+    """Read the plan and the reports of an entry; a file that can't be read is named in `problems`."""
     problems: list[str] = []
 
     def attempt(read: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `read` gives, or None
@@ -77,7 +81,7 @@ def read_facts(entry: Entry) -> Facts:
 
 
 def _fact_files(source: Source) -> tuple[Path, Path | None]:
-    """The plan, and the report if there is one."""
+    """Return the plan, and the report if there is one."""
     if source.path is not None:
         folder = source.path
         if not folder.is_dir():
@@ -85,7 +89,7 @@ def _fact_files(source: Source) -> tuple[Path, Path | None]:
         manifest = verify_folder(folder, hash_weights=False)
         return folder / PLAN_NAME, folder / REPORT_NAME if REPORT_NAME in manifest["files"] else None
     if source.repo is None:
-        raise LoadError("The demo's model is a dense one, and can't stand for a pruned one.")
+        raise LoadError("The model of the demo is dense, so it can't be shown as a pruned one.")
     try:
         plan = hf_hub_download(source.repo, PLAN_NAME, revision=source.revision)
         try:
@@ -94,14 +98,14 @@ def _fact_files(source: Source) -> tuple[Path, Path | None]:
             return Path(plan), None
     except (OSError, ValueError, HTTPError) as error:
         raise LoadError(
-            f"{PLAN_NAME} and {REPORT_NAME} of {source.repo} can't be fetched at {source.revision} "
-            f"({type(error).__name__}). Check the network, and that hf-context-prune wrote that repository."
+            f"{PLAN_NAME} and {REPORT_NAME} of {source.repo} can't be fetched at {source.revision}: "
+            f"{explain_hub_error(error)}. Check also that hf-context-prune wrote that repository."
         ) from error
     return Path(plan), Path(report)
 
 
-def removed_in_words(facts: Facts) -> list[str]:
-    """Sentences on what was removed and how; empty without a plan."""
+def describe_removal(facts: Facts) -> list[str]:
+    """Return sentences on the removed parts and the method; none without a plan."""
     plan, report = facts.plan, facts.report
     if plan is None:
         return []
@@ -110,56 +114,61 @@ def removed_in_words(facts: Facts) -> list[str]:
         size = report.size
         gone = size.base_parameters - report.size.pruned_parameters
         sentences.append(
-            f"{gone / 1e6:,.1f} of {size.base_parameters / 1e6:,.1f} million parameters are gone "
-            f"({gone / size.base_parameters:.0%}): they are not zeros, the matrices are smaller."
+            f"{gone / 1e6:,.1f} of {size.base_parameters / 1e6:,.1f} million parameters were removed "
+            f"({gone / size.base_parameters:.0%}). They are not set to zero: the matrices are smaller."
         )
     dense, kept = plan.dense, plan.widths
     sentences.append(
-        _units("MLP neurons", [w.neurons for w in dense], [w.neurons for w in kept])
+        _describe_units("MLP neurons", [w.neurons for w in dense], [w.neurons for w in kept])
         + " Each is a feature that a layer computes."
     )
-    sentences.append(_units("KV groups (attention heads)", [w.kv_groups for w in dense], [w.kv_groups for w in kept]))
+    sentences.append(
+        _describe_units("KV groups (attention heads)", [w.kv_groups for w in dense], [w.kv_groups for w in kept])
+    )
     if plan.vocabulary is None:
-        sentences.append("The vocabulary is whole.")
+        sentences.append("The vocabulary is complete.")
     else:
-        kept_tokens, all_tokens = len(plan.vocabulary.kept), plan.vocabulary.dense
+        kept_entries, all_entries = len(plan.vocabulary.kept), plan.vocabulary.dense
         sentences.append(
-            f"Vocabulary: {kept_tokens:,} of {all_tokens:,} tokens stayed; a word whose token is gone is spelt from "
-            f"smaller pieces."
+            f"Vocabulary: {kept_entries:,} of {all_entries:,} entries remain. A word whose entry was removed is spelt "
+            f"in smaller pieces."
         )
-    return sentences + _how(facts)
+    return sentences + _describe_method(facts)
 
 
-def _how(facts: Facts) -> list[str]:
+def _describe_method(facts: Facts) -> list[str]:
     assert facts.plan is not None
     made = facts.plan.provenance
-    config = made.get("config") or {}
     sentences = []
-    if config.get("criterion") in _CRITERIA:
-        sentences.append(f"Units were chosen {_CRITERIA[config['criterion']]}.")
-    if config.get("reconstruction") in _REPAIRS:
-        sentences.append(_REPAIRS[config["reconstruction"]])
+    options = made.get("config")
+    try:
+        config = config_from_provenance(options) if options and isinstance(options, Mapping) else None
+    except ConfigError as error:  # of a later version, or of no version at all
+        _LOGGER.warning("The options of a plan can't be shown: %s", error)
+        config = None
+    if config is not None:
+        sentences += [f"Units were chosen {_CRITERIA[config.criterion]}.", _RECONSTRUCTIONS[config.reconstruction]]
     data, tokens = made.get("data") or {}, made.get("num_calibration_tokens")
     if isinstance(tokens, int) and data.get("name"):
-        sentences.append(f"What the domain needs was read off {tokens:,} tokens of its text ({data['name']}).")
+        sentences.append(f"Both read {tokens:,} tokens of the domain's text ({data['name']}).")
     if facts.report is not None and facts.report.loss.recovered is not None:
-        sentences.append("Then it was trained on text of the domain.")
+        sentences.append("The model was then trained on text of the domain.")
     return sentences
 
 
-def _units(what: str, dense: Sequence[int], kept: Sequence[int]) -> str:
+def _describe_units(what: str, dense: Sequence[int], kept: Sequence[int]) -> str:
     total, left = sum(dense), sum(kept)
     if total == left:
-        return f"{what}: all {total:,} stayed."
+        return f"{what}: all {total:,} remain."
     spread = f"{min(kept):,}" if min(kept) == max(kept) else f"{min(kept):,} to {max(kept):,}"
     return (
-        f"{what}: {total - left:,} of {total:,} are gone ({(total - left) / total:.0%}); a layer keeps {spread} of "
-        f"{max(dense):,}."
+        f"{what}: {total - left:,} of {total:,} were removed ({(total - left) / total:.0%}); {spread} of "
+        f"{max(dense):,} remain per layer."
     )
 
 
-def matrix(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the domain matrix: each pruned model against its base, on each text it was measured on."""
+def domain_table(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the domain table: each pruned model against its base, on each measured text."""
     by_model = {name: _losses(fact) for name, fact in facts.items()}
     texts = list(dict.fromkeys(text for losses in by_model.values() for text in losses))
     rows = [[name, *(_change(losses.get(text)) for text in texts)] for name, losses in by_model.items() if losses]
@@ -167,7 +176,7 @@ def matrix(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
 
 
 def _losses(facts: Facts) -> dict[str, LossFacts]:
-    """Losses by the name of the text, the own domain first."""
+    """Return losses by the name of the text, the own domain first."""
     found = {}
     if facts.report is not None:
         found[OWN] = facts.report.loss
@@ -182,18 +191,11 @@ def _change(loss: LossFacts | None) -> str:
     comparison = loss.recovered_comparison or loss.comparison
     if comparison is None:
         return "one model only"
-    return f"{_percent(comparison.bits_per_byte_ratio)}, {comparison.num_documents:,} documents"
+    return f"{format_ratio(comparison.bits_per_byte_ratio)}, {comparison.num_documents:,} documents"
 
 
-def _percent(ratio: Estimate) -> str:
-    text = f"{100 * (ratio.value - 1):+.1f} %"
-    if ratio.interval is None:
-        return text
-    return f"{text} [{', '.join(f'{100 * (bound - 1):+.1f}' for bound in ratio.interval)}]"
-
-
-def questions(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the multiple-choice table; no row where no report has questions."""
+def question_table(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the multiple-choice table; no row where no report has questions."""
     rows = []
     for name, fact in facts.items():
         for text, report in [(OWN, fact.report), *fact.others.items()]:
@@ -202,20 +204,13 @@ def questions(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
                 continue
             for base, pruned in zip(choice.base, choice.pruned, strict=True):
                 asked = f"{choice.name}, {base.source}" if text == OWN else f"{text}: {choice.name}, {base.source}"
-                right = (_share(base.accuracy), _share(pruned.accuracy))
+                right = (format_share(base.accuracy), format_share(pruned.accuracy))
                 rows.append([name, asked, f"{base.num_questions:,}", *right, f"{base.chance:.0%}"])
-    return ["model", "questions", "n", "dense right", "pruned right", "by guessing"], rows
+    return ["model", "questions", "n", "dense correct", "pruned correct", "guessing"], rows
 
 
-def _share(accuracy: Estimate) -> str:
-    text = f"{accuracy.value:.1%}"
-    if accuracy.interval is None:
-        return text
-    return f"{text} [{', '.join(f'{100 * bound:.1f}' for bound in accuracy.interval)}]"
-
-
-def figures(report: EvalReport | None) -> list[list[str]]:
-    """Rows of the report's own table: measure, base, pruned, change; none without two models."""
+def report_rows(report: EvalReport | None) -> list[list[str]]:
+    """Return the rows of the report: measure, base, pruned, change; none without two models."""
     if report is None or report.size.pruned_parameters is None:
         return []
     return [list(row) for row in table_rows(report)]

@@ -11,7 +11,7 @@ from typing import Any
 from hf_context_prune.errors import ConfigError, ContextPruneError
 
 from .compare import Comparer, Side, View
-from .facts import Facts, figures, matrix, questions, read_facts, removed_in_words
+from .facts import Facts, describe_removal, domain_table, question_table, read_facts, report_rows
 from .generation import ANSWER, CONTINUE, MAX_TEMPERATURE, Request
 from .gradio_import import gradio
 from .html import render, text_file
@@ -122,13 +122,12 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
                 groups = _bars(gr, facts[first.name], "kv_groups")
             with gr.Tab("Domains", id="matrix"):
                 gr.HTML(
-                    _table(matrix(facts), MATRIX_CAPTION, "No model here has an evaluation report."), elem_id="matrix"
+                    _table(domain_table(facts), MATRIX_CAPTION, "No model here has an evaluation report."),
+                    elem_id="matrix",
                 )
             with gr.Tab("Questions", id="questions"):
-                empty = (
-                    "No report has multiple-choice questions: `hf-context-prune evaluate --base --questions` asks."
-                )
-                gr.HTML(_table(questions(facts), QUESTIONS_CAPTION, empty), elem_id="questions")
+                empty = "No report has multiple-choice questions: `hf-context-prune evaluate --base --questions` asks."
+                gr.HTML(_table(question_table(facts), QUESTIONS_CAPTION, empty), elem_id="questions")
 
         def show(
             domain: str, prompt: str, mode: str, length: float, temperature: float
@@ -283,8 +282,8 @@ def _removed(facts: Facts) -> str:
     return render(
         "removed",
         problems=facts.problems,
-        sentences=removed_in_words(facts),
-        rows=figures(facts.report),
+        sentences=describe_removal(facts),
+        rows=report_rows(facts.report),
         notes=facts.report.notes if facts.report else (),
     )
 

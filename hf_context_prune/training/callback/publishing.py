@@ -1,4 +1,4 @@
-"""The model of a pruning training as a folder of ours, with its plan and card: to keep, or to push."""
+"""Save or push the model of a pruning training, with its plan and card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.plan import PruningPlan
@@ -19,15 +19,15 @@ from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME
 
 
-def facts_of(model: PreTrainedModel, plan: PruningPlan, name: str) -> CardFacts:
-    """The facts of the card: nothing was measured."""
+def collect_facts(model: PreTrainedModel, plan: PruningPlan, name: str) -> CardFacts:
+    """Return the facts of a card on a model that was not measured."""
     return CardFacts(name, plan, None, str(model.config.model_type), type(model).__name__)
 
 
 def save_folder(
     target: str | Path,
     model: PreTrainedModel,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase | None,
     plan: PruningPlan | None,
     *,
     name: str | None = None,
@@ -38,15 +38,15 @@ def save_folder(
 
     Args:
         target: As for `save_pruned`.
-        model: As it is now.
-        tokenizer: None leaves it out.
-        plan: What was kept so far.
-        name: How the card names the model; None takes the folder's name.
-        use_cache: What the config is to say, which a Trainer switches off while it trains.
-        card: Taken along, if it is there, where no plan gives one of ours.
+        model: The model as it is now.
+        tokenizer: Its tokenizer; None leaves it out.
+        plan: Kept units so far; None before the first pruning.
+        name: Name of the model in the card; None takes the folder's name.
+        use_cache: `use_cache` of the saved config; a Trainer switches it off in the model while it trains.
+        card: Card to copy if it exists and there is no plan.
 
     Raises:
-        SaveError: Nothing was put in place.
+        SaveError: Saving failed; the target is as it was.
     """
     path = Path(target).expanduser().resolve()
     training, model.config.use_cache = model.config.use_cache, use_cache
@@ -54,7 +54,7 @@ def save_folder(
         with staged_folder(path, required_bytes=estimate_bytes(model)) as staging:
             write_model_folder(staging, model, tokenizer=tokenizer, plan=plan)
             if plan is not None:
-                write_card(staging, facts_of(model, plan, name or path.name))
+                write_card(staging, collect_facts(model, plan, name or path.name))
             elif card is not None and card.is_file():
                 shutil.copyfile(card, staging / CARD_NAME)
     finally:
@@ -70,17 +70,26 @@ class PushedFolder:
         self._folder = save_folder(Path(self._place.name) / "model", model, *what, **how)
 
     def push(self, repo_id: str, **options: Any) -> PushResult:  # noqa: ANN401 - as push_folder's
-        """Push the folder, and remove it whatever happens."""
+        """Push the folder, and remove it even if that fails."""
         with self._place:
-            return push_folder(self._folder, repo_id, again="push_to_hub", **options)
+            return push_folder(self._folder, repo_id, retry_hint="push_to_hub", **options)
 
 
 class Publishable:
-    """A callback whose training leaves a model to save and to push."""
+    """A callback whose trained model can be saved and pushed."""
 
-    plan: PruningPlan | None
-    use_cache: bool
-    _result: tuple[PreTrainedModel, Any] | None  # of a training that ended: model and tokenizer
+    @property
+    def plan(self) -> PruningPlan | None:
+        """Kept units so far."""
+        raise NotImplementedError
+
+    @property
+    def use_cache(self) -> bool:
+        """`use_cache` of the config after training."""
+        raise NotImplementedError
+
+    _result: tuple[PreTrainedModel, Any] | None
+    """Model and tokenizer of a training that ended."""
 
     def _outcome(self) -> tuple[PreTrainedModel, Any, PruningPlan]:
         if self._result is None or self.plan is None:
@@ -96,27 +105,27 @@ class Publishable:
         Under ``accelerate launch`` call it in the main process alone.
 
         Args:
-            directory: Absent, empty, or an older folder of ours, which is replaced.
-            tokenizer: The model's; None takes the Trainer's ``processing_class``.
+            directory: Absent, empty, or an older folder of this package, which is replaced.
+            tokenizer: The model's tokenizer; None takes the Trainer's ``processing_class``.
 
         Raises:
             ConfigError: No training ended yet.
-            SaveError: Nothing was put in place.
+            SaveError: Saving failed; the target is as it was.
         """
         model, own, plan = self._outcome()
         return save_folder(directory, model, tokenizer or own, plan, use_cache=self.use_cache)
 
     def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **options: Any) -> PushResult:  # noqa: ANN401
-        """Upload what `save_pretrained` writes, in one commit; never optimizer state or training arguments.
+        """Upload the files that `save_pretrained` writes, in one commit; never optimizer state or training arguments.
 
         Args:
             repo_id: ``owner/name``.
             tokenizer: As for `save_pretrained`.
-            options: `private`, `revision`, `create_pr`, `commit_message` and `token` of [`push_folder`][].
+            options: Options `private`, `revision`, `create_pr`, `commit_message` and `token` of [`push_folder`][].
 
         Raises:
             ConfigError: No training ended yet.
-            PublishError: The upload failed; says what to do.
+            PublishError: The upload failed; says how to mend it.
         """
         model, own, plan = self._outcome()
         return PushedFolder(model, tokenizer or own, plan, name=repo_id, use_cache=self.use_cache).push(

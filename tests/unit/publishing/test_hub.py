@@ -13,7 +13,7 @@ from hf_context_prune.errors import ConfigError, LoadError, PublishError
 from hf_context_prune.modeling.modeling_context_pruned import add_companions
 from hf_context_prune.modeling.secret_scan import refuse_tokens
 from hf_context_prune.modeling.upload_check import is_allowed
-from hf_context_prune.publishing import hub
+from hf_context_prune.publishing import push
 from hf_context_prune.publishing.hub import files_to_push, push_folder
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.storage.staging import staged_folder
@@ -106,11 +106,11 @@ def test_a_file_that_changes_while_it_is_pushed_does_not_leave(folder, monkeypat
         (folder / "config.json").write_text(json.dumps({"note": A_TOKEN}))
         return RepoUrl("https://localhost/org/x", endpoint="https://localhost")
 
-    monkeypatch.setattr(hub.HfApi, "create_repo", reached)
-    monkeypatch.setattr(hub._Push, "_head", lambda *_: "a" * 40)
-    monkeypatch.setattr(hub._Push, "_files_at", lambda *_: {})
-    monkeypatch.setattr(hub.HfApi, "create_commit", lambda *_, **__: pytest.fail("it was sent"))
-    with pytest.raises(PublishError, match=r"config\.json in .* changed while it was pushed"):
+    monkeypatch.setattr(push.HfApi, "create_repo", reached)
+    monkeypatch.setattr(push.Push, "_head", lambda *_: "a" * 40)
+    monkeypatch.setattr(push.Push, "_files_at", lambda *_: {})
+    monkeypatch.setattr(push.HfApi, "create_commit", lambda *_, **__: pytest.fail("it was sent"))
+    with pytest.raises(PublishError, match=r"config\.json in .* changed"):
         push_folder(folder, "org/x")
 
 

@@ -14,7 +14,14 @@ from hf_context_prune.evaluation.accuracy import Answer, summarize_answers
 from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoiceFacts, TextLosses
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.publishing.space import facts as facts_module
-from hf_context_prune.publishing.space.facts import Facts, figures, matrix, questions, read_facts, removed_in_words
+from hf_context_prune.publishing.space.facts import (
+    Facts,
+    describe_removal,
+    domain_table,
+    question_table,
+    read_facts,
+    report_rows,
+)
 from hf_context_prune.publishing.space.html import render
 from hf_context_prune.publishing.space.prompts import prompts_for
 from hf_context_prune.publishing.space.settings import Entry, Source
@@ -27,21 +34,21 @@ def facts(tiny_space):
 
 
 def test_removed_in_words(facts, tiny_space):
-    law = " ".join(removed_in_words(facts["Law"]))
+    law = " ".join(describe_removal(facts["Law"]))
     plan = PruningPlan.load(tiny_space / "uniform/pruning_plan.json")
     gone = sum(w.neurons for w in plan.dense) - sum(w.neurons for w in plan.widths)
-    assert f"MLP neurons: {gone} of 120 are gone (50%); a layer keeps 20 of 40." in law
-    assert "KV groups (attention heads): all 9 stayed." in law
-    assert "The vocabulary is whole." in law
+    assert f"MLP neurons: {gone} of 120 were removed (50%); 20 of 40 remain per layer." in law
+    assert "KV groups (attention heads): all 9 remain." in law
+    assert "The vocabulary is complete." in law
     assert "optimal brain surgeon" in law
-    assert "parameters are gone" in law
+    assert "parameters were removed" in law
 
 
 def test_a_missing_folder_is_named(facts):
     lost = facts["Lost"]
     assert lost.plan is None
     assert "There is no folder" in lost.problems[0]
-    assert removed_in_words(lost) == []
+    assert describe_removal(lost) == []
 
 
 def test_a_repository_without_a_report_has_its_plan(tiny_space, monkeypatch):
@@ -69,7 +76,7 @@ def test_a_damaged_plan_leaves_the_rest(tiny_space, tmp_path):
 
 
 def test_the_matrix_has_a_column_a_text(facts, tiny_space):
-    header, rows = matrix(facts)
+    header, rows = domain_table(facts)
     assert header == ["model", "own domain"]
     assert [row[0] for row in rows] == ["Law", "Medicine"]
     report = facts["Law"].report
@@ -78,17 +85,17 @@ def test_the_matrix_has_a_column_a_text(facts, tiny_space):
         "Law": replace(facts["Law"], report=replace(report, general=general)),
         "Medicine": replace(facts["Medicine"], others={"court rulings": facts["Medicine"].report}),
     }
-    header, rows = matrix(seen)
+    header, rows = domain_table(seen)
     assert header == ["model", "own domain", "general text", "court rulings"]
     ratio = report.loss.comparison.bits_per_byte_ratio
     low, high = ratio.interval
-    cell = f"{100 * (ratio.value - 1):+.1f} % [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]"
+    cell = f"{ratio.value - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]"
     assert rows[0][1] == rows[0][2] == f"{cell}, {report.loss.comparison.num_documents} documents"
     assert rows[0][3] == rows[1][2] == "not measured"
 
 
 def test_the_table_of_questions(facts):
-    assert questions(facts)[1] == []
+    assert question_table(facts)[1] == []
     asked = tuple(Question(str(i), "?", ("a", "b"), 0, "exam") for i in range(30))
     asked = QuestionSet(asked, {}, "questions.jsonl", None)
     right = [Answer(str(i), "exam", (1.0, 0.0), 0, True, 0) for i in range(30)]
@@ -96,7 +103,7 @@ def test_the_table_of_questions(facts):
     base, pruned = (summarize_answers(asked, answers) for answers in (right, wrong))
     choice = MultipleChoiceFacts("questions.jsonl", None, "likelihood", 0, base, pruned)
     seen = {"Law": replace(facts["Law"], report=replace(facts["Law"].report, multiple_choice=choice))}
-    header, rows = questions(seen)
+    header, rows = question_table(seen)
     assert rows[0][:3] == ["Law", f"questions.jsonl, {base[0].source}", "30"]
     assert rows[0][3].startswith("100.0%")
     assert rows[0][4].startswith("66.7%")
@@ -108,7 +115,7 @@ def test_hostile_names_stay_names(facts):
     fact = facts["Law"]
     report = replace(fact.report, base_model=hostile, notes=(hostile,))
     html = render(
-        "removed", problems=(hostile,), sentences=removed_in_words(fact), rows=figures(report), notes=report.notes
+        "removed", problems=(hostile,), sentences=describe_removal(fact), rows=report_rows(report), notes=report.notes
     )
     html += render("table", header=[hostile], rows=[[hostile]], caption=hostile, empty=hostile)
     html += render("head", title=hostile) + render("status", text=hostile, bad=True)
@@ -121,8 +128,8 @@ def test_hostile_names_stay_names(facts):
 def test_a_report_of_one_model_has_no_table(facts):
     report = facts["Law"].report
     alone = replace(report, size=replace(report.size, pruned_parameters=None))
-    assert figures(alone) == figures(None) == []
-    assert matrix({"X": Facts(report=replace(report, loss=replace(report.loss, comparison=None)))})[1] == [
+    assert report_rows(alone) == report_rows(None) == []
+    assert domain_table({"X": Facts(report=replace(report, loss=replace(report.loss, comparison=None)))})[1] == [
         ["X", "one model only"]
     ]
 

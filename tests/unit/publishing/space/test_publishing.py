@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 CODE = """
 from hf_context_prune.cli import app as cli
 from hf_context_prune.publishing.space.compare import Comparer
-from hf_context_prune.publishing.space.facts import matrix, read_facts
+from hf_context_prune.publishing.space.facts import domain_table, read_facts
 from hf_context_prune.publishing.space.generation import Request
 from hf_context_prune.publishing.space.settings import read_space_settings
 from hf_context_prune.publishing.space.store import ModelStore
@@ -38,7 +38,7 @@ print(json.dumps({
     "codes": codes,
     "texts": [side.progress.text for side in last.sides],
     "problems": [side.problem for side in last.sides],
-    "matrix": matrix(facts)[1],
+    "matrix": domain_table(facts)[1],
 }))
 """
 
