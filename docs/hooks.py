@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -52,10 +53,22 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     return re.sub(r"\]\(\.\./(benchmarks|model_cards|examples)/", r"](\1/", markdown)
 
 
-class ShortReferences(griffe.Extension):
+class PackageDocstrings(griffe.Extension):
     """Give the links [`name`][] of docstrings their full path: of a public name, one in scope, or the first found."""
 
     _link = re.compile(r"\[`([\w.]+)`\]\[\]")
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: object) -> None:
+        """Show an option as its default and its help text, as a field of a config says them."""
+        call = attr.value
+        if isinstance(call, griffe.ExprCall) and str(call.function) == "option" and len(call.arguments) > 1:
+            default, text = call.arguments[:2]
+            attr.value = default
+            if attr.docstring is None:
+                words = ast.literal_eval(str(text).removeprefix("f"))
+                constants = {name: item for name, item in attr.module.members.items() if item.is_attribute}
+                filled = re.sub(r"\{(\w+)\}", lambda match: str(constants[match[1]].value), words)
+                attr.docstring = griffe.Docstring(filled, parent=attr)
 
     def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
         """Rewrite the docstrings of the whole package."""
