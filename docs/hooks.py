@@ -66,8 +66,10 @@ class PackageDocstrings(griffe.Extension):
             attr.value = default
             if attr.docstring is None:
                 words = ast.literal_eval(str(text).removeprefix("f"))
-                constants = {name: item for name, item in attr.module.members.items() if item.is_attribute}
-                filled = re.sub(r"\{(\w+)\}", lambda match: str(constants[match[1]].value), words)
+                constants = {
+                    k: item.value for k, item in attr.module.members.items() if isinstance(item, griffe.Attribute)
+                }
+                filled = re.sub(r"\{(\w+)\}", lambda match: str(constants.get(match[1], match[1])), words)
                 attr.docstring = griffe.Docstring(filled, parent=attr)
 
     def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
