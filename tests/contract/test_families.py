@@ -13,11 +13,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from hf_context_prune.errors import LoadWarning
 from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, output_weight
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
+from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.tiny import CASES, FAMILIES, VOCABULARY, case
 
@@ -167,6 +169,17 @@ def test_saved_model_reloads_bit_equal(name, dtype, tmp_path):
         twice = save_pruned(again, tmp_path / f"{variable}-twice", plan=plan)
         for file in ("config.json", "model.safetensors"):
             assert (twice / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_native_model_loads_without_a_warning(name, tokenizer, tmp_path, recwarn):
+    model = case(name)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_model(tmp_path, device="cpu").model.state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
+    assert not [warning for warning in recwarn if issubclass(warning.category, LoadWarning)]
+    assert load_meta_model(tmp_path).num_parameters() == model.num_parameters()
 
 
 @pytest.mark.slow

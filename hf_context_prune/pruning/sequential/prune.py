@@ -28,7 +28,7 @@ from hf_context_prune.errors import ConfigError, DataError, NumericsError, error
 from hf_context_prune.modeling.architectures import Target, is_parallel, output_weight, residual_scale
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.plan import LayerPlan
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.specs import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.reduce import reduce_moments
@@ -224,8 +224,7 @@ class SequentialPruner:
             sub_layer = SubLayer(layer, self.view.spec, target)
             fit, validation = self._pruned_pass(index, layer, sub_layer, references)
             units, output = self._choose_and_reconstruct(index, layer, sub_layer, widths.of(target), fit, validation)
-            name = "neurons" if target == "mlp" else "kv_groups"
-            done = FinishedLayer(replace(done.layer, **{name: units}), {**done.outputs, target: output})
+            done = FinishedLayer(replace(done.layer, **{UNIT_NAMES[target]: units}), {**done.outputs, target: output})
             sub_layer.install(kept_features(self.view.geometry, target, units), *output)
         for stream in self.streams:
             stream.pruned.copy_(stream.call(index, layer, stream.pruned))

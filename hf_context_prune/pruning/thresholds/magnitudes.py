@@ -1,7 +1,7 @@
-"""Model + token blocks -> mean |x| around every linear layer: the statistics of the paper's thresholds.
+"""Model + samples -> mean |x| around every linear layer: the statistics of the paper's thresholds.
 
-The paper (Mini-GPTs, arXiv 2312.12682) looks at every `nn.Linear`, the head included, and at the activation functions;
-`calibration.py`, which serves all other criteria, looks at the output projections alone.
+The paper (Mini-GPTs, arXiv 2312.12682) reads every `nn.Linear`, including the head, and the activation functions.
+[`calibrate`][], which serves all other criteria, reads the output projections alone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.modeling.architectures import check_supported, layers_of
-from hf_context_prune.modeling.specs import ArchSpec, read_geometry
+from hf_context_prune.modeling.inference import evaluation_mode
+from hf_context_prune.modeling.specs import ArchSpec
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import Batch, batches_of, prepare_batch
 from hf_context_prune.utils.distributed import all_reduce_, fail_together, shard, sum_counts
 
 _HEAD_TOKENS = 1024
-"""Tokens per batch: the output of the head, which is wide, is measured too."""
+"""Tokens per batch: the wide output of the head is measured too."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,19 @@ class LinearMagnitudes:
 
     @property
     def smallest_outputs(self) -> torch.Tensor:
-        """The smaller of mean |y| and mean |y - b|, [out_features]: what the paper's code compares."""
+        """The smaller of mean |y| and mean |y - b|, [out_features]: the values that the paper's code compares."""
         return self.outputs if self.unbiased is None else torch.minimum(self.outputs, self.unbiased)
 
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """What the thresholds are compared with.
+    """The means that thresholds are compared with.
 
     Attributes:
-        linears: By the name of the module.
-        activations: Mean |a| of the MLP's activation function, [neurons], float64, one a layer.
-        num_samples: Blocks of text.
-        num_tokens: Unpadded tokens.
+        linears: Means around each linear layer, by the name of the module.
+        activations: Mean |a| of the MLP's activation function, [neurons], float64, one entry per layer.
+        num_samples: Samples used.
+        num_tokens: Unpadded tokens used.
     """
 
     linears: dict[str, LinearMagnitudes]
@@ -62,12 +63,12 @@ class Magnitudes:
     num_samples: int
     num_tokens: int
 
-    def of_tokens(self, model: PreTrainedModel, kept: Sequence[int]) -> Magnitudes:
-        """The same, for a model that has only some rows of the head left.
+    def for_vocabulary(self, model: PreTrainedModel, kept: Sequence[int]) -> Magnitudes:
+        """Return the means for a model with only some rows of the head.
 
         Args:
-            model: The dense model.
-            kept: Indices of the rows, in their new order.
+            model: The base model.
+            kept: Indices of the kept rows, in their new order.
         """
         rows, head = torch.tensor(kept), model.get_output_embeddings()
         name = next(name for name, module in linear_layers(model) if module is head)
@@ -77,7 +78,7 @@ class Magnitudes:
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear layer with its name, the head included."""
+    """Return every linear layer with its name, including the head."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
@@ -85,7 +86,7 @@ def check_linear(spec: ArchSpec) -> None:
     """Refuse an architecture whose projections are of another class than `nn.Linear` (GPT-2).
 
     Raises:
-        ConfigError: With what to do instead.
+        ConfigError: The projections are of another class.
     """
     if spec.transposed:
         raise ConfigError(
@@ -97,10 +98,10 @@ def check_linear(spec: ArchSpec) -> None:
 class _Sums:
     """Sums of |x| over unpadded tokens, by name."""
 
-    def __init__(self, model: PreTrainedModel, spec: ArchSpec) -> None:
+    def __init__(self, view: ModelView) -> None:
         self.mask: torch.Tensor | None = None
-        sizes = {f"activation.{layer}": w.neurons for layer, w in enumerate(read_geometry(model.config, spec).layers)}
-        for name, module in linear_layers(model):
+        sizes = {f"activation.{layer}": widths.neurons for layer, widths in enumerate(view.widths)}
+        for name, module in linear_layers(view.model):
             sizes |= {f"{name}.inputs": module.in_features, f"{name}.outputs": module.out_features}
             if module.bias is not None:
                 sizes[f"{name}.unbiased"] = module.out_features
@@ -115,7 +116,9 @@ class _Sums:
 
 
 @contextmanager
-def _hooked(model: PreTrainedModel, spec: ArchSpec, sums: _Sums) -> Iterator[None]:
+def _hooked(view: ModelView, sums: _Sums) -> Iterator[None]:
+    """Let `sums` take the inputs and outputs of every linear layer and activation function."""
+
     def around(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             sums.take(f"{name}.inputs", inputs[0])
@@ -130,9 +133,9 @@ def _hooked(model: PreTrainedModel, spec: ArchSpec, sums: _Sums) -> Iterator[Non
 
     handles = []
     try:
-        handles += [module.register_forward_hook(around(name)) for name, module in linear_layers(model)]
-        for layer, block in enumerate(layers_of(model, spec)):
-            handles.append(block.get_submodule(spec.activation).register_forward_hook(behind(layer)))
+        handles += [module.register_forward_hook(around(name)) for name, module in linear_layers(view.model)]
+        for index, layer in enumerate(view.layers):
+            handles.append(layer.get_submodule(view.spec.activation).register_forward_hook(behind(index)))
         yield
     finally:
         for handle in handles:
@@ -140,12 +143,11 @@ def _hooked(model: PreTrainedModel, spec: ArchSpec, sums: _Sums) -> Iterator[Non
 
 
 @fail_together()
-@torch.inference_mode()
 def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magnitudes:
     """Run the model over text and average |x| before and behind every linear layer and activation function.
 
     Args:
-        model: The dense model. Runs in evaluation mode, on its own device and in its own dtype.
+        model: The base model. Runs in evaluation mode, on its own device and in its own dtype.
         batches: As for [`calibrate`][]; padded positions don't count.
 
     Raises:
@@ -153,26 +155,18 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
         DataError: Nothing but padding.
         NumericsError: NaN or Inf in weights or activations.
     """
-    spec = check_supported(model)
-    check_linear(spec)
+    view = ModelView.of(model)
+    check_linear(view.spec)
     check_weights_finite(model)
     rows = model.get_input_embeddings().weight.shape[0]
-    sums, num_samples, num_tokens = _Sums(model, spec), 0, 0
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with _hooked(model, spec, sums):
-            for index, batch in tqdm(
-                shard(batches), desc="Calibrating", unit="batch", name="hf_context_prune.calibration"
-            ):
-                inputs, mask = prepare_batch(batch, index, rows)
-                sums.mask = None if mask is None else mask.to(model.device)
-                num_samples += inputs["input_ids"].shape[0]
-                num_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-                model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False)
-    finally:
-        for module in training:
-            module.training = True
+    sums, num_samples, num_tokens = _Sums(view), 0, 0
+    with evaluation_mode(model), _hooked(view, sums):
+        for index, batch in tqdm(shard(batches), desc="Calibrating", unit="batch", name="hf_context_prune.calibration"):
+            inputs, mask = prepare_batch(batch, index, rows)
+            sums.mask = None if mask is None else mask.to(model.device)
+            num_samples += inputs["input_ids"].shape[0]
+            num_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False)
     num_samples, num_tokens = sum_counts(num_samples, num_tokens)
     if num_tokens == 0:
         raise DataError("There is nothing to calibrate on: no batch, or every position is padding.")
@@ -186,7 +180,7 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
             name: LinearMagnitudes(means[f"{name}.inputs"], means[f"{name}.outputs"], means.get(f"{name}.unbiased"))
             for name, _ in linear_layers(model)
         },
-        tuple(means[f"activation.{layer}"] for layer in range(len(layers_of(model, spec)))),
+        tuple(means[f"activation.{layer}"] for layer in range(len(view.layers))),
         num_samples,
         num_tokens,
     )

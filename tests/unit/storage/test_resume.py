@@ -111,26 +111,29 @@ def test_only_what_nobody_took_up_is_forgotten():
 
 
 def test_a_second_run_of_the_same_is_refused_and_takes_nothing_away():
-    again = (
-        "from hf_context_prune.storage.resume import open_resume_folder\nwith open_resume_folder('a'): print('went on')"
-    )
+    def run_again():
+        """Another process, which takes the lock as `open_resume_folder` does; without torch it starts fast."""
+        lock = f"hold_lock(pathlib.Path({str(folder)!r}), what='doing the same')"
+        code = f"import pathlib\nfrom hf_context_prune.storage.files import hold_lock\nwith {lock}: print('went on')"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
     with open_resume_folder("a") as folder:
         (folder / "block").touch()
         with pytest.raises(SaveError, match="Another run is doing the same: wait for it"), open_resume_folder("a"):
             pass
-        found = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
+        found = run_again()
         assert "Another run is doing the same" in found.stderr
         assert "went on" not in found.stdout
         assert (folder / "block").exists()
         with open_resume_folder("another output"):
             pass
-    assert subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=True).stdout
+    assert run_again().stdout == "went on\n"
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_nothing_is_kept(tmp_path):
     (tmp_path / "cache").write_text("in the way")
     with (
-        pytest.warns(PruningWarning, match="Set HF_CONTEXT_PRUNE_CACHE to a folder"),
+        pytest.warns(PruningWarning, match="HF_CONTEXT_PRUNE_CACHE"),
         open_resume_folder("a") as folder,
     ):
         assert folder is None

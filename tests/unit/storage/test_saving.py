@@ -121,18 +121,20 @@ def test_files_are_as_readable_as_the_folder(target):
     assert stat.S_IMODE((target / "model.safetensors").stat().st_mode) == folder_mode & 0o666
 
 
-@pytest.mark.parametrize("older", ["absent", "empty", "ours"])
 @pytest.mark.parametrize("exchange", [True, False])
-def test_replaces(target, older, exchange, monkeypatch):
+def test_replaces(tmp_path, exchange, monkeypatch, subtests):
     if not exchange:
         monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
-    if older == "empty":
-        target.mkdir()
-    elif older == "ours":
-        save(target, b"old", "old.txt")
-    save(target, b"new")
-    assert set(snapshot(target)) == {"model.safetensors", MANIFEST_NAME}
-    assert list(target.parent.iterdir()) == [target]
+    for older in ("absent", "empty", "ours"):
+        with subtests.test(older=older):
+            target = tmp_path / older / "mini-gpt"
+            if older == "empty":
+                target.mkdir(parents=True)
+            elif older == "ours":
+                save(target, b"old", "old.txt")
+            save(target, b"new")
+            assert set(snapshot(target)) == {"model.safetensors", MANIFEST_NAME}
+            assert list(target.parent.iterdir()) == [target]
 
 
 def test_relative_target_trailing_slash_and_missing_parents(tmp_path, monkeypatch):
@@ -144,12 +146,14 @@ def test_relative_target_trailing_slash_and_missing_parents(tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out2"]
 
 
-@pytest.mark.parametrize("name", ["größe 模型", "with space", ".hidden", "a[b]*?", "ends.previous.txt", "x" * 200])
-def test_unusual_names(tmp_path, name):
-    save(tmp_path / name, b"old")
-    save(tmp_path / name, b"new")
-    assert (tmp_path / name / "model.safetensors").read_bytes() == b"new"
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+def test_unusual_names(tmp_path, subtests):
+    for number, name in enumerate(("größe 模型", "with space", ".hidden", "a[b]*?", "ends.previous.txt", "x" * 200)):
+        with subtests.test(name=name):
+            parent = tmp_path / str(number)
+            save(parent / name, b"old")
+            save(parent / name, b"new")
+            assert (parent / name / "model.safetensors").read_bytes() == b"new"
+            assert [path.name for path in parent.iterdir()] == [name]
 
 
 def test_link_to_an_older_folder_of_ours_is_followed(tmp_path, target):
@@ -208,18 +212,22 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_refused_target_is_untouched(tmp_path, target, reason, monkeypatch):
-    REFUSED[reason](target)
-    if reason == "is a mount point":
-        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
-    before = snapshot(tmp_path)
-    with pytest.raises(SaveError, match=reason) as caught:
-        check_target(target)
-    assert "--output" in str(caught.value)
-    with pytest.raises(SaveError, match=reason):
-        save(target)
-    assert snapshot(tmp_path) == before
+def test_refused_target_is_untouched(tmp_path, monkeypatch, subtests):
+    for number, (reason, make) in enumerate(REFUSED.items()):
+        with subtests.test(reason=reason):
+            parent = tmp_path / str(number)
+            parent.mkdir()
+            target = parent / "mini-gpt"
+            make(target)
+            if reason == "is a mount point":
+                monkeypatch.setattr(os.path, "ismount", lambda path, target=target: Path(path) == target)
+            before = snapshot(parent)
+            with pytest.raises(SaveError, match=reason) as caught:
+                check_target(target)
+            assert "--output" in str(caught.value)
+            with pytest.raises(SaveError, match=reason):
+                save(target)
+            assert snapshot(parent) == before
 
 
 def test_files_that_tools_make_do_not_count_as_added(target):
@@ -231,22 +239,24 @@ def test_files_that_tools_make_do_not_count_as_added(target):
     assert set(snapshot(target)) == {"model.safetensors", MANIFEST_NAME}
 
 
-@pytest.mark.parametrize("place", ["", ".", "..", "../here", "../here/", "/"])
-def test_current_folder_and_those_that_hold_it_are_refused(tmp_path, monkeypatch, place):
+def test_current_folder_and_those_that_hold_it_are_refused(tmp_path, monkeypatch, subtests):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(SaveError, match="current folder"):
-        check_target(place)
-    with pytest.raises(SaveError, match="current folder"):
-        save(place)
-    assert snapshot(tmp_path) == {"here": None}
+    for place in ("", ".", "..", "../here", "../here/", "/"):
+        with subtests.test(place=place):
+            with pytest.raises(SaveError, match="current folder"):
+                check_target(place)
+            with pytest.raises(SaveError, match="current folder"):
+                save(place)
+            assert snapshot(tmp_path) == {"here": None}
 
 
-@pytest.mark.parametrize("name", ["x" * 240, "模" * 80, ".m.staging-0123456789abcdef", ".m.previous"])
-def test_names_that_cannot_be_staged_are_refused(tmp_path, name):
-    with pytest.raises(SaveError, match=r"too long|reserved for unfinished runs"):
-        check_target(tmp_path / name)
-    assert snapshot(tmp_path) == {}
+def test_names_that_cannot_be_staged_are_refused(tmp_path, subtests):
+    for name in ("x" * 240, "模" * 80, ".m.staging-0123456789abcdef", ".m.previous"):
+        with subtests.test(name=name):
+            with pytest.raises(SaveError, match=r"too long|unfinished runs"):
+                check_target(tmp_path / name)
+            assert snapshot(tmp_path) == {}
 
 
 def test_parent_that_is_a_file_or_not_writable(tmp_path, monkeypatch):
@@ -259,12 +269,12 @@ def test_parent_that_is_a_file_or_not_writable(tmp_path, monkeypatch):
             check_target(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["out", "missing/parent/out"])
-def test_check_target_leaves_nothing_behind(tmp_path, name):
+def test_check_target_leaves_nothing_behind(tmp_path):
     before = tmp_path.stat().st_mtime_ns
-    check_target(tmp_path / name)
-    assert snapshot(tmp_path) == {}
-    assert tmp_path.stat().st_mtime_ns == before
+    for name in ("out", "missing/parent/out"):
+        check_target(tmp_path / name)
+        assert snapshot(tmp_path) == {}
+        assert tmp_path.stat().st_mtime_ns == before
 
 
 def test_target_filled_by_another_during_the_block_is_kept(target):
@@ -278,17 +288,16 @@ def test_target_filled_by_another_during_the_block_is_kept(target):
 
 
 @pytest.mark.parametrize("older", [True, False])
-@pytest.mark.parametrize(
-    "error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3), ConnectionRefusedError(111, "")]
-)
-def test_exceptions_of_the_block_pass_unchanged(target, error, older):
+def test_exceptions_of_the_block_pass_unchanged(target, older, subtests):
     if older:
         save(target, b"old")
     before = snapshot(target.parent)
-    with pytest.raises(type(error)) as caught:
-        fail_midway(target, error)
-    assert caught.value is error
-    assert snapshot(target.parent) == before
+    for error in (ValueError("x"), KeyboardInterrupt(), SystemExit(3), ConnectionRefusedError(111, "")):
+        with subtests.test(error=repr(error)):
+            with pytest.raises(type(error)) as caught:
+                fail_midway(target, error)
+            assert caught.value is error
+            assert snapshot(target.parent) == before
 
 
 def test_missing_parents_are_removed_again(tmp_path):
@@ -297,19 +306,20 @@ def test_missing_parents_are_removed_again(tmp_path):
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO])
-def test_write_errors_become_save_errors(target, number):
+def test_write_errors_become_save_errors(target, subtests):
     save(target, b"old")
     before = snapshot(target.parent)
-    with pytest.raises(SaveError, match=os.strerror(number)) as caught:
-        fail_midway(target, OSError(number, os.strerror(number)))  # as file.write does: without a name
-    message = str(caught.value)
-    assert f"Could not write vocab.txt of {target}" in message
-    assert "choose another --output" in message
-    if number == errno.ENOSPC:
-        needed = 2**20 + 2**20 // 20 + 16 * 2**20
-        assert f"Free {needed} bytes" in message
-    assert snapshot(target.parent) == before
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO):
+        with subtests.test(number=number):
+            with pytest.raises(SaveError, match=os.strerror(number)) as caught:
+                fail_midway(target, OSError(number, os.strerror(number)))  # as file.write does: without a name
+            message = str(caught.value)
+            assert f"Could not write vocab.txt of {target}" in message
+            assert "choose another --output" in message
+            if number == errno.ENOSPC:
+                needed = 2**20 + 2**20 // 20 + 16 * 2**20
+                assert f"Free {needed} bytes" in message
+            assert snapshot(target.parent) == before
 
 
 def test_error_of_a_file_elsewhere_is_not_blamed_on_the_target(tmp_path, target):
@@ -323,22 +333,22 @@ def input_output_error(*arguments):
     raise OSError(errno.EIO, "Input/output error")
 
 
-@pytest.mark.parametrize(
-    ("call", "older"),
-    [("os.fsync", False), ("os.fsync", True), ("os.rename", False), ("os.rename", True), ("staging._exchange", True)],
-)
-def test_disk_failure_while_finishing(target, monkeypatch, call, older):
-    if older:
-        save(target, b"old")
-    before = snapshot(target.parent)
-    with monkeypatch.context() as patch:
-        if call == "os.rename":
-            patch.setattr(staging, "_exchange", lambda first, second: False)
-        owner, name = call.split(".")
-        patch.setattr({"os": os, "staging": staging}[owner], name, input_output_error)
-        with pytest.raises(SaveError, match="Input/output error"):
-            save(target, b"new")
-    assert snapshot(target.parent) == before
+def test_disk_failure_while_finishing(target, monkeypatch, subtests):
+    for call, older in (
+        *(("os.fsync", False), ("os.rename", False)),
+        *(("os.fsync", True), ("os.rename", True), ("staging._exchange", True)),
+    ):
+        with subtests.test(call=call, older=older), monkeypatch.context() as patch:
+            if older and not target.exists():
+                save(target, b"old")
+            before = snapshot(target.parent)
+            if call == "os.rename":
+                patch.setattr(staging, "_exchange", lambda first, second: False)
+            owner, name = call.split(".")
+            patch.setattr({"os": os, "staging": staging}[owner], name, input_output_error)
+            with pytest.raises(SaveError, match="Input/output error"):
+                save(target, b"new")
+            assert snapshot(target.parent) == before
 
 
 def test_disk_failure_after_the_rename_only_warns(target, monkeypatch, caplog):
@@ -464,12 +474,15 @@ def test_hash_weights_false_still_hashes_the_rest(saved):
         verify_folder(saved, hash_weights=False)
 
 
-@pytest.mark.parametrize("name", ["extra.safetensors", "sub/evil.py", "pytorch_model.bin", "a.PT", "x.pkl"])
-def test_unlisted_weights_code_and_pickles(saved, name):
-    (saved / name).parent.mkdir(exist_ok=True)
-    (saved / name).write_bytes(b"")
-    with pytest.raises(LoadError, match="not in the manifest"):
-        verify_folder(saved)
+def test_unlisted_weights_code_and_pickles(saved, subtests):
+    for name in ("extra.safetensors", "sub/evil.py", "pytorch_model.bin", "a.PT", "x.pkl"):
+        with subtests.test(name=name):
+            (saved / name).parent.mkdir(exist_ok=True)
+            (saved / name).write_bytes(b"")
+            with pytest.raises(LoadError, match="not in the manifest"):
+                verify_folder(saved)
+            (saved / name).unlink()
+            verify_folder(saved)
 
 
 def test_unlisted_text_is_fine(saved):
@@ -477,63 +490,55 @@ def test_unlisted_text_is_fine(saved):
     verify_folder(saved)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "../outside",
-        "/etc/passwd",
-        "sub/../../outside",
-        "..",
-        ".",
-        "",
-        "a//b",
-        "a/./b",
-        "..\\outside",
-        "C:/x",
-        "C:x",
-        "a\0",
-    ],
-)
-def test_paths_that_leave_the_folder(tmp_path, saved, path):
+def test_paths_that_leave_the_folder(tmp_path, saved, subtests):
     (tmp_path / "outside").write_bytes(b"")
     entry = {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0}
-    edit_manifest(saved, lambda manifest: manifest["files"].update({path: entry}))
-    with pytest.raises(LoadError, match="plain relative path"):
-        verify_folder(saved)
-    assert read_manifest(saved) is None
+    original = (saved / MANIFEST_NAME).read_bytes()
+    for path in (
+        *("../outside", "/etc/passwd", "sub/../../outside", "..", ".", "", "a//b", "a/./b"),
+        *("..\\outside", "C:/x", "C:x", "a\0"),
+    ):
+        with subtests.test(path=path):
+            (saved / MANIFEST_NAME).write_bytes(original)
+            edit_manifest(saved, lambda manifest, path=path: manifest["files"].update({path: entry}))
+            with pytest.raises(LoadError, match="plain relative path"):
+                verify_folder(saved)
+            assert read_manifest(saved) is None
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda manifest: manifest.update(format="other"),
-        lambda manifest: manifest.update(version=2),
-        lambda manifest: manifest.update(version=True),
-        lambda manifest: manifest.update(files=[]),
-        lambda manifest: manifest.pop("files"),
-        lambda manifest: manifest["files"].update({"config.json": None}),
-        lambda manifest: manifest["files"]["config.json"].update(bytes="2"),
-        lambda manifest: manifest["files"]["config.json"].update(bytes=-1),
-        lambda manifest: manifest["files"]["config.json"].update(sha256="0" * 63),
-        lambda manifest: manifest["files"]["config.json"].pop("sha256"),
-    ],
-)
-def test_malformed_manifests(saved, change):
-    edit_manifest(saved, change)
-    with pytest.raises(LoadError, match="not a manifest of this package"):
-        verify_folder(saved)
-    assert read_manifest(saved) is None
-    before = snapshot(saved)
-    with pytest.raises(SaveError, match="not made by this package"):
-        save(saved)
-    assert snapshot(saved) == before
+def test_malformed_manifests(saved, subtests):
+    original = (saved / MANIFEST_NAME).read_bytes()
+    for number, change in enumerate(
+        (
+            lambda manifest: manifest.update(format="other"),
+            lambda manifest: manifest.update(version=2),
+            lambda manifest: manifest.update(version=True),
+            lambda manifest: manifest.update(files=[]),
+            lambda manifest: manifest.pop("files"),
+            lambda manifest: manifest["files"].update({"config.json": None}),
+            lambda manifest: manifest["files"]["config.json"].update(bytes="2"),
+            lambda manifest: manifest["files"]["config.json"].update(bytes=-1),
+            lambda manifest: manifest["files"]["config.json"].update(sha256="0" * 63),
+            lambda manifest: manifest["files"]["config.json"].pop("sha256"),
+        )
+    ):
+        with subtests.test(number=number):
+            (saved / MANIFEST_NAME).write_bytes(original)
+            edit_manifest(saved, change)
+            with pytest.raises(LoadError, match="not a manifest of this package"):
+                verify_folder(saved)
+            assert read_manifest(saved) is None
+            before = snapshot(saved)
+            with pytest.raises(SaveError, match="not made by this package"):
+                save(saved)
+            assert snapshot(saved) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b" " * (16 * 2**20 + 1)])
-def test_manifests_that_are_no_object(saved, content):
-    (saved / MANIFEST_NAME).write_bytes(content)
-    with pytest.raises(LoadError, match="not a manifest of this package"):
-        verify_folder(saved)
+def test_manifests_that_are_no_object(saved, subtests):
+    for content in (b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b" " * (16 * 2**20 + 1)):
+        (saved / MANIFEST_NAME).write_bytes(content)
+        with subtests.test(content=content[:8]), pytest.raises(LoadError, match="not a manifest of this package"):
+            verify_folder(saved)
 
 
 def test_no_manifest(tmp_path):
@@ -552,7 +557,7 @@ def test_saved_model_reloads_bit_equal(target, model, tokenizer):
     files = verify_folder(target)["files"]
     expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", PLAN_NAME, REPORT_NAME}
     assert expected <= files.keys()
-    assert not [name for name in files if name.endswith(".py")], "a stock model needs no code"
+    assert not [name for name in files if name.endswith(".py")], "a native model needs no code"
     loaded = AutoModelForCausalLM.from_pretrained(target)
     assert type(loaded) is LlamaForCausalLM
     for name, tensor in model.state_dict().items():
@@ -608,16 +613,15 @@ def test_variable_width_model_travels_with_its_code(target):
     assert code.keys() <= verify_folder(target)["files"].keys()
 
 
-@pytest.mark.parametrize(
-    "auto_map", [None, {"AutoConfig": "elsewhere.Config"}, {"AutoConfig": "user/repo--specs.Config"}]
-)
-def test_variable_width_model_without_its_code_is_refused(target, auto_map):
+def test_variable_width_model_without_its_code_is_refused(target, subtests):
     model = variable_width_model()
-    if auto_map:
-        model.config.auto_map = auto_map
-    with pytest.raises(SaveError, match="auto_map"):
-        save_pruned(model, target)
-    assert not list(target.parent.iterdir())
+    for auto_map in (None, {"AutoConfig": "elsewhere.Config"}, {"AutoConfig": "user/repo--specs.Config"}):
+        with subtests.test(auto_map=auto_map):
+            if auto_map:
+                model.config.auto_map = auto_map
+            with pytest.raises(SaveError, match="auto_map"):
+                save_pruned(model, target)
+            assert not list(target.parent.iterdir())
 
 
 def test_a_folder_of_ours_that_was_changed_is_not_replaced(tmp_path):
