@@ -20,12 +20,8 @@ from hf_context_prune.pruning.allocation.widths import check_units_budget
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.thresholds.magnitudes import check_linear, measure_sample_magnitudes
 from hf_context_prune.pruning.thresholds.prune import prune_below_thresholds
-from hf_context_prune.pruning.vocabulary.prune import (
-    TrimmedModel,
-    check_prunable,
-    prune_vocabulary_for,
-    vocabulary_size,
-)
+from hf_context_prune.pruning.vocabulary.checks import check_prunable
+from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for, vocabulary_size
 from hf_context_prune.pruning.vocabulary.refit import num_refit_samples, refit_rows, refit_rows_in_all_processes
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.utils.distributed import on_main_process
@@ -60,14 +56,14 @@ def check_budget(
     if config.prunes_vocabulary:
         check_prunable(model, tokenizer, vocabulary_size(config))
     if isinstance(config, ThresholdConfig):
-        if config.thresholds_units:
+        if config.prunes_units:
             check_linear(ModelView.of(model).spec)
         return
     fixed = isinstance(config.vocab_size, int) or not config.prunes_vocabulary
     if config.prunes_units and config.max_loss_increase is None and fixed:
         rows = num_rows(model)
         kept = config.vocab_size if isinstance(config.vocab_size, int) else rows
-        tokens = VocabularySize(multiple=config.pad_to_multiple_of).rounded(kept)
+        tokens = VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of).round_up(kept)
         check_units_budget(model, config, min(tokens, rows))
 
 
@@ -130,7 +126,7 @@ def _prune_by_thresholds(
 ) -> PrunedModel:
     """Run the paper's protocol: what goes follows from thresholds, not from a budget."""
     magnitudes = None
-    if config.thresholds_units:
+    if config.prunes_units:
         magnitudes = measure_sample_magnitudes(model, calibration.samples(tokenizer))
     trimmed = prune_vocabulary_for(model, tokenizer, calibration.domain, config) if config.prunes_vocabulary else None
     if magnitudes is not None:
@@ -248,7 +244,11 @@ def _prune_units(
         if begun.vocabulary_plan is None or validation_loss is None:
             raise
         # The smaller vocabulary alone is within the limit, and nothing beside it is.
-        within: dict[str, Any] = {"max_loss_increase": config.max_loss_increase, "increase": begun.increase, "trials": []}
+        within: dict[str, Any] = {
+            "max_loss_increase": config.max_loss_increase,
+            "increase": begun.increase,
+            "trials": [],
+        }
         alone = begun.vocabulary_plan
         return PrunedModel(model, tokenizer, replace(alone, provenance={**alone.provenance, "loss_budget": within}))
     smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()

@@ -1,4 +1,4 @@
-"""Model + plan -> smaller model, by exact slicing. Does not know why a unit was chosen."""
+"""Build the smaller model of a plan by exact slicing; why a unit was chosen does not matter here."""
 
 from __future__ import annotations
 

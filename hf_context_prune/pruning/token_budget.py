@@ -121,8 +121,8 @@ def _vocabulary_curve(
     pruner = build_vocabulary_pruner(model, tokenizer, probe.counted, config)
     rows, multiple = num_rows(model), config.pad_to_multiple_of
     curve = [(rows, 0.0)]
-    least = max(fewest // multiple * multiple, pruner.fewest(multiple))
-    sizes = {VocabularySize(multiple=multiple).rounded(int(rows * share)) for share in SHARES}
+    least = max(fewest // multiple * multiple, pruner.fewest_tokens(multiple))
+    sizes = {VocabularySize(pad_to_multiple_of=multiple).round_up(int(rows * share)) for share in SHARES}
     sizes = {size for size in (*sizes, least) if least <= size < rows}
     if len(pruner.table) < rows:  # removing padding costs nothing
         sizes.add(len(pruner.table))
@@ -131,7 +131,7 @@ def _vocabulary_curve(
     ):
         if size > len(pruner.table):  # padded rows
             continue
-        trimmed = pruner.trim(VocabularySize(size, multiple=multiple), refit=False)
+        trimmed = pruner.trim(VocabularySize(size, pad_to_multiple_of=multiple), refit=False)
         excess = probe.loss(trimmed.model, trimmed.tokenizer) - base
         curve.append((trimmed.model.config.vocab_size, max(0.0, excess)))
     return curve

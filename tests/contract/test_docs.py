@@ -38,8 +38,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = "num_calibration_samples=8, max_seq_length=64"
 SUBSTITUTES = {
     HUB_ID: "base",
-    "PrunerConfig(vocab_size=16384": "PrunerConfig(vocab_size=288, pad_to_multiple_of=8",
-    "vocab_size=16384": "vocab_size=288, multiple=8",
+    "vocab_size=16384": "vocab_size=288, pad_to_multiple_of=8",
     "num_samples=128, max_seq_length=512": "num_samples=8, max_seq_length=64",
     "PrunerConfig(": f"PrunerConfig({TINY}, ",
     "ThresholdConfig(": f"ThresholdConfig({TINY}, ",

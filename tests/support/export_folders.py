@@ -29,7 +29,7 @@ def save(folder, *, variable=False, fewer_tokens=False, family="llama", tokenize
     model = apply_plan(model, plan)
     if fewer_tokens:
         smaller = prune_vocabulary(
-            model, tokenizer, _words(), vocab_min_count=1, multiple=8, criterion="frequency", refit=False
+            model, tokenizer, _words(), vocab_min_count=1, pad_to_multiple_of=8, criterion="frequency", refit=False
         )
         assert len(smaller.tokenizer) < len(tokenizer)
         return save_pruned(smaller.model, folder, tokenizer=smaller.tokenizer)

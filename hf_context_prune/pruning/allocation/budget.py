@@ -56,8 +56,9 @@ class ParameterBudget:
 def removed_params(base: Sequence[LayerWidths], widths: Sequence[LayerWidths], costs: Costs) -> int:
     """Return how many parameters go when the layers shrink from `base` to `widths`."""
     return sum(
-        costs["mlp"] * (a.neurons - b.neurons) + costs["attention"] * (a.kv_groups - b.kv_groups)
+        cost * (a.of(target) - b.of(target))
         for a, b in zip(base, widths, strict=True)
+        for target, cost in costs.items()
     )
 
 

@@ -1,1 +1,1 @@
-"""Sequential reconstruction: prune layer by layer against the dense hidden states."""
+"""Sequential reconstruction: prune layer by layer against the base model's hidden states."""

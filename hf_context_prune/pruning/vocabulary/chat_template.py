@@ -1,4 +1,4 @@
-"""The tokens that a chat template writes by itself: they must stay, whatever the domain's text has."""
+"""Find the tokens that a chat template writes itself: they must stay, even if the domain's text lacks them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 _PROPERTIES = {"a": {"type": "string", "description": "a", "enum": ["a"]}}
 _FUNCTION = {
@@ -22,13 +24,13 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
     {"enable_thinking": True},
     {"enable_thinking": False},
 )
-"""What templates of the Hub look at beside the turns."""
+"""Options, beside the turns, that templates on the Hub read."""
 
 
-def template_ids(tokenizer: Any) -> set[int]:  # noqa: ANN401
-    """Tokens of conversations that hold little but what the chat template (or each of several) writes.
+def template_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens of conversations that hold little but the text of the chat template (or of each of several).
 
-    Nothing at all is not enough: spaces around a turn's content would become one, and some templates refuse it.
+    Empty conversations are not enough: spaces around a turn's content would be merged, and some templates refuse them.
     """
     templates = getattr(tokenizer, "chat_template", None)
     found: set[int] = set()
@@ -57,7 +59,7 @@ def _conversations() -> Iterator[list[dict[str, Any]]]:
 
 
 def _dates() -> Iterator[str]:
-    """Every day and month that a template may write: today's are not tomorrow's."""
+    """Yield every day and month that a template may write, since the date changes."""
     for month in range(1, 13):
         yield date(2024, month, 1).strftime("%B %B %b %b")
     for day in range(1, 32):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_context_prune.errors import VocabularyError
 
@@ -21,36 +21,36 @@ _PROBE = (
 )
 
 
-def table_of(tokenizer: Any, rows: int | None = None) -> TokenTable:  # noqa: ANN401
-    """The vocabulary of a fast tokenizer; `rows` as for [`TokenTable`][].
+def read_table(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> TokenTable:
+    """Read the vocabulary of a fast tokenizer; `rows` as for [`TokenTable`][].
 
     Raises:
-        VocabularyError: A tokenizer without a fast backend, or of a kind that can't be pruned.
+        VocabularyError: The tokenizer has no fast backend, or is of a kind that can't be pruned.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise VocabularyError(
-            f"{type(tokenizer).__name__} has no fast backend (tokenizer.json), which is what vocabulary pruning edits. "
+            f"{type(tokenizer).__name__} has no fast backend (tokenizer.json), which vocabulary pruning edits. "
             f"Load it with AutoTokenizer, or prune this model without vocab_* options."
         )
     return TokenTable(json.loads(backend.to_str()), rows)
 
 
-def order_of(table: TokenTable, kept: Sequence[int]) -> list[int]:
-    """Kept ids in the order of their new ids: as before, but added tokens that the model lacks come last.
+def order_ids(table: TokenTable, kept: Sequence[int]) -> list[int]:
+    """Return kept ids in the order of their new ids: the old order, but added tokens that the model lacks come last.
 
-    `tokenizers` numbers those by itself, after the model's own.
+    `tokenizers` numbers those itself, after the model's own tokens.
     """
     own = set(table.vocab.values())
     return sorted(kept, key=lambda index: (index not in own, index))
 
 
-def pruned_state(table: TokenTable, order: Sequence[int]) -> dict[str, Any]:
-    """The JSON of the smaller tokenizer.
+def build_state(table: TokenTable, order: Sequence[int]) -> dict[str, Any]:
+    """Return the JSON of the smaller tokenizer.
 
     Args:
-        table: Of the full tokenizer.
-        order: Kept ids; a token's place becomes its new id. With all mandatory tokens, closed under merges.
+        table: Vocabulary of the full tokenizer.
+        order: Kept ids; the place of an id is its new id. With all mandatory tokens, and closed under merges.
     """
     beyond = sorted(index for index in table.added.values() if index not in table.contents)
     new_ids = {old: new for new, old in enumerate([*order, *beyond])}
@@ -73,9 +73,9 @@ def pruned_state(table: TokenTable, order: Sequence[int]) -> dict[str, Any]:
     if state.get("padding"):
         if state["padding"]["pad_id"] in new_ids:
             state["padding"]["pad_id"] = new_ids[state["padding"]["pad_id"]]
-        else:  # of no token: the padding of one call, left behind
+        else:  # the id of no token: a leftover of the padding of one call
             state["padding"] = None
-    state["post_processor"] = _renumbered(state.get("post_processor"), {**contents, **_ids(state)})
+    state["post_processor"] = _renumber(state.get("post_processor"), {**contents, **_ids(state)})
     return state
 
 
@@ -83,12 +83,12 @@ def _ids(state: Mapping[str, Any]) -> dict[str, int]:
     return {token["content"]: token["id"] for token in state.get("added_tokens") or ()}
 
 
-def _renumbered(processor: Any, ids: Mapping[str, int]) -> Any:  # noqa: ANN401
-    """A post-processor with new ids: templates list them, BERT's and RoBERTa's have (content, id) pairs."""
+def _renumber(processor: Any, ids: Mapping[str, int]) -> Any:  # noqa: ANN401
+    """Return a post-processor with new ids: templates list ids, BERT's and RoBERTa's have (content, id) pairs."""
     if processor is None:
         return None
     if processor["type"] == "Sequence":
-        return {**processor, "processors": [_renumbered(part, ids) for part in processor["processors"]]}
+        return {**processor, "processors": [_renumber(part, ids) for part in processor["processors"]]}
     result = dict(processor)
     for token in ("sep", "cls"):
         if token in result:
@@ -101,17 +101,19 @@ def _renumbered(processor: Any, ids: Mapping[str, int]) -> Any:  # noqa: ANN401
     return result
 
 
-def rebuild_tokenizer(tokenizer: Any, state: Mapping[str, Any], model_type: str | None = None) -> Any:  # noqa: ANN401
-    """The tokenizer that `AutoTokenizer` opens from its saved files with another ``tokenizer.json``.
+def rebuild_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any], model_type: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that `AutoTokenizer` opens from the saved files with another ``tokenizer.json``.
 
     Args:
-        tokenizer: The full one; as it was when this returns.
-        state: From [`pruned_state`][].
-        model_type: Of the model that it is saved beside: for some (qwen2), `AutoTokenizer` takes the model's tokenizer
-            class, whatever the tokenizer was saved as.
+        tokenizer: The full tokenizer; unchanged.
+        state: From [`build_state`][].
+        model_type: Type of the model that the tokenizer is saved beside: for some (qwen2), `AutoTokenizer` takes the
+            model's tokenizer class, whatever class was saved.
 
     Raises:
-        VocabularyError: What it opens is not what was written: its class builds tokenizers in a way of its own.
+        VocabularyError: The opened tokenizer differs from the written one: its class builds tokenizers in its own way.
     """
     # An option of LlamaTokenizer (Mistral 7B has it) that transformers reads, but forgets when it saves.
     forgotten = {"legacy": tokenizer.legacy} if hasattr(tokenizer, "legacy") else {}
@@ -137,7 +139,7 @@ def rebuild_tokenizer(tokenizer: Any, state: Mapping[str, Any], model_type: str 
         )
     if smaller.decode(smaller.encode(_PROBE)) != tokenizer.decode(tokenizer.encode(_PROBE)):
         raise VocabularyError(
-            f"{type(smaller).__name__} with a smaller vocabulary no longer gives a text back as it did, so it can't "
+            f"{type(smaller).__name__} with a smaller vocabulary decodes a text differently than before, so it can't "
             f"be pruned safely. Prune this model without vocab_* options."
         )
     return smaller

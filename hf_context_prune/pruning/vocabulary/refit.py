@@ -1,22 +1,22 @@
 """Refit of the kept token rows: a few natural-gradient steps on cached hidden states.
 
-Where a token is gone, its text comes as smaller pieces which the model never saw side by side, and the second piece is
-what it predicts worst. The head is a multinomial logistic regression on the last hidden states h, so its loss on domain
+The text of a removed token is encoded as smaller pieces that the model never saw side by side, and the model predicts
+the second piece worst. The head is a multinomial logistic regression on the last hidden states h, so its loss on domain
 text is convex in the rows W [tokens, hidden], and no pass through the model is needed to lower it. With p the predicted
 and y the observed distribution, one step is
 
     W_v <- W_v - a * mean_t((p_tv - y_tv) h_t) (E[h h^T] + ridge)^-1 / (max(mean p_v, mean y_v) + prior / tokens)
 
 the Kronecker-factored natural gradient (Martens and Grosse, arXiv 1503.05671) of one linear layer, with momentum. The
-prior holds back rows that the text says little about. Text that is not fitted chooses the step size a, and at the end,
-with the whole model (tied rows are inputs too), whether to go all the way, half, or not at all.
+prior holds back rows that the text says little about. Validation text, which is not fitted, chooses the step size a,
+and at the end, with the whole model (tied rows are inputs too), whether to take the whole change, half of it, or none.
 
-Rows of tokens that the text neither has nor expects would hardly move: they stay as they are, and their part of the
-softmax's denominator is computed once, so that a step costs what the domain's tokens cost and not what all do.
+Rows of tokens that the text does not have and the model does not expect would hardly move: they stay, and their part of
+the softmax's denominator is computed once, so that the cost of a step grows with the domain's tokens and not with all.
 
-A few million values of rows easily learn a little text by heart: what the refit gives on text that it has not seen
-grows with the amount of text more than with anything else, so it reads more than the repair of the blocks does where
-that is cheap, and takes each step on a part of it.
+A few million values of rows easily learn a little text by heart: the gain on unseen text grows with the amount of text
+more than with anything else. So this refit reads more text than the reconstruction of the layers where that is cheap,
+and takes each step on a part of it.
 """
 
 from __future__ import annotations
@@ -29,61 +29,62 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.modeling.patching import bfloat16_layers
+from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.linalg import add_ridge, invert_spd
 from hf_context_prune.utils.precision import reduced_precision_matmul
 
-RIDGE = 0.3
 PRIOR = 100.0
 """Occurrences that a row's own evidence is weighed against."""
 STEP = 0.1
 MOMENTUM = 0.7
 MAX_STEPS = 16
 LEAST_EXPECTED = 0.1
-"""Occurrences that the model has to expect, at least, for the row of a token that the text lacks to be fitted."""
+"""A token that the text lacks is fitted if the model expects at least this many occurrences of it."""
 MIN_GAIN = 3e-4
-"""Nats a token on the held-out text below which a step is not taken."""
-HELD_OUT_EVERY = 12
-_MOST_HELD_OUT = 16
-"""Blocks, one in `HELD_OUT_EVERY` but no more."""
+"""Gain on validation text, in nats per token, below which a step is not taken."""
+_MOST_VALIDATION = 16
+"""Most validation samples: one in `VALIDATION_EVERY`, but no more than this."""
 MORE_TEXT = 4
-"""Blocks that are read, as a multiple of those that the blocks of the model are repaired by."""
+"""How many times more calibration samples this refit reads than the layer reconstruction does."""
 _MOST_LOGITS = 2**31
-"""Logits of all the text: where there are many tokens, fewer positions are read (131,072 of 16,384 tokens), though as
-many as the blocks of the model are repaired by."""
+"""Most logits of all the text: with a large vocabulary fewer positions are read (131,072 with 16,384 tokens), but never
+fewer than by the layer reconstruction."""
 _MOST_STATES = 2**28
-"""Values of the hidden states, 1 GiB: where they are wide, fewer positions are read."""
+"""Most values of the hidden states, 1 GiB: with wide states fewer positions are read."""
 _STEP_LOGITS = 2**29
+"""Logits of one step; a longer text is split into parts, which the steps take in turn."""
 _ELEMENTS = 2**22
 """Logits that exist at once: few enough to stay in the processor's cache."""
 _FEWEST_ROWS = 256
 
 
 def num_refit_samples(model: PreTrainedModel, num_samples: int, length: int) -> int:
-    """How many blocks of text [`refit_rows`][] is worth giving, where the repair of the blocks has `num_samples`."""
+    """Return how many samples are worth their time for [`refit_rows`][], if the reconstruction has `num_samples`."""
     head = model.get_output_embeddings()
     if head is None:
         return num_samples
     tokens, hidden = head.weight.shape
     cheap = max(num_samples, _MOST_LOGITS // tokens // length)
-    return max(HELD_OUT_EVERY, min(MORE_TEXT * num_samples, cheap, _MOST_STATES // hidden // length))
+    return max(VALIDATION_EVERY, min(MORE_TEXT * num_samples, cheap, _MOST_STATES // hidden // length))
 
 
 def refit_to_text(
     model: PreTrainedModel,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase,
     source: TextSource,
     *,
     num_samples: int,
     max_seq_length: int,
     seed: int,
 ) -> dict[str, float] | None:
-    """[`refit_rows`][] on as many blocks of a text as [`num_refit_samples`][] names."""
+    """Run [`refit_rows`][] on as many samples of a text as [`num_refit_samples`][] returns."""
     count = num_refit_samples(model, num_samples, max_seq_length)
     options: dict[str, Any] = {"num_samples": count, "max_seq_length": max_seq_length, "seed": seed}
     samples = tokenize_samples(source, tokenizer, **options, warn_if_short=count <= num_samples)
@@ -92,36 +93,36 @@ def refit_to_text(
 
 @torch.no_grad()
 def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int = 4) -> dict[str, float] | None:
-    """Refit the head's rows (and tied embedding) to domain text, in place; never to worse on what is not fitted.
+    """Refit the head's rows (and tied embedding) to domain text, in place; never to a higher loss on validation text.
 
     Args:
-        model: A model with few enough tokens; in evaluation mode.
-        samples: Token blocks in its ids, [blocks, length], int64; all of them are used, see [`num_refit_samples`][].
-        batch_size: Blocks a forward pass.
+        model: A model with a small vocabulary; in evaluation mode.
+        samples: Samples in the model's ids, [samples, length], int64; all are used, see [`num_refit_samples`][].
+        batch_size: Samples per forward pass.
 
     Returns:
-        Nats a token on the held-out blocks before and after, and the share of the way taken; None where there is too
-        little text, or the logits are not linear in the last hidden states (soft caps, scales).
+        Nats per token on the validation samples before and after, and the share of the change that was taken; None
+        where there is too little text, or the logits are not linear in the last hidden states (soft caps, scales).
     """
     head = model.get_output_embeddings()
     if head is None:
         return None
-    held_out = min(len(samples) // HELD_OUT_EVERY, _MOST_HELD_OUT)
-    if not held_out:
+    validation = min(len(samples) // VALIDATION_EVERY, _MOST_VALIDATION)
+    if not validation:
         return None
     states = _hidden_states(model, head, samples, batch_size)
     if states is None:
         return None
-    split = len(states) - held_out * (samples.shape[1] - 1)
+    split = len(states) - validation * (samples.shape[1] - 1)
     targets = samples[:, 1:].reshape(-1).to(states.device)
     weight = head.weight
     old = weight.detach().float().clone()
-    new = _Problem(old, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:])).solve()
-    probe = samples[-held_out:]
+    new = _RowRegression(old, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:])).solve()
+    withheld = samples[-validation:]
     losses = {}
     for share in (0.0, 0.5, 1.0):
         weight.copy_((old + share * (new - old)).to(weight.dtype))
-        losses[share] = _loss(model, probe, batch_size)
+        losses[share] = _loss(model, withheld, batch_size)
     best = min(losses, key=lambda share: losses[share])
     weight.copy_((old + best * (new - old)).to(weight.dtype))
     return {"before": losses[0.0], "after": losses[best], "share": best}
@@ -130,7 +131,7 @@ def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int
 def _hidden_states(
     model: PreTrainedModel, head: nn.Module, samples: torch.Tensor, batch_size: int
 ) -> torch.Tensor | None:
-    """What the head reads, [blocks * (length - 1), hidden] float32; None if the model does more with its output."""
+    """Return the head's inputs, [samples * (length - 1), hidden] float32; None if the model changes its output."""
     seen: list[torch.Tensor] = []
     given: list[torch.Tensor] = []
     handles = (
@@ -156,6 +157,7 @@ def _hidden_states(
 
 
 def _loss(model: PreTrainedModel, samples: torch.Tensor, batch_size: int) -> float:
+    """Return the model's loss in nats per token."""
     total, count = 0.0, samples[:, 1:].numel()
     for batch in samples.to(model.device).split(batch_size):
         with bfloat16_layers(model):
@@ -168,41 +170,43 @@ Text = tuple[torch.Tensor, torch.Tensor]
 """Hidden states, [positions, hidden] float32, and the next tokens, [positions] int64."""
 
 
-class _Problem:
-    """Logistic regression of the next token on hidden states, with text that is never fitted.
+class _RowRegression:
+    """Logistic regression of the next token on hidden states, with validation text that is never fitted.
 
     Attributes:
-        rows: Tokens whose rows are fitted, [fitted] int64: what the text has, or the model expects there
+        rows: Tokens whose rows are fitted, [fitted] int64: tokens that the text has, or that the model expects there
             (`LEAST_EXPECTED`).
     """
 
-    def __init__(self, old: torch.Tensor, bias: torch.Tensor | None, fitted: Text, held_out: Text) -> None:
+    def __init__(self, old: torch.Tensor, bias: torch.Tensor | None, fitted: Text, validation: Text) -> None:
         self.old, self.bias = old, None if bias is None else bias.float()
         self.count, part = len(fitted[0]), max(1, _STEP_LOGITS // len(old))
         active = self._predicted(fitted[0][:part]) * self.count >= LEAST_EXPECTED
-        active[torch.cat([fitted[1], held_out[1]])] = True
+        active[torch.cat([fitted[1], validation[1]])] = True
         self.rows = active.nonzero().squeeze(1)
         place = active.cumsum(0) - 1  # of a token among the fitted ones
-        self.fitted, self.held = (
-            (states, place[targets], self._others(states, ~active)) for states, targets in (fitted, held_out)
+        self.fitted, self.validation = (
+            (states, place[targets], self._others(states, ~active)) for states, targets in (fitted, validation)
         )
         self.fitted_bias = None if self.bias is None else self.bias[self.rows]
 
     def solve(self) -> torch.Tensor:
-        """All rows, [tokens, hidden] float32, at the lowest held-out loss that a few steps reach."""
+        """Return all rows, [tokens, hidden] float32, at the lowest validation loss that a few steps reach."""
         states, targets, _ = self.fitted
         gram = (states.T @ states).double() / self.count
-        inverse = invert_spd(add_ridge(gram, RIDGE)).float()
+        inverse = invert_spd(add_ridge(gram, DEFAULT_RIDGE)).float()
         observed = torch.bincount(targets, minlength=len(self.rows)).float() / self.count
         number = max(1, round(self.count * len(self.rows) / _STEP_LOGITS))
         parts = list(zip(*(values.tensor_split(number) for values in self.fitted), strict=True))
         best, step, idle = self.old[self.rows], STEP, False
-        lowest, direction = self._held_loss(best), torch.zeros_like(best)
+        lowest, direction = self._validation_loss(best), torch.zeros_like(best)
         for turn in tqdm(range(MAX_STEPS), desc="Refitting rows", unit="step", name="hf_context_prune.vocabulary"):
             gradient, predicted = self._gradient(best, *parts[turn % len(parts)])
             scale = torch.maximum(predicted, observed) + PRIOR / self.count
             direction = MOMENTUM * direction + (gradient @ inverse) / scale[:, None]
-            loss, size = min((self._held_loss(best - size * direction), size) for size in (2 * step, step, step / 2))
+            loss, size = min(
+                (self._validation_loss(best - size * direction), size) for size in (2 * step, step, step / 2)
+            )
             if loss < lowest - MIN_GAIN:
                 best, lowest, step, idle = best - size * direction, loss, size, False
             elif idle:
@@ -214,19 +218,19 @@ class _Problem:
         new[self.rows] = best
         return new
 
-    def _held_loss(self, weight: torch.Tensor) -> float:
-        """Nats a token of the text that is not fitted, with these rows, [fitted, hidden]."""
+    def _validation_loss(self, weight: torch.Tensor) -> float:
+        """Return the nats per token of the validation text with these rows, [fitted, hidden]."""
         total = 0.0
-        for states, targets, others in self._chunks(self.held, len(weight)):
+        for states, targets, others in self._chunks(self.validation, len(weight)):
             logits = _logits(states, weight, self.fitted_bias)
             chosen = logits.gather(1, targets[:, None]).squeeze(1)
             total += float((logits.logsumexp(dim=-1).logaddexp(others) - chosen).sum())
-        return total / len(self.held[0]) if math.isfinite(total) else math.inf  # too long a step
+        return total / len(self.validation[0]) if math.isfinite(total) else math.inf  # too long a step
 
     def _gradient(
         self, weight: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, others: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean (p - y) h, mean p) over positions, for the fitted rows."""
+        """Return (mean (p - y) h, mean p) over positions, for the fitted rows."""
         gradient, predicted = torch.zeros_like(weight), torch.zeros(len(weight), device=weight.device)
         for rows, ids, rest in self._chunks((states, targets, others), len(weight)):
             logits = _logits(rows, weight, self.fitted_bias)
@@ -238,14 +242,14 @@ class _Problem:
         return gradient / len(states), predicted / len(states)
 
     def _predicted(self, states: torch.Tensor) -> torch.Tensor:
-        """How often the old rows expect every token, [tokens]: mean p over positions."""
+        """Return how often the old rows expect each token, [tokens]: mean p over positions."""
         total = torch.zeros(len(self.old), device=states.device)
         for (rows,) in self._chunks((states,), len(self.old)):
             total += _logits(rows, self.old, self.bias).softmax(dim=-1).sum(dim=0)
         return total / len(states)
 
     def _others(self, states: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Log-sum-exp of the logits of tokens whose rows stay, [positions]; -inf where there are none."""
+        """Return the log-sum-exp of the logits of tokens whose rows stay, [positions]; -inf where there are none."""
         weight, bias = self.old[others], None if self.bias is None else self.bias[others]
         chunks = self._chunks((states,), max(1, len(weight)))
         return torch.cat([_logits(rows, weight, bias).logsumexp(dim=-1) for (rows,) in chunks])
@@ -262,7 +266,7 @@ def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def refit_rows_in_all_processes(model: PreTrainedModel, samples: torch.Tensor) -> dict[str, float] | None:
-    """[`refit_rows`][] in place, the same in all processes."""
+    """Run [`refit_rows`][] on the main process, and set its rows in all processes."""
     head = model.get_output_embeddings()
 
     def refitted() -> tuple[dict[str, float] | None, torch.Tensor | None]:

@@ -1,4 +1,4 @@
-"""Which tokens to keep: how often a domain uses them, and how often the model expects them there."""
+"""Choose which tokens to keep, by how often a domain uses them and how often the model expects them there."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.utils import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from hf_context_prune.config import DEFAULT_PAD_TO_MULTIPLE_OF
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.errors import BudgetError, ConfigError, DataError, VocabularyError
 
 from .tokens import TokenTable
 
 EXPECTED_WEIGHT = 0.3
-"""Weight of the model's expectation beside the counted documents; chosen on documents withheld from train text."""
+"""Weight of the model's expectation beside the document counts; chosen on documents withheld from train text."""
 _BATCH = 256
 
 
@@ -24,20 +26,20 @@ class TokenCounts:
     """How often a text uses each token.
 
     Attributes:
-        occurrences: By id.
-        documents: Documents that have it at least once, by id.
+        occurrences: Occurrences of each id.
+        documents: Documents that have each id at least once.
     """
 
     occurrences: Counter[int] = field(default_factory=Counter)
     documents: Counter[int] = field(default_factory=Counter)
 
     def rare(self, share: float) -> set[int]:
-        """Ids that the text has, but at most with this share of all occurrences."""
+        """Return the ids that occur in the text with at most this share of all occurrences."""
         total = self.occurrences.total()
         return {index for index, count in self.occurrences.items() if count / total <= share}
 
 
-def count_tokens(tokenizer: Any, source: TextSource) -> TokenCounts:  # noqa: ANN401
+def count_tokens(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> TokenCounts:
     """Count every token of a text.
 
     Raises:
@@ -46,12 +48,14 @@ def count_tokens(tokenizer: Any, source: TextSource) -> TokenCounts:  # noqa: AN
     counts = TokenCounts()
     seen: dict[str, set[int]] = {}
     with tqdm(total=len(source), desc="Counting tokens", unit="doc", name="hf_context_prune.vocabulary") as bar:
-        for some in _batches(source.documents, _BATCH):
-            encoded = tokenizer([record.text for record in some], add_special_tokens=False, verbose=False)["input_ids"]
-            for record, ids in zip(some, encoded, strict=True):
+        for records in _batches(source.documents, _BATCH):
+            encoded = tokenizer([record.text for record in records], add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+            for record, ids in zip(records, encoded, strict=True):
                 counts.occurrences.update(ids)
                 seen.setdefault(record.doc, set()).update(ids)
-            bar.update(len(some))
+            bar.update(len(records))
     for ids in seen.values():
         counts.documents.update(ids)
     if not counts.occurrences:
@@ -64,14 +68,14 @@ def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
 
 
 def expected_scores(counts: TokenCounts, expected: Sequence[float]) -> dict[int, float]:
-    """Documents that use a token, and a share of how often the model expects it.
+    """Score tokens by the documents that use them, plus a share of how often the model expects them.
 
-    A raw count follows single documents (a name that one contract repeats); the number of documents does not. And a
-    text of any size lacks most rare words of its domain, while the model's mean probability of a token over the
-    domain's contexts is above 0 for all of them.
+    Raw counts follow single documents (a name that one contract repeats); document counts do not. A text of any size
+    lacks most rare words of its domain, while the model's mean probability of a token over the domain's contexts is
+    above 0 for all of them.
 
     Args:
-        counts: Of the train text.
+        counts: Counts in the train text.
         expected: Mean probability of each id over contexts of that text.
     """
     total, mass = sum(counts.documents.values()), sum(expected)
@@ -83,31 +87,31 @@ def expected_scores(counts: TokenCounts, expected: Sequence[float]) -> dict[int,
 
 @dataclass(frozen=True)
 class VocabularySize:
-    """How many tokens stay: one of the four.
+    """How many tokens stay, by exactly one of the four: tokens, coverage, min_count, above_share.
 
     Attributes:
         tokens: Number of tokens.
         coverage: Share of the text's token occurrences that must be kept tokens.
-        min_count: A token that occurs as often stays.
-        above_share: A token whose share of all occurrences is larger stays (the paper's embedding threshold).
-        multiple: The number of tokens is rounded up to a multiple of this.
+        min_count: Tokens that occur at least this often stay.
+        above_share: Tokens with a larger share of all occurrences stay (the paper's embedding threshold).
+        pad_to_multiple_of: The number of tokens is rounded up to a multiple of this.
     """
 
     tokens: int | None = None
     coverage: float | None = None
     min_count: int | None = None
-    multiple: int = 64
+    pad_to_multiple_of: int = DEFAULT_PAD_TO_MULTIPLE_OF
     above_share: float | None = None
 
-    def rounded(self, tokens: int) -> int:
-        """A number of tokens, up to the next multiple."""
-        return -(-tokens // self.multiple) * self.multiple
+    def round_up(self, tokens: int) -> int:
+        """Round a number of tokens up to the next multiple."""
+        return -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     def check(self) -> None:
         """Refuse values out of range, and none or several sizes.
 
         Raises:
-            ConfigError: With the value.
+            ConfigError: A value is out of range, or not exactly one size is given.
         """
         sizes = (self.tokens, self.coverage, self.min_count, self.above_share)
         if sum(value is not None for value in sizes) != 1:
@@ -117,7 +121,7 @@ class VocabularySize:
         for name, value in (
             ("vocab_size", self.tokens),
             ("vocab_min_count", self.min_count),
-            ("the multiple of the vocabulary", self.multiple),
+            ("pad_to_multiple_of", self.pad_to_multiple_of),
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1.")
@@ -131,7 +135,7 @@ class VocabularySize:
             )
 
 
-def choose(
+def choose_tokens(
     table: TokenTable,
     scores: Mapping[int, float],
     counts: TokenCounts,
@@ -140,26 +144,26 @@ def choose(
     keep: Collection[int] = (),
     remove: Collection[int] = (),
 ) -> set[int]:
-    """The tokens to keep: all mandatory ones, then by score, each with what it is made from.
+    """Return the tokens to keep: all mandatory tokens, then the best scores, each with the tokens it is made from.
 
     Args:
         table: The full vocabulary.
         scores: Higher is kept, by id.
-        counts: Of the train text.
-        size: How many.
+        counts: Counts in the train text.
+        size: How many tokens stay.
         keep: More ids that must stay.
-        remove: Ids that must go, and with them all tokens that are made from them.
+        remove: Ids that must go, together with all tokens that are made from them.
 
     Raises:
         VocabularyError: A token to be removed must stay.
         BudgetError: Fewer tokens are asked for than must stay, or more than there are.
     """
-    must = must_stay(table, size, keep, remove)
+    must = mandatory_tokens(table, size, keep, remove)
     gone = set(remove)
     possible = [index for index in table.contents if not table.closure(index) & gone] if gone else list(table.contents)
     limit = len(possible)
     if size.tokens is not None:
-        limit = size.rounded(size.tokens)
+        limit = size.round_up(size.tokens)
     ranked = sorted(possible, key=lambda index: (-scores.get(index, 0.0), index))
     kept = set(must)
     if size.min_count is not None:
@@ -168,7 +172,7 @@ def choose(
         rare = counts.rare(size.above_share)
         kept |= table.closed(index for index in possible if counts.occurrences[index] and index not in rare)
     elif size.coverage is not None:
-        kept = _covering(table, ranked, counts, size.coverage, kept)
+        kept = _cover(table, ranked, counts, size.coverage, kept)
         share = sum(counts.occurrences[index] for index in kept) / sum(counts.occurrences.values())
         if share < size.coverage and gone:
             raise BudgetError(
@@ -176,18 +180,18 @@ def choose(
                 f"the rest is {share:.2%} of the text. Ask for less, or remove fewer."
             )
     if size.tokens is None:
-        limit = min(size.rounded(len(kept)), len(possible))
-    return _filled(table, ranked, kept, limit)
+        limit = min(size.round_up(len(kept)), len(possible))
+    return _fill(table, ranked, kept, limit)
 
 
-def must_stay(
+def mandatory_tokens(
     table: TokenTable, size: VocabularySize, keep: Collection[int] = (), remove: Collection[int] = ()
 ) -> set[int]:
-    """The tokens that stay whatever the text says, of a request that can be met.
+    """Return the tokens that stay with any text, and refuse a request that can't be met.
 
     Args:
         table: The full vocabulary.
-        size: How many.
+        size: How many tokens stay.
         keep: More ids that must stay.
         remove: Ids that must go.
 
@@ -198,8 +202,8 @@ def must_stay(
     must = table.mandatory() | table.closed(keep)
     _check_removable(table, must, remove)
     if size.tokens is not None:
-        if size.rounded(size.tokens) < len(must):
-            least = min(size.rounded(len(must)), len(table))
+        if size.round_up(size.tokens) < len(must):
+            least = min(size.round_up(len(must)), len(table))
             raise BudgetError(
                 f"vocab_size is {size.tokens:,}, but {len(must):,} tokens must stay (special and added tokens, bytes "
                 f"or single characters, and what the chat template and the config need). Ask for at least {least:,}"
@@ -221,9 +225,8 @@ def _check_removable(table: TokenTable, must: Collection[int], remove: Collectio
             )
 
 
-def _covering(
-    table: TokenTable, ranked: Sequence[int], counts: TokenCounts, coverage: float, kept: set[int]
-) -> set[int]:
+def _cover(table: TokenTable, ranked: Sequence[int], counts: TokenCounts, coverage: float, kept: set[int]) -> set[int]:
+    """Add tokens by score until they cover a share of the text."""
     kept, total = set(kept), sum(counts.occurrences.values())
     covered = sum(counts.occurrences[index] for index in kept)
     for index in ranked:
@@ -235,8 +238,8 @@ def _covering(
     return kept
 
 
-def _filled(table: TokenTable, ranked: Sequence[int], kept: set[int], limit: int) -> set[int]:
-    """More tokens by score, as long as they fit with all that they are made from."""
+def _fill(table: TokenTable, ranked: Sequence[int], kept: set[int], limit: int) -> set[int]:
+    """Add tokens by score, as long as they fit together with the tokens they are made from."""
     kept = set(kept)
     for index in ranked:
         if len(kept) >= limit:

@@ -1,14 +1,15 @@
-"""What a fast tokenizer's JSON says about its tokens: which must stay, and which others each of them is made from.
+"""Read a fast tokenizer's JSON: which tokens must stay, and which tokens each of them is made from.
 
-Exactness rests on one fact about byte-pair encoding. A merge never crosses the border of a final token, and always the
-pair of lowest rank is merged first; so inside a word the merges that lead to a token are the merges that lead to it
-when it stands alone. Keep, with a token, all tokens of that derivation (its *closure*), and every word whose tokens are
-all kept is encoded as before: the pair that the full tokenizer merges next is still there, and still has the lowest
-rank. For Unigram nothing else is needed: the best segmentation of all is also the best of fewer.
+Exactness rests on one fact about byte-pair encoding. A merge never crosses the border of a final token, and the pair of
+lowest rank is always merged first; so inside a word, the merges that lead to a token are the merges that lead to it
+when it stands alone. If, with a token, all tokens of that derivation (its *closure*) are kept, every word whose tokens
+are all kept is encoded as before: the pair that the full tokenizer merges next still exists, and still has the lowest
+rank. Unigram needs nothing else: the best segmentation of all is also the best of fewer.
 
-Text comes back as before because what tokens are split into, down to characters or bytes, spells the same. One text
-might not: whether a Unigram tokenizer with byte fallback reads a typed "<0xE4>" as a byte hangs on the scores of the
-pieces around it. Those of real tokenizers (0 for bytes, far below for pieces of such a text) leave it a byte.
+Decoded text is the same as before, because the pieces that a token is split into, down to characters or bytes, spell
+the same text. One text might differ: whether a Unigram tokenizer with byte fallback reads a typed "<0xE4>" as a byte
+depends on the scores of the pieces around it. With the scores of real tokenizers (0 for bytes, far below for pieces of
+such a text) it stays a byte.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_context_prune.errors import VocabularyError
 
 SUPPORTED = ("BPE", "Unigram")
 METASPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""The character that SentencePiece writes for a space."""
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -32,7 +33,7 @@ class TokenTable:
 
     Args:
         state: The parsed ``tokenizer.json``; never changed.
-        rows: Embedding rows of its model; added tokens beyond them (Gemma 3 has one for images, which its text models
+        rows: Embedding rows of the model. Added tokens beyond them (Gemma 3 has one for images, which its text models
             lack) are no ids here, and stay added tokens beyond the rows. None: every token has a row.
 
     Attributes:
@@ -41,8 +42,8 @@ class TokenTable:
         contents: Contents by id, of all tokens that have a row.
 
     Raises:
-        VocabularyError: A tokenizer of another kind, with dropout, or one that gives a text back differently when a
-            token is split.
+        VocabularyError: The tokenizer is of another kind, has dropout, or decodes a text differently when a token is
+            split.
     """
 
     def __init__(self, state: Mapping[str, Any], rows: int | None = None) -> None:
@@ -94,15 +95,15 @@ class TokenTable:
 
     @cached_property
     def _made(self) -> set[str]:
-        """Contents that some merge gives."""
+        """Contents that a merge results in."""
         return {left + right for left, right in self.merges}
 
     @cached_property
     def _spells_with_bytes(self) -> bool:
-        """Whether byte tokens can stand in for any character, wherever it is.
+        """Whether byte tokens can replace any character at any place.
 
-        Not if one of them is missing (`tokenizers` then puts unknown characters in another order), nor if a text that
-        reads "<0xE4>" can become a byte token: the bytes of a character beside it would no longer be whole.
+        They can't if one of them is missing (`tokenizers` then puts unknown characters in another order), or if a text
+        that reads "<0xE4>" can become a byte token: the bytes of a character beside it would no longer be whole.
         """
         model = self.state["model"]
         typed = self.kind != "BPE" or model.get("ignore_merges") or not self._made.isdisjoint(_BYTES)
@@ -113,7 +114,7 @@ class TokenTable:
         )
 
     def mandatory(self) -> set[int]:
-        """Ids without which some text would no longer come back as the full tokenizer gives it back."""
+        """Return the ids without which some text would be decoded differently than by the full tokenizer."""
         model = self.state["model"]
         keep = {index for index in self.added.values() if index in self.contents}
         unknown = model.get("unk_token")
@@ -121,10 +122,10 @@ class TokenTable:
             keep.add(self.vocab[unknown])
         if model.get("unk_id") is not None:
             keep.add(model["unk_id"])
-        keep |= {self.vocab[content] for content in _named(self.state.get("post_processor")) if content in self.vocab}
+        keep |= {self.vocab[content] for content in _strings(self.state.get("post_processor")) if content in self.vocab}
         if model.get("byte_fallback"):
             keep |= {self.vocab[byte] for byte in _BYTES if byte in self.vocab}
-        # What normalizer, pre-tokenizer and decoder write or look for (a space's stand-in) must not become bytes.
+        # Characters that normalizer, pre-tokenizer and decoder write or look for ("\u2581") must not become bytes.
         parts = [self.state.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
         special = {METASPACE}.union(*_strings(parts))
         for content, index in self.vocab.items():
@@ -155,21 +156,22 @@ class TokenTable:
                     )
 
     def closed(self, ids: Iterable[int]) -> set[int]:
-        """The ids with everything they are made from."""
+        """Return the ids together with all tokens that they are made from."""
         return {part for index in ids for part in self.closure(index)}
 
     def closure(self, index: int) -> frozenset[int]:
-        """A token's id with those of all tokens that its derivation passes through."""
+        """Return a token's id together with the ids of all tokens in its derivation."""
         if index not in self._closures:
             content = self.contents[index]
-            parts = self._passed(content) if content in self._made else ()
+            parts = self._derive(content) if content in self._made else ()
             self._closures[index] = frozenset({index, *(self.vocab[part] for part in parts if part in self.vocab)})
         return self._closures[index]
 
-    def _passed(self, content: str) -> set[str]:
-        """Every token that the encoding of a content on its own passes through, by applying the merges.
+    def _derive(self, content: str) -> set[str]:
+        """Return every token that the encoding of a content on its own passes through, by applying the merges.
 
-        One at a time, the leftmost of the lowest rank, as `tokenizers` does: what it gives may have a lower rank still.
+        Merges are applied one at a time, the leftmost of the lowest rank first, as in `tokenizers`: a merge may make a
+        pair of a still lower rank possible.
         """
         symbols, passed = list(content), set(content)
         while len(symbols) > 1:
@@ -187,11 +189,11 @@ def _check_decoder(state: Mapping[str, Any]) -> None:
     """Refuse a decoder whose text depends on where one token ends and the next one starts."""
     for part in _parts(state.get("decoder")):
         kind = part["type"]
-        if kind == "Fuse":  # from here on it sees all as one
+        if kind == "Fuse":  # the steps after it see one text
             return
         if kind == "Replace":
             safe = len(part["pattern"].get("String", "")) == 1
-        elif kind == "Metaspace":  # drops all stand-ins for spaces in the first token: safe if no token has two
+        elif kind == "Metaspace":  # drops every "\u2581" of the first token: safe if no token has two
             safe = part["prepend_scheme"] == "never" or any(
                 other["type"] == "Metaspace" and other["split"] for other in _parts(state.get("pre_tokenizer"))
             )
@@ -199,7 +201,7 @@ def _check_decoder(state: Mapping[str, Any]) -> None:
             safe = kind in ("ByteLevel", "ByteFallback")
         if not safe:
             raise VocabularyError(
-                f"The tokenizer's decoder {json.dumps(part, ensure_ascii=False)} gives other text where a token is "
+                f"The tokenizer's decoder {json.dumps(part, ensure_ascii=False)} decodes another text where a token is "
                 f"split into pieces. Prune this model without vocab_* options."
             )
     if not state.get("decoder"):
@@ -210,19 +212,14 @@ def _check_decoder(state: Mapping[str, Any]) -> None:
 
 
 def _parts(step: Any) -> list[Any]:  # noqa: ANN401
-    """The steps of a sequence of decoders or pre-tokenizers; a single one is a sequence of one."""
+    """Return the steps of a sequence of decoders or pre-tokenizers; a single step is a sequence of one."""
     nested = (step or {}).get("decoders") or (step or {}).get("pretokenizers")
     return [part for other in nested for part in _parts(other)] if nested else [step] if step else []
 
 
 def _strings(part: Any) -> list[str]:  # noqa: ANN401
-    """All strings in a part of the JSON."""
+    """Return all strings in a part of the JSON."""
     if isinstance(part, str):
         return [part]
     values = part.values() if isinstance(part, Mapping) else part if isinstance(part, list) else ()
     return [text for value in values for text in _strings(value)]
-
-
-def _named(post_processor: Any) -> set[str]:  # noqa: ANN401
-    """Tokens that the post-processor adds."""
-    return set(_strings(post_processor))

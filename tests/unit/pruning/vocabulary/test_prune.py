@@ -226,7 +226,9 @@ def test_one_measurement_gives_any_size():
     tokenizer = shared_tokenizer("gpt2")
     model = model_for("gpt2", tokenizer)
     pruner = VocabularyPruner(model, tokenizer, documents(), num_samples=8, max_seq_length=32)
-    kept = [set(pruner.trim(VocabularySize(size, pad_to_multiple_of=1)).plan.vocabulary.kept) for size in (280, 320, 400)]
+    kept = [
+        set(pruner.trim(VocabularySize(size, pad_to_multiple_of=1)).plan.vocabulary.kept) for size in (280, 320, 400)
+    ]
     assert [len(ids) for ids in kept] == [280, 320, 400]
     assert kept[0] < kept[1] < kept[2]
     alone = VocabularyPruner(model, tokenizer, documents(), num_samples=8, max_seq_length=32)

@@ -17,7 +17,8 @@ from hf_context_prune.errors import (
     NumericsError,
     VocabularyError,
 )
-from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary, required_ids
+from hf_context_prune.pruning.vocabulary.checks import required_ids
+from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.pruning.vocabulary.rebuild import read_table
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from tests.support.marks import TINY_TEXT
@@ -108,7 +109,9 @@ def test_no_day_of_a_template_is_lost():
     tokenizer = tokenizer_of("llama3")
     template = "Today: {{ strftime_now('%d %b %Y, %A %B') }}. {{ messages[0].content }}"
     tokenizer.chat_template = template
-    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_min_count=1, pad_to_multiple_of=1)
+    trimmed = prune_vocabulary(
+        model_for("llama", tokenizer), tokenizer, documents(), vocab_min_count=1, pad_to_multiple_of=1
+    )
     for date in ("26 Jul 2024", "01 December", "Wednesday"):
         ids = tokenizer.encode(f"Today: {date}", add_special_tokens=False)
         assert None not in trimmed.plan.vocabulary.to_new(ids)
@@ -225,7 +228,9 @@ def test_the_least_that_is_named_can_be_had():
     tokenizer = shared_tokenizer("llama3")
     with pytest.raises(BudgetError, match=r"\b467\b"):
         prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=10, pad_to_multiple_of=250)
-    trimmed = prune_vocabulary(model_for("llama", tokenizer), tokenizer, documents(), vocab_size=467, pad_to_multiple_of=250)
+    trimmed = prune_vocabulary(
+        model_for("llama", tokenizer), tokenizer, documents(), vocab_size=467, pad_to_multiple_of=250
+    )
     assert len(trimmed.tokenizer) == 467
 
 

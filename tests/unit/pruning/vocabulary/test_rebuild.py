@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_context_prune.errors import VocabularyError
-from hf_context_prune.pruning.vocabulary.rebuild import order_ids, build_state, rebuild_tokenizer, read_table
+from hf_context_prune.pruning.vocabulary.rebuild import build_state, order_ids, read_table, rebuild_tokenizer
 from hf_context_prune.pruning.vocabulary.tokens import TokenTable
 from tests.support.tiny_tokenizers import (
     ALL_KINDS,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.pruning.vocabulary import refit
-from hf_context_prune.pruning.vocabulary.refit import VALIDATION_EVERY, _Problem, num_refit_samples, refit_rows
+from hf_context_prune.pruning.vocabulary.refit import _RowRegression, num_refit_samples, refit_rows
 from tests.support.tiny import VOCABULARY, case
 
 
@@ -108,7 +109,7 @@ def test_text_is_read_as_far_as_it_pays(monkeypatch):
     assert num_refit_samples(model, 30, 32) == 120
     monkeypatch.setattr(refit, "_MOST_LOGITS", 48 * 32 * VOCABULARY)
     assert num_refit_samples(model, 30, 32) == 48
-    monkeypatch.setattr(refit, "_MOST_LOGITS", 1)  # what the blocks of the model are repaired by
+    monkeypatch.setattr(refit, "_MOST_LOGITS", 1)  # the samples of the layers' reconstruction
     assert num_refit_samples(model, 30, 32) == 30
     monkeypatch.setattr(refit, "_MOST_STATES", 20 * 32 * model.config.hidden_size)
     assert num_refit_samples(model, 30, 32) == 20
@@ -144,7 +145,7 @@ def test_rows_that_the_text_has_no_use_for_stay_and_count():
     assert result["after"] < before - 0.02
 
 
-def test_held_loss_is_the_same_with_rows_that_stay():
+def test_validation_loss_is_the_same_with_rows_that_stay():
     generator = torch.Generator().manual_seed(0)
     states, weight = torch.randn(64, 48, generator=generator), torch.randn(VOCABULARY, 48, generator=generator)
     weight[200:] *= 0.01
@@ -153,11 +154,11 @@ def test_held_loss_is_the_same_with_rows_that_stay():
     targets = torch.randint(0, 200, (64,), generator=generator)
     targets[-1] = 300  # of the withheld text alone
     text = (states[:32], targets[:32]), (states[32:], targets[32:])
-    problem = _Problem(weight, bias, *text)
+    problem = _RowRegression(weight, bias, *text)
     assert set(range(200, VOCABULARY)) - set(problem.rows.tolist())
     assert 300 in problem.rows
     expected = float(functional.cross_entropy(functional.linear(states[32:], weight, bias), targets[32:]))
-    assert problem._held_loss(weight[problem.rows]) == pytest.approx(expected, rel=1e-5)
+    assert problem._validation_loss(weight[problem.rows]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_steps_on_parts_of_the_text(monkeypatch):
@@ -191,7 +192,7 @@ def test_the_gradient_is_that_of_the_loss(biased, elements, monkeypatch):
     logits = functional.linear(states, weight, bias)
     (expected,) = torch.autograd.grad(functional.cross_entropy(logits, targets), weight)
     with torch.no_grad():
-        problem = _Problem(weight.detach(), bias, (states, targets), (states, targets))
+        problem = _RowRegression(weight.detach(), bias, (states, targets), (states, targets))
         gradient, predicted = problem._gradient(weight.detach()[problem.rows], *problem.fitted)
     torch.testing.assert_close(gradient, expected[problem.rows])
     torch.testing.assert_close(predicted, logits.detach().softmax(dim=-1).mean(dim=0)[problem.rows])

@@ -133,7 +133,10 @@ def test_too_small_a_size_names_the_least():
     with pytest.raises(BudgetError, match=r"257,.*\b258\b.*\b258\b"):
         choose_tokens(table, scores, counts, VocabularySize(257, pad_to_multiple_of=1))
     for size in (VocabularySize(258, pad_to_multiple_of=1), VocabularySize(257)):
-        assert len(choose_tokens(table, scores, counts, size)) == -(-size.tokens // size.pad_to_multiple_of) * size.pad_to_multiple_of
+        assert (
+            len(choose_tokens(table, scores, counts, size))
+            == -(-size.tokens // size.pad_to_multiple_of) * size.pad_to_multiple_of
+        )
     with pytest.raises(BudgetError, match=r"461,.*\b460\b"):
         choose_tokens(table, scores, counts, VocabularySize(461, pad_to_multiple_of=1))
 
@@ -147,7 +150,9 @@ def test_what_is_made_from_a_removed_token_goes_with_it():
         choose_tokens(table, scores, counts, VocabularySize(coverage=1.0, pad_to_multiple_of=1), remove=[gone])
     kept = choose_tokens(table, scores, counts, VocabularySize(min_count=1, pad_to_multiple_of=1), remove=[gone])
     assert not kept & made
-    assert len(choose_tokens(table, scores, counts, VocabularySize(len(table)), remove=[gone])) == len(table) - len(made)
+    assert len(choose_tokens(table, scores, counts, VocabularySize(len(table)), remove=[gone])) == len(table) - len(
+        made
+    )
     least = choose_tokens(table, scores, counts, VocabularySize(min_count=1, pad_to_multiple_of=1), remove=[gone])
     assert not least & made
     assert table.closed(least) == least

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hf_context_prune.errors import VocabularyError
-from hf_context_prune.pruning.vocabulary.rebuild import order_ids, build_state
+from hf_context_prune.pruning.vocabulary.rebuild import build_state, order_ids
 from hf_context_prune.pruning.vocabulary.tokens import METASPACE, TokenTable
 from tests.support.tiny_tokenizers import ADDED, ALL_KINDS, BYTES, KINDS, SPECIAL, quick, state_of
 
