@@ -15,7 +15,7 @@ from hf_context_prune import EvalOptions, PrunerConfig, evaluate, load_model, pr
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
-from hf_context_prune.pipelines.demo import generate_completions
+from hf_context_prune.pipelines.demo import generate_completion
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
 
@@ -50,7 +50,7 @@ def test_prune_20_percent_and_repair(smollm2, licences, tmp_path):
     assert (folder / "model.safetensors").stat().st_size < 0.81 * 538_090_408
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     prompt = "THE SOFTWARE IS PROVIDED"
-    assert generate_completions(reloaded, result.tokenizer, prompt) == generate_completions(
+    assert generate_completion(reloaded, result.tokenizer, prompt) == generate_completion(
         result.model, result.tokenizer, prompt
     )
 

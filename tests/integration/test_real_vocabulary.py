@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.pipelines.demo import generate_completions
+from hf_context_prune.pipelines.demo import generate_completion
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, VocabularyPruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 
@@ -120,7 +120,7 @@ def test_tokens_and_neurons_in_one_budget_open_with_plain_transformers(smollm2, 
     assert tokenizer.convert_ids_to_tokens(model.config.eos_token_id) == "<|im_end|>"
     for prompt in ("THE SOFTWARE IS PROVIDED", "法院 🎉 naïve"):
         assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
-        assert generate_completions(model, tokenizer, prompt) == generate_completions(
+        assert generate_completion(model, tokenizer, prompt) == generate_completion(
             result.model, result.tokenizer, prompt
         )
     chat = [{"role": "user", "content": "May I copy it?"}]

@@ -231,7 +231,7 @@ def test_a_refit_of_the_head_with_little_text_says_so():
     config = PrunerConfig(mlp_ratio=0.3, refit_lm_head=True, num_calibration_samples=2, max_seq_length=2000)
     *_, plan = pruned(config, text=TextSource.from_documents([next(iter(documents().documents))], name="one"))
     assert plan.provenance["refit"] is None
-    assert "the text is too little" in refit_note(plan)[0]
+    assert "too little text" in refit_note(plan)[0]
 
 
 def test_padding_is_the_first_to_go():
