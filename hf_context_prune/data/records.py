@@ -81,7 +81,7 @@ def choose_text_columns(head: list[Record], text_column: str | None, name: str) 
     if len(strings) == 1:
         return strings
     raise DataError(
-        f"{name}: several columns may hold the text; name one with text_column (--text-column), or several as a,b; "
+        f"{name}: can't tell which column holds the text; name it with text_column (--text-column), or several as a,b; "
         f"its columns are {', '.join(columns)}"
     )
 
@@ -106,7 +106,7 @@ def render_text(value: object, tokenizer: PreTrainedTokenizerBase | None, where:
             return ""
         if tokenizer is None or not getattr(tokenizer, "chat_template", None):
             raise DataError(
-                f"{where} holds chat messages, but "
+                f"{where}: chat messages, but "
                 + ("no tokenizer was given" if tokenizer is None else "this tokenizer has no chat template")
                 + "; use the tokenizer of an instruction-tuned model, or data with a column of plain text"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.codec import decode
@@ -56,18 +56,19 @@ class ExportReport:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("schema") != _SCHEMA:
                 raise ValueError(f"its schema is not {_SCHEMA}")
-            report = cast("ExportReport", decode(cls, values, "it"))
+            report = decode(cls, values, "report")
             if report.verification.bytes_before <= 0 or report.verification.tokens_per_second_before <= 0:
-                raise ValueError("a model has bytes, and writes tokens in some time")
+                raise ValueError("bytes_before and tokens_per_second_before must be above 0")
             return report
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise LoadError(f"{path} is not an export report: {error}. Export the model again.") from error
+            why = str(error).rstrip(".")
+            raise LoadError(f"{path} is not an export report: {why}. Export the model again.") from error
 
     def table_rows(self) -> list[tuple[str, str, str, str]]:
         """Measure, the folder's own model, the artefact, change."""
         found = self.verification
         rows = [
-            ("loss, nats a token", f"{found.before:.4f}", f"{found.after:.4f}", f"{found.after - found.before:+.4f}"),
+            ("loss, nats per token", f"{found.before:.4f}", f"{found.after:.4f}", f"{found.after - found.before:+.4f}"),
             ("perplexity", "", "", f"{found.perplexity_change:+.3%} (allowed: {found.tolerance.perplexity:.2%})"),
             ("largest difference of a token, nats", "", "", f"{found.largest_difference:.2g}"),
             (
@@ -77,11 +78,11 @@ class ExportReport:
                 f"largest gap {found.largest_gap:.2g} nats",
             ),
             _ratio("weights, bytes", found.bytes_before, found.bytes_after, ",.0f"),
-            _ratio("tokens a second, greedy", found.tokens_per_second_before, found.tokens_per_second_after, ".1f"),
+            _ratio("tokens per second, greedy", found.tokens_per_second_before, found.tokens_per_second_after, ".1f"),
         ]
         if found.bits_per_byte_before is not None and found.bits_per_byte_after is not None:
             before, after = found.bits_per_byte_before, found.bits_per_byte_after
-            rows.insert(0, ("bits a byte", f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}"))
+            rows.insert(0, ("bits per byte", f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}"))
         return rows
 
 

@@ -180,7 +180,7 @@ def check(found: Verification) -> None:
     if not (math.isfinite(found.after) and abs(found.perplexity_change) <= limit.perplexity):
         raise ExportError(
             f"The artefact's perplexity on {found.text} differs by {found.perplexity_change:+.2%} from the folder's "
-            f"({found.after:.4f} against {found.before:.4f} nats a token); allowed are {limit.perplexity:.2%}. Nothing "
+            f"({found.after:.4f} against {found.before:.4f} nats per token); allowed are {limit.perplexity:.2%}. Nothing "
             f"was put in place. Choose a wider --dtype, or allow more with --tolerance."
         )
     if limit.gap is not None and not found.largest_gap <= limit.gap:

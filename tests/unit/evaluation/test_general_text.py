@@ -25,7 +25,7 @@ def test_a_general_text_is_measured_beside_the_domain():
     assert facts.dataset.held_out.startswith("Text of its own")
     assert facts.loss.base.num_documents == facts.loss.comparison.num_documents
     alone = evaluate(
-        result.model, general, tokenizer=tiny_tokenizer(), max_seq_length=32, options=options(texts(seed=6))
+        result.model, general, tokenizer=tiny_tokenizer(), max_seq_length=32, eval_options=options(texts(seed=6))
     )
     assert alone.loss.base.bits_per_byte.value == pytest.approx(facts.loss.pruned.bits_per_byte.value, rel=1e-4)
     assert alone.general.loss.pruned is None
