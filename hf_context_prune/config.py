@@ -20,10 +20,13 @@ from hf_context_prune.utils.options import (
     TEXT,
     VOCABULARY,
     Allowed,
+    above_zero,
     at_least,
+    below_one,
     check_options,
     from_options,
     is_number,
+    name_such_as,
     option,
     read_yaml,
 )
@@ -41,14 +44,8 @@ DEFAULT_RIDGE = 0.3
 """Ridge of every Gram matrix that is inverted, as a share of each feature's mean square."""
 THRESHOLDS = ("linear_threshold", "activation_threshold", "embedding_threshold")
 _DIGITS = re.compile(r"[0-9]{1,19}")
-
-
-_RATIO = Allowed(
-    lambda value: is_number(value) and 0 <= value < 1,
-    "a share in [0, 1): 0 removes nothing, 0.25 a quarter, and 1 would leave nothing",
-)
+_RATIO = below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing")
 _THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of at least 0 (the paper has 1e-3)")
-_NAME = Allowed(lambda value: isinstance(value, str) and bool(value.strip()), "a name, such as 'text'")
 
 
 @dataclass(kw_only=True)
@@ -59,9 +56,7 @@ class CalibrationConfig:
         ConfigError: A value out of range, or an unknown name.
     """
 
-    num_calibration_samples: int = option(
-        128, "Number of samples of calibration text.", panel=TEXT, allowed=at_least(1)
-    )
+    num_calibration_samples: int = option(128, "Samples of calibration text.", panel=TEXT, allowed=at_least(1))
     max_seq_length: int = option(512, "Tokens per sample.", panel=TEXT, allowed=at_least(2))
     general_data_ratio: float = option(
         0.0,
@@ -69,13 +64,13 @@ class CalibrationConfig:
         "little more on the domain and forgets less elsewhere. Needs general text (--general-data), of which a tenth "
         "is then held out to measure on.",
         panel=TEXT,
-        allowed=Allowed(
-            lambda value: is_number(value) and 0 <= value < 1,
-            "a share in [0, 1): 0.25 takes a quarter of the calibration samples from general text",
-        ),
+        allowed=below_one("0.25 takes a quarter of the calibration samples from general text"),
     )
     text_column: str | None = option(
-        None, "Column that holds the text; found automatically if there is one candidate.", panel=TEXT, allowed=_NAME
+        None,
+        "Column that holds the text; found automatically if there is one candidate.",
+        panel=TEXT,
+        allowed=name_such_as("text"),
     )
     # Not `seed`: HfArgumentParser would refuse this class beside TrainingArguments, which has that one.
     pruning_seed: int = option(
@@ -89,7 +84,7 @@ class CalibrationConfig:
         None,
         "Name of the domain, such as law, for the model card and its tags.",
         panel=OUTPUT,
-        allowed=Allowed(_NAME.test, "a name, such as 'law'"),
+        allowed=name_such_as("law"),
     )
 
     def __post_init__(self) -> None:
@@ -139,8 +134,8 @@ class PrunerConfig(CalibrationConfig):
 
     pruning_ratio: float | None = option(
         None,
-        f"Share of all parameters to remove, in [0, 1); tied embeddings count once. Without any size "
-        f"{DEFAULT_PRUNING_RATIO}.",
+        f"Share of all parameters to remove, in [0, 1); tied embeddings count once. Default {DEFAULT_PRUNING_RATIO} "
+        f"if no size is given.",
         panel=BUDGET,
         allowed=_RATIO,
     )
@@ -151,14 +146,9 @@ class PrunerConfig(CalibrationConfig):
         None,
         "Find the smallest model whose bits per byte on validation text rise by at most this share (0.03: 3 percent).",
         panel=BUDGET,
-        allowed=Allowed(
-            lambda value: is_number(value) and 0 < value <= 1,
-            "a share above 0, up to 1: 0.03 allows 3 % more bits per byte",
-        ),
+        allowed=above_zero("0.03 allows 3 % more bits per byte"),
     )
-    mlp_ratio: float | None = option(
-        None, "Share of the MLP neurons to remove, in [0, 1).", panel=BUDGET, allowed=_RATIO
-    )
+    mlp_ratio: float | None = option(None, "Share of MLP neurons to remove, in [0, 1).", panel=BUDGET, allowed=_RATIO)
     attention_ratio: float | None = option(
         None, "Share of the attention KV groups to remove, in [0, 1).", panel=BUDGET, allowed=_RATIO
     )
@@ -167,20 +157,14 @@ class PrunerConfig(CalibrationConfig):
         "Number of vocabulary entries to keep, or auto: the budget for all parameters decides, by the measured loss of "
         "removing entries, neurons and KV groups. All are kept by default.",
         panel=VOCABULARY,
-        allowed=Allowed(
-            lambda value: value == "auto" or at_least(1).test(value),
-            f"'auto' or {at_least(1).text}",
-        ),
+        allowed=Allowed(lambda value: value == "auto" or at_least(1).test(value), f"'auto' or {at_least(1).text}"),
         metavar="N|auto",
     )
     vocab_coverage: float | None = option(
         None,
         "Keep as many vocabulary entries as make up this share of the text, in (0, 1], instead of a number.",
         panel=VOCABULARY,
-        allowed=Allowed(
-            lambda value: is_number(value) and 0 < value <= 1,
-            "a share above 0, up to 1: 0.995 keeps as many entries as make up 99.5 % of the text",
-        ),
+        allowed=above_zero("0.995 keeps as many entries as make up 99.5 % of the text"),
     )
     vocab_min_count: int | None = option(
         None,
@@ -233,7 +217,7 @@ class PrunerConfig(CalibrationConfig):
         "Ridge of the reconstruction, as a share of each feature's mean square; above 0.",
         panel=METHOD,
         allowed=Allowed(
-            lambda value: is_number(value) and 0 < value <= 1e6, "a number above 0, up to 1e6 (0.3 is a good one)"
+            lambda value: is_number(value) and 0 < value <= 1e6, "a number above 0, up to 1e6 (such as 0.3)"
         ),
     )
 
@@ -303,8 +287,6 @@ class PrunerConfig(CalibrationConfig):
                 "native_architecture), and no mlp_ratio or attention_ratio. Or give a number: vocab_size=16000."
             )
 
-    thresholds_units: ClassVar[bool] = False
-
     @property
     def has_total_budget(self) -> bool:
         """Whether the budget is for all parameters, or for the loss."""
@@ -331,16 +313,11 @@ class ThresholdConfig(CalibrationConfig):
         ConfigError: A value out of range, or no threshold at all.
     """
 
-    # What the protocol fixes, for code that reads either config.
+    # What the protocol fixes.
     criterion: ClassVar[CriterionName] = "l1"
     reconstruction: ClassVar[ReconstructionName] = "none"
-    refit_lm_head: ClassVar[bool] = False
     vocab_criterion: ClassVar[VocabCriterion] = "expected"
     pad_to_multiple_of: ClassVar[int] = DEFAULT_PAD_TO_MULTIPLE_OF
-    vocab_size: ClassVar[None] = None
-    pruning_ratio: ClassVar[None] = None
-    target_params: ClassVar[None] = None
-    max_loss_increase: ClassVar[None] = None
 
     linear_threshold: float | None = option(
         None,
@@ -369,11 +346,6 @@ class ThresholdConfig(CalibrationConfig):
             raise ConfigError(f"There is no threshold; give at least one of {', '.join(THRESHOLDS)}.")
 
     @property
-    def thresholds_units(self) -> bool:
-        """Whether thresholds decide which MLP neurons and KV groups are removed."""
-        return self.prunes_units
-
-    @property
     def prunes_units(self) -> bool:
         """Whether MLP neurons or KV groups may be removed."""
         return self.linear_threshold is not None or self.activation_threshold is not None
@@ -390,25 +362,21 @@ def build_config(values: Mapping[str, Any]) -> PrunerConfig | ThresholdConfig:
     Raises:
         ConfigError: An unknown key, or options of both configs.
     """
-    own = {item.name for item in fields(ThresholdConfig)}
-    others = [item.name for item in fields(PrunerConfig) if item.name not in own and values.get(item.name) is not None]
     given = [name for name in THRESHOLDS if values.get(name) is not None]
     if not given:
         return PrunerConfig.from_dict({name: value for name, value in values.items() if name not in THRESHOLDS})
+    values = {name: value for name, value in values.items() if value is not None}
+    shared = {item.name for item in fields(CalibrationConfig)}
+    others = [item.name for item in fields(PrunerConfig) if item.name in values and item.name not in shared]
     if others:
         raise ConfigError(
             f"{given[0]} alone decides what is removed, as in the paper, and {', '.join(others)} can't be given with "
             f"it; leave out {', '.join(others)}, or the thresholds."
         )
-    open_ones = {item.name for item in fields(PrunerConfig)} - own
-    return ThresholdConfig.from_dict({name: value for name, value in values.items() if name not in open_ones})
+    return ThresholdConfig.from_dict(values)
 
 
-_OLD_NAMES = {
-    "stock": "native_architecture",
-    "vocab_multiple": "pad_to_multiple_of",
-    "general_mix": "general_data_ratio",
-}
+_OLD = {"stock": "native_architecture", "vocab_multiple": "pad_to_multiple_of", "general_mix": "general_data_ratio"}
 
 
 def config_from_provenance(values: Mapping[str, Any]) -> PrunerConfig | ThresholdConfig:
@@ -420,7 +388,7 @@ def config_from_provenance(values: Mapping[str, Any]) -> PrunerConfig | Threshol
     Raises:
         ConfigError: An unknown key or value, or a combination that is no longer possible.
     """
-    values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
+    values = {_OLD.get(name, name): value for name, value in values.items()}
     if values.pop("effort", None) == "high":
         values["refit_lm_head"] = True
     if values.pop("vocab_auto", False):

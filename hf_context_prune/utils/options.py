@@ -60,6 +60,21 @@ def at_least(lowest: int, bits: int = 63) -> Allowed:
     )
 
 
+def below_one(example: str) -> Allowed:
+    """Allow shares from 0 up to, not including, 1."""
+    return Allowed(lambda value: is_number(value) and 0 <= value < 1, f"a share in [0, 1): {example}")
+
+
+def above_zero(example: str) -> Allowed:
+    """Allow shares above 0, up to 1."""
+    return Allowed(lambda value: is_number(value) and 0 < value <= 1, f"a share above 0, up to 1: {example}")
+
+
+def name_such_as(example: str) -> Allowed:
+    """Allow strings that are not blank."""
+    return Allowed(lambda value: isinstance(value, str) and bool(value.strip()), f"a name, such as {example!r}")
+
+
 class OptionHelp(str):
     """The help text of an option with what else is known of the option.
 
