@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,8 +23,8 @@ from hf_context_prune.training.callback.mixin import ContextPruneTrainerMixin
 from hf_context_prune.training.callback.schedule import PruningSchedule
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
 
-SCHEDULE = PruningSchedule(start=4, end=10, num_prunings=3)
-STEPS = 20
+SCHEDULE = PruningSchedule(start=2, end=6, num_prunings=3)
+STEPS = 8
 
 
 def config_for(**options):
@@ -32,11 +33,15 @@ def config_for(**options):
 
 
 def dataset(count=160, *, length=32, seed=0):
-    """Blocks of token ids with labels."""
+    """Samples of token ids with labels."""
+    return [{"input_ids": row.clone(), "labels": row.clone()} for row in _token_ids(count, length, seed)]
+
+
+@cache
+def _token_ids(count, length, seed):
     draw, tokenizer = random.Random(seed), tiny_tokenizer()
     texts = [" ".join(draw.choices(TEXT.split(), k=60)) for _ in range(count)]
-    ids = [torch.tensor(tokenizer(text)["input_ids"][:length]) for text in texts]
-    return [{"input_ids": row, "labels": row} for row in ids]
+    return [torch.tensor(tokenizer(text)["input_ids"][:length]) for text in texts]
 
 
 def arguments(folder, **options):
@@ -84,7 +89,7 @@ class Snapshots(TrainerCallback):
 
 
 class WaitForTheKill(TrainerCallback):
-    """After step 9, tell by a file that it is time."""
+    """At the end of step 4, after its pruning, tell by a file that it is time."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -92,7 +97,7 @@ class WaitForTheKill(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         import time
 
-        if state.global_step == 9:
+        if state.global_step == 4:
             (self.folder / "now").touch()
             time.sleep(600)
 
@@ -113,7 +118,7 @@ def main(folder, mode):
         model=model,
         callbacks=[snapshots, *([WaitForTheKill(folder)] if mode == "killed" else [])],
         save_strategy="steps",
-        save_steps=7,
+        save_steps=3,
         per_device_train_batch_size=batch,
         **({"ddp_find_unused_parameters": False} if batch < 4 else {}),
         **({"kind": OurTrainer, "push_to_hub": True, "hub_model_id": "org/two"} if mode == "push" else {}),

@@ -1,9 +1,10 @@
-"""Checkpoints of a pruning training: whether one can be resumed, and its model."""
+"""Checkpoints of a pruning training: what they keep, whether one can be resumed, and its model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,87 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.utils.distributed import num_processes
 from hf_context_prune.utils.file_names import PLAN_NAME
 
 CONFIG_FILE = "config.json"
 
 
-def progress_of(saved: Any, own: Mapping[str, Any], state: TrainerState, steps: Sequence[int]) -> dict[str, Any]:  # noqa: ANN401
-    """What a checkpoint says of the training so far, if it is this training.
+@dataclass
+class PruningProgress:
+    """How far a training has pruned: the part of the callback's state that training changes.
+
+    Attributes:
+        plan: Kept units, counted in the model that the training began with; None before the first pruning.
+        total_params: Parameters of that model; 0 before any training.
+        dense: Its widths.
+        final: Uniform widths after the last pruning; None for adaptive ones, which are found by measuring.
+        tokens: Token ids of the last batches.
+        metrics: Sizes that are logged.
+        num_done: Prunings that are done.
+        fingerprint: Fingerprint of the model that the training began with.
+        use_cache: `use_cache` of the config, to be restored after training.
+        padding_idx: `padding_idx` of the embedding.
+        steps: Steps after which to prune, ascending.
+        base: Provenance of the model that the training began with.
+        num_processes: Processes of the training.
+    """
+
+    plan: PruningPlan | None = None
+    total_params: int = 0
+    dense: tuple[LayerWidths, ...] = ()
+    final: tuple[LayerWidths, ...] | None = None
+    tokens: list[int] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    num_done: int = 0
+    fingerprint: str = ""
+    use_cache: bool = True
+    padding_idx: int | None = None
+    steps: tuple[int, ...] = ()
+    base: dict[str, Any] = field(default_factory=dict)
+    num_processes: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
+        return {
+            **{item.name: getattr(self, item.name) for item in fields(self)},
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "dense": [[widths.neurons, widths.kv_groups] for widths in self.dense],
+            "final": None if self.final is None else [[widths.neurons, widths.kv_groups] for widths in self.final],
+            "steps": list(self.steps),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningProgress:
+        """Build from the values of `to_dict`; earlier versions wrote no `base` and no `padding_idx`."""
+        known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+        final = known["final"]
+        return cls(
+            **known
+            | {
+                "plan": None if known["plan"] is None else PruningPlan.from_dict(known["plan"]),
+                "dense": tuple(LayerWidths(*widths) for widths in known["dense"]),
+                "final": None if final is None else tuple(LayerWidths(*widths) for widths in final),
+                "tokens": list(known["tokens"]),
+                "metrics": dict(known["metrics"]),
+                "steps": tuple(known["steps"]),
+                "base": dict(known.get("base") or {}),
+            }
+        )
+
+
+def read_progress(saved: Any, own: Mapping[str, Any], state: TrainerState, steps: Sequence[int]) -> PruningProgress:  # noqa: ANN401
+    """Read the progress in a checkpoint, if it belongs to this training.
 
     Args:
         saved: The callback's state in the checkpoint.
         own: Config and schedule of the callback that resumes, as plain values.
-        state: Of the Trainer.
-        steps: After which the callback that resumes would prune.
+        state: State of the Trainer.
+        steps: Steps after which the callback that resumes would prune.
 
     Raises:
-        ConfigError: It was another training; says in what.
+        ConfigError: It belongs to another training; says what differs.
     """
     where = f"The checkpoint of step {state.global_step}"
     saved = saved[0] if isinstance(saved, list) and saved else saved
@@ -42,24 +107,27 @@ def progress_of(saved: Any, own: Mapping[str, Any], state: TrainerState, steps: 
         if differing:
             asked = ", ".join(f"{key}={own[part][key]!r} (was {then.get(key)!r})" for key in differing)
             raise ConfigError(
-                f"{where} belongs to a training with another {part}: {asked}. Resume with what it was begun with."
+                f"{where} belongs to a training with another {part}: {asked}. Resume with the {part} of its begin."
             )
-    progress: dict[str, Any] = saved["attributes"]["progress"]
-    if progress["num_processes"] != num_processes():
+    progress = PruningProgress.from_dict(saved["attributes"]["progress"])
+    if progress.num_processes != num_processes():
         raise ConfigError(
-            f"{where} was written by {progress['num_processes']} process(es), and now there are {num_processes()}: "
+            f"{where} was written by {progress.num_processes} process(es), and now there are {num_processes()}: "
             f"batches and weights would not be the same. Resume with as many."
         )
-    if progress["steps"] != list(steps):
+    if progress.steps != tuple(steps):
         raise ConfigError(
-            f"{where} belongs to a training that prunes after the steps {progress['steps']}; with {state.max_steps} "
-            f"steps in all they would be {list(steps)}. Resume with the same max_steps or epochs."
+            f"{where} belongs to a training that prunes after the steps {list(progress.steps)}; with "
+            f"{state.max_steps} steps in all they would be {list(steps)}. Resume with the same max_steps or epochs."
         )
     return progress
 
 
-def use_cache_of(model: PreTrainedModel) -> bool:
-    """What a config is to say when the training is over: a Trainer sets it to False, and leaves the other config."""
+def read_use_cache(model: PreTrainedModel) -> bool:
+    """Return the `use_cache` to restore after training.
+
+    The Trainer sets ``config.use_cache = False`` but leaves `generation_config` alone, so it is read there.
+    """
     return getattr(model.generation_config, "use_cache", None) is not False
 
 
@@ -75,18 +143,18 @@ def complete_checkpoint(folder: Path, plan: PruningPlan | None, *, use_cache: bo
 
 
 def load_checkpoint(checkpoint: str | Path, **kwargs: Any) -> PreTrainedModel:  # noqa: ANN401
-    """The model of a Trainer's checkpoint, with the widths that it had then: to resume, or to use.
+    """Load the model of a Trainer's checkpoint, with the widths that it had then: to resume, or to use.
 
         trainer = Trainer(model=load_checkpoint(path), callbacks=[ContextPruneCallback(config, schedule)], ...)
         trainer.train(resume_from_checkpoint=path)
 
     Args:
         checkpoint: A ``checkpoint-*`` folder.
-        **kwargs: As for `from_pretrained`: ``dtype`` and ``attn_implementation``, where the training had others than
+        **kwargs: As for `from_pretrained`: ``dtype`` and ``attn_implementation``, if the training had other ones than
             the default.
 
     Raises:
-        LoadError: It is none.
+        LoadError: The folder is no checkpoint.
     """
     folder = Path(checkpoint)
     if not (folder / CONFIG_FILE).is_file():

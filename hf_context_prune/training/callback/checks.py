@@ -1,4 +1,4 @@
-"""What a pruning training can't be, told before the first step."""
+"""Checks before the first training step: refuse setups in which pruning can't work."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from hf_context_prune.config import PrunerConfig
+from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import BudgetError, ConfigError, PruningWarning
-from hf_context_prune.modeling.architectures import check_supported, unit_costs
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import LayerWidths, read_geometry
+from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.widths import check_adaptive
+from hf_context_prune.utils.compat import attention_implementation
 
 from .schedule import PruningSchedule
 
@@ -25,32 +26,27 @@ def check_config(config: PrunerConfig) -> None:
     """Refuse options that need more than training batches.
 
     Raises:
-        ConfigError: One of them.
+        ConfigError: Names the option.
     """
     if config.prunes_vocabulary:
         raise ConfigError(
-            "Tokens can't go during training: the collator's tokenizer would no longer fit. Prune them before: "
-            "trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "
-            "trimmed.tokenizer to the Trainer, and leave the vocab_* options out here. Keep that model: it is "
-            "the teacher for recover()."
+            "The vocabulary can't be pruned during training: the collator's tokenizer would no longer fit. Prune it "
+            "before: trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "
+            "trimmed.tokenizer to the Trainer, and leave the vocab_* options out here. Keep trimmed.model: it is the "
+            "base that the result is compared with."
         )
     if config.general_data_ratio:
         raise ConfigError(
-            "The training batches are all that the callback calibrates on; mix general text into the training data "
-            "itself, and leave general_data_ratio out."
+            "The callback calibrates on the training batches alone. Mix general text into the training data, and leave "
+            "general_data_ratio out."
         )
     if config.refit_lm_head:
         raise ConfigError(
-            "refit_lm_head=True refits the rows of the tokens to the text, which training does itself; leave effort out."
-        )
-    if config.thresholds_units:
-        raise ConfigError(
-            "The paper's thresholds decide once, on calibration text. Use prune() with them, and recover() after it; "
-            "give pruning_ratio here."
+            "refit_lm_head=True refits the LM head on the text, which training does anyway. Leave refit_lm_head out."
         )
     if config.max_loss_increase is not None:
         raise ConfigError(
-            "max_loss_increase finds the size on withheld text, which a training does not have. Give pruning_ratio "
+            "max_loss_increase finds the size on validation text, which a training does not have. Give pruning_ratio "
             "here, or use prune(), and recover() after it."
         )
     if config.allocation == "adaptive" and (config.mlp_ratio is not None or config.attention_ratio is not None):
@@ -61,7 +57,7 @@ def check_config(config: PrunerConfig) -> None:
 
 
 def warn_of_plain_push() -> None:
-    """Say, before the first step, what a Trainer without the mixin will push."""
+    """Warn, before the first step, about the files that a Trainer without the mixin will push."""
     warnings.warn(
         "push_to_hub=True of a plain Trainer uploads the Trainer's own model card, without plan and figures of the "
         "pruning, and training_args.bin, a pickle that holds hub_token. Use class MyTrainer(ContextPruneTrainerMixin, "
@@ -75,8 +71,13 @@ def check_types(config: object, schedule: object) -> None:
     """Refuse arguments of another type, such as the two swapped.
 
     Raises:
-        ConfigError: One of them.
+        ConfigError: Names the argument.
     """
+    if isinstance(config, ThresholdConfig):
+        raise ConfigError(
+            "The callback's config is a ThresholdConfig; the paper's thresholds decide once, on calibration text. Use "
+            "prune() with them, and recover() after it, or give a PrunerConfig here."
+        )
     for value, kind, name in ((config, PrunerConfig, "config"), (schedule, PruningSchedule, "schedule")):
         if not isinstance(value, kind):
             raise ConfigError(
@@ -86,16 +87,16 @@ def check_types(config: object, schedule: object) -> None:
 
 
 def check_not_cut(last: PruningPlan | None, widths: Sequence[LayerWidths]) -> None:
-    """Refuse to begin anew with the model that the last training with this callback has cut.
+    """Refuse to begin again with the model that the last training with this callback has pruned.
 
     Raises:
         ConfigError: It is that model.
     """
     if last is not None and tuple(widths) == last.widths != last.dense:
         raise ConfigError(
-            "The model is cut already, by the last training with this callback: as much again would go of the rest. "
-            "Resume from a checkpoint (load_checkpoint), train on in a Trainer without the callback, or begin anew "
-            "with a new model."
+            "The model was pruned by the last training with this callback; another one would prune it as much again. "
+            "Resume from a checkpoint (load_checkpoint), continue in a Trainer without the callback, or begin with a "
+            "new model."
         )
 
 
@@ -103,14 +104,14 @@ def check_attention(model: PreTrainedModel) -> None:
     """Refuse flash attention on single precision: statistics are not taken under the Trainer's autocast.
 
     Raises:
-        ConfigError: The model is such.
+        ConfigError: The model has float32 weights and flash attention.
     """
-    kind = str(model.config._attn_implementation)
+    kind = str(attention_implementation(model.config))
     if "flash" in kind and model.dtype == torch.float32:
         raise ConfigError(
-            f"The model has float32 weights and attn_implementation={kind!r}, which takes half precision alone outside "
-            f"of the Trainer's autocast, where a pruning looks at the model. Load it with dtype=torch.bfloat16, or "
-            f"with attn_implementation='sdpa'."
+            f"The model has float32 weights and attn_implementation={kind!r}, which takes half precision only: "
+            f"pruning runs the model outside of the Trainer's autocast. Load it with dtype=torch.bfloat16, or with "
+            f"attn_implementation='sdpa'."
         )
 
 
@@ -118,29 +119,28 @@ def check_reachable(model: PreTrainedModel, config: PrunerConfig, first: float) 
     """Refuse, from shapes alone, a size that can't be reached, and uniform widths where they vary already.
 
     Args:
-        model: As it is before the training.
+        model: The model before the training.
         config: What is asked for.
-        first: Share of all that will go which goes at the first pruning.
+        first: Share of the whole removal that the first pruning does.
 
     Raises:
         BudgetError: Fewer parameters than the narrowest layers have, or too many at once.
         ConfigError: The widths vary.
     """
-    spec = check_supported(model)
-    geometry = read_geometry(model.config, spec)
+    view = ModelView.of(model)
     if config.allocation == "uniform":
-        if len(set(geometry.layers)) > 1:
+        if len(set(view.widths)) > 1:
             raise ConfigError(
                 "The model's widths vary from layer to layer; allocation='uniform' during training needs equal ones. "
                 "Use allocation='adaptive' with pruning_ratio."
             )
         return
-    remove = ParameterBudget.of(config, model.num_parameters()).remove_params or 0
-    narrowest = [LayerWidths(min(config.round_to, widths.neurons), 1) for widths in geometry.layers]
-    most = removed_params(geometry.layers, narrowest, unit_costs(model, spec, geometry))
+    remove = ParameterBudget.of(config, view.num_parameters).remove_params or 0
+    narrowest = [LayerWidths(min(config.round_to, widths.neurons), 1) for widths in view.widths]
+    most = removed_params(view.widths, narrowest, view.costs)
     if remove > most:
         raise BudgetError(
-            f"Asked to remove {remove:,} of {model.num_parameters():,} parameters; neurons and KV groups can give at "
+            f"Asked to remove {remove:,} of {view.num_parameters:,} parameters; neurons and KV groups can give at "
             f"most {most:,}. Ask for less."
         )
     try:
@@ -153,7 +153,7 @@ def check_arguments(args: TrainingArguments, state: TrainerState) -> None:
     """Refuse ways of training that hold on to the shapes of the weights, or replace the callback.
 
     Raises:
-        ConfigError: One of them.
+        ConfigError: Names the option.
     """
     reasons = {
         "fsdp": (args.fsdp, "its shards can't change their shape"),
@@ -168,15 +168,20 @@ def check_arguments(args: TrainingArguments, state: TrainerState) -> None:
         ),
         "restore_callback_states_from_checkpoint": (
             args.restore_callback_states_from_checkpoint,
-            "it puts a callback of the checkpoint, with that one's config, in place of yours; a training is resumed "
-            "without it",
+            "it replaces your callback by one with the config of the checkpoint; resuming works without it",
         ),
-        "auto_find_batch_size": (args.auto_find_batch_size, "it begins the training again with a model pruned already"),
+        "auto_find_batch_size": (
+            args.auto_find_batch_size,
+            "it begins the training again, with a model that is already pruned",
+        ),
         "more than one GPU in one process (DataParallel)": (
             args.n_gpu > 1,
             "the replicas are made from a wrapper; use accelerate launch",
         ),
-        "use_liger_kernel": (args.use_liger_kernel, "its modules are not those that a narrower model is made of"),
+        "use_liger_kernel": (
+            args.use_liger_kernel,
+            "its modules are not the modules that a narrower model is built from",
+        ),
         "hyperparameter_search": (state.is_hyper_param_search, "each trial needs a callback of its own"),
     }
     for name, (used, reason) in reasons.items():

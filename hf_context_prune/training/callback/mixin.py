@@ -1,4 +1,4 @@
-"""What a callback can't do by itself: a mixin for Trainers."""
+"""`ContextPruneTrainerMixin`: card, push and logged sizes, which a callback can't reach by itself."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
-from transformers.utils.hub import PushInProgress
 
 from hf_context_prune.errors import ConfigError, PruningWarning
 from hf_context_prune.publishing.card.card import write_card
+from hf_context_prune.utils.compat import CheckpointPushHook, finish_push, save_for_push, track_push
 from hf_context_prune.utils.file_names import CARD_NAME
 
 from .callback import ContextPruneCallback
-from .publishing import PushedFolder, facts_of
+from .publishing import PushedFolder, collect_facts
 
 _ONLY_THE_MODEL = ("end", "every_save")
 
 
-class ContextPruneTrainerMixin:
-    """Gives a Trainer our card, our push and the sizes: ``class MyTrainer(ContextPruneTrainerMixin, Trainer)``.
+class ContextPruneTrainerMixin(CheckpointPushHook):
+    """Card, push and logged sizes of this package: ``class MyTrainer(ContextPruneTrainerMixin, Trainer)``.
 
     - ``push_to_hub`` (its own, or by ``push_to_hub=True``) uploads model, tokenizer, plan and card in one commit, and
       never ``training_args.bin`` or optimizer state. So ``hub_strategy`` must be ``end`` or ``every_save``. With
       several processes, whose checkpoints are as wide as before, only the end is pushed.
-    - The sizes reach all reporters: a Trainer calls its reporters (TensorBoard, W&B, ...) before the callbacks that it
-      was given, so what a callback adds to the logs reaches the console and ``state.log_history``, but not them.
+    - The sizes reach all reporters. A Trainer calls its reporters (TensorBoard, W&B, ...) before the callbacks that it
+      was given, so sizes that a callback adds to the logs reach the console and ``state.log_history`` only.
     """
 
     args: TrainingArguments
@@ -46,7 +46,7 @@ class ContextPruneTrainerMixin:
         return str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As ``Trainer.train``.
+        """Train as ``Trainer.train`` does.
 
         Raises:
             ConfigError: A ``hub_strategy`` that uploads whole checkpoints.
@@ -62,20 +62,20 @@ class ContextPruneTrainerMixin:
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """As ``Trainer.log``, with the sizes."""
+        """Log as ``Trainer.log`` does, with the sizes."""
         if (callback := self._pruning_callback()) is not None:
             logs.update(callback.metrics)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Write our card and its picture to ``output_dir``; before anything is pruned, the Trainer's own."""
+        """Write this package's card and its picture to ``output_dir``; before anything is pruned, the Trainer's own."""
         callback = self._pruning_callback()
         if callback is None or callback.plan is None:
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         elif self.is_world_process_zero():  # type: ignore[attr-defined]
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_card(folder, facts_of(self.model, callback.plan, self._repo_name()))
+            write_card(folder, collect_facts(self.model, callback.plan, self._repo_name()))
 
     def push_to_hub(
         self,
@@ -86,15 +86,15 @@ class ContextPruneTrainerMixin:
         private: bool | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Save the model to ``output_dir``, and upload it with tokenizer, plan and our card, in one commit.
+        """Save the model to ``output_dir``, and upload it with tokenizer, plan and card, in one commit.
 
         Args:
             commit_message: First line of the commit.
             blocking: Whether to wait for the upload; else a ``Future`` is returned.
             token: As for ``Trainer.push_to_hub``.
-            revision: The same.
-            private: The same.
-            kwargs: Of ``Trainer.create_model_card``; our card does not need them.
+            revision: As for ``Trainer.push_to_hub``.
+            private: As for ``Trainer.push_to_hub``.
+            kwargs: Options of ``Trainer.create_model_card``; this package's card does not need them.
 
         Returns:
             A `PushResult` in the main process, None in the others.
@@ -102,31 +102,31 @@ class ContextPruneTrainerMixin:
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)  # type: ignore[attr-defined]
-        self.save_model(_internal_call=True)  # type: ignore[attr-defined]
+        save_for_push(self)  # type: ignore[arg-type]
         if not self.is_world_process_zero():  # type: ignore[attr-defined]
             return None
         self.create_model_card(**kwargs)
-        self._finish_current_push()  # type: ignore[attr-defined]
+        finish_push(self)  # type: ignore[arg-type]
         return self._push_now(
             blocking, token, revision if revision is not None else self.args.hub_revision, commit_message
         )
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """What ``hub_strategy="every_save"`` does at a checkpoint, in the background."""
+    def push_checkpoint(self) -> None:
+        """Push the model at a checkpoint of ``hub_strategy="every_save"``, in the background."""
         callback = self._pruning_callback()
         if not self.is_world_process_zero() or self._strategy == "end":  # type: ignore[attr-defined]
             return
-        if callback is not None and callback.num_processes > 1:
-            return  # what is pruned is zeroed, not cut out, until the end
+        if callback is not None and callback.progress.num_processes > 1:
+            return  # removed units are zeroed, and cut out at the end
         if self.push_in_progress is not None:
             if not self.push_in_progress.is_done():
                 if not self.args.hub_always_push:
                     return
-                self._finish_current_push()  # type: ignore[attr-defined]
+                finish_push(self)  # type: ignore[arg-type]
             self._warn_of_failed_push()
         step = self.state.global_step  # type: ignore[attr-defined]
         job = self._push_now(False, self.args.hub_token, self.args.hub_revision, f"Training in progress, step {step}")
-        self.push_in_progress = PushInProgress([job])
+        track_push(self, job)
 
     def _push_now(self, blocking: bool, token: str | None, revision: str | None, message: str | None) -> Any:  # noqa: ANN401
         callback = self._pruning_callback()

@@ -1,4 +1,4 @@
-"""The optimizer of a model whose weights are swapped for narrower ones: the same groups, its state mapped along."""
+"""Keep the optimizer of a model whose weights get narrower: the same groups, and its state mapped along."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_context_prune.errors import ConfigError
 
 FULL, ROWS, COLUMNS = "full", "rows", "columns"
 
-# What each state tensor of an optimizer carries: every entry of its weight, or one value a row or a column.
+# What each state tensor of an optimizer carries: every entry of its weight, or one value per row or per column.
 _ADAM = {"exp_avg": FULL, "exp_avg_sq": FULL, "max_exp_avg_sq": FULL}
 STATES: dict[type[Optimizer], dict[str, str]] = {
     torch.optim.AdamW: _ADAM,
@@ -25,8 +25,8 @@ STATES: dict[type[Optimizer], dict[str, str]] = {
 }
 
 
-def bare(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself, without accelerate's wrapper."""
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer without accelerate's wrapper."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
@@ -36,17 +36,17 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module, num_processes
     """Refuse an optimizer whose state can't be mapped to narrower weights.
 
     Args:
-        optimizer: Of the Trainer.
-        model: What it trains.
+        optimizer: The Trainer's.
+        model: The model that it trains.
         num_processes: With several, weights are zeroed and not narrowed, which states by rows and columns can't follow.
 
     Raises:
-        ConfigError: Its class is not in the table or can't be had with several processes, its state holds what the
-            table does not know, or it trains weights that the model does not have.
+        ConfigError: Its class is not in the table or can't be used with several processes, its state holds a tensor
+            that the table does not know, or it trains weights that the model does not have.
     """
     if optimizer is None:
         raise ConfigError("The Trainer has no optimizer when training begins, so its state can't be kept. Give it one.")
-    inner = bare(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if type(inner) not in STATES:
         known = ", ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in STATES)
         raise ConfigError(
@@ -64,35 +64,35 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module, num_processes
     strangers = sum(id(parameter) not in own for group in inner.param_groups for parameter in group["params"])
     if strangers:
         raise ConfigError(
-            f"The optimizer trains {strangers} tensors that are not weights of the model (any more). Make it from "
-            f"model.parameters() of this very model, or let the Trainer make it."
+            f"The optimizer trains {strangers} tensors that are not weights of the model (any more). Make the "
+            f"optimizer from model.parameters() of this very model, or let the Trainer make it."
         )
 
 
 def check_state(optimizer: Optimizer) -> None:
-    """Refuse what an optimizer keeps of a weight that nobody could map: a hook's moving average, say.
+    """Refuse a state that holds tensors of unknown shape, such as a hook's moving average.
 
     Raises:
-        ConfigError: A tensor of its state is not in the table.
+        ConfigError: A tensor of the state is not in the table.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.ndim > 0 and name not in STATES[type(optimizer)]:
                 raise ConfigError(
                     f"The state of {type(optimizer).__qualname__} holds {name!r} of shape {list(value.shape)} for a "
-                    f"weight of shape {list(parameter.shape)}; it does not by itself, and nothing says how to narrow "
-                    f"it. Keep it elsewhere, or prune() before the training."
+                    f"weight of shape {list(parameter.shape)}. The optimizer itself keeps no such tensor, and nothing "
+                    f"says how to narrow it. Keep it elsewhere, or prune() before the training."
                 )
 
 
-def _mapped(value: torch.Tensor, carries: str, shape: torch.Size, places: torch.Tensor) -> torch.Tensor:
-    """One state tensor of a narrower weight.
+def _map_tensor(value: torch.Tensor, carries: str, shape: torch.Size, places: torch.Tensor) -> torch.Tensor:
+    """Return a state tensor of a narrower weight.
 
     Args:
         value: The state of the wide weight.
         carries: `FULL`, `ROWS` or `COLUMNS`.
-        shape: Of the wide weight.
-        places: Flat indices into the wide weight, in the shape of the narrow one.
+        shape: The shape of the wide weight.
+        places: Flat indices into the wide weight, int64 in the shape of the narrow weight.
     """
     places = places.to(value.device)
     if carries == FULL:
@@ -108,22 +108,22 @@ def map_state(optimizer: Optimizer, places: Iterable[tuple[nn.Parameter, torch.T
     """Narrow the state of weights that get narrower.
 
     Args:
-        optimizer: One that `check_optimizer` let pass.
-        places: (wide weight, flat indices into it in the shape of the narrow one).
+        optimizer: An optimizer that passed `check_optimizer`.
+        places: (wide weight, flat indices into it in the shape of the narrow weight).
     """
-    inner = bare(optimizer)
+    inner = unwrap_optimizer(optimizer)
     carries = STATES[type(inner)]
     check_state(inner)
     for parameter, index in places:
         state = inner.state.get(parameter, {})
         for name, value in list(state.items()):
             if name in carries and isinstance(value, torch.Tensor):
-                state[name] = _mapped(value, carries[name], parameter.shape, index)
+                state[name] = _map_tensor(value, carries[name], parameter.shape, index)
 
 
 def replace_parameters(optimizer: Optimizer, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Let an optimizer train the new weights in place of the old ones; groups and schedulers stay."""
-    inner = bare(optimizer)
+    inner = unwrap_optimizer(optimizer)
     for group in inner.param_groups:
         group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
     for old, replacement in new.items():
@@ -133,7 +133,7 @@ def replace_parameters(optimizer: Optimizer, new: Mapping[nn.Parameter, nn.Param
 
 def clear_entries(optimizer: Optimizer, parameter: nn.Parameter, places: torch.Tensor) -> None:
     """Set the state of all entries but those at `places` (flat indices) to zero."""
-    inner = bare(optimizer)
+    inner = unwrap_optimizer(optimizer)
     carries = STATES[type(inner)]
     for name, value in inner.state.get(parameter, {}).items():
         if carries.get(name) == FULL and isinstance(value, torch.Tensor):

@@ -19,7 +19,7 @@ from hf_context_prune.training.callback.optimizer import (
     replace_parameters,
 )
 from hf_context_prune.training.callback.transplant import compose_plans, scatter, transplant
-from tests.support.tiny import CASES, case, tiny_model
+from tests.support.tiny import COVERING, case, tiny_model
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
@@ -58,7 +58,7 @@ def prune_in_place(model, optimizer, plan):
     replace_parameters(optimizer, transplant(model, smaller))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_states_are_those_of_the_kept_entries(name, kind):
     model = case(name)
@@ -103,7 +103,7 @@ def test_states_are_those_of_the_kept_entries(name, kind):
     step(model, optimizer)  # and it goes on
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gpt_neox", "qwen3", "llama-mqa-tied", "opt", "gemma2"])
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_silent_and_cut_out_units_learn_the_same(name, kind):
     cut, silent = case(name), case(name)
@@ -166,24 +166,23 @@ def test_a_state_that_nobody_knows_is_refused_before_anything_is_cut():
         optimizer.state[parameter]["average"] = parameter.detach().clone()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     moments = [state["exp_avg"].shape for state in optimizer.state.values()]
-    with pytest.raises(ConfigError, match="nothing says how to narrow it"):
+    with pytest.raises(ConfigError, match="holds 'average' of shape"):
         prune_in_place(model, optimizer, plan_for(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [state["exp_avg"].shape for state in optimizer.state.values()] == moments
 
 
-@pytest.mark.parametrize("kind", ["torch-adafactor", "adafactor"])
-def test_moments_of_whole_rows_need_one_process(kind):
-    model = tiny_model("llama")
-    optimizer = OPTIMIZERS[kind](model.parameters())
-    check_optimizer(optimizer, model, 1)
-    with pytest.raises(ConfigError, match="With several processes, Adafactor would keep"):
-        check_optimizer(optimizer, model, 2)
+def test_moments_of_whole_rows_need_one_process():
+    for kind in ("torch-adafactor", "adafactor"):
+        model = tiny_model("llama")
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        check_optimizer(optimizer, model, 1)
+        with pytest.raises(ConfigError, match="With several processes, Adafactor would keep"):
+            check_optimizer(optimizer, model, 2)
 
 
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
+def test_optimizers_that_are_refused(subtests):
+    for make, said in (
         (lambda model: None, "no optimizer"),
         (
             lambda model: Unknown(model.parameters(), lr=0.1),
@@ -196,9 +195,8 @@ def test_moments_of_whole_rows_need_one_process(kind):
         (lambda model: torch.optim.RMSprop(model.parameters()), r"RMSprop can't be mapped"),
         (lambda model: torch.optim.SGD(tiny_model("llama").parameters(), lr=0.1), "tensors that are not weights"),
         (with_averages, r"state of AdamW holds 'average' of shape \[\d+, 48\]"),
-    ],
-)
-def test_optimizers_that_are_refused(make, said):
-    model = tiny_model("llama")
-    with pytest.raises(ConfigError, match=said):
-        check_optimizer(make(model), model)
+    ):
+        with subtests.test(said):
+            model = tiny_model("llama")
+            with pytest.raises(ConfigError, match=said):
+                check_optimizer(make(model), model)

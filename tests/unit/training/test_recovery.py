@@ -460,5 +460,5 @@ def test_it_trains_in_one_process_on_the_first_gpu(tokenizer, monkeypatch):
         check_single_device(types.SimpleNamespace(device=torch.device("cuda:1")))
     check_single_device(types.SimpleNamespace(device=torch.device("cuda:0")))
     monkeypatch.setattr("hf_context_prune.training.recovery.recover.num_processes", lambda: 2)
-    with pytest.raises(ConfigError, match="in one process.* 2\."):
+    with pytest.raises(ConfigError, match=r"in one process.* 2\."):
         recover(tiny_model("llama"), texts(), RecoveryConfig(max_steps=2, **SMALL), tokenizer=tokenizer)
