@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_context_prune.storage.loading import LoadedModel
+from hf_context_prune.utils.compat import unwrap_quanto
 
 from .projections import check_projections
 from .runtime import TorchRuntime
@@ -52,7 +53,8 @@ def load(folder: Path) -> TorchRuntime:
     from optimum.quanto import QuantizedModelForCausalLM
 
     # Without trust_remote_code=False, transformers would ask on the terminal whether to run a folder's code.
-    return TorchRuntime(QuantizedModelForCausalLM.from_pretrained(folder, trust_remote_code=False)._wrapped)
+    wrapped = QuantizedModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    return TorchRuntime(unwrap_quanto(wrapped))
 
 
 def _ungrouped(model: Any) -> list[str]:  # noqa: ANN401
