@@ -1,4 +1,4 @@
-"""Downloads of a model from the Hub at one commit, and plain sentences for their failures."""
+"""Downloads of a model from the Hub at one commit, never of a pickle."""
 
 from __future__ import annotations
 
