@@ -15,15 +15,14 @@ from hf_context_prune.modeling.architectures import (
     TARGETS,
     Target,
     channel_scale,
-    check_supported,
     input_magnitude,
-    layers_of,
     output_projection,
     output_weight,
     unit_size,
 )
 from hf_context_prune.modeling.plan import LayerPlan
-from hf_context_prune.modeling.specs import ArchSpec, Geometry, LayerWidths, read_geometry
+from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key, TargetWeights
 
 from .criteria import Criterion, get_criterion
@@ -72,25 +71,23 @@ def select_units(
     )
 
 
-def weights_of_layer(
-    block: nn.Module, spec: ArchSpec, geometry: Geometry, target: Target, groups: int
-) -> TargetWeights:
-    """The weights of one target of a block, as a criterion sees them (the output weight is a view).
+def weights_of_layer(view: ModelView, index: int, target: Target, layer: nn.Module | None = None) -> TargetWeights:
+    """Return the weights of one target of a layer, as a criterion sees them (the output weight is a view).
 
     Args:
-        block: One transformer block.
-        spec: The architecture.
-        geometry: Sizes of the model.
+        view: The model.
+        index: Which layer.
         target: Which units.
-        groups: KV groups of this block.
+        layer: A copy of the layer with other weights; None: the model's own.
     """
-    projection = output_projection(block, spec, target)
+    layer, spec, groups = layer or view.layers[index], view.spec, view.widths[index].kv_groups
+    projection = output_projection(layer, spec, target)
     return TargetWeights(
         output=output_weight(projection),
-        unit_size=unit_size(geometry, target),
-        input_magnitude=input_magnitude(block, spec, geometry, target, groups),
+        unit_size=unit_size(view.geometry, target),
+        input_magnitude=input_magnitude(layer, spec, view.geometry, target, groups),
         has_bias=projection.bias is not None,
-        channel_scale=channel_scale(block, spec, target),
+        channel_scale=channel_scale(layer, spec, target),
     )
 
 
@@ -134,10 +131,10 @@ def _targets(config: PrunerConfig) -> tuple[Target, ...]:
 def score_units(
     model: PreTrainedModel, stats: CalibrationStats, criterion: str, *, seed: int = 0
 ) -> dict[Key, torch.Tensor]:
-    """Importance of every unit that the statistics cover.
+    """Return the importance of every unit that the statistics cover.
 
     Args:
-        model: The dense model.
+        model: The base model.
         stats: From [`calibrate`][], with what the criterion needs.
         criterion: A name of `CRITERIA`.
         seed: For the `random` criterion.
@@ -152,13 +149,10 @@ def score_with(
     model: PreTrainedModel, stats: CalibrationStats, criterion: str, generator: torch.Generator
 ) -> dict[Key, torch.Tensor]:
     """Score units as [`score_units`][] does, with a random generator that the caller keeps."""
-    spec = check_supported(model)
-    geometry, layers = read_geometry(model.config, spec), layers_of(model, spec)
-    function = get_criterion(criterion).function
+    view, function = ModelView.of(model), get_criterion(criterion).function
     importance = {}
     for (layer, target), statistics in stats.targets.items():
-        groups = geometry.layers[layer].kv_groups
-        weights = weights_of_layer(layers[layer], spec, geometry, target, groups)  # type: ignore[arg-type]
+        weights = weights_of_layer(view, layer, target)  # type: ignore[arg-type]
         with error_context(f"layer {layer} ({target})"):
             importance[layer, target] = function(weights.cpu(), statistics, generator)
     return importance

@@ -14,7 +14,7 @@ from tests.support.tiny import case
 from tests.support.tiny_tokenizers import WORDS, qwen2_class, tokenizer_of
 
 DOMAIN = WORDS[:13]
-ALL = {"vocab_min_count": 1, "multiple": 8}
+ALL = {"vocab_min_count": 1, "pad_to_multiple_of": 8}
 """Every token of the text stays."""
 
 

@@ -112,5 +112,5 @@ def record_activations(module: nn.Module, *, inputs: bool) -> Iterator[list[torc
 
 
 def choose_validation(count: int, every: int) -> Sequence[bool]:
-    """Return which of `count` batches only choose ridges: the last of each `every`, none if there are fewer."""
-    return [count >= every and index >= count - count // every for index in range(count)]
+    """Return which of `count` batches only choose ridges: the last ones, one in `every`."""
+    return [index >= count - count // every for index in range(count)]

@@ -196,14 +196,18 @@ class VocabularyPruner:
             "coverage": sum(self.counts.occurrences[index] for index in kept) / total,
             "refit": None,
         }
-        zeroed: set[int] = set()
-        if size.above_share is not None:
-            stay = {index for index, count in self.counts.occurrences.items() if count}
-            stay = (stay - self.counts.rare(size.above_share)) | set(self.tokenizer.all_special_ids)
-            zeroed = self.table.contents.keys() - stay
         if refit:
             facts["refit"] = refit_to_text(smaller, tokenizer, self.source, **self.sampling)
-        return TrimmedModel(smaller, tokenizer, replace(plan, provenance={"vocabulary": facts}), frozenset(zeroed))
+        plan = replace(plan, provenance={"vocabulary": facts})
+        return TrimmedModel(smaller, tokenizer, plan, self._zeroed_by_paper(size.above_share))
+
+    def _zeroed_by_paper(self, threshold: float | None) -> frozenset[int]:
+        """Return the ids whose rows the paper's code zeroes at a threshold; none without one."""
+        if threshold is None:
+            return frozenset()
+        used = {index for index, count in self.counts.occurrences.items() if count}
+        stay = (used - self.counts.rare(threshold)) | set(self.tokenizer.all_special_ids)
+        return frozenset(self.table.contents.keys() - stay)
 
 
 def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,7 @@ import torch
 
 from hf_context_prune.config import DEFAULT_RIDGE, CriterionName
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.modeling.architectures import layers_of
-from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
 from hf_context_prune.pruning.criteria import CRITERIA, criterion, get_criterion
@@ -133,23 +132,21 @@ def summed_by_hand(family, model, value_of):
 @pytest.mark.parametrize("family", STORED)
 def test_magnitude_of_a_model(family):
     model = tiny_model(family)
-    spec = SPECS[family]
-    geometry = read_geometry(model.config, spec)
+    view = ModelView.of(model)
     expected = summed_by_hand(family, model, lambda weight: weight.detach().double().abs())
     for (layer, target), value in expected.items():
-        groups = geometry.layers[layer].kv_groups
-        w = weights_of_layer(layers_of(model, spec)[layer], spec, geometry, target, groups)
-        got = score("magnitude", w, None)
+        got = score("magnitude", weights_of_layer(view, layer, target), None)
         torch.testing.assert_close(got, value)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_obs_ranks_by_what_reaches_the_residual_stream(family):
-    model, spec = tiny_model(family), SPECS[family]
-    geometry, block = read_geometry(model.config, spec), layers_of(model, spec)[0]
+    model = tiny_model(family)
+    view = ModelView.of(model)
+    block = view.layers[0]
     with torch.no_grad():
         block.post_feedforward_layernorm.weight.copy_(torch.linspace(-1, 3, model.config.hidden_size))
-    w = weights_of_layer(block, spec, geometry, "mlp", geometry.layers[0].kv_groups)
+    w = weights_of_layer(view, 0, "mlp")
     gamma = 1 + block.post_feedforward_layernorm.weight.detach()
     torch.testing.assert_close(w.channel_scale[:, 0], gamma, atol=1e-4, rtol=1e-4)
     stats = statistics_of(inputs(w.num_units))

@@ -86,7 +86,7 @@ BAD_ARGUMENTS = [
     ({"vocab_size": 0}, ConfigError, "vocab_size is 0"),
     ({"vocab_coverage": 1.5}, ConfigError, "vocab_coverage is 1.5"),
     ({"vocab_min_count": True}, ConfigError, "vocab_min_count is True"),
-    ({"vocab_size": 320, "multiple": 0}, ConfigError, "multiple of the vocabulary is 0"),
+    ({"vocab_size": 320, "pad_to_multiple_of": 0}, ConfigError, "pad_to_multiple_of is 0"),
     ({"vocab_size": 320, "criterion": "often"}, ConfigError, "vocab_criterion"),
     ({"vocab_size": 320, "keep": ["court zebra"]}, VocabularyError, "'court zebra'"),
     ({"vocab_size": 320, "remove": ["Ġzebra"]}, VocabularyError, "'Ġzebra'"),
