@@ -37,9 +37,9 @@ def read_base_card(base: LoadedModel) -> dict[str, Any]:
         stated; ``stated_by`` says where, or ``unknown`` why nothing could be read.
     """
     if base.source is not None and base.source.is_file():
-        return _of_gguf(base.source)
+        return _read_gguf_header(base.source)
     if base.source is not None:
-        return _of_readme(base.source / "README.md", "the README.md in its folder")
+        return _read_readme(base.source / "README.md", "the README.md in its folder")
     if base.revision is None and "/" not in base.name:
         return {"unknown": "it was given in memory"}
     try:
@@ -48,7 +48,7 @@ def read_base_card(base: LoadedModel) -> dict[str, Any]:
         return {"unknown": "it was given in memory"}
     except (OSError, ValueError, HTTPError):  # no card, no network, gated, ...
         return {"id": base.name, "unknown": "its model card could not be read"}
-    return {"id": base.name, **_of_readme(Path(file), "its model card")}
+    return {"id": base.name, **_read_readme(Path(file), "its model card")}
 
 
 def collect_provenance(base: LoadedModel) -> dict[str, Any]:
@@ -56,17 +56,17 @@ def collect_provenance(base: LoadedModel) -> dict[str, Any]:
     return {"base_model": base.name, "base_revision": base.revision, "base_card": read_base_card(base)}
 
 
-def _of_readme(file: Path, where: str) -> dict[str, Any]:
+def _read_readme(file: Path, where: str) -> dict[str, Any]:
     if not file.is_file():
         return {"unknown": "there is no README.md in its folder"}
     try:
         values = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {"unknown": f"{where} can't be read"}
-    return {**_plain(values), "stated_by": where}
+    return {**_select_plain_values(values), "stated_by": where}
 
 
-def _of_gguf(file: Path) -> dict[str, Any]:
+def _read_gguf_header(file: Path) -> dict[str, Any]:
     from gguf import GGUFReader
 
     if hash_file(file) == SMOLLM2["sha256"]:
@@ -76,10 +76,10 @@ def _of_gguf(file: Path) -> dict[str, Any]:
         values = {ours: fields[theirs].contents() for ours, theirs in _IN_GGUF.items() if theirs in fields}
     except (OSError, ValueError, KeyError, IndexError) as error:
         return {"unknown": f"the header of its GGUF file can't be read ({type(error).__name__})"}
-    return {**_plain(values), "stated_by": "the header of its GGUF file"}
+    return {**_select_plain_values(values), "stated_by": "the header of its GGUF file"}
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _select_plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields whose value is a short string or a list of at most 50 of them."""
     found = {}
     for name in _FIELDS:

@@ -21,7 +21,7 @@ from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
-from tests.support.tiny import CASES, FAMILIES, VOCABULARY, case
+from tests.support.tiny import CASES, FAMILIES, case, tokens
 
 SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
 
@@ -49,21 +49,17 @@ def random_plan(model, *, seed=0, variable=True):
 
 
 def masked(model, plan):
-    """The dense model with the plan's pruned units silenced: zero columns in the output projections."""
+    """The base model with the plan's pruned units silenced: zero columns in the output projections."""
     spec = SPECS[model.config.model_type]
     geometry = read_geometry(model.config, spec)
     silenced = copy.deepcopy(model)
-    for layer, block in zip(plan.layers, layers_of(silenced, spec), strict=True):
+    for kept, layer in zip(plan.layers, layers_of(silenced, spec), strict=True):
         for target in TARGETS:
-            weight = output_weight(output_projection(block, spec, target))
+            weight = output_weight(output_projection(layer, spec, target))
             gone = torch.ones(weight.shape[1], dtype=torch.bool)
-            gone[kept_features(geometry, target, layer.kept(target))] = False
+            gone[kept_features(geometry, target, kept.kept(target))] = False
             weight[:, gone] = 0
     return silenced
-
-
-def tokens(batch=2, length=24, seed=1):
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def logits(model, ids, **kwargs):

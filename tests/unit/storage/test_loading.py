@@ -1,4 +1,4 @@
-"""What loading refuses: incomplete weights, impossible configs, unusable caches."""
+"""Loading refuses incomplete weights, impossible configs and unusable caches."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ REMEDY = "download or save the model again"
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("stock")
+def native(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("native")
     tiny_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -44,14 +44,14 @@ def variable(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def copied(request, tmp_path, stock, variable):
-    folder = shutil.copytree({"stock": stock, "variable": variable}[request.param], tmp_path / "copy")
+def copied(request, tmp_path, native, variable):
+    folder = shutil.copytree({"native": native, "variable": variable}[request.param], tmp_path / "copy")
     (folder / "manifest.json").unlink(missing_ok=True)  # the weights are changed on purpose
     return folder
 
 
-both = pytest.mark.parametrize("copied", ["stock", "variable"], indirect=True)
-only_stock = pytest.mark.parametrize("copied", ["stock"], indirect=True)
+both = pytest.mark.parametrize("copied", ["native", "variable"], indirect=True)
+only_native = pytest.mark.parametrize("copied", ["native"], indirect=True)
 only_variable = pytest.mark.parametrize("copied", ["variable"], indirect=True)
 
 
@@ -119,7 +119,7 @@ def test_layers_beyond_the_config_are_refused(copied):
         load_model(copied, device="cpu")
 
 
-@only_stock
+@only_native
 def test_layers_beyond_the_config_are_refused_by_name(copied):
     info = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": {"model.layers.3.norm.weight"}}
     with pytest.raises(LoadError, match=r"model\.layers\.3\.norm\.weight.*num_hidden_layers is 3"):
@@ -185,7 +185,7 @@ def test_a_config_that_is_no_object_is_refused(copied, subtests):
             load(copied)
 
 
-@only_stock
+@only_native
 def test_a_huge_width_has_shapes_and_is_refused_with_its_weights(copied):
     edit_config(copied, intermediate_size=1_000_000_000)
     assert load_meta_model(copied).num_parameters() > 3 * 3 * 48 * 1_000_000_000
@@ -223,8 +223,8 @@ def test_a_changed_file_is_refused_unless_not_verified(variable, tmp_path):
     assert not load_pruned(folder, verify=False).model.norm.weight.any()
 
 
-def test_an_empty_source_is_not_the_current_folder(stock, monkeypatch, subtests):
-    monkeypatch.chdir(stock)
+def test_an_empty_source_is_not_the_current_folder(native, monkeypatch, subtests):
+    monkeypatch.chdir(native)
     for source, load in itertools.product(("", "  ", "\n"), (load_model, load_meta_model, load_pruned)):
         with subtests.test(source=source, load=load.__name__), pytest.raises(LoadError, match="MODEL"):
             load(source)

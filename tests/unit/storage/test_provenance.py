@@ -1,4 +1,4 @@
-"""What a base states of itself: copied from where it is stated, and never made up."""
+"""The facts that a base states about itself: copied from their source, never invented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a killed run leaves to go on from: whose it is, where it lies, and who may touch it."""
+"""Finished work of a killed run: its key, its folder, and its lock."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_dtype_text_options_and_threads_count_too(monkeypatch):
 
 def test_it_goes_with_the_work_and_stays_for_another_try():
     with open_resume_folder("a") as folder:
-        (folder / "block").touch()
+        (folder / "layer").touch()
     assert not folder.exists()
 
     def stopped(name, *files):
@@ -86,25 +86,25 @@ def test_it_goes_with_the_work_and_stays_for_another_try():
             raise KeyboardInterrupt
 
     places = []
-    for name, files in (("a", ["block"]), ("b", [])):
+    for name, files in (("a", ["layer"]), ("b", [])):
         with pytest.raises(KeyboardInterrupt):
             stopped(name, *files)
-    assert (folder / "block").exists()
+    assert (folder / "layer").exists()
     assert places[0] == folder != places[1]
     assert not places[1].exists()  # nothing was finished
     with open_resume_folder("a") as again:
         assert again == folder
-        assert (again / "block").exists()
+        assert (again / "layer").exists()
 
 
 def test_only_what_nobody_took_up_is_forgotten():
     root = cache_dir() / "unfinished"
     for name, inside in (("stale", 0), ("long at work", None)):
-        (root / name / "walk").mkdir(parents=True)
-        (root / name / "walk" / "block").touch()
+        (root / name / "sequential").mkdir(parents=True)
+        (root / name / "sequential" / "layer").touch()
         if inside is not None:
-            os.utime(root / name / "walk" / "block", (inside, inside))
-            os.utime(root / name / "walk", (inside, inside))
+            os.utime(root / name / "sequential" / "layer", (inside, inside))
+            os.utime(root / name / "sequential", (inside, inside))
         os.utime(root / name, (0, 0))
     with open_resume_folder("a"):
         assert {path.name for path in root.iterdir() if len(path.name) < 32} == {"long at work"}
@@ -118,13 +118,13 @@ def test_a_second_run_of_the_same_is_refused_and_takes_nothing_away():
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     with open_resume_folder("a") as folder:
-        (folder / "block").touch()
+        (folder / "layer").touch()
         with pytest.raises(SaveError, match="Another run is doing the same: wait for it"), open_resume_folder("a"):
             pass
         found = run_again()
         assert "Another run is doing the same" in found.stderr
         assert "went on" not in found.stdout
-        assert (folder / "block").exists()
+        assert (folder / "layer").exists()
         with open_resume_folder("another output"):
             pass
     assert run_again().stdout == "went on\n"
