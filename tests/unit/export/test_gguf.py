@@ -121,7 +121,7 @@ def test_tokens_are_those_of_the_tokenizer(kind, pruned, tmp_path):
     tokenizer = smollm2_digits() if kind == "smollm2" else tokenizer_of(kind)
     model = model_for("llama", tokenizer, spare_rows=3)
     if pruned:
-        text, least = documents(count=200, length=400), {"vocab_min_count": 1, "multiple": 8}
+        text, least = documents(count=200, length=400), {"vocab_min_count": 1, "pad_to_multiple_of": 8}
         smaller = prune_vocabulary(model, tokenizer, text, criterion="frequency", refit=False, **least)
         model, tokenizer = smaller.model, smaller.tokenizer
     texts = (*TOKENIZER_PROBES, *(record.text for record in documents(count=3).documents))
