@@ -221,7 +221,7 @@ class Domain:
         if self._last is not None and self._last[0] == config:
             return self._last[1:]
         if method.adaptive:
-            plan, reconstruct = self.adaptive(config).walk(config)
+            plan, reconstruct = self.adaptive(config).sequential(config)
         elif config.reconstruction == "sequential":
             plan, reconstruct = plan_and_reconstruct(self.model, self.samples, config)
         else:

@@ -41,7 +41,7 @@ class ResidualDomain(Domain):
     def walked(self) -> tuple[PruningPlan, Any]:
         """Plan and smaller model of adaptive widths."""
         config = self.config(METHODS[WALKED], self.size)
-        plan, reconstruct = self.adaptive(config).walk(config)
+        plan, reconstruct = self.adaptive(config).sequential(config)
         return plan, apply_plan(self.model, plan, reconstruct=reconstruct)
 
     def scored(self, model: Any, dense: Mapping[str, Any]) -> dict[str, Any]:
