@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_context_prune.data.demo import smollm2_gguf
+from hf_context_prune.storage.known_models import fetch_smollm2
 from hf_context_prune.storage.cache import cache_dir
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import hash_file
@@ -28,7 +28,7 @@ _GEMMA_PARTS = (
 
 def smollm2() -> LoadedModel:
     """SmolLM2-135M-Instruct (Llama family, Q4_1), dequantised to float32; every comparison is against this."""
-    return load_model(smollm2_gguf(), dtype="float32", device="cpu")
+    return load_model(fetch_smollm2(), dtype="float32", device="cpu")
 
 
 def gemma3() -> LoadedModel:

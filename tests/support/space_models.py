@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.publishing.space.page import build, serve
+from hf_context_prune.publishing.space.page import build
+from hf_context_prune.publishing.space.serve import serve
 from hf_context_prune.publishing.space.settings import Entry, Limits, Settings, Source
 from hf_context_prune.publishing.space.store import ModelStore, load_source
 from hf_context_prune.storage.loading import LoadedModel, load_model

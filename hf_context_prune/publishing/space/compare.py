@@ -1,4 +1,4 @@
-"""A visitor's request from the first check to the last token, as values that a page or a program can show."""
+"""One request from the first check to the last token, as values that a page or a program can show."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .settings import Entry, Settings, Source
 from .store import ModelStore
 
 _LOGGER = logging.getLogger(__name__)
-_SECONDS_BETWEEN = 0.08  # a page can't show more, and sending takes time from the models
+_SECONDS_BETWEEN = 0.08  # a page can't show views faster, and sending them takes time from the models
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model of the two.
+    """One of the two models.
 
     Attributes:
         kind: ``"dense"`` or ``"pruned"``.
-        name: Of the model.
-        megabytes: Of its weights in memory; None while it is not loaded.
-        progress: What it has written.
-        problem: Why it can't write; "" if it can.
+        name: Name of the model.
+        megabytes: Size of its weights in memory; None while it is not loaded.
+        progress: The text so far, with its times.
+        problem: Reason why it can't write; "" if it can.
     """
 
     kind: str
@@ -39,12 +39,12 @@ class Side:
 
 @dataclass(frozen=True)
 class View:
-    """What is to be shown at a moment.
+    """The state of a request at one moment.
 
     Attributes:
         sides: The dense and the pruned model.
-        status: A sentence on what happens.
-        refused: The request was refused; `status` says why.
+        status: A sentence on the state.
+        refused: Whether the request was refused; `status` has the reason.
     """
 
     sides: tuple[Side, Side]
@@ -53,43 +53,43 @@ class View:
 
 
 class Comparer:
-    """Compares the models of a Space's domains."""
+    """Comparison of the two models of a domain."""
 
     def __init__(self, settings: Settings, store: ModelStore) -> None:
-        """Keep what the Space may show.
+        """Keep the models that the Space may show.
 
         Args:
             settings: The allowed models, and the limits.
-            store: Their copies in memory.
+            store: The copies of the models in memory.
         """
         self.settings = settings
         self._entries = {entry.name: entry for entry in settings.entries}
         self._store = store
 
     def entry(self, domain: str) -> Entry:
-        """A domain by name.
+        """Return a domain by name.
 
         Raises:
-            ConfigError: There is none of that name.
+            ConfigError: There is no domain of that name.
         """
         if not isinstance(domain, str) or domain not in self._entries:
             raise ConfigError(f"Choose one of the domains: {', '.join(self._entries)}.")
         return self._entries[domain]
 
     def idle(self, domain: str) -> View:
-        """Before anything is asked."""
+        """Return the view before a request."""
         entry = self.entry(domain)
         return View((self._side("dense", entry.base), self._side("pruned", entry.model)))
 
     def compare(self, domain: str, request: Request) -> Iterator[View]:
-        """Let both models of a domain write; stops between two tokens when it is no longer iterated.
+        """Let both models of a domain write; they stop between two tokens when the iterator is closed.
 
         Args:
-            domain: Name of the entry.
+            domain: Name of the domain.
             request: The request; checked here.
 
         Yields:
-            Views, a few a second.
+            Views, a few per second.
         """
         try:
             entry, request = self.entry(domain), request.checked(self.settings.limits)
@@ -109,12 +109,14 @@ class Comparer:
                 runners[index] = Runner(loaded, request, self.settings.limits)
             except ContextPruneError as error:
                 problem = str(error)
-                if source.path is not None:  # visitors need not know where on the server it is
+                if source.path is not None:  # visitors need not know the place on the server
                     problem = problem.replace(str(source.path.absolute()), source.path.name)
                 sides[index] = replace(sides[index], problem=problem)
-            except Exception:  # one model must not take the other down; visitors see no insides
+            except Exception:  # one model must not stop the other; visitors see no internals
                 _LOGGER.exception("%s can't be used", source.label)
-                sides[index] = replace(sides[index], problem="It can't be loaded; the log of the Space says why.")
+                sides[index] = replace(
+                    sides[index], problem="The model can't be loaded; the log of the Space has the reason."
+                )
         yield from self._race(sides, runners)
 
     def _race(self, sides: list[Side], runners: dict[int, Runner]) -> Iterator[View]:
@@ -148,4 +150,4 @@ class Comparer:
         if not fast or not slow or not before or not after:
             return "Done."
         faster, smaller = fast / slow, after / before
-        return f"The pruned model wrote {faster:.2f} times as fast as the dense one, from {smaller:.0%} of its bytes."
+        return f"The pruned model wrote {faster:.2f} times as fast as the dense one, with {smaller:.0%} of its bytes."

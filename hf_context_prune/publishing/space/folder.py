@@ -1,4 +1,4 @@
-"""A ready Space as a folder, written whole or not at all."""
+"""A Space as a folder that is ready to run, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, code, inert, table
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.upload_check import is_allowed
+from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2
 from hf_context_prune.storage.manifest import read_manifest, verify_folder
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME
 
 from .facts import read_facts
-from .gradio_import import gradio
-from .html import environment, text_file
-from .prompts import prompts_for
+from .gradio_import import import_gradio
+from .html import read_template_file, template_environment
+from .prompts import choose_prompts
 from .settings import (
     COMMIT,
     DEMO,
@@ -39,7 +40,7 @@ from .settings import (
     demo_settings,
     write_settings,
 )
-from .wheel import requirements, write_wheel
+from .wheel import pin_requirements, write_wheel
 
 TITLE = "Mini-GPTs"
 SETTINGS_NAME = "space.yaml"
@@ -48,43 +49,43 @@ _PREFIX = re.compile(r"^mini(-?gpts?)?[-_ ]", re.IGNORECASE)
 
 
 def make_space_settings(models: Sequence[str], *, base: str | None = None, title: str | None = None) -> Settings:
-    """The settings of a Space for pruned models.
+    """Make the settings of a Space for pruned models.
 
     Args:
         models: Folders that this package wrote, or Hub ids (``owner/name``, ``owner/name@revision``), which are pinned
-            to a commit. What exists locally wins.
-        base: The same for the dense model of all of them, or ``"demo"`` for the one that the demo fetches; None takes
-            what each one's plan says.
+            to a commit. An existing folder is preferred to a Hub id of the same name.
+        base: The same for the base of all models, or ``"demo"`` for the base of the demo; None takes the base that each
+            plan names.
         title: Heading of the page.
 
     Raises:
-        ConfigError: A name that is neither, or a base that has to be given.
+        ConfigError: A name is neither a folder nor a Hub id, or the base must be given.
         LoadError: A plan or a revision can't be read.
     """
-    given = None if base is None else Source() if base == DEMO else _pinned(base)
+    given = None if base is None else Source() if base == DEMO else _pin(base)
     entries = []
     for model in models:
-        source = _pinned(model)
+        source = _pin(model)
         name = _PREFIX.sub("", source.label.rpartition("/")[2]).replace("-", " ").replace("_", " ").strip()
         name = check_name((name[:1].upper() + name[1:]) or source.label, "the name of a model")
-        entry = Entry(name, source, given or Source(), prompts_for(name))
-        entries.append(entry if given else replace(entry, base=_base_of(entry)))
+        entry = Entry(name, source, given or Source(), choose_prompts(name))
+        entries.append(entry if given else replace(entry, base=_find_base(entry)))
     return Settings(title or TITLE, tuple(entries))
 
 
 def write_space(settings: Settings, target: str | Path) -> Path:
-    """Write the folder of a Space: app, settings, requirements, front matter, our wheel, and models that are local.
+    """Write the folder of a Space: app, settings, requirements, front matter, the wheel of this package, local models.
 
     Args:
-        settings: What it shows.
-        target: The folder: absent, empty, or an older one of ours, which is then replaced.
+        settings: The settings of the Space.
+        target: The folder: absent, empty, or an older Space of this package, which is replaced.
 
     Raises:
-        SaveError: Nothing was put in place; an older folder is as it was.
-        LoadError: A local model is damaged or is no model folder.
+        SaveError: Saving failed; an older folder is as it was.
+        LoadError: A local model is damaged or is not a model folder.
     """
     goal = resolve_target(target)
-    needed = requirements()
+    needed = pin_requirements()
     sources = dict.fromkeys(source for entry in settings.entries for source in (entry.base, entry.model))
     local = {source: _model_files(source.path) for source in sources if source.path is not None}
     size = sum(file.stat().st_size for found in local.values() for file in found.values())
@@ -92,22 +93,22 @@ def write_space(settings: Settings, target: str | Path) -> Path:
         places = _copy_models(local, staging)
         moved = replace(
             settings,
-            entries=tuple(_moved(index, entry, places, staging) for index, entry in enumerate(settings.entries)),
+            entries=tuple(_relocate(index, entry, places, staging) for index, entry in enumerate(settings.entries)),
         )
         write_settings(moved, staging / SETTINGS_NAME)
         wheel = write_wheel(staging)
-        _write(staging / "app.py", text_file("app.py"))
-        _write(staging / "README.md", readme(moved, wheel=wheel.name))
+        _write(staging / "app.py", read_template_file("app.py"))
+        _write(staging / "README.md", render_readme(moved, wheel=wheel.name))
         _write(staging / "requirements.txt", "".join(f"{line}\n" for line in needed))
     return goal
 
 
-def readme(settings: Settings, *, wheel: str | None) -> str:
-    """The README.md of a Space, with the front matter that the Hub reads.
+def render_readme(settings: Settings, *, wheel: str | None) -> str:
+    """Return the README.md of a Space, with the front matter that the Hub reads.
 
     Args:
-        settings: What the Space shows.
-        wheel: Name of our wheel beside it; None in the checkout.
+        settings: The settings of the Space.
+        wheel: Name of the wheel of this package beside it; None in the checkout.
 
     Raises:
         ConfigError: Gradio is not installed.
@@ -119,23 +120,23 @@ def readme(settings: Settings, *, wheel: str | None) -> str:
         colorFrom="green",
         colorTo="gray",
         sdk="gradio",
-        sdk_version=gradio().__version__,
+        sdk_version=import_gradio().__version__,
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
         short_description="A dense and a pruned language model, side by side",
         models=list(dict.fromkeys(repos)) or None,
         tags=["pruning", "context-pruning"],
     )
-    rows = [(entry.name, _shown(entry.model), _shown(entry.base)) for entry in settings.entries]
+    rows = [(entry.name, _describe_source(entry.model), _describe_source(entry.base)) for entry in settings.entries]
     shown = {"title": inert(settings.title), "models": table(("domain", "pruned", "dense"), rows), "wheel": wheel}
-    return environment().get_template("README.md.jinja").render(metadata=card.to_yaml().strip(), **shown)
+    return template_environment().get_template("README.md.jinja").render(metadata=card.to_yaml().strip(), **shown)
 
 
 def demo_files() -> dict[str, str]:
-    """The repository's ``spaces/`` by file name: the embedded default, run from the checkout."""
+    """Return the files of the repository's ``spaces/`` by name: the Space of the demo, run from the checkout."""
     return {
-        "app.py": text_file("app.py"),
-        "README.md": readme(demo_settings(Path(DEMO_FOLDER)), wheel=None),
+        "app.py": read_template_file("app.py"),
+        "README.md": render_readme(demo_settings(Path(DEMO_FOLDER)), wheel=None),
         "requirements.txt": "# In the root of the checkout: pip install -r spaces/requirements.txt\n.[space]\n",
     }
 
@@ -144,7 +145,7 @@ def check_space_publishable(settings: Settings) -> None:
     """Refuse to push a Space with models in its folder: on the Hub it reads them from their own repositories.
 
     Raises:
-        ConfigError: With the first of them, and what to do.
+        ConfigError: A model is a folder; the message has the command that pushes it.
     """
     for entry in settings.entries:
         for what, source in (("model", entry.model), ("base", entry.base)):
@@ -152,12 +153,12 @@ def check_space_publishable(settings: Settings) -> None:
                 command = shlex.join(["hf-context-prune", "push", str(source.path), "owner/name"])
                 raise ConfigError(
                     f"The {what} of {entry.name!r} is the folder {source.path}. A Space on the Hub reads models from "
-                    f"their own repositories: push it (`{command}`), then name owner/name here."
+                    f"their own repositories: push the folder (`{command}`), then give owner/name here."
                 )
 
 
-def _pinned(text: str) -> Source:
-    """A folder, or a Hub id at a commit."""
+def _pin(text: str) -> Source:
+    """Return the source that a text names: a folder, or a Hub id at a commit."""
     path = Path(text).expanduser()
     if path.exists() or not REPO.fullmatch(text.partition("@")[0]) or text.startswith((".", "/", "~")):
         if not path.is_dir():
@@ -170,15 +171,15 @@ def _pinned(text: str) -> Source:
         commit = HfApi().model_info(repo, revision=revision or None).sha
     except (OSError, ValueError, HTTPError) as error:
         raise LoadError(
-            f"The commit of {text!r} can't be asked for ({type(error).__name__}). Check the name and the network, or "
-            f"give it: {repo}@COMMIT."
+            f"The commit of {text!r} can't be looked up: {explain_hub_error(error)}; or give the commit, as in "
+            f"{repo}@COMMIT ({type(error).__name__})."
         ) from error
     if not commit:
         raise LoadError(f"The Hub names no commit of {text!r}.")
     return Source(repo, commit)
 
 
-def _base_of(entry: Entry) -> Source:
+def _find_base(entry: Entry) -> Source:
     facts = read_facts(entry)
     if facts.plan is None:
         raise LoadError(f"{entry.model.label}: {' '.join(facts.problems)}")
@@ -189,12 +190,12 @@ def _base_of(entry: Entry) -> Source:
         return Source(name, revision)
     raise ConfigError(
         f"{entry.model.label} was pruned from {name!r} at revision {revision!r}, which is not a commit of a Hub "
-        f"repository: give the dense model with --base (a folder, owner/name, owner/name@revision, or demo)."
+        f"repository. Give the base with --base (a folder, owner/name, owner/name@revision, or demo)."
     )
 
 
 def _model_files(path: Path) -> dict[str, Path]:
-    """The files of a local model by the names that they travel under."""
+    """Return the files of a local model by their names in the Space."""
     if path.is_file():
         return {path.name: path}
     if not (path / "config.json").is_file():
@@ -204,7 +205,7 @@ def _model_files(path: Path) -> dict[str, Path]:
     else:
         files = verify_folder(path)["files"]
         if EXPORT_REPORT_NAME in files:
-            raise LoadError(f"{path} is an export, which a Space can't load. Give the folder that it was made from.")
+            raise LoadError(f"{path} is an export, which a Space can't load. Give the folder that was exported.")
         names = [*files, MANIFEST_NAME]
     return {name: path / name for name in names}
 
@@ -225,20 +226,20 @@ def _copy_models(local: dict[Source, dict[str, Path]], staging: Path) -> dict[So
     return places
 
 
-def _moved(index: int, entry: Entry, places: dict[Source, Source], staging: Path) -> Entry:
+def _relocate(index: int, entry: Entry, places: dict[Source, Source], staging: Path) -> Entry:
     reports = {}
     for number, (text, file) in enumerate(entry.reports.items()):
         reports[text] = staging / "reports" / f"{index}-{number}.json"
         reports[text].parent.mkdir(exist_ok=True)
         if not file.is_file():
             raise LoadError(f"The report {file} of {entry.name!r} is missing.")
-        EvalReport.load(file)  # nothing else that a YAML names travels, perhaps to the Hub
+        EvalReport.load(file)  # no other file that a YAML names is copied, and perhaps pushed
         shutil.copyfile(file, reports[text])
     model, base = (places.get(source, source) for source in (entry.model, entry.base))
     return replace(entry, model=model, base=base, reports=reports)
 
 
-def _shown(source: Source) -> str:
+def _describe_source(source: Source) -> str:
     if source.repo is None:
         return source.label
     return Trusted(

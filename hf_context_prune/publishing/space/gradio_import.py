@@ -1,4 +1,4 @@
-"""Gradio, which is an optional package."""
+"""Import of Gradio, which is an optional package."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hf_context_prune.errors import ConfigError
 _INSTALL = 'The Space needs Gradio: pip install "hf-context-prune[space]".'
 
 
-def gradio() -> Any:  # noqa: ANN401 - an optional package
-    """The package, or the error that says how to get it.
+def import_gradio() -> Any:  # noqa: ANN401 - an optional package
+    """Return the package.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: Gradio is not installed; the message has the command that installs it.
     """
     try:
         import gradio

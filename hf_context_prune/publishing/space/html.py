@@ -1,4 +1,4 @@
-"""Pieces of the page as HTML: strict templates that escape everything put into them."""
+"""Pieces of the page as HTML: strict templates that escape every value."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _FOLDER = "publishing/templates/space"
 
 
 @cache
-def environment() -> Environment:
-    """Templates of the wheel; an unknown name is an error, and HTML is escaped."""
+def template_environment() -> Environment:
+    """Return the environment of the templates: an unknown name is an error, and HTML is escaped."""
     return Environment(
         loader=PackageLoader("hf_context_prune", _FOLDER),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -23,17 +23,17 @@ def environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:  # noqa: ANN401 - whatever the template shows
-    """HTML of a template.
+    """Render a template as HTML.
 
     Args:
-        template: Such as ``"side"``.
-        values: What it shows.
+        template: Name of the template, such as ``"side"``.
+        values: The values that it shows.
     """
-    html = environment().get_template(f"{template}.html.jinja").render(values)
+    html = template_environment().get_template(f"{template}.html.jinja").render(values)
     # Gradio's own HTML component has templates too (`${}` and `{{}}`): a name with these in it must stay a name.
     return html.replace("{", "&#123;").replace("$", "&#36;")
 
 
-def text_file(name: str) -> str:
-    """A file beside the templates."""
+def read_template_file(name: str) -> str:
+    """Return the text of a file beside the templates."""
     return files("hf_context_prune").joinpath(_FOLDER, name).read_text(encoding="utf-8")

@@ -1,9 +1,12 @@
-"""Example prompts by domain, for a Space that is given none."""
+"""Example prompts by domain, for a Space without prompts of its own."""
 
 from __future__ import annotations
 
-from hf_context_prune.data.demo import LICENCE_PROMPTS
-
+LICENCE_PROMPTS = (
+    "Redistribution and use in source and binary forms, with or without modification,",
+    "THE SOFTWARE IS PROVIDED",
+    "You may copy and distribute verbatim copies of the Program's source code",
+)
 _GENERAL = ("The most important point is", "In other words,", "What should I know about this topic?")
 _BY_WORD = {
     ("medic", "clinic", "health", "pubmed"): (
@@ -25,8 +28,8 @@ _BY_WORD = {
 }
 
 
-def prompts_for(name: str) -> tuple[str, ...]:
-    """Prompts of the domain that a name speaks of; general ones for any other name."""
+def choose_prompts(name: str) -> tuple[str, ...]:
+    """Return the prompts of the domain that a name contains; general ones for any other name."""
     for words, prompts in _BY_WORD.items():
         if any(word in name.lower() for word in words):
             return prompts

@@ -1,4 +1,4 @@
-"""What a Space shows: one small YAML file, checked field by field. Nothing but the models it names is ever loaded."""
+"""Settings of a Space: one small YAML file, checked field by field. Only the models named there are ever loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any
 
 import yaml
 
-from hf_context_prune.data.demo import LICENCE_PROMPTS
 from hf_context_prune.errors import ConfigError, unknown_name
+from hf_context_prune.storage.known_models import SMOLLM2
 from hf_context_prune.utils.options import read_yaml
+
+from .prompts import choose_prompts
 
 DEMO = "demo"
 """The base model that `hf-context-prune demo` fetches from the package index."""
 DEMO_FOLDER = "mini-gpt-licences"
+"""The folder that `hf-context-prune demo` writes by default."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -28,7 +31,7 @@ _MAX_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: a Hub repository at a commit, a local folder, or the model of the demo (neither is set).
+    """The place of a model: a Hub repository at a commit, a local folder, or (with neither) the base model of the demo.
 
     Attributes:
         repo: Hub id.
@@ -42,20 +45,20 @@ class Source:
 
     @property
     def label(self) -> str:
-        """A short name for people."""
-        return self.repo or (self.path.name if self.path else "SmolLM2-135M-Instruct")
+        """A short name to show."""
+        return self.repo or (self.path.name if self.path else str(SMOLLM2["id"]).rpartition("/")[2])
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A domain: a pruned model, the model it was pruned from, and what to ask them.
+    """A domain: a pruned model, its base, and example prompts.
 
     Attributes:
-        name: Of the domain, as people choose it.
+        name: Name of the domain, as visitors choose it.
         model: The pruned model.
-        base: The dense model.
-        prompts: Examples. One that ends with a question mark is put as a question, any other is continued.
-        reports: Evaluations of the pruned model on other texts, by the name of the text.
+        base: The base, which is dense.
+        prompts: Examples. A prompt that ends with a question mark is asked as a question; any other is continued.
+        reports: Evaluation reports of the pruned model on other texts, by the name of the text.
     """
 
     name: str
@@ -67,14 +70,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one visitor may ask for; enforced on the server.
+    """Limits of one request, enforced on the server.
 
     Attributes:
-        prompt_characters: Characters of a prompt.
-        prompt_tokens: Tokens of a prompt.
-        new_tokens: Tokens that each model writes.
-        seconds: From the first to the last token of both.
-        waiting: Requests in the queue, after which more are turned away.
+        prompt_characters: Largest number of characters of a prompt.
+        prompt_tokens: Largest number of tokens of a prompt.
+        new_tokens: Largest number of tokens that each model writes.
+        seconds: Longest time from the first to the last token of both models.
+        waiting: Largest number of requests in the queue; more are turned away.
     """
 
     prompt_characters: int = 4_000
@@ -84,7 +87,7 @@ class Limits:
     waiting: int = 16
 
     def __post_init__(self) -> None:
-        """Refuse what is no positive integer.
+        """Refuse limits that are not positive integers.
 
         Raises:
             ConfigError: With the name and the value.
@@ -96,12 +99,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """A Space.
+    """The settings of a Space.
 
     Attributes:
         title: Heading of the page.
-        entries: Its domains; at least one, with different names.
-        limits: What one visitor may ask for.
+        entries: The domains; at least one, with different names.
+        limits: Limits of one request.
     """
 
     title: str
@@ -109,7 +112,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Refuse no domain, or two of one name.
+        """Refuse settings without a domain, or with two domains of one name.
 
         Raises:
             ConfigError: With the names.
@@ -117,14 +120,15 @@ class Settings:
         names = [entry.name for entry in self.entries]
         if not names or len(set(names)) < len(names):
             raise ConfigError(
-                f"The models of a Space are named {names}: it needs one at least, and names that differ. A SPACE.yaml "
-                f"gives models names of your choice."
+                f"The models of a Space are named {names}; there must be at least one, and names that differ. Choose "
+                f"the names in a SPACE.yaml."
             )
 
 
 def demo_settings(folder: Path) -> Settings:
-    """The embedded default: the folder that `hf-context-prune demo` writes, against the model that it fetches."""
-    entry = Entry("Software licences", Source(path=folder), Source(), LICENCE_PROMPTS)
+    """Return the default settings: the folder that `hf-context-prune demo` writes, beside its base."""
+    name = "Software licences"
+    entry = Entry(name, Source(path=folder), Source(), choose_prompts(name))
     return Settings("Mini-GPT: software licences", (entry,))
 
 
@@ -132,7 +136,7 @@ def read_space_settings(path: str | Path) -> Settings:
     """Read the YAML of a Space; paths in it are relative to its folder.
 
     Raises:
-        ConfigError: It can't be read, or a field is missing, unknown or not of its type; the message names the field.
+        ConfigError: The file can't be read, or a field is missing, unknown or of a wrong type; the message names it.
     """
     path = Path(path)
     values = _fields(read_yaml(path), str(path), required={"models"}, allowed={"title", "base", "models", "limits"})
@@ -152,7 +156,7 @@ def write_settings(settings: Settings, path: Path) -> None:
     """Write YAML that `read_space_settings` reads back, with paths relative to its folder.
 
     Args:
-        settings: Whose paths lie below the folder of `path`.
+        settings: The settings; their paths lie below the folder of `path`.
         path: The file.
     """
     folder = path.resolve().parent
@@ -179,7 +183,9 @@ def _entry(value: object, where: str, default_base: object, folder: Path) -> Ent
     model = _fields(value, where, required={"name"}, allowed=keys)
     base = model.get("base", default_base)
     if base is None:
-        raise ConfigError(f"{where} has no base; give it one, or the whole file: the model that it was pruned from.")
+        raise ConfigError(
+            f"{where} has no base. Add the model that it was pruned from as base, here or for the whole file."
+        )
     prompts, reports = model.get("prompts", []), model.get("reports", {})
     if not isinstance(prompts, list) or len(prompts) > _MAX_PROMPTS:
         raise ConfigError(f"{where}.prompts is {prompts!r:.80}; it must be a list of at most {_MAX_PROMPTS} texts.")
@@ -203,13 +209,13 @@ def _source(value: object, where: str, folder: Path) -> Source:
     if "path" in place:
         if "revision" in place:
             raise ConfigError(f"{where} has a path and a revision; only a repo has a revision.")
-        # Without "..", as the folder's name is what the page shows and where a copy of it goes.
+        # Without "..": the page shows the name of the folder, and a copy of it gets that name.
         return Source(path=Path(os.path.normpath(folder / _text(place["path"], f"{where}.path"))))
     revision = place.get("revision")
     if not isinstance(revision, str) or not COMMIT.fullmatch(revision):
         raise ConfigError(
             f"{where}.revision is {revision!r}; it must be the commit of the repo (40 hexadecimal digits), so that "
-            f"what is shown can't change unseen."
+            f"the model can't change unseen."
         )
     return Source(repo=_repo(place["repo"], f"{where}.repo"), revision=revision)
 
@@ -221,10 +227,10 @@ def _repo(value: object, where: str) -> str:
 
 
 def check_name(value: object, where: str) -> str:
-    """The name of a domain.
+    """Return the name of a domain, after checking it.
 
     Raises:
-        ConfigError: It is empty, long, or not one line.
+        ConfigError: The name is empty, too long, or not one line.
     """
     text = _text(value, where)
     if len(text) > _MAX_NAME or not text.isprintable():

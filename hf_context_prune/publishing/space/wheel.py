@@ -1,4 +1,4 @@
-"""Our own wheel, made from the package as it is installed here: from an index, a checkout, or in editable mode."""
+"""The wheel of this package, made from the installed one: from an index, a checkout, or in editable mode."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hf_context_prune.errors import SaveError
 
 _DISTRIBUTION = "hf-context-prune"
 _PACKAGE = "hf_context_prune"
-_SUFFIXES = {".py", ".typed", ".jinja", ".css"}  # what the package consists of; an editor may have left more
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same package gives the same bytes
+_SUFFIXES = {".py", ".typed", ".jinja", ".css"}  # of the package; an editor may have left other files
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # so that one package always gives the same bytes
 _WHEEL = "Wheel-Version: 1.0\nGenerator: hf-context-prune\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
@@ -25,13 +25,13 @@ def write_wheel(folder: Path) -> Path:
     """Pack the installed package as a wheel.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
 
     Returns:
-        The wheel.
+        Path of the wheel.
 
     Raises:
-        SaveError: The package was not installed (it is run from a folder on the path), so its metadata is not known.
+        SaveError: The package is not installed (only on the path), so its metadata is not known.
     """
     installed = _installed()
     stem = f"{_PACKAGE}-{installed.version}"
@@ -56,11 +56,11 @@ def write_wheel(folder: Path) -> Path:
     return wheel
 
 
-def requirements() -> list[str]:
-    """What the wheel needs to serve a Space, each at the version that is installed here.
+def pin_requirements() -> list[str]:
+    """Return the requirements of a Space, each at the version that is installed here.
 
     Raises:
-        SaveError: The package or one of these is not installed.
+        SaveError: This package or a requirement is not installed.
     """
     pinned = {}
     for text in _installed().requires or []:
@@ -71,10 +71,10 @@ def requirements() -> list[str]:
             version = Version(metadata.version(requirement.name))
         except metadata.PackageNotFoundError as error:
             raise SaveError(
-                f"A Space pins what is installed here, but {requirement.name} is not: pip install "
-                f'"hf-context-prune[space]".'
+                f"A Space pins the versions that are installed here, but {requirement.name} is not installed: pip "
+                f'install "hf-context-prune[space]".'
             ) from error
-        pinned[requirement.name.lower()] = f"{requirement.name}=={version.public}"  # without +cpu and the like
+        pinned[requirement.name.lower()] = f"{requirement.name}=={version.public}"  # without a local part such as +cpu
     return [pinned[name] for name in sorted(pinned)]
 
 
@@ -83,7 +83,8 @@ def _installed() -> metadata.Distribution:
         return metadata.distribution(_DISTRIBUTION)
     except metadata.PackageNotFoundError as error:
         raise SaveError(
-            f"{_DISTRIBUTION} is not installed: pip install it, or the checkout with pip install ."
+            f"{_DISTRIBUTION} is not installed. Install it: pip install {_DISTRIBUTION}, or (in a "
+            f"checkout) pip install ."
         ) from error
 
 

