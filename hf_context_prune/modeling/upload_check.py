@@ -8,8 +8,7 @@ from typing import Literal
 
 from hf_context_prune.errors import PublishError
 from hf_context_prune.utils.file_names import MANIFEST_NAME
-
-from .secret_scan import refuse_tokens
+from hf_context_prune.utils.secret_scan import refuse_tokens
 
 RepoType = Literal["model", "space"]
 MODEL_FILES = (

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models or text: processes, linear algebra, precision, memory-mapped tensors."""
+"""Helpers that know nothing of models or text: processes, linear algebra, precision, memory-mapped tensors, secrets."""
