@@ -173,30 +173,40 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_unreadable_file_is_named(tmp_path, name):
+def test_unreadable_file_is_named(tmp_path, subtests):
     (tmp_path / "good.txt").write_text("good")
-    (tmp_path / name).write_bytes(BROKEN[name])
-    with pytest.raises(DataError, match=name):
-        load_documents(tmp_path)
+    for name, content in BROKEN.items():
+        with subtests.test(name=name):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(DataError, match=name):
+                load_documents(tmp_path)
+        (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize(
-    "name", ["empty.jsonl", "empty.txt", "empty.csv", "blank.txt", "blank.jsonl", "empty.jsonl.gz"]
-)
-def test_nothing_but_empty_text(tmp_path, name):
-    raw = {"blank.txt": b" \n\t", "blank.jsonl": b'{"text": ""}\n{"text": null}\n{"text": " \\n"}\n'}.get(name, b"")
-    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    with pytest.raises(DataError, match=f"{name}: no text"):
-        load_documents(tmp_path / name)
+EMPTY = ["empty.jsonl", "empty.txt", "empty.csv", "blank.txt", "blank.jsonl", "empty.jsonl.gz"]
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/folder", "~missing", "a/b/missing.txt"])
-def test_missing_path_is_no_hub_look_up(monkeypatch, name):
-    monkeypatch.setattr(hub_datasets, "HfApi", lambda: pytest.fail("the Hub was asked"))
-    with pytest.raises(DataError, match="missing") as caught:
-        load_documents(name)
-    assert name in str(caught.value)
+def test_nothing_but_empty_text(tmp_path, subtests):
+    for name in EMPTY:
+        with subtests.test(name=name):
+            raw = {"blank.txt": b" \n\t", "blank.jsonl": b'{"text": ""}\n{"text": null}\n{"text": " \\n"}\n'}.get(
+                name, b""
+            )
+            (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+            with pytest.raises(DataError, match=f"{name}: no text"):
+                load_documents(tmp_path / name)
+
+
+MISSING = ["missing.jsonl", "./missing", "/missing/folder", "~missing", "a/b/missing.txt"]
+
+
+def test_missing_path_is_no_hub_look_up(monkeypatch, subtests):
+    for name in MISSING:
+        with subtests.test(name=name):
+            monkeypatch.setattr(hub_datasets, "HfApi", lambda: pytest.fail("the Hub was asked"))
+            with pytest.raises(DataError, match="missing") as caught:
+                load_documents(name)
+            assert name in str(caught.value)
 
 
 def test_folder_or_file_without_a_readable_kind(tmp_path):
@@ -209,21 +219,22 @@ def test_folder_or_file_without_a_readable_kind(tmp_path):
 # --- columns --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("record", "text_column", "expected"),
-    [
-        ({"text": "t", "content": "c", "title": "x"}, None, "t"),
-        ({"content": "c", "title": "x"}, None, "c"),
-        ({"body": "b", "year": 1999, "doc": "d", "source": "s"}, None, "b"),
-        ({"text": "t", "body": "b"}, "body", "b"),
-        ({"en": "cat", "ch": "貓"}, "en, ch", "cat\n貓"),
-        ({"a,b": "comma", "a": "x", "b": "y"}, "a,b", "comma"),
-        ({"doc": "this is the text"}, "doc", "this is the text"),
-    ],
-)
-def test_choice_of_the_column(record, text_column, expected):
-    (document,) = load_documents([record], text_column=text_column).documents
-    assert document.text == expected
+COLUMNS = [
+    ({"text": "t", "content": "c", "title": "x"}, None, "t"),
+    ({"content": "c", "title": "x"}, None, "c"),
+    ({"body": "b", "year": 1999, "doc": "d", "source": "s"}, None, "b"),
+    ({"text": "t", "body": "b"}, "body", "b"),
+    ({"en": "cat", "ch": "貓"}, "en, ch", "cat\n貓"),
+    ({"a,b": "comma", "a": "x", "b": "y"}, "a,b", "comma"),
+    ({"doc": "this is the text"}, "doc", "this is the text"),
+]
+
+
+def test_choice_of_the_column(subtests):
+    for record, text_column, expected in COLUMNS:
+        with subtests.test(record=record, text_column=text_column, expected=expected):
+            (document,) = load_documents([record], text_column=text_column).documents
+            assert document.text == expected
 
 
 def test_column_errors_list_the_columns(tmp_path):
@@ -271,21 +282,21 @@ def test_in_memory_sources_agree():
     assert load_documents(read[0]) == read[0]
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ([], "no text"),
-        (["", " "], "no text"),
-        (42, "type int"),
-        (["a", 3], "type list"),
-        (datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": ["a"]})), "splits.*test"),
-        (["half a pair \ud800"], "not valid Unicode"),
-        (TextSource((), "x", None, ""), "no text"),
-    ],
-)
-def test_bad_objects(source, message):
-    with pytest.raises(DataError, match=message):
-        load_documents(source)
+BAD_OBJECTS = [
+    ([], "no text"),
+    (["", " "], "no text"),
+    (42, "type int"),
+    (["a", 3], "type list"),
+    (datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": ["a"]})), "splits.*test"),
+    (["half a pair \ud800"], "not valid Unicode"),
+    (TextSource((), "x", None, ""), "no text"),
+]
+
+
+def test_bad_objects(subtests):
+    for source, message in BAD_OBJECTS:
+        with subtests.test(source=source, message=message), pytest.raises(DataError, match=message):
+            load_documents(source)
 
 
 # --- the Hub --------------------------------------------------------------------------------------------------------
@@ -547,13 +558,14 @@ def test_separator_falls_back_to_bos_then_to_none(tokenizer):
 # --- slips ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blank", ["", " ", "\n"])
-def test_blank_source_is_not_the_current_folder(tmp_path, monkeypatch, blank):
-    write_jsonl(tmp_path / "a.jsonl", [{"text": "mine"}])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="shell variable"):
-        load_documents(blank)
-    assert len(load_documents(".")) == 1
+def test_blank_source_is_not_the_current_folder(tmp_path, monkeypatch, subtests):
+    for blank in ["", " ", "\n"]:
+        with subtests.test(blank=blank):
+            write_jsonl(tmp_path / "a.jsonl", [{"text": "mine"}])
+            monkeypatch.chdir(tmp_path)
+            with pytest.raises(DataError, match="shell variable"):
+                load_documents(blank)
+            assert len(load_documents(".")) == 1
 
 
 def test_model_folders_inside_a_folder_of_text_are_skipped(tmp_path, caplog):

@@ -94,25 +94,25 @@ def test_choices_as_arc_has_them():
     assert load_questions(rows, columns={"answer": "answerKey"}).questions[0].choices == ("a", "b")
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"question": " "}, r"record 1: 'question' is ' '; it must be the text of a question"),
-        ({"choices": ["one"]}, r"'choices' is \['one'\]; it must be a list of 2 to 26 texts"),
-        ({"choices": "one or two"}, "'choices' is 'one or two'"),
-        ({"choices": ["one", 2]}, "'choices' is"),
-        ({"answer": 2}, "'answer' is 2; it must be the index of one of the 2 choices, from 0, or its letter"),
-        ({"answer": "C"}, "'answer' is 'C'"),
-        ({"answer": True}, "'answer' is True"),
-        ({"answer": None}, "'answer' is None"),
-        ({"source": "all"}, "the source is 'all', which names all sources together"),
-        ({"split": "val"}, "no question of the splits 'test'; there are 'val'"),
-        ({"split": "dev"}, "no question of the splits 'test'; there are 'dev'"),
-    ],
-)
-def test_rows_that_are_refused(tmp_path, row, said):
-    with pytest.raises(DataError, match=said):
-        load_questions(write(tmp_path, row))
+REFUSED_ROWS = [
+    ({"question": " "}, r"record 1: 'question' is ' '; it must be the text of a question"),
+    ({"choices": ["one"]}, r"'choices' is \['one'\]; it must be a list of 2 to 26 texts"),
+    ({"choices": "one or two"}, "'choices' is 'one or two'"),
+    ({"choices": ["one", 2]}, "'choices' is"),
+    ({"answer": 2}, "'answer' is 2; it must be the index of one of the 2 choices, from 0, or its letter"),
+    ({"answer": "C"}, "'answer' is 'C'"),
+    ({"answer": True}, "'answer' is True"),
+    ({"answer": None}, "'answer' is None"),
+    ({"source": "all"}, "the source is 'all', which names all sources together"),
+    ({"split": "val"}, "no question of the splits 'test'; there are 'val'"),
+    ({"split": "dev"}, "no question of the splits 'test'; there are 'dev'"),
+]
+
+
+def test_rows_that_are_refused(tmp_path, subtests):
+    for row, said in REFUSED_ROWS:
+        with subtests.test(row=row, said=said), pytest.raises(DataError, match=said):
+            load_questions(write(tmp_path, row))
 
 
 def test_options_that_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Continuations on a shared cache are scored as whole sequences are, one by one, for every family."""
+"""Continuations on a shared cache are scored as whole sequences are, one by one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_context_prune.evaluation.continuations import Alternatives, continuation_log_probs
-from tests.support.tiny import CASES, case, tiny_model
+from tests.support.tiny import COVERING, case, tiny_model
 
 
 def alternatives(generator, shared, rests, *, back=0):
@@ -46,7 +46,7 @@ def items_for(seed=0):
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COVERING)
 def test_scores_are_those_of_whole_sequences(name):
     model, items = case(name), items_for()
     expected = one_by_one(model, items)

@@ -75,12 +75,13 @@ def test_questions_that_are_too_long(scorer):
         answer_questions(model, tokenizer, never, scorer=scorer)
 
 
-@pytest.mark.parametrize("scorer", ["likelihood", "letter", "paper"])
-def test_a_tokenizer_of_another_model(scorer):
-    tokenizer = tiny_tokenizer()
-    model = tiny_model("llama", vocab_size=len(tokenizer) - 3)
-    with pytest.raises(DataError, match=r"the model has only \d+ token rows .* Use the tokenizer that belongs"):
-        answer_questions(model, tokenizer, questions(), scorer=scorer)
+def test_a_tokenizer_of_another_model(subtests):
+    for scorer in ["likelihood", "letter", "paper"]:
+        with subtests.test(scorer=scorer):
+            tokenizer = tiny_tokenizer()
+            model = tiny_model("llama", vocab_size=len(tokenizer) - 3)
+            with pytest.raises(DataError, match=r"the model has only \d+ token rows .* Use the tokenizer that belongs"):
+                answer_questions(model, tokenizer, questions(), scorer=scorer)
 
 
 def log_prob(model, ids, start):
@@ -178,15 +179,16 @@ def test_paired_comparison():
         compare_answers(base, pruned[::-1])
 
 
-@pytest.mark.parametrize("shares", [(0.4, 0.2, 0.1, 0.3), (0.3, 0.02, 0.02, 0.66), (0.1, 0.3, 0.3, 0.3)])
-def test_the_interval_of_the_difference_covers_the_truth(shares):
+def test_the_interval_of_the_difference_covers_the_truth(subtests):
     """Of shares of questions that both, only the base, only the pruned model, and neither answer rightly."""
-    draws = np.random.default_rng(0).multinomial(60, shares, size=300).tolist()
-    covered = 0
-    for both, only_base, only_pruned, _ in draws:
-        low, high = accuracy._difference(both, only_base, only_pruned, 60).interval
-        covered += low <= shares[2] - shares[1] <= high
-    assert covered / len(draws) >= 0.93
+    for shares in [(0.4, 0.2, 0.1, 0.3), (0.3, 0.02, 0.02, 0.66), (0.1, 0.3, 0.3, 0.3)]:
+        with subtests.test(shares=shares):
+            draws = np.random.default_rng(0).multinomial(60, shares, size=300).tolist()
+            covered = 0
+            for both, only_base, only_pruned, _ in draws:
+                low, high = accuracy._difference(both, only_base, only_pruned, 60).interval
+                covered += low <= shares[2] - shares[1] <= high
+            assert covered / len(draws) >= 0.93
 
 
 def test_the_interval_where_nothing_differs():
@@ -195,14 +197,14 @@ def test_the_interval_where_nothing_differs():
     assert accuracy._difference(0, 0, 0, 1).interval == pytest.approx((-0.7935, 0.7935), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"scorer": "likelyhood"}, "Did you mean 'likelihood'"),
-        ({"num_fewshot": -1}, "num_fewshot is -1"),
-        ({"num_fewshot": 1.5}, "num_fewshot is 1.5"),
-    ],
-)
-def test_options_that_are_refused(options, said):
-    with pytest.raises(ConfigError, match=said):
-        answer_questions(tiny_model("llama"), tiny_tokenizer(), questions(2), **options)
+REFUSED_OPTIONS = [
+    ({"scorer": "likelyhood"}, "Did you mean 'likelihood'"),
+    ({"num_fewshot": -1}, "num_fewshot is -1"),
+    ({"num_fewshot": 1.5}, "num_fewshot is 1.5"),
+]
+
+
+def test_options_that_are_refused(subtests):
+    for options, said in REFUSED_OPTIONS:
+        with subtests.test(options=options, said=said), pytest.raises(ConfigError, match=said):
+            answer_questions(tiny_model("llama"), tiny_tokenizer(), questions(2), **options)

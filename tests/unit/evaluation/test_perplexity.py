@@ -191,10 +191,10 @@ def test_unknown_docs_are_refused(model, tokenizer):
         document_losses(model, tokenizer, text_source("text"), max_seq_length=16, docs=["nowhere"])
 
 
-@pytest.mark.parametrize("texts", [(), ("",), ("", "")])
-def test_empty_text_is_refused(model, tokenizer, texts):
-    with pytest.raises(DataError, match="no text to score"):
-        document_losses(model, tokenizer, text_source(*texts), max_seq_length=16)
+def test_empty_text_is_refused(model, tokenizer, subtests):
+    for texts in [(), ("",), ("", "")]:
+        with subtests.test(texts=texts), pytest.raises(DataError, match="no text to score"):
+            document_losses(model, tokenizer, text_source(*texts), max_seq_length=16)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
@@ -222,18 +222,18 @@ def test_non_finite_logits_name_the_document(tokenizer):
         document_losses(model, tokenizer, source, max_seq_length=16)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_seq_length": 65}, "the model has 64 positions"),
-        ({"max_seq_length": 0}, "max_seq_length is 0"),
-        ({"max_seq_length": 16, "batch_tokens": 0}, "batch_tokens is 0"),
-        ({"max_seq_length": 16, "max_tokens": 0}, "max_tokens is 0"),
-    ],
-)
-def test_impossible_lengths_are_refused(model, tokenizer, options, message):
-    with pytest.raises(ConfigError, match=message):
-        document_losses(model, tokenizer, text_source("text"), **options)
+IMPOSSIBLE_LENGTHS = [
+    ({"max_seq_length": 65}, "the model has 64 positions"),
+    ({"max_seq_length": 0}, "max_seq_length is 0"),
+    ({"max_seq_length": 16, "batch_tokens": 0}, "batch_tokens is 0"),
+    ({"max_seq_length": 16, "max_tokens": 0}, "max_tokens is 0"),
+]
+
+
+def test_impossible_lengths_are_refused(model, tokenizer, subtests):
+    for options, message in IMPOSSIBLE_LENGTHS:
+        with subtests.test(options=options, message=message), pytest.raises(ConfigError, match=message):
+            document_losses(model, tokenizer, text_source("text"), **options)
 
 
 def random_losses(seed=0, count=60):

@@ -154,22 +154,23 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
     assert list(drawn) == [f"{name}{much}", f"{name}: 1 documents, 12 bytes"]
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"kind": "sweeep"}, "of kind 'sweeep'"),
-        ({"schema_version": 2}, "schema_version 2"),
-        ({"tables": [{"title": "T", "header": ["a"], "rows": [["1", "2"]], "caption": ""}]}, "other lengths"),
-        ({"notes": [1]}, r"report\.notes\[0\]"),
-        ({"more": 1}, "more is unknown"),
-    ],
-)
-def test_damaged_reports_of_runs_are_refused(tmp_path, change, said):
-    with pytest.raises(LoadError, match=said):
-        RunReport.from_dict(RUN.to_dict() | change)
-    (tmp_path / "eval_report.json").write_text("[")
-    with pytest.raises(LoadError, match="not a readable evaluation report"):
-        load_report(tmp_path / "eval_report.json")
+DAMAGE = [
+    ({"kind": "sweeep"}, "of kind 'sweeep'"),
+    ({"schema_version": 2}, "schema_version 2"),
+    ({"tables": [{"title": "T", "header": ["a"], "rows": [["1", "2"]], "caption": ""}]}, "other lengths"),
+    ({"notes": [1]}, r"report\.notes\[0\]"),
+    ({"more": 1}, "more is unknown"),
+]
+
+
+def test_damaged_reports_of_runs_are_refused(tmp_path, subtests):
+    for change, said in DAMAGE:
+        with subtests.test(change=change, said=said):
+            with pytest.raises(LoadError, match=said):
+                RunReport.from_dict(RUN.to_dict() | change)
+            (tmp_path / "eval_report.json").write_text("[")
+            with pytest.raises(LoadError, match="not a readable evaluation report"):
+                load_report(tmp_path / "eval_report.json")
 
 
 def test_figures_that_do_not_draw_are_told(tmp_path):
@@ -189,18 +190,19 @@ def test_names_of_domains_are_no_formulas(tmp_path):
     assert {path.name for path in out.glob("*.png")} == {"matrix-odd.png", "mix-odd.png"}
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"loss": "\\ud800"}', "not a readable evaluation report"),
-        ("[" * 100_000, "not a readable evaluation report"),
-        ('{"kind": "bench"}', "schema_version None"),
-    ],
-)
-def test_files_that_are_no_reports(tmp_path, text, said):
-    (tmp_path / "eval_report.json").write_text(text)
-    with pytest.raises(LoadError, match=said):
-        read_folder(tmp_path)
+NO_REPORTS = [
+    ('{"loss": "\\ud800"}', "not a readable evaluation report"),
+    ("[" * 100_000, "not a readable evaluation report"),
+    ('{"kind": "bench"}', "schema_version None"),
+]
+
+
+def test_files_that_are_no_reports(tmp_path, subtests):
+    for text, said in NO_REPORTS:
+        with subtests.test(text=text, said=said):
+            (tmp_path / "eval_report.json").write_text(text)
+            with pytest.raises(LoadError, match=said):
+                read_folder(tmp_path)
 
 
 def test_when_it_was_measured_is_text_too(folders):

@@ -168,26 +168,27 @@ def test_a_failed_save_keeps_the_old_file(single, tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda data: data.update(schema_version=1), "schema_version 1"),
-        (lambda data: data.pop("schema_version"), "schema_version None"),
-        (lambda data: data.pop("loss"), "loss"),
-        (lambda data: data.update(extra=1), "extra"),
-        (lambda data: data["dataset"].pop("fingerprint"), r"report\.dataset.*fingerprint"),
-        (lambda data: data["size"].update(base_parameters="many"), r"report\.size\.base_parameters"),
-        (lambda data: data["size"].update(base_parameters=True), r"report\.size\.base_parameters"),
-        (lambda data: data["loss"]["base"]["bits_per_byte"].update(interval=[1.0]), r"interval\[1\] is missing"),
-        (lambda data: data["speed"]["base"].update(threads=7), "contradicts itself.*threads"),
-        (lambda data: data.update(notes="text"), r"report\.notes"),
-    ],
-)
-def test_damaged_reports_are_refused(report, change, message):
-    data = report.to_dict()
-    change(data)
-    with pytest.raises(LoadError, match=message):
-        EvalReport.from_dict(data)
+DAMAGE = [
+    (lambda data: data.update(schema_version=1), "schema_version 1"),
+    (lambda data: data.pop("schema_version"), "schema_version None"),
+    (lambda data: data.pop("loss"), "loss"),
+    (lambda data: data.update(extra=1), "extra"),
+    (lambda data: data["dataset"].pop("fingerprint"), r"report\.dataset.*fingerprint"),
+    (lambda data: data["size"].update(base_parameters="many"), r"report\.size\.base_parameters"),
+    (lambda data: data["size"].update(base_parameters=True), r"report\.size\.base_parameters"),
+    (lambda data: data["loss"]["base"]["bits_per_byte"].update(interval=[1.0]), r"interval\[1\] is missing"),
+    (lambda data: data["speed"]["base"].update(threads=7), "contradicts itself.*threads"),
+    (lambda data: data.update(notes="text"), r"report\.notes"),
+]
+
+
+def test_damaged_reports_are_refused(report, subtests):
+    for change, message in DAMAGE:
+        with subtests.test(change=change, message=message):
+            data = report.to_dict()
+            change(data)
+            with pytest.raises(LoadError, match=message):
+                EvalReport.from_dict(data)
 
 
 def test_files_that_are_no_report_are_refused(tmp_path):
@@ -273,22 +274,23 @@ def test_the_table_has_predicted_beside_realised_and_the_budget(report):
     assert rows["bits per byte on the text of the search"][1:] == ("-", "-", "+2.8% (allowed +3.0%)")
 
 
-@pytest.mark.parametrize(
-    ("place", "value", "said"),
-    [
-        (("loss", "base", "bits_per_byte", "value"), 10**400, "digits"),
-        (("size", "pruned_parameters"), 10**400, "digits"),
-        (("loss", "comparison", "excess_nats_per_token", "value"), 1e308, "contradicts itself"),
-        (("speed", "base", "prefill_rounds"), [0.0, 1.0, 2.0], "contradicts itself"),
-        (("speed", "base", "prefill_rounds"), [1.0], "contradicts itself"),
-    ],
-)
-def test_figures_that_can_not_be_are_refused(report, place, value, said):
-    data = report.to_dict()
-    inner = data
-    for name in place[:-1]:
-        inner = inner[name]
-    assert place[-1] in inner
-    inner[place[-1]] = value
-    with pytest.raises(LoadError, match=said):
-        EvalReport.from_dict(data)
+IMPOSSIBLE_FIGURES = [
+    (("loss", "base", "bits_per_byte", "value"), 10**400, "digits"),
+    (("size", "pruned_parameters"), 10**400, "digits"),
+    (("loss", "comparison", "excess_nats_per_token", "value"), 1e308, "contradicts itself"),
+    (("speed", "base", "prefill_rounds"), [0.0, 1.0, 2.0], "contradicts itself"),
+    (("speed", "base", "prefill_rounds"), [1.0], "contradicts itself"),
+]
+
+
+def test_figures_that_can_not_be_are_refused(report, subtests):
+    for place, value, said in IMPOSSIBLE_FIGURES:
+        with subtests.test(place=place, value=value, said=said):
+            data = report.to_dict()
+            inner = data
+            for name in place[:-1]:
+                inner = inner[name]
+            assert place[-1] in inner
+            inner[place[-1]] = value
+            with pytest.raises(LoadError, match=said):
+                EvalReport.from_dict(data)

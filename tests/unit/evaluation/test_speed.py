@@ -79,19 +79,19 @@ def test_a_model_without_a_cache_is_refused():
         time_generation(Cacheless(tiny_llama().config), torch.zeros(1, 4, dtype=torch.long), 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"new_tokens": 64}, "the model has 64 positions. Use at most 63"),
-        ({"new_tokens": 0}, "new_tokens 0"),
-        ({"prompt_tokens": 0}, "prompt_tokens is 0"),
-        ({"repeats": 0}, "repeats is 0"),
-        ({"batch_size": 0}, "batch_size is 0"),
-    ],
-)
-def test_impossible_settings_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        measure_speed({"m": tiny_llama()}, **options)
+IMPOSSIBLE_SETTINGS = [
+    ({"new_tokens": 64}, "the model has 64 positions. Use at most 63"),
+    ({"new_tokens": 0}, "new_tokens 0"),
+    ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+    ({"repeats": 0}, "repeats is 0"),
+    ({"batch_size": 0}, "batch_size is 0"),
+]
+
+
+def test_impossible_settings_are_refused(subtests):
+    for options, message in IMPOSSIBLE_SETTINGS:
+        with subtests.test(options=options, message=message), pytest.raises(ConfigError, match=message):
+            measure_speed({"m": tiny_llama()}, **options)
 
 
 def test_no_models_are_refused():
