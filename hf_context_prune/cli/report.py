@@ -26,7 +26,7 @@ def report(
     format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Show the results of runs, and write them as Markdown with pictures."""
-    from hf_context_prune.evaluation.reports.rendering import markdown, read_folders, render
+    from hf_context_prune.evaluation.reports.rendering import read_folders, render, render_markdown
     from hf_context_prune.evaluation.reports.run_report import RunReport
 
     found = read_folders(folders)
@@ -35,7 +35,7 @@ def report(
         out_json({folder.name: folder.report.to_dict() for folder in found})
         return
     if format is OutputFormat.quiet:
-        out(markdown(found) if written is None else str(written))
+        out(render_markdown(found) if written is None else str(written))
         return
     for folder in found:
         out(folder.name)

@@ -114,6 +114,7 @@ def _hub_error(reference: str, error: Exception) -> DataError:
         "busy": "the Hub does not respond; try again in some minutes",
         "other": "the Hub dataset can't be read; check config and split (id[:config][@split])",
     }
+    kind: str | None
     if isinstance(error, DatasetNotFoundError):  # of `datasets`, which names a gated repository in its message alone
         kind = "gated" if "gated" in str(error) else "missing"
     else:

@@ -10,7 +10,7 @@ from hf_context_prune.storage.files import check_writable, write_file
 from hf_context_prune.utils.file_names import MANIFEST_NAME, REPORT_NAME
 
 from .markdown import inert
-from .rendering import FILES_OF_RUNS, Folder, kind_of, pictures_of, run_parts, shown_pictures
+from .rendering import FILES_OF_RUNS, Folder, draw_pictures, picture_markdown, report_kind, run_markdown
 from .run_report import AnyReport, RunReport, load_report
 
 
@@ -34,7 +34,7 @@ def check_report_folder(folder: str | Path, kind: str) -> None:
             older = load_report(path / REPORT_NAME)
         except LoadError as error:
             raise SaveError(f"{error} The file would be lost: remove it, or choose another --output.") from error
-        if (held := kind_of(older)) != kind:
+        if (held := report_kind(older)) != kind:
             raise SaveError(f"{path} holds a report of {held}, which would be lost: choose another --output.")
     elif present := [name for name in FILES_OF_RUNS.get(kind, ()) if os.path.lexists(path / name)]:
         raise SaveError(
@@ -50,7 +50,7 @@ def save_report(report: AnyReport, folder: str | Path) -> None:
         SaveError: See [`check_report_folder`][]; or the file can't be written.
     """
     path = Path(folder)
-    check_report_folder(path, kind_of(report))
+    check_report_folder(path, report_kind(report))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,7 +68,7 @@ def write_run(report: RunReport, folder: Path) -> None:
     Raises:
         SaveError: A file can't be written.
     """
-    pictures = pictures_of(Folder(folder.name, None, report))
+    pictures = draw_pictures(Folder(folder.name, None, report))
     save_report(report, folder)  # first: it shows which run the other files belong to
     text, *names = FILES_OF_RUNS[report.kind]
     for name in names:
@@ -76,5 +76,5 @@ def write_run(report: RunReport, folder: Path) -> None:
             write_file(folder / name, pictures[name][1])
         else:
             (folder / name).unlink(missing_ok=True)
-    shown = shown_pictures([(title, name) for name, (title, _) in pictures.items()])
-    write_file(folder / text, "\n".join([f"# {inert(report.title)}", "", *shown, *run_parts(report)]))
+    shown = picture_markdown([(title, name) for name, (title, _) in pictures.items()])
+    write_file(folder / text, "\n".join([f"# {inert(report.title)}", "", *shown, *run_markdown(report)]))

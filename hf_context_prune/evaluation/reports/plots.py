@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_context_prune.modeling.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class PlotPoint:
     marker: str = "o"
 
 
-def new_figure(**options: Any) -> Any:  # noqa: ANN401 - of matplotlib, imported when needed
+def new_figure(**options: Any) -> Figure:  # noqa: ANN401 - those of matplotlib's Figure
     """Return a figure with its own canvas: without pyplot there is no global state and no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,7 +42,7 @@ def new_figure(**options: Any) -> Any:  # noqa: ANN401 - of matplotlib, imported
     return figure
 
 
-def plot_widths(plan: PruningPlan, title: str) -> Any:  # noqa: ANN401
+def plot_widths(plan: PruningPlan, title: str) -> Figure:
     """Draw the neurons and KV groups of every layer, before and after pruning."""
     figure = new_figure(figsize=(8, 4.5))
     figure.subplots_adjust(left=0.1, right=0.98, top=0.92, bottom=0.11)  # a fitted layout takes twice as long
@@ -55,13 +59,13 @@ def plot_widths(plan: PruningPlan, title: str) -> Any:  # noqa: ANN401
     return figure
 
 
-def _plain_legend(axis: Any) -> None:  # noqa: ANN401
+def _plain_legend(axis: Axes) -> None:
     """Draw a legend whose names are not read as formulas."""
     for text in axis.legend(fontsize="small").get_texts():
         text.set_parse_math(False)
 
 
-def plot_losses(panels: Mapping[str, Sequence[PlotPoint]], xlabel: str, ylabel: str) -> Any:  # noqa: ANN401
+def plot_losses(panels: Mapping[str, Sequence[PlotPoint]], xlabel: str, ylabel: str) -> Figure:
     """Draw losses, one panel per text, since losses on different texts can't be compared."""
     figure = new_figure(figsize=(7, 0.8 + 3.7 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -89,7 +93,7 @@ def plot_losses(panels: Mapping[str, Sequence[PlotPoint]], xlabel: str, ylabel: 
 
 def plot_matrix(
     names: Sequence[str], changes: Mapping[tuple[str, str], tuple[float, tuple[float, float] | None]]
-) -> Any:  # noqa: ANN401
+) -> Figure:
     """Draw the domain matrix as a heat map.
 
     Args:
@@ -105,7 +109,7 @@ def plot_matrix(
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             colour = "white" if abs(value) > 0.6 * most else "black"
-            style = {"ha": "center", "color": colour}
+            style: dict[str, Any] = {"ha": "center", "color": colour}
             interval = changes[names[row], names[column]][1]
             axis.text(column, row, f"{value:+.1f} %", va="bottom" if interval else "center", **style)
             if interval:
@@ -120,7 +124,7 @@ def plot_matrix(
     return figure
 
 
-def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], reference: str) -> Any:  # noqa: ANN401
+def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], reference: str) -> Figure:
     """Draw what general text in the calibration changes, one line per domain, from its own text alone to general text.
 
     Args:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.modeling.plan import PruningPlan
@@ -22,6 +22,9 @@ from .plots import PlotPoint, plot_curves, plot_losses, plot_matrix, plot_widths
 from .report import EvalReport
 from .rows import table_rows
 from .run_report import AnyReport, RunReport, load_report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"
@@ -86,7 +89,9 @@ def read_folder(folder: str | Path) -> Folder:
     return Folder(name, PruningPlan.load(path / PLAN_NAME) if PLAN_NAME in files else None, load_report(report))
 
 
-def markdown(folders: Sequence[Folder], *, pictures: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> str:
+def render_markdown(
+    folders: Sequence[Folder], *, pictures: Mapping[str, Sequence[tuple[str, str]]] | None = None
+) -> str:
     """Return the figures of folders as Markdown, one section each.
 
     Args:
@@ -94,13 +99,13 @@ def markdown(folders: Sequence[Folder], *, pictures: Mapping[str, Sequence[tuple
         pictures: (title, file) of the pictures of a folder, by its name; by ``""`` those of all folders.
     """
     pictures = pictures or {}
-    parts = ["# Reports", "", *shown_pictures(pictures.get("", ()))]
+    parts = ["# Reports", "", *picture_markdown(pictures.get("", ()))]
     for folder in folders:
         parts += [f"## {inert(folder.name)}", ""]
-        parts += run_parts(folder.report) if isinstance(folder.report, RunReport) else _model_parts(folder.report)
-        parts += shown_pictures(pictures.get(folder.name, ()))
+        parts += run_markdown(folder.report) if isinstance(folder.report, RunReport) else _model_markdown(folder.report)
+        parts += picture_markdown(pictures.get(folder.name, ()))
         plan = f"Plan `{folder.plan.sha256}`, measured" if folder.plan else "Measured"
-        parts += [f"{plan} {inert(folder.report.created)} on {inert(_machine(folder.report))}.", ""]
+        parts += [f"{plan} {inert(folder.report.created)} on {inert(_environment_text(folder.report))}.", ""]
     return "\n".join(parts)
 
 
@@ -120,7 +125,7 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
         shown: dict[str, list[tuple[str, str]]] = {}
         for folder in folders:
             safe = re.sub(r"[^\w-]", "-", folder.name)
-            for file, (title, picture) in pictures_of(folder).items():
+            for file, (title, picture) in draw_pictures(folder).items():
                 own = stem = f"{Path(file).stem}-{safe}"
                 for number in itertools.count(2):
                     if not (staging / f"{own}.png").exists():
@@ -129,28 +134,28 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
                 (staging / f"{own}.png").write_bytes(picture)
                 shown.setdefault(folder.name, []).append((title, f"{own}.png"))
         if panels := _panels(folders):
-            (staging / LOSS_PICTURE).write_bytes(_drawn("these folders", plot_losses, panels, _SIZE, _LOSS))
+            (staging / LOSS_PICTURE).write_bytes(_draw_png("these folders", plot_losses, panels, _SIZE, _LOSS))
             shown[""] = [("Loss against size", LOSS_PICTURE)]
-        (staging / REPORT_MARKDOWN).write_text(markdown(folders, pictures=shown), encoding="utf-8")
+        (staging / REPORT_MARKDOWN).write_text(render_markdown(folders, pictures=shown), encoding="utf-8")
     return goal
 
 
-def kind_of(report: AnyReport) -> str:
+def report_kind(report: AnyReport) -> str:
     """Return the command that wrote a report."""
     return report.kind if isinstance(report, RunReport) else "evaluate"
 
 
-def shown_pictures(pictures: Sequence[tuple[str, str]]) -> list[str]:
+def picture_markdown(pictures: Sequence[tuple[str, str]]) -> list[str]:
     """Return the Markdown lines that show pictures, given as (title, file name)."""
     return [line for title, file in pictures for line in (f"![{inert(title)}]({file})", "")]
 
 
-def _machine(report: AnyReport) -> str:
+def _environment_text(report: AnyReport) -> str:
     environment = report.environment
     return f"{environment.platform}, {environment.threads} threads, {environment.dtype}"
 
 
-def _model_parts(report: EvalReport) -> list[str]:
+def _model_markdown(report: EvalReport) -> list[str]:
     rows = table_rows(report)
     single = report.size.pruned_parameters is None
     header = ("measure", "base", "pruned", "change") if not single else ("measure", "value")
@@ -165,7 +170,7 @@ def _model_parts(report: EvalReport) -> list[str]:
     ]
 
 
-def run_parts(report: RunReport) -> list[str]:
+def run_markdown(report: RunReport) -> list[str]:
     """Return the Markdown lines of a run: its tables and notes."""
     parts = []
     for one in report.tables:
@@ -173,7 +178,7 @@ def run_parts(report: RunReport) -> list[str]:
     return [*parts, *(f"- {inert(note)}" for note in report.notes), *([""] if report.notes else [])]
 
 
-def _drawn(name: str, draw: Callable[..., Any], *values: Any) -> bytes:  # noqa: ANN401
+def _draw_png(name: str, draw: Callable[..., Figure], *values: Any) -> bytes:  # noqa: ANN401
     """Return a picture as the bytes of a PNG file.
 
     Raises:
@@ -187,20 +192,20 @@ def _drawn(name: str, draw: Callable[..., Any], *values: Any) -> bytes:  # noqa:
     return picture.getvalue()
 
 
-def pictures_of(folder: Folder) -> dict[str, tuple[str, bytes]]:
+def draw_pictures(folder: Folder) -> dict[str, tuple[str, bytes]]:
     """Return (title, bytes of a PNG file) by file name."""
     found: dict[str, tuple[str, bytes]] = {}
     if folder.plan is not None:
         title = f"Widths of {folder.name}"
-        found["widths.png"] = (title, _drawn(folder.name, plot_widths, folder.plan, title))
+        found["widths.png"] = (title, _draw_png(folder.name, plot_widths, folder.plan, title))
     if isinstance(folder.report, RunReport):
         for name, (title, draw) in _DRAWINGS.get(folder.report.kind, {}).items():
             if name != "mix.png" or folder.report.figures.get("mixes"):
-                found[name] = (title, _drawn(folder.name, draw, folder.report.figures))
+                found[name] = (title, _draw_png(folder.name, draw, folder.report.figures))
     return found
 
 
-def _matrix(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401 - of matplotlib
+def _draw_matrix(figures: Mapping[str, Any]) -> Figure:
     changes = {}
     for cell in figures["cells"]:
         if "change" in cell:
@@ -210,11 +215,11 @@ def _matrix(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401 - of matplotlib
     return plot_matrix(figures["domains"], changes)
 
 
-def _mixes(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def _draw_mixes(figures: Mapping[str, Any]) -> Figure:
     return plot_curves(figures["mixes"], figures["reference"])
 
 
-def _grid(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def _draw_grid(figures: Mapping[str, Any]) -> Figure:
     points = [_point("dense", figures["base"], "*")]
     for row in figures["rows"]:
         label = ", ".join(
@@ -227,12 +232,12 @@ def _grid(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
     return plot_losses({"": points}, _SIZE, _LOSS)
 
 
-_DRAWINGS: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]]] = {
+_DRAWINGS: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], Figure]]]] = {
     "matrix": {
-        "matrix.png": ("Change of the bits per byte", _matrix),
-        "mix.png": ("General text mixed in", _mixes),
+        "matrix.png": ("Change of the bits per byte", _draw_matrix),
+        "mix.png": ("General text mixed in", _draw_mixes),
     },
-    "sweep": {LOSS_PICTURE: ("Loss against size", _grid)},
+    "sweep": {LOSS_PICTURE: ("Loss against size", _draw_grid)},
 }
 
 

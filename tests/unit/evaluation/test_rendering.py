@@ -10,7 +10,7 @@ import pytest
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.evaluation.reports.files import check_report_folder, save_report
-from hf_context_prune.evaluation.reports.rendering import Folder, markdown, read_folder, read_folders, render
+from hf_context_prune.evaluation.reports.rendering import Folder, read_folder, read_folders, render, render_markdown
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport, load_report
@@ -72,7 +72,7 @@ def test_names_stay_names(folders):
     folder = read_folder(folders[0])
     hostile = "x\n# Heading | [link](http://a) <b> `code` ![i](u)"
     report = replace(folder.report, base_model=hostile, notes=(hostile,))
-    text = markdown([Folder(hostile, folder.plan, report)], pictures={hostile: [(hostile, "widths.png")]})
+    text = render_markdown([Folder(hostile, folder.plan, report)], pictures={hostile: [(hostile, "widths.png")]})
     text = text.replace("![x", "").replace("](widths.png)", "")  # the picture's own
     assert "\n# Heading" not in text
     for part in ("<b>", "[link]", "![i]", "| [", "`code`"):
@@ -208,6 +208,6 @@ def test_files_that_are_no_reports(tmp_path, subtests):
 def test_when_it_was_measured_is_text_too(folders):
     folder = read_folder(folders[0])
     report = replace(folder.report, created="x <img src=x> [a](http://evil)\n# Big")
-    text = markdown([replace(folder, report=report)])
+    text = render_markdown([replace(folder, report=report)])
     assert "<img" not in text.replace("\\<", "?")
     assert "\n# Big" not in text
