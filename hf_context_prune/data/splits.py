@@ -172,8 +172,8 @@ class TextSplit:
         if not len(left):
             raise DataError(
                 f"Every held-out document is also in the general text {general.name} that general_data_ratio "
-                f"calibrates on, so numbers measured on it would say nothing. Give other general text, or other test text "
-                f"(--eval-data)."
+                f"calibrates on, so numbers measured on it would say nothing. Give other general text, or other test "
+                f"text (--eval-data)."
             )
         how = self.how
         if dropped:
