@@ -1,7 +1,7 @@
-"""A process of its own that serves one GGUF file with llama.cpp, until its standard input ends.
+"""A process that serves one GGUF file with llama.cpp until its standard input ends.
 
-Run as a script, not as a part of the package: llama.cpp ends its process on files that it can't run, and the package
-would load torch. Arguments: the file, positions, threads. The address is the last line of its standard output.
+It runs as a script, not as a part of the package: llama.cpp ends its process on files that it can't run, and the
+package would load torch. Arguments: the file, positions, threads. The address is the last line of standard output.
 """
 
 import json
@@ -12,8 +12,8 @@ import traceback
 import xllamacpp
 
 
-def started() -> xllamacpp.Server:
-    """Serve on this machine alone, at a free port."""
+def start_server() -> xllamacpp.Server:
+    """Start a server at a free port of this machine alone."""
     path, positions, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     params = xllamacpp.CommonParams()
     params.model.path = path
@@ -27,7 +27,7 @@ def started() -> xllamacpp.Server:
 
 code = 0
 try:
-    server = started()  # kept to the very end: to give it up is to wait for its threads, perhaps for ever
+    server = start_server()  # kept to the end: deleting it waits for its threads, perhaps for ever
     sys.stdout.write("\n" + json.dumps({"address": server.listening_address}) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
@@ -35,4 +35,4 @@ except BaseException:  # a pipe whose reader was killed, Ctrl-C
     traceback.print_exc()
     code = 1
 sys.stderr.flush()
-os._exit(code)  # llama.cpp's threads can hold up an orderly end
+os._exit(code)  # llama.cpp's threads can block an orderly end

@@ -1,4 +1,4 @@
-"""The formats: what each needs, what its weights can be, and what an artefact may differ by."""
+"""The formats: their packages, their data types of weights, and the difference that an artefact may have."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .verify import Tolerance
 
 
 class FormatModule(Protocol):
-    """What the module of a format has."""
+    """The functions that the module of a format has."""
 
     def check(self, loaded: LoadedModel, weights: str) -> None:
-        """Raise ExportError where the format can't hold the model."""
+        """Refuse a model that the format can't hold, with an ExportError."""
 
     def write(self, loaded: LoadedModel, folder: Path, weights: str) -> None:
-        """Write the artefact to an empty folder; the model may be changed."""
+        """Write the artefact to an empty folder; this may change the model."""
 
     def load(self, folder: Path) -> Runtime:
         """Open the artefact in the format's own runtime."""
@@ -35,12 +35,12 @@ class ExportFormat:
     """One format.
 
     Attributes:
-        name: As users call it; the module of this name has its functions.
-        extra: Of this package, with what it needs.
-        packages: Import names of what it needs.
-        weights: What the weights can be, with what is allowed then; the first is the default.
+        name: Name for users; the module of this name has its functions.
+        extra: The extra of this package that installs its packages.
+        packages: Import names of its packages.
+        weights: The data types of its weights with the allowed difference of each; the first is the default.
         files: Patterns of the files that count as its size.
-        dtype: What the model is loaded in; ``"auto"``: as it was saved.
+        dtype: Data type in which the model is loaded; ``"auto"``: as it was saved.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ExportFormat:
     dtype: str = "auto"
 
     def module(self) -> FormatModule:
-        """Its functions.
+        """Return the module with its functions.
 
         Raises:
             ConfigError: A package is not installed.
@@ -65,21 +65,21 @@ class ExportFormat:
         return cast("FormatModule", importlib.import_module(f".{self.name}", __package__))
 
     def versions(self) -> dict[str, str]:
-        """Versions of torch, transformers and what the format needs, by distribution."""
+        """Return the versions of torch, transformers and the packages of the format, by distribution."""
         found = importlib.metadata.packages_distributions()
         tops = ["torch", "transformers", *(name.partition(".")[0] for name in self.packages)]
         names = sorted({distribution for top in tops for distribution in found.get(top, ())})
         return {name: importlib.metadata.version(name) for name in names}
 
     def size(self, folder: Path) -> int:
-        """Bytes of the artefact in a folder."""
+        """Return the size of the artefact in a folder, in bytes."""
         return sum(path.stat().st_size for pattern in self.files for path in folder.glob(pattern))
 
     def tolerance(self, weights: str) -> Tolerance:
-        """What is allowed with these weights.
+        """Return the allowed difference for a data type of the weights.
 
         Raises:
-            ConfigError: The format has no such weights.
+            ConfigError: The format does not have this data type.
         """
         if weights not in self.weights:
             raise ConfigError(unknown_name(f"--dtype for {self.name}", weights, self.weights))
@@ -127,15 +127,15 @@ FORMATS: dict[str, ExportFormat] = {
 def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # not even the package that it is a part of
+    except ModuleNotFoundError:  # its parent package is missing too
         return False
 
 
 def format_of(name: str) -> ExportFormat:
-    """A format by its name.
+    """Return a format by its name.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is no format of that name.
     """
     if name not in FORMATS:
         raise ConfigError(unknown_name("format", name, FORMATS))

@@ -34,10 +34,10 @@ _Q8_BLOCK = 32
 
 @dataclass(frozen=True)
 class _Family:
-    """How llama.cpp calls an architecture, and in which order it wants the features of a query or key head.
+    """Name and conventions of an architecture in llama.cpp.
 
-    transformers rotates feature i with i + half; llama.cpp's older architectures rotate neighbours (`interleaved`).
-    A norm multiplies by its weight, or by one more (`norm_offset`), which is then added to the weight.
+    transformers rotates feature i of a query or key head with i + half; llama.cpp's older architectures rotate
+    neighbours (`interleaved`). A norm multiplies by its weight plus `norm_offset`, which is then added to the weight.
     """
 
     arch: MODEL_ARCH
@@ -59,31 +59,32 @@ _VARIABLE = ("llama", "mistral")
 
 
 def check(loaded: LoadedModel, weights: str) -> None:
-    """Refuse what llama.cpp has no architecture for.
+    """Refuse a model that llama.cpp has no architecture for.
 
     Raises:
-        ExportError: The family, its variable widths, or its rope, activation, biases or tokenizer.
+        ExportError: The family, its variable widths, rope, activation, biases or tokenizer can't be written.
     """
     config = loaded.model.config
     family = base_model_type(config.model_type)
     if family not in _FAMILIES:
         raise ExportError(
-            f"GGUF is written for {', '.join(_FAMILIES)}; this is a {family} model. Export to another format, such as "
-            f"onnx."
+            f"GGUF is written for {', '.join(_FAMILIES)}, but this is a {family} model. Export to another format, "
+            f"such as onnx."
         )
     variable = _is_variable(_geometry(loaded))
     if variable and family not in _VARIABLE:
         raise ExportError(
-            f"llama.cpp has no {family} architecture whose widths vary from layer to layer (it has one for "
-            f"{', '.join(_VARIABLE)}). Prune to uniform widths (prune --native-architecture), or export to another format."
+            f"llama.cpp has no {family} architecture with widths that vary from layer to layer (only for "
+            f"{', '.join(_VARIABLE)}). Prune to uniform widths (prune --native-architecture), or export to another "
+            f"format."
         )
     biases = sorted(
         {name.rpartition(".")[0].rpartition(".")[2] for name in loaded.model.state_dict() if ".bias" in name}
     )
     if variable and biases:
         raise ExportError(
-            f"llama.cpp's architecture for widths that vary has no biases, but {', '.join(biases)} have them. Prune to "
-            f"uniform widths (prune --native-architecture), or export to another format."
+            f"llama.cpp's architecture for variable widths has no biases, but {', '.join(biases)} have biases. Prune "
+            f"to uniform widths (prune --native-architecture), or export to another format."
         )
     if config.hidden_act not in _FAMILIES[family].activation:
         raise ExportError(
@@ -92,20 +93,20 @@ def check(loaded: LoadedModel, weights: str) -> None:
         )
     if family == "smollm3" and any(bool(use) != bool((i + 1) % 4) for i, use in enumerate(config.no_rope_layers)):
         raise ExportError(
-            f"llama.cpp rotates all but every fourth layer of smollm3, but no_rope_layers is {config.no_rope_layers}. "
-            f"Export to another format."
+            f"llama.cpp rotates all layers of smollm3 except every fourth, but no_rope_layers is "
+            f"{config.no_rope_layers}. Export to another format."
         )
     kind, kinds = _rope_kind(config), ("default", "linear", "llama3") if family in _VARIABLE else ("default",)
     if kind not in kinds:
         raise ExportError(
-            f"The rope type {kind!r} of a {family} model is not written to GGUF ({', '.join(kinds)} can be). Export to "
-            f"another format."
+            f"The rope type {kind!r} of a {family} model can't be written to GGUF; allowed are {', '.join(kinds)}. "
+            f"Export to another format."
         )
     check_tokenizer(loaded.tokenizer)
 
 
 def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
-    """Write the one file."""
+    """Write the GGUF file."""
     geometry, family = _geometry(loaded), _FAMILIES[base_model_type(loaded.model.config.model_type)]
     arch = MODEL_ARCH.DECI if _is_variable(geometry) else family.arch
     kind, file_type = _TYPES[weights]
@@ -119,7 +120,7 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
         write_tokenizer(writer, loaded.model, loaded.tokenizer, rows)
         for name, values in _tensors(loaded, geometry, arch, family):
             chosen = _type_of(values, kind)
-            # A quantised array's type can't be read off it; those of numpy's types can.
+            # The writer can't tell the type of a quantised array; it can tell numpy's types.
             raw = None if chosen in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) else chosen
             writer.add_tensor(name, gguf.quants.quantize(values, chosen), raw_dtype=raw)
         writer.write_header_to_file()
@@ -130,7 +131,7 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
 
 
 def load(folder: Path) -> LlamaCppRuntime:
-    """The file in llama.cpp, with as many threads as torch has."""
+    """Open the file in llama.cpp, with as many threads as torch has."""
     return LlamaCppRuntime(folder / FILE_NAME, threads=torch.get_num_threads())
 
 
@@ -155,7 +156,7 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry) ->
         neurons, kv_heads, heads = neurons[0], kv_heads[0], heads[0]  # type: ignore[assignment]
     writer.add_name(loaded.name)
     writer.add_block_count(len(geometry.layers))
-    # Beyond a sliding window, which is not written, the file would say other things than the model.
+    # A sliding window is not written: beyond it, the file would give other results than the model.
     window = getattr(config, "sliding_window", None) if _slides(config) else None
     writer.add_context_length(min(filter(None, (config.max_position_embeddings, window))))
     writer.add_embedding_length(geometry.hidden_size)
@@ -176,7 +177,7 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry) ->
 
 
 def _write_licence(writer: GGUFWriter, card: Mapping[str, Any]) -> None:
-    """What the model's card says of its licence and languages, as far as it does."""
+    """Write the licence and languages that the card of the model states."""
     add = {"license": writer.add_license, "license_name": writer.add_license_name}
     add["license_link"] = writer.add_license_link
     for field, write_field in add.items():
@@ -193,12 +194,12 @@ def _slides(config: Any) -> bool:  # noqa: ANN401
 def _tensors(
     loaded: LoadedModel, geometry: Geometry, arch: MODEL_ARCH, family: _Family
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Names and values of llama.cpp's tensors, float32."""
+    """Yield the names and float32 values of llama.cpp's tensors."""
     names = gguf.get_tensor_name_map(arch, len(geometry.layers))
     tied = bool(loaded.model.config.tie_word_embeddings)
     for name, parameter in loaded.model.state_dict().items():
         if tied and name.startswith("lm_head."):
-            continue  # llama.cpp takes the embedding where the head is missing
+            continue  # llama.cpp uses the embedding where the head is missing
         values = parameter.float()
         if family.interleaved and any(f".{role}_proj." in name for role in "qk"):
             values = _neighbours(values, geometry.head_dim)
@@ -213,13 +214,13 @@ def _tensors(
 
 
 def _neighbours(values: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the features of every head so that those that are rotated together, i and i + half, are neighbours."""
+    """Reorder the features of every head so that features rotated together, i and i + half, are neighbours."""
     halves = values.unflatten(0, (-1, 2, head_dim // 2))
     return halves.transpose(1, 2).reshape(values.shape)
 
 
 def _rope_factors(model: Any, head_dim: int) -> NDArray[np.float32]:  # noqa: ANN401
-    """By what each plain frequency is divided: how linear and Llama 3 scaling are written."""
+    """Return the divisor of each plain frequency: the form in which linear and Llama 3 scaling are written."""
     used = model.get_decoder().rotary_emb.inv_freq.double()
     theta = float(model.config.rope_parameters["rope_theta"])
     plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -228,7 +229,7 @@ def _rope_factors(model: Any, head_dim: int) -> NDArray[np.float32]:  # noqa: AN
 
 
 def _type_of(values: NDArray[np.float32], kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Vectors stay float32; rows that are no multiple of a block of Q8_0 become F16, as llama.cpp does it."""
+    """Return the type of a tensor: float32 for vectors, and F16 for rows that don't divide into Q8_0 blocks."""
     if values.ndim == 1:
         return GGMLQuantizationType.F32
     if kind is GGMLQuantizationType.Q8_0 and values.shape[-1] % _Q8_BLOCK:

@@ -1,4 +1,4 @@
-"""A fast tokenizer -> the tokenizer entries of a GGUF file."""
+"""Write a fast tokenizer to the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How llama.cpp calls what cuts a text before its bytes are merged. Qwen 2 differs from Llama 3 in single digits.
+# Names in llama.cpp of the regex that splits a text before merging. Qwen 2 differs from Llama 3 in single digits.
 _BY_REGEX = {_LLAMA3_SPLIT: "llama-bpe", _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 
 
@@ -26,7 +26,7 @@ def check_tokenizer(tokenizer: Any) -> None:  # noqa: ANN401
     """Refuse a tokenizer that GGUF has no name for.
 
     Raises:
-        ExportError: Its kind is not one of those that are written.
+        ExportError: Tokenizers of this kind can't be written.
     """
     state = _state(tokenizer)
     if not _is_sentencepiece(state):
@@ -37,10 +37,10 @@ def write_tokenizer(writer: GGUFWriter, loaded_model: Any, tokenizer: Any, rows:
     """Write tokens, merges, special tokens and the chat template.
 
     Args:
-        writer: Of the file.
+        writer: Writer of the file.
         loaded_model: The model, for the tokens that end a text.
         tokenizer: A fast tokenizer.
-        rows: Token rows of the model; ids without a token are filled up.
+        rows: Number of embedding rows of the model; ids without a token get a placeholder.
     """
     state = _state(tokenizer)
     vocab = {int(index): token for token, index in tokenizer.get_vocab().items()}
@@ -107,7 +107,7 @@ def _state(tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _is_sentencepiece(state: Mapping[str, Any]) -> bool:
-    """Whether bytes are spelled as ``<0x41>`` and spaces as U+2581 (Llama 2, Mistral)."""
+    """Return whether bytes are spelled as ``<0x41>`` and spaces as U+2581 (Llama 2, Mistral)."""
     return bool(state["model"].get("byte_fallback"))
 
 
@@ -122,10 +122,10 @@ def _prepends_space(state: Mapping[str, Any]) -> bool:
 
 
 def _pre_tokenizer(state: Mapping[str, Any]) -> str:
-    """What llama.cpp calls the way in which a byte-level tokenizer cuts a text into words.
+    """Return llama.cpp's name for the way in which a byte-level tokenizer splits a text into words.
 
     Raises:
-        ExportError: It has no name for it that is known here.
+        ExportError: No name is known.
     """
     whole = state.get("pre_tokenizer") or {}
     steps = whole.get("pretokenizers", [whole])
@@ -140,8 +140,8 @@ def _pre_tokenizer(state: Mapping[str, Any]) -> str:
             if steps[0].get("behavior") == "Isolated" and regex in _BY_REGEX:
                 return _BY_REGEX[regex]
     raise ExportError(
-        f"The tokenizer cuts text in a way that GGUF export does not know: pre-tokenizer {json.dumps(whole)[:300]}, "
-        f"normalizer {normalizer}. Known are those of GPT-2, SmolLM2, Llama 3 and Qwen 2, and of SentencePiece with "
+        f"The tokenizer splits text in a way that GGUF export does not know: pre-tokenizer {json.dumps(whole)[:300]}, "
+        f"normalizer {normalizer}. Known are the ways of GPT-2, SmolLM2, Llama 3 and Qwen 2, and SentencePiece with "
         f"byte fallback. Export to another format."
     )
 

@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp itself, through the prebuilt server of the package xllamacpp."""
+"""GGUF files in llama.cpp itself, through the prebuilt server of the package xllamacpp."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class LlamaCppRuntime:
 
     Args:
         file: The GGUF file.
-        threads: How many it uses.
+        threads: Number of threads.
 
     Raises:
-        ExportError: llama.cpp can't open the file; the message has what it said.
+        ExportError: llama.cpp can't open the file; the message has its output.
     """
 
     def __init__(self, file: Path, *, threads: int) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            # -P: the worker's folder has modules that are named like libraries.
+            # -P: the worker's folder has modules with the names of libraries.
             [sys.executable, "-P", str(_WORKER), str(file), str(_POSITIONS), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -55,32 +55,32 @@ class LlamaCppRuntime:
                 break
         limit.cancel()
         if not self._address:
-            said = f"it did not answer within {_TIMEOUT} s" if self._expired else self._said()
+            reason = f"it did not answer within {_TIMEOUT} s" if self._expired else self._last_errors()
             self.close()
-            raise ExportError(f"llama.cpp can't open {file.name}: {said}")
+            raise ExportError(f"llama.cpp can't open {file.name}: {reason}")
 
     def losses(self, ids: Sequence[int], expected: Sequence[float] | None = None) -> list[float]:
-        """As in [`Runtime`][], one token a request.
+        """Return losses as [`Runtime`][] does, one token per request.
 
-        The server tells the probabilities of the likeliest tokens alone. So the asked token's logit is raised, by
-        about as much as makes it one of two equals, and what that does to its probability is taken back.
+        The server returns the probabilities of the likeliest tokens alone. So the logit of the target is raised to
+        bring its probability near 1/2, and the effect of the raise is computed out of the returned probability.
         """
         about = [5.0] * (len(ids) - 1) if expected is None else expected
         return [self._loss(ids[: i + 1], ids[i + 1], about[i]) for i in range(len(ids) - 1)]
 
     def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """As in [`Runtime`][]."""
+        """Continue a text as [`Runtime`][] does."""
         found = self._complete(list(ids), n_predict=new_tokens, temperature=0.0, cache_prompt=False)
         tokens = [int(token) for token in found["tokens"]]
         return tokens[:-1] if found["stop_type"] == "eos" else tokens
 
     def encode(self, text: str) -> list[int] | None:
-        """As in [`Runtime`][]."""
+        """Tokenize a text as [`Runtime`][] does."""
         return [int(token) for token in self._post("/tokenize", content=text, parse_special=True)["tokens"]]
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()  # it holds nothing that an orderly end would save
+        self._process.kill()  # it has nothing to save
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
@@ -104,10 +104,10 @@ class LlamaCppRuntime:
                 post_sampling_probs=True,
             )
             if "completion_probabilities" not in found:
-                continue  # an end-of-text token was drawn, of which the server tells nothing
+                continue  # an end-of-text token was drawn, for which the server returns no probabilities
             likeliest = {int(item["id"]): item["prob"] for item in found["completion_probabilities"][0]["top_probs"]}
             raised = likeliest.get(token, 0.0)
-            if 0.0 < raised < 0.999:  # nearer to 1 little is left of a float32
+            if 0.0 < raised < 0.999:  # nearer to 1, float32 has too few digits
                 return math.log(raised + (1.0 - raised) * math.exp(bias)) - math.log(raised)
             bias += 8.0 if raised == 0.0 else -8.0
         return math.inf
@@ -123,10 +123,10 @@ class LlamaCppRuntime:
             with self._open(request, timeout=_TIMEOUT) as answer:
                 return json.load(answer)
         except OSError as error:
-            raise ExportError(f"llama.cpp failed: {error}. {self._said()}") from error
+            raise ExportError(f"llama.cpp failed: {error}. {self._last_errors()}") from error
 
-    def _said(self) -> str:
-        """The last errors in the log of the process."""
+    def _last_errors(self) -> str:
+        """Return the last errors in the log of the process."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
         errors = [line for line in lines if "error" in line.lower() or "assert" in line.lower()] or lines

@@ -1,6 +1,6 @@
 """ONNX: one graph with a KV cache that reads a prompt (empty cache) and decodes, for ONNX Runtime.
 
-The graph is made by transformers' own exporter. All its sizes are dynamic: sequences, tokens a step, and what is in the
+The exporter of transformers makes the graph. All its sizes are dynamic: sequences, tokens per step, and length of the
 cache; widths and KV heads may vary from layer to layer. `OnnxRuntime` runs it with onnxruntime and numpy alone.
 """
 
@@ -28,18 +28,18 @@ _CACHE = "cache.layers."
 
 
 def check(loaded: LoadedModel, weights: str) -> None:
-    """Refuse sliding windows, whose cache drops what has left the window: a graph with sizes traced can't follow that.
+    """Refuse sliding windows: their cache drops tokens outside the window, which a traced graph can't do.
 
     Raises:
-        ExportError: A layer has one that is shorter than the model's positions.
+        ExportError: A layer has a window that is shorter than the model's positions.
     """
     config = loaded.model.config
     cache = DynamicCache(config=config)
     if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         raise ExportError(
             f"{loaded.name} has layers with a sliding window of {config.sliding_window} tokens, which the ONNX graph "
-            f"can't hold. Export to quanto or torchao (Mistral also to gguf), or, if you need no more tokens than the "
-            f"window has, set sliding_window to null in config.json and prune the model anew."
+            f"can't hold. Export to quanto or torchao (Mistral also to gguf). Or, if your texts are not longer than "
+            f"the window, set sliding_window to null in config.json and prune the model again."
         )
 
 
@@ -67,7 +67,7 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
 
 
 def load(folder: Path) -> OnnxRuntime:
-    """The graph, in ONNX Runtime on the CPU, with as many threads as torch has."""
+    """Open the graph in ONNX Runtime on the CPU, with as many threads as torch has."""
     from transformers import GenerationConfig
 
     class Ends:
@@ -81,8 +81,8 @@ class OnnxRuntime:
     """A graph in ONNX Runtime.
 
     Args:
-        folder: With the graph.
-        threads: Of one operator; 0: what ONNX Runtime takes by itself.
+        folder: Folder of the graph.
+        threads: Threads of one operator; 0 takes the default of ONNX Runtime.
         ends: Token ids that end a text.
     """
 
@@ -108,11 +108,11 @@ class OnnxRuntime:
 
         Args:
             ids: [sequence, token].
-            mask: 1 for a token and 0 for padding, of what is in the cache and of the new tokens.
-            cache: What the last step returned; None before the first.
+            mask: 1 for a token and 0 for padding [sequence, cached and new tokens].
+            cache: The cache that the last step returned; None before the first step.
 
         Returns:
-            Logits [sequence, token, vocabulary], and the cache with these tokens.
+            Logits [sequence, token, vocabulary], and the cache including these tokens.
         """
         positions = np.maximum(mask.cumsum(axis=-1) - 1, 0)[:, -ids.shape[1] :]
         if cache is None:
@@ -124,7 +124,7 @@ class OnnxRuntime:
         return logits, dict(zip(names, new, strict=True))
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of several prompts at once; the shorter ones are padded on the left."""
+        """Return greedy continuations of several prompts; shorter prompts are padded on the left."""
         width = max(map(len, prompts))
         ids = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
         mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=np.int64)
@@ -143,11 +143,11 @@ class OnnxRuntime:
         return texts
 
     def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """As in [`Runtime`][]."""
+        """Continue a text as [`Runtime`][] does."""
         return self.generate_batch([ids], new_tokens)[0]
 
     def losses(self, ids: Sequence[int], expected: Sequence[float] | None = None) -> list[float]:
-        """As in [`Runtime`][]: the first half of the tokens as a prompt, the others in one further step."""
+        """Return losses as [`Runtime`][] does: the first half of the tokens as a prompt, the rest in one step."""
         tokens = np.array([list(ids)], dtype=np.int64)
         half = max(tokens.shape[1] // 2, 1)
         first, cache = self.step(tokens[:, :half], np.ones_like(tokens[:, :half]))
@@ -158,7 +158,7 @@ class OnnxRuntime:
         return [-value for value in scores.gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).squeeze(-1).tolist()]
 
     def encode(self, text: str) -> list[int] | None:
-        """None: the tokenizer is that of transformers."""
+        """Return None: the tokenizer is the one of transformers."""
         return None
 
     def close(self) -> None:
@@ -167,10 +167,10 @@ class OnnxRuntime:
 
 
 def _quantise(folder: Path) -> None:
-    """Put int8 weights in place of the projections', with a scale for every 32 inputs.
+    """Replace the weights of the projections by int8 weights, with one scale per 32 inputs.
 
-    Level 4 has ONNX Runtime quantise the activations too, dynamically, in blocks as small: a single scale for a whole
-    activation, as `quantize_dynamic` has it, is ruined by the few huge features that language models have.
+    Level 4 makes ONNX Runtime quantise the activations too, dynamically, in blocks of the same size. A single scale for
+    a whole activation, as in `quantize_dynamic`, fails on the few huge features that language models have.
     """
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -186,7 +186,7 @@ def _quantise(folder: Path) -> None:
 
 
 def _split_gemm(graph: Any) -> None:  # noqa: ANN401
-    """Put a product and a sum in place of each Gemm (of GPT-2, and of OPT's MLPs), which the quantiser passes over."""
+    """Replace each Gemm (in GPT-2, and in OPT's MLPs), which the quantiser skips, by a product and a sum."""
     from onnx import helper, numpy_helper
 
     constants, replaced = {tensor.name: tensor for tensor in graph.initializer}, set()
@@ -203,7 +203,7 @@ def _split_gemm(graph: Any) -> None:  # noqa: ANN401
         if transposed:
             values = numpy_helper.to_array(constants[weight]).T
             replaced.add(weight)
-            weight = f"{weight}.{place}"  # another node may read the one that is there
+            weight = f"{weight}.{place}"  # another node may read the original
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), weight))
         product = f"{node.output[0]}.product"
         parts = (
@@ -220,7 +220,7 @@ def _split_gemm(graph: Any) -> None:  # noqa: ANN401
 
 
 def _tidy(program: Any) -> None:  # noqa: ANN401
-    """Give the axes names, the cache's inputs their sizes, and leave out where in the sources each node is from."""
+    """Name the axes, give the inputs of the cache their sizes, and drop the source location of each node."""
     import onnx_ir
 
     graph = program.graph
@@ -243,7 +243,7 @@ def _tidy(program: Any) -> None:  # noqa: ANN401
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say about their own workings (deprecations inside torch, progress on stdout)."""
+    """Silence the exporters' own messages (deprecations inside torch, progress on stdout)."""
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "onnxruntime", "root")
     ]

@@ -7,31 +7,49 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from hf_context_prune.errors import ExportError
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.compat import unwrap_quanto
 
-from .projections import check_projections
 from .runtime import TorchRuntime
 
 _SMALLEST_GROUP = 32  # inputs that share a scale; Quanto takes the largest of 128, 96, 64, 32 that divides
 
 
 def check(loaded: LoadedModel, weights: str) -> None:
-    """Refuse what would not get smaller.
+    """Refuse a model that would not get smaller.
 
     Raises:
-        ExportError: Its projections are no ``nn.Linear``.
+        ExportError: Its projections are not ``nn.Linear`` modules.
     """
     check_projections(loaded, "Quanto")
+
+
+def check_projections(loaded: LoadedModel, quantiser: str) -> None:
+    """Refuse projections that a quantiser would leave as they are.
+
+    Args:
+        loaded: The model.
+        quantiser: Name of the quantiser, for the message.
+
+    Raises:
+        ExportError: The projections are not ``nn.Linear`` modules.
+    """
+    if any(isinstance(module, Conv1D) for module in loaded.model.modules()):
+        raise ExportError(
+            f"The projections of a {loaded.model.config.model_type} model are Conv1D modules, which {quantiser} does "
+            f"not quantise. Export to onnx; with --dtype int8 it gets smaller."
+        )
 
 
 def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
     """Quantise the projections **in place** and save them with the tokenizer.
 
-    The head stays as it is: where it is the embedding too (tied), two copies would make the folder larger. With int4,
-    projections whose inputs can't be cut into groups become int8: a single scale for a whole row of int4 weights loses
-    far more. Widths at multiples of 32 (``--round-to 32``) have groups everywhere.
+    The head is not quantised: where it is tied to the embedding, two copies would make the folder larger. With int4,
+    projections whose inputs can't be divided into groups become int8, because a single scale for a whole row of int4
+    weights loses far more. Widths at multiples of 32 (``--round-to 32``) have groups everywhere.
     """
     from optimum.quanto import QuantizedModelForCausalLM, freeze, qint4, qint8, quantize
 
@@ -49,7 +67,7 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
 
 
 def load(folder: Path) -> TorchRuntime:
-    """The quantised model, on the CPU."""
+    """Open the quantised model on the CPU."""
     from optimum.quanto import QuantizedModelForCausalLM
 
     # Without trust_remote_code=False, transformers would ask on the terminal whether to run a folder's code.
@@ -58,6 +76,6 @@ def load(folder: Path) -> TorchRuntime:
 
 
 def _ungrouped(model: Any) -> list[str]:  # noqa: ANN401
-    """Projections whose input features are no multiple of the smallest group."""
+    """Return the projections whose number of input features is not a multiple of the smallest group."""
     modules = model.named_modules()
     return [name for name, module in modules if isinstance(module, nn.Linear) and module.in_features % _SMALLEST_GROUP]

@@ -1,4 +1,4 @@
-"""What is known about an export: written beside the artefact, read back by `inspect`."""
+"""Report of an export: written beside the artefact, read by `inspect`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class ExportReport:
-    """An export and how it compares.
+    """An export and its comparison with the folder.
 
     Attributes:
         format: Name of the format.
-        weights: What the weights are.
+        weights: Data type of the weights.
         source: Name of the folder or Hub id.
-        plan_sha256: Of the pruning plan; None for a folder without one.
-        packages: Versions of what wrote and ran it.
-        machine: Processor and threads of the speed.
+        plan_sha256: sha256 of the pruning plan; None for a folder without a plan.
+        packages: Versions of the packages that wrote and ran it.
+        machine: Processor and threads of the speed measurement.
         verification: The comparison.
     """
 
@@ -38,19 +38,19 @@ class ExportReport:
     verification: Verification
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the report as plain values."""
         return {"schema": _SCHEMA, **asdict(self)}
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the report as JSON."""
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> ExportReport:
-        """Read it back.
+        """Read a report.
 
         Raises:
-            LoadError: The file is not one.
+            LoadError: The file is not an export report.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ class ExportReport:
             raise LoadError(f"{path} is not an export report: {why}. Export the model again.") from error
 
     def table_rows(self) -> list[tuple[str, str, str, str]]:
-        """Measure, the folder's own model, the artefact, change."""
+        """Return rows of measure, the folder's own model, the artefact, change."""
         found = self.verification
         rows = [
             ("loss, nats per token", f"{found.before:.4f}", f"{found.after:.4f}", f"{found.after - found.before:+.4f}"),

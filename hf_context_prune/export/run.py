@@ -1,4 +1,4 @@
-"""A model folder -> an artefact of another format, compared in its runtime before it is put in place."""
+"""Export of a model folder to another format; the artefact is compared in its runtime before it is put in place."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ExportResult:
     """A written export.
 
     Attributes:
-        folder: Where it is.
-        report: What it is, and how it compares with the folder it was made from.
+        folder: Path of the export.
+        report: Its report, with the comparison.
     """
 
     folder: Path
@@ -55,22 +55,21 @@ def export_model(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> ExportResult:
-    """Write a model folder in another format, run it there, and put it in place if it says what the model says.
+    """Write a model folder in another format, run the artefact, and put it in place if it gives the same results.
 
     Args:
-        folder: A pruned folder; any other model that `load_model` opens works too.
+        folder: A pruned folder, or any other model that `load_model` opens.
         output: Folder to write: absent, empty, or an untouched older export.
         format: ``"quanto"``, ``"torchao"``, ``"onnx"`` or ``"gguf"``.
-        weights: What the weights become; None: the format's default (the first of its entry in `FORMATS`).
-        data: Held-out text for the comparison; None: text that the model itself writes, for which there are no bits
-            a byte.
+        weights: Data type of the weights; None takes the default of the format (the first of its entry in `FORMATS`).
+        data: Test text for the comparison; None takes text that the model itself writes, which has no bits per byte.
         text_column: Column with the text.
-        max_tokens: Tokens of `data` to compare on at most, in whole documents.
-        tolerance: Relative difference of the perplexity to allow, instead of the format's own.
-        seed: Of the choice of documents, or of the model's own text.
+        max_tokens: Largest number of tokens of `data` to compare on, in whole documents.
+        tolerance: Relative change of the perplexity to allow, instead of the limit of the format.
+        seed: Seed of the choice of documents, or of the model's own text.
 
     Raises:
-        ConfigError: An unknown format or weights, a package that is not installed, or a folder that is an export.
+        ConfigError: The format or data type is unknown, a package is not installed, or the folder is an export.
         ExportError: The format can't hold the model, or the artefact differs by more than the tolerance.
         SaveError: The output can't be written.
         ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
@@ -80,9 +79,7 @@ def export_model(
     allowed = kind.tolerance(chosen)
     if tolerance is not None:
         if not 0 <= tolerance < float("inf"):
-            raise ConfigError(
-                f"tolerance is {tolerance}; it must be a relative difference of at least 0, such as 0.05."
-            )
+            raise ConfigError(f"tolerance is {tolerance}; it must be a relative change of at least 0, such as 0.05.")
         allowed = replace(allowed, perplexity=tolerance)
     module = kind.module()
     goal = resolve_target(output)
@@ -92,12 +89,12 @@ def export_model(
     if (source / EXPORT_REPORT_NAME).is_file():
         made = read_export(source)
         raise ConfigError(
-            f"{folder} is an export to {made.format} itself. Export the folder that it was made from ({made.source})."
+            f"{folder} is already an export to {made.format}. Export the folder that it was made from ({made.source})."
         )
     check_target(goal, replaces=EXPORT_REPORT_NAME)
     loaded = load_model(folder, dtype=kind.dtype, device="cpu")
     module.check(loaded, chosen)
-    _LOGGER.info("Measuring the folder's own model.")
+    _LOGGER.info("Measuring the model of the folder.")
     sample = (
         own_sample(loaded, seed=seed)
         if data is None
@@ -109,7 +106,7 @@ def export_model(
     with staged_folder(goal, required_bytes=estimate_bytes(loaded.model), replaces=EXPORT_REPORT_NAME) as staging:
         _LOGGER.info("Writing %s.", kind.name)
         _write(kind, module, load_model(folder, dtype=kind.dtype, device="cpu"), staging, chosen)
-        _LOGGER.info("Running it.")
+        _LOGGER.info("Running the artefact.")
         with _opened(kind, staging) as runtime:
             check_tokens(runtime, loaded.tokenizer, sample)
             after = measure(runtime, sample, before)
@@ -126,37 +123,37 @@ def open_export(folder: str | Path) -> Runtime:
     """Load an export in its runtime, after checking its files against the manifest.
 
     Args:
-        folder: What [`export`][] wrote.
+        folder: A folder that [`export_model`][] wrote.
 
     Raises:
-        LoadError: A file is missing or was changed, or the folder is no export.
+        LoadError: A file is missing or was changed, or the folder is not an export.
         ConfigError: A package is not installed.
     """
     return _load(format_of(read_export(folder).format), Path(folder))
 
 
 def read_export(folder: str | Path) -> ExportReport:
-    """The report of an export, after checking its files against the manifest.
+    """Read the report of an export, after checking its files against the manifest.
 
     Raises:
-        LoadError: A file is missing or was changed, or the folder is no export.
+        LoadError: A file is missing or was changed, or the folder is not an export.
     """
     manifest = verify_folder(folder)
     if EXPORT_REPORT_NAME not in manifest["files"]:
-        raise LoadError(f"{folder} has no {EXPORT_REPORT_NAME}: it is no export. Open it with load_pruned.")
+        raise LoadError(f"{folder} has no {EXPORT_REPORT_NAME}, so it is not an export. Open it with load_pruned.")
     report = ExportReport.load(Path(folder) / EXPORT_REPORT_NAME)
     if report.format not in FORMATS:
-        raise LoadError(f"{folder} is an export to {report.format!r}, which this release does not know.")
+        raise LoadError(f"{folder} is an export to {report.format!r}, a format that this version does not have.")
     return report
 
 
 def _write(kind: ExportFormat, module: FormatModule, loaded: LoadedModel, staging: Path, weights: str) -> None:
     try:
         module.write(loaded, staging, weights)
-    except (ContextPruneError, OSError, SafetensorError):  # the staged write tells full disks from other failures
+    except (ContextPruneError, OSError, SafetensorError):  # the staged write explains these
         raise
     except Exception as error:
-        if type(error) is Exception:  # how tokenizers reports a failed write
+        if type(error) is Exception:  # the type that tokenizers raises for a failed write
             raise
         raise ExportError(
             f"{loaded.name} can't be written as {kind.name}: {type(error).__name__}: {error}. Nothing was put in "
@@ -171,7 +168,7 @@ def _opened(kind: ExportFormat, folder: Path) -> Iterator[Runtime]:
         yield runtime
     except ContextPruneError:
         raise
-    except Exception as error:  # runtimes raise whatever they meet
+    except Exception as error:  # runtimes raise errors of any type
         raise ExportError(
             f"The artefact fails in its runtime ({kind.name}): {type(error).__name__}: {error}. Nothing was put in "
             f"place. Export to another format."

@@ -1,4 +1,4 @@
-"""What runs an exported model: losses of given tokens, greedy text, and (where it has its own) a tokenizer."""
+"""Runtimes of exported models: losses of given tokens, greedy text, and a tokenizer where the runtime has one."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""What a folder's generation config may change, and other runtimes don't read: the plain model is compared."""
+"""Generation options that other runtimes don't read, at the values that change nothing."""
 
 
 class Runtime(Protocol):
-    """A loaded artefact. `close()` frees what it holds; nothing may be called after it."""
+    """A loaded artefact. `close()` frees it; no method may be called afterwards."""
 
     def losses(self, ids: Sequence[int], expected: Sequence[float] | None = None) -> list[float]:
-        """Negative log-likelihoods (nats) of ``ids[1:]``, each given what is before it.
+        """Return the negative log-likelihood (nats) of each of ``ids[1:]``, given the tokens before it.
 
         Args:
             ids: Token ids.
-            expected: About what they are, which some runtimes need to read them precisely.
+            expected: Approximate results, which some runtimes need for precision.
         """
 
     def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """The new tokens of a greedy continuation, without the end-of-text token that may end it early."""
+        """Return the new tokens of a greedy continuation, without an end-of-text token at its end."""
 
     def encode(self, text: str) -> list[int] | None:
-        """Token ids by the runtime's own tokenizer, without special tokens; None where it has none of its own."""
+        """Return token ids of the runtime's tokenizer, without special tokens; None where it has no tokenizer."""
 
     def close(self) -> None:
-        """Free it."""
+        """Free the artefact."""
 
 
 class TorchRuntime:
     """A model of transformers: the folder's own, or one with quantised weights.
 
-    Under `no_grad`, not `inference_mode`, in which Quanto's int4 weights can't be unpacked.
+    It runs under `no_grad`, because Quanto's int4 weights can't be unpacked under `inference_mode`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model.eval()
 
     def losses(self, ids: Sequence[int], expected: Sequence[float] | None = None) -> list[float]:
-        """As in [`Runtime`][]."""
+        """Return losses as [`Runtime`][] does."""
         chosen = torch.tensor(ids[1:]).unsqueeze(-1)
         return [-value for value in self.log_probabilities(ids)[:-1].gather(-1, chosen).squeeze(-1).tolist()]
 
     def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """As in [`Runtime`][]."""
+        """Continue a text as [`Runtime`][] does."""
         prompt = torch.tensor([list(ids)], device=self._model.device)
         ends = get_end_token_ids(self._model)
         with torch.no_grad():
@@ -69,7 +69,7 @@ class TorchRuntime:
         return new[:-1] if new and new[-1] in ends else new
 
     def encode(self, text: str) -> list[int] | None:
-        """None: the tokenizer is that of transformers."""
+        """Return None: the tokenizer is the one of transformers."""
         return None
 
     def close(self) -> None:
@@ -77,13 +77,13 @@ class TorchRuntime:
         self._model = None
 
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
-        """Of every token [position, token], float32, on the CPU."""
+        """Return the log-probability of every token [position, token], float32, on the CPU."""
         with torch.no_grad():
             logits = self._model(input_ids=torch.tensor([list(ids)], device=self._model.device), use_cache=False).logits
         return torch.log_softmax(logits[0].float(), dim=-1).cpu()
 
     def gaps(self, prompt: Sequence[int], text: Sequence[int]) -> list[float]:
-        """By how much (nats) the likeliest token beats each token of a continuation: 0 where it is the greedy one."""
+        """Return how much likelier (nats) the best token is than each token of a continuation; 0 for the best token."""
         scores = self.log_probabilities([*prompt, *text])[len(prompt) - 1 : -1]
         chosen = scores.gather(-1, torch.tensor(list(text), dtype=torch.long).unsqueeze(-1)).squeeze(-1)
         return (scores.amax(dim=-1) - chosen).tolist()

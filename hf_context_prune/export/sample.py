@@ -1,4 +1,4 @@
-"""The text on which an artefact is compared with the folder's own model."""
+"""Samples: the text on which an artefact is compared with the folder's own model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = (
 )
 _NEW_TOKENS = 32
 _WINDOW = 256
-_OWN_TOKENS = 64  # of each prompt's continuation
+_OWN_TOKENS = 64  # new tokens per prompt
 _PROMPT_TOKENS = 16
 
 
@@ -33,12 +33,12 @@ class Sample:
     """Text to compare on.
 
     Attributes:
-        windows: Token ids; the first one of each is context and is not scored.
+        windows: Token ids; the first token of each window is context and is not scored.
         prompts: Token ids to continue.
-        new_tokens: How many tokens a continuation has at most.
-        texts: The same as text, for comparing tokenizers.
-        num_bytes: UTF-8 bytes of what is scored; None for the model's own text.
-        description: What it is, for people.
+        new_tokens: Largest number of tokens of a continuation.
+        texts: The windows as text, to compare tokenizers.
+        num_bytes: UTF-8 bytes of the scored text; None for the model's own text.
+        description: Description to show.
     """
 
     windows: tuple[tuple[int, ...], ...]
@@ -50,19 +50,19 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return sum(len(window) - 1 for window in self.windows)
 
 
 def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_tokens: int, seed: int) -> Sample:  # noqa: ANN401
-    """Whole documents of a text, in shuffled order while they fit; their beginnings are the prompts.
+    """Read whole documents of a text in shuffled order, as many as fit; their beginnings are the prompts.
 
     Args:
         loaded: The folder's model.
-        data: What `load_documents` reads.
+        data: Text, as `load_documents` reads it.
         text_column: Column with the text.
-        max_tokens: Tokens to score at most; at least one document is taken.
-        seed: Of the order.
+        max_tokens: Largest number of tokens to score; at least one document is taken.
+        seed: Seed of the order.
 
     Raises:
         DataError: There is no text to score.
@@ -88,10 +88,10 @@ def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_
 
 
 def own_sample(loaded: LoadedModel, *, seed: int) -> Sample:
-    """Text that the model itself writes: samples at temperature 1 that continue five prompts.
+    """Let the model itself write the text: samples at temperature 1 that continue five prompts.
 
-    Over a model's own samples, the mean by which another model's loss is higher estimates the KL divergence between
-    the two: zero for the same model, more for any other.
+    On a model's own samples, the mean excess loss of another model estimates the KL divergence between the two: zero
+    for the same model, positive for any other.
     """
     length, new_tokens = _lengths(loaded)
     room = max(length - new_tokens - 1, 1)
@@ -99,18 +99,18 @@ def own_sample(loaded: LoadedModel, *, seed: int) -> Sample:
     windows = _sampled(loaded, prompts, min(_OWN_TOKENS, length - max(map(len, prompts))), seed)
     texts = tuple(loaded.tokenizer.decode(window[1:]) for window in windows)
     return Sample(
-        windows, prompts, new_tokens, texts, None, f"what the model itself writes after {len(prompts)} prompts"
+        windows, prompts, new_tokens, texts, None, f"text that the model itself writes after {len(prompts)} prompts"
     )
 
 
 def _prompts(loaded: LoadedModel, room: int) -> tuple[tuple[int, ...], ...]:
-    """The built-in prompts, led by the token that leads documents."""
+    """Return the built-in prompts, after the token that starts documents."""
     encoded = [loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
     return tuple((context_token(loaded.tokenizer), *ids)[:room] for ids in encoded)
 
 
 def _lengths(loaded: LoadedModel) -> tuple[int, int]:
-    """Tokens of a window, and of a continuation, within the model's positions."""
+    """Return the number of tokens of a window and of a continuation, within the model's positions."""
     limit = max_positions(loaded.model)
     length = _WINDOW if limit is None else min(_WINDOW, limit)
     return length, min(_NEW_TOKENS, max(length // 2, 1))
@@ -119,7 +119,7 @@ def _lengths(loaded: LoadedModel) -> tuple[int, int]:
 def _sampled(
     loaded: LoadedModel, prompts: tuple[tuple[int, ...], ...], new_tokens: int, seed: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Prompts with a sampled continuation, padded on the left to one batch; drawn by a generator of its own."""
+    """Return prompts with a sampled continuation; the random state of the caller is left as it is."""
     width, model = max(map(len, prompts)), loaded.model
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

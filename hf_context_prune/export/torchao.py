@@ -8,15 +8,15 @@ from transformers import AutoModelForCausalLM
 
 from hf_context_prune.storage.loading import LoadedModel
 
-from .projections import check_projections
+from .quanto import check_projections
 from .runtime import TorchRuntime
 
 
 def check(loaded: LoadedModel, weights: str) -> None:
-    """Refuse what would not get smaller.
+    """Refuse a model that would not get smaller.
 
     Raises:
-        ExportError: Its projections are no ``nn.Linear``.
+        ExportError: Its projections are not ``nn.Linear`` modules.
     """
     check_projections(loaded, "torchao")
 
@@ -38,10 +38,10 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
 
 
 def load(folder: Path) -> TorchRuntime:
-    """The quantised model, on the CPU."""
+    """Open the quantised model on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        use_safetensors=True,  # a manifest can list a pickle too
+        use_safetensors=True,  # a manifest can also list a pickle
         trust_remote_code=False,
         device_map="cpu",
     )

@@ -1,4 +1,4 @@
-"""An artefact in its runtime against the folder's own model: losses, greedy text, tokens, speed."""
+"""Comparison of an artefact in its runtime with the folder's own model: losses, greedy text, tokens, speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_context_prune.evaluation.bootstrap import bits_per_byte
 from .runtime import Runtime, TorchRuntime
 from .sample import Sample
 
-# What a tokenizer of another runtime gets wrong, if its kind was not recognised.
+# Texts that the tokenizer of another runtime gets wrong if its kind was not recognised.
 TOKENIZER_PROBES = (
     "It's 3.5% of 1,024; they'll pay $20000.\n\n  Then:\tnaïve café",
     "中文 и русский 🚀🚀  \n \n end ",
@@ -24,12 +24,12 @@ TOKENIZER_PROBES = (
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an artefact is allowed to differ by.
+    """The difference that an artefact may have.
 
     Attributes:
         perplexity: Relative difference of the perplexity on the sample.
-        gap: The folder's model may prefer another token than the artefact's greedy one by this much (nats), which
-            allows for ties alone; None allows any.
+        gap: Largest log-probability (nats) by which the folder's model may prefer another token to the greedy token of
+            the artefact. A small value allows ties alone; None allows any.
     """
 
     perplexity: float
@@ -38,26 +38,26 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and how the two differ; `before` is the folder's own model, `after` the artefact.
+    """The result of a comparison; `before` is the folder's own model, `after` the artefact.
 
     Attributes:
-        text: What was scored.
-        num_tokens: Tokens scored.
-        before: Nats a token.
-        after: The same of the artefact.
-        bits_per_byte_before: None where the model scored its own text.
-        bits_per_byte_after: The same of the artefact.
+        text: Description of the scored text.
+        num_tokens: Number of scored tokens.
+        before: Mean loss of the folder's model, nats per token.
+        after: Mean loss of the artefact, nats per token.
+        bits_per_byte_before: Bits per byte of the folder's model; None where the model scored its own text.
+        bits_per_byte_after: Bits per byte of the artefact.
         perplexity_change: exp(after - before) - 1.
-        largest_difference: Of the log-probability of one token (nats).
-        prompts: Greedy continuations compared.
-        new_tokens: Tokens of each at most.
-        equal_texts: How many of them are the same token by token.
-        largest_gap: By how much the folder's model preferred another token than the artefact's (nats).
-        tokens_per_second_before: Greedy, one sequence, prompt included; median over the prompts.
-        tokens_per_second_after: The same of the artefact.
-        bytes_before: Of the weights on disk.
-        bytes_after: Of the artefact.
-        tolerance: What was allowed.
+        largest_difference: Largest difference in the log-probability of one token (nats).
+        prompts: Number of greedy continuations compared.
+        new_tokens: Largest number of tokens of each.
+        equal_texts: Number of continuations that are the same token by token.
+        largest_gap: Largest log-probability (nats) by which the folder's model preferred another token.
+        tokens_per_second_before: Speed of the folder's model: greedy, one sequence, with the prompt; median over prompts.
+        tokens_per_second_after: Speed of the artefact.
+        bytes_before: Size of the weights on disk.
+        bytes_after: Size of the artefact.
+        tolerance: The difference that was allowed.
     """
 
     text: str
@@ -81,7 +81,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one runtime gives on a sample: losses of every window, texts, tokens a second."""
+    """The results of one runtime on a sample: losses of every window, texts, tokens per second."""
 
     losses: tuple[tuple[float, ...], ...]
     texts: tuple[tuple[int, ...], ...]
@@ -92,13 +92,13 @@ def measure(runtime: Runtime, sample: Sample, before: Measurement | None = None)
     """Score the windows of a sample and continue its prompts.
 
     Args:
-        runtime: What to run.
-        sample: On what.
-        before: What the folder's own model gave, for runtimes that need to know about what to expect.
+        runtime: The runtime.
+        sample: The sample.
+        before: Results of the folder's own model, for runtimes that need approximate losses.
     """
     expected: Sequence[Sequence[float] | None] = before.losses if before else [None] * len(sample.windows)
     losses = [runtime.losses(window, about) for window, about in zip(sample.windows, expected, strict=True)]
-    runtime.generate(sample.prompts[0], 2)  # the first call pays for buffers
+    runtime.generate(sample.prompts[0], 2)  # the first call allocates buffers
     texts, speeds = [], []
     for prompt in sample.prompts:
         start = time.perf_counter()
@@ -124,9 +124,9 @@ def check_tokens(runtime: Runtime, tokenizer: object, sample: Sample) -> None:
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
             )
             raise ExportError(
-                f"The runtime cuts a text into other tokens than the model was trained with: after "
-                f"{tokenizer.decode(ours[:place])[-40:]!r} it has {theirs[place : place + 4]}, where the folder's "  # type: ignore[attr-defined]
-                f"tokenizer has {ours[place : place + 4]}. Nothing was put in place. Export to another format."
+                f"The runtime splits a text into other tokens than the tokenizer of the folder: after "
+                f"{tokenizer.decode(ours[:place])[-40:]!r} it has {theirs[place : place + 4]}, where the "  # type: ignore[attr-defined]
+                f"folder has {ours[place : place + 4]}. Nothing was put in place. Export to another format."
             )
 
 
@@ -140,7 +140,7 @@ def compare(
     bytes_before: int,
     bytes_after: int,
 ) -> Verification:
-    """Put two measurements on one sample side by side; `reference` scores the artefact's texts."""
+    """Compare two measurements on one sample; `reference` scores the texts of the artefact."""
     old, new = ([loss for window in m.losses for loss in window] for m in (before, after))
     gaps = [
         max(reference.gaps(prompt, text), default=0.0) for prompt, text in zip(sample.prompts, after.texts, strict=True)
@@ -171,17 +171,17 @@ def compare(
 
 
 def check(found: Verification) -> None:
-    """Hold a verification against its tolerance.
+    """Check a verification against its tolerance.
 
     Raises:
-        ExportError: It differs by more, or its losses are no numbers.
+        ExportError: The artefact differs by more, or its losses are not finite.
     """
     limit = found.tolerance
     if not (math.isfinite(found.after) and abs(found.perplexity_change) <= limit.perplexity):
         raise ExportError(
             f"The artefact's perplexity on {found.text} differs by {found.perplexity_change:+.2%} from the folder's "
-            f"({found.after:.4f} against {found.before:.4f} nats per token); allowed are {limit.perplexity:.2%}. Nothing "
-            f"was put in place. Choose a wider --dtype, or allow more with --tolerance."
+            f"({found.after:.4f} against {found.before:.4f} nats per token); allowed are {limit.perplexity:.2%}. "
+            f"Nothing was put in place. Choose a wider --dtype, or allow more with --tolerance."
         )
     if limit.gap is not None and not found.largest_gap <= limit.gap:
         raise ExportError(

@@ -1,4 +1,4 @@
-"""Tiny saved models to export: stock widths, or widths and KV heads that vary; the vocabulary whole or pruned."""
+"""Tiny saved models to export: uniform widths, or widths and KV heads that vary; the vocabulary whole or pruned."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def save(folder, *, variable=False, fewer_tokens=False, family="llama", tokenize
     """A pruned tiny model with its tokenizer."""
     model, tokenizer = tiny_model(family, **overrides), tokenizer or tiny_tokenizer()
     geometry = read_geometry(model.config, spec_of(model.config))
-    plan = PruningPlan(family, geometry.layers, VARIABLE if variable else UNIFORM, fingerprint(model))
+    layers = (VARIABLE if variable else UNIFORM)[: len(geometry.layers)]
+    plan = PruningPlan(family, geometry.layers, layers, fingerprint(model))
     model = apply_plan(model, plan)
     if fewer_tokens:
         smaller = prune_vocabulary(

@@ -142,17 +142,14 @@ def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"format": "quant"}, ConfigError, "Did you mean 'quanto'"),
-        ({"format": "torchao", "weights": "int4"}, ConfigError, "allowed are int8"),
-        ({"format": "quanto", "tolerance": -1.0}, ConfigError, "at least 0"),
-    ],
-)
-def test_options_are_checked_first(tmp_path, options, error, words):
-    with pytest.raises(error, match=words):
-        export_model(tmp_path / "no model is read", tmp_path / "out", **options)
+def test_options_are_checked_first(tmp_path, subtests):
+    for options, words in (
+        ({"format": "quant"}, "Did you mean 'quanto'"),
+        ({"format": "torchao", "weights": "int4"}, "allowed are int8"),
+        ({"format": "quanto", "tolerance": -1.0}, "at least 0"),
+    ):
+        with subtests.test(**options), pytest.raises(ConfigError, match=words):
+            export_model(tmp_path / "no model is read", tmp_path / "out", **options)
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
@@ -169,7 +166,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
 def test_a_model_is_not_replaced_by_an_export(folders, tmp_path):
     model = shutil.copytree(folders["stock"], tmp_path / "model")
     before = {path.name: path.read_bytes() for path in model.iterdir()}
-    with pytest.raises(SaveError, match="was made by this package, but as something else"):
+    with pytest.raises(SaveError, match="was made by this package"):
         export_model(folders["variable"], model, format="onnx")
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
@@ -189,7 +186,7 @@ def test_an_output_that_is_not_ours_is_kept(folders, tmp_path):
 
 def test_an_export_is_not_exported_again(folders, tmp_path):
     folder = export_model(folders["stock"], tmp_path / "out", format="quanto", **EASY).folder
-    with pytest.raises(ConfigError, match=r"an export to quanto itself.*\(stock\)"):
+    with pytest.raises(ConfigError, match=r"export to quanto.*\(stock\)"):
         export_model(folder, tmp_path / "again", format="torchao")
 
 
@@ -200,7 +197,7 @@ def test_a_damaged_artefact_is_not_opened(folders, tmp_path):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(LoadError, match="changed or damaged"):
         open_export(folder)
-    with pytest.raises(LoadError, match="it is no export"):
+    with pytest.raises(LoadError, match="not an export"):
         open_export(folders["stock"])
 
 
@@ -222,22 +219,22 @@ def test_a_pickle_in_place_of_the_weights_is_not_opened(tmp_path, format):
         open_export(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"weights": 7}, {"format": []}, {"more": 1}, {"verification": {"before": "x"}}, {"bytes_before": 0}, "["],
-)
-def test_a_report_that_is_none_is_said_to_be_none(tmp_path, change):
+BROKEN = ({"weights": 7}, {"format": []}, {"more": 1}, {"verification": {"before": "x"}}, {"bytes_before": 0}, "[")
+
+
+def test_a_report_that_is_none_is_said_to_be_none(tmp_path, subtests):
     found = Verification("text", 1, *[1.0] * 6, 5, 32, 5, 0.0, 1.0, 1.0, 2, 1, Tolerance(0.1))
     report = ExportReport("gguf", "f16", "mini", None, {}, "machine", found)
     path = tmp_path / "export_report.json"
     report.save(path)
     assert ExportReport.load(path) == report
     values = report.to_dict()
-    if "bytes_before" in change:  # of which the artefact's bytes would be a share
-        change = {"verification": values["verification"] | change}
-    path.write_text("[" * 100_000 if change == "[" else json.dumps(values | change))
-    with pytest.raises(LoadError, match="is not an export report"):
-        ExportReport.load(path)
+    for change in BROKEN:
+        if "bytes_before" in change:  # of which the artefact's bytes would be a share
+            change = {"verification": values["verification"] | change}
+        path.write_text("[" * 100_000 if change == "[" else json.dumps(values | change))
+        with subtests.test(change=str(change)[:60]), pytest.raises(LoadError, match="is not an export report"):
+            ExportReport.load(path)
 
 
 @pytest.fixture
@@ -247,10 +244,10 @@ def place(folders, tmp_path):
 
 
 def test_the_command_writes_shows_and_inspects(place, run):
-    code, stdout, _ = run("export", "@stock", "--format", "quanto", "--output", "@out", "--tolerance", 10)
+    code, stdout, _ = run("export", "@stock", "--to", "quanto", "--output", "@out", "--tolerance", 10)
     assert code == 0
-    assert "tokens a second" in stdout
-    assert "what the model itself writes" in stdout
+    assert "tokens per second" in stdout
+    assert "the model itself writes" in stdout
     code, stdout, _ = run("inspect", "@out", "--format", "json")
     assert code == 0
     assert json.loads(stdout)["format"] == "quanto"
@@ -258,7 +255,7 @@ def test_the_command_writes_shows_and_inspects(place, run):
     code, _, stderr = run("inspect", "@out")
     assert code == 1
     assert "config.json" in stderr
-    code, _, stderr = run("export", "@stock", "--format", "wav", "--output", "@other")
+    code, _, stderr = run("export", "@stock", "--to", "wav", "--output", "@other")
     assert code == 2
     assert "allowed are" in stderr
 

@@ -197,7 +197,7 @@ def test_the_worker_ends_with_a_process_that_was_killed(tmp_path, killed):
         ("qwen2", {"variable": True}, "uniform widths.*--native-architecture"),
         ("llama", {"variable": True, "attention_bias": True}, "no biases, but .*q_proj.*--native-architecture"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ("smollm3", {}, "every fourth layer"),
+        ("smollm3", {}, "every fourth"),
         ("qwen2", {"rope_parameters": ROPES[0]}, "rope type 'linear' of a qwen2"),
         ("llama", {"tokenizer": "unigram"}, "of type Unigram"),
         ("llama", {"tokenizer": "metaspace"}, "does not know"),
@@ -218,7 +218,7 @@ def test_what_llama_cpp_cannot_hold_is_refused(family, options, words, tmp_path)
 def test_another_tokenizer_than_the_folders_is_not_left(variable, tmp_path, monkeypatch):
     encode = LlamaCppRuntime.encode
     monkeypatch.setattr(LlamaCppRuntime, "encode", lambda runtime, text: encode(runtime, text.replace("5", "6")))
-    with pytest.raises(ExportError, match="cuts a text into other tokens"):
+    with pytest.raises(ExportError, match="other tokens"):
         export_model(variable, tmp_path / "out", format="gguf")
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ PROMPTS = ([1, 40, 41, 90, 91, 200], [7, 8], [30, 31, 32])
 def variable(tmp_path_factory):
     """(folder, its export)"""
     root = tmp_path_factory.mktemp("onnx")
-    folder = save(root / "variable", variable=True, fewer_tokens=True)
+    folder = save(root / "variable", variable=True, fewer_tokens=True, num_hidden_layers=2)
     return folder, export_model(folder, root / "out", format="onnx")
 
 
@@ -50,8 +50,8 @@ def test_one_graph_reads_a_prompt_and_decodes_in_any_steps(variable):
             parts.append(logits)
             begin = end
         np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-4)
-    heads = [cache[f"input.cache.layers.{layer}.keys"].shape for layer in range(3)]
-    assert heads == [(3, 2, 11, 8), (3, 1, 11, 8), (3, 3, 11, 8)]
+    heads = [cache[f"input.cache.layers.{layer}.keys"].shape for layer in range(2)]
+    assert heads == [(3, 2, 11, 8), (3, 1, 11, 8)]
 
 
 def test_padded_batches_are_as_single_prompts(variable):
@@ -100,11 +100,10 @@ def test_int8_is_smaller_and_near(variable, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_int8_holds_projections_with_biases_too(tmp_path, family):
-    folder = save(tmp_path / "model", family=family)
+    folder = save(tmp_path / "model", family=family, num_hidden_layers=1)
     result = export_model(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
     nodes = onnx.load(result.folder / "model.onnx", load_external_data=False).graph.node
-    layers = load_pruned(folder).config.num_hidden_layers
-    assert sum(node.op_type == "MatMulNBits" for node in nodes) == layers * {"gpt2": 4, "opt": 6}[family]
+    assert sum(node.op_type == "MatMulNBits" for node in nodes) == {"gpt2": 4, "opt": 6}[family]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
