@@ -142,7 +142,14 @@ def training_names(place) -> dict[str, object]:
 
 
 @pytest.mark.filterwarnings("ignore:.*calibrating on those")
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks_of(page))])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page == "docs/export.md" else ())  # ONNX takes long to import
+        for page in PAGES
+        if any(block.language == "python" for block in blocks_of(page))
+    ],
+)
 def test_python_runs(page, place, monkeypatch):
     """In the order of the page, each block with the names of the blocks before it."""
     monkeypatch.chdir(place)
