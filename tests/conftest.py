@@ -15,7 +15,7 @@ import torch
 from hf_context_prune.utils import precision
 from tests.support.tiny import FAST_PRECISION, tiny_model, tiny_tokenizer
 
-torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers
+torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers; and two processes share two cores
 
 
 @pytest.hookimpl(trylast=True)  # once `-m` has chosen
@@ -36,11 +36,9 @@ def loaded_smollm2():
 
 @pytest.fixture(scope="module")
 def smollm2(loaded_smollm2):
-    """The real SmolLM2-135M-Instruct, for tests that are marked real; two threads and fast products while they run."""
-    torch.set_num_threads(2)
+    """The real SmolLM2-135M-Instruct, for tests that are marked real, and fast products while they run."""
     precision.FAST_PRECISION = FAST_PRECISION
     yield loaded_smollm2
-    torch.set_num_threads(1)
     precision.FAST_PRECISION = "highest"
 
 

@@ -100,15 +100,15 @@ def test_the_least_vocabulary_is_named(pruner):
 def test_tokens_and_neurons_in_one_budget_open_with_plain_transformers(smollm2, licences, tmp_path):
     config = PrunerConfig(
         pruning_ratio=0.25,
-        vocab_size=16_384,
+        vocab_size=8_192,
         reconstruction="least_squares",
         native_architecture=True,
         round_to=8,
         criterion="wanda",
-        num_calibration_samples=16,
-        max_seq_length=128,
+        num_calibration_samples=12,
+        max_seq_length=64,
     )
-    quick = EvalOptions(max_tokens=2_500, benchmark=False, memory=False)
+    quick = EvalOptions(max_tokens=1_000, benchmark=False, memory=False)
     result = prune(smollm2, licences.calibration, config, eval_data=licences.held_out, eval_options=quick)
     assert 0.25 <= result.report.size.achieved_ratio < 0.254
     assert result.plan.provenance["vocabulary"]["tokens_before"] == 49_152
@@ -116,7 +116,7 @@ def test_tokens_and_neurons_in_one_budget_open_with_plain_transformers(smollm2, 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model) is LlamaForCausalLM
     assert model.num_parameters() == result.report.size.pruned_parameters
-    assert len(tokenizer) == model.config.vocab_size == 16_384
+    assert len(tokenizer) == model.config.vocab_size == 8_192
     assert tokenizer.convert_ids_to_tokens(model.config.eos_token_id) == "<|im_end|>"
     for prompt in ("THE SOFTWARE IS PROVIDED", "法院 🎉 naïve"):
         assert tokenizer.decode(tokenizer.encode(prompt)) == prompt

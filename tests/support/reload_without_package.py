@@ -21,7 +21,7 @@ sys.meta_path.insert(0, Barred())
 import torch
 from transformers import AutoModelForCausalLM
 
-torch.set_num_threads(int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+torch.set_num_threads(1)
 ids = torch.load(folder / "ids.pt")
 cases = json.loads((folder / "cases.json").read_text())
 for path, remote in cases.items():
