@@ -75,11 +75,11 @@ class PublishError(ContextPruneError, OSError):
 
 
 class PruningWarning(UserWarning):
-    """A run does less than was meant: a training that pruned less, a push without its card, no way to resume."""
+    """A run does less than intended: training pruned less, a push left out the card, or a run can't be resumed."""
 
 
 def unknown_name(what: str, value: object, allowed: Iterable[str]) -> str:
-    """The message about an unknown name: what is allowed, and the nearest of it."""
+    """Return the message about an unknown name, with the allowed names and the nearest of them."""
     names = list(allowed)
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -88,10 +88,10 @@ def unknown_name(what: str, value: object, allowed: Iterable[str]) -> str:
 
 @contextmanager
 def error_context(where: str) -> Iterator[None]:
-    """Put a place before the message of a numerical error that pure tensor maths raises without knowing it.
+    """Name the place in the message of a numerical error, which tensor functions raise without knowing it.
 
     Raises:
-        NumericsError: As it was, with the place named.
+        NumericsError: The same error, with the place named.
     """
     try:
         yield
@@ -100,12 +100,12 @@ def error_context(where: str) -> Iterator[None]:
 
 
 class LaunchWarning(UserWarning):
-    """A launcher was asked for several processes and started one."""
+    """A launcher was asked for several processes and started only one."""
 
 
 class CalibrationWarning(UserWarning):
-    """There is less text than was asked for; the message names both numbers."""
+    """The text is shorter than asked for; the message names both numbers."""
 
 
 class LoadWarning(UserWarning):
-    """A model was loaded, but not all that its files hold is in it."""
+    """A model was loaded without everything that its files hold."""

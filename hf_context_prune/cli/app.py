@@ -80,17 +80,15 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object) -
 def _guarded(run: Callable[[], Any]) -> int:
     try:
         run()
-    except ConfigError as error:
-        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        return 2
     except ContextPruneError as error:
         errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        return 1
-    except SystemExit as exit_:  # how typer ends; it turns Ctrl-C into 130 by itself
+        return 2 if isinstance(error, ConfigError) else 1
+    except SystemExit as exit_:  # typer ends with it, and turns Ctrl-C into 130
         if exit_.code != _INTERRUPTED:
             raise
         errors.print(
-            "Interrupted; nothing was put in place. The same command starts again, from the last part if it keeps any.",
+            "Interrupted; nothing was put in place. The same command resumes after its last finished part, if it keeps "
+            "parts, and starts again otherwise.",
             soft_wrap=True,
         )
         return 1

@@ -47,8 +47,8 @@ def show_result(result: PruneResult, output: Path, format: OutputFormat) -> None
         out_table(report_table(result.report))
         size = result.report.size
         asked = "" if size.asked_ratio is None else f"asked {size.asked_ratio:.2%}, "
-        out(f"Removed of all parameters: {asked}achieved {size.achieved_ratio:.2%}")
-        out(f"Held-out text: {result.report.dataset.held_out}")
+        out(f"Parameters removed: {asked}achieved {size.achieved_ratio:.2%}")
+        out(f"Test text: {result.report.dataset.held_out}")
         for note in result.report.notes:
             out(note)
         how = (

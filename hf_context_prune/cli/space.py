@@ -62,5 +62,5 @@ def _settings(models: list[str], base: str | None, title: str | None) -> Setting
         return make_space_settings(models, base=base, title=title)
     given = [name for name, value in (("--base", base), ("--title", title)) if value is not None]
     if len(models) > 1 or given:
-        raise ConfigError(f"{models[0]} says all of it: leave out {', '.join([*models[1:], *given])}.")
+        raise ConfigError(f"{models[0]} holds all settings of the Space: leave out {', '.join([*models[1:], *given])}.")
     return read_space_settings(models[0])
