@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 
@@ -160,6 +161,7 @@ DAMAGE = [
     ({"tables": [{"title": "T", "header": ["a"], "rows": [["1", "2"]], "caption": ""}]}, "other lengths"),
     ({"notes": [1]}, r"report\.notes\[0\]"),
     ({"more": 1}, "more is unknown"),
+    ({"figures": functools.reduce(lambda inner, _: [inner], range(5000), 0)}, "nested too deeply"),
 ]
 
 

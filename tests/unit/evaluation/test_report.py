@@ -7,6 +7,8 @@ import math
 import pytest
 
 from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveError
+from hf_context_prune.evaluation.accuracy import Accuracy
+from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
 from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
@@ -14,6 +16,7 @@ from hf_context_prune.evaluation.reports.report import (
     EvalReport,
     LossFacts,
     MemoryFacts,
+    MultipleChoiceFacts,
     SizeFacts,
     SizeSearch,
     SpeedFacts,
@@ -281,6 +284,12 @@ IMPOSSIBLE_FIGURES = [
     (("speed", "base", "prefill_rounds"), [0.0, 1.0, 2.0], "contradicts itself"),
     (("speed", "base", "prefill_rounds"), [1.0], "contradicts itself"),
 ]
+
+
+def test_the_pruned_model_answers_the_questions_of_the_base():
+    group = Accuracy("all", 2, 1, Estimate(0.5, (0.1, 0.9)), 0.25, (0, 0))
+    with pytest.raises(ConfigError, match="The base has 1 groups of questions"):
+        MultipleChoiceFacts("mcq.jsonl", None, "letter", 0, (group,), pruned=(group, group))
 
 
 def test_figures_that_can_not_be_are_refused(report, subtests):
