@@ -70,7 +70,7 @@ class ExportReport:
         rows = [
             ("loss, nats per token", f"{found.before:.4f}", f"{found.after:.4f}", f"{found.after - found.before:+.4f}"),
             ("perplexity", "", "", f"{found.perplexity_change:+.3%} (allowed: {found.tolerance.perplexity:.2%})"),
-            ("largest difference of a token, nats", "", "", f"{found.largest_difference:.2g}"),
+            ("largest difference per token, nats", "", "", f"{found.largest_difference:.2g}"),
             (
                 f"greedy texts of {found.new_tokens} tokens",
                 "",

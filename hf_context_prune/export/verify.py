@@ -53,7 +53,7 @@ class Verification:
         new_tokens: Largest number of tokens of each.
         equal_texts: Number of continuations that are the same token by token.
         largest_gap: Largest log-probability (nats) by which the folder's model preferred another token.
-        tokens_per_second_before: Speed of the folder's model: greedy, one sequence, with the prompt; median over prompts.
+        tokens_per_second_before: Speed of the folder's model: greedy, one sequence with its prompt; median of prompts.
         tokens_per_second_after: Speed of the artefact.
         bytes_before: Size of the weights on disk.
         bytes_after: Size of the artefact.

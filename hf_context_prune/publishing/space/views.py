@@ -1,4 +1,4 @@
-"""Views and facts as what the page shows: HTML, text, tables and charts."""
+"""Views and facts as parts of the page: HTML, text, tables and charts."""
 
 from __future__ import annotations
 

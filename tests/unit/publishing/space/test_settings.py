@@ -63,41 +63,42 @@ def model(**values):
     return GOOD | {"models": [{"name": "Law", "path": "law"} | values]}
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ("- a list", "mapping"),
-        ("models: [", "can't be read"),
-        ("!!python/object/apply:os.system [id]", "can't be read"),
-        ({}, "lacks models"),
-        ({"models": []}, "at least one"),
-        ({"models": [{"name": "Law", "path": "x"}]}, "has no base"),
-        (GOOD | {"share": True}, "Unknown field 'share'"),
-        (model(trust_remote_code=True), "Unknown field 'trust_remote_code'"),
-        (model(name=""), "must be a text"),
-        (model(name="a\nb"), "one line"),
-        (model(name="x" * 61), "60 characters"),
-        (model(path=7), "must be a text"),
-        (model(repo="us/mini"), "or a path; it has path, repo"),
-        (model(revision=COMMIT), "only a repo has a revision"),
-        (model(base="other"), "must be a mapping"),
-        (model(base={"repo": "us/dense"}), "must be the commit"),
-        (model(base={"repo": "us/dense", "revision": "main"}), "must be the commit"),
-        (model(base={"repo": "https://evil.example/x", "revision": COMMIT}), "owner/name"),
-        (model(base={}), "it has neither"),
-        (model(prompts="text"), "list of at most 8"),
-        (model(prompts=["x"] * 9), "list of at most 8"),
-        (model(prompts=[1]), "must be a text"),
-        (model(reports=["x"]), "map names"),
-        (GOOD | {"limits": {"seconds": 0}}, "positive integer"),
-        (GOOD | {"limits": {"seconds": True}}, "positive integer"),
-        (GOOD | {"limits": {"hours": 1}}, "Unknown field 'hours'"),
-        (GOOD | {"models": [GOOD["models"][0]] * 2}, "names that differ"),
-    ],
+REFUSED = (
+    ("- a list", "mapping"),
+    ("models: [", "can't be read"),
+    ("!!python/object/apply:os.system [id]", "can't be read"),
+    ({}, "lacks models"),
+    ({"models": []}, "at least one"),
+    ({"models": [{"name": "Law", "path": "x"}]}, "has no base"),
+    (GOOD | {"share": True}, "Unknown field 'share'"),
+    (model(trust_remote_code=True), "Unknown field 'trust_remote_code'"),
+    (model(name=""), "must be a text"),
+    (model(name="a\nb"), "one line"),
+    (model(name="x" * 61), "60 characters"),
+    (model(path=7), "must be a text"),
+    (model(repo="us/mini"), "or a path; it has path, repo"),
+    (model(revision=COMMIT), "only a repo has a revision"),
+    (model(base="other"), "must be a mapping"),
+    (model(base={"repo": "us/dense"}), "must be the commit"),
+    (model(base={"repo": "us/dense", "revision": "main"}), "must be the commit"),
+    (model(base={"repo": "https://evil.example/x", "revision": COMMIT}), "owner/name"),
+    (model(base={}), "it has neither"),
+    (model(prompts="text"), "list of at most 8"),
+    (model(prompts=["x"] * 9), "list of at most 8"),
+    (model(prompts=[1]), "must be a text"),
+    (model(reports=["x"]), "map names"),
+    (GOOD | {"limits": {"seconds": 0}}, "positive integer"),
+    (GOOD | {"limits": {"seconds": True}}, "positive integer"),
+    (GOOD | {"limits": {"hours": 1}}, "Unknown field 'hours'"),
+    (GOOD | {"models": [GOOD["models"][0]] * 2}, "names that differ"),
 )
-def test_what_is_refused(tmp_path, values, message):
-    with pytest.raises(ConfigError, match=message):
-        read_space_settings(written(tmp_path, values))
+
+
+def test_what_is_refused(tmp_path, subtests):
+    for values, message in REFUSED:
+        path = written(tmp_path, values)
+        with subtests.test(message=message, values=str(values)[:80]), pytest.raises(ConfigError, match=message):
+            read_space_settings(path)
 
 
 def test_what_app_py_starts(tmp_path, monkeypatch):
