@@ -1,6 +1,6 @@
-"""A 30 %-pruned SmolLM2 in every runtime that it is exported to: size, loss and speed, beside the dense model.
+"""Size, loss and speed of SmolLM2 with 30 % of its parameters pruned, in every export runtime, beside the dense model.
 
-python -m benchmarks.export --data PATH/TO/data [--stock FOLDER --variable FOLDER]
+python -m benchmarks.export --data PATH/TO/data [--uniform FOLDER --variable FOLDER]
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ EXPORTS = (
     ("gguf", "q8_0"),
 )
 DENSE_EXPORTS = (("gguf", "f16"), ("gguf", "q8_0"))
-KINDS = ("dense", "stock", "variable")
+KINDS = ("dense", "uniform", "variable")
 DENSE = "dense in transformers"
-ANY = 1e6  # the figures are shown, whatever they are
+ANY = 1e6  # every result is shown, however large the difference
 
 
-def pruned_folder(kind: str, given: Path | None, options: argparse.Namespace, scratch: Path) -> Path:
-    """The folder that was given, or one that is pruned now."""
+def make_folder(kind: str, given: Path | None, options: argparse.Namespace, scratch: Path) -> Path:
+    """Return the given folder, or prune one now."""
     if given is not None:
         return given
     config = PrunerConfig(
         pruning_ratio=0.3,
         vocab_size=16_384,
         allocation="adaptive" if kind == "variable" else "uniform",
-        stock=kind == "stock",
+        native_architecture=kind == "uniform",
         num_calibration_samples=options.blocks,
         pruning_seed=options.seed,
     )
@@ -62,7 +62,7 @@ def pruned_folder(kind: str, given: Path | None, options: argparse.Namespace, sc
 
 
 def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argparse.Namespace) -> dict[str, Any]:
-    """Export a folder to everything, then time all that came out, in turns."""
+    """Export a folder to every format, then time all exports in turns."""
     text = options.data / options.domain / "corpus.validation.jsonl.gz"
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as open_until_timed:
@@ -96,7 +96,7 @@ def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argpars
 
 
 def lines_of(kind: str, row: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table: the folder itself, then its exports."""
+    """Return the rows of the table: the folder itself, then its exports."""
     middle = {name: statistics.median(values) for name, values in row["speeds"].items()}
     dense_speed = middle[DENSE]
 
@@ -124,11 +124,13 @@ def lines_of(kind: str, row: dict[str, Any]) -> list[list[str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--stock", type=Path, help="a pruned folder of stock widths; without it one is made")
-    options.add_argument("--variable", type=Path, help="a pruned folder of variable widths; without it one is made")
+    options.add_argument("--uniform", type=Path, help="a pruned folder with uniform widths; by default one is made")
+    options.add_argument("--variable", type=Path, help="a pruned folder with variable widths; by default one is made")
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows of the table")
-    options.add_argument("--blocks", type=int, default=64, help="calibration blocks of 512 tokens, where one is made")
-    options.add_argument("--tokens", type=int, default=2000, help="held-out tokens to compare on")
+    options.add_argument(
+        "--blocks", type=int, default=64, help="calibration samples of 512 tokens, where a folder is made"
+    )
+    options.add_argument("--tokens", type=int, default=2000, help="test tokens to compare on")
     options.add_argument("--new-tokens", type=int, default=48, help="tokens to decode in a timed turn")
     options.add_argument("--rounds", type=int, default=5, help="timed turns of each runtime")
     args = options.parse_args(arguments)
@@ -140,12 +142,12 @@ def main(arguments: list[str] | None = None) -> None:
                 folder = smollm2().folder
                 assert folder is not None
                 return measure(folder, DENSE_EXPORTS, args)
-            return measure(pruned_folder(kind, getattr(args, kind), args, Path(scratch)), EXPORTS, args)
+            return measure(make_folder(kind, getattr(args, kind), args, Path(scratch)), EXPORTS, args)
 
         found = {
             kind: rows.get({"folder": kind, "domain": args.domain}, functools.partial(of, kind)) for kind in args.kinds
         }
-    header = ["", "MB", "bits a byte", "export's change", "equal texts", "tokens/s", "x dense in transformers"]
+    header = ["", "MB", "bits per byte", "change by export", "equal texts", "tokens/s", "x dense in transformers"]
     packages = {
         name: version
         for row in found.values()
@@ -159,11 +161,11 @@ def main(arguments: list[str] | None = None) -> None:
         f"""## Exports
 
 SmolLM2-135M-Instruct (float32, dequantised), dense and with 30 % of its parameters pruned (vocabulary of 16,384 tokens, then
-MLP neurons; stock: uniform widths, variable: adaptive ones), in every runtime of `hf-context-prune export`. Bits a byte on
-about {tokens:,} held-out tokens of `{args.domain}` (a check of the export, not of pruning: too little text for that); greedy
-texts of 32 tokens against the folder's own; decoding of {args.new_tokens} tokens, one sequence, median of {args.rounds}
+MLP neurons; uniform: the same width in every layer, variable: adaptive widths), in every runtime of `hf-context-prune
+export`. Bits per byte on about {tokens:,} test tokens of `{args.domain}` (a check of the export, not of pruning: too little text for that); greedy
+texts of 32 tokens against those of the folder; decoding of {args.new_tokens} tokens, one sequence, median of {args.rounds}
 rounds in which the runtimes of a folder and the dense model take turns. Load average of the machine when this was written:
-{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (speeds mean little above 1 a core: run it again on a quiet machine).
+{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (speeds mean little above 1 per core: run it again on a quiet machine).
 
 {table(header, [line for kind, row in found.items() for line in lines_of(kind, row)])}
 

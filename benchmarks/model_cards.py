@@ -1,9 +1,9 @@
-"""The cards of `model_cards/`: SmolLM2-135M pruned for law, medicine and finance, measured, with their pictures.
+"""Cards of `model_cards/`: SmolLM2-135M pruned for law, medicine and finance, measured, with their pictures.
 
-python -m benchmarks.model_cards --data PATH/TO/data    # goes on where it stopped; the models stay in --work
+python -m benchmarks.model_cards --data PATH/TO/data    # resumes an earlier run; the models stay in --work
 
-Each domain's train text calibrates, its validation text and the general validation text measure, and its questions are
-asked; text of the final figures (sealed) is not used.
+The train text of a domain calibrates; its validation text, the general validation text and its questions measure. The
+sealed text of the final figures is not used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BASE = "SmolLM2-135M"
 
 
 def text(args: argparse.Namespace, split: str, domain: str) -> TextSource:
-    """A corpus, named by its domain too, so that a reader of the card knows which it is."""
+    """Return a corpus whose name includes its domain, for the readers of the card."""
     source = corpus(args, split, domain)
     return replace(source, name=f"{domain}/{source.name}")
 
@@ -54,7 +54,7 @@ def configuration(args: argparse.Namespace, domain: str) -> PrunerConfig:
 
 
 def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], LoadedModel]) -> Path:
-    """The folder of a domain's model: from an earlier run with the same options, or made now."""
+    """Return the folder of a domain's model, from an earlier run with the same options or made now."""
     config = configuration(args, domain)
     setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory, *([] if args.speed else ["no speed"])]
     place = args.work / "models" / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
@@ -64,17 +64,17 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
             read_facts(folder)
             return folder
         except LoadError as error:
-            print(f"{folder} is made anew: {error}", flush=True)
+            print(f"{folder} is made again: {error}", flush=True)
     base = load()
     print(f"{domain}: pruning", flush=True)
-    walk = place / f"{domain}-walk"
+    resume = place / f"{domain}-resume"
     result = run_pruning(
         base,
         text(args, "train", domain),
         config,
         eval_data=text(args, "validation", domain),
         eval_options=EvalOptions(args.eval_tokens, args.speed, general_data=text(args, "validation", "general")),
-        resume_dir=walk,
+        resume_dir=resume,
     )
     if args.questions:
         print(f"{domain}: questions", flush=True)
@@ -83,7 +83,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         answers = answer_with_models(asked, QuestionOptions(asked.name), *pairs)
         result.report = replace(result.report, multiple_choice=replace(answers, name=f"{domain}/{answers.name}"))
     result.save_pretrained(folder, measure_memory=args.memory)
-    shutil.rmtree(walk, ignore_errors=True)
+    shutil.rmtree(resume, ignore_errors=True)
     return folder
 
 
@@ -102,13 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "", several=True)
     options.add_argument("--output", type=Path, default=CARDS, help="folder of the cards")
     options.add_argument("--ratio", type=float, default=0.3, help="share of all parameters to remove")
-    options.add_argument("--vocab-size", type=int, default=16_384, help="tokens to keep; 0: all")
+    options.add_argument("--vocab-size", type=int, default=16_384, help="vocabulary entries to keep; 0: all")
     options.add_argument("--allocation", default="adaptive")
     options.add_argument("--reconstruction", default="sequential")
     options.add_argument("--blocks", type=int, default=64)
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--eval-tokens", type=int, default=16_000)
-    options.add_argument("--questions", type=int, default=200, help="multiple-choice questions a domain; 0: none")
+    options.add_argument("--questions", type=int, default=200, help="multiple-choice questions per domain; 0: none")
     options.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="measure speed")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     args = options.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""Figures of publishing: the time to build a card from facts, and the memory of a push.
+"""Publishing: the time to build a card from facts, and the memory of a push.
 
-python -m benchmarks.publishing                     # a model is pruned quickly to have facts of the real size
-python -m benchmarks.publishing --folder mini-gpt   # the facts of a folder
+python -m benchmarks.publishing                     # prunes a model quickly, for facts of the real size
+python -m benchmarks.publishing --folder mini-gpt   # takes the facts of a folder
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Push:
     peak_megabytes: float
 
 
-def quick_folder(place: Path) -> Path:
-    """A pruned SmolLM2 with a small report: a card of the real size, in a minute."""
+def make_quick_folder(place: Path) -> Path:
+    """Prune SmolLM2 in a minute, with a small report, for a card of the real size."""
     texts = licence_texts()
     some = TextSource.from_documents(texts.calibration.documents[:40], name=texts.calibration.name)
     config = PrunerConfig(mlp_ratio=0.25, criterion="magnitude", reconstruction="none", num_calibration_samples=4)
@@ -50,8 +50,8 @@ def quick_folder(place: Path) -> Path:
     return prune(smollm2(), some, config, eval_options=options).save_pretrained(place / "mini-gpt")
 
 
-def card_seconds(folder: Path, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of building the text alone, and of writing text and picture, in turns; the first of each is left out."""
+def time_cards(folder: Path, repeats: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of building the text, and of writing text and picture, in turns, without the first of each."""
     facts = read_facts(folder)
     alone, whole = [], []
     with tempfile.TemporaryDirectory() as place:
@@ -65,11 +65,12 @@ def card_seconds(folder: Path, repeats: int) -> tuple[list[float], list[float]]:
     return alone[1:], whole[1:]
 
 
-def first_card_seconds(folder: Path) -> float:
-    """Seconds of the first card of a process, text and picture: matplotlib is imported too."""
+def time_first_card(folder: Path) -> float:
+    """Return the seconds of the first card of a process, text and picture, with the import of matplotlib."""
     code = (
         "import sys, time, pathlib, tempfile\n"
-        "from hf_context_prune.publishing.card.facts import read_facts; from hf_context_prune.publishing.card.card import write_card\n"
+        "from hf_context_prune.publishing.card.card import write_card\n"
+        "from hf_context_prune.publishing.card.facts import read_facts\n"
         "facts = read_facts(sys.argv[1])\n"
         "start = time.perf_counter()\n"
         "write_card(pathlib.Path(tempfile.mkdtemp()), facts)\n"
@@ -79,8 +80,8 @@ def first_card_seconds(folder: Path) -> float:
     return float(done.stdout)
 
 
-def pushes(megabytes: int, place: Path) -> tuple[Push, Push]:
-    """Push a folder of that size to a local server in a process of its own, and once more."""
+def measure_pushes(megabytes: int, place: Path) -> tuple[Push, Push]:
+    """Push a folder of this size to a local server in another process, and push it again."""
     with staged_folder(place / "big", required_bytes=megabytes * 10**6) as staging:
         weights = np.random.default_rng(0).standard_normal(megabytes * 250_000, dtype=np.float32)
         save_file({"weight": weights}, staging / "model.safetensors")
@@ -108,7 +109,7 @@ def pushes(megabytes: int, place: Path) -> tuple[Push, Push]:
             "NO_PROXY": "127.0.0.1",
         }
         words = ["push", str(place / "big"), "org/big"]
-        return _watched(words, environment, place), _watched(words, environment, place)
+        return _run_push(words, environment, place), _run_push(words, environment, place)
     finally:
         server.stdin.close()
         server.wait(timeout=30)
@@ -126,8 +127,8 @@ finally:
 """
 
 
-def _watched(words: Sequence[str], environment: dict[str, str], place: Path) -> Push:
-    """Run the command line; its peak is read inside it, as what a parent is told also counts the parent's own memory."""
+def _run_push(words: Sequence[str], environment: dict[str, str], place: Path) -> Push:
+    """Run the command line. It reads its own peak: the peak of a child also counts the memory of its parent."""
     peak = place / "peak"
     code = f"import sys; sys.argv[0] = {str(peak)!r}\n{_RUN}"
     start = time.perf_counter()
@@ -163,16 +164,16 @@ Card of a pruned SmolLM2-135M-Instruct ({len(read_facts(folder).plan.layers)} la
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--folder", type=Path, help="a pruned folder with a report; none: one is made")
-    options.add_argument("--megabytes", type=int, default=300, help="size of what is pushed")
+    options.add_argument("--folder", type=Path, help="a pruned folder with a report; by default one is made")
+    options.add_argument("--megabytes", type=int, default=300, help="size of the pushed folder")
     options.add_argument("--repeats", type=int, default=5)
     args = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        folder = args.folder or quick_folder(place)
-        alone, whole = card_seconds(folder, args.repeats)
-        first = first_card_seconds(folder)
-        sent = pushes(args.megabytes, place)
+        folder = args.folder or make_quick_folder(place)
+        alone, whole = time_cards(folder, args.repeats)
+        first = time_first_card(folder)
+        sent = measure_pushes(args.megabytes, place)
         write_section("publishing", results_text(folder, alone, whole, first, sent, args))
 
 

@@ -20,7 +20,7 @@ def test_the_table_has_every_runtime_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "EXPORTS", (("quanto", "int8"), ("gguf", "f16")))
     monkeypatch.setattr(benchmark, "DENSE_EXPORTS", (("quanto", "int8"),))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
-    folders = ["--stock", tmp_path / "dense", "--variable", save(tmp_path / "variable", variable=True)]
+    folders = ["--uniform", tmp_path / "dense", "--variable", save(tmp_path / "variable", variable=True)]
     sizes = ["--tokens", 200, "--new-tokens", 4, "--rounds", 1, "--domain", "law"]
     options = [str(word) for word in ("--data", tmp_path, "--work", tmp_path / "rows", *folders, *sizes)]
     benchmark.main(options)
