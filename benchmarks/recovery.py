@@ -218,11 +218,14 @@ class _Timed(ContextPruneCallback):
     def __init__(self, config: Any = None, schedule: Any = None) -> None:
         super().__init__(config, schedule or PruningSchedule(0.1, 0.4, 3))
         self.listening = self.pruning = 0.0
+        listen = self.listener.listen
 
-    def _listen(self, *args: Any) -> None:
-        begin = time.perf_counter()
-        super()._listen(*args)
-        self.listening += time.perf_counter() - begin
+        def timed(*args: Any) -> None:
+            begin = time.perf_counter()
+            listen(*args)
+            self.listening += time.perf_counter() - begin
+
+        self.listener.listen = timed  # type: ignore[method-assign]
 
     def _prune(self, *args: Any) -> None:
         begin = time.perf_counter()

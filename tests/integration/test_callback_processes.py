@@ -69,13 +69,13 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
     finish(run(whole))
     second = run(killed, "killed")
     deadline = time.monotonic() + 120
-    while not (killed / "now").exists():  # after the checkpoint of step 7, before the pruning of step 10
+    while not (killed / "now").exists():  # after the checkpoint of step 3, before the pruning of step 6
         assert second.poll() is None, second.communicate()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(second.pid, signal.SIGKILL)
     second.communicate()
-    assert not (killed / "checkpoint-14").exists()
+    assert not (killed / "checkpoint-6").exists()
     finish(run(killed, "resume"))
     expected, got = (torch.load(folder / "result.0.pt") for folder in (whole, killed))
     assert expected["plan"] == got["plan"]
@@ -84,10 +84,20 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def both(tmp_path_factory):
+    """Two processes that train, and then train and push: their folder, the files sent, and the Hub's requests."""
     folder = tmp_path_factory.mktemp("two")
-    finish(run(folder, launcher=LAUNCHER))
-    return folder
+    with HubProcess() as hub:
+        hub.ask("allow", TOKEN, "org")
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
+        finish(run(folder, "train", "push", launcher=LAUNCHER, HF_HUB_DISABLE_XET="1", **online))
+        repo = hub.at("models", "org/two")
+        return folder, repo.commits[repo.refs["main"]], hub.log
+
+
+@pytest.fixture
+def two(both):
+    return both[0] / "train"
 
 
 def test_all_processes_hold_the_same(two):
@@ -113,24 +123,18 @@ def test_their_folder_is_small(two):
     assert {widths.neurons for widths in read_geometry(model.config, spec_of(model.config)).layers} == {20}
     assert model.num_parameters() < 0.8 * tiny_model("llama").num_parameters()
     assert model.config.use_cache
-    checkpoint = load_checkpoint(two / "checkpoint-14")  # as wide as before, with zeros
+    checkpoint = load_checkpoint(two / "checkpoint-6")  # as wide as before, with zeros
     assert checkpoint.num_parameters() == tiny_model("llama").num_parameters()
     assert (checkpoint.model.layers[0].mlp.up_proj.weight == 0).all(dim=1).sum() == 20
 
 
-def test_their_push_is_one_commit_of_the_end(tmp_path):
-    with HubProcess() as hub:
-        hub.ask("allow", TOKEN, "org")
-        online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
-        finish(run(tmp_path, "push", launcher=LAUNCHER, HF_HUB_DISABLE_XET="1", **online))
-        repo, log = hub.at("models", "org/two"), hub.log
-        sent = repo.commits[repo.refs["main"]]
+def test_their_push_is_one_commit_of_the_end(both, tmp_path):
+    folder, sent, log = both
     assert sum("/commit/" in request.path for request in log) == 1  # checkpoints are as wide as before
     assert {"README.md", "pruning_plan.json", "manifest.json", "model.safetensors"} <= sent.keys()
     assert not [name for name in sent if name.endswith((".bin", ".pt")) or "optimizer" in name]
-    (tmp_path / "arrived").mkdir()
     for name, content in sent.items():
-        (tmp_path / "arrived" / name).write_bytes(content)
-    arrived = load_checkpoint(tmp_path / "arrived").state_dict()
-    final = torch.load(tmp_path / "result.0.pt")["final"]
+        (tmp_path / name).write_bytes(content)
+    arrived = load_checkpoint(tmp_path).state_dict()
+    final = torch.load(folder / "push" / "result.0.pt")["final"]
     assert all(torch.equal(value, final[name]) for name, value in arrived.items())

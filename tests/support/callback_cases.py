@@ -1,6 +1,7 @@
 """A tiny training that the tests of the callback share, also as a script in processes of its own.
 
-Usage: python -m tests.support.callback_cases FOLDER [killed|resume|push]
+Usage: python -m tests.support.callback_cases FOLDER [train|killed|resume|push]...
+With several modes, each trains in a folder of its own below FOLDER.
 """
 
 from __future__ import annotations
@@ -102,10 +103,17 @@ class WaitForTheKill(TrainerCallback):
             time.sleep(600)
 
 
-def main(folder, mode):
-    """Train; what is left is the final weights of each process."""
+def main(folder, modes):
+    """Train in every mode, one after another in the same processes."""
     torch.set_num_threads(1)
-    folder = Path(folder)
+    for mode in modes:
+        trainer = train(folder / mode if len(modes) > 1 else folder, mode)
+    trainer.accelerator.end_training()
+
+
+def train(folder, mode):
+    """Train, and leave the final weights of each process in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     batch = 4 // int(os.environ.get("WORLD_SIZE", "1"))
     model, snapshots = None, Snapshots()
     checkpoint = None
@@ -133,8 +141,8 @@ def main(folder, mode):
     trainer.save_model(str(folder / "final"))
     if mode == "push":
         trainer.push_to_hub(commit_message="The end")
-    trainer.accelerator.end_training()
+    return trainer
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "train")
+    main(Path(sys.argv[1]), sys.argv[2:] or ["train"])
