@@ -23,6 +23,7 @@ from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.tiny import CASES, FAMILIES, case, tokens
 
+IDS = tokens(2, 24)
 SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
 
 
@@ -62,9 +63,9 @@ def masked(model, plan):
     return silenced
 
 
-def logits(model, ids, **kwargs):
+def logits(model):
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
 
 
 @pytest.mark.parametrize("variable", [True, False], ids=["variable", "uniform"])
@@ -74,10 +75,9 @@ def test_sliced_equals_masked(name, variable):
     plan = random_plan(model, variable=variable)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     smaller = apply_plan(model, plan)
-    ids = tokens()
-    expected = logits(masked(model, plan), ids)
-    torch.testing.assert_close(logits(smaller, ids), expected, atol=1e-5, rtol=1e-5)
-    assert (logits(model, ids) - expected).abs().max() > 1e-2  # the plan does remove something that mattered
+    expected = logits(masked(model, plan))
+    torch.testing.assert_close(logits(smaller), expected, atol=1e-5, rtol=1e-5)
+    assert (logits(model) - expected).abs().max() > 1e-2  # the plan does remove something that mattered
     assert smaller.num_parameters() < model.num_parameters()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in smaller.parameters()}
@@ -94,7 +94,7 @@ def test_empty_plan_is_the_identity(name):
     same = apply_plan(model, plan)
     assert plan.is_empty
     assert type(same) is type(model)
-    assert torch.equal(logits(same, tokens()), logits(model, tokens()))
+    assert torch.equal(logits(same), logits(model))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,8 +102,7 @@ def test_cached_equals_uncached_and_static_equals_dynamic(name):
     model = case(name)
     smaller = apply_plan(model, random_plan(model))
     assert isinstance(smaller, get_model_class(spec_of_case(name)))
-    ids = tokens()
-    full = logits(smaller, ids)
+    full = logits(smaller)
     for cache in (DynamicCache(config=smaller.config), StaticCache(config=smaller.config, max_cache_len=32)):
         with torch.no_grad():
             name_of_cache = "layer_past" if "layer_past" in smaller.forward.__code__.co_varnames else "cache"
@@ -115,38 +114,37 @@ def test_cached_equals_uncached_and_static_equals_dynamic(name):
                     position_ids=torch.arange(end - part.shape[1], end)[None],
                     **{name_of_cache: cache},
                 ).logits
-                for part, end in ((ids[:, :16], 16), (ids[:, 16:17], 17), (ids[:, 17:], 24))
+                for part, end in ((IDS[:, :16], 16), (IDS[:, 16:17], 17), (IDS[:, 17:], 24))
             ]
         torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-4, rtol=1e-4)
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    dynamic = smaller.generate(ids, **options)
-    assert torch.equal(dynamic, smaller.generate(ids, use_cache=False, **options))
-    assert torch.equal(dynamic, smaller.generate(ids, cache_implementation="static", **options))
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    dynamic = smaller.generate(IDS, **options)
+    assert torch.equal(dynamic, smaller.generate(IDS, use_cache=False, **options))
+    assert torch.equal(dynamic, smaller.generate(IDS, cache_implementation="static", **options))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_trains_with_gradient_checkpointing_and_runs_in_bfloat16(name):
     model = case(name)
     smaller = apply_plan(model, random_plan(model))
-    ids = tokens()
     smaller.train()
-    smaller(input_ids=ids, labels=ids).loss.backward()
+    smaller(input_ids=IDS, labels=IDS).loss.backward()
     plain = {key: value.grad.clone() for key, value in smaller.named_parameters() if value.grad is not None}
     assert set(plain) == {key for key, _ in smaller.named_parameters()}
     smaller.zero_grad()
     smaller.gradient_checkpointing_enable()
-    smaller(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    smaller(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     for key, value in smaller.named_parameters():
         if key in plain:
             torch.testing.assert_close(value.grad, plain[key], atol=1e-5, rtol=1e-4)
     smaller.eval()
     half = copy.deepcopy(smaller).bfloat16()
-    assert torch.isfinite(logits(half, ids)).all()
+    assert torch.isfinite(logits(half)).all()
     smaller.set_attn_implementation("eager")
-    eager = logits(smaller, ids)
+    eager = logits(smaller)
     if smaller._supports_sdpa:  # Gemma 2 caps its attention logits, which sdpa can't
         smaller.set_attn_implementation("sdpa")
-    torch.testing.assert_close(logits(smaller, ids), eager, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(smaller), eager, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -160,7 +158,7 @@ def test_saved_model_reloads_bit_equal(name, dtype, tmp_path):
         again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         assert type(again) is type(smaller)
         assert again.dtype == dtype
-        assert torch.equal(logits(again, tokens()), logits(smaller, tokens()))
+        assert torch.equal(logits(again), logits(smaller))
         assert PruningPlan.load(folder / "pruning_plan.json") == plan
         twice = save_pruned(again, tmp_path / f"{variable}-twice", plan=plan)
         for file in ("config.json", "model.safetensors"):
@@ -189,9 +187,9 @@ def test_fresh_process_without_the_package(dtype, tmp_path):
             folder = save_pruned(smaller, tmp_path / f"{name}-{variable}")
             remote = json.loads((folder / "config.json").read_text())["model_type"].startswith("context_pruned_")
             assert remote or not variable or name == "llama-mqa-tied"
-            torch.save(logits(smaller, tokens()), tmp_path / f"{folder.name}.pt")
+            torch.save(logits(smaller), tmp_path / f"{folder.name}.pt")
             expected[str(folder)] = remote
-    torch.save(tokens(), tmp_path / "ids.pt")
+    torch.save(IDS, tmp_path / "ids.pt")
     (tmp_path / "cases.json").write_text(json.dumps(expected))
     result = subprocess.run(
         [sys.executable, SCRIPT, tmp_path], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False

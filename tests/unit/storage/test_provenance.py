@@ -94,6 +94,9 @@ def test_a_model_in_memory_names_the_folder_that_it_is_from(tmp_path):
     model = SimpleNamespace(config=SimpleNamespace(name_or_path=str(tmp_path)))
     loaded = LoadedModel.from_memory(model, None)
     assert (loaded.source, loaded.name) == (tmp_path, tmp_path.name)
+    model.config.name_or_path = "org/model"
+    loaded = LoadedModel.from_memory(model, None)
+    assert (loaded.source, loaded.name) == (None, "org/model")
 
 
 def test_a_model_in_memory_names_the_gguf_file_that_it_is_from(tmp_path, monkeypatch):
