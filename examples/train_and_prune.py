@@ -3,8 +3,8 @@
     python examples/train_and_prune.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data contracts.jsonl \
         --output_dir mini-gpt --pruning_ratio 0.2 --num_train_epochs 1 --learning_rate 2e-4
 
-Every option of `PrunerConfig`, `PruningSchedule` and `TrainingArguments` is one here too. The model is left in
-``mini-gpt/model``, with tokenizer, plan and card. To go on after a kill: the same command with
+It takes every option of `PrunerConfig`, `PruningSchedule` and `TrainingArguments`. The model is saved to
+``mini-gpt/model``, with tokenizer, plan and card. To continue after a kill, run the same command with
 ``--resume_from_checkpoint mini-gpt/checkpoint-500``.
 """
 
@@ -26,11 +26,11 @@ from hf_context_prune.training.callback.schedule import PruningSchedule
 
 @dataclass
 class ScriptArguments:
-    """What is not an option of pruning or training."""
+    """Options that belong neither to pruning nor to training."""
 
     model: str = field(metadata={"help": "Model folder, .gguf file, or Hub id."})
     data: str = field(metadata={"help": "Text of the domain: a file, a folder, or a Hub dataset."})
-    max_blocks: int = field(default=100_000, metadata={"help": "Blocks of --max_seq_length tokens, at most."})
+    max_samples: int = field(default=100_000, metadata={"help": "Most samples of --max_seq_length tokens."})
 
 
 def main() -> None:
@@ -42,9 +42,9 @@ def main() -> None:
     source = load_documents(script.data, text_column=config.text_column, tokenizer=base.tokenizer)
     rest, held_out = hold_out_documents(source, seed=config.pruning_seed)
 
-    def blocks(text, count):  # noqa: ANN001, ANN202
+    def samples(text, count):  # noqa: ANN001, ANN202
         cut = tokenize_samples(
-            text, base.tokenizer, num_samples=count, max_seq_length=config.max_seq_length, fewer=True
+            text, base.tokenizer, num_samples=count, max_seq_length=config.max_seq_length, warn_if_short=False
         )
         return [{"input_ids": row, "labels": row} for row in cut]
 
@@ -53,10 +53,10 @@ def main() -> None:
     trainer = Trainer(
         model=load_checkpoint(checkpoint) if checkpoint else base.model,
         args=training,
-        train_dataset=blocks(rest, script.max_blocks),
-        eval_dataset=blocks(held_out, 32),
+        train_dataset=samples(rest, script.max_samples),
+        eval_dataset=samples(held_out, 32),
         processing_class=base.tokenizer,
-        data_collator=default_data_collator,  # blocks of one length need no padding token
+        data_collator=default_data_collator,  # samples of one length need no padding token
         callbacks=[callback],
     )
     trainer.train(resume_from_checkpoint=checkpoint)

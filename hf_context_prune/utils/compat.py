@@ -7,6 +7,7 @@ module; the same file tests their hooks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -88,15 +89,15 @@ def track_push(trainer: Any, job: Future[Any]) -> None:  # noqa: ANN401 - a Trai
     trainer.push_in_progress = PushInProgress([job])
 
 
-class CheckpointPushHook:
+class CheckpointPushHook(ABC):
     """Let a Trainer call `push_checkpoint` where it would upload a checkpoint of ``hub_strategy="every_save"``."""
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self.push_checkpoint()
 
+    @abstractmethod
     def push_checkpoint(self) -> None:
-        """Upload what a checkpoint is to give to the Hub."""
-        raise NotImplementedError
+        """Upload the model at a checkpoint."""
 
 
 def unwrap_quanto(wrapped: Any) -> PreTrainedModel:  # noqa: ANN401 - optimum-quanto may not be installed

@@ -13,13 +13,13 @@ import pytest
 from datasets import Dataset
 
 from hf_context_prune import PruningPlan, load_pruned
-from hf_context_prune.errors import CalibrationWarning
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from tests.support.callback_cases import SCHEDULE, STEPS, config_for
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny import TEXT, model_and_text, tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.{CalibrationWarning.__name__}")
+pytestmark = TINY_TEXT
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_and_prune.py"
 
@@ -31,18 +31,18 @@ def test_the_example_script_trains_resumes_and_saves(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "base")
     words = f"--model {tmp_path / 'base'} --data {tmp_path / 'data.jsonl'} --output_dir {tmp_path / 'out'} "
     words += (
-        "--pruning_ratio 0.2 --num_calibration_samples 8 --max_seq_length 32 --max_steps 20 --use_cpu --disable_tqdm 1 "
+        "--pruning_ratio 0.2 --num_calibration_samples 8 --max_seq_length 32 --max_steps 8 --use_cpu --disable_tqdm 1 "
     )
-    words += "--start 2 --end 0.5 --report_to none --save_steps 12 --learning_rate 3e-3 --per_device_train_batch_size 4"
+    words += "--start 2 --end 0.75 --report_to none --save_steps 7 --learning_rate 3e-3 --per_device_train_batch_size 4"
     monkeypatch.setattr(sys, "argv", ["train_and_prune.py", *words.split()])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     model = load_pruned(tmp_path / "out/model")
     assert model.num_parameters() <= 0.8 * tiny_model("llama").num_parameters()
     prunings = PruningPlan.load(tmp_path / "out/model/pruning_plan.json").provenance["prunings"]
-    assert [entry["step"] for entry in prunings] == [2, 6, 10]
+    assert [entry["step"] for entry in prunings] == [2, 4, 6]
     assert (tmp_path / "out/model/README.md").exists()
     assert json.loads((tmp_path / "out/eval_results.json").read_text())["eval_loss"] > 0
-    again = ["--resume_from_checkpoint", str(tmp_path / "out/checkpoint-12")]
+    again = ["--resume_from_checkpoint", str(tmp_path / "out/checkpoint-7")]
     monkeypatch.setattr(sys, "argv", ["train_and_prune.py", *words.split(), *again])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     resumed = load_pruned(tmp_path / "out/model").state_dict()

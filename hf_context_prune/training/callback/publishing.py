@@ -18,6 +18,8 @@ from hf_context_prune.storage.saving import estimate_bytes, write_model_folder
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME
 
+from .checkpoints import PruningProgress
+
 
 def collect_facts(model: PreTrainedModel, plan: PruningPlan, name: str) -> CardFacts:
     """Return the facts of a card on a model that was not measured."""
@@ -78,28 +80,20 @@ class PushedFolder:
 class Publishable:
     """A callback whose trained model can be saved and pushed."""
 
-    @property
-    def plan(self) -> PruningPlan | None:
-        """Kept units so far."""
-        raise NotImplementedError
-
-    @property
-    def use_cache(self) -> bool:
-        """`use_cache` of the config after training."""
-        raise NotImplementedError
-
+    _progress: PruningProgress
+    """How far the training has pruned."""
     _result: tuple[PreTrainedModel, Any] | None
     """Model and tokenizer of a training that ended."""
 
     def _outcome(self) -> tuple[PreTrainedModel, Any, PruningPlan]:
-        if self._result is None or self.plan is None:
+        if self._result is None or self._progress.plan is None:
             raise ConfigError(
                 "There is no pruned model yet: the training did not end, or nothing was pruned in it. Call this after "
                 "trainer.train()."
             )
-        return *self._result, self.plan
+        return *self._result, self._progress.plan
 
-    def save_pretrained(self, directory: str | Path, *, tokenizer: Any = None) -> Path:  # noqa: ANN401
+    def save_pretrained(self, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
         """Write the trained model with tokenizer, plan and model card to a folder, whole or not at all.
 
         Under ``accelerate launch`` call it in the main process alone.
@@ -113,9 +107,15 @@ class Publishable:
             SaveError: Saving failed; the target is as it was.
         """
         model, own, plan = self._outcome()
-        return save_folder(directory, model, tokenizer or own, plan, use_cache=self.use_cache)
+        return save_folder(directory, model, tokenizer or own, plan, use_cache=self._progress.use_cache)
 
-    def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **options: Any) -> PushResult:  # noqa: ANN401
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> PushResult:
         """Upload the files that `save_pretrained` writes, in one commit; never optimizer state or training arguments.
 
         Args:
@@ -128,6 +128,6 @@ class Publishable:
             PublishError: The upload failed; says how to mend it.
         """
         model, own, plan = self._outcome()
-        return PushedFolder(model, tokenizer or own, plan, name=repo_id, use_cache=self.use_cache).push(
+        return PushedFolder(model, tokenizer or own, plan, name=repo_id, use_cache=self._progress.use_cache).push(
             repo_id, **options
         )

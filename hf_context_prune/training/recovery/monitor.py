@@ -24,7 +24,7 @@ _LOGGER_NAME = "hf_context_prune.recovery"
 
 @dataclass
 class History:
-    """What happened in a recovery.
+    """The course of a recovery.
 
     Attributes:
         steps: Optimizer steps taken.

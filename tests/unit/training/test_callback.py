@@ -246,6 +246,17 @@ def test_a_checkpoint_without_the_callback_does_not_resume(tmp_path):
         trainer_for(tmp_path, callback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
+def test_the_state_in_a_checkpoint_makes_the_same_callback(tmp_path):
+    hook = callback(**VARIABLE)
+    trainer_for(tmp_path, hook, max_steps=7, save_strategy="steps", save_steps=5).train()
+    saved = json.loads((tmp_path / "checkpoint-5/trainer_state.json").read_text())["stateful_callbacks"]
+    again = ContextPruneCallback.from_state(saved["ContextPruneCallback"])
+    assert (again.config, again.schedule, again.progress.num_done) == (hook.config, hook.schedule, 2)
+    assert ContextPruneCallback.from_state(hook.state()).progress == hook.progress
+    del saved["ContextPruneCallback"]["attributes"]["progress"]["base"]  # as earlier versions wrote it
+    assert ContextPruneCallback.from_state(saved["ContextPruneCallback"]).progress.base == {}
+
+
 @pytest.mark.parametrize("at", [1, 5, 7])
 @pytest.mark.parametrize("options", [{}, VARIABLE], ids=["uniform", "variable"])
 def test_resuming_gives_the_weights_of_an_uninterrupted_training(options, at, tmp_path):
