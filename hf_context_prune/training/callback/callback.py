@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.optim import Optimizer
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -26,8 +26,7 @@ from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
-from hf_context_prune.pruning.planner import check_reconstruction, plan_and_reconstruct
-from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.training.progress import hide_progress_bars
@@ -35,9 +34,8 @@ from hf_context_prune.utils.compat import claim_training, class_forward
 from hf_context_prune.utils.distributed import num_processes
 from hf_context_prune.utils.file_names import PLAN_NAME
 from hf_context_prune.utils.options import from_options
-from hf_context_prune.utils.version import versions
 
-from .batches import BatchListener, pack_samples
+from .batches import BatchListener
 from .checkpoints import PruningProgress, complete_checkpoint, read_progress, read_use_cache
 from .checks import (
     check_arguments,
@@ -49,12 +47,10 @@ from .checks import (
     warn_of_plain_push,
 )
 from .optimizer import check_optimizer
+from .pruning import cut_out_zeroed, prune_in_training
 from .publishing import Publishable
-from .schedule import PruningSchedule, config_for_pruning
-from .transplant import check_modules, compose_plans, narrow_in_place, zero_in_place
-
-_ADAPTIVE_SAMPLES = 16
-"""Samples that adaptive allocation needs at least."""
+from .schedule import PruningSchedule
+from .transplant import check_modules
 
 
 class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -227,6 +223,9 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             progress.tokens = []
             self.listener.stop()
 
+    def _prune(self, model: PreTrainedModel, optimizer: Optimizer, step: int) -> None:
+        prune_in_training(model, optimizer, self.progress, self.config, self.schedule, step=step)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -289,62 +288,9 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
                 stacklevel=2,
             )
         if progress.plan is not None and num_processes() > 1:
-            narrow_in_place(model, kwargs["optimizer"], self._zeroed_plan(model), self._without_zeroed(model))
+            cut_out_zeroed(model, kwargs["optimizer"], progress.plan)
         model.config.use_cache = self.use_cache
         self._result = (model, kwargs.get("processing_class"))
         if progress.plan is not None and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             progress.plan.save(Path(args.output_dir) / PLAN_NAME)
-
-    # --- a pruning ----------------------------------------------------------------------------------------------------
-
-    def _prune(self, model: PreTrainedModel, optimizer: Any, step: int) -> None:  # noqa: ANN401
-        """Prune the model in place, and note it in the progress."""
-        progress, several = self.progress, num_processes() > 1
-        current = ModelView.of(self._without_zeroed(model) if several else model)
-        share, size = self.schedule.share(progress.num_done), current.num_parameters
-        config = config_for_pruning(
-            share, self.config, progress.dense, current.widths, progress.final, progress.total_params
-        )
-        smaller = None
-        if progress.final is None and (config.target_params or 0) >= size:  # whole units: the last pruning went so far
-            plan = PruningPlan.identity(current.spec.model_type, current.geometry)
-        else:
-            plan, reconstruct = plan_and_reconstruct(current.model, self._samples(current.model), config)
-            smaller = apply_plan(current.model, plan, reconstruct=reconstruct)
-            size = smaller.num_parameters()
-        whole = self._compose(plan, {"step": step, "parameters": size, "tokens": len(progress.tokens)})
-        if smaller is not None and several:
-            zero_in_place(model, optimizer, whole, smaller)
-        elif smaller is not None:
-            narrow_in_place(model, optimizer, plan, smaller)
-            model.config.use_cache = False
-        progress.plan = whole
-        progress.metrics = {"pruning/parameters": size, "pruning/ratio": 1 - size / progress.total_params}
-
-    def _samples(self, model: PreTrainedModel) -> torch.Tensor:
-        """Return the last tokens as samples, int64 [samples, length]."""
-        fewest = _ADAPTIVE_SAMPLES if self.config.allocation == "adaptive" else 1
-        return pack_samples(self.progress.tokens, model, max_seq_length=self.config.max_seq_length, at_least=fewest)
-
-    def _compose(self, plan: PruningPlan, pruning: dict[str, Any]) -> PruningPlan:
-        """Return the plan of all prunings so far, this one included."""
-        progress = self.progress
-        before = [] if progress.plan is None else progress.plan.provenance["prunings"]
-        provenance = {
-            **progress.base,
-            "config": self.config.to_dict(),
-            "schedule": self.schedule.to_dict(),
-            "prunings": [*before, pruning],
-            "versions": versions(),
-        }
-        return compose_plans(progress.plan, plan, model_fingerprint=progress.fingerprint, provenance=provenance)
-
-    def _without_zeroed(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return the model without the units that were zeroed so far."""
-        return model if self.plan is None else apply_plan(model, self._zeroed_plan(model))
-
-    def _zeroed_plan(self, model: PreTrainedModel) -> PruningPlan:
-        """Return the plan so far, for the weights as they are now."""
-        assert self.plan is not None
-        return compose_plans(None, self.plan, model_fingerprint=fingerprint(model), provenance={})

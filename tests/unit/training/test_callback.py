@@ -23,6 +23,7 @@ from hf_context_prune.errors import (
 )
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.training.callback import pruning
 from hf_context_prune.training.callback.batches import read_batch
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
@@ -216,10 +217,17 @@ def trainer_tokens(hook):
     return hook.metrics["pruning/parameters"], hook.progress.total_params
 
 
-def test_the_last_tokens_of_the_training_are_the_text(tmp_path):
-    hook, samples = callback(PruningSchedule(start=6, num_prunings=1)), []
-    original = hook._samples
-    hook._samples = lambda model: samples.append(original(model)) or samples[-1]
+def record_samples(monkeypatch):
+    """The samples of every pruning to come."""
+    samples, pack = [], pruning.pack_samples
+    monkeypatch.setattr(
+        pruning, "pack_samples", lambda *given, **how: samples.append(pack(*given, **how)) or samples[-1]
+    )
+    return samples
+
+
+def test_the_last_tokens_of_the_training_are_the_text(tmp_path, monkeypatch):
+    hook, samples = callback(PruningSchedule(start=6, num_prunings=1)), record_samples(monkeypatch)
     trainer = trainer_for(tmp_path, hook)
     trainer.train()
     batches = [batch["input_ids"] for batch in list(trainer.get_train_dataloader())[2:6]]
@@ -426,16 +434,13 @@ def test_other_families_resume_too(name, options, tmp_path):
     assert same(resumed.model, whole.model.state_dict())
 
 
-def test_blocks_are_no_longer_than_the_positions(tmp_path):
-    model = tiny_model("gpt2", max_position_embeddings=48)
-    hook, lengths = callback(max_seq_length=512), []
-    original = hook._samples
-    hook._samples = lambda model: lengths.append((samples := original(model)).shape[1]) or samples
-    trainer_for(tmp_path, hook, model=model).train()
-    assert lengths == [48, 48, 48]
+def test_samples_are_no_longer_than_the_positions(tmp_path, monkeypatch):
+    samples = record_samples(monkeypatch)
+    trainer_for(tmp_path, callback(max_seq_length=512), model=tiny_model("gpt2", max_position_embeddings=48)).train()
+    assert [each.shape[1] for each in samples] == [48, 48, 48]
 
 
-def test_little_text_is_cut_into_blocks_for_adaptive_widths(tmp_path):
+def test_little_text_is_cut_into_samples_for_adaptive_widths(tmp_path):
     hook = callback(PruningSchedule(1, 6, 3), **VARIABLE | {"max_seq_length": 512})
     trainer_for(tmp_path, hook, per_device_train_batch_size=2).train()
     assert hook.progress.num_done == 3

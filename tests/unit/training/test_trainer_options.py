@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_context_prune.errors import ConfigError, DataError
-from hf_context_prune.training.callback import callback as module
+from hf_context_prune.training.callback import pruning as module
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from hf_context_prune.training.callback.checks import check_arguments
