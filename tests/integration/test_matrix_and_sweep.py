@@ -114,7 +114,7 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
         assert part in text
     asked = found.held_out["law"]
     for general, said in (
-        (asked, "scorer likelihood_normalised, 2-shot (of some"),
+        (asked, "scorer likelihood_normalised, 2-shot (only 0 for some"),
         (replace(asked, num_fewshot=0), "general: scorer likelihood_normalised, 0-shot"),
     ):
         scores = found.scores | {(DENSE, "general"): found.scores[DENSE, "law"]}
