@@ -16,14 +16,14 @@ from hf_context_prune.utils import precision
 from tests.support.tiny import FAST_PRECISION, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # with two, OpenMP barriers cost more than tiny layers; and two processes share two cores
+OF_MINUTES = {"test_real.py", "test_real_export.py", "test_real_vocabulary.py", "test_space_environment.py"}
 
 
 @pytest.hookimpl(trylast=True)  # once `-m` has chosen
 def pytest_collection_modifyitems(items):
-    """Files with the real model first, then those with most tests: a long one at the end would leave a worker idle."""
-    real = {item.path for item in items if item.get_closest_marker("real")}
+    """Files with a test of a minute first, then those with most tests: a long one at the end leaves a worker idle."""
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in real, -tests[item.path]))
+    items.sort(key=lambda item: (item.path.name not in OF_MINUTES, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

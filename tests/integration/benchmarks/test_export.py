@@ -25,10 +25,10 @@ def test_the_table_has_every_runtime_and_resumes(tmp_path, monkeypatch):
     options = [str(word) for word in ("--data", tmp_path, "--work", tmp_path / "rows", *folders, *sizes)]
     benchmark.main(options)
     text = (tmp_path / "RESULTS.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith(("| dense", "| stock", "| variable"))]
+    lines = [line for line in text.splitlines() if line.startswith(("| dense", "| uniform", "| variable"))]
     assert [line.split("|")[1].strip() for line in lines] == [
         *("dense: transformers", "dense: quanto int8"),
-        *("stock: transformers", "stock: quanto int8", "stock: gguf f16"),
+        *("uniform: transformers", "uniform: quanto int8", "uniform: gguf f16"),
         *("variable: transformers", "variable: quanto int8", "variable: gguf f16"),
     ]
     monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured again"))

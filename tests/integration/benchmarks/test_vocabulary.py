@@ -49,7 +49,7 @@ def test_rows_verdicts_and_resume(options, tmp_path, monkeypatch):
     limit = vocabulary.relative(dense, rows["law", "frequency", 320], 0).value / 2
     assert f"(goal: at most {limit:.1%}, half of what frequency loses)" in text
     assert "(goal: at most -100.0%): missed." in text
-    assert "found (`--vocab-auto`)" in text
+    assert "found (`--vocab-size auto`)" in text
 
     monkeypatch.setattr(vocabulary.VocabularyDomain, "scored", lambda *_: pytest.fail("measured again"))
     vocabulary.main(options)
@@ -62,5 +62,5 @@ def test_relative_loss_is_paired():
     dense, row = {"nll": [1.0, 2.0, 3.0]}, {"nll": [1.5, 3.0, 4.5]}
     estimate = vocabulary.relative(dense, row, 0)
     assert (estimate.value, estimate.interval) == (0.5, pytest.approx((0.5, 0.5)))
-    assert vocabulary.percent(estimate) == "+50.0% [+50.0%, +50.0%]"
+    assert vocabulary.format_change(estimate) == "+50.0% [+50.0%, +50.0%]"
     assert vocabulary.relative({"nll": [2.0]}, {"nll": [1.0]}, 0).interval is None
