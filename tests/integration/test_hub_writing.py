@@ -237,7 +237,7 @@ def test_too_many_files_go_to_a_pull_request_with_the_card_last(place, pushes):
     assert repo.commits[repo.refs["refs/pr/1"]].items() >= files_of(place[0] / "variable").items()
     kind, message = results["large branch"]
     assert kind == "ConfigError"
-    assert "leave out revision" in message
+    assert "revision='dev'" in message
 
 
 def test_a_space_of_text_and_a_wheel(place, pushes):

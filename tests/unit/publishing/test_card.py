@@ -179,6 +179,14 @@ def test_a_recovery_of_an_older_version_is_shown_by_the_names_of_today(facts):
     assert not any(word in text for word in ("--temperature", "--rewind", "--patience", "--evaluations"))
 
 
+def test_options_of_another_version_are_shown_as_they_are(facts):
+    text = build_card(with_provenance(facts, config={"mlp_ratio": 0.25, "quantum": "x`y"})).text
+    assert "does not have all options of the run" in text
+    assert "quantum" in text
+    assert "hf-context-prune prune" not in text
+    assert "does not record the options" in build_card(with_provenance(facts, config={})).text
+
+
 def test_without_a_report_it_says_that_nothing_was_measured(place):
     card = build_card(read_facts(place / "unmeasured"))
     check_structure(card)

@@ -44,6 +44,14 @@ def test_removed_in_words(facts, tiny_space):
     assert "parameters were removed" in law
 
 
+def test_options_of_another_version_are_left_out(facts, caplog):
+    law = facts["Law"]
+    for options in ({"quantum": 1}, ["mlp_ratio"], None):
+        plan = replace(law.plan, provenance={**law.plan.provenance, "config": options})
+        assert "Units were chosen" not in " ".join(describe_removal(replace(law, plan=plan)))
+    assert "quantum" in caplog.text
+
+
 def test_a_missing_folder_is_named(facts):
     lost = facts["Lost"]
     assert lost.plan is None
