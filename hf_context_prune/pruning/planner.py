@@ -6,8 +6,7 @@ Two ways lead to a plan. From statistics of one pass ([`make_plan`][], with [`re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,24 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import ConfigError, error_context
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.allocation.adaptive import most_removable, predicted_loss
+from hf_context_prune.pruning.allocation.adaptive import most_removable
 from hf_context_prune.pruning.allocation.budget import Curve, removed_params
 from hf_context_prune.pruning.allocation.loss_search import Loss, smallest_within
 from hf_context_prune.pruning.allocation.probing import search_curves
-from hf_context_prune.pruning.allocation.sensitivity import measure_sensitivity, withhold_probe
-from hf_context_prune.pruning.allocation.widths import measured_widths, plan_widths
+from hf_context_prune.pruning.allocation.sensitivity import withhold_probe
+from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.chunked import calibrate_in_turns
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
 from hf_context_prune.pruning.sequential.prune import check_sequential, prune_sequentially
 from hf_context_prune.pruning.surgery import ReconstructFn
-from hf_context_prune.utils.distributed import on_main_process
-from hf_context_prune.utils.rounding import six_digits
-from hf_context_prune.utils.version import versions
 
-from .scoring import Requirements, score_units, score_with, select_units
+from .measurements import LayerMeasurements, build_plan, reconstruct_one_shot
+from .scoring import Requirements, score_with
 
 
 def check_reconstruction(model: PreTrainedModel, config: PrunerConfig) -> None:
@@ -70,7 +67,7 @@ def reconstruct_with(stats: CalibrationStats, config: PrunerConfig) -> Reconstru
         ConfigError: `reconstruction="sequential"`, which is no function of these statistics.
     """
     _refuse_sequential(config)
-    return _one_shot_reconstruction(stats, config)
+    return reconstruct_one_shot(stats, config)
 
 
 def _refuse_sequential(config: PrunerConfig) -> None:
@@ -79,81 +76,6 @@ def _refuse_sequential(config: PrunerConfig) -> None:
             "reconstruction='sequential' chooses and refits layer by layer, not from the statistics of one pass: use "
             "plan_and_reconstruct(model, samples, config), or reconstruction='least_squares'."
         )
-
-
-def _one_shot_reconstruction(stats: CalibrationStats, config: PrunerConfig) -> ReconstructFn:
-    function = Requirements.of(config).reconstruction
-
-    def reconstruct(
-        layer: int, target: str, weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with error_context(f"layer {layer} ({target})"):
-            new_weight, new_bias = function(
-                weight.cpu(), None if bias is None else bias.cpu(), kept, stats.targets[layer, target], config.ridge
-            )
-        return new_weight.to(weight.device), None if new_bias is None else new_bias.to(weight.device)
-
-    return reconstruct
-
-
-@dataclass
-class LayerMeasurements:
-    """What was measured of a model's layers, enough for a plan of any size.
-
-    Attributes:
-        importance: One value per unit, by (layer, target); empty where sequential reconstruction chooses the units.
-        curves: Loss of each layer at each width; None for uniform widths.
-        num_samples: Samples that were read.
-        num_tokens: Unpadded tokens that were read.
-    """
-
-    importance: Mapping[Key, torch.Tensor]
-    curves: Mapping[Key, Curve] | None
-    num_samples: int
-    num_tokens: int
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, stats: CalibrationStats, config: PrunerConfig, probe: torch.Tensor | None
-    ) -> LayerMeasurements:
-        """Score every unit, and for adaptive allocation measure every layer on `probe`."""
-        importance = score_units(model, stats, config.criterion, seed=config.pruning_seed)
-        curves = None
-        if config.allocation == "adaptive":
-            if probe is None:
-                raise ConfigError(
-                    "allocation='adaptive' measures layers on text that the statistics lack; calibrate on the first "
-                    "part of withhold_probe(tokenize_samples(...)), and pass the second as samples."
-                )
-            reconstruct, targets = _one_shot_reconstruction(stats, config), Requirements.of(config).targets
-            curves = on_main_process(
-                lambda: measure_sensitivity(model, importance, reconstruct, probe, targets=targets)
-            )
-        return cls(importance, curves, stats.num_samples, stats.num_tokens)
-
-    def widths(self, model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidths, ...]:
-        """Return the widths of the size that a config names."""
-        return plan_widths(model, config) if self.curves is None else measured_widths(model, config, self.curves)
-
-    def plan(self, model: PreTrainedModel, config: PrunerConfig, provenance: Mapping[str, Any] | None) -> PruningPlan:
-        """Return the plan of the size that a config names: the most important units."""
-        widths = self.widths(model, config)
-        layers = select_units(self.importance, ModelView.of_shapes(model).geometry, widths)
-        facts = {**(provenance or {}), **self.prediction(widths)}
-        return _plan_of(model, layers, config, self.num_samples, self.num_tokens, facts)
-
-    def prediction(self, widths: Sequence[LayerWidths]) -> dict[str, Any]:
-        """Return the curves and the loss that they predict, for the provenance.
-
-        The curves are {"layer.target": [[kept units, nats per token], ...]}.
-        """
-        if self.curves is None:
-            return {}
-        curves = {
-            f"{layer}.{target}": [[kept, six_digits(loss)] for kept, loss in curve]
-            for (layer, target), curve in self.curves.items()
-        }
-        return {"predicted_loss_increase": predicted_loss(self.curves, widths), "sensitivity": curves}
 
 
 def make_plan(
@@ -244,7 +166,7 @@ class Planner:
             statistics=self.needs.statistics,
             prepare=lambda stats: (
                 score_with(self.model, stats, config.criterion, generator),
-                _one_shot_reconstruction(stats, config),
+                reconstruct_one_shot(stats, config),
             ),
             identity=f"{config.criterion} {config.ridge!r} {config.pruning_seed}",
             state_dir=self.resume_dir,
@@ -268,7 +190,7 @@ class Planner:
         assert self.stats is not None
         return (
             self.measured.plan(self.model, config, self.provenance),
-            _one_shot_reconstruction(self.stats, config),
+            reconstruct_one_shot(self.stats, config),
         )
 
     def sequential(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
@@ -285,7 +207,7 @@ class Planner:
             state_dir=self.resume_dir,
         )
         facts = {**(self.provenance or {}), **(self.measured.prediction(widths) if self.measured else {})}
-        plan = _plan_of(self.model, found.layers, config, found.num_samples, found.num_tokens, facts)
+        plan = build_plan(self.model, found.layers, config, found.num_samples, found.num_tokens, facts)
         return plan, found.reconstruct
 
 
@@ -329,28 +251,4 @@ def plan_and_reconstruct(
         widths=planner.widths,
         one_shot=planner.one_shot,
         sequential=planner.sequential,
-    )
-
-
-def _plan_of(
-    model: PreTrainedModel,
-    layers: tuple[LayerPlan, ...],
-    config: PrunerConfig,
-    num_samples: int,
-    num_tokens: int,
-    provenance: Mapping[str, Any] | None,
-) -> PruningPlan:
-    view = ModelView.of_shapes(model)
-    return PruningPlan(
-        model_type=view.spec.model_type,
-        dense=view.widths,
-        layers=layers,
-        model_fingerprint=fingerprint(model),
-        provenance={
-            **(provenance or {}),
-            "config": config.to_dict(),
-            "num_calibration_samples": num_samples,
-            "num_calibration_tokens": num_tokens,
-            "versions": versions(),
-        },
     )

@@ -27,7 +27,8 @@ from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.version import versions
 
-from .planner import LayerMeasurements, plan_and_reconstruct
+from .measurements import LayerMeasurements
+from .planner import plan_and_reconstruct
 from .surgery import apply_plan
 from .token_budget import VocabularyProbe, split_token_budget
 

@@ -21,7 +21,8 @@ from hf_context_prune.pruning.vocabulary.prune import build_vocabulary_pruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.utils.distributed import on_main_process
 
-from .planner import LayerMeasurements, Planner
+from .measurements import LayerMeasurements
+from .planner import Planner
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
 """Sizes of the vocabulary that are tried, as shares of its rows."""
