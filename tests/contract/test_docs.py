@@ -167,6 +167,11 @@ def test_python_runs(page, place, monkeypatch):
 
 
 @cache
+def extras() -> set[str]:
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+@cache
 def command_line():
     return typer.main.get_command(app)
 
@@ -197,8 +202,7 @@ def check_command(words: list[str]) -> None:
     elif program in ("python", "python3", "bash"):
         assert (ROOT / rest[0]).is_file(), rest
     elif program == "pip" and rest[0] == "install":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        assert rest[-1] == "." or set(re.fullmatch(r"\.\[(.*)\]", rest[-1])[1].split(",")) <= set(extras)
+        assert rest[-1] == "." or set(re.fullmatch(r"\.\[(.*)\]", rest[-1])[1].split(",")) <= extras()
     else:
         pytest.fail(f"nobody checks {words}; mark the block with <!-- needs: ... -->")
 
@@ -213,6 +217,13 @@ def test_commands_exist(subtests):
         for words in commands(block.text):
             with subtests.test(block.place, words=words):
                 check_command(words)
+
+
+def test_every_extra_is_explained():
+    table = re.search(r"^\| extra \|.*?\n\n", PAGES["docs/get-started.md"], re.MULTILINE | re.DOTALL)[0]
+    assert {
+        name for line in table.strip().splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    } == extras()
 
 
 def test_options_in_prose_exist(subtests):
