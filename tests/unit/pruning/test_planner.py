@@ -34,7 +34,8 @@ def test_adaptive_plans_carry_their_curves_and_their_prediction(model, reconstru
         width = plan.widths[int(layer)]
         kept = width.neurons if target == "mlp" else width.kv_groups
         by_hand += lower_envelope(curve, kept)
-    assert 0.9 * by_hand <= facts["predicted_loss_increase"] <= by_hand * (1 + 1e-5)  # a power law sags below lines
+    # A power law sags below lines; the curves are kept to six digits.
+    assert 0.9 * by_hand <= facts["predicted_loss_increase"] <= by_hand * (1 + 5e-6)
     # One-shot statistics lack the withheld samples; sequential pruning, whose widths are settled, uses all.
     assert facts["num_calibration_samples"] == (9 if reconstruction == "least_squares" else 12)
 
