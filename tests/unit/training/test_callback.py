@@ -440,6 +440,11 @@ def test_samples_are_no_longer_than_the_positions(tmp_path, monkeypatch):
     assert [each.shape[1] for each in samples] == [48, 48, 48]
 
 
+def test_too_little_text():
+    with pytest.raises(DataError, match="hold 17 tokens, which is too little"):
+        pruning.pack_samples(list(range(17)), tiny_model("llama"), max_seq_length=32, at_least=16)
+
+
 def test_little_text_is_cut_into_samples_for_adaptive_widths(tmp_path):
     hook = callback(PruningSchedule(1, 6, 3), **VARIABLE | {"max_seq_length": 512})
     trainer_for(tmp_path, hook, per_device_train_batch_size=2).train()
