@@ -6,11 +6,12 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from hf_context_prune.utils.upload_check import refuse_upload
+
 from . import configuration_context_pruned, modeling_context_pruned
 from .configuration_context_pruned import config_class_name
 from .modeling_context_pruned import model_class_name
 from .specs import PREFIX, SPECS, ArchSpec
-from .upload_check import refuse_upload
 
 
 def get_config_class(spec: ArchSpec) -> type[PreTrainedConfig]:

@@ -16,11 +16,11 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from hf_context_prune.errors import ConfigError, ContextPruneError, PublishError
-from hf_context_prune.modeling.upload_check import RepoType, is_allowed
 from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.manifest import EDITABLE, find_unlisted_files, hash_file, verify_folder
 from hf_context_prune.utils.file_names import MANIFEST_NAME
 from hf_context_prune.utils.secret_scan import refuse_tokens
+from hf_context_prune.utils.upload_check import RepoType, is_allowed
 
 from .push import Push
 

@@ -15,9 +15,9 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from hf_context_prune.errors import ConfigError, PublishError
-from hf_context_prune.modeling.upload_check import RepoType, matches_pattern
 from hf_context_prune.storage.manifest import read_manifest
 from hf_context_prune.utils.file_names import MANIFEST_NAME
+from hf_context_prune.utils.upload_check import RepoType, matches_pattern
 from hf_context_prune.utils.version import __version__
 
 MAX_FILES = 100

@@ -17,12 +17,12 @@ from huggingface_hub.errors import HTTPError
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, code, inert, table
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.modeling.upload_check import is_allowed
 from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2
 from hf_context_prune.storage.manifest import read_manifest, verify_folder
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME
+from hf_context_prune.utils.upload_check import is_allowed
 
 from .facts import read_facts
 from .gradio_import import import_gradio

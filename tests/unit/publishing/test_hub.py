@@ -11,12 +11,12 @@ from huggingface_hub import RepoUrl
 
 from hf_context_prune.errors import ConfigError, LoadError, PublishError
 from hf_context_prune.modeling.modeling_context_pruned import add_companions
-from hf_context_prune.modeling.upload_check import is_allowed
 from hf_context_prune.publishing import push
 from hf_context_prune.publishing.hub import files_to_push, push_folder
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.secret_scan import refuse_tokens
+from hf_context_prune.utils.upload_check import is_allowed
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 A_TOKEN = "hf" + "_" + "aB3" * 11 + "x"

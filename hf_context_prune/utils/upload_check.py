@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from hf_context_prune.errors import PublishError
-from hf_context_prune.utils.file_names import MANIFEST_NAME
-from hf_context_prune.utils.secret_scan import refuse_tokens
+
+from .file_names import MANIFEST_NAME
+from .secret_scan import refuse_tokens
 
 RepoType = Literal["model", "space"]
 MODEL_FILES = (
