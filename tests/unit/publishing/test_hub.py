@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from hashlib import sha256
 
 import pytest
@@ -225,3 +227,8 @@ def test_what_it_says_to_run_does_the_same_push(folder):
     assert words == ["hf-context-prune", "push", str(spaced), "org/x", *private]
     with pytest.raises(PublishError, match=r"push '[^']*a model; id' org/x --create-pr`"):
         push_folder(spaced, "org/x", create_pr=True)
+
+
+def test_a_push_loads_no_torch():
+    code = "import sys, hf_context_prune.publishing.hub; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
