@@ -1,4 +1,4 @@
-"""What every benchmark shares: its rows on disk (resumable), its section of RESULTS.md, and the real model."""
+"""Shared by all benchmarks: their options, finished rows on disk, tables, and sections of RESULTS.md."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ DOMAINS = ("law", "medicine", "finance")
 
 
 def parser(description: str, *, several: bool = False) -> argparse.ArgumentParser:
-    """Options that all benchmarks take; with `several`, ``--domains`` instead of ``--domain``."""
+    """Return a parser with the options of all benchmarks; with `several`, ``--domains`` replaces ``--domain``."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    options.add_argument("--data", type=Path, required=True, help="folder of the domains, such as shared/data")
+    options.add_argument(
+        "--data", type=Path, required=True, help="folder with one folder per domain, such as shared/data"
+    )
     if several:
-        options.add_argument("--domains", nargs="+", default=list(DOMAINS), help="folders of --data")
+        options.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of folders in --data")
     else:
-        options.add_argument("--domain", default="medicine", help="a folder of --data")
+        options.add_argument("--domain", default="medicine", help="name of a folder in --data")
     options.add_argument("--work", type=Path, default=ROOT / "rows", help="folder of the finished rows (JSONL)")
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
+    options.add_argument("--seed", type=int, default=0, help="seed of calibration, pruning and intervals")
+    options.add_argument("--fresh", action="store_true", help="remove the rows of earlier runs and measure again")
     return options
 
 
 def given(options: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The options of a run that are not the defaults, as one types them after the command; paths are left out."""
+    """Return the options of a run that differ from the defaults, as typed on the command line, without paths."""
     words = []
     for action in options._actions:
         if action.dest in ("help", "data", "work", "fresh"):
@@ -50,12 +52,23 @@ def given(options: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 
 def corpus(options: argparse.Namespace, split: str, domain: str | None = None) -> TextSource:
-    """The train or validation text of a domain, by default of ``--domain``."""
+    """Read the train or validation text of a domain, by default of ``--domain``."""
     return load_documents(options.data / (domain or options.domain) / f"corpus.{split}.jsonl.gz")
 
 
 class Rows:
-    """One JSON line for every finished configuration; a later run goes on where this one stopped."""
+    """Finished rows of a benchmark, one JSON line per configuration, from which a later run resumes.
+
+    [`ResultsLog`][hf_context_prune.storage.results_log.ResultsLog] can't read these files: it holds one setting for
+    all rows, in the first line, and refuses rows of another setting. Rows of a benchmark are added over months, so each
+    row records its own commit and machine, and its key is an object. Keys keep the words of the rows on disk, such as
+    ``blocks`` for calibration samples and ``dense`` for the base model.
+
+    Args:
+        options: Parsed options; ``--work`` is the folder, and ``--fresh`` removes the file first.
+        name: Name of the file, without its ending.
+        setting: Values to record with every new row.
+    """
 
     def __init__(self, options: argparse.Namespace, name: str, **setting: Any) -> None:
         options.work.mkdir(parents=True, exist_ok=True)
@@ -66,11 +79,14 @@ class Rows:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
-    def get(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of a configuration, measured now unless it is there."""
-        for row in self.rows:
-            if row["key"] == key:
-                return row
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the finished row of a configuration, or None."""
+        return next((row for row in self.rows if row["key"] == key), None)
+
+    def get_or_measure(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the row of a configuration: the finished row, or one that is measured now and written."""
+        if (found := self.find(key)) is not None:
+            return found
         row = {"key": key, **measure(), "setting": self.setting}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -82,7 +98,7 @@ class Rows:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked if anything but results in this folder was changed."""
+    """Return the commit of the working tree, marked ``-dirty`` if anything but results of benchmarks was changed."""
     name = subprocess.run(
         ["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -94,12 +110,12 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """Processor, threads and torch, for the caption."""
+    """Return processor, number of threads and version of torch, for the last line of a section."""
     return f"{hardware_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def cell(estimate: Estimate | None, digits: int = 3) -> str:
-    """A figure with its interval."""
+    """Return a number with its interval as text; empty for None."""
     if estimate is None:
         return ""
     text = f"{estimate.value:.{digits}f}"
@@ -109,18 +125,18 @@ def cell(estimate: Estimate | None, digits: int = 3) -> str:
 
 
 def plot_path(name: str) -> Path:
-    """Where a benchmark's plot goes: beside RESULTS.md, which shows it."""
+    """Return the path of a benchmark's plot, beside RESULTS.md, which shows the plot."""
     return RESULTS.with_name(f"{name}.png")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, first column left, others right."""
+    """Return a Markdown table: first column aligned left, all other columns right."""
     align = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
 
 
 def write_section(name: str, text: str) -> None:
-    """Replace one benchmark's section of RESULTS.md, or add it at the end."""
+    """Replace one section of RESULTS.md, or add a section at the end, and print the section."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n{text.strip()}\n{end}"
     whole = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"

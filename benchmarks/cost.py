@@ -1,6 +1,6 @@
-"""What calibration text costs and what it gives: loss, time and peak memory of a pruning by the number of its tokens.
+"""Measure loss, time and peak memory of pruning by the number of calibration tokens.
 
-Every pruning has a process of its own, so that nothing else is in its peak. Times are worth something on a quiet machine.
+Every pruning runs in its own process, so that its peak holds nothing else. Times mean little on a busy machine.
 
 python -m benchmarks.cost --data PATH/TO/data
 """
@@ -35,17 +35,17 @@ from hf_context_prune.pruning.vocabulary.refit import refit_rows
 COMPARED = ("ours", "obs+least_squares", REFERENCE)
 SEARCHED = "ours-adaptive"
 SIZE, SEARCHED_SIZE = "mlp25", "all20"
-"""Uniform widths at the first; the search, of neurons and KV groups as with the default budget, at the second."""
+"""Sizes for uniform widths, and for the search, which removes neurons and KV groups as the default budget does."""
 GOAL = 3.0
-"""Dense forward passes that a pruning of uniform widths may take."""
+"""Most forward passes of the base model that a pruning to uniform widths may take."""
 
 
-def run_once(args: argparse.Namespace, method: str, blocks: int) -> dict[str, Any]:
-    """Prune in this process: seconds, bytes and losses."""
+def run_once(args: argparse.Namespace, method: str, num_samples: int) -> dict[str, Any]:
+    """Prune in this process and return seconds, bytes and losses."""
     size = SIZES[SEARCHED_SIZE if method == SEARCHED else SIZE]
-    own = argparse.Namespace(**{**vars(args), "blocks": blocks})
+    own = argparse.Namespace(**{**vars(args), "num_samples": num_samples})
     domain = Domain(cache(smollm2), own, args.domain, targets=TARGETS if size.attention else ("mlp",))
-    domain.held_out  # noqa: B018  # text, read before anything is counted
+    domain.test_text  # noqa: B018  # read before anything is measured
     before = psutil.Process().memory_info().rss
     model, samples = domain.model, domain.samples
     begin = time.perf_counter()
@@ -66,45 +66,52 @@ def run_once(args: argparse.Namespace, method: str, blocks: int) -> dict[str, An
         "search_seconds": searched - begin,
         "seconds": pruned - searched,
     }
-    if method == SEARCHED:  # what `refit_lm_head=True` adds
+    if method == SEARCHED:  # the cost that `refit_lm_head=True` adds
         begin = time.perf_counter()
         refit_rows(smaller, samples)
         row |= {"refit_seconds": time.perf_counter() - begin, "refit_peak": peak_rss()[0]}
-    if blocks in args.timed:  # after the peak was read: the logits of a batch are large
+    if num_samples in args.timed:  # after the peak was read, because the logits of a batch are large
         begin = time.perf_counter()
         with torch.inference_mode():
             for batch in batches_of(samples):
                 model(**batch, use_cache=False)
         row["forward_seconds"] = time.perf_counter() - begin
-    losses = [] if method == SEARCHED else domain.losses(smaller)  # of another size: not in the table of losses
+    losses = [] if method == SEARCHED else domain.losses(smaller)  # another size, so not in the table of losses
     return {**row, "documents": documents_of(losses), "nll": rounded(losses)}
 
 
 def model_bytes(model: Any) -> int:
+    """Return the bytes of all parameters."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def held_bytes(model: Any, smaller: Any, samples: torch.Tensor, method: str) -> int:
-    """What the formula counts beside the two models: Gram matrices of all layers, or for a walk one layer's and two streams.
+    """Return the bytes that the formula counts besides the two models.
 
-    A search holds the Gram matrices of all layers, every block's output on the text that it probes, and the dense
-    model's log-probabilities there beside the narrowed one's logits; but there is no pruned model yet.
+    `least_squares` holds the Gram matrices of all layers, `sequential` those of one layer and the hidden states of two
+    models. A search holds the Gram matrices of all layers and, on the probe text, the output of every layer, the base
+    model's log-probabilities and the narrowed model's logits; there is no pruned model yet.
     """
     geometry = read_geometry(model.config, spec_of(model.config))
     neurons = [4 * widths.neurons**2 for widths in geometry.layers]
     heads = [4 * (w.kv_groups * geometry.queries_per_group * geometry.head_dim) ** 2 for w in geometry.layers]
-    streams = 2 * samples.numel() * geometry.hidden_size * 4
+    hidden_states = 2 * samples.numel() * geometry.hidden_size * 4
     if method == SEARCHED:
         outputs = len(geometry.layers) * geometry.hidden_size + 2 * model.config.vocab_size
         searching = sum(neurons) + sum(heads) + 4 * PROBE_TOKENS * outputs
-        return max(searching - model_bytes(smaller), max(neurons) + max(heads) + streams)
+        return max(searching - model_bytes(smaller), max(neurons) + max(heads) + hidden_states)
     if method == "ours":
-        return max(neurons) + streams
+        return max(neurons) + hidden_states
     return sum(neurons) if "least_squares" in method else 0
 
 
-def in_fresh_process(args: argparse.Namespace, method: str, blocks: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.cost", "--worker", method, str(blocks)]
+def in_fresh_process(args: argparse.Namespace, method: str, num_samples: int) -> dict[str, Any]:
+    """Run [`run_once`][] in a new process and return its row.
+
+    Raises:
+        SystemExit: The process failed; its errors are in the message.
+    """
+    command = [sys.executable, "-m", "benchmarks.cost", "--worker", method, str(num_samples)]
     for name in ("data", "domain", "length", "eval_tokens", "seed"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     result = subprocess.run([*command, "--timed", *map(str, args.timed)], capture_output=True, text=True, check=False)
@@ -114,7 +121,7 @@ def in_fresh_process(args: argparse.Namespace, method: str, blocks: int) -> dict
 
 
 def plot(tokens: Sequence[int], found: Mapping[str, Sequence[Estimate]]) -> None:
-    """Excess over calibration tokens, both on log scales."""
+    """Plot excess loss over calibration tokens, both on log scales."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -128,7 +135,7 @@ def plot(tokens: Sequence[int], found: Mapping[str, Sequence[Estimate]]) -> None
         xscale="log",
         yscale="log" if drawn else "linear",
         xlabel="calibration tokens",
-        ylabel="excess, nats a token",
+        ylabel="excess, nats per token",
         title=SIZES[SIZE].label,
     )
     axis.grid(which="both", alpha=0.3)
@@ -139,7 +146,7 @@ def plot(tokens: Sequence[int], found: Mapping[str, Sequence[Estimate]]) -> None
 
 
 def cost_cells(method: str, row: Mapping[str, Any]) -> list[str]:
-    """One line of the table of time and memory."""
+    """Return one row of the table of time and memory."""
     mebibyte = 2**20
     formula = row["before"] + row["model"] + row["pruned"] + row["held"]
     forward = row.get("forward_seconds")
@@ -155,27 +162,27 @@ def cost_cells(method: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def high_cells(row: Mapping[str, Any]) -> list[str]:
-    """The line of `refit_lm_head=True`, which is the searched pruning and a refit of rows; no formula has its memory."""
+    """Return the row of `refit_lm_head=True`: the searched pruning, then the refit, whose memory no formula covers."""
     row = {**row, "seconds": row["seconds"] + row["refit_seconds"], "peak": row["refit_peak"]}
     _, *found = cost_cells(SEARCHED, row)
     return [f"{METHODS[HIGH].label}, of the same size", *found[:-2], "", ""]
 
 
 COST_HEADER = [
-    *("", "calibration tokens", "seconds", "x dense forward", "its search, x dense forward"),
-    *("own multiple", "peak, MiB", "formula, MiB", "left over, MiB"),
+    *("", "calibration tokens", "seconds", "x base forward", "search, x base forward"),
+    *("model sizes", "peak, MiB", "formula, MiB", "rest, MiB"),
 ]
 
 
 def results_text(
     dense: Mapping[str, Any], rows: Mapping[tuple[str, int], dict[str, Any]], args: argparse.Namespace, machine: str
 ) -> str:
-    """The section of RESULTS.md."""
-    sizes = sorted({blocks for method, blocks in rows if method != SEARCHED})
+    """Return the section of RESULTS.md."""
+    sizes = sorted({number for method, number in rows if method != SEARCHED})
     found = {
-        method: [excess(dense, rows[method, blocks], dense, args.seed) for blocks in sizes] for method in args.methods
+        method: [excess(dense, rows[method, number], dense, args.seed) for number in sizes] for method in args.methods
     }
-    tokens = [blocks * args.length for blocks in sizes]
+    tokens = [number * args.length for number in sizes]
     plot(tokens, found)
     losses = table(
         ["calibration tokens", *(METHODS[method].label for method in args.methods)],
@@ -184,32 +191,35 @@ def results_text(
     ours = [row for (method, _), row in rows.items() if method == "ours" and "forward_seconds" in row]
     most = max((row["seconds"] / row["forward_seconds"] for row in ours), default=0.0)
     verdict = (
-        f" Uniform widths, `sequential`: at most {most:.2f} dense forward passes (goal: {GOAL:g})." if ours else ""
+        f" Uniform widths, `sequential`: at most {most:.2f} forward passes of the base model (goal: {GOAL:g})."
+        if ours
+        else ""
     )
     costs = [cost_cells(method, row) for (method, _), row in sorted(rows.items())]
     costs += [high_cells(row) for (method, _), row in rows.items() if method == SEARCHED]
     commits = sorted({row["setting"]["commit"] for row in rows.values()})
     return f"""## Cost of pruning, and loss by calibration text
 
-SmolLM2-135M-Instruct, {SIZES[SIZE].label} (but for adaptive widths), calibrated on blocks of {args.length} tokens of
-`{args.domain}` train, every pruning in a process of its own. Excess loss over the dense model in nats a token on
-{sum(tokens for _, tokens, _ in dense["documents"]):,} tokens ({len(dense["documents"])} whole documents) of its validation text, 95 % bootstrap
+SmolLM2-135M-Instruct, {SIZES[SIZE].label} removed (except with adaptive widths), calibrated on samples of {args.length} tokens of
+`{args.domain}` train, every pruning in its own process. Excess loss over the base model in nats per token on
+{sum(tokens for _, tokens, _ in dense["documents"]):,} tokens ({len(dense["documents"])} whole documents) of its validation split, 95 % bootstrap
 interval over documents, paired.
 
 ![Excess loss by calibration tokens]({plot_path("cost").name})
 
 {losses}
 
-*Seconds*: calibration, scoring and surgery, data loading excluded; the dense forward pass (with logits) is over the same
-tokens, in the same process afterwards. The search of adaptive widths comes before the walk.{verdict}
+*Seconds*: calibration, scoring and surgery, without loading of data; the forward pass of the base model (with logits) runs
+over the same tokens, in the same process, afterwards. The search for adaptive widths comes before the sequential run.{verdict}
 
-*Own multiple* is (peak - what the process held before loading) / model bytes. The formula: `process before loading + model
-+ pruned model + Gram matrices + streams`. `least_squares` and the search hold layers x width^2 x 4 bytes of Gram matrices
-(of as many layers at once as a quarter of the free memory holds); `sequential` holds one layer's, and two streams of tokens
-x hidden size x 4 bytes. The search, which comes before there is a pruned model, holds for the {PROBE_TOKENS:,} tokens that
-it probes on every block's output, and log-probabilities and logits of the whole vocabulary, 4 bytes each. What is left over
-is one batch's activations, one layer's float64 solver workspace, the libraries loaded on the way and the allocator's slack.
-`refit_lm_head=True` refits the rows of the tokens once the walk is done; its peak is that of all three.
+*Model sizes*: (peak - memory of the process before loading) / bytes of the model. The formula: `process before loading +
+model + pruned model + Gram matrices + hidden states`. `least_squares` and the search hold layers x width^2 x 4 bytes of Gram
+matrices (of as many layers at once as fit in a quarter of the free memory); `sequential` holds those of one layer, and the
+hidden states of two models, tokens x hidden size x 4 bytes each. The search, during which there is no pruned model yet, holds
+for {PROBE_TOKENS:,} probe tokens the output of every layer, and log-probabilities and logits of the whole vocabulary, 4 bytes each.
+*Rest*: activations of one batch, the float64 workspace of one layer's solver, libraries that are loaded during the run, and
+slack of the allocator. `refit_lm_head=True` refits the rows of the vocabulary after the sequential run; its peak is that of
+search, sequential run and refit.
 
 {table(COST_HEADER, costs)}
 
@@ -219,12 +229,24 @@ is one batch's activations, one layer's float64 solver workspace, the libraries 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--blocks", type=int, nargs="+", default=[16, 32, 96, 192, 256], help="of calibration text")
-    options.add_argument("--timed", type=int, nargs="+", default=[32, 96], help="of --blocks: beside a dense pass")
-    options.add_argument("--search-blocks", type=int, default=96, help="for adaptive widths; one of --timed")
-    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED), help="of uniform widths")
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=24_000)
+    options.add_argument(
+        "--num-samples", type=int, nargs="+", default=[16, 32, 96, 192, 256], help="numbers of calibration samples"
+    )
+    options.add_argument(
+        "--timed",
+        type=int,
+        nargs="+",
+        default=[32, 96],
+        help="those of --num-samples that are timed beside the base model",
+    )
+    options.add_argument(
+        "--search-samples", type=int, default=96, help="calibration samples for adaptive widths; one of --timed"
+    )
+    options.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(COMPARED), help="methods, all with uniform widths"
+    )
+    options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--eval-tokens", type=int, default=24_000, help="at most this many test tokens")
     options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args(arguments)
     if args.worker:
@@ -233,22 +255,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.given = given(options, args)
     store = Rows(args, "cost", seed=args.seed)
     common = {"domain": args.domain, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
-    own = argparse.Namespace(**{**vars(args), "blocks": 1})
-    dense = store.get(
+    own = argparse.Namespace(**{**vars(args), "num_samples": 1})
+    dense = store.get_or_measure(
         {**common, "method": "dense"}, Domain(cache(smollm2), own, args.domain, targets=("mlp",)).measure_dense
     )
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for method, blocks in [
-        *((method, blocks) for blocks in args.blocks for method in args.methods),
-        (SEARCHED, args.search_blocks),
+    for method, number in [
+        *((method, number) for number in args.num_samples for method in args.methods),
+        (SEARCHED, args.search_samples),
     ]:
-        key = {**common, "method": method, "blocks": blocks, "timed": blocks in args.timed}
+        key = {**common, "method": method, "blocks": number, "timed": number in args.timed}
         if method == SEARCHED:
             key["search"] = [SEARCH_TOKENS, PROBE_TOKENS]
-        row = store.get(key, lambda m=method, b=blocks: in_fresh_process(args, m, b))
+        row = store.get_or_measure(key, lambda m=method, n=number: in_fresh_process(args, m, n))
         if method != SEARCHED and row["documents"] != dense["documents"]:
-            raise SystemExit("The dense row was measured on other documents than are there now; start over: --fresh.")
-        rows[method, blocks] = row
+            raise SystemExit(
+                "The row of the base model was measured on other documents than --data has now. Start over with --fresh."
+            )
+        rows[method, number] = row
     write_section("cost", results_text(dense, rows, args, store.setting["machine"]))
 
 

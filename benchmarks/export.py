@@ -1,4 +1,4 @@
-"""Size, loss and speed of SmolLM2 with 30 % of its parameters pruned, in every export runtime, beside the dense model.
+"""Size, loss and speed of SmolLM2 with 30 % of its parameters pruned, in every export runtime, beside the base model.
 
 python -m benchmarks.export --data PATH/TO/data [--uniform FOLDER --variable FOLDER]
 """
@@ -36,9 +36,12 @@ EXPORTS = (
     ("gguf", "f16"),
     ("gguf", "q8_0"),
 )
-DENSE_EXPORTS = (("gguf", "f16"), ("gguf", "q8_0"))
-KINDS = ("dense", "uniform", "variable")
-DENSE = "dense in transformers"
+BASE_EXPORTS = (("gguf", "f16"), ("gguf", "q8_0"))
+KINDS = ("base", "uniform", "variable")
+BASE = "dense in transformers"
+"""Key of the base model's speed in the rows."""
+ROW_NAMES = {"base": "dense", "uniform": "stock"}
+"""Kinds that the rows on disk name otherwise."""
 ANY = 1e6  # every result is shown, however large the difference
 
 
@@ -51,7 +54,7 @@ def make_folder(kind: str, given: Path | None, options: argparse.Namespace, scra
         vocab_size=16_384,
         allocation="adaptive" if kind == "variable" else "uniform",
         native_architecture=kind == "uniform",
-        num_calibration_samples=options.blocks,
+        num_calibration_samples=options.num_samples,
         pruning_seed=options.seed,
     )
     quick = EvalOptions(max_tokens=options.tokens, benchmark=False, memory=False)
@@ -67,8 +70,8 @@ def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argpars
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as open_until_timed:
         loaded = load_model(folder, device="cpu")
-        # The dense model takes turns with each folder's: the machine may be busier an hour later.
-        runtimes: dict[str, Any] = {DENSE: TorchRuntime(smollm2().model), "transformers": TorchRuntime(loaded.model)}
+        # The base model takes turns with the exports of every folder, because the machine may be busier an hour later.
+        runtimes: dict[str, Any] = {BASE: TorchRuntime(smollm2().model), "transformers": TorchRuntime(loaded.model)}
         for format, weights in exports:
             name = f"{format} {weights}"
             result = export_model(
@@ -98,7 +101,7 @@ def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argpars
 def lines_of(kind: str, row: dict[str, Any]) -> list[list[str]]:
     """Return the rows of the table: the folder itself, then its exports."""
     middle = {name: statistics.median(values) for name, values in row["speeds"].items()}
-    dense_speed = middle[DENSE]
+    base_speed = middle[BASE]
 
     def line(name: str, size: int, bits: str, change: str, equal: str) -> list[str]:
         speed = middle[name]
@@ -109,7 +112,7 @@ def lines_of(kind: str, row: dict[str, Any]) -> list[list[str]]:
             change,
             equal,
             f"{speed:.1f}",
-            f"{speed / dense_speed:.2f}",
+            f"{speed / base_speed:.2f}",
         ]
 
     checks = {name: entry["verification"] for name, entry in row["exports"].items()}
@@ -128,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--variable", type=Path, help="a pruned folder with variable widths; by default one is made")
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows of the table")
     options.add_argument(
-        "--blocks", type=int, default=64, help="calibration samples of 512 tokens, where a folder is made"
+        "--num-samples", type=int, default=64, help="calibration samples of 512 tokens, if a folder is made"
     )
     options.add_argument("--tokens", type=int, default=2000, help="test tokens to compare on")
     options.add_argument("--new-tokens", type=int, default=48, help="tokens to decode in a timed turn")
@@ -138,16 +141,19 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
 
         def of(kind: str) -> dict[str, Any]:
-            if kind == "dense":
+            if kind == "base":
                 folder = smollm2().folder
                 assert folder is not None
-                return measure(folder, DENSE_EXPORTS, args)
+                return measure(folder, BASE_EXPORTS, args)
             return measure(make_folder(kind, getattr(args, kind), args, Path(scratch)), EXPORTS, args)
 
         found = {
-            kind: rows.get({"folder": kind, "domain": args.domain}, functools.partial(of, kind)) for kind in args.kinds
+            kind: rows.get_or_measure(
+                {"folder": ROW_NAMES.get(kind, kind), "domain": args.domain}, functools.partial(of, kind)
+            )
+            for kind in args.kinds
         }
-    header = ["", "MB", "bits per byte", "change by export", "equal texts", "tokens/s", "x dense in transformers"]
+    header = ["", "MB", "bits per byte", "change by export", "equal texts", "tokens/s", "x base in transformers"]
     packages = {
         name: version
         for row in found.values()
@@ -160,12 +166,12 @@ def main(arguments: list[str] | None = None) -> None:
         "export",
         f"""## Exports
 
-SmolLM2-135M-Instruct (float32, dequantised), dense and with 30 % of its parameters pruned (vocabulary of 16,384 tokens, then
-MLP neurons; uniform: the same width in every layer, variable: adaptive widths), in every runtime of `hf-context-prune
-export`. Bits per byte on about {tokens:,} test tokens of `{args.domain}` (a check of the export, not of pruning: too little text for that); greedy
-texts of 32 tokens against those of the folder; decoding of {args.new_tokens} tokens, one sequence, median of {args.rounds}
-rounds in which the runtimes of a folder and the dense model take turns. Load average of the machine when this was written:
-{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (speeds mean little above 1 per core: run it again on a quiet machine).
+SmolLM2-135M-Instruct (float32, dequantised), the base model and two models with 30 % of its parameters removed (vocabulary
+of 16,384 entries, then MLP neurons; uniform: the same width in every layer, variable: adaptive widths), in every runtime of
+`hf-context-prune export`. Bits per byte on about {tokens:,} test tokens of `{args.domain}` (a check of the export; too little text to judge
+the pruning); greedy texts of 32 tokens against those of the folder; decoding of {args.new_tokens} tokens, one sequence, median of {args.rounds}
+rounds in which the runtimes of a folder and the base model take turns. Load average of the machine when this was written:
+{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (above 1 per core, speeds mean little: run again on a quiet machine).
 
 {table(header, [line for kind, row in found.items() for line in lines_of(kind, row)])}
 

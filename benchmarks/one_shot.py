@@ -1,7 +1,7 @@
-"""One-shot pruning side by side: every criterion of ours, our best, and peers' own code, at equal sizes.
+"""Compare one-shot pruning at equal sizes: all criteria of this package, its best methods, and the code of peers.
 
-python -m benchmarks.one_shot --data PATH/TO/data            # three domains, neurons; goes on where it stopped
-python -m benchmarks.one_shot --data PATH/TO/data --sizes all20 all30 --blocks 64    # neurons and KV groups
+python -m benchmarks.one_shot --data PATH/TO/data            # three domains, neurons; resumes
+python -m benchmarks.one_shot --data PATH/TO/data --sizes all20 all30 --num-samples 64    # neurons and KV groups
 python -m benchmarks.one_shot --data PATH/TO/data --quick    # one domain, one size
 python -m benchmarks.one_shot --data PATH/TO/data --model gemma3-270m --sizes mlp25 --methods flap+bias ours ...
 """
@@ -28,7 +28,7 @@ from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
 
 
 def losses_of(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[DocumentLoss]:
-    """The losses of a row; sizes of the documents are in the dense row alone."""
+    """Return the losses of a row. Only the row of the base model holds the sizes of the documents."""
     return [
         DocumentLoss(doc, "", nll, tokens, size)
         for (doc, tokens, size), nll in zip(dense["documents"], row["nll"], strict=True)
@@ -36,7 +36,7 @@ def losses_of(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[Document
 
 
 def excess(base: Mapping[str, Any], row: Mapping[str, Any], dense: Mapping[str, Any], seed: int) -> Estimate:
-    """Nats a token over another row (the dense one, say), paired by document."""
+    """Return the loss of a row minus the loss of `base`, in nats per token, paired by document."""
     found = compare_losses(losses_of(base, dense), losses_of(row, dense), seed=seed).excess_nats_per_token
     assert found is not None  # one tokenizer
     return found
@@ -45,14 +45,14 @@ def excess(base: Mapping[str, Any], row: Mapping[str, Any], dense: Mapping[str, 
 def shares(
     triples: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]], seed: int
 ) -> list[Estimate]:
-    """Excess loss as a share of the reference's: one a domain, then their mean.
+    """Return the excess loss divided by that of the reference, for each domain, then the mean of all domains.
 
-    Intervals are 95 % percentiles of 2000 resamples of documents; both methods see the same resample, and the mean
-    resamples every domain by itself.
+    Intervals are 95 % percentiles of 2000 resamples of documents. Both methods see the same resample, and for the mean
+    each domain is resampled independently.
 
     Args:
-        triples: (dense row, reference row, row) of each domain.
-        seed: Of the resampling.
+        triples: (row of the base model, row of the reference, row) of each domain.
+        seed: Seed of the resampling.
     """
     rng = np.random.default_rng(seed)
     values, resampled = [], []
@@ -70,16 +70,16 @@ def shares(
 
 DEFAULT_MODEL = "smollm2-135m"
 Found = Mapping[tuple[str, str, str], dict[str, Any]]
-"""Rows by (domain, size, method); the dense ones by (domain, "", "dense"), refitted by (domain, "", "refit")."""
+"""Rows by (domain, size, method); base models by (domain, "", "dense"), refitted base models by (domain, "", "refit")."""
 
 
 def methods_of(args: argparse.Namespace, size: str) -> list[str]:
-    """The methods that a size is measured with, in order."""
+    """Return the methods that are measured at a size, in order."""
     return [method for method in args.methods if method != HIGH or SIZES[size].high]
 
 
 def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
-    """The table of one size with what follows from it."""
+    """Return the table of one size, with verdicts on goals, paired differences and notes."""
     dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
     body, lines, notes = [], [], []
     for method in methods_of(args, name):
@@ -109,23 +109,23 @@ def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
         if own[0].get("note"):
             notes.append(f"- {METHODS[method].label}: {own[0]['note']}.")
         predicted = [
-            f"{d} {row['predicted']:.3f} against {estimate.value:.3f}"
+            f"{d} {row['predicted']:.3f} and {estimate.value:.3f}"
             for d, row, estimate in zip(args.domains, own, found, strict=True)
             if row.get("predicted") is not None and method != HIGH
         ]
         if predicted:
-            lines.append(f"{METHODS[method].label}, predicted against realised excess: {'; '.join(predicted)}.")
+            lines.append(f"{METHODS[method].label}, predicted and measured excess: {'; '.join(predicted)}.")
     if {"ours", "ours-adaptive"} <= set(args.methods):
         gaps = [
             f"{d} {cell(excess(rows[d, name, 'ours'], rows[d, name, 'ours-adaptive'], dense[d], args.seed), 4)}"
             for d in args.domains
         ]
-        lines.append(f"Ours, adaptive minus uniform widths, nats a token, paired: {'; '.join(gaps)}.")
+        lines.append(f"Ours, adaptive minus uniform widths, nats per token, paired: {'; '.join(gaps)}.")
     if HIGH in methods_of(args, name):
         alone = [f"{d} {cell(excess(dense[d], rows[d, '', 'refit'], dense[d], args.seed))}" for d in args.domains]
         lines.append(
-            f"The refit of rows of `refit_lm_head=True` on the dense model, nothing removed: {'; '.join(alone)}: as much of it "
-            f"may be adaptation to the domain, and not repair."
+            f"The refit of `refit_lm_head=True` on the base model, with nothing removed: {'; '.join(alone)}. This much of the "
+            f"gain of `refit_lm_head=True` may be adaptation to the domain, not reconstruction."
         )
     header = ["method", *(f"excess, {d}" for d in args.domains), *(f"share, {d}" for d in args.domains)]
     body_text = table([*header, "mean share", "parameters"], body)
@@ -135,7 +135,7 @@ def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
 
 
 def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
-    """Excess by method, one panel a size, log scale, with intervals."""
+    """Plot the excess loss by method with intervals, one panel per size, on a log scale."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -156,7 +156,7 @@ def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
             found = [excess(dense, rows[domain, size, method], dense, args.seed) for method in methods]
             above = 0.18 * ((len(args.domains) - 1) / 2 - turn)
             errorbars(axis, [places[method] + above for method in methods], found, domain, horizontal=True)
-        axis.set(xscale="log", xlabel="excess, nats a token", title="\n".join(SIZES[size].label.split(", ")))
+        axis.set(xscale="log", xlabel="excess, nats per token", title="\n".join(SIZES[size].label.split(", ")))
         axis.title.set_fontsize("small")
         axis.grid(axis="x", which="both", alpha=0.3)
     axes[0][0].set_yticks(list(places.values()), [METHODS[method].label.replace("`", "") for method in args.methods])
@@ -167,7 +167,7 @@ def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
 
 
 def errorbars(axis: Any, places: Any, found: Sequence[Estimate], label: str, *, horizontal: bool) -> None:
-    """Figures with intervals on a log scale; one that is not above zero has no place there and is left out."""
+    """Draw values with intervals on a log scale, without values that are not above zero."""
     keep = [i for i, estimate in enumerate(found) if estimate.value > 0]
     values = [found[i].value for i in keep]
     spans = [found[i].interval or (found[i].value, found[i].value) for i in keep]
@@ -178,7 +178,7 @@ def errorbars(axis: Any, places: Any, found: Sequence[Estimate], label: str, *, 
 
 
 def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str) -> str:
-    """The section of RESULTS.md."""
+    """Return the section of RESULTS.md."""
     dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
     text = "; ".join(
         f"{d}: {sum(tokens for _, tokens, _ in row['documents']):,} tokens of {len(row['documents'])} documents, "
@@ -200,17 +200,17 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str)
     return f"""## One-shot pruning side by side{title}
 
 {MODELS[args.model][0]} (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
-dense model in nats a token; *share*: of the excess of `flap` + `bias`; 95 % bootstrap intervals over documents, paired.
-Every method has the same calibration text and the same held-out validation text ({text}).
-All widths are uniform but those called adaptive, which have the same total. `bias` adds biases that this architecture
-can't save, in memory; the plot has no place for what is not above zero. Models are scored with factors of products rounded to
-bfloat16 where the CPU has AMX, the dense one too. What the methods
-cost in time is in the section on costs.
+base model in nats per token; *share*: excess divided by the excess of `flap` + `bias`; 95 % bootstrap intervals over
+documents, paired. All methods have the same calibration text and the same test text, from the validation split ({text}).
+All widths are uniform, except for adaptive widths, which have the same total. `bias` adds biases that this architecture
+can't save, so `bias` is measured in memory. The plot leaves out values that are not above zero. All models, the base model
+included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX. The section on costs has the
+time of the methods.
 
 ![Excess loss by method]({plot_path(name).name})
 
 {chr(10).join(f"{size_section(rows, args, size)}{chr(10)}" for size in args.sizes)}
-Peers' calls:
+Calls of the peers:
 
 {chr(10).join(calls) or "- none in this run"}
 
@@ -222,17 +222,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser(__doc__ or "", several=True)
     options.add_argument("--quick", action="store_true", help="one domain, one size, little text")
-    options.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL)
-    options.add_argument("--sizes", nargs="+", choices=SIZES, default=["mlp25", "mlp50"], help="of one kind of unit")
-    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    options.add_argument("--blocks", type=int, default=128)
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=24_000)
+    options.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="base model")
+    options.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=["mlp25", "mlp50"], help="sizes, either all mlp… or all all…"
+    )
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the tables")
+    options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
+    options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--eval-tokens", type=int, default=24_000, help="at most this many test tokens per domain")
     if "--quick" in arguments:
-        options.set_defaults(domains=["medicine"], sizes=["mlp25"], blocks=48, eval_tokens=12_000)
+        options.set_defaults(domains=["medicine"], sizes=["mlp25"], num_samples=48, eval_tokens=12_000)
     args = options.parse_args(arguments)
     if len({SIZES[size].attention for size in args.sizes}) > 1:
-        options.error("--sizes: mlp… and all… go to tables of their own; give one kind.")
+        options.error("--sizes: mlp… and all… are in separate tables; give one kind.")
     args.targets = TARGETS if SIZES[args.sizes[0]].attention else ("mlp",)
     args.given = given(options, args)
     section = "one_shot_quick" if args.quick else "one_shot"
@@ -241,25 +243,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model != DEFAULT_MODEL:
         section += f"_{args.model}"
     store, load = Rows(args, "one_shot", seed=args.seed), cache(MODELS[args.model][1])
-    common = {"blocks": args.blocks, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
+    common = {"blocks": args.num_samples, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
     if args.model != DEFAULT_MODEL:
         common["model"] = args.model
     domains = {domain: Domain(load, args, domain, targets=args.targets) for domain in args.domains}
     keys = {domain: {**common, "domain": domain} for domain in domains}
     rows: dict[tuple[str, str, str], dict[str, Any]] = {
-        (name, "", "dense"): store.get({**keys[name], "method": "dense"}, domain.measure_dense)
+        (name, "", "dense"): store.get_or_measure({**keys[name], "method": "dense"}, domain.measure_dense)
         for name, domain in domains.items()
     }
     for name, domain in domains.items() if any(HIGH in methods_of(args, size) for size in args.sizes) else ():
         dense = rows[name, "", "dense"]
-        rows[name, "", "refit"] = store.get(
+        rows[name, "", "refit"] = store.get_or_measure(
             {**keys[name], "method": "refit"}, lambda d=domain, row=dense: d.measure_refit(row)
         )
     for turn, size in enumerate(args.sizes, start=1):
         for domain_name, domain in domains.items():
             for method in methods_of(args, size):
                 searched = {"search": [SEARCH_TOKENS, PROBE_TOKENS]} if METHODS[method].adaptive else {}
-                rows[domain_name, size, method] = store.get(
+                rows[domain_name, size, method] = store.get_or_measure(
                     {**keys[domain_name], "size": size, "method": method, **searched},
                     lambda d=domain, m=method, s=size, row=rows[domain_name, "", "dense"]: d.measure(
                         METHODS[m], SIZES[s], row

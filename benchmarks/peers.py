@@ -1,8 +1,8 @@
-"""The code of peers from PyPI, each in its recommended configuration, tuned to remove a given number of parameters.
+"""Run the code of peers from PyPI, in its recommended configuration, to remove a given number of parameters.
 
-A peer is a function (model, samples, remove, attention) -> [`PeerResult`][]. It works on a copy of the model; `samples`
-are the token blocks that every method calibrates on, [blocks, length] int64; `remove` is the number of parameters to
-remove, and `attention` whether attention may shrink too. Only for models with Llama's module names and one width.
+A peer is a function (model, samples, remove, attention) -> [`PeerResult`][]. A peer prunes a copy of the model;
+`samples` are the calibration samples of all methods, [samples, length] int64; `remove` is the number of parameters to
+remove, and `attention` says whether attention may shrink too. Models need Llama's module names and one width.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from hf_context_prune.pruning.calibration.samples import batches_of
 
 TOLERANCE = 0.005
-"""How far the number of removed parameters may be from what was asked, as a share of it."""
+"""Largest relative difference between removed parameters and parameters to remove."""
 
 
 @dataclass(frozen=True)
 class PeerResult:
-    """A model that a peer pruned, and how.
+    """A model that a peer pruned, with the call that pruned it.
 
     Attributes:
         model: The smaller model.
         version: Package and version.
-        call: The call that was made, as one could type it.
-        note: What it can't do at this size, or how the size was reached; may be empty.
+        call: The call, as code.
+        note: Limits of the peer at this size, or how the size was reached; may be empty.
     """
 
     model: Any
@@ -44,16 +44,16 @@ Peer = Callable[[Any, torch.Tensor, int, bool], PeerResult]
 
 
 def check_peer(dense: Any, result: PeerResult, samples: torch.Tensor, remove: int) -> PeerResult:
-    """Hold a peer's result to the comparison: the size that was asked for, and a model that still runs.
+    """Refuse a result of another size than requested, and a model that no longer runs.
 
     Raises:
-        RuntimeError: It removed another number of parameters (by over 0.5 %), or its logits are not finite.
+        RuntimeError: The number of removed parameters is over 0.5 % off, or the logits are not finite.
     """
     removed = dense.num_parameters() - result.model.num_parameters()
     if abs(removed - remove) > TOLERANCE * remove:
         raise RuntimeError(
             f"{result.version} removed {removed:,} parameters instead of {remove:,}, over {TOLERANCE:.1%} off, with "
-            f"{result.call}. Mend how benchmarks/peers.py works its ratio out."
+            f"{result.call}. Correct the ratio in benchmarks/peers.py."
         )
     with torch.inference_mode():
         logits = result.model(input_ids=samples[:1], use_cache=False).logits
@@ -63,7 +63,7 @@ def check_peer(dense: Any, result: PeerResult, samples: torch.Tensor, remove: in
 
 
 def _mlp_width(model: Any, remove: int) -> tuple[int, int]:
-    """(neurons a layer, of which to remove): the number whose removal from every layer comes nearest to `remove`."""
+    """Return (neurons per layer, neurons to remove from every layer so that the total comes nearest to `remove`)."""
     layers, mlp = model.model.layers, model.model.layers[0].mlp
     cost = sum(p.numel() for p in mlp.parameters()) // mlp.down_proj.in_features
     return mlp.down_proj.in_features, round(remove / (cost * len(layers)))
@@ -73,10 +73,10 @@ def _optipfair(model: Any, samples: torch.Tensor | None, remove: int, attention:
     handlers, level = list(logging.root.handlers), logging.root.level
     import optipfair
 
-    logging.root.handlers[:] = handlers  # its import configures the root logger
+    logging.root.handlers[:] = handlers  # the import of optipfair configures the root logger
     logging.root.setLevel(level)
     neurons, gone = _mlp_width(model, remove)
-    # Half a neuron more, since it rounds down; its divisor of 128 would miss the size.
+    # Half a neuron more, because optipfair rounds down. Its option for a multiple of 128 would miss the size.
     percentage = round(100 * (gone + 0.5) / neurons, 4)
     options: dict[str, Any] = {
         "pruning_type": "MLP_GLU",
@@ -87,7 +87,7 @@ def _optipfair(model: Any, samples: torch.Tensor | None, remove: int, attention:
         options["dataloader"] = batches_of(samples)
     smaller = optipfair.prune_model(copy.deepcopy(model), **options, show_progress=False)
     shown = ", ".join(f"{key}={value!r}" for key, value in options.items() if key != "dataloader")
-    shown += ", dataloader=<the calibration blocks>" if samples is not None else ""
+    shown += ", dataloader=<the calibration samples>" if samples is not None else ""
     return PeerResult(
         smaller,
         f"optipfair {metadata.version('optipfair')}",
@@ -97,23 +97,23 @@ def _optipfair(model: Any, samples: torch.Tensor | None, remove: int, attention:
 
 
 def optipfair_maw(model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
-    """OptiPFair's data-driven mode: peak-to-peak weight magnitude times activation norm (0.4.2 takes data as MAW only)."""
+    """Prune by OptiPFair with data: peak-to-peak weight magnitude times activation norm (0.4.2 has data for MAW only)."""
     return _optipfair(model, samples, remove, attention, "MAW")
 
 
 def optipfair_ppm(model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
-    """OptiPFair's default: peak-to-peak magnitude of the weights (Martra, arXiv 2512.22671); sees no data."""
+    """Prune by OptiPFair's default: peak-to-peak magnitude of weights, without data (Martra, arXiv 2512.22671)."""
     return _optipfair(model, None, remove, attention, "PPM")
 
 
 def _heads_gone(heads: int, groups: int, ratio: float) -> int:
-    """Query heads that torch-pruning takes from every KV group at a head ratio (its rule rounds up twice)."""
+    """Return the query heads that torch-pruning removes per KV group at a head ratio (its rule rounds up twice)."""
     return math.ceil(math.ceil(ratio * heads) / groups)
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Ratios for torch-pruning and the widths that they come to."""
+    """Ratios for torch-pruning, and the widths that result."""
 
     hidden: int
     heads: int
@@ -124,10 +124,10 @@ class _Shape:
 
 
 def _shape_by_example(model: Any, remove: int) -> _Shape:
-    """One ratio for hidden size, heads and neurons, as the LLM example has it; the neurons make up the remainder.
+    """Return one ratio for hidden size, heads and neurons, as in the LLM example; neurons make up the remainder.
 
-    The hidden size is a multiple of 4 (the example's `round_to`). Of those, the one whose ratio is nearest to what the
-    neurons then need: one ratio alone moves in steps of a hidden feature, too coarse to hit a size.
+    The hidden size is a multiple of 4 (`round_to` in the example). Of those sizes, take the one whose ratio is nearest to
+    the ratio that the neurons then need: one ratio alone moves in steps of a hidden feature, too coarse to hit a size.
     """
     config, layers = model.config, len(model.model.layers)
     attention = model.model.layers[0].self_attn
@@ -150,7 +150,7 @@ def _shape_by_example(model: Any, remove: int) -> _Shape:
 
 
 def _shape_of_units(model: Any, remove: int, attention: bool) -> _Shape:
-    """Hidden size as it is: neurons, and where attention may shrink one query head of every KV group."""
+    """Return ratios that keep the hidden size: neurons, and with `attention` one query head of every KV group."""
     config, layers = model.config, model.model.layers
     groups, heads, head_ratio = config.num_key_value_heads, config.num_attention_heads, 0.0
     if attention and heads > groups:
@@ -159,7 +159,7 @@ def _shape_of_units(model: Any, remove: int, attention: bool) -> _Shape:
         remove -= len(layers) * gone * 2 * layers[0].self_attn.head_dim * config.hidden_size
         heads -= gone
     width, narrower = _mlp_width(model, remove)
-    # The general ratio, which holds for nothing else here, must be above 0 for its head ratio to act.
+    # torch-pruning ignores its head ratio unless the general ratio, which applies to nothing else here, is above 0.
     return _Shape(config.hidden_size, heads, width - narrower, head_ratio, narrower / width, head_ratio)
 
 
@@ -167,8 +167,8 @@ def _torch_pruning(model: Any, samples: torch.Tensor, shape: _Shape, *, prune_hi
     """Prune a copy with torch-pruning, as its LLM example does (VainF/Torch-Pruning, examples/LLMs/prune_llm.py).
 
     Args:
-        model: The dense model.
-        samples: Token blocks; a few tokens of them trace the graph. Its importance sees no data.
+        model: The base model.
+        samples: Calibration samples; a few tokens trace the graph. The importance sees no data.
         shape: The ratios.
         prune_hidden: Whether the residual stream shrinks too, as in the example.
 
@@ -179,8 +179,8 @@ def _torch_pruning(model: Any, samples: torch.Tensor, shape: _Shape, *, prune_hi
 
     smaller = copy.deepcopy(model)
     config, layers = smaller.config, list(smaller.model.layers)
-    config.use_cache = False  # its tracer follows gradients of tensors, and trips over a cache object
-    smaller.set_attn_implementation("eager")  # and needs to see keys and values repeated for their query heads
+    config.use_cache = False  # the tracer follows gradients of tensors, and fails on a cache object
+    smaller.set_attn_implementation("eager")  # the tracer must see keys and values repeated for their query heads
     heads: dict[Any, int] = {}
     for layer in layers:
         heads[layer.self_attn.q_proj] = config.num_attention_heads
@@ -192,7 +192,7 @@ def _torch_pruning(model: Any, samples: torch.Tensor, shape: _Shape, *, prune_hi
         kept_whole += [module for layer in layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
 
     def between(ratio: float, width: int) -> float:
-        """A ratio that rounding can't tip over: it keeps int(width * (1 - ratio)) channels."""
+        """Return a ratio that keeps int(width * (1 - ratio)) channels whichever way it is rounded."""
         return ratio - 0.5 / width if ratio > 0 else 0.0
 
     mlp_ratio = between(shape.mlp_ratio, config.intermediate_size)
@@ -216,7 +216,7 @@ def _torch_pruning(model: Any, samples: torch.Tensor, shape: _Shape, *, prune_hi
     config.hidden_size, config.num_attention_heads = shape.hidden, shape.heads
     config.intermediate_size, config.use_cache = shape.neurons, model.config.use_cache
     smaller.set_attn_implementation(model.config._attn_implementation)
-    smaller.tie_weights()  # embedding and head were cut one by one, to the same values
+    smaller.tie_weights()  # embedding and head were pruned separately, to the same values
     for layer in layers:
         layer.self_attn.num_key_value_groups = shape.heads // config.num_key_value_heads
     for parameter in smaller.parameters():
@@ -233,7 +233,7 @@ def _torch_pruning(model: Any, samples: torch.Tensor, shape: _Shape, *, prune_hi
 
 
 def torch_pruning_example(model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
-    """Torch-Pruning's LLM example: hidden size, query heads and neurons by one ratio, by group magnitude."""
+    """Prune as in Torch-Pruning's LLM example: hidden size, query heads and neurons by one ratio and group magnitude."""
     shape = _shape_by_example(model, remove)
     smaller, call = _torch_pruning(model, samples, shape, prune_hidden=True)
     note = (
@@ -245,7 +245,7 @@ def torch_pruning_example(model: Any, samples: torch.Tensor, remove: int, attent
 
 
 def torch_pruning_units(model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
-    """Torch-Pruning's group magnitude on the units that the other methods prune: the same comparison, like with like."""
+    """Prune by Torch-Pruning's group magnitude, but only the units that all other methods prune."""
     shape = _shape_of_units(model, remove, attention)
     smaller, call = _torch_pruning(model, samples, shape, prune_hidden=False)
     note = "its example's importance, on MLP neurons only"

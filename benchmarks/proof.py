@@ -1,6 +1,6 @@
-"""The proof: the domain matrix with multiple choice, and the paper's grid of thresholds.
+"""Run the proof: the cross-domain matrix with multiple-choice questions, and the paper's grid of thresholds.
 
-python -m benchmarks.proof --data PATH/TO/data            # four domains at two sizes, the grid on two; goes on where it stopped
+python -m benchmarks.proof --data PATH/TO/data            # four domains, two sizes, two grids; resumes
 python -m benchmarks.proof --data PATH/TO/data --quick    # two domains at one size, four points, few questions
 """
 
@@ -33,39 +33,43 @@ from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.training.recovery.config import RecoveryConfig
 
 GOAL_MINUTES = 15.0
-"""For half a megabyte of text and 500 questions, base and pruned, on two cores."""
+"""Minutes to evaluate base and pruned model on half a megabyte of text and 500 questions, on two cores."""
 PUBLISHED = (
-    "What the paper itself reports, for Phi-1.5, OPT and Llama of 1.3B on text of its own: by its measure about a tenth "
-    "smaller at 1e-3, at a perplexity that a short tuning brings back to what it was or below; up to 42 % smaller at 1e-1, "
-    "at a perplexity that explodes and takes many epochs to tune away. (From a summary: its tables could not be read here, "
-    "so its rows are not shown.)"
+    "The paper reports for Phi-1.5, OPT and Llama of 1.3B, on its own text: by its measure about a tenth smaller at 1e-3, "
+    "with a perplexity that a short tuning brings back to the old value or below; up to 42 % smaller at 1e-1, with a "
+    "perplexity that explodes and needs many epochs of tuning. (From a summary of the paper: its tables could not be read "
+    "here, so its rows are not shown.)"
 )
 FOUR = ("law", "medicine", "finance", REFERENCE)
 
 
 def folder(args: argparse.Namespace, name: str) -> Path:
+    """Return the folder of one run."""
     return Path(args.work / "proof" / name)
 
 
 def corpora(args: argparse.Namespace, split: str, domains: Sequence[str]) -> dict[str, str]:
+    """Return the paths of one split, by domain."""
     return {domain: str(args.data / domain / f"corpus.{split}.jsonl.gz") for domain in domains}
 
 
 def asked(args: argparse.Namespace, domain: str, number: int, **how: Any) -> QuestionOptions:
+    """Return the options for the questions of a domain."""
     return QuestionOptions(str(args.data / domain / "mcq.jsonl"), max_questions=number, **how)
 
 
 def questions_at(args: argparse.Namespace, share: float) -> int:
-    """Questions a domain for the models of a size."""
+    """Return the number of questions per domain at a size."""
     return args.questions if share in args.question_shares else 0
 
 
 def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) -> DomainMatrix:
+    """Measure the cross-domain matrix at a size; the first size also has the mixtures with general text."""
     mixed = share == args.shares[0] and {args.mix_domain, REFERENCE} <= set(args.domains)
     number = questions_at(args, share)
     config = PrunerConfig(
         pruning_ratio=share,
-        num_calibration_samples=args.blocks,
+        num_calibration_samples=args.num_samples,
         max_seq_length=args.length,
         pruning_seed=args.seed,
     )
@@ -76,7 +80,8 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
         config,
         eval_data=corpora(args, "validation", args.domains),
         questions={
-            domain: asked(args, domain, number, num_fewshot=args.shots) for domain in (args.domains if number else ())
+            domain: asked(args, domain, number, num_fewshot=args.num_fewshot)
+            for domain in (args.domains if number else ())
         },
         mixes={args.mix_domain: args.mixes} if mixed and args.mixes else {},
         max_tokens=args.eval_tokens,
@@ -84,11 +89,12 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
 
 
 def pictures_of(args: argparse.Namespace, share: float) -> list[str]:
-    """Names of the pictures that a matrix left."""
+    """Return the names of the pictures of a matrix."""
     return sorted(path.name for path in folder(args, f"matrix-{share:g}").glob("*.png"))
 
 
 def measure_grid(base: LoadedModel, args: argparse.Namespace, domain: str) -> Sweep:
+    """Measure the paper's grid of thresholds on a domain."""
     options = SweepOptions(
         linear=args.grid,
         activation=args.grid,
@@ -99,7 +105,7 @@ def measure_grid(base: LoadedModel, args: argparse.Namespace, domain: str) -> Sw
             max_seq_length=args.length,
             recovery_seed=args.seed,
         ),
-        num_calibration_samples=args.grid_blocks,
+        num_calibration_samples=args.grid_samples,
         max_seq_length=args.length,
         max_tokens=args.grid_tokens,
         seed=args.seed,
@@ -115,7 +121,7 @@ def measure_grid(base: LoadedModel, args: argparse.Namespace, domain: str) -> Sw
 
 
 def measure_time(base: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds that base and pruned take on text and questions."""
+    """Return the seconds to evaluate base and pruned model on text and questions."""
     domain = args.domains[0]
     text = load_documents(corpora(args, "train", [domain])[domain])
     documents, size = [], 0
@@ -136,7 +142,7 @@ def measure_time(base: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def shown(report: RunReport, pictures: Sequence[str] = ()) -> str:
-    """Pictures and tables of a run, but for the accuracies by source: dozens of columns, in the run's own file."""
+    """Return pictures and tables of a run without the accuracies by source, whose dozens of columns are in the run's folder."""
     parts = [f"![{report.title}]({picture})" for picture in pictures]
     for one in report.tables:
         if one.title != "Accuracy by source":
@@ -145,7 +151,7 @@ def shown(report: RunReport, pictures: Sequence[str] = ()) -> str:
 
 
 def signal_text(found: DomainMatrix) -> str:
-    """Which sources of questions the dense model answers better than guessing, and what its own domain's model does."""
+    """Return the sources of questions that the base model answers better than chance, with the pruned model of the domain."""
     rows, silent = [], []
     for domain in found.domains:
         questions, scores = found.held_out[domain].questions, found.scores[DENSE, domain]
@@ -168,16 +174,16 @@ def signal_text(found: DomainMatrix) -> str:
                     f"{after.accuracy.value:.1%}",
                 )
             )
-    body = table(("questions", "number", "guessing", "dense", "pruned on its domain"), rows)
+    body = table(("questions", "number", "guessing", "base", "calibrated on its domain"), rows)
     return (
-        f"Sources on which the dense model is above guessing (95 % Wilson interval clear of it):\n\n{body}\n\n"
-        f"On all others a model of 135M guesses, so pruning can't show there, and they say nothing: "
+        f"Sources on which the base model is above guessing (the whole 95 % Wilson interval is):\n\n{body}\n\n"
+        f"On all other sources a model of 135M guesses, so a change there means nothing: "
         f"{'; '.join(silent) or 'none'}."
     )
 
 
 def section(args: argparse.Namespace, heading: str, *parts: str) -> str:
-    """A section of RESULTS.md; every part of the proof has its own, so that each can be measured anew alone."""
+    """Return a section of RESULTS.md; every part of the proof has its own section, so that each can be measured alone."""
     how = (
         f"`python -m benchmarks.proof --data DATA{args.given}` at `{current_commit()}`, {machine()}, seed {args.seed}."
     )
@@ -185,16 +191,17 @@ def section(args: argparse.Namespace, heading: str, *parts: str) -> str:
 
 
 def matrix_text(found: DomainMatrix, share: float, args: argparse.Namespace) -> str:
+    """Return the section of a cross-domain matrix."""
     number = questions_at(args, share)
     on_questions = (
-        f" and on up to {number} questions each (likelihood a byte, {args.shots}-shot). In brackets 95 % intervals: "
-        f"bootstrap over documents, Wilson over questions; p of McNemar's exact test against the dense model."
+        f" and on up to {number} questions each (likelihood per byte, {args.num_fewshot}-shot). In brackets 95 % intervals: "
+        f"bootstrap over documents, Wilson over questions; p of McNemar's exact test against the base model."
     )
     return section(
         args,
         f"the domain matrix at {share:.0%} of all parameters",
         f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, adaptive widths) on "
-        f"{args.blocks} x {args.length} tokens of each domain's train text; measured on validation text of every domain "
+        f"{args.num_samples} x {args.length} tokens of each domain's train text, tested on the validation split of every domain "
         f"(at most {args.eval_tokens:,} tokens)"
         + (on_questions if number else ". In brackets 95 % intervals: bootstrap over documents."),
         shown(
@@ -206,18 +213,20 @@ def matrix_text(found: DomainMatrix, share: float, args: argparse.Namespace) -> 
 
 
 def grid_text(grid: Sweep, domain: str, args: argparse.Namespace) -> str:
+    """Return the section of the paper's grid on a domain."""
     return section(
         args,
         f"the paper's grid, {domain}",
         f"Thresholds of linear layers, activations and embedding as in arXiv 2312.12682 on SmolLM2-135M-Instruct (float32), "
-        f"calibrated on {args.grid_blocks} x {args.length} tokens, scored on at most {args.grid_tokens:,}; *tuned*: "
+        f"calibrated on {args.grid_samples} x {args.length} tokens, scored on at most {args.grid_tokens:,} test tokens; *tuned*: "
         f"{args.steps} steps of cross-entropy on the train text; {args.grid_questions} questions, the paper's scorer (too "
-        f"few to tell their sources apart; the run's `sweep.md` has them). {PUBLISHED}",
+        f"few to compare sources; `sweep.md` in the folder of the run has all sources). {PUBLISHED}",
         shown(grid.run_report(Environment.current("float32"))),
     )
 
 
 def time_text(timed: Mapping[str, Any], args: argparse.Namespace) -> str:
+    """Return the section of the time to evaluate."""
     return section(
         args,
         "time to evaluate",
@@ -231,33 +240,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "", several=True)
     options.set_defaults(domains=list(FOUR))
     options.add_argument("--quick", action="store_true", help="two domains, one size, four points, few questions")
-    options.add_argument("--shares", nargs="*", type=float, default=[0.2, 0.3], help="none: no matrix, and no time")
+    options.add_argument(
+        "--shares",
+        nargs="*",
+        type=float,
+        default=[0.2, 0.3],
+        help="shares of all parameters to remove; none: neither matrix nor time",
+    )
     options.add_argument(
         "--question-shares",
         nargs="*",
         type=float,
         default=[0.2],
-        help="sizes that are asked questions too (an hour each)",
+        help="those of --shares that answer questions too (an hour each)",
     )
-    options.add_argument("--mix-domain", default="medicine", help="of the curve of general_data_ratio")
-    options.add_argument("--mixes", nargs="*", type=float, default=[0.25, 0.5, 0.75], help="shares of general text")
+    options.add_argument("--mix-domain", default="medicine", help="domain of the curve over general_data_ratio")
+    options.add_argument(
+        "--mixes", nargs="*", type=float, default=[0.25, 0.5, 0.75], help="shares of general text on that curve"
+    )
     options.add_argument("--grids", nargs="*", default=["law", "medicine"], help="domains of the paper's grid")
-    options.add_argument("--blocks", type=int, default=96)
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=20_000)
-    options.add_argument("--questions", type=int, default=500, help="a domain; 0: text alone, and no time")
-    options.add_argument("--shots", type=int, default=0)
-    options.add_argument("--grid-blocks", type=int, default=32)
-    options.add_argument("--grid-questions", type=int, default=50)
-    options.add_argument("--grid-tokens", type=int, default=8_000, help="of held-out text, at each point")
-    options.add_argument("--timed-bytes", type=int, default=500_000, help="of text, for the time that evaluating takes")
-    options.add_argument("--steps", type=int, default=10, help="of training after each point of the grid")
+    options.add_argument("--num-samples", type=int, default=96, help="calibration samples")
+    options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--eval-tokens", type=int, default=20_000, help="at most this many test tokens per domain")
+    options.add_argument(
+        "--questions", type=int, default=500, help="questions per domain; 0: neither questions nor time"
+    )
+    options.add_argument("--num-fewshot", type=int, default=0, help="answered examples before each question")
+    options.add_argument("--grid-samples", type=int, default=32, help="calibration samples of the grid")
+    options.add_argument("--grid-questions", type=int, default=50, help="questions at each point of the grid")
+    options.add_argument(
+        "--grid-tokens", type=int, default=8_000, help="at most this many test tokens at each point of the grid"
+    )
+    options.add_argument("--timed-bytes", type=int, default=500_000, help="bytes of text, for the time to evaluate")
+    options.add_argument("--steps", type=int, default=10, help="training steps at each point of the grid")
     options.set_defaults(grid=GRID)
     if "--quick" in arguments:
         small: dict[str, Any] = {"domains": ["medicine", REFERENCE], "shares": [0.2], "grids": ["medicine"]}
         options.set_defaults(mixes=[0.5])
-        options.set_defaults(**small, blocks=16, eval_tokens=4_000, questions=40, grid=(1e-3, 1e-1))
-        options.set_defaults(grid_blocks=8, grid_questions=20, grid_tokens=2_000, steps=4, timed_bytes=20_000)
+        options.set_defaults(**small, num_samples=16, eval_tokens=4_000, questions=40, grid=(1e-3, 1e-1))
+        options.set_defaults(grid_samples=8, grid_questions=20, grid_tokens=2_000, steps=4, timed_bytes=20_000)
     args = options.parse_args(arguments)
     args.given = given(options, args)
     args.section, base = "proof_quick" if args.quick else "proof", smollm2()
@@ -273,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_section(f"{args.section}-grid-{domain}", grid_text(measure_grid(base, args, domain), domain, args))
     if args.questions and args.shares:
         key = {"bytes": args.timed_bytes, "questions": args.questions, "share": args.shares[0]}
-        timed = Rows(args, args.section, seed=args.seed).get(key, lambda: measure_time(base, args))
+        timed = Rows(args, args.section, seed=args.seed).get_or_measure(key, lambda: measure_time(base, args))
         write_section(f"{args.section}-time", time_text(timed, args))
 
 

@@ -1,7 +1,7 @@
-"""Publishing: the time to build a card from facts, and the memory of a push.
+"""Measure the time to build a card from facts, and the memory of a push.
 
-python -m benchmarks.publishing                     # prunes a model quickly, for facts of the real size
-python -m benchmarks.publishing --folder mini-gpt   # takes the facts of a folder
+python -m benchmarks.publishing                     # prunes a model quickly, for facts of real size
+python -m benchmarks.publishing --folder mini-gpt   # uses the facts of a folder
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def make_quick_folder(place: Path) -> Path:
 
 
 def time_cards(folder: Path, repeats: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of building the text, and of writing text and picture, in turns, without the first of each."""
+    """Return the seconds to build the text, and to write text and picture, measured in turns, without the first turn."""
     facts = read_facts(folder)
     alone, whole = [], []
     with tempfile.TemporaryDirectory() as place:
@@ -66,7 +66,7 @@ def time_cards(folder: Path, repeats: int) -> tuple[list[float], list[float]]:
 
 
 def time_first_card(folder: Path) -> float:
-    """Return the seconds of the first card of a process, text and picture, with the import of matplotlib."""
+    """Return the seconds to write the first card of a process, including the import of matplotlib."""
     code = (
         "import sys, time, pathlib, tempfile\n"
         "from hf_context_prune.publishing.card.card import write_card\n"
@@ -128,7 +128,7 @@ finally:
 
 
 def _run_push(words: Sequence[str], environment: dict[str, str], place: Path) -> Push:
-    """Run the command line. It reads its own peak: the peak of a child also counts the memory of its parent."""
+    """Run the command in a process that reads its own peak: the peak of a child also counts the memory of its parent."""
     peak = place / "peak"
     code = f"import sys; sys.argv[0] = {str(peak)!r}\n{_RUN}"
     start = time.perf_counter()
@@ -144,6 +144,7 @@ def results_text(
     sent: tuple[Push, Push],
     args: argparse.Namespace,
 ) -> str:
+    """Return the section of RESULTS.md."""
     push, again = sent
     worst = max(first, *whole)
     card = "met" if worst < GOAL_SECONDS else "missed"
@@ -152,10 +153,10 @@ def results_text(
 
 Card of a pruned SmolLM2-135M-Instruct ({len(read_facts(folder).plan.layers)} layers) from its facts in memory: the text in
 {1000 * statistics.median(alone):.0f} ms, text and picture in {statistics.median(whole):.2f} s (medians of {len(whole)});
-{first:.2f} s for the first of a process, which imports matplotlib. Goal: under {GOAL_SECONDS:.0f} s: {card}.
+{first:.2f} s for the first card of a process, which imports matplotlib. Goal: under {GOAL_SECONDS:.0f} s: {card}.
 
 `hf-context-prune push` of {args.megabytes} MB to a local server in another process (large-file upload, not Xet): peak RSS
-{push.peak_megabytes:.0f} MB, {push.seconds:.1f} s; once more, with nothing to send: {again.peak_megabytes:.0f} MB,
+{push.peak_megabytes:.0f} MB, {push.seconds:.1f} s; a second push, with nothing to send: {again.peak_megabytes:.0f} MB,
 {again.seconds:.1f} s. Goal: under {GOAL_MEGABYTES} MB: {memory}.
 
 `python -m benchmarks.publishing` at `{commit()}`, {machine()}.
@@ -164,9 +165,9 @@ Card of a pruned SmolLM2-135M-Instruct ({len(read_facts(folder).plan.layers)} la
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--folder", type=Path, help="a pruned folder with a report; by default one is made")
+    options.add_argument("--folder", type=Path, help="a pruned folder with a report (default: prune one now)")
     options.add_argument("--megabytes", type=int, default=300, help="size of the pushed folder")
-    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--repeats", type=int, default=5, help="timed cards")
     args = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

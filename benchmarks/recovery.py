@@ -1,8 +1,8 @@
-"""Recovery: the loss that training wins back, beside the dense model trained as long; ablations; cost of the callback.
+"""Measure recovery: pruned models after training, beside the base model trained as long; ablations; the callback.
 
-python -m benchmarks.recovery --data PATH/TO/data            # medicine and law; continues where it stopped
+python -m benchmarks.recovery --data PATH/TO/data            # medicine and law; resumes
 python -m benchmarks.recovery --data PATH/TO/data --quick    # medicine, one size, a few minutes of training
-python -m benchmarks.recovery --data PATH/TO/data --sizes    # medicine: how much may go, 8 minutes of training each
+python -m benchmarks.recovery --data PATH/TO/data --sizes    # medicine, several sizes, 8 minutes of training each
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from hf_context_prune.training.recovery.recover import recover
 from hf_context_prune.utils.precision import bfloat16_is_fast, reduced_precision_matmul
 
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}
-"""(row of the dense model, share gone) -> how far bits per byte may be above that row after `GOAL_MINUTES`."""
+"""(row of the base model, share removed) -> largest change of bits per byte against that row after `GOAL_MINUTES`."""
 GOAL_MINUTES = 30.0
 SHORT_MINUTES = 8.0
-"""Minutes of training of the ablations and of the sizes."""
+"""Minutes of training for the ablations and for ``--sizes``."""
 
 LEARNING_RATE = RecoveryConfig().peak_learning_rate
 
 
 @dataclass(frozen=True)
 class Run:
-    """A row of the tables: which model is trained, and how.
+    """A row of the tables: the model and its training.
 
     Attributes:
-        label: Its name in the table.
-        options: Options of `RecoveryConfig`; None trains nothing.
-        dense: Train the dense model in place of the pruned one.
+        label: Name in the table.
+        options: Options of `RecoveryConfig`; None: no training.
+        dense: Train the base model instead of the pruned model.
     """
 
     label: str
@@ -68,17 +68,27 @@ class Run:
 
 
 HEADLINE = {
-    "dense": Run("dense, as it came", dense=True),
-    "dense-tuned": Run("dense, tuned", {}, dense=True),
+    "dense": Run("base model", dense=True),
+    "dense-tuned": Run("base model, tuned", {}, dense=True),
     "one-shot": Run("pruned, without recovery"),
     "ours": Run("pruned and recovered (default)", {}),
 }
 ABLATIONS = {
-    "dense-short": Run("dense, tuned", {}, dense=True),
+    "dense-short": Run("base model, tuned", {}, dense=True),
     "ours-short": Run("default", {}),
     "rate": Run("at twice the learning rate", {"learning_rate": 2 * LEARNING_RATE}),
     "lora": Run("LoRA", {"method": "lora"}),
 }
+REMOVED = {
+    "half-teacher": "distillation: half of the loss from the base model as teacher",
+    "teacher-alone": "distillation: the whole loss from the teacher",
+    "ticket": "kept weights rewound to the pretrained ones",
+}
+"""Ways of training that no longer exist. The ablations show their rows if a file has them."""
+REMOVED_NOTE = (
+    "Distillation from the base model and rewinding (`rewind`) were measured with the version that still had them, at two "
+    "of the commits below. They did worse than the default in the same time, so these options were removed."
+)
 EQUAL_TOKENS = {
     "gradual": "pruned during training (`ContextPruneCallback`, three prunings)",
     "then": "pruned, then trained on as many tokens",
@@ -86,16 +96,16 @@ EQUAL_TOKENS = {
 
 
 class RecoveryDomain(Domain):
-    """A domain with its pruned models on disk, so that a continued run does not prune again."""
+    """A domain with its pruned models on disk, so that a resumed run does not prune again."""
 
     @cached_property
     def general(self) -> TextSource:
-        """Held-out text of no domain, without documents that overlap with the domain's train text."""
+        """General test text (validation split), without documents that overlap with the domain's train text."""
         return drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0]
 
     def pruned(self, share: float) -> LoadedModel:
         """Load the pruned model of this share, after pruning and saving it if it is not there yet."""
-        folder = self.args.work / "models" / f"{self.name}-{share:g}-{self.args.blocks}-{self.args.seed}"
+        folder = self.args.work / "models" / f"{self.name}-{share:g}-{self.args.num_samples}-{self.args.seed}"
         if not folder.exists():
             loaded = self.load()
             config = PrunerConfig(
@@ -103,7 +113,7 @@ class RecoveryDomain(Domain):
                 vocab_size=self.args.tokens[str(share)],
                 allocation="adaptive",
                 **OURS,  # type: ignore[arg-type]
-                num_calibration_samples=self.args.blocks,
+                num_calibration_samples=self.args.num_samples,
                 max_seq_length=self.args.length,
                 pruning_seed=self.args.seed,
             )
@@ -115,9 +125,9 @@ class RecoveryDomain(Domain):
         return load_model(folder, dtype="float32", device="cpu")
 
     def scored(self, model: Any, tokenizer: Any, dense: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Score a model per document on the domain's text and on general text, on the documents of the dense row."""
+        """Score a model on the domain's text and on general text, on the documents of the base model's row."""
         result: dict[str, Any] = {"parameters": model.num_parameters()}
-        for name, source in (("own", self.held_out[0]), ("general", self.general)):
+        for name, source in (("own", self.test_text[0]), ("general", self.general)):
             with reduced_precision_matmul():
                 losses = document_losses(
                     model,
@@ -135,6 +145,7 @@ class RecoveryDomain(Domain):
         return result
 
     def measure(self, run: Run, share: float, minutes: float, dense: Mapping[str, Any] | None) -> dict[str, Any]:  # type: ignore[override]
+        """Train as a run says, and score the model."""
         loaded = self.load() if run.dense else self.pruned(share)
         if run.options is None:
             return self.scored(loaded.model, loaded.tokenizer, dense)
@@ -155,7 +166,7 @@ class RecoveryDomain(Domain):
             pruning_ratio=share,
             allocation="uniform",
             **OURS,  # type: ignore[arg-type]
-            num_calibration_samples=self.args.blocks,
+            num_calibration_samples=self.args.num_samples,
             max_seq_length=self.args.length,
             pruning_seed=self.args.seed,
         )
@@ -167,7 +178,7 @@ class RecoveryDomain(Domain):
         rest, _ = hold_out_documents(self.train, seed=self.args.seed)
         batch = 4
         count = steps * batch
-        blocks = tokenize_samples(
+        samples = tokenize_samples(
             rest, tokenizer, num_samples=count, max_seq_length=self.args.length, seed=self.args.seed
         )
         folder = tempfile.mkdtemp(prefix="hf_context_prune-")
@@ -192,7 +203,7 @@ class RecoveryDomain(Domain):
                     disable_tqdm=True,
                     seed=self.args.seed,
                 ),
-                train_dataset=[{"input_ids": row, "labels": row} for row in blocks],
+                train_dataset=[{"input_ids": row, "labels": row} for row in samples],
                 callbacks=[listened] if way == "gradual" else [],
             )
             trainer.remove_callback(PrinterCallback)
@@ -237,6 +248,7 @@ Found = Mapping[tuple[Any, ...], dict[str, Any]]
 
 
 def _line(label: str, row: Mapping[str, Any], dense: Mapping[str, Any], seed: int) -> list[str]:
+    """Return one row of a table."""
     history = row.get("history")
     return [
         label,
@@ -248,13 +260,13 @@ def _line(label: str, row: Mapping[str, Any], dense: Mapping[str, Any], seed: in
 
 
 _HEADER = [
-    *("", "parameters gone", "bits per byte, own domain", "bits per byte, general"),
+    *("", "parameters removed", "bits per byte, own domain", "bits per byte, general"),
     *("tokens trained on", "tokens/s"),
 ]
 
 
 def section(heading: str, rows: Iterable[Mapping[str, Any]], args: argparse.Namespace, *parts: str) -> str:
-    """Return a section of RESULTS.md; commits and machines are those of its rows."""
+    """Return a section of RESULTS.md, with the commits and machines of its rows."""
     commits, machines = (sorted({row["setting"][name] for row in rows}) for name in ("commit", "machine"))
     how = f"`python -m benchmarks.recovery --data DATA{args.given}` at {', '.join(f'`{c}`' for c in commits)}"
     return "\n\n".join((f"## Recovery: {heading}", *parts, f"{how}, {'; '.join(machines)}, seed {args.seed}."))
@@ -271,41 +283,45 @@ def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:
             body.append(_line(f"{share:.0%}: {HEADLINE[name].label}", used[domain, name, share], dense, args.seed))
         ours = used[domain, "ours", share]
         parts = []
-        for name, what in (("dense", "as it came"), ("dense-tuned", "tuned for the same time")):
+        for name, what in (("dense", ""), ("dense-tuned", " tuned for the same time")):
             gap = relative(used[domain, name, 0]["own"], ours["own"], args.seed)
-            parts.append(f"{format_change(gap)} against the dense model {what}")
+            parts.append(f"{format_change(gap)} against the base model{what}")
             if args.minutes >= GOAL_MINUTES and (goal := GOALS.get((name, share))) is not None:
                 parts[-1] += f" (goal: at most {goal:+.0%}, {'met' if gap.value <= goal else 'missed'})"
-        verdicts.append(f"- {share:.0%} gone: {', '.join(parts)}.")
-    tokens = ", ".join(f"{share:.0%}: {args.tokens[str(share)]:,} tokens" for share in args.shares)
+        verdicts.append(f"- {share:.0%} removed: {', '.join(parts)}.")
+    tokens = ", ".join(f"{share:.0%}: {args.tokens[str(share)]:,} entries" for share in args.shares)
     return section(
         f"{domain}, by size" if args.sizes else domain,
         used.values(),
         args,
         f"SmolLM2-135M-Instruct (float32 weights, bfloat16 products where the CPU has them). Pruned in one shot "
-        f"(vocabulary, then neurons and KV groups by adaptive widths; {tokens}) on {args.blocks} x {args.length} tokens of "
-        f"the domain's train text, then trained on that text for {args.minutes:g} minutes, measuring included. Bits per "
-        f"byte against the dense model as it came, on held-out validation text of the domain and of no domain (at most "
-        f"{args.eval_tokens:,} tokens each), 95 % bootstrap intervals over documents. *Tokens/s* are of training, measuring "
-        f"included.",
+        f"(vocabulary, then neurons and KV groups by adaptive widths; {tokens}) on {args.num_samples} x {args.length} tokens of "
+        f"the domain's train text, then trained on that text for {args.minutes:g} minutes, including evaluation. Change of "
+        f"bits per byte against the base model, on test text (validation split) of the domain and on general test text (at "
+        f"most {args.eval_tokens:,} tokens each), 95 % bootstrap intervals over documents. *Tokens/s*: of training, including "
+        f"evaluation.",
         table(_HEADER, body),
         "\n".join(verdicts),
     )
 
 
 def ablations_text(rows: Found, args: argparse.Namespace) -> str:
-    """Return the table of ways to train for the same short time."""
+    """Return the table of ways to train for the same short time; ways that no longer exist come last, if they have rows."""
     domain, share = args.domains[0], args.shares[0]
     dense = rows[domain, "dense", 0]
     runs = {"one-shot": HEADLINE["one-shot"], **ABLATIONS}
-    used = {name: rows[domain, name, share] for name in runs}
+    labels = {name: run.label for name, run in runs.items()}
+    removed = {name: label for name, label in REMOVED.items() if (domain, name, share) in rows}
+    used = {name: rows[domain, name, share] for name in (*labels, *removed)}
     return section(
         f"ablations ({domain}, {share:.0%} gone)",
         used.values(),
         args,
-        f"The dense model, and the pruned one in several ways, each trained for {args.short_minutes:g} minutes. "
-        f"The weights that are best on validation text are kept: those before training, if no step was better.",
-        table(_HEADER, [_line(run.label, used[name], dense, args.seed) for name, run in runs.items()]),
+        f"The base model, and the pruned model in several ways, each trained for {args.short_minutes:g} minutes. The weights "
+        f"with the least loss on documents set aside from the train text are kept: the weights before training, if no step was "
+        f"better.",
+        table(_HEADER, [_line(label, used[name], dense, args.seed) for name, label in {**labels, **removed}.items()]),
+        *([REMOVED_NOTE] if removed else []),
     )
 
 
@@ -319,12 +335,12 @@ def callback_text(rows: Found, args: argparse.Namespace) -> str:
         f"the callback ({domain}, {share:.0%} of all parameters, neurons alone)",
         used.values(),
         args,
-        f"{args.steps} steps of the Trainer either way, the same text and learning rate. *Tokens/s* of the first way include "
-        f"its prunings; the second was pruned before.",
+        f"{args.steps} steps of the Trainer either way, on the same text with the same learning rate. *Tokens/s* of the first way "
+        f"include its prunings; the second model was pruned before training.",
         table(_HEADER, [_line(label, used[name], dense, args.seed) for name, label in EQUAL_TOKENS.items()]),
-        f"Listening took {gradual['listening'] / learning:.2%} of the time of training (goal: at most 10 %); the three "
-        f"prunings {gradual['pruning']:.0f} s, {gradual['pruning'] / learning:.1%} of it, against {then['pruning']:.0f} s "
-        f"for the one before training.",
+        f"Listening took {gradual['listening'] / learning:.2%} of the training time (goal: at most 10 %). The three prunings "
+        f"took {gradual['pruning']:.0f} s, {gradual['pruning'] / learning:.1%} of the training time, and the pruning before "
+        f"training {then['pruning']:.0f} s.",
     )
 
 
@@ -335,24 +351,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = options.add_mutually_exclusive_group()
     part.add_argument("--quick", action="store_true", help="medicine, one size, a few minutes of training")
     part.add_argument("--sizes", action="store_true", help="medicine, several sizes, 8 minutes of training")
-    options.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5])
-    options.add_argument("--vocabularies", nargs="+", type=int, default=[16_384, 8_192], help="tokens, for each share")
-    options.add_argument("--minutes", type=float, default=GOAL_MINUTES)
-    options.add_argument("--short-minutes", type=float, default=SHORT_MINUTES)
-    options.add_argument("--steps", type=int, default=50, help="of the callback and its counterpart")
-    options.add_argument("--blocks", type=int, default=128)
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=20_000)
+    options.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5], help="of all parameters, to remove")
+    options.add_argument(
+        "--vocabularies", nargs="+", type=int, default=[16_384, 8_192], help="entries to keep, for each share"
+    )
+    options.add_argument("--minutes", type=float, default=GOAL_MINUTES, help="minutes of training")
+    options.add_argument("--short-minutes", type=float, default=SHORT_MINUTES, help="minutes of training, ablations")
+    options.add_argument("--steps", type=int, default=50, help="training steps with and without the callback")
+    options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
+    options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--eval-tokens", type=int, default=20_000, help="at most this many test tokens per domain")
     if "--quick" in arguments:
         small: dict[str, Any] = {"domains": ["medicine"], "shares": [0.3], "vocabularies": [16_384], "minutes": 2.5}
-        options.set_defaults(**small, blocks=24, eval_tokens=8_000)
+        options.set_defaults(**small, num_samples=24, eval_tokens=8_000)
     if "--sizes" in arguments:
         sizes: dict[str, Any] = {"shares": [0.1, 0.2, 0.3], "vocabularies": [32_768, 20_480, 16_384]}
         options.set_defaults(**sizes, domains=["medicine"], minutes=SHORT_MINUTES)
     args = options.parse_args(arguments)
     args.given = given(options, args)
     args.tokens = {str(share): tokens for share, tokens in zip(args.shares, args.vocabularies, strict=True)}
-    # Sizes are compared with a dense model tuned beside them, on the same machine: they have rows of their own.
+    # The sizes have their own rows, because their base model was tuned on the same machine in the same run.
     family = "recovery_sizes" if args.sizes else "recovery"
     store, load = Rows(args, family, seed=args.seed), cache(smollm2)
     prefix = "recovery_quick" if args.quick else family
@@ -360,9 +378,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     domains = {name: RecoveryDomain(load, args, name, targets=TARGETS) for name in args.domains}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
 
+    common = {"blocks": args.num_samples, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
+
     def get(place: tuple[Any, ...], measure: Callable[[], dict[str, Any]], **more: Any) -> None:
-        setting = {name: getattr(args, name) for name in ("blocks", "length", "eval_tokens", "seed")}
-        rows[place] = store.get({"place": list(place), **setting, **more}, measure)
+        rows[place] = store.get_or_measure({"place": list(place), **common, **more}, measure)
+
+    def recall(domain: RecoveryDomain, key: str, share: float) -> None:
+        """Take the row of a way of training that no longer exists, if the file has it."""
+        place = {"place": [domain.name, key, share], "minutes": args.short_minutes, "tokens": args.tokens[str(share)]}
+        if (row := store.find({**place, **common, "learning_rate": LEARNING_RATE})) is not None:
+            rows[domain.name, key, share] = row
 
     def measure(domain: RecoveryDomain, key: str, share: float, minutes: float = 0.0) -> None:
         dense = rows.get((domain.name, "dense", 0))
@@ -377,11 +402,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         get((domain.name, key, share), lambda: domain.measure(run, share, minutes, dense), **more)
 
     first, least = domains[args.domains[0]], args.shares[0]
-    if whole:  # the short runs first: they tell whether the default deserves the long ones
+    if whole:  # the short runs come first: they show whether the default deserves the long ones
         measure(first, "dense", 0)
         measure(first, "one-shot", least)
         for key in ABLATIONS:
             measure(first, key, least, args.short_minutes)
+        for key in REMOVED:
+            recall(first, key, least)
         write_section(f"{prefix}-ablations", ablations_text(rows, args))
     for name, domain in domains.items():
         measure(domain, "dense", 0)

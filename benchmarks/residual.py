@@ -1,4 +1,4 @@
-"""What the loss that is left after pruning is made of: which blocks, and choice of units or their repair.
+"""Find the sources of the loss that remains after pruning: layers, choice of units, and reconstruction.
 
 python -m benchmarks.residual --data PATH/TO/data
 """
@@ -23,43 +23,45 @@ from hf_context_prune.pruning.planner import reconstruct_with
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.pruning.surgery import apply_plan
 
-WALKED = "ours-adaptive"
+PRUNED = "ours-adaptive"
 CHOICES = {name: Method(f"`{name}`", {**OURS, "criterion": name}) for name in ("random", "l1", "wanda", "obs")}
-"""Ways to choose the same number of units in every layer, each with the repair of the walk."""
-REPAIRS = ("none", "least_squares")
-"""Other repairs of the very units that the walk of adaptive widths kept."""
+"""Criteria that choose the same number of units in every layer, each with `sequential` reconstruction."""
+RECONSTRUCTIONS = ("none", "least_squares")
+"""Other reconstructions for the units that the sequential run with adaptive widths kept."""
 
 
 class ResidualDomain(Domain):
-    """A domain with the model of adaptive widths, and mixtures of it and the dense one."""
+    """A domain with the model of adaptive widths, and mixtures of this model and the base model."""
 
     @property
     def size(self) -> Any:
+        """The size to remove."""
         return SIZES[self.args.size]
 
     @cached_property
-    def walked(self) -> tuple[PruningPlan, Any]:
-        """Plan and smaller model of adaptive widths."""
-        config = self.config(METHODS[WALKED], self.size)
+    def sequential(self) -> tuple[PruningPlan, Any]:
+        """Plan and smaller model with adaptive widths."""
+        config = self.config(METHODS[PRUNED], self.size)
         plan, reconstruct = self.adaptive(config).sequential(config)
         return plan, apply_plan(self.model, plan, reconstruct=reconstruct)
 
     def scored(self, model: Any, dense: Mapping[str, Any]) -> dict[str, Any]:
+        """Score a model on the documents of the base model's row."""
         return {"nll": rounded(self.losses(model, docs=[doc for doc, _, _ in dense["documents"]]))}
 
     def mixed(self, begin: int, end: int, *, alone: bool) -> Any:
-        """The pruned model with dense blocks but (or, not `alone`, only) from `begin` to before `end`."""
-        model, spec = copy.deepcopy(self.walked[1]), check_supported(self.model)
+        """Return the base model with pruned layers only in [begin, end), or without `alone` only outside of this range."""
+        model, spec = copy.deepcopy(self.sequential[1]), check_supported(self.model)
         layers = model.get_submodule(spec.layers)
         for index, dense in enumerate(layers_of(self.model, spec)):
             if (begin <= index < end) is not alone:
                 layers[index] = dense
         return model
 
-    def repaired_otherwise(self, reconstruction: str) -> Any:
-        """The units that the walk kept, with another repair."""
+    def reconstruct_otherwise(self, reconstruction: str) -> Any:
+        """Return the model with the units that the sequential run kept, and another reconstruction."""
         config = PrunerConfig(mlp_ratio=self.size.share, reconstruction=reconstruction)  # type: ignore[arg-type]
-        plan = self.walked[0]
+        plan = self.sequential[0]
         if reconstruction == "none":
             return apply_plan(self.model, plan)
         stats = self.stats(Requirements.of(config).statistics)
@@ -67,7 +69,7 @@ class ResidualDomain(Domain):
 
 
 def results_text(rows: Mapping[tuple[str, str], dict[str, Any]], args: argparse.Namespace, machine: str) -> str:
-    """The section of RESULTS.md."""
+    """Return the section of RESULTS.md."""
     dense = rows["dense", ""]
 
     def loss(*place: str) -> str:
@@ -84,25 +86,25 @@ def results_text(rows: Mapping[tuple[str, str], dict[str, Any]], args: argparse.
         ]
         for place in groups
     ]
-    repairs = [[f"`{name}`", loss("repair", name)] for name in (*REPAIRS, "sequential")]
+    reconstructions = [[f"`{name}`", loss("repair", name)] for name in (*RECONSTRUCTIONS, "sequential")]
     choices = [[method.label, loss("choice", name)] for name, method in CHOICES.items()]
     commits = sorted({row["setting"]["commit"] for row in rows.values()})
-    return f"""## What the residual loss is made of
+    return f"""## Sources of the residual loss
 
-SmolLM2-135M-Instruct, {SIZES[args.size].label}, calibrated on {args.blocks} x {args.length} tokens of `{args.domain}` train; excess loss over
-the dense model in nats a token on {sum(tokens for _, tokens, _ in dense["documents"]):,} tokens of its validation text, 95 % bootstrap interval over
+SmolLM2-135M-Instruct, {SIZES[args.size].label} removed, calibrated on {args.num_samples} x {args.length} tokens of `{args.domain}` train; excess loss
+over the base model in nats per token on {sum(tokens for _, tokens, _ in dense["documents"]):,} tokens of its validation split, 95 % bootstrap interval over
 documents, paired.
 
-**Blocks** of the default with adaptive widths ({cell(whole)} in all): pruned alone, the others dense (sum: {alone:.3f}),
-and what the whole model gains where these blocks are dense again.
+**Layers** of the default with adaptive widths ({cell(whole)} in all). *Pruned alone*: excess with only these
+layers pruned (sum: {alone:.3f}). *Gained if restored*: decrease of the excess with only these layers as in the base model.
 
-{table(["blocks", "pruned alone", "gained where dense"], lines)}
+{table(["layers", "pruned alone", "gained if restored"], lines)}
 
-**Repair** of the very units that the walk kept:
+**Reconstruction** of the units that the sequential run kept:
 
-{table(["repair", "excess"], repairs)}
+{table(["reconstruction", "excess"], reconstructions)}
 
-**Choice** of as many units in every layer, each repaired by the walk:
+**Choice** of the same number of units in every layer, with `sequential` reconstruction:
 
 {table(["criterion", "excess"], choices)}
 
@@ -113,28 +115,33 @@ and what the whole model gains where these blocks are dense again.
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "")
     options.add_argument(
-        "--size", choices=[name for name, size in SIZES.items() if not size.attention], default="mlp50"
+        "--size",
+        choices=[name for name, size in SIZES.items() if not size.attention],
+        default="mlp50",
+        help="neurons to remove",
     )
-    options.add_argument("--groups", type=int, default=6, help="of blocks")
-    options.add_argument("--blocks", type=int, default=128, help="of calibration text")
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=12_000)
+    options.add_argument("--groups", type=int, default=6, help="groups of layers")
+    options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
+    options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--eval-tokens", type=int, default=12_000, help="at most this many test tokens per domain")
     args = options.parse_args(arguments)
     args.given = given(options, args)
     store = Rows(args, "residual", seed=args.seed)
     domain = ResidualDomain(cache(smollm2), args, args.domain, targets=("mlp",))
-    names = ("domain", "size", "groups", "blocks", "length", "eval_tokens", "seed")
-    common = {name: getattr(args, name) for name in names}
+    names = ("domain", "size", "groups", "length", "eval_tokens", "seed")
+    common = {"blocks": args.num_samples, **{name: getattr(args, name) for name in names}}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
 
     def get(kind: str, place: str, measure: Any) -> None:
-        rows[kind, place] = store.get({**common, "kind": kind, "place": place}, measure)
+        rows[kind, place] = store.get_or_measure({**common, "kind": kind, "place": place}, measure)
 
     get("dense", "", domain.measure_dense)
     dense = rows["dense", ""]
     if documents_of(domain.losses(domain.model, docs=[dense["documents"][0][0]])) != dense["documents"][:1]:
-        raise SystemExit("The dense row was measured on other documents than are there now; start over: --fresh.")
-    get("repair", "sequential", lambda: domain.scored(domain.walked[1], dense))
+        raise SystemExit(
+            "The row of the base model was measured on other documents than --data has now. Start over with --fresh."
+        )
+    get("repair", "sequential", lambda: domain.scored(domain.sequential[1], dense))
     count = len(layers_of(domain.model, check_supported(domain.model)))
     bounds = [round(count * index / args.groups) for index in range(args.groups + 1)]
     for begin, end in pairwise(bounds):
@@ -144,8 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{begin} to {end - 1}",
                 lambda b=begin, e=end, a=alone: domain.scored(domain.mixed(b, e, alone=a), dense),
             )
-    for reconstruction in REPAIRS:
-        get("repair", reconstruction, lambda r=reconstruction: domain.scored(domain.repaired_otherwise(r), dense))
+    for reconstruction in RECONSTRUCTIONS:
+        get("repair", reconstruction, lambda r=reconstruction: domain.scored(domain.reconstruct_otherwise(r), dense))
     for name, method in CHOICES.items():
         get("choice", name, lambda m=method: domain.scored(domain.prune(m, domain.size)[0], dense))
     write_section("residual", results_text(rows, args, store.setting["machine"]))

@@ -1,4 +1,4 @@
-"""How long a visitor of the Space waits: from the start of its process, and once it is warm."""
+"""Measure how long a visitor of the Space waits: after a start of its process, and when it is warm."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ PROMPT = "Redistribution and use in source and binary forms, with or without mod
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    options.add_argument("--folder", type=Path, default=Path(), help=f"where `demo` left {DEMO_FOLDER}")
-    options.add_argument("--starts", type=int, default=3)
+    options.add_argument("--folder", type=Path, default=Path(), help=f"folder in which `demo` wrote {DEMO_FOLDER}")
+    options.add_argument("--starts", type=int, default=3, help="starts of the process")
     options.add_argument("--asks", type=int, default=10, help="warm requests after the last start")
-    options.add_argument("--screenshot", type=Path, help="also take a picture of the page, with Debian's chromium")
+    options.add_argument(
+        "--screenshot", type=Path, help="also write a picture of the page, taken with Debian's chromium"
+    )
     args = options.parse_args()
     listening, cold, warm = [], [], []
     for start in range(args.starts):
@@ -48,8 +50,8 @@ def main() -> None:
         "space",
         f"""## The Space
 
-`spaces/app.py` on the demo's model (SmolLM2-135M-Instruct and what `hf-context-prune demo` made of it, float32), a prompt
-of {len(PROMPT.split())} words, asked over HTTP by gradio_client. Each start is a new process; the files are in the page
+`spaces/app.py` with SmolLM2-135M-Instruct and the model that `hf-context-prune demo` pruned from it (float32), a prompt of
+{len(PROMPT.split())} words, sent over HTTP by gradio_client. Each start is a new process; the files are in the page
 cache. Seconds, median and range of {args.starts} starts and {args.asks} warm requests.
 
 {table(["", "seconds", "goal"], rows)}
@@ -61,7 +63,7 @@ cache. Seconds, median and range of {args.starts} starts and {args.asks} warm re
 
 
 class Server:
-    """The Space in a process of its own, from its start to its end."""
+    """The Space in its own process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,7 +85,11 @@ class Server:
 
 
 def first_tokens(address: str, *, since: float | None = None) -> float:
-    """Seconds to the first token of both models, from a moment or from the request."""
+    """Return the seconds to the first token of both models, from `since` or from the request.
+
+    Raises:
+        SystemExit: A model wrote nothing.
+    """
     client = Client(address, verbose=False)
     asked = time.perf_counter() if since is None else since
     answered: float | None = None
@@ -97,14 +103,17 @@ def first_tokens(address: str, *, since: float | None = None) -> float:
 
 
 def spread(seconds: list[float]) -> str:
+    """Return median and range as text."""
     return f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
 
 
 def verdict(seconds: list[float], goal: float) -> str:
+    """Return the goal, and whether all values meet it."""
     return f"under {goal}: {'met' if max(seconds) < goal else 'missed'}"
 
 
 def picture(address: str, path: Path) -> None:
+    """Write a picture of the page after one comparison."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

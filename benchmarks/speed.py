@@ -1,4 +1,4 @@
-"""Does removing FLOPs remove time? (dense time / pruned time) over (dense FLOPs / pruned FLOPs), prefill of 4 x 512.
+"""Compare removed time with removed FLOPs: prefill of 4 x 512 tokens, base model against pruned models.
 
 python -m benchmarks.speed --data PATH/TO/data
 """
@@ -21,14 +21,14 @@ from hf_context_prune.pruning.surgery import apply_plan
 
 
 def plan_of(model: Any, widths: list[LayerWidths]) -> PruningPlan:
-    """Any units will do: only shapes matter here."""
+    """Return a plan with these widths. It keeps the first units, because only shapes matter here."""
     geometry = read_geometry(model.config, spec_of(model.config))
     layers = tuple(LayerPlan(tuple(range(w.neurons)), tuple(range(w.kv_groups))) for w in widths)
     return PruningPlan("llama", geometry.layers, layers)
 
 
 def flops(model: Any, ids: torch.Tensor) -> int:
-    """Of one forward pass with the head, as torch counts them (eager attention: every product is a matmul)."""
+    """Return the FLOPs of one forward pass with the head, as torch counts them (eager attention: all products are matmuls)."""
     model.set_attn_implementation("eager")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False)
@@ -37,6 +37,7 @@ def flops(model: Any, ids: torch.Tensor) -> int:
 
 
 def seconds(model: Any, ids: torch.Tensor) -> float:
+    """Return the seconds of one forward pass."""
     start = time.perf_counter()
     with torch.inference_mode():
         model(input_ids=ids, use_cache=True)
@@ -45,9 +46,9 @@ def seconds(model: Any, ids: torch.Tensor) -> float:
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--pairs", type=int, default=12)
-    options.add_argument("--batch", type=int, default=4)
-    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--pairs", type=int, default=12, help="timed pairs of base and pruned model")
+    options.add_argument("--batch", type=int, default=4, help="sequences per forward pass")
+    options.add_argument("--length", type=int, default=512, help="tokens per sequence")
     args = options.parse_args()
     args.given = given(options, args)
     rows = Rows(args, "speed", seed=args.seed)
@@ -74,7 +75,7 @@ def main() -> None:
                 pairs.append((times[id(model)], times[id(smaller)]))
             return {"pairs": pairs, "flops": [flops(model, ids), flops(smaller, ids)], "class": type(smaller).__name__}
 
-        row = rows.get({"case": name, "batch": args.batch, "length": args.length}, measure)
+        row = rows.get_or_measure({"case": name, "batch": args.batch, "length": args.length}, measure)
         gains = sorted(dense / pruned for dense, pruned in row["pairs"])
         work = row["flops"][0] / row["flops"][1]
         quarter = len(gains) // 4
@@ -93,10 +94,10 @@ def main() -> None:
         f"""## Speed for FLOPs
 
 SmolLM2-135M-Instruct, float32, prefill of {args.batch} x {args.length} tokens with the head; median and interquartile
-range of {args.pairs} interleaved pairs. FLOPs with the head as `torch.utils.flop_counter` counts them. The last column
-is the share of the removed work that turns up as time.
+range of {args.pairs} interleaved pairs. FLOPs with the head, as `torch.utils.flop_counter` counts them. The last
+column is the share of the removed work that is saved as time.
 
-{table(["widths", "dense time / pruned time", "IQR", "dense FLOPs / pruned FLOPs", "time gain / FLOP gain"], lines)}
+{table(["widths", "base time / pruned time", "IQR", "base FLOPs / pruned FLOPs", "time gain / FLOP gain"], lines)}
 
 `python -m benchmarks.speed --data DATA{args.given}` at `{commit}`, {rows.setting["machine"]}, seed {args.seed}.
 """,

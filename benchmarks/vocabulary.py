@@ -1,6 +1,6 @@
-"""Pruned vocabularies: size, tokens and bits a byte by number of tokens; their share of one budget; speed.
+"""Measure pruned vocabularies: size, text tokens and bits per byte by number of entries; share of one budget; speed.
 
-python -m benchmarks.vocabulary --data PATH/TO/data            # three domains; goes on where it stopped
+python -m benchmarks.vocabulary --data PATH/TO/data            # three domains; resumes
 python -m benchmarks.vocabulary --data PATH/TO/data --quick    # one domain, two sizes, little text
 """
 
@@ -40,25 +40,27 @@ WAYS = {
     "ours": ("`expected` + refit (default)", {"criterion": "expected"}, True),
 }
 REFIT = {"refit": [MORE_TEXT, MAX_STEPS]}
-"""In the keys of the rows with a refit."""
+"""Part of the keys of rows with a refit."""
 GOALS: dict[int, tuple[float, dict[str, float | None]]] = {
     16_384: (0.14, {"law": 0.01, "medicine": 0.01, "finance": 0.01}),
     8_192: (0.17, {"law": None, "medicine": None, "finance": 0.03}),
 }
-"""By tokens: the share of all parameters that must be gone, and the most that bits a byte may grow in each domain; None:
-half of what selection by frequency loses."""
+"""By number of entries: the least share of all parameters to remove, and the largest increase of bits per byte by domain;
+None: half of the increase with selection by frequency."""
 COMBINED_RATIO = 0.3
+UNITS = ("entries", "neurons", "KV groups", "parameters")
 SPEED_BYTES, SPEED_TOKENS = 10_000_000, 16_384
 
 
 class VocabularyDomain(Domain):
-    """A domain with what its tokens are worth, counted once a criterion."""
+    """A domain with the worth of its vocabulary entries, counted once per criterion."""
 
     @cached_property
     def _pruners(self) -> dict[str, VocabularyPruner]:
         return {}
 
     def trimmed(self, way: str, tokens: int) -> Any:
+        """Return the model with the vocabulary pruned to `tokens` entries."""
         _, options, refit = WAYS[way]
         criterion = options["criterion"]
         if criterion not in self._pruners:
@@ -68,14 +70,14 @@ class VocabularyDomain(Domain):
                 loaded.tokenizer,
                 self.train,
                 criterion=criterion,
-                num_samples=self.args.blocks,
+                num_samples=self.args.num_samples,
                 max_seq_length=self.args.length,
                 seed=self.args.seed,
             )
         return self._pruners[criterion].trim(VocabularySize(tokens), refit=refit)
 
     def scored(self, model: Any, tokenizer: Any, dense: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Losses by document, on those of the dense row."""
+        """Score a model on the documents of the base model's row."""
         losses = self.losses(model, tokenizer, [doc for doc, _, _ in dense["documents"]] if dense else None)
         return {
             "documents": documents_of(losses),
@@ -84,27 +86,28 @@ class VocabularyDomain(Domain):
         }
 
     def measure_vocabulary(self, way: str, tokens: int, dense: Mapping[str, Any]) -> dict[str, Any]:
+        """Prune the vocabulary alone, and score the model."""
         trimmed = self.trimmed(way, tokens)
         return {**self.scored(trimmed.model, trimmed.tokenizer, dense), **trimmed.plan.provenance["vocabulary"]}
 
     def measure_dense_refit(self, dense: Mapping[str, Any]) -> dict[str, Any]:
-        """What the refit alone gives: all tokens kept."""
+        """Score the base model after the refit alone, with all entries kept."""
         model = copy.deepcopy(self.model)
         tokenizer, args = self.load().tokenizer, self.args
         refit = refit_to_text(
-            model, tokenizer, self.train, num_samples=args.blocks, max_seq_length=args.length, seed=args.seed
+            model, tokenizer, self.train, num_samples=args.num_samples, max_seq_length=args.length, seed=args.seed
         )
         return {**self.scored(model, tokenizer, dense), "refit": refit}
 
     def measure_combined(self, tokens: int | str, dense: Mapping[str, Any]) -> dict[str, Any]:
-        """One budget for all parameters, with a number of tokens that is given or (``"auto"``) found."""
+        """Prune to one budget for all parameters, with a given number of entries, or with ``"auto"``."""
         loaded = self.load()
         how: dict[str, Any] = {"vocab_size": "auto"} if tokens == "auto" else {"vocab_size": tokens} if tokens else {}
         config = PrunerConfig(
             pruning_ratio=COMBINED_RATIO,
             allocation="adaptive",
             **OURS,  # type: ignore[arg-type]
-            num_calibration_samples=self.args.combined_blocks,
+            num_calibration_samples=self.args.combined_samples,
             max_seq_length=self.args.length,
             pruning_seed=self.args.seed,
             **how,
@@ -124,6 +127,7 @@ class VocabularyDomain(Domain):
         return {**self.scored(model, tokenizer, dense), "gone": gone, "considered": considered}
 
     def measure_speed(self, tokens: int) -> dict[str, Any]:
+        """Compare the speed of the base model and of the model with a pruned vocabulary."""
         trimmed = self.trimmed("expected", tokens)
         found = measure_speed({"base": self.model, "pruned": trimmed.model}, repeats=7)
         ratio = speed_ratio(found["base"], found["pruned"])
@@ -135,7 +139,7 @@ class VocabularyDomain(Domain):
 
 
 def measure_tool_speed(domains: Iterable[Domain]) -> dict[str, Any]:
-    """Seconds to count 10 MB and prune the vocabulary, and what the tokenizers then take for a megabyte."""
+    """Measure the seconds to count 10 MB and prune the vocabulary, and to encode text with either tokenizer."""
     domains = list(domains)
     loaded = domains[0].load()
     records, size = [], 0
@@ -150,7 +154,7 @@ def measure_tool_speed(domains: Iterable[Domain]) -> dict[str, Any]:
         loaded.model, loaded.tokenizer, source, vocab_size=SPEED_TOKENS, criterion="frequency", refit=False
     )
     seconds = time.perf_counter() - start
-    texts = [record.text for domain in domains for record in domain.held_out[0].documents]
+    texts = [record.text for domain in domains for record in domain.test_text[0].documents]
     pairs = []
     for turn in range(7):
         order = (loaded.tokenizer, trimmed.tokenizer)[:: 1 if turn % 2 == 0 else -1]
@@ -167,7 +171,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def relative(dense: Mapping[str, Any], row: Mapping[str, Any], seed: int) -> Estimate:
-    """Bits a byte over the dense model's, less 1, with a 95 % bootstrap interval over documents, paired."""
+    """Return the relative change of bits per byte, with a 95 % bootstrap interval over documents, paired."""
     before, after = np.asarray(dense["nll"]), np.asarray(row["nll"])
     picks = np.random.default_rng(seed).integers(0, len(before), (2000, len(before)))
     resampled = after[picks].sum(axis=1) / before[picks].sum(axis=1) - 1
@@ -183,7 +187,7 @@ Found = Mapping[tuple[Any, ...], dict[str, Any]]
 
 
 def loss_table(rows: Found, args: argparse.Namespace) -> str:
-    """Bits a byte against dense, and tokens a byte, by number of tokens and way of choosing."""
+    """Return the table of bits per byte and tokens per byte, by number of entries and way of choosing."""
     body = []
     for tokens in args.sizes:
         for way, (label, _, _) in WAYS.items():
@@ -199,12 +203,12 @@ def loss_table(rows: Found, args: argparse.Namespace) -> str:
             )
     refit = [format_change(relative(rows[d, "dense"], rows[d, "refit"], args.seed)) for d in args.domains]
     body.append(["all", "refit alone", "0.00%", *refit, *("1.000" for _ in args.domains)])
-    header = ["tokens", "chosen", "parameters gone", *(f"bits/byte, {d}" for d in args.domains)]
-    return table([*header, *(f"tokens/byte, {d}" for d in args.domains)], body)
+    header = ["entries", "chosen", "parameters removed", *(f"bits per byte, {d}" for d in args.domains)]
+    return table([*header, *(f"tokens per byte, {d}" for d in args.domains)], body)
 
 
 def verdicts(rows: Found, args: argparse.Namespace) -> str:
-    """Each goal with what was reached."""
+    """Return each goal with the measured value."""
     lines = []
     for tokens in (tokens for tokens in args.sizes if tokens in GOALS):
         share, limits = GOALS[tokens]
@@ -213,18 +217,18 @@ def verdicts(rows: Found, args: argparse.Namespace) -> str:
             loss, limit, what = relative(dense, ours, args.seed).value, limits[domain], ""
             if limit is None:
                 limit = relative(dense, rows[domain, "frequency", tokens], args.seed).value / 2
-                what = ", half of what frequency loses"
+                what = ", half of the loss by frequency"
             gone = 1 - ours["parameters"] / dense["parameters"]
             met = loss <= limit and gone >= share
             lines.append(
-                f"- {tokens:,} tokens, {domain}: {gone:.2%} gone (goal {share:.0%}), {loss:+.1%} bits a byte "
+                f"- {tokens:,} entries, {domain}: {gone:.2%} removed (goal {share:.0%}), {loss:+.1%} bits per byte "
                 f"(goal: at most {limit:.1%}{what}): {'met' if met else 'missed'}."
             )
     return "\n".join(lines)
 
 
 def combined_table(rows: Found, args: argparse.Namespace) -> str:
-    """One budget, split between tokens, neurons and KV groups in several ways."""
+    """Return the table of one budget, split between entries, neurons and KV groups in several ways."""
     body = []
     for domain in args.combined_domains:
         dense = rows[domain, "dense"]
@@ -239,13 +243,11 @@ def combined_table(rows: Found, args: argparse.Namespace) -> str:
                     f"{1 - row['parameters'] / dense['parameters']:.2%}",
                 ]
             )
-    return table(
-        ["domain", "tokens kept", "bits/byte", "tokens gone", "neurons gone", "KV groups gone", "parameters gone"], body
-    )
+    return table(["domain", "entries kept", "bits per byte", *(f"{unit} removed" for unit in UNITS)], body)
 
 
 def speed_table(rows: Found, args: argparse.Namespace) -> str:
-    """Prefill and decode: tokens a second, and what is left of it as text."""
+    """Return the table of prefill and decode: tokens per second, and bytes of text per second."""
     body = []
     for tokens in args.sizes:
         row = rows["speed", tokens]
@@ -256,12 +258,12 @@ def speed_table(rows: Found, args: argparse.Namespace) -> str:
         rates = [f"{row['rates']['base'][i]:,.0f} -> {row['rates']['pruned'][i]:,.0f}" for i in range(2)]
         factors = [f"{row[what][0]:.2f} ({row[what][1]:.2f} to {row[what][2]:.2f})" for what in ("prefill", "decode")]
         body.append([f"{tokens:,}", rates[0], factors[0], texts[0], rates[1], factors[1], texts[1]])
-    header = ["tokens", "prefill, tokens/s", "ratio", "bytes/s, ratio"]
+    header = ["entries", "prefill, tokens/s", "ratio", "bytes/s, ratio"]
     return table([*header, "decode, tokens/s", "ratio", "bytes/s, ratio"], body)
 
 
 def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
-    """The section of RESULTS.md."""
+    """Return the section of RESULTS.md."""
     dense = {domain: rows[domain, "dense"] for domain in args.domains}
     text = "; ".join(
         f"{d}: {sum(n for _, n, _ in row['documents']):,} tokens of {len(row['documents'])} documents"
@@ -275,18 +277,18 @@ def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
     if args.combined_domains:
         combined = f"""### One budget: {COMBINED_RATIO:.0%} of all parameters
 
-Adaptive widths and `obs` + `sequential` on {args.combined_blocks} x {args.length} tokens, the refit of rows on up to {MORE_TEXT} times as many
-(none where all tokens stay).
+Adaptive widths and `obs` + `sequential` on {args.combined_samples} x {args.length} tokens, the refit on up to {MORE_TEXT} times as many
+(no refit if all entries are kept).
 
 {combined_table(rows, args)}
 
 """
     return f"""## Vocabulary
 
-SmolLM2-135M-Instruct (float32, dequantised), tokens chosen on the train text of each domain, tested on held-out validation
-text ({text}). Bits a byte against the dense model on the same documents, with 95 % bootstrap intervals over documents; no
-training. The refit reads up to {MORE_TEXT} times {args.blocks} x {args.length} tokens of the train text, fewer where many tokens are left.
-*Refit alone*: the dense model with its rows refitted, to tell what is repair and what is
+SmolLM2-135M-Instruct (float32, dequantised), entries chosen on the train text of each domain, tested on the validation
+split ({text}). Change of bits per byte against the base model on the same documents, with 95 % bootstrap intervals over
+documents; no training. *Tokens per byte*: ratio to the base model. The refit reads up to {MORE_TEXT} times {args.num_samples} x {args.length} tokens of the train
+text, fewer if many entries are left. *Refit alone*: the base model with its rows refitted, to separate reconstruction from
 adaptation to the domain.
 
 {loss_table(rows, args)}
@@ -295,13 +297,13 @@ adaptation to the domain.
 
 {combined}### Speed
 
-A prompt of 512 tokens and 32 decoded tokens, 7 interleaved rounds; ratios to the dense model (median, quartiles). Bytes a
-second: the ratio over how many more tokens the text of the three domains has.
+A prompt of 512 tokens and 32 decoded tokens, 7 interleaved rounds; ratios to the base model (median, quartiles). *Bytes/s*:
+the ratio of tokens per second divided by the ratio of tokens per byte, lowest to highest of the domains.
 
 {speed_table(rows, args)}
 
 Counting {tool["bytes"] / 1e6:.1f} MB of text and pruning the vocabulary to {SPEED_TOKENS:,} tokens by frequency, without a refit, took
-{tool["seconds"]:.1f} s (goal: 60). The pruned tokenizer encodes {speed:.1f} MB/s, {ratio:.2f} times what the full one does
+{tool["seconds"]:.1f} s (goal: 60). The pruned tokenizer encodes {speed:.1f} MB/s, {ratio:.2f} times as fast as the full one
 (median of {len(tool["pairs"])} interleaved pairs).
 
 `python -m benchmarks.vocabulary --data DATA{args.given}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
@@ -312,16 +314,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser(__doc__ or "", several=True)
     options.add_argument("--quick", action="store_true", help="one domain, two sizes, little text")
-    options.add_argument("--sizes", nargs="+", type=int, default=[32_768, 16_384, 8_192, 4_096])
-    options.add_argument("--combined", nargs="+", type=int, default=[0, 16_384, 8_192], help="0: all")
-    options.add_argument("--combined-domains", nargs="*", default=["medicine"], help="none: leave that part out")
-    options.add_argument("--combined-blocks", type=int, default=48)
-    options.add_argument("--blocks", type=int, default=128)
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--eval-tokens", type=int, default=24_000)
+    options.add_argument("--sizes", nargs="+", type=int, default=[32_768, 16_384, 8_192, 4_096], help="entries to keep")
+    options.add_argument(
+        "--combined", nargs="+", type=int, default=[0, 16_384, 8_192], help="entries in one budget; 0: all"
+    )
+    options.add_argument(
+        "--combined-domains", nargs="*", default=["medicine"], help="domains of one budget; may be empty"
+    )
+    options.add_argument("--combined-samples", type=int, default=48, help="calibration samples of one budget")
+    options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
+    options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--eval-tokens", type=int, default=24_000, help="at most this many test tokens per domain")
     if "--quick" in arguments:
         small: dict[str, Any] = {"domains": ["medicine"], "sizes": [16_384, 8_192], "combined": [0, 16_384]}
-        options.set_defaults(**small, combined_blocks=24, blocks=48, eval_tokens=8_000)
+        options.set_defaults(**small, combined_samples=24, num_samples=48, eval_tokens=8_000)
     args = options.parse_args(arguments)
     args.given = given(options, args)
     store, load = Rows(args, "vocabulary", seed=args.seed), cache(smollm2)
@@ -329,8 +335,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def get(place: tuple[Any, ...], measure: Callable[[], dict[str, Any]], **more: Any) -> None:
-        setting = {name: getattr(args, name) for name in ("blocks", "length", "eval_tokens", "seed")}
-        rows[place] = store.get({"place": list(place), **setting, **more}, measure)
+        setting = {
+            "blocks": args.num_samples,
+            **{name: getattr(args, name) for name in ("length", "eval_tokens", "seed")},
+        }
+        rows[place] = store.get_or_measure({"place": list(place), **setting, **more}, measure)
 
     for name, domain in domains.items():
         get((name, "dense"), lambda d=domain: d.scored(d.model, None))
@@ -349,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         get(
             (name, "combined", tokens),
             lambda d=domains[name], n=tokens, row=rows[name, "dense"]: d.measure_combined(n, row),
-            combined_blocks=args.combined_blocks,
+            combined_blocks=args.combined_samples,
             **(REFIT if tokens else {}),
         )
     section = "vocabulary_quick" if args.quick else "vocabulary"

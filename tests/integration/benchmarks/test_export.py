@@ -1,4 +1,4 @@
-"""The benchmark of the exports on tiny models: its table, and resuming."""
+"""The benchmark of exports on tiny models: table, and resuming."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def test_the_table_has_every_runtime_and_resumes(tmp_path, monkeypatch):
     dense = load_model(save(tmp_path / "dense"), device="cpu")
     monkeypatch.setattr(benchmark, "smollm2", lambda: dense)
     monkeypatch.setattr(benchmark, "EXPORTS", (("quanto", "int8"), ("gguf", "f16")))
-    monkeypatch.setattr(benchmark, "DENSE_EXPORTS", (("quanto", "int8"),))
+    monkeypatch.setattr(benchmark, "BASE_EXPORTS", (("quanto", "int8"),))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
     folders = ["--uniform", tmp_path / "dense", "--variable", save(tmp_path / "variable", variable=True)]
     sizes = ["--tokens", 200, "--new-tokens", 4, "--rounds", 1, "--domain", "law"]
     options = [str(word) for word in ("--data", tmp_path, "--work", tmp_path / "rows", *folders, *sizes)]
     benchmark.main(options)
     text = (tmp_path / "RESULTS.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith(("| dense", "| uniform", "| variable"))]
+    lines = [line for line in text.splitlines() if line.startswith(("| base", "| uniform", "| variable"))]
     assert [line.split("|")[1].strip() for line in lines] == [
-        *("dense: transformers", "dense: quanto int8"),
+        *("base: transformers", "base: quanto int8"),
         *("uniform: transformers", "uniform: quanto int8", "uniform: gguf f16"),
         *("variable: transformers", "variable: quanto int8", "variable: gguf f16"),
     ]

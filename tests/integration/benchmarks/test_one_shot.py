@@ -1,4 +1,4 @@
-"""The side-by-side benchmark on a tiny model: rows, resuming, the written section and plot, and the peers' sizes."""
+"""The benchmarks of pruned loss on a tiny model: rows, resuming, section, plot, and sizes that peers reach."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = TEXT.split()
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch, tokenizer):
-    """Options for a run on two tiny domains; RESULTS.md and the plot go to `tmp_path`."""
+    """Return `tmp_path`, which holds two tiny domains and gets RESULTS.md and plot, and the options of a run."""
     pytest.importorskip("matplotlib")
     generator = torch.Generator().manual_seed(0)
     for domain in ("law", "medicine"):
@@ -56,7 +56,9 @@ def rows_of(folder, name):
 
 def test_rows_section_plot_and_resume(bench, monkeypatch):
     folder, options = bench
-    arguments = with_options(options, "--domains law medicine --sizes mlp25 mlp50 --methods flap+bias ours --blocks 4")
+    arguments = with_options(
+        options, "--domains law medicine --sizes mlp25 mlp50 --methods flap+bias ours --num-samples 4"
+    )
     one_shot.main(arguments)
     rows = rows_of(folder, "one_shot")
     assert [(row["key"]["domain"], row["key"].get("size"), row["key"]["method"]) for row in rows] == [
@@ -77,8 +79,8 @@ def test_rows_section_plot_and_resume(bench, monkeypatch):
     assert text.count("<!-- begin one_shot -->") == 1
     for part in ("### 25 % of the MLP neurons", "### 50 %", "| `flap` + `bias` |", "| 1.00 [1.00, 1.00] |", "Goal of"):
         assert part in text
-    # The sizes are those of the plain command; what differs from it is named, paths are not.
-    named = "--domains law medicine --blocks 4 --length 32 --eval-tokens 900 --methods flap+bias ours"
+    # The command names options that differ from the defaults; the sizes do not differ, and paths are left out.
+    named = "--domains law medicine --num-samples 4 --length 32 --eval-tokens 900 --methods flap+bias ours"
     command = text.split("benchmarks.one_shot --data DATA", 1)[1].split("`")[0]
     assert sorted(command.split()) == sorted(named.split())
     assert (folder / "one_shot.png").read_bytes().startswith(b"\x89PNG")
@@ -92,12 +94,12 @@ def test_rows_section_plot_and_resume(bench, monkeypatch):
 
 def test_other_documents_than_the_dense_row_has_are_refused(bench):
     folder, options = bench
-    arguments = with_options(options, "--domains law --sizes mlp25 --blocks 4 --methods")
+    arguments = with_options(options, "--domains law --sizes mlp25 --num-samples 4 --methods")
     one_shot.main([*arguments, "random"])
-    held_out = folder / "law" / "corpus.validation.jsonl.gz"
-    with gzip.open(held_out, "rt") as file:
+    test_text = folder / "law" / "corpus.validation.jsonl.gz"
+    with gzip.open(test_text, "rt") as file:
         fewer = file.read().splitlines()[:3]
-    with gzip.open(held_out, "wt") as file:
+    with gzip.open(test_text, "wt") as file:
         file.write("\n".join(fewer))
     with pytest.raises(SystemExit, match="other documents"):
         one_shot.main([*arguments, "random", "magnitude"])
@@ -106,19 +108,19 @@ def test_other_documents_than_the_dense_row_has_are_refused(bench):
 def test_adaptive_rows_compare_with_uniform_ones(bench):
     folder, options = bench
     one_shot.main(
-        with_options(options, "--domains law --sizes all20 --blocks 12 --methods ours ours-adaptive ours-high")
+        with_options(options, "--domains law --sizes all20 --num-samples 12 --methods ours ours-adaptive ours-high")
     )
     _, refit, *rows = rows_of(folder, "one_shot")
     uniform, adaptive, high = (row["parameters"] for row in rows)
     step = 3 * 48 * 16 + 48 * 8 * 4  # no more than one KV group beyond the same total
     assert uniform - step <= adaptive <= uniform
     assert high == adaptive
-    assert rows[2]["refit"]["before"] != refit["refit"]["before"]  # the pruned model's rows, the dense one's
+    assert rows[2]["refit"]["before"] != refit["refit"]["before"]  # rows of the pruned model, and of the base model
     assert rows[2]["predicted"] == rows[1]["predicted"]
     assert (rows[2]["nll"] == rows[1]["nll"]) == (rows[2]["refit"]["share"] == 0)
     text = (folder / "RESULTS.md").read_text()
     assert "adaptive minus uniform" in text
-    assert "on the dense model, nothing removed" in text
+    assert "on the base model, with nothing removed" in text
     assert "<!-- begin one_shot_all -->" in text
     assert "--sizes all20" in text
 
@@ -131,7 +133,7 @@ def test_sizes_of_one_kind_a_run(bench, capsys):
 
 def test_cost(bench):
     folder, options = bench
-    sizes = "--blocks 2 4 --timed 4 --search-blocks 4"
+    sizes = "--num-samples 2 4 --timed 4 --search-samples 4"
     arguments = with_options(options, f"--domain law {sizes} --methods obs+least_squares ours flap+bias")
     cost.main(arguments)
     rows = rows_of(folder, "cost")
@@ -147,7 +149,7 @@ def test_cost(bench):
     assert pruned[-1]["search_seconds"] > 0
     text = (folder / "RESULTS.md").read_text()
     assert "| 64 |" in text
-    assert "dense forward passes (goal: 3)" in text
+    assert "forward passes of the base model (goal: 3)" in text
     assert (folder / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -194,7 +196,7 @@ def test_peers_hit_the_size_and_still_run(package, name, size):
     pytest.importorskip(package)
     from benchmarks.peers import TOLERANCE, check_peer
 
-    # Wide enough for a neuron to be under 1 % of what goes, and with several query heads a group.
+    # A neuron is under 1 % of the parameters to remove, and a KV group has several query heads.
     model = tiny_model("llama", hidden_size=96, intermediate_size=512, num_attention_heads=12, num_hidden_layers=2)
     model.requires_grad_(True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -212,7 +214,7 @@ def test_peers_hit_the_size_and_still_run(package, name, size):
 
 def test_another_model_has_rows_and_a_section_of_its_own(bench):
     folder, options = bench
-    small = "--domains law --sizes mlp25 --methods flap+bias obs+least_squares --blocks 8"
+    small = "--domains law --sizes mlp25 --methods flap+bias obs+least_squares --num-samples 8"
     one_shot.main(with_options(options, small))
     one_shot.main(with_options(options, f"{small} --model gemma3-270m"))
     rows = rows_of(folder, "one_shot")
@@ -223,10 +225,10 @@ def test_another_model_has_rows_and_a_section_of_its_own(bench):
     assert (folder / "one_shot_gemma3-270m.png").is_file()
 
 
-def test_what_the_residual_loss_is_made_of(bench, monkeypatch):
+def test_sources_of_the_residual_loss(bench, monkeypatch):
     folder, options = bench
     monkeypatch.setattr(residual, "smollm2", cost.smollm2)
-    arguments = with_options(options, "--domain law --blocks 20 --groups 2")
+    arguments = with_options(options, "--domain law --num-samples 20 --groups 2")
     residual.main(arguments)
     rows = {(row["key"]["kind"], row["key"]["place"]): sum(row["nll"]) for row in rows_of(folder, "residual")}
     assert set(rows) == {
@@ -234,7 +236,7 @@ def test_what_the_residual_loss_is_made_of(bench, monkeypatch):
         *(("repair", name) for name in ("none", "least_squares", "sequential")),
         *(("choice", name) for name in ("random", "l1", "wanda", "obs")),
     }
-    assert rows["alone", "0 to 1"] == rows["but", "2 to 2"]  # two groups: one pruned is the other dense
+    assert rows["alone", "0 to 1"] == rows["but", "2 to 2"]  # of two groups, only the first is pruned either way
     assert rows["alone", "2 to 2"] == rows["but", "0 to 1"]
     assert len(set(rows.values())) == 10
     section = (folder / "RESULTS.md").read_text()

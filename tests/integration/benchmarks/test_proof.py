@@ -1,4 +1,4 @@
-"""The proof's benchmark on a tiny model: matrix, grid, time, and going on."""
+"""The benchmark of the proof on a tiny model: cross-domain matrix, grid, time, and resuming."""
 
 import json
 import random
@@ -35,12 +35,12 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "smollm2", lambda: loaded)
     monkeypatch.setattr(proof, "GRID", (0.3,))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
-    sizes = "--domains law general --shares 0.1 --grids law --blocks 8 --grid-blocks 4 --length 32 --steps 2"
+    sizes = "--domains law general --shares 0.1 --grids law --num-samples 8 --grid-samples 4 --length 32 --steps 2"
     more = "--question-shares 0.1 --mix-domain law --mixes 0.5 --questions 6 --grid-questions 4 --timed-bytes 500"
     return f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes} {more} --eval-tokens 900".split()
 
 
-def test_sections_and_going_on(options, tmp_path, monkeypatch):
+def test_sections_and_resume(options, tmp_path, monkeypatch):
     proof.main(options)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## The proof: the domain matrix at 10% of all parameters" in text

@@ -1,4 +1,4 @@
-"""The benchmarks of publishing on a tiny model: cards that are resumed, and the section of RESULTS.md."""
+"""The benchmarks of publishing on a tiny model: cards, resuming, and the section of RESULTS.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_cards_of_the_domains(tmp_path, monkeypatch):
     loaded = LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
     monkeypatch.setattr(model_cards, "smollm2", lambda: loaded)
     options = f"--data {tmp_path} --work {tmp_path / 'work'} --output {tmp_path / 'cards'} --domains law medicine"
-    options += " --vocab-size 320 --allocation uniform --reconstruction least_squares --blocks 16 --length 32"
+    options += " --vocab-size 320 --allocation uniform --reconstruction least_squares --num-samples 16 --length 32"
     options += " --eval-tokens 900 --questions 4 --no-memory --no-speed"
     model_cards.main(options.split())
     for domain in ("law", "medicine"):

@@ -22,7 +22,8 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr(recovery, "smollm2", lambda: loaded)
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
     sizes = "--domains law --shares 0.3 --vocabularies 320 --minutes 0.05 --short-minutes 0.02 --steps 12"
-    return f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes} --blocks 16 --length 32 --eval-tokens 900".split()
+    sizes += " --num-samples 16"
+    return f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes} --length 32 --eval-tokens 900".split()
 
 
 def test_rows_tables_and_resume(options, tmp_path, monkeypatch):
@@ -41,7 +42,13 @@ def test_rows_tables_and_resume(options, tmp_path, monkeypatch):
     assert gradual["history"]["tokens"] == then["history"]["tokens"] == 12 * 4 * 32
     assert 0 < gradual["history"]["listening"] < gradual["history"]["seconds"]
     text = (tmp_path / "RESULTS.md").read_text()
-    for part in (": law\n", "- 30% gone: ", ": ablations (law, ", "Listening took", "pruned and recovered (default)"):
+    for part in (
+        ": law\n",
+        "- 30% removed: ",
+        ": ablations (law, ",
+        "Listening took",
+        "pruned and recovered (default)",
+    ):
         assert part in text
 
     monkeypatch.setattr(recovery.RecoveryDomain, "scored", lambda *_: pytest.fail("measured again"))
@@ -55,6 +62,6 @@ def test_sizes_have_rows_and_a_section_of_their_own(options, tmp_path):
     assert rows == [["law", "dense", 0], ["law", "one-shot", 0.3], ["law", "ours", 0.3], ["law", "dense-tuned", 0]]
     assert not (tmp_path / "rows/recovery.jsonl").exists()
     text = (tmp_path / "RESULTS.md").read_text()
-    for part in ("<!-- begin recovery_sizes-law -->", ": law, by size\n", "- 30% gone: ", " --sizes"):
+    for part in ("<!-- begin recovery_sizes-law -->", ": law, by size\n", "- 30% removed: ", " --sizes"):
         assert part in text
     assert "ablations" not in text

@@ -24,7 +24,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "SPEED_TOKENS", 320)
     monkeypatch.setattr(vocabulary, "GOALS", {320: (0.01, {"law": None, "medicine": -1.0})})
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
-    sizes = "--domains law medicine --sizes 320 256 --combined 0 320 --blocks 16 --combined-blocks 8 --length 32"
+    sizes = "--domains law medicine --sizes 320 256 --combined 0 320 --num-samples 16 --combined-samples 8 --length 32"
     return f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes} --eval-tokens 900".split()
 
 
@@ -47,7 +47,7 @@ def test_rows_verdicts_and_resume(options, tmp_path, monkeypatch):
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.count("<!-- begin vocabulary -->") == 1
     limit = vocabulary.relative(dense, rows["law", "frequency", 320], 0).value / 2
-    assert f"(goal: at most {limit:.1%}, half of what frequency loses)" in text
+    assert f"(goal: at most {limit:.1%}, half of the loss by frequency)" in text
     assert "(goal: at most -100.0%): missed." in text
     assert "found (`--vocab-size auto`)" in text
 
