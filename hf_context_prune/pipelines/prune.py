@@ -20,6 +20,7 @@ from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
 from hf_context_prune.evaluation.speed import measure_speed
+from hf_context_prune.evaluation.validation import ValidationText
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan
@@ -38,7 +39,7 @@ from hf_context_prune.storage.staging import check_target
 from hf_context_prune.utils.distributed import fail_together, on_main_process, warn_if_alone
 
 from .result import PruneResult
-from .validation_text import ValidationText, withhold_vocabulary_probe
+from .validation_text import describe_size_search, withhold_size_text, withhold_vocabulary_probe
 
 AnyConfig = PrunerConfig | ThresholdConfig
 
@@ -204,7 +205,7 @@ class _Texts:
             split = split.without(mixed_in)
         text, validation = split.calibration, None
         if isinstance(config, PrunerConfig) and config.max_loss_increase is not None:
-            text, validation = ValidationText.withheld_from(text, tokenizer, config, general=mixed_in)
+            text, validation = withhold_size_text(text, tokenizer, config, general=mixed_in)
         return cls(split, CalibrationSet(text, config, mixed_in), validation, general)
 
     def measure(
@@ -256,7 +257,7 @@ def _measure(
     if options.benchmark:  # in one process: several would slow each other down
         speed = on_main_process(lambda: measure_speed({"base": base.model, "pruned": pruned.model}))
     total, test = base.model.num_parameters(), texts.split.test
-    search = None if texts.validation is None else texts.validation.describe_search(pruned.plan)
+    search = None if texts.validation is None else describe_size_search(texts.validation, pruned.plan)
     asked = ParameterBudget.of(config, total).asked_ratio if isinstance(config, PrunerConfig) else None
     return EvalReport(
         base_model=base.name,

@@ -134,7 +134,9 @@ class Sweep:
                     "zeroed_not_removed": row.zeroed,
                     "nonzero_of_paper": 1 - row.zeros,
                     **{
-                        name: None if scores is None else summarize_scores(scores, self.held_out, self.base, seed=self.seed)
+                        name: None
+                        if scores is None
+                        else summarize_scores(scores, self.held_out, self.base, seed=self.seed)
                         for name, scores in (("pruned", row.pruned), ("tuned", row.tuned))
                     },
                 }

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig
-from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
-from hf_context_prune.evaluation.losses import mean_bits_per_byte
-from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
+from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import SizeSearch
+from hf_context_prune.evaluation.validation import ValidationText
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.token_budget import VocabularyProbe
 from hf_context_prune.utils.distributed import on_main_process
@@ -24,79 +21,58 @@ _PROBE_TOKENS = 8_000
 """Upper limit of the tokens that vocabularies are compared on, in whole documents."""
 
 
-@dataclass(frozen=True)
-class ValidationText:
-    """Documents of the domain that are neither calibrated on nor reported: the size is searched on them.
+def withhold_size_text(
+    text: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CalibrationConfig,
+    general: TextSource | None = None,
+) -> tuple[TextSource, ValidationText]:
+    """Withhold a tenth of the documents of the calibration text, to search the size of `max_loss_increase` on.
 
-    Attributes:
-        text: The documents.
-        docs: Names of the documents that are scored.
-        max_seq_length: Tokens per window.
-        num_dropped: Documents that were dropped because the calibration text has them too.
+    Args:
+        text: Text of the domain.
+        tokenizer: The tokenizer of the base model.
+        config: Seed and window length.
+        general: General text that is calibrated on too.
+
+    Returns:
+        (the rest to calibrate on, the validation text without documents that the rest or `general` repeats).
+
+    Raises:
+        DataError: There is a single document, or what is calibrated on repeats all of them.
     """
-
-    text: TextSource
-    docs: tuple[str, ...]
-    max_seq_length: int
-    num_dropped: int
-
-    @classmethod
-    def withheld_from(
-        cls,
-        text: TextSource,
-        tokenizer: PreTrainedTokenizerBase,
-        config: CalibrationConfig,
-        general: TextSource | None = None,
-    ) -> tuple[TextSource, ValidationText]:
-        """Withhold a tenth of the documents of the calibration text.
-
-        Args:
-            text: Text of the domain.
-            tokenizer: The tokenizer of the base model.
-            config: Seed and window length.
-            general: General text that is calibrated on too.
-
-        Returns:
-            (the rest to calibrate on, the validation text without documents that the rest or `general` repeats).
-
-        Raises:
-            DataError: There is a single document, or what is calibrated on repeats all of them.
-        """
-        try:
-            rest, given = hold_out_documents(text, seed=config.pruning_seed)
-        except DataError as error:
-            raise DataError(
-                f"max_loss_increase searches on documents withheld from the calibration text, and {text.name} has one "
-                f"left to calibrate on. Give more documents, or use pruning_ratio."
-            ) from error
-        own, _ = drop_overlapping(given, rest)
-        if general is not None:
-            own, _ = drop_overlapping(own, general)
-        if not len(own):
-            beside = "" if general is None else f" or the general text {general.name}"
-            raise DataError(
-                f"max_loss_increase searches on documents withheld from the calibration text {text.name}, but the "
-                f"rest{beside} repeats all {len(given):,} of them. Give text with fewer repetitions, or use "
-                f"pruning_ratio."
-            )
-        docs = choose_documents(own, tokenizer, max_tokens=_VALIDATION_TOKENS)
-        return rest, cls(own, tuple(docs), config.max_seq_length, len(given) - len(own))
-
-    def bits_per_byte(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-        """Return the loss of a model on these documents; comparable between tokenizers."""
-        losses = document_losses(model, tokenizer, self.text, max_seq_length=self.max_seq_length, docs=self.docs)
-        return mean_bits_per_byte(losses)
-
-    def describe_search(self, plan: PruningPlan) -> SizeSearch:
-        """Return what the size search found, from the plan's provenance."""
-        facts = plan.provenance["loss_budget"]
-        dropped = f" ({self.num_dropped:,} repeat calibration text and were dropped)" if self.num_dropped else ""
-        text = (
-            f"The size was searched on at most {_VALIDATION_TOKENS:,} tokens of {len(self.text):,} documents of "
-            f"{self.text.name}{dropped}, withheld from calibration and from the test text: "
-            f"{facts['increase']:+.2%} bits per byte there, {facts['max_loss_increase']:+.2%} allowed."
+    try:
+        rest, given = hold_out_documents(text, seed=config.pruning_seed)
+    except DataError as error:
+        raise DataError(
+            f"max_loss_increase searches on documents withheld from the calibration text, and {text.name} has one "
+            f"left to calibrate on. Give more documents, or use pruning_ratio."
+        ) from error
+    others = [rest] if general is None else [rest, general]
+    validation = ValidationText.apart_from(
+        given, *others, tokenizer=tokenizer, max_tokens=_VALIDATION_TOKENS, max_seq_length=config.max_seq_length
+    )
+    if not len(validation.text):
+        beside = "" if general is None else f" or the general text {general.name}"
+        raise DataError(
+            f"max_loss_increase searches on documents withheld from the calibration text {text.name}, but the "
+            f"rest{beside} repeats all {len(given):,} of them. Give text with fewer repetitions, or use "
+            f"pruning_ratio."
         )
-        return SizeSearch(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))
+    return rest, validation
+
+
+def describe_size_search(validation: ValidationText, plan: PruningPlan) -> SizeSearch:
+    """Return what the size search found, from the plan's provenance."""
+    facts = plan.provenance["loss_budget"]
+    count = validation.num_dropped
+    dropped = f" ({count:,} repeat calibration text and were dropped)" if count else ""
+    text = (
+        f"The size was searched on at most {_VALIDATION_TOKENS:,} tokens of {len(validation.text):,} documents of "
+        f"{validation.text.name}{dropped}, withheld from calibration and from the test text: "
+        f"{facts['increase']:+.2%} bits per byte there, {facts['max_loss_increase']:+.2%} allowed."
+    )
+    return SizeSearch(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))
 
 
 def withhold_vocabulary_probe(

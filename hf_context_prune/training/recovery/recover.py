@@ -6,7 +6,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,13 +15,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.evaluation.losses import mean_bits_per_byte
-from hf_context_prune.evaluation.perplexity import choose_documents, document_losses
+from hf_context_prune.evaluation.validation import ValidationText
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.specs import ArchSpec
@@ -50,48 +48,30 @@ class RecoveryResult:
     history: History
 
 
-@dataclass(frozen=True)
-class ValidationText:
-    """Documents that are left out of training, to choose weights and the end by.
+def hold_out_validation(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, config: RecoveryConfig
+) -> tuple[TextSource, ValidationText]:
+    """Split documents into training text and the validation text that chooses weights and the end.
 
-    Attributes:
-        text: The documents.
-        docs: Ids of the documents that are measured, at most `_VALIDATION_TOKENS` tokens.
-        tokenizer: The model's.
-        max_seq_length: Tokens that the model reads at once.
+    Raises:
+        DataError: There are too few documents, or the training text repeats all validation documents.
     """
+    rest, given = hold_out_documents(source, seed=config.recovery_seed)
+    validation = ValidationText.apart_from(
+        given, rest, tokenizer=tokenizer, max_tokens=_VALIDATION_TOKENS, max_seq_length=config.max_seq_length
+    )
+    if not len(validation.text):
+        raise DataError(
+            f"Recovery chooses weights by validation documents held out of {source.name}, but the other documents "
+            f"repeat all {len(given):,} of them. Give text that repeats itself less."
+        )
+    return rest, validation
 
-    text: TextSource
-    docs: list[str]
-    tokenizer: PreTrainedTokenizerBase
-    max_seq_length: int
 
-    @classmethod
-    def hold_out(
-        cls, source: TextSource, tokenizer: PreTrainedTokenizerBase, config: RecoveryConfig
-    ) -> tuple[TextSource, ValidationText]:
-        """Split documents into training and validation text.
-
-        Raises:
-            DataError: There are too few documents, or the training text repeats all validation documents.
-        """
-        rest, given = hold_out_documents(source, seed=config.recovery_seed)
-        text, _ = drop_overlapping(given, rest)
-        if not len(text):
-            raise DataError(
-                f"Recovery chooses weights by validation documents held out of {source.name}, but the other documents "
-                f"repeat all {len(given):,} of them. Give text that repeats itself less."
-            )
-        docs = choose_documents(text, tokenizer, max_tokens=_VALIDATION_TOKENS)
-        return rest, cls(text, docs, tokenizer, config.max_seq_length)
-
-    def measure(self, model: PreTrainedModel) -> float:
-        """Return the loss of a model on the documents, in bits per byte."""
-        with bfloat16_layers(model), hide_progress_bars("hf_context_prune.evaluation"):
-            losses = document_losses(
-                model, self.tokenizer, self.text, max_seq_length=self.max_seq_length, docs=self.docs
-            )
-        return mean_bits_per_byte(losses)
+def measure_validation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation: ValidationText) -> float:
+    """Return the loss of a model on validation text in bits per byte, in bfloat16 where that is faster."""
+    with bfloat16_layers(model), hide_progress_bars("hf_context_prune.evaluation"):
+        return validation.bits_per_byte(model, tokenizer)
 
 
 @contextmanager
@@ -139,7 +119,7 @@ def recover(
     check_single_device(model)
     check_weights_finite(model)
     source = load_documents(data, text_column=text_column, tokenizer=tokenizer, seed=config.recovery_seed)
-    text, validation = ValidationText.hold_out(source, tokenizer, config)
+    text, validation = hold_out_validation(source, tokenizer, config)
     samples = _tokenize_training_text(text, tokenizer, config)
 
     student = copy_without_hooks(model)
@@ -148,18 +128,21 @@ def recover(
     cast_parameters(student.train(), torch.float32)  # half precision loses small updates
     adapters = _add_adapters(student, config, spec, frozen) if config.method == "lora" else None
 
+    def measure(candidate: PreTrainedModel) -> float:
+        return measure_validation(candidate, tokenizer, validation)
+
     rounds = set(dtypes.values()) != {torch.float32}
     begin = time.monotonic()
-    given = validation.measure(copy_without_hooks(model).eval()) if rounds else math.inf  # in its own precision
+    given = measure(copy_without_hooks(model).eval()) if rounds else math.inf  # in its own precision
     reserve = time.monotonic() - begin
-    history = train(student, samples, config, measure=lambda: validation.measure(student), start=start, reserve=reserve)
+    history = train(student, samples, config, measure=lambda: measure(student), start=start, reserve=reserve)
 
     result = student if adapters is None else _merge_adapters(adapters)
     for name, parameter in result.named_parameters():
         parameter.requires_grad_(name not in frozen)
         parameter.data = parameter.data.to(dtypes[name])
     result.eval()
-    if rounds and history.best_step > 0 and not _is_below(given, validation, result):
+    if rounds and history.best_step > 0 and not _is_below(given, measure, result):
         # Rounding took what the training gave.
         history.best_step, result = 0, copy_without_hooks(model).eval()
     return RecoveryResult(result, history)
@@ -263,9 +246,9 @@ def _merge_adapters(adapters: PeftModel) -> PreTrainedModel:
     return merged
 
 
-def _is_below(loss: float, validation: ValidationText, model: PreTrainedModel) -> bool:
+def _is_below(loss: float, measure: Callable[[PreTrainedModel], float], model: PreTrainedModel) -> bool:
     """Return whether a model's loss is a number below `loss`."""
     try:
-        return validation.measure(model) < loss
+        return measure(model) < loss
     except NumericsError:
         return False

@@ -15,7 +15,7 @@ from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.errors import BudgetError, ConfigError, DataError
 from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.pipelines import prune as pipeline
-from hf_context_prune.pipelines.validation_text import ValidationText
+from hf_context_prune.pipelines.validation_text import withhold_size_text
 from hf_context_prune.pruning.allocation.loss_search import MAX_SEQUENTIAL_RUNS, TOLERANCE, SizeTrial, search_size
 from hf_context_prune.pruning.planner import plan_and_reconstruct
 from tests.support.runs import QUICK, trained_model
@@ -133,7 +133,7 @@ def test_the_smallest_model_within_the_limit(trained, tokenizer, options, monkey
         texts_scored.append(frozenset(document.text for document in source.documents))
         return scored(model, tokenizer, source, **kwargs)
 
-    for module in ("pipelines.prune", "pipelines.validation_text"):
+    for module in ("pipelines.prune", "evaluation.validation"):
         monkeypatch.setattr(f"hf_context_prune.{module}.document_losses", spy)
     result = run(trained, tokenizer, max_loss_increase=0.04, **options)
     budget, facts = result.report.budget, result.plan.provenance["loss_budget"]
@@ -167,7 +167,7 @@ def test_with_a_refit_of_rows_the_size_is_searched_for_the_model_that_comes_out(
     facts = result.plan.provenance["loss_budget"]
     assert facts["increase"] <= 0.04
     rest = TextSplit.of(texts(60), tokenizer=tokenizer).calibration
-    _, search_text = ValidationText.withheld_from(rest, tokenizer, PrunerConfig(max_seq_length=32))
+    _, search_text = withhold_size_text(rest, tokenizer, PrunerConfig(max_seq_length=32))
     dense, pruned = (search_text.bits_per_byte(m, tokenizer) for m in (trained, result.model))
     assert pruned / dense - 1 == pytest.approx(facts["increase"], abs=1e-6)
     plain = run(trained, tokenizer, max_loss_increase=0.04)
@@ -177,7 +177,7 @@ def test_with_a_refit_of_rows_the_size_is_searched_for_the_model_that_comes_out(
 def test_a_single_document_is_no_text_to_search_on(trained, tokenizer):
     config = PrunerConfig(max_loss_increase=0.04)
     with pytest.raises(DataError, match="max_loss_increase"):
-        ValidationText.withheld_from(load_documents(texts(1)), tokenizer, config)
+        withhold_size_text(load_documents(texts(1)), tokenizer, config)
 
 
 def test_more_loss_allows_a_smaller_model(trained, tokenizer):

@@ -17,7 +17,11 @@ from hf_context_prune.modeling.architectures import unit_costs
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
-from hf_context_prune.pipelines.validation_text import ValidationText, withhold_vocabulary_probe
+from hf_context_prune.pipelines.validation_text import (
+    describe_size_search,
+    withhold_size_text,
+    withhold_vocabulary_probe,
+)
 from hf_context_prune.pruning import prune_model as global_budget
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
@@ -103,7 +107,7 @@ def test_tokens_without_a_budget_leave_all_units():
 
 def test_tokens_and_a_loss_budget():
     config = PrunerConfig(vocab_size=320, max_loss_increase=0.3, reconstruction="none", criterion="wanda", **SMALL)
-    rest, search = ValidationText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
+    rest, search = withhold_size_text(documents(), shared_tokenizer("smollm2"), config)
     model, tokenizer, plan = pruned(config, text=rest, validation_loss=search.bits_per_byte)
     base = search.bits_per_byte(dense(), shared_tokenizer("smollm2"))
     increase = search.bits_per_byte(model, tokenizer) / base - 1
@@ -256,14 +260,14 @@ def test_where_all_tokens_stay_the_report_says_so():
 
 def test_tokens_that_cost_more_than_a_loss_budget_allows():
     config = PrunerConfig(vocab_size=128, max_loss_increase=1e-6, reconstruction="none", criterion="wanda", **SMALL)
-    rest, search = ValidationText.withheld_from(documents(WORDS), shared_tokenizer("smollm2"), config)
+    rest, search = withhold_size_text(documents(WORDS), shared_tokenizer("smollm2"), config)
     with pytest.raises(BudgetError, match=r"\b128 of 392\b"):
         pruned(config, text=rest, validation_loss=search.bits_per_byte)
 
 
 def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
     config = PrunerConfig(vocab_size=320, max_loss_increase=0.5, reconstruction="none", criterion="wanda", **SMALL)
-    rest, search = ValidationText.withheld_from(documents(), shared_tokenizer("smollm2"), config)
+    rest, search = withhold_size_text(documents(), shared_tokenizer("smollm2"), config)
 
     def nothing_holds(*_, **__):
         raise BudgetError("none held")
@@ -273,7 +277,7 @@ def test_a_loss_budget_that_the_tokens_alone_meet(monkeypatch):
     assert plan.widths == plan.dense
     assert num_rows(model) == 320
     assert plan.provenance["loss_budget"]["trials"] == []
-    assert search.describe_search(plan).measured == plan.provenance["loss_budget"]["increase"] <= 0.5
+    assert describe_size_search(search, plan).measured == plan.provenance["loss_budget"]["increase"] <= 0.5
 
 
 def test_text_of_one_document_can_not_weigh_vocabularies():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import types
 
 import numpy as np
@@ -20,13 +19,13 @@ from hf_context_prune.errors import (
     PruningWarning,
     UnsupportedArchitectureError,
 )
+from hf_context_prune.evaluation import validation
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.pruning.thresholds.prune import count_zeros
 from hf_context_prune.training.recovery import monitor, training
-from hf_context_prune.training.recovery import recover as run
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.monitor import RecoveryMonitor
-from hf_context_prune.training.recovery.recover import ValidationText, check_single_device, recover
+from hf_context_prune.training.recovery.recover import check_single_device, hold_out_validation, recover
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny import TEXT, case, tiny_model
 
@@ -278,14 +277,13 @@ def test_time_ends_it_and_measuring_counts(tokenizer, monkeypatch):
     assert 0 < history.steps < 60
     assert history.losses[-1][0] == history.steps  # the last weights were measured too
     assert len(history.losses) > 2
-    run_module = sys.modules["hf_context_prune.training.recovery.recover"]
-    losses = run_module.document_losses
+    losses = validation.document_losses
 
     def slow(*given, **how):
         now[0] += 7.0  # over a tenth of the time
         return losses(*given, **how)
 
-    monkeypatch.setattr(run_module, "document_losses", slow)
+    monkeypatch.setattr(validation, "document_losses", slow)
     history = recover(result.model, texts(), config, tokenizer=tokenizer).history
     assert [step for step, _ in history.losses] == [0, history.steps]
     assert history.steps > 0
@@ -402,7 +400,7 @@ def test_the_callers_random_numbers_are_left_alone(tokenizer):
 
 def validation_loss(model, tokenizer, config):
     """As recover measures, on its validation documents, but without bfloat16 products."""
-    _, held_out = ValidationText.hold_out(load_documents(texts(), tokenizer=tokenizer), tokenizer, config)
+    _, held_out = hold_out_validation(load_documents(texts(), tokenizer=tokenizer), tokenizer, config)
     losses = document_losses(model, tokenizer, held_out.text, max_seq_length=config.max_seq_length, docs=held_out.docs)
     return sum(loss.nll for loss in losses)
 
@@ -428,7 +426,7 @@ def test_rounding_that_leaves_no_numbers_gives_back_what_was_given(tokenizer, mo
     seen = []
     result = pruned(tokenizer)
     model = result.model.bfloat16()
-    monkeypatch.setattr(run, "document_losses", losses)
+    monkeypatch.setattr(validation, "document_losses", losses)
     outcome = recover(model, texts(), RecoveryConfig(max_steps=6, **SMALL), tokenizer=tokenizer)
     assert seen[0] == seen[-1] == torch.bfloat16
     assert outcome.history.best_step == 0
