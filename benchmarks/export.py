@@ -78,7 +78,7 @@ def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argpars
                 folder,
                 Path(scratch, name.replace(" ", "-")),
                 format=format,
-                weights=weights,
+                dtype=weights,
                 data=text,
                 max_tokens=options.tokens,
                 tolerance=ANY,

@@ -52,7 +52,7 @@ def export(
         folder,
         output,
         format=to,
-        weights=dtype,
+        dtype=dtype,
         data=data,
         max_tokens=max_tokens,
         tolerance=tolerance,

@@ -20,10 +20,10 @@ from .verify import Tolerance
 class FormatModule(Protocol):
     """The functions that the module of a format has."""
 
-    def check(self, loaded: LoadedModel, weights: str) -> None:
+    def check(self, loaded: LoadedModel, dtype: str) -> None:
         """Refuse a model that the format can't hold, with an ExportError."""
 
-    def write(self, loaded: LoadedModel, folder: Path, weights: str) -> None:
+    def write(self, loaded: LoadedModel, folder: Path, dtype: str) -> None:
         """Write the artefact to an empty folder; this may change the model."""
 
     def load(self, folder: Path) -> Runtime:
@@ -38,7 +38,7 @@ class ExportFormat:
         name: Name for users; the module of this name has its functions.
         extra: The extra of this package that installs its packages.
         packages: Import names of its packages.
-        weights: The data types of its weights with the allowed difference of each; the first is the default.
+        dtypes: The data types of its weights with the allowed difference of each; the first is the default.
         files: Patterns of the files that count as its size.
         dtype: Data type in which the model is loaded; ``"auto"``: as it was saved.
     """
@@ -46,7 +46,7 @@ class ExportFormat:
     name: str
     extra: str
     packages: tuple[str, ...]
-    weights: Mapping[str, Tolerance]
+    dtypes: Mapping[str, Tolerance]
     files: tuple[str, ...]
     dtype: str = "auto"
 
@@ -75,15 +75,15 @@ class ExportFormat:
         """Return the size of the artefact in a folder, in bytes."""
         return sum(path.stat().st_size for pattern in self.files for path in folder.glob(pattern))
 
-    def tolerance(self, weights: str) -> Tolerance:
+    def tolerance(self, dtype: str) -> Tolerance:
         """Return the allowed difference for a data type of the weights.
 
         Raises:
             ConfigError: The format does not have this data type.
         """
-        if weights not in self.weights:
-            raise ConfigError(unknown_name(f"--dtype for {self.name}", weights, self.weights))
-        return self.weights[weights]
+        if dtype not in self.dtypes:
+            raise ConfigError(unknown_name(f"--dtype for {self.name}", dtype, self.dtypes))
+        return self.dtypes[dtype]
 
 
 _QUANTISED = Tolerance(perplexity=0.03)

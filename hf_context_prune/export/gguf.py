@@ -58,7 +58,7 @@ _FAMILIES = {
 _VARIABLE = ("llama", "mistral")
 
 
-def check(loaded: LoadedModel, weights: str) -> None:
+def check(loaded: LoadedModel, dtype: str) -> None:
     """Refuse a model that llama.cpp has no architecture for.
 
     Raises:
@@ -105,11 +105,11 @@ def check(loaded: LoadedModel, weights: str) -> None:
     check_tokenizer(loaded.tokenizer)
 
 
-def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
+def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     """Write the GGUF file."""
     geometry, family = _geometry(loaded), _FAMILIES[base_model_type(loaded.model.config.model_type)]
     arch = MODEL_ARCH.DECI if _is_variable(geometry) else family.arch
-    kind, file_type = _TYPES[weights]
+    kind, file_type = _TYPES[dtype]
     writer = GGUFWriter(folder / FILE_NAME, gguf.MODEL_ARCH_NAMES[arch])
     try:
         _write_sizes(writer, loaded, geometry)

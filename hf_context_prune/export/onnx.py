@@ -27,7 +27,7 @@ GRAPH_NAME = "model.onnx"
 _CACHE = "cache.layers."
 
 
-def check(loaded: LoadedModel, weights: str) -> None:
+def check(loaded: LoadedModel, dtype: str) -> None:
     """Refuse sliding windows: their cache drops tokens outside the window, which a traced graph can't do.
 
     Raises:
@@ -43,7 +43,7 @@ def check(loaded: LoadedModel, weights: str) -> None:
         )
 
 
-def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
+def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     """Export the graph with the configs and the tokenizer."""
     from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
@@ -60,7 +60,7 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
     ExportedModel(
         exported.components, exported.export_format, config=model.config, generation_config=model.generation_config
     ).save_pretrained(folder)
-    if weights == "int8":
+    if dtype == "int8":
         with _quiet():
             _quantise(folder)
     loaded.tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ from .runtime import TorchRuntime
 _SMALLEST_GROUP = 32  # inputs that share a scale; Quanto takes the largest of 128, 96, 64, 32 that divides
 
 
-def check(loaded: LoadedModel, weights: str) -> None:
+def check(loaded: LoadedModel, dtype: str) -> None:
     """Refuse a model that would not get smaller.
 
     Raises:
@@ -44,7 +44,7 @@ def check_projections(loaded: LoadedModel, quantiser: str) -> None:
         )
 
 
-def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
+def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     """Quantise the projections **in place** and save them with the tokenizer.
 
     The head is not quantised: where it is tied to the embedding, two copies would make the folder larger. With int4,
@@ -54,10 +54,10 @@ def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
     from optimum.quanto import QuantizedModelForCausalLM, freeze, qint4, qint8, quantize
 
     model, done = loaded.model, ["lm_head"]
-    if weights == "int4" and (wide := _ungrouped(model)):
+    if dtype == "int4" and (wide := _ungrouped(model)):
         quantize(model, weights=qint8, include=wide, exclude="lm_head")
         done += wide
-    quantize(model, weights={"int8": qint8, "int4": qint4}[weights], exclude=done)
+    quantize(model, weights={"int8": qint8, "int4": qint4}[dtype], exclude=done)
     freeze(model)
     # Quanto reads tensors back by the names of the modules; transformers would save GPT-NeoX's head under an older one.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)

@@ -48,7 +48,7 @@ def export_model(
     output: str | Path,
     *,
     format: str,
-    weights: str | None = None,
+    dtype: str | None = None,
     data: Any = None,  # noqa: ANN401 - whatever load_documents reads
     text_column: str | None = None,
     max_tokens: int = 2000,
@@ -61,7 +61,7 @@ def export_model(
         folder: A pruned folder, or any other model that `load_model` opens.
         output: Folder to write: absent, empty, or an untouched older export.
         format: ``"quanto"``, ``"torchao"``, ``"onnx"`` or ``"gguf"``.
-        weights: Data type of the weights; None takes the default of the format (the first of its entry in `FORMATS`).
+        dtype: Data type of the weights; None takes the default of the format (the first of its entry in `FORMATS`).
         data: Test text for the comparison; None takes text that the model itself writes, which has no bits per byte.
         text_column: Column with the text.
         max_tokens: Largest number of tokens of `data` to compare on, in whole documents.
@@ -75,7 +75,7 @@ def export_model(
         ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
     """
     kind = format_of(format)
-    chosen = next(iter(kind.weights)) if weights is None else weights
+    chosen = next(iter(kind.dtypes)) if dtype is None else dtype
     allowed = kind.tolerance(chosen)
     if tolerance is not None:
         if not 0 <= tolerance < float("inf"):
@@ -147,9 +147,9 @@ def read_export(folder: str | Path) -> ExportReport:
     return report
 
 
-def _write(kind: ExportFormat, module: FormatModule, loaded: LoadedModel, staging: Path, weights: str) -> None:
+def _write(kind: ExportFormat, module: FormatModule, loaded: LoadedModel, staging: Path, dtype: str) -> None:
     try:
-        module.write(loaded, staging, weights)
+        module.write(loaded, staging, dtype)
     except (ContextPruneError, OSError, SafetensorError):  # the staged write explains these
         raise
     except Exception as error:

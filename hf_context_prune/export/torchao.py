@@ -12,7 +12,7 @@ from .quanto import check_projections
 from .runtime import TorchRuntime
 
 
-def check(loaded: LoadedModel, weights: str) -> None:
+def check(loaded: LoadedModel, dtype: str) -> None:
     """Refuse a model that would not get smaller.
 
     Raises:
@@ -21,7 +21,7 @@ def check(loaded: LoadedModel, weights: str) -> None:
     check_projections(loaded, "torchao")
 
 
-def write(loaded: LoadedModel, folder: Path, weights: str) -> None:
+def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     """Quantise the projections and save them with the tokenizer."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig

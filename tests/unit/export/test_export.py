@@ -44,7 +44,7 @@ def losses_of(folder):
     ],
 )
 def test_quantised_weights_reload_and_are_smaller(folders, kind, format, weights, tmp_path):
-    result = export_model(folders[kind], tmp_path / "out", format=format, weights=weights, **EASY)
+    result = export_model(folders[kind], tmp_path / "out", format=format, dtype=weights, **EASY)
     found = result.report.verification
     assert found.bytes_after < found.bytes_before
     assert found.tokens_per_second_after > 0
@@ -58,7 +58,7 @@ def test_quantised_weights_reload_and_are_smaller(folders, kind, format, weights
 
 @pytest.mark.slow
 def test_int4_falls_back_to_int8_where_inputs_have_no_groups(folders, tmp_path):
-    folder = export_model(folders["stock"], tmp_path / "out", format="quanto", weights="int4", **EASY).folder
+    folder = export_model(folders["stock"], tmp_path / "out", format="quanto", dtype="int4", **EASY).folder
     types = {name: entry["weights"] for name, entry in json.loads((folder / "quanto_qmap.json").read_text()).items()}
     assert types["model.layers.0.mlp.down_proj"] == "qint4"  # 32 inputs
     assert types["model.layers.0.mlp.up_proj"] == "qint8"  # 48
@@ -145,7 +145,7 @@ def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch):
 def test_options_are_checked_first(tmp_path, subtests):
     for options, words in (
         ({"format": "quant"}, "Did you mean 'quanto'"),
-        ({"format": "torchao", "weights": "int4"}, "allowed are int8"),
+        ({"format": "torchao", "dtype": "int4"}, "allowed are int8"),
         ({"format": "quanto", "tolerance": -1.0}, "at least 0"),
     ):
         with subtests.test(**options), pytest.raises(ConfigError, match=words):

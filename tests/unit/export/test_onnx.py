@@ -89,7 +89,7 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
 @pytest.mark.slow
 def test_int8_is_smaller_and_near(variable, tmp_path):
     folder, result = variable
-    small = export_model(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
+    small = export_model(folder, tmp_path / "out", format="onnx", dtype="int8", tolerance=0.5)
     assert small.report.verification.bytes_after < result.report.verification.bytes_after
     graph = json.loads((small.folder / "export_report.json").read_text())
     assert graph["weights"] == "int8"
@@ -101,7 +101,7 @@ def test_int8_is_smaller_and_near(variable, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_int8_holds_projections_with_biases_too(tmp_path, family):
     folder = save(tmp_path / "model", family=family, num_hidden_layers=1)
-    result = export_model(folder, tmp_path / "out", format="onnx", weights="int8", tolerance=0.5)
+    result = export_model(folder, tmp_path / "out", format="onnx", dtype="int8", tolerance=0.5)
     nodes = onnx.load(result.folder / "model.onnx", load_external_data=False).graph.node
     assert sum(node.op_type == "MatMulNBits" for node in nodes) == {"gpt2": 4, "opt": 6}[family]
 
