@@ -1,1 +1,1 @@
-"""Benchmarks: one script a table; what they share is in `common.py`."""
+"""Benchmarks: one script per table; `common.py` holds the shared parts."""

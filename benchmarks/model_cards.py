@@ -57,7 +57,13 @@ def configuration(args: argparse.Namespace, domain: str) -> PrunerConfig:
 def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], LoadedModel]) -> Path:
     """Return the folder of a domain's model, made by an earlier run with the same options or now."""
     config = configuration(args, domain)
-    setting = [config.to_dict(), args.eval_tokens, args.questions, args.memory, *([] if args.speed else ["no speed"])]
+    setting = [
+        config.to_dict(),
+        args.eval_tokens,
+        args.questions,
+        args.memory,
+        *([] if args.benchmark else ["no speed"]),
+    ]
     place = args.work / "models" / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
     folder = place / f"{BASE}-{domain}"
     if not args.fresh and folder.is_dir():
@@ -74,7 +80,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         text(args, "train", domain),
         config,
         eval_data=text(args, "validation", domain),
-        eval_options=EvalOptions(args.eval_tokens, args.speed, general_data=text(args, "validation", "general")),
+        eval_options=EvalOptions(args.eval_tokens, args.benchmark, general_data=text(args, "validation", "general")),
         resume_dir=resume,
     )
     if args.questions:
@@ -110,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument("--eval-tokens", type=int, default=16_000, help="at most this many test tokens")
     options.add_argument("--questions", type=int, default=200, help="multiple-choice questions per domain; 0: none")
-    options.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="measure speed")
+    options.add_argument("--benchmark", action=argparse.BooleanOptionalAction, default=True, help="measure speed")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     args = options.parse_args(arguments)
     loaded: list[Any] = []

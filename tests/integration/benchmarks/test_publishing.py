@@ -30,7 +30,7 @@ def test_cards_of_the_domains(tmp_path, monkeypatch):
     monkeypatch.setattr(model_cards, "smollm2", lambda: loaded)
     options = f"--data {tmp_path} --work {tmp_path / 'work'} --output {tmp_path / 'cards'} --domains law medicine"
     options += " --vocab-size 320 --allocation uniform --reconstruction least_squares --num-samples 16 --length 32"
-    options += " --eval-tokens 900 --questions 4 --no-memory --no-speed"
+    options += " --eval-tokens 900 --questions 4 --no-memory --no-benchmark"
     model_cards.main(options.split())
     for domain in ("law", "medicine"):
         name = f"SmolLM2-135M-{domain}"
