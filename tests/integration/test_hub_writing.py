@@ -336,7 +336,8 @@ def attempt(name, call):
 attempt("own", lambda: load_pruned("leaky").push_to_hub("org/leaky", token=arguments["token"]))
 
 config = PrunerConfig(mlp_ratio=0.25, num_calibration_samples=8, max_seq_length=32)
-result = prune("base", arguments["texts"], config, eval_options=EvalOptions(benchmark=False, memory=False, max_tokens=300))
+options = EvalOptions(benchmark=False, memory=False, max_tokens=300)
+result = prune("base", arguments["texts"], config, eval_options=options)
 pushed = result.push_to_hub("org/result", token=arguments["token"], commit_message="From Python")
 again = result.push_to_hub("org/result", token=arguments["token"])
 attempt("result", lambda: result.push_to_hub("else/where", token=arguments["token"]))

@@ -11,14 +11,14 @@ import venv
 import pytest
 from gradio_client import Client
 
-from hf_context_prune.publishing.space.folder import settings_for, write_space
+from hf_context_prune.publishing.space.folder import make_space_settings, write_space
 
 pytestmark = pytest.mark.slow
 
 
 def test_requirements_suffice(tiny_space, tmp_path):
     models = [str(tiny_space / name) for name in ("uniform", "variable")]
-    space = write_space(settings_for(models, base=str(tiny_space / "base")), tmp_path / "space")
+    space = write_space(make_space_settings(models, base=str(tiny_space / "base")), tmp_path / "space")
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
