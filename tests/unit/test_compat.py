@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.modeling_utils import PushToHubMixin
 
@@ -62,7 +63,17 @@ def test_computed_buffers_and_fill_computed_buffers():
     assert torch.equal(rotary.inv_freq, wanted), breaks
 
 
-def test_class_forward():
+@pytest.fixture
+def fresh_accelerate_state():
+    """Trainers of other tests leave a state of another precision behind, in this process."""
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+    AcceleratorState._shared_state.update(before)
+
+
+def test_class_forward(fresh_accelerate_state):
     model = tiny_model("llama")
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, evaluation_mode=True)
     ids = torch.arange(3, 9)[None]

@@ -123,7 +123,7 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
 
     monkeypatch.setattr("hf_context_prune.pruning.calibration.samples.tokenize_samples", blocks)
     monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", partial(losses, to=measured))
-    monkeypatch.setattr("hf_context_prune.pipelines.validation_text.document_losses", partial(losses, to=searched))
+    monkeypatch.setattr("hf_context_prune.evaluation.validation.document_losses", partial(losses, to=searched))
     size = {"max_loss_increase": 0.5} if searching else {"mlp_ratio": 0.3}
     config = PrunerConfig(**{**OPTIONS, "mlp_ratio": None} | size, general_data_ratio=0.5)
     report = prune(base, domain, config, eval_options=options).report
