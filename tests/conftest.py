@@ -1,10 +1,13 @@
-"""Set before anything imports the Hub client: no test may reach the Hub."""
+"""Set before anything imports the Hub client, numpy or torch: no test may reach the Hub, or take more than a thread."""
 
 import os
 import sys
 from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# For numpy, and for the processes that tests start: two workers with two threads each slow one another down.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
