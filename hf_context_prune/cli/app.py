@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -96,7 +97,8 @@ def _guarded(run: Callable[[], Any]) -> int:
 
 
 def _terminate(*_: object) -> None:
-    """End a run on SIGTERM as on Ctrl-C, so that it removes its unfinished files."""
+    """End a run on SIGTERM as on Ctrl-C, so that it removes what it had begun to write; a second signal changes nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -111,8 +113,6 @@ def _run() -> None:
 
 def main() -> None:
     """Run the ``hf-context-prune`` command."""
-    import signal
-
     signal.signal(signal.SIGTERM, _terminate)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning  # type: ignore[assignment]

@@ -7,12 +7,14 @@ import json
 import os
 import random
 import re
+import signal
 
 import pytest
 import typer
 from rich.markup import escape
 
 from hf_context_prune import PrunerConfig, RecoveryConfig, ThresholdConfig
+from hf_context_prune.cli import app
 from hf_context_prune.cli.app import app
 from hf_context_prune.cli.options import config_from, flag_of
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
@@ -478,3 +480,13 @@ def test_thresholds_prune_and_reload(run, place):
     chosen = ("--activation-threshold", "0.2", "--criterion", "wanda", "--pruning-ratio", "0.2")
     code, _, err = run("prune", "@base", "--data", law, "--output", "@t", *chosen)
     assert (code, "pruning_ratio, criterion can't be given" in " ".join(err.split())) == (2, True)
+
+
+def test_a_second_sigterm_leaves_the_first_to_clean_up():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            app._terminate()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -179,7 +179,8 @@ tokenizer = AutoTokenizer.from_pretrained({name})"""
     )
     return Trusted(
         f"The layers have different widths, so the class is {code(facts.architecture)}. With the package "
-        f"(`pip install hf-context-prune`), importing it registers the class, and no code of this repository runs:\n\n"
+        f"(from a checkout of its source: `pip install .`), importing it registers the class, and no code of this "
+        f"repository runs:\n\n"
         f"{block('python', packaged)}\n\nWithout the package, the modeling files beside the weights are run "
         f"(read them first):\n\n"
         f"{block('python', remote)}"
