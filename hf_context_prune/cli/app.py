@@ -96,8 +96,8 @@ def _guarded(run: Callable[[], Any]) -> int:
     return 0
 
 
-def _terminate(*_: object) -> None:
-    """End a run on SIGTERM as on Ctrl-C, so that it removes what it had begun to write; a second signal changes nothing."""
+def terminate(*_: object) -> None:
+    """End a run on SIGTERM as on Ctrl-C, so that it removes its unfinished files; a second signal changes nothing."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -113,7 +113,7 @@ def _run() -> None:
 
 def main() -> None:
     """Run the ``hf-context-prune`` command."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     sys.exit(_guarded(_run))

@@ -14,8 +14,7 @@ import typer
 from rich.markup import escape
 
 from hf_context_prune import PrunerConfig, RecoveryConfig, ThresholdConfig
-from hf_context_prune.cli import app
-from hf_context_prune.cli.app import app
+from hf_context_prune.cli.app import app, terminate
 from hf_context_prune.cli.options import config_from, flag_of
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.pipelines import demo
@@ -486,7 +485,7 @@ def test_a_second_sigterm_leaves_the_first_to_clean_up():
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(KeyboardInterrupt):
-            app._terminate()
+            terminate()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
