@@ -8,10 +8,10 @@ from functools import cache
 import pytest
 import torch
 
-from hf_context_prune import PrunerConfig
+from hf_context_prune import PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
-from hf_context_prune.errors import BudgetError, DataError
+from hf_context_prune.errors import BudgetError, ConfigError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.architectures import unit_costs
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
@@ -293,3 +293,23 @@ def test_what_shapes_alone_refuse_is_refused_before_the_long_work(subtests):
     ):
         with subtests.test(**options), pytest.raises(BudgetError, match=said):
             check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(**options, **SMALL))
+
+
+def test_what_is_measured_has_to_be_handed_in(subtests):
+    for options, said in (
+        ({"max_loss_increase": 0.1}, "max_loss_increase.*validation_loss="),
+        ({"pruning_ratio": 0.2, "vocab_size": "auto"}, "vocab_size='auto'.*vocabulary_probe="),
+    ):
+        config = PrunerConfig(**options, **SMALL)
+        with subtests.test(**options), pytest.raises(ConfigError, match=said):
+            prune_model(dense(), shared_tokenizer("smollm2"), CalibrationSet(documents(), config), config)
+
+
+def test_a_threshold_for_the_embedding_alone_removes_tokens_alone():
+    config = ThresholdConfig(embedding_threshold=0.0, **SMALL)
+    text = documents()
+    model, tokenizer, plan = prune_model(dense(), shared_tokenizer("smollm2"), CalibrationSet(text, config), config)
+    assert plan.widths == plan.dense
+    assert len(tokenizer) == num_rows(model) == len(plan.vocabulary.kept) < num_rows(dense())
+    assert plan.provenance["config"]["embedding_threshold"] == 0.0
+    assert plan.provenance["num_calibration_tokens"] == plan.provenance["vocabulary"]["tokens_counted"]
