@@ -79,7 +79,7 @@ def read_general(
                 f"Every document of the general text {source.name} is also in the calibration text {apart_from.name} "
                 f"(over a quarter of its 13-word sequences are). Give other text, or leave --general-data out."
             )
-        how = f"Text of its own ({source.name}), beside the calibration text {apart_from.name}."
+        how = f"Documents of {source.name}, beside the calibration text {apart_from.name}."
         if rest is not None:
             how = f"A tenth of the documents of {all_of_it.name}, whose other documents are calibrated on too."
         if dropped:
