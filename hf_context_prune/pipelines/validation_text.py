@@ -92,14 +92,15 @@ def withhold_vocabulary_probe(
         ) from error
     length = config.max_seq_length
 
-    def measure_base() -> tuple[list[str], int]:
+    def measure_base() -> tuple[list[str], int, float]:
         base = document_losses(model, tokenizer, withheld, max_seq_length=length, max_tokens=_PROBE_TOKENS)
-        return [loss.doc for loss in base], sum(loss.num_tokens for loss in base)
+        tokens = sum(loss.num_tokens for loss in base)
+        return [loss.doc for loss in base], tokens, sum(loss.nll for loss in base) / tokens
 
-    docs, base_tokens = on_main_process(measure_base)
+    docs, base_tokens, base_loss = on_main_process(measure_base)
 
     def loss(candidate: PreTrainedModel, own: PreTrainedTokenizerBase) -> float:
         losses = document_losses(candidate, own, withheld, max_seq_length=length, docs=docs)
         return sum(loss.nll for loss in losses) / base_tokens
 
-    return VocabularyProbe(counted, loss)
+    return VocabularyProbe(counted, loss, base_loss)

@@ -222,7 +222,9 @@ def _prune_units(
 ) -> PrunedModel:
     """Remove neurons and KV groups, reconstruct, and refit the head where the config asks for it."""
     model, tokenizer, config = begun.model, begun.tokenizer, begun.config
-    refit = _refit_samples(model, tokenizer, calibration, config) if config.refit_lm_head else None
+    refit = None  # for the sizes that are tried; the result has samples of its own
+    if config.refit_lm_head and validation_loss is not None:
+        refit = _refit_samples(model, tokenizer, calibration, config)
 
     def loss(candidate: PreTrainedModel) -> float:
         assert validation_loss is not None
@@ -253,7 +255,7 @@ def _prune_units(
         alone = begun.vocabulary_plan
         return PrunedModel(model, tokenizer, replace(alone, provenance={**alone.provenance, "loss_budget": within}))
     smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()
-    if refit is not None:
+    if config.refit_lm_head:
         samples = _refit_samples(smaller, tokenizer, calibration, config)
         plan = replace(plan, provenance={**plan.provenance, "refit": refit_rows_in_all_processes(smaller, samples)})
     return PrunedModel(smaller, tokenizer, plan)

@@ -35,10 +35,12 @@ class VocabularyProbe:
     Attributes:
         counted: The calibration text without the probe's documents: tokens are chosen on it.
         loss: Loss of a model with its tokenizer on the probe's documents, in nats per token of the base tokenizer.
+        base_loss: The same of the base model.
     """
 
     counted: TextSource
     loss: Callable[[PreTrainedModel, PreTrainedTokenizerBase], float]
+    base_loss: float
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,6 @@ def _vocabulary_curve(
     fewest: int,
 ) -> list[tuple[int, float]]:
     """Return (tokens, loss increase in nats per token of the base tokenizer), from all tokens down to `fewest`."""
-    base = probe.loss(model, tokenizer)
     pruner = build_vocabulary_pruner(model, tokenizer, probe.counted, config)
     rows, multiple = num_rows(model), config.pad_to_multiple_of
     curve = [(rows, 0.0)]
@@ -133,6 +134,6 @@ def _vocabulary_curve(
         if size > len(pruner.table):  # padded rows
             continue
         trimmed = pruner.trim(VocabularySize(size, pad_to_multiple_of=multiple), refit=False)
-        excess = probe.loss(trimmed.model, trimmed.tokenizer) - base
+        excess = probe.loss(trimmed.model, trimmed.tokenizer) - probe.base_loss
         curve.append((trimmed.model.config.vocab_size, max(0.0, excess)))
     return curve
