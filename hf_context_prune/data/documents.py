@@ -8,7 +8,7 @@ split.
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_context_prune.errors import ConfigError, DataError
 
-from .records import PEEK, Table, choose_text_columns, render_text
+from .records import PEEK, Record, Table, choose_text_columns, render_texts
 from .sources import open_source
 
 TextData: TypeAlias = "str | Path | TextSource | Sequence[str] | Sequence[Mapping[str, Any]] | Any"
@@ -26,6 +26,9 @@ TextData: TypeAlias = "str | Path | TextSource | Sequence[str] | Sequence[Mappin
 ``datasets.Dataset`` and ``datasets.IterableDataset`` are read too; `Any` stands for them, so that a type checker
 without ``datasets`` agrees.
 """
+
+
+_CHUNK = 64  # records that are rendered together
 
 
 @dataclass(frozen=True)
@@ -172,20 +175,37 @@ def _read_documents(
         records = iter(table.records)
         head = list(itertools.islice(records, PEEK))
         columns = choose_text_columns(head, text_column if table.has_columns else None, table.name)
-        for row, record in enumerate(itertools.chain(head, records)):
-            where = f"{table.name}, record {row + 1}"
-            parts = (render_text(record.get(column), tokenizer, f"{where}, {column!r}") for column in columns)
-            text = "\n".join(part for part in parts if part.strip()).removeprefix("\ufeff")
-            if not text.strip():
-                continue
-            ids = {key: record.get(key) for key in ("doc", "source") if key not in columns}
-            doc = str(ids["doc"]) if ids.get("doc") not in (None, "") else f"{table.name}#{row}"
-            if doc not in texts:
-                if len(texts) == max_documents:
-                    return _joined(texts, sources)
-                sources[doc] = str(ids["source"]) if ids.get("source") not in (None, "") else table.source
-            texts.setdefault(doc, []).append(text)
+        rows = enumerate(itertools.chain(head, records))
+        # Never more than the documents that are still wanted: a later record may be one that can't be rendered.
+        while chunk := list(itertools.islice(rows, _chunk_size(max_documents, len(texts)))):
+            for (row, record), text in zip(chunk, _texts_of(chunk, columns, tokenizer, table.name), strict=True):
+                if not text.strip():
+                    continue
+                ids = {key: record.get(key) for key in ("doc", "source") if key not in columns}
+                doc = str(ids["doc"]) if ids.get("doc") not in (None, "") else f"{table.name}#{row}"
+                if doc not in texts:
+                    if len(texts) == max_documents:
+                        return _joined(texts, sources)
+                    sources[doc] = str(ids["source"]) if ids.get("source") not in (None, "") else table.source
+                texts.setdefault(doc, []).append(text)
     return _joined(texts, sources)
+
+
+def _chunk_size(max_documents: int | None, found: int) -> int:
+    return _CHUNK if max_documents is None else min(_CHUNK, max(1, max_documents - found))
+
+
+def _texts_of(
+    chunk: Sequence[tuple[int, Record]], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, name: str
+) -> Iterator[str]:
+    """Yield the text of each of some numbered records: of its columns, with a newline between them."""
+    places = [
+        (record.get(column), f"{name}, record {row + 1}, {column!r}") for row, record in chunk for column in columns
+    ]
+    parts = iter(render_texts(places, tokenizer))
+    for _ in chunk:
+        row_parts = itertools.islice(parts, len(columns))
+        yield "\n".join(part for part in row_parts if part.strip()).removeprefix("\ufeff")
 
 
 def _joined(texts: dict[str, list[str]], sources: dict[str, str]) -> list[TextDocument]:

@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_context_prune.errors import DataError
 
+from .chat_templates import ChatRefused, render_chats
+
 Record: TypeAlias = Mapping[str, Any]
 
 PEEK = 32
@@ -86,32 +88,50 @@ def choose_text_columns(head: list[Record], text_column: str | None, name: str) 
     )
 
 
-def render_text(value: object, tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
-    """Return the text of a value of a record.
+def render_texts(values: Iterable[tuple[object, str]], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Return the texts of values of records.
 
     Args:
-        value: A string, chat messages (rendered by the chat template), or None (no text).
+        values: Pairs of a value and the name of its record in errors. A value is a string, chat messages (rendered by
+            the chat template), or None (no text).
         tokenizer: The tokenizer whose chat template is used.
-        where: Name of the record in errors.
 
     Raises:
-        DataError: The value is something else, or the messages can't be rendered.
+        DataError: A value is something else, or messages can't be rendered.
+        LoadError: The chat template exceeds its limits; see [`render_chats`][].
     """
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence) and all(isinstance(turn, Mapping) and "role" in turn for turn in value):
-        if not value:
-            return ""
-        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+    texts: list[str] = []
+    chats: dict[int, tuple[list[object], str]] = {}
+    for value, where in values:
+        if isinstance(value, str):
+            texts.append(value)
+            continue
+        if value is not None and not _is_chat(value):
             raise DataError(
-                f"{where}: chat messages, but "
-                + ("no tokenizer was given" if tokenizer is None else "this tokenizer has no chat template")
-                + "; use the tokenizer of an instruction-tuned model, or data with a column of plain text"
+                f"{where} holds {type(value).__name__}, not text; name a column of strings with text_column"
             )
-        try:
-            return str(tokenizer.apply_chat_template(list(value), tokenize=False))
-        except Exception as error:  # Jinja's errors, and whatever the template raises itself
-            raise DataError(f"{where}: the chat template refuses these messages ({error})") from error
-    raise DataError(f"{where} holds {type(value).__name__}, not text; name a column of strings with text_column")
+        if value:
+            chats[len(texts)] = list(value), where  # type: ignore[call-overload]
+        texts.append("")
+    if not chats:
+        return texts
+    first = next(where for _, where in chats.values())
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{first}: chat messages, but "
+            + ("no tokenizer was given" if tokenizer is None else "this tokenizer has no chat template")
+            + "; use the tokenizer of an instruction-tuned model, or data with a column of plain text"
+        )
+    try:
+        results = render_chats(tokenizer, [(messages, {}) for messages, _ in chats.values()])
+    except ChatRefused as error:
+        raise DataError(f"{first}: the chat template can't be given these messages ({error})") from error
+    for (index, (_, where)), result in zip(chats.items(), results, strict=True):
+        if isinstance(result, ChatRefused):
+            raise DataError(f"{where}: the chat template refuses these messages ({result})")
+        texts[index] = result
+    return texts
+
+
+def _is_chat(value: object) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)

@@ -16,6 +16,7 @@ from huggingface_hub.utils import tqdm
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.modeling.generation import draw_prompt, fit_prompt, hardware_name, time_generation
 from hf_context_prune.modeling.inference import dtype_name, max_positions, vocabulary_rows
+from hf_context_prune.utils.child_processes import child_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -201,14 +202,10 @@ def measure_peak_memory(
     command += ["--threads", str(torch.get_num_threads())]
     if trust_remote_code:
         command.append("--trust-remote-code")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-        "HF_HUB_OFFLINE": "1",  # the child reads a local folder and must not ask the Hub
-    }
     try:
         done = subprocess.run(
             command,
-            env=environment,
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",

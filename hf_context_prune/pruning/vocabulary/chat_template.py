@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_context_prune.data.chat_templates import render_chats
+
 _PROPERTIES = {"a": {"type": "string", "description": "a", "enum": ["a"]}}
 _FUNCTION = {
     "name": "a",
@@ -31,18 +33,20 @@ def template_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens of conversations that hold little but the text of the chat template (or of each of several).
 
     Empty conversations are not enough: spaces around a turn's content would be merged, and some templates refuse them.
+
+    Raises:
+        LoadError: The template exceeds its limits; see [`render_chats`][].
     """
     templates = getattr(tokenizer, "chat_template", None)
     found: set[int] = set()
     for template in templates.values() if isinstance(templates, Mapping) else [templates] if templates else ():
         texts = list(_dates()) if "strftime_now" in template else []
-        for messages, options in itertools.product(_conversations(), _OPTIONS):
-            last = messages[-1]["role"] != "assistant"
-            how = {"tokenize": False, "add_generation_prompt": last, "chat_template": template, **options}
-            try:
-                texts.append(tokenizer.apply_chat_template(messages, **how))
-            except Exception:  # a template is a program: it may refuse a system turn, or need tools
-                continue
+        jobs = [
+            (turns, {"add_generation_prompt": turns[-1]["role"] != "assistant", "chat_template": template, **options})
+            for turns, options in itertools.product(_conversations(), _OPTIONS)
+        ]
+        # A template is a program: it may refuse a system turn, or need tools.
+        texts += [text for text in render_chats(tokenizer, jobs) if isinstance(text, str)]
         for text in texts:
             found.update(tokenizer.encode(text, add_special_tokens=False))
     return found

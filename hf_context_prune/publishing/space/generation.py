@@ -29,6 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hf_context_prune.data.chat_templates import ChatRefused, render_chat
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.generation import get_end_token_ids
 from hf_context_prune.modeling.inference import max_positions
@@ -305,5 +306,8 @@ def _encode(loaded: LoadedModel, request: Request) -> torch.Tensor:
     if not tokenizer.chat_template:
         raise ConfigError(f"{loaded.name} can't answer: it has no chat template. Let it continue the text.")
     messages = [{"role": "user", "content": request.prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    except ChatRefused as error:
+        raise ConfigError(f"{loaded.name} can't answer: its chat template refuses the text ({error}).") from error
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
