@@ -13,8 +13,13 @@ from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
-from hf_context_prune.pruning.allocation.widths import check_units_budget, plan_widths_beside_vocabulary
+from hf_context_prune.pruning.allocation.widths import (
+    check_round_to,
+    check_units_budget,
+    plan_widths_beside_vocabulary,
+)
 from hf_context_prune.pruning.planner import check_reconstruction
+from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.loading import load_meta_model
 
@@ -67,10 +72,14 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     if isinstance(config.vocab_size, int):
         if config.vocab_size > rows:
             raise BudgetError(f"vocab_size is {config.vocab_size:,}, but the model has only {rows:,} embedding rows.")
-        kept = min(VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of).round_up(config.vocab_size), rows)
+        size = VocabularySize(config.vocab_size, pad_to_multiple_of=config.pad_to_multiple_of)
+        size.check_removes(rows)
+        kept = min(size.round_up(config.vocab_size), rows)
     widths: tuple[LayerWidths, ...] | None = view.widths
     removed = (rows - kept) * token_cost(empty)
+    warn_of_unused_options(config)
     if config.prunes_units:
+        check_round_to(view.widths, config)
         gone = check_units_budget(empty, config, kept)
         removed += gone
         widths = (

@@ -31,6 +31,7 @@ from hf_context_prune.pruning.calibration.samples import CalibrationSet, check_g
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.prune_model import PrunedModel, check_budget, prune_model
 from hf_context_prune.pruning.thresholds.prune import zeros_note
+from hf_context_prune.pruning.unused_options import warn_of_low_thresholds, warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.notes import refit_note, vocabulary_note
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
 from hf_context_prune.storage.provenance import collect_provenance
@@ -132,6 +133,7 @@ def run_pruning(
     config, options = _check_config(config), eval_options or EvalOptions()
     base = ensure_loaded(model, tokenizer)
     _check_before_the_long_work(base, config, options)
+    warn_of_unused_options(config)
     texts = _Texts.read(base, data, eval_data, config, options)
     base_losses = texts.measure(base.model, base.tokenizer, max_tokens=options.max_tokens)
     probe = None
@@ -147,6 +149,8 @@ def run_pruning(
         provenance={**collect_provenance(base), **texts.provenance()},
         resume_dir=resume_dir,
     )
+    if isinstance(config, ThresholdConfig):
+        warn_of_low_thresholds(config, pruned.plan, base.model.num_parameters() - pruned.model.num_parameters())
     gc.collect()
     fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.widths)
     report = _measure(base, pruned, config, options, texts, base_losses, fit)

@@ -16,7 +16,7 @@ from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
-from hf_context_prune.pruning.allocation.widths import check_units_budget
+from hf_context_prune.pruning.allocation.widths import check_round_to, check_units_budget
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.thresholds.magnitudes import check_linear, measure_sample_magnitudes
 from hf_context_prune.pruning.thresholds.prune import prune_below_thresholds
@@ -60,6 +60,8 @@ def check_budget(
         if config.prunes_units:
             check_linear(ModelView.of(model).spec)
         return
+    if config.prunes_units:
+        check_round_to(ModelView.of_shapes(model).widths, config)
     fixed = isinstance(config.vocab_size, int) or not config.prunes_vocabulary
     if config.prunes_units and config.max_loss_increase is None and fixed:
         rows = num_rows(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.errors import BudgetError
+from hf_context_prune.errors import BudgetError, PruningWarning
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.pruning.allocation.adaptive import predicted_loss
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
@@ -128,6 +129,13 @@ def _vocabulary_curve(
     sizes = {size for size in (*sizes, least) if least <= size < rows}
     if len(pruner.table) < rows:  # removing padding costs nothing
         sizes.add(len(pruner.table))
+    if not sizes:
+        warnings.warn(
+            f"vocab_size='auto' finds no size to try, so all {rows:,} vocabulary entries stay: with pad_to_multiple_of="
+            f"{multiple:,} no multiple lies between the {least:,} entries that must stay and all of them.",
+            PruningWarning,
+            stacklevel=2,
+        )
     for size in tqdm(
         sorted(sizes, reverse=True), desc="Weighing vocabularies", unit="size", name="hf_context_prune.vocabulary"
     ):

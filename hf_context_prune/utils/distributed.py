@@ -113,6 +113,12 @@ def num_processes() -> int:
     return 1 if state is None else int(state.num_processes)
 
 
+def process_index() -> int:
+    """Return the number of this process among those that work together, from 0."""
+    state = _group()
+    return 0 if state is None else int(state.process_index)
+
+
 def is_main_process() -> bool:
     """Return whether this process prints and writes."""
     state = _group()

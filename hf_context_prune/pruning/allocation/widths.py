@@ -100,6 +100,26 @@ def check_adaptive(
         raise beyond_probes(remove_params, most, view.num_parameters)
 
 
+def check_round_to(widths: Sequence[LayerWidths], config: PrunerConfig) -> None:
+    """Refuse a `round_to` that lets no neuron go, where a budget for all parameters would come from KV groups alone.
+
+    Args:
+        widths: Widths of the base model.
+        config: The budget.
+
+    Raises:
+        BudgetError: No layer is wider than `round_to`.
+    """
+    widest = max(layer.neurons for layer in widths)
+    asked = config.pruning_ratio or config.target_params or config.max_loss_increase
+    if asked and config.mlp_ratio is None and config.round_to > 1 and config.round_to >= widest:
+        raise BudgetError(
+            f"round_to is {config.round_to:,}, but the layers have at most {widest:,} MLP neurons, so none could be "
+            f"removed. Use a round_to below {widest:,}; to remove KV groups alone, give attention_ratio without a "
+            f"budget for all parameters."
+        )
+
+
 def check_units_budget(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> int:
     """Return the parameters that neurons and KV groups have to give beside a vocabulary size, from shapes alone.
 

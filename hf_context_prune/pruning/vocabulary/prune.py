@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_context_prune.config import DEFAULT_PAD_TO_MULTIPLE_OF, PrunerConfig, ThresholdConfig, VocabCriterion
 from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.samples import tokenize_samples
-from hf_context_prune.errors import ConfigError, DataError, NumericsError, unknown_name
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown_name
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
@@ -181,6 +182,8 @@ class VocabularyPruner:
         mandatory_tokens(self.table, size, self.needed, self.unwanted)  # refuses a size before anything is measured
         kept = choose_tokens(self.table, self.scores, self.counts, size, keep=self.needed, remove=self.unwanted)
         order = order_ids(self.table, sorted(kept))
+        if len(order) == num_rows(self.model):
+            _warn_of_whole_vocabulary(len(order), size)
         tokenizer = rebuild_tokenizer(self.tokenizer, build_state(self.table, order), self.view.spec.model_type)
         model = self.model
         plan = replace(
@@ -208,6 +211,18 @@ class VocabularyPruner:
         used = {index for index, count in self.counts.occurrences.items() if count}
         stay = (used - self.counts.rare(threshold)) | set(self.tokenizer.all_special_ids)
         return frozenset(self.table.contents.keys() - stay)
+
+
+def _warn_of_whole_vocabulary(tokens: int, size: VocabularySize) -> None:
+    names = {"vocab_size": size.tokens, "vocab_coverage": size.coverage, "vocab_min_count": size.min_count}
+    names |= {"embedding_threshold": size.above_share}
+    asked = next(f"{name}={value:g}" for name, value in names.items() if value is not None)
+    warnings.warn(
+        f"No vocabulary entry is removed: {asked}, rounded up to a multiple of pad_to_multiple_of="
+        f"{size.pad_to_multiple_of:,}, keeps all {tokens:,}.",
+        PruningWarning,
+        stacklevel=2,
+    )
 
 
 def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Tensor:

@@ -107,6 +107,24 @@ class VocabularySize:
         """Round a number of tokens up to the next multiple."""
         return -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
+    def check_removes(self, total: int) -> None:
+        """Refuse a number of tokens that is rounded up to all of them.
+
+        Args:
+            total: Tokens that there are.
+
+        Raises:
+            BudgetError: Nothing would be removed, although fewer tokens are asked for.
+        """
+        if self.tokens is not None and self.tokens < total <= self.round_up(self.tokens):
+            below = (total - 1) // self.pad_to_multiple_of * self.pad_to_multiple_of
+            raise BudgetError(
+                f"vocab_size is {self.tokens:,}, which pad_to_multiple_of={self.pad_to_multiple_of:,} rounds up to all "
+                f"{total:,} entries, so none would be removed. "
+                + (f"Ask for at most {below:,}, or for" if below else "Ask for")
+                + " a smaller pad_to_multiple_of."
+            )
+
     def check(self) -> None:
         """Refuse values out of range, and none or several sizes.
 
@@ -211,6 +229,7 @@ def mandatory_tokens(
             )
         if size.tokens > len(table):
             raise BudgetError(f"vocab_size is {size.tokens:,}, but the tokenizer has only {len(table):,} tokens.")
+        size.check_removes(len(table))
     return must
 
 

@@ -16,8 +16,10 @@ from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
-from hf_context_prune.pruning.allocation.widths import check_adaptive
+from hf_context_prune.pruning.allocation.widths import check_adaptive, check_round_to
+from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.utils.compat import attention_implementation
+from hf_context_prune.utils.unused import warn_of_unused
 
 from .schedule import PruningSchedule
 
@@ -54,6 +56,17 @@ def check_config(config: PrunerConfig) -> None:
             "allocation='adaptive' during training needs one budget for all parameters: give pruning_ratio or "
             "target_params, without mlp_ratio and attention_ratio."
         )
+
+
+def warn_of_unused_choices(config: PrunerConfig, schedule: PruningSchedule) -> None:
+    """Warn about options of the callback that change nothing.
+
+    Warns:
+        PruningWarning: Names every such option, and why it changes nothing.
+    """
+    warn_of_unused_options(config, {"text_column": "the callback takes the token ids of the training batches"})
+    if schedule.num_prunings == 1:
+        warn_of_unused(schedule, dict.fromkeys(("end", "shape"), "num_prunings=1 prunes at the start alone"))
 
 
 def warn_of_plain_push() -> None:
@@ -128,6 +141,7 @@ def check_reachable(model: PreTrainedModel, config: PrunerConfig, first: float) 
         ConfigError: The widths vary.
     """
     view = ModelView.of(model)
+    check_round_to(view.widths, config)
     if config.allocation == "uniform":
         if len(set(view.widths)) > 1:
             raise ConfigError(

@@ -16,6 +16,7 @@ from hf_context_prune.utils.file_names import CARD_NAME
 
 from .callback import ContextPruneCallback
 from .publishing import PushedFolder, collect_facts
+from .wholeness import check_resumable
 
 _ONLY_THE_MODEL = ("end", "every_save")
 
@@ -45,21 +46,23 @@ class ContextPruneTrainerMixin(CheckpointPushHook):
     def _strategy(self) -> str:
         return str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Train as ``Trainer.train`` does.
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Train as ``Trainer.train`` does, and check a checkpoint before any of it is loaded.
 
         Raises:
             ConfigError: A ``hub_strategy`` that uploads whole checkpoints.
+            LoadError: The checkpoint to resume is not whole; names the last whole one.
         """
         callback = self._pruning_callback()
         if callback is not None:
             callback.pushed_by_mixin = True
+            check_resumable(resume_from_checkpoint, self.args.output_dir)
         if self.args.push_to_hub and self._strategy not in _ONLY_THE_MODEL:
             raise ConfigError(
                 f"hub_strategy={self._strategy!r} uploads whole checkpoints, with optimizer state and "
                 f"training_args.bin, a pickle that holds hub_token. Use 'end' or 'every_save'."
             )
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Log as ``Trainer.log`` does, with the sizes."""

@@ -8,9 +8,10 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, LoadError
 
 FULL, ROWS, COLUMNS = "full", "rows", "columns"
 
@@ -83,6 +84,25 @@ def check_state(optimizer: Optimizer) -> None:
                     f"weight of shape {list(parameter.shape)}. The optimizer itself keeps no such tensor, and nothing "
                     f"says how to narrow it. Keep it elsewhere, or prune() before the training."
                 )
+
+
+def check_state_loaded(optimizer: Optimizer, scheduler: LRScheduler | None, step: int) -> None:
+    """Refuse to resume without the states of optimizer and scheduler: a Trainer passes over missing files in silence.
+
+    Args:
+        optimizer: The Trainer's, with what it loaded from the checkpoint.
+        scheduler: The Trainer's.
+        step: Step of the checkpoint.
+
+    Raises:
+        LoadError: Neither has a state.
+    """
+    if scheduler is not None and not unwrap_optimizer(optimizer).state and not scheduler.state_dict().get("last_epoch"):
+        raise LoadError(
+            f"The checkpoint of step {step} gave no state of optimizer and learning rate, so training would not go on "
+            f"as it was: optimizer.pt or scheduler.pt is missing, as with save_only_model=True. Resume from a whole "
+            f"checkpoint, or start a new training from the weights, without resume_from_checkpoint."
+        )
 
 
 def _map_tensor(value: torch.Tensor, carries: str, shape: torch.Size, places: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import CalibrationWarning
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.planner import plan_and_reconstruct
@@ -58,6 +61,8 @@ def prune_in_training(
         fewest = _ADAPTIVE_SAMPLES if config.allocation == "adaptive" else 1
         length = config.max_seq_length
         samples = pack_samples(progress.tokens, current.model, max_seq_length=length, at_least=fewest)
+        if progress.num_done == 0 and samples.numel() < config.num_calibration_samples * length:
+            _warn_of_little_text(samples, config, step)
         plan, reconstruct = plan_and_reconstruct(current.model, samples, asked)
         smaller = apply_plan(current.model, plan, reconstruct=reconstruct)
         size = smaller.num_parameters()
@@ -70,6 +75,16 @@ def prune_in_training(
         model.config.use_cache = False  # as the Trainer has it while it trains
     progress.plan = whole
     progress.metrics = {"pruning/parameters": size, "pruning/ratio": 1 - size / progress.total_params}
+
+
+def _warn_of_little_text(samples: torch.Tensor, config: PrunerConfig, step: int) -> None:
+    warnings.warn(
+        f"The pruning after step {step} calibrates on {len(samples):,} samples of {samples.shape[1]:,} tokens, and not "
+        f"on {config.num_calibration_samples:,} of {config.max_seq_length:,}: the training has given no more text yet, "
+        f"or the model has fewer positions. Prune later (start), or lower num_calibration_samples or max_seq_length.",
+        CalibrationWarning,
+        stacklevel=2,
+    )
 
 
 def cut_out_zeroed(model: PreTrainedModel, optimizer: Optimizer, plan: PruningPlan) -> None:

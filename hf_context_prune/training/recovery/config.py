@@ -18,6 +18,7 @@ from hf_context_prune.utils.options import (
     is_number,
     option,
 )
+from hf_context_prune.utils.unused import warn_of_unused
 
 MethodName = Literal["full", "lora"]
 
@@ -83,6 +84,21 @@ class RecoveryConfig:
     def peak_learning_rate(self) -> float:
         """The given learning rate, or the method's default."""
         return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.method]
+
+    def warn_of_unused_options(self) -> None:
+        """Warn about options that were given and change nothing.
+
+        Warns:
+            PruningWarning: Names every such option, and why it changes nothing.
+        """
+        reasons = {}
+        if self.method == "full":
+            reasons["lora_rank"] = "method='full' trains all weights, without adapters"
+        if self.early_stopping_patience >= self.num_evals:
+            reasons["early_stopping_patience"] = (
+                f"the validation text is measured num_evals={self.num_evals} times in all"
+            )
+        warn_of_unused(self, reasons)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as plain values."""

@@ -119,6 +119,7 @@ def recover(
     check_single_device(model)
     check_weights_finite(model)
     source = load_documents(data, text_column=text_column, tokenizer=tokenizer, seed=config.recovery_seed)
+    config.warn_of_unused_options()
     text, validation = hold_out_validation(source, tokenizer, config)
     samples = _tokenize_training_text(text, tokenizer, config)
 
