@@ -28,7 +28,7 @@ from hf_context_prune.utils.options import (
     is_number,
     name_such_as,
     option,
-    read_yaml,
+    read_options,
 )
 
 from .errors import ConfigError
@@ -113,7 +113,7 @@ class CalibrationConfig:
         Raises:
             ConfigError: The file is missing, not YAML or not a mapping, or has an unknown key.
         """
-        return cls.from_dict(read_yaml(path))
+        return cls.from_dict(read_options(path))
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from hf_context_prune import EvalOptions
 from hf_context_prune.config import PrunerConfig, ThresholdConfig, build_config
-from hf_context_prune.utils.options import MODEL, OUTPUT, PANELS, TEXT, choices, help_of, read_yaml
+from hf_context_prune.utils.options import MODEL, OUTPUT, PANELS, TEXT, choices, help_of, read_options
 
 
 class OutputFormat(StrEnum):
@@ -185,7 +185,7 @@ def config_from(config_file: Path | None, given: Given) -> PrunerConfig | Thresh
     Raises:
         ConfigError: The file can't be read, an unknown name, or options that contradict each other.
     """
-    values = read_yaml(config_file) if config_file else {}
+    values = read_options(config_file) if config_file else {}
     replaced = set(_replaced(given))
     return build_config({**{name: value for name, value in values.items() if name not in replaced}, **given})
 

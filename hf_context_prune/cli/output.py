@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from hf_context_prune.utils.files import resolve_path
+
 from .options import OutputFormat
 from .tables import report_table
 
@@ -38,7 +40,7 @@ def out_table(table: Table) -> None:
 
 def show_result(result: PruneResult, output: Path, format: OutputFormat) -> None:
     """Show the numbers of a result that was saved to a folder."""
-    folder = output.expanduser().resolve()
+    folder = resolve_path(output)
     if format is OutputFormat.quiet:
         out(str(folder))
     elif format is OutputFormat.json:

@@ -14,6 +14,8 @@ import datasets
 from datasets import load_dataset
 
 from hf_context_prune.errors import DataError
+from hf_context_prune.utils.failed_writes import find_failed_write
+from hf_context_prune.utils.files import expand_home
 
 from .hub_datasets import open_hub
 from .records import OpenedSource, Record, Table
@@ -31,7 +33,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
 """File suffix -> (reader of the ``datasets`` library, its options)."""
 
 
-def open_source(source: object, *, text_column: str | None, seed: int, scratch: str) -> OpenedSource:
+def open_source(source: object, *, text_column: str | None, seed: int, scratch: Path) -> OpenedSource:
     """Open a path, a preset, a Hub dataset id or a Python object (see `load_documents`).
 
     A path that exists wins over a preset, and a preset over a Hub id.
@@ -52,7 +54,7 @@ def open_source(source: object, *, text_column: str | None, seed: int, scratch: 
             f"the text source is {source!r}, an empty name (is a shell variable unset?); give a path, a preset or a "
             "Hub dataset id; the current folder is '.'"
         )
-    path = Path(os.path.expanduser(source))  # unlike Path.expanduser, no error for the home of an unknown user
+    path = expand_home(source, DataError)
     if path.exists():
         path = path.resolve()
         return OpenedSource(_open_path(path, text_column, scratch), path.name)
@@ -67,11 +69,11 @@ def _suffix(path: Path) -> str | None:
     return max((suffix for suffix in _READERS if name.endswith(suffix)), key=len, default=None)
 
 
-def _open_path(path: Path, text_column: str | None, scratch: str) -> list[Table]:
+def _open_path(path: Path, text_column: str | None, scratch: Path) -> list[Table]:
     if (path / "dataset_dict.json").exists():
         raise DataError(f"{path}: this folder holds several splits; give the folder of one split inside it")
     if (path / "state.json").exists() and (path / "dataset_info.json").exists():  # written by Dataset.save_to_disk
-        return [Table(_guarded(lambda: datasets.load_from_disk(str(path)), path), path.name, path.name)]
+        return [Table(_guarded(lambda: datasets.load_from_disk(str(path)), path, scratch), path.name, path.name)]
     files = _files_of(path) if path.is_dir() else [path]
     files = [file for file in files if _suffix(file) is not None]
     if not files:
@@ -105,22 +107,26 @@ def _holds_model(names: Sequence[str]) -> bool:
     return "config.json" in names and any(name.endswith((".safetensors", ".bin")) for name in names)
 
 
-def _file_records(file: Path, scratch: str) -> Iterator[Record]:
+def _file_records(file: Path, scratch: Path) -> Iterator[Record]:
     def open_file() -> Iterable[Record]:
         if file.stat().st_size == 0:
             return []
         reader, options = _READERS[_suffix(file) or ".txt"]
         # Streaming with a separate cache folder leaves nothing in the Hugging Face cache. data_files are glob patterns,
         # so a name such as "a[1].txt" would silently match nothing.
+        files = [glob.escape(str(file))]
         return load_dataset(
-            reader, data_files=[glob.escape(str(file))], split="train", streaming=True, cache_dir=scratch, **options
+            reader, data_files=files, split="train", streaming=True, cache_dir=str(scratch), **options
         )
 
-    return _guarded(open_file, file)
+    return _guarded(open_file, file, scratch)
 
 
-def _guarded(open_records: Callable[[], Iterable[Record]], file: Path) -> Iterator[Record]:
-    """Yield records; any error of the reading library becomes one `DataError` that names the file."""
+def _guarded(open_records: Callable[[], Iterable[Record]], file: Path, scratch: Path) -> Iterator[Record]:
+    """Yield records; any error of the reading library becomes one `DataError` that names the file.
+
+    A failed write to the scratch folder is raised as it is, and explained where the folder was made.
+    """
     try:
         yield from open_records()
     except StopIteration:  # raised by `datasets` for an empty compressed file
@@ -128,6 +134,8 @@ def _guarded(open_records: Callable[[], Iterable[Record]], file: Path) -> Iterat
     except MemoryError:
         raise
     except Exception as error:  # pyarrow, pandas, gzip, zlib, codecs and json each raise their own
+        if isinstance(error, OSError) and find_failed_write(error, scratch) is not None:
+            raise
         raise DataError(
             f"{file}: can't be read as {_suffix(file) or 'a saved dataset'} ({type(error).__name__}: {error}); "
             "files must be complete and in UTF-8"

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.codec import decode
+from hf_context_prune.utils.reading import read_json, why
 
 from .verify import Verification
 
@@ -53,7 +54,7 @@ class ExportReport:
             LoadError: The file is not an export report.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             if values.pop("schema") != _SCHEMA:
                 raise ValueError(f"its schema is not {_SCHEMA}")
             report = decode(cls, values, "report")
@@ -61,8 +62,7 @@ class ExportReport:
                 raise ValueError("bytes_before and tokens_per_second_before must be above 0")
             return report
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            why = str(error).rstrip(".")
-            raise LoadError(f"{path} is not an export report: {why}. Export the model again.") from error
+            raise LoadError(f"{path} is not an export report: {why(error)}. Export the model again.") from error
 
     def table_rows(self) -> list[tuple[str, str, str, str]]:
         """Return rows of measure, the folder's own model, the artefact, change."""

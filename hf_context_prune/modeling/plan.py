@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hf_context_prune.errors import PlanError, VocabularyError
+from hf_context_prune.utils.reading import read_json, why
 
 from .specs import UNIT_NAMES, Geometry, LayerWidths, base_model_type
 from .token_rows import num_rows
@@ -23,6 +24,7 @@ from .token_rows import num_rows
 FORMAT_VERSION = 2
 """Version of the JSON format. Version 1 had no vocabulary."""
 _FINGERPRINT_VALUES = 512
+_MAX_BYTES = 64 * 2**20  # the plan of 126 layers of 53,248 neurons has 40 MB
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -288,14 +290,14 @@ class PruningPlan:
             PlanError: The file is missing, not JSON or not a plan.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(path, max_bytes=_MAX_BYTES)
         except FileNotFoundError:
             raise PlanError(
                 f"{path} does not exist, so its folder holds no pruned model. Make one by `prune` or by "
                 f"callback.save_pretrained."
             ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise PlanError(f"{path} can't be read as a pruning plan: {error}.") from error
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path} can't be read as a pruning plan: {why(error)}.") from error
         if not isinstance(data, dict):
             raise PlanError(f"{path} is not a pruning plan: its top level is a {type(data).__name__}, not an object.")
         return cls.from_dict(data)

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from hf_context_prune.errors import LoadError
+from hf_context_prune.utils.links import resolve_inside
+from hf_context_prune.utils.reading import parse_yaml, read_text
 
 from .known_models import SMOLLM2
 from .loading import LoadedModel
@@ -22,6 +26,7 @@ _IN_GGUF = {
     "language": "general.languages",
 }
 _LONGEST = 300
+_MAX_CARD_BYTES = 4 * 2**20
 
 
 def read_base_card(base: LoadedModel) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def read_base_card(base: LoadedModel) -> dict[str, Any]:
     if base.source is not None and base.source.is_file():
         return _read_gguf_header(base.source)
     if base.source is not None:
-        return _read_readme(base.source / "README.md", "the README.md in its folder")
+        return _read_readme_in(base.source)
     if base.revision is None and "/" not in base.name:
         return {"unknown": "it was given in memory"}
     try:
@@ -56,12 +61,23 @@ def collect_provenance(base: LoadedModel) -> dict[str, Any]:
     return {"base_model": base.name, "base_revision": base.revision, "base_card": read_base_card(base)}
 
 
-def _read_readme(file: Path, where: str) -> dict[str, Any]:
-    if not file.is_file():
+def _read_readme_in(folder: Path) -> dict[str, Any]:
+    if not (folder / "README.md").is_file():
         return {"unknown": "there is no README.md in its folder"}
     try:
-        values = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        file = resolve_inside(folder, "README.md")
+    except LoadError:
+        return {"unknown": "the README.md in its folder leads out of the folder"}
+    return _read_readme(file, "the README.md in its folder")
+
+
+def _read_readme(file: Path, where: str) -> dict[str, Any]:
+    try:
+        block = REGEX_YAML_BLOCK.search(read_text(file, _MAX_CARD_BYTES))
+        values = (parse_yaml(block[2]) if block else None) or {}
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
         return {"unknown": f"{where} can't be read"}
     return {**_select_plain_values(values), "stated_by": where}
 

@@ -12,9 +12,10 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 from hf_context_prune.errors import ConfigError, unknown_name
+
+from .files import expand_home
+from .reading import read_yaml, why
 
 Config = TypeVar("Config")
 
@@ -158,16 +159,18 @@ def from_options(config_class: type[Config], values: Mapping[str, Any]) -> Confi
     return config_class(**values)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a flat YAML mapping.
+def read_options(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping of options.
 
     Raises:
-        ConfigError: The file is missing, not YAML or not a mapping.
+        ConfigError: The file is missing, not plain YAML (see [`read_yaml`][]) or not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The config file {path} can't be read: {error}. It must be a YAML mapping.") from error
+        values = read_yaml(expand_home(path))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"The config file {path} can't be read: {why(error)}. It must be a YAML mapping.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -24,7 +24,7 @@ from hf_context_prune.config import (
 )
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
-from hf_context_prune.utils.options import PANELS, help_of, read_yaml
+from hf_context_prune.utils.options import PANELS, help_of, read_options
 
 RATIOS = ["pruning_ratio", "mlp_ratio", "attention_ratio"]
 OPTIONAL_INTEGERS = {"target_params": 1, "vocab_min_count": 1}
@@ -360,7 +360,7 @@ def test_yaml_round_trip(tmp_path):
     assert PrunerConfig.from_yaml(path) == PrunerConfig(target_params=50_000_000, ridge=1.0)
     path.write_text("")
     assert PrunerConfig.from_yaml(path) == PrunerConfig()
-    assert read_yaml(path) == {}
+    assert read_options(path) == {}
 
 
 def test_bad_yaml(tmp_path, subtests):

@@ -6,13 +6,13 @@ import math
 import os
 import typing
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from hf_context_prune.errors import LoadError, NumericsError
-from hf_context_prune.storage.files import write_file
+from hf_context_prune.utils.files import write_file
+from hf_context_prune.utils.reading import read_json, why
 
 _LARGEST = 2**63 - 1
 
@@ -109,8 +109,6 @@ def load_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401 - JSON has n
         LoadError: The file is missing or is no JSON.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        json.dumps(data, ensure_ascii=False).encode()  # half a character, say, can be read but not shown
-        return data
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {error}") from error
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{os.fspath(path)!r} is not a readable evaluation report: {why(error)}") from error

@@ -18,9 +18,10 @@ from hf_context_prune.pruning.calibration.chunked import layer_groups
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
 from hf_context_prune.pruning.surgery import ReconstructFn
-from hf_context_prune.storage.files import write_file
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process
+from hf_context_prune.utils.files import write_file
+from hf_context_prune.utils.reading import read_json
 
 from .budget import Curve
 from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
@@ -87,12 +88,12 @@ def search_curves(
 def _read(path: Path, key: str) -> dict[Key, Curve] | None:
     """Return the curves of the same search, if an earlier run completed it."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        kept = read_json(path)
+        if not isinstance(kept, dict) or kept.get("key") != key:
+            return None
+        return {(layer, target): tuple(map(tuple, curve)) for layer, target, curve in kept["curves"]}  # type: ignore[misc]
+    except (OSError, ValueError, KeyError, TypeError):  # cut short by a kill, or damaged: measured again
         return None
-    if not isinstance(kept, dict) or kept.get("key") != key:
-        return None
-    return {(layer, target): tuple(map(tuple, curve)) for layer, target, curve in kept["curves"]}  # type: ignore[misc]
 
 
 def _save(path: Path, key: str, curves: Mapping[Key, Curve]) -> None:

@@ -14,6 +14,8 @@ from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import PREFIX
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
+from hf_context_prune.utils.foreign_code import find_foreign_code
+from hf_context_prune.utils.reading import read_json, why
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class CardFacts:
         report: The measured figures; None where nothing was measured.
         model_type: The model type in config.json.
         architecture: The model class in config.json.
+        foreign_code: The references of the folder to code of others, in words (see [`find_foreign_code`][]).
         base: The facts that the base states of itself.
     """
 
@@ -34,6 +37,7 @@ class CardFacts:
     report: EvalReport | None = None
     model_type: str = ""
     architecture: str = ""
+    foreign_code: tuple[str, ...] = ()
     base: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,13 +104,23 @@ def read_facts(folder: str | Path, *, name: str | None = None) -> CardFacts:
 
 def facts_in(folder: Path, *, name: str) -> CardFacts:
     """Read the facts of a folder that is being written, which has no manifest yet."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(folder / "config.json")
     report = folder / REPORT_NAME
-    architectures = config.get("architectures") or [""]
     return CardFacts(
         name=name,
         plan=PruningPlan.load(folder / PLAN_NAME),
         report=EvalReport.load(report) if report.is_file() else None,
         model_type=str(config.get("model_type", "")),
-        architecture=str(architectures[0]),
+        architecture=next((str(name) for name in config.get("architectures") or ()), ""),
+        foreign_code=tuple(find_foreign_code(folder)),
     )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file} can't be read as a model config: {why(error)}. Save the model again.") from error
+    if not isinstance(values, dict) or not isinstance(values.get("architectures", []), list | None):
+        raise LoadError(f"{file} is not a model config. Save the model again.")
+    return values

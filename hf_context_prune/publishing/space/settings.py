@@ -14,7 +14,8 @@ import yaml
 
 from hf_context_prune.errors import ConfigError, unknown_name
 from hf_context_prune.storage.known_models import SMOLLM2
-from hf_context_prune.utils.options import read_yaml
+from hf_context_prune.utils.hub_ids import is_hub_id
+from hf_context_prune.utils.options import read_options
 
 from .prompts import choose_prompts
 
@@ -24,7 +25,6 @@ DEMO_FOLDER = "mini-gpt-licences"
 """The folder that `hf-context-prune demo` writes by default."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _MAX_NAME = 60
 _MAX_PROMPTS = 8
 
@@ -139,7 +139,7 @@ def read_space_settings(path: str | Path) -> Settings:
         ConfigError: The file can't be read, or a field is missing, unknown or of a wrong type; the message names it.
     """
     path = Path(path)
-    values = _fields(read_yaml(path), str(path), required={"models"}, allowed={"title", "base", "models", "limits"})
+    values = _fields(read_options(path), str(path), required={"models"}, allowed={"title", "base", "models", "limits"})
     models = values["models"]
     if not isinstance(models, list) or not models:
         raise ConfigError(f"models in {path} is {models!r:.80}; it must be a list with at least one model.")
@@ -221,9 +221,9 @@ def _source(value: object, where: str, folder: Path) -> Source:
 
 
 def _repo(value: object, where: str) -> str:
-    if not isinstance(value, str) or not REPO.fullmatch(value):
+    if not is_hub_id(value):
         raise ConfigError(f"{where} is {value!r:.120}; it must be a Hub id, as in owner/name.")
-    return value
+    return str(value)
 
 
 def check_name(value: object, where: str) -> str:
