@@ -2,18 +2,45 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import yaml
+from transformers import PreTrainedConfig
 
 from hf_context_prune.data.questions import QuestionSet, format_prompt
-from hf_context_prune.errors import SaveError
-from hf_context_prune.storage.files import write_file
+from hf_context_prune.errors import LoadError, SaveError
+from hf_context_prune.modeling.specs import PREFIX
+from hf_context_prune.utils.files import expand_home, write_file
+from hf_context_prune.utils.foreign_code import find_foreign_code
 
 
 def harness_task_name(questions: str) -> str:
     """Return the name of the task for questions of a name (of a file, or a Hub id)."""
     return "context_prune_" + (re.sub(r"\W+", "_", Path(questions).stem.lower()).strip("_") or "questions")
+
+
+def format_harness_command(model: str, questions: str, folder: str | Path) -> str:
+    """Return the shell command that asks the questions of a task, with a note where it lacks something.
+
+    ``trust_remote_code`` is given only for a folder of varying widths that names this package's modeling files alone.
+
+    Args:
+        model: Folder or Hub id of the model.
+        questions: Name of the questions.
+        folder: Folder of the task.
+    """
+    task, place, note = harness_task_name(questions), expand_home(model, LoadError), ""
+    arguments = f"pretrained={shlex.quote(model)}"
+    if not place.is_dir():
+        note = " (a model of varying widths also needs trust_remote_code=True; read the code of its repository first)"
+    elif str(PreTrainedConfig.get_config_dict(place)[0].get("model_type")).startswith(PREFIX):
+        if found := find_foreign_code(place):
+            note = f" (without trust_remote_code, as {model} names code of others: {found[0]})"
+        else:
+            arguments += ",trust_remote_code=True"
+    path = shlex.quote(str(folder))
+    return f"lm_eval --model hf --model_args {arguments} --include_path {path} --tasks {task} --num_fewshot 0{note}"
 
 
 def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewshot: int = 0) -> str:

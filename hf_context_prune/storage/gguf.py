@@ -13,7 +13,7 @@ from hf_context_prune.errors import ContextPruneError, LoadError
 from hf_context_prune.modeling.architectures import spec_of
 
 from .cache import CACHE_VARIABLE, cache_dir
-from .manifest import hash_file, read_manifest
+from .manifest import hash_file, verify_if_ours
 from .model_checks import check_complete, check_sizes
 from .saving import estimate_bytes
 from .staging import staged_folder
@@ -39,7 +39,7 @@ def ensure_dequantised(gguf: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first and reads its result
-            if read_manifest(folder) is None:
+            if not _is_cached(folder):
                 dequantise(gguf, folder)
     except ContextPruneError:
         raise
@@ -51,6 +51,14 @@ def ensure_dequantised(gguf: Path) -> Path:
     return folder
 
 
+def _is_cached(folder: Path) -> bool:
+    """Return whether the copy was made before, and is whole."""
+    try:
+        return verify_if_ours(folder) is not None
+    except LoadError as error:
+        raise LoadError(f"{error} Or remove {folder}, which the next run makes again from the GGUF file.") from error
+
+
 def dequantise(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file to a folder, in float32.
 
@@ -60,18 +68,19 @@ def dequantise(gguf: Path, folder: Path) -> None:
     """
     _LOGGER.info("Dequantising %s once; the result is kept in the cache.", gguf.name)
     try:
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         check_sizes(config, spec_of(config))
         model, info = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
+            trust_remote_code=False,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by check_complete
         )
         check_complete(gguf.name, model.config, info)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     except ContextPruneError:
         raise
     except Exception as error:  # the readers of GGUF files raise many types

@@ -16,7 +16,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from hf_context_prune.errors import LoadError, SaveError
-from hf_context_prune.utils.file_names import MANIFEST_NAME
+from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, PLAN_NAME
+from hf_context_prune.utils.files import expand_home, open_regular
 
 FORMAT = "hf_context_prune"
 VERSION = 1
@@ -29,6 +30,8 @@ EDITABLE = frozenset({"README.md"})
 _WEIGHT_SUFFIXES = frozenset({".safetensors"})
 _LISTED_SUFFIXES = _WEIGHT_SUFFIXES | PICKLE_SUFFIXES | {".py"}
 _MAX_MANIFEST_BYTES = 16 * 2**20
+_MAX_CONFIG_BYTES = 16 * 2**20
+_OUR_MODEL_TYPE = "context_pruned_"
 
 
 def write_manifest(folder: Path) -> dict[str, Any]:
@@ -117,6 +120,53 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
 
 
+def verify_if_ours(folder: str | os.PathLike[str], *, hash_weights: bool = True) -> dict[str, Any] | None:
+    """Check a folder as [`verify_folder`][] does if it claims to be of this package; leave any other folder unchecked.
+
+    Args:
+        folder: A folder that may be of this package.
+        hash_weights: As for [`verify_folder`][].
+
+    Returns:
+        The manifest; None if the folder is of another program.
+
+    Raises:
+        LoadError: See [`verify_folder`][]: a manifest that is damaged or missing does not turn the check off.
+    """
+    return verify_folder(folder, hash_weights=hash_weights) if claims_to_be_ours(folder) else None
+
+
+def claims_to_be_ours(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder claims to be of this package, whatever the state of its manifest.
+
+    A folder does so by a manifest that names this package's format (also in a damaged one), by a pruning plan, by the
+    report of an export, or by a model type of this package beside a ``manifest.json`` of any content. The
+    ``manifest.json`` of another program alone says nothing.
+    """
+    folder = expand_home(folder, LoadError)
+    if any(os.path.lexists(folder / name) for name in (PLAN_NAME, EXPORT_REPORT_NAME)):
+        return True
+    if not os.path.lexists(folder / MANIFEST_NAME):
+        return False
+    return _says(folder / MANIFEST_NAME, _MAX_MANIFEST_BYTES, "format", FORMAT) or _says(
+        folder / "config.json", _MAX_CONFIG_BYTES, "model_type", _OUR_MODEL_TYPE
+    )
+
+
+def _says(path: Path, limit: int, field: str, start: str) -> bool:
+    """Return whether a field of a JSON file has a value that begins so; in a damaged file the value may be anywhere."""
+    try:
+        with open_regular(path) as file:
+            content = file.read(limit)
+    except OSError:
+        return False
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return start.encode() in content
+    return isinstance(values, dict) and str(values.get(field)).startswith(start)
+
+
 def verify_folder(
     folder: str | os.PathLike[str], *, hash_weights: bool = True, allow_edits: bool = True
 ) -> dict[str, Any]:
@@ -135,7 +185,7 @@ def verify_folder(
         LoadError: The manifest is missing or malformed; a listed file is missing or has another size or checksum;
             or the folder holds weights or code that the manifest does not list, or a pickle, listed or not.
     """
-    folder = Path(folder)
+    folder = expand_home(folder, LoadError)
     manifest = _parse(folder)
     remedy = "Save or download the model again."
     for name, entry in manifest["files"].items():
@@ -146,7 +196,7 @@ def verify_folder(
             )
         path = folder / name
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if allow_edits and name in EDITABLE:
                     continue
@@ -157,7 +207,7 @@ def verify_folder(
                 if not hash_weights and path.suffix.lower() in _WEIGHT_SUFFIXES:
                     continue
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise LoadError(f"{name} is missing from {folder}, but the manifest lists it. {remedy}") from error
         except OSError as error:
             if isinstance(error, LoadError):
@@ -195,9 +245,12 @@ def _parse(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     hint = "The folder was not saved by this package, or was copied in part: save or download the model again."
     if (folder / "training_args.bin").exists():
-        hint = "A Trainer saved it: write the model with callback.save_pretrained(folder), with its plan and card."
+        hint = (
+            "A Trainer saved it: write the model with callback.save_pretrained(folder), with its plan and card; "
+            "load_checkpoint(folder) opens it in Python."
+        )
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(_MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise LoadError(f"{folder} has no readable {MANIFEST_NAME} ({error.strerror}). {hint}") from error

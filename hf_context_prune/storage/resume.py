@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,23 +16,26 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from hf_context_prune.errors import PruningWarning
+from hf_context_prune.errors import PruningWarning, SaveError
 from hf_context_prune.utils.compat import attention_implementation
 from hf_context_prune.utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
 from hf_context_prune.utils.precision import bfloat16_is_fast
 from hf_context_prune.utils.version import __version__
 
 from .cache import CACHE_VARIABLE, cache_dir
-from .files import hold_lock
+from .locks import hold_lock
+from .own_folders import MARKER, is_empty, is_own, make_own, mark_own, remove_own
 
 _FORGOTTEN_AFTER_DAYS = 7
+_NAME = re.compile("[0-9a-f]{32}")
 
 
 @contextmanager
 def open_resume_folder(*identity: object) -> Iterator[Path | None]:
     """Open a folder of the cache for the finished work of a run; remove it at the end, but not if the run fails.
 
-    Folders of other runs that nothing was written to for a week are removed as well.
+    Folders of other runs that nothing was written to for a week are removed as well. A folder that this package did not
+    mark as its own (see `own_folders.py`) is neither used nor removed.
 
     Args:
         identity: Values that the same run has when it is started again: its output folder and its options.
@@ -53,13 +56,12 @@ def open_resume_folder(*identity: object) -> Iterator[Path | None]:
         def begin() -> str:
             held.enter_context(hold_lock(folder, what="doing the same"))
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
-                (folder / ".writable").unlink()
+                root.mkdir(parents=True, exist_ok=True)
+                _open(folder)
             except OSError as error:
                 return str(error)
             for other in root.iterdir():
-                if other != folder:
+                if other != folder and _NAME.fullmatch(other.name):
                     _forget_old(other)
             return ""
 
@@ -77,17 +79,37 @@ def open_resume_folder(*identity: object) -> Iterator[Path | None]:
         except BaseException:
             if is_main_process():
                 with suppress(OSError):
-                    folder.rmdir()  # nothing was finished
+                    if os.listdir(folder) == [MARKER]:  # nothing was finished
+                        remove_own(folder)
             raise
         if is_main_process():
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # what stays is forgotten later
+                remove_own(folder)
+
+
+def _open(folder: Path) -> None:
+    """Make the folder, or open the one that an earlier run left.
+
+    Raises:
+        OSError: It can't be written, or is not of this package.
+    """
+    if not os.path.lexists(folder):
+        make_own(folder)
+    elif not is_own(folder):
+        raise OSError(f"{folder} is not a folder of this package")
+    elif is_empty(folder):
+        mark_own(folder)
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} can't be written by this user")
 
 
 def _forget_old(folder: Path) -> None:
-    with suppress(OSError):  # another run may be removing it
-        newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-        if time.time() - newest > _FORGOTTEN_AFTER_DAYS * 86_400:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder that this package made and no run wrote to for a week, unless a run is at work in it."""
+    with suppress(OSError, SaveError):  # another run may be removing it
+        newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+        if time.time() - newest > _FORGOTTEN_AFTER_DAYS * 86_400 and is_own(folder):
+            with hold_lock(folder):
+                remove_own(folder)
 
 
 def resume_key(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], *options: object) -> str:

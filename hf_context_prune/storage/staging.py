@@ -1,12 +1,12 @@
 """The staged write of a folder: a kill, a full disk or an error leaves the target absent or whole.
 
-A folder is written beside its target under the name ``.<name>.staging-<random>``, made durable, sealed with a manifest
-(`manifest.py`), and put in place by one rename. An older folder of this package at the target is exchanged in one step
-where the system can do that (Linux); elsewhere it has the name ``.<name>.previous`` for the moment between two renames.
-The next run for the same target removes, or puts back, the folders that a killed run has left.
+A folder is written beside its target, inside a folder ``.<name>.staging-<random>`` that is marked as this package's own
+(`own_folders.py`). It is made durable, sealed with a manifest (`manifest.py`), and put in place by one rename. An older
+folder of this package at the target is exchanged in one step where the system can do that (Linux); elsewhere it has the
+name ``.<name>.previous`` for the moment between two renames. The next run for the same target removes, or puts back,
+the folders that a killed run has left, and no others.
 
-Two runs for one target exclude each other by a lock in the system's temporary folder: on one machine, for one user.
-Two machines that share a disk do not see each other's lock, so there each run needs its own output folder.
+Two runs for one target exclude each other by a lock (`locks.py`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,44 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hf_context_prune.errors import LoadError, SaveError
+from hf_context_prune.utils.file_names import (
+    EXPORT_REPORT_NAME,
+    MANIFEST_NAME,
+    REPORT_MARKDOWN_NAME,
+    SPACE_SETTINGS_NAME,
+)
+from hf_context_prune.utils.files import resolve_path
 
-from .files import check_writable, hold_lock
-from .manifest import find_unlisted_files, fsync_folder, read_manifest, verify_folder, write_manifest
-from .write_errors import explain_failed_write, format_bytes
+from .files import check_writable
+from .locks import hold_lock
+from .manifest import (
+    claims_to_be_ours,
+    find_unlisted_files,
+    fsync_folder,
+    read_manifest,
+    verify_folder,
+    write_manifest,
+)
+from .own_folders import is_empty, is_own, make_own, remove_folder, remove_own
+from .write_errors import explain_failed_write, format_bytes, has_no_inodes
 
 _MARGIN_BYTES = 16 * 2**20
 _NAME_MAX = 255  # bytes, on every common file system
 _HARMLESS = {".cache", ".DS_Store", "__pycache__"}  # tools make them in any folder, and make them again
+_KINDS = {
+    EXPORT_REPORT_NAME: "an export",
+    SPACE_SETTINGS_NAME: "a Space",
+    REPORT_MARKDOWN_NAME: "a rendered report",
+}
+"""Kinds of saved folders, by the file that tells them; one without any of these files is a model."""
 _DEBRIS = re.compile(r"\..+\.(staging-[0-9a-f]{16}|previous)", re.DOTALL)
 _LOGGER = logging.getLogger(__name__)
 
@@ -45,9 +69,11 @@ def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False,
     Args:
         target: The output folder.
         discard_edits: Allow a folder whose card was edited by hand; the edits are lost.
-        replaces: File that a folder of this package must have to be replaced; None: any folder of this package.
+        replaces: File that tells the kind of folder that is written, and that alone may be replaced: ``space.yaml``,
+            ``export_report.json`` or ``report.md``; None: a model.
 
     Raises:
+        ConfigError: The target names the home folder of an unknown user.
         SaveError: The target is something else, or its parent is not a writable folder.
     """
     goal = resolve_target(target)
@@ -62,10 +88,11 @@ def resolve_target(target: str | os.PathLike[str]) -> Path:
         target: The output folder.
 
     Raises:
+        ConfigError: The target names the home folder of an unknown user.
         SaveError: A rename can't replace the target: it is the current folder or holds it, is a mount point or a link
             to no folder, or its name is too long or is reserved for unfinished runs.
     """
-    goal = Path(os.path.realpath(os.path.expanduser(target)))
+    goal = resolve_path(target, SaveError)
     if goal == Path.cwd() or goal in Path.cwd().parents:
         raise SaveError(
             f"{os.fspath(target)!r} is the current folder or holds it, and can't be replaced from inside: "
@@ -92,20 +119,21 @@ def _check_occupant(goal: Path, *, discard_edits: bool = False, replaces: str | 
     if not goal.is_dir():
         raise SaveError(f"{goal} exists and is a file: {remedy}")
     try:
-        if _is_empty(goal):
+        if is_empty(goal):
             return
     except OSError as error:
         raise SaveError(f"{goal} exists and can't be read ({error.strerror}): {remedy}") from error
     manifest = read_manifest(goal)
     if manifest is None:
-        raise SaveError(f"{goal} exists, is not empty and was not made by this package (it has no manifest): {remedy}")
-    if replaces is not None and replaces not in manifest["files"]:
+        problem = f"its {MANIFEST_NAME} is damaged" if claims_to_be_ours(goal) else "it has no manifest"
+        raise SaveError(f"{goal} exists, is not empty and was not made by this package ({problem}): {remedy}")
+    held = next((kind for name, kind in _KINDS.items() if name in manifest["files"]), "a model")
+    if held != (wanted := "a model" if replaces is None else _KINDS[replaces]):
         raise SaveError(
-            f"{goal} was made by this package, but is another kind of folder (it has no {replaces}), which would be "
+            f"{goal} was made by this package, but is another kind of folder ({held}, not {wanted}), which would be "
             f"lost: {remedy}"
         )
-    foreign = [name for name in find_unlisted_files(goal, manifest) if not _HARMLESS.intersection(name.split("/"))]
-    if foreign:
+    if foreign := _find_foreign(goal, manifest):
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise SaveError(
             f"{goal} was made by this package, but holds files that the package did not save and that would be lost "
@@ -119,9 +147,9 @@ def _check_occupant(goal: Path, *, discard_edits: bool = False, replaces: str | 
         ) from error
 
 
-def _is_empty(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return next(entries, None) is None
+def _find_foreign(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return the files in a folder of this package that neither this package nor a common tool put there."""
+    return [name for name in find_unlisted_files(folder, manifest) if not _HARMLESS.intersection(name.split("/"))]
 
 
 @contextmanager
@@ -152,7 +180,8 @@ def staged_folder(
     goal = resolve_target(target)
     with hold_lock(goal, wait_seconds):
         needed = required_bytes + required_bytes // 20 + _MARGIN_BYTES
-        staging = _new_staging_path(goal)
+        place = _new_staging_path(goal)
+        staging = place / goal.name
         new_parents = [folder for folder in goal.parents if not os.path.exists(folder)]
         in_block = False
         try:
@@ -160,6 +189,7 @@ def staged_folder(
             check_target(goal, discard_edits=discard_edits, replaces=replaces)
             goal.parent.mkdir(parents=True, exist_ok=True)
             _check_space(goal, required_bytes, needed)
+            make_own(place)
             staging.mkdir()
             in_block = True
             yield staging
@@ -167,11 +197,11 @@ def staged_folder(
             write_manifest(staging)
             # Again, because the block may have taken hours.
             _check_occupant(goal, discard_edits=discard_edits, replaces=replaces)
-            older = _put_in_place(staging, goal)
-            _finish(goal, new_parents, older)
+            previous = _put_in_place(staging, goal)
+            _finish(goal, new_parents, place, previous)
         except BaseException as error:
             save_error = explain_failed_write(error, staging, goal, needed, in_block=in_block)
-            _clean_up(staging, new_parents, error)
+            _clean_up(place, new_parents, error)
             if save_error is None:
                 raise
             raise save_error from error
@@ -190,22 +220,29 @@ def _sweep(goal: Path) -> None:
     if not goal.parent.is_dir():
         return
     previous = _previous_path(goal)
-    if previous.is_dir():
-        occupied = os.path.lexists(goal) and not (goal.is_dir() and _is_empty(goal))
+    if os.path.lexists(previous):
+        _sweep_previous(previous, goal)
+    staging = re.compile(re.escape(f".{goal.name}.staging-") + "[0-9a-f]{16}")
+    for path in sorted(goal.parent.iterdir()):
+        if staging.fullmatch(path.name) and is_own(path):
+            remove_own(path)
+
+
+def _sweep_previous(previous: Path, goal: Path) -> None:
+    occupied = os.path.lexists(goal) and not (goal.is_dir() and is_empty(goal))
+    manifest = read_manifest(previous) if stat.S_ISDIR(previous.lstat().st_mode) else None
+    if manifest is not None and not _find_foreign(previous, manifest):
         if not occupied and _is_whole(previous):
             os.rename(previous, goal)
             _LOGGER.warning("A run was killed while it replaced %s; the older folder was put back.", goal)
-        elif read_manifest(previous) is not None or _is_empty(previous):
-            _remove(previous, goal)
         else:
-            raise SaveError(
-                f"{previous} is in the way and was not made by this package: move that folder, or choose another "
-                f"--output."
-            )
-    staging = re.compile(re.escape(f".{goal.name}.staging-") + "[0-9a-f]{16}")
-    for path in sorted(goal.parent.iterdir()):
-        if staging.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            _remove(path, goal)
+            remove_folder(previous, last=MANIFEST_NAME)
+    elif is_own(previous):
+        remove_own(previous)
+    else:
+        raise SaveError(
+            f"{previous} is in the way and was not made by this package: move it, or choose another --output."
+        )
 
 
 def _is_whole(folder: Path) -> bool:
@@ -216,13 +253,6 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _remove(path: Path, goal: Path) -> None:
-    """Remove a folder at once, by renaming it first, so that no run ever finds half of it under its name."""
-    dead = _new_staging_path(goal)
-    os.rename(path, dead)
-    shutil.rmtree(dead)
-
-
 def _check_space(goal: Path, required: int, needed: int) -> None:
     free = shutil.disk_usage(goal.parent).free
     if free < needed:
@@ -231,15 +261,24 @@ def _check_space(goal: Path, required: int, needed: int) -> None:
             f"{format_bytes(required)} plus 5 % and 16 MiB): free {format_bytes(needed - free)} or choose another "
             f"--output."
         )
+    if has_no_inodes(goal.parent):
+        raise SaveError(
+            f"The disk of {goal.parent} has no inodes left, of which every file needs one: remove some files there or "
+            f"choose another --output."
+        )
 
 
 def _put_in_place(staging: Path, goal: Path) -> Path | None:
-    """Rename the finished folder to its target; return the present path of the older folder, if there was one."""
+    """Rename the finished folder to its target; an older folder is then in its place.
+
+    Returns:
+        The path of the older folder where the two could not be exchanged; else None.
+    """
     if not os.path.lexists(goal):
         os.rename(staging, goal)
         return None
     if _exchange(staging, goal):
-        return staging
+        return None
     previous = _previous_path(goal)
     try:
         os.rename(goal, previous)
@@ -268,13 +307,14 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), os.fspath(first), None, os.fspath(second))
 
 
-def _finish(goal: Path, new_parents: list[Path], older: Path | None) -> None:
-    """Make the new name durable and remove the older folder. The target is already whole, so a failure only warns."""
+def _finish(goal: Path, new_parents: list[Path], place: Path, previous: Path | None) -> None:
+    """Make the new name durable and remove older folders. The target is already whole, so a failure only warns."""
     try:
         for folder in (goal.parent, *(parent.parent for parent in new_parents)):
             fsync_folder(folder)
-        if older is not None:
-            _remove(older, goal)
+        if previous is not None:
+            remove_folder(previous, last=MANIFEST_NAME)
+        remove_own(place)
     except OSError as error:
         message = (
             "%s is saved, but a last step failed (%s): a power cut now may undo the save, or leave files beside it."
@@ -282,12 +322,12 @@ def _finish(goal: Path, new_parents: list[Path], older: Path | None) -> None:
         _LOGGER.warning(message, goal, error)
 
 
-def _clean_up(staging: Path, new_parents: list[Path], error: BaseException) -> None:
+def _clean_up(place: Path, new_parents: list[Path], error: BaseException) -> None:
     try:
-        if staging.exists():
-            shutil.rmtree(staging)
+        if place.exists():
+            remove_own(place)
         for folder in new_parents:  # innermost first
-            if folder.is_dir() and _is_empty(folder):
+            if folder.is_dir() and is_empty(folder):
                 folder.rmdir()
     except OSError as failure:
         error.add_note(f"The staging folder could not be removed: {failure}. The next run for this target removes it.")

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hf_context_prune.errors import ContextPruneError, SaveError
+from hf_context_prune.errors import SaveError
+from hf_context_prune.utils.failed_writes import find_failed_write
 
 from .files import find_existing_folder
-
-_WRITE_ERRNOS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
-    *(errno.ENFILE, errno.EMFILE, errno.ENAMETOOLONG),
-}
 
 
 def explain_failed_write(
@@ -27,41 +22,31 @@ def explain_failed_write(
 
     Call this function before the staging folder is removed: it reads which file was written last.
 
-    An `OSError` outside the caller's block is always a failed write. Inside the block it is one if it names a file in
-    the staging folder, or names no file (as `write` does) and has an error number of writing. `safetensors` and
-    `tokenizers` raise their own and bare exceptions, with the system's error number in the text.
-
     Args:
         error: The exception that ended the write.
         staging: The staging folder.
         goal: The target.
         needed: Bytes that the write needs.
-        in_block: Whether the caller's block raised the error.
+        in_block: Whether the caller's block raised the error: outside it, every `OSError` is a failed write.
     """
-    if isinstance(error, ContextPruneError):
+    failed = find_failed_write(error, staging, any_os_error=not in_block)
+    if failed is None:
         return None
-    number, reason, name = None, str(error), None
-    if isinstance(error, OSError):
-        number, reason = error.errno, error.strerror or str(error)
-        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else None
-        inside = name is not None and Path(name).is_relative_to(staging)
-        if in_block and not inside and (name is not None or number not in _WRITE_ERRNOS):
-            return None
-    else:
-        match = re.search(r"\(os error (\d+)\)", reason)
-        number = int(match.group(1)) if match and os.name == "posix" else None
-        if not isinstance(error, SafetensorError) and (type(error) is not Exception or number not in _WRITE_ERRNOS):
-            return None
-        reason = os.strerror(number) if number is not None else reason
     state = "The target is as it was before." if os.path.lexists(goal) else "Nothing was put in place."
-    where = _locate(error, name, staging, goal)
-    return SaveError(f"Could not write {where}: {reason}. {state} {_remedy(number, staging, goal, needed)}")
+    path = failed.path
+    if path is not None and not path.is_relative_to(staging.parent):
+        remedy = _remedy(failed.number, path)
+        return SaveError(f"Could not write {path}: {failed.reason}. {state} {remedy} and run again.")
+    written = sum(path.lstat().st_size for path in staging.rglob("*")) if staging.is_dir() else 0
+    remedy = _remedy(failed.number, goal, needed - written)
+    where = _locate(error, path, staging, goal)
+    return SaveError(f"Could not write {where}: {failed.reason}. {state} {remedy} or choose another --output.")
 
 
-def _locate(error: BaseException, name: str | None, staging: Path, goal: Path) -> str:
+def _locate(error: BaseException, path: Path | None, staging: Path, goal: Path) -> str:
     """Return the file that could not be written: the named one, else the weights or the file written last."""
-    if name is not None and Path(name) != staging:
-        return f"{os.path.relpath(name, staging)} of {goal}" if Path(name).is_relative_to(staging) else name
+    if path is not None and staging in path.parents:
+        return f"{path.relative_to(staging)} of {goal}"
     if isinstance(error, SafetensorError):
         return f"the *.safetensors weights of {goal}"
     files = [path for path in staging.rglob("*") if path.is_file()] if staging.is_dir() else []
@@ -69,20 +54,32 @@ def _locate(error: BaseException, name: str | None, staging: Path, goal: Path) -
     return f"{newest.relative_to(staging)} of {goal}" if newest else str(goal)
 
 
-def _remedy(number: int | None, staging: Path, goal: Path, needed: int) -> str:
-    parent = find_existing_folder(goal.parent)
+def _remedy(number: int | None, path: Path, needed: int = 0) -> str:
+    """Return the beginning of a sentence: what to do so that a path can be written, with bytes that are yet needed."""
+    parent = find_existing_folder(path.parent)
+    free = shutil.disk_usage(parent).free
+    if number is None and free < needed:
+        number = errno.ENOSPC  # numpy does not tell the number
     if number == errno.EFBIG:
-        return "The file is over this process's file-size limit: raise it (ulimit -f) or choose another --output."
+        return "The file is over this process's file-size limit: raise it (ulimit -f)"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"Change the permissions of {parent} or choose another --output."
+        return f"Change the permissions of {parent}"
     if number in (errno.EBUSY, errno.EXDEV):
-        return f"{goal} seems to be a mount point: name a folder in it as --output."
+        return f"{path} seems to be a mount point: name a folder in it as --output,"
+    if number == errno.ENOSPC and has_no_inodes(parent):
+        return f"The disk of {parent} has no inodes left: remove some files there"
     if number in (errno.ENOSPC, errno.EDQUOT):
-        written = sum(path.lstat().st_size for path in staging.rglob("*")) if staging.is_dir() else 0
-        missing = needed - written - shutil.disk_usage(parent).free
-        where = "in your quota" if number == errno.EDQUOT else f"on the disk of {parent}"
-        return f"Free {format_bytes(missing if missing > 0 else needed)} {where} or choose another --output."
-    return "Remove the cause and run again, or choose another --output."
+        amount = format_bytes(needed - free if needed > free else needed) if needed > 0 else "some space"
+        return f"Free {amount} {'in your quota' if number == errno.EDQUOT else f'on the disk of {parent}'}"
+    return "Remove the cause,"
+
+
+def has_no_inodes(folder: Path) -> bool:
+    """Return whether the disk of a folder has room for no further file, whatever its size."""
+    if not hasattr(os, "statvfs"):
+        return False  # Windows
+    found = os.statvfs(folder)
+    return found.f_files > 0 and found.f_favail == 0  # some file systems count no inodes
 
 
 def format_bytes(number: int) -> str:

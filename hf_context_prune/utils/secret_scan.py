@@ -28,6 +28,11 @@ _FORMS: dict[str, bytes] = {
 _ANY = re.compile(b"%s(?:%s)|(%s)" % (_START, b"|".join(b"(%s)" % form for form in _WORDS), _KEY))
 
 
+def hide_tokens(text: str) -> str:
+    """Return a text with ``...`` in place of every access token."""
+    return _ANY.sub(b"...", text.encode("utf-8", "replace")).decode()
+
+
 def refuse_tokens(folder: Path, names: list[str], own_token: str | None = None) -> None:
     """Refuse access tokens in the text files of a folder; the search needs constant memory.
 

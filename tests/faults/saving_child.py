@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.storage import saving, staging
+from hf_context_prune.storage import staging
 
 FILES = {"config.json": b"{}", "model.safetensors": b"new" * 1000, "sub/vocab.txt": b"new"}
 LIMIT = 64 * 1024
@@ -68,8 +68,20 @@ def arm(point: str) -> None:
             on_call(os, "rename", 1, after=True)
         case "two-renames-placed":
             on_call(os, "rename", 2, after=True)
-        case "removing-older" | "two-renames-removing-older":
+        case "not-marked":
+            on_call(Path, "touch", 1)
+        case "marked":
+            on_call(Path, "touch", 1, after=True)
+        case "removing-older":
             on_call(shutil, "rmtree", 1)
+        case "two-renames-removing-older":
+            on_call(staging, "remove_folder", 1)
+        case "two-renames-removed-in-part":
+            on_call(os, "unlink", 2)
+        case "older-removed":
+            on_call(shutil, "rmtree", 1, after=True)
+        case "unmarked":
+            on_call(os, "rmdir", 1)
         case "first-file" | "done":
             pass
         case _:
@@ -78,7 +90,7 @@ def arm(point: str) -> None:
 
 def kill(target: str, point: str) -> None:
     arm(point)
-    with saving.staged_folder(target, required_bytes=0) as folder:
+    with staging.staged_folder(target, required_bytes=0) as folder:
         write(folder, stop_after_first=point == "first-file")
     assert not {"torch", "transformers"} & set(sys.modules), "saving must not import them"
     if point == "done":
@@ -89,7 +101,7 @@ def limit(target: str, writer: str) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
     try:
-        with saving.staged_folder(target, required_bytes=0) as folder:
+        with staging.staged_folder(target, required_bytes=0) as folder:
             (folder / "config.json").write_bytes(b"{}")
             if writer == "python":
                 (folder / "vocab.txt").write_bytes(b"0" * (LIMIT + 1))

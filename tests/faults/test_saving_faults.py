@@ -17,9 +17,20 @@ CHILD = Path(__file__).with_name("saving_child.py")
 ROOT = Path(__file__).parents[2]
 OLD, NEW = b"old", b"new" * 1000
 
-BEFORE = ["before-staging", "first-file", "before-manifest", "manifest-not-flushed", "before-rename"]
-PLACED = ["placed", "done"]
-PLACED_OVER_OLDER = ["removing-older", "two-renames-placed", "two-renames-removing-older"]
+BEFORE = [
+    "before-staging",
+    "not-marked",
+    "marked",
+    "first-file",
+    "before-manifest",
+    "manifest-not-flushed",
+    "before-rename",
+]
+PLACED = ["placed", "unmarked", "done"]
+PLACED_OVER_OLDER = [
+    *("removing-older", "older-removed", "two-renames-placed", "two-renames-removing-older"),
+    "two-renames-removed-in-part",
+]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills children and sets limits as Linux does")
 

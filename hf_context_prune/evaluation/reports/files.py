@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from hf_context_prune.errors import LoadError, SaveError
-from hf_context_prune.storage.files import check_writable, write_file
+from hf_context_prune.storage.files import check_writable
 from hf_context_prune.utils.file_names import MANIFEST_NAME, REPORT_NAME
+from hf_context_prune.utils.files import write_file
 
 from .markdown import inert
 from .rendering import FILES_OF_RUNS, Folder, draw_pictures, picture_markdown, report_kind, run_markdown

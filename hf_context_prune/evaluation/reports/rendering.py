@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.storage.staging import staged_folder
-from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_NAME
+from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_MARKDOWN_NAME, REPORT_NAME
+from hf_context_prune.utils.links import resolve_inside
 
 from .markdown import inert, one_line, table
 from .plots import PlotPoint, plot_curves, plot_losses, plot_matrix, plot_widths
@@ -26,7 +27,6 @@ from .run_report import AnyReport, RunReport, load_report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REPORT_MARKDOWN = "report.md"
 LOSS_PICTURE = "loss-against-size.png"
 FILES_OF_RUNS = {"matrix": ("matrix.md", "matrix.png", "mix.png"), "sweep": ("sweep.md", LOSS_PICTURE)}
 """Files that a run writes beside its report, by kind; Markdown first."""
@@ -75,18 +75,20 @@ def read_folder(folder: str | Path) -> Folder:
     report = path / REPORT_NAME
     # The name as given, since a link has its own name; bytes that are not UTF-8 can't be shown.
     name = one_line(os.fsencode(Path(os.path.abspath(path)).name).decode("utf-8", "replace"))
-    if not (path / MANIFEST_NAME).is_file():
+    manifest = verify_if_ours(path)
+    if manifest is None:
         if not report.is_file():
             raise LoadError(
                 f"{path} has no {REPORT_NAME} and no {MANIFEST_NAME}: name a folder that prune, evaluate, bench, "
                 f"cross-domain or paper-grid wrote."
             )
-        return Folder(name, None, load_report(report))
-    if REPORT_NAME not in (files := verify_folder(path)["files"]):
+        return Folder(name, None, load_report(resolve_inside(path, REPORT_NAME)))
+    if REPORT_NAME not in (files := manifest["files"]):
         raise LoadError(
             f"{path} has no {REPORT_NAME}: it was saved without figures. Prune again with figures, or run `evaluate`."
         )
-    return Folder(name, PruningPlan.load(path / PLAN_NAME) if PLAN_NAME in files else None, load_report(report))
+    plan = PruningPlan.load(resolve_inside(path, PLAN_NAME)) if PLAN_NAME in files else None
+    return Folder(name, plan, load_report(resolve_inside(path, REPORT_NAME)))
 
 
 def render_markdown(
@@ -121,7 +123,7 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
         SaveError: The folder can't be written, or holds something else.
     """
     goal = Path(target).resolve()
-    with staged_folder(goal, required_bytes=len(folders) * 2**20, replaces=REPORT_MARKDOWN) as staging:
+    with staged_folder(goal, required_bytes=len(folders) * 2**20, replaces=REPORT_MARKDOWN_NAME) as staging:
         shown: dict[str, list[tuple[str, str]]] = {}
         for folder in folders:
             safe = re.sub(r"[^\w-]", "-", folder.name)
@@ -136,7 +138,7 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
         if panels := _panels(folders):
             (staging / LOSS_PICTURE).write_bytes(_draw_png("these folders", plot_losses, panels, _SIZE, _LOSS))
             shown[""] = [("Loss against size", LOSS_PICTURE)]
-        (staging / REPORT_MARKDOWN).write_text(render_markdown(folders, pictures=shown), encoding="utf-8")
+        (staging / REPORT_MARKDOWN_NAME).write_text(render_markdown(folders, pictures=shown), encoding="utf-8")
     return goal
 
 

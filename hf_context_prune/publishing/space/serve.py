@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_context_prune.errors import ConfigError, ContextPruneError
+from hf_context_prune.utils.file_names import SPACE_SETTINGS_NAME
 
-from .folder import SETTINGS_NAME
 from .gradio_import import import_gradio
 from .html import read_template_file
 from .page import build
@@ -73,7 +73,7 @@ def choose_settings(arguments: list[str], beside: Path) -> Settings:
     """
     if len(arguments) > 1:
         raise ConfigError(f"app.py takes one argument, the YAML of a Space; it was given {len(arguments)}.")
-    own = beside / SETTINGS_NAME
+    own = beside / SPACE_SETTINGS_NAME
     if arguments or own.is_file():
         return read_space_settings(arguments[0] if arguments else own)
     return demo_settings(Path(DEMO_FOLDER).absolute())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.storage.files import write_file
+from hf_context_prune.utils.files import write_file
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
@@ -17,10 +17,9 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     assert path.read_bytes() == b"two"
 
     def fails(self, _):
-        self.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fails)
+    monkeypatch.setattr(Path, "replace", fails)
     with pytest.raises(SaveError, match="No space left"):
         write_file(path, "three")
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"two", ["table.md"])

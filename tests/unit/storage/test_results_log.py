@@ -7,6 +7,7 @@ import pytest
 
 from hf_context_prune.errors import ConfigError, NumericsError, SaveError
 from hf_context_prune.storage.results_log import ResultsLog, open_results_log
+from tests.support.limits import within
 
 SETTING = {"seed": 0, "text": ["a", None]}
 
@@ -84,20 +85,72 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_rows_of_another_setting_are_refused_by_name(tmp_path):
     path, other = tmp_path / "rows.jsonl", {**SETTING, "seed": 1, "extra": 2}
-    ResultsLog(path, other)  # of a run that ended before its first row
+    ResultsLog(path, {**SETTING, "seed": 3})  # of a run that ended before its first row
     ResultsLog(path, SETTING).get_or_measure(["a"], lambda: {"b": 1})
     with pytest.raises(ConfigError, match="other values of extra, seed"):
         ResultsLog(path, other)
     assert ResultsLog(path, SETTING).rows
 
 
-@pytest.mark.parametrize("text", ["hello\n", "[1]\n", '{"a": 1}\n', '{"setting": {}}\n{"b": 2}\n'])
-def test_another_file_is_refused_and_left(tmp_path, text):
+FOREIGN = {
+    "notes without an end": b"my own notes without newline",
+    "notes": b"hello\n",
+    "JSON lines": b'{"a":1}\n{"b":2}',
+    "a list": b"[1]\n",
+    "no rows": b'{"setting": {}}\n{"b": 2}\n',
+    "a setting of another program": b'{"setting": "dark"}',
+    "other fields": b'{"setting": {"theme": "dark"}}\n',
+    "other fields, without an end": b'{"setting": {"theme": "dark"}}',
+    "something beside the setting": b'{"setting": {}, "theme": "dark"}\n',
+    "a setting that is indented": b'{"setting": {\n  "theme": "dark"}}\n',
+    "notes in the last line": b'{"setting": {"seed": 0, "text": ["a", null]}}\n{"key": [1], "value": 1}\nmy notes',
+    "not text": b'{"setting": \xff',
+    "no bytes of text": b"\x00\xff" * 30,
+}
+
+
+def test_another_file_is_refused_and_left_byte_for_byte(tmp_path, subtests):
     path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    with pytest.raises(ConfigError):
-        ResultsLog(path, {})
-    assert path.read_text() == text
+    for what, content in FOREIGN.items():
+        with subtests.test(what):
+            path.write_bytes(content)
+            if what == "not text":  # begun as a first line, and no JSON: as a kill leaves it
+                assert not ResultsLog(path, SETTING).rows
+                continue
+            with pytest.raises(ConfigError):
+                ResultsLog(path, SETTING)
+            assert path.read_bytes() == content
+
+
+def test_a_first_line_that_was_cut_short_is_written_again(tmp_path, subtests):
+    path = tmp_path / "rows.jsonl"
+    ResultsLog(path, SETTING)
+    line = path.read_bytes()
+    for size in (0, len(b'{"setting"'), len(line) - 1):
+        with subtests.test(size=size):
+            path.write_bytes(line[:size])
+            ResultsLog(path, SETTING)
+            assert path.read_bytes() == line
+
+
+def test_a_link_or_a_special_file_in_its_place_is_not_opened(tmp_path, subtests):
+    path, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    ResultsLog(other, SETTING)
+    before = other.read_bytes()
+    places = {
+        "a link": lambda: path.symlink_to(other),
+        "a link, not": lambda: path.symlink_to(tmp_path / "absent"),
+        "a named pipe": lambda: os.mkfifo(path),
+        "a folder": path.mkdir,
+        "a link, ": lambda: path.symlink_to("/dev/zero"),
+    }
+    for kind, make in places.items():
+        make()
+        with subtests.test(kind), within(), pytest.raises(SaveError, match=f"it is {kind}"):
+            ResultsLog(path, {**SETTING, "seed": 5})
+        path.rmdir() if kind == "a folder" else path.unlink()
+    assert other.read_bytes() == before
+    assert os.listdir(tmp_path) == ["other.jsonl"]
 
 
 def test_a_damaged_row_is_named_and_can_be_removed(tmp_path):

@@ -14,6 +14,8 @@ import torch
 from hf_context_prune.errors import PruningWarning, SaveError
 from hf_context_prune.modeling.plan import fingerprint
 from hf_context_prune.storage.cache import cache_dir
+from hf_context_prune.storage.locks import hold_lock
+from hf_context_prune.storage.own_folders import MARKER
 from hf_context_prune.storage.resume import open_resume_folder, resume_key
 from tests.support.tiny import VOCABULARY, tiny_model
 
@@ -97,29 +99,46 @@ def test_it_goes_with_the_work_and_stays_for_another_try():
         assert (again / "layer").exists()
 
 
-def test_only_what_nobody_took_up_is_forgotten():
+def test_only_marked_folders_that_nobody_took_up_are_forgotten(tmp_path):
     root = cache_dir() / "unfinished"
-    for name, inside in (("stale", 0), ("long at work", None)):
+    stale, at_work, recent, foreign, other_name, linked = ("a" * 32, "b" * 32, "c" * 32, "d" * 32, "notes", "e" * 32)
+    for name in (stale, at_work, recent, foreign, other_name):
         (root / name / "sequential").mkdir(parents=True)
         (root / name / "sequential" / "layer").touch()
-        if inside is not None:
-            os.utime(root / name / "sequential" / "layer", (inside, inside))
-            os.utime(root / name / "sequential", (inside, inside))
-        os.utime(root / name, (0, 0))
-    with open_resume_folder("a"):
-        assert {path.name for path in root.iterdir() if len(path.name) < 32} == {"long at work"}
+        if name != foreign:
+            (root / name / MARKER).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / MARKER).touch()
+    (root / linked).symlink_to(tmp_path / "elsewhere")
+    for path in sorted((*root.rglob("*"), tmp_path / "elsewhere" / MARKER), reverse=True):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    os.utime(root / recent / "sequential" / "layer")
+    with hold_lock(root / at_work), open_resume_folder("a") as folder:
+        assert {path.name for path in root.iterdir()} - {folder.name} == {at_work, recent, foreign, other_name, linked}
+    assert (root / foreign / "sequential" / "layer").exists()
+    assert (tmp_path / "elsewhere" / MARKER).exists()
+
+
+def test_a_folder_that_is_not_marked_is_neither_used_nor_removed(tmp_path):
+    with open_resume_folder("a") as folder:
+        pass
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.warns(PruningWarning, match="not a folder of this package"), open_resume_folder("a") as opened:
+        assert opened is None
+    assert os.listdir(folder) == ["thesis.tex"]
 
 
 def test_a_second_run_of_the_same_is_refused_and_takes_nothing_away():
     def run_again():
         """Another process, which takes the lock as `open_resume_folder` does; without torch it starts fast."""
         lock = f"hold_lock(pathlib.Path({str(folder)!r}), what='doing the same')"
-        code = f"import pathlib\nfrom hf_context_prune.storage.files import hold_lock\nwith {lock}: print('went on')"
+        code = f"import pathlib\nfrom hf_context_prune.storage.locks import hold_lock\nwith {lock}: print('went on')"
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     with open_resume_folder("a") as folder:
         (folder / "layer").touch()
-        with pytest.raises(SaveError, match="Another run is doing the same: wait for it"), open_resume_folder("a"):
+        with pytest.raises(SaveError, match=r"Another run is doing the same .*: wait for it"), open_resume_folder("a"):
             pass
         found = run_again()
         assert "Another run is doing the same" in found.stderr
