@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,12 +90,10 @@ def evaluate(
 
 def _show_harness_task(model: str, report: EvalReport, folder: str | None) -> None:
     """Show the command that asks the written questions through lm-evaluation-harness."""
-    from hf_context_prune.evaluation.harness import harness_task_name
+    from hf_context_prune.evaluation.harness import format_harness_command, harness_task_name
 
     if folder is None or report.multiple_choice is None:
         return
-    name = harness_task_name(report.multiple_choice.name)
-    out(
-        f"Wrote {Path(folder) / name}.yaml, for: lm_eval --model hf --model_args pretrained={shlex.quote(model)},"
-        f"trust_remote_code=True --include_path {shlex.quote(folder)} --tasks {name} --num_fewshot 0"
-    )
+    name = report.multiple_choice.name
+    command = format_harness_command(model, name, folder)
+    out(f"Wrote {Path(folder) / harness_task_name(name)}.yaml, for: {command}")

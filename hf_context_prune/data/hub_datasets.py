@@ -11,6 +11,7 @@ from huggingface_hub.utils import tqdm
 
 from hf_context_prune.errors import DataError
 from hf_context_prune.storage.hub_errors import explain_hub_error
+from hf_context_prune.utils.hub_ids import is_hub_id
 
 from .records import OpenedSource, Record, Table
 
@@ -28,7 +29,7 @@ economics sets are CSV files of other repositories, not Hub datasets, and so hav
 HUB_MAX_DOCUMENTS = 20_000
 """Number of documents after which a Hub stream ends, unless ``max_documents`` is given."""
 
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+_REFERENCE = re.compile(r"(?P<id>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 
 
 def open_hub(reference: str, seed: int) -> OpenedSource:
@@ -44,7 +45,7 @@ def open_hub(reference: str, seed: int) -> OpenedSource:
     text_column: str | None = None
     if reference in PRESETS:
         dataset_id, configs, split, text_column = PRESETS[reference]
-    elif (match := _HUB_ID.fullmatch(reference)) is not None:
+    elif (match := _REFERENCE.fullmatch(reference)) is not None and is_hub_id(match["id"], with_owner=False):
         dataset_id, configs, split = match["id"], match["config"], match["split"] or "train"
     else:
         raise DataError(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import QuestionSet
+from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.report import MultipleChoiceFacts
 from hf_context_prune.utils.rounding import six_digits
 
@@ -19,6 +20,9 @@ from .losses import DocumentLoss, compare_losses, summarize_losses
 from .multiple_choice import answer_questions
 from .options import QuestionOptions, Scorer
 from .perplexity import choose_documents, document_losses
+
+ROW_LAYOUT = 2
+"""Version of the rows of scores, part of the setting of a run: rows of another version are refused, not read."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,11 @@ class HeldOut:
     max_seq_length: int = 512
 
     def setting(self) -> dict[str, Any]:
-        """Return everything but the model that scores depend on."""
+        """Return everything but the model that scores depend on, without names of texts and documents."""
         asked = self.questions
         return {
-            "text": [self.text.name, self.text.fingerprint, len(self.docs)],
-            "questions": None if asked is None else [asked.name, asked.fingerprint, self.scorer],
+            "text": [self.text.fingerprint, len(self.docs)],
+            "questions": None if asked is None else [asked.fingerprint, self.scorer],
             "num_fewshot": self.num_fewshot,
             "max_seq_length": self.max_seq_length,
         }
@@ -66,27 +70,48 @@ class Scores:
     losses: tuple[DocumentLoss, ...]
     answers: tuple[Answer, ...] | None
 
-    def to_row(self) -> dict[str, Any]:
-        """Return JSON values, with losses and scores to six significant digits."""
+    def to_row(self, held_out: HeldOut) -> dict[str, Any]:
+        """Return JSON values, with losses and scores to six significant digits.
+
+        Documents and questions are known by their places alone: their names are the user's, and rows may be shared.
+
+        Args:
+            held_out: The text and questions that were scored.
+        """
+        places = {doc: index for index, doc in enumerate(held_out.docs)}
         return {
             "parameters": self.parameters,
-            "losses": [[x.doc, x.source, six_digits(x.nll), x.num_tokens, x.num_bytes] for x in self.losses],
+            "losses": [[places[x.doc], six_digits(x.nll), x.num_tokens, x.num_bytes] for x in self.losses],
             "answers": None
             if self.answers is None
-            else [[x.id, x.source, [*map(six_digits, x.scores)], x.chosen, x.correct, x.shots] for x in self.answers],
+            else [[[*map(six_digits, x.scores)], x.chosen, x.correct, x.shots] for x in self.answers],
         }
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Scores:
-        """Return the scores that `to_row` gave."""
-        answers = row["answers"]
-        return cls(
-            row["parameters"],
-            tuple(DocumentLoss(*values) for values in row["losses"]),
-            None
-            if answers is None
-            else tuple(Answer(i, source, tuple(scores), *rest) for i, source, scores, *rest in answers),
-        )
+    def from_row(cls, row: Mapping[str, Any], held_out: HeldOut) -> Scores:
+        """Return the scores that `to_row` gave.
+
+        Args:
+            row: The row.
+            held_out: The text and questions that were scored.
+
+        Raises:
+            LoadError: The row is damaged.
+        """
+        sources = {document.doc: document.source for document in reversed(held_out.text.documents)}  # of first records
+        answers = None
+        try:
+            if row["answers"] is not None and held_out.questions is not None:
+                asked = zip(held_out.questions.questions, row["answers"], strict=True)
+                answers = tuple(Answer(one.id, one.source, tuple(scores), *rest) for one, (scores, *rest) in asked)
+            docs = [(held_out.docs[place], values) for place, *values in row["losses"]]
+            losses = tuple(DocumentLoss(doc, sources[doc], *values) for doc, values in docs)
+            return cls(row["parameters"], losses, answers)
+        except (LookupError, TypeError, ValueError) as error:
+            raise LoadError(
+                f"A row of scores is damaged ({error!r:.200}). Remove its line, so that it is measured again, or name "
+                f"another --output."
+            ) from error
 
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut) -> Scores:

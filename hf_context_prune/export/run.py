@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError, LoadError
+from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError, LoadError, PruningWarning
 from hf_context_prune.modeling.generation import hardware_name
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.loading import LoadedModel, load_model
@@ -20,6 +21,7 @@ from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes
 from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
+from hf_context_prune.utils.foreign_code import refuse_foreign_code
 
 from .formats import FORMATS, ExportFormat, FormatModule, format_of
 from .report import ExportReport
@@ -28,6 +30,7 @@ from .sample import own_sample, read_sample
 from .verify import check, check_tokens, compare, measure
 
 _LOGGER = logging.getLogger(__name__)
+_MAX_TOKENS = 2000
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def export_model(
     dtype: str | None = None,
     data: Any = None,  # noqa: ANN401 - whatever load_documents reads
     text_column: str | None = None,
-    max_tokens: int = 2000,
+    max_tokens: int = _MAX_TOKENS,
     tolerance: float | None = None,
     seed: int = 0,
 ) -> ExportResult:
@@ -74,6 +77,8 @@ def export_model(
         SaveError: The output can't be written.
         ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
     """
+    if data is None:
+        _warn_of_unused(text_column, max_tokens)
     kind = format_of(format)
     chosen = next(iter(kind.dtypes)) if dtype is None else dtype
     allowed = kind.tolerance(chosen)
@@ -93,6 +98,8 @@ def export_model(
         )
     check_target(goal, replaces=EXPORT_REPORT_NAME)
     loaded = load_model(folder, dtype=kind.dtype, device="cpu")
+    if loaded.folder is not None:
+        refuse_foreign_code(loaded.folder)
     module.check(loaded, chosen)
     _LOGGER.info("Measuring the model of the folder.")
     sample = (
@@ -117,6 +124,18 @@ def export_model(
         report = ExportReport(kind.name, chosen, loaded.name, plan_sha256, kind.versions(), _machine(), found)
         report.save(staging / EXPORT_REPORT_NAME)
     return ExportResult(goal, report)
+
+
+def _warn_of_unused(text_column: str | None, max_tokens: int) -> None:
+    """Warn about options of the test text, where none is given."""
+    given = (("text_column", text_column, None), ("max_tokens", max_tokens, _MAX_TOKENS))
+    if unused := ", ".join(f"{name}={value!r}" for name, value, usual in given if value != usual):
+        warnings.warn(
+            f"{unused} has no effect: without data (--data) the export is compared on text that the model itself "
+            f"writes.",
+            PruningWarning,
+            stacklevel=3,
+        )
 
 
 def open_export(folder: str | Path) -> Runtime:

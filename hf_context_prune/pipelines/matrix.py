@@ -18,12 +18,13 @@ from hf_context_prune.errors import ConfigError, LoadError, unknown_name
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment, EvalReport
-from hf_context_prune.evaluation.scores import HeldOut, Scores, choose_held_out, score
+from hf_context_prune.evaluation.scores import ROW_LAYOUT, HeldOut, Scores, choose_held_out, score
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, check_share
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
+from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.publishing.card.card import rewrite_card
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
 from hf_context_prune.storage.provenance import collect_provenance
@@ -82,12 +83,14 @@ def domain_matrix(
     reference = check_matrix(names, folder, config, eval_data or {}, questions or {}, reference, shares)
     base = ensure_loaded(model, tokenizer)
     check_budget(base.model, base.tokenizer, config)
+    warn_of_unused_options(config)
     train, held_out, splits = _texts(base, domains, eval_data or {}, questions or {}, config, max_tokens)
     setting = {
         "version": __version__,
+        "row_layout": ROW_LAYOUT,
         "model": [base.name, fingerprint(base.model), str(base.model.dtype)],
         "config": config.to_dict(),
-        "domains": {name: [text.name, text.fingerprint] for name, text in train.items()},
+        "domains": {name: text.fingerprint for name, text in train.items()},
         "held_out": {name: one.setting() for name, one in held_out.items()},
     }
     scores: dict[tuple[str, str], Scores] = {}
@@ -118,9 +121,9 @@ def domain_matrix(
                 key = [name, measured] if one is None or one.general is None else [name, measured, reference]
                 row = rows.get_or_measure(
                     key,
-                    lambda kept=kept, get=smaller: score(get().model, get().tokenizer, kept).to_row(),  # type: ignore[misc]
+                    lambda kept=kept, get=smaller: score(get().model, get().tokenizer, kept).to_row(kept),  # type: ignore[misc]
                 )
-                scores[name, measured] = Scores.from_row(row)
+                scores[name, measured] = Scores.from_row(row, kept)
         result = DomainMatrix(base.name, names, held_out, splits, scores, reference, config.pruning_seed, shares)
         environment = Environment.current(dtype_name(base.model))
         write_run(result.run_report(environment), folder)

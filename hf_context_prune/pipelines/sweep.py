@@ -18,7 +18,7 @@ from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment
-from hf_context_prune.evaluation.scores import HeldOut, Scores, choose_held_out, score
+from hf_context_prune.evaluation.scores import ROW_LAYOUT, HeldOut, Scores, choose_held_out, score
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import fingerprint
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
@@ -139,22 +139,25 @@ def sweep(
     )
     setting = {
         "version": __version__,
+        "row_layout": ROW_LAYOUT,
         "model": [base.name, fingerprint(base.model), str(base.model.dtype)],
-        "data": [text.name, text.fingerprint],
+        "data": text.fingerprint,
         "held_out": held_out.setting(),
         "recovery": None if options.recovery is None else options.recovery.to_dict(),
         **{name: getattr(options, name) for name in ("num_calibration_samples", "max_seq_length", "seed")},
     }
     with open_results_log(folder / ROWS_NAME, setting) as rows:
-        dense = rows.get_or_measure(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row())
+        dense = rows.get_or_measure(["base"], lambda: score(base.model, base.tokenizer, held_out).to_row(held_out))
         measured, seen, pruner = [], dict[str, dict[str, Any]](), _Pruner(base, text)
         grid = tqdm(configs, desc="Grid", unit="point", name="hf_context_prune.sweep")
         for point, config in zip(points, grid, strict=True):
             row = rows.get_or_measure(list(point), lambda c=config: _measure(pruner, held_out, c, options, seen))  # type: ignore[misc]
             seen.setdefault(row["weights"], row)
-            tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"])
-            measured.append(SweepRow(point, row["zeroed"], row["zeros"], Scores.from_row(row["pruned"]), tuned))
-        result = Sweep(base.name, split.how, held_out, Scores.from_row(dense), tuple(measured), options.seed)
+            tuned = None if row["tuned"] is None else Scores.from_row(row["tuned"], held_out)
+            pruned = Scores.from_row(row["pruned"], held_out)
+            measured.append(SweepRow(point, row["zeroed"], row["zeros"], pruned, tuned))
+        found = Scores.from_row(dense, held_out)
+        result = Sweep(base.name, split.how, held_out, found, tuple(measured), options.seed)
         environment = Environment.current(dtype_name(base.model))
         write_run(result.run_report(environment), folder)
     return result
@@ -210,10 +213,10 @@ def _measure(
     if weights in seen:
         return {**facts, "pruned": seen[weights]["pruned"], "tuned": seen[weights]["tuned"]}
     tuned = None
-    pruned = score(smaller, tokenizer, held_out).to_row()
+    pruned = score(smaller, tokenizer, held_out).to_row(held_out)
     if options.recovery is not None:
         result = recover(smaller, pruner.text, options.recovery, tokenizer=tokenizer)
-        tuned = score(result.model, tokenizer, held_out).to_row()
+        tuned = score(result.model, tokenizer, held_out).to_row(held_out)
     return {**facts, "pruned": pruned, "tuned": tuned}
 
 

@@ -13,14 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HTTPError
 
-from hf_context_prune.errors import ConfigError, ContextPruneError, PublishError
+from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, PublishError
 from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.manifest import EDITABLE, find_unlisted_files, hash_file, verify_folder
 from hf_context_prune.utils.file_names import MANIFEST_NAME
+from hf_context_prune.utils.files import expand_home
+from hf_context_prune.utils.foreign_code import refuse_foreign_code
+from hf_context_prune.utils.hub_ids import is_hub_id
+from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.secret_scan import refuse_tokens
-from hf_context_prune.utils.upload_check import RepoType, is_allowed
+from hf_context_prune.utils.upload_check import NOTHING_UPLOADED, RepoType, is_allowed
 
 from .push import Push
 
@@ -86,9 +90,11 @@ def push_folder(
         PublishError: A file may not be uploaded, the Hub refused, or the connection broke; the message has the remedy.
         ConfigError: An argument is not allowed.
     """
-    path = Path(folder).expanduser()
+    path = expand_home(folder, LoadError)
     if repo_type not in ("model", "space"):
         raise ConfigError(f"repo_type is {repo_type!r}; it must be 'model' or 'space'.")
+    if not is_hub_id(repo_id, with_owner=False):
+        raise ConfigError(f"{repo_id!r:.120} is not the id of a repository; it must be owner/name, or name alone.")
     if create_pr and revision not in (None, "main"):
         raise ConfigError(f"create_pr opens a pull request against main; leave out revision={revision!r}.")
     files, left_out = files_to_push(path, repo_type)
@@ -109,7 +115,8 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
 
     Raises:
         LoadError: The folder was not saved by this package, or is damaged.
-        PublishError: Its manifest lists a file that may not be sent.
+        PublishError: Its manifest lists a file that may not be sent, a listed file leads out of the folder, or a model
+            in it names code of others.
     """
     manifest = verify_folder(folder)
     files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
@@ -120,6 +127,10 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
             f"config, safetensors, tokenizer, modeling files, plan, report and card of a model, and the text, pictures "
             f"and wheel of a Space. Nothing was uploaded."
         )
+    for name in (*files, MANIFEST_NAME):
+        resolve_inside(folder, name, PublishError, remedy=NOTHING_UPLOADED)
+    for place in sorted({".", *(str(Path(name).parent) for name in files)}):  # a Space may hold models
+        refuse_foreign_code(folder / place, PublishError)
     for name in (MANIFEST_NAME, *(name for name in EDITABLE if name in files)):
         found = hash_file(folder / name)
         if (folder / name).is_symlink() and found != files.get(name, found):  # no edit, but any file of this machine
@@ -138,8 +149,6 @@ def _explain_failures(push: Push) -> Iterator[None]:
         yield
     except ContextPruneError:
         raise
-    except HFValidationError as error:
-        raise ConfigError(f"{push.repo_id!r} is not the id of a repository (owner/name): {error}") from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise PublishError(
             f"{push.subject} was not pushed to {push.repo_id}: {_reason_of(error, push.repo_id)}. {push.state()} "

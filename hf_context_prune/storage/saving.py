@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers import AutoTokenizer
 
 from hf_context_prune.errors import LoadError, SaveError
+from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES, config_of_memory
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
+from hf_context_prune.utils.foreign_code import drop_foreign_code
 
 from .manifest import PICKLE_SUFFIXES
 from .staging import resolve_target, staged_folder
@@ -72,8 +76,9 @@ def write_model_folder(
 ) -> None:
     """Write the files of a model into a staging folder.
 
-    A variable-width model also gets the modeling files that its ``auto_map`` names. The config is written unchanged:
-    code that trained the model has to reset ``use_cache`` before.
+    A variable-width model also gets the modeling files that its ``auto_map`` names. Apart from references to code of
+    others and ``tie_word_embeddings``, which says what is true in memory, the config is written unchanged: code that
+    trained the model has to reset ``use_cache`` before.
 
     Args:
         folder: An existing folder, as [`staged_folder`][] yields it.
@@ -84,14 +89,18 @@ def write_model_folder(
 
     Raises:
         SaveError: The config can't express the model (then nothing was written), the ``auto_map`` names a file that
-            does not exist, or a pickle was written.
+            does not exist, code of others or a pickle was written, or the tokenizer would reopen as another one.
     """
     _refuse_unsavable(model)
-    model.save_pretrained(folder)
+    with config_of_memory(model):
+        model.save_pretrained(folder)
     if str(model.config.model_type).startswith("context_pruned_"):
         _check_auto_map(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    _refuse_code(folder)
+    if drop_foreign_code(folder) and tokenizer is not None:
+        _check_reopens(folder, tokenizer)
     if plan is not None:
         plan.save(folder / PLAN_NAME)
     if report is not None:
@@ -104,10 +113,44 @@ def write_model_folder(
         )
 
 
+def _refuse_code(folder: Path) -> None:
+    code = sorted(path.name for path in folder.rglob("*.py") if path.name not in MODELING_FILES)
+    if code:
+        raise SaveError(
+            f"Saving wrote {', '.join(code)}: the code of a class that is not part of transformers or this package. "
+            f"Only this package's modeling files are saved; use a tokenizer and a model of transformers' own classes."
+        )
+
+
+def _check_reopens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that `transformers` opens as another one once its ``auto_map`` is gone."""
+    reopened = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if _tokenization(reopened) != _tokenization(tokenizer):
+        raise SaveError(
+            f"The auto_map of this {type(tokenizer).__name__} names code of others, which is not saved, and without it "
+            f"transformers opens the saved files as a {type(reopened).__name__} with other tokens. Remove auto_map "
+            f"from the tokenizer_config.json of the base, and prune again."
+        )
+
+
+def _tokenization(tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - JSON values
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    return {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+
+
 def _refuse_unsavable(model: PreTrainedModel) -> None:
     reason = getattr(model, "_context_prune_unsavable", None)
     if reason is not None:
         raise SaveError(f"This {type(model).__name__} can't be saved so that it reloads unchanged: {reason}")
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    if len(dtypes) > 1:
+        raise SaveError(
+            f"This {type(model).__name__} can't be saved so that it reloads unchanged: its weights are "
+            f"{' and '.join(dtypes)}, and a config names one dtype. Convert the model first, such as by "
+            f"model.to(torch.float32)."
+        )
 
 
 def _check_auto_map(folder: Path) -> None:

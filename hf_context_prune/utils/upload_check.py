@@ -9,6 +9,8 @@ from typing import Literal
 from hf_context_prune.errors import PublishError
 
 from .file_names import MANIFEST_NAME
+from .foreign_code import refuse_foreign_code
+from .links import list_inside
 from .secret_scan import refuse_tokens
 
 RepoType = Literal["model", "space"]
@@ -23,22 +25,26 @@ MODEL_FILES = (
 """Files that may go to a model repository; ``*`` does not match across folders."""
 SPACE_SUFFIXES = frozenset({".py", ".md", ".txt", ".yaml", ".json", ".css", ".png", ".whl"})
 """Suffixes of files that may go to a Space: text, pictures and the wheel of this package."""
+NOTHING_UPLOADED = "Nothing was uploaded. Put the file itself there, or remove it."
+"""Remedy for a file that leads out of a folder."""
 
 
 def refuse_upload(folder: str | Path, token: str | None = None) -> None:
     """Refuse to upload a folder that a model's own ``push_to_hub`` wrote, if a file is not allowed or holds a token.
 
     Raises:
-        PublishError: A file may not be uploaded; the message names the file and the reason.
+        PublishError: A file may not be uploaded, leads out of the folder, or names code of others; the message names
+            the file and the reason.
     """
     path = Path(folder)
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    names = list_inside(path, PublishError, remedy=NOTHING_UPLOADED)
     refused = [name for name in names if not is_allowed(name, "model")]
     if refused:
         raise PublishError(
             f"The saved model holds {', '.join(refused[:5])}, which may not go to a model repository. Nothing was "
             f"uploaded."
         )
+    refuse_foreign_code(path, PublishError)
     refuse_tokens(path, names, token)
 
 

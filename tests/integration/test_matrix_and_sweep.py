@@ -14,7 +14,7 @@ from hf_context_prune import EvalOptions, prune
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.splits import hold_out_documents
-from hf_context_prune.errors import ConfigError, SaveError
+from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.evaluation.bootstrap import ratio_to_change
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
@@ -159,6 +159,36 @@ def test_the_matrix_measures_every_model_on_every_domain(base, domains, question
         domain_matrix(base, domains, out, PrunerConfig(vocab_coverage=0.9))
     with pytest.raises(ConfigError, match="other values of config"):
         domain_matrix(base, domains, out, PrunerConfig(mlp_ratio=0.5), questions={"law": questions}, max_tokens=None)
+
+
+def test_no_file_of_a_run_names_a_document(base, tmp_path):
+    """Names of documents and of their sources are the user's: a case, a client."""
+    data = {}
+    for seed, (name, words) in enumerate(PARTS.items()):
+        rows = [row | {"doc": f"acme-v-{name}-{i}", "source": "clients"} for i, row in enumerate(texts(words, seed))]
+        data[name] = write(tmp_path / f"{name}.jsonl", rows)
+    asked = {"question": "the court", "choices": list(WORDS[:2]), "answer": 0, "id": "acme-question", "source": "s"}
+    questions = QuestionOptions(write(tmp_path / "questions.jsonl", [asked]))
+    domain_matrix(base, data, tmp_path / "matrix", CONFIG, questions={"law": questions}, max_tokens=None)
+    grid = SweepOptions((None,), (0.3,), (None,), num_calibration_samples=4, max_seq_length=64)
+    found = sweep(base, data["law"], tmp_path / "sweep", grid, questions=questions)
+    assert {loss.source for loss in found.base.losses} == {"clients"}
+    for path in (*(tmp_path / "matrix").rglob("*"), *(tmp_path / "sweep").rglob("*")):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"acme" not in content, path
+            assert b"clients" not in content, path
+    rows = tmp_path / "sweep/sweep.jsonl"
+    assert "law.jsonl" not in rows.read_text()
+    setting, *lines = map(json.loads, rows.read_text().splitlines())
+    del setting["setting"]["row_layout"]  # as earlier versions wrote them, with names
+    rows.write_text("".join(json.dumps(line) + "\n" for line in (setting, *lines)))
+    with pytest.raises(ConfigError, match="measured with other values of row_layout"):
+        sweep(base, data["law"], tmp_path / "sweep", grid, questions=questions)
+    setting["setting"]["row_layout"], lines[0]["losses"][0][0] = 2, 1000
+    rows.write_text("".join(json.dumps(line) + "\n" for line in (setting, *lines)))
+    with pytest.raises(LoadError, match="A row of scores is damaged"):
+        sweep(base, data["law"], tmp_path / "sweep", grid, questions=questions)
 
 
 def test_held_out_text_that_another_domain_calibrates_on_is_dropped(base, domains, tmp_path):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_context_prune.errors import VocabularyError
+from hf_context_prune.utils.foreign_code import drop_foreign_code
+from hf_context_prune.utils.temporary import scratch_folder
 
 from .tokens import TokenTable
 
@@ -117,15 +117,16 @@ def rebuild_tokenizer(
     """
     # An option of LlamaTokenizer (Mistral 7B has it) that transformers reads, but forgets when it saves.
     forgotten = {"legacy": tokenizer.legacy} if hasattr(tokenizer, "legacy") else {}
-    with tempfile.TemporaryDirectory(prefix="hf-context-prune-") as folder:
+    with scratch_folder() as folder:
         tokenizer.save_pretrained(folder)
-        config = Path(folder) / "tokenizer_config.json"
+        drop_foreign_code(folder)  # for some, AutoTokenizer chooses another class by it
+        config = folder / "tokenizer_config.json"
         config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | forgotten), encoding="utf-8")
         if model_type is not None:
-            (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-        file = Path(folder) / "tokenizer.json"
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        file = folder / "tokenizer.json"
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-        smaller = AutoTokenizer.from_pretrained(folder)
+        smaller = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     smaller.name_or_path = tokenizer.name_or_path
     smaller.padding_side, smaller.truncation_side = tokenizer.padding_side, tokenizer.truncation_side
     smaller.init_kwargs.pop("name_or_path", None)

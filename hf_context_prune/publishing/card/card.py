@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,12 +22,15 @@ from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.storage.manifest import hash_file, verify_folder
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME, PLAN_NAME, REPORT_NAME, RESULTS_NAME
+from hf_context_prune.utils.foreign_code import drop_foreign_code, find_foreign_code
+from hf_context_prune.utils.links import resolve_inside
 
 from .facts import CardFacts, facts_in
 from .metadata import benchmark_results, card_data
 from .text import body_values
 
 CARD_FILES = (CARD_NAME, PICTURE_NAME, RESULTS_NAME)
+_LOGGER = logging.getLogger(__name__)
 
 
 @cache
@@ -53,6 +59,7 @@ def build_card(facts: CardFacts) -> ModelCard:
 
 def write_card(folder: Path, facts: CardFacts) -> None:
     """Write the card and its picture into a folder, such as one that is being written."""
+    facts = replace(facts, foreign_code=tuple(find_foreign_code(folder)))
     (folder / CARD_NAME).write_text(str(build_card(facts)), encoding="utf-8")
     plot_widths(facts.plan, "Widths by layer").savefig(folder / PICTURE_NAME, dpi=120)
     if facts.report is not None and (results := benchmark_results(facts.report)) is not None:
@@ -64,6 +71,8 @@ def rewrite_card(
     folder: str | Path, *, name: str | None = None, overwrite: bool = False, report: EvalReport | None = None
 ) -> Path:
     """Rewrite the card of a folder from the folder alone, whole or not at all.
+
+    References to code of others, as earlier versions took over from the base, are removed from the folder.
 
     Args:
         folder: A saved folder with a plan.
@@ -91,16 +100,23 @@ def rewrite_card(
         for file in files:
             if file not in (*CARD_FILES, *([REPORT_NAME] if report else [])):
                 (staging / file).parent.mkdir(parents=True, exist_ok=True)
-                _link_or_copy(path / file, staging / file)
+                _link_or_copy(path, file, staging / file)
         if report is not None:
             report.save(staging / REPORT_NAME)
+        for dropped in drop_foreign_code(staging):
+            _LOGGER.warning("Removed from %s: %s. It is not this package's, and nothing here needs it.", path, dropped)
         write_card(staging, facts_in(staging, name=name or path.name))
     return path / CARD_NAME
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Link a file to a second name, so that weights are not written again; copy it where links are not possible."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _link_or_copy(folder: Path, name: str, target: Path) -> None:
+    """Link a file to a second name, so that weights are not written again; copy it where links are not possible.
+
+    A file of the Hub's cache, to which its snapshot links, is copied too: it must keep its own permissions.
+    """
+    source = resolve_inside(folder, name)
+    with suppress(OSError):
+        if source == folder / name:
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import yaml_dump
 
 from hf_context_prune.evaluation.reports.markdown import one_line
 from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.utils.hub_ids import is_hub_id
 from hf_context_prune.utils.rounding import six_digits
 
 from .facts import CardFacts
@@ -122,13 +122,7 @@ def _dataset(data: Any) -> object:  # noqa: ANN401 - of the provenance
 
 
 def _hub_id(value: object) -> str | None:
-    if not isinstance(value, str) or "/" not in value:
-        return None
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return None
-    return value
+    return str(value) if is_hub_id(value) else None
 
 
 def _matching(form: re.Pattern[str], value: object) -> str | None:

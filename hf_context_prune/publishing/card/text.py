@@ -177,13 +177,20 @@ tokenizer = AutoTokenizer.from_pretrained({name})"""
     packaged = native.replace("from transformers", "import hf_context_prune.modeling\nfrom transformers").format(
         name=name
     )
+    without = (
+        f"Without the package, the modeling files beside the weights are run (read them first):\n\n"
+        f"{block('python', remote)}"
+    )
+    if facts.foreign_code:
+        without = (
+            f"**Don't load it with `trust_remote_code`.** Its files name code of others, which would be run: "
+            f"{inert('; '.join(facts.foreign_code))}."
+        )
     return Trusted(
         f"The layers have different widths, so the class is {code(facts.architecture)}. With the package "
         f"(from a checkout of its source: `pip install .`), importing it registers the class, and no code of this "
         f"repository runs:\n\n"
-        f"{block('python', packaged)}\n\nWithout the package, the modeling files beside the weights are run "
-        f"(read them first):\n\n"
-        f"{block('python', remote)}"
+        f"{block('python', packaged)}\n\n{without}"
     )
 
 

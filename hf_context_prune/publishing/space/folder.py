@@ -19,9 +19,13 @@ from hf_context_prune.evaluation.reports.markdown import Trusted, code, inert, t
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2
-from hf_context_prune.storage.manifest import read_manifest, verify_folder
+from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.storage.staging import resolve_target, staged_folder
-from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME
+from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, SPACE_SETTINGS_NAME
+from hf_context_prune.utils.files import expand_home
+from hf_context_prune.utils.foreign_code import refuse_foreign_code
+from hf_context_prune.utils.hub_ids import is_hub_id
+from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.upload_check import is_allowed
 
 from .facts import read_facts
@@ -32,7 +36,6 @@ from .settings import (
     COMMIT,
     DEMO,
     DEMO_FOLDER,
-    REPO,
     Entry,
     Settings,
     Source,
@@ -43,7 +46,6 @@ from .settings import (
 from .wheel import pin_requirements, write_wheel
 
 TITLE = "Mini-GPTs"
-SETTINGS_NAME = "space.yaml"
 _OTHER_FILES_BYTES = 8 * 2**20
 _PREFIX = re.compile(r"^mini(-?gpts?)?[-_ ]", re.IGNORECASE)
 
@@ -89,13 +91,13 @@ def write_space(settings: Settings, target: str | Path) -> Path:
     sources = dict.fromkeys(source for entry in settings.entries for source in (entry.base, entry.model))
     local = {source: _model_files(source.path) for source in sources if source.path is not None}
     size = sum(file.stat().st_size for found in local.values() for file in found.values())
-    with staged_folder(goal, required_bytes=size + _OTHER_FILES_BYTES, replaces=SETTINGS_NAME) as staging:
+    with staged_folder(goal, required_bytes=size + _OTHER_FILES_BYTES, replaces=SPACE_SETTINGS_NAME) as staging:
         places = _copy_models(local, staging)
         moved = replace(
             settings,
             entries=tuple(_relocate(index, entry, places, staging) for index, entry in enumerate(settings.entries)),
         )
-        write_settings(moved, staging / SETTINGS_NAME)
+        write_settings(moved, staging / SPACE_SETTINGS_NAME)
         wheel = write_wheel(staging)
         _write(staging / "app.py", read_template_file("app.py"))
         _write(staging / "README.md", render_readme(moved, wheel=wheel.name))
@@ -159,9 +161,9 @@ def check_space_publishable(settings: Settings) -> None:
 
 def _pin(text: str) -> Source:
     """Return the source that a text names: a folder, or a Hub id at a commit."""
-    path = Path(text).expanduser()
-    if path.exists() or not REPO.fullmatch(text.partition("@")[0]) or text.startswith((".", "/", "~")):
-        if not path.is_dir():
+    path = expand_home(text)
+    if os.path.exists(path) or not is_hub_id(text.partition("@")[0]):
+        if not os.path.isdir(path):
             raise ConfigError(f"{text!r} is neither a folder nor a Hub id (owner/name, owner/name@revision).")
         return Source(path=Path(os.path.abspath(path)))
     repo, _, revision = text.partition("@")
@@ -186,8 +188,8 @@ def _find_base(entry: Entry) -> Source:
     name, revision = (facts.plan.provenance.get(key) for key in ("base_model", "base_revision"))
     if name == GGUF_NAME and (facts.plan.provenance.get("base_card") or {}).get("id") in (None, SMOLLM2["id"]):
         return Source()
-    if isinstance(name, str) and isinstance(revision, str) and REPO.fullmatch(name) and COMMIT.fullmatch(revision):
-        return Source(name, revision)
+    if is_hub_id(name) and isinstance(revision, str) and COMMIT.fullmatch(revision):
+        return Source(str(name), revision)
     raise ConfigError(
         f"{entry.model.label} was pruned from {name!r} at revision {revision!r}, which is not a commit of a Hub "
         f"repository. Give the base with --base (a folder, owner/name, owner/name@revision, or demo)."
@@ -195,19 +197,32 @@ def _find_base(entry: Entry) -> Source:
 
 
 def _model_files(path: Path) -> dict[str, Path]:
-    """Return the files of a local model by their names in the Space."""
+    """Return the files of a local model by their names in the Space; no link leads to one of another place."""
     if path.is_file():
-        return {path.name: path}
+        return {path.name: _gguf_file(path)}
     if not (path / "config.json").is_file():
         raise LoadError(f"{path} holds no config.json, so it is not a model folder.")
-    if read_manifest(path) is None:
-        names = [file.name for file in sorted(path.iterdir()) if file.is_file() and is_allowed(file.name, "model")]
+    manifest = verify_if_ours(path)
+    if manifest is None:
+        names = [
+            entry.name for entry in sorted(path.iterdir()) if is_allowed(entry.name, "model") and not entry.is_dir()
+        ]
     else:
-        files = verify_folder(path)["files"]
+        files = manifest["files"]
         if EXPORT_REPORT_NAME in files:
             raise LoadError(f"{path} is an export, which a Space can't load. Give the folder that was exported.")
         names = [*files, MANIFEST_NAME]
-    return {name: path / name for name in names}
+    refuse_foreign_code(path)
+    return {name: resolve_inside(path, name) for name in names}
+
+
+def _gguf_file(path: Path) -> Path:
+    """Return the real path of a GGUF file; no other file that a YAML names is copied."""
+    file = resolve_inside(path.parent, path.name)
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise LoadError(f"{path} is neither a model folder nor a GGUF file.")
+    return file
 
 
 def _copy_models(local: dict[Source, dict[str, Path]], staging: Path) -> dict[Source, Source]:
@@ -231,10 +246,11 @@ def _relocate(index: int, entry: Entry, places: dict[Source, Source], staging: P
     for number, (text, file) in enumerate(entry.reports.items()):
         reports[text] = staging / "reports" / f"{index}-{number}.json"
         reports[text].parent.mkdir(exist_ok=True)
-        if not file.is_file():
+        if not file.exists():
             raise LoadError(f"The report {file} of {entry.name!r} is missing.")
-        EvalReport.load(file)  # no other file that a YAML names is copied, and perhaps pushed
-        shutil.copyfile(file, reports[text])
+        real = resolve_inside(file.parent, file.name)
+        EvalReport.load(real)  # no other file that a YAML names is copied, and perhaps pushed
+        shutil.copyfile(real, reports[text])
     model, base = (places.get(source, source) for source in (entry.model, entry.base))
     return replace(entry, model=model, base=base, reports=reports)
 

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from hf_context_prune.errors import SaveError
+from hf_context_prune.utils.links import resolve_inside
 
 _DISTRIBUTION = "hf-context-prune"
 _PACKAGE = "hf_context_prune"
@@ -40,7 +41,8 @@ def write_wheel(folder: Path) -> Path:
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         if path.is_file() and path.suffix in _SUFFIXES:
-            content[f"{_PACKAGE}/{relative.as_posix()}"] = path.read_bytes()
+            real = resolve_inside(root, relative.as_posix(), SaveError)
+            content[f"{_PACKAGE}/{relative.as_posix()}"] = real.read_bytes()
     for name in ("METADATA", "entry_points.txt", "licenses/LICENSE"):
         text = installed.read_text(name)
         if text is not None:

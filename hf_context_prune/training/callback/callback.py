@@ -19,10 +19,11 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning
+from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, SaveError
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
+from hf_context_prune.modeling.tying import config_as_tied
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
@@ -33,6 +34,9 @@ from hf_context_prune.training.progress import hide_progress_bars
 from hf_context_prune.utils.compat import claim_training, class_forward
 from hf_context_prune.utils.distributed import num_processes
 from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.foreign_code import forget_foreign_code
+from hf_context_prune.utils.linalg import all_finite
+from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.options import from_options
 
 from .batches import BatchListener
@@ -45,8 +49,9 @@ from .checks import (
     check_reachable,
     check_types,
     warn_of_plain_push,
+    warn_of_unused_choices,
 )
-from .optimizer import check_optimizer
+from .optimizer import check_optimizer, check_state_loaded
 from .pruning import cut_out_zeroed, prune_in_training
 from .publishing import Publishable
 from .schedule import PruningSchedule
@@ -83,6 +88,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         self.schedule = given or PruningSchedule()
         check_types(self.config, self.schedule)
         check_config(self.config)
+        warn_of_unused_choices(self.config, self.schedule)
         self._progress = PruningProgress()
         self.listener = BatchListener(self.config.num_calibration_samples * self.config.max_seq_length)
         self.pushed_by_mixin = False
@@ -136,12 +142,14 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         check_arguments(args, state)
         view = ModelView.of(model)
         check_weights_finite(model)
+        forget_foreign_code(model, kwargs.get("processing_class"))
         check_attention(model)
-        check_modules(model, build_empty_model(model.config, view.spec, view.widths))
+        check_modules(model, build_empty_model(config_as_tied(model), view.spec, view.widths))
         check_optimizer(kwargs.get("optimizer"), model, num_processes())
         check_reconstruction(model, self.config)
         steps = self.schedule.steps(state.max_steps)
         if state.global_step > 0:
+            check_state_loaded(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.global_step)
             self._resume(model, state, steps)
         else:
             self._begin(view, steps)
@@ -212,6 +220,8 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             with self.listener.pause(), class_forward(model), bars:
                 self._prune(model, kwargs["optimizer"], state.global_step)
         except NumericsError as error:
+            if all(all_finite(parameter.detach()) for parameter in model.parameters()):
+                raise NumericsError(f"The pruning after step {state.global_step} failed: {error}") from error
             raise NumericsError(
                 f"After step {state.global_step} the weights or activations of the training are no longer numbers, so "
                 f"nothing can be pruned by them. Lower the learning rate, or clip gradients (max_grad_norm)."
@@ -266,7 +276,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             complete_checkpoint(folder, self.plan, use_cache=self.use_cache)
             for name in (PLAN_NAME, *MODELING_FILES):
                 if (folder / name).is_file():
-                    shutil.copyfile(folder / name, Path(args.output_dir) / name)
+                    shutil.copyfile(resolve_inside(folder, name, SaveError), Path(args.output_dir) / name)
 
     def on_train_end(
         self,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.publishing.card.card import write_card
 from hf_context_prune.publishing.card.facts import CardFacts
@@ -17,6 +17,9 @@ from hf_context_prune.publishing.hub import PushResult, push_folder
 from hf_context_prune.storage.saving import estimate_bytes, write_model_folder
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME
+from hf_context_prune.utils.files import resolve_path
+from hf_context_prune.utils.links import resolve_inside
+from hf_context_prune.utils.temporary import scratch_folder
 
 from .checkpoints import PruningProgress
 
@@ -50,7 +53,7 @@ def save_folder(
     Raises:
         SaveError: Saving failed; the target is as it was.
     """
-    path = Path(target).expanduser().resolve()
+    path = resolve_path(target, SaveError)
     training, model.config.use_cache = model.config.use_cache, use_cache
     try:
         with staged_folder(path, required_bytes=estimate_bytes(model)) as staging:
@@ -58,7 +61,7 @@ def save_folder(
             if plan is not None:
                 write_card(staging, collect_facts(model, plan, name or path.name))
             elif card is not None and card.is_file():
-                shutil.copyfile(card, staging / CARD_NAME)
+                shutil.copyfile(resolve_inside(card.parent, card.name, SaveError), staging / CARD_NAME)
     finally:
         model.config.use_cache = training
     return path
@@ -68,8 +71,9 @@ class PushedFolder:
     """A model saved to a temporary folder, which is removed once it is pushed."""
 
     def __init__(self, model: PreTrainedModel, *what: Any, **how: Any) -> None:  # noqa: ANN401 - as save_folder's
-        self._place = tempfile.TemporaryDirectory()
-        self._folder = save_folder(Path(self._place.name) / "model", model, *what, **how)
+        with ExitStack() as place:
+            self._folder = save_folder(place.enter_context(scratch_folder()) / "model", model, *what, **how)
+            self._place = place.pop_all()
 
     def push(self, repo_id: str, **options: Any) -> PushResult:  # noqa: ANN401 - as push_folder's
         """Push the folder, and remove it even if that fails."""

@@ -82,6 +82,7 @@ REFUSED = (
     (model(base={"repo": "us/dense"}), "must be the commit"),
     (model(base={"repo": "us/dense", "revision": "main"}), "must be the commit"),
     (model(base={"repo": "https://evil.example/x", "revision": COMMIT}), "owner/name"),
+    (model(base={"repo": "../x", "revision": COMMIT}), "owner/name"),
     (model(base={}), "it has neither"),
     (model(prompts="text"), "list of at most 8"),
     (model(prompts=["x"] * 9), "list of at most 8"),
@@ -90,7 +91,7 @@ REFUSED = (
     (GOOD | {"limits": {"seconds": 0}}, "positive integer"),
     (GOOD | {"limits": {"seconds": True}}, "positive integer"),
     (GOOD | {"limits": {"hours": 1}}, "Unknown field 'hours'"),
-    (GOOD | {"models": [GOOD["models"][0]] * 2}, "names that differ"),
+    (GOOD | {"models": [dict(GOOD["models"][0]) for _ in range(2)]}, "names that differ"),
 )
 
 
