@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from hf_context_prune.errors import ContextPruneError, LoadError
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.utils.foreign_code import drop_foreign_code
 
 from .cache import CACHE_VARIABLE, cache_dir
 from .manifest import hash_file, verify_if_ours
@@ -91,3 +92,4 @@ def dequantise(gguf: Path, folder: Path) -> None:
     with staged_folder(folder, required_bytes=estimate_bytes(model)) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        drop_foreign_code(staging)  # of a tokenizer_config.json beside the file

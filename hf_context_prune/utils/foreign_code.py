@@ -16,15 +16,13 @@ from typing import Any
 
 from hf_context_prune.errors import ContextPruneError, LoadError
 
-from .file_names import MANIFEST_NAME, PLAN_NAME, REPORT_NAME
-from .files import open_regular, write_file
+from .files import write_file
+from .reading import read_bounded
 
 _OWN = re.compile(r"(configuration|modeling)_context_pruned\.\w+")
 _KEYS = ("auto_map", "custom_pipelines")
 _GENERATE = "custom_generate/generate.py"
-# Files in which a key of this name would be a token, a weight or a fact, and that may be large.
-_DATA = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", MANIFEST_NAME, PLAN_NAME, REPORT_NAME})
-_MAX_BYTES = 64 * 2**20
+_MAX_BYTES = 8 * 2**20
 
 
 def find_foreign_code(folder: str | Path) -> list[str]:
@@ -34,7 +32,7 @@ def find_foreign_code(folder: str | Path) -> list[str]:
         folder: A model folder.
 
     Raises:
-        LoadError: A JSON file is larger than 64 MiB.
+        LoadError: A config is larger than 8 MiB.
     """
     found = [words for file in _configs(Path(folder)) for words in _describe(file.name, _read(file))]
     if os.path.lexists(Path(folder, _GENERATE)):
@@ -91,26 +89,26 @@ def forget_foreign_code(model: Any, tokenizer: Any) -> None:  # noqa: ANN401
         model: A model of `transformers`.
         tokenizer: Its tokenizer, or None.
     """
-    options = getattr(tokenizer, "init_kwargs", {})
-    for values in (vars(model.config), options):
-        _clean(values)
+    generation_config = getattr(model, "generation_config", None)
+    for holder in (model.config, generation_config):
+        _clean(vars(holder) if holder is not None else {})
+    _clean(getattr(tokenizer, "init_kwargs", {}))
 
 
 def _configs(folder: Path) -> list[Path]:
-    """Return the JSON files from which `transformers` may read references."""
-    return [
-        path
-        for path in sorted(folder.glob("*.json"))
-        if path.name not in _DATA and not path.name.endswith(".index.json") and path.is_file()
-    ]
+    """Return the files from which `transformers` may read references, such as ``config.4.9.0.json``."""
+    return sorted(path for path in folder.glob("*config*.json") if path.is_file())
 
 
 def _read(file: Path) -> Any:  # noqa: ANN401 - any JSON value
-    """Return the value in a JSON file; None where it holds none, which `transformers` can't read either."""
-    with open_regular(file) as opened:
-        content = opened.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise LoadError(f"{file} is larger than {_MAX_BYTES >> 20} MiB, and no config is. Restore the file.")
+    """Return the value in a JSON file; None where it holds none, which `transformers` can't read either.
+
+    The strict reader of JSON would not do: it refuses files that `transformers` reads.
+    """
+    try:
+        content = read_bounded(file, _MAX_BYTES)
+    except ValueError as error:
+        raise LoadError(f"{file} can't be searched for references to code: {error}. Restore or remove it.") from error
     try:
         return json.loads(content)
     except (ValueError, RecursionError):

@@ -30,6 +30,7 @@ from hf_context_prune.utils.foreign_code import drop_foreign_code, find_foreign_
 from hf_context_prune.utils.upload_check import refuse_upload
 from tests.support.callback_cases import SCHEDULE, arguments, config_for, dataset
 from tests.support.foreign_code import make_base, name_foreign_code
+from tests.support.limits import within
 from tests.support.marks import TINY_TEXT
 from tests.support.runs import OPTIONS, QUICK
 from tests.support.tiny import texts, tiny_model, tiny_tokenizer
@@ -198,6 +199,15 @@ def test_every_place_that_transformers_reads(tmp_path, subtests):
             (tmp_path / name).write_text(text)
             assert find_foreign_code(tmp_path) == []
             (tmp_path / name).unlink()
+    (tmp_path / "data.json").write_text(json.dumps({"auto_map": foreign}))  # transformers reads configs alone
+    assert find_foreign_code(tmp_path) == []
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(100 * 2**20)
+    with pytest.raises(LoadError, match="can't be searched"), within(seconds=2, megabytes=500):
+        find_foreign_code(tmp_path)
+    (tmp_path / "config.json").write_text('{"x": NaN, "auto_map": {"AutoConfig": "evil.Evil"}}')
+    assert len(find_foreign_code(tmp_path)) == 1  # no strict JSON, and still read by transformers
+    (tmp_path / "config.json").unlink()
     (tmp_path / "custom_generate").mkdir()
     (tmp_path / "custom_generate/generate.py").touch()
     assert find_foreign_code(tmp_path) == ["custom_generate/generate.py replaces generate()"]
