@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.file_names import REPORT_NAME
 from hf_context_prune.utils.options import EVALUATION
@@ -15,6 +16,7 @@ from .output import out, out_json, out_table
 from .tables import run_tables
 
 
+@reserves("output")
 def bench(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: folder, .gguf file, or Hub id.")],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model.")],

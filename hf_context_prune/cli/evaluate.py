@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from hf_context_prune import EvalOptions, QuestionOptions
 from hf_context_prune.config import CalibrationConfig
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.file_names import REPORT_NAME
 from hf_context_prune.utils.options import EVALUATION, MODEL, TEXT
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @options_of(EvalOptions, into="evaluation")
 @options_of(QuestionOptions, into="questions")
 @options_of(CalibrationConfig, into="column", only=("text_column",))
+@reserves("output")
 def evaluate(
     model: ModelArgument,
     data: Data,

@@ -8,7 +8,9 @@ from typing import Annotated
 from hf_context_prune import EvalOptions, QuestionOptions
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.utils.file_names import REPORT_NAME
+from hf_context_prune.utils.files import expand_home
 from hf_context_prune.utils.options import PAPER, TEXT
 
 from . import questions as about_questions
@@ -63,6 +65,7 @@ _VARYING = ("vocab_coverage", "vocab_min_count", "max_loss_increase", "general_d
 @options_of(PrunerConfig, into="options", without=_VARYING)
 @options_of(EvalOptions, into="evaluation", only=("max_tokens",))
 @options_of(QuestionOptions, into="asked", without=("source", "harness_task"))
+@reserves("output")
 def cross_domain(
     model: ModelArgument,
     domain: DomainTexts,
@@ -111,6 +114,7 @@ def cross_domain(
 @options_of(CalibrationConfig, into="column", only=("text_column",))
 @options_of(EvalOptions, into="evaluation", only=("max_tokens",))
 @options_of(QuestionOptions, into="questions", without=("harness_task",), defaults=about_questions.PAPER)
+@reserves("output")
 def paper_grid(
     model: ModelArgument,
     data: Data,
@@ -164,7 +168,7 @@ def _show(output: Path, file: str, format: OutputFormat) -> None:
     """Show what a run wrote to its folder."""
     from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
 
-    report = load_report(output / REPORT_NAME)
+    report = load_report(expand_home(output) / REPORT_NAME)
     assert isinstance(report, RunReport)
     if format is OutputFormat.json:
         out_json(report.to_dict())

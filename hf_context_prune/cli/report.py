@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from hf_context_prune.storage.locks import reserves
+
 from .options import FormatOption, OutputFormat, shared
 from .output import out, out_json, out_table
 from .tables import report_table, run_tables
 
 
+@reserves("output")
 def report(
     folders: Annotated[
         list[Path],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.storage.locks import reserves
 
 from .options import Output, shared
 from .output import out
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hf_context_prune.publishing.space.settings import Settings
 
 
+@reserves("output")
 def space(
     models: Annotated[
         list[str],

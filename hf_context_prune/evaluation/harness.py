@@ -1,6 +1,7 @@
 """Questions as a local task of lm-evaluation-harness, with the same prompts as `answer_questions`."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -11,8 +12,13 @@ from transformers import PreTrainedConfig
 from hf_context_prune.data.questions import QuestionSet, format_prompt
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.modeling.specs import PREFIX
-from hf_context_prune.utils.files import expand_home, write_file
+from hf_context_prune.storage.locks import hold_lock
+from hf_context_prune.storage.manifest import claims_to_be_ours
+from hf_context_prune.utils.files import expand_home, resolve_path, write_file
 from hf_context_prune.utils.foreign_code import find_foreign_code
+from hf_context_prune.utils.reading import read_yaml
+
+_PROMPT = "{{prompt}}"
 
 
 def harness_task_name(questions: str) -> str:
@@ -58,10 +64,10 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewsho
         The task's name.
 
     Raises:
-        SaveError: The folder holds a model, or can't be written.
+        SaveError: The folder holds a model or other files under the names of the task, or can't be written.
     """
-    folder = Path(folder).resolve()
-    if (folder / "config.json").is_file():
+    folder = resolve_path(folder, SaveError)
+    if os.path.lexists(folder / "config.json") or claims_to_be_ours(folder):
         raise SaveError(f"{folder} holds a model; name another folder for the task.")
     name = harness_task_name(questions.name)
     rows = [
@@ -80,7 +86,7 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewsho
         "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{prompt}}",
+        "doc_to_text": _PROMPT,
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
         "target_delimiter": " ",
@@ -93,7 +99,25 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewsho
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"The task can't be written to {folder}: {error}. Name a folder that can be.") from error
-    # Each task has its own file of rows: one folder may hold several tasks.
-    write_file(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_file(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
+    with hold_lock(folder):
+        _refuse_other_files(folder, name)
+        # Each task has its own file of rows: one folder may hold several tasks. The YAML proves whose the rows are.
+        write_file(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
+        write_file(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return name
+
+
+def _refuse_other_files(folder: Path, name: str) -> None:
+    """Refuse to replace files under the names of a task, unless they are an older task of that name."""
+    files = [file for file in (f"{name}.yaml", f"{name}.jsonl") if os.path.lexists(folder / file)]
+    if not files:
+        return
+    try:
+        task = read_yaml(folder / f"{name}.yaml")
+    except (OSError, ValueError):
+        task = None
+    if not isinstance(task, dict) or (task.get("task"), task.get("doc_to_text")) != (name, _PROMPT):
+        raise SaveError(
+            f"{folder} holds {' and '.join(files)}, but no task that this package wrote: the files would be lost. Move "
+            f"them, or name another folder for the task."
+        )

@@ -17,6 +17,7 @@ from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError,
 from hf_context_prune.modeling.generation import hardware_name
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.loading import LoadedModel, load_model
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes
 from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
@@ -46,6 +47,7 @@ class ExportResult:
     report: ExportReport
 
 
+@reserves("output")
 def export_model(
     folder: str | Path,
     output: str | Path,

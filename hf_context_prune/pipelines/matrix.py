@@ -14,7 +14,7 @@ from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import TextSplit
-from hf_context_prune.errors import ConfigError, LoadError, unknown_name
+from hf_context_prune.errors import ConfigError, LoadError, SaveError, unknown_name
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment, EvalReport
@@ -27,11 +27,13 @@ from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.publishing.card.card import rewrite_card
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.storage.results_log import open_results_log
 from hf_context_prune.storage.saving import count_weight_bytes, save_pruned
 from hf_context_prune.storage.staging import check_target
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
+from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.version import __version__
 
 from .matrix_report import DENSE, DomainMatrix, mixed_name
@@ -41,6 +43,7 @@ REFERENCE = "general"
 ROWS_NAME, MODELS = "matrix.jsonl", "models"
 
 
+@reserves("output")
 def domain_matrix(
     model: PreTrainedModel | LoadedModel | str | Path,
     domains: Mapping[str, Any],
@@ -77,7 +80,7 @@ def domain_matrix(
         ConfigError: See [`check_matrix`][].
         ContextPruneError: See `hf_context_prune.errors`. Finished models and rows stay.
     """
-    config, folder = config or PrunerConfig(), Path(output)
+    config, folder = config or PrunerConfig(), resolve_path(output, SaveError)
     names = tuple(domains)
     shares = {domain: tuple(some) for domain, some in (mixes or {}).items()}
     reference = check_matrix(names, folder, config, eval_data or {}, questions or {}, reference, shares)

@@ -34,9 +34,10 @@ from hf_context_prune.pruning.thresholds.prune import zeros_note
 from hf_context_prune.pruning.unused_options import warn_of_low_thresholds, warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.notes import refit_note, vocabulary_note
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.storage.resume import open_resume_folder
-from hf_context_prune.storage.staging import check_target
+from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.utils.distributed import fail_together, on_main_process, warn_if_alone
 
 from .result import PruneResult
@@ -79,6 +80,7 @@ def prune(
 
 
 @fail_together()
+@reserves("output")
 def prune_to_folder(
     model: str | Path,
     data: TextData,
@@ -105,13 +107,14 @@ def prune_to_folder(
         device: As for [`load_model`][].
 
     Raises:
+        SaveError: Another run is at work for this output.
         ContextPruneError: See `hf_context_prune.errors`; an older folder is as it was.
     """
-    config, options, target = config or PrunerConfig(), eval_options or EvalOptions(), Path(output)
+    config, options, target = config or PrunerConfig(), eval_options or EvalOptions(), resolve_target(output)
     check_general_data_ratio(config, options.general_data)
     check_target(target)
     loaded = load_model(model, dtype=dtype, revision=revision, device=device)
-    identity = ("prune", target.resolve(), model, revision, data, eval_data, config)
+    identity = ("prune", target, model, revision, data, eval_data, config)
     with open_resume_folder(*identity) as resume_dir:
         result = run_pruning(loaded, data, config, eval_data=eval_data, eval_options=options, resume_dir=resume_dir)
         on_main_process(lambda: result.save_pretrained(target, measure_memory=options.memory))

@@ -21,8 +21,9 @@ from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.storage.loading import LoadedModel, load_model
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.staging import check_target
+from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.monitor import History
 from hf_context_prune.training.recovery.recover import check_single_device, recover
@@ -111,6 +112,7 @@ def recover_folder(
     return PruneResult(recovered.model, pruned.tokenizer, plan, report, fit, parent)
 
 
+@reserves("output")
 def recover_to_folder(
     folder: str | Path,
     data: TextData,
@@ -138,11 +140,12 @@ def recover_to_folder(
 
     Raises:
         ConfigError: The output is the folder itself or lies inside it.
+        SaveError: Another run is at work for this output.
         ContextPruneError: See `hf_context_prune.errors`; an older folder is as it was.
     """
-    given, target, options = Path(folder), Path(output), eval_options or EvalOptions()
+    given, target, options = Path(folder), resolve_target(output), eval_options or EvalOptions()
     check_target(target)
-    if given.resolve() in (target.resolve(), *target.resolve().parents):
+    if given.resolve() in (target, *target.parents):
         raise ConfigError(f"--output {output} is {folder} or lies inside it, which would be lost. Name another folder.")
     result = recover_folder(
         given,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import ThresholdConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import TextSplit
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment
@@ -27,9 +27,11 @@ from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes, measure_s
 from hf_context_prune.pruning.thresholds.prune import count_zeros_of_paper, prune_below_thresholds
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.results_log import open_results_log
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import recover
+from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.version import __version__
 
 from .sweep_report import Sweep, SweepRow, Thresholds, format_threshold
@@ -94,6 +96,7 @@ class SweepOptions:
         ]
 
 
+@reserves("output")
 def sweep(
     model: PreTrainedModel | LoadedModel | str | Path,
     data: Any,  # noqa: ANN401 - whatever load_documents reads
@@ -122,7 +125,7 @@ def sweep(
     Raises:
         ContextPruneError: See `hf_context_prune.errors`. Rows that were finished stay.
     """
-    options, folder = options or SweepOptions(), Path(output)
+    options, folder = options or SweepOptions(), resolve_path(output, SaveError)
     points, configs = options.points, options.configs()
     check_report_folder(folder, "sweep")
     base = ensure_loaded(model, tokenizer)

@@ -18,6 +18,7 @@ from typing import Any
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, PLAN_NAME
 from hf_context_prune.utils.files import expand_home, open_regular
+from hf_context_prune.utils.reading import MAX_JSON_BYTES, read_json
 
 FORMAT = "hf_context_prune"
 VERSION = 1
@@ -29,9 +30,7 @@ EDITABLE = frozenset({"README.md"})
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors"})
 _LISTED_SUFFIXES = _WEIGHT_SUFFIXES | PICKLE_SUFFIXES | {".py"}
-_MAX_MANIFEST_BYTES = 16 * 2**20
-_MAX_CONFIG_BYTES = 16 * 2**20
-_OUR_MODEL_TYPE = "context_pruned_"
+_OUR_MODEL_TYPE = "context_pruned_"  # as `PREFIX` in `modeling.specs`, whose package imports torch
 
 
 def write_manifest(folder: Path) -> dict[str, Any]:
@@ -148,22 +147,20 @@ def claims_to_be_ours(folder: str | os.PathLike[str]) -> bool:
         return True
     if not os.path.lexists(folder / MANIFEST_NAME):
         return False
-    return _says(folder / MANIFEST_NAME, _MAX_MANIFEST_BYTES, "format", FORMAT) or _says(
-        folder / "config.json", _MAX_CONFIG_BYTES, "model_type", _OUR_MODEL_TYPE
+    return _says(folder / MANIFEST_NAME, "format", FORMAT) or _says(
+        folder / "config.json", "model_type", _OUR_MODEL_TYPE
     )
 
 
-def _says(path: Path, limit: int, field: str, start: str) -> bool:
+def _says(path: Path, field: str, start: str) -> bool:
     """Return whether a field of a JSON file has a value that begins so; in a damaged file the value may be anywhere."""
     try:
-        with open_regular(path) as file:
-            content = file.read(limit)
+        values = read_json(path)
     except OSError:
         return False
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError):
-        return start.encode() in content
+    except ValueError:
+        with open_regular(path) as file:
+            return start.encode() in file.read(MAX_JSON_BYTES)
     return isinstance(values, dict) and str(values.get(field)).startswith(start)
 
 
@@ -243,6 +240,7 @@ def _parse(folder: Path) -> dict[str, Any]:
         LoadError: The manifest is missing or malformed.
     """
     path = folder / MANIFEST_NAME
+    manifest: dict[str, Any]
     hint = "The folder was not saved by this package, or was copied in part: save or download the model again."
     if (folder / "training_args.bin").exists():
         hint = (
@@ -250,16 +248,11 @@ def _parse(folder: Path) -> dict[str, Any]:
             "load_checkpoint(folder) opens it in Python."
         )
     try:
-        with open_regular(path) as file:
-            content = file.read(_MAX_MANIFEST_BYTES + 1)
+        manifest = read_json(path)
+        _validate(manifest)
     except OSError as error:
         raise LoadError(f"{folder} has no readable {MANIFEST_NAME} ({error.strerror}). {hint}") from error
-    try:
-        if len(content) > _MAX_MANIFEST_BYTES:
-            raise ValueError(f"it is larger than {_MAX_MANIFEST_BYTES} bytes")
-        manifest = json.loads(content)
-        _validate(manifest)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LoadError(f"{path} is not a manifest of this package: {error}. {hint}") from error
     return manifest
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.storage.files import check_writable
+from hf_context_prune.storage.manifest import claims_to_be_ours
 from hf_context_prune.utils.file_names import MANIFEST_NAME, REPORT_NAME
-from hf_context_prune.utils.files import write_file
+from hf_context_prune.utils.files import resolve_path, write_file
 
 from .markdown import inert
 from .rendering import FILES_OF_RUNS, Folder, draw_pictures, picture_markdown, report_kind, run_markdown
@@ -26,9 +28,14 @@ def check_report_folder(folder: str | Path, kind: str) -> None:
         SaveError: The folder holds a model, another kind of report or something else that this package saved, or can't
             be written.
     """
-    path = Path(folder)
+    path = resolve_path(folder, SaveError)
     check_writable(path)
-    if any((path / name).is_file() for name in (MANIFEST_NAME, "config.json")):
+    for name in (REPORT_NAME, *FILES_OF_RUNS.get(kind, ())):
+        if os.path.lexists(path / name) and not stat.S_ISREG((path / name).lstat().st_mode):
+            raise SaveError(
+                f"{path / name} is a link or no file, and is not replaced: remove it, or choose another --output."
+            )
+    if claims_to_be_ours(path) or any(os.path.lexists(path / name) for name in (MANIFEST_NAME, "config.json")):
         raise SaveError(f"{path} holds a model or a rendered report. Write the figures to a separate folder: --output.")
     if os.path.lexists(path / REPORT_NAME):
         try:
@@ -50,7 +57,7 @@ def save_report(report: AnyReport, folder: str | Path) -> None:
     Raises:
         SaveError: See [`check_report_folder`][]; or the file can't be written.
     """
-    path = Path(folder)
+    path = resolve_path(folder, SaveError)
     check_report_folder(path, report_kind(report))
     try:
         path.mkdir(parents=True, exist_ok=True)

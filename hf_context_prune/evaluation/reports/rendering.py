@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.manifest import verify_if_ours
-from hf_context_prune.storage.staging import staged_folder
+from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_MARKDOWN_NAME, REPORT_NAME
 from hf_context_prune.utils.links import resolve_inside
 
@@ -122,7 +122,7 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
         LoadError: Figures can't be drawn.
         SaveError: The folder can't be written, or holds something else.
     """
-    goal = Path(target).resolve()
+    goal = resolve_target(target)
     with staged_folder(goal, required_bytes=len(folders) * 2**20, replaces=REPORT_MARKDOWN_NAME) as staging:
         shown: dict[str, list[tuple[str, str]]] = {}
         for folder in folders:

@@ -19,6 +19,7 @@ from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, inert
 from hf_context_prune.evaluation.reports.plots import plot_widths
 from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import hash_file, verify_folder
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME, PLAN_NAME, REPORT_NAME, RESULTS_NAME
@@ -67,6 +68,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         (folder / RESULTS_NAME).write_text(results, encoding="utf-8")
 
 
+@reserves("folder")
 def rewrite_card(
     folder: str | Path, *, name: str | None = None, overwrite: bool = False, report: EvalReport | None = None
 ) -> Path:

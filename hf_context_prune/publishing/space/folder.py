@@ -19,6 +19,7 @@ from hf_context_prune.evaluation.reports.markdown import Trusted, code, inert, t
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2
+from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, SPACE_SETTINGS_NAME
@@ -75,6 +76,7 @@ def make_space_settings(models: Sequence[str], *, base: str | None = None, title
     return Settings(title or TITLE, tuple(entries))
 
 
+@reserves("target")
 def write_space(settings: Settings, target: str | Path) -> Path:
     """Write the folder of a Space: app, settings, requirements, front matter, the wheel of this package, local models.
 
