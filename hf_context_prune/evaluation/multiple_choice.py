@@ -5,9 +5,12 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
+import torch
+
 from hf_context_prune.data.questions import LETTERS, Question, QuestionSet, format_prompt
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown_name
 from hf_context_prune.modeling.inference import check_token_ids, max_positions
+from hf_context_prune.utils.precision import overflow_remedy
 
 from .accuracy import Answer
 from .continuations import Alternatives, continuation_log_probs
@@ -61,7 +64,7 @@ def answer_questions(
             for row, question in zip(scores, questions.questions, strict=True)
         ]
     return [
-        _answer(question, row, len(examples))
+        _answer(question, row, len(examples), model.dtype)
         for question, row, examples in zip(questions.questions, scores, shots, strict=True)
     ]
 
@@ -95,11 +98,11 @@ def _score_continuations(
     return continuation_log_probs(model, items, batch_tokens=batch_tokens)
 
 
-def _answer(question: Question, scores: Sequence[float], shots: int) -> Answer:
+def _answer(question: Question, scores: Sequence[float], shots: int, dtype: torch.dtype) -> Answer:
     if any(math.isnan(score) for score in scores):
         raise NumericsError(
-            f"The model's scores of question {question.id} are not numbers: its weights or activations overflow. Load "
-            f"it in float32."
+            f"The model's scores of question {question.id} are not numbers: its weights or activations overflow. "
+            f"{overflow_remedy(dtype)}"
         )
     chosen = max(range(len(scores)), key=lambda index: scores[index])  # the first of equals
     return Answer(question.id, question.source, tuple(scores), chosen, chosen == question.answer, shots)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_context_prune.errors import PruningWarning
 from hf_context_prune.utils.options import EVALUATION, QUESTIONS, TEXT, at_least, check_options, option
 
 if TYPE_CHECKING:
@@ -118,7 +120,18 @@ class QuestionOptions:
 
         Raises:
             ContextPruneError: See [`load_questions`][].
+
+        Warns:
+            PruningWarning: There is no example for any question, although some are asked for.
         """
         from hf_context_prune.data.questions import load_questions
 
-        return load_questions(self.source, columns=self.columns, splits=self.splits, max_questions=self.max_questions)
+        found = load_questions(self.source, columns=self.columns, splits=self.splits, max_questions=self.max_questions)
+        if self.num_fewshot and not any(found.shots(question, 1) for question in found.questions):
+            warnings.warn(
+                f"num_fewshot={self.num_fewshot} has no effect: {found.name} has no rows of the split dev for the "
+                f"sources of its questions, so they are asked without examples.",
+                PruningWarning,
+                stacklevel=2,
+            )
+        return found

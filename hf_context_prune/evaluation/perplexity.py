@@ -16,6 +16,7 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.modeling.inference import check_token_ids, evaluation_mode, max_positions
+from hf_context_prune.utils.precision import overflow_remedy
 
 from .losses import DocumentLoss
 from .windows import EncodedDocument, Window, batch_windows, context_token, cut_windows, encode_documents, group_records
@@ -86,8 +87,7 @@ def document_losses(
                     document = documents[window.document]
                     raise NumericsError(
                         f"The model's logits on document {document.doc!r} of {document.source!r} are not finite (loss "
-                        f"{loss}). Check the weights for NaN or Inf, or load the model in a wider dtype than "
-                        f"{model.dtype}."
+                        f"{loss}). {overflow_remedy(model.dtype)}"
                     )
                 nll[window.document] += loss
             progress.update(sum(len(window.targets) for window in batch))

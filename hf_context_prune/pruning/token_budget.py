@@ -16,7 +16,7 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.errors import BudgetError, PruningWarning
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.pruning.allocation.adaptive import predicted_loss
-from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.allocation.budget import ParameterBudget, share_below
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.vocabulary.prune import build_vocabulary_pruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
@@ -107,7 +107,7 @@ def split_token_budget(
         most = (rows - min(tokens for tokens, _ in curve)) * cost + planner.most_removable(config)
         raise BudgetError(
             f"Asked to remove {budget.remove_params:,} of {budget.total_params:,} parameters; tokens, neurons and KV "
-            f"groups together can give {most:,} ({most / budget.total_params:.4f} of all). Ask for less."
+            f"groups together can give {most:,} ({share_below(most, budget.total_params)} of all). Ask for less."
         )
     best = min(considered, key=lambda item: (item[1] + item[2], -item[0]))[0]
     return TokenBudget(None if best == curve[0][0] else best, measured, tuple(considered))

@@ -1,4 +1,4 @@
-"""Products in bfloat16 where the processor computes them faster."""
+"""Products in bfloat16 where the processor computes them faster, and what helps where numbers overflow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import torch
 
 FAST_PRECISION = "medium"
 """PyTorch's name for float32 products of factors rounded to bfloat16; "highest" disables all rounding."""
+
+
+def overflow_remedy(dtype: torch.dtype) -> str:
+    """Return, as a sentence for an error, what helps where a model of this data type gives NaN or Inf."""
+    if torch.finfo(dtype).bits < torch.finfo(torch.float32).bits:
+        name = str(dtype).removeprefix("torch.")
+        return f"Load the model in float32 (--dtype float32): {name} may have overflowed."
+    return "No wider data type would help: the weights are damaged. Download or save the model again."
 
 
 @contextmanager

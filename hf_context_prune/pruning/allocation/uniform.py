@@ -33,10 +33,12 @@ def _keep_groups(groups: int, ratio: float, allowed: Collection[int]) -> int:
         )
     fitting = [n for n in allowed if n <= kept]
     if not fitting:
+        nearest = min((n for n in allowed if n < groups), default=None)
         raise BudgetError(
             f"attention_ratio {ratio} leaves {kept} of {groups} KV groups, which the native architecture can't hold; "
-            f"it can hold {', '.join(map(str, sorted(allowed)))}. Ask for one of those numbers, or leave out "
-            f"--native-architecture."
+            f"it can hold {', '.join(map(str, sorted(allowed)))}. "
+            + ("Leave out attention_ratio" if nearest is None else f"Ask for {1 - nearest / groups:.3f}")
+            + ", or leave out --native-architecture."
         )
     return max(fitting)
 

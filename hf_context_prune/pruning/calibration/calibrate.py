@@ -17,6 +17,7 @@ from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.distributed import fail_together, shard, sum_counts
 from hf_context_prune.utils.linalg import all_finite
+from hf_context_prune.utils.precision import overflow_remedy
 
 from .gradients import GradientSums, backward_step, forward_step, layer_gradients
 from .reduce import reduce_statistics
@@ -85,8 +86,8 @@ def check_weights_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not all_finite(parameter.detach()):
             raise NumericsError(
-                f"The weight {name} holds NaN or Inf. The checkpoint is damaged, or its dtype overflowed: load it "
-                f"again, in float32."
+                f"The weight {name} holds NaN or Inf: the checkpoint is damaged, or the data type that it was loaded "
+                f"in overflowed. {overflow_remedy(parameter.dtype)}"
             )
 
 

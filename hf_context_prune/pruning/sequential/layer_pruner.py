@@ -26,7 +26,7 @@ from hf_context_prune.pruning.criteria import Criterion
 from hf_context_prune.pruning.reconstruction import regress, squared_error
 from hf_context_prune.pruning.scoring import top_units, weights_of_layer
 from hf_context_prune.pruning.surgery import kept_features
-from hf_context_prune.utils.precision import reduced_precision_matmul
+from hf_context_prune.utils.precision import overflow_remedy, reduced_precision_matmul
 
 from .checkpoint import FinishedLayer, Output
 from .hidden_states import Stream, record_activations
@@ -134,7 +134,9 @@ class SequentialPruner:
             reduce_moments(moments)
             moments.statistics.check_finite(f"layer {index} ({target}), pruned stream")
             if not bool(torch.isfinite(moments.cross).all()):
-                raise NumericsError(f"NaN or Inf in the target of layer {index} ({target}). Prune in float32.")
+                raise NumericsError(
+                    f"NaN or Inf in the target of layer {index} ({target}). {overflow_remedy(self.view.model.dtype)}"
+                )
         return fit, validation
 
     def _choose_and_reconstruct(

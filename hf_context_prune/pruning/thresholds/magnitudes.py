@@ -22,6 +22,7 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import Batch, batches_of, prepare_batch
 from hf_context_prune.utils.distributed import all_reduce_, fail_together, shard, sum_counts
+from hf_context_prune.utils.precision import overflow_remedy
 
 _HEAD_TOKENS = 1024
 """Tokens per batch: the wide output of the head is measured too."""
@@ -174,7 +175,9 @@ def measure_magnitudes(model: PreTrainedModel, batches: Iterable[Batch]) -> Magn
     means = {name: total / num_tokens for name, total in sums.sums.items()}
     for name, mean in means.items():
         if not bool(torch.isfinite(mean).all()):
-            raise NumericsError(f"Mean |x| of {name} is NaN or Inf on the calibration text. Load the model in float32.")
+            raise NumericsError(
+                f"Mean |x| of {name} is NaN or Inf on the calibration text. {overflow_remedy(model.dtype)}"
+            )
     return Magnitudes(
         {
             name: LinearMagnitudes(means[f"{name}.inputs"], means[f"{name}.outputs"], means.get(f"{name}.unbiased"))

@@ -23,6 +23,7 @@ from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils.distributed import on_main_process
+from hf_context_prune.utils.precision import overflow_remedy
 
 from .checks import check_prunable, find_ids, read_paired_table, required_ids
 from .rebuild import build_state, order_ids, rebuild_tokenizer
@@ -182,7 +183,7 @@ class VocabularyPruner:
         mandatory_tokens(self.table, size, self.needed, self.unwanted)  # refuses a size before anything is measured
         kept = choose_tokens(self.table, self.scores, self.counts, size, keep=self.needed, remove=self.unwanted)
         order = order_ids(self.table, sorted(kept))
-        if len(order) == num_rows(self.model):
+        if size.tokens is None and len(order) == num_rows(self.model):
             _warn_of_whole_vocabulary(len(order), size)
         tokenizer = rebuild_tokenizer(self.tokenizer, build_state(self.table, order), self.view.spec.model_type)
         model = self.model
@@ -214,8 +215,8 @@ class VocabularyPruner:
 
 
 def _warn_of_whole_vocabulary(tokens: int, size: VocabularySize) -> None:
-    names = {"vocab_size": size.tokens, "vocab_coverage": size.coverage, "vocab_min_count": size.min_count}
-    names |= {"embedding_threshold": size.above_share}
+    names = {"vocab_coverage": size.coverage, "vocab_min_count": size.min_count}
+    names["embedding_threshold"] = size.above_share
     asked = next(f"{name}={value:g}" for name, value in names.items() if value is not None)
     warnings.warn(
         f"No vocabulary entry is removed: {asked}, rounded up to a multiple of pad_to_multiple_of="
@@ -245,8 +246,7 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
                 total += rows.float().softmax(dim=-1).sum(dim=0)[: len(total)].double().cpu()
     if not bool(torch.isfinite(total).all()):
         raise NumericsError(
-            f"The model's logits on this text are not finite. Check the weights for NaN or Inf, or load the model in a "
-            f"wider dtype than {model.dtype}."
+            f"The model's logits on this text are not finite. {overflow_remedy(model.dtype)}"
         )
     return total / samples.numel()
 

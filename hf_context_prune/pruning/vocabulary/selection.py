@@ -107,11 +107,12 @@ class VocabularySize:
         """Round a number of tokens up to the next multiple."""
         return -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
-    def check_removes(self, total: int) -> None:
+    def check_removes(self, total: int, fewest: int = 1) -> None:
         """Refuse a number of tokens that is rounded up to all of them.
 
         Args:
             total: Tokens that there are.
+            fewest: Tokens that must stay, for the message.
 
         Raises:
             BudgetError: Nothing would be removed, although fewer tokens are asked for.
@@ -121,7 +122,7 @@ class VocabularySize:
             raise BudgetError(
                 f"vocab_size is {self.tokens:,}, which pad_to_multiple_of={self.pad_to_multiple_of:,} rounds up to all "
                 f"{total:,} entries, so none would be removed. "
-                + (f"Ask for at most {below:,}, or for" if below else "Ask for")
+                + (f"Ask for at most {below:,}, or for" if below >= fewest else "Ask for")
                 + " a smaller pad_to_multiple_of."
             )
 
@@ -221,15 +222,19 @@ def mandatory_tokens(
     _check_removable(table, must, remove)
     if size.tokens is not None:
         if size.round_up(size.tokens) < len(must):
-            least = min(size.round_up(len(must)), len(table))
+            least = size.round_up(len(must))
+            rounded = [f"at least {least:,}"] if least == len(must) or least < len(table) else []
+            exact = [] if least == len(must) else [f"{len(must):,} and pad_to_multiple_of=1"]
             raise BudgetError(
                 f"vocab_size is {size.tokens:,}, but {len(must):,} tokens must stay (special and added tokens, bytes "
-                f"or single characters, and what the chat template and the config need). Ask for at least {least:,}"
-                + ("." if least == len(must) else f", or for {len(must):,} and pad_to_multiple_of=1.")
+                f"or single characters, and what the chat template and the config need). Ask for "
+                f"{', or for '.join(rounded + exact)}."
             )
         if size.tokens > len(table):
-            raise BudgetError(f"vocab_size is {size.tokens:,}, but the tokenizer has only {len(table):,} tokens.")
-        size.check_removes(len(table))
+            raise BudgetError(
+                f"vocab_size is {size.tokens:,}, but the tokenizer has only {len(table):,} tokens. Ask for fewer."
+            )
+        size.check_removes(len(table), len(must))
     return must
 
 

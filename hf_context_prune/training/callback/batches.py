@@ -127,8 +127,8 @@ def pack_samples(tokens: list[int], model: PreTrainedModel, *, max_seq_length: i
     length = min(max_seq_length, positions, len(tokens) // at_least)
     if length < 2:
         raise DataError(
-            f"The training batches up to the first pruning hold {len(tokens)} tokens, which is too little. Prune "
-            f"later, or check the data."
+            f"The training batches up to the first pruning hold {len(tokens)} tokens, but {2 * at_least} are needed. "
+            f"Prune later, or check the data."
         )
     count = len(tokens) // length
     return torch.tensor(tokens[-count * length :]).view(count, length)

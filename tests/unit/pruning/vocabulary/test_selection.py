@@ -79,11 +79,16 @@ def test_any_size_is_reached_exactly_and_closed(kind):
         keep = draw.sample(possible, 1)
         if len(must | table.closed(keep)) > tokens:
             keep = []
-        kept = choose_tokens(table, some, counts, VocabularySize(tokens, pad_to_multiple_of=multiple), keep=keep)
+        size = VocabularySize(tokens, pad_to_multiple_of=multiple)
+        if tokens < len(table) <= size.round_up(tokens):
+            with pytest.raises(BudgetError, match=r"rounds up to all .* entries, so none would be removed"):
+                choose_tokens(table, some, counts, size, keep=keep)
+            return
+        kept = choose_tokens(table, some, counts, size, keep=keep)
         assert len(kept) == min(-(-tokens // multiple) * multiple, len(table))
         assert kept >= must.union(keep)
         assert table.closed(kept) == kept
-        again = choose_tokens(table, some, counts, VocabularySize(tokens, pad_to_multiple_of=multiple), keep=keep)
+        again = choose_tokens(table, some, counts, size, keep=keep)
         assert again == kept
 
     check()
