@@ -7,7 +7,6 @@ split.
 
 import hashlib
 import itertools
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.utils.temporary import scratch_folder
 
 from .records import PEEK, Record, Table, choose_text_columns, render_texts
 from .sources import open_source
@@ -132,7 +132,7 @@ def load_documents(
     if isinstance(source, TextSource):
         documents, name, revision = list(source.documents[:max_documents]), source.name, source.revision
     else:
-        with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
+        with scratch_folder() as scratch:
             opened = open_source(source, text_column=text_column, seed=seed, scratch=scratch)
             name, revision = opened.name, opened.revision
             documents = _read_documents(
@@ -155,7 +155,7 @@ def check_readable(source: TextData, *, text_column: str | None = None) -> None:
     """
     if isinstance(source, TextSource):
         return
-    with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
+    with scratch_folder() as scratch:
         opened = open_source(source, text_column=text_column, seed=0, scratch=scratch)
         for table in opened.tables[:1]:
             head = list(itertools.islice(table.records, PEEK))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 from hf_context_prune.errors import ConfigError, DataError, unknown_name
+from hf_context_prune.utils.temporary import scratch_folder
 
 from .sources import open_source
 
@@ -96,7 +96,7 @@ def load_questions(
             raise ConfigError(unknown_name("question column", name, FIELDS))
     if max_questions is not None and max_questions < 1:
         raise ConfigError(f"max_questions is {max_questions}; it must be at least 1.")
-    with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
+    with scratch_folder() as scratch:
         opened = open_source(source, text_column="question", seed=0, scratch=scratch)
         records = {
             f"{table.name}, record {number}": record

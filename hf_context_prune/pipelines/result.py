@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes, 
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.distributed import is_main_process, on_main_process
 from hf_context_prune.utils.file_names import REPORT_NAME
+from hf_context_prune.utils.temporary import scratch_folder
 
 
 @dataclass
@@ -100,8 +100,8 @@ class PruneResult:
         """
 
         def push() -> PushResult:
-            with tempfile.TemporaryDirectory() as place:
-                folder = Path(place) / "model"
+            with scratch_folder() as place:
+                folder = place / "model"
                 self.save_pretrained(folder, card_name=repo_id)
                 return push_folder(
                     folder,

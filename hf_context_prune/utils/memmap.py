@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
 import torch
 
 from hf_context_prune.errors import SaveError
 
+from .temporary import scratch_folder
+
 
 def memmap_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
     """Return zeros in a memory-mapped file in the folder for temporary files (``$TMPDIR``).
 
-    The file is removed when the tensor is freed.
+    The file has no name any more, and its room is free when the tensor is freed.
 
     Args:
         elements: Length of the tensor.
@@ -26,13 +27,16 @@ def memmap_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
         SaveError: The disk has no room.
     """
     size = elements * dtype.itemsize
-    try:
-        with tempfile.NamedTemporaryFile(prefix="hf-context-prune-") as file:  # the mapping keeps the file alive
-            if hasattr(os, "posix_fallocate"):  # without this, writing to a full disk ends the process by a signal
-                os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_file(file.name, shared=True, size=elements, dtype=dtype)
-    except (OSError, RuntimeError) as error:
-        raise SaveError(
-            f"Data that does not fit into memory needs {size:,} bytes in {tempfile.gettempdir()}: {error}. Make room "
-            f"there, set TMPDIR to a folder on a larger disk, or calibrate on fewer samples (num_calibration_samples)."
-        ) from error
+    with scratch_folder() as folder:  # removed at once: the mapping keeps the file alive
+        path = folder / "memory"
+        try:
+            with path.open("xb") as file:
+                if hasattr(os, "posix_fallocate"):  # without this, writing to a full disk ends the process by a signal
+                    os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
+        except (OSError, RuntimeError) as error:
+            raise SaveError(
+                f"Data that does not fit into memory needs {size:,} bytes in {folder.parent}: {error}. Make room "
+                f"there, set TMPDIR to a folder on a larger disk, or calibrate on fewer samples "
+                f"(num_calibration_samples)."
+            ) from error

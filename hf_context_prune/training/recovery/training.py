@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from hf_context_prune.utils.compat import limit_to_one_gpu
 from hf_context_prune.utils.precision import bfloat16_is_fast
+from hf_context_prune.utils.temporary import scratch_folder
 
 from .config import RecoveryConfig
 from .monitor import History, RecoveryMonitor
@@ -110,9 +110,9 @@ def train(
     steps = max(1, round(config.num_epochs * math.ceil(math.ceil(len(samples) / micro) / accumulation)))
     steps = min(steps, config.max_steps or steps)
     use_cache = model.config.use_cache
-    with tempfile.TemporaryDirectory(prefix="hf_context_prune-") as scratch:
+    with scratch_folder() as scratch:
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(scratch),
             max_steps=steps,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,
