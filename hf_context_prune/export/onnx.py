@@ -23,6 +23,8 @@ from hf_context_prune.errors import ExportError
 from hf_context_prune.modeling.generation import get_end_token_ids
 from hf_context_prune.storage.loading import LoadedModel
 
+from .arrays import as_file_array
+
 GRAPH_NAME = "model.onnx"
 _CACHE = "cache.layers."
 
@@ -220,7 +222,7 @@ def _split_gemm(graph: Any) -> None:  # noqa: ANN401
 
 
 def _tidy(program: Any) -> None:  # noqa: ANN401
-    """Name the axes, give the inputs of the cache their sizes, and drop the source location of each node."""
+    """Name the axes, size the inputs of the cache, drop source locations, and have arrays written with every error."""
     import onnx_ir
 
     graph = program.graph
@@ -239,6 +241,10 @@ def _tidy(program: Any) -> None:  # noqa: ANN401
             value.shape = onnx_ir.Shape(["batch", "tokens", value.shape[2]])
     for node in graph:
         node.metadata_props.clear()
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(getattr(tensor, "raw", None), torch.Tensor):  # those are written through the file object
+            value.const_value = onnx_ir.Tensor(as_file_array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 @contextmanager

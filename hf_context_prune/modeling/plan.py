@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hf_context_prune.errors import PlanError, VocabularyError
+from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.reading import read_json, why
 
 from .specs import UNIT_NAMES, Geometry, LayerWidths, base_model_type
@@ -273,14 +274,16 @@ class PruningPlan:
             raise PlanError(f"This is not a pruning plan: {type(error).__name__} {error}.") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, one layer per line."""
+        """Write the plan as JSON, one layer per line; a file at `path` is replaced whole or stays as it was.
+
+        Raises:
+            SaveError: The file can't be written.
+        """
         data = self.to_dict()
         layers = ",\n  ".join(json.dumps(layer, separators=(",", ":")) for layer in data.pop("layers"))
         vocabulary = json.dumps(data.pop("vocabulary"), separators=(",", ":"))
         head = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
-        Path(path).write_text(
-            f'{head[:-2]},\n "vocabulary": {vocabulary},\n "layers": [\n  {layers}\n ]\n}}\n', encoding="utf-8"
-        )
+        write_file(path, f'{head[:-2]},\n "vocabulary": {vocabulary},\n "layers": [\n  {layers}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hf_context_prune.errors import ContextPruneError
+from hf_context_prune.errors import ContextPruneError, SaveError
 
 _ONLY_OF_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Error numbers that no read has."""
@@ -45,11 +45,12 @@ def find_failed_write(error: BaseException, folder: Path, *, any_os_error: bool 
         folder: The folder that was being written.
         any_os_error: Whether every `OSError` is a failed write, because nothing was read.
     """
+    if isinstance(error, SaveError) and any(path.is_relative_to(folder) for path in _named(error.__cause__)):
+        error = error.__cause__ or error  # of a single file, which is told with its folder
     if isinstance(error, ContextPruneError):
         return None
     if isinstance(error, OSError):
-        named = (error.filename2, error.filename)
-        paths = [Path(os.fsdecode(name)) for name in named if isinstance(name, str | bytes | os.PathLike)]
+        paths = _named(error)
         inside = [path for path in paths if path.is_relative_to(folder)]
         bare = type(error) is OSError and error.errno is None and not paths
         writes = error.errno in (_ONLY_OF_WRITES if paths else _OF_WRITES)
@@ -61,3 +62,11 @@ def find_failed_write(error: BaseException, folder: Path, *, any_os_error: bool 
     if isinstance(error, SafetensorError) or (type(error) is Exception and number in _OF_WRITES):
         return FailedWrite(number, str(error) if number is None else os.strerror(number), None)
     return None
+
+
+def _named(error: BaseException | None) -> list[Path]:
+    """Return the files that an `OSError` names, the target of a copy first."""
+    if not isinstance(error, OSError):
+        return []
+    names = (error.filename2, error.filename)
+    return [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes | os.PathLike)]

@@ -115,6 +115,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
                 staged.unlink()
             raise
     except OSError as error:
+        error.filename, error.filename2 = os.fspath(path), None  # `write` names no file, and `open` the staged one
         raise SaveError(
             f"{path} could not be written: {error.strerror or error}. Name a file in a writable folder with free "
             f"space; an older file is as it was."

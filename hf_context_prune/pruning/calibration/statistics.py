@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_context_prune.errors import DataError, NumericsError
+from hf_context_prune.errors import DataError, NumericsError, SaveError
 
 Key = tuple[int, str]
 """(layer index, target name)."""
@@ -196,7 +196,11 @@ class CalibrationStats:
     num_tokens: int = 0
 
     def save(self, path: str | Path) -> None:
-        """Write to one safetensors file."""
+        """Write to one safetensors file.
+
+        Raises:
+            SaveError: The file can't be written.
+        """
         tensors = {
             f"{layer}.{target}.{name}": getattr(stats, name).contiguous()
             for (layer, target), stats in self.targets.items()
@@ -205,7 +209,12 @@ class CalibrationStats:
         }
         counts = {f"{layer}.{target}": stats.num_tokens for (layer, target), stats in self.targets.items()}
         header = {"num_samples": self.num_samples, "num_tokens": self.num_tokens, "counts": counts}
-        save_file(tensors, path, metadata={"calibration_stats": json.dumps(header)})
+        try:
+            save_file(tensors, path, metadata={"calibration_stats": json.dumps(header)})
+        except (OSError, SafetensorError) as error:
+            raise SaveError(
+                f"{path} could not be written: {error}. Name a file in a writable folder with free space."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationStats:
