@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_context_prune.data.documents import TextData, TextSource, load_documents
+from hf_context_prune.data.documents import TextData, load_documents
 from hf_context_prune.data.splits import TextSplit, hold_out_documents
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.general_text import GeneralText, build_loss_facts, measure_general_losses, read_general
@@ -28,6 +28,7 @@ from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.monitor import History
 from hf_context_prune.training.recovery.recover import check_single_device, recover
 from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.hub_ids import is_hub_id
 
 from .result import PruneResult
 
@@ -187,7 +188,7 @@ def _read_texts(
         split = replace(split, how=f"{split.how} The pruning had other text, which may have held some of them.")
     # `recover` does the same; with too few documents it is better to fail before anything is measured.
     hold_out_documents(split.calibration, seed=config.recovery_seed)
-    general = _general(options.general_data, split.calibration, pruned.tokenizer, plan, config.recovery_seed)
+    general = _general(options.general_data, split, pruned.tokenizer, plan, config.recovery_seed)
     if general is not None and general.calibration is not None:
         split = split.without(general.calibration)
     return split, general
@@ -201,15 +202,16 @@ def _describe_training(config: RecoveryConfig, history: History, text: str) -> s
     )
 
 
-def _general(data: Any, text: TextSource, tokenizer: Any, plan: PruningPlan, seed: int) -> GeneralText | None:  # noqa: ANN401
-    """Read general text to measure on, without what the pruning calibrated on."""
+def _general(data: Any, split: TextSplit, tokenizer: Any, plan: PruningPlan, seed: int) -> GeneralText | None:  # noqa: ANN401
+    """Read general text to measure on, without what the pruning calibrated on and the domain's test text."""
     if data is None:
         return None
+    text, test = split.calibration, split.test
     source, mixed_in = load_documents(data, tokenizer=tokenizer, seed=seed), plan.provenance.get("general_data")
     if mixed_in is None or source.fingerprint != mixed_in["fingerprint"]:
-        return read_general(source, apart_from=text, tokenizer=tokenizer, seed=seed)
+        return read_general(source, apart_from=text, test=test, tokenizer=tokenizer, seed=seed)
     first = plan.provenance["config"]["pruning_seed"]
-    return read_general(source, apart_from=text, tokenizer=tokenizer, seed=first, hold_out=True)
+    return read_general(source, apart_from=text, test=test, tokenizer=tokenizer, seed=first, hold_out=True)
 
 
 def _note_without_parent(given: LoadedModel | None) -> str:
@@ -228,7 +230,8 @@ def _load_base(plan: PruningPlan, base: str | Path | None, device: str | None) -
     if base is not None:
         return load_model(base, device=device)
     name, revision = plan.provenance.get("base_model"), plan.provenance.get("base_revision")
-    if name and (revision or "/" in name):  # a callback knows no revision; the weights tell whether it is the parent
+    # A callback knows no revision; the weights tell whether it is the parent. A path of this machine is not taken.
+    if is_hub_id(name, with_owner=not revision):
         try:
             return load_model(name, revision=revision, device=device)
         except LoadError:

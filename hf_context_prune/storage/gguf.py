@@ -15,7 +15,7 @@ from hf_context_prune.utils.foreign_code import drop_foreign_code
 
 from .cache import CACHE_VARIABLE, cache_dir
 from .manifest import hash_file, verify_if_ours
-from .model_checks import check_complete, check_sizes
+from .model_checks import check_complete, check_links, check_sizes
 from .saving import estimate_bytes
 from .staging import staged_folder
 
@@ -67,6 +67,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
         LoadError: The file can't be read as a GGUF model.
         SaveError: The folder can't be written.
     """
+    check_links(gguf.parent)  # transformers also reads the tokenizer_config.json and the chat template there
     _LOGGER.info("Dequantising %s once; the result is kept in the cache.", gguf.name)
     try:
         config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)

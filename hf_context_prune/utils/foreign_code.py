@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def refuse_foreign_code(folder: str | Path, error: type[ContextPruneError] = Loa
         raise error(
             f"{folder} names code that is not this package's, which trust_remote_code=True would run: "
             f"{'; '.join(found[:3])}{' and more' if len(found) > 3 else ''}. Remove it; in a folder that this package "
-            f"saved, `hf-context-prune card {folder}` does that."
+            f"saved, `hf-context-prune card {shlex.quote(str(folder))}` does that."
         )
 
 

@@ -166,6 +166,11 @@ def test_loading_takes_over_no_template_of_another_place(base, secret, subtests)
             with pytest.raises(LoadError, match=OUT):
                 load_model(base)
             (base / name).unlink()
+    (base / "model.gguf").touch()
+    (base / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(LoadError, match=OUT):
+        load_model(base / "model.gguf")  # transformers reads the template beside the file
+    (base / "chat_template.jinja").unlink()
     weights = base / "model.safetensors"
     weights.rename(secret.parent / "weights")
     weights.symlink_to(secret.parent / "weights")
