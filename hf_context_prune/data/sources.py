@@ -15,7 +15,7 @@ from datasets import load_dataset
 
 from hf_context_prune.errors import DataError
 from hf_context_prune.utils.failed_writes import find_failed_write
-from hf_context_prune.utils.files import expand_home
+from hf_context_prune.utils.files import expand_home, open_regular
 
 from .hub_datasets import open_hub
 from .records import OpenedSource, Record, Table
@@ -74,7 +74,7 @@ def _open_path(path: Path, text_column: str | None, scratch: Path) -> list[Table
         raise DataError(f"{path}: this folder holds several splits; give the folder of one split inside it")
     if (path / "state.json").exists() and (path / "dataset_info.json").exists():  # written by Dataset.save_to_disk
         return [Table(_guarded(lambda: datasets.load_from_disk(str(path)), path, scratch), path.name, path.name)]
-    files = _files_of(path) if path.is_dir() else [path]
+    files = _files_of(path) if path.is_dir() else [_check_regular(path)]
     files = [file for file in files if _suffix(file) is not None]
     if not files:
         raise DataError(f"{path}: no file to read here; readable are {', '.join(_READERS)}, and folders of them")
@@ -84,8 +84,19 @@ def _open_path(path: Path, text_column: str | None, scratch: Path) -> list[Table
     tables = []
     for file in files:
         name, has_columns = file.relative_to(root).as_posix(), _suffix(file) != ".txt"
-        tables.append(Table(_file_records(file, scratch), name, name if has_columns else path.name, has_columns))
+        tables.append(
+            Table(_file_records(_check_regular(file), scratch), name, name if has_columns else path.name, has_columns)
+        )
     return tables
+
+
+def _check_regular(file: Path) -> Path:
+    """Refuse what has no content of its own: a pipe would seem empty, and a device endless."""
+    try:
+        open_regular(file).close()
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; save the text to a file first") from error
+    return file
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -115,9 +126,7 @@ def _file_records(file: Path, scratch: Path) -> Iterator[Record]:
         # Streaming with a separate cache folder leaves nothing in the Hugging Face cache. data_files are glob patterns,
         # so a name such as "a[1].txt" would silently match nothing.
         files = [glob.escape(str(file))]
-        return load_dataset(
-            reader, data_files=files, split="train", streaming=True, cache_dir=str(scratch), **options
-        )
+        return load_dataset(reader, data_files=files, split="train", streaming=True, cache_dir=str(scratch), **options)
 
     return _guarded(open_file, file, scratch)
 
@@ -127,6 +136,9 @@ def _guarded(open_records: Callable[[], Iterable[Record]], file: Path, scratch: 
 
     A failed write to the scratch folder is raised as it is, and explained where the folder was made.
     """
+    loggers = [logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}") for kind in ("csv", "json", "parquet")]
+    for logger in loggers:
+        logger.addFilter(_is_no_read_error)
     try:
         yield from open_records()
     except StopIteration:  # raised by `datasets` for an empty compressed file
@@ -140,6 +152,14 @@ def _guarded(open_records: Callable[[], Iterable[Record]], file: Path, scratch: 
             f"{file}: can't be read as {_suffix(file) or 'a saved dataset'} ({type(error).__name__}: {error}); "
             "files must be complete and in UTF-8"
         ) from error
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_no_read_error)
+
+
+def _is_no_read_error(record: logging.LogRecord) -> bool:
+    """Return False for an error that `datasets` logs before it raises it."""
+    return not (record.levelno == logging.ERROR and record.getMessage().startswith("Failed to "))
 
 
 def _in_memory_records(source: object) -> Iterable[Record]:

@@ -41,6 +41,7 @@ def read_general(
     data: TextData | None,
     *,
     apart_from: TextSource | None,
+    test: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     hold_out: bool = False,
@@ -51,6 +52,7 @@ def read_general(
         data: A text source, as [`load_documents`][] reads it; None gives None.
         apart_from: Calibration text; documents that share over a quarter of their 13-word sequences with it are
             dropped.
+        test: The domain's text that is measured on; documents that share as much with it are dropped too.
         tokenizer: Renders chat messages.
         seed: Seed of the order of a streamed dataset.
         hold_out: Measure on a tenth of the documents only, since the rest is, or was, calibrated on.
@@ -71,19 +73,22 @@ def read_general(
                 f"general_data_ratio calibrates on the general text {all_of_it.name}, which repeats all {len(given):,} "
                 f"documents of it that were held out for the figures. Give text with fewer repetitions."
             )
-    if apart_from is not None:
-        source, more = drop_overlapping(source, apart_from)
+    for text, kind in ((apart_from, "the calibration text"), (test, "the domain's test text")):
+        if text is None:
+            continue
+        source, more = drop_overlapping(source, text)
         dropped += more
         if not len(source):
             raise DataError(
-                f"Every document of the general text {source.name} is also in the calibration text {apart_from.name} "
-                f"(over a quarter of its 13-word sequences are). Give other text, or leave --general-data out."
+                f"Every document of the general text {all_of_it.name} is also in {kind} {text.name} (over a quarter of "
+                f"its 13-word sequences are). Give text of no domain, or leave --general-data out."
             )
+    if apart_from is not None:
         how = f"Documents of {source.name}, beside the calibration text {apart_from.name}."
         if rest is not None:
             how = f"A tenth of the documents of {all_of_it.name}, whose other documents are calibrated on too."
-        if dropped:
-            how += f" {dropped:,} of its documents were dropped, as they are in the calibration text too."
+    if dropped:
+        how += f" {dropped:,} of its documents were dropped, as they are in the domain's text too."
     facts = DatasetFacts(source.name, source.revision, source.fingerprint, how)
     return GeneralText(source, facts, rest, whole)
 

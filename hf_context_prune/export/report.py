@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.codec import decode
+from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.reading import read_json, why
 
 from .verify import Verification
@@ -43,8 +44,12 @@ class ExportReport:
         return {"schema": _SCHEMA, **asdict(self)}
 
     def save(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the report as JSON.
+
+        Raises:
+            SaveError: The file can't be written.
+        """
+        write_file(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> ExportReport:
@@ -58,8 +63,9 @@ class ExportReport:
             if values.pop("schema") != _SCHEMA:
                 raise ValueError(f"its schema is not {_SCHEMA}")
             report = decode(cls, values, "report")
-            if report.verification.bytes_before <= 0 or report.verification.tokens_per_second_before <= 0:
-                raise ValueError("bytes_before and tokens_per_second_before must be above 0")
+            for name in ("bytes_before", "tokens_per_second_before", "bits_per_byte_before"):  # divisors
+                if (value := getattr(report.verification, name)) is not None and value <= 0:
+                    raise ValueError(f"{name} is {value}; it must be above 0")
             return report
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LoadError(f"{path} is not an export report: {why(error)}. Export the model again.") from error

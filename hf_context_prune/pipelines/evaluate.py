@@ -61,7 +61,7 @@ def evaluate(
     if questions is not None:  # read before anything long
         asked = questions.load()
     text = load_documents(data, text_column=text_column, tokenizer=first.tokenizer, seed=seed)
-    general = read_general(options.general_data, apart_from=None, tokenizer=first.tokenizer, seed=seed)
+    general = read_general(options.general_data, apart_from=None, test=text, tokenizer=first.tokenizer, seed=seed)
     how_long: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens, "seed": seed}
     dense, pair = (first.model, first.tokenizer), None if base is None else (own.model, own.tokenizer)
     if questions is not None and asked is not None and questions.harness_task is not None:

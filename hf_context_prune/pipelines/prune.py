@@ -203,6 +203,7 @@ class _Texts:
         general = read_general(
             options.general_data,
             apart_from=split.calibration,
+            test=split.test,
             tokenizer=tokenizer,
             seed=seed,
             hold_out=config.general_data_ratio > 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import hash_file, verify_folder
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME, PLAN_NAME, REPORT_NAME, RESULTS_NAME
+from hf_context_prune.utils.files import resolve_path, write_file
 from hf_context_prune.utils.foreign_code import drop_foreign_code, find_foreign_code
 from hf_context_prune.utils.links import resolve_inside
 
@@ -59,13 +61,19 @@ def build_card(facts: CardFacts) -> ModelCard:
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
-    """Write the card and its picture into a folder, such as one that is being written."""
+    """Write the card and its picture into a folder, such as one that is being written.
+
+    Raises:
+        SaveError: A file can't be written.
+    """
     facts = replace(facts, foreign_code=tuple(find_foreign_code(folder)))
-    (folder / CARD_NAME).write_text(str(build_card(facts)), encoding="utf-8")
-    plot_widths(facts.plan, "Widths by layer").savefig(folder / PICTURE_NAME, dpi=120)
+    write_file(folder / CARD_NAME, str(build_card(facts)))
+    picture = io.BytesIO()
+    plot_widths(facts.plan, "Widths by layer").savefig(picture, dpi=120)
+    write_file(folder / PICTURE_NAME, picture.getvalue())
     if facts.report is not None and (results := benchmark_results(facts.report)) is not None:
         (folder / RESULTS_NAME).parent.mkdir(exist_ok=True)
-        (folder / RESULTS_NAME).write_text(results, encoding="utf-8")
+        write_file(folder / RESULTS_NAME, results)
 
 
 @reserves("folder")
@@ -90,7 +98,7 @@ def rewrite_card(
         LoadError: The folder was not saved by this package, is damaged, or has no plan.
         SaveError: The card can't be written; the folder is as it was.
     """
-    path = Path(folder).resolve()
+    path = resolve_path(folder, LoadError)
     files = verify_folder(path, hash_weights=False)["files"]
     if PLAN_NAME not in files:
         raise LoadError(f"{path} has no {PLAN_NAME}, so a card would have no facts. Prune a model first.")
@@ -98,6 +106,7 @@ def rewrite_card(
         raise ConfigError(
             f"{path / CARD_NAME} was edited by hand, and the edits would be lost. Add --overwrite to replace the card."
         )
+    facts = facts_in(path, name=name or path.name, report=report)  # here, so that errors name files that stay
     with staged_folder(path, required_bytes=2**20, discard_edits=overwrite) as staging:
         for file in files:
             if file not in (*CARD_FILES, *([REPORT_NAME] if report else [])):
@@ -107,7 +116,7 @@ def rewrite_card(
             report.save(staging / REPORT_NAME)
         for dropped in drop_foreign_code(staging):
             _LOGGER.warning("Removed from %s: %s. It is not this package's, and nothing here needs it.", path, dropped)
-        write_card(staging, facts_in(staging, name=name or path.name))
+        write_card(staging, facts)
     return path / CARD_NAME
 
 

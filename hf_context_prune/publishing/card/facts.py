@@ -102,14 +102,15 @@ def read_facts(folder: str | Path, *, name: str | None = None) -> CardFacts:
     return facts_in(path, name=name or path.resolve().name)
 
 
-def facts_in(folder: Path, *, name: str) -> CardFacts:
-    """Read the facts of a folder that is being written, which has no manifest yet."""
+def facts_in(folder: Path, *, name: str, report: EvalReport | None = None) -> CardFacts:
+    """Read the facts of a folder, which may have no manifest yet; a newer report takes the place of the one in it."""
     config = _read_config(folder / "config.json")
-    report = folder / REPORT_NAME
+    if report is None and (folder / REPORT_NAME).is_file():
+        report = EvalReport.load(folder / REPORT_NAME)
     return CardFacts(
         name=name,
         plan=PruningPlan.load(folder / PLAN_NAME),
-        report=EvalReport.load(report) if report.is_file() else None,
+        report=report,
         model_type=str(config.get("model_type", "")),
         architecture=next((str(name) for name in config.get("architectures") or ()), ""),
         foreign_code=tuple(find_foreign_code(folder)),

@@ -1,5 +1,7 @@
 import gzip
 import json
+import logging
+import os
 import random
 import warnings
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from hf_context_prune.data.documents import TextDocument, TextSource, check_read
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
+from tests.support.limits import within
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 
@@ -596,3 +599,37 @@ def test_check_readable_looks_without_a_tokenizer(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe{")
     with pytest.raises(DataError, match="can't be read"):
         check_readable(tmp_path / "bad.jsonl")
+
+
+def test_pipes_and_devices_are_no_text(tmp_path, subtests):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "a.jsonl")
+    for path, said in (
+        (tmp_path / "pipe.txt", "named pipe"),
+        (tmp_path / "folder", "named pipe"),
+        ("/dev/zero", "device"),
+    ):
+        for read in (load_documents, check_readable):
+            with (
+                subtests.test(str(path), read=read),
+                within(seconds=2),
+                pytest.raises(DataError, match=f"{said}.*to a file"),
+            ):
+                read(path)
+
+
+def test_an_error_of_reading_is_told_once(tmp_path, caplog):
+    (tmp_path / "bad.csv").write_text('text\n"a\n')
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more PAR1")
+    (tmp_path / "bad.jsonl").write_text('{"text": 1')
+    for name in ("bad.csv", "bad.parquet", "bad.jsonl"):
+        with pytest.raises(DataError, match=f"{name}: can't be read"):
+            load_documents(tmp_path / name)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_paths_that_can_not_be_looked_up(subtests):
+    for path in ("a" * 300, "a" * 300 + ".txt", "a\0b", "~nobody-here/a.txt", "b/" * 3000, "\ud800"):
+        with subtests.test(path[:10]), pytest.raises(DataError, match=r"The path '.*"):
+            load_documents(path)

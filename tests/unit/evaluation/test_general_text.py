@@ -40,6 +40,22 @@ def test_general_text_that_was_calibrated_on_is_refused():
         prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=options(texts()[:3]))
 
 
+def test_the_text_of_the_domain_is_no_general_text(subtests):
+    config, model, tokenizer = PrunerConfig(mlp_ratio=0.25, **OPTIONS), tiny_model("llama"), tiny_tokenizer()
+    for data in (texts(), [{"text": text, "doc": str(index)} for index, text in enumerate(texts())]):
+        with subtests.test(type(data[0])), pytest.raises(DataError, match="also in the domain's test text"):
+            prune(model, data, config, tokenizer=tokenizer, eval_options=options(data))
+    with pytest.raises(DataError, match="also in the domain's test text"):
+        evaluate(model, texts(), tokenizer=tokenizer, max_seq_length=32, eval_options=options(texts()))
+    mixed = evaluate(
+        model, texts(), tokenizer=tokenizer, max_seq_length=32, eval_options=options([*texts()[:4], *texts(5, seed=5)])
+    )
+    assert mixed.general.dataset.held_out.endswith(
+        "4 of its documents were dropped, as they are in the domain's text too."
+    )
+    assert mixed.general.loss.base.num_documents <= 5
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = model_and_text(tmp_path_factory.mktemp("general"), "data.jsonl")
