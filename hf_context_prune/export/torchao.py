@@ -28,6 +28,7 @@ def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(
         loaded.folder,
+        use_safetensors=True,
         dtype=loaded.model.dtype,
         quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
         device_map="cpu",

@@ -37,8 +37,11 @@ from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.hub_download import CONVERT
 from hf_context_prune.utils.distributed import num_processes, process_index
 from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.reading import MAX_JSON_BYTES, read_text
 
 STATE_NAME = "trainer_state.json"
+_MAX_STATE_BYTES = 2**30
+"""A Trainer's state holds everything that it has logged."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TRAINING_STATE = ("optimizer.pt", "scheduler.pt")
 _RANDOM_STATES = "rng_state*.pth"
@@ -187,10 +190,11 @@ def _check_regular(path: Path) -> None:
         raise _NotWholeError(f"{path.name} is empty")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file; NaN is allowed, since a Trainer logs it."""
     _check_regular(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path, max_bytes))
     except (OSError, ValueError, RecursionError) as error:
         raise _NotWholeError(f"{path.name} is not whole JSON ({error})") from error
     if not isinstance(values, dict):
@@ -204,7 +208,7 @@ def _read_progress(folder: Path) -> dict[str, Any] | None:
     The Trainer writes its state last: a folder with a whole one is whole up to what the callback adds.
     """
     try:
-        saved = TrainerState(**_read_json(folder / STATE_NAME)).stateful_callbacks
+        saved = TrainerState(**_read_json(folder / STATE_NAME, _MAX_STATE_BYTES)).stateful_callbacks
         states = [item[0] if isinstance(item, list) else item for item in dict(saved or {}).values()]
     except (TypeError, ValueError, IndexError) as error:
         raise _NotWholeError(f"{STATE_NAME} is not the state of a Trainer ({error})") from error

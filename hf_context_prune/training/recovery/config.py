@@ -91,14 +91,8 @@ class RecoveryConfig:
         Warns:
             PruningWarning: Names every such option, and why it changes nothing.
         """
-        reasons = {}
         if self.method == "full":
-            reasons["lora_rank"] = "method='full' trains all weights, without adapters"
-        if self.early_stopping_patience >= self.num_evals:
-            reasons["early_stopping_patience"] = (
-                f"the validation text is measured num_evals={self.num_evals} times in all"
-            )
-        warn_of_unused(self, reasons)
+            warn_of_unused(self, {"lora_rank": "method='full' trains all weights, without adapters"})
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as plain values."""

@@ -12,7 +12,7 @@ import torch
 from hf_context_prune import prune_vocabulary
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import load_documents
-from hf_context_prune.errors import BudgetError, DataError, NumericsError, PruningWarning
+from hf_context_prune.errors import BudgetError, NumericsError, PruningWarning
 from hf_context_prune.evaluation.multiple_choice import _answer
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.perplexity import document_losses
@@ -22,7 +22,6 @@ from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.vocabulary.prune import mean_probability
-from hf_context_prune.training.callback.batches import pack_samples
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.schedule import PruningSchedule
 from tests.support.callback_cases import config_for, trainer_for
@@ -166,9 +165,3 @@ def test_a_dead_layer_is_not_blamed_on_the_learning_rate(tmp_path):
     with pytest.raises(NumericsError, match=r"The pruning after step 2 failed: .*zero") as caught:
         trainer_for(tmp_path, hook, model=model).train()
     assert "learning rate" not in str(caught.value)
-
-
-def test_too_little_text_in_a_training_names_what_is_needed():
-    with pytest.raises(DataError, match="hold 31 tokens, but 32 are needed"):
-        pack_samples(list(range(31)), tiny_model("llama"), max_seq_length=8, at_least=16)
-    assert pack_samples(list(range(32)), tiny_model("llama"), max_seq_length=8, at_least=16).shape == (16, 2)

@@ -162,10 +162,6 @@ def test_runs_warn_once(base, subtests):
             lambda: RecoveryConfig(lora_rank=8).warn_of_unused_options(),
             "lora_rank=8 has no effect: method='full' trains all weights",
         ),
-        "patience": (
-            lambda: RecoveryConfig(early_stopping_patience=9).warn_of_unused_options(),
-            "early_stopping_patience=9 has no effect: the validation text is measured num_evals=8 times in all",
-        ),
         "callback": (
             lambda: ContextPruneCallback(PrunerConfig(**RATIO, pad_to_multiple_of=8, text_column="body")),
             "pad_to_multiple_of=8 has no effect: .* text_column='body' has no effect: the callback takes the token ids",
@@ -185,6 +181,7 @@ def test_runs_warn_once(base, subtests):
         assert not caught(lambda: pruned(base, **RATIO))
         assert not caught(lambda: RecoveryConfig(method="lora", lora_rank=8).warn_of_unused_options())
         assert not caught(lambda: ContextPruneCallback(schedule=PruningSchedule(start=1, num_prunings=1)))
+        assert not caught(lambda: ContextPruneCallback(schedule=PruningSchedule(start=5, end=5, num_prunings=1)))
         assert not caught(lambda: load_model(base))
 
 

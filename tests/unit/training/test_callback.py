@@ -441,7 +441,7 @@ def test_samples_are_no_longer_than_the_positions(tmp_path, monkeypatch):
 
 
 def test_too_little_text():
-    with pytest.raises(DataError, match="hold 17 tokens, which is too little"):
+    with pytest.raises(DataError, match="hold 17 tokens, but 32 are needed"):
         pruning.pack_samples(list(range(17)), tiny_model("llama"), max_seq_length=32, at_least=16)
 
 

@@ -275,6 +275,15 @@ def test_a_damaged_state_of_the_callback_is_refused_in_words(folder):
         trainer_for(folder, callback(), model=model).train(resume_from_checkpoint=str(folder / "checkpoint-6"))
 
 
+def test_numbers_that_a_trainer_logs_are_no_damage(folder):
+    state = folder / "checkpoint-6/trainer_state.json"
+    values = json.loads(state.read_text())
+    values["log_history"].append({"loss": float("nan"), "step": 6})
+    state.write_text(json.dumps(values))
+    assert "NaN" in state.read_text()
+    check_resumable(True, folder)
+
+
 def test_processes_resume_their_own_random_numbers(folder, monkeypatch):
     cut = folder / "checkpoint-6"
     state = cut / "trainer_state.json"

@@ -32,7 +32,9 @@ from tests.support.tiny import TEXT, case, tiny_model
 pytestmark = TINY_TEXT
 
 QUICK = EvalOptions(max_tokens=600, benchmark=False, memory=False)
-SMALL = {"max_seq_length": 32, "lora_rank": 4, "learning_rate": 3e-3}
+SMALL = {"max_seq_length": 32, "learning_rate": 3e-3}
+RANK = {"full": {}, "lora": {"lora_rank": 4}}
+"""A rank for the method that has one."""
 
 
 def texts(count=120, seed=0):
@@ -64,7 +66,9 @@ def same(model, before):
 def test_it_recovers_what_pruning_cost(tokenizer, name, method):
     result = pruned(tokenizer, name)
     before = weights(result.model)
-    outcome = recover(result.model, texts(), RecoveryConfig(method=method, **SMALL), tokenizer=tokenizer)
+    outcome = recover(
+        result.model, texts(), RecoveryConfig(method=method, **SMALL, **RANK[method]), tokenizer=tokenizer
+    )
     assert loss_of(outcome.model, tokenizer) < loss_of(result.model, tokenizer) - 0.1
     assert same(result.model, before)
     history = outcome.history
@@ -85,7 +89,7 @@ def test_what_is_zero_as_a_whole_stays_zero(tokenizer, method):
     with torch.no_grad():
         attention.q_proj.weight[:, 3] = 0  # an input that a threshold pruned, of one projection alone
         attention.o_proj.weight[5] = 0
-    options = {"method": method, **SMALL}
+    options = {"method": method, **SMALL, **RANK[method]}
     outcome = recover(result.model, texts(), RecoveryConfig(**options), tokenizer=tokenizer)
     trained = outcome.model.model.layers[1].self_attn
     assert outcome.history.best_step > 0
@@ -101,7 +105,9 @@ def test_adapters_of_transposed_layers_keep_zeros_too(tokenizer):
     given = result.model.transformer.h[0].mlp.c_fc
     with torch.no_grad():
         given.weight[3], given.weight[:, 7] = 0, 0  # [in, out]
-    outcome = recover(result.model, texts(), RecoveryConfig(method="lora", **SMALL), tokenizer=tokenizer)
+    outcome = recover(
+        result.model, texts(), RecoveryConfig(method="lora", **SMALL, **RANK["lora"]), tokenizer=tokenizer
+    )
     trained = outcome.model.transformer.h[0].mlp.c_fc
     assert outcome.history.best_step > 0
     assert not trained.weight[3].any()
@@ -115,7 +121,9 @@ def test_weights_that_require_no_gradient_stay(tokenizer, method):
     for name, parameter in result.model.named_parameters():
         parameter.requires_grad_("layers.0." not in name)
     before = weights(result.model)
-    outcome = recover(result.model, texts(), RecoveryConfig(method=method, **SMALL), tokenizer=tokenizer)
+    outcome = recover(
+        result.model, texts(), RecoveryConfig(method=method, **SMALL, **RANK[method]), tokenizer=tokenizer
+    )
     assert outcome.history.best_step > 0
     moved = {name for name, value in outcome.model.state_dict().items() if not torch.equal(value, before[name])}
     assert "model.layers.1.mlp.up_proj.weight" in moved
@@ -127,7 +135,7 @@ def test_lora_without_a_layer_to_adapt(tokenizer):
     for name, parameter in result.model.named_parameters():
         parameter.requires_grad_("norm" in name)
     with pytest.raises(ConfigError, match="method='lora' finds no linear layer"):
-        recover(result.model, texts(), RecoveryConfig(method="lora", **SMALL), tokenizer=tokenizer)
+        recover(result.model, texts(), RecoveryConfig(method="lora", **SMALL, **RANK["lora"]), tokenizer=tokenizer)
 
 
 def test_biases_of_rows_that_are_zero_stay_zero(tokenizer):
@@ -148,7 +156,7 @@ def test_biases_of_rows_that_are_zero_stay_zero(tokenizer):
 def test_a_variable_width_model_saves_and_reloads(tokenizer, method, tmp_path):
     result = pruned(tokenizer, mlp_ratio=None, pruning_ratio=0.2, allocation="adaptive", reconstruction="none")
     assert not result.native_fit.fits
-    config = RecoveryConfig(method=method, max_steps=4, **SMALL)
+    config = RecoveryConfig(method=method, max_steps=4, **SMALL, **RANK[method])
     outcome = recover(result.model, texts(), config, tokenizer=tokenizer)
     result.model = outcome.model
     again = load_pruned(result.save_pretrained(tmp_path / "out"))
@@ -159,7 +167,8 @@ def test_a_variable_width_model_saves_and_reloads(tokenizer, method, tmp_path):
 def test_what_gets_worse_is_not_kept(tokenizer, method):
     result = pruned(tokenizer)
     good = recover(result.model, texts(), RecoveryConfig(num_epochs=2, **SMALL), tokenizer=tokenizer)  # not to be luck
-    config = RecoveryConfig(**SMALL | {"method": method, "learning_rate": 30.0, "early_stopping_patience": 1})
+    options = SMALL | RANK[method] | {"learning_rate": 30.0, "early_stopping_patience": 1}
+    config = RecoveryConfig(method=method, **options)
     outcome = recover(good.model, texts(), config, tokenizer=tokenizer)
     assert outcome.history.best_step == 0
     assert outcome.history.ended in ("1 measurements in a row did not fall", "the loss is no longer a number")
@@ -391,7 +400,7 @@ def test_the_callers_random_numbers_are_left_alone(tokenizer):
         recover(
             result.model,
             texts(),
-            RecoveryConfig(method=method, max_steps=2, **SMALL),
+            RecoveryConfig(method=method, max_steps=2, **SMALL, **RANK[method]),
             tokenizer=tokenizer,
         )
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
