@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TypeGuard
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -10,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 _FORM = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 
 
-def is_hub_id(value: object, *, with_owner: bool = True) -> bool:
+def is_hub_id(value: object, *, with_owner: bool = True) -> TypeGuard[str]:
     """Return whether a value can be the id of a repository, by the rules of `huggingface_hub`.
 
     Args:

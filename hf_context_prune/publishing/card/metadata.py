@@ -122,7 +122,7 @@ def _dataset(data: Any) -> object:  # noqa: ANN401 - of the provenance
 
 
 def _hub_id(value: object) -> str | None:
-    return str(value) if is_hub_id(value) else None
+    return value if is_hub_id(value) else None
 
 
 def _matching(form: re.Pattern[str], value: object) -> str | None:

@@ -191,7 +191,7 @@ def _find_base(entry: Entry) -> Source:
     if name == GGUF_NAME and (facts.plan.provenance.get("base_card") or {}).get("id") in (None, SMOLLM2["id"]):
         return Source()
     if is_hub_id(name) and isinstance(revision, str) and COMMIT.fullmatch(revision):
-        return Source(str(name), revision)
+        return Source(name, revision)
     raise ConfigError(
         f"{entry.model.label} was pruned from {name!r} at revision {revision!r}, which is not a commit of a Hub "
         f"repository. Give the base with --base (a folder, owner/name, owner/name@revision, or demo)."

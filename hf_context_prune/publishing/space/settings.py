@@ -223,7 +223,7 @@ def _source(value: object, where: str, folder: Path) -> Source:
 def _repo(value: object, where: str) -> str:
     if not is_hub_id(value):
         raise ConfigError(f"{where} is {value!r:.120}; it must be a Hub id, as in owner/name.")
-    return str(value)
+    return value
 
 
 def check_name(value: object, where: str) -> str:
