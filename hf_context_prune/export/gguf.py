@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from hf_context_prune.errors import ExportError
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.modeling_context_pruned import has_tied_head
 from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card
 
+from .arrays import as_file_array
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
 from .llama_cpp import LlamaCppRuntime
 
@@ -122,7 +124,7 @@ def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
             chosen = _type_of(values, kind)
             # The writer can't tell the type of a quantised array; it can tell numpy's types.
             raw = None if chosen in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) else chosen
-            writer.add_tensor(name, gguf.quants.quantize(values, chosen), raw_dtype=raw)
+            writer.add_tensor(name, as_file_array(gguf.quants.quantize(values, chosen)), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -196,7 +198,7 @@ def _tensors(
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yield the names and float32 values of llama.cpp's tensors."""
     names = gguf.get_tensor_name_map(arch, len(geometry.layers))
-    tied = bool(loaded.model.config.tie_word_embeddings)
+    tied = has_tied_head(loaded.model)
     for name, parameter in loaded.model.state_dict().items():
         if tied and name.startswith("lm_head."):
             continue  # llama.cpp uses the embedding where the head is missing

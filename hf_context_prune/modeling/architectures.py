@@ -21,6 +21,11 @@ from .specs import SPECS, ArchSpec, Geometry, base_model_type
 
 Target = Literal["mlp", "attention"]
 TARGETS: tuple[Target, ...] = ("mlp", "attention")
+QUANTISED = (
+    "Quantised weights can't be sliced exactly. Take the model that it was quantised from (a .gguf file is dequantised "
+    "on loading), prune it, and quantise the result."
+)
+"""What a message says of a quantised model."""
 Gradients = Mapping[int, torch.Tensor]
 """dL/dw by the id of the parameter, in float32 or better."""
 
@@ -65,10 +70,7 @@ def check_supported(model: nn.Module) -> ArchSpec:
             f"with AutoModelForCausalLM."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedArchitectureError(
-            "The model is quantised; its weights can't be sliced exactly. Load it without a quantisation config "
-            "(a .gguf file is dequantised on loading), prune, and quantise the result."
-        )
+        raise UnsupportedArchitectureError(f"The model is quantised. {QUANTISED}")
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise UnsupportedArchitectureError(
@@ -205,9 +207,13 @@ def unit_costs(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> UnitCost
     costs: UnitCosts = {}
     for target in TARGETS:
         total = unit_size(geometry, target) * output_weight(output_projection(layer, spec, target)).shape[0]
-        groups = geometry.layers[0].kv_groups
-        for module, rows in _input_rows(layer, spec, geometry, target, groups):
-            per_feature = output_weight(module).shape[1] + (module.bias is not None)
-            total += per_feature * (1 if rows is None else len(rows[0]))
+        inputs = (
+            [(path, 1) for path in spec.mlp_inputs]
+            if target == "mlp"
+            else [(p.path, geometry.features_per_group(p)) for p in spec.attention_inputs]
+        )
+        for path, features in inputs:
+            module = layer.get_submodule(path)
+            total += features * (output_weight(module).shape[1] + (module.bias is not None))
         costs[target] = total
     return costs

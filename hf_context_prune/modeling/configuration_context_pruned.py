@@ -7,12 +7,19 @@ pickle, ``auto_map`` and remote code all find them by name.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
 
 from .specs import PREFIX, SPECS, ArchSpec, classes_on_demand
+
+MAX_LAYERS = 512
+"""Most decoder layers of a model; the largest published ones have about 300."""
+MAX_CONFIG_BYTES = 500_000
+"""Largest config.json that is read; those of published models have some kilobytes."""
 
 
 def config_class_name(spec: ArchSpec) -> str:
@@ -32,11 +39,93 @@ def _check_width(layer: int, name: str, value: object, dense: int) -> None:
         )
 
 
+def check_layer_count(layers: object, per_layer_config: object) -> None:
+    """Refuse, before anything loops over the layers of a config, more layers than a model can have.
+
+    Args:
+        layers: The value of ``num_hidden_layers``; one that is no integer is left to other checks.
+        per_layer_config: The value of ``per_layer_config``, None if there is none.
+
+    Raises:
+        ValueError: There are more than `MAX_LAYERS` layers or entries for layers.
+    """
+    if not isinstance(layers, int):
+        return
+    if layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers}; at most {MAX_LAYERS} layers are read.")
+    if per_layer_config is not None and not isinstance(per_layer_config, dict):
+        raise ValueError(
+            f"per_layer_config is a {type(per_layer_config).__name__}; it must be an object that maps layers to widths."
+        )
+    if per_layer_config is not None and len(per_layer_config) > MAX_LAYERS:
+        raise ValueError(f"per_layer_config has {len(per_layer_config)} entries; at most {MAX_LAYERS} layers are read.")
+
+
+def check_config_size(folder: str) -> None:
+    """Refuse a config that is larger than that of any model, before it is parsed.
+
+    Args:
+        folder: A model folder; anything else is left to other checks.
+
+    Raises:
+        ValueError: A config has more than `MAX_CONFIG_BYTES` bytes.
+    """
+    for name in ("config.json", "generation_config.json"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and (size := os.path.getsize(path)) > MAX_CONFIG_BYTES:
+            raise ValueError(
+                f"{name} has {size:,} bytes; a model config has at most {MAX_CONFIG_BYTES:,}. Download or save the "
+                f"model again."
+            )
+
+
+def is_modeling_file(path: str) -> bool:
+    """Return whether a path is a regular file (no link) of the code that travels with a model, of any version."""
+    if os.path.islink(path) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        content = file.read(2**20)
+    return b"context_pruned" in content or b"ContextPruned" in content
+
+
+def refuse_other_code(paths: Iterable[str]) -> None:
+    """Refuse to replace files, unless they are older files of the code that travels with a model.
+
+    Raises:
+        ValueError: Names such a file.
+    """
+    for path in paths:
+        if os.path.lexists(path) and not is_modeling_file(path):
+            raise ValueError(
+                f"{path} is a link, or no modeling file of this model, and would be replaced by the file of that name. "
+                f"Move it, or save the model to another folder."
+            )
+
+
 class ContextPrunedConfigMixin:
     """Check per-layer widths, and lift the native rule that the hidden size is a multiple of the head count."""
 
     spec: ArchSpec
     model_type: str
+
+    def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Check the number of layers before the native config makes a list of them.
+
+        Raises:
+            ValueError: See [`check_layer_count`][].
+        """
+        check_layer_count(self.num_hidden_layers, kwargs.get("per_layer_config"))  # type: ignore[attr-defined]
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Read a config like `PreTrainedConfig.get_config_dict`, after a look at its size.
+
+        Raises:
+            ValueError: See [`check_config_size`][].
+        """
+        check_config_size(str(pretrained_model_name_or_path))
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     def validate_architecture(self) -> None:
         """Refuse widths that no layer could have.

@@ -11,20 +11,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import get_local_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError
 from torch import nn
 
 from . import configuration_context_pruned
-from .configuration_context_pruned import config_class_name
+from .configuration_context_pruned import config_class_name, refuse_other_code
 from .specs import SPECS, ArchSpec, Geometry, LayerWidths, classes_on_demand, read_geometry
 
 MODELING_FILES = ("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py")
 """Files that are copied, without subfolders, beside every saved variable-width model."""
+MAX_HEADER_BYTES = 8_000_000
+"""Most bytes of all safetensors headers of a model together; a thousand layers need about two million."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types in which a safetensors file holds weights that are not quantised."""
 UPLOAD_CHECKS: list[Callable[[Any, str | None], None]] = []
 """Functions that `push_to_hub` calls with the saved folder and the token before it uploads. Importing the package fills
 this list; where these files are used without the package, the list stays empty."""
@@ -76,62 +81,180 @@ def narrow_layer(layer: nn.Module, spec: ArchSpec, geometry: Geometry, dense: La
     if target.kv_groups != dense.kv_groups:
         query_features = target.kv_groups * geometry.queries_per_group * geometry.head_dim
         for projection in spec.attention_inputs:
-            kept = geometry.projection_features(projection, range(target.kv_groups), dense.kv_groups)
-            narrow_projection(layer.get_submodule(projection.path), out_features=len(kept))
+            features = target.kv_groups * geometry.features_per_group(projection)
+            narrow_projection(layer.get_submodule(projection.path), out_features=features)
         narrow_projection(layer.get_submodule(spec.attention_output), in_features=query_features)
         set_attention_sizes(layer, spec, geometry, target.kv_groups)
 
 
-def check_header(folder: str, spec: ArchSpec, geometry: Geometry) -> None:
-    """Compare the config's widths with the shapes in the safetensors headers, before any weight is read.
+def list_shards(index: str) -> list[str]:
+    """Return the names of the shards in a ``model.safetensors.index.json``.
+
+    Raises:
+        ValueError: The file is too large or no index, or a name leads out of its folder.
+    """
+    if (size := os.path.getsize(index)) > MAX_HEADER_BYTES:
+        raise ValueError(f"{index} has {size:,} bytes; an index of shards has at most {MAX_HEADER_BYTES:,}.")
+    try:
+        with open(index, encoding="utf-8") as file:
+            names = set(json.load(file)["weight_map"].values())
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{index} is not an index of shards ({type(error).__name__}). Download or save the model again."
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names the shard {str(name)[:200]!r}; a shard must be a .safetensors file in the same folder."
+            )
+    return sorted(names)
+
+
+def read_header(folder: str, weights: str | None = None) -> dict[str, Any]:
+    """Return the shape and dtype of every tensor in a folder's safetensors headers, by name.
 
     Args:
         folder: A local model folder.
-        spec: The architecture.
-        geometry: Sizes from the config.
+        weights: The file, or the index of shards, that the config names (``transformers_weights``); None: the usual.
+
+    Returns:
+        `TensorInfo` by name; empty where the folder has no safetensors file that `from_pretrained` would open.
 
     Raises:
-        ValueError: A layer of the config is wider or narrower than its weights or has no weights, or there are weights
-            of layers that the config does not have.
+        ValueError: A shard is missing or a file is damaged, or a header is longer than that of any model.
     """
-    try:
-        metadata = get_local_safetensors_metadata(folder)
-    except NotASafetensorsRepoError:
-        return  # no safetensors here: from_pretrained reports that
-    shapes = {name: info.shape for file in metadata.files_metadata.values() for name, info in file.tensors.items()}
-    layers = spec.layers
-    if not any(name.startswith(f"{layers}.") for name in shapes):
-        layers = layers.partition(".")[2]  # saved without the head's prefix, as the first GPT-2 was
-    present = {name.rpartition(".")[0] for name in shapes if not name.endswith(".bias")}  # .weight, or quantised parts
+    choices = (weights,) if weights else ("model.safetensors", "model.safetensors.index.json")
+    name = next((name for name in choices if os.path.isfile(os.path.join(folder, name))), None)
+    if name is None:
+        return {}
+    if os.path.basename(name) != name:
+        raise ValueError(f"transformers_weights is {name!r}; it must name a file in the model folder.")
+    names = list_shards(os.path.join(folder, name)) if name.endswith(".index.json") else [name]
+    total, tensors = 0, {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise ValueError(f"the shard {name}, which the index names, is missing. Download or save the model again.")
+        with open(path, "rb") as file:
+            total += int.from_bytes(file.read(8), "little")
+        if total > MAX_HEADER_BYTES:
+            raise ValueError(
+                f"the header of {name} is longer than {MAX_HEADER_BYTES:,} bytes, so {name} is no safetensors file of "
+                f"a model. Download or save the model again."
+            )
+        try:
+            tensors.update(get_local_safetensors_metadata(path).files_metadata[name].tensors)
+        except Exception as error:  # what a damaged header raises depends on where it is damaged
+            raise ValueError(
+                f"the header of {name} is damaged ({type(error).__name__}). Download or save the model again."
+            ) from error
+    return tensors
+
+
+def format_names(names: Collection[str]) -> str:
+    """Return the first few names, and the number of the rest."""
+    first = ", ".join(sorted(names)[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more ({len(names)} tensors)"
+
+
+def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> None:  # noqa: ANN401
+    """Compare the tensors that a config asks for with the safetensors headers, before any weight is read.
+
+    The model is built on the meta device for that, which needs no memory for weights.
+
+    Args:
+        folder: A local model folder; nothing is compared where it holds no safetensors file.
+        spec: The architecture.
+        config: The model's config.
+        model_class: The class that the model is loaded with.
+
+    Raises:
+        ValueError: Config and weights differ in the number of layers, or a tensor is missing or of another shape.
+    """
+    tensors = read_header(folder, getattr(config, "transformers_weights", None))
+    if not tensors:
+        return  # from_pretrained reports that
     files = os.path.basename(os.path.normpath(folder))
     remedy = (
         "the config does not belong to these weights, or one of them is damaged. Restore the config.json that was "
         "saved with them, or download or save the model again."
     )
-    paths = (*spec.mlp_inputs, *(projection.path for projection in spec.attention_inputs))
-    for index, widths in enumerate(geometry.layers):
-        query_features = widths.kv_groups * geometry.queries_per_group * geometry.head_dim
-        expected = {spec.mlp_output: widths.neurons, spec.attention_output: query_features}
-        for path in (*paths, *expected):
-            if f"{layers}.{index}.{path}" not in present:
-                raise ValueError(
-                    f"config.json gives {len(geometry.layers)} layers, but {layers}.{index}.{path}.weight is not among "
-                    f"the {len(shapes)} weights in {files}: {remedy}"
-                )
-        for path, features in expected.items():
-            name = f"{layers}.{index}.{path}.weight"
-            if name in shapes and features != shapes[name][0 if spec.transposed else 1]:
-                raise ValueError(
-                    f"config.json gives layer {index} {features} input features for {path}, but the weights in "
-                    f"{files} have shape {list(shapes[name])}: {remedy}"
-                )
-    numbers = {name[len(layers) + 1 :].partition(".")[0] for name in shapes if name.startswith(f"{layers}.")}
-    beyond = sorted(int(number) for number in numbers if number.isdecimal() and int(number) >= len(geometry.layers))
-    if beyond:
+    layers = spec.layers
+    if not any(name.startswith(f"{layers}.") for name in tensors):
+        layers = layers.partition(".")[2]  # saved without the head's prefix, as the first GPT-2 was
+    numbers = {name[len(layers) + 1 :].partition(".")[0] for name in tensors if name.startswith(f"{layers}.")}
+    present, count = {int(number) for number in numbers if number.isdecimal()}, config.num_hidden_layers
+    if beyond := sorted(number for number in present if number >= count):
         raise ValueError(
-            f"config.json gives {len(geometry.layers)} layers, but the weights in {files} also have layer "
+            f"config.json gives {count} layers, but the weights in {files} also have layer "
             f"{', '.join(map(str, beyond[:3]))}{' and more' if len(beyond) > 3 else ''}: {remedy}"
         )
+    if len(present) < count:
+        raise ValueError(
+            f"config.json gives {count} layers, but the weights in {files} have {len(present)} of them: {remedy}"
+        )
+    try:
+        with torch.device("meta"):
+            model = model_class(copy.deepcopy(config))
+    except Exception as error:  # of a wrong value: by its type and place, any
+        raise ValueError(f"no model can be built from config.json ({type(error).__name__}): {remedy}") from error
+    missing, other = _compare(model, tensors, packed=getattr(config, "quantization_config", None) is not None)
+    if missing:
+        raise ValueError(f"config.json asks for {format_names(missing)}, which the weights in {files} lack: {remedy}")
+    if other:
+        raise ValueError(f"the weights in {files} hold {format_names(other)}: {remedy}")
+    if (tables := sum(buffer.numel() for buffer in model.buffers())) > model.num_parameters():
+        raise ValueError(f"config.json asks for tables of {tables:,} numbers, more than there are weights: {remedy}")
+
+
+def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list[str], list[str]]:  # noqa: ANN401
+    """Return the tensors of a model that the files lack, and those that have another shape there, with both shapes.
+
+    `from_pretrained` renames some tensors, so one may be absent if the files hold another that the model does not
+    know, of the same shape. Quantised (`packed`) tensors have other names and shapes, and are not compared.
+    """
+    prefix, expected = f"{model.base_model_prefix}.", model.state_dict()
+    names = {name: name if name in tensors else name.removeprefix(prefix) for name in expected}
+    for target, source in model.all_tied_weights_keys.items():  # one of the two is enough
+        names[source] = names[source] if names[source] in tensors else names[target]
+        if names[target] not in tensors:
+            del names[target]
+    renamed = [list(tensors[name].shape) for name in tensors.keys() - set(names.values())]
+    missing, other = [], []
+    for name, saved in names.items():
+        info, shape = tensors.get(saved), list(expected[name].shape)
+        if info is None and shape in renamed:
+            renamed.remove(shape)
+        elif info is None and not packed:
+            missing.append(name)
+        elif info is not None and list(info.shape) != shape and not (packed and info.dtype not in FLOATS):
+            other.append(f"{name} ({list(info.shape)}, the config asks for {shape})")
+    return missing, other
+
+
+def has_tied_head(model: Any) -> bool:  # noqa: ANN401
+    """Return whether the LM head and the embedding are one tensor in memory, whatever the config says."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return False
+    first, second = head.weight, embedding.weight
+    if first is second:
+        return True
+    if type(first) is not nn.Parameter or not first.numel():  # sharded or partitioned: memory does not tell
+        return bool(model.config.tie_word_embeddings)
+    same = first.shape == second.shape and first.device.type != "meta"
+    return same and first.data_ptr() == second.data_ptr()
+
+
+@contextmanager
+def config_of_memory(model: Any) -> Iterator[None]:  # noqa: ANN401
+    """Let a config say in the block whether the head is tied in memory: so a saved model reloads as it is."""
+    said = model.config.tie_word_embeddings
+    model.config.tie_word_embeddings = has_tied_head(model)
+    try:
+        yield
+    finally:
+        model.config.tie_word_embeddings = said
 
 
 def add_companions(source: str, target: str) -> None:
@@ -144,7 +267,7 @@ def add_companions(source: str, target: str) -> None:
         target: A folder into which the model was just saved.
     """
     manifest_file = os.path.join(source, "manifest.json")
-    if not os.path.isfile(manifest_file):
+    if not _lies_inside(source, "manifest.json"):
         return
     with open(manifest_file, encoding="utf-8") as file:
         files = json.load(file).get("files", {})
@@ -166,9 +289,24 @@ def add_companions(source: str, target: str) -> None:
 def _is_as_saved(folder: str, name: str, sha256: str) -> bool:
     """Return whether a listed file may be copied: it lies in the folder and is unchanged (the card may be edited)."""
     path = os.path.join(folder, name)
-    if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or not os.path.isfile(path):
+    if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or not _lies_inside(folder, name):
         return False
     return (name == "README.md" and not os.path.islink(path)) or _sha256(path) == sha256
+
+
+def _lies_inside(folder: str, name: str) -> bool:
+    """Return whether a regular file lies in a folder, and not where a link leads.
+
+    A snapshot of the Hub's cache may link to the ``blobs`` of its own repository. The package has the same check for
+    other files (``utils/links.py``), but this file can't import it.
+    """
+    root = os.path.realpath(folder)
+    places, snapshots = [root], os.path.dirname(root)
+    repository = os.path.dirname(snapshots)
+    if os.path.basename(snapshots) == "snapshots" and os.path.basename(repository).startswith("models--"):
+        places.append(os.path.join(repository, "blobs"))
+    real = os.path.realpath(os.path.join(root, name))
+    return os.path.isfile(real) and any(real.startswith(os.path.join(place, "")) for place in places)
 
 
 def _sha256(path: str) -> str:
@@ -208,16 +346,18 @@ class ContextPrunedModelMixin:
             config = kwargs.get("config")
             if config is None:
                 config = cls.config_class.from_pretrained(folder)
-            check_header(folder, cls.spec, read_geometry(config, cls.spec))
+            check_header(folder, cls.spec, config, cls)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Save like `PreTrainedModel.save_pretrained`, and copy the modeling files that ``auto_map`` names."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         here = os.path.dirname(os.path.abspath(__file__))
-        for name in MODELING_FILES:
-            if os.path.abspath(save_directory) != here:
-                shutil.copyfile(os.path.join(here, name), os.path.join(save_directory, name))
+        copied = [] if os.path.abspath(save_directory) == here else MODELING_FILES
+        refuse_other_code([os.path.join(save_directory, name) for name in copied])
+        with config_of_memory(self):
+            result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        for name in copied:
+            shutil.copyfile(os.path.join(here, name), os.path.join(save_directory, name))
         return result
 
     def _get_name(self) -> str:

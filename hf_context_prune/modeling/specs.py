@@ -215,6 +215,11 @@ class Geometry:
             for feature in range(self.head_dim)
         ]
 
+    def features_per_group(self, projection: Projection) -> int:
+        """Return how many output features of an input projection belong to one KV group."""
+        heads = (self.queries_per_group if role == "query" else 1 for role in projection.roles)
+        return self.head_dim * sum(heads)
+
     def projection_features(self, projection: Projection, groups: Sequence[int], total_groups: int) -> list[int]:
         """Return the output features of an input projection that belong to these KV groups.
 

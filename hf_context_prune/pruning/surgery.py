@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, output_projection, unit_size
-from hf_context_prune.modeling.modeling_context_pruned import is_transposed
+from hf_context_prune.modeling.modeling_context_pruned import has_tied_head, is_transposed
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import ArchSpec, Geometry
 from hf_context_prune.modeling.token_rows import build_vocabulary_config, renumber_token_ids, token_rows
+from hf_context_prune.modeling.tying import config_as_tied, head_weight_name
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.compat import computed_buffers, fill_computed_buffers
 
@@ -42,7 +43,8 @@ def apply_plan(
 
     Returns:
         A new model, with tensors of its own, of the native class where its config can express the widths, else of the
-        variable-width class. Same dtype, device, training mode and generation config.
+        variable-width class. Same dtype, device, training mode and generation config. Its LM head is tied to the
+        embedding where the given model's is tied in memory, and its config says so.
 
     Raises:
         PlanError: The plan was made for another model.
@@ -50,7 +52,7 @@ def apply_plan(
     """
     view = ModelView.of(model)
     plan.check_fits(model, model.config.model_type, view.geometry)
-    config = model.config
+    config = config_as_tied(model)
     if plan.vocabulary is not None:
         config = build_vocabulary_config(config, plan.vocabulary.kept)
     smaller = build_empty_model(config, view.spec, plan.widths)
@@ -69,12 +71,12 @@ def apply_plan(
 
 
 def _sliced_state(view: ModelView, plan: PruningPlan, reconstruct: ReconstructFn | None) -> State:
-    """Return the tensors of the smaller model, none shared with the larger; tied ones are left to `tie_weights`."""
+    """Return the tensors of the smaller model, none shared with the larger; a tied head is left to `tie_weights`."""
     model = view.model
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     originals = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
-    for name in model.all_tied_weights_keys or {}:
-        state.pop(name, None)
+    if has_tied_head(model):
+        del state[head_weight_name(model)]
     if plan.vocabulary is not None:
         for name in token_rows(model).keys() & state.keys():
             state[name] = state[name][torch.tensor(plan.vocabulary.kept, device=state[name].device)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_context_prune.errors import LoadError
+from hf_context_prune.modeling.modeling_context_pruned import list_shards
 
 from .hub_errors import explain_hub_error
 
@@ -43,7 +44,7 @@ def fetch_config(source: str, revision: str | None) -> Path:
 
 
 def fetch_weights(source: str, commit: str) -> None:
-    """Fetch a Hub model's weights, or the index of their shards, before transformers does.
+    """Fetch a Hub model's weights before transformers does, so that their headers can be compared with the config.
 
     Transformers takes any failure of this download (no network, an overloaded Hub) for a missing file, and then
     advises to load the pickle.
@@ -54,8 +55,12 @@ def fetch_weights(source: str, commit: str) -> None:
     failure: Exception | None = None
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         try:
-            hf_hub_download(source, name, revision=commit)
+            path = hf_hub_download(source, name, revision=commit)
+            if name == SAFE_WEIGHTS_INDEX_NAME:
+                snapshot_download(source, revision=commit, allow_patterns=_list_shards(source, path))
             return
+        except LoadError:
+            raise
         except RemoteEntryNotFoundError:
             continue
         except (OSError, ValueError, HTTPError) as error:
@@ -66,6 +71,13 @@ def fetch_weights(source: str, commit: str) -> None:
         f"{source!r} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} at commit {commit}. Weights "
         f"saved as a pickle (pytorch_model.bin) can run any code when they are loaded, and are refused. {CONVERT}"
     )
+
+
+def _list_shards(source: str, index: str) -> list[str]:
+    try:
+        return list_shards(index)
+    except ValueError as error:
+        raise LoadError(f"{source!r} can't be loaded: {error}") from error
 
 
 def _explain(source: str, revision: str | None, error: Exception) -> LoadError:

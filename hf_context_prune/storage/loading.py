@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, unknown_name
+from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, PruningWarning, unknown_name
 from hf_context_prune.modeling.architectures import check_supported, spec_of
+from hf_context_prune.modeling.modeling_context_pruned import has_tied_head
 from hf_context_prune.utils.distributed import default_device
+from hf_context_prune.utils.files import expand_home
 
 from .gguf import ensure_dequantised, resolve_source
 from .hub_download import CONVERT, fetch_config, fetch_weights
-from .manifest import PICKLE_SUFFIXES, read_manifest, verify_folder
-from .model_checks import RESTORE, check_complete, check_size, check_sizes, check_weights, list_size_fields
+from .manifest import PICKLE_SUFFIXES, verify_folder, verify_if_ours
+from .model_checks import (
+    RESTORE,
+    check_complete,
+    check_files,
+    check_links,
+    check_sizes,
+    check_weights,
+    has_own_head,
+    warn_of_rounding,
+)
+from .model_config import describe, read_config, refuse_adapter
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -108,21 +117,20 @@ def load_model(
     path = _local_path(source)
     if path is None:
         return _load_hub(str(source), dtype, revision, device)
+    _warn_of_revision(path, revision)
     if path.is_file():
         return _load_folder(ensure_dequantised(path), path, dtype, device)
+    verify_if_ours(path)
     _check_folder(path)
-    if read_manifest(path) is not None:
-        verify_folder(path)
     return _load_folder(path, path, dtype, device)
 
 
-def load_pruned(folder: str | Path, *, dtype: str = "auto", verify: bool = True) -> PreTrainedModel:
+def load_pruned(folder: str | Path, *, dtype: str = "auto") -> PreTrainedModel:
     """Load a folder that this package saved, after checking it against its manifest.
 
     Args:
         folder: A local folder.
         dtype: As in [`load_model`][].
-        verify: Check every file's sha256 first; False ignores the manifest.
 
     Raises:
         LoadError: A file is missing, changed or unexpected, or a width does not fit the weights.
@@ -131,31 +139,38 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", verify: bool = True)
     path = _local_path(folder)
     if path is None:
         raise LoadError(f"{folder} does not exist; load_pruned takes a local folder, load_model also a Hub id.")
-    if verify:
-        verify_folder(path)
+    verify_folder(path)
     _check_folder(path)
     return _load_folder(path, path, dtype, device=None).model
 
 
 def load_meta_model(source: str | Path, *, revision: str | None = None) -> PreTrainedModel:
-    """Build the model on the meta device: shapes from the config alone, without weights.
+    """Build the model on the meta device: shapes from the config, compared with the weights where they are local.
 
     Args:
         source: As for [`load_model`][].
         revision: Branch, tag or commit of a Hub repository.
 
     Raises:
-        LoadError: The config is missing or damaged, or a model of its sizes can't be built.
+        LoadError: The config is missing or damaged, does not fit local weights, or no model of its sizes can be built.
         UnsupportedArchitectureError: Its architecture is not in the table.
     """
     path = _local_path(source)
-    name, commit = (str(source), fetch_config(str(source), revision).name) if path is None else (str(path), None)
+    if path is not None:
+        _warn_of_revision(path, revision)
+        verify_if_ours(path, hash_weights=False)
+    folder = fetch_config(str(source), revision) if path is None else path
+    name, commit = (str(source), folder.name) if path is None else (str(path), None)
     try:
         if path is not None and path.is_file():
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
             check_sizes(config, spec_of(config))
         else:
-            config = _read_config(name, commit)
+            refuse_adapter(name, commit)
+            config = read_config(name, folder, commit)
+            if path is not None:
+                check_weights(folder, config)
+                config.tie_word_embeddings = config.tie_word_embeddings and not has_own_head(folder, config)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return model
@@ -163,8 +178,8 @@ def load_meta_model(source: str | Path, *, revision: str | None = None) -> PreTr
         raise
     except Exception as error:  # configs raise OSError, ValueError, KeyError, StrictDataclassError; models any
         raise LoadError(
-            f"{name!r} has no usable model config ({type(error).__name__}: {error}). {RESTORE} MODEL must be a model "
-            f"folder, a .gguf file or a Hub id."
+            f"{name!r} has no usable model config ({describe(error)}). {RESTORE} MODEL must be a model folder, a .gguf "
+            f"file or a Hub id."
         ) from error
 
 
@@ -187,7 +202,7 @@ def _local_path(source: str | Path) -> Path | None:
     """Return the folder or GGUF file that a source names; None for a Hub id."""
     if isinstance(source, str) and not source.strip():  # Path would take it for the current folder
         raise LoadError(f"MODEL is {source!r}; it must be a model folder, a .gguf file or a Hub id.")
-    path = Path(source).expanduser()
+    path = expand_home(source, LoadError)
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise LoadError(f"{path} is a file; MODEL must be a model folder, a .gguf file or a Hub id.")
     if path.exists():
@@ -197,7 +212,18 @@ def _local_path(source: str | Path) -> Path | None:
     return None
 
 
+def _warn_of_revision(path: Path, revision: str | None) -> None:
+    if revision is not None:
+        warnings.warn(
+            f"revision={revision!r} has no effect: {path} is on this machine, and only repositories of the Hub have "
+            f"revisions.",
+            PruningWarning,
+            stacklevel=3,
+        )
+
+
 def _check_folder(folder: Path) -> None:
+    refuse_adapter(str(folder))
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder} holds no config.json, so it is not a model folder.")
     if not any(folder.glob("*.safetensors")):
@@ -208,6 +234,8 @@ def _check_folder(folder: Path) -> None:
                 f"loaded, and is refused. {CONVERT}"
             )
         raise LoadError(f"{folder} holds no *.safetensors file, so there are no weights to load.")
+    check_links(folder)
+    check_files(folder)
 
 
 def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:
@@ -226,30 +254,16 @@ def _load(
     source: str, folder: Path, dtype: str, device: str | None, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        config = _read_config(source, revision)
-        if not hasattr(config, "transformers_weights"):  # it names another weights file
-            if revision is not None:
-                fetch_weights(source, revision)
-            check_weights(folder, config, sharded=revision is None)
-        # Without trust_remote_code=False, transformers would ask on the terminal whether to run a repository's code.
-        # It fills missing tensors with random values and reports that only in its log: check_complete refuses them.
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=_DTYPES[dtype],
-            use_safetensors=True,
-            revision=revision,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported by check_complete
-        )
-        check_complete(source, model.config, info)
+        if revision is not None:
+            refuse_adapter(source, revision)
+        model = load_weights(source, folder, revision, dtype=_DTYPES[dtype])
+        if dtype == "auto":
+            warn_of_rounding(folder, model)
         tokenizer = _load_tokenizer(source, revision)
     except ContextPruneError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError...
-        raise LoadError(
-            f"{source} can't be loaded as a causal LM with its tokenizer: {type(error).__name__}: {error}"
-        ) from error
+        raise LoadError(f"{source} can't be loaded as a causal LM with its tokenizer: {describe(error)}.") from error
     try:
         target = torch.device(device) if device else default_device()
         return model.eval().to(target), tokenizer
@@ -257,28 +271,38 @@ def _load(
         raise ConfigError(f"The device {device!r} can't be used: {error}") from error
 
 
-def _read_config(source: str, revision: str | None) -> PreTrainedConfig:
-    values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    if not isinstance(values, dict):
-        raise LoadError(
-            f"The config.json of {source!r} holds a {type(values).__name__}, not an object with the fields of a model "
-            f"config. {RESTORE}"
-        )
-    if model_type := values.get("model_type"):  # before AutoConfig, which may know the type only by remote code
-        spec = spec_of(SimpleNamespace(model_type=str(model_type)))
-        names = getattr(transformers, spec.config_class).attribute_map
-        for field in list_size_fields(spec):  # before the config class, which divides by some sizes
-            for name in {field, names.get(field, field)}:
-                if values.get(name) is not None:  # null may stand for a default
-                    check_size(name, values[name])
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (StrictDataclassError, TypeError, ArithmeticError, AttributeError, AssertionError) as error:
-        raise LoadError(
-            f"The config.json of {source!r} is not a model config: {type(error).__name__}: {error}. {RESTORE}"
-        ) from error
-    check_sizes(config, spec_of(config))
-    return config
+def load_weights(source: str, folder: Path, revision: str | None = None, **options: Any) -> PreTrainedModel:  # noqa: ANN401
+    """Load a model without its tokenizer: safetensors alone, and all of them.
+
+    Args:
+        source: A model folder or Hub id.
+        folder: The local folder of its config.json.
+        revision: Commit on the Hub; None for a folder.
+        **options: ``dtype`` and ``attn_implementation`` of `from_pretrained`.
+
+    Raises:
+        LoadError: Config and weights are damaged or don't belong together.
+        Exception: Any error of `transformers`.
+    """
+    config = read_config(source, folder, revision)
+    if revision is not None:
+        fetch_weights(source, revision)
+    check_weights(folder, config)
+    # Without trust_remote_code=False, transformers would ask on the terminal whether to run a repository's code. It
+    # fills missing tensors with random values and reports that only in its log: check_complete refuses them.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        use_safetensors=True,
+        revision=revision,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported by check_complete
+        **options,
+    )
+    check_complete(source, model.config, info)
+    model.config.tie_word_embeddings = has_tied_head(model)  # whatever the config said: code follows it
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -291,7 +315,7 @@ def _load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBas
         raise LoadError(
             f"{source} holds a model, but no tokenizer that can be loaded. Save one there (tokenizer.save_pretrained); "
             f"ContextPruneCallback saves the tokenizer that its Trainer got as processing_class. "
-            f"{type(error).__name__}: {error}"
+            f"{describe(error)}."
         ) from error
 
 
@@ -300,7 +324,9 @@ def _load_tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     if not place:
         raise ConfigError("The model's config does not say where it came from; pass its tokenizer (tokenizer=).")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_source(place))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve_source(place), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"No tokenizer can be loaded from {place!r}, where the model came from ({error}). Pass the tokenizer "

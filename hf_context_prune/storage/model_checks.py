@@ -2,38 +2,88 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_NAME
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
-from hf_context_prune.modeling.modeling_context_pruned import check_header
-from hf_context_prune.modeling.specs import ArchSpec, neurons_of, read_geometry
+from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS
+from hf_context_prune.modeling.modeling_context_pruned import FLOATS, check_header, format_names, read_header
+from hf_context_prune.modeling.registry import get_model_class
+from hf_context_prune.modeling.specs import PREFIX, ArchSpec, neurons_of
+from hf_context_prune.utils.files import open_regular
+from hf_context_prune.utils.links import resolve_inside
+from hf_context_prune.utils.reading import MAX_JSON_BYTES
+from hf_context_prune.utils.upload_check import is_allowed
 
 RESTORE = "Restore the config.json that was saved with the weights, or download the model again."
-_SHOWN = 3
+MAX_SIZE = 2**24
+"""Largest width, vocabulary or number of positions that a config may give; those of published models are smaller."""
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
+_MAX_TOKENIZER_BYTES = 256 * 2**20
+_COPIED, _NOT_COPIED = (".json", ".jinja", ".txt", ".model"), ("tokenizer.json", ".index.json")
+
+
+def check_links(folder: Path) -> None:
+    """Refuse configs and chat templates that lead out of a folder: saving the model would copy what they say.
+
+    Weights and ``tokenizer.json``, which people link to save space, hold nothing else that could be read as such.
+
+    Raises:
+        LoadError: See [`resolve_inside`][].
+    """
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        name = path.relative_to(folder).as_posix()
+        copied = is_allowed(name, "model") and path.suffix in _COPIED and not name.endswith(_NOT_COPIED)
+        if copied and not path.is_dir():
+            resolve_inside(folder, name)
+
+
+def check_files(folder: Path) -> None:
+    """Refuse pipes, devices and huge files where `transformers` expects small ones, which it would read whole.
+
+    Raises:
+        LoadError: With the file, and how large it may be.
+    """
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if path.suffix not in _COPIED or path.is_dir():
+            continue
+        most = _MAX_TOKENIZER_BYTES if path.name in _TOKENIZERS or path.suffix == ".model" else MAX_JSON_BYTES
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise LoadError(f"{path} can't be read: {error.strerror}. Restore the file, or remove it.") from error
+        if size > most:
+            raise LoadError(f"{path} has {size:,} bytes; at most {most:,} are read. Restore the file, or remove it.")
 
 
 def list_size_fields(spec: ArchSpec) -> list[str]:
     """Return the names of the config fields that hold a size."""
-    fields = ("hidden_size", "num_hidden_layers", "vocab_size", "head_dim", spec.width, spec.query_heads, spec.kv_heads)
-    return [field for field in fields if field]
+    fields = ("hidden_size", "num_hidden_layers", "vocab_size", "head_dim", "max_position_embeddings")
+    return [field for field in (*fields, spec.width, spec.query_heads, spec.kv_heads) if field]
 
 
-def check_size(field: str, value: object) -> None:
-    """Refuse a size that is not an integer of at least 1.
+def check_size(field: str, value: object, most: int = MAX_SIZE) -> None:
+    """Refuse a size that is not an integer from 1 to `most`.
 
     Raises:
         LoadError: The value is something else; the message has the field and the value.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LoadError(f"The model config gives {field} = {value!r}; it must be an integer of at least 1. {RESTORE}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        shown = repr(value)[:80]
+        raise LoadError(
+            f"The model config gives {field} = {shown}; it must be an integer from 1 to {most:,}. {RESTORE}"
+        )
 
 
 def check_sizes(config: PreTrainedConfig, spec: ArchSpec) -> None:
@@ -44,13 +94,15 @@ def check_sizes(config: PreTrainedConfig, spec: ArchSpec) -> None:
         spec: Its architecture.
 
     Raises:
-        LoadError: A size is not an integer or below 1, or head counts don't fit together.
+        LoadError: A size is not an integer, below 1 or above `MAX_SIZE`, or head counts don't fit together.
     """
-    for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
+    check_size("num_hidden_layers", getattr(config, "num_hidden_layers", None), MAX_LAYERS)
+    for field in ("hidden_size", "vocab_size"):
         check_size(field, getattr(config, field, None))
     head_dim = getattr(config, "head_dim", None)
-    if head_dim is not None:
-        check_size("head_dim", head_dim)
+    for field in ("head_dim", "max_position_embeddings"):
+        if (value := getattr(config, field, None)) is not None:
+            check_size(field, value)
     for index in range(config.num_hidden_layers):
         layer = config.per_layer_config[index]
         check_size(f"{spec.width} of layer {index}", neurons_of(layer, spec))
@@ -71,24 +123,84 @@ def check_sizes(config: PreTrainedConfig, spec: ArchSpec) -> None:
                 )
 
 
-def check_weights(folder: Path, config: PreTrainedConfig, *, sharded: bool) -> None:
-    """Compare the layers' widths with the safetensors headers, before transformers allocates wrong sizes.
+def model_class_of(config: PreTrainedConfig) -> type[Any]:
+    """Return the class that loads a model of this config, native or of variable width."""
+    spec = spec_of(config)
+    variable = str(config.model_type).startswith(PREFIX)
+    return get_model_class(spec) if variable else getattr(transformers, spec.model_class)
+
+
+def check_weights(folder: Path, config: PreTrainedConfig) -> None:
+    """Compare a config with the safetensors headers, before transformers allocates wrong sizes.
 
     Args:
         folder: Folder of the config and the weights.
         config: The model's config.
-        sharded: Whether the shards, if there are any, are in the folder.
 
     Raises:
-        LoadError: A width does not fit the weights.
+        LoadError: Config and weights don't belong together, or the weights are quantised without a word of it.
     """
-    if hasattr(config, "quantization_config") or not (sharded or (folder / SAFE_WEIGHTS_NAME).is_file()):
-        return  # packed shapes, or shards on the Hub that are not fetched yet
-    spec = spec_of(config)
     try:
-        check_header(str(folder), spec, read_geometry(config, spec))
+        check_header(str(folder), spec_of(config), config, model_class_of(config))
+        tensors = read_header(str(folder), getattr(config, "transformers_weights", None))
     except ValueError as error:
         raise LoadError(f"{folder.name} can't be loaded: {error}") from error
+    packed = {name for name, info in tensors.items() if name.endswith(".weight") and info.dtype not in FLOATS}
+    if packed:
+        raise LoadError(
+            f"{folder.name} can't be loaded: {format_names(packed)} are not floating-point weights "
+            f"({tensors[min(packed)].dtype}), and the config does not say how they are quantised. Use the model that "
+            f"they were quantised from."
+        )
+
+
+def has_own_head(folder: Path, config: PreTrainedConfig) -> bool:
+    """Return whether the files hold an LM head whose values differ from the embedding's, whatever the config says.
+
+    As in `from_pretrained`, such a head is not tied. It is the tensor of the embedding's shape that is no tensor of a
+    tied model; only these two are read.
+
+    Args:
+        folder: A folder whose weights [`check_weights`][] has compared with the config.
+        config: The model's config.
+    """
+    with torch.device("meta"):
+        model = model_class_of(config)(copy.deepcopy(config))
+    prefix, embedding = f"{model.base_model_prefix}.", model.get_input_embeddings().weight
+    names = {name for name, parameter in model.named_parameters()}  # without the head, if it is tied
+    (own,) = {name for name, parameter in model.named_parameters() if parameter is embedding}
+    known = names | {name.removeprefix(prefix) for name in names}
+    heads: list[torch.Tensor] = []
+    rows: list[torch.Tensor] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name in (own, own.removeprefix(prefix)):
+                    rows.append(file.get_tensor(name))
+                elif name not in known and list(file.get_slice(name).get_shape()) == list(embedding.shape):
+                    heads.append(file.get_tensor(name))
+    return bool(rows) and any(not torch.equal(rows[0], head) for head in heads)
+
+
+def warn_of_rounding(folder: Path, model: PreTrainedModel) -> None:
+    """Say which tensors of a checkpoint with several dtypes were rounded on loading: a loaded model has one dtype.
+
+    Warns:
+        LoadWarning: Names them.
+    """
+    tensors = read_header(str(folder), getattr(model.config, "transformers_weights", None))
+    rounded = {
+        name
+        for name, info in tensors.items()
+        if info.dtype in FLOATS and torch.promote_types(FLOATS[info.dtype], model.dtype) != model.dtype
+    }
+    if rounded and len(rounded) < len(tensors):
+        warnings.warn(
+            f"{folder.name} holds {format_names(rounded)} in another precision than its other weights; all are loaded "
+            f"as {str(model.dtype).removeprefix('torch.')}. To lose nothing, load with dtype='float32'.",
+            LoadWarning,
+            stacklevel=2,
+        )
 
 
 def check_complete(source: str, config: PreTrainedConfig, info: dict[str, Any]) -> None:
@@ -110,10 +222,10 @@ def check_complete(source: str, config: PreTrainedConfig, info: dict[str, Any]) 
         f"the model again."
     )
     if missing := info["missing_keys"]:
-        raise LoadError(f"The weights lack {_format_names(missing)}, which the model needs. {remedy}")
+        raise LoadError(f"The weights lack {format_names(missing)}, which the model needs. {remedy}")
     if mismatched := info["mismatched_keys"]:
         shapes = {f"{name} ({list(saved)}, the config asks for {list(asked)})" for name, saved, asked in mismatched}
-        raise LoadError(f"The weights have other shapes than the model: {_format_names(shapes)}. {remedy}")
+        raise LoadError(f"The weights have other shapes than the model: {format_names(shapes)}. {remedy}")
     layers = spec_of(config).layers
     pattern = re.compile(rf"(?:{re.escape(layers)}|{re.escape(layers.partition('.')[2])})\.(\d+)\.")
     unexpected = set(info["unexpected_keys"])
@@ -122,19 +234,13 @@ def check_complete(source: str, config: PreTrainedConfig, info: dict[str, Any]) 
     }
     if beyond:
         raise LoadError(
-            f"The weights hold {_format_names(beyond)}, of layers that the model does not have: num_hidden_layers is "
+            f"The weights hold {format_names(beyond)}, of layers that the model does not have: num_hidden_layers is "
             f"{config.num_hidden_layers}. {remedy}"
         )
     if unexpected:
         warnings.warn(
-            f"The weights of {source!r} hold {_format_names(unexpected)}, which a {config.model_type} model does not "
+            f"The weights of {source!r} hold {format_names(unexpected)}, which a {config.model_type} model does not "
             f"use; a model saved from this one does not contain these tensors.",
             LoadWarning,
             stacklevel=2,
         )
-
-
-def _format_names(names: Collection[str]) -> str:
-    """Return the first few names, and the number of the rest."""
-    first = ", ".join(sorted(names)[:_SHOWN])
-    return first if len(names) <= _SHOWN else f"{first} and {len(names) - _SHOWN} more ({len(names)} tensors)"

@@ -10,6 +10,7 @@ from hf_context_prune.errors import NumericsError
 
 FLOOR = 1e-3
 """Lower limit of the ridge as a share of the mean diagonal, so that features that never fire stay solvable."""
+_DAMAGED = "The checkpoint is damaged or was never trained: download or save the model again."
 
 
 def all_finite(values: torch.Tensor) -> bool:
@@ -29,13 +30,18 @@ def add_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
         ridge: Share of each feature's mean square, above 0.
 
     Raises:
-        NumericsError: G is all zero (the inputs never fire) or not finite, so the ridge has no scale.
+        NumericsError: G is all zero (the inputs are zero everywhere) or not finite, so the ridge has no scale.
     """
     scale = float(gram.diagonal().mean())
+    if not math.isfinite(scale):
+        raise NumericsError(
+            "The inputs of an output projection are NaN, or too large to be squared: the weights before it are far "
+            f"from those of a trained model. {_DAMAGED}"
+        )
     if not scale > 0:
         raise NumericsError(
-            "The Gram matrix of a layer is zero or not finite: its inputs never fire on this text. Use more or other "
-            "calibration text."
+            "The inputs of an output projection are zero at every token of the text: the weights before it are zero, "
+            f"or so large that a norm overflows. {_DAMAGED}"
         )
     result = gram.clone()
     result.diagonal().mul_(1 + ridge).add_(ridge * FLOOR * scale)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from hf_context_prune.errors import LoadWarning
+from hf_context_prune.errors import LoadError, LoadWarning, SaveError
 from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, output_weight
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.modeling_context_pruned import has_tied_head
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
-from tests.support.tiny import CASES, FAMILIES, case, tokens
+from tests.support.tiny import CASES, COVERING, FAMILIES, VOCABULARY, case, tiny_model, tiny_tokenizer, tokens
 
-IDS = tokens(2, 24)
+IDS = tokens(2, 24).clamp(max=VOCABULARY - 9)
 SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
 
 
@@ -206,6 +210,129 @@ def test_a_pruned_model_can_be_pruned_again(name):
     twice = apply_plan(once, plan)
     assert twice.num_parameters() < once.num_parameters()
     assert read_geometry(twice.config, SPECS[name]).layers == plan.widths
+
+
+def folder_of(model, folder, *, tied, change=lambda weights: None):
+    """Save a model with a head of its own, then say in its config whether it is tied, and change its tensors."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    head = "embed_out.weight" if "embed_out.weight" in weights else "lm_head.weight"
+    names = {"head": head, "embedding": f"{name_of(model, model.get_input_embeddings())}.weight"}
+    change(Tensors(weights, names))
+    save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    return folder
+
+
+class Tensors:
+    """The tensors of a file; "head" and "embedding" stand for the names that a family has for them."""
+
+    def __init__(self, weights, names):
+        self.weights, self.names = weights, names
+
+    def copy_embedding(self):
+        self.weights[self.names["head"]] = self.weights[self.names["embedding"]].clone()
+
+    def drop(self, which):
+        del self.weights[self.names[which]]
+
+    def add(self):
+        self.weights["extra.weight"] = torch.ones(3)
+
+    def mix(self):
+        for name, tensor in self.weights.items():
+            self.weights[name] = tensor.bfloat16()
+        norm = next(name for name in self.weights if "norm" in name or "ln_" in name)
+        self.weights[norm] = self.weights[norm].float() + 1e-4
+        self.weights[self.names["head"]] = self.weights[self.names["head"]].half() * 1.001
+
+
+def name_of(model, module):
+    return next(name for name, each in model.named_modules() if each is module)
+
+
+DISAGREEING = {  # what the config says, and what is done to the tensors; the loaded head is tied or not
+    "a head of its own, said to be tied": (True, lambda tensors: None, False),
+    "an equal head, said to be tied": (True, Tensors.copy_embedding, True),
+    "an equal head, said to be untied": (False, Tensors.copy_embedding, False),
+    "no head": (True, lambda tensors: tensors.drop("head"), True),
+    "no embedding": (True, lambda tensors: tensors.drop("embedding"), True),
+    "another tensor": (False, Tensors.add, False),
+    "several dtypes": (False, Tensors.mix, False),
+    "several dtypes, said to be tied": (True, Tensors.mix, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::hf_context_prune.errors.LoadWarning")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in (*COVERING, "llama") else pytest.mark.nightly) for name in FAMILIES]
+)
+def test_what_is_loaded_is_what_is_pruned_and_saved_whatever_the_config_says(name, tmp_path, subtests):
+    model = case(name, tie_word_embeddings=False)
+    for number, (said, (tied, change, expected)) in enumerate(DISAGREEING.items()):
+        with subtests.test(said=said):
+            folder = folder_of(model, tmp_path / f"{number}", tied=tied, change=change)
+            loaded = load_model(folder, device="cpu").model
+            check_kept(loaded, expected, tmp_path / f"{number}")
+            assert load_meta_model(folder).num_parameters() == loaded.num_parameters()
+    missing = folder_of(model, tmp_path / "missing", tied=False, change=lambda tensors: tensors.drop("head"))
+    for load in (load_model, load_meta_model):
+        with pytest.raises(LoadError, match=r"asks for lm_head\.(bias|weight)"):
+            load(missing)
+
+
+def check_kept(model, tied, folder):
+    """Pruning by the identity, by widths and by tokens, and saving of each, keep the head that the model has."""
+    expected = logits(model)
+    assert has_tied_head(model) == tied
+    geometry = read_geometry(model.config, SPECS[model.config.model_type])
+    identity = PruningPlan.identity(model.config.model_type, geometry)
+    kept = tuple(range(VOCABULARY - 8))
+    tokens = dataclasses.replace(identity, vocabulary=Vocabulary(VOCABULARY, kept))
+    for plan in (identity, tokens, random_plan(model)):
+        smaller = apply_plan(model, plan)
+        assert smaller.config.tie_word_embeddings == has_tied_head(smaller) == tied
+        now = logits(smaller)
+        if plan is identity:
+            assert torch.equal(now, expected)
+        if plan is tokens:
+            torch.testing.assert_close(now, expected[..., : len(kept)], atol=1e-2, rtol=1e-2)
+            continue
+        again = AutoModelForCausalLM.from_pretrained(save_pruned(smaller, folder / "saved"), dtype="auto")
+        assert torch.equal(logits(again), now)
+        assert has_tied_head(again) == tied
+        shutil.rmtree(folder / "saved")
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_a_head_is_tied_if_it_is_tied_in_memory(name, tmp_path, subtests):
+    for said in (True, False):
+        for tied in (True, False):
+            model = case(name, tie_word_embeddings=False)
+            if tied:
+                model.get_output_embeddings().weight = model.get_input_embeddings().weight
+            model.config.tie_word_embeddings = said
+            with subtests.test(said=said, tied=tied):
+                check_kept(model, tied, tmp_path)
+                assert model.config.tie_word_embeddings == said  # the given model is unchanged
+                again = AutoModelForCausalLM.from_pretrained(save_pruned(model, tmp_path / "itself"))
+                assert torch.equal(logits(again), logits(model))
+                shutil.rmtree(tmp_path / "itself")
+
+
+def test_a_model_of_several_dtypes_is_not_saved_as_one(tmp_path):
+    model = tiny_model("llama").bfloat16()
+    model.model.norm.float()
+    same = apply_plan(model, PruningPlan.identity("llama", read_geometry(model.config, SPECS["llama"])))
+    assert {name: tensor.dtype for name, tensor in same.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in model.state_dict().items()
+    }
+    with pytest.raises(SaveError, match="weights are bfloat16 and float32"):
+        save_pruned(same, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_entry_has_a_tiny_model():

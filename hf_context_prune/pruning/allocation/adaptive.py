@@ -138,9 +138,12 @@ def _allowed_steps(curves: Mapping[Key, Curve], round_to: int) -> dict[Key, list
 
 def most_removable(curves: Mapping[Key, Curve], costs: Costs, *, round_to: int = 1) -> int:
     """Return the most parameters that [`adaptive_widths`][] can remove with these curves."""
-    return sum(
-        units * costs[target] for (_, target), own in _allowed_steps(curves, round_to).items() for _, units in own
-    )
+    total = 0
+    for (_, target), curve in curves.items():
+        multiple, dense = round_to if target == "mlp" else 1, curve[0][0]
+        narrowest = -(-max(curve[-1][0], 1) // multiple) * multiple
+        total += max(0, dense - narrowest) * costs[target]
+    return total
 
 
 def adaptive_widths(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,6 +33,7 @@ from hf_context_prune.training.progress import hide_progress_bars
 from hf_context_prune.utils.compat import claim_training, class_forward
 from hf_context_prune.utils.distributed import num_processes
 from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.foreign_code import forget_foreign_code
 from hf_context_prune.utils.linalg import all_finite
 from hf_context_prune.utils.links import resolve_inside
@@ -46,6 +46,7 @@ from .checks import (
     check_attention,
     check_config,
     check_not_cut,
+    check_output_dir,
     check_reachable,
     check_types,
     warn_of_plain_push,
@@ -140,6 +141,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
         model = kwargs["model"]
         self._claim(state)
         check_arguments(args, state)
+        check_output_dir(args.output_dir)
         view = ModelView.of(model)
         check_weights_finite(model)
         forget_foreign_code(model, kwargs.get("processing_class"))
@@ -276,7 +278,7 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
             complete_checkpoint(folder, self.plan, use_cache=self.use_cache)
             for name in (PLAN_NAME, *MODELING_FILES):
                 if (folder / name).is_file():
-                    shutil.copyfile(resolve_inside(folder, name, SaveError), Path(args.output_dir) / name)
+                    write_file(Path(args.output_dir) / name, resolve_inside(folder, name, SaveError).read_bytes())
 
     def on_train_end(
         self,

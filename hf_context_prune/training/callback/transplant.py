@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
+from hf_context_prune.modeling.tying import first_names
 from hf_context_prune.pruning.surgery import kept_entries
 
 from .optimizer import clear_entries, map_state, replace_parameters
@@ -34,7 +35,7 @@ def check_modules(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
                 f"The module {name} of the model is {has}, where {type(smaller).__name__} has {makes}: modules that "
                 f"were added or replaced (such as Liger kernels) can't be narrowed. Train without them."
             )
-    own, made = _first_names(model), _first_names(smaller)
+    own, made = first_names(model), first_names(smaller)
     for name in [*own, *made]:
         if own.get(name) != made.get(name):
             raise ConfigError(
@@ -42,13 +43,6 @@ def check_modules(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
                 f"it {_describe_sharing(name, made)}: weights that were added, tied or renamed (weight_norm, "
                 f"torch.nn.utils.prune) can't be narrowed. Train without them."
             )
-
-
-def _first_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return {every name of a weight: the first name of that weight}."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
 
 
 def _describe_sharing(name: str, sharing: dict[str, str]) -> str:

@@ -242,7 +242,7 @@ def test_obs_removes_dead_inputs_first():
 
 
 def test_obs_without_any_input_is_refused():
-    with pytest.raises(NumericsError, match="fire"):
+    with pytest.raises(NumericsError, match="zero at every token"):
         score("obs", weights(4), statistics_of(torch.zeros(10, 4)))
 
 

@@ -185,14 +185,6 @@ def test_a_config_that_is_no_object_is_refused(copied, subtests):
             load(copied)
 
 
-@only_native
-def test_a_huge_width_has_shapes_and_is_refused_with_its_weights(copied):
-    edit_config(copied, intermediate_size=1_000_000_000)
-    assert load_meta_model(copied).num_parameters() > 3 * 3 * 48 * 1_000_000_000
-    with pytest.raises(LoadError, match="1000000000 input features"):
-        load_model(copied)
-
-
 def test_an_unusable_cache_is_named(tmp_path, monkeypatch, subtests):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
@@ -206,21 +198,19 @@ def test_an_unusable_cache_is_named(tmp_path, monkeypatch, subtests):
             load_model(gguf)
 
 
-@pytest.mark.parametrize(("verify", "times"), [(True, 1), (False, 0)])
-def test_load_pruned_hashes_once_or_not_at_all(variable, verify, times, monkeypatch):
+def test_load_pruned_hashes_once(variable, monkeypatch):
     calls = []
     monkeypatch.setattr(loading, "verify_folder", lambda *args, **_: calls.append(args))
-    load_pruned(variable, verify=verify)
-    assert len(calls) == times
+    load_pruned(variable)
+    assert len(calls) == 1
 
 
-def test_a_changed_file_is_refused_unless_not_verified(variable, tmp_path):
+def test_a_changed_file_is_refused(variable, tmp_path):
     folder = shutil.copytree(variable, tmp_path / "copy")
     edit_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.zeros(48)}))
     for load in (load_pruned, load_model):
         with pytest.raises(LoadError, match="manifest"):
             load(folder)
-    assert not load_pruned(folder, verify=False).model.norm.weight.any()
 
 
 def test_an_empty_source_is_not_the_current_folder(native, monkeypatch, subtests):
