@@ -33,7 +33,7 @@ def check_report_folder(folder: str | Path, kind: str) -> None:
     for name in (REPORT_NAME, *FILES_OF_RUNS.get(kind, ())):
         if os.path.lexists(path / name) and not stat.S_ISREG((path / name).lstat().st_mode):
             raise SaveError(
-                f"{path / name} is a link or no file, and is not replaced: remove it, or choose another --output."
+                f"{path / name} is a link or no regular file, and would be lost: remove it, or choose another --output."
             )
     if claims_to_be_ours(path) or any(os.path.lexists(path / name) for name in (MANIFEST_NAME, "config.json")):
         raise SaveError(f"{path} holds a model or a rendered report. Write the figures to a separate folder: --output.")

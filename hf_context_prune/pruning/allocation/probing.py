@@ -30,7 +30,6 @@ SEARCH_TOKENS = 16_384
 """Least tokens of the statistics: widths need less text than the reconstruction."""
 TOKENS_PER_FEATURE = 4
 """Tokens of the statistics, as a multiple of the widest layer's neurons, where that is more than `SEARCH_TOKENS`."""
-_NAME = "widths.json"
 
 Prepare = Callable[[CalibrationStats], tuple[Mapping[Key, torch.Tensor], ReconstructFn]]
 """Statistics -> (importance by layer and target, reconstruction)."""
@@ -71,8 +70,8 @@ def search_curves(
     fit, probe = withhold_probe(samples, max(SEARCH_TOKENS, TOKENS_PER_FEATURE * widest))
     path, key = None, ""
     if state_dir is not None:
-        path = state_dir / _NAME
         key = resume_key(model, [{"fit": fit, "probe": probe}], identity, targets, PROBES, PROBE_TOKENS)
+        path = state_dir / f"widths-{key[:16]}.json"  # no file of anything else can have this name
         if (known := broadcast_object(_read(path, key))) is not None:
             return known
     curves: dict[Key, Curve] = {}

@@ -46,6 +46,31 @@ def test_the_task_has_our_prompts(tmp_path):
         write_harness_task(asked, tmp_path / "file")
 
 
+def test_files_of_others_under_the_names_of_a_task_are_not_replaced(tmp_path, subtests):
+    asked = questions(3)
+    name = "context_prune_in_memory"
+    others = {
+        "rows of others": {f"{name}.jsonl": "mine"},
+        "a task of others": {f"{name}.yaml": f"task: {name}"},
+        "no YAML": {f"{name}.yaml": "a: [", f"{name}.jsonl": "mine"},
+        "a list": {f"{name}.yaml": "[]"},
+    }
+    for what, files in others.items():
+        folder = tmp_path / what
+        folder.mkdir()
+        for file, content in files.items():
+            (folder / file).write_text(content)
+        with subtests.test(what), pytest.raises(SaveError, match="no task that this package wrote"):
+            write_harness_task(asked, folder)
+        assert {path.name: path.read_text() for path in folder.iterdir()} == files
+    write_harness_task(asked, tmp_path / "ours")
+    (tmp_path / f"ours/{name}.jsonl").unlink()
+    (tmp_path / f"ours/{name}.jsonl").symlink_to(tmp_path / "absent")
+    with pytest.raises(SaveError, match="it is a link"):
+        write_harness_task(asked, tmp_path / "ours")
+    assert not (tmp_path / "absent").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stock", "variable", "pruned vocabulary"])
 def test_log_likelihoods_agree(kind, tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,7 @@ from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport, load_report
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import save_pruned
+from tests.support.limits import within
 from tests.support.runs import OPTIONS, QUICK
 from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 
@@ -57,7 +61,7 @@ def test_markdown_and_pictures(folders, tmp_path):
 def test_a_report_replaces_reports_alone(folders, tmp_path):
     pytest.importorskip("matplotlib")
     found = [read_folder(folder) for folder in folders]
-    with pytest.raises(SaveError, match=r"report\.md.*would be lost"):
+    with pytest.raises(SaveError, match=r"a model, not a rendered report.*would be lost"):
         render(found, folders[0])
     verify_folder(folders[0])
     names = ("a b", "a-b", "a-b-2", "a_b")
@@ -129,6 +133,24 @@ def test_a_run_without_a_model_is_reported_too(folders, tmp_path):
     with pytest.raises(SaveError, match="would be lost"):
         save_report(RUN, tmp_path / "speed")
     assert (tmp_path / "speed/eval_report.json").read_text() == "{}"
+
+
+def test_files_of_others_in_a_report_folder_are_not_replaced(tmp_path, subtests):
+    (tmp_path / "elsewhere").write_text("mine")
+    places = {
+        "a link": lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        "a named pipe": os.mkfifo,
+        "a folder": Path.mkdir,
+        "a file": lambda path: path.write_text("mine"),
+    }
+    for (what, make), name in itertools.product(places.items(), ("eval_report.json", "matrix.md")):
+        folder = tmp_path / f"{what} {name}"
+        folder.mkdir()
+        make(folder / name)
+        with subtests.test(what, name=name), within(), pytest.raises(SaveError, match="would be lost"):
+            check_report_folder(folder, "matrix" if name == "matrix.md" else "bench")
+        assert os.listdir(folder) == [name]
+    assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
 def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -62,7 +63,8 @@ def test_a_search_that_was_finished_is_not_made_again(model, tmp_path, calibrati
     assert curves_of(model, resume_dir=tmp_path) == first
     assert len(calibrations) == 1
     assert not list(tmp_path.glob("*.partial"))
-    assert [path.name for path in tmp_path.iterdir()] == ["widths.json"]
+    (kept,) = tmp_path.iterdir()
+    assert re.fullmatch(r"widths-[0-9a-f]{16}\.json", kept.name)
     for other in (
         {"config": PrunerConfig(ridge=0.5)},
         {"config": PrunerConfig(criterion="wanda")},
@@ -75,16 +77,17 @@ def test_a_search_that_was_finished_is_not_made_again(model, tmp_path, calibrati
 
 def test_kept_curves_that_are_damaged_are_measured_again(model, tmp_path, calibrations, subtests):
     first = curves_of(model, resume_dir=tmp_path)
+    (kept,) = tmp_path.iterdir()
     for number, damage in enumerate(("", "{", "[]", json.dumps({"curves": []}))):
         with subtests.test(damage):
-            (tmp_path / "widths.json").write_text(damage)
+            kept.write_text(damage)
             assert curves_of(model, resume_dir=tmp_path) == first
             assert len(calibrations) == number + 2
 
 
 def test_curves_that_can_not_be_kept(model, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SaveError, match=r"can't be kept in .*widths\.json"):
+    with pytest.raises(SaveError, match=r"can't be kept in .*widths-.*\.json"):
         curves_of(model, resume_dir=tmp_path / "file")
 
 
