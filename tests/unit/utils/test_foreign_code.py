@@ -25,6 +25,7 @@ from hf_context_prune.publishing.space.folder import make_space_settings, write_
 from hf_context_prune.storage.loading import load_model, load_pruned
 from hf_context_prune.storage.manifest import write_manifest
 from hf_context_prune.storage.saving import save_pruned
+from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.utils.foreign_code import drop_foreign_code, find_foreign_code
 from hf_context_prune.utils.upload_check import refuse_upload
@@ -117,6 +118,12 @@ def test_what_names_foreign_code_is_not_published(place, tmp_path):
     with pytest.raises(LoadError, match=r"evil\.EvilTok"):
         write_space(make_space_settings([str(place / "variable")], base=str(place / "base")), tmp_path / "space")
     assert not (tmp_path / "space").exists()
+    with staged_folder(tmp_path / "app", required_bytes=0) as staging:  # a Space that holds a model
+        (staging / "app.py").touch()
+        (staging / "models/law").mkdir(parents=True)
+        shutil.copyfile(folder / "tokenizer_config.json", staging / "models/law/tokenizer_config.json")
+    with pytest.raises(PublishError, match=r"models/law names code .*evil\.EvilTok"):
+        files_to_push(tmp_path / "app", "space")
 
 
 def test_a_models_own_push_takes_no_foreign_code_along(place, tmp_path):
