@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
-from hf_context_prune.errors import BudgetError, ConfigError, PruningWarning
+from hf_context_prune.errors import BudgetError, ConfigError, PlanError, PruningWarning
+from hf_context_prune.modeling.configuration_context_pruned import is_modeling_file
+from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
@@ -19,6 +22,7 @@ from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_
 from hf_context_prune.pruning.allocation.widths import check_adaptive, check_round_to
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.utils.compat import attention_implementation
+from hf_context_prune.utils.file_names import PLAN_NAME
 from hf_context_prune.utils.unused import warn_of_unused
 
 from .schedule import PruningSchedule
@@ -66,7 +70,8 @@ def warn_of_unused_choices(config: PrunerConfig, schedule: PruningSchedule) -> N
     """
     warn_of_unused_options(config, {"text_column": "the callback takes the token ids of the training batches"})
     if schedule.num_prunings == 1:
-        warn_of_unused(schedule, dict.fromkeys(("end", "shape"), "num_prunings=1 prunes at the start alone"))
+        unused = ("shape",) if schedule.end == schedule.start else ("end", "shape")
+        warn_of_unused(schedule, dict.fromkeys(unused, "num_prunings=1 prunes at the start alone"))
 
 
 def warn_of_plain_push() -> None:
@@ -161,6 +166,33 @@ def check_reachable(model: PreTrainedModel, config: PrunerConfig, first: float) 
         check_adaptive(model, config, int(first * remove))
     except BudgetError as error:
         raise BudgetError(f"At the first pruning of the schedule: {error} Or prune in more steps.") from error
+
+
+def check_output_dir(output_dir: str | None) -> None:
+    """Refuse a folder whose files a training would replace though this package did not write them.
+
+    Raises:
+        ConfigError: The folder holds a plan or a modeling file of another program, or a link in the place of one.
+    """
+    for name in (PLAN_NAME, *MODELING_FILES):
+        path = Path(output_dir or ".", name)
+        if os.path.lexists(path) and not _is_ours(path):
+            raise ConfigError(
+                f"{path} was not written by this package (or is a link or damaged), and the training would replace it. "
+                f"Move it, or train with another output_dir."
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    if path.name != PLAN_NAME:
+        return is_modeling_file(str(path))
+    try:
+        PruningPlan.load(path)
+    except PlanError:
+        return False
+    return True
 
 
 def check_arguments(args: TrainingArguments, state: TrainerState) -> None:

@@ -702,6 +702,25 @@ def test_variable_width_model_travels_with_its_code(target):
     assert code.keys() <= verify_folder(target)["files"].keys()
 
 
+def test_code_of_others_is_not_replaced_by_the_modeling_files(tmp_path, subtests):
+    model = variable_width_model()
+    model.save_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "ours")
+    for what in ("code of others", "a link", "a dangling link"):
+        folder = tmp_path / what
+        folder.mkdir()
+        if what == "code of others":
+            (folder / "specs.py").write_text("RATE = 2")
+        else:
+            (tmp_path / "notes.txt").write_text("mine")
+            (folder / "specs.py").symlink_to(tmp_path / ("notes.txt" if what == "a link" else "absent"))
+        before = snapshot(tmp_path)
+        with subtests.test(what):
+            with pytest.raises(ValueError, match=r"specs\.py is a link, or no modeling file"):
+                model.save_pretrained(folder)
+            assert snapshot(tmp_path) == before
+
+
 def test_variable_width_model_without_its_code_is_refused(target, subtests):
     model = variable_width_model()
     for auto_map in (None, {"AutoConfig": "elsewhere.Config"}, {"AutoConfig": "user/repo--specs.Config"}):
