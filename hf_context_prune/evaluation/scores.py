@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.documents import TextSource, stable_hash
 from hf_context_prune.data.questions import QuestionSet
 from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.report import MultipleChoiceFacts
@@ -47,9 +47,11 @@ class HeldOut:
 
     def setting(self) -> dict[str, Any]:
         """Return everything but the model that scores depend on, without names of texts and documents."""
-        asked = self.questions
+        asked, chosen = self.questions, set(self.docs)
+        order = dict.fromkeys(document.doc for document in self.text.documents)
+        places = [place for place, doc in enumerate(order) if doc in chosen]
         return {
-            "text": [self.text.fingerprint, len(self.docs)],
+            "text": [self.text.fingerprint, len(places), stable_hash(*places).hex()],
             "questions": None if asked is None else [asked.fingerprint, self.scorer],
             "num_fewshot": self.num_fewshot,
             "max_seq_length": self.max_seq_length,
