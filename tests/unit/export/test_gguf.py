@@ -47,6 +47,12 @@ def assert_same(loaded, folder, *, near=0.05):
         assert runtime.losses(IDS, expected) == pytest.approx(expected, abs=near)
 
 
+def test_a_head_of_its_own_is_written_whatever_the_config_says(tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    assert_same(LoadedModel(model, tiny_tokenizer(), "model", None, None), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def variable(tmp_path_factory):
     return save(tmp_path_factory.mktemp("gguf") / "variable", variable=True)

@@ -78,6 +78,18 @@ KV_GROUPS = {"gpt_neox": 4, "gpt2": 4, "llama-mqa-tied": 1}
 """A third is removed: of six with multi-head attention, else of three; the only one of MQA stays."""
 
 
+def test_a_head_of_its_own_stays_one_whatever_the_config_says(tmp_path):
+    model, hook = tiny_model("llama", tie_word_embeddings=False), callback()
+    model.config.tie_word_embeddings = True  # as transformers leaves it where the files hold a head
+    trainer = trainer_for(tmp_path, hook, model=model, max_steps=7)
+    trainer.train()
+    assert not model.config.tie_word_embeddings
+    trainer.save_model(str(tmp_path / "by_trainer"))
+    hook.save_pretrained(tmp_path / "by_callback")
+    for name in ("by_trainer", "by_callback"):
+        assert same(load_checkpoint(tmp_path / name), model.state_dict())
+
+
 @pytest.mark.parametrize(
     ("optim", "options"),
     [("adamw_torch", {}), ("adamw_torch_fused", VARIABLE), ("sgd", {}), ("sgd", VARIABLE), ("adafactor", VARIABLE)],
