@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.file_names import REPORT_NAME
+from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.options import EVALUATION
 
 from .options import DeviceOption, Dtype, DtypeOption, FormatOption, OutputFormat, ReportFolder, shared

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from hf_context_prune import EvalOptions, QuestionOptions
 from hf_context_prune.config import CalibrationConfig
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.file_names import REPORT_NAME
+from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.options import EVALUATION, MODEL, TEXT
 
 from .options import (

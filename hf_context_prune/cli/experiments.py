@@ -8,9 +8,9 @@ from typing import Annotated
 from hf_context_prune import EvalOptions, QuestionOptions
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.utils.file_names import REPORT_NAME
 from hf_context_prune.utils.files import expand_home
+from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.options import PAPER, TEXT
 
 from . import questions as about_questions

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_context_prune.storage.locks import reserves
+from hf_context_prune.utils.locks import reserves
 
 from .options import FormatOption, OutputFormat, shared
 from .output import out, out_json, out_table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.storage.locks import reserves
+from hf_context_prune.utils.locks import reserves
 
 from .options import Output, shared
 from .output import out

@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig
 from hf_context_prune.data.questions import QuestionSet, format_prompt
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.modeling.specs import PREFIX
-from hf_context_prune.storage.locks import hold_lock
 from hf_context_prune.storage.manifest import claims_to_be_ours
 from hf_context_prune.utils.files import expand_home, resolve_path, write_file
 from hf_context_prune.utils.foreign_code import find_foreign_code
+from hf_context_prune.utils.locks import hold_lock
 from hf_context_prune.utils.reading import read_yaml
 
 _PROMPT = "{{prompt}}"

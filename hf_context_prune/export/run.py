@@ -17,12 +17,13 @@ from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError,
 from hf_context_prune.modeling.generation import hardware_name
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.loading import LoadedModel, load_model
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes
 from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
+from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.foreign_code import refuse_foreign_code
+from hf_context_prune.utils.locks import reserves
 
 from .formats import FORMATS, ExportFormat, FormatModule, format_of
 from .report import ExportReport
@@ -90,7 +91,7 @@ def export_model(
         allowed = replace(allowed, perplexity=tolerance)
     module = kind.module()
     goal = resolve_target(output)
-    source = Path(folder).resolve()
+    source = resolve_path(folder, LoadError)
     if goal == source or source in goal.parents:
         raise ConfigError(f"--output {output} lies in {folder}, which would then be damaged. Name another folder.")
     if (source / EXPORT_REPORT_NAME).is_file():

@@ -18,10 +18,10 @@ from hf_context_prune.publishing.space.prompts import LICENCE_PROMPTS
 from hf_context_prune.publishing.space.settings import DEMO_FOLDER
 from hf_context_prune.storage.known_models import fetch_smollm2
 from hf_context_prune.storage.loading import load_model
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.utils.distributed import on_main_process
+from hf_context_prune.utils.locks import reserves
 
 from .prune import run_pruning
 from .result import PruneResult

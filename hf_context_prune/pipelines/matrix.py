@@ -27,13 +27,13 @@ from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.publishing.card.card import rewrite_card
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.storage.results_log import open_results_log
 from hf_context_prune.storage.saving import count_weight_bytes, save_pruned
 from hf_context_prune.storage.staging import check_target
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from hf_context_prune.utils.files import resolve_path
+from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.version import __version__
 
 from .matrix_report import DENSE, DomainMatrix, mixed_name

@@ -34,11 +34,11 @@ from hf_context_prune.pruning.thresholds.prune import zeros_note
 from hf_context_prune.pruning.unused_options import warn_of_low_thresholds, warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.notes import refit_note, vocabulary_note
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.utils.distributed import fail_together, on_main_process, warn_if_alone
+from hf_context_prune.utils.locks import reserves
 
 from .result import PruneResult
 from .validation_text import describe_size_search, withhold_size_text, withhold_vocabulary_probe

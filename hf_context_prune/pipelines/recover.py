@@ -21,7 +21,6 @@ from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.storage.loading import LoadedModel, load_model
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.training.recovery.config import RecoveryConfig
@@ -29,6 +28,7 @@ from hf_context_prune.training.recovery.monitor import History
 from hf_context_prune.training.recovery.recover import check_single_device, recover
 from hf_context_prune.utils.file_names import PLAN_NAME
 from hf_context_prune.utils.hub_ids import is_hub_id
+from hf_context_prune.utils.locks import reserves
 
 from .result import PruneResult
 

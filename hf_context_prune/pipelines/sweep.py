@@ -27,11 +27,11 @@ from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes, measure_s
 from hf_context_prune.pruning.thresholds.prune import count_zeros_of_paper, prune_below_thresholds
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.results_log import open_results_log
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import recover
 from hf_context_prune.utils.files import resolve_path
+from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.version import __version__
 
 from .sweep_report import Sweep, SweepRow, Thresholds, format_threshold

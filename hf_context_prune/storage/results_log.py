@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 from hf_context_prune.errors import ConfigError, NumericsError, SaveError
 from hf_context_prune.utils.files import open_regular, resolve_path
-
-from .locks import hold_lock
+from hf_context_prune.utils.locks import hold_lock
 
 _FIRST, _OTHER = b'{"setting"', b'{"key"'
 """What the first line of a log begins with, and every other line."""

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from hf_context_prune.errors import PruningWarning, SaveError
 from hf_context_prune.utils.compat import attention_implementation
 from hf_context_prune.utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
+from hf_context_prune.utils.locks import hold_lock
 from hf_context_prune.utils.precision import bfloat16_is_fast
 from hf_context_prune.utils.version import __version__
 
 from .cache import CACHE_VARIABLE, cache_dir
-from .locks import hold_lock
 from .own_folders import MARKER, is_empty, is_own, make_own, mark_own, remove_own
 
 _FORGOTTEN_AFTER_DAYS = 7

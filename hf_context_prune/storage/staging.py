@@ -6,7 +6,7 @@ folder of this package at the target is exchanged in one step where the system c
 name ``.<name>.previous`` for the moment between two renames. The next run for the same target removes, or puts back,
 the folders that a killed run has left, and no others.
 
-Two runs for one target exclude each other by a lock (`locks.py`).
+Two runs for one target exclude each other by a lock (`utils/locks.py`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from hf_context_prune.utils.file_names import (
     SPACE_SETTINGS_NAME,
 )
 from hf_context_prune.utils.files import resolve_path
+from hf_context_prune.utils.locks import hold_lock
 
 from .files import check_writable
-from .locks import hold_lock
 from .manifest import (
     claims_to_be_ours,
     find_unlisted_files,

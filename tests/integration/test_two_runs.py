@@ -10,12 +10,12 @@ import tempfile
 import pytest
 
 from hf_context_prune.storage import loading
-from hf_context_prune.storage.locks import reserve_output
+from hf_context_prune.utils.locks import reserve_output
 from tests.support.tiny import model_and_text
 
 FIRST = """
 import sys
-from hf_context_prune.storage.locks import reserve_output
+from hf_context_prune.utils.locks import reserve_output
 with reserve_output(sys.argv[1]):
     print("at work", flush=True)
     sys.stdin.read()

@@ -20,13 +20,13 @@ from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, inert
 from hf_context_prune.evaluation.reports.plots import plot_widths
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import hash_file, verify_folder
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME, PLAN_NAME, REPORT_NAME, RESULTS_NAME
 from hf_context_prune.utils.files import resolve_path, write_file
 from hf_context_prune.utils.foreign_code import drop_foreign_code, find_foreign_code
 from hf_context_prune.utils.links import resolve_inside
+from hf_context_prune.utils.locks import reserves
 
 from .facts import CardFacts, facts_in
 from .metadata import benchmark_results, card_data

@@ -19,7 +19,6 @@ from hf_context_prune.evaluation.reports.markdown import Trusted, code, inert, t
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2
-from hf_context_prune.storage.locks import reserves
 from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, SPACE_SETTINGS_NAME
@@ -27,6 +26,7 @@ from hf_context_prune.utils.files import expand_home
 from hf_context_prune.utils.foreign_code import refuse_foreign_code
 from hf_context_prune.utils.hub_ids import is_hub_id
 from hf_context_prune.utils.links import resolve_inside
+from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.upload_check import is_allowed
 
 from .facts import read_facts

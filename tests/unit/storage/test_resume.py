@@ -14,9 +14,9 @@ import torch
 from hf_context_prune.errors import PruningWarning, SaveError
 from hf_context_prune.modeling.plan import fingerprint
 from hf_context_prune.storage.cache import cache_dir
-from hf_context_prune.storage.locks import hold_lock
 from hf_context_prune.storage.own_folders import MARKER
 from hf_context_prune.storage.resume import open_resume_folder, resume_key
+from hf_context_prune.utils.locks import hold_lock
 from tests.support.tiny import VOCABULARY, tiny_model
 
 
@@ -133,7 +133,7 @@ def test_a_second_run_of_the_same_is_refused_and_takes_nothing_away():
     def run_again():
         """Another process, which takes the lock as `open_resume_folder` does; without torch it starts fast."""
         lock = f"hold_lock(pathlib.Path({str(folder)!r}), what='doing the same')"
-        code = f"import pathlib\nfrom hf_context_prune.storage.locks import hold_lock\nwith {lock}: print('went on')"
+        code = f"import pathlib\nfrom hf_context_prune.utils.locks import hold_lock\nwith {lock}: print('went on')"
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     with open_resume_folder("a") as folder:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.storage import locks
-from hf_context_prune.storage.locks import hold_lock, reserve_output, reserves
 from hf_context_prune.storage.staging import staged_folder
+from hf_context_prune.utils import locks
+from hf_context_prune.utils.locks import hold_lock, reserve_output, reserves
 
 RUN = """
 import sys
-from hf_context_prune.storage.locks import reserve_output
+from hf_context_prune.utils.locks import reserve_output
 with reserve_output(sys.argv[1]):
     print("at work", flush=True)
     sys.stdin.read()

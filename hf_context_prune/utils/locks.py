@@ -27,10 +27,11 @@ from typing import ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.utils.distributed import is_main_process
-from hf_context_prune.utils.files import open_regular, resolve_path, write_file
-from hf_context_prune.utils.secret_scan import hide_tokens
-from hf_context_prune.utils.temporary import own_temporary_folder
+
+from .distributed import is_main_process
+from .files import open_regular, resolve_path, write_file
+from .secret_scan import hide_tokens
+from .temporary import own_temporary_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
