@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 
 from hf_context_prune import PrunerConfig, prune
+from hf_context_prune.cli import app
 from hf_context_prune.errors import (
     ContextPruneError,
     LoadError,
@@ -25,6 +26,7 @@ from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model
+from hf_context_prune.storage.manifest import write_manifest
 from tests.support.limits import within
 from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 
@@ -285,3 +287,38 @@ def test_a_config_without_weights_is_bounded_too(tmp_path, subtests):
         (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
         with subtests.test(field=field), within(), pytest.raises(LoadError, match=field):
             dry_run(tmp_path, PrunerConfig(pruning_ratio=0.2))
+
+
+COMMANDS = {
+    "prune": "prune {model} --data {data} --output {out}",
+    "prune by plan": "prune {model} --data {data} --output {out} --dry-run",
+    "evaluate": "evaluate {model} --data {data}",
+    "bench": "bench {model}",
+    "export": "export {model} --to gguf --output {out}",
+    "recover": "recover {model} --data {data} --output {out}",
+    "space": "space {model} --output {out}",
+    "inspect": "inspect {model}",
+}
+
+
+def test_every_command_answers_a_hostile_config_at_once(tmp_path, subtests, monkeypatch, capfd):
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts(40)))
+    options = PrunerConfig(mlp_ratio=0.2, allocation="uniform", num_calibration_samples=8, max_seq_length=32)
+    result = prune(tiny_model("llama"), data=texts(40), tokenizer=tiny_tokenizer(), config=options)
+    folder = result.save_pretrained(tmp_path / "model")
+    original = (folder / "config.json").read_bytes()
+    for field, value in (("num_hidden_layers", 10**9), ("vocab_size", 10**7), ("hidden_size", 6 * 10**6)):
+        (folder / "config.json").write_bytes(original)
+        edit(folder, **{field: value})
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)  # whoever makes such a folder can write one
+        for name, line in COMMANDS.items():
+            words = line.format(model=folder, data=tmp_path / "data.jsonl", out=tmp_path / "out").split()
+            monkeypatch.setattr("sys.argv", ["hf-context-prune", *words])
+            with subtests.test(field=field, command=name), within():
+                with pytest.raises(SystemExit) as ended:
+                    app.main()
+                said = capfd.readouterr()
+                assert "Traceback" not in said.err
+                assert ended.value.code in ((0,) if name == "inspect" else (1, 2)), said
+                assert not (tmp_path / "out").exists()
