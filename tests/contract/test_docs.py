@@ -142,6 +142,7 @@ def training_names(place) -> dict[str, object]:
 
 
 @pytest.mark.filterwarnings("ignore:.*calibrating on those")
+@pytest.mark.filterwarnings("ignore:The pruning after step .* calibrates on", "ignore:Nothing was removed")
 @pytest.mark.parametrize(
     "page",
     [
