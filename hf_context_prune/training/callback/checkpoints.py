@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, TrainerState
+from transformers.utils import CONFIG_NAME
 
-from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, PlanError
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.storage.loading import load_weights
+from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.utils.distributed import num_processes
-from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME
+from hf_context_prune.utils.files import write_file
 
-CONFIG_FILE = "config.json"
+from .wholeness import check_whole
 
 
 @dataclass
@@ -93,9 +98,26 @@ def read_progress(saved: Any, own: Mapping[str, Any], state: TrainerState, steps
 
     Raises:
         ConfigError: It belongs to another training; says what differs.
+        LoadError: It is damaged.
     """
     where = f"The checkpoint of step {state.global_step}"
     saved = saved[0] if isinstance(saved, list) and saved else saved
+    try:
+        return _read_progress(where, saved, own, state, steps)
+    except (KeyError, TypeError, AttributeError, PlanError) as error:
+        raise LoadError(
+            f"{where} holds a damaged state of its ContextPruneCallback ({type(error).__name__}: {error}). Resume from "
+            f"an earlier checkpoint, or start the training anew."
+        ) from error
+
+
+def _read_progress(
+    where: str,
+    saved: Any,  # noqa: ANN401
+    own: Mapping[str, Any],
+    state: TrainerState,
+    steps: Sequence[int],
+) -> PruningProgress:
     if not saved or not saved["attributes"]["progress"]["total_params"]:
         raise ConfigError(
             f"{where} was written without a ContextPruneCallback. Start from its weights as a new training, without "
@@ -132,12 +154,14 @@ def read_use_cache(model: PreTrainedModel) -> bool:
 
 
 def complete_checkpoint(folder: Path, plan: PruningPlan | None, *, use_cache: bool) -> None:
-    """Put the plan into a checkpoint that the Trainer wrote, and ``use_cache`` back into its config."""
-    file = folder / CONFIG_FILE
+    """Put the plan into a checkpoint that the Trainer wrote, and ``use_cache`` back into its config.
+
+    Raises:
+        SaveError: The config can't be written; it is as it was.
+    """
+    file = folder / CONFIG_NAME
     values = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": use_cache}
-    staged = file.with_name(f"{CONFIG_FILE}.tmp")
-    staged.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    staged.replace(file)
+    write_file(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
     if plan is not None:
         plan.save(folder / PLAN_NAME)
 
@@ -148,16 +172,26 @@ def load_checkpoint(checkpoint: str | Path, **kwargs: Any) -> PreTrainedModel:  
         trainer = Trainer(model=load_checkpoint(path), callbacks=[ContextPruneCallback(config, schedule)], ...)
         trainer.train(resume_from_checkpoint=path)
 
+    Only JSON and safetensors are read. The Trainer that resumes loads the states of optimizer, scheduler and random
+    numbers, which are pickles, by torch's ``weights_only``; here only the archives around them are checked.
+
     Args:
-        checkpoint: A ``checkpoint-*`` folder.
+        checkpoint: A ``checkpoint-*`` folder, or one of ``Trainer.save_model``.
         **kwargs: As for `from_pretrained`: ``dtype`` and ``attn_implementation``, if the training had other ones than
             the default.
 
     Raises:
-        LoadError: The folder is no checkpoint.
+        LoadError: The folder is no checkpoint, or not a whole one (names the last whole one beside it); its weights are
+            a pickle, or are not those of its config.
+        UnsupportedArchitectureError: The architecture is not in the table.
     """
     folder = Path(checkpoint)
-    if not (folder / CONFIG_FILE).is_file():
-        raise LoadError(f"{folder} is not a checkpoint of a Trainer: it holds no {CONFIG_FILE}.")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **kwargs)
-    return model
+    check_whole(folder)
+    if os.path.lexists(folder / MANIFEST_NAME):  # a Trainer writes none; a folder with one was saved by this package
+        verify_if_ours(folder)
+    try:
+        return load_weights(str(folder), folder, **kwargs)
+    except ContextPruneError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError...
+        raise LoadError(f"The model of {folder} can't be loaded: {type(error).__name__}: {error}") from error

@@ -16,6 +16,7 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model, load_pruned
 from hf_context_prune.storage.manifest import claims_to_be_ours, verify_folder, verify_if_ours
 from hf_context_prune.storage.saving import save_pruned
+from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME
 from tests.support.limits import within
 from tests.support.tiny import tiny_model
@@ -150,3 +151,11 @@ def test_a_checkpoint_of_a_trainer_is_told_its_way(tmp_path, pruned):
     (folder / "training_args.bin").write_bytes(b"")
     with pytest.raises(LoadError, match=r"callback\.save_pretrained\(folder\).*load_checkpoint\(folder\)"):
         load_model(folder)
+
+
+def test_a_saved_folder_is_no_checkpoint_of_a_trainer_once_it_is_damaged(tmp_path, pruned):
+    assert load_checkpoint(pruned).num_parameters()
+    folder = shutil.copytree(pruned, tmp_path / "out")
+    truncated(folder / MANIFEST_NAME)
+    with pytest.raises(LoadError, match="not a manifest of this package"):
+        load_checkpoint(folder)
