@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
-from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from hf_context_prune.errors import ConfigError, ContextPruneError, SaveError
+
+from .staged_files import staged_file
 
 _LONGEST_SHOWN = 120
 _KINDS = {
@@ -68,7 +68,7 @@ def resolve_path(path: str | os.PathLike[str], error: type[ContextPruneError] = 
     return Path(os.path.realpath(expand_home(path, error)))
 
 
-def open_regular(path: str | os.PathLike[str], *, follow_links: bool = True) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], *, follow_links: bool = True) -> BufferedReader:
     """Open a file for reading if it is a regular file.
 
     A named pipe, a socket, a device or a folder is not opened, so that nothing waits for another program.
@@ -102,18 +102,11 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         SaveError: The file can't be written, or a link, a folder, a named pipe or a device is in its place.
     """
     path = Path(path)
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         if os.path.lexists(path):
             _refuse_special(path.lstat().st_mode, path)
-        try:
-            with staged.open("xb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-            staged.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                staged.unlink()
-            raise
+        with staged_file(path) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         error.filename, error.filename2 = os.fspath(path), None  # `write` names no file, and `open` the staged one
         raise SaveError(

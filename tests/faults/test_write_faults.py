@@ -1,0 +1,41 @@
+"""A write fails: a full disk, a full quota, a file-size limit or a broken block at any call of any command.
+
+Each command then ends with a typed error (exit code 1, no traceback) that says the reason. Its target is absent or
+whole, an older one is as it was byte for byte, and nothing else is left in the output's parent, in $TMPDIR or in the
+cache, but locks and what the next run resumes from. `harness.py` lists writes that may fail without failing a command.
+
+A sample runs every day, and every call with every error each night.
+"""
+
+import random
+
+import pytest
+
+from tests.faults.commands import COMMANDS
+from tests.faults.harness import ERRNOS, distinct_points, strike
+
+SLOW = {"export-onnx"}
+"""Minutes of every night, but not of every day."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in SLOW])
+def test_a_sample_of_writes_fails(runner, name):
+    draw, problems, older = random.Random(name), [], list(COMMANDS).index(name) % 2 == 1
+    points = distinct_points(runner.calls(name, older=older), draw)
+    for number in draw.sample(points, 1 if older else 2):
+        problems += strike(runner, name, number, draw.choice(ERRNOS), older=older)
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_write_fails(runner, name):
+    """Of the four errors, two strike where there is no older result, and two over an older one, in turns."""
+    draw, problems = random.Random(0), []
+    for older in (False, True):
+        for number in distinct_points(runner.calls(name, older=older), draw):
+            for place, error in enumerate(ERRNOS):
+                if (place + number) % 2 == older:
+                    problems += strike(runner, name, number, error, older=older)
+    assert not problems, "\n".join(problems)
