@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ _LOGGER = logging.getLogger(__name__)
 
 def resolve_source(name: str) -> str:
     """Return the path or Hub id to give to `transformers`; of a GGUF file, its dequantised copy in the cache."""
-    return str(ensure_dequantised(Path(name))) if Path(name).is_file() else name
+    return str(ensure_dequantised(Path(name))) if os.path.isfile(name) else name
 
 
 def ensure_dequantised(gguf: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class LoadedModel:
         place = model.config.name_or_path
         if not place:
             return cls(model, tokenizer, "in-memory", None, None)
-        if not Path(place).exists():
+        if not os.path.exists(place):  # also where it is no path at all
             return cls(model, tokenizer, place, None, None)
         return cls(model, tokenizer, Path(place).resolve().name, None, None, Path(place))
 

@@ -25,7 +25,7 @@ from hf_context_prune import EvalReport, PrunerConfig, PruningPlan, load_model, 
 from hf_context_prune.cli.inspect import inspect
 from hf_context_prune.cli.options import config_from
 from hf_context_prune.cli.report import report as show_report
-from hf_context_prune.errors import ContextPruneError, PlanError
+from hf_context_prune.errors import ContextPruneError, LoadError, PlanError
 from hf_context_prune.evaluation.reports.rendering import read_folder, render_markdown
 from hf_context_prune.export.report import ExportReport
 from hf_context_prune.export.run import read_export
@@ -33,14 +33,17 @@ from hf_context_prune.export.verify import Tolerance, Verification
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.pipelines.prune import prune_to_folder
+from hf_context_prune.pipelines.recover import recover_to_folder
 from hf_context_prune.pruning.surgery import apply_plan
-from hf_context_prune.publishing.card.card import rewrite_card
+from hf_context_prune.publishing.card.card import build_card, rewrite_card
 from hf_context_prune.publishing.card.facts import read_facts
+from hf_context_prune.publishing.space.folder import make_space_settings
 from hf_context_prune.storage.loading import load_meta_model
 from hf_context_prune.storage.manifest import verify_folder, write_manifest
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, PLAN_NAME, REPORT_NAME
 from tests.support.limits import within
-from tests.support.tiny import COVERING, case, tiny_tokenizer, tokens
+from tests.support.tiny import COVERING, case, model_and_text, tiny_tokenizer, tokens
 
 GOLDEN = Path(__file__).parents[1] / "support" / "golden" / "variable_3369b6e.zip"
 QUICK, DEEP = 12, int(os.environ.get("DEEP", 2000))
@@ -252,7 +255,7 @@ def test_plans(folder, examples):
 
     def use():
         with suppress(ContextPruneError):
-            read_facts(folder)
+            build_card(read_facts(folder))
         with suppress(ContextPruneError):
             inspect(folder)
         plan = PruningPlan.load(path)
@@ -260,6 +263,37 @@ def test_plans(folder, examples):
         apply_plan(model, plan)
 
     attack(path, dump_json, use, examples=examples, seal=sealing(folder))
+
+
+@depths
+def test_what_a_plan_says_of_its_making(folder, examples, tmp_path):
+    """The rest of the plan stays whole."""
+    path = folder / PLAN_NAME
+
+    def dump(provenance):
+        return dump_json(json.loads(whole) | {"provenance": provenance})
+
+    whole = path.read_text()
+    provenance = tmp_path / "provenance.json"
+    provenance.write_text(json.dumps(json.loads(whole)["provenance"]))
+
+    def use():
+        path.write_bytes(provenance.read_bytes())
+        sealing(folder)()
+        for call in (
+            lambda: build_card(read_facts(folder)),
+            lambda: inspect(folder),
+            lambda: make_space_settings([str(folder)]),
+            lambda: recover_to_folder(folder, "absent.txt", tmp_path / "out"),
+        ):
+            with suppress(ContextPruneError):
+                call()
+
+    try:
+        attack(provenance, dump, use, examples=examples)
+    finally:
+        path.write_text(whole)
+        sealing(folder)()
 
 
 def test_errors_of_a_card_name_files_that_stay(folder):
@@ -323,7 +357,7 @@ def test_config_files(tmp_path, examples):
             PrunerConfig.from_yaml(path)
         config_from(path, {"criterion": "wanda"})
 
-    attack(path, dump_yaml, use, examples=8 * examples)
+    attack(path, dump_yaml, use, examples=4 * examples)
 
 
 @depths
@@ -333,4 +367,95 @@ def test_space_files(tmp_path, examples):
     models = [{"name": "Law", "path": "models/law", "prompts": ["Who?"], "reports": {"code": "r.json"}}]
     models.append({"name": "Medicine", **commit, "base": "demo"})
     path.write_text(dump_yaml({"title": "Two", "base": commit, "models": models, "limits": {"seconds": 30}}))
-    attack(path, dump_yaml, lambda: read_space_settings(path), examples=8 * examples)
+    attack(path, dump_yaml, lambda: read_space_settings(path), examples=4 * examples)
+
+
+BAD_PATHS = {"long": "a" * 300, "deep": "a/" * 3_000, "of nobody": "~nobody-here/x"}
+COMMANDS = [
+    "prune PATH --data @data.jsonl --output @o",
+    "prune @base --data PATH --output @o",
+    "prune @base --data @data.jsonl --eval-data PATH --output @o",
+    "prune @base --data @data.jsonl --general-data PATH --output @o",
+    "prune @base --data @data.jsonl --output PATH",
+    "prune @base --data @data.jsonl --output @o --config PATH",
+    "prune PATH --dry-run",
+    "evaluate PATH --data @data.jsonl",
+    "evaluate @base --data @data.jsonl --base PATH",
+    "evaluate @base --data @data.jsonl --questions PATH",
+    "evaluate @base --data @data.jsonl --output PATH",
+    "recover PATH --data @data.jsonl --output @o",
+    "bench @base PATH",
+    "cross-domain PATH --domain a=@data.jsonl --domain b=@data.jsonl --output @o",
+    "cross-domain @base --domain a=PATH --domain b=PATH --output @o",
+    "paper-grid @base --data @data.jsonl --output PATH",
+    "export PATH --to gguf --output @o",
+    "inspect PATH",
+    "card PATH",
+    "report PATH",
+    "push PATH owner/name",
+    "space PATH --output @o",
+    "space PATH.yaml --output @o",
+]
+
+
+def test_paths_that_can_not_be_looked_up(run, place, monkeypatch, subtests):
+    monkeypatch.chdir(place)
+    for command in COMMANDS:
+        for name, path in BAD_PATHS.items():
+            if name == "deep" and "PATH" not in command[:16]:
+                continue
+            words = [f"@{word[1:]}" if word[0] == "@" else word.replace("PATH", path) for word in command.split()]
+            with subtests.test(command, path=name):
+                code, _, err = run(*words)
+                assert code in (1, 2)
+                assert "Error" in err
+                assert "Traceback" not in err
+                assert len(err) < 2_000
+    assert sorted(os.listdir(place)) == ["base", "data.jsonl"]
+
+
+def test_paths_that_only_python_can_name(place, subtests):
+    for path in ("a\0b", "\ud800", "", " "):
+        for call in (
+            load_model,
+            load_meta_model,
+            load_pruned,
+            read_space_settings,
+            PrunerConfig.from_yaml,
+            verify_folder,
+        ):
+            with subtests.test(call.__name__, path=path), pytest.raises(ContextPruneError):
+                call(path)
+        with subtests.test("prune", path=path), pytest.raises(ContextPruneError):
+            prune_to_folder(place / "base", place / "data.jsonl", path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return model_and_text(tmp_path_factory.mktemp("paths"), "data.jsonl")
+
+
+def test_files_of_a_model_that_are_huge_or_no_files(models, subtests):
+    folder = models / "native" / COVERING[1]
+    for name in (
+        "tokenizer_config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "more.json",
+    ):
+        path = folder / name
+        whole = path.read_bytes() if path.exists() else None
+        for make, said in (
+            (os.mkfifo, "regular file"),
+            (lambda path: path.symlink_to("/dev/zero"), "a device|outside of the folder"),
+            (lambda path: path.touch() or os.truncate(path, 2**30), "at most .* are read"),
+        ):
+            path.unlink(missing_ok=True)
+            make(path)
+            with subtests.test(name, said=said), within(seconds=2), pytest.raises(LoadError, match=said):
+                load_model(folder)
+        path.unlink()
+        if whole is not None:
+            path.write_bytes(whole)
+    assert load_model(folder).model is not None

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_context_prune.errors import DataError, NumericsError, SaveError
+from hf_context_prune.utils.files import open_regular
 
 Key = tuple[int, str]
 """(layer index, target name)."""
@@ -224,12 +225,13 @@ class CalibrationStats:
             DataError: The file is missing or is not a statistics file.
         """
         try:
+            open_regular(path).close()  # safe_open would wait for a pipe
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["calibration_stats"])
                 # Cloned: they map the file, and saving over it would invalidate them.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
             return cls(_group_by_target(tensors, header["counts"]), header["num_samples"], header["num_tokens"])
-        except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError, SafetensorError) as error:
             raise DataError(
                 f"{path} is not a statistics file ({type(error).__name__}: {error}); write one with "
                 f"CalibrationStats.save."
