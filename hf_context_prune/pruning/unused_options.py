@@ -19,7 +19,7 @@ def warn_of_unused_options(config: PrunerConfig | ThresholdConfig, more: Mapping
 
     Args:
         config: All choices.
-        more: Further reasons of the caller, as for [`warn_of_unused`][].
+        more: Further reasons of the caller, as for `warn_of_unused`.
 
     Warns:
         PruningWarning: Names every such option, and why it changes nothing.
