@@ -84,15 +84,16 @@ def check_resumable(resume_from_checkpoint: str | Path | bool | None, output_dir
     """
     if not resume_from_checkpoint:
         return
-    if resume_from_checkpoint is True:
+    place = resume_from_checkpoint
+    if isinstance(place, bool):
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if last is None:
             raise LoadError(
                 f"{output_dir} holds no checkpoint to resume from. Start the training anew, without "
                 f"resume_from_checkpoint."
             )
-        resume_from_checkpoint = last
-    check_whole(Path(resume_from_checkpoint), to_resume=True)
+        place = str(last)
+    check_whole(Path(place), to_resume=True)
 
 
 def _advice(folder: Path, *, to_resume: bool) -> str:
