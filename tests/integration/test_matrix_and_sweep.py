@@ -72,6 +72,7 @@ def questions(tmp_path):
         }
         for i in range(9)
     ]
+    rows += [row | {"question": f"{row['question']} again", "split": "dev"} for row in rows[:3:2]]  # of one source
     return QuestionOptions(write(tmp_path / "questions.jsonl", rows), num_fewshot=2)
 
 
@@ -315,6 +316,7 @@ def test_how_questions_are_scored_is_checked_at_once(options):
         ({"law": "a", "general": "b"}, {"reference": "genral"}),
         ({"law": "a", "general": "b"}, {"config": PrunerConfig(max_loss_increase=0.1)}),
         ({"law": "a", "general": "b"}, {"config": PrunerConfig(general_data_ratio=0.1)}),
+        ({"law": "a", "general": "b"}, {"config": PrunerConfig(domain="law")}),
         ({"law": "a", "b": "b"}, {"mixes": {"law": [0.5]}}),
         ({"law": "a", "general": "b"}, {"mixes": {"general": [0.5]}}),
         ({"law": "a", "general": "b"}, {"mixes": {"lav": [0.5]}}),
