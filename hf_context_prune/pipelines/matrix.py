@@ -226,6 +226,11 @@ def check_matrix(
             f"general_data_ratio is {config.general_data_ratio:g} for every domain; a matrix has a curve of it: "
             f"give mixes (--mix) for single domains instead."
         )
+    if config.domain is not None:
+        raise ConfigError(
+            f"domain is {config.domain!r}, which the cards of all models would name; leave domain out: each model is "
+            f"saved under the name of its own domain."
+        )
     reference = reference or (REFERENCE if REFERENCE in names else None)
     for name, shares in mixes.items():
         if reference is None or name == reference:
