@@ -87,6 +87,14 @@ class Place:
         hub.repo("models", "org/pickle", no_weights | {"pytorch_model.bin": b"a pickle"})
         hub.repo("models", "org/gated", files["llama"], gated=True)
         hub.repo("models", "org/gguf", {"model.gguf": b"GGUF"})
+        models["llama"].save_pretrained(folder / "sharded", max_shard_size="100KB")
+        tokenizer.save_pretrained(folder / "sharded")
+        shards = files_of(folder / "sharded")
+        hub.repo("models", "org/sharded", shards)
+        wide = json.dumps(json.loads(shards["config.json"]) | {"vocab_size": 10**7}).encode()
+        hub.repo("models", "org/wide", shards | {"config.json": wide})
+        adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/old"}
+        hub.repo("models", "org/adapter", files["llama"] | {"adapter_config.json": json.dumps(adapter).encode()})
         custom = {
             "model_type": "custom",
             "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
@@ -143,10 +151,11 @@ asked = {"main": ("org/llama", None), "branch": ("org/llama", "old"), "commit": 
 results = {key: facts(load_model(id, revision=revision)) for key, (id, revision) in asked.items()}
 pruned = load_model("org/pruned")
 results["pruned"] = facts(pruned)
+results["sharded"] = facts(load_model("org/sharded"))
 save_pruned(pruned.model, "saved again", tokenizer=pruned.tokenizer)
 outline = load_meta_model("org/outlined")
 results["outline"] = [outline.num_parameters(), outline.device.type]
-refused = ("org/none", "org/gated", "org/pickle", "org/gguf", "org/custom", "not/an/id")
+refused = ("org/none", "org/gated", "org/pickle", "org/gguf", "org/custom", "not/an/id", "org/wide", "org/adapter")
 results["refused"] = {id: [attempt(load_model, id), attempt(load_meta_model, id)] for id in refused}
 results["refused"]["revision"] = [attempt(f, "org/llama", revision="v9") for f in (load_model, load_meta_model)]
 print(json.dumps(results))
@@ -171,6 +180,8 @@ def test_a_model_by_id_is_pinned_to_the_commit_that_its_branch_named(place, read
         assert got["ids"] == tiny_tokenizer()("the court").input_ids
         assert got["name"] == ("org/pruned" if key == "pruned" else "org/llama")
         assert got["name_or_path"] == [got["name"]] * 2
+    assert facts["sharded"]["digest"] == place.digests["llama"]
+    assert len(facts["sharded"]["weights"]) > 1
     assert facts["outline"] == [tiny_model("llama").num_parameters(), "meta"]
     # main is asked for once, by load_model("org/llama"); all else names a commit, or the other branch.
     of_llama = [r.path for r in log if "/org/llama" in r.path]
@@ -201,6 +212,8 @@ def assert_no_machine_path(folder, place):
     [
         ("org/none", "LoadError", ("spelling", "hf auth login"), True),
         ("org/gated", "LoadError", ("gated", "ask for access", "hf auth login"), True),
+        ("org/wide", "LoadError", ("embed_tokens.weight", "[10000000, 48]"), False),
+        ("org/adapter", "LoadError", ("PEFT adapter", "merge_and_unload"), True),
         ("org/pickle", "LoadError", ("pytorch_model.bin", "any code", "safetensors"), False),
         ("org/gguf", "LoadError", ("no config.json", ".gguf file"), True),
         ("org/custom", "UnsupportedArchitectureError", ("'custom'", "Supported are"), True),
