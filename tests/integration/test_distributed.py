@@ -22,6 +22,7 @@ from hf_context_prune.pruning.calibration.statistics import CalibrationStats
 from hf_context_prune.pruning.planner import plan_and_reconstruct
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import distributed
+from hf_context_prune.utils.locks import reserve_output
 from tests.support.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, samples
 from tests.support.tiny import case, model_and_text
 
@@ -228,6 +229,18 @@ def test_a_failure_in_one_process_ends_all_with_its_exit_code(place, launched):
     assert "data.1.jsonl" in shown[0]
     assert "(in process 1 of 2)" in shown[0]
     assert not (place / "failed").exists()
+
+
+@pytest.mark.nightly
+def test_an_output_at_which_another_run_is_at_work_is_refused_in_all(place):
+    with reserve_output(place / "reserved"):
+        code, out, err = launch(place, *prune_arguments(place, "data.0.jsonl", "reserved"), worker=False)
+    assert code != 0
+    assert out == ""
+    shown = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert len(shown) == 1
+    assert "wait for it to end, or choose another --output" in shown[0]
+    assert not (place / "reserved").exists()
 
 
 # One process
