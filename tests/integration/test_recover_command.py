@@ -30,8 +30,8 @@ def place(tmp_path_factory):
 def pruned(run, place):
     if not (place / "pruned").exists():
         # Without a reconstruction: it fits so little text so well that training would gain nothing.
-        options = ("--max-seq-length", 32, "--num-calibration-samples", 16, "--mlp-ratio", 0.5, "--vocab-size", 288)
-        options += ("--reconstruction", "none")
+        options = ("--max-seq-length", 32, "--num-calibration-samples", 16, "--mlp-ratio", 0.5)
+        options += ("--vocab-size", 288, "--pad-to-multiple-of", 32, "--reconstruction", "none")
         code, _, err = run("prune", "@base", "--data", "@data.jsonl", "--output", "@pruned", *options, *QUICK)
         assert code == 0, err
     return place / "pruned"

@@ -121,7 +121,7 @@ class VocabularySize:
             below = (total - 1) // self.pad_to_multiple_of * self.pad_to_multiple_of
             raise BudgetError(
                 f"vocab_size is {self.tokens:,}, which pad_to_multiple_of={self.pad_to_multiple_of:,} rounds up to all "
-                f"{total:,} entries, so none would be removed. "
+                f"{total:,} tokens, so none would be removed. "
                 + (f"Ask for at most {below:,}, or for" if below >= fewest else "Ask for")
                 + " a smaller pad_to_multiple_of."
             )

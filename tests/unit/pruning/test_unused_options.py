@@ -101,7 +101,7 @@ def test_a_vocabulary_of_which_all_would_stay(base, subtests):
     total = len(tokenizer)
     for multiple in (10**9, 320):
         config = PrunerConfig(vocab_size=280, pad_to_multiple_of=multiple)
-        said = rf"vocab_size is 280, which pad_to_multiple_of={multiple:,} rounds up to all {total} entries, so none"
+        said = rf"vocab_size is 280, which pad_to_multiple_of={multiple:,} rounds up to all {total} tokens, so none"
         for name, run in (
             ("before the text is read", lambda config=config: check_budget(model, tokenizer, config)),
             ("dry run", lambda config=config: dry_run(base, config)),

@@ -81,7 +81,7 @@ def test_any_size_is_reached_exactly_and_closed(kind):
             keep = []
         size = VocabularySize(tokens, pad_to_multiple_of=multiple)
         if tokens < len(table) <= size.round_up(tokens):
-            with pytest.raises(BudgetError, match=r"rounds up to all .* entries, so none would be removed"):
+            with pytest.raises(BudgetError, match=r"rounds up to all .* tokens, so none would be removed"):
                 choose_tokens(table, some, counts, size, keep=keep)
             return
         kept = choose_tokens(table, some, counts, size, keep=keep)
