@@ -56,6 +56,8 @@ def open_source(source: object, *, text_column: str | None, seed: int, scratch: 
         )
     path = expand_home(source, DataError)
     if path.exists():
+        if not path.is_dir():
+            _check_regular(path)  # before the links of /dev/stdin are resolved
         path = path.resolve()
         return OpenedSource(_open_path(path, text_column, scratch), path.name)
     if isinstance(source, Path) or source.startswith((".", "/", "~")) or _suffix(path) is not None:
@@ -74,7 +76,7 @@ def _open_path(path: Path, text_column: str | None, scratch: Path) -> list[Table
         raise DataError(f"{path}: this folder holds several splits; give the folder of one split inside it")
     if (path / "state.json").exists() and (path / "dataset_info.json").exists():  # written by Dataset.save_to_disk
         return [Table(_guarded(lambda: datasets.load_from_disk(str(path)), path, scratch), path.name, path.name)]
-    files = _files_of(path) if path.is_dir() else [_check_regular(path)]
+    files = _files_of(path) if path.is_dir() else [path]
     files = [file for file in files if _suffix(file) is not None]
     if not files:
         raise DataError(f"{path}: no file to read here; readable are {', '.join(_READERS)}, and folders of them")

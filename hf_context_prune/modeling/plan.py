@@ -25,6 +25,16 @@ from .token_rows import num_rows
 FORMAT_VERSION = 2
 """Version of the JSON format. Version 1 had no vocabulary."""
 _FINGERPRINT_VALUES = 512
+_RECORDED: dict[str, tuple[type[Any] | tuple[type[Any], ...], str]] = {
+    **dict.fromkeys(("base_model", "base_revision"), (str, "a string")),
+    **dict.fromkeys(("base_card", "config", "data", "general_data", "zeroed"), (dict, "a mapping")),
+    **dict.fromkeys(("loss_budget", "refit", "versions", "vocabulary"), (dict, "a mapping")),
+    **dict.fromkeys(("prunings", "recoveries"), (list, "a list")),
+    "num_calibration_tokens": (int, "an integer"),
+    "config.pruning_seed": (int, "an integer"),
+    "config.pruning_ratio": ((int, float), "a number"),
+}
+"""Entries of the provenance that commands read, with their types where they are not null."""
 _MAX_BYTES = 64 * 2**20  # the plan of 126 layers of 53,248 neurons has 40 MB
 
 
@@ -303,7 +313,18 @@ class PruningPlan:
             raise PlanError(f"{path} can't be read as a pruning plan: {why(error)}.") from error
         if not isinstance(data, dict):
             raise PlanError(f"{path} is not a pruning plan: its top level is a {type(data).__name__}, not an object.")
-        return cls.from_dict(data)
+        plan = cls.from_dict(data)
+        _check_recorded(plan.provenance)
+        return plan
+
+
+def _check_recorded(provenance: Mapping[str, Any]) -> None:
+    for name, (kind, what) in _RECORDED.items():
+        value: Any = provenance
+        for part in name.split("."):
+            value = (value or {}).get(part)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise PlanError(f"The plan's provenance gives {name} = {value!r:.80}; it must be {what} or null.")
 
 
 def _describe(widths: tuple[LayerWidths, ...]) -> str:

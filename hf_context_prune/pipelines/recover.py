@@ -80,7 +80,8 @@ def recover_folder(
     recovered = replace(pruned, model=outcome.model)
     losses["recovered"] = measure(recovered, docs=docs)
     run = {"config": config.to_dict(), "history": outcome.history.to_dict()}
-    plan = replace(plan, provenance={**plan.provenance, "recoveries": [*plan.provenance.get("recoveries", ()), run]})
+    earlier = plan.provenance.get("recoveries") or ()
+    plan = replace(plan, provenance={**plan.provenance, "recoveries": [*earlier, run]})
     speed = None
     if parent is not None and options.benchmark:
         speed = measure_speed({"base": parent.model, "pruned": recovered.model})
@@ -178,7 +179,7 @@ def _read_texts(
         eval_data,
         tokenizer=pruned.tokenizer,
         text_column=text_column,
-        seed=made_with.get("pruning_seed", 0),
+        seed=made_with.get("pruning_seed") or 0,
         use="recovery",
         withholds=True,
     )
@@ -208,9 +209,9 @@ def _general(data: Any, split: TextSplit, tokenizer: Any, plan: PruningPlan, see
         return None
     text, test = split.calibration, split.test
     source, mixed_in = load_documents(data, tokenizer=tokenizer, seed=seed), plan.provenance.get("general_data")
-    if mixed_in is None or source.fingerprint != mixed_in["fingerprint"]:
+    if mixed_in is None or source.fingerprint != mixed_in.get("fingerprint"):
         return read_general(source, apart_from=text, test=test, tokenizer=tokenizer, seed=seed)
-    first = plan.provenance["config"]["pruning_seed"]
+    first = (plan.provenance.get("config") or {}).get("pruning_seed") or 0
     return read_general(source, apart_from=text, test=test, tokenizer=tokenizer, seed=first, hold_out=True)
 
 

@@ -110,7 +110,7 @@ def _compose(
     schedule: PruningSchedule,
 ) -> PruningPlan:
     """Return the plan of all prunings so far, this one included."""
-    before = [] if progress.plan is None else progress.plan.provenance["prunings"]
+    before = [] if progress.plan is None else progress.plan.provenance.get("prunings") or []
     provenance = {
         **progress.base,
         "config": config.to_dict(),
