@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import typing
 from pathlib import Path
 
 from hf_context_prune.errors import SaveError
@@ -105,6 +106,12 @@ def limit(target: str, writer: str) -> None:
             (folder / "config.json").write_bytes(b"{}")
             if writer == "python":
                 (folder / "vocab.txt").write_bytes(b"0" * (LIMIT + 1))
+            elif writer == "copy":
+                shutil.copyfile(typing.__file__, folder / "modeling.py")
+            elif writer == "numpy":
+                import numpy
+
+                numpy.zeros(2 * LIMIT, dtype=numpy.uint8).tofile(folder / "model.gguf")
             elif writer == "safetensors":
                 import numpy
                 from safetensors.numpy import save_file
