@@ -110,10 +110,10 @@ def load_questions(
     rows = [_question(record, columns or {}, where, opened.name) for where, record in records.items()]
     if not rows:
         raise DataError(f"{opened.name} holds no question.")
-    examples: dict[str, tuple[Question, ...]] = {}
+    examples: dict[str, list[Question]] = {}
     for row in rows:
         if row.split == "dev":
-            examples[row.source] = (*examples.get(row.source, ()), row)
+            examples.setdefault(row.source, []).append(row)
     chosen = [row for row in rows if row.split in splits]
     if not chosen:
         found = ", ".join(sorted({repr(row.split) for row in rows}))
@@ -122,7 +122,8 @@ def load_questions(
         places = sorted(range(len(chosen)), key=lambda place: chosen[place].source)  # each source gives its share
         spread = sorted(places[index * len(places) // max_questions] for index in range(max_questions))
         chosen = [chosen[place] for place in spread]
-    return QuestionSet(tuple(chosen), examples, opened.name, opened.revision)
+    frozen = {source: tuple(some) for source, some in examples.items()}
+    return QuestionSet(tuple(chosen), frozen, opened.name, opened.revision)
 
 
 def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str, name: str) -> Question:
@@ -134,7 +135,7 @@ def _question(record: Mapping[str, Any], columns: Mapping[str, str], where: str,
     answer = values["answer"]
     if isinstance(choices, Mapping) and isinstance(choices.get("text"), Sequence):  # the form of ARC
         labels = choices.get("label")
-        if isinstance(labels, Sequence) and answer in labels:  # "1" to "4" are labels, not indices
+        if isinstance(labels, list | tuple) and answer in labels:  # "1" to "4" are labels, not indices
             answer = list(labels).index(answer)
         choices = choices["text"]
     if not isinstance(question, str) or not question.strip():
@@ -189,7 +190,7 @@ def _index(answer: object, count: int) -> int | None:
         text = answer.strip()
         if len(text) == 1 and text.upper() in LETTERS[:count]:
             return LETTERS.index(text.upper())
-        answer = int(text) if text.isdecimal() else None
+        answer = int(text) if text.isdecimal() and len(text) < len("1000") else None
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < count:
         return None
     return answer
