@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from hf_context_prune import PrunerConfig, RecoveryConfig, prune, recover
 from hf_context_prune.errors import LoadError, LoadWarning, SaveError
 from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, output_weight
 from hf_context_prune.modeling.modeling_context_pruned import has_tied_head
@@ -25,7 +26,7 @@ from hf_context_prune.modeling.specs import SPECS, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
-from tests.support.tiny import CASES, COVERING, FAMILIES, VOCABULARY, case, tiny_model, tiny_tokenizer, tokens
+from tests.support.tiny import CASES, COVERING, FAMILIES, VOCABULARY, case, texts, tiny_model, tiny_tokenizer, tokens
 
 IDS = tokens(2, 24).clamp(max=VOCABULARY - 9)
 SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
@@ -321,6 +322,24 @@ def test_a_head_is_tied_if_it_is_tied_in_memory(name, tmp_path, subtests):
                 again = AutoModelForCausalLM.from_pretrained(save_pruned(model, tmp_path / "itself"))
                 assert torch.equal(logits(again), logits(model))
                 shutil.rmtree(tmp_path / "itself")
+
+
+def test_runs_keep_a_head_that_the_config_denies(tmp_path):
+    folder = folder_of(tiny_model("llama", tie_word_embeddings=False), tmp_path / "base", tied=True)
+    before = load_model(folder, device="cpu").model
+    result = prune(
+        folder, data=texts(40), config=PrunerConfig(pruning_ratio=0.0, num_calibration_samples=8, max_seq_length=32)
+    )
+    assert result.report.size.pruned_parameters == before.num_parameters()
+    result.save_pretrained(tmp_path / "pruned")
+    recovered = recover(
+        result.model, texts(60), RecoveryConfig(max_steps=1, max_seq_length=32), tokenizer=result.tokenizer
+    ).model
+    save_pruned(recovered, tmp_path / "recovered", tokenizer=result.tokenizer)
+    for name, model in (("pruned", before), ("recovered", recovered)):
+        again = load_model(tmp_path / name, device="cpu").model
+        assert torch.equal(logits(again), logits(model))
+        assert not has_tied_head(again)
 
 
 def test_a_model_of_several_dtypes_is_not_saved_as_one(tmp_path):
