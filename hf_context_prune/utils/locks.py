@@ -74,7 +74,8 @@ def hold_lock(goal: Path, wait_seconds: float = 0, *, what: str | None = None) -
         ) from error
     except OSError as error:
         raise SaveError(
-            f"The lock file {path} can't be used ({error.strerror or error}): remove the file and run again."
+            f"The lock file {path} can't be used ({error.strerror or error}): make room there, or remove the "
+            f"file, and run again."
         ) from error
     try:
         _write_note(note)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -33,9 +34,16 @@ class PlotPoint:
 
 
 def new_figure(**options: Any) -> Figure:  # noqa: ANN401 - those of matplotlib's Figure
-    """Return a figure with its own canvas: without pyplot there is no global state and no window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Return a figure with its own canvas: without pyplot there is no global state and no window.
+
+    Raises:
+        SaveError: matplotlib has no folder to keep its list of fonts in.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except OSError as error:
+        raise SaveError(f"Pictures can't be drawn: {error} with free space.") from error
 
     figure = Figure(**options)
     FigureCanvasAgg(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import itertools
 import os
@@ -14,6 +15,7 @@ import pytest
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.evaluation.reports.files import check_report_folder, save_report
+from hf_context_prune.evaluation.reports.plots import new_figure
 from hf_context_prune.evaluation.reports.rendering import Folder, read_folder, read_folders, render, render_markdown
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.rows import table_rows
@@ -235,3 +237,16 @@ def test_when_it_was_measured_is_text_too(folders):
     text = render_markdown([replace(folder, report=report)])
     assert "<img" not in text.replace("\\<", "?")
     assert "\n# Big" not in text
+
+
+def test_no_folder_for_the_fonts_of_matplotlib(monkeypatch):
+    real = builtins.__import__
+
+    def fails(name, *arguments, **options):
+        if name == "matplotlib.backends.backend_agg":
+            raise OSError("Matplotlib requires a directory; set MPLCONFIGDIR to a writable directory")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", fails)
+    with pytest.raises(SaveError, match=r"Pictures can't be drawn: .*MPLCONFIGDIR to a writable directory with free"):
+        new_figure()
