@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from tests.faults.checks import distinct_points, kill
 from tests.faults.commands import COMMANDS
-from tests.faults.harness import distinct_points, kill
 
 DAILY, NIGHTLY = 10, 3
 """Kills of every day, one a command; and kills a command of every night."""

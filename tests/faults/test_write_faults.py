@@ -2,7 +2,7 @@
 
 Each command then ends with a typed error (exit code 1, no traceback) that says the reason. Its target is absent or
 whole, an older one is as it was byte for byte, and nothing else is left in the output's parent, in $TMPDIR or in the
-cache, but locks and what the next run resumes from. `harness.py` lists writes that may fail without failing a command.
+cache, but locks and what the next run resumes from. `checks.py` lists writes that may fail without failing a command.
 
 A sample runs every day, and every call with every error each night.
 """
@@ -11,8 +11,8 @@ import random
 
 import pytest
 
+from tests.faults.checks import ERRNOS, distinct_points, strike
 from tests.faults.commands import COMMANDS
-from tests.faults.harness import ERRNOS, distinct_points, strike
 
 SLOW = {"export-onnx"}
 """Minutes of every night, but not of every day."""
