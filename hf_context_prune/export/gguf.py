@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hf_context_prune.errors import ExportError
 from hf_context_prune.modeling.architectures import spec_of
-from hf_context_prune.modeling.modeling_context_pruned import has_tied_head
+from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card

@@ -8,7 +8,8 @@ pickle, ``auto_map`` and remote code all find them by name.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -100,6 +101,31 @@ def refuse_other_code(paths: Iterable[str]) -> None:
                 f"{path} is a link, or no modeling file of this model, and would be replaced by the file of that name. "
                 f"Move it, or save the model to another folder."
             )
+
+
+def has_tied_head(model: Any) -> bool:  # noqa: ANN401
+    """Return whether the LM head and the embedding are one tensor in memory, whatever the config says."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return False
+    first, second = head.weight, embedding.weight
+    if first is second:
+        return True
+    if type(first).__name__ != "Parameter" or not first.numel():  # sharded or partitioned: memory does not tell
+        return bool(model.config.tie_word_embeddings)
+    same = first.shape == second.shape and first.device.type != "meta"
+    return same and first.data_ptr() == second.data_ptr()
+
+
+@contextmanager
+def config_of_memory(model: Any) -> Iterator[None]:  # noqa: ANN401
+    """Let a config say in the block whether the head is tied in memory: so a saved model reloads as it is."""
+    said = model.config.tie_word_embeddings
+    model.config.tie_word_embeddings = has_tied_head(model)
+    try:
+        yield
+    finally:
+        model.config.tie_word_embeddings = said
 
 
 class ContextPrunedConfigMixin:

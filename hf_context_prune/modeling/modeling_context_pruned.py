@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from huggingface_hub import get_local_safetensors_metadata
 from torch import nn
 
 from . import configuration_context_pruned
-from .configuration_context_pruned import config_class_name, refuse_other_code
+from .configuration_context_pruned import config_class_name, config_of_memory, refuse_other_code
 from .specs import SPECS, ArchSpec, Geometry, LayerWidths, classes_on_demand, read_geometry
 
 MODELING_FILES = ("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py")
@@ -230,31 +229,6 @@ def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list
         elif info is not None and list(info.shape) != shape and not (packed and info.dtype not in FLOATS):
             other.append(f"{name} ({list(info.shape)}, the config asks for {shape})")
     return missing, other
-
-
-def has_tied_head(model: Any) -> bool:  # noqa: ANN401
-    """Return whether the LM head and the embedding are one tensor in memory, whatever the config says."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None:
-        return False
-    first, second = head.weight, embedding.weight
-    if first is second:
-        return True
-    if type(first) is not nn.Parameter or not first.numel():  # sharded or partitioned: memory does not tell
-        return bool(model.config.tie_word_embeddings)
-    same = first.shape == second.shape and first.device.type != "meta"
-    return same and first.data_ptr() == second.data_ptr()
-
-
-@contextmanager
-def config_of_memory(model: Any) -> Iterator[None]:  # noqa: ANN401
-    """Let a config say in the block whether the head is tied in memory: so a saved model reloads as it is."""
-    said = model.config.tie_word_embeddings
-    model.config.tie_word_embeddings = has_tied_head(model)
-    try:
-        yield
-    finally:
-        model.config.tie_word_embeddings = said
 
 
 def add_companions(source: str, target: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from .modeling_context_pruned import has_tied_head
+from .configuration_context_pruned import has_tied_head
 
 if TYPE_CHECKING:
     from torch import nn

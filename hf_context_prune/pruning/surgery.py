@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, output_projection, unit_size
-from hf_context_prune.modeling.modeling_context_pruned import has_tied_head, is_transposed
+from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
+from hf_context_prune.modeling.modeling_context_pruned import is_transposed
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import ArchSpec, Geometry

@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, PruningWarning, unknown_name
 from hf_context_prune.modeling.architectures import check_supported, spec_of
-from hf_context_prune.modeling.modeling_context_pruned import has_tied_head
+from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.utils.distributed import default_device
 from hf_context_prune.utils.files import expand_home
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import AutoTokenizer
 
 from hf_context_prune.errors import LoadError, SaveError
-from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES, config_of_memory
+from hf_context_prune.modeling.configuration_context_pruned import config_of_memory
+from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from hf_context_prune.utils.foreign_code import drop_foreign_code
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from hf_context_prune import PrunerConfig, RecoveryConfig, prune, recover
 from hf_context_prune.errors import LoadError, LoadWarning, SaveError
 from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, output_weight
-from hf_context_prune.modeling.modeling_context_pruned import has_tied_head
+from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS, read_geometry
