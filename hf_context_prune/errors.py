@@ -75,7 +75,7 @@ class PublishError(ContextPruneError, OSError):
 
 
 class PruningWarning(UserWarning):
-    """A run does less than intended: training pruned less, a push left out the card, or a run can't be resumed."""
+    """A run does less than intended: an option changes nothing, training pruned less, a run can't be resumed, ..."""
 
 
 def unknown_name(what: str, value: object, allowed: Iterable[str]) -> str:

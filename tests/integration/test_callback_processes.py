@@ -17,9 +17,10 @@ from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from tests.support import callback_cases as cases
 from tests.support.hub.process import HubProcess
+from tests.support.marks import TINY_TEXT
 from tests.support.tiny import tiny_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, TINY_TEXT]
 
 TOKEN = "hf_token_of_org"
 ROOT = Path(__file__).parents[2]
