@@ -245,9 +245,7 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
             for rows in logits:  # the float32 probabilities of one sample at a time
                 total += rows.float().softmax(dim=-1).sum(dim=0)[: len(total)].double().cpu()
     if not bool(torch.isfinite(total).all()):
-        raise NumericsError(
-            f"The model's logits on this text are not finite. {overflow_remedy(model.dtype)}"
-        )
+        raise NumericsError(f"The model's logits on this text are not finite. {overflow_remedy(model.dtype)}")
     return total / samples.numel()
 
 
