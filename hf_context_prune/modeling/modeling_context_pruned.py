@@ -196,7 +196,10 @@ def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> 
         with torch.device("meta"):
             model = model_class(copy.deepcopy(config))
     except Exception as error:  # of a wrong value: by its type and place, any
-        raise ValueError(f"no model can be built from config.json ({type(error).__name__}): {remedy}") from error
+        said = str(error).partition("\n")[0][:300]
+        raise ValueError(
+            f"no model can be built from config.json ({type(error).__name__}: {said}): {remedy}"
+        ) from error
     missing, other = _compare(model, tensors, packed=getattr(config, "quantization_config", None) is not None)
     if missing:
         raise ValueError(f"config.json asks for {format_names(missing)}, which the weights in {files} lack: {remedy}")
