@@ -14,6 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_context_prune.utils.failed_writes import ONLY_OF_WRITES
+
 _CLASSES: dict[str, type[BaseException] | tuple[type[BaseException], ...]] = {
     "gated": GatedRepoError,  # before its parent class
     "missing": RepositoryNotFoundError,
@@ -28,6 +30,7 @@ _SENTENCES = {
     "revision": "it has no such branch, tag or commit on the Hub",
     "invalid": "this is not a Hub id (owner/name)",
     "offline": "HF_HUB_OFFLINE is set; unset it",
+    "full": "its files can't be written to the cache; make room there, or set HF_HOME to a folder on a larger disk",
     "unreachable": "the connection broke, or could not be made; check the network and HF_HUB_OFFLINE, or try again "
     "later",
 }
@@ -39,8 +42,8 @@ def explain_hub_error(error: BaseException, own: Mapping[str, str] | None = None
     Args:
         error: The exception of the client, or of a library that uses it.
         own: Sentences of the caller, which come before the general ones: by status (``"403"``), by kind (``"gated"``,
-            ``"missing"``, ``"revision"``, ``"invalid"``, ``"offline"``, ``"busy"``, ``"unreachable"``), or ``"other"``
-            for any other failure.
+            ``"missing"``, ``"revision"``, ``"invalid"``, ``"offline"``, ``"full"``, ``"busy"``, ``"unreachable"``), or
+            ``"other"`` for any other failure.
         kind: The kind of the failure, where the caller knows better.
     """
     sentences = {**_SENTENCES, **(own or {})}
@@ -61,6 +64,8 @@ def _kinds_of(error: BaseException) -> Iterator[str]:
     status = next((code for answer in answers if (code := getattr(answer, "status_code", None)) is not None), None)
     if status is not None:
         yield str(status)
+    if any(isinstance(one, OSError) and one.errno in ONLY_OF_WRITES for one in chain):
+        yield "full"
     yield from (kind for kind, classes in _CLASSES.items() if any(isinstance(one, classes) for one in chain))
     if status is not None and (status == 429 or status >= 500):
         yield "busy"

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 
 from hf_context_prune.errors import ContextPruneError, SaveError
 
-_ONLY_OF_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+ONLY_OF_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Error numbers that no read has."""
-_OF_WRITES = _ONLY_OF_WRITES | {errno.EACCES, errno.EPERM, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENAMETOOLONG}
+_OF_WRITES = ONLY_OF_WRITES | {errno.EACCES, errno.EPERM, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENAMETOOLONG}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find_failed_write(error: BaseException, folder: Path, *, any_os_error: bool 
         paths = _named(error)
         inside = [path for path in paths if path.is_relative_to(folder)]
         bare = type(error) is OSError and error.errno is None and not paths
-        writes = error.errno in (_ONLY_OF_WRITES if paths else _OF_WRITES)
+        writes = error.errno in (ONLY_OF_WRITES if paths else _OF_WRITES)
         if not (inside or bare or writes or any_os_error):
             return None
         return FailedWrite(error.errno, error.strerror or str(error), next(iter(inside or paths), None))

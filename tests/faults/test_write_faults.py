@@ -15,7 +15,7 @@ from tests.faults.checks import ERRNOS, distinct_points, strike
 from tests.faults.commands import COMMANDS
 
 SLOW = {"export-onnx"}
-"""Minutes of every night, but not of every day."""
+"""Ten seconds a run: not every day, and every night each call with one of the errors."""
 
 
 @pytest.mark.slow
@@ -32,10 +32,13 @@ def test_a_sample_of_writes_fails(runner, name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_write_fails(runner, name):
     """Of the four errors, two strike where there is no older result, and two over an older one, in turns."""
-    draw, problems = random.Random(0), []
+    draw, problems, count = random.Random(0), [], 0
     for older in (False, True):
         for number in distinct_points(runner.calls(name, older=older), draw):
             for place, error in enumerate(ERRNOS):
-                if (place + number) % 2 == older:
+                turn = (place + number) % len(ERRNOS)
+                if turn % 2 == older and (name not in SLOW or turn < 2):
                     problems += strike(runner, name, number, error, older=older)
+                    count += 1
+    print(f"{name}: {count} failed writes")
     assert not problems, "\n".join(problems)

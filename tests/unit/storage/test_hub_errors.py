@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import httpx
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -41,6 +43,9 @@ def test_every_failure_has_its_sentence(subtests):
         (caused_by(ConnectionError("reset")), "check the network"),
         (caused_by(answer(HfHubHTTPError, 503)), "status 503; try again later"),
         (answer(HfHubHTTPError, 400), "status 400"),
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/blob"), "set HF_HOME"),
+        (caused_by(OSError(errno.EDQUOT, "Disk quota exceeded")), "make room"),
+        (OSError(errno.EACCES, "Permission denied"), "the client of the Hub failed"),
         (ValueError("x"), "the client of the Hub failed"),
     ):
         with subtests.test(error=repr(error)):
