@@ -4,9 +4,11 @@
 """
 
 import glob
+import gzip
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 """File suffix -> (reader of the ``datasets`` library, its options)."""
+_LONGEST_PART = 2**20  # bytes of a line that are looked at together
 
 
 def open_source(source: object, *, text_column: str | None, seed: int, scratch: Path) -> OpenedSource:
@@ -128,9 +131,38 @@ def _file_records(file: Path, scratch: Path) -> Iterator[Record]:
         # Streaming with a separate cache folder leaves nothing in the Hugging Face cache. data_files are glob patterns,
         # so a name such as "a[1].txt" would silently match nothing.
         files = [glob.escape(str(file))]
-        return load_dataset(reader, data_files=files, split="train", streaming=True, cache_dir=str(scratch), **options)
+        if reader == "json":
+            _refuse_null_records(file)
+        with _without_counting():
+            return load_dataset(
+                reader, data_files=files, split="train", streaming=True, cache_dir=str(scratch), **options
+            )
 
     return _guarded(open_file, file, scratch)
+
+
+def _refuse_null_records(file: Path) -> None:
+    """Refuse a line that is null where a record should be: pyarrow ends the process if such a line begins a block."""
+    with gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb") as opened:
+        number, begins = 0, True
+        for line in iter(lambda: opened.readline(_LONGEST_PART), b""):
+            number += begins
+            start = line.removeprefix(b"\xef\xbb\xbf").lstrip()
+            if begins and number == 1 and start.startswith(b"["):
+                return  # one JSON array, which pyarrow does not read
+            if begins and start.startswith(b"null"):
+                raise DataError(f"{file}: line {number:,} is null, not a record; remove that line")
+            begins = line.endswith(b"\n")
+
+
+@contextmanager
+def _without_counting() -> Iterator[None]:
+    """Keep `datasets` from telling a server that a local file is read: without a network, that waits for seconds."""
+    before, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _guarded(open_records: Callable[[], Iterable[Record]], file: Path, scratch: Path) -> Iterator[Record]:
@@ -145,7 +177,7 @@ def _guarded(open_records: Callable[[], Iterable[Record]], file: Path, scratch: 
         yield from open_records()
     except StopIteration:  # raised by `datasets` for an empty compressed file
         return
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
     except Exception as error:  # pyarrow, pandas, gzip, zlib, codecs and json each raise their own
         if isinstance(error, OSError) and find_failed_write(error, scratch) is not None:

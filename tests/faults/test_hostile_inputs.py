@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import warnings
 import zipfile
@@ -47,7 +46,7 @@ from tests.support.limits import within
 from tests.support.tiny import COVERING, case, tiny_tokenizer, tokens
 
 GOLDEN = Path(__file__).parents[1] / "support" / "golden" / "variable_3369b6e.zip"
-QUICK, DEEP = 12, int(os.environ.get("DEEP", 2000))
+QUICK, DEEP = 12, 2_000
 
 
 class Raw(str):

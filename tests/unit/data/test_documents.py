@@ -629,3 +629,34 @@ def test_paths_that_can_not_be_looked_up(subtests):
     for path in ("a" * 300, "a" * 300 + ".txt", "a\0b", "~nobody-here/a.txt", "b/" * 3000, "\ud800"):
         with subtests.test(path[:10]), pytest.raises(DataError, match=r"The path '.*"):
             load_documents(path)
+
+
+def test_reading_a_file_asks_no_server(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.load, "get_session", lambda: SimpleNamespace(head=lambda *a, **k: asked.append(a)))
+    for name, content in (("a.txt", "a text"), ("a.jsonl", '{"text": "a text"}'), ("a.csv", "text\na text\n")):
+        (tmp_path / name).write_text(content)
+        assert [document.text.strip() for document in load_documents(tmp_path / name).documents] == ["a text"]
+    assert asked == []
+    assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+
+
+def test_lines_that_are_null(tmp_path, subtests):
+    """pyarrow 25 ends the process by a signal for the first of them."""
+    line = b'{"text": "a"}\n'
+    for name, content, number in (
+        ("a.json", b"null", 1),
+        ("b.jsonl", b" null \n" + line, 1),
+        ("c.jsonl", b"\xef\xbb\xbfnull\n" + line, 1),
+        ("d.jsonl", line * 3 + b"null\n", 4),
+        ("e.jsonl.gz", gzip.compress(b"\n\nnull\n"), 3),
+    ):
+        (tmp_path / name).write_bytes(content)
+        for read in (load_documents, check_readable):
+            with subtests.test(name, read=read), pytest.raises(DataError, match=f"{name}: line {number} is null"):
+                read(tmp_path / name)
+    (tmp_path / "good.json").write_bytes(b'[\n{"text": "null", "b":\nnull}\n]')
+    assert [document.text for document in load_documents(tmp_path / "good.json").documents] == ["null"]
+    (tmp_path / "good.jsonl").write_bytes(b'{"text": "null"}\n{"text": null}\n')
+    assert [document.text for document in load_documents(tmp_path / "good.jsonl").documents] == ["null"]
