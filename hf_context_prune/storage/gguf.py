@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from hf_context_prune.errors import ContextPruneError, LoadError
+from hf_context_prune.errors import ContextPruneError, LoadError, SaveError
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.utils.foreign_code import drop_foreign_code
 
@@ -43,12 +43,13 @@ def ensure_dequantised(gguf: Path) -> Path:
         with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first and reads its result
             if not _is_cached(folder):
                 dequantise(gguf, folder)
-    except ContextPruneError:
-        raise
     except OSError as error:
+        cause = error.__cause__ if isinstance(error, SaveError) else error  # a SaveError advises on --output
+        if isinstance(error, LoadError) or cause is None:
+            raise
         raise LoadError(
-            f"The dequantised {gguf.name} can't be kept in the cache folder {folder.parent}: {error}. Set "
-            f"{CACHE_VARIABLE} to a writable folder."
+            f"The dequantised {gguf.name} can't be kept in the cache folder {folder.parent}: {cause}. Set "
+            f"{CACHE_VARIABLE} to a writable folder with free space."
         ) from error
     return folder
 
