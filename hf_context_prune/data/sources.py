@@ -5,10 +5,12 @@
 
 import glob
 import gzip
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +133,8 @@ def _file_records(file: Path, scratch: Path) -> Iterator[Record]:
         # Streaming with a separate cache folder leaves nothing in the Hugging Face cache. data_files are glob patterns,
         # so a name such as "a[1].txt" would silently match nothing.
         files = [glob.escape(str(file))]
-        if reader == "json":
-            _refuse_null_records(file)
+        if reader == "json" and _is_array(file):
+            return _read_array(file)
         with _without_counting():
             return load_dataset(
                 reader, data_files=files, split="train", streaming=True, cache_dir=str(scratch), **options
@@ -141,18 +143,36 @@ def _file_records(file: Path, scratch: Path) -> Iterator[Record]:
     return _guarded(open_file, file, scratch)
 
 
-def _refuse_null_records(file: Path) -> None:
-    """Refuse a line that is null where a record should be: pyarrow ends the process if such a line begins a block."""
-    with gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb") as opened:
+def _open_json(file: Path) -> BufferedIOBase:
+    return gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb")
+
+
+def _is_array(file: Path) -> bool:
+    """Return whether a JSON file is one array; refuse a line that is null where a record should be.
+
+    pyarrow ends the process by a signal if such a line begins a block. `datasets` makes lines of an array, so the same
+    holds for its elements, and an array is read here.
+    """
+    with _open_json(file) as opened:
         number, begins = 0, True
         for line in iter(lambda: opened.readline(_LONGEST_PART), b""):
             number += begins
             start = line.removeprefix(b"\xef\xbb\xbf").lstrip()
-            if begins and number == 1 and start.startswith(b"["):
-                return  # one JSON array, which pyarrow does not read
+            if number == 1 and start.startswith(b"["):
+                return True
             if begins and start.startswith(b"null"):
                 raise DataError(f"{file}: line {number:,} is null, not a record; remove that line")
             begins = line.endswith(b"\n")
+    return False
+
+
+def _read_array(file: Path) -> Iterator[Record]:
+    with _open_json(file) as opened:
+        values = json.load(opened)
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict | str):
+            raise DataError(f"{file}: element {number:,} of the list is {value!r:.40}, not a record")
+        yield {"text": value} if isinstance(value, str) else value
 
 
 @contextmanager

@@ -656,6 +656,12 @@ def test_lines_that_are_null(tmp_path, subtests):
         for read in (load_documents, check_readable):
             with subtests.test(name, read=read), pytest.raises(DataError, match=f"{name}: line {number} is null"):
                 read(tmp_path / name)
+    for name, content in (("f.json", b"[null, 1]"), ("g.json", b'[1e999, {"text": "a"}]'), ("h.json", b"[[1]]")):
+        (tmp_path / name).write_bytes(content)
+        with subtests.test(name), pytest.raises(DataError, match=f"{name}: element 1 of the list is"):
+            load_documents(tmp_path / name)
+    (tmp_path / "strings.json").write_bytes(b'["a", "b"]')
+    assert [document.text for document in load_documents(tmp_path / "strings.json").documents] == ["a", "b"]
     (tmp_path / "good.json").write_bytes(b'[\n{"text": "null", "b":\nnull}\n]')
     assert [document.text for document in load_documents(tmp_path / "good.json").documents] == ["null"]
     (tmp_path / "good.jsonl").write_bytes(b'{"text": "null"}\n{"text": null}\n')
