@@ -15,6 +15,7 @@ from hf_context_prune.errors import ContextPruneError, SaveError
 ONLY_OF_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Error numbers that no read has."""
 _OF_WRITES = ONLY_OF_WRITES | {errno.EACCES, errno.EPERM, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ENAMETOOLONG}
+_OF_NUMPY = re.compile(r"requested and \d+ written|problem writing element \d+ to file")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def find_failed_write(error: BaseException, folder: Path, *, any_os_error: bool 
     """Return what an exception says of a failed write to a folder; None if it is another error.
 
     An `OSError` is a failed write if it names a file in the folder (`shutil.copyfile` names the target second), if it
-    has an error number that only writes have, or if it names no file and has an error number of writes or, as numpy and
-    onnx_ir raise it, none at all. `safetensors` raises errors of its own, and `tokenizers` bare exceptions, with the
+    has an error number that only writes have, or if it names no file and has an error number of writes. numpy tells
+    neither. `safetensors` raises errors of its own, and `tokenizers` bare exceptions, with the
     system's error number in the text.
 
     Args:
@@ -52,7 +53,7 @@ def find_failed_write(error: BaseException, folder: Path, *, any_os_error: bool 
     if isinstance(error, OSError):
         paths = _named(error)
         inside = [path for path in paths if path.is_relative_to(folder)]
-        bare = type(error) is OSError and error.errno is None and not paths
+        bare = error.errno is None and _OF_NUMPY.search(str(error)) is not None
         writes = error.errno in (ONLY_OF_WRITES if paths else _OF_WRITES)
         if not (inside or bare or writes or any_os_error):
             return None

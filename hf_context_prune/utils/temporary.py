@@ -86,11 +86,9 @@ def _sweep(root: Path) -> None:
 
 
 def _remove(folder: Path, lock: FileLock) -> None:
-    """Remove a folder, then its lock file, which is the sign that the folder is still to be removed."""
-    try:
-        if os.path.lexists(folder):
-            shutil.rmtree(folder)
+    """Remove a folder, then its lock file: as long as that is there, the next run tries again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not os.path.lexists(folder):
         with suppress(OSError):  # absent; or on Windows, where it can't be removed while it is open
             os.unlink(lock.lock_file)
-    finally:
-        lock.release()
+    lock.release()

@@ -22,6 +22,7 @@ def test_what_a_failed_write_is(tmp_path, subtests):
         (OSError(errno.ENOSPC, FULL, str(outside)), errno.ENOSPC, outside),  # no read fails so
         (OSError(errno.EIO, "Input/output error"), errno.EIO, None),
         (OSError("16 requested and 0 written"), None, None),  # numpy
+        (OSError("problem writing element 1024 to file"), None, None),
         (Exception(f"{FULL} (os error 28)"), errno.ENOSPC, None),  # tokenizers
         (SafetensorError(f"I/O error: {FULL} (os error 28)"), errno.ENOSPC, None),
     ):
@@ -32,6 +33,7 @@ def test_what_a_failed_write_is(tmp_path, subtests):
     for error in (
         OSError(errno.EIO, "Input/output error", str(outside)),
         FileNotFoundError(errno.ENOENT, "No such file or directory", str(outside)),
+        OSError("Can't load tokenizer for 'model'."),  # transformers
         Exception("a template can't be rendered"),
         ValueError(f"{FULL} (os error 28)"),
         ConfigError("no"),

@@ -112,6 +112,16 @@ def test_what_killed_runs_left_is_removed(root, tmp_path):
     assert place.read_text() == "again"
 
 
+def test_what_cannot_be_removed_is_tried_again(root, monkeypatch):
+    with monkeypatch.context() as patch, scratch_folder() as folder:
+        (folder / "file").touch()
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+    assert folder.exists()
+    with scratch_folder():
+        assert not folder.exists()
+    assert not os.listdir(root)
+
+
 def test_a_mapped_tensor_has_no_file(root):
     import torch
 
