@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError, LoadError, PruningWarning
 from hf_context_prune.modeling.generation import hardware_name
@@ -20,6 +19,7 @@ from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes
 from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
+from hf_context_prune.utils.failed_writes import find_failed_write
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
 from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.foreign_code import refuse_foreign_code
@@ -172,10 +172,10 @@ def read_export(folder: str | Path) -> ExportReport:
 def _write(kind: ExportFormat, module: FormatModule, loaded: LoadedModel, staging: Path, dtype: str) -> None:
     try:
         module.write(loaded, staging, dtype)
-    except (ContextPruneError, OSError, SafetensorError):  # the staged write explains these
+    except ContextPruneError:
         raise
     except Exception as error:
-        if type(error) is Exception:  # the type that tokenizers raises for a failed write
+        if find_failed_write(error, staging) is not None:  # the staged write explains it
             raise
         raise ExportError(
             f"{loaded.name} can't be written as {kind.name}: {type(error).__name__}: {error}. Nothing was put in "

@@ -132,14 +132,23 @@ def test_an_artefact_that_does_not_run_is_not_left(folders, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch):
-    def fail(*_):
-        raise IndexError("tuple index out of range")
+def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch, subtests):
+    for error, kind, words in (
+        (IndexError("tuple index out of range"), ExportError, "can't be written as quanto: IndexError"),
+        (OSError("data file is shorter than expected"), ExportError, "can't be written as quanto: OSError"),  # onnx_ir
+        (OSError("16 requested and 0 written"), SaveError, "16 requested and 0 written"),  # numpy
+        (OSError(28, "No space left on device"), SaveError, "No space left on device"),
+        (Exception("No space left on device (os error 28)"), SaveError, "No space left on device"),  # tokenizers
+    ):
+        with subtests.test(error=error):
 
-    monkeypatch.setattr(FORMATS["quanto"].module(), "write", fail)
-    with pytest.raises(ExportError, match="can't be written as quanto: IndexError"):
-        export_model(folders["stock"], tmp_path / "out", format="quanto")
-    assert list(tmp_path.iterdir()) == []
+            def fail(*_, error=error):
+                raise error
+
+            monkeypatch.setattr(FORMATS["quanto"].module(), "write", fail)
+            with pytest.raises(kind, match=words):
+                export_model(folders["stock"], tmp_path / "out", format="quanto")
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_options_are_checked_first(tmp_path, subtests):
