@@ -136,9 +136,7 @@ def test_what_cannot_be_written_is_not_left(folders, tmp_path, monkeypatch, subt
     for error, kind, words in (
         (IndexError("tuple index out of range"), ExportError, "can't be written as quanto: IndexError"),
         (OSError("data file is shorter than expected"), ExportError, "can't be written as quanto: OSError"),  # onnx_ir
-        (OSError("16 requested and 0 written"), SaveError, "16 requested and 0 written"),  # numpy
         (OSError(28, "No space left on device"), SaveError, "No space left on device"),
-        (Exception("No space left on device (os error 28)"), SaveError, "No space left on device"),  # tokenizers
     ):
         with subtests.test(error=error):
 
