@@ -26,7 +26,7 @@ HARMLESS = (
     (r"/tmp/[a-z0-9_]{8}$", "Python tries whether $TMPDIR can be written, and else takes another folder"),
     (r"/tmp/hf_context_prune-\d+/\.?[0-9a-f]{32}\.json", "the message of a second run is shorter"),
     (r"/cache/unfinished(/[0-9a-f]{32}(/\.hf_context_prune-unfinished)?)?$", "the run says that it can't be resumed"),
-    (r"^fsync .*/(work|models)$", "the folder is in place; a warning says that a power cut may undo that"),
+    (r"^fsync .*/(work|models|gguf)$", "the folder is in place; a warning says that a power cut may undo that"),
     (r"^link ", "the file is copied instead"),
     (r"^sendfile64 ", "Python copies the bytes in another way"),
     (r"^open64 .*\.whl$", "zipfile opens it in another way"),
@@ -90,7 +90,7 @@ def problems_after_fault(runner: Runner, name: str, done: Outcome, error: int, b
         found += problems_of_part(runner.run / "work" / part, foreign=command.foreign)
     left = [path for path in after if path not in before and not _belongs(path, command)]
     found += [f"left: {path}" for path in left]
-    if re.search(r"^fsync .*/(work|models)$", done.call):  # a power cut may bring the older folder back
+    if re.search(r"^fsync .*/(work|models|gguf)$", done.call):  # a power cut may bring the older folder back
         found = [problem for problem in found if not re.match(r"left: .*\.\w+\.staging-[0-9a-f]{16}", problem)]
     return found
 
