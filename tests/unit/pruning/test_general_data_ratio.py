@@ -63,11 +63,13 @@ def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
     domain = documents(WORDS[:8])
     result = prune(base, domain, config, eval_options=options)
     facts = result.plan.provenance
-    whole = read_general(general_text(), apart_from=None, tokenizer=base.tokenizer, seed=0)
+    whole = read_general(general_text(), apart_from=None, test=documents(WORDS[:8]), tokenizer=base.tokenizer, seed=0)
     assert whole is not None
     assert facts["general_data"] == whole.whole
     assert facts["config"]["general_data_ratio"] == 0.5
-    part = read_general(general_text(), apart_from=None, tokenizer=base.tokenizer, seed=0, hold_out=True)
+    part = read_general(
+        general_text(), apart_from=None, test=documents(WORDS[:8]), tokenizer=base.tokenizer, seed=0, hold_out=True
+    )
     assert part is not None
     assert part.calibration is not None
     held_out, fitted = ({x.text for x in one.documents} for one in (part.source, part.calibration))
@@ -98,7 +100,9 @@ def test_mixing_needs_a_text_and_says_so_before_the_work(base, monkeypatch, tmp_
     with pytest.raises(ConfigError, match="general_data_ratio"):
         domain_matrix(base, {"a": "x", "b": "y"}, tmp_path, PrunerConfig(**OPTIONS, general_data_ratio=0.5))
     with pytest.raises(DataError):
-        read_general(general_text(1), apart_from=None, tokenizer=base.tokenizer, seed=0, hold_out=True)
+        read_general(
+            general_text(1), apart_from=None, test=documents(WORDS[:8]), tokenizer=base.tokenizer, seed=0, hold_out=True
+        )
 
 
 def identities(texts):
