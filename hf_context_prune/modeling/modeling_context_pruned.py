@@ -27,6 +27,8 @@ MODELING_FILES = ("configuration_context_pruned.py", "modeling_context_pruned.py
 """Files that are copied, without subfolders, beside every saved variable-width model."""
 MAX_HEADER_BYTES = 8_000_000
 """Most bytes of all safetensors headers of a model together; a thousand layers need about two million."""
+MOST_MANIFEST_BYTES = 16 * 2**20
+"""Most bytes of a manifest that are read."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types in which a safetensors file holds weights that are not quantised."""
 UPLOAD_CHECKS: list[Callable[[Any, str | None], None]] = []
@@ -240,15 +242,28 @@ def add_companions(source: str, target: str) -> None:
     These files describe exactly the weights beside them, so a model that was changed since gets none of them.
 
     Args:
-        source: Where the model was loaded from or saved to; ignored unless it is a folder with a manifest.
+        source: Where the model was loaded from or saved to; ignored unless it is a folder with a manifest of
+            this package.
         target: A folder into which the model was just saved.
+
+    Raises:
+        ValueError: The manifest is damaged.
     """
     manifest_file = os.path.join(source, "manifest.json")
     if not _lies_inside(source, "manifest.json"):
         return
-    with open(manifest_file, encoding="utf-8") as file:
-        files = json.load(file).get("files", {})
-    sums = {name: files[name]["sha256"] for name in files if _is_as_saved(source, name, files[name]["sha256"])}
+    with open(manifest_file, "rb") as file:
+        content = file.read(MOST_MANIFEST_BYTES)
+    if b'"hf_context_prune"' not in content:
+        return  # the manifest of another program
+    try:
+        files = {name: entry["sha256"] for name, entry in json.loads(content)["files"].items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{manifest_file} is damaged ({type(error).__name__}: {error}), so what belongs to the model is unknown. "
+            f"Save or download that folder again."
+        ) from error
+    sums = {name: total for name, total in files.items() if _is_as_saved(source, name, total)}
     saved = {name: _sha256(os.path.join(target, name)) for name in os.listdir(target) if name.endswith(".safetensors")}
     if saved != {name: total for name, total in sums.items() if name.endswith(".safetensors")}:
         return

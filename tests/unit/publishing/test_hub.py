@@ -209,7 +209,14 @@ def test_what_a_models_own_push_takes_along_was_saved_in_its_folder(tmp_path):
     (target / "model.safetensors").write_text("model.safetensors")
     sums = {path.name: {"sha256": sha256(path.name.encode()).hexdigest()} for path in source.iterdir()}
     above = {"../above.txt": {"sha256": sha256(b"of someone else").hexdigest()}}
-    (source / "manifest.json").write_text(json.dumps({"files": sums | above}))
+    manifest = json.dumps({"format": "hf_context_prune", "files": sums | above})
+    (source / "manifest.json").write_text(manifest[:-9])
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        add_companions(str(source), str(target))
+    (source / "manifest.json").write_text(json.dumps({"files": sums, "short_name": "of another program"}))
+    add_companions(str(source), str(target))
+    assert [path.name for path in target.iterdir()] == ["model.safetensors"]
+    (source / "manifest.json").write_text(manifest)
     add_companions(str(source), str(target))
     assert {path.name for path in target.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
     assert [path.name for path in target.parent.iterdir()] == ["target"]
