@@ -91,8 +91,8 @@ def check_supported(model: nn.Module) -> ArchSpec:
             if type(module) is not nn.Linear and not is_transposed(module):  # quantisers and adapters derive from it
                 raise UnsupportedArchitectureError(
                     f"{spec.layers}.{index}.{path} is of class {_qualified_name(module)}, no plain projection: an "
-                    f"adapter or a quantiser has replaced it. Merge or unload it first (merge_and_unload() for PEFT), or "
-                    f"load the model without a quantiser."
+                    f"adapter or a quantiser has replaced it. Merge or unload it first (merge_and_unload() for PEFT), "
+                    f"or load the model without a quantiser."
                 )
     return spec
 
