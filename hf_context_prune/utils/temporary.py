@@ -17,6 +17,8 @@ from hf_context_prune.errors import SaveError
 
 from .failed_writes import find_failed_write
 
+_SWEEP_SECONDS = 10.0
+"""Longest wait for a sweep by another run, which may look at a lock between its making and its locking."""
 _REMEDY = "Make room there, or set TMPDIR to a writable folder with free space."
 
 
@@ -59,7 +61,7 @@ def scratch_folder() -> Iterator[Path]:
     # The thread that removes the folder of a push is not the one that made it.
     lock, in_block = FileLock(folder.with_suffix(".lock"), thread_local=False), False
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_SWEEP_SECONDS)
         folder.mkdir(mode=0o700)
         in_block = True
         yield folder
