@@ -43,6 +43,7 @@ BAD_JSON = [
     (b"1," * 7_100_000, "too many parts"),
     (b" " * (16 * 2**20 + 1), "over 16,777,216 bytes"),
     (b'{"a": 1, "a": 2}', "'a' is there twice"),
+    (b"{" + b"".join(b'"%d": 1,' % n for n in range(400_000)) + b'"399999": 2}', "'399999' is there twice"),
     (b'{"a": NaN}', "holds NaN"),
     (b"[-Infinity]", "holds -Infinity"),
     (b"[" + b"9" * 5_000 + b"]", "4300 digits"),
