@@ -627,7 +627,7 @@ def test_an_error_of_reading_is_told_once(tmp_path, caplog):
 
 def test_paths_that_can_not_be_looked_up(subtests):
     for path in ("a" * 300, "a" * 300 + ".txt", "a\0b", "~nobody-here/a.txt", "b/" * 3000, "\ud800"):
-        with subtests.test(path[:10]), pytest.raises(DataError, match=r"The path '.*"):
+        with subtests.test(repr(path[:10])), pytest.raises(DataError, match=r"The path '.*"):
             load_documents(path)
 
 

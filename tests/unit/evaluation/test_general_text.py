@@ -43,7 +43,7 @@ def test_general_text_that_was_calibrated_on_is_refused():
 def test_the_text_of_the_domain_is_no_general_text(subtests):
     config, model, tokenizer = PrunerConfig(mlp_ratio=0.25, **OPTIONS), tiny_model("llama"), tiny_tokenizer()
     for data in (texts(), [{"text": text, "doc": str(index)} for index, text in enumerate(texts())]):
-        with subtests.test(type(data[0])), pytest.raises(DataError, match="also in the domain's test text"):
+        with subtests.test(type(data[0]).__name__), pytest.raises(DataError, match="also in the domain's test text"):
             prune(model, data, config, tokenizer=tokenizer, eval_options=options(data))
     with pytest.raises(DataError, match="also in the domain's test text"):
         evaluate(model, texts(), tokenizer=tokenizer, max_seq_length=32, eval_options=options(texts()))

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import transformers
-from huggingface_hub.utils import disable_progress_bars
 from transformers import AutoTokenizer
 
 from hf_context_prune import PrunerConfig, RecoveryConfig, prune
@@ -37,7 +36,6 @@ from tests.support.runs import OPTIONS, QUICK
 from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 from tests.unit.export.test_export import EASY
 
-disable_progress_bars()
 KINDS = {
     "stock": {"mlp_ratio": 0.25},
     "variable": {"pruning_ratio": 0.2, "allocation": "adaptive"},

@@ -119,6 +119,6 @@ def test_paths_of_users(tmp_path, monkeypatch, subtests):
     }
     for path, said in bad.items():
         for error in (ConfigError, DataError):
-            with subtests.test(path[:20]), pytest.raises(error, match=said) as caught:
+            with subtests.test(repr(path[:20])), pytest.raises(error, match=said) as caught:
                 expand_home(path, error)
             assert len(str(caught.value)) < 400
