@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_context_prune.data.questions import LETTERS, Question
+from hf_context_prune.modeling.generation import with_plain_generation
 from hf_context_prune.modeling.inference import check_token_ids, evaluation_mode, max_positions
 
 from .continuations import Alternatives, continuation_log_probs
@@ -93,18 +94,12 @@ def _generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", pr
     """Return the greedy continuation of each prompt; a prompt beyond the model's positions loses its begin."""
     texts = []
     limit = max_positions(model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    plain = with_plain_generation(model, new_tokens=_NEW_TOKENS)
     with evaluation_mode(model):
         for text in tqdm(prompts, desc="Generating", unit="question", name="hf_context_prune.evaluation"):
             ids = tokenizer.encode(text)[-(limit - _NEW_TOKENS) if limit else None :]
             check_token_ids(model, tokenizer, [ids])
             tensor = torch.tensor([ids], device=model.device)
-            output = model.generate(
-                tensor,
-                attention_mask=torch.ones_like(tensor),
-                max_new_tokens=_NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=pad,
-            )
+            output = plain.generate(tensor, attention_mask=torch.ones_like(tensor))
             texts.append(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
     return texts

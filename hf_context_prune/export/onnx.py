@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from hf_context_prune.errors import ExportError
-from hf_context_prune.modeling.generation import get_end_token_ids
+from hf_context_prune.modeling.generation import get_end_token_ids, with_plain_generation
 from hf_context_prune.storage.loading import LoadedModel
 
 from .arrays import as_file_array
@@ -56,7 +56,8 @@ def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     mask[0, 0] = 0  # padded, so that the mask is not traced away
     config = OnnxConfig(dynamic=True)
     with _quiet():
-        stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
+        plain = with_plain_generation(model, new_tokens=2)
+        stages = decompose_for_generation(plain, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
         exported = OnnxExporter().export(*stages["decode"], config=config)
     _tidy(exported.program)
     ExportedModel(

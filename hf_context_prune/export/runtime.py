@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hf_context_prune.modeling.generation import get_end_token_ids
+from hf_context_prune.modeling.generation import get_end_token_ids, with_plain_generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Generation options that other runtimes don't read, at the values that change nothing."""
 
 
 class Runtime(Protocol):
@@ -56,14 +53,8 @@ class TorchRuntime:
         prompt = torch.tensor([list(ids)], device=self._model.device)
         ends = get_end_token_ids(self._model)
         with torch.no_grad():
-            output = self._model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=new_tokens,
-                pad_token_id=ends[0] if ends else 0,
-                **NEUTRAL,
+            output = with_plain_generation(self._model, new_tokens=new_tokens).generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt)
             )
         new: list[int] = output[0, len(ids) :].tolist()
         return new[:-1] if new and new[-1] in ends else new

@@ -10,10 +10,9 @@ import torch
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.samples import leading_token
 from hf_context_prune.evaluation.windows import context_token, cut_windows, encode_documents, group_records
+from hf_context_prune.modeling.generation import with_plain_generation
 from hf_context_prune.modeling.inference import evaluation_mode, max_positions
 from hf_context_prune.storage.loading import LoadedModel
-
-from .runtime import NEUTRAL
 
 PROMPTS = (
     "The agreement between the two parties states that",
@@ -126,18 +125,16 @@ def _sampled(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    plain = with_plain_generation(
+        model,
+        new_tokens=new_tokens,
+        min_new_tokens=new_tokens,  # an end-of-text token would leave padding behind it
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
     with evaluation_mode(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        output: Any = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,  # an end-of-text token would leave padding behind it
-            pad_token_id=0,
-            **NEUTRAL,
-        )
+        output = plain.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
     return tuple(tuple(row[width - len(prompt) :].tolist()) for row, prompt in zip(output.cpu(), prompts, strict=True))

@@ -1,7 +1,8 @@
-"""Timed generation, its KV cache and end tokens, and the name of the hardware that it runs on."""
+"""Plain and timed generation, its KV cache and end tokens, and the name of the hardware that it runs on."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import platform
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from hf_context_prune.errors import ConfigError, UnsupportedArchitectureError
 
@@ -66,6 +67,31 @@ def get_end_token_ids(model: PreTrainedModel) -> list[int]:
         if found is not None:
             return [int(index) for index in (found if isinstance(found, list | tuple) else [found])]
     return []
+
+
+def with_plain_generation(model: PreTrainedModel, *, new_tokens: int, **options: Any) -> Any:  # noqa: ANN401
+    """Return a shallow copy that shares all weights and modules, and whose `generate` decodes greedily.
+
+    `generate` fills every option that its caller leaves out from the model's own generation config. That comes with
+    the folder: thousands of beams would exhaust the memory, and some of its options need a tokenizer or more.
+
+    Args:
+        model: The model; it is left as it is.
+        new_tokens: Largest number of new tokens.
+        options: Other options of `GenerationConfig`, which win.
+    """
+    ends = get_end_token_ids(model)
+    plain = copy.copy(model)
+    plain.generation_config = GenerationConfig(
+        **{
+            "do_sample": False,
+            "max_new_tokens": new_tokens,
+            "eos_token_id": ends or None,
+            "pad_token_id": ends[0] if ends else 0,
+        }
+        | options
+    )
+    return plain
 
 
 def time_generation(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:

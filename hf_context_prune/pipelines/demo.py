@@ -14,6 +14,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.demo import LicenceCorpus, licence_texts
 from hf_context_prune.data.documents import TextData, check_readable
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.modeling.generation import with_plain_generation
 from hf_context_prune.publishing.space.prompts import LICENCE_PROMPTS
 from hf_context_prune.publishing.space.settings import DEMO_FOLDER
 from hf_context_prune.storage.known_models import fetch_smollm2
@@ -59,7 +60,7 @@ def generate_completion(model: PreTrainedModel, tokenizer: Any, prompt: str, *, 
     """Return the greedy continuation of a prompt, without the prompt."""
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        output = with_plain_generation(model, new_tokens=new_tokens).generate(**inputs)
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 

@@ -7,7 +7,6 @@ is the time of its own steps.
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -18,10 +17,8 @@ from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -31,7 +28,7 @@ from transformers import (
 
 from hf_context_prune.data.chat_templates import ChatRefused, render_chat
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.generation import get_end_token_ids
+from hf_context_prune.modeling.generation import get_end_token_ids, with_plain_generation
 from hf_context_prune.modeling.inference import max_positions
 from hf_context_prune.storage.loading import LoadedModel
 
@@ -135,7 +132,9 @@ class Runner:
             )
         self._ids = ids.to(loaded.model.device)
         self._ends = get_end_token_ids(loaded.model)
-        self._model = _with_plain_generation(loaded.model, request, self._ends)
+        self._model = with_plain_generation(
+            loaded.model, new_tokens=request.new_tokens, repetition_penalty=_REPETITION_PENALTY
+        )
         self._request = request
         self._streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, timeout=0, skip_special_tokens=True)
         self._turns = _Turns(limits.seconds)
@@ -251,23 +250,6 @@ def _draw_processors(request: Request, device: torch.device) -> LogitsProcessorL
     if not request.temperature:
         return LogitsProcessorList()
     return LogitsProcessorList([TemperatureLogitsWarper(request.temperature), TopPLogitsWarper(_TOP_P), _Draw(device)])
-
-
-def _with_plain_generation(model: PreTrainedModel, request: Request, ends: Sequence[int]) -> Any:  # noqa: ANN401
-    """Return a shallow copy that shares all weights and modules, without the generation options of the repository.
-
-    `generate` fills every option that its caller leaves out from the model's own `generation_config`, which would give
-    the two models different rules.
-    """
-    plain = copy.copy(model)
-    plain.generation_config = GenerationConfig(
-        do_sample=False,
-        repetition_penalty=_REPETITION_PENALTY,
-        max_new_tokens=request.new_tokens,
-        eos_token_id=list(ends) or None,
-        pad_token_id=ends[0] if ends else 0,
-    )
-    return plain
 
 
 def race(

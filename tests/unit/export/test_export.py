@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import hf_context_prune
 from hf_context_prune import load_pruned
 from hf_context_prune.errors import ConfigError, DataError, ExportError, LoadError, SaveError
+from hf_context_prune.evaluation import paper_scoring
 from hf_context_prune.export import run as run_module
 from hf_context_prune.export.formats import FORMATS
 from hf_context_prune.export.report import ExportReport
 from hf_context_prune.export.run import export_model, open_export, read_export
 from hf_context_prune.export.runtime import TorchRuntime
+from hf_context_prune.export.sample import own_sample
 from hf_context_prune.export.verify import Tolerance, Verification
+from hf_context_prune.pipelines.demo import generate_completion
+from hf_context_prune.storage.loading import load_model
 from hf_context_prune.storage.manifest import write_manifest
 from hf_context_prune.storage.staging import staged_folder
 from tests.support.export_folders import save
+from tests.support.limits import within
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
 
 IDS = (1, 40, 41, 90, 91, 200, 201, 7)
@@ -54,6 +62,37 @@ def test_quantised_weights_reload_and_are_smaller(folders, kind, format, weights
     again = open_export(result.folder)
     assert again.losses(IDS) == runtime.losses(IDS)
     assert again.generate(IDS, 5) == runtime.generate(IDS, 5)
+
+
+def test_what_the_generation_config_of_a_folder_asks_for_is_not_run(folders, tmp_path, subtests):
+    for options in (
+        {"num_beams": 100_000, "num_return_sequences": 100_000},
+        {"stop_strings": ["a"]},
+        {"prompt_lookup_num_tokens": 3},
+        {"dola_layers": "low"},
+        {"sequence_bias": {"x": 1}},
+        {"cache_implementation": "x", "max_time": 1e-9, "min_length": 9, "return_dict_in_generate": True},
+    ):
+        with subtests.test(options=options):
+            loaded = load_model(folders["stock"])
+            plain = TorchRuntime(loaded.model).generate(IDS, 3), own_sample(loaded, seed=0)
+            for name, value in options.items():  # in a file, transformers refuses some and takes others
+                setattr(loaded.model.generation_config, name, value)
+            with within(seconds=5, megabytes=500):
+                assert TorchRuntime(loaded.model).generate(IDS, 3) == plain[0]
+                assert own_sample(loaded, seed=0) == plain[1]
+                generate_completion(loaded.model, loaded.tokenizer, "the", new_tokens=2)
+                paper_scoring._generate(loaded.model, loaded.tokenizer, ["the"])
+
+
+def test_nothing_generates_by_the_generation_config_of_a_folder():
+    calls = [
+        line.strip()
+        for file in Path(hf_context_prune.__file__).parent.rglob("*.py")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if re.search(r"(model|self\._model)\.generate\(", line)
+    ]
+    assert calls == ["self._model.generate("]  # of the Space, whose model is a plain copy
 
 
 @pytest.mark.slow
