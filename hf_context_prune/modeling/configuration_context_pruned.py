@@ -19,6 +19,8 @@ from .specs import PREFIX, SPECS, ArchSpec, classes_on_demand
 
 MAX_LAYERS = 512
 """Most decoder layers of a model; the largest published ones have about 300."""
+MAX_LABELS = 10_000
+"""Most labels of a config: a language model uses none, but `transformers` makes two tables of them."""
 MAX_CONFIG_BYTES = 500_000
 """Largest config.json that is read; those of published models have some kilobytes."""
 
@@ -40,16 +42,20 @@ def _check_width(layer: int, name: str, value: object, dense: int) -> None:
         )
 
 
-def check_layer_count(layers: object, per_layer_config: object) -> None:
-    """Refuse, before anything loops over the layers of a config, more layers than a model can have.
+def check_counts(layers: object, per_layer_config: object = None, labels: object = None) -> None:
+    """Refuse, before anything loops over them, more layers or labels than a model can have.
 
     Args:
         layers: The value of ``num_hidden_layers``; one that is no integer is left to other checks.
         per_layer_config: The value of ``per_layer_config``, None if there is none.
+        labels: The value of ``num_labels``, None if there is none.
 
     Raises:
-        ValueError: There are more than `MAX_LAYERS` layers or entries for layers.
+        ValueError: There are more than `MAX_LAYERS` layers or entries for layers, or the labels are no integer from 0
+            to `MAX_LABELS`.
     """
+    if labels is not None and (type(labels) is not int or not 0 <= labels <= MAX_LABELS):
+        raise ValueError(f"num_labels is {str(labels)[:80]}; it must be an integer from 0 to {MAX_LABELS:,}.")
     if not isinstance(layers, int):
         return
     if layers > MAX_LAYERS:
@@ -135,12 +141,13 @@ class ContextPrunedConfigMixin:
     model_type: str
 
     def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401
-        """Check the number of layers before the native config makes a list of them.
+        """Check the numbers of layers and labels before the native config makes lists of them.
 
         Raises:
-            ValueError: See [`check_layer_count`][].
+            ValueError: See [`check_counts`][].
         """
-        check_layer_count(self.num_hidden_layers, kwargs.get("per_layer_config"))  # type: ignore[attr-defined]
+        counts = (kwargs.get(name) for name in ("per_layer_config", "num_labels"))
+        check_counts(self.num_hidden_layers, *counts)  # type: ignore[attr-defined]
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     @classmethod

@@ -293,6 +293,7 @@ def load_weights(source: str, folder: Path, revision: str | None = None, **optio
     # fills missing tensors with random values and reports that only in its log: check_complete refuses them.
     model, info = AutoModelForCausalLM.from_pretrained(
         source,
+        config=config,  # as checked
         use_safetensors=True,
         revision=revision,
         trust_remote_code=False,

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    find_adapter_config_file,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+)
 
 from hf_context_prune.errors import ContextPruneError, LoadError, UnsupportedArchitectureError, unknown_name
 from hf_context_prune.modeling.architectures import QUANTISED, spec_of
-from hf_context_prune.modeling.configuration_context_pruned import check_config_size, check_layer_count
+from hf_context_prune.modeling.configuration_context_pruned import check_config_size, check_counts
 
 from .model_checks import RESTORE, check_size, check_sizes, list_size_fields
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+_INSTALLED = {
+    **dict.fromkeys(("eager", "sdpa", "flex_attention"), lambda: True),
+    "flash_attention_2": is_flash_attn_2_available,
+    "flash_attention_3": is_flash_attn_3_available,
+}
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+_ROTATION = (
+    *("rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "partial_rotary_factor"),
+    *("short_factor", "long_factor"),
+)
+_PERIODS = ("no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern")
 _SHOWN = 500
 
 
@@ -32,12 +51,17 @@ def read_config(source: str, folder: Path, revision: str | None) -> PreTrainedCo
         folder: The local folder of its config.json.
         revision: Commit on the Hub; None for a folder.
 
+    What the config says of a run and not of the weights (which outputs a forward returns) is not followed.
+
     Raises:
         LoadError: The config is damaged, or a value in it is one that no model can have.
         UnsupportedArchitectureError: The architecture is not in the table, or the weights are quantised.
     """
     try:
         check_config_size(str(folder))
+    except ValueError as error:
+        raise LoadError(f"{source!r} can't be loaded: {error}") from error
+    try:
         values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         if not isinstance(values, dict):
             raise LoadError(
@@ -53,6 +77,8 @@ def read_config(source: str, folder: Path, revision: str | None) -> PreTrainedCo
         raise LoadError(f"The config.json of {source!r} is not a model config: {describe(error)}. {RESTORE}") from error
     check_sizes(config, spec_of(config))
     _check_functions(source, config)
+    _check_rotation(source, getattr(config, "rope_parameters", None))
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return config
 
 
@@ -98,7 +124,52 @@ def _check_values(source: str, values: Mapping[str, Any]) -> None:
             if values.get(name) is not None:  # null may stand for a default
                 check_size(name, values[name])
                 if field == "num_hidden_layers":
-                    check_layer_count(values[name], values.get("per_layer_config"))
+                    check_counts(values[name], values.get("per_layer_config"))
+    check_counts(None, labels=values.get("num_labels"))
+    for name in _PERIODS:
+        if type(values.get(name)) is int:
+            check_size(name, values[name])
+    _check_attention(source, values)
+    for name in ("dtype", "torch_dtype"):
+        dtype = values.get(name)
+        if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise _wrong(source, name, dtype, "the name of a torch dtype, such as 'bfloat16'")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _wrong(source, name, value, "a finite number")
+        if name in _EPSILONS and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise _wrong(source, name, value, "a number from 0 to 1")
+    if values.get("query_pre_attn_scalar") is not None and not _is_positive(values["query_pre_attn_scalar"]):
+        raise _wrong(source, "query_pre_attn_scalar", values["query_pre_attn_scalar"], "a finite number above 0")
+
+
+def _check_attention(source: str, values: Mapping[str, Any]) -> None:
+    """Refuse an attention by which `transformers` would fetch and run a kernel of the Hub, or that can't run here."""
+    for field in ("attn_implementation", "_attn_implementation"):
+        name = values.get(field)
+        if name is None:
+            continue
+        if not isinstance(name, str) or name not in _INSTALLED:
+            raise LoadError(
+                f"The config.json of {source!r} gives {field} = {repr(name)[:80]}; allowed are "
+                f"{', '.join(_INSTALLED)}. Kernels of the Hub, which are native code, are not run because a config "
+                f"names them: remove {field} from config.json."
+            )
+        if not _INSTALLED[name]():
+            raise LoadError(
+                f"The config.json of {source!r} gives {field} = {name!r}, which is not installed on this machine. "
+                f"Install it (package flash-attn), or remove {field} from config.json."
+            )
+
+
+def _wrong(source: str, field: str, value: object, allowed: str) -> LoadError:
+    return LoadError(
+        f"The config.json of {source!r} gives {field} = {repr(value)[:80]}; it must be {allowed}. {RESTORE}"
+    )
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def _refuse_quantised(source: str, values: Mapping[str, Any]) -> None:
@@ -120,6 +191,17 @@ def _check_functions(source: str, config: PreTrainedConfig) -> None:
     for kind in _rope_types(getattr(config, "rope_parameters", None)):
         if kind not in allowed:
             raise LoadError(f"The config.json of {source!r}: {unknown_name('rope_type', kind, allowed)} {RESTORE}")
+
+
+def _check_rotation(source: str, parameters: Any) -> None:  # noqa: ANN401
+    """Refuse parameters of the rotation by which it can't be computed, or gives no numbers."""
+    if not isinstance(parameters, dict):
+        return
+    for name, value in parameters.items():
+        _check_rotation(source, value)
+        each = value if isinstance(value, list) else [value]
+        if name in _ROTATION and value is not None and not all(_is_positive(factor) for factor in each):
+            raise _wrong(source, f"{name} of the rotation", value, "finite and above 0")
 
 
 def _rope_types(parameters: Any) -> Iterator[object]:  # noqa: ANN401

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_flash_attn_2_available
 
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.cli import app
@@ -27,6 +30,7 @@ from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.manifest import write_manifest
+from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from tests.support.limits import within
 from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 
@@ -229,6 +233,87 @@ def test_unknown_functions_are_refused_with_the_known_ones(copied, subtests):
         for load in LOADERS:
             with subtests.test(field=field, load=load.__name__), pytest.raises(LoadError, match=said):
                 load(folder)
+
+
+def test_labels_are_bounded_before_tables_of_them_are_made(copied, subtests):
+    for name, value in itertools.product(("native", "variable"), (2 * 10**7, 10**30, -1, "many", True)):
+        folder = copied(name)
+        edit(folder, num_labels=value)
+        for load in (*LOADERS, load_checkpoint, get_model_class(SPECS["llama"]).from_pretrained):
+            if name == "native" and load not in LOADERS:
+                continue
+            said = (LoadError, ValueError, StrictDataclassError)
+            with subtests.test(name=name, value=value, load=load.__name__), within():
+                with pytest.raises(said, match=r"num_labels is .*; it must be an integer from 0 to 10,000"):
+                    load(folder)
+    edit(folder, num_labels=3)
+    load_meta_model(folder)
+
+
+def test_values_that_no_model_has_are_named(copied, subtests):
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    for name, field, value, said in (
+        ("native", "rope_parameters", yarn | {"attention_factor": "x"}, "attention_factor of the rotation = 'x'"),
+        ("native", "rope_parameters", yarn | {"factor": 0}, "factor of the rotation = 0"),
+        ("native", "rope_parameters", {"rope_type": "default", "rope_theta": 0}, "rope_theta of the rotation = 0"),
+        ("native", "rms_norm_eps", math.nan, "rms_norm_eps = nan; it must be a finite number"),
+        ("native", "rms_norm_eps", -1.0, r"rms_norm_eps = -1.0; it must be a number from 0 to 1"),
+        ("native", "dtype", "load", "dtype = 'load'; it must be the name of a torch dtype"),
+        ("native", "torch_dtype", "float99", "torch_dtype = 'float99'"),
+        ("smollm3", "no_rope_layer_interval", 0, "no_rope_layer_interval = 0; it must be an integer from 1"),
+    ):
+        folder = copied(name)
+        if field == "no_rope_layer_interval":
+            edit(folder, no_rope_layers=None)
+        edit(folder, **{field: value})
+        for load in LOADERS:
+            with subtests.test(field=field, value=value, load=load.__name__), pytest.raises(LoadError, match=said):
+                load(folder)
+
+
+def test_what_a_config_says_of_the_outputs_is_not_followed(copied):
+    for name in ("native", "variable"):
+        folder = copied(name)
+        expected = load_model(folder).model(torch.tensor([[1, 2, 3]])).logits
+        edit(folder, return_dict=False, output_attentions=True, output_hidden_states=True)
+        model = load_model(folder).model
+        result = model(torch.tensor([[1, 2, 3]]))
+        assert torch.equal(result.logits, expected)
+        assert result.hidden_states is None
+        assert result.attentions is None
+        model.save_pretrained(folder)
+        saved = json.loads((folder / "config.json").read_text())
+        assert not {"output_attentions"} & set(saved)
+        assert saved.get("return_dict", True)
+
+
+def test_no_kernel_is_fetched_because_a_config_names_it(copied, subtests):
+    for field in ("attn_implementation", "_attn_implementation"):
+        for value, said in (
+            ("attacker/evil-kernel", "'attacker/evil-kernel'; allowed are eager, sdpa.*remove"),
+            ("kernels-community/flash-attn2", "Kernels of the Hub, which are native code, are not run"),
+            ({"": "attacker/evil-kernel"}, "allowed are eager, sdpa"),
+            ("flash_attention_2", "not installed on this machine. Install it"),
+        ):
+            if value == "flash_attention_2" and is_flash_attn_2_available():
+                continue
+            folder = copied("native")
+            edit(folder, **{field: value})
+            for load in LOADERS:
+                with subtests.test(field=field, value=value, load=load.__name__):
+                    with pytest.raises(LoadError, match=said):
+                        load(folder)
+        edit(folder, **{field: "eager"})
+        assert load_model(folder).model.config._attn_implementation == "eager"
+
+
+def test_a_long_config_has_one_remedy(copied):
+    folder = copied("native")
+    edit(folder, x="a" * 600_000)
+    with pytest.raises(LoadError, match="bytes; a model config has at most") as caught:
+        load_model(folder)
+    assert "ValueError" not in str(caught.value)
+    assert str(caught.value).count("again") == 1
 
 
 def test_adapters_are_named_as_such_with_the_way_to_merge(copied, tmp_path, subtests):
