@@ -6,7 +6,8 @@ folder of this package at the target is exchanged in one step where the system c
 name ``.<name>.previous`` for the moment between two renames. The next run for the same target removes, or puts back,
 the folders that a killed run has left, and no others.
 
-Two runs for one target exclude each other by a lock (`utils/locks.py`).
+Two runs for one target exclude each other by a lock (`utils/locks.py`). The staging folder is locked, too: a run with
+another temporary folder, or on another machine, neither removes it nor writes beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from .manifest import (
     verify_folder,
     write_manifest,
 )
-from .own_folders import is_empty, is_own, make_own, remove_folder, remove_own
+from .own_folders import hold_own, is_empty, is_live, is_own, make_own, remove_folder, remove_left, remove_own
 from .write_errors import explain_failed_write, format_bytes, has_no_inodes
 
 _MARGIN_BYTES = 16 * 2**20
@@ -74,11 +75,12 @@ def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False,
 
     Raises:
         ConfigError: The target names the home folder of an unknown user.
-        SaveError: The target is something else, or its parent is not a writable folder.
+        SaveError: The target is something else, its parent is not a writable folder, or another run is saving to it.
     """
     goal = resolve_target(target)
     _check_occupant(goal, discard_edits=discard_edits, replaces=replaces)
     check_writable(goal.parent)
+    _refuse_beside_other_run(goal)
 
 
 def resolve_target(target: str | os.PathLike[str]) -> Path:
@@ -178,7 +180,7 @@ def staged_folder(
             or a write fails. Other exceptions of the block pass unchanged. In each case the target is as it was.
     """
     goal = resolve_target(target)
-    with hold_lock(goal, wait_seconds):
+    with hold_lock(goal, wait_seconds), ExitStack() as held:
         needed = required_bytes + required_bytes // 20 + _MARGIN_BYTES
         place = _new_staging_path(goal)
         staging = place / goal.name
@@ -190,6 +192,7 @@ def staged_folder(
             goal.parent.mkdir(parents=True, exist_ok=True)
             _check_space(goal, required_bytes, needed)
             make_own(place)
+            held.enter_context(hold_own(place))
             staging.mkdir()
             in_block = True
             yield staging
@@ -198,10 +201,10 @@ def staged_folder(
             # Again, because the block may have taken hours.
             _check_occupant(goal, discard_edits=discard_edits, replaces=replaces)
             previous = _put_in_place(staging, goal)
-            _finish(goal, new_parents, place, previous)
+            _finish(goal, new_parents, place, previous, held)
         except BaseException as error:
             save_error = explain_failed_write(error, staging, goal, needed, in_block=in_block)
-            _clean_up(place, new_parents, error)
+            _clean_up(place, new_parents, error, held)
             if save_error is None:
                 raise
             raise save_error from error
@@ -217,15 +220,35 @@ def _previous_path(goal: Path) -> Path:
 
 def _sweep(goal: Path) -> None:
     """Put back an older folder that a killed run had moved aside, and remove all else that dead runs have left."""
-    if not goal.parent.is_dir():
-        return
+    _refuse_beside_other_run(goal)
     previous = _previous_path(goal)
     if os.path.lexists(previous):
         _sweep_previous(previous, goal)
-    staging = re.compile(re.escape(f".{goal.name}.staging-") + "[0-9a-f]{16}")
-    for path in sorted(goal.parent.iterdir()):
-        if staging.fullmatch(path.name) and is_own(path):
-            remove_own(path)
+    for place in _find_staging(goal):
+        remove_left(place)
+
+
+def _refuse_beside_other_run(goal: Path) -> None:
+    try:
+        live = next((place for place in _find_staging(goal) if is_live(place)), None)
+    except OSError as error:
+        raise SaveError(
+            f"{error.filename or goal.parent} can't be read ({error.strerror}), so it is unknown whether another run "
+            f"is saving to {goal}: change its permissions or choose another --output."
+        ) from error
+    if live is not None:
+        raise SaveError(
+            f"Another run is saving to {goal} (its unfinished work is in {live}): wait for it to end, or choose "
+            f"another --output."
+        )
+
+
+def _find_staging(goal: Path) -> list[Path]:
+    """Return the staging folders of a target, sorted."""
+    if not goal.parent.is_dir():
+        return []
+    pattern = re.compile(re.escape(f".{goal.name}.staging-") + "[0-9a-f]{16}")
+    return sorted(path for path in goal.parent.iterdir() if pattern.fullmatch(path.name) and is_own(path))
 
 
 def _sweep_previous(previous: Path, goal: Path) -> None:
@@ -307,14 +330,14 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), os.fspath(first), None, os.fspath(second))
 
 
-def _finish(goal: Path, new_parents: list[Path], place: Path, previous: Path | None) -> None:
+def _finish(goal: Path, new_parents: list[Path], place: Path, previous: Path | None, held: ExitStack) -> None:
     """Make the new name durable and remove older folders. The target is already whole, so a failure only warns."""
     try:
         for folder in (goal.parent, *(parent.parent for parent in new_parents)):
             fsync_folder(folder)
         if previous is not None:
             remove_folder(previous, last=MANIFEST_NAME)
-        remove_own(place)
+        remove_own(place, held)
     except OSError as error:
         message = (
             "%s is saved, but a last step failed (%s): a power cut now may undo the save, or leave files beside it."
@@ -322,10 +345,10 @@ def _finish(goal: Path, new_parents: list[Path], place: Path, previous: Path | N
         _LOGGER.warning(message, goal, error)
 
 
-def _clean_up(place: Path, new_parents: list[Path], error: BaseException) -> None:
+def _clean_up(place: Path, new_parents: list[Path], error: BaseException, held: ExitStack) -> None:
     try:
         if place.exists():
-            remove_own(place)
+            remove_own(place, held)
         for folder in new_parents:  # innermost first
             if folder.is_dir() and is_empty(folder):
                 folder.rmdir()

@@ -6,14 +6,12 @@ import hashlib
 import os
 import re
 import secrets
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-if sys.platform != "win32":
-    import fcntl
+from .descriptors import lock_descriptor
 
 
 @contextmanager
@@ -50,15 +48,14 @@ def _staged_name(name: str, token: str) -> str:
 
 def _lock(file: BinaryIO) -> int | None:
     """Lock a file until the returned descriptor is closed, or this process dies; None where that is not possible."""
-    if sys.platform == "win32":
-        return None
     descriptor = os.dup(file.fileno())
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        if lock_descriptor(descriptor):
+            return descriptor
+    except BlockingIOError:
+        pass  # another run looks whether it is of a killed one
+    os.close(descriptor)
+    return None
 
 
 def _remove_unfinished(path: Path) -> None:
@@ -70,7 +67,7 @@ def _remove_unfinished(path: Path) -> None:
         name = match.group()
         if name != _staged_name(path.name, match[1]):
             continue
-        with suppress(OSError), (path.parent / name).open("rb") as file:  # another run may just have removed it
+        with suppress(OSError), (path.parent / name).open("r+b") as file:  # another run may just have removed it
             if (lock := _lock(file)) is not None:
                 os.unlink(path.parent / name)
                 os.close(lock)

@@ -11,7 +11,7 @@ import pytest
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.staging import staged_folder
+from hf_context_prune.storage.staging import check_target, staged_folder
 
 CHILD = Path(__file__).with_name("saving_child.py")
 ROOT = Path(__file__).parents[2]
@@ -159,3 +159,20 @@ def test_second_process_is_refused(target):
             pass
     make_older(target)
     assert sorted(path.name for path in target.parent.iterdir()) == [target.name, "other"]
+
+
+@pytest.mark.parametrize("point", ["first-file", "before-manifest", "before-rename"])
+def test_the_folder_of_a_live_run_with_another_temporary_folder_is_kept(target, point, tmp_path, monkeypatch):
+    make_older(target)
+    with stopped_child(target, point):
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+        before = sorted(target.parent.rglob("*"))
+        for use in (check_target, failing_run):
+            with pytest.raises(SaveError, match=r"Another run is saving to .*mini-gpt .*choose another --output"):
+                use(target)
+        assert sorted(target.parent.rglob("*")) == before
+    failing_run(target)
+    assert content(target) == OLD
+    assert_alone(target)
