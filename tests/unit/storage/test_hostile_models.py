@@ -243,9 +243,12 @@ def test_labels_are_bounded_before_tables_of_them_are_made(copied, subtests):
             if name == "native" and load not in LOADERS:
                 continue
             said = (LoadError, ValueError, StrictDataclassError)
-            with subtests.test(name=name, value=value, load=load.__name__), within():
-                with pytest.raises(said, match=r"num_labels is .*; it must be an integer from 0 to 10,000"):
-                    load(folder)
+            with (
+                subtests.test(name=name, value=value, load=load.__name__),
+                within(),
+                pytest.raises(said, match=r"num_labels is .*; it must be an integer from 0 to 10,000"),
+            ):
+                load(folder)
     edit(folder, num_labels=3)
     load_meta_model(folder)
 
@@ -300,9 +303,11 @@ def test_no_kernel_is_fetched_because_a_config_names_it(copied, subtests):
             folder = copied("native")
             edit(folder, **{field: value})
             for load in LOADERS:
-                with subtests.test(field=field, value=value, load=load.__name__):
-                    with pytest.raises(LoadError, match=said):
-                        load(folder)
+                with (
+                    subtests.test(field=field, value=value, load=load.__name__),
+                    pytest.raises(LoadError, match=said),
+                ):
+                    load(folder)
         edit(folder, **{field: "eager"})
         assert load_model(folder).model.config._attn_implementation == "eager"
 
