@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from hf_context_prune.errors import ConfigError, UnsupportedArchitectureError
+from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitectureError
 
 from .inference import evaluation_mode
 
@@ -61,11 +61,21 @@ def build_cache_arguments(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def get_end_token_ids(model: PreTrainedModel) -> list[int]:
-    """Return the token ids that end a text: those of the generation config, else those of the config."""
+    """Return the token ids that end a text: those of the generation config, else those of the config.
+
+    Raises:
+        LoadError: They are no whole numbers.
+    """
     for config in (model.generation_config, model.config):
         found = getattr(config, "eos_token_id", None)
         if found is not None:
-            return [int(index) for index in (found if isinstance(found, list | tuple) else [found])]
+            ids = list(found) if isinstance(found, list | tuple) else [found]
+            if not all(isinstance(index, int) and abs(index) < 2**31 for index in ids):
+                raise LoadError(
+                    f"The {type(config).__name__} of the model gives {found!r:.80} as eos_token_id. Give the id of "
+                    f"the token that ends a text, or a list of ids, in generation_config.json or config.json."
+                )
+            return ids
     return []
 
 

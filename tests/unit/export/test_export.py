@@ -85,6 +85,14 @@ def test_what_the_generation_config_of_a_folder_asks_for_is_not_run(folders, tmp
                 paper_scoring._generate(loaded.model, loaded.tokenizer, ["the"])
 
 
+def test_ids_that_end_a_text_are_whole_numbers(folders):
+    runtime = TorchRuntime(load_pruned(folders["stock"]))
+    for wrong in ("x", [10**30], {"a": 1}, [1, None], 1.5):
+        runtime._model.generation_config.eos_token_id = wrong
+        with pytest.raises(LoadError, match="as eos_token_id"):
+            runtime.generate(IDS, 1)
+
+
 def test_nothing_generates_by_the_generation_config_of_a_folder():
     calls = [
         line.strip()
