@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from hf_context_prune.data.questions import QuestionSet, format_prompt
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.modeling.specs import PREFIX
+from hf_context_prune.storage.files import refuse_inside_own
 from hf_context_prune.storage.manifest import claims_to_be_ours
 from hf_context_prune.utils.files import expand_home, resolve_path, write_file
 from hf_context_prune.utils.foreign_code import find_foreign_code
@@ -64,9 +65,11 @@ def write_harness_task(questions: QuestionSet, folder: str | Path, *, num_fewsho
         The task's name.
 
     Raises:
-        SaveError: The folder holds a model or other files under the names of the task, or can't be written.
+        SaveError: The folder holds a model or other files under the names of the task, lies in a folder that this
+            package saved, or can't be written.
     """
     folder = resolve_path(folder, SaveError)
+    refuse_inside_own(folder)
     if os.path.lexists(folder / "config.json") or claims_to_be_ours(folder):
         raise SaveError(f"{folder} holds a model; name another folder for the task.")
     name = harness_task_name(questions.name)

@@ -36,7 +36,7 @@ from hf_context_prune.utils.file_names import (
 from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.locks import hold_lock
 
-from .files import check_writable
+from .files import check_writable, refuse_inside_own
 from .manifest import (
     claims_to_be_ours,
     find_unlisted_files,
@@ -91,8 +91,9 @@ def resolve_target(target: str | os.PathLike[str]) -> Path:
 
     Raises:
         ConfigError: The target names the home folder of an unknown user.
-        SaveError: A rename can't replace the target: it is the current folder or holds it, is a mount point or a link
-            to no folder, or its name is too long or is reserved for unfinished runs.
+        SaveError: The target lies in a folder that this package saved; or a rename can't replace it: it is the current
+            folder or holds it, is a mount point or a link to no folder, or its name is too long or is reserved for
+            unfinished runs.
     """
     goal = resolve_path(target, SaveError)
     if goal == Path.cwd() or goal in Path.cwd().parents:
@@ -110,6 +111,7 @@ def resolve_target(target: str | os.PathLike[str]) -> Path:
         raise SaveError(f"The name {goal.name!r} is too long: choose an --output name of at most 200 bytes.")
     if _DEBRIS.fullmatch(goal.name):
         raise SaveError(f"The name {goal.name!r} is reserved for unfinished runs: choose another --output.")
+    refuse_inside_own(goal)
     return goal
 
 

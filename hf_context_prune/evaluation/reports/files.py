@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from hf_context_prune.errors import LoadError, SaveError
-from hf_context_prune.storage.files import check_writable
+from hf_context_prune.storage.files import check_writable, refuse_inside_own
 from hf_context_prune.storage.manifest import claims_to_be_ours
 from hf_context_prune.utils.file_names import MANIFEST_NAME, REPORT_NAME
 from hf_context_prune.utils.files import resolve_path, write_file
@@ -25,10 +25,11 @@ def check_report_folder(folder: str | Path, kind: str) -> None:
         kind: Kind of the report: its command. An older report of that kind is replaced.
 
     Raises:
-        SaveError: The folder holds a model, another kind of report or something else that this package saved, or can't
-            be written.
+        SaveError: The folder holds a model, another kind of report or something else that this package saved, lies in
+            such a folder, or can't be written.
     """
     path = resolve_path(folder, SaveError)
+    refuse_inside_own(path)
     check_writable(path)
     for name in (REPORT_NAME, *FILES_OF_RUNS.get(kind, ())):
         if os.path.lexists(path / name) and not stat.S_ISREG((path / name).lstat().st_mode):

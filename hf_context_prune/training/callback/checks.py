@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
-from hf_context_prune.errors import BudgetError, ConfigError, PlanError, PruningWarning
+from hf_context_prune.errors import BudgetError, ConfigError, PlanError, PruningWarning, SaveError
 from hf_context_prune.modeling.configuration_context_pruned import is_modeling_file
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.plan import PruningPlan
@@ -21,8 +21,10 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.widths import check_adaptive, check_round_to
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
+from hf_context_prune.storage.files import refuse_inside_own
 from hf_context_prune.utils.compat import attention_implementation
 from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.unused import warn_of_unused
 
 from .schedule import PruningSchedule
@@ -173,7 +175,9 @@ def check_output_dir(output_dir: str | None) -> None:
 
     Raises:
         ConfigError: The folder holds a plan or a modeling file of another program, or a link in the place of one.
+        SaveError: The folder lies in one that this package saved.
     """
+    refuse_inside_own(resolve_path(output_dir or ".", SaveError))
     for name in (PLAN_NAME, *MODELING_FILES):
         path = Path(output_dir or ".", name)
         if os.path.lexists(path) and not _is_ours(path):

@@ -20,7 +20,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_context_prune.data.questions import QuestionSet
 from hf_context_prune.errors import ContextPruneError, LoadError, SaveError
+from hf_context_prune.evaluation.harness import write_harness_task
+from hf_context_prune.evaluation.reports.files import check_report_folder
 from hf_context_prune.storage import staging
 from hf_context_prune.storage.cache import CACHE_VARIABLE, cache_dir
 from hf_context_prune.storage.files import check_writable
@@ -258,6 +261,37 @@ def test_current_folder_and_those_that_hold_it_are_refused(tmp_path, monkeypatch
             with pytest.raises(SaveError, match="current folder"):
                 save(place)
             assert snapshot(tmp_path) == {"here": None}
+
+
+def test_a_target_inside_a_saved_folder_is_refused(tmp_path, target, monkeypatch, subtests):
+    """That folder could not be loaded again, since its manifest does not list the target."""
+    save(target)
+    (tmp_path / "link").symlink_to(target)
+    before = snapshot(tmp_path)
+    questions = QuestionSet((), {}, "quiz", None)
+    uses = {
+        "check_target": check_target,
+        "save": save,
+        "report": lambda path: check_report_folder(path, "evaluate"),
+        "run": lambda path: check_report_folder(path, "matrix"),
+        "task": lambda path: write_harness_task(questions, path),
+    }
+    for place in (target / "sub", target / "a" / "b", tmp_path / "link" / "sub"):
+        for name, use in uses.items():
+            with subtests.test(name, place=place):
+                with pytest.raises(SaveError, match=r"lies in .*mini-gpt, a folder that this package saved.*--output"):
+                    use(place)
+                assert snapshot(tmp_path) == before
+    monkeypatch.chdir(target)
+    with pytest.raises(SaveError, match="lies in"):
+        check_target("sub")
+
+
+def test_a_target_beside_saved_folders_and_below_foreign_manifests_is_saved(tmp_path):
+    make_folder_with_other_manifest(tmp_path / "app")
+    for name in ("one", "two"):
+        save(tmp_path / "app" / "models" / name)
+        assert verify_folder(tmp_path / "app" / "models" / name)
 
 
 def test_names_that_cannot_be_staged_are_refused(tmp_path, subtests):
