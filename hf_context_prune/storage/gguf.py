@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
 
 from hf_context_prune.errors import ContextPruneError, LoadError, SaveError
 from hf_context_prune.modeling.architectures import spec_of
@@ -17,6 +19,7 @@ from hf_context_prune.utils.foreign_code import drop_foreign_code
 from .cache import CACHE_VARIABLE, cache_dir
 from .manifest import hash_file, verify_if_ours
 from .model_checks import check_complete, check_links, check_sizes
+from .model_config import describe
 from .saving import estimate_bytes
 from .staging import staged_folder
 
@@ -62,6 +65,59 @@ def _is_cached(folder: Path) -> bool:
         raise LoadError(f"{error} Or remove {folder}, which the next run makes again from the GGUF file.") from error
 
 
+def read_gguf_config(gguf: Path) -> PreTrainedConfig:
+    """Read the config of a GGUF file from its metadata, after comparing it with the sizes of the file's tensors.
+
+    Only the header is read, and nothing is allocated for the sizes in it.
+
+    Raises:
+        LoadError: The header is damaged, or claims a model that the tensors of the file do not make.
+        UnsupportedArchitectureError: The architecture is not in the table.
+    """
+    try:
+        header, (metadata, names) = GgufHeader.from_file(str(gguf)), read_gguf_metadata(str(gguf))
+        blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
+        _compare(
+            gguf, f"{header.architecture}.block_count", metadata.get(f"{header.architecture}.block_count"), len(blocks)
+        )
+        end = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
+        if end > gguf.stat().st_size:
+            raise LoadError(
+                f"{gguf} has {gguf.stat().st_size:,} bytes, but its header lists tensors up to byte {end:,}: the file "
+                f"was cut. Download it again."
+            )
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        check_sizes(config, spec_of(config))
+        shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+        _compare(gguf, "a vocabulary of", config.vocab_size, shapes.get("token_embd.weight", (0,))[0])
+        with torch.device("meta"):
+            needed = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        if needed > (held := sum(math.prod(shape) for shape in shapes.values())):
+            raise LoadError(
+                f"The metadata of {gguf} describe a model of {needed:,} parameters, but its tensors hold {held:,}. "
+                f"Download the file again."
+            )
+    except ContextPruneError:
+        raise
+    except Exception as error:  # the readers of GGUF files raise many types
+        raise _unreadable(gguf, error) from error
+    checked: PreTrainedConfig = config
+    return checked
+
+
+def _compare(gguf: Path, field: str, claimed: object, found: int) -> None:
+    """Refuse a count in the metadata that is not that of the tensors."""
+    if claimed != found:
+        raise LoadError(
+            f"The metadata of {gguf} give {field} {str(claimed)[:80]}, but its tensors are of {found}. Download the "
+            f"file again."
+        )
+
+
+def _unreadable(gguf: Path, error: Exception) -> LoadError:
+    return LoadError(f"{gguf} can't be read as a GGUF model: {describe(error)}. Download it again.")
+
+
 def dequantise(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file to a folder, in float32.
 
@@ -72,8 +128,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
     check_links(gguf.parent)  # transformers also reads the tokenizer_config.json and the chat template there
     _LOGGER.info("Dequantising %s once; the result is kept in the cache.", gguf.name)
     try:
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-        check_sizes(config, spec_of(config))
+        read_gguf_config(gguf)
         model, info = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -88,7 +143,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
     except ContextPruneError:
         raise
     except Exception as error:  # the readers of GGUF files raise many types
-        raise LoadError(f"{gguf} can't be read as a GGUF model: {type(error).__name__}: {error}") from error
+        raise _unreadable(gguf, error) from error
     model.config.name_or_path = gguf.stem
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain float32 now

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -18,12 +17,12 @@ from transformers import (
 )
 
 from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, PruningWarning, unknown_name
-from hf_context_prune.modeling.architectures import check_supported, spec_of
+from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.utils.distributed import default_device
 from hf_context_prune.utils.files import expand_home
 
-from .gguf import ensure_dequantised, resolve_source
+from .gguf import ensure_dequantised, read_gguf_config, resolve_source
 from .hub_download import CONVERT, fetch_config, fetch_weights
 from .manifest import PICKLE_SUFFIXES, verify_folder, verify_if_ours
 from .model_checks import (
@@ -31,7 +30,6 @@ from .model_checks import (
     check_complete,
     check_files,
     check_links,
-    check_sizes,
     check_weights,
     has_own_head,
     warn_of_rounding,
@@ -164,8 +162,7 @@ def load_meta_model(source: str | Path, *, revision: str | None = None) -> PreTr
     name, commit = (str(source), folder.name) if path is None else (str(path), None)
     try:
         if path is not None and path.is_file():
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-            check_sizes(config, spec_of(config))
+            config = read_gguf_config(path)
         else:
             refuse_adapter(name, commit)
             config = read_config(name, folder, commit)

@@ -2,12 +2,16 @@
 
 import errno
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.storage import gguf
 from hf_context_prune.storage.cache import CACHE_VARIABLE
+from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.staging import staged_folder
+from tests.support.limits import within
 
 
 @pytest.fixture
@@ -40,3 +44,39 @@ def test_other_errors_pass(file, monkeypatch):
         monkeypatch.setattr(gguf, "dequantise", fails)
         with pytest.raises(type(error), match=str(error)):
             gguf.ensure_dequantised(file)
+
+
+def test_metadata_that_claim_more_than_the_tensors_hold_are_refused_at_once(file, subtests):
+    rows, blocks = 100, range(2)
+    for kind, claims, said in (
+        ("no tensors", {"vocab_size": 16_000_000}, "block_count 2, but its tensors are of 0"),
+        ("rows", {"vocab_size": 16_000_000}, "a vocabulary of 16000000, but its tensors are of 100"),
+        ("layers", {"block_count": 10**9}, "block_count 1000000000, but its tensors are of 2"),
+        ("width", {"feed_forward_length": 10**7}, "parameters, but its tensors hold"),
+        ("hidden", {"embedding_length": 10**6}, "parameters, but its tensors hold"),
+        ("cut", {}, "the file was cut"),
+        ("array", {"token_count": 0}, "can't be read as a GGUF model"),
+    ):
+        sizes = {"vocab_size": rows, "block_count": 2, "embedding_length": 64, "feed_forward_length": 64} | claims
+        writer = GGUFWriter(file, "llama")
+        for name, value in (sizes | {"attention.head_count": 4, "attention.head_count_kv": 4}).items():
+            writer.add_uint32(f"llama.{name}", value)
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_array("llama.a_list", [7, 8, 9])
+        if kind != "no tensors":
+            writer.add_tensor("token_embd.weight", np.zeros((rows, 64), dtype=np.float32))
+            for block in blocks:
+                writer.add_tensor(f"blk.{block}.attn_q.weight", np.zeros((64, 64), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        content = file.read_bytes()
+        if kind == "cut":
+            file.write_bytes(content[:-64])
+        if kind == "array":  # as long as no file is
+            start = content.index(b"llama.a_list") + len(b"llama.a_list") + 8
+            file.write_bytes(content[:start] + (10**9).to_bytes(8, "little") + content[start + 8 :])
+        for load in (load_model, load_meta_model):
+            with subtests.test(kind=kind, load=load.__name__), within(), pytest.raises(LoadError, match=said):
+                load(file)
