@@ -233,6 +233,23 @@ def find_unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return sorted(set(found) - set(manifest["files"]) - {MANIFEST_NAME})
 
 
+def find_changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return the listed files that are there and differ from the manifest, sorted; an edited card is none of them.
+
+    Raises:
+        OSError: A file can't be read.
+    """
+    found = []
+    for name, entry in sorted(manifest["files"].items()):
+        path = folder / name
+        if name in EDITABLE or not os.path.lexists(path):
+            continue
+        same_size = stat.S_ISREG(path.lstat().st_mode) and path.stat().st_size == entry["bytes"]
+        if not same_size or hash_file(path) != entry["sha256"]:
+            found.append(name)
+    return found
+
+
 def _parse(folder: Path) -> dict[str, Any]:
     """Read and validate the manifest of a folder.
 

@@ -39,6 +39,7 @@ from hf_context_prune.utils.locks import hold_lock
 from .files import check_writable, refuse_inside_own
 from .manifest import (
     claims_to_be_ours,
+    find_changed_files,
     find_unlisted_files,
     fsync_folder,
     read_manifest,
@@ -256,26 +257,22 @@ def _find_staging(goal: Path) -> list[Path]:
 def _sweep_previous(previous: Path, goal: Path) -> None:
     occupied = os.path.lexists(goal) and not (goal.is_dir() and is_empty(goal))
     manifest = read_manifest(previous) if stat.S_ISDIR(previous.lstat().st_mode) else None
-    if manifest is not None and not _find_foreign(previous, manifest):
-        if not occupied and _is_whole(previous):
-            os.rename(previous, goal)
-            _LOGGER.warning("A run was killed while it replaced %s; the older folder was put back.", goal)
-        else:
-            remove_folder(previous, last=MANIFEST_NAME)
-    elif is_own(previous):
+    if manifest is None and is_own(previous):
         remove_own(previous)
-    else:
+    elif manifest is None or _find_foreign(previous, manifest):
         raise SaveError(
             f"{previous} is in the way and was not made by this package: move it, or choose another --output."
         )
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        verify_folder(folder)
-    except OSError:  # LoadError is one
-        return False
-    return True
+    elif changed := find_changed_files(previous, manifest):
+        raise SaveError(
+            f"{previous} is in the way: a run was killed while it replaced that folder, and {changed[0]} in it was "
+            f"changed since. Move it, or choose another --output."
+        )
+    elif not occupied and all(os.path.lexists(previous / name) for name in manifest["files"]):
+        os.rename(previous, goal)
+        _LOGGER.warning("A run was killed while it replaced %s; the older folder was put back.", goal)
+    else:  # its removal was interrupted, so that files are missing
+        remove_folder(previous, last=MANIFEST_NAME)
 
 
 def _check_space(goal: Path, required: int, needed: int) -> None:

@@ -552,6 +552,30 @@ def test_a_disk_without_inodes_is_told_so(target, monkeypatch):
     assert snapshot(target.parent) == {}
 
 
+def test_previous_that_was_changed_is_kept(tmp_path, target, subtests):
+    """A run was killed between two renames, and the older folder was tuned in place since."""
+    save(target, b"old")
+    previous = target.rename(tmp_path / ".mini-gpt.previous")
+    changes = {
+        "another size": lambda path: path.write_bytes(b"tuned"),
+        "the same size": lambda path: path.write_bytes(b"new"),
+        "a link": lambda path: path.symlink_to(tmp_path / "nowhere"),
+        "a folder": lambda path: path.mkdir(),
+    }
+    for occupied, (name, change) in itertools.product((False, True), changes.items()):
+        with subtests.test(name, occupied=occupied):
+            path = previous / "model.safetensors"
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            change(path)
+            if occupied and not target.exists():
+                save(tmp_path / "new", b"new")
+                (tmp_path / "new").rename(target)
+            before = snapshot(tmp_path)
+            with pytest.raises(SaveError, match=r"previous is in the way.*model\.safetensors in it was changed since"):
+                save(target, b"newer")
+            assert snapshot(tmp_path) == before
+
+
 def test_damaged_previous_is_not_put_back(tmp_path, target):
     save(target, b"old")
     target.rename(tmp_path / ".mini-gpt.previous")
