@@ -39,7 +39,7 @@ R = TypeVar("R")
 _RESERVED: ContextVar[frozenset[Path]] = ContextVar("outputs whose lock this run holds", default=frozenset())
 _MAX_NOTE_BYTES = 64 * 2**10
 _LONGEST_COMMAND = 400
-_SECRET_NAME = re.compile(r"token|secret|passw|credential|api[-_]?key|auth", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"token$|secret|passw|credential|api[-_]?key|auth(?!or)", re.IGNORECASE)
 _CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 

@@ -44,7 +44,9 @@ def save(target):
 
 def test_the_second_run_is_told_which_command_is_at_work(tmp_path):
     secret = "hf_" + "a" * 34
-    options = ["--pruning-ratio", "0.3", "--hub-token", "swordfish", "--api-key=swordfish", "--note", secret]
+    options = ["--max-eval-tokens", "500", "--new-tokens=9", "--tokenizer", "mine"]
+    options += ["--hub-token", "swordfish", "--api-key=swordfish", "--note", secret, "HF_TOKEN=swordfish"]
+    options += ["--token", "swordfish", "--client-secret", "swordfish", "--password=swordfish"]
     options += ["https://me:swordfish@example.org/x"]
     with start(tmp_path / "out", *options) as child:
         (tmp_path / "link").symlink_to(tmp_path / "out")
@@ -58,7 +60,10 @@ def test_the_second_run_is_told_which_command_is_at_work(tmp_path):
             save(tmp_path / "other")
         child.communicate("")
     assert f"Another run is saving to {tmp_path / 'out'} (process {child.pid} since 20" in message
-    assert "--pruning-ratio 0.3 --hub-token ... --api-key=... --note ... https://...@example.org/x)" in message
+    shown = (
+        "--max-eval-tokens 500 --new-tokens=9 --tokenizer mine --hub-token ... --api-key=... --note ... HF_TOKEN=..."
+    )
+    assert f"{shown} --token ... --client-secret ... --password=... https://...@example.org/x)" in message
     assert "swordfish" not in message
     assert secret not in message
     with reserve_output(tmp_path / "out"):
