@@ -271,7 +271,9 @@ def _sweep_previous(previous: Path, goal: Path) -> None:
     elif not occupied and all(os.path.lexists(previous / name) for name in manifest["files"]):
         os.rename(previous, goal)
         _LOGGER.warning("A run was killed while it replaced %s; the older folder was put back.", goal)
-    else:  # its removal was interrupted, so that files are missing
+    elif occupied and read_manifest(goal) is None:
+        return  # `check_target` refuses the target, so this may stay the only result
+    else:
         remove_folder(previous, last=MANIFEST_NAME)
 
 

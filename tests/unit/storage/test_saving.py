@@ -576,6 +576,16 @@ def test_previous_that_was_changed_is_kept(tmp_path, target, subtests):
             assert snapshot(tmp_path) == before
 
 
+def test_previous_is_kept_beside_a_target_of_another_program(tmp_path, target):
+    save(target, b"old")
+    target.rename(tmp_path / ".mini-gpt.previous")
+    make_folder(target)
+    before = snapshot(tmp_path)
+    with pytest.raises(SaveError, match="was not made by this package"):
+        save(target, b"new")
+    assert snapshot(tmp_path) == before
+
+
 def test_damaged_previous_is_not_put_back(tmp_path, target):
     save(target, b"old")
     target.rename(tmp_path / ".mini-gpt.previous")
@@ -622,9 +632,15 @@ def test_hash_weights_false_still_hashes_the_rest(saved):
 
 
 def test_unlisted_weights_code_and_pickles(saved, subtests):
-    for name in ("extra.safetensors", "sub/evil.py", "pytorch_model.bin", "a.PT", "x.pkl"):
+    for name in (
+        *("extra.safetensors", "sub/evil.py", "pytorch_model.bin", "a.PT", "x.pkl"),
+        *("zipfile.pyc", "zipfile.so", "zipfile.cpython-311-x86_64-linux-gnu.so", "zipfile.PYD", "other-1.0.whl"),
+        *("chat_template.jinja", "additional_chat_templates/tool.jinja", "adapter_config.json", "tokenizer.json"),
+        *("tokenizer_config.json", "tokenizer.model", "generation_config.json", "Vocab.json", "merges.txt"),
+        *("models/a/config.json", "model.safetensors.index.json", "pruning_plan.json"),
+    ):
         with subtests.test(name=name):
-            (saved / name).parent.mkdir(exist_ok=True)
+            (saved / name).parent.mkdir(exist_ok=True, parents=True)
             (saved / name).write_bytes(b"")
             with pytest.raises(LoadError, match="not in the manifest"):
                 verify_folder(saved)
