@@ -29,7 +29,17 @@ EDITABLE = frozenset({"README.md"})
 """Files that people edit and no code loads: a folder in which only these changed is still whole."""
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors"})
-_LISTED_SUFFIXES = _WEIGHT_SUFFIXES | PICKLE_SUFFIXES | {".py"}
+_CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".whl"})
+_LISTED_SUFFIXES = _WEIGHT_SUFFIXES | PICKLE_SUFFIXES | _CODE_SUFFIXES | {".jinja", ".model"}
+_LISTED_NAMES = frozenset(
+    {
+        *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "processor_config.json"),
+        *("preprocessor_config.json", "video_preprocessor_config.json", "tekken.json", PLAN_NAME),
+    }
+)
+"""What `transformers` reads of a folder by name; with the suffixes, all that it or Python would load or run."""
 _OUR_MODEL_TYPE = "context_pruned_"  # as `PREFIX` in `modeling.specs`, whose package imports torch
 
 
@@ -180,7 +190,8 @@ def verify_folder(
 
     Raises:
         LoadError: The manifest is missing or malformed; a listed file is missing or has another size or checksum;
-            or the folder holds weights or code that the manifest does not list, or a pickle, listed or not.
+            or the folder holds a file that a loader would read or run and the manifest does not list, or a pickle,
+            listed or not.
     """
     folder = expand_home(folder, LoadError)
     manifest = _parse(folder)
@@ -216,12 +227,19 @@ def verify_folder(
                 f"damaged after it was saved. {remedy}"
             )
     for name in find_unlisted_files(folder, manifest):
-        if Path(name).suffix.lower() in _LISTED_SUFFIXES:
+        if _must_be_listed(Path(name)):
             raise LoadError(
-                f"{name} in {folder} is not in the manifest. Weights, code and pickles that were not saved with the "
-                f"model are not loaded: remove that file, or save the model again."
+                f"{name} in {folder} is not in the manifest. Weights, code, pickles, configs, templates and tokenizer "
+                f"files that were not saved with the model are not loaded: remove that file, or save the model again."
             )
     return manifest
+
+
+def _must_be_listed(path: Path) -> bool:
+    """Return whether `transformers` or Python would read or run a file because it lies in the folder."""
+    if path.suffix.lower() == ".pyc" and path.parent.name == "__pycache__":
+        return False  # tools make them again, and Python runs none there without its source
+    return path.suffix.lower() in _LISTED_SUFFIXES or path.name.lower() in _LISTED_NAMES
 
 
 def find_unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
