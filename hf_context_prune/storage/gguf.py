@@ -115,7 +115,10 @@ def _compare(gguf: Path, field: str, claimed: object, found: int) -> None:
 
 
 def _unreadable(gguf: Path, error: Exception) -> LoadError:
-    return LoadError(f"{gguf} can't be read as a GGUF model: {describe(error)}. Download it again.")
+    return LoadError(
+        f"{gguf} can't be read as a GGUF model: {describe(error)}. Download it again, or take the "
+        f"safetensors of the same model."
+    )
 
 
 def dequantise(gguf: Path, folder: Path) -> None:
