@@ -16,8 +16,8 @@ from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError,
 from hf_context_prune.modeling.generation import hardware_name
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.loading import LoadedModel, load_model
-from hf_context_prune.storage.manifest import verify_folder
-from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes
+from hf_context_prune.storage.manifest import claims_to_be_ours, verify_folder
+from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes, leave_out_foreign_code
 from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
 from hf_context_prune.utils.failed_writes import find_failed_write
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
@@ -101,8 +101,8 @@ def export_model(
         )
     check_target(goal, replaces=EXPORT_REPORT_NAME)
     loaded = load_model(folder, dtype=kind.dtype, device="cpu")
-    if loaded.folder is not None:
-        refuse_foreign_code(loaded.folder)
+    if loaded.folder is not None and claims_to_be_ours(loaded.folder):
+        refuse_foreign_code(loaded.folder, saved_here=True)
     module.check(loaded, chosen)
     _LOGGER.info("Measuring the model of the folder.")
     sample = (
@@ -172,6 +172,7 @@ def read_export(folder: str | Path) -> ExportReport:
 def _write(kind: ExportFormat, module: FormatModule, loaded: LoadedModel, staging: Path, dtype: str) -> None:
     try:
         module.write(loaded, staging, dtype)
+        leave_out_foreign_code(staging, loaded.tokenizer)  # of a base: many name code that nothing here needs
     except ContextPruneError:
         raise
     except Exception as error:

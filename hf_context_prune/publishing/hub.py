@@ -130,7 +130,7 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
     for name in (*files, MANIFEST_NAME):
         resolve_inside(folder, name, PublishError, remedy=NOTHING_UPLOADED)
     for place in sorted({".", *(str(Path(name).parent) for name in files)}):  # a Space may hold models
-        refuse_foreign_code(folder / place, PublishError)
+        refuse_foreign_code(folder / place, PublishError, saved_here=repo_type == "model" and place == ".")
     for name in (MANIFEST_NAME, *(name for name in EDITABLE if name in files)):
         found = hash_file(folder / name)
         if (folder / name).is_symlink() and found != files.get(name, found):  # no edit, but any file of this machine

@@ -100,8 +100,7 @@ def write_model_folder(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _refuse_code(folder)
-    if drop_foreign_code(folder) and tokenizer is not None:
-        _check_reopens(folder, tokenizer)
+    leave_out_foreign_code(folder, tokenizer)
     if plan is not None:
         plan.save(folder / PLAN_NAME)
     if report is not None:
@@ -123,14 +122,24 @@ def _refuse_code(folder: Path) -> None:
         )
 
 
-def _check_reopens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that `transformers` opens as another one once its ``auto_map`` is gone."""
+def leave_out_foreign_code(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Remove the references to foreign code from a folder that is being written.
+
+    Args:
+        folder: The folder; see [`drop_foreign_code`][].
+        tokenizer: The tokenizer that was saved there.
+
+    Raises:
+        SaveError: Without its ``auto_map``, `transformers` opens the tokenizer as another one.
+    """
+    if not drop_foreign_code(folder) or tokenizer is None:
+        return
     reopened = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if _tokenization(reopened) != _tokenization(tokenizer):
         raise SaveError(
             f"The auto_map of this {type(tokenizer).__name__} names code of others, which is not saved, and without it "
             f"transformers opens the saved files as a {type(reopened).__name__} with other tokens. Remove auto_map "
-            f"from the tokenizer_config.json of the base, and prune again."
+            f"from the tokenizer_config.json of the base, and repeat this."
         )
 
 

@@ -41,21 +41,26 @@ def find_foreign_code(folder: str | Path) -> list[str]:
     return found
 
 
-def refuse_foreign_code(folder: str | Path, error: type[ContextPruneError] = LoadError) -> None:
+def refuse_foreign_code(
+    folder: str | Path, error: type[ContextPruneError] = LoadError, *, saved_here: bool = False
+) -> None:
     """Refuse a model folder that names foreign code.
 
     Args:
         folder: A model folder.
         error: Type of the error.
+        saved_here: Whether this package saved the folder, so that its ``card`` command can mend it.
 
     Raises:
         ContextPruneError: With the file, the reference and the remedy.
     """
     if found := find_foreign_code(folder):
+        remedy = (
+            f"`{shlex.join(['hf-context-prune', 'card', str(folder)])}` removes it." if saved_here else "Remove it."
+        )
         raise error(
             f"{folder} names code that is not this package's, which trust_remote_code=True would run: "
-            f"{'; '.join(found[:3])}{' and more' if len(found) > 3 else ''}. Remove it; in a folder that this package "
-            f"saved, `hf-context-prune card {shlex.quote(str(folder))}` does that."
+            f"{'; '.join(found[:3])}{' and more' if len(found) > 3 else ''}. {remedy}"
         )
 
 

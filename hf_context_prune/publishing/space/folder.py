@@ -23,7 +23,7 @@ from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, SPACE_SETTINGS_NAME
 from hf_context_prune.utils.files import expand_home
-from hf_context_prune.utils.foreign_code import refuse_foreign_code
+from hf_context_prune.utils.foreign_code import drop_foreign_code, refuse_foreign_code
 from hf_context_prune.utils.hub_ids import is_hub_id
 from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.locks import reserves
@@ -214,7 +214,7 @@ def _model_files(path: Path) -> dict[str, Path]:
         if EXPORT_REPORT_NAME in files:
             raise LoadError(f"{path} is an export, which a Space can't load. Give the folder that was exported.")
         names = [*files, MANIFEST_NAME]
-    refuse_foreign_code(path)
+        refuse_foreign_code(path, saved_here=True)
     return {name: resolve_inside(path, name) for name in names}
 
 
@@ -239,6 +239,7 @@ def _copy_models(local: dict[Source, dict[str, Path]], staging: Path) -> dict[So
         for name, file in found.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
+        drop_foreign_code(folder)  # of a base: many name code that nothing here needs
         places[source] = Source(path=folder / source.path.name if source.path.is_file() else folder)
     return places
 

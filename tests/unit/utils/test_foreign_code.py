@@ -98,11 +98,43 @@ def test_recovered_and_trained_models_name_none(place, tmp_path):
         assert find_foreign_code(tmp_path / folder) == [], folder
 
 
-def test_exports_name_none_and_refuse_a_folder_that_does(place, tmp_path):
+@pytest.fixture(scope="module")
+def hub_base(place, tmp_path_factory):
+    """A base of a native class that names foreign code in every way that a model of the Hub can."""
+    folder = tmp_path_factory.mktemp("hub") / "base"
+    shutil.copytree(place / "base", folder)
+    evil = f"{place / 'evil'}--evil.EvilTok"
+    for name, more in (
+        (
+            "config.json",
+            {"auto_map": {"AutoConfig": evil, "AutoModelForCausalLM": evil}, "custom_pipelines": {"x": evil}},
+        ),
+        ("generation_config.json", {"auto_map": {"x": evil}}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | more))
+    (folder / "custom_generate").mkdir()
+    shutil.copyfile(place / "evil/evil.py", folder / "custom_generate/generate.py")
+    (folder / "modeling_phi9.py").write_text((place / "evil/evil.py").read_text())
+    return folder
+
+
+def test_exports_name_none_and_refuse_a_folder_of_this_package_that_does(place, hub_base, tmp_path, subtests):
     export_model(place / "variable", tmp_path / "out", format="quanto", **EASY)
     assert find_foreign_code(tmp_path / "out") == []
-    with pytest.raises(LoadError, match=r"tokenizer_config\.json names .*evil\.EvilTok.* in auto_map"):
-        export_model(place / "base", tmp_path / "base", format="quanto", **EASY)
+    assert len(find_foreign_code(hub_base)) == 6
+    mark = place / "mark"
+    before = mark.exists()
+    for format in ("quanto", "torchao", "onnx", "gguf"):
+        with subtests.test(format=format):
+            export_model(hub_base, tmp_path / format, format=format, **EASY)
+            assert find_foreign_code(tmp_path / format) == []
+            assert not list((tmp_path / format).rglob("*.py"))
+            assert mark.exists() == before
+    assert len(find_foreign_code(hub_base)) == 6  # only the copy is changed
+    with pytest.raises(
+        LoadError, match=r"tokenizer_config\.json names .*evil\.EvilTok.* in auto_map.*context-prune card"
+    ):
+        export_model(older(place / "stock", tmp_path / "older"), tmp_path / "again", format="quanto", **EASY)
 
 
 def test_what_names_foreign_code_is_not_published(place, tmp_path):
@@ -113,8 +145,6 @@ def test_what_names_foreign_code_is_not_published(place, tmp_path):
         refuse_upload(folder)  # of the model's own push_to_hub
     with pytest.raises(LoadError, match=r"evil\.EvilTok.*hf-context-prune card"):
         write_space(make_space_settings([str(folder)], base=str(place / "variable")), tmp_path / "space")
-    with pytest.raises(LoadError, match=r"evil\.EvilTok"):
-        write_space(make_space_settings([str(place / "variable")], base=str(place / "base")), tmp_path / "space")
     assert not (tmp_path / "space").exists()
     with staged_folder(tmp_path / "app", required_bytes=0) as staging:  # a Space that holds a model
         (staging / "app.py").touch()
@@ -122,6 +152,16 @@ def test_what_names_foreign_code_is_not_published(place, tmp_path):
         shutil.copyfile(folder / "tokenizer_config.json", staging / "models/law/tokenizer_config.json")
     with pytest.raises(PublishError, match=r"models/law names code .*evil\.EvilTok"):
         files_to_push(tmp_path / "app", "space")
+
+
+def test_a_space_leaves_the_foreign_code_of_a_base_out(place, hub_base, tmp_path):
+    write_space(make_space_settings([str(place / "variable")], base=str(hub_base)), tmp_path / "space")
+    for folder in (tmp_path / "space/models").iterdir():
+        assert find_foreign_code(folder) == []
+        load_model(folder)
+    assert not list((tmp_path / "space/models").rglob("modeling_phi9.py"))
+    assert len(find_foreign_code(hub_base)) == 6
+    files_to_push(tmp_path / "space", "space")
 
 
 def test_a_models_own_push_takes_no_foreign_code_along(place, tmp_path):
