@@ -24,7 +24,7 @@ from hf_context_prune.utils.precision import bfloat16_is_fast
 from hf_context_prune.utils.version import __version__
 
 from .cache import CACHE_VARIABLE, cache_dir
-from .own_folders import MARKER, is_empty, is_own, make_own, mark_own, remove_own
+from .own_folders import MARKER, hold_own, is_empty, is_own, make_own, mark_own, remove_left, remove_own
 
 _FORGOTTEN_AFTER_DAYS = 7
 _NAME = re.compile("[0-9a-f]{32}")
@@ -58,6 +58,12 @@ def open_resume_folder(*identity: object) -> Iterator[Path | None]:
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 _open(folder)
+                held.enter_context(hold_own(folder))
+            except BlockingIOError as error:  # its lock is in another temporary folder
+                raise SaveError(
+                    f"Another run is doing the same, and keeps its finished work in {folder}: wait for it to end, or "
+                    f"choose another --output."
+                ) from error
             except OSError as error:
                 return str(error)
             for other in root.iterdir():
@@ -80,11 +86,11 @@ def open_resume_folder(*identity: object) -> Iterator[Path | None]:
             if is_main_process():
                 with suppress(OSError):
                     if os.listdir(folder) == [MARKER]:  # nothing was finished
-                        remove_own(folder)
+                        remove_own(folder, held)
             raise
         if is_main_process():
             with suppress(OSError):  # what stays is forgotten later
-                remove_own(folder)
+                remove_own(folder, held)
 
 
 def _open(folder: Path) -> None:
@@ -109,7 +115,7 @@ def _forget_old(folder: Path) -> None:
         newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
         if time.time() - newest > _FORGOTTEN_AFTER_DAYS * 86_400 and is_own(folder):
             with hold_lock(folder):
-                remove_own(folder)
+                remove_left(folder)
 
 
 def resume_key(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], *options: object) -> str:

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 
 import pytest
@@ -147,6 +148,20 @@ def test_a_second_run_of_the_same_is_refused_and_takes_nothing_away():
         with open_resume_folder("another output"):
             pass
     assert run_again().stdout == "went on\n"
+
+
+def test_a_second_run_with_another_temporary_folder_is_refused_too(tmp_path, monkeypatch):
+    with open_resume_folder("a") as folder:
+        (folder / "layer").touch()
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (0, 0))
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with pytest.raises(SaveError, match="Another run is doing the same, and keeps"), open_resume_folder("a"):
+            pass
+        with open_resume_folder("another output"):
+            pass
+        assert (folder / "layer").exists()
+    assert not folder.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_nothing_is_kept(tmp_path):
