@@ -161,7 +161,6 @@ def test_a_space_leaves_the_foreign_code_of_a_base_out(place, hub_base, tmp_path
         load_model(folder)
     assert not list((tmp_path / "space/models").rglob("modeling_phi9.py"))
     assert len(find_foreign_code(hub_base)) == 6
-    files_to_push(tmp_path / "space", "space")
 
 
 def test_a_models_own_push_takes_no_foreign_code_along(place, tmp_path):
