@@ -4,13 +4,10 @@
 """
 
 import glob
-import gzip
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from hf_context_prune.utils.failed_writes import find_failed_write
 from hf_context_prune.utils.files import expand_home, open_regular
 
 from .hub_datasets import open_hub
+from .json_records import read_json_records
 from .records import OpenedSource, Record, Table
 
 _LOGGER = logging.getLogger(__name__)
@@ -34,8 +32,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),  # a text that reads "None" or "NA" is a text
     ".parquet": ("parquet", {}),
 }
-"""File suffix -> (reader of the ``datasets`` library, its options)."""
-_LONGEST_PART = 2**20  # bytes of a line that are looked at together
+"""File suffix -> (reader of the ``datasets`` library, its options); JSON is read by `read_json_records`."""
 
 
 def open_source(source: object, *, text_column: str | None, seed: int, scratch: Path) -> OpenedSource:
@@ -130,49 +127,17 @@ def _file_records(file: Path, scratch: Path) -> Iterator[Record]:
         if file.stat().st_size == 0:
             return []
         reader, options = _READERS[_suffix(file) or ".txt"]
+        if reader == "json":
+            return read_json_records(file)
         # Streaming with a separate cache folder leaves nothing in the Hugging Face cache. data_files are glob patterns,
         # so a name such as "a[1].txt" would silently match nothing.
         files = [glob.escape(str(file))]
-        if reader == "json" and _is_array(file):
-            return _read_array(file)
         with _without_counting():
             return load_dataset(
                 reader, data_files=files, split="train", streaming=True, cache_dir=str(scratch), **options
             )
 
     return _guarded(open_file, file, scratch)
-
-
-def _open_json(file: Path) -> BufferedIOBase:
-    return gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb")
-
-
-def _is_array(file: Path) -> bool:
-    """Return whether a JSON file is one array; refuse a line that is null where a record should be.
-
-    pyarrow ends the process by a signal if such a line begins a block. `datasets` makes lines of an array, so the same
-    holds for its elements, and an array is read here.
-    """
-    with _open_json(file) as opened:
-        number, begins = 0, True
-        for line in iter(lambda: opened.readline(_LONGEST_PART), b""):
-            number += begins
-            start = line.removeprefix(b"\xef\xbb\xbf").lstrip()
-            if number == 1 and start.startswith(b"["):
-                return True
-            if begins and start.startswith(b"null"):
-                raise DataError(f"{file}: line {number:,} is null, not a record; remove that line")
-            begins = line.endswith(b"\n")
-    return False
-
-
-def _read_array(file: Path) -> Iterator[Record]:
-    with _open_json(file) as opened:
-        values = json.load(opened)
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict | str):
-            raise DataError(f"{file}: element {number:,} of the list is {value!r:.40}, not a record")
-        yield {"text": value} if isinstance(value, str) else value
 
 
 @contextmanager
@@ -190,7 +155,7 @@ def _guarded(open_records: Callable[[], Iterable[Record]], file: Path, scratch: 
 
     A failed write to the scratch folder is raised as it is, and explained where the folder was made.
     """
-    loggers = [logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}") for kind in ("csv", "json", "parquet")]
+    loggers = [logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}") for kind in ("csv", "parquet")]
     for logger in loggers:
         logger.addFilter(_is_no_read_error)
     try:

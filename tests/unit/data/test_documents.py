@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_context_prune.data import hub_datasets
+from hf_context_prune.data import hub_datasets, json_records
 from hf_context_prune.data.documents import TextDocument, TextSource, check_readable, load_documents
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.data.splits import hold_out_documents
@@ -651,12 +651,19 @@ def test_lines_that_are_null(tmp_path, subtests):
         ("c.jsonl", b"\xef\xbb\xbfnull\n" + line, 1),
         ("d.jsonl", line * 3 + b"null\n", 4),
         ("e.jsonl.gz", gzip.compress(b"\n\nnull\n"), 3),
+        ("i.jsonl", b" " * 1_100_000 + b"null\n" + line, 1),
+        ("j.jsonl", line + b" " * 11_000_000 + b"null\n" + line, 2),
     ):
         (tmp_path / name).write_bytes(content)
         for read in (load_documents, check_readable):
             with subtests.test(name, read=read), pytest.raises(DataError, match=f"{name}: line {number} is null"):
                 read(tmp_path / name)
-    for name, content in (("f.json", b"[null, 1]"), ("g.json", b'[1e999, {"text": "a"}]'), ("h.json", b"[[1]]")):
+    for name, content in (
+        ("f.json", b"[null, 1]"),
+        ("g.json", b'[1e999, {"text": "a"}]'),
+        ("h.json", b"[[1]]"),
+        ("k.jsonl", b"\n[null,\n1]"),
+    ):
         (tmp_path / name).write_bytes(content)
         with subtests.test(name), pytest.raises(DataError, match=f"{name}: element 1 of the list is"):
             load_documents(tmp_path / name)
@@ -666,3 +673,32 @@ def test_lines_that_are_null(tmp_path, subtests):
     assert [document.text for document in load_documents(tmp_path / "good.json").documents] == ["null"]
     (tmp_path / "good.jsonl").write_bytes(b'{"text": "null"}\n{"text": null}\n')
     assert [document.text for document in load_documents(tmp_path / "good.jsonl").documents] == ["null"]
+
+
+def test_json_that_is_no_plain_list_of_lines(tmp_path, monkeypatch, subtests):
+    monkeypatch.setattr(json_records, "_MAX_BYTES", 2**21)
+    for name, content, expected in (
+        ("a.json", b'{\n "text": "a"\n}\n', ["a"]),
+        ("b.jsonl", b'{\n"text": "a"}\r\n{"text":\n"b"}', ["a", "b"]),
+        ("c.jsonl", b'\xef\xbb\xbf\n\n[\n"a"\n]\n\n', ["a"]),
+        (
+            "d.jsonl",
+            b'"a"\n\n{"text": "2024-01-01", "doc": 1, "x": {}}\n{"text": "b", "y": [1, "z"]}',
+            ["a", "2024-01-01", "b"],
+        ),
+    ):
+        with subtests.test(name):
+            (tmp_path / name).write_bytes(content)
+            assert [document.text for document in load_documents(tmp_path / name).documents] == expected
+    for name, content, said in (
+        ("e.jsonl", b'{"text": "a"}\n{"text" 1}\n', "':' delimiter in line 2, column 9"),
+        ("f.jsonl", b"{" * 100_000, "Expecting property name"),
+        ("g.jsonl", b"[" * 1_000_000, "RecursionError"),
+        ("h.json", b'{"text": "a"}\n[1]', r"line 2 is \[1\], not a record"),
+        ("i.json", b'[1]\n{"text": "a"}', r"value 1 is \[1\], not a record"),
+        ("j.jsonl", b'{"text": "a"}\n{"text": 3}', "record 2, 'text' holds int"),
+        ("k.jsonl.gz", gzip.compress(b" " * (2**21 + 1)), "at once; write one record per line"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with subtests.test(name), pytest.raises(DataError, match=said):
+            load_documents(tmp_path / name)
