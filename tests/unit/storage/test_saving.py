@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -780,11 +781,18 @@ def test_code_of_others_is_not_replaced_by_the_modeling_files(tmp_path, subtests
     model = variable_width_model()
     model.save_pretrained(tmp_path / "ours")
     model.save_pretrained(tmp_path / "ours")
-    for what in ("code of others", "a link", "a dangling link"):
-        folder = tmp_path / what
+    golden = Path(__file__).parents[2] / "support" / "golden" / "variable_3369b6e.zip"
+    with zipfile.ZipFile(golden) as archive:  # the files of an older version
+        archive.extractall(tmp_path / "older")
+    (older,) = {path.parent for path in (tmp_path / "older").rglob("specs.py")}
+    model.save_pretrained(older)
+    assert (older / "specs.py").read_bytes() == (tmp_path / "ours" / "specs.py").read_bytes()
+    whats = ("RATE = 2", "# how to use hf_context_pruned\nRATE = 2", "", "a link", "a dangling link")
+    for index, what in enumerate(whats):
+        folder = tmp_path / str(index)
         folder.mkdir()
-        if what == "code of others":
-            (folder / "specs.py").write_text("RATE = 2")
+        if "link" not in what:
+            (folder / "specs.py").write_text(what)
         else:
             (tmp_path / "notes.txt").write_text("mine")
             (folder / "specs.py").symlink_to(tmp_path / ("notes.txt" if what == "a link" else "absent"))
