@@ -170,7 +170,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"The config file {path} can't be read: {why(error)}. It must be a YAML mapping.") from error
+        raise ConfigError(f"The config file {path} can't be read: {why(error)}. Correct it.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

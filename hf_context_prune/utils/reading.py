@@ -122,7 +122,16 @@ def parse_yaml(text: str) -> Any:  # noqa: ANN401 - YAML has no narrower type
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, OverflowError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_in_words(error)) from error
+
+
+def _in_words(error: Exception) -> str:
+    """Return an error of PyYAML on one line, without its picture of the place."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark, said = error.problem_mark, error.problem
+    said = f"{error.context}, {said}" if said.startswith("but ") else said
+    return f"{said} (line {mark.line + 1:,}, column {mark.column + 1:,})"
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -174,7 +183,14 @@ class _PlainLoader(yaml.SafeLoader):
                 return number
         raise _at(node, f"{node.value[:20]}... is a number beyond 64 bits")
 
+    def construct_date(self, node: Any) -> Any:  # noqa: ANN401
+        try:
+            return self.construct_yaml_timestamp(node)
+        except ValueError as error:
+            raise _at(node, f"{node.value} is no date: {error}") from error
 
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:timestamp", _PlainLoader.construct_date)
 for _kind in ("int", "float"):
     _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _PlainLoader.construct_number)
 

@@ -34,7 +34,7 @@ def to_plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON has no na
     if isinstance(value, list | tuple):
         return [to_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise NumericsError(f"{where} is {value}; a report holds finite numbers only. Find out what went wrong there.")
+        raise NumericsError(f"{where} is {value}; a report holds finite numbers only.")
     if isinstance(value, int) and abs(value) > _LARGEST:
         raise NumericsError(f"{where} has over {len(str(_LARGEST)) - 1} digits; a report holds 64-bit integers only.")
     return value

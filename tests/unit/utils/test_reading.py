@@ -7,6 +7,7 @@ import pytest
 
 from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.utils.files import expand_home
+from hf_context_prune.utils.options import read_options
 from hf_context_prune.utils.reading import read_bounded, read_json, read_yaml
 from tests.support.limits import within
 
@@ -61,6 +62,22 @@ def test_hostile_yaml(tmp_path, subtests):
         path.write_text(text)
         with subtests.test(text[:30]), within(seconds=2), pytest.raises(ValueError, match=said):
             read_yaml(path)
+
+
+def test_an_error_of_yaml_is_one_sentence(tmp_path, subtests):
+    path = tmp_path / "a.yaml"
+    for text, said in (
+        ("x: 1\na: [", "expected the node content, but found '<stream end>' (line 2, column 5)"),
+        ("a: 2024-13-45", "2024-13-45 is no date: month must be in 1..12 (line 1, column 4)"),
+        ("a: 1\n---\na: 2", "expected a single document in the stream, but found another document (line 2, column 1)"),
+        ("? [a]\n: b", "found unhashable key (line 1, column 3)"),
+        ("a: \0", "unacceptable character #x0000: special characters are not allowed in"),
+    ):
+        path.write_text(text)
+        with subtests.test(text), pytest.raises(ConfigError) as raised:
+            read_options(path)
+        assert str(raised.value).startswith(f"The config file {path} can't be read: {said}")
+        assert "\n" not in str(raised.value)
 
 
 def test_hostile_json(tmp_path, subtests):
