@@ -6,9 +6,9 @@ that looks like a date as a time.
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from io import BufferedIOBase
-from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hf_context_prune.errors import DataError
 from .records import Record
 
 _MAX_BYTES = 2**29
+_BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 def read_json_records(file: Path) -> Iterator[Record]:
@@ -79,7 +80,7 @@ def _values(text: str) -> Iterator[Any]:
 
 
 def _skip_blanks(text: str, position: int) -> int:
-    match = WHITESPACE.match(text, position)
+    match = _BLANKS.match(text, position)
     return position if match is None else match.end()
 
 

@@ -10,6 +10,7 @@ from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveE
 from hf_context_prune.evaluation.accuracy import Accuracy
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
+from hf_context_prune.evaluation.reports.codec import decode
 from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
@@ -151,6 +152,14 @@ def test_non_finite_figures_are_not_saved(single, tmp_path, bad):
     with pytest.raises(NumericsError, match=r"report\.size\.asked_ratio"):
         broken.save(tmp_path / "report.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_figure_has_one_remedy():
+    with pytest.raises(LoadError) as raised:
+        decode(SizeFacts, {"parameters": math.inf}, "report.size")
+    assert str(raised.value) == (
+        "report.size.parameters is inf; a report holds finite numbers only. The file is damaged."
+    )
 
 
 def test_a_failed_save_leaves_nothing(single, tmp_path):
