@@ -232,7 +232,7 @@ def test_an_output_that_is_not_ours_is_kept(folders, tmp_path):
     with pytest.raises(SaveError, match="not made by this package"):
         export_model(folders["stock"], target, format="quanto")
     assert (target / "thesis.txt").read_text() == "mine"
-    with pytest.raises(ConfigError, match="would then be damaged"):
+    with pytest.raises(SaveError, match=r"inside lies in .*, a folder that this package saved"):
         export_model(folders["stock"], folders["stock"] / "inside", format="quanto")
     with pytest.raises(ConfigError, match="would then be damaged"):
         export_model(folders["stock"], folders["stock"], format="quanto")
