@@ -33,13 +33,21 @@ _INSTALLED = {
     "flash_attention_2": is_flash_attn_2_available,
     "flash_attention_3": is_flash_attn_3_available,
 }
-_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+_FRACTIONS = (
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "dropout", "attention_dropout", "activation_dropout"),
+    *("hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "layerdrop"),
+)
+_FACTORS = (
+    *("query_pre_attn_scalar", "attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+    *("logits_scaling", "attn_logit_softcapping", "final_logit_softcapping"),
+)
+_MAX_FACTOR = 1e6
 _ROTATION = (
     *("rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "partial_rotary_factor"),
     *("short_factor", "long_factor"),
 )
-_PERIODS = ("no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern")
+_PERIODS = ("no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern", "sliding_window")
 _SHOWN = 500
 
 
@@ -137,10 +145,10 @@ def _check_values(source: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise _wrong(source, name, value, "a finite number")
-        if name in _EPSILONS and isinstance(value, int | float) and not 0 <= value <= 1:
+        if name in _FRACTIONS and isinstance(value, int | float) and not 0 <= value <= 1:
             raise _wrong(source, name, value, "a number from 0 to 1")
-    if values.get("query_pre_attn_scalar") is not None and not _is_positive(values["query_pre_attn_scalar"]):
-        raise _wrong(source, "query_pre_attn_scalar", values["query_pre_attn_scalar"], "a finite number above 0")
+        if name in _FACTORS and value is not None and not (_is_positive(value) and value <= _MAX_FACTOR):
+            raise _wrong(source, name, value, f"a number above 0 and at most {_MAX_FACTOR:,.0f}")
 
 
 def _check_attention(source: str, values: Mapping[str, Any]) -> None:

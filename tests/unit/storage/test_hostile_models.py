@@ -263,6 +263,10 @@ def test_values_that_no_model_has_are_named(copied, subtests):
         ("native", "rms_norm_eps", -1.0, r"rms_norm_eps = -1.0; it must be a number from 0 to 1"),
         ("native", "dtype", "load", "dtype = 'load'; it must be the name of a torch dtype"),
         ("native", "torch_dtype", "float99", "torch_dtype = 'float99'"),
+        ("native", "sliding_window", 0, "sliding_window = 0; it must be an integer from 1"),
+        ("gpt2", "resid_pdrop", 1e300, "resid_pdrop = 1e[+]300; it must be a number from 0 to 1"),
+        ("native", "query_pre_attn_scalar", 0, "query_pre_attn_scalar = 0; it must be a number above 0"),
+        ("native", "final_logit_softcapping", 1e300, "at most 1,000,000"),
         ("smollm3", "no_rope_layer_interval", 0, "no_rope_layer_interval = 0; it must be an integer from 1"),
     ):
         folder = copied(name)
