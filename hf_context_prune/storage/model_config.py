@@ -208,6 +208,8 @@ def _check_rotation(source: str, parameters: Any) -> None:  # noqa: ANN401
     for name, value in parameters.items():
         _check_rotation(source, value)
         each = value if isinstance(value, list) else [value]
+        if name.startswith("mscale") and value == 0:
+            continue  # DeepSeek's scale of the attention, switched off
         if name in _ROTATION and value is not None and not all(_is_positive(factor) for factor in each):
             raise _wrong(source, f"{name} of the rotation", value, "finite and above 0")
 
