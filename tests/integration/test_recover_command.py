@@ -103,7 +103,7 @@ def test_mistakes(run, place, pruned, subtests):
         (("--method", "qlora"), "method 'qlora'", 2),
         (("--num-evals", 0), "num_evals is 0", 2),
         (("--base", "@missing"), "does not exist", 1),
-        (("--output", "@pruned/inside"), "lies inside", 2),
+        (("--output", "@pruned/inside"), "a folder that this package saved", 1),
         (("--output", "@pruned/../pruned"), "would be lost", 2),
     ):
         with subtests.test(options):

@@ -45,7 +45,10 @@ def test_recovery_never_writes_into_its_own_folder(place, tmp_path):
     folder = tmp_path / "out"
     prune_to_folder(place / "base", place / "data.jsonl", folder, CONFIG, eval_options=QUICK)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    for target in (folder, folder / "inside"):
-        with pytest.raises(ConfigError, match="would be lost"):
+    for target, error, said in (
+        (folder, ConfigError, "would be lost"),
+        (folder / "inside", SaveError, "a folder that this package saved"),
+    ):
+        with pytest.raises(error, match=said):
             recover_to_folder(folder, place / "data.jsonl", target, RecoveryConfig(max_steps=1))
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
