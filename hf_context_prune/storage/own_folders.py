@@ -28,7 +28,12 @@ def make_own(folder: Path) -> None:
         OSError: The folder exists, or can't be made.
     """
     folder.mkdir()
-    mark_own(folder)
+    try:
+        mark_own(folder)
+    except BaseException:
+        with suppress(OSError):  # an empty folder is removed by the next run, too
+            folder.rmdir()
+        raise
 
 
 def mark_own(folder: Path) -> None:
