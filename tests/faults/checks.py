@@ -172,7 +172,8 @@ def kill(runner: Runner, name: str, number: int, *, older: bool) -> list[str]:
     for target in command.targets:
         problems += problems_of_folder(runner.run / "work" / target)
     for part in command.parts:
-        problems += problems_of_part(runner.run / "work" / part, foreign=None)
+        # safetensors leaves its own unfinished file in a checkpoint, which the Trainer writes and never sweeps
+        problems += problems_of_part(runner.run / "work" / part, foreign=r"/checkpoint-\d+/\.tmp\w{6}$")
     after = runner.content()
     problems += [f"left: {path}" for path in after if path not in before and not _belongs(path, command, ended=True)]
     problems += [f"{path} has other bits" for path in _weights(after) if after[path] != _weights_of(result).get(path)]
