@@ -158,7 +158,7 @@ def format_names(names: Collection[str]) -> str:
     return first if len(names) <= 3 else f"{first} and {len(names) - 3} more ({len(names)} tensors)"
 
 
-def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> None:  # noqa: ANN401
+def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> dict[str, Any]:  # noqa: ANN401
     """Compare the tensors that a config asks for with the safetensors headers, before any weight is read.
 
     The model is built on the meta device for that, which needs no memory for weights.
@@ -169,12 +169,15 @@ def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> 
         config: The model's config.
         model_class: The class that the model is loaded with.
 
+    Returns:
+        The tensors of the headers, as from [`read_header`][].
+
     Raises:
         ValueError: Config and weights differ in the number of layers, or a tensor is missing or of another shape.
     """
     tensors = read_header(folder, getattr(config, "transformers_weights", None))
     if not tensors:
-        return  # from_pretrained reports that
+        return tensors  # from_pretrained reports that
     files = os.path.basename(os.path.normpath(folder))
     remedy = (
         "the config does not belong to these weights, or one of them is damaged. Restore the config.json that was "
@@ -209,6 +212,7 @@ def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> 
         raise ValueError(f"the weights in {files} hold {format_names(other)}: {remedy}")
     if (tables := sum(buffer.numel() for buffer in model.buffers())) > model.num_parameters():
         raise ValueError(f"config.json asks for tables of {tables:,} numbers, more than there are weights: {remedy}")
+    return tensors
 
 
 def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list[str], list[str]]:  # noqa: ANN401

@@ -141,8 +141,7 @@ def check_weights(folder: Path, config: PreTrainedConfig) -> None:
         LoadError: Config and weights don't belong together, or the weights are quantised without a word of it.
     """
     try:
-        check_header(str(folder), spec_of(config), config, model_class_of(config))
-        tensors = read_header(str(folder), getattr(config, "transformers_weights", None))
+        tensors = check_header(str(folder), spec_of(config), config, model_class_of(config))
     except ValueError as error:
         raise LoadError(f"{folder.name} can't be loaded: {error}") from error
     packed = {name for name, info in tensors.items() if name.endswith(".weight") and info.dtype not in FLOATS}

@@ -54,12 +54,12 @@ _SHOWN = 500
 def read_config(source: str, folder: Path, revision: str | None) -> PreTrainedConfig:
     """Read and check a model's config.
 
+    What the config says of a run and not of the weights (which outputs a forward returns) is not followed.
+
     Args:
         source: A model folder or Hub id.
         folder: The local folder of its config.json.
         revision: Commit on the Hub; None for a folder.
-
-    What the config says of a run and not of the weights (which outputs a forward returns) is not followed.
 
     Raises:
         LoadError: The config is damaged, or a value in it is one that no model can have.

@@ -38,8 +38,8 @@ def find_failed_write(error: BaseException, folder: Path, *, any_os_error: bool 
 
     An `OSError` is a failed write if it names a file in the folder (`shutil.copyfile` names the target second), if it
     has an error number that only writes have, or if it names no file and has an error number of writes. numpy tells
-    neither. `safetensors` raises errors of its own, and `tokenizers` bare exceptions, with the
-    system's error number in the text.
+    neither. `safetensors` raises errors of its own, and `tokenizers` bare exceptions, with the system's error number in
+    the text.
 
     Args:
         error: The exception.
