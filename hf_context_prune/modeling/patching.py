@@ -33,6 +33,24 @@ def patch_forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> 
                 layer.forward = forward
 
 
+@torch.no_grad()
+def finish_forward(model: PreTrainedModel, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the inputs of the LM head from known hidden states behind the last layer; no layer computes anything.
+
+    Args:
+        model: The model.
+        input_ids: [batch, length], int64; only their shape matters.
+        hidden: Hidden states behind the last layer, before the final norm, [batch, length, hidden].
+
+    Returns:
+        [batch, length, hidden of the head].
+    """
+    layers = layers_of(model, spec_of(model.config))
+    with patch_forwards(layers, [lambda *args, **kwargs: hidden] * len(layers)):
+        states: torch.Tensor = model.base_model(input_ids=input_ids, use_cache=False)[0]
+    return states
+
+
 def in_bfloat16(forward: Forward) -> Forward:
     """Return a layer's forward that runs in [`bfloat16_autocast`][]."""
 

@@ -63,20 +63,28 @@ class StreamStorage:
         elements: Values of all batches together, of one of the two models.
         dtype: Of the hidden states.
         limit: Bytes that may stay in memory; None: `SPILL_SHARE` of the free memory.
+
+    Attributes:
+        pruned: Hidden states of the pruned model, those of all kept batches one after the other, [elements].
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, *, limit: int | None = None) -> None:
         if limit is None:
             limit = int(SPILL_SHARE * psutil.virtual_memory().available)
         self.spilled = 2 * elements * dtype.itemsize > limit
+        make = memmap_zeros if self.spilled else _empty
+        self._base, self.pruned = make(elements, dtype), make(elements, dtype)
         self._used = 0
-        self._flat = memmap_zeros(2 * elements, dtype) if self.spilled else torch.empty(2 * elements, dtype=dtype)
 
-    def keep(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Copy hidden states into this storage and return the copy."""
-        room = self._flat[self._used : self._used + hidden.numel()].view(hidden.shape)
-        self._used += hidden.numel()
-        return room.copy_(hidden)
+    def keep(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy a batch's hidden states into this storage, one copy per model, and return the copies."""
+        start, self._used = self._used, self._used + hidden.numel()
+        base, pruned = (flat[start : self._used].view(hidden.shape) for flat in (self._base, self.pruned))
+        return base.copy_(hidden), pruned.copy_(hidden)
+
+
+def _empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(elements, dtype=dtype)
 
 
 def capture(
@@ -94,7 +102,7 @@ def capture(
     with patch_forwards(view.layers, [record] * len(view.layers)):
         view.model.base_model(**inputs, use_cache=False)
     hidden = first[0]
-    return Stream(storage.keep(hidden), storage.keep(hidden), calls, mask, hidden.device, validation)
+    return Stream(*storage.keep(hidden), calls, mask, hidden.device, validation)
 
 
 @contextmanager

@@ -42,12 +42,18 @@ class SequentialResult:
         outputs: New weight [out, kept] and bias of every reconstructed output projection, in float32.
         num_samples: Samples used.
         num_tokens: Unpadded tokens used.
+        final_states: Hidden states of the pruned model behind its last layer, before the final norm, [samples, length,
+            hidden], in the order of the samples and in the dtype of the embedding; possibly memory-mapped. They are
+            what the planned model computes in [`bfloat16_layers`][]; padded positions hold no meaningful values.
+            [`finish_forward`][] computes the inputs of the LM head from them. None where another process holds a part,
+            or the batches differ in length or hold nothing but padding.
     """
 
     layers: tuple[LayerPlan, ...] = ()
     outputs: dict[Key, Output] = field(default_factory=dict)
     num_samples: int = 0
     num_tokens: int = 0
+    final_states: torch.Tensor | None = field(default=None, repr=False)
 
     def reconstruct(
         self, layer: int, target: str, weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int]
@@ -144,6 +150,9 @@ def _capture_streams(
     result.num_tokens, result.num_samples = sum_counts(result.num_tokens, result.num_samples)
     if not result.num_tokens:
         raise DataError("There is nothing to calibrate on: no batch, or every position is padding.")
+    # The pass moves the streams in place, so this holds the final states once it is done.
+    if len(streams) == len(batches) and len({stream.pruned.shape[1] for stream in streams}) == 1:
+        result.final_states = storage.pruned.view(-1, *streams[0].pruned.shape[1:])
     return streams, result
 
 

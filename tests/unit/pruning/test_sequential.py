@@ -9,6 +9,7 @@ import torch
 
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.modeling.architectures import layers_of, output_projection, output_weight, spec_of
+from hf_context_prune.modeling.patching import finish_forward
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.pruning.calibration.calibrate import calibrate
@@ -123,6 +124,37 @@ def test_the_walk_sees_what_the_smaller_model_does(name, monkeypatch):
     scale = float(dense.abs().max())
     torch.testing.assert_close(walked / scale, final_hidden(smaller, given) / scale, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(dense / scale, final_hidden(model, given) / scale, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "padded"), [(name, bool(place % 2)) for place, name in enumerate(WALKED)])
+def test_the_final_states_are_those_of_the_smaller_model(name, padded):
+    model, given = case(name), batches(2, padded=padded)
+    widths = widths_of(model)
+    result = prune_sequentially(model, given, widths, CRITERIA["wanda"])
+    smaller = pruned_by(model, result, given, widths)
+    states = result.final_states
+    assert states.shape == (6, 24, model.config.hidden_size)
+    kept = torch.cat([batch.get("attention_mask", torch.ones(3, 24)) for batch in given]).bool()
+    expected = final_hidden(smaller, given)
+    scale = expected.abs().max()
+    torch.testing.assert_close(states[kept] / scale, expected / scale, atol=1e-5, rtol=1e-4)
+    for batch, part in zip(given, states.split(3), strict=True):
+        seen: list[torch.Tensor] = []
+        handle = smaller.get_output_embeddings().register_forward_pre_hook(lambda _, a, seen=seen: seen.append(a[0]))
+        with torch.no_grad():
+            smaller(**batch)
+        handle.remove()
+        mask = batch.get("attention_mask", torch.ones(3, 24)).bool()
+        finished = finish_forward(smaller, batch["input_ids"], part)
+        torch.testing.assert_close(finished[mask], seen[0][mask], atol=1e-4, rtol=1e-4)
+
+
+def test_there_are_no_final_states_of_batches_that_differ_in_length_or_are_all_padding():
+    model = case("llama")
+    longer = {"input_ids": torch.full((2, 30), 7)}
+    empty = {"input_ids": torch.full((3, 24), 7), "attention_mask": torch.zeros(3, 24, dtype=torch.long)}
+    for other in (longer, empty):
+        assert prune_sequentially(model, [*batches(2), other], widths_of(model), CRITERIA["l1"]).final_states is None
 
 
 @pytest.mark.parametrize("kept", [None, [0, 2, 3, 7, 8]])
