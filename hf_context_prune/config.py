@@ -5,12 +5,9 @@ The command line is made from the fields; see [`option`][].
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from hf_context_prune.utils.options import (
     BUDGET,
@@ -20,15 +17,14 @@ from hf_context_prune.utils.options import (
     TEXT,
     VOCABULARY,
     Allowed,
+    OptionSet,
     above_zero,
     at_least,
     below_one,
     check_options,
-    from_options,
     is_number,
     name_such_as,
     option,
-    read_options,
 )
 
 from .errors import ConfigError
@@ -37,19 +33,25 @@ CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", 
 ReconstructionName = Literal["none", "bias", "least_squares", "sequential"]
 AllocationName = Literal["uniform", "adaptive"]
 VocabCriterion = Literal["expected", "frequency"]
+UnitName = Literal["tokens", "neurons", "kv_groups"]
 
 DEFAULT_PRUNING_RATIO = 0.2
 DEFAULT_PAD_TO_MULTIPLE_OF = 64
+DEFAULT_GENERAL_DATA_RATIO = 0.25
+"""Share of general text where there is some (benchmarks/general.py measures it)."""
+NATIVE_TOLERANCE = 0.01
+"""Bits per byte, as a share of the base model's, that the native architecture may cost to be the default."""
 DEFAULT_RIDGE = 0.3
 """Ridge of every Gram matrix that is inverted, as a share of each feature's mean square."""
 THRESHOLDS = ("linear_threshold", "activation_threshold", "embedding_threshold")
-_DIGITS = re.compile(r"[0-9]{1,19}")
+UNITS: tuple[UnitName, ...] = get_args(UnitName)
+_TOKEN_SIZES = ("vocab_size", "vocab_coverage", "vocab_min_count")
 _RATIO = below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing")
 _THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of at least 0 (the paper has 1e-3)")
 
 
 @dataclass(kw_only=True)
-class CalibrationConfig:
+class CalibrationConfig(OptionSet):
     """The text that a pruning run is calibrated on.
 
     Raises:
@@ -58,11 +60,11 @@ class CalibrationConfig:
 
     num_calibration_samples: int = option(128, "Samples of calibration text.", panel=TEXT, allowed=at_least(1))
     max_seq_length: int = option(512, "Tokens per sample.", panel=TEXT, allowed=at_least(2))
-    general_data_ratio: float = option(
-        0.0,
+    general_data_ratio: float | None = option(
+        None,
         "Share of the calibration samples taken from general text instead of domain text, in [0, 1). The model loses a "
         "little more on the domain and forgets less elsewhere. Needs general text (--general-data), of which a tenth "
-        "is then held out to measure on.",
+        f"is then held out to measure on. Default {DEFAULT_GENERAL_DATA_RATIO} with general text, else 0.",
         panel=TEXT,
         allowed=below_one("0.25 takes a quarter of the calibration samples from general text"),
     )
@@ -91,10 +93,6 @@ class CalibrationConfig:
         """Check every value."""
         check_options(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all options as plain values."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a config from a mapping of options; ``seed`` may stand for ``pruning_seed``, as on the command line.
@@ -104,16 +102,7 @@ class CalibrationConfig:
         """
         if "seed" in values and "pruning_seed" not in values:
             values = {"pruning_seed" if name == "seed" else name: value for name, value in values.items()}
-        return from_options(cls, values)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Read a config from a YAML file (a flat mapping).
-
-        Raises:
-            ConfigError: The file is missing, not YAML or not a mapping, or has an unknown key.
-        """
-        return cls.from_dict(read_options(path))
+        return super().from_dict(values)
 
 
 @dataclass(kw_only=True)
@@ -121,12 +110,12 @@ class PrunerConfig(CalibrationConfig):
     """What to remove, how to choose it, and how to reconstruct the rest.
 
     The budget is one of: a share or number of *all* parameters (`pruning_ratio`, `target_params`), a share of each kind
-    of unit (`mlp_ratio`, `attention_ratio`), or the loss that may be added (`max_loss_increase`). A share of all
-    parameters may be combined with the ratio of one kind of unit: that ratio is then exact, and the other kind gives
-    the rest. Vocabulary entries are removed by `vocab_size`, `vocab_coverage` or `vocab_min_count`, and count towards a
-    share of all parameters; with ``vocab_size="auto"``, that budget decides how many. With no size at all,
-    `pruning_ratio` is 0.2. Options left open (`pruning_ratio`, `allocation`) are filled in, so that a config always
-    says what is done.
+    of unit (`mlp_ratio`, `attention_ratio`), or the loss that may be added (`max_loss_increase`). With no size at all,
+    `pruning_ratio` is 0.2. A budget for all parameters or for the loss is spent on all `units`, by what each costs in
+    measured loss per parameter. A share of all parameters may be combined with the ratio of one kind of unit: that
+    ratio is then exact, and the other kind gives the rest. `vocab_size`, `vocab_coverage` and `vocab_min_count` fix the
+    number of tokens, which counts towards a share of all parameters. `pruning_ratio` and `allocation` are filled in
+    where they are open; `units`, `native_architecture` and `refit_lm_head` stay None: model and text decide.
 
     Raises:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
@@ -152,13 +141,19 @@ class PrunerConfig(CalibrationConfig):
     attention_ratio: float | None = option(
         None, "Share of the attention KV groups to remove, in [0, 1).", panel=BUDGET, allowed=_RATIO
     )
-    vocab_size: int | str | None = option(
+    units: str | None = option(
         None,
-        "Number of vocabulary entries to keep, or auto: the budget for all parameters decides, by the measured loss of "
-        "removing entries, neurons and KV groups. All are kept by default.",
+        f"What may be removed, separated by commas: {', '.join(UNITS)}. By default all of them where the budget is for "
+        f"all parameters or the loss; the next best where a tokenizer can't be trimmed.",
+        panel=BUDGET,
+        allowed=Allowed(lambda value: _unit_names(value) is not None, f"one or several of {', '.join(UNITS)}"),
+        metavar="NAMES",
+    )
+    vocab_size: int | None = option(
+        None,
+        "Number of vocabulary entries to keep, instead of what the budget for all units finds.",
         panel=VOCABULARY,
-        allowed=Allowed(lambda value: value == "auto" or at_least(1).test(value), f"'auto' or {at_least(1).text}"),
-        metavar="N|auto",
+        allowed=at_least(1),
     )
     vocab_coverage: float | None = option(
         None,
@@ -190,15 +185,15 @@ class PrunerConfig(CalibrationConfig):
     )
     allocation: AllocationName | None = option(
         None,
-        "adaptive: widths by each layer's measured effect on the loss; uniform: the same share in every layer. By "
-        "default adaptive if the budget is for all parameters or the loss, and uniform with mlp_ratio, "
-        "attention_ratio, native_architecture or a single sample of text.",
+        "adaptive: sizes by measured effect on the loss; uniform: the same share of every layer, and nothing measured. "
+        "By default adaptive if the budget is for all parameters or the loss, and uniform with mlp_ratio, "
+        "attention_ratio or a single sample of text.",
         panel=METHOD,
     )
-    refit_lm_head: bool = option(
-        False,
-        "After pruning, also refit the LM head (and the tied embedding) on the calibration text: less loss at the same "
-        "size, in more time. Always done when the vocabulary is pruned.",
+    refit_lm_head: bool | None = option(
+        None,
+        "After pruning, refit the LM head (and the tied embedding) on the calibration text: less loss at the same "
+        "size. By default done, but with reconstruction none.",
         panel=METHOD,
     )
     round_to: int = option(
@@ -207,9 +202,10 @@ class PrunerConfig(CalibrationConfig):
         panel=METHOD,
         allowed=at_least(1),
     )
-    native_architecture: bool = option(
-        False,
-        "Plan only widths that the model's own architecture can hold, so that it loads without this package.",
+    native_architecture: bool | None = option(
+        None,
+        "Plan only widths that the model's own architecture can hold, so that it loads without this package. By "
+        "default done where that costs at most 1 percent more bits per byte than widths that differ by layer.",
         panel=METHOD,
     )
     ridge: float = option(
@@ -223,19 +219,19 @@ class PrunerConfig(CalibrationConfig):
 
     def __post_init__(self) -> None:
         """Check every value, fill in what is open, and refuse contradictions."""
-        if isinstance(self.vocab_size, str) and _DIGITS.fullmatch(self.vocab_size):  # HfArgumentParser gives strings
-            self.vocab_size = int(self.vocab_size)
         super().__post_init__()
+        if self.units is not None:
+            self.units = ",".join(_unit_names(self.units) or ())
         self._fill_in()
         self._check_budget()
         self._check_method()
-        self._check_vocabulary()
+        self._check_units()
 
     def _fill_in(self) -> None:
-        if not self.prunes_units and (not self.prunes_vocabulary or self.vocab_size == "auto"):
+        fixed = self.mlp_ratio is not None or self.attention_ratio is not None
+        if not (self.has_total_budget or fixed or self.fixes_tokens):
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if self.allocation is None:
-            fixed = self.mlp_ratio is not None or self.attention_ratio is not None or self.native_architecture
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
             self.allocation = "adaptive" if self.has_total_budget and not (fixed or nothing) else "uniform"
 
@@ -262,29 +258,28 @@ class PrunerConfig(CalibrationConfig):
                 "criterion='taylor' needs gradients, which reconstruction='sequential' does not compute. Use "
                 "criterion='obs', or reconstruction='least_squares'."
             )
-        if self.allocation == "adaptive" and self.native_architecture:
-            raise ConfigError(
-                "allocation='adaptive' gives layers different widths, which native_architecture=True rules out; leave "
-                "allocation out (None; a config fills it in)."
-            )
         if self.refit_lm_head and self.reconstruction == "none":
             raise ConfigError(
                 "refit_lm_head=True reconstructs more, and reconstruction='none' reconstructs nothing; use another "
                 "reconstruction, or leave refit_lm_head out."
             )
 
-    def _check_vocabulary(self) -> None:
-        sizes = ("vocab_size", "vocab_coverage", "vocab_min_count")
-        given = [name for name in sizes if getattr(self, name) is not None]
+    def _check_units(self) -> None:
+        given = [name for name in _TOKEN_SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} each set the size of the vocabulary; give one of them.")
-        units = self.mlp_ratio is not None or self.attention_ratio is not None
-        shared = self.allocation == "adaptive" and self.max_loss_increase is None and not units
-        if self.vocab_size == "auto" and not shared:
+        if self.units is None:
+            return
+        if given and "tokens" not in self.units:
             raise ConfigError(
-                "vocab_size='auto' shares one budget between vocabulary entries and other units by their measured "
-                "loss: it needs pruning_ratio (above 0) or target_params, allocation='adaptive' (so not "
-                "native_architecture), and no mlp_ratio or attention_ratio. Or give a number: vocab_size=16000."
+                f"{given[0]} removes tokens, and units={self.units!r} keeps them all; add tokens to units, or leave "
+                f"{given[0]} out."
+            )
+        if not self.shares_budget:
+            raise ConfigError(
+                f"units={self.units!r} says what shares one budget by measured loss: it needs pruning_ratio (above 0), "
+                f"target_params or max_loss_increase, with allocation='adaptive' and without mlp_ratio and "
+                f"attention_ratio. Leave units out."
             )
 
     @property
@@ -293,14 +288,45 @@ class PrunerConfig(CalibrationConfig):
         return any(x is not None for x in (self.pruning_ratio, self.target_params, self.max_loss_increase))
 
     @property
-    def prunes_units(self) -> bool:
+    def shares_budget(self) -> bool:
+        """Whether one budget is spent on several kinds of units, by what each costs in measured loss."""
+        ratios = self.mlp_ratio is not None or self.attention_ratio is not None
+        return self.has_total_budget and self.allocation == "adaptive" and not ratios
+
+    @property
+    def prunes_layers(self) -> bool:
         """Whether MLP neurons or KV groups may be removed."""
-        return self.has_total_budget or self.mlp_ratio is not None or self.attention_ratio is not None
+        layers = self.units is None or self.units != "tokens"
+        return (self.has_total_budget and layers) or self.mlp_ratio is not None or self.attention_ratio is not None
+
+    @property
+    def fixes_tokens(self) -> bool:
+        """Whether the number of tokens is given, or follows from the text alone."""
+        return any(getattr(self, name) is not None for name in _TOKEN_SIZES)
+
+    @property
+    def searches_tokens(self) -> bool:
+        """Whether the budget decides how many tokens stay (where the tokenizer can be trimmed)."""
+        listed = self.units is None or "tokens" in self.units.split(",")
+        return self.shares_budget and listed and not self.fixes_tokens
 
     @property
     def prunes_vocabulary(self) -> bool:
-        """Whether vocabulary entries may be removed."""
-        return any(size is not None for size in (self.vocab_size, self.vocab_coverage, self.vocab_min_count))
+        """Whether tokens may be removed."""
+        return self.fixes_tokens or self.searches_tokens
+
+    @property
+    def refits_lm_head(self) -> bool:
+        """Whether the rows of the LM head are refitted after pruning."""
+        return self.reconstruction != "none" if self.refit_lm_head is None else self.refit_lm_head
+
+
+def _unit_names(value: object) -> tuple[UnitName, ...] | None:
+    """Return the names in ``"tokens,neurons"``, in the order of `UNITS`; None where it names anything else."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not set(names) <= set(UNITS):
+        return None
+    return tuple(name for name in UNITS if name in names)
 
 
 @dataclass(kw_only=True)
@@ -346,7 +372,7 @@ class ThresholdConfig(CalibrationConfig):
             raise ConfigError(f"There is no threshold; give at least one of {', '.join(THRESHOLDS)}.")
 
     @property
-    def prunes_units(self) -> bool:
+    def prunes_layers(self) -> bool:
         """Whether MLP neurons or KV groups may be removed."""
         return self.linear_threshold is not None or self.activation_threshold is not None
 
@@ -374,27 +400,3 @@ def build_config(values: Mapping[str, Any]) -> PrunerConfig | ThresholdConfig:
             f"it; leave out {', '.join(others)}, or the thresholds."
         )
     return ThresholdConfig.from_dict(values)
-
-
-_OLD = {"stock": "native_architecture", "vocab_multiple": "pad_to_multiple_of", "general_mix": "general_data_ratio"}
-
-
-def config_from_provenance(values: Mapping[str, Any]) -> PrunerConfig | ThresholdConfig:
-    """Build the config that a pruning plan was made with, also from the option names of earlier plans.
-
-    Args:
-        values: ``provenance["config"]`` of a plan.
-
-    Raises:
-        ConfigError: An unknown key or value, or a combination that is no longer possible.
-    """
-    values = {_OLD.get(name, name): value for name, value in values.items()}
-    if values.pop("effort", None) == "high":
-        values["refit_lm_head"] = True
-    if values.pop("vocab_auto", False):
-        values["vocab_size"] = "auto"
-    if any(values.get(name) is not None for name in THRESHOLDS):
-        left_open = {item.name: item.default for item in fields(PrunerConfig)}
-        left_open |= {"criterion": "l1", "reconstruction": "none", "allocation": "uniform"}  # written with thresholds
-        values = {name: value for name, value in values.items() if name not in left_open or value != left_open[name]}
-    return build_config(values)

@@ -15,6 +15,7 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.widths import (
     check_round_to,
+    check_shared_budget,
     check_units_budget,
     plan_widths_beside_vocabulary,
 )
@@ -30,12 +31,12 @@ class DryRun:
 
     Attributes:
         base_parameters: Parameters of the base model, tied ones counted once.
-        pruned_parameters: Parameters after pruning; adaptive widths may remove up to one step more.
+        pruned_parameters: Parameters after pruning; what is measured may remove up to one step more.
         asked_ratio: Share of all parameters to remove, if the config has one.
         dense: Widths of the base model, one per layer.
         widths: Widths after pruning, one per layer; None for adaptive widths, which are measured.
         dense_tokens: Embedding rows of the base model.
-        tokens: Embedding rows after pruning.
+        tokens: Embedding rows after pruning; all of them where their number is measured.
         native_fit: Whether the native architecture holds the widths, and why or why not.
     """
 
@@ -69,7 +70,7 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     check_reconstruction(empty, config)
     total, rows = empty.num_parameters(), num_rows(empty)
     budget, kept = ParameterBudget.of(config, total), rows
-    if isinstance(config.vocab_size, int):
+    if config.vocab_size is not None:
         if config.vocab_size > rows:
             raise BudgetError(f"vocab_size is {config.vocab_size:,}, but the model has only {rows:,} embedding rows.")
         size = VocabularySize(config.vocab_size, pad_to_multiple_of=config.pad_to_multiple_of)
@@ -78,8 +79,12 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
     widths: tuple[LayerWidths, ...] | None = view.widths
     removed = (rows - kept) * token_cost(empty)
     warn_of_unused_options(config)
-    if config.prunes_units:
+    if config.prunes_layers:
         check_round_to(view.widths, config)
+    if config.searches_tokens:
+        check_shared_budget(empty, config, fewest_tokens=1)  # how many must stay, the tokenizer knows
+        removed, widths = budget.remove_params or 0, None
+    elif config.prunes_layers:
         gone = check_units_budget(empty, config, kept)
         removed += gone
         widths = (
@@ -93,7 +98,7 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         widths=widths,
         dense_tokens=rows,
         tokens=kept,
-        native_fit=NativeFit(False, "adaptive widths are measured")
+        native_fit=NativeFit(bool(config.native_architecture), "tokens and widths are measured")
         if widths is None
         else assess_native_fit(empty.config, view.spec, widths),
     )

@@ -23,6 +23,7 @@ from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, check_share
+from hf_context_prune.pruning.notes import plan_notes
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.publishing.card.card import rewrite_card
@@ -37,7 +38,6 @@ from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.version import __version__
 
 from .matrix_report import DENSE, DomainMatrix, mixed_name
-from .prune import plan_notes
 
 REFERENCE = "general"
 ROWS_NAME, MODELS = "matrix.jsonl", "models"

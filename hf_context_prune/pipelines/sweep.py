@@ -177,7 +177,7 @@ class _Pruner:
     def prune(self, config: ThresholdConfig) -> PrunedModel:
         """Prune at a point of the grid."""
         whole, calibration = (self.base.model, self.base.tokenizer), CalibrationSet(self.text, config)
-        if not config.prunes_units:
+        if not config.prunes_layers:
             return prune_model(*whole, calibration, config)
         if self._magnitudes is None:
             self._magnitudes = measure_sample_magnitudes(self.base.model, calibration.samples(self.base.tokenizer))
@@ -191,7 +191,7 @@ class _Pruner:
         threshold, dense = config.embedding_threshold, self.base.model
         if threshold not in self._trimmed:
             self._trimmed[threshold] = prune_vocabulary_for(dense, self.base.tokenizer, self.text, config)
-        trimmed, magnitudes = self._trimmed[threshold], self._magnitudes if config.prunes_units else None
+        trimmed, magnitudes = self._trimmed[threshold], self._magnitudes if config.prunes_layers else None
         return count_zeros_of_paper(dense, magnitudes, config, trimmed.zeroed_by_paper if trimmed else ())
 
 

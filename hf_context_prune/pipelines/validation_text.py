@@ -1,6 +1,8 @@
-"""Text that chooses and is never reported: for the size of `max_loss_increase`, and for ``vocab_size="auto"``."""
+"""Text that chooses and is never reported: for the size of `max_loss_increase`, and for the tokens of a budget."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,13 +13,15 @@ from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import SizeSearch
 from hf_context_prune.evaluation.validation import ValidationText
+from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pruning.token_budget import VocabularyProbe
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.unit_curves import TokenProbe
 from hf_context_prune.utils.distributed import on_main_process
 
 _VALIDATION_TOKENS = 12_000
 """Upper limit of the tokens that a size is searched on, in whole documents."""
-_PROBE_TOKENS = 8_000
+_PROBE_TOKENS = 6_000
 """Upper limit of the tokens that vocabularies are compared on, in whole documents."""
 
 
@@ -75,32 +79,74 @@ def describe_size_search(validation: ValidationText, plan: PruningPlan) -> SizeS
     return SizeSearch(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))
 
 
-def withhold_vocabulary_probe(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextSource, config: CalibrationConfig
-) -> VocabularyProbe:
-    """Withhold documents of the calibration text that vocabularies are compared on; see [`split_token_budget`][].
+def withhold_token_probe(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet, config: CalibrationConfig
+) -> TokenProbe:
+    """Withhold documents of the calibration text that vocabularies are compared on; see [`measure_units`][].
+
+    Where general text is calibrated on, a part of it is withheld too, and its loss counts by its share.
 
     Raises:
-        DataError: The text has a single document.
+        DataError: One of the texts has a single document.
     """
-    try:
-        counted, withheld = hold_out_documents(text, seed=config.pruning_seed)
-    except DataError as error:
-        raise DataError(
-            f"vocab_size='auto' compares vocabularies on documents withheld from the calibration text {text.name}, "
-            f"which is a single one. Give text of several documents, or a number of tokens (vocab_size)."
-        ) from error
-    length = config.max_seq_length
-
-    def measure_base() -> tuple[list[str], int, float]:
-        base = document_losses(model, tokenizer, withheld, max_seq_length=length, max_tokens=_PROBE_TOKENS)
-        tokens = sum(loss.num_tokens for loss in base)
-        return [loss.doc for loss in base], tokens, sum(loss.nll for loss in base) / tokens
-
-    docs, base_tokens, base_loss = on_main_process(measure_base)
+    share = (config.general_data_ratio or 0.0) if calibration.general is not None else 0.0
+    sources = [(calibration.domain, 1 - share)]
+    if calibration.general is not None and share:
+        sources.append((calibration.general, share))
+    parts = [_Part.of(model, tokenizer, source, weight, config) for source, weight in sources]
 
     def loss(candidate: PreTrainedModel, own: PreTrainedTokenizerBase) -> float:
-        losses = document_losses(candidate, own, withheld, max_seq_length=length, docs=docs)
-        return sum(loss.nll for loss in losses) / base_tokens
+        return sum(part.weight * part.loss(candidate, own) for part in parts)
 
-    return VocabularyProbe(counted, loss, base_loss)
+    base_loss = sum(part.weight * part.base_loss for part in parts)
+    return TokenProbe(parts[0].counted, loss, base_loss, parts[1].counted if len(parts) > 1 else None)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Documents withheld from one text, with the base model's loss there."""
+
+    counted: TextSource
+    withheld: TextSource
+    docs: list[str]
+    base_tokens: int
+    base_loss: float
+    weight: float
+    max_seq_length: int
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: TextSource,
+        weight: float,
+        config: CalibrationConfig,
+    ) -> _Part:
+        try:
+            counted, withheld = hold_out_documents(text, seed=config.pruning_seed)
+        except DataError as error:
+            raise DataError(
+                f"Vocabularies are compared on documents withheld from the calibration text {text.name}, which is a "
+                f"single one. Give text of several documents, a number of tokens (vocab_size), or other units "
+                f"(units='neurons,kv_groups')."
+            ) from error
+        length = config.max_seq_length
+
+        def measure_base() -> tuple[list[str], int, float]:
+            most = max(1, round(weight * _PROBE_TOKENS))
+            with bfloat16_layers(model):
+                base = document_losses(model, tokenizer, withheld, max_seq_length=length, max_tokens=most)
+            tokens = sum(loss.num_tokens for loss in base)
+            return [loss.doc for loss in base], tokens, sum(loss.nll for loss in base) / tokens
+
+        docs, tokens, base_loss = on_main_process(measure_base)
+        return cls(counted, withheld, docs, tokens, base_loss, weight, length)
+
+    def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Return the loss of a model with its tokenizer, in nats per token of the base tokenizer."""
+        with bfloat16_layers(model):
+            losses = document_losses(
+                model, tokenizer, self.withheld, max_seq_length=self.max_seq_length, docs=self.docs
+            )
+        return sum(loss.nll for loss in losses) / self.base_tokens

@@ -82,9 +82,14 @@ class LayerMeasurements:
         """Return the widths of the size that a config names."""
         return plan_widths(model, config) if self.curves is None else measured_widths(model, config, self.curves)
 
-    def plan(self, model: PreTrainedModel, config: PrunerConfig, provenance: Mapping[str, Any] | None) -> PruningPlan:
-        """Return the plan of the size that a config names: the most important units."""
-        widths = self.widths(model, config)
+    def plan(
+        self,
+        model: PreTrainedModel,
+        config: PrunerConfig,
+        widths: tuple[LayerWidths, ...],
+        provenance: Mapping[str, Any] | None,
+    ) -> PruningPlan:
+        """Return the plan with these widths: the most important units."""
         layers = select_units(self.importance, ModelView.of_shapes(model).geometry, widths)
         facts = {**(provenance or {}), **self.prediction(widths)}
         return build_plan(model, layers, config, self.num_samples, self.num_tokens, facts)

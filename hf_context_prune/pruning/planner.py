@@ -18,16 +18,14 @@ from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.allocation.adaptive import most_removable
-from hf_context_prune.pruning.allocation.budget import Curve, removed_params
-from hf_context_prune.pruning.allocation.loss_search import Loss, smallest_within
+from hf_context_prune.pruning.allocation.budget import Curve
 from hf_context_prune.pruning.allocation.probing import search_curves
 from hf_context_prune.pruning.allocation.sensitivity import withhold_probe
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.chunked import calibrate_in_turns
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
-from hf_context_prune.pruning.sequential.prune import check_sequential, prune_sequentially
+from hf_context_prune.pruning.sequential.prune import SequentialResult, check_sequential, prune_sequentially
 from hf_context_prune.pruning.surgery import ReconstructFn
 
 from .measurements import LayerMeasurements, build_plan, reconstruct_one_shot
@@ -46,7 +44,7 @@ def check_reconstruction(model: PreTrainedModel, config: PrunerConfig) -> None:
             for.
     """
     needs = Requirements.of(config)
-    if config.reconstruction == "sequential" and config.prunes_units:
+    if config.reconstruction == "sequential" and config.prunes_layers:
         check_sequential(model, needs.criterion)
     if config.reconstruction != "bias":
         return
@@ -101,7 +99,7 @@ def make_plan(
         ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what statistics alone can't give:
             sequential reconstruction, pruning of the vocabulary, and the refit of the LM head.
     """
-    if config.prunes_vocabulary or config.refit_lm_head:
+    if config.fixes_tokens or config.units == "tokens" or config.refit_lm_head:
         raise ConfigError(
             "make_plan plans neurons and KV groups alone. To prune the vocabulary, use prune(), or call "
             "prune_vocabulary() first and leave the vocab_* options out here; for refit_lm_head=True, use prune()."
@@ -117,7 +115,8 @@ def make_plan(
         )
     if config.allocation == "uniform" or config.max_loss_increase is not None:
         plan_widths(model, config)  # before scoring: it may refuse
-    return LayerMeasurements.of(model, stats, config, samples).plan(model, config, provenance)
+    measured = LayerMeasurements.of(model, stats, config, samples)
+    return measured.plan(model, config, measured.widths(model, config), provenance)
 
 
 class Planner:
@@ -145,10 +144,10 @@ class Planner:
         self.model, self.samples, self.provenance, self.resume_dir = model, samples, provenance, resume_dir
         self.needs, self.measured = Requirements.of(config), measured
         self.stats: CalibrationStats | None = None
-        sequential, searches_size = config.reconstruction == "sequential", config.max_loss_increase is not None
-        if sequential and (measured is not None or (config.allocation == "uniform" and not searches_size)):
+        sequential = config.reconstruction == "sequential"
+        if sequential and (measured is not None or config.allocation == "uniform"):
             return  # sequential reconstruction measures all that it needs
-        if sequential and not searches_size:  # only widths are searched
+        if sequential:  # only widths are searched
             self.measured = LayerMeasurements({}, self._search(config), 0, 0)
             return
         fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
@@ -172,31 +171,22 @@ class Planner:
             state_dir=self.resume_dir,
         )
 
-    def most_removable(self, config: PrunerConfig) -> int:
-        """Return how many parameters can be removed at most, where no ratio fixes a width."""
-        view = ModelView.of_shapes(self.model)
-        if self.measured is not None and self.measured.curves is not None:
-            return most_removable(self.measured.curves, view.costs, round_to=config.round_to)
-        narrowest = [LayerWidths(min(config.round_to, w.neurons), w.kv_groups) for w in view.widths]
-        return removed_params(view.widths, narrowest, view.costs)
-
     def widths(self, config: PrunerConfig) -> tuple[LayerWidths, ...]:
         """Return the widths of the size that a config names."""
         return self.measured.widths(self.model, config) if self.measured else plan_widths(self.model, config)
 
-    def one_shot(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
+    def one_shot(self, config: PrunerConfig, widths: tuple[LayerWidths, ...]) -> tuple[PruningPlan, ReconstructFn]:
         """Plan and reconstruct from the statistics of one pass; for `sequential`, by its `least_squares` fallback."""
         assert self.measured is not None
         assert self.stats is not None
         return (
-            self.measured.plan(self.model, config, self.provenance),
+            self.measured.plan(self.model, config, widths, self.provenance),
             reconstruct_one_shot(self.stats, config),
         )
 
-    def sequential(self, config: PrunerConfig) -> tuple[PruningPlan, ReconstructFn]:
+    def sequential(self, config: PrunerConfig, widths: tuple[LayerWidths, ...]) -> tuple[PruningPlan, SequentialResult]:
         """Plan and reconstruct sequentially on all samples; this chooses the units again, layer by layer."""
         self.stats = None  # no longer needed: sequential reconstruction has statistics of its own
-        widths = self.widths(config)
         found = prune_sequentially(
             self.model,
             batches_of(self.samples),
@@ -208,7 +198,25 @@ class Planner:
         )
         facts = {**(self.provenance or {}), **(self.measured.prediction(widths) if self.measured else {})}
         plan = build_plan(self.model, found.layers, config, found.num_samples, found.num_tokens, facts)
-        return plan, found.reconstruct
+        return plan, found
+
+    def plan(
+        self, config: PrunerConfig, widths: tuple[LayerWidths, ...] | None = None
+    ) -> tuple[PruningPlan, ReconstructFn, torch.Tensor | None]:
+        """Plan and reconstruct as the config says.
+
+        Args:
+            config: All choices.
+            widths: Widths after pruning, one per layer; None: those of the size that the config names.
+
+        Returns:
+            (plan, reconstruction, hidden states of the pruned model on the samples: see `SequentialResult`).
+        """
+        widths = self.widths(config) if widths is None else widths
+        if config.reconstruction == "sequential":
+            plan, found = self.sequential(config, widths)
+            return plan, found.reconstruct, found.final_states
+        return *self.one_shot(config, widths), None
 
 
 def plan_and_reconstruct(
@@ -216,39 +224,22 @@ def plan_and_reconstruct(
     samples: torch.Tensor,
     config: PrunerConfig,
     *,
-    loss: Loss | None = None,
-    base_loss: float | None = None,
     provenance: Mapping[str, Any] | None = None,
     resume_dir: Path | None = None,
-    measured: LayerMeasurements | None = None,
 ) -> tuple[PruningPlan, ReconstructFn]:
     """Return the plan for some samples and the reconstruction that belongs to it: what [`apply_plan`][] takes.
 
     Args:
         model: The base model.
         samples: [samples, length], int64, of [`tokenize_samples`][].
-        config: All choices.
-        loss: For `max_loss_increase`: the loss of a model, above 0, on text that is neither in `samples` nor reported.
-        base_loss: Loss that the increase is measured against; None: the loss of `model`.
+        config: All choices, for neurons and KV groups.
         provenance: Goes into the plan, beside the config and versions.
         resume_dir: As for `Planner`.
-        measured: As for `Planner`.
 
     Raises:
+        ConfigError: `max_loss_increase`, which needs measuring: call [`prune`][].
         ContextPruneError: See `hf_context_prune.errors`.
     """
-    if config.max_loss_increase is not None and loss is None:
-        raise ConfigError("max_loss_increase is found by measuring; pass loss=, a function of a model.")
-    planner = Planner(model, samples, config, provenance, resume_dir, measured=measured)
-    if loss is None or config.max_loss_increase is None:
-        return planner.sequential(config) if config.reconstruction == "sequential" else planner.one_shot(config)
-    return smallest_within(
-        model,
-        config,
-        loss,
-        base_loss=base_loss,
-        most_removable=planner.most_removable(config),
-        widths=planner.widths,
-        one_shot=planner.one_shot,
-        sequential=planner.sequential,
-    )
+    if config.max_loss_increase is not None:
+        raise ConfigError("max_loss_increase is found by measuring the loss of models: call prune(), or give a size.")
+    return Planner(model, samples, config, provenance, resume_dir).plan(config)[:2]

@@ -1,9 +1,9 @@
-"""A model with calibration text -> the smaller model: the vocabulary first, then neurons and KV groups."""
+"""A model with calibration text -> the smaller model: one budget for tokens, neurons and KV groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,25 +12,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import BudgetError, ConfigError
-from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
-from hf_context_prune.modeling.token_rows import num_rows
+from hf_context_prune.modeling.plan import PruningPlan, fingerprint
+from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.allocation.budget import ParameterBudget
-from hf_context_prune.pruning.allocation.widths import check_round_to, check_units_budget
+from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
+from hf_context_prune.pruning.allocation.loss_search import Candidate, find_smallest
+from hf_context_prune.pruning.allocation.widths import (
+    check_round_to,
+    check_shared_budget,
+    check_units_budget,
+    native_groups,
+    plan_widths_beside_vocabulary,
+)
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.thresholds.magnitudes import check_linear, measure_sample_magnitudes
 from hf_context_prune.pruning.thresholds.prune import prune_below_thresholds
-from hf_context_prune.pruning.vocabulary.checks import check_prunable
+from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_tokens
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for, vocabulary_size
-from hf_context_prune.pruning.vocabulary.refit import num_refit_samples, refit_rows, refit_rows_in_all_processes
+from hf_context_prune.pruning.vocabulary.refit import KnownStates, num_refit_samples, refit_rows_in_all_processes
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.version import versions
 
-from .measurements import LayerMeasurements
-from .planner import plan_and_reconstruct
+from .planner import Planner
 from .surgery import apply_plan
-from .token_budget import VocabularyProbe, split_token_budget
+from .unit_curves import MeasuredUnits, TokenProbe, measure_units
 
 ValidationLoss = Callable[[PreTrainedModel, PreTrainedTokenizerBase], float]
 """Loss of a model with its tokenizer, above 0 and comparable between tokenizers, on text that is not calibrated on."""
@@ -57,15 +64,16 @@ def check_budget(
     if config.prunes_vocabulary:
         check_prunable(model, tokenizer, vocabulary_size(config))
     if isinstance(config, ThresholdConfig):
-        if config.prunes_units:
+        if config.prunes_layers:
             check_linear(ModelView.of(model).spec)
         return
-    if config.prunes_units:
+    if config.prunes_layers:
         check_round_to(ModelView.of_shapes(model).widths, config)
-    fixed = isinstance(config.vocab_size, int) or not config.prunes_vocabulary
-    if config.prunes_units and config.max_loss_increase is None and fixed:
+    if config.searches_tokens:
+        check_shared_budget(model, config, fewest_tokens(model, tokenizer, config.pad_to_multiple_of))
+    elif config.prunes_layers and config.max_loss_increase is None and (config.vocab_size or not config.fixes_tokens):
         rows = num_rows(model)
-        kept = config.vocab_size if isinstance(config.vocab_size, int) else rows
+        kept = config.vocab_size if config.vocab_size is not None else rows
         tokens = VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of).round_up(kept)
         check_units_budget(model, config, min(tokens, rows))
 
@@ -77,19 +85,20 @@ def prune_model(
     config: PrunerConfig | ThresholdConfig,
     *,
     validation_loss: ValidationLoss | None = None,
-    vocabulary_probe: VocabularyProbe | None = None,
+    token_probe: TokenProbe | None = None,
     provenance: Mapping[str, Any] | None = None,
     resume_dir: Path | None = None,
 ) -> PrunedModel:
-    """Prune by a config: the vocabulary first, since it changes what the layers see; then units, with what is left.
+    """Prune by a config: the vocabulary first, since it changes what the layers see; then the layers; then the rows.
 
     Args:
         model: The base model; left as it is.
         tokenizer: Its tokenizer; left as it is.
-        calibration: Calibration text; the tokens of the vocabulary are counted on its domain text alone.
+        calibration: Calibration text.
         config: All choices.
         validation_loss: For `max_loss_increase`.
-        vocabulary_probe: For ``vocab_size="auto"``.
+        token_probe: For a budget that tokens share (`PrunerConfig.searches_tokens`); its base loss also decides on the
+            native architecture.
         provenance: Goes into the plan, beside the config and versions.
         resume_dir: Folder where finished layers are kept, to resume from; None keeps nothing.
 
@@ -101,23 +110,15 @@ def prune_model(
         return _prune_by_thresholds(model, tokenizer, calibration, config, dict(provenance or {}))
     if config.max_loss_increase is not None and validation_loss is None:
         raise ConfigError("max_loss_increase is found by measuring; pass validation_loss=, or call prune().")
-    if config.vocab_size == "auto" and vocabulary_probe is None:
-        raise ConfigError("vocab_size='auto' is found by measuring; pass vocabulary_probe=, or call prune().")
-    start = _Progress(model, tokenizer, config, facts=dict(provenance or {}))
-    begun = _prune_tokens(start, calibration, validation_loss, vocabulary_probe, resume_dir)
-    if begun.is_finished:
-        assert begun.vocabulary_plan is not None
-        return PrunedModel(begun.model, begun.tokenizer, begun.vocabulary_plan)
-    pruned = _prune_units(begun, calibration, validation_loss, resume_dir)
-    if begun.vocabulary is None:
-        return pruned
-    plan = replace(
-        pruned.plan,
-        vocabulary=begun.vocabulary,
-        model_fingerprint=fingerprint(model),
-        provenance={**pruned.plan.provenance, "config": config.to_dict()},
-    )
-    return pruned._replace(plan=plan)
+    if config.searches_tokens and token_probe is None:
+        raise ConfigError("How many tokens stay is found by measuring; pass token_probe=, or call prune().")
+    measured = None
+    if config.shares_budget:
+        measured = measure_units(model, tokenizer, calibration, config, token_probe, resume_dir)
+    builder = _Builder(model, tokenizer, calibration, config, dict(provenance or {}), resume_dir, measured)
+    if config.max_loss_increase is None or validation_loss is None:
+        return builder.build(*builder.size(config))
+    return _find_smallest(builder, config, validation_loss)
 
 
 def _prune_by_thresholds(
@@ -129,7 +130,7 @@ def _prune_by_thresholds(
 ) -> PrunedModel:
     """Run the paper's protocol: what goes follows from thresholds, not from a budget."""
     magnitudes = None
-    if config.prunes_units:
+    if config.prunes_layers:
         magnitudes = measure_sample_magnitudes(model, calibration.samples(tokenizer))
     trimmed = prune_vocabulary_for(model, tokenizer, calibration.domain, config) if config.prunes_vocabulary else None
     if magnitudes is not None:
@@ -139,151 +140,203 @@ def _prune_by_thresholds(
     return PrunedModel(trimmed.model, trimmed.tokenizer, plan)
 
 
-@dataclass
-class _Progress:
-    """A model on its way: the base, or the base with a smaller vocabulary.
+@dataclass(frozen=True)
+class _Size:
+    """The size of a smaller model.
 
     Attributes:
-        model: The model so far.
-        tokenizer: Its tokenizer.
-        config: The config for what is still to be removed.
-        facts: For the plan's provenance.
-        vocabulary: The kept tokens, if some were removed.
-        vocabulary_plan: Plan of a run that ends here.
-        is_finished: Whether the removed tokens are all that was asked for.
-        measured: What was measured of the layers already.
-        base_loss: Validation loss of the base model, where it was measured already.
-        increase: Relative increase of the validation loss by the smaller vocabulary alone.
+        tokens: Tokens that stay.
+        widths: Widths, one per layer; None where the layers are measured for it once the tokens are gone.
+        predicted: Predicted loss increase, in nats per token of the base tokenizer; None where nothing was measured.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    config: PrunerConfig
-    facts: dict[str, Any] = field(default_factory=dict)
-    vocabulary: Vocabulary | None = None
-    vocabulary_plan: PruningPlan | None = None
-    is_finished: bool = False
-    measured: LayerMeasurements | None = None
-    base_loss: float | None = None
-    increase: float = 0.0
+    tokens: int
+    widths: tuple[LayerWidths, ...] | None
+    predicted: float | None = None
 
 
-def _prune_tokens(
-    start: _Progress,
-    calibration: CalibrationSet,
-    validation_loss: ValidationLoss | None,
-    probe: VocabularyProbe | None,
-    resume_dir: Path | None,
-) -> _Progress:
-    """Remove the tokens that the config asks for, or that one budget with the other units leaves over."""
-    model, tokenizer, config, facts = start.model, start.tokenizer, start.config, start.facts
-    if not config.prunes_vocabulary:
-        return start
-    tokens, measured = None, None
-    if config.vocab_size == "auto":
-        assert probe is not None
-        split = split_token_budget(model, tokenizer, calibration, config, probe, resume_dir)
-        tokens, measured = split.tokens, split.measured
-        facts = {**facts, "considered_vocabularies": [list(item) for item in split.considered]}
-    base_loss = None if validation_loss is None else on_main_process(lambda: validation_loss(model, tokenizer))
-    if config.vocab_size == "auto" and tokens is None:
-        return replace(start, facts=facts, measured=measured, base_loss=base_loss)
-    trimmed = prune_vocabulary_for(model, tokenizer, calibration.domain, config, tokens)
-    facts = {**facts, **trimmed.plan.provenance}
-    done = _Progress(
-        trimmed.model,
-        trimmed.tokenizer,
-        _rest_of_budget(config, model, trimmed.model),
-        facts,
-        trimmed.plan.vocabulary,
-        _vocabulary_only_plan(trimmed, facts, config),
-        not config.prunes_units or _budget_met(config, model, trimmed.model),
-        measured,
-        base_loss,
-    )
-    if done.is_finished:
-        return done
-    if validation_loss is None:
-        check_units_budget(model, config, num_rows(trimmed.model))
-        return done
-    increase = on_main_process(lambda: validation_loss(done.model, done.tokenizer)) / (base_loss or 1) - 1
-    if increase > (config.max_loss_increase or 0):
+class _Builder:
+    """Builds smaller forms of a model.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        calibration: Calibration text.
+        config: All choices.
+        facts: For the plan's provenance.
+        resume_dir: As for [`prune_model`][].
+        measured: The curves of a budget that is shared; None for any other.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        calibration: CalibrationSet,
+        config: PrunerConfig,
+        facts: dict[str, Any],
+        resume_dir: Path | None,
+        measured: MeasuredUnits | None,
+    ) -> None:
+        self.model, self.tokenizer, self.calibration, self.config = model, tokenizer, calibration, config
+        self.facts, self.resume_dir, self.measured = facts, resume_dir, measured
+        self.view, self.total, self.rows = ModelView.of(model), model.num_parameters(), num_rows(model)
+        native = config.shares_budget and config.native_architecture is not False
+        self.groups = native_groups(self.view) if native else []
+        self._trimmed: tuple[int, TrimmedModel] | None = None
+        self._planner: tuple[int, Planner] | None = None
+        self.fixed = self.rows  # tokens, where no budget decides on them
+        if config.fixes_tokens:
+            trimmed = self._trim(None)
+            self.fixed = num_rows(trimmed.model)
+            self._trimmed = self.fixed, trimmed
+
+    @property
+    def fixed_params(self) -> int:
+        """Parameters that go with the tokens that the config fixes."""
+        return (self.rows - self.fixed) * token_cost(self.model)
+
+    @property
+    def most_removable(self) -> int:
+        """Parameters that can be removed at most."""
+        if self.measured is not None:
+            curves, native = self.measured.curves, bool(self.config.native_architecture)
+            return self.fixed_params + (curves.most_removable_native(self.groups) if native else curves.most_removable)
+        narrowest = [LayerWidths(min(self.config.round_to, w.neurons), w.kv_groups) for w in self.view.widths]
+        return self.fixed_params + removed_params(self.view.widths, narrowest, self.view.costs)
+
+    def size(self, config: PrunerConfig) -> tuple[_Size, dict[str, Any]]:
+        """Return the size of the budget that a config names, and facts on the choice.
+
+        Raises:
+            BudgetError: It can't be reached.
+        """
+        if not config.prunes_layers and not config.searches_tokens:
+            return _Size(self.fixed, self.view.widths), {}
+        if self.measured is not None:
+            curves, remove = self.measured.curves, ParameterBudget.of(config, self.total).remove_params or 0
+            if config.fixes_tokens:
+                check_units_budget(self.model, config, self.fixed)
+                remove = max(0, remove - self.fixed_params)
+            found, facts = curves.choose(remove, config.native_architecture, self.groups)
+            tokens = self.fixed if config.fixes_tokens else found.tokens
+            return _Size(tokens, found.widths, found.loss), {"predicted_losses": facts}
+        check_units_budget(self.model, config, self.fixed)
+        if config.allocation == "adaptive":
+            return _Size(self.fixed, None), {}
+        return _Size(self.fixed, plan_widths_beside_vocabulary(self.model, config, self.fixed)), {}
+
+    def build(self, size: _Size, chosen: Mapping[str, Any]) -> PrunedModel:
+        """Build the model of a size: remove tokens, then neurons and KV groups, then refit the rows of the head."""
+        trimmed = self._trimmed_to(size.tokens)
+        model, tokenizer = (self.model, self.tokenizer) if trimmed is None else (trimmed.model, trimmed.tokenizer)
+        facts = {**self.facts, **chosen, **({} if trimmed is None else trimmed.plan.provenance)}
+        states = None
+        if trimmed is not None and size.widths == self.view.widths:
+            smaller, plan = model, _vocabulary_only_plan(trimmed, facts, self.config)
+            self._trimmed = None  # its rows are refitted in place
+        else:
+            planner = self._planner_for(size.tokens, model, tokenizer)
+            planner.provenance = facts
+            plan, reconstruct, states = planner.plan(self._rest_of_budget(model), size.widths)
+            smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()
+        added: dict[str, Any] = {"config": self.config.to_dict()}
+        if self.measured is not None:
+            added["sensitivity"] = self.measured.curves.to_provenance()
+            added["predicted_loss_increase"] = size.predicted
+        if self.config.refit_lm_head or (self.config.refits_lm_head and smaller.num_parameters() < self.total):
+            added["refit"] = self._refit(smaller, tokenizer, states)
+        plan = replace(
+            plan,
+            vocabulary=None if trimmed is None else trimmed.plan.vocabulary,
+            model_fingerprint=fingerprint(self.model),
+            provenance={**plan.provenance, **added},
+        )
+        return PrunedModel(smaller, tokenizer, plan)
+
+    def _trim(self, tokens: int | None) -> TrimmedModel:
+        """Return the model with fewer tokens: as many, or as many as the config says."""
+        expected = None if self.measured is None else self.measured.expected
+        general = self.calibration.general
+        return prune_vocabulary_for(
+            self.model,
+            self.tokenizer,
+            self.calibration.domain,
+            self.config,
+            tokens,
+            general=general,
+            expected=expected,
+        )
+
+    def _trimmed_to(self, tokens: int) -> TrimmedModel | None:
+        """Return the model with so many tokens, the last one again where it has as many; None where all stay."""
+        if tokens == self.rows and not self.config.fixes_tokens:
+            return None
+        if self._trimmed is None or self._trimmed[0] != tokens:
+            self._trimmed = tokens, self._trim(None if self.config.fixes_tokens else tokens)
+        return self._trimmed[1]
+
+    def _planner_for(self, tokens: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Planner:
+        """Return the planner of a model with so many tokens, the last one again where it has as many."""
+        if self._planner is None or self._planner[0] != tokens:
+            self._planner = None  # frees its statistics
+            layers = None if self.measured is None else self.measured.layers
+            samples = self.calibration.samples(tokenizer)
+            self._planner = tokens, Planner(model, samples, self.config, resume_dir=self.resume_dir, measured=layers)
+        return self._planner[1]
+
+    def _rest_of_budget(self, trimmed: PreTrainedModel) -> PrunerConfig:
+        """Return the config for what the layers of a model with fewer tokens have to give."""
+        remove = ParameterBudget.of(self.config, self.total).remove_params
+        if remove is None:
+            return self.config
+        left = min(self.total - remove, trimmed.num_parameters())
+        return replace(self.config, pruning_ratio=None, target_params=left)
+
+    def _refit(
+        self, smaller: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, states: torch.Tensor | None
+    ) -> dict[str, float] | None:
+        count = num_refit_samples(smaller, self.config.num_calibration_samples, self.config.max_seq_length)
+        known = None if states is None else KnownStates(self.calibration.samples(tokenizer), states)
+        return refit_rows_in_all_processes(smaller, self.calibration.samples(tokenizer, count), known)
+
+
+def _find_smallest(builder: _Builder, config: PrunerConfig, validation_loss: ValidationLoss) -> PrunedModel:
+    """Find the smallest model whose loss on the validation text is within `max_loss_increase`."""
+    limit, total = config.max_loss_increase, builder.total
+    assert limit is not None
+    base = on_main_process(lambda: validation_loss(builder.model, builder.tokenizer))
+    if not builder.most_removable:
         raise BudgetError(
-            f"max_loss_increase is {config.max_loss_increase:g}, but with {num_rows(done.model):,} of "
-            f"{num_rows(model):,} tokens alone the loss on the validation text grows by {increase:.4f}. Keep more "
-            f"tokens, or allow more."
+            f"Nothing can be removed: MLP widths stay multiples of round_to={config.round_to}, and the layers are no "
+            f"wider. Give a smaller round_to."
         )
-    return replace(done, increase=increase)
 
+    def size(share: float) -> _Size:
+        return builder.size(replace(config, max_loss_increase=None, pruning_ratio=share))[0]
 
-def _prune_units(
-    begun: _Progress,
-    calibration: CalibrationSet,
-    validation_loss: ValidationLoss | None,
-    resume_dir: Path | None,
-) -> PrunedModel:
-    """Remove neurons and KV groups, reconstruct, and refit the head where the config asks for it."""
-    model, tokenizer, config = begun.model, begun.tokenizer, begun.config
-    refit = None  # for the sizes that are tried; the result has samples of its own
-    if config.refit_lm_head and validation_loss is not None:
-        refit = _refit_samples(model, tokenizer, calibration, config)
+    def build(size: _Size) -> Candidate[PrunedModel]:
+        found = builder.build(size, {})
+        loss = on_main_process(lambda: validation_loss(found.model, found.tokenizer))
+        return Candidate(found, 1 - found.model.num_parameters() / total, loss)
 
-    def loss(candidate: PreTrainedModel) -> float:
-        assert validation_loss is not None
-        if refit is not None and candidate is not model:
-            refit_rows(candidate, refit)  # as the result will be
-        return validation_loss(candidate, tokenizer)
+    predict = None
+    if builder.measured is not None and (known := builder.measured.curves.base_loss):
 
-    try:
-        plan, reconstruct = plan_and_reconstruct(
-            model,
-            calibration.samples(tokenizer),
-            config,
-            loss=None if validation_loss is None else loss,
-            base_loss=begun.base_loss,
-            provenance=begun.facts,
-            resume_dir=resume_dir,
-            measured=begun.measured,
-        )
-    except BudgetError:
-        if begun.vocabulary_plan is None or validation_loss is None:
-            raise
-        # The smaller vocabulary alone is within the limit, and nothing beside it is.
-        within: dict[str, Any] = {
-            "max_loss_increase": config.max_loss_increase,
-            "increase": begun.increase,
-            "trials": [],
-        }
-        alone = begun.vocabulary_plan
-        return PrunedModel(model, tokenizer, replace(alone, provenance={**alone.provenance, "loss_budget": within}))
-    smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()
-    if config.refit_lm_head:
-        samples = _refit_samples(smaller, tokenizer, calibration, config)
-        plan = replace(plan, provenance={**plan.provenance, "refit": refit_rows_in_all_processes(smaller, samples)})
-    return PrunedModel(smaller, tokenizer, plan)
+        def predict(share: float) -> float:
+            return (size(share).predicted or 0.0) / known
 
-
-def _refit_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet, config: PrunerConfig
-) -> torch.Tensor:
-    count = num_refit_samples(model, config.num_calibration_samples, config.max_seq_length)
-    return calibration.samples(tokenizer, count)
-
-
-def _rest_of_budget(config: PrunerConfig, model: PreTrainedModel, trimmed: PreTrainedModel) -> PrunerConfig:
-    """Return the config for the units of a model with a smaller vocabulary: what is left of the budget."""
-    budget = ParameterBudget.of(config, model.num_parameters())
-    if budget.remove_params is None:
-        return config
-    target = min(budget.total_params - budget.remove_params, trimmed.num_parameters())
-    return replace(config, pruning_ratio=None, target_params=target)
-
-
-def _budget_met(config: PrunerConfig, model: PreTrainedModel, trimmed: PreTrainedModel) -> bool:
-    """Return whether the removed tokens are all that was asked for."""
-    budget = ParameterBudget.of(config, model.num_parameters()).remove_params
-    ratios = config.mlp_ratio or config.attention_ratio or config.max_loss_increase
-    return budget is not None and not ratios and model.num_parameters() - trimmed.num_parameters() >= budget
+    found, facts = find_smallest(
+        limit,
+        base,
+        sizes=size,
+        build=build,
+        reconstruction=config.reconstruction,
+        smallest=max(1, builder.fixed_params) / total,
+        largest=builder.most_removable / total,
+        predict=predict,
+    )
+    return found._replace(plan=replace(found.plan, provenance={**found.plan.provenance, "loss_budget": facts}))
 
 
 def _vocabulary_only_plan(trimmed: TrimmedModel, facts: Mapping[str, Any], config: CalibrationConfig) -> PruningPlan:

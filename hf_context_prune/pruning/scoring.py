@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.config import PrunerConfig
+from hf_context_prune.config import UNITS, PrunerConfig
 from hf_context_prune.errors import NumericsError, error_context
 from hf_context_prune.modeling.architectures import (
     TARGETS,
@@ -21,7 +21,7 @@ from hf_context_prune.modeling.architectures import (
     unit_size,
 )
 from hf_context_prune.modeling.plan import LayerPlan
-from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.modeling.specs import UNIT_NAMES, Geometry, LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key, TargetWeights
 
@@ -119,8 +119,9 @@ class Requirements:
 
 def _targets(config: PrunerConfig) -> tuple[Target, ...]:
     total = config.has_total_budget
-    if config.allocation == "adaptive" and total and config.mlp_ratio is None and config.attention_ratio is None:
-        return TARGETS
+    if config.shares_budget:
+        listed = UNITS if config.units is None else config.units.split(",")
+        return tuple(target for target in TARGETS if UNIT_NAMES[target] in listed)
     wanted: dict[Target, bool] = {
         "mlp": bool(config.mlp_ratio) or (total and config.mlp_ratio is None),
         "attention": bool(config.attention_ratio) or (total and config.mlp_ratio is not None),

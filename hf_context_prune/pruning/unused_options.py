@@ -50,7 +50,7 @@ def warn_of_low_thresholds(config: ThresholdConfig, plan: PruningPlan, removed_p
 
 
 def _threshold_reasons(config: ThresholdConfig) -> dict[str, str]:
-    if config.prunes_units:
+    if config.prunes_layers:
         return {}
     why = "embedding_threshold alone counts tokens of the domain's text, and nothing is calibrated"
     return {"num_calibration_samples": why, "general_data_ratio": why}
@@ -60,12 +60,11 @@ def _reasons(config: PrunerConfig) -> dict[str, str]:
     reasons: dict[str, str] = {}
     if not config.prunes_vocabulary:
         reasons |= dict.fromkeys(("pad_to_multiple_of", "vocab_criterion"), _NO_VOCABULARY)
-    if not config.prunes_units:
+    if not config.prunes_layers:
         reasons |= dict.fromkeys(("criterion", "round_to", "ridge"), _NO_UNITS)
-        reasons["general_data_ratio"] = f"{_NO_UNITS}, and vocabulary entries are counted on the domain's text alone"
         if config.allocation == "adaptive":
             reasons["allocation"] = _NO_UNITS
-        if config.reconstruction != "none":  # which also leaves out the refit of the vocabulary
+        if config.reconstruction != "none":  # which also leaves out the refit of the rows
             reasons["reconstruction"] = _NO_UNITS
         return reasons
     if not config.has_total_budget and not config.mlp_ratio:

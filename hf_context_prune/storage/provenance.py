@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from hf_context_prune.config import THRESHOLDS, PrunerConfig, ThresholdConfig, build_config
 from hf_context_prune.errors import LoadError
 from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.reading import parse_yaml, read_text
@@ -25,6 +27,8 @@ _IN_GGUF = {
     "license_link": "general.license.link",
     "language": "general.languages",
 }
+_RENAMED = {"stock": "native_architecture", "vocab_multiple": "pad_to_multiple_of", "general_mix": "general_data_ratio"}
+"""Options of earlier plans, with their names of today."""
 _LONGEST = 300
 _MAX_CARD_BYTES = 4 * 2**20
 
@@ -104,3 +108,43 @@ def _select_plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
         if items and len(items) <= 50 and all(isinstance(item, str) and 0 < len(item) <= _LONGEST for item in items):
             found[name] = value
     return found
+
+
+def config_from_provenance(values: Mapping[str, Any]) -> PrunerConfig | ThresholdConfig:
+    """Build the config that a pruning plan was made with, also from the options of earlier plans.
+
+    Args:
+        values: ``provenance["config"]`` of a plan.
+
+    Raises:
+        ConfigError: An unknown key or value, or a combination that is no longer possible.
+    """
+    values = {_RENAMED.get(name, name): value for name, value in values.items()}
+    if values.pop("vocab_auto", False):
+        values["vocab_size"] = "auto"
+    if "effort" in values:
+        values["refit_lm_head"] = values.pop("effort") == "high"
+    if any(values.get(name) is not None for name in THRESHOLDS):
+        left_open = {item.name: item.default for item in fields(PrunerConfig)}
+        # What was written with thresholds.
+        left_open |= {"criterion": "l1", "reconstruction": "none", "allocation": "uniform", "refit_lm_head": False}
+        left_open |= {"native_architecture": False}
+        values = {name: value for name, value in values.items() if name not in left_open or value != left_open[name]}
+    elif "units" not in values:
+        _fill_in_units(values)
+    return build_config(values)
+
+
+def _fill_in_units(values: dict[str, Any]) -> None:
+    """Say what an earlier plan left open: tokens took part in a budget, and rows were refitted, only if asked."""
+    sizes = ("vocab_size", "vocab_coverage", "vocab_min_count")
+    asked = any(values.get(name) is not None for name in sizes)
+    if values.get("vocab_size") == "auto":
+        values["vocab_size"] = None
+    if asked:
+        if not values.get("refit_lm_head"):
+            values["refit_lm_head"] = None  # the rows were refitted, before the layers
+        return
+    found = build_config(values)
+    if isinstance(found, PrunerConfig) and found.shares_budget:
+        values["units"] = "neurons,kv_groups"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from hf_context_prune.errors import ConfigError, unknown_name
 
@@ -133,7 +133,7 @@ def check_options(config: object) -> None:
         names = choices(hint)
         if names and value not in names:
             raise ConfigError(unknown_name(name, value, names))
-        if hint is bool and not isinstance(value, bool):
+        if bool in (hint, *get_args(hint)) and not isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}; it must be true or false.")
         about = help_of(item)
         if about is not None and about.allowed is not None and not about.allowed.test(value):
@@ -144,6 +144,32 @@ def choices(annotation: object) -> tuple[str, ...]:
     """Return the names that an annotation allows (a Literal, or a Literal or None); empty for any other."""
     parts = (annotation, *get_args(annotation))
     return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+
+
+class OptionSet:
+    """A dataclass of options as a mapping and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as plain values."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a config from a mapping of options.
+
+        Raises:
+            ConfigError: An unknown key; names the nearest known one.
+        """
+        return from_options(cls, values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a config from a YAML file (a flat mapping).
+
+        Raises:
+            ConfigError: The file is missing, not YAML or not a mapping, or has an unknown key.
+        """
+        return cls.from_dict(read_options(path))
 
 
 def from_options(config_class: type[Config], values: Mapping[str, Any]) -> Config:
@@ -177,13 +203,14 @@ def read_options(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"The config file {path} holds a {type(values).__name__}; it must be a mapping, as in 'pruning_ratio: 0.2'."
         )
-    return {
-        name: _number(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-        for name, value in values.items()
-    }
+    return {name: _with_numbers(value) for name, value in values.items()}
 
 
-def _number(value: str) -> float | int:
-    """Return the number that 1e-2 or 5e7 means; YAML 1.1 reads it as a string."""
+def _with_numbers(value: Any) -> Any:  # noqa: ANN401 - a value of YAML
+    """Return a value, or a mapping of them, with the numbers that 1e-2 or 5e7 mean; YAML 1.1 reads them as strings."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(item) for name, item in value.items()}
+    if not isinstance(value, str) or not _EXPONENT.fullmatch(value):
+        return value
     number = float(value)
     return int(number) if number.is_integer() else number

@@ -20,14 +20,14 @@ from hf_context_prune.config import (
     ThresholdConfig,
     VocabCriterion,
     build_config,
-    config_from_provenance,
 )
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
+from hf_context_prune.storage.provenance import config_from_provenance
 from hf_context_prune.utils.options import PANELS, help_of, read_options
 
 RATIOS = ["pruning_ratio", "mlp_ratio", "attention_ratio"]
-OPTIONAL_INTEGERS = {"target_params": 1, "vocab_min_count": 1}
+OPTIONAL_INTEGERS = {"target_params": 1, "vocab_min_count": 1, "vocab_size": 1}
 INTEGERS = {
     **OPTIONAL_INTEGERS,
     "round_to": 1,
@@ -52,6 +52,7 @@ EVERYTHING = {
     "reconstruction": "bias",
     "allocation": "adaptive",
     "refit_lm_head": True,
+    "units": None,
     "round_to": 8,
     "native_architecture": False,
     "vocab_size": None,
@@ -128,7 +129,7 @@ def test_numbers_with_bounds_of_their_own(subtests):
         ("ridge", "above 0, up to 1e6", (0, -1, 0.0, math.nan, math.inf, "0.01", True, None, 2e6), 1),
         ("max_loss_increase", "above 0, up to 1", (0, -0.1, 0.0, 1.5, 3, math.nan, math.inf, "3%", True), 1),
         ("vocab_coverage", "above 0, up to 1", (0, 0.0, -0.1, 1.01, math.nan, "0.9", True), 1),
-        ("general_data_ratio", "[0, 1)", (1, 1.5, -0.1, math.nan, "0.5", True, None), 0.5),
+        ("general_data_ratio", "[0, 1)", (1, 1.5, -0.1, math.nan, "0.5", True), 0.5),
     ):
         for value in bad:
             with subtests.test(name, value=value):
@@ -160,7 +161,7 @@ def test_allocation_that_is_not_given_follows_from_the_budget(subtests):
         ({"pruning_ratio": 0.3, "vocab_size": 64}, "adaptive"),
         ({"pruning_ratio": 0.3, "attention_ratio": 0.5}, "uniform"),
         ({"mlp_ratio": 0.25}, "uniform"),
-        ({"pruning_ratio": 0.3, "native_architecture": True}, "uniform"),
+        ({"pruning_ratio": 0.3, "native_architecture": True}, "adaptive"),
         ({"vocab_size": 64}, "uniform"),
         ({"pruning_ratio": 0}, "uniform"),
         ({"num_calibration_samples": 1}, "uniform"),
@@ -175,7 +176,7 @@ def test_allocation_that_is_not_given_follows_from_the_budget(subtests):
 
 def test_values_that_are_no_bool_and_no_name(subtests):
     for name in ("native_architecture", "refit_lm_head"):
-        for bad in ("no", "false", 0, 1, None):
+        for bad in ("no", "false", 0, 1):
             with subtests.test(name, bad=bad):
                 assert refused(**{name: bad}) == f"{name} is {bad!r}; it must be true or false."
     for name in ("text_column", "domain"):
@@ -189,7 +190,6 @@ def test_contradictions(subtests):
         ({"pruning_ratio": 0.2, "target_params": 5}, "pruning_ratio and target_params both"),
         ({"pruning_ratio": 0.2, "mlp_ratio": 0.1, "attention_ratio": 0.1}, "leave out pruning_ratio/target_params"),
         ({"target_params": 5, "mlp_ratio": 0.1, "attention_ratio": 0.1}, "leave out pruning_ratio/target_params"),
-        ({"allocation": "adaptive", "native_architecture": True}, "native_architecture=True rules out"),
         ({"max_loss_increase": 0.03, "pruning_ratio": 0.2}, "and pruning_ratio fixes it; give one"),
         ({"max_loss_increase": 0.03, "target_params": 9}, "and target_params fixes it"),
         ({"max_loss_increase": 0.03, "mlp_ratio": 0.0}, "and mlp_ratio fixes it"),
@@ -211,47 +211,60 @@ def test_combinations_that_are_meant():
         assert {name: getattr(config, name) for name in options} == options
 
 
-def test_the_size_of_the_vocabulary(subtests):
-    for given, kept in ((1, 1), (64, 64), ("64", 64), ("auto", "auto"), ("007", 7)):
-        assert PrunerConfig(vocab_size=given).vocab_size == kept
-    for bad in (0, -1, 1.5, True, "0", "-3", "1e3", "many", "Auto", "", 2**63, "9" * 5000, [64]):
-        with subtests.test(bad=str(bad)[:9]):
-            message = refused(vocab_size=bad)
-            assert message.startswith("vocab_size is ")
-            assert "'auto' or an integer of at least 1" in message
+def test_the_size_of_the_vocabulary():
     for first, second in (("vocab_size", "vocab_min_count"), ("vocab_size", "vocab_coverage")):
         message = refused(**{first: 64, second: 1})
         assert message == f"{first} and {second} each set the size of the vocabulary; give one of them."
     alone = PrunerConfig(vocab_size=64)
-    assert (alone.prunes_vocabulary, alone.prunes_units) == (True, False)
-    assert not PrunerConfig().prunes_vocabulary
+    assert (alone.prunes_vocabulary, alone.searches_tokens, alone.prunes_layers) == (True, False, False)
+    beside = PrunerConfig(vocab_size=64, pruning_ratio=0.3)
+    assert (beside.fixes_tokens, beside.searches_tokens, beside.prunes_layers) == (True, False, True)
 
 
-def test_a_vocabulary_that_the_budget_decides(subtests):
-    config = PrunerConfig(vocab_size="auto")
-    assert (config.prunes_units, config.prunes_vocabulary) == (True, True)
-    assert config.pruning_ratio == DEFAULT_PRUNING_RATIO
-    assert PrunerConfig(vocab_size="auto", target_params=5).pruning_ratio is None
+def test_units_that_share_the_budget(subtests):
+    for given, tokens, layers in (
+        (None, True, True),
+        ("tokens", True, False),
+        ("kv_groups, neurons", False, True),
+        (["tokens", "neurons"], True, True),
+    ):
+        with subtests.test(given=str(given)):
+            config = PrunerConfig(units=given)
+            assert (config.searches_tokens, config.prunes_layers) == (tokens, layers)
+            assert config.pruning_ratio == DEFAULT_PRUNING_RATIO
+            assert PrunerConfig.from_dict(config.to_dict()) == config
+    assert PrunerConfig(units="kv_groups, neurons").units == "neurons,kv_groups"
+    assert PrunerConfig(units="tokens", target_params=5).pruning_ratio is None
+    for bad in ("token", "", "tokens,", "tokens;neurons", [], 3, True, ["heads"]):
+        with subtests.test(bad=str(bad)):
+            message = refused(units=bad)
+            assert message == f"units is {bad!r}; it must be one or several of tokens, neurons, kv_groups."
     for options in (
         {"allocation": "uniform"},
         {"pruning_ratio": 0},
-        {"native_architecture": True},
         {"allocation": "adaptive", "pruning_ratio": 0.2, "mlp_ratio": 0.1},
         {"mlp_ratio": 0.1},
-        {"max_loss_increase": 0.1},
+        {"vocab_size": 64},
         {"num_calibration_samples": 1},
     ):
         with subtests.test(**options):
-            message = refused(vocab_size="auto", **options)
-            for needed in ("pruning_ratio (above 0)", "allocation='adaptive'", "native_architecture", "no mlp_ratio"):
+            message = refused(units="tokens,neurons", **options)
+            for needed in ("pruning_ratio (above 0)", "allocation='adaptive'", "without mlp_ratio", "Leave units out"):
                 assert needed in message
+    assert "add tokens to units" in refused(units="neurons", vocab_size=64, pruning_ratio=0.2)
+
+
+def test_the_rows_are_refitted_wherever_something_is_reconstructed():
+    assert PrunerConfig().refits_lm_head
+    assert not PrunerConfig(reconstruction="none").refits_lm_head
+    assert not PrunerConfig(refit_lm_head=False).refits_lm_head
 
 
 def test_thresholds_of_the_paper(subtests):
     config = ThresholdConfig(**PAPER)
     assert config.to_dict() == PAPER
-    assert (config.prunes_units, config.prunes_vocabulary) == (True, True)
-    assert not ThresholdConfig(embedding_threshold=0).prunes_units
+    assert (config.prunes_layers, config.prunes_vocabulary) == (True, True)
+    assert not ThresholdConfig(embedding_threshold=0).prunes_layers
     assert not ThresholdConfig(linear_threshold=1.5).prunes_vocabulary
     assert all(name in refused(ThresholdConfig) for name in ("linear", "activation", "embedding"))
     for name in ("linear_threshold", "activation_threshold", "embedding_threshold"):
@@ -309,13 +322,19 @@ BEFORE_THE_HOUSE = {
 
 
 def test_configs_of_plans_are_read_by_their_earlier_names():
-    assert config_from_provenance(BEFORE_THE_HOUSE) == PrunerConfig()
+    as_it_was = {"refit_lm_head": False, "native_architecture": False, "general_data_ratio": 0.0}
+    assert config_from_provenance(BEFORE_THE_HOUSE) == PrunerConfig(units="neurons,kv_groups", **as_it_was)
     given = {"effort": "high", "vocab_auto": True, "vocab_multiple": 8, "general_mix": 0.25}
     assert config_from_provenance({**BEFORE_THE_HOUSE, **given}) == PrunerConfig(
-        refit_lm_head=True, vocab_size="auto", pad_to_multiple_of=8, general_data_ratio=0.25
+        refit_lm_head=True, native_architecture=False, pad_to_multiple_of=8, general_data_ratio=0.25
+    )
+    assert config_from_provenance({**BEFORE_THE_HOUSE, "vocab_size": 64}) == PrunerConfig(
+        pruning_ratio=0.2, vocab_size=64, **{**as_it_was, "refit_lm_head": None}
     )
     native = {"allocation": "uniform", "stock": True}
-    assert config_from_provenance({**BEFORE_THE_HOUSE, **native}) == PrunerConfig(native_architecture=True)
+    assert config_from_provenance({**BEFORE_THE_HOUSE, **native}) == PrunerConfig(
+        pruning_ratio=0.2, allocation="uniform", **{**as_it_was, "native_architecture": True}
+    )
     fixed = {"pruning_ratio": None, "criterion": "l1", "reconstruction": "none", "allocation": "uniform"}
     paper = {**BEFORE_THE_HOUSE, **fixed, "linear_threshold": 0.1, "general_mix": 0.5}
     assert config_from_provenance(paper) == ThresholdConfig(linear_threshold=0.1, general_data_ratio=0.5)
@@ -408,12 +427,13 @@ def test_argument_parser():
     assert other.output_dir == "there"
     assert parser.parse_args_into_dataclasses([])[0] == PrunerConfig()
     (config, _) = parser.parse_args_into_dataclasses(
-        ["--target-params", "12", "--mlp-ratio", "0.5", "--native-architecture"]
+        ["--target-params", "12", "--mlp-ratio", "0.5", "--native-architecture", "true"]
     )
     assert config == PrunerConfig(target_params=12, mlp_ratio=0.5, native_architecture=True)
-    for given, size in (("64", 64), ("auto", "auto")):
-        (config, _) = parser.parse_args_into_dataclasses(["--vocab_size", given])
-        assert config.vocab_size == size
+    (config, _) = parser.parse_args_into_dataclasses(["--vocab_size", "64", "--refit_lm_head", "false"])
+    assert (config.vocab_size, config.refit_lm_head) == (64, False)
+    (config, _) = parser.parse_args_into_dataclasses(["--units", "tokens,neurons"])
+    assert config.units == "tokens,neurons"
     (paper,) = HfArgumentParser(ThresholdConfig).parse_args_into_dataclasses(argv_of(PAPER))
     assert paper == ThresholdConfig(**PAPER)
 

@@ -15,6 +15,8 @@ from hf_context_prune.pruning.calibration.statistics import Key
 
 from .budget import Costs, Curve, beyond_probes
 
+Multiples = Mapping[str, int]
+"""What counts stay multiples of, by target."""
 _BETWEEN = 8
 """Number of widths between two measured ones that the power law fills in."""
 
@@ -62,11 +64,11 @@ def _steps(curve: Curve, multiple: int) -> list[tuple[float, int]]:
     """
     total, smallest = curve[0][0], curve[-1][0]
     gone = [0, *(total - kept for kept in range((total - 1) // multiple * multiple, max(smallest, 1) - 1, -multiple))]
-    losses = _on_hull(curve, gone)
+    losses = loss_on_hull(curve, gone)
     return [(b - a, y - x) for (a, b), (x, y) in zip(pairwise(losses), pairwise(gone), strict=True)]
 
 
-def _on_hull(curve: Curve, gone: Sequence[int]) -> list[float]:
+def loss_on_hull(curve: Curve, gone: Sequence[int]) -> list[float]:
     """Return the losses on a curve's lower hull at these numbers of removed units."""
     hull = _lower_hull(curve)
     return list(map(float, np.interp(gone, [units for units, _ in hull], [loss for _, loss in hull])))
@@ -132,27 +134,45 @@ def _take_cheapest(
     return taken
 
 
-def _allowed_steps(curves: Mapping[Key, Curve], round_to: int) -> dict[Key, list[tuple[float, int]]]:
-    return {key: _steps(curve, round_to if key[1] == "mlp" else 1) for key, curve in sorted(curves.items())}
-
-
-def most_removable(curves: Mapping[Key, Curve], costs: Costs, *, round_to: int = 1) -> int:
-    """Return the most parameters that [`adaptive_widths`][] can remove with these curves."""
+def most_removable(curves: Mapping[Key, Curve], costs: Costs, multiples: Multiples) -> int:
+    """Return the most parameters that [`cheapest_counts`][] can remove with these curves."""
     total = 0
     for (_, target), curve in curves.items():
-        multiple, dense = round_to if target == "mlp" else 1, curve[0][0]
+        multiple, dense = multiples.get(target, 1), curve[0][0]
         narrowest = -(-max(curve[-1][0], 1) // multiple) * multiple
         total += max(0, dense - narrowest) * costs[target]
     return total
 
 
+def cheapest_counts(
+    curves: Mapping[Key, Curve], costs: Costs, multiples: Multiples, remove_params: int
+) -> dict[Key, int]:
+    """Return how many units to keep of each curve to remove a budget for the least predicted loss.
+
+    The surrogate is additive over curves and convex within each (lower hull of the measured points, losses below 0 are
+    free). The counts minimise its sum exactly, although units differ in size.
+
+    Args:
+        curves: Measured loss increase by kept units.
+        costs: Parameters per unit, by target.
+        multiples: Counts below the whole stay multiples of these, by target; 1 where a target is missing.
+        remove_params: Parameters to remove at least.
+
+    Raises:
+        BudgetError: The curves do not reach that far; the message names the maximum.
+    """
+    most = most_removable(curves, costs, multiples)
+    if remove_params > most:
+        raise beyond_probes(remove_params, most)
+    steps = {key: _steps(curve, multiples.get(key[1], 1)) for key, curve in sorted(curves.items())}
+    taken = _take_cheapest(steps, costs, remove_params)
+    return {key: curves[key][0][0] - sum(units for _, units in own[: taken[key]]) for key, own in steps.items()}
+
+
 def adaptive_widths(
     curves: Mapping[Key, Curve], geometry: Geometry, costs: Costs, remove_params: int, *, round_to: int = 1
 ) -> tuple[LayerWidths, ...]:
-    """Return the widths that remove a budget for the least predicted loss.
-
-    The surrogate is additive over layers and convex within each (lower hull of the measured points, losses below 0
-    are free). The widths minimise its sum exactly, although units differ in size.
+    """Return the widths that remove a budget for the least predicted loss; see [`cheapest_counts`][].
 
     Args:
         curves: Measured loss increase by kept units, for every (layer, target) that may lose units.
@@ -164,14 +184,9 @@ def adaptive_widths(
     Raises:
         BudgetError: The curves do not reach that far; the message names the maximum.
     """
-    steps = _allowed_steps(curves, round_to)
-    most = most_removable(curves, costs, round_to=round_to)
-    if remove_params > most:
-        raise beyond_probes(remove_params, most)
-    taken = _take_cheapest(steps, costs, remove_params)
-    gone = {key: sum(units for _, units in own[: taken[key]]) for key, own in steps.items()}
+    counts = cheapest_counts(curves, costs, {"mlp": round_to}, remove_params)
     return tuple(
-        LayerWidths(base.neurons - gone.get((layer, "mlp"), 0), base.kv_groups - gone.get((layer, "attention"), 0))
+        LayerWidths(counts.get((layer, "mlp"), base.neurons), counts.get((layer, "attention"), base.kv_groups))
         for layer, base in enumerate(geometry.layers)
     )
 
@@ -179,5 +194,5 @@ def adaptive_widths(
 def predicted_loss(curves: Mapping[Key, Curve], widths: Sequence[LayerWidths]) -> float:
     """Return the loss that the surrogate of [`adaptive_widths`][] predicts for these widths, in the curves' unit."""
     return sum(
-        _on_hull(curve, [curve[0][0] - widths[layer].of(target)])[0] for (layer, target), curve in curves.items()
+        loss_on_hull(curve, [curve[0][0] - widths[layer].of(target)])[0] for (layer, target), curve in curves.items()
     )

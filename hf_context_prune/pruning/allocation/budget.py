@@ -72,7 +72,6 @@ def beyond_probes(remove_params: int, most: int, total: int | None = None) -> Bu
     share = "" if total is None else f" ({share_below(most, total)} of all)"
     return BudgetError(
         f"Asked to remove {remove_params:,} parameters; adaptive widths can remove at most {most:,}{share}, since no "
-        f"layer is narrowed below its smallest probed width. Ask for less, remove more of the vocabulary "
-        f"(--vocab-size), or set both ratios (--mlp-ratio, --attention-ratio, --allocation uniform), which reach "
-        f"further."
+        f"layer is narrowed below its smallest probed width. Ask for less, let tokens go as well (--units), or set "
+        f"both ratios (--mlp-ratio, --attention-ratio, --allocation uniform), which reach further."
     )

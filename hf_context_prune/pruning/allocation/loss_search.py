@@ -1,35 +1,29 @@
 """Find the smallest model within an allowed loss increase, by trial.
 
-The loss grows roughly as a power of the removed share, so the next share to try is where the power law through the
-nearest trials meets the limit, kept between the largest share that was within the limit and the smallest that was not.
+Where the loss of every size is predicted, the next share to try is where the prediction, moved by what the last trial
+differed from it, meets the limit. Else it is where the power law through the nearest trials does, since the loss grows
+roughly as a power of the removed share. Either is kept between the largest share that was within the limit and the
+smallest that was not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
 
 from huggingface_hub.utils import tqdm
-from transformers import PreTrainedModel
 
-from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import LayerWidths
-from hf_context_prune.pruning.surgery import ReconstructFn, apply_plan
-from hf_context_prune.utils.distributed import on_main_process
-
-Loss = Callable[[PreTrainedModel], float]
 
 FIRST_SHARE = 0.15
 """Share of all parameters that is tried first."""
 TOLERANCE = 0.005
 """Share of all parameters below which a bracket is narrow enough."""
 MAX_TRIALS = 8
-MAX_SEQUENTIAL_RUNS = 3
-"""Most sequential runs that refine a size."""
+MAX_SEQUENTIAL_TRIALS = 4
+"""Most trials where each is a sequential reconstruction."""
 EXPONENT = 1.3
 """Exponent of the power law while there is only one trial."""
 
@@ -59,6 +53,7 @@ def search_size(
     max_trials: int = MAX_TRIALS,
     enough: float = 1.0,
     aim: float = 1.0,
+    predict: Callable[[float], float] | None = None,
 ) -> tuple[SizeTrial, list[SizeTrial]]:
     """Find the largest share whose increase is within the limit.
 
@@ -71,6 +66,7 @@ def search_size(
         max_trials: Most measurements.
         enough: A trial within the limit that uses this part of it ends the search.
         aim: Part of the limit that the next trial aims at; below 1 where a trial above the limit is expensive.
+        predict: Predicted relative increase at a share, which grows with it.
 
     Returns:
         (the trial to take, all trials in order).
@@ -93,7 +89,14 @@ def search_size(
         if done or len(trials) == max_trials or enough * limit <= trial.increase <= limit:
             break
         last = len(trials) == max_trials - 1
-        asked = smallest if low == 0 and high <= TOLERANCE else _next_share(trials, limit, aim, low, high, last=last)
+        if low == 0 and high <= TOLERANCE:
+            asked = smallest
+        elif predict is not None:
+            # The last trial should rather be far within the limit than above it again.
+            goal = aim * limit * (0.5 if last and low == 0 else 1.0)
+            asked = _predicted_share(predict, trial, goal, low, min(high, largest))
+        else:
+            asked = _next_share(trials, limit, aim, low, high, last=last)
         asked = min(max(asked, smallest), largest)
     within = [trial for trial in trials if trial.increase <= limit]
     if not within:
@@ -104,6 +107,21 @@ def search_size(
             f"give more calibration text, or use pruning_ratio."
         )
     return max(within, key=lambda trial: trial.share), trials
+
+
+def _predicted_share(predict: Callable[[float], float], last: SizeTrial, goal: float, low: float, high: float) -> float:
+    """Return the share between `low` and `high` where the prediction, moved to the last trial, meets the goal."""
+    wanted = goal - (last.increase - predict(last.share))
+    margin = min(0.9 * TOLERANCE, (high - low) / 2)
+    return _share_at(predict, wanted, low + margin, high - margin)
+
+
+def _share_at(predict: Callable[[float], float], increase: float, low: float, high: float) -> float:
+    """Return the largest share between `low` and `high` whose predicted increase is below a value, by bisection."""
+    while high - low > TOLERANCE / 4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if predict(middle) < increase else (low, middle)
+    return low
 
 
 def _next_share(trials: list[SizeTrial], limit: float, aim: float, low: float, high: float, *, last: bool) -> float:
@@ -129,121 +147,85 @@ def _next_share(trials: list[SizeTrial], limit: float, aim: float, low: float, h
     return min(max(share, low + margin), high - margin)
 
 
-Widths = Callable[[PrunerConfig], tuple[LayerWidths, ...]]
-"""A config with a size to the widths of that size."""
-Build = Callable[[PrunerConfig], tuple[PruningPlan, ReconstructFn]]
-"""A config with a size to the plan of that size and its reconstruction."""
+Size = TypeVar("Size", bound=Hashable)
+Built = TypeVar("Built")
 
 
-class _SizeTrials:
-    """Sizes that were built and measured; keeps the smallest model's plan and reconstruction within the limit."""
+@dataclass(frozen=True)
+class Candidate(Generic[Built]):
+    """A model that was built for a share.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: PrunerConfig,
-        loss: Loss,
-        base: float,
-        *,
-        widths: Widths,
-        build: Build,
-        reconstruction: str,
-        max_trials: int,
-    ) -> None:
-        self.model, self.config, self.loss, self.base = model, config, loss, base
-        self.widths, self.build, self.reconstruction, self.max_trials = widths, build, reconstruction, max_trials
-        self.known: dict[tuple[LayerWidths, ...], SizeTrial] = {}
-        self.best: tuple[PruningPlan, ReconstructFn] | None = None
-        self.best_share = 0.0
+    Attributes:
+        built: The model with what belongs to it.
+        share: Share of all parameters that is gone.
+        loss: Its loss on the validation text, above 0.
+    """
 
-    def search(self, start: float, largest: float, **options: float) -> tuple[SizeTrial, list[SizeTrial]]:
-        """Search from a share of the parameters on, with a progress bar."""
-        limit, total = self.config.max_loss_increase, self.model.num_parameters()
-        assert limit is not None
-        name = "hf_context_prune.loss_search"
-        with tqdm(total=self.max_trials, desc="Searching the size", unit="trial", name=name) as self.bar:
-            return search_size(
-                self.measure,
-                limit,
-                start=start,
-                smallest=1 / total,
-                largest=largest,
-                max_trials=self.max_trials,
-                **options,
-            )
-
-    def measure(self, share: float) -> SizeTrial:
-        """Build the model without a share of the parameters, and measure how much its loss grew."""
-        config = replace(self.config, max_loss_increase=None, pruning_ratio=share)
-        widths = self.widths(config)
-        if widths in self.known:
-            return self.known[widths]
-        plan, reconstruct = self.build(config)
-        smaller = apply_plan(self.model, plan, reconstruct=reconstruct).eval()
-        total = self.model.num_parameters()
-        gone = (total - smaller.num_parameters()) / total
-        increase = on_main_process(lambda: self.loss(smaller)) / self.base - 1
-        trial = self.known[widths] = SizeTrial(gone, increase, self.reconstruction)
-        if increase <= (self.config.max_loss_increase or 0) and gone >= self.best_share:
-            self.best, self.best_share = (plan, reconstruct), gone
-        self.bar.set_postfix_str(f"-{gone:.1%} of the parameters: {increase:+.2%}")
-        self.bar.update()
-        return trial
+    built: Built
+    share: float
+    loss: float
 
 
-def smallest_within(
-    model: PreTrainedModel,
-    config: PrunerConfig,
-    loss: Loss,
+def find_smallest(
+    limit: float,
+    base_loss: float,
     *,
-    base_loss: float | None = None,
-    most_removable: int,
-    widths: Widths,
-    one_shot: Build,
-    sequential: Build,
-) -> tuple[PruningPlan, ReconstructFn]:
-    """Find the smallest model whose loss is within `max_loss_increase`.
-
-    Sequential reconstruction is slow, so `least_squares` finds an approximate size first, and at most
-    `MAX_SEQUENTIAL_RUNS` sequential runs refine it.
+    sizes: Callable[[float], Size],
+    build: Callable[[Size], Candidate[Built]],
+    reconstruction: str,
+    smallest: float,
+    largest: float,
+    predict: Callable[[float], float] | None = None,
+) -> tuple[Built, dict[str, Any]]:
+    """Build models until the smallest one is found whose loss is within a limit.
 
     Args:
-        model: The base model.
-        config: With `max_loss_increase`.
-        loss: Loss of a model on validation text, above 0.
-        base_loss: Loss that the increase is measured against; None: the loss of `model`.
-        most_removable: Parameters that can be removed at most.
-        widths: Gives the widths of a size.
-        one_shot: Builds a size from the statistics of one pass.
-        sequential: Builds a size by sequential reconstruction; `one_shot` is not called after it.
+        limit: Allowed relative increase of the loss, above 0.
+        base_loss: Loss of the base model.
+        sizes: A share of all parameters to the size that removes it.
+        build: Builds the model of a size, and measures its loss.
+        reconstruction: Name of the reconstruction; after `sequential`, which is slow, few models are built.
+        smallest: As for [`search_size`][].
+        largest: As for [`search_size`][].
+        predict: As for [`search_size`][].
 
     Returns:
-        Plan and reconstruction; the plan's provenance has ``loss_budget``: limit, increase and trials.
+        (the model, limit, increase and trials as facts for the provenance).
 
     Raises:
-        BudgetError: No size that was tried is within the limit.
+        BudgetError: No model that was built is within the limit.
     """
-    if not most_removable:
-        raise BudgetError(
-            f"Nothing can be removed: MLP widths stay multiples of round_to={config.round_to}, and the layers are no "
-            f"wider. Give a smaller round_to."
+    known: dict[Size, SizeTrial] = {}
+    best: list[Candidate[Built]] = []
+    is_slow = reconstruction == "sequential"
+    max_trials = MAX_SEQUENTIAL_TRIALS if is_slow else MAX_TRIALS
+
+    def measure(share: float) -> SizeTrial:
+        size = sizes(share)
+        if size not in known:
+            found = build(size)
+            trial = known[size] = SizeTrial(found.share, found.loss / base_loss - 1, reconstruction)
+            if trial.increase <= limit and (not best or found.share >= best[0].share):
+                best[:] = [found]
+            bar.set_postfix_str(f"-{trial.share:.1%} of the parameters: {trial.increase:+.2%}")
+            bar.update()
+        return known[size]
+
+    start = FIRST_SHARE if predict is None else _share_at(predict, limit, smallest, largest)
+    with tqdm(total=max_trials, desc="Searching the size", unit="trial", name="hf_context_prune.loss_search") as bar:
+        found, trials = search_size(
+            measure,
+            limit,
+            start=min(max(start, smallest), largest),
+            smallest=smallest,
+            largest=largest,
+            max_trials=max_trials,
+            enough=0.85 if is_slow else 1.0,
+            aim=0.92 if is_slow else 1.0,
+            predict=predict,
         )
-    largest = most_removable / model.num_parameters()
-    base = on_main_process(lambda: loss(model)) if base_loss is None else base_loss
-    trials_of = partial(_SizeTrials, model, config, loss, base, widths=widths)
-    is_sequential = config.reconstruction == "sequential"
-    approximate = "least_squares" if is_sequential else config.reconstruction
-    stage = trials_of(build=one_shot, reconstruction=approximate, max_trials=MAX_TRIALS)
-    found, trials = stage.search(min(FIRST_SHARE, largest / 2), largest)
-    if is_sequential:
-        stage = trials_of(build=sequential, reconstruction="sequential", max_trials=MAX_SEQUENTIAL_RUNS)
-        found, more = stage.search(found.share, largest, enough=0.8, aim=0.92)
-        trials = trials + more
-    assert stage.best is not None  # `search_size` raises where no size is within the limit
-    plan, reconstruct = stage.best
-    facts = {
-        "max_loss_increase": config.max_loss_increase,
+    return best[0].built, {
+        "max_loss_increase": limit,
         "increase": found.increase,
         "trials": [asdict(trial) for trial in trials],
     }
-    return replace(plan, provenance={**plan.provenance, "config": config.to_dict(), "loss_budget": facts}), reconstruct

@@ -20,8 +20,9 @@ from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.pruning.scoring import Requirements
 
 from .adaptive import adaptive_widths, most_removable
-from .budget import Costs, Curve, ParameterBudget, beyond_probes, removed_params
+from .budget import Costs, Curve, ParameterBudget, beyond_probes, removed_params, share_below
 from .sensitivity import choose_probe_counts
+from .sizes import TOKENS, UnitCurves
 from .uniform import uniform_widths
 
 
@@ -35,12 +36,12 @@ def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidt
     if config.max_loss_increase is not None:
         raise ConfigError(
             "max_loss_increase is a size found by measuring, so shapes or statistics alone don't give widths: "
-            "use prune() or plan_and_reconstruct(..., loss=), or give pruning_ratio."
+            "use prune(), or give pruning_ratio."
         )
     view = ModelView.of_shapes(model)
     budget = ParameterBudget.of(config, view.num_parameters)
-    native_groups = _native_groups(view) if config.native_architecture else []
-    widths = uniform_widths(view.geometry, view.costs, budget, config, native_groups=native_groups)
+    groups = native_groups(view) if config.native_architecture else []
+    widths = uniform_widths(view.geometry, view.costs, budget, config, native_groups=groups)
     if config.native_architecture and not (fit := assess_native_fit(model.config, view.spec, widths)).fits:
         raise BudgetError(
             f"No such widths stay native: {fit.reason}. Leave out --native-architecture, or ask for another ratio."
@@ -48,7 +49,7 @@ def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidt
     return widths
 
 
-def _native_groups(view: ModelView) -> list[int]:
+def native_groups(view: ModelView) -> list[int]:
     """Return the KV groups per layer that the native architecture accepts, equal in all layers."""
     first, config = view.widths[0], view.model.config
     return [
@@ -68,8 +69,10 @@ def measured_widths(
     """
     view = ModelView.of_shapes(model)
     budget = ParameterBudget.of(config, view.num_parameters)
-    if budget.remove_params is not None and config.mlp_ratio is None and config.attention_ratio is None:
-        return adaptive_widths(curves, view.geometry, view.costs, budget.remove_params, round_to=config.round_to)
+    if config.shares_budget:
+        native = bool(config.native_architecture)
+        groups = native_groups(view) if native else ()
+        return layer_curves(view, curves, config).choose(budget.remove_params or 0, native, groups)[0].widths
     # Each unit has its own budget: the parameters that the same options would remove with uniform widths.
     uniform = uniform_widths(view.geometry, view.costs, budget, config)
     widths = view.widths
@@ -81,23 +84,85 @@ def measured_widths(
     return widths
 
 
+def layer_curves(
+    view: ModelView, curves: Mapping[Key, Curve], config: PrunerConfig, *, base_loss: float | None = None
+) -> UnitCurves:
+    """Return the measured curves of neurons and KV groups with what their removal saves; all tokens stay."""
+    return UnitCurves(curves, view.geometry, num_rows(view.model), view.costs, {"mlp": config.round_to}, base_loss)
+
+
 def check_adaptive(
-    model: PreTrainedModel, config: PrunerConfig, remove_params: int, targets: Sequence[Target] = TARGETS
+    model: PreTrainedModel, config: PrunerConfig, remove_params: int, targets: Sequence[Target] | None = None
 ) -> None:
     """Refuse, from shapes alone, a budget that adaptive widths of these units can't reach, before anything is measured.
+
+    Args:
+        model: The base model; its weights may be on the meta device.
+        config: Says which units may go, and what their numbers stay multiples of.
+        remove_params: Parameters to remove.
+        targets: Units, if not those of the config.
 
     Raises:
         BudgetError: The budget can't be reached; the message names the most that can be removed.
     """
     view = ModelView.of_shapes(model)
-    probed: dict[Key, Curve] = {}
-    for layer, widths in enumerate(view.widths):
-        for target in targets:
-            if counts := choose_probe_counts(widths, target):
-                probed[layer, target] = ((widths.of(target), 0.0), *((count, 0.0) for count in counts))
-    most = most_removable(probed, view.costs, round_to=config.round_to)
-    if remove_params > most:
-        raise beyond_probes(remove_params, most, view.num_parameters)
+    free = layer_curves(view, _free_curves(view, targets or Requirements.of(config).targets), config)
+    if remove_params > free.most_removable:
+        raise beyond_probes(remove_params, free.most_removable, view.num_parameters)
+
+
+def _free_curves(view: ModelView, targets: Sequence[Target]) -> dict[Key, Curve]:
+    """Return curves without losses: what could be measured, from shapes alone."""
+    return {
+        (layer, target): ((widths.of(target), 0.0), *((count, 0.0) for count in counts))
+        for layer, widths in enumerate(view.widths)
+        for target in targets
+        if (counts := choose_probe_counts(widths, target))
+    }
+
+
+def check_shared_budget(model: PreTrainedModel, config: PrunerConfig, fewest_tokens: int) -> None:
+    """Refuse, from shapes alone, a budget for all parameters that the units of the config can't reach together.
+
+    Args:
+        model: The base model; its weights may be on the meta device.
+        config: With a budget that is shared, and tokens among the units.
+        fewest_tokens: Tokens that have to stay.
+
+    Raises:
+        BudgetError: The message names the most that can be removed, and the units that would help.
+    """
+    view = ModelView.of_shapes(model)
+    budget = ParameterBudget.of(config, view.num_parameters)
+    remove, total = budget.remove_params or 0, budget.total_params
+    targets = Requirements.of(config).targets
+    curves = layer_curves(view, _free_curves(view, targets), config)
+    curves = with_tokens(curves, model, ((curves.rows, 0.0), (fewest_tokens, 0.0)), config)
+    if remove > curves.most_removable:
+        whole = {**curves.curves, **_free_curves(view, TARGETS)}
+        more = most_removable(whole, curves.costs, curves.multiples)
+        missing = [UNIT_NAMES[target] for target in TARGETS if target not in targets]
+        helps = f" With {' and '.join(missing)} as well (--units), up to {share_below(more, total)} can."
+        listed = ", ".join(["tokens", *(UNIT_NAMES[target] for target in targets)])
+        raise BudgetError(
+            f"Asked to remove {remove:,} of {total:,} parameters; {listed} together can give {curves.most_removable:,} "
+            f"({share_below(curves.most_removable, total)} of all).{helps if missing else ''} Ask for less."
+        )
+    if config.native_architecture:
+        curves.choose(remove, True, native_groups(view))
+
+
+def with_tokens(
+    curves: UnitCurves, model: PreTrainedModel, tokens: Curve, config: PrunerConfig, *, padding: int = 0
+) -> UnitCurves:
+    """Add the curve of the vocabulary, of whose rows some may be padding."""
+    return replace(
+        curves,
+        curves={**curves.curves, TOKENS: tokens},
+        costs={**curves.costs, "tokens": token_cost(model)},
+        multiples={**curves.multiples, "tokens": config.pad_to_multiple_of},
+        padding=padding,
+    )
 
 
 def check_round_to(widths: Sequence[LayerWidths], config: PrunerConfig) -> None:
@@ -133,12 +198,14 @@ def check_units_budget(model: PreTrainedModel, config: PrunerConfig, tokens: int
     """
     view = ModelView.of_shapes(model)
     remove = ParameterBudget.of(config, view.num_parameters).remove_params
-    fixed = (config.mlp_ratio, config.attention_ratio)
-    if config.allocation == "adaptive" and remove is not None and fixed == (None, None):
+    if config.shares_budget and remove is not None:
         gone = (num_rows(model) - tokens) * token_cost(model)
         rest = max(0, remove - gone)
         with _name_vocabulary_share(remove, gone, tokens):
             check_adaptive(model, config, rest)
+            if config.native_architecture:
+                free = layer_curves(view, _free_curves(view, Requirements.of(config).targets), config)
+                free.choose(rest, True, native_groups(view))
         return rest
     widths = plan_widths_beside_vocabulary(model, config, tokens)
     for target in Requirements.of(config).targets if config.allocation == "adaptive" else ():

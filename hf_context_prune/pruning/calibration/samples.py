@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_context_prune.config import CalibrationConfig
+from hf_context_prune.config import DEFAULT_GENERAL_DATA_RATIO, CalibrationConfig, PrunerConfig
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.samples import tokenize_samples
+from hf_context_prune.data.samples import join_samples, tokenize_samples
 from hf_context_prune.errors import ConfigError, DataError
 
 Batch = dict[str, torch.Tensor]
@@ -34,6 +34,14 @@ def check_share(what: str, share: float, num_samples: int) -> None:
             f"{'all of them' if share > 0.5 else 'none'}. Ask for more samples"
             + (f", or for {1 / num_samples:g} to {1 - 1 / num_samples:g}." if num_samples > 1 else ".")
         )
+
+
+def choose_general_share(config: PrunerConfig, general: object) -> float | None:
+    """Return the share of general text that a config asks for, or the default where there is enough of both."""
+    default = DEFAULT_GENERAL_DATA_RATIO
+    if config.general_data_ratio is not None or general is None:
+        return config.general_data_ratio
+    return default if 0 < round(default * config.num_calibration_samples) < config.num_calibration_samples else None
 
 
 def check_general_data_ratio(config: CalibrationConfig, general: object) -> None:
@@ -69,6 +77,12 @@ class CalibrationSet:
         # The tokenizer is kept beside its samples, so that no other one can get its id.
         self._known: dict[tuple[int, int], tuple[PreTrainedTokenizerBase, torch.Tensor]] = {}
 
+    @property
+    def general_share(self) -> tuple[TextSource | None, float]:
+        """The general text and its share of the samples; None and 0 where nothing is taken from it."""
+        share = 0.0 if self.general is None else self.config.general_data_ratio or 0.0
+        return (self.general, share) if share else (None, 0.0)
+
     def samples(self, tokenizer: PreTrainedTokenizerBase, num_samples: int | None = None) -> torch.Tensor:
         """Return the calibration samples, with those of general text spread among the others.
 
@@ -101,19 +115,15 @@ class CalibrationSet:
                 warn_if_short=wanted <= config.num_calibration_samples,
             )
 
-        mixed = min(wanted - 1, round(config.general_data_ratio * wanted))  # rounded up, it may be all of them
+        share = config.general_data_ratio or 0.0
+        mixed = min(wanted - 1, round(share * wanted))  # rounded up, it may be all of them
         if not mixed or self.general is None:
             return cut(self.domain, wanted)
         parts = cut(self.domain, wanted - mixed), cut(self.general, mixed)
-        lengths = [part.shape[1] for part in parts]
-        if min(lengths) < max(lengths):
-            short = self.domain if lengths[0] < lengths[1] else self.general
-            raise DataError(
-                f"{short.name} has {min(lengths)} tokens, less than one sample of {max(lengths)}, so it can't be mixed "
-                f"with the other text. Give more of it, or lower max_seq_length to {min(lengths)}."
-            )
-        both = torch.cat(parts)
-        return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(config.pruning_seed))]
+        both = join_samples((self.domain, parts[0]), (self.general, parts[1]))
+        # Evenly spread, in an order that more samples only continue.
+        places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+        return both[places.argsort(stable=True)]
 
 
 def batches_of(samples: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch]:

@@ -49,6 +49,13 @@ def check_prunable(
     rebuild_tokenizer(tokenizer, whole, spec.model_type)  # refuses a class that does not open what is written
 
 
+def fewest_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, multiple: int) -> int:
+    """Return the smallest vocabulary that a model can be trimmed to, as a multiple of a number."""
+    table, size = read_paired_table(model, tokenizer), VocabularySize(pad_to_multiple_of=multiple)
+    must = mandatory_tokens(table, size, required_ids(model, tokenizer, table))
+    return min(size.round_up(len(must)), len(table))
+
+
 def read_paired_table(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TokenTable:
     """Return the tokenizer's vocabulary, if it can be this model's.
 

@@ -38,6 +38,8 @@ from .selection import (
 )
 
 _SAMPLES, _LENGTH, _BATCH = 128, 512, 4
+EXPECTATION_TOKENS = 16_384
+"""Tokens of text on which the model's expectation of every token is averaged."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def prune_vocabulary(
             `vocab_min_count = t * occurrences of all tokens` (arXiv 2312.12682).
         pad_to_multiple_of: The number of tokens is rounded up to a multiple of this.
         criterion: ``"frequency"`` ranks tokens by their occurrences in the text. ``"expected"`` ranks them by how many
-            documents have them and by their probability under the model there (one forward pass over 65,536 tokens of
-            text).
+            documents have them and by their probability under the model there (one forward pass over
+            `EXPECTATION_TOKENS` of text).
         refit: Refit the kept rows to the text, see [`refit_to_text`][]; never to a higher loss on validation text.
         keep: Tokens (their contents) that must stay.
         remove: Tokens that must go.
@@ -117,9 +119,13 @@ class VocabularyPruner:
         criterion: As for [`prune_vocabulary`][].
         keep: Tokens (their contents) that must stay.
         remove: Tokens that must go.
-        num_samples: Samples for the model's expectation; the refit reads up to four times as many.
+        num_samples: Samples for the refit, which reads up to four times as many.
         max_seq_length: Tokens per sample; no more than the model has positions.
         seed: For the choice of text.
+        general: Text of no domain whose tokens count too.
+        general_share: Weight of its tokens, in [0, 1).
+        expected: The model's mean probability of each token, [rows] float64, where it was measured before; None: it is
+            measured on the text.
 
     Raises:
         ConfigError: An unknown criterion.
@@ -140,6 +146,9 @@ class VocabularyPruner:
         num_samples: int = _SAMPLES,
         max_seq_length: int = _LENGTH,
         seed: int = 0,
+        general: TextSource | None = None,
+        general_share: float = 0.0,
+        expected: torch.Tensor | None = None,
     ) -> None:
         if criterion not in get_args(VocabCriterion):
             raise ConfigError(unknown_name("vocab_criterion", criterion, get_args(VocabCriterion)))
@@ -151,6 +160,8 @@ class VocabularyPruner:
         self.unwanted = find_ids(self.table, remove, "removed")
         length = min(max_seq_length, getattr(model.config, "max_position_embeddings", None) or max_seq_length)
         self.sampling = {"num_samples": num_samples, "max_seq_length": length, "seed": seed}
+        self.general, self.general_share = general if general_share else None, general_share
+        self._expected = expected
 
     def fewest_tokens(self, multiple: int) -> int:
         """Return the smallest vocabulary that the model can be trimmed to."""
@@ -163,12 +174,40 @@ class VocabularyPruner:
         return count_tokens(self.tokenizer, self.source)
 
     @cached_property
+    def expected(self) -> torch.Tensor:
+        """The model's mean probability of each token on text of the domain, [rows] float64."""
+        if self._expected is not None:
+            return self._expected
+        length = self.sampling["max_seq_length"]
+        count = min(self.sampling["num_samples"], max(1, EXPECTATION_TOKENS // length))
+        samples = tokenize_samples(
+            self.source,
+            self.tokenizer,
+            num_samples=count,
+            max_seq_length=length,
+            seed=self.sampling["seed"],
+            warn_if_short=False,
+        )
+        return mean_probability(self.model, samples)
+
+    @cached_property
     def scores(self) -> Mapping[int, float]:
-        """Score of each token, by id; higher is kept."""
+        """Score of each token, by id; higher is kept. With general text, a weighted mean of what both texts say."""
+        scores = self._scores_on(self.counts)
+        if self.general is None:
+            return scores
+        others, share = self._scores_on(count_tokens(self.tokenizer, self.general)), self.general_share
+        whole, other = sum(scores.values()), sum(others.values())
+        return {
+            index: (1 - share) * scores.get(index, 0.0) / whole + share * others.get(index, 0.0) / other
+            for index in scores.keys() | others.keys()
+        }
+
+    def _scores_on(self, counts: TokenCounts) -> Mapping[int, float]:
+        """Return the scores by the counts of one text."""
         if self.criterion == "frequency":
-            return self.counts.occurrences
-        samples = tokenize_samples(self.source, self.tokenizer, **self.sampling)  # type: ignore[arg-type]
-        return expected_scores(self.counts, mean_probability(self.model, samples).tolist())
+            return counts.occurrences
+        return expected_scores(counts, self.expected.tolist())
 
     @torch.no_grad()
     def trim(self, size: VocabularySize, *, refit: bool = True) -> TrimmedModel:
@@ -254,8 +293,11 @@ def build_vocabulary_pruner(
     tokenizer: PreTrainedTokenizerBase,
     text: TextSource,
     config: PrunerConfig | ThresholdConfig,
+    *,
+    general: TextSource | None = None,
+    expected: torch.Tensor | None = None,
 ) -> VocabularyPruner:
-    """Build the vocabulary pruner that a config describes."""
+    """Build the vocabulary pruner that a config describes; the other arguments are those of [`VocabularyPruner`][]."""
     return VocabularyPruner(
         model,
         tokenizer,
@@ -264,6 +306,9 @@ def build_vocabulary_pruner(
         num_samples=config.num_calibration_samples,
         max_seq_length=config.max_seq_length,
         seed=config.pruning_seed,
+        general=general,
+        general_share=config.general_data_ratio or 0.0,
+        expected=expected,
     )
 
 
@@ -272,10 +317,9 @@ def vocabulary_size(config: PrunerConfig | ThresholdConfig) -> VocabularySize | 
     multiple = config.pad_to_multiple_of
     if isinstance(config, ThresholdConfig):
         return VocabularySize(pad_to_multiple_of=multiple, above_share=config.embedding_threshold)
-    size = config.vocab_size
-    if isinstance(size, str):
+    if not config.fixes_tokens:
         return None
-    return VocabularySize(size, config.vocab_coverage, config.vocab_min_count, multiple)
+    return VocabularySize(config.vocab_size, config.vocab_coverage, config.vocab_min_count, multiple)
 
 
 def prune_vocabulary_for(
@@ -284,12 +328,14 @@ def prune_vocabulary_for(
     text: TextSource,
     config: PrunerConfig | ThresholdConfig,
     tokens: int | None = None,
+    **known: Any,  # noqa: ANN401 - handed on
 ) -> TrimmedModel:
-    """Prune the vocabulary to the size of a config, or to a number of tokens that was found."""
+    """Prune the vocabulary to the size of a config, or to a number of tokens that was found, without a refit.
+
+    `known` is what [`build_vocabulary_pruner`][] takes beside these.
+    """
     size = VocabularySize(tokens, pad_to_multiple_of=config.pad_to_multiple_of) if tokens else vocabulary_size(config)
     assert size is not None
     return on_main_process(
-        lambda: build_vocabulary_pruner(model, tokenizer, text, config).trim(
-            size, refit=config.reconstruction != "none"
-        )
+        lambda: build_vocabulary_pruner(model, tokenizer, text, config, **known).trim(size, refit=False)
     )

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
-from hf_context_prune.modeling.patching import bfloat16_layers
+from hf_context_prune.modeling.patching import bfloat16_layers, finish_forward
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.linalg import add_ridge, invert_spd
@@ -91,13 +92,30 @@ def refit_to_text(
     return refit_rows(model, samples)
 
 
+@dataclass(frozen=True)
+class KnownStates:
+    """Hidden states that an earlier stage left.
+
+    Attributes:
+        samples: Samples in the model's ids, [samples, length], int64.
+        states: Hidden states of the model behind its last layer, [samples, length, hidden].
+    """
+
+    samples: torch.Tensor
+    states: torch.Tensor
+
+
 @torch.no_grad()
-def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int = 4) -> dict[str, float] | None:
+def refit_rows(
+    model: PreTrainedModel, samples: torch.Tensor, known: KnownStates | None = None, *, batch_size: int = 4
+) -> dict[str, float] | None:
     """Refit the head's rows (and tied embedding) to domain text, in place; never to a higher loss on validation text.
 
     Args:
         model: A model with a small vocabulary; in evaluation mode.
         samples: Samples in the model's ids, [samples, length], int64; all are used, see [`num_refit_samples`][].
+        known: Samples with the model's hidden states behind its last layer, which need no forward pass where they are
+            the first of `samples`.
         batch_size: Samples per forward pass.
 
     Returns:
@@ -110,7 +128,7 @@ def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int
     validation = min(len(samples) // VALIDATION_EVERY, _MOST_VALIDATION)
     if not validation:
         return None
-    states = _hidden_states(model, head, samples, batch_size)
+    states = _hidden_states(model, head, samples, known, batch_size)
     if states is None:
         return None
     split = len(states) - validation * (samples.shape[1] - 1)
@@ -129,31 +147,34 @@ def refit_rows(model: PreTrainedModel, samples: torch.Tensor, *, batch_size: int
 
 
 def _hidden_states(
-    model: PreTrainedModel, head: nn.Module, samples: torch.Tensor, batch_size: int
+    model: PreTrainedModel, head: nn.Module, samples: torch.Tensor, known: KnownStates | None, batch_size: int
 ) -> torch.Tensor | None:
     """Return the head's inputs, [samples * (length - 1), hidden] float32; None if the model changes its output."""
-    seen: list[torch.Tensor] = []
-    given: list[torch.Tensor] = []
-    handles = (
-        head.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
-        head.register_forward_hook(lambda _, args, output: given.append(output)),
-    )
+    first = samples[:1].to(model.device)
+    with bfloat16_layers(model):
+        logits, inputs = model(input_ids=first, use_cache=False).logits, _head_inputs(model, first)
+    if not torch.equal(logits.float(), head(inputs).float()):
+        return None
+    count = 0
+    if known is not None and torch.equal(samples[: len(known.samples)], known.samples):
+        count = len(known.samples)
     rows: list[torch.Tensor] = []
-    try:
-        for batch in tqdm(
-            samples.split(batch_size), desc="Reading hidden states", unit="batch", name="hf_context_prune.vocabulary"
-        ):
-            seen.clear()
-            given.clear()
-            with bfloat16_layers(model):
-                logits = model(input_ids=batch.to(model.device), use_cache=False).logits
-            if not rows and not torch.equal(logits.float(), given[0].float()):
-                return None
-            rows.append(seen[0][:, :-1].float().reshape(-1, seen[0].shape[-1]))
-    finally:
-        for handle in handles:
-            handle.remove()
+    name = "hf_context_prune.vocabulary"
+    with tqdm(total=len(samples), desc="Reading hidden states", unit="sample", name=name) as bar:
+        for index, batch in enumerate(samples.to(model.device).split(1 if count else batch_size)):
+            if known is not None and index < count:
+                inputs = finish_forward(model, batch, known.states[index : index + 1].to(model.device))
+            else:
+                with bfloat16_layers(model):
+                    inputs = _head_inputs(model, batch)
+            rows.append(inputs[:, :-1].float().reshape(-1, inputs.shape[-1]))
+            bar.update(len(batch))
     return torch.cat(rows)
+
+
+def _head_inputs(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    states: torch.Tensor = model.base_model(input_ids=batch, use_cache=False)[0]
+    return states
 
 
 def _loss(model: PreTrainedModel, samples: torch.Tensor, batch_size: int) -> float:
@@ -265,12 +286,14 @@ def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return functional.linear(states, weight, bias)
 
 
-def refit_rows_in_all_processes(model: PreTrainedModel, samples: torch.Tensor) -> dict[str, float] | None:
+def refit_rows_in_all_processes(
+    model: PreTrainedModel, samples: torch.Tensor, known: KnownStates | None = None
+) -> dict[str, float] | None:
     """Run [`refit_rows`][] on the main process, and set its rows in all processes."""
     head = model.get_output_embeddings()
 
     def refitted() -> tuple[dict[str, float] | None, torch.Tensor | None]:
-        found = refit_rows(model, samples)
+        found = refit_rows(model, samples, known)
         return found, None if found is None else head.weight.detach().cpu()
 
     found, rows = on_main_process(refitted)

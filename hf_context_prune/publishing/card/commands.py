@@ -8,9 +8,10 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_context_prune.config import PrunerConfig, ThresholdConfig, config_from_provenance
+from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, one_line
+from hf_context_prune.storage.provenance import config_from_provenance
 from hf_context_prune.utils.options import help_of
 
 from .facts import CardFacts
@@ -77,11 +78,14 @@ def _prune_command(facts: CardFacts, config: PrunerConfig | ThresholdConfig, out
     data = _data_of(facts)
     options = [_option("revision", provenance["base_revision"])] if provenance.get("base_revision") else []
     options.append(_option("data", data))
+    general = facts.recorded("general_data").get("name")
     if report is not None and not provenance.get("recoveries"):
         if report.dataset.name != data:
             options.append(_option("eval_data", report.dataset.name))
         if report.general is not None:
-            options.append(_option("general_data", report.general.dataset.name))
+            general = report.general.dataset.name
+    if general:
+        options.append(_option("general_data", general))
     flags = {item.name: about.flag for item in dataclasses.fields(config) if (about := help_of(item)) is not None}
     options += [_option(flags.get(name) or name, value) for name, value in _given_options(config).items()]
     return _command("prune", facts.base_place, [*options, _option("output", output)])
@@ -93,6 +97,8 @@ def _recover_commands(facts: CardFacts, made_with: Mapping[str, Any], folder: st
     options = [_option(flags.get(name, name), asked[name]) for name in _RECOVERY if asked.get(name) is not None]
     gone = [_option(name, asked[name]) for name, idle in _REMOVED.items() if asked.get(name, idle) not in (None, idle)]
     note = [f"# This run also had {' '.join(gone)}, which `recover` no longer has:"] if gone else []
+    if general := facts.recorded("general_data").get("name"):  # the same share of it is trained on
+        options.append(_option("general_data", general))
     return [*note, _command("recover", folder, [_option("data", _data_of(facts)), *options, _option("output", output)])]
 
 
@@ -103,12 +109,14 @@ def _data_of(facts: CardFacts) -> str:
 def _given_options(config: PrunerConfig | ThresholdConfig) -> dict[str, Any]:
     """Return the options that differ from their defaults, by name."""
     values = {item.name: (getattr(config, item.name), item.default) for item in dataclasses.fields(config)}
-    return {name: value for name, (value, usual) in sorted(values.items()) if value not in (None, False, usual)}
+    return {name: value for name, (value, usual) in sorted(values.items()) if value is not None and value != usual}
 
 
 def _option(name: str, value: object) -> str:
     flag = "--" + name.replace("_", "-")
-    return flag if value is True else f"{flag} {shlex.quote(one_line(str(value)))}"
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag} {shlex.quote(one_line(str(value)))}"
 
 
 def _command(verb: str, place: str, options: Iterable[str]) -> str:

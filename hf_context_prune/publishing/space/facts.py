@@ -12,7 +12,6 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
-from hf_context_prune.config import config_from_provenance
 from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError
 from hf_context_prune.evaluation.reports.formatting import format_ratio, format_share
 from hf_context_prune.evaluation.reports.report import EvalReport, LossFacts
@@ -20,6 +19,7 @@ from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.provenance import config_from_provenance
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 
 from .settings import Entry, Source

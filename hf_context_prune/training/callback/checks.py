@@ -36,7 +36,7 @@ def check_config(config: PrunerConfig) -> None:
     Raises:
         ConfigError: Names the option.
     """
-    if config.prunes_vocabulary:
+    if config.fixes_tokens or config.units == "tokens":
         raise ConfigError(
             "The vocabulary can't be pruned during training: the collator's tokenizer would no longer fit. Prune it "
             "before: trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "

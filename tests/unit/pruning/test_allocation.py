@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, NumericsError
 from hf_context_prune.modeling.specs import Geometry, LayerWidths
-from hf_context_prune.pruning.allocation.adaptive import _on_hull, adaptive_widths, most_removable, predicted_loss
+from hf_context_prune.pruning.allocation.adaptive import adaptive_widths, loss_on_hull, most_removable, predicted_loss
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.uniform import round_half_up, uniform_widths
 from hf_context_prune.pruning.scoring import select_units
@@ -296,16 +296,16 @@ def test_native_groups():
 
 def at(curve, kept):
     """The surrogate between a curve's points: the optimum is checked against it, its shape has a test of its own."""
-    return _on_hull(curve, [curve[0][0] - kept])[0]
+    return loss_on_hull(curve, [curve[0][0] - kept])[0]
 
 
 def test_between_measured_widths_stands_the_power_law_through_them():
     curve = ((100, 0.0), (75, 0.02), (50, 0.08), (25, 0.18))  # loss = 0.02 (gone / 25)^2
-    losses = _on_hull(curve, list(range(76)))
+    losses = loss_on_hull(curve, list(range(76)))
     assert losses[::25] == pytest.approx([0.0, 0.02, 0.08, 0.18])  # the measured ones as they are
     assert losses == pytest.approx([0.02 * (gone / 25) ** 2 for gone in range(76)], abs=2e-4)
     flat = ((100, 0.0), (75, 0.0), (50, 0.1))  # no power law through zero: a straight line
-    assert _on_hull(flat, [0, 10, 25, 30, 50]) == pytest.approx([0, 0, 0, 0.02, 0.1])
+    assert loss_on_hull(flat, [0, 10, 25, 30, 50]) == pytest.approx([0, 0, 0, 0.02, 0.1])
 
 
 @st.composite
@@ -352,7 +352,7 @@ def test_adaptive_widths_are_optimal(problem, multiple, data):
                 key = params + (curve[0][0] - kept) * costs[target]
                 states[key] = min(states.get(key, math.inf), sofar + at(curve, kept))
         best = states
-    assert most_removable(curves, costs, round_to=multiple) == max(best)
+    assert most_removable(curves, costs, {"mlp": multiple}) == max(best)
     asked = data.draw(st.integers(0, max(best)))
     widths = adaptive_widths(curves, shape, costs, asked, round_to=multiple)
     removed = removed_params(shape.layers, widths, costs)

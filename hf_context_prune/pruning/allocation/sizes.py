@@ -1,0 +1,211 @@
+"""One budget for tokens, neurons and KV groups: measured curves -> the sizes that cost least. Pure: no model, no data.
+
+The same curves give two answers: sizes that may differ by layer, and one width for all layers, which the native
+architecture can hold. The second is preferred where it costs next to nothing, since its result opens everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_context_prune.config import NATIVE_TOLERANCE
+from hf_context_prune.errors import BudgetError
+from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.pruning.calibration.statistics import Key
+from hf_context_prune.utils.rounding import six_digits
+
+from .adaptive import Multiples, cheapest_counts, loss_on_hull, most_removable
+from .budget import Costs, Curve, removed_params
+
+TOKENS: Key = (0, "tokens")
+"""Key of the curve of the vocabulary, beside those of (layer, target)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What stays of a model.
+
+    Attributes:
+        tokens: Rows of the embedding.
+        widths: Widths, one entry per layer.
+        loss: Predicted loss increase, in nats per token of the base tokenizer.
+    """
+
+    tokens: int
+    widths: tuple[LayerWidths, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class UnitCurves:
+    """What every kind of unit costs, and what its removal saves.
+
+    Attributes:
+        curves: Measured loss increase by kept units, by (layer, target), and by `TOKENS`. Units without a curve stay.
+        geometry: Sizes of the model's layers.
+        rows: Rows of its embedding.
+        costs: Parameters per unit, by target.
+        multiples: What counts stay multiples of, by target.
+        base_loss: Loss of the base model on the text of the curves, in nats per token; None where it is not known.
+        padding: Rows beyond the tokenizer's.
+    """
+
+    curves: Mapping[Key, Curve]
+    geometry: Geometry
+    rows: int
+    costs: Costs
+    multiples: Multiples
+    base_loss: float | None = None
+    padding: int = 0
+
+    @property
+    def most_removable(self) -> int:
+        """The most parameters that sizes which differ by layer can remove."""
+        return most_removable(self.curves, self.costs, self.multiples)
+
+    def most_removable_native(self, groups: Collection[int]) -> int:
+        """Return the most parameters that one width for all layers can remove, with tokens; 0 where widths differ."""
+        first, layers = self.geometry.layers[0], len(self.geometry.layers)
+        if set(self.geometry.layers) != {first}:
+            return 0
+        neurons, kept = int(self._allowed_neurons(first.neurons)[-1]), min(self._allowed_groups(groups))
+        gone = layers * (first.neurons - neurons) * self.costs["mlp"]
+        gone += layers * (first.kv_groups - kept) * self.costs["attention"]
+        tokens = {TOKENS: self.curves[TOKENS]} if TOKENS in self.curves else {}
+        return gone + most_removable(tokens, self.costs, self.multiples)
+
+    def cheapest(self, remove_params: int) -> Sizes:
+        """Return the sizes that remove a budget for the least predicted loss.
+
+        Raises:
+            BudgetError: The curves do not reach that far.
+        """
+        counts = cheapest_counts(self.curves, self.costs, self.multiples, remove_params)
+        widths = tuple(
+            LayerWidths(counts.get((layer, "mlp"), base.neurons), counts.get((layer, "attention"), base.kv_groups))
+            for layer, base in enumerate(self.geometry.layers)
+        )
+        return self.sizes(counts.get(TOKENS, self.rows), widths)
+
+    def sizes(self, tokens: int, widths: tuple[LayerWidths, ...]) -> Sizes:
+        """Return these sizes with their predicted loss; of padding, which costs nothing, all goes or nothing."""
+        if TOKENS in self.curves and tokens < self.rows:
+            tokens = min(tokens, self.rows - self.padding)
+        kept = {key: tokens if key == TOKENS else widths[key[0]].of(key[1]) for key in self.curves}
+        loss = sum(loss_on_hull(curve, [curve[0][0] - kept[key]])[0] for key, curve in self.curves.items())
+        return Sizes(tokens, widths, loss)
+
+    def cheapest_native(self, remove_params: int, groups: Collection[int]) -> Sizes | None:
+        """Return the sizes with one width for all layers that remove a budget for the least predicted loss.
+
+        Args:
+            remove_params: Parameters to remove at least.
+            groups: KV groups per layer that the native architecture accepts.
+
+        Returns:
+            The sizes; None where no such sizes remove as much.
+        """
+        first, layers = self.geometry.layers[0], len(self.geometry.layers)
+        if set(self.geometry.layers) != {first}:
+            return None
+        neurons = self._allowed_neurons(first.neurons)
+        by_width = self._loss_in_all_layers("mlp", first.neurons, neurons)
+        best: tuple[float, int, Sizes] | None = None
+        for kept in self._allowed_groups(groups):
+            loss = self._loss_in_all_layers("attention", first.kv_groups, np.array([kept])) + by_width
+            gone = layers * (first.neurons - neurons) * self.costs["mlp"]
+            gone = gone + layers * (first.kv_groups - kept) * self.costs["attention"]
+            tokens, token_loss = self._tokens_for(np.maximum(remove_params - gone, 0))
+            loss = loss + token_loss
+            place = int(loss.argmin())
+            if np.isfinite(loss[place]) and (best is None or loss[place] < best[0]):
+                widths = (LayerWidths(int(neurons[place]), kept),) * layers
+                best = (float(loss[place]), kept, self.sizes(int(tokens[place]), widths))
+        return None if best is None else best[2]
+
+    def _allowed_neurons(self, total: int) -> np.ndarray:
+        """Return the widths that all layers may have, widest first."""
+        multiple = self.multiples.get("mlp", 1)
+        fewest = max(self._fewest("mlp", total), 1)
+        return np.array([total, *range((total - 1) // multiple * multiple, fewest - 1, -multiple)])
+
+    def _allowed_groups(self, groups: Collection[int]) -> list[int]:
+        """Return the KV groups that all layers may have, most first."""
+        total = self.geometry.layers[0].kv_groups
+        fewest = self._fewest("attention", total)
+        return [total, *sorted((count for count in groups if fewest <= count < total), reverse=True)]
+
+    def _fewest(self, target: str, total: int) -> int:
+        """Return the smallest size of a target that was measured in every layer."""
+        layers = range(len(self.geometry.layers))
+        return max((self.curves[key][-1][0] if (key := (layer, target)) in self.curves else total) for layer in layers)
+
+    def _loss_in_all_layers(self, target: str, total: int, kept: np.ndarray) -> np.ndarray:
+        """Return the sum over layers of the predicted loss at each size."""
+        loss = np.zeros(len(kept))
+        for key, curve in self.curves.items():
+            if key[1] == target:
+                loss += loss_on_hull(curve, list(total - kept))
+        return loss
+
+    def _tokens_for(self, remove_params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens that stay where tokens give these parameters, and their loss (inf where they can't)."""
+        tokens = np.full(len(remove_params), self.rows)
+        if TOKENS not in self.curves:
+            return tokens, np.where(remove_params > 0, np.inf, 0.0)
+        curve, multiple = self.curves[TOKENS], self.multiples.get("tokens", 1)
+        most = self.rows - np.ceil(remove_params / self.costs["tokens"]).astype(int)
+        tokens = np.where(remove_params > 0, most // multiple * multiple, tokens)
+        loss = np.array(loss_on_hull(curve, list(self.rows - tokens)))
+        return tokens, np.where(tokens < max(curve[-1][0], 1), np.inf, loss)
+
+    def removed(self, sizes: Sizes) -> int:
+        """Return the parameters that these sizes remove."""
+        layers = {target: cost for target, cost in self.costs.items() if target != "tokens"}
+        gone = removed_params(self.geometry.layers, sizes.widths, layers)
+        return gone + (self.rows - sizes.tokens) * self.costs.get("tokens", 0)
+
+    def choose(self, remove_params: int, native: bool | None, groups: Collection[int]) -> tuple[Sizes, dict[str, Any]]:
+        """Return the best sizes for a budget, of the native architecture where that costs next to nothing.
+
+        Args:
+            remove_params: Parameters to remove at least.
+            native: True: the native architecture alone; False: not for its own sake; None: where it is predicted to
+                cost at most `NATIVE_TOLERANCE` of the base model's loss more.
+            groups: As for [`cheapest_native`][hf_context_prune.pruning.allocation.sizes.UnitCurves.cheapest_native].
+
+        Returns:
+            (sizes, predicted losses of both as facts for the provenance).
+
+        Raises:
+            BudgetError: The budget can't be reached.
+        """
+        alike = None if native is False else self.cheapest_native(remove_params, groups)
+        if native:
+            if alike is None:
+                raise BudgetError(
+                    f"Asked to remove {remove_params:,} parameters, but the native architecture with one width for all "
+                    f"layers can't: its config refuses the widths that would, or no layer may become so narrow. Ask "
+                    f"for less, or leave out --native-architecture."
+                )
+            return alike, {"native": six_digits(alike.loss)}
+        free = self.cheapest(remove_params)
+        facts: dict[str, Any] = {"variable": six_digits(free.loss)}
+        if self.base_loss is not None:
+            facts["base"] = six_digits(self.base_loss)
+        if alike is None:
+            return free, facts
+        facts["native"] = six_digits(alike.loss)
+        tolerated = NATIVE_TOLERANCE * self.base_loss if self.base_loss is not None else 0.0
+        return (alike if alike.loss - free.loss <= tolerated else free), facts
+
+    def to_provenance(self) -> dict[str, Any]:
+        """Return the curves as plain values: {"layer.target" or "tokens": [[kept units, nats per token], ...]}."""
+        return {
+            "tokens" if key == TOKENS else f"{key[0]}.{key[1]}": [[kept, six_digits(loss)] for kept, loss in curve]
+            for key, curve in self.curves.items()
+        }

@@ -1,0 +1,77 @@
+"""Sentences of a report on how a plan came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hf_context_prune.config import PrunerConfig, ThresholdConfig
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.thresholds.prune import zeros_note
+
+
+def plan_notes(plan: PruningPlan, calibration: CalibrationSet) -> tuple[str, ...]:
+    """Return sentences for a report on how a plan came about."""
+    config, text, general = calibration.config, calibration.domain, calibration.general
+    calibrated: tuple[str, ...] = ()
+    if isinstance(config, PrunerConfig | ThresholdConfig) and config.prunes_layers:
+        mixed = "" if general is None else f", a share of {config.general_data_ratio:g} of {general.name}"
+        calibrated = (f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}{mixed}.",)
+    return (*sizes_note(plan), *vocabulary_note(plan, text), *refit_note(plan), *zeros_note(plan), *calibrated)
+
+
+def sizes_note(plan: PruningPlan) -> tuple[str, ...]:
+    """Return a sentence on what the other architecture would cost, where both were weighed."""
+    losses = plan.provenance.get("predicted_losses") or {}
+    if not {"variable", "native", "base"} <= losses.keys():
+        return ()
+    more = (losses["native"] - losses["variable"]) / losses["base"]
+    if len(set(plan.widths)) > 1:
+        return (
+            f"Widths differ by layer. One width for all layers (--native-architecture), which opens without this "
+            f"package, is predicted to cost {more:.1%} more bits per byte.",
+        )
+    return (
+        f"All layers have one width, so the model opens without this package; widths that differ by layer are "
+        f"predicted to save {more:.1%} bits per byte (--no-native-architecture).",
+    )
+
+
+def vocabulary_note(plan: PruningPlan, text: TextSource) -> tuple[str, ...]:
+    """Return a sentence on the vocabulary, where it was or could have been pruned."""
+    if plan.vocabulary is None:
+        if plan.provenance.get("all_tokens_stay"):
+            return (f"All tokens stay: {plan.provenance['all_tokens_stay']}",)
+        if "tokens" in (plan.provenance.get("sensitivity") or {}):
+            return ("All tokens stay, since removing tokens costs more than removing neurons and KV groups.",)
+        return ()
+    facts = plan.provenance["vocabulary"]
+    rows = f"; {_describe_rows(facts['refit'])}" if facts["refit"] is not None else ""
+    return (
+        f"Vocabulary: {len(plan.vocabulary.kept):,} of {facts['tokens_before']:,} tokens, {facts['coverage']:.2%} of "
+        f"the token occurrences in {text.name}{rows}. Losses per token compare across tokenizers only where both cut "
+        f"the text into the same number of tokens; bits per byte always compare.",
+    )
+
+
+def refit_note(plan: PruningPlan) -> tuple[str, ...]:
+    """Return a sentence on the effect of the refit of the rows, where there was one."""
+    if "refit" not in plan.provenance:
+        return ()
+    refit = plan.provenance["refit"]
+    why = ""
+    if refit is None:
+        why = ", since there is too little text for validation, or the logits are not linear in the hidden states"
+    return (f"After the layers, {_describe_rows(refit)}{why}.",)
+
+
+def _describe_rows(refit: Mapping[str, float] | None) -> str:
+    if refit is None:
+        return "the rows of the tokens are unchanged"
+    if not refit["share"]:
+        return "the rows of the tokens are unchanged, since no refit lowered the loss on validation text"
+    return (
+        f"the rows of the tokens were refitted ({refit['before']:.3f} -> {refit['after']:.3f} nats per token on "
+        f"validation samples)"
+    )

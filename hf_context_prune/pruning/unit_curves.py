@@ -1,0 +1,140 @@
+"""What tokens, neurons and KV groups cost, each measured once: enough to spend a budget of any size on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.allocation.budget import Curve, ParameterBudget
+from hf_context_prune.pruning.allocation.sizes import UnitCurves
+from hf_context_prune.pruning.allocation.widths import layer_curves, with_tokens
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, build_vocabulary_pruner
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from hf_context_prune.utils.distributed import on_main_process
+
+from .measurements import LayerMeasurements
+from .planner import Planner
+
+SHARES = (0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
+"""Sizes of the vocabulary that are measured, as shares of its rows; the curve is a power law between them."""
+REFIT_SHARE = 0.6
+"""Share of a vocabulary's loss that is left once the rows are refitted (benchmarks/vocabulary.py)."""
+_TOO_MUCH = 0.5
+"""Loss increase, as a share of the base model's loss, beyond which no smaller vocabulary is measured without need."""
+
+
+@dataclass(frozen=True)
+class TokenProbe:
+    """Text that vocabularies are compared on, and the loss there. The caller measures: pruning knows no evaluation.
+
+    Attributes:
+        counted: The calibration text without the probe's documents: tokens are chosen on it.
+        loss: Loss of a model with its tokenizer on the probe's documents, in nats per token of the base tokenizer.
+        base_loss: The same of the base model.
+        general: General text that counts too, without the probe's documents.
+    """
+
+    counted: TextSource
+    loss: Callable[[PreTrainedModel, PreTrainedTokenizerBase], float]
+    base_loss: float
+    general: TextSource | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredUnits:
+    """The curves of a model, and what was measured for them that later stages use again.
+
+    Attributes:
+        curves: What every kind of unit costs.
+        layers: What was measured of the layers; None where they all stay.
+        expected: The model's mean probability of each token, [rows] float64; None where no token is ranked by it.
+    """
+
+    curves: UnitCurves
+    layers: LayerMeasurements | None
+    expected: torch.Tensor | None
+
+
+def measure_units(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: CalibrationSet,
+    config: PrunerConfig,
+    probe: TokenProbe | None,
+    resume_dir: Path | None = None,
+) -> MeasuredUnits:
+    """Measure what the units of a config cost in loss.
+
+    The loss of a vocabulary is measured on documents that its tokens were not counted on, and before the refit of its
+    rows, so `REFIT_SHARE` of it counts. The loss of neurons and KV groups is what adaptive allocation measures.
+    Negative changes count as zero.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        calibration: Calibration text.
+        config: With a budget that is shared.
+        probe: Text to compare vocabularies on; None where tokens have no part in the budget.
+        resume_dir: Folder where the measured widths are kept, to resume from; None keeps nothing.
+    """
+    layers: LayerMeasurements | None = None
+    measured: Mapping[tuple[int, str], Curve] = {}
+    if config.prunes_layers:
+        layers = Planner(model, calibration.samples(tokenizer), config, resume_dir=resume_dir).measured
+        assert layers is not None
+        assert layers.curves is not None
+        measured = layers.curves
+    curves = layer_curves(ModelView.of(model), measured, config, base_loss=probe.base_loss if probe else None)
+    if not config.searches_tokens or probe is None:
+        return MeasuredUnits(curves, layers, None)
+    remove = ParameterBudget.of(config, model.num_parameters()).remove_params or 0
+    missing = remove - curves.most_removable  # what tokens have to give
+
+    def measure() -> tuple[Curve, torch.Tensor | None, int]:
+        pruner = build_vocabulary_pruner(model, tokenizer, probe.counted, config, general=probe.general)
+        found = _measure_tokens(pruner, config, probe, missing)
+        expected = pruner.expected if config.vocab_criterion == "expected" else None
+        return found, expected, num_rows(model) - len(pruner.table)
+
+    tokens, expected, padding = on_main_process(measure)
+    return MeasuredUnits(with_tokens(curves, model, tokens, config, padding=padding), layers, expected)
+
+
+def _measure_tokens(pruner: VocabularyPruner, config: PrunerConfig, probe: TokenProbe, missing: int) -> Curve:
+    """Return (tokens, loss increase in nats per token of the base tokenizer), from all tokens on downwards."""
+    rows, kept = num_rows(pruner.model), REFIT_SHARE if config.refits_lm_head else 1.0
+    curve = [(rows, 0.0)]
+    if len(pruner.table) < rows:  # removing padding costs nothing
+        curve.append((len(pruner.table), 0.0))
+    enough = rows - math.ceil(max(0, missing) / token_cost(pruner.model))
+    sizes = list(_sizes(pruner, config, rows))
+    with tqdm(total=len(sizes), desc="Measuring vocabularies", unit="size", name="hf_context_prune.vocabulary") as bar:
+        for size in sizes:
+            trimmed = pruner.trim(VocabularySize(size, pad_to_multiple_of=config.pad_to_multiple_of), refit=False)
+            excess = probe.loss(trimmed.model, trimmed.tokenizer) - probe.base_loss
+            bar.update()
+            if num_rows(trimmed.model) < curve[-1][0]:
+                curve.append((num_rows(trimmed.model), max(0.0, kept * excess)))
+            if excess > _TOO_MUCH * probe.base_loss and curve[-1][0] <= enough:
+                break
+    return tuple(curve)
+
+
+def _sizes(pruner: VocabularyPruner, config: PrunerConfig, rows: int) -> Iterator[int]:
+    """Yield the sizes to measure, largest first: `SHARES` of the rows, and the fewest tokens that may stay."""
+    multiple = config.pad_to_multiple_of
+    rounded = VocabularySize(pad_to_multiple_of=multiple)
+    least, most = pruner.fewest_tokens(multiple), min(len(pruner.table), rows - 1)
+    sizes = {rounded.round_up(int(rows * share)) for share in SHARES}
+    yield from sorted({size for size in (*sizes, least) if least <= size <= most}, reverse=True)
