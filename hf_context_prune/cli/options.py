@@ -172,9 +172,9 @@ _SIZES = (
 """Any option of a set on the command line replaces the others of the set in the file."""
 _EXCLUDES = {
     "max_loss_increase": ("mlp_ratio", "attention_ratio"),
-    "mlp_ratio": ("max_loss_increase",),
-    "attention_ratio": ("max_loss_increase",),
-    "native_architecture": ("allocation",),
+    "mlp_ratio": ("max_loss_increase", "units"),
+    "attention_ratio": ("max_loss_increase", "units"),
+    "units": ("mlp_ratio", "attention_ratio"),
 }
 """Config-file options that are ignored when the command line sets the option on the left."""
 
@@ -185,7 +185,15 @@ def config_from(config_file: Path | None, given: Given) -> PrunerConfig | Thresh
     Raises:
         ConfigError: The file can't be read, an unknown name, or options that contradict each other.
     """
-    values = read_options(config_file) if config_file else {}
+    return merge_options(read_options(config_file) if config_file else {}, given)
+
+
+def merge_options(values: Given, given: Given) -> PrunerConfig | ThresholdConfig:
+    """Build the config of a run from the options of a file and those of the command line, which replace them.
+
+    Raises:
+        ConfigError: An unknown name, or options that contradict each other.
+    """
     replaced = set(_replaced(given))
     return build_config({**{name: value for name, value in values.items() if name not in replaced}, **given})
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from hf_context_prune import EvalOptions
+from hf_context_prune import EvalOptions, RecoveryConfig
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.utils.distributed import fail_together
-from hf_context_prune.utils.options import OUTPUT, TEXT
+from hf_context_prune.utils.options import METHOD, OUTPUT, TEXT, read_options
 
 from .options import (
     DATA_HELP,
@@ -24,8 +24,8 @@ from .options import (
     ModelArgument,
     OutputFormat,
     RevisionOption,
-    config_from,
     eval_options,
+    merge_options,
     options_of,
     shared,
 )
@@ -43,6 +43,15 @@ def prune(
     data: Annotated[str | None, shared(DATA_HELP, TEXT)] = None,
     eval_data: EvalData = None,
     evaluation: Given = NONE,
+    recover_minutes: Annotated[
+        float | None,
+        shared(
+            "Then train the pruned model back on the same text, within this many minutes, measuring included, as "
+            "`recover --max-minutes` does. Other options of `recover` can be given in the YAML file, as a mapping "
+            "named recovery.",
+            METHOD,
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     revision: RevisionOption = None,
@@ -56,7 +65,9 @@ def prune(
     format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on test text, and write a model folder."""
-    chosen = config_from(config, options)
+    values = read_options(config) if config else {}
+    recovery = _recovery(values.pop("recovery", None), recover_minutes)
+    chosen = merge_options(values, options)
     if dry_run:
         _dry_run(model, chosen, revision, format)
         return
@@ -72,11 +83,26 @@ def prune(
         chosen,
         eval_data=eval_data,
         eval_options=eval_options(evaluation),
+        recovery=recovery,
         revision=revision,
         dtype=dtype.value,
         device=device,
     )
     show_result(result, output, format)
+
+
+def _recovery(values: Any, minutes: float | None) -> RecoveryConfig | None:  # noqa: ANN401 - of the file
+    """Build the config of the recovery; None if none is asked for. The time of the command line replaces the file's.
+
+    Raises:
+        ConfigError: The value in the file is no mapping, or a wrong option.
+    """
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"recovery is {values!r} in the config file; it must be a mapping, as in 'max_minutes: 10'.")
+    if values is None and minutes is None:
+        return None
+    given = {} if minutes is None else {"max_minutes": minutes}
+    return RecoveryConfig.from_dict({**(values or {}), **given})
 
 
 def _dry_run(model: str, config: PrunerConfig | ThresholdConfig, revision: str | None, format: OutputFormat) -> None:
@@ -85,16 +111,6 @@ def _dry_run(model: str, config: PrunerConfig | ThresholdConfig, revision: str |
     if isinstance(config, ThresholdConfig):
         raise ConfigError(
             "--dry-run works from shapes alone, but thresholds are compared with values measured on text."
-        )
-    if config.max_loss_increase is not None:
-        raise ConfigError(
-            "--dry-run works from shapes alone, but the size for --max-loss-increase is found by measuring; use "
-            "--pruning-ratio with it."
-        )
-    if config.prunes_vocabulary and not isinstance(config.vocab_size, int):
-        raise ConfigError(
-            "--dry-run works from shapes alone, but vocabulary entries are counted on text; give a number for "
-            "--vocab-size."
         )
     found = dry_run(model, config, revision=revision)
     if format is OutputFormat.json:

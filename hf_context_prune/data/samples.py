@@ -97,6 +97,25 @@ def tokenize_samples(
     return own if lead is None else torch.nn.functional.pad(own, (1, 0), value=lead)
 
 
+def join_samples(*parts: tuple[TextSource, torch.Tensor]) -> torch.Tensor:
+    """Return the samples of several texts, one text after the other.
+
+    Args:
+        *parts: Each text with its samples, int64 [samples, length].
+
+    Raises:
+        DataError: A text has less than one sample of the length of the others.
+    """
+    lengths = [samples.shape[1] for _, samples in parts]
+    if min(lengths) < max(lengths):
+        short, _ = parts[lengths.index(min(lengths))]
+        raise DataError(
+            f"{short.name} has {min(lengths)} tokens, less than one sample of {max(lengths)}, so it can't be mixed "
+            f"with the other text. Give more of it, or lower max_seq_length to {min(lengths)}."
+        )
+    return torch.cat([samples for _, samples in parts])
+
+
 def _gather_tokens(
     documents: Sequence[TextDocument], tokenizer: PreTrainedTokenizerBase, needed: int, cap: int, seed: int
 ) -> tuple[list[int], bool]:

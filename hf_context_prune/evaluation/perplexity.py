@@ -109,6 +109,15 @@ def _check_lengths(model: "PreTrainedModel", max_seq_length: int, batch_tokens: 
     for name, value in (("max_seq_length", max_seq_length), ("batch_tokens", batch_tokens), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1.")
+    check_positions(model, max_seq_length)
+
+
+def check_positions(model: "PreTrainedModel", max_seq_length: int) -> None:
+    """Refuse windows that are longer than the model's positions.
+
+    Raises:
+        ConfigError: Names the most.
+    """
     limit = max_positions(model)
     if limit is not None and max_seq_length > limit:
         raise ConfigError(

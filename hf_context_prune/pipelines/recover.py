@@ -6,22 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_context_prune.data.documents import TextData, load_documents
+from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.splits import TextSplit, hold_out_documents
 from hf_context_prune.errors import ConfigError, LoadError
-from hf_context_prune.evaluation.general_text import GeneralText, build_loss_facts, measure_general_losses, read_general
-from hf_context_prune.evaluation.losses import DocumentLoss
+from hf_context_prune.evaluation.general_text import GeneralText, read_general
 from hf_context_prune.evaluation.options import EvalOptions
-from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.evaluation.reports.report import DatasetFacts, Environment, EvalReport, SizeFacts, SpeedFacts
-from hf_context_prune.evaluation.speed import measure_speed
-from hf_context_prune.modeling.inference import dtype_name
+from hf_context_prune.evaluation.reports.report import SizeFacts
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
+from hf_context_prune.pruning.prune_model import PrunedModel
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.monitor import History
@@ -30,6 +28,7 @@ from hf_context_prune.utils.file_names import PLAN_NAME
 from hf_context_prune.utils.hub_ids import is_hub_id
 from hf_context_prune.utils.locks import reserves
 
+from .comparison import Comparison
 from .result import PruneResult
 
 
@@ -43,8 +42,11 @@ def recover_folder(
     text_column: str | None = None,
     eval_options: EvalOptions | None = None,
     device: str | None = None,
+    resume_dir: Path | None = None,
 ) -> PruneResult:
     """Recover a folder that this package wrote, and measure base, pruned and recovered model on test text.
+
+    Where the pruning calibrated on general text, and the same is given again, the same share of it is trained on.
 
     Args:
         folder: The pruned model, with its plan.
@@ -56,6 +58,7 @@ def recover_folder(
         text_column: Column with the text.
         eval_options: How much is measured.
         device: As for [`load_model`][].
+        resume_dir: As for [`recover`][].
 
     Raises:
         ContextPruneError: See `hf_context_prune.errors`; the folder is only read.
@@ -67,51 +70,76 @@ def recover_folder(
     given = _load_base(plan, base, device)
     parent = given if given is not None and fingerprint(given.model) == plan.model_fingerprint else None
     split, general = _read_texts(plan, pruned, data, eval_data, text_column, config, options)
-    first = parent or pruned
-    length = config.max_seq_length
-
-    def measure(one: LoadedModel, **which: Any) -> list[DocumentLoss]:  # noqa: ANN401
-        return document_losses(one.model, one.tokenizer, split.test, max_seq_length=length, **which)
-
-    base_losses = measure(first, max_tokens=options.max_tokens)
-    docs = [loss.doc for loss in base_losses]
-    losses = {} if parent is None else {"pruned": measure(pruned, docs=docs)}
-    outcome = recover(pruned.model, split.calibration, config, tokenizer=pruned.tokenizer)
-    recovered = replace(pruned, model=outcome.model)
-    losses["recovered"] = measure(recovered, docs=docs)
-    run = {"config": config.to_dict(), "history": outcome.history.to_dict()}
-    earlier = plan.provenance.get("recoveries") or ()
-    plan = replace(plan, provenance={**plan.provenance, "recoveries": [*earlier, run]})
-    speed = None
-    if parent is not None and options.benchmark:
-        speed = measure_speed({"base": parent.model, "pruned": recovered.model})
-    report = EvalReport(
-        base_model=first.name,
-        dataset=DatasetFacts(split.test.name, split.test.revision, split.test.fingerprint, split.how),
-        size=SizeFacts.measured(
-            count_base_parameters(pruned.model, plan),
-            recovered.model.num_parameters(),
-            asked_ratio=(plan.provenance.get("config") or {}).get("pruning_ratio"),
-        ),
-        loss=build_loss_facts(base_losses, losses, seed=config.recovery_seed),
-        environment=Environment.current(dtype_name(recovered.model)),
-        speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
-        general=measure_general_losses(
-            general,
-            (first.model, first.tokenizer),
-            pruned=None if parent is None else (pruned.model, pruned.tokenizer),
-            recovered=(recovered.model, recovered.tokenizer),
-            max_tokens=options.max_tokens,
-            seed=config.recovery_seed,
-            max_seq_length=length,
-        ),
-        notes=(
-            _describe_training(config, outcome.history, split.calibration.name),
-            *(() if parent else (_note_without_parent(given),)),
-        ),
+    comparison = Comparison.begin(
+        parent or pruned, split, general, options, max_seq_length=config.max_seq_length, seed=config.recovery_seed
     )
-    fit = assess_native_fit(recovered.model.config, ModelView.of(recovered.model).spec, plan.widths)
-    return PruneResult(recovered.model, pruned.tokenizer, plan, report, fit, parent)
+    before = PrunedModel(pruned.model, pruned.tokenizer, plan)
+    made_with = plan.provenance.get("config") or {}
+    after, note = train_back(
+        before,
+        split.calibration,
+        config,
+        general=None if general is None else general.calibration,
+        general_data_ratio=made_with.get("general_data_ratio") or 0.0,
+        resume_dir=resume_dir,
+    )
+    report = comparison.report(
+        SizeFacts.measured(
+            count_base_parameters(pruned.model, plan),
+            after.model.num_parameters(),
+            asked_ratio=made_with.get("pruning_ratio"),
+        ),
+        pruned=None if parent is None else before[:2],
+        recovered=after[:2],
+        notes=(note, *(() if parent else (_note_without_parent(given),))),
+        with_speed=parent is not None,
+    )
+    fit = assess_native_fit(after.model.config, ModelView.of(after.model).spec, plan.widths)
+    return PruneResult(*after, report, fit, parent)
+
+
+def train_back(
+    pruned: PrunedModel,
+    text: TextSource,
+    config: RecoveryConfig,
+    general: TextSource | None = None,
+    general_data_ratio: float = 0.0,
+    *,
+    resume_dir: Path | None = None,
+) -> tuple[PrunedModel, str]:
+    """Recover a pruned model; where general text was calibrated on, the same share of it is trained on.
+
+    Args:
+        pruned: The pruned model; left as it is.
+        text: Text of the domain, of which [`recover`][] holds validation documents out.
+        config: All choices.
+        general: The general text that was calibrated on; None where none was.
+        general_data_ratio: Share of the calibration samples that came from it.
+        resume_dir: As for [`recover`][].
+
+    Returns:
+        The recovered model, with the run in the plan's provenance, and a sentence on the training for the report.
+
+    Raises:
+        ContextPruneError: See [`recover`][].
+    """
+    share = 0.0 if general is None else general_data_ratio
+    outcome = recover(
+        pruned.model,
+        text,
+        config,
+        tokenizer=pruned.tokenizer,
+        general_data=general,
+        general_data_ratio=share,
+        resume_dir=resume_dir,
+    )
+    run = {"config": config.to_dict(), "history": outcome.history.to_dict()}
+    provenance = pruned.plan.provenance
+    earlier = provenance.get("recoveries") or ()
+    plan = replace(pruned.plan, provenance={**provenance, "recoveries": [*earlier, run]})
+    trained_on = text.name if general is None else f"{text.name}, a share of {share:g} of {general.name},"
+    note = _describe_training(config, outcome.history, trained_on)
+    return PrunedModel(outcome.model, pruned.tokenizer, plan), note
 
 
 @reserves("output")
@@ -128,6 +156,8 @@ def recover_to_folder(
     device: str | None = None,
 ) -> PruneResult:
     """Recover a folder as [`recover_folder`][] does, and write a new model folder.
+
+    The same call, after a kill, goes on from the last time that the validation text was measured; see [`recover`][].
 
     Args:
         folder: As for [`recover_folder`][].
@@ -149,17 +179,19 @@ def recover_to_folder(
     check_target(target)
     if given.resolve() in (target, *target.parents):
         raise ConfigError(f"--output {output} is {folder} or lies inside it, which would be lost. Name another folder.")
-    result = recover_folder(
-        given,
-        data,
-        config,
-        base=base,
-        eval_data=eval_data,
-        text_column=text_column,
-        eval_options=options,
-        device=device,
-    )
-    result.save_pretrained(target, measure_memory=options.memory)
+    with open_resume_folder("recover", target, given, data, eval_data, text_column) as resume_dir:
+        result = recover_folder(
+            given,
+            data,
+            config,
+            base=base,
+            eval_data=eval_data,
+            text_column=text_column,
+            eval_options=options,
+            device=device,
+            resume_dir=resume_dir,
+        )
+        result.save_pretrained(target, measure_memory=options.memory)
     return result.as_saved(target)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from hf_context_prune.utils.version import __version__
 
 from .cache import CACHE_VARIABLE, cache_dir
 from .own_folders import MARKER, hold_own, is_empty, is_own, make_own, mark_own, remove_left, remove_own
+from .staging import bytes_with_margin
+from .write_errors import format_bytes
 
 _FORGOTTEN_AFTER_DAYS = 7
 _NAME = re.compile("[0-9a-f]{32}")
@@ -116,6 +119,30 @@ def _forget_old(folder: Path) -> None:
         if time.time() - newest > _FORGOTTEN_AFTER_DAYS * 86_400 and is_own(folder):
             with hold_lock(folder):
                 remove_left(folder)
+
+
+def has_room(folder: Path, required_bytes: int, *, what: str) -> bool:
+    """Return whether the disk of a resume folder has room for further work of a run, which is else not kept.
+
+    Args:
+        folder: The folder.
+        required_bytes: Bytes that the work may take.
+        what: The work, for the warning: "The pruned model".
+
+    Warns:
+        PruningWarning: There is no room.
+    """
+    needed, free = bytes_with_margin(required_bytes), shutil.disk_usage(folder).free
+    if free >= needed:
+        return True
+    warnings.warn(
+        f"{what} can't be kept in {folder}: that needs {format_bytes(needed)}, and {format_bytes(free)} are free. If "
+        f"this run is killed, the same command makes it anew. Make room there, or set {CACHE_VARIABLE} to another "
+        f"folder.",
+        PruningWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def resume_key(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], *options: object) -> str:

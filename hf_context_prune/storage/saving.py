@@ -135,7 +135,7 @@ def leave_out_foreign_code(folder: Path, tokenizer: PreTrainedTokenizerBase | No
     if not drop_foreign_code(folder) or tokenizer is None:
         return
     reopened = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if _tokenization(reopened) != _tokenization(tokenizer):
+    if tokenization_of(reopened) != tokenization_of(tokenizer):
         raise SaveError(
             f"The auto_map of this {type(tokenizer).__name__} names code of others, which is not saved, and without it "
             f"transformers opens the saved files as a {type(reopened).__name__} with other tokens. Remove auto_map "
@@ -143,7 +143,8 @@ def leave_out_foreign_code(folder: Path, tokenizer: PreTrainedTokenizerBase | No
         )
 
 
-def _tokenization(tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - JSON values
+def tokenization_of(tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - JSON values
+    """Return all that decides the tokens of a text, as JSON values."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer.get_vocab()

@@ -184,7 +184,7 @@ def staged_folder(
     """
     goal = resolve_target(target)
     with hold_lock(goal, wait_seconds), ExitStack() as held:
-        needed = required_bytes + required_bytes // 20 + _MARGIN_BYTES
+        needed = bytes_with_margin(required_bytes)
         place = _new_staging_path(goal)
         staging = place / goal.name
         new_parents = [folder for folder in goal.parents if not os.path.exists(folder)]
@@ -211,6 +211,11 @@ def staged_folder(
             if save_error is None:
                 raise
             raise save_error from error
+
+
+def bytes_with_margin(required_bytes: int) -> int:
+    """Return the bytes that must be free to write so many: these plus 5 % and 16 MiB."""
+    return required_bytes + required_bytes // 20 + _MARGIN_BYTES
 
 
 def _new_staging_path(goal: Path) -> Path:

@@ -22,11 +22,12 @@ import typer
 from transformers import TrainingArguments
 
 import hf_context_prune
-from hf_context_prune import EvalOptions, PrunerConfig, prune_to_folder
+from hf_context_prune import EvalOptions, PrunerConfig, RecoveryConfig, prune_to_folder
 from hf_context_prune.cli.app import app, main
 from hf_context_prune.modeling.architectures import SPECS
 from hf_context_prune.pruning.criteria import CRITERIA
 from hf_context_prune.publishing.space.settings import read_space_settings
+from hf_context_prune.utils.options import read_options
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -262,7 +263,12 @@ def test_readme_commands_run(place, monkeypatch, capsys):
 def test_yaml_is_read(tmp_path):
     for block in blocks("yaml"):
         (tmp_path / "values.yaml").write_text(block.text)
-        (PrunerConfig.from_yaml if "models:" not in block.text else read_space_settings)(tmp_path / "values.yaml")
+        if "models:" in block.text:
+            read_space_settings(tmp_path / "values.yaml")
+        else:
+            values = read_options(tmp_path / "values.yaml")
+            RecoveryConfig.from_dict(values.pop("recovery", {}))
+            PrunerConfig.from_dict(values)
 
 
 def test_readme_is_short_and_begins_with_the_two_commands():

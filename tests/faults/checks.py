@@ -26,7 +26,10 @@ HARMLESS = (
     (r"/run/tmp/[a-z0-9_]{8}$", "Python tries whether $TMPDIR can be written, and else takes another folder"),
     (r"/run/tmp/hf_context_prune-\d+/\.?[0-9a-f]{32}\.json", "the message of a second run is shorter"),
     (r"/cache/unfinished(/[0-9a-f]{32}(/\.hf_context_prune-unfinished)?)?$", "the run says that it can't be resumed"),
-    (r"^fsync .*/(work|models|gguf)$", "the folder is in place; a warning says that a power cut may undo that"),
+    (
+        r"^fsync .*/(work|models|gguf|unfinished/[0-9a-f]{32})$",
+        "the folder is in place; a warning says that a power cut may undo that",
+    ),
     (r"^link ", "the file is copied instead"),
     (r"^sendfile64 ", "Python copies the bytes in another way"),
     (r"^open64 .*\.whl$", "zipfile opens it in another way"),

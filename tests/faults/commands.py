@@ -55,6 +55,7 @@ def prepare(place: Path) -> None:
         {"question": " ".join(draw.choices(words, k=5)), "choices": ["care", "dose", "duty"], "answer": i % 3}
         for i in range(3)
     ]
+    (place / "recovery.yaml").write_text("recovery: {max_steps: 4, num_evals: 2, max_seq_length: 16}\n")
     (place / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -158,6 +159,7 @@ COMMANDS: dict[str, Command] = {
         command_line(*PRUNE, "--mlp-ratio", 0.25, "--vocab-size", 280, "--pad-to-multiple-of", 8)
     ),
     "prune-spilled": Command(_spilled),
+    "prune-recover": Command(command_line(*PRUNE, "--mlp-ratio", 0.25, "--config", "@recovery.yaml")),
     "recover": Command(
         command_line("recover", "@pruned", *DATA, "--output", "%out", "--max-seq-length", 16, "--max-steps", 2, *QUICK)
     ),

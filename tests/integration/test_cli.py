@@ -154,7 +154,7 @@ def test_interrupted_says_so_and_exits_1(run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", interrupt)
+    monkeypatch.setattr("hf_context_prune.pipelines.comparison.document_losses", interrupt)
     code, out, err = run(*PRUNE, "--output", "@never", "--mlp-ratio", 0.25)
     assert (code, out) == (1, "")
     assert "Interrupted; nothing was put in place." in err

@@ -163,9 +163,41 @@ def test_a_parent_without_a_revision_is_known_by_its_weights(run, place, pruned,
 @pytest.mark.parametrize(("name", "records"), [("one.jsonl", 1), ("two.jsonl", 2)])
 def test_too_few_documents_are_told_before_anything_is_measured(run, place, pruned, monkeypatch, name, records):
     (place / name).write_text("".join((place / "data.jsonl").read_text().splitlines(keepends=True)[:records]))
-    monkeypatch.setattr(folder, "document_losses", lambda *_, **__: pytest.fail("measured"))
+    losses = "hf_context_prune.pipelines.comparison.document_losses"
+    monkeypatch.setattr(losses, lambda *_, **__: pytest.fail("measured"))
     code, _, err = run(*RECOVER[:3], f"@{name}", *RECOVER[4:], "--output", "@few")
     assert code == 1
     said = " ".join(err.split())
     assert "1 distinct document(s), but a split by document needs at least 2" in said
     assert "--eval-data" not in said
+
+
+def test_one_command_prunes_and_recovers(run, place):
+    words = ("prune", "@base", "--data", "@data.jsonl", "--mlp-ratio", 0.5, "--reconstruction", "none", *QUICK)
+    words += ("--max-seq-length", 32, "--num-calibration-samples", 16)
+    (place / "options.yaml").write_text("recovery: {max_steps: 40, max_seq_length: 32, learning_rate: 3e-3}\n")
+    code, out, err = run(*words, "--output", "@healed", "--config", "@options.yaml", "--recover-minutes", 5)
+    assert code == 0, err
+    assert "bits per byte after recovery" in out
+    verify_folder(place / "healed")
+    (entry,) = PruningPlan.load(place / "healed/pruning_plan.json").provenance["recoveries"]
+    assert (entry["config"]["max_minutes"], entry["config"]["learning_rate"]) == (5, 3e-3)  # of both places
+    report = EvalReport.load(place / "healed/eval_report.json")
+    assert report.loss.recovered.bits_per_byte.value < report.loss.pruned.bits_per_byte.value
+
+
+def test_mistakes_of_the_one_command(run, place, subtests):
+    (place / "wrong.yaml").write_text("recovery: {max_step: 3}\n")
+    (place / "number.yaml").write_text("recovery: 10\n")
+    (place / "short.yaml").write_text("recovery: {max_seq_length: 32}\n")
+    for options, said in (
+        (("--recover-minutes", 0), "max_minutes is 0.0; it must be a number above 0"),
+        (("--config", "@short.yaml", "--recover-minutes", "1e-6"), "Give at least"),
+        (("--config", "@wrong.yaml"), "Did you mean 'max_steps'"),
+        (("--config", "@number.yaml"), "recovery is 10 in the config file; it must be a mapping"),
+    ):
+        with subtests.test(said):
+            code, out, err = run("prune", "@base", "--data", "@data.jsonl", "--output", "@bad", *options)
+            assert (code, out) == (2, "")
+            assert said in " ".join(err.split())
+            assert not (place / "bad").exists()

@@ -31,3 +31,9 @@ def _trained_model():
         optimizer.step()
         optimizer.zero_grad()
     return model.requires_grad_(False).eval()
+
+
+def same_weights(model, other):
+    """Whether two models have the same weights, bit by bit."""
+    first, second = model.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
@@ -18,10 +14,9 @@ from hf_context_prune.modeling.architectures import TARGETS, Target
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.pruning.calibration.samples import Batch
+from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import is_main_process
-
-logger = logging.getLogger(__name__)
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 """New weight [out, kept] and bias [out] of an output projection, float32."""
@@ -77,16 +72,12 @@ class SequentialCheckpoint:
 
     def load(self, index: int) -> FinishedLayer | None:
         """Return a layer that an earlier run over the same inputs finished; None if there is none."""
-        if self.folder is None or not self._path(index).exists():
+        if self.folder is None:
             return None
-        try:
-            with safe_open(self._path(index), framework="pt") as file:
-                if (file.metadata() or {}).get("key") != self.key:
-                    return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged (%s); its layer is pruned again.", self._path(index).name, error)
+        kept = read_kept_tensors(self._path(index), self.key, remedy="its layer is pruned again")
+        if kept is None:
             return None
+        tensors, _ = kept
         targets = [target for target in TARGETS if f"{target}.weight" in tensors]
         return FinishedLayer(
             LayerPlan(tuple(tensors["neurons"].tolist()), tuple(tensors["kv_groups"].tolist())),
@@ -103,16 +94,7 @@ class SequentialCheckpoint:
             return
         tensors = {"neurons": torch.tensor(done.layer.neurons), "kv_groups": torch.tensor(done.layer.kv_groups)}
         for target, (weight, bias) in done.outputs.items():
-            tensors[f"{target}.weight"] = weight.cpu().contiguous()
+            tensors[f"{target}.weight"] = weight
             if bias is not None:
-                tensors[f"{target}.bias"] = bias.cpu()
-        path = self._path(index)
-        partial = path.with_suffix(".partial")
-        try:
-            save_file(tensors, partial, metadata={"key": self.key})
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            raise SaveError(
-                f"A finished layer can't be written to {path}: {error}. Make room, then run the same command again: "
-                f"it resumes from the last finished layer."
-            ) from error
+                tensors[f"{target}.bias"] = bias
+        write_kept_tensors(self._path(index), tensors, self.key, what="finished layer")

@@ -9,30 +9,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_context_prune.data.documents import TextData, TextSource, load_documents
-from hf_context_prune.data.samples import tokenize_samples
-from hf_context_prune.data.splits import hold_out_documents
-from hf_context_prune.errors import ConfigError, DataError, NumericsError
+from hf_context_prune.data.documents import TextData, load_documents
+from hf_context_prune.errors import ConfigError, NumericsError
+from hf_context_prune.evaluation.perplexity import check_positions
 from hf_context_prune.evaluation.validation import ValidationText
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.specs import ArchSpec
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
+from hf_context_prune.storage.resume import has_room, resume_key
 from hf_context_prune.training.progress import hide_progress_bars
 from hf_context_prune.utils.distributed import num_processes
 
+from .checkpoint import RecoveryCheckpoint, state_bytes
 from .config import RecoveryConfig
-from .monitor import History
+from .monitor import History, check_minutes
+from .text import RecoveryText
 from .training import train
-
-_VALIDATION_TOKENS = 8_000
-"""Tokens that are measured during training, in whole documents."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,6 @@ class RecoveryResult:
 
     model: PreTrainedModel
     history: History
-
-
-def hold_out_validation(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, config: RecoveryConfig
-) -> tuple[TextSource, ValidationText]:
-    """Split documents into training text and the validation text that chooses weights and the end.
-
-    Raises:
-        DataError: There are too few documents, or the training text repeats all validation documents.
-    """
-    rest, given = hold_out_documents(source, seed=config.recovery_seed)
-    validation = ValidationText.apart_from(
-        given, rest, tokenizer=tokenizer, max_tokens=_VALIDATION_TOKENS, max_seq_length=config.max_seq_length
-    )
-    if not len(validation.text):
-        raise DataError(
-            f"Recovery chooses weights by validation documents held out of {source.name}, but the other documents "
-            f"repeat all {len(given):,} of them. Give text that repeats itself less."
-        )
-    return rest, validation
 
 
 def measure_validation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation: ValidationText) -> float:
@@ -94,11 +74,19 @@ def recover(
     *,
     tokenizer: PreTrainedTokenizerBase,
     text_column: str | None = None,
+    general_data: TextData | None = None,
+    general_data_ratio: float = 0.0,
+    resume_dir: Path | None = None,
 ) -> RecoveryResult:
     """Train a pruned model on text of its domain.
 
     A tenth of the documents is held out as validation text: its loss decides which weights are kept, and when to stop.
     Reported figures need test text of their own.
+
+    With a `resume_dir`, the state of the training (weights, optimizer, learning rate, random numbers, step, used
+    seconds) is kept there whenever the validation text was measured, and the same call goes on from the last one: to
+    the same bits where steps or passes over the text end the training. With `max_minutes` the used time counts on, and
+    the end depends on the clock, as in a training without a break.
 
     Args:
         model: The pruned model; left unchanged.
@@ -106,28 +94,42 @@ def recover(
         config: All choices.
         tokenizer: The model's.
         text_column: Column with the text.
+        general_data: Text of no domain to train on as well, as `data`; it does not choose weights.
+        general_data_ratio: Share of the samples to take from it, in [0, 1); see `RecoveryText.samples`.
+        resume_dir: An existing folder for the state of the training; the caller removes it. None keeps nothing.
 
     Raises:
-        ConfigError: An argument of another type, nothing to train, several processes, or a GPU that is not the first.
+        ConfigError: An argument of another type, nothing to train, several processes, a GPU that is not the first, or
+            a time limit that leaves no time to train.
         DataError: Too little text.
+        SaveError: The state of the training can't be kept.
         ContextPruneError: See `hf_context_prune.errors`.
     """
     start = time.monotonic()
     config = config or RecoveryConfig()
     spec = check_supported(model)
-    _check_arguments(model, config, tokenizer)
-    check_single_device(model)
+    check_recoverable(model, config)
+    if not callable(tokenizer):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; it must be the model's tokenizer.")
     check_weights_finite(model)
     source = load_documents(data, text_column=text_column, tokenizer=tokenizer, seed=config.recovery_seed)
+    general = None
+    if general_data is not None:
+        general = load_documents(general_data, tokenizer=tokenizer, seed=config.recovery_seed)
     config.warn_of_unused_options()
-    text, validation = hold_out_validation(source, tokenizer, config)
-    samples = _tokenize_training_text(text, tokenizer, config)
+    text = RecoveryText.of(source, tokenizer, config, general, general_data_ratio)
+    samples, validation = text.samples(tokenizer, config), text.validation
 
     student = copy_without_hooks(model)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     cast_parameters(student.train(), torch.float32)  # half precision loses small updates
     adapters = _add_adapters(student, config, spec, frozen) if config.method == "lora" else None
+
+    checkpoint = None
+    if resume_dir is not None and has_room(resume_dir, state_bytes(student), what="The state of the training"):
+        decided_by = config.to_dict(), validation.text.fingerprint, validation.docs, sorted(frozen)
+        checkpoint = RecoveryCheckpoint(resume_dir, resume_key(model, [{"input_ids": samples}], *decided_by))
 
     def measure(candidate: PreTrainedModel) -> float:
         return measure_validation(candidate, tokenizer, validation)
@@ -136,7 +138,15 @@ def recover(
     begin = time.monotonic()
     given = measure(copy_without_hooks(model).eval()) if rounds else math.inf  # in its own precision
     reserve = time.monotonic() - begin
-    history = train(student, samples, config, measure=lambda: measure(student), start=start, reserve=reserve)
+    history = train(
+        student,
+        samples,
+        config,
+        measure=lambda: measure(student),
+        start=start,
+        reserve=reserve,
+        checkpoint=checkpoint,
+    )
 
     result = student if adapters is None else _merge_adapters(adapters)
     for name, parameter in result.named_parameters():
@@ -149,11 +159,12 @@ def recover(
     return RecoveryResult(result, history)
 
 
-def _check_arguments(model: PreTrainedModel, config: object, tokenizer: object) -> None:
-    """Refuse arguments of another type, and a model without a weight to train.
+def check_recoverable(model: PreTrainedModel, config: object) -> None:
+    """Refuse, before anything is measured, what can't be trained.
 
     Raises:
-        ConfigError: One of them.
+        ConfigError: A config of another type, a model without a weight to train, several processes, or a GPU that is
+            not the first.
     """
     if not isinstance(config, RecoveryConfig):
         raise ConfigError(f"config is a {type(config).__name__}; it must be a RecoveryConfig.")
@@ -161,8 +172,29 @@ def _check_arguments(model: PreTrainedModel, config: object, tokenizer: object) 
         raise ConfigError(
             "No weight of the model requires a gradient. Call requires_grad_(True) on the weights to train."
         )
-    if not callable(tokenizer):
-        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; it must be the model's tokenizer.")
+    check_single_device(model)
+
+
+def check_recovery_time(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: RecoveryText, config: RecoveryConfig
+) -> None:
+    """Refuse, before the model is pruned, samples that are too long for it, and a time limit that is too short.
+
+    Args:
+        model: The base model, which is slower than what is left of it.
+        tokenizer: Its tokenizer.
+        text: The text of the recovery.
+        config: All choices.
+
+    Raises:
+        ConfigError: The model has fewer positions than a sample has tokens, or `max_minutes` is not longer than one
+            measurement of the validation text with this model.
+    """
+    check_positions(model, config.max_seq_length)
+    if config.max_minutes is not None:
+        begin = time.monotonic()
+        measure_validation(model, tokenizer, text.validation)
+        check_minutes(config, time.monotonic() - begin, "measuring the validation text once takes")
 
 
 def check_single_device(model: PreTrainedModel) -> None:
@@ -197,21 +229,6 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast the weights alone: computed buffers (rotary tables) keep their precision."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _tokenize_training_text(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, config: RecoveryConfig
-) -> torch.Tensor:
-    """Return the whole text, or as much as the steps can use, as packed samples, int64 [samples, length]."""
-    wanted = 2**31 if config.max_steps is None else config.max_steps * config.batch_size
-    return tokenize_samples(
-        source,
-        tokenizer,
-        num_samples=wanted,
-        max_seq_length=config.max_seq_length,
-        seed=config.recovery_seed,
-        warn_if_short=False,
-    )
 
 
 def _add_adapters(model: PreTrainedModel, config: RecoveryConfig, spec: ArchSpec, frozen: set[str]) -> PeftModel:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_context_prune.utils.compat import limit_to_one_gpu
+from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.precision import bfloat16_is_fast
 from hf_context_prune.utils.temporary import scratch_folder
 
+from .checkpoint import KeptTraining, RecoveryCheckpoint
 from .config import RecoveryConfig
 from .monitor import History, RecoveryMonitor
 from .zeros import KeepZeros
@@ -46,12 +50,15 @@ class _Samples(Dataset[dict[str, torch.Tensor]]):
 
 
 class _RecoveryTrainer(Trainer):
-    """Trains with the cross-entropy of packed samples; the learning rate follows the progress."""
+    """Trains with the cross-entropy of packed samples; the learning rate follows the progress.
+
+    A resumed training goes on from a `KeptTraining` in place of the files of a checkpoint.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
         self.monitor: RecoveryMonitor | None = None
-        self.num_tokens = 0
+        self.kept: KeptTraining | None = None
         self.model_accepts_loss_kwargs = False  # every micro-batch has as many tokens, so their mean is the mean
 
     def compute_loss(
@@ -62,7 +69,8 @@ class _RecoveryTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         ids = inputs["input_ids"]
-        self.num_tokens += ids.numel()
+        assert self.monitor is not None
+        self.monitor.history.tokens += ids.numel()
         fast = bfloat16_is_fast(ids.device)
         with torch.autocast(ids.device.type, torch.bfloat16) if fast else nullcontext():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -79,6 +87,25 @@ class _RecoveryTrainer(Trainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
+    def go_on(self, kept: KeptTraining, scratch: Path) -> None:
+        """Train from a kept state to the end; `scratch` is an empty folder."""
+        assert kept.trainer is not None
+        write_file(scratch / TRAINER_STATE_NAME, json.dumps(kept.trainer))
+        self.kept = kept
+        self.train(resume_from_checkpoint=str(scratch))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self.kept is not None
+        self.kept.restore_weights(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.kept is not None:
+            self.kept.restore_optimizer(self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.kept is not None:
+            self.kept.restore_random()
+
 
 def train(
     model: PreTrainedModel,
@@ -88,6 +115,7 @@ def train(
     measure: Callable[[], float],
     start: float,
     reserve: float,
+    checkpoint: RecoveryCheckpoint | None = None,
 ) -> History:
     """Train the weights that require gradients, and end with the best weights that were met, maybe the first.
 
@@ -100,9 +128,12 @@ def train(
         measure: Returns the loss of `model` on the validation text, in bits per byte.
         start: `time.monotonic()` from which `max_minutes` counts.
         reserve: Seconds of `max_minutes` to leave for the time after training.
+        checkpoint: Where measured states are kept, and the last one is resumed from; None keeps nothing.
 
     Raises:
         NumericsError: The loss before training is not a number.
+        ConfigError: `max_minutes` leaves no time to train.
+        SaveError: A measured state can't be kept.
     """
     most = max(1, _MICRO_BATCH_TOKENS // samples.shape[1])
     micro = max(size for size in range(1, min(config.batch_size, most) + 1) if config.batch_size % size == 0)
@@ -130,23 +161,25 @@ def train(
         )
         limit_to_one_gpu(arguments)  # several visible GPUs would become a DataParallel
         trainer = _RecoveryTrainer(model, arguments, train_dataset=_Samples(samples))
-        monitor = trainer.monitor = RecoveryMonitor(model, config, steps, start, measure, reserve)
+        monitor = RecoveryMonitor(model, config, steps, start, measure, reserve, checkpoint)
+        trainer.monitor = monitor
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(KeepZeros(model))  # before `monitor`, which measures and keeps the weights
         trainer.add_callback(monitor)
-        monitor.measure_validation(0)
-        begin = time.monotonic() - monitor.all_measuring
+        kept = None if checkpoint is None else checkpoint.load()
         try:
-            trainer.train()
+            if kept is None:
+                monitor.begin()
+                trainer.train()
+            else:
+                monitor.resume(kept)
+                if not monitor.is_over:
+                    trainer.go_on(kept, scratch)
         except KeyboardInterrupt:
-            if monitor.history.best_step == 0:  # nothing was gained, and the bar may not be there yet
+            if monitor.history.best_step == 0:  # nothing was gained
                 raise
             monitor.finish_interrupted()
-        seconds = time.monotonic() - begin - monitor.all_measuring
     monitor.restore_best()
     model.config.use_cache = use_cache
     model.eval()
-    history = monitor.history
-    history.tokens = trainer.num_tokens
-    history.tokens_per_second = history.tokens / seconds
-    return history
+    return monitor.history

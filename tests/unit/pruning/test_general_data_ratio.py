@@ -94,7 +94,7 @@ def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
 
 
 def test_mixing_needs_a_text_and_says_so_before_the_work(base, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", None)
+    monkeypatch.setattr("hf_context_prune.pipelines.comparison.document_losses", None)
     with pytest.raises(ConfigError, match=r"general_data_ratio is 0\.5.*--general-data"):
         prune(base, documents(WORDS[:8]), PrunerConfig(**OPTIONS, general_data_ratio=0.5))
     with pytest.raises(ConfigError, match="general_data_ratio"):
@@ -126,7 +126,7 @@ def test_what_is_measured_or_searched_on_is_not_mixed_in_either(base, monkeypatc
         return document_losses(model, tokenizer, source, **how)
 
     monkeypatch.setattr("hf_context_prune.pruning.calibration.samples.tokenize_samples", blocks)
-    monkeypatch.setattr("hf_context_prune.pipelines.prune.document_losses", partial(losses, to=measured))
+    monkeypatch.setattr("hf_context_prune.pipelines.comparison.document_losses", partial(losses, to=measured))
     monkeypatch.setattr("hf_context_prune.evaluation.validation.document_losses", partial(losses, to=searched))
     size = {"max_loss_increase": 0.5} if searching else {"mlp_ratio": 0.3}
     config = PrunerConfig(**{**OPTIONS, "mlp_ratio": None} | size, general_data_ratio=0.5)

@@ -25,7 +25,8 @@ from hf_context_prune.pruning.thresholds.prune import count_zeros
 from hf_context_prune.training.recovery import monitor, training
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.monitor import RecoveryMonitor
-from hf_context_prune.training.recovery.recover import check_single_device, hold_out_validation, recover
+from hf_context_prune.training.recovery.recover import check_single_device, recover
+from hf_context_prune.training.recovery.text import RecoveryText
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny import TEXT, case, tiny_model
 
@@ -409,7 +410,7 @@ def test_the_callers_random_numbers_are_left_alone(tokenizer):
 
 def validation_loss(model, tokenizer, config):
     """As recover measures, on its validation documents, but without bfloat16 products."""
-    _, held_out = hold_out_validation(load_documents(texts(), tokenizer=tokenizer), tokenizer, config)
+    held_out = RecoveryText.of(load_documents(texts(), tokenizer=tokenizer), tokenizer, config).validation
     losses = document_losses(model, tokenizer, held_out.text, max_seq_length=config.max_seq_length, docs=held_out.docs)
     return sum(loss.nll for loss in losses)
 

@@ -1,0 +1,96 @@
+"""Everything that a pruning run reads, kept apart by document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_context_prune.config import PrunerConfig, ThresholdConfig
+from hf_context_prune.data.documents import TextData
+from hf_context_prune.data.splits import TextSplit
+from hf_context_prune.evaluation.general_text import GeneralText, read_general
+from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune.evaluation.validation import ValidationText
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.storage.loading import LoadedModel
+
+from .validation_text import withhold_size_text
+
+AnyConfig = PrunerConfig | ThresholdConfig
+
+
+@dataclass(frozen=True)
+class PruningTexts:
+    """Everything that a run reads, kept apart by document.
+
+    Attributes:
+        split: Calibration and test text of the domain.
+        calibration: What is calibrated on.
+        validation: Text that the size is searched on, for `max_loss_increase`.
+        general: Text of no domain, if it was given.
+    """
+
+    split: TextSplit
+    calibration: CalibrationSet
+    validation: ValidationText | None
+    general: GeneralText | None
+
+    @classmethod
+    def read(
+        cls,
+        base: LoadedModel,
+        data: TextData,
+        eval_data: TextData | None,
+        config: AnyConfig,
+        options: EvalOptions,
+        *,
+        recovers: bool = False,
+    ) -> PruningTexts:
+        """Read and split all texts of a run, the domain's once.
+
+        Args:
+            base: The base model, whose tokenizer counts and renders.
+            data: Text of the domain.
+            eval_data: Test text; None holds out a tenth of `data`, by document.
+            config: All choices.
+            options: Says whether there is general text.
+            recovers: The calibration text is trained on as well, with validation documents held out of it.
+
+        Raises:
+            DataError: A text can't be read, or too little of it is left.
+        """
+        tokenizer, seed = base.tokenizer, config.pruning_seed
+        split = TextSplit.of(
+            data,
+            eval_data,
+            tokenizer=tokenizer,
+            text_column=config.text_column,
+            seed=seed,
+            use="calibration and recovery" if recovers else "calibration",
+            withholds=recovers,
+        )
+        general = read_general(
+            options.general_data,
+            apart_from=split.calibration,
+            test=split.test,
+            tokenizer=tokenizer,
+            seed=seed,
+            hold_out=bool(config.general_data_ratio),
+        )
+        mixed_in = None if general is None else general.calibration
+        if mixed_in is not None:
+            split = split.without(mixed_in)
+        text, validation = split.calibration, None
+        if isinstance(config, PrunerConfig) and config.max_loss_increase is not None:
+            text, validation = withhold_size_text(text, tokenizer, config, general=mixed_in)
+        return cls(split, CalibrationSet(text, config, mixed_in), validation, general)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the names and fingerprints of the texts that decided the plan."""
+        facts: dict[str, Any] = {"data": self.calibration.domain.identity}
+        if self.validation is not None:
+            text = self.validation.text
+            facts["search_data"] = {"name": text.name, "fingerprint": text.fingerprint}
+        if self.general is not None and self.general.calibration is not None:
+            facts["general_data"] = self.general.whole
+        return facts
