@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     PrunerConfig,
     into="options",
     only=("pruning_ratio", "num_calibration_samples", "text_column"),
-    defaults={"pruning_ratio": 0.2},
+    defaults={"pruning_ratio": 0.2, "num_calibration_samples": 32},
 )
 @fail_together()
 def demo(
@@ -56,3 +56,6 @@ def _show_completions(outcome: DemoOutcome) -> None:
     out_table(table)
     for line in outcome.about:
         out(line)
+    out("To go on:")
+    for purpose, command in outcome.next_commands:
+        out(f"  {purpose}: {command}")

@@ -14,6 +14,9 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.demo import LicenceCorpus, licence_texts
 from hf_context_prune.data.documents import TextData, check_readable
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune.evaluation.reports.report import SpeedFacts
+from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.generation import with_plain_generation
 from hf_context_prune.publishing.space.prompts import LICENCE_PROMPTS
 from hf_context_prune.publishing.space.settings import DEMO_FOLDER
@@ -27,6 +30,10 @@ from hf_context_prune.utils.locks import reserves
 from .prune import run_pruning
 from .result import PruneResult
 
+NUM_SAMPLES = 32
+"""Calibration samples: a quarter of what `prune` takes, for a demo of three minutes on two processor cores."""
+_MAX_TEST_TOKENS = 6_000
+_SPEED = {"prompt_tokens": 256, "new_tokens": 24, "repeats": 2}
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")
 
 
@@ -48,12 +55,14 @@ class DemoOutcome:
         result: The pruned model with plan and report.
         completions: Three prompts, completed by base and pruned model.
         about: Lines on where model and text come from.
+        next_commands: Commands to go on with, each with what it is for.
     """
 
     folder: Path
     result: PruneResult
     completions: tuple[Completion, ...]
     about: tuple[str, ...]
+    next_commands: tuple[tuple[str, str], ...]
 
 
 def generate_completion(model: PreTrainedModel, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:  # noqa: ANN401
@@ -72,7 +81,7 @@ def run_demo(
     eval_data: TextData | None = None,
     text_column: str | None = None,
     pruning_ratio: float = 0.2,
-    num_calibration_samples: int = 128,
+    num_calibration_samples: int = NUM_SAMPLES,
     log: Callable[[str], None] = lambda line: None,
 ) -> DemoOutcome:
     """Fetch the model and the text, prune, measure, save, and complete three prompts.
@@ -100,8 +109,6 @@ def run_demo(
             )
     config = PrunerConfig(
         pruning_ratio=pruning_ratio,
-        allocation="uniform",  # nothing to search for, and the folder opens with plain transformers
-        round_to=8,
         num_calibration_samples=num_calibration_samples,
         text_column=text_column,
     )
@@ -135,8 +142,12 @@ def _run(
     base = load_model(model_file, dtype="float32")
     identity = ("demo", target, data, eval_data, config)
     with open_resume_folder(*identity) as resume_dir:
-        result = run_pruning(base, data, config, eval_data=eval_data, resume_dir=resume_dir)
-        folder = on_main_process(lambda: result.save_pretrained(target, measure_memory=True))
+        options = EvalOptions(max_tokens=_MAX_TEST_TOKENS, benchmark=False)
+        result = run_pruning(base, data, config, eval_data=eval_data, eval_options=options, resume_dir=resume_dir)
+        log("Timing base and pruned model ...")
+        speed = on_main_process(lambda: measure_speed({"base": base.model, "pruned": result.model}, **_SPEED))
+        result = replace(result, report=replace(result.report, speed=SpeedFacts(speed["base"], speed["pruned"])))
+        folder = on_main_process(lambda: result.save_pretrained(target))
     log("Writing completions ...")
     completions = tuple(
         Completion(
@@ -146,7 +157,17 @@ def _run(
         )
         for prompt in prompts
     )
-    return DemoOutcome(folder, result.as_saved(folder), completions, tuple(about))
+    return DemoOutcome(folder, result.as_saved(folder), completions, tuple(about), _next_commands(model_file, folder))
+
+
+def _next_commands(model: Path, folder: Path) -> tuple[tuple[str, str], ...]:
+    """Return the commands to go on with."""
+    name = folder.name
+    return (
+        ("Your own text", f"hf-context-prune prune {model} --data YOUR-TEXT.jsonl --output my-mini-gpt"),
+        ("A page to try the model", f"hf-context-prune space {name} --output {name}-space"),
+        ("For llama.cpp", f"hf-context-prune export {name} --to gguf --output {name}-gguf"),
+    )
 
 
 def _describe_licences(corpus: LicenceCorpus) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import BudgetError
+from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
@@ -63,8 +63,19 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         revision: Branch, tag or commit of the Hub model.
 
     Raises:
+        ConfigError: The size is found by measuring.
         ContextPruneError: The model is unknown, can't have or save the reconstruction, or the budget can't be reached.
     """
+    if config.max_loss_increase is not None:
+        raise ConfigError(
+            "--dry-run works from shapes alone, but the size for --max-loss-increase is found by measuring; use "
+            "--pruning-ratio with it."
+        )
+    if config.fixes_tokens and config.vocab_size is None:
+        raise ConfigError(
+            "--dry-run works from shapes alone, but vocabulary entries are counted on text; give a number for "
+            "--vocab-size."
+        )
     empty = load_meta_model(model, revision=revision)
     view = ModelView.of_shapes(empty)
     check_reconstruction(empty, config)

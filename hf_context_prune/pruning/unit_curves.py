@@ -21,6 +21,8 @@ from hf_context_prune.pruning.allocation.widths import layer_curves, with_tokens
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, build_vocabulary_pruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
+from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import on_main_process
 
 from .measurements import LayerMeasurements
@@ -58,7 +60,7 @@ class MeasuredUnits:
     Attributes:
         curves: What every kind of unit costs.
         layers: What was measured of the layers; None where they all stay.
-        expected: The model's mean probability of each token, [rows] float64; None where no token is ranked by it.
+        expected: The model's mean probability of each token, [rows] float64; None where nothing is ranked by it.
     """
 
     curves: UnitCurves
@@ -101,14 +103,39 @@ def measure_units(
     remove = ParameterBudget.of(config, model.num_parameters()).remove_params or 0
     missing = remove - curves.most_removable  # what tokens have to give
 
-    def measure() -> tuple[Curve, torch.Tensor | None, int]:
-        pruner = build_vocabulary_pruner(model, tokenizer, probe.counted, config, general=probe.general)
-        found = _measure_tokens(pruner, config, probe, missing)
-        expected = pruner.expected if config.vocab_criterion == "expected" else None
-        return found, expected, num_rows(model) - len(pruner.table)
+    pruner = build_vocabulary_pruner(model, tokenizer, probe.counted, config, general=probe.general)
+    tokens, expected = on_main_process(lambda: _load_or_measure(pruner, config, probe, missing, resume_dir))
+    ranks = config.vocab_criterion == "expected"
+    padding = num_rows(model) - len(pruner.table)
+    return MeasuredUnits(
+        with_tokens(curves, model, tokens, config, padding=padding), layers, expected if ranks else None
+    )
 
-    tokens, expected, padding = on_main_process(measure)
-    return MeasuredUnits(with_tokens(curves, model, tokens, config, padding=padding), layers, expected)
+
+def _load_or_measure(
+    pruner: VocabularyPruner, config: PrunerConfig, probe: TokenProbe, missing: int, resume_dir: Path | None
+) -> tuple[Curve, torch.Tensor]:
+    """Return the curve of the tokens and the model's expectation of each, as an earlier run left them or measured."""
+
+    def measure() -> tuple[Curve, torch.Tensor]:
+        curve = _measure_tokens(pruner, config, probe, missing)
+        return curve, pruner.expected if config.vocab_criterion == "expected" else torch.zeros(0)
+
+    if resume_dir is None:
+        return measure()
+    texts = probe.counted.fingerprint, None if probe.general is None else probe.general.fingerprint
+    options = config.vocab_criterion, config.pad_to_multiple_of, config.refits_lm_head, SHARES
+    sampling = sorted(pruner.sampling.items()), pruner.general_share, probe.base_loss
+    key = resume_key(pruner.model, [], "tokens", texts, options, sampling, max(0, missing))
+    path = resume_dir / f"tokens-{key[:16]}.safetensors"
+    if (kept := read_kept_tensors(path, key, remedy="the vocabularies are measured again")) is not None:
+        rows, losses, expected = (kept[0][name] for name in ("rows", "losses", "expected"))
+        return tuple(zip(rows.tolist(), losses.tolist(), strict=True)), expected
+    curve, expected = measure()
+    rows, losses = (torch.tensor(values, dtype=torch.float64) for values in zip(*curve, strict=True))
+    tensors = {"rows": rows.long(), "losses": losses, "expected": expected}
+    write_kept_tensors(path, tensors, key, what="finished measurement")
+    return curve, expected
 
 
 def _measure_tokens(pruner: VocabularyPruner, config: PrunerConfig, probe: TokenProbe, missing: int) -> Curve:

@@ -31,8 +31,10 @@ def test_adaptive_widths_are_measured_and_their_size_is_known(model, tmp_path):
     assert not outline.native_fit.fits
     assert outline.pruned_parameters == outline.base_parameters - -(-outline.base_parameters // 10)
     assert json.loads(json.dumps(outline.to_dict()))["widths"] is None
-    with pytest.raises(BudgetError, match=r"adaptive widths can remove at most .* \(0\.\d{4} of all\)"):
+    with pytest.raises(BudgetError, match=r"together can give .* \(0\.\d{4} of all\)"):
         dry_run(tmp_path, PrunerConfig(pruning_ratio=0.9))
+    with pytest.raises(BudgetError, match=r"adaptive widths can remove at most .* \(0\.\d{4} of all\)"):
+        dry_run(tmp_path, PrunerConfig(pruning_ratio=0.9, units="neurons,kv_groups"))
     with pytest.raises(BudgetError, match="adaptive widths can remove at most"):
         dry_run(tmp_path, PrunerConfig(mlp_ratio=0.8, allocation="adaptive"))
 
