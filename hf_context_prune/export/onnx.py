@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -24,6 +25,8 @@ from hf_context_prune.modeling.generation import get_end_token_ids, with_plain_g
 from hf_context_prune.storage.loading import LoadedModel
 
 from .arrays import as_file_array
+from .onnx_attention import grouped_attention
+from .onnx_int8 import quantise
 
 GRAPH_NAME = "model.onnx"
 _CACHE = "cache.layers."
@@ -54,8 +57,9 @@ def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     ids = torch.arange(12).reshape(2, 6) % model.config.vocab_size
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # padded, so that the mask is not traced away
-    config = OnnxConfig(dynamic=True)
-    with _quiet():
+    # Each operator costs microseconds, a large part of a small model's token: fused graphs have half as many.
+    config = OnnxConfig(dynamic=True, ort_fusions="cpu")
+    with _quiet(), grouped_attention(model):
         plain = with_plain_generation(model, new_tokens=2)
         stages = decompose_for_generation(plain, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
         exported = OnnxExporter().export(*stages["decode"], config=config)
@@ -65,7 +69,7 @@ def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     ).save_pretrained(folder)
     if dtype == "int8":
         with _quiet():
-            _quantise(folder)
+            quantise(folder / GRAPH_NAME)
     loaded.tokenizer.save_pretrained(folder)
 
 
@@ -149,6 +153,17 @@ class OnnxRuntime:
         """Continue a text as [`Runtime`][] does."""
         return self.generate_batch([ids], new_tokens)[0]
 
+    def time_generation(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+        """Time a generation as [`Runtime`][] does."""
+        ids = np.array([list(prompt) for prompt in prompts], dtype=np.int64)
+        mask = np.ones((len(ids), ids.shape[1] + new_tokens), dtype=np.int64)
+        times, cache = [time.perf_counter()], None
+        for end in range(ids.shape[1], ids.shape[1] + new_tokens + 1):
+            logits, cache = self.step(ids, mask[:, :end], cache)
+            ids = logits[:, -1:].argmax(axis=-1)
+            times.append(time.perf_counter())
+        return times[1] - times[0], times[-1] - times[1]
+
     def losses(self, ids: Sequence[int], expected: Sequence[float] | None = None) -> list[float]:
         """Return losses as [`Runtime`][] does: the first half of the tokens as a prompt, the rest in one step."""
         tokens = np.array([list(ids)], dtype=np.int64)
@@ -167,59 +182,6 @@ class OnnxRuntime:
     def close(self) -> None:
         """Drop the session."""
         self._session = None
-
-
-def _quantise(folder: Path) -> None:
-    """Replace the weights of the projections by int8 weights, with one scale per 32 inputs.
-
-    Level 4 makes ONNX Runtime quantise the activations too, dynamically, in blocks of the same size. A single scale for
-    a whole activation, as in `quantize_dynamic`, fails on the few huge features that language models have.
-    """
-    import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    path = folder / GRAPH_NAME
-    model = onnx.load(path)
-    _split_gemm(model.graph)
-    quantizer = MatMulNBitsQuantizer(model, bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
-    quantizer.process()
-    data = path.with_name(f"{GRAPH_NAME}.data")
-    data.unlink()
-    onnx.save_model(quantizer.model.model, path, save_as_external_data=True, location=data.name)
-
-
-def _split_gemm(graph: Any) -> None:  # noqa: ANN401
-    """Replace each Gemm (in GPT-2, and in OPT's MLPs), which the quantiser skips, by a product and a sum."""
-    from onnx import helper, numpy_helper
-
-    constants, replaced = {tensor.name: tensor for tensor in graph.initializer}, set()
-    for place in reversed(range(len(graph.node))):
-        node = graph.node[place]
-        options = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        transposed = options.pop("transB", 0)
-        scaled = any(
-            options.get(name, usual) != usual for name, usual in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
-        )
-        if node.op_type != "Gemm" or scaled or len(node.input) < 3 or node.input[1] not in constants:
-            continue
-        inputs, weight, bias = node.input
-        if transposed:
-            values = numpy_helper.to_array(constants[weight]).T
-            replaced.add(weight)
-            weight = f"{weight}.{place}"  # another node may read the original
-            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), weight))
-        product = f"{node.output[0]}.product"
-        parts = (
-            helper.make_node("MatMul", [inputs, weight], [product], name=f"{node.name}.product"),
-            helper.make_node("Add", [product, bias], list(node.output), name=f"{node.name}.sum"),
-        )
-        del graph.node[place]
-        for part in reversed(parts):
-            graph.node.insert(place, part)
-    replaced -= {name for node in graph.node for name in node.input}
-    for place in reversed(range(len(graph.initializer))):
-        if graph.initializer[place].name in replaced:
-            del graph.initializer[place]
 
 
 def _tidy(program: Any) -> None:  # noqa: ANN401

@@ -54,6 +54,19 @@ def test_one_graph_reads_a_prompt_and_decodes_in_any_steps(variable):
     assert heads == [(3, 2, 11, 8), (3, 1, 11, 8)]
 
 
+def test_query_heads_share_the_cache_without_copies(variable):
+    nodes = onnx.load(variable[1].folder / "model.onnx", load_external_data=False).graph.node
+    caches = {f"output.cache.layers.{layer}.{part}" for layer in range(2) for part in ("keys", "values")}
+    readers = {node.op_type for node in nodes if caches & set(node.input)}
+    assert readers == {"FusedMatMul", "MatMul"}
+    assert not any(node.op_type == "ReduceMean" for node in nodes)  # norms are one operator each
+
+
+def test_a_generation_is_timed_step_by_step(variable):
+    prefill, decode = open_export(variable[1].folder).time_generation([PROMPTS[0], PROMPTS[0]], 5)
+    assert prefill > 0 < decode
+
+
 def test_padded_batches_are_as_single_prompts(variable):
     folder, result = variable
     runtime, model = open_export(result.folder), TorchRuntime(load_pruned(folder))
@@ -95,6 +108,26 @@ def test_int8_is_smaller_and_near(variable, tmp_path):
     assert graph["weights"] == "int8"
     losses = open_export(result.folder).losses(PROMPTS[0])
     assert open_export(small.folder).losses(PROMPTS[0]) == pytest.approx(losses, abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [264, 6000], ids=["transposed when it was made", "transposed by the product"])
+def test_int8_holds_a_tied_table_once(tmp_path, rows):
+    folder = save(
+        tmp_path / "model", hidden_size=64, vocab_size=rows, tie_word_embeddings=True, num_hidden_layers=1, head_dim=8
+    )
+    result = export_model(folder, tmp_path / "out", format="onnx", dtype="int8", tolerance=0.5)
+    graph = onnx.load(result.folder / "model.onnx", load_external_data=False).graph
+    last = next(node for node in graph.node if "logits" in node.output)
+    assert last.op_type == "MatMulNBits"
+    assert sum(node.op_type == "GatherBlockQuantized" for node in graph.node) == 1
+    assert not any(
+        tensor.data_type == onnx.TensorProto.FLOAT and rows in tensor.dims[:1] and tensor.dims[-1] == 64
+        for tensor in graph.initializer
+    )
+    assert open_export(result.folder).losses(PROMPTS[0]) == pytest.approx(
+        TorchRuntime(load_pruned(folder)).losses(PROMPTS[0]), abs=0.1
+    )
 
 
 @pytest.mark.slow
