@@ -22,6 +22,7 @@ from hf_context_prune.evaluation.scores import ROW_LAYOUT, HeldOut, Scores, choo
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.available_units import choose_units, without_tokens
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, check_share
 from hf_context_prune.pruning.notes import plan_notes
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
@@ -38,6 +39,7 @@ from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.version import __version__
 
 from .matrix_report import DENSE, DomainMatrix, mixed_name
+from .validation_text import choose_token_probe
 
 REFERENCE = "general"
 ROWS_NAME, MODELS = "matrix.jsonl", "models"
@@ -85,9 +87,13 @@ def domain_matrix(
     shares = {domain: tuple(some) for domain, some in (mixes or {}).items()}
     reference = check_matrix(names, folder, config, eval_data or {}, questions or {}, reference, shares)
     base = ensure_loaded(model, tokenizer)
+    config, tokens_stay = choose_units(base.model, base.tokenizer, config)
     check_budget(base.model, base.tokenizer, config)
     warn_of_unused_options(config)
     train, held_out, splits = _texts(base, domains, eval_data or {}, questions or {}, config, max_tokens)
+    single = next((text.name for text in train.values() if len(text) < 2), None)
+    if single is not None and config.searches_tokens and config.units is None:  # the same units for all models
+        config, tokens_stay = without_tokens(config), f"{single} is a single document, so none can be withheld."
     setting = {
         "version": __version__,
         "row_layout": ROW_LAYOUT,
@@ -97,12 +103,12 @@ def domain_matrix(
         "held_out": {name: one.setting() for name, one in held_out.items()},
     }
     scores: dict[tuple[str, str], Scores] = {}
-    members = [_Member(name, name, train[name], config) for name in names]
+    members = [_Member(name, name, train[name], config, tokens_stay=tokens_stay) for name in names]
     for domain, some in shares.items():
         for share in some:
             general = None if reference is None else train[reference]
             mixed = replace(config, general_data_ratio=share)
-            members.append(_Member(mixed_name(domain, share), domain, train[domain], mixed, general))
+            members.append(_Member(mixed_name(domain, share), domain, train[domain], mixed, general, tokens_stay))
     with open_results_log(folder / ROWS_NAME, setting) as rows:
         for member in members:  # before the long work
             _is_finished(base, member, folder / MODELS / member.name)
@@ -147,6 +153,7 @@ class _Member:
         text: Calibration text of the domain.
         config: All choices; with `general_data_ratio` where general text is mixed in.
         general: General text, where some is mixed in.
+        tokens_stay: Why no token is removed, where the budget could have removed some.
     """
 
     name: str
@@ -154,6 +161,7 @@ class _Member:
     text: TextSource
     config: PrunerConfig
     general: TextSource | None = None
+    tokens_stay: str | None = None
 
     @property
     def calibration(self) -> CalibrationSet:
@@ -347,10 +355,13 @@ def _load_or_prune(base: LoadedModel, member: _Member, folder: Path) -> LoadedMo
     """Load a model from its folder, after pruning it if no earlier run left it there."""
     if not _is_finished(base, member, folder):
         provenance = collect_provenance(base) | member.identity(base)
-        model, tokenizer, plan = prune_model(
-            base.model, base.tokenizer, member.calibration, member.config, provenance=provenance
+        if member.tokens_stay is not None:
+            provenance["all_tokens_stay"] = member.tokens_stay
+        config, probe, _ = choose_token_probe(base, member.calibration, member.config)
+        pruned = prune_model(
+            base.model, base.tokenizer, member.calibration, config, token_probe=probe, provenance=provenance
         )
-        save_pruned(model, folder, tokenizer=tokenizer, plan=plan)
+        save_pruned(pruned.model, folder, tokenizer=pruned.tokenizer, plan=pruned.plan)
     try:
         return load_model(folder, device=str(base.model.device))
     except LoadError as error:

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import TextData
-from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.reports.report import EvalReport, SizeFacts
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
-from hf_context_prune.pruning.available_units import choose_units, without_tokens
+from hf_context_prune.pruning.available_units import choose_units
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import (
     check_general_data_ratio,
@@ -25,7 +25,6 @@ from hf_context_prune.pruning.calibration.samples import (
 from hf_context_prune.pruning.notes import plan_notes
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.prune_model import PrunedModel, check_budget, prune_model
-from hf_context_prune.pruning.unit_curves import TokenProbe
 from hf_context_prune.pruning.unused_options import warn_of_low_thresholds, warn_of_unused_options
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
 from hf_context_prune.storage.provenance import collect_provenance
@@ -42,7 +41,7 @@ from .kept_model import load_or_prune
 from .pruning_texts import AnyConfig, PruningTexts
 from .recover import train_back
 from .result import PruneResult
-from .validation_text import describe_size_search, withhold_token_probe
+from .validation_text import choose_token_probe, describe_size_search
 
 
 @fail_together()
@@ -191,8 +190,10 @@ def run_pruning(
 def _prune(
     base: LoadedModel, texts: PruningTexts, config: AnyConfig, tokens_stay: str | None, resume_dir: Path | None
 ) -> PrunedModel:
-    config, probe, single = _withhold_token_probe(base, texts, config)
-    tokens_stay = tokens_stay or single
+    probe = None
+    if isinstance(config, PrunerConfig):
+        config, probe, single = choose_token_probe(base, texts.calibration, config)
+        tokens_stay = tokens_stay or single
     return prune_model(
         base.model,
         base.tokenizer,
@@ -207,29 +208,6 @@ def _prune(
         },
         resume_dir=resume_dir,
     )
-
-
-def _withhold_token_probe(
-    base: LoadedModel, texts: PruningTexts, config: AnyConfig
-) -> tuple[AnyConfig, TokenProbe | None, str | None]:
-    """Withhold the text that vocabularies are compared on; of a single document nothing can be, so all tokens stay.
-
-    Returns:
-        (the config, the text, why all tokens stay).
-
-    Raises:
-        DataError: There is a single document, and the config asks for tokens.
-    """
-    if not isinstance(config, PrunerConfig) or not config.shares_budget:
-        return config, None, None
-    if not config.searches_tokens and config.native_architecture is not None:
-        return config, None, None  # nothing depends on the base model's loss
-    try:
-        return config, withhold_token_probe(base.model, base.tokenizer, texts.calibration, config), None
-    except DataError as error:
-        if config.units is not None and config.searches_tokens:
-            raise
-        return (without_tokens(config), None, str(error)) if config.searches_tokens else (config, None, None)
 
 
 def _check_config(config: AnyConfig | None, options: EvalOptions) -> AnyConfig:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_context_prune.config import CalibrationConfig
+from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
@@ -15,8 +15,10 @@ from hf_context_prune.evaluation.reports.report import SizeSearch
 from hf_context_prune.evaluation.validation import ValidationText
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.pruning.available_units import without_tokens
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.unit_curves import TokenProbe
+from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.distributed import on_main_process
 
 _VALIDATION_TOKENS = 12_000
@@ -77,6 +79,27 @@ def describe_size_search(validation: ValidationText, plan: PruningPlan) -> SizeS
         f"{facts['increase']:+.2%} bits per byte there, {facts['max_loss_increase']:+.2%} allowed."
     )
     return SizeSearch(facts["max_loss_increase"], facts["increase"], text, len(facts["trials"]))
+
+
+def choose_token_probe(
+    base: LoadedModel, calibration: CalibrationSet, config: PrunerConfig
+) -> tuple[PrunerConfig, TokenProbe | None, str | None]:
+    """Withhold the text that vocabularies are compared on; of a single document nothing can be, so all tokens stay.
+
+    Returns:
+        (the config, the text, why all tokens stay).
+
+    Raises:
+        DataError: There is a single document, and the config asks for tokens.
+    """
+    if not config.shares_budget or not (config.searches_tokens or config.native_architecture is None):
+        return config, None, None  # nothing depends on the base model's loss
+    try:
+        return config, withhold_token_probe(base.model, base.tokenizer, calibration, config), None
+    except DataError as error:
+        if config.units is not None and config.searches_tokens:
+            raise
+        return (without_tokens(config), None, str(error)) if config.searches_tokens else (config, None, None)
 
 
 def withhold_token_probe(
