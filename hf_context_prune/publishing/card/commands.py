@@ -87,7 +87,8 @@ def _prune_command(facts: CardFacts, config: PrunerConfig | ThresholdConfig, out
     if general:
         options.append(_option("general_data", general))
     flags = {item.name: about.flag for item in dataclasses.fields(config) if (about := help_of(item)) is not None}
-    options += [_option(flags.get(name) or name, value) for name, value in _given_options(config).items()]
+    given = {name: value for name, value in _given_options(config).items() if general or name != "general_data_ratio"}
+    options += [_option(flags.get(name) or name, value) for name, value in given.items()]
     return _command("prune", facts.base_place, [*options, _option("output", output)])
 
 

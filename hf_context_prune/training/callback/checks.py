@@ -70,7 +70,9 @@ def warn_of_unused_choices(config: PrunerConfig, schedule: PruningSchedule) -> N
     Warns:
         PruningWarning: Names every such option, and why it changes nothing.
     """
-    warn_of_unused_options(config, {"text_column": "the callback takes the token ids of the training batches"})
+    reasons = dict.fromkeys(("pad_to_multiple_of", "vocab_criterion"), "no token is removed during training")
+    reasons["text_column"] = "the callback takes the token ids of the training batches"
+    warn_of_unused_options(config, reasons)
     if schedule.num_prunings == 1:
         unused = ("shape",) if schedule.end == schedule.start else ("end", "shape")
         warn_of_unused(schedule, dict.fromkeys(unused, "num_prunings=1 prunes at the start alone"))
