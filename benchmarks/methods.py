@@ -20,6 +20,7 @@ from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.evaluation.losses import DocumentLoss
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.architectures import Target, layers_of, spec_of, unit_costs
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.allocation.budget import removed_params
 from hf_context_prune.pruning.allocation.widths import plan_widths
@@ -34,7 +35,8 @@ from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.precision import reduced_precision_matmul
 from hf_context_prune.utils.rounding import six_digits
 
-OURS = {"criterion": "obs", "reconstruction": "sequential"}
+OURS = {"criterion": "obs", "reconstruction": "sequential", "refit_lm_head": False}
+"""The layers alone, as peers prune them: the default refits the rows of the LM head too."""
 REFERENCE = "flap+bias"
 HIGH = "ours-high"
 """The adaptive model with its rows refitted, on the same calibration samples that all methods have."""
@@ -117,7 +119,8 @@ def budgets(model: Any, size: Size) -> tuple[dict[str, Any], dict[str, Any], int
     widths = plan_widths(model, PrunerConfig(**uniform))
     removed = removed_params(geometry.layers, widths, unit_costs(model, spec, geometry))
     # Adaptive widths choose how many neurons and how many KV groups to remove.
-    return uniform, {"target_params": total - removed} if size.attention else uniform, removed
+    shared = {"target_params": total - removed, "units": "neurons,kv_groups", "native_architecture": False}
+    return uniform, shared if size.attention else uniform, removed
 
 
 class Domain:
@@ -170,13 +173,20 @@ class Domain:
             self._planners[targets] = Planner(self.model, self.samples, config)
         return self._planners[targets]
 
-    def losses(self, model: Any, tokenizer: Any = None, docs: Sequence[str] | None = None) -> list[DocumentLoss]:
-        """Measure losses on the named documents, or on as many test documents as ``--eval-tokens`` allows."""
+    def losses(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        docs: Sequence[str] | None = None,
+        *,
+        source: TextSource | None = None,
+    ) -> list[DocumentLoss]:
+        """Measure losses on the named documents, or on as many as ``--eval-tokens`` allows, of the test text or `source`."""
         with reduced_precision_matmul():
             return document_losses(
                 model,
                 tokenizer or self.load().tokenizer,
-                self.test_text[0],
+                self.test_text[0] if source is None else source,
                 max_seq_length=self.args.length,
                 max_tokens=None if docs else self.args.eval_tokens,
                 docs=docs,
@@ -227,7 +237,7 @@ class Domain:
         if self._last is not None and self._last[0] == config:
             return self._last[1:]
         if method.adaptive:
-            plan, reconstruct = self.adaptive(config).sequential(config)
+            plan, reconstruct, _ = self.adaptive(config).plan(config)
         elif config.reconstruction == "sequential":
             plan, reconstruct = plan_and_reconstruct(self.model, self.samples, config)
         else:
@@ -244,6 +254,16 @@ class Domain:
         result = method.peer(self.model, samples, remove, size.attention)
         peers.check_peer(self.model, result, samples, remove)
         return result.model, {"version": result.version, "call": result.call, "note": result.note}
+
+
+def count_gone(plan: PruningPlan) -> dict[str, int]:
+    """Return how many units of each kind a plan removes."""
+    pairs = list(zip(plan.dense, plan.widths, strict=True))
+    return {
+        "neurons": sum(before.neurons - after.neurons for before, after in pairs),
+        "kv_groups": sum(before.kv_groups - after.kv_groups for before, after in pairs),
+        "tokens": plan.vocabulary.dense - len(plan.vocabulary.kept) if plan.vocabulary else 0,
+    }
 
 
 def documents_of(losses: Sequence[DocumentLoss]) -> list[list[Any]]:

@@ -2,8 +2,8 @@
 
 python -m benchmarks.model_cards --data PATH/TO/data    # resumes an earlier run; the models stay in --work
 
-The models are calibrated on the train text of a domain, and measured on the validation text of the domain, on general
-validation text and on the domain's questions. The sealed test split is not read.
+The models are calibrated on the train text of a domain and on general train text, and measured on the validation text of
+the domain, on withheld documents of the general text and on the domain's questions. The sealed test split is not read.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         text(args, "train", domain),
         config,
         eval_data=text(args, "validation", domain),
-        eval_options=EvalOptions(args.eval_tokens, args.benchmark, general_data=text(args, "validation", "general")),
+        eval_options=EvalOptions(args.eval_tokens, args.benchmark, general_data=text(args, "train", "general")),
         resume_dir=resume,
     )
     if args.questions:
@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "", several=True)
     options.add_argument("--output", type=Path, default=CARDS, help="folder of the cards")
     options.add_argument("--ratio", type=float, default=0.3, help="share of all parameters to remove")
-    options.add_argument("--vocab-size", type=int, default=16_384, help="vocabulary entries to keep; 0: all")
-    options.add_argument("--allocation", default="adaptive", help="allocation of `PrunerConfig`")
+    options.add_argument("--vocab-size", type=int, default=0, help="vocabulary entries to keep; 0: as the budget finds")
+    options.add_argument("--allocation", help="allocation of `PrunerConfig`")
     options.add_argument("--reconstruction", default="sequential", help="reconstruction of `PrunerConfig`")
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")

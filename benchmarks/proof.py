@@ -69,6 +69,9 @@ def measure_matrix(base: LoadedModel, args: argparse.Namespace, share: float) ->
     number = questions_at(args, share)
     config = PrunerConfig(
         pruning_ratio=share,
+        units="neurons,kv_groups",
+        refit_lm_head=False,
+        native_architecture=False,
         num_calibration_samples=args.num_samples,
         max_seq_length=args.length,
         pruning_seed=args.seed,
@@ -200,8 +203,8 @@ def matrix_text(found: DomainMatrix, share: float, args: argparse.Namespace) -> 
     return section(
         args,
         f"the domain matrix at {share:.0%} of all parameters",
-        f"SmolLM2-135M-Instruct (float32), pruned in one shot with the defaults (`obs`, `sequential`, adaptive widths) on "
-        f"{args.num_samples} x {args.length} tokens of each domain's train text, tested on the validation split of every domain "
+        f"SmolLM2-135M-Instruct (float32), neurons and KV groups pruned in one shot (`obs`, `sequential`, adaptive widths; no "
+        f"token is removed and no row refitted) on {args.num_samples} x {args.length} tokens of each domain's train text, tested on the validation split of every domain "
         f"(at most {args.eval_tokens:,} tokens)"
         + (on_questions if number else ". In brackets 95 % intervals: bootstrap over documents."),
         shown(

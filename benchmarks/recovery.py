@@ -69,8 +69,7 @@ class RecoveryDomain(Domain):
             config = PrunerConfig(
                 pruning_ratio=share,
                 vocab_size=self.args.tokens[str(share)],
-                allocation="adaptive",
-                **OURS,  # type: ignore[arg-type]
+                native_architecture=False,
                 num_calibration_samples=self.args.num_samples,
                 max_seq_length=self.args.length,
                 pruning_seed=self.args.seed,

@@ -42,7 +42,7 @@ class ResidualDomain(Domain):
     def sequential(self) -> tuple[PruningPlan, Any]:
         """Plan and smaller model with adaptive widths."""
         config = self.config(METHODS[PRUNED], self.size)
-        plan, reconstruct = self.adaptive(config).sequential(config)
+        plan, reconstruct, _ = self.adaptive(config).plan(config)
         return plan, apply_plan(self.model, plan, reconstruct=reconstruct)
 
     def scored(self, model: Any, dense: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ SmolLM2-135M-Instruct, {SIZES[args.size].label} removed, calibrated on {args.num
 over the base model in nats per token on {sum(tokens for _, tokens, _ in dense["documents"]):,} tokens of its validation split, 95 % bootstrap interval over
 documents, paired.
 
-**Layers** of the default with adaptive widths ({cell(whole)} in all). *Pruned alone*: excess with only these
+**Layers** of the model with adaptive widths ({cell(whole)} in all). *Pruned alone*: excess with only these
 layers pruned (sum: {alone:.3f}). *Gained if restored*: decrease of the excess with only these layers as in the base model.
 
 {table(["layers", "pruned alone", "gained if restored"], lines)}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Rows, given, parser, table, write_section
-from benchmarks.methods import OURS, Domain, documents_of, rounded
+from benchmarks.methods import Domain, documents_of, rounded
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
@@ -27,7 +27,7 @@ from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.evaluation.speed import measure_speed, speed_ratio
 from hf_context_prune.modeling.architectures import TARGETS
-from hf_context_prune.pipelines.validation_text import withhold_vocabulary_probe
+from hf_context_prune.pipelines.validation_text import withhold_token_probe
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
@@ -41,6 +41,10 @@ WAYS = {
 }
 REFIT = {"refit": [MORE_TEXT, MAX_STEPS]}
 """Part of the keys of rows with a refit."""
+REFIT_LAST = {"refit": [MORE_TEXT, MAX_STEPS, "last"]}
+"""The same where the refit follows the layers."""
+DEFAULT = "default"
+"""Place of the rows of the default, whose budget finds the number of entries."""
 GOALS: dict[int, tuple[float, dict[str, float | None]]] = {
     16_384: (0.14, {"law": 0.01, "medicine": 0.01, "finance": 0.01}),
     8_192: (0.17, {"law": None, "medicine": None, "finance": 0.03}),
@@ -100,31 +104,30 @@ class VocabularyDomain(Domain):
         return {**self.scored(model, tokenizer, dense), "refit": refit}
 
     def measure_combined(self, tokens: int | str, dense: Mapping[str, Any]) -> dict[str, Any]:
-        """Prune to one budget for all parameters, with a given number of entries, or with ``"auto"``."""
+        """Prune to one budget for all parameters: with a given number of entries, with all (0), or by `DEFAULT`."""
         loaded = self.load()
-        how: dict[str, Any] = {"vocab_size": "auto"} if tokens == "auto" else {"vocab_size": tokens} if tokens else {}
+        how: dict[str, Any] = {}
+        if tokens != DEFAULT:
+            how["native_architecture"] = False
+            how |= {"vocab_size": tokens} if tokens else {"units": "neurons,kv_groups", "refit_lm_head": False}
         config = PrunerConfig(
             pruning_ratio=COMBINED_RATIO,
-            allocation="adaptive",
-            **OURS,  # type: ignore[arg-type]
             num_calibration_samples=self.args.combined_samples,
             max_seq_length=self.args.length,
             pruning_seed=self.args.seed,
             **how,
         )
-        probe = None
-        if tokens == "auto":
-            probe = withhold_vocabulary_probe(loaded.model, loaded.tokenizer, self.train, config)
-        model, tokenizer, plan = prune_model(
-            loaded.model, loaded.tokenizer, CalibrationSet(self.train, config), config, vocabulary_probe=probe
-        )
+        calibration, probe = CalibrationSet(self.train, config), None
+        if tokens == DEFAULT:
+            probe = withhold_token_probe(loaded.model, loaded.tokenizer, calibration, config)
+        model, tokenizer, plan = prune_model(loaded.model, loaded.tokenizer, calibration, config, token_probe=probe)
         gone = {
             "neurons": sum(a.neurons - b.neurons for a, b in zip(plan.dense, plan.widths, strict=True)),
             "kv_groups": sum(a.kv_groups - b.kv_groups for a, b in zip(plan.dense, plan.widths, strict=True)),
             "tokens": plan.vocabulary.dense - len(plan.vocabulary.kept) if plan.vocabulary else 0,
         }
-        considered = plan.provenance.get("considered_vocabularies")
-        return {**self.scored(model, tokenizer, dense), "gone": gone, "considered": considered}
+        facts = {name: plan.provenance.get(name) for name in ("predicted_losses", "predicted_loss_increase")}
+        return {**self.scored(model, tokenizer, dense), "gone": gone, "native": len(set(plan.widths)) == 1, **facts}
 
     def measure_speed(self, tokens: int) -> dict[str, Any]:
         """Compare the speed of the base model and of the model with a pruned vocabulary."""
@@ -232,12 +235,12 @@ def combined_table(rows: Found, args: argparse.Namespace) -> str:
     body = []
     for domain in args.combined_domains:
         dense = rows[domain, "dense"]
-        for tokens in ("auto", *args.combined):
+        for tokens in (DEFAULT, *args.combined):
             row = rows[domain, "combined", tokens]
             body.append(
                 [
                     domain,
-                    "found (`--vocab-size auto`)" if tokens == "auto" else f"{tokens:,}" if tokens else "all",
+                    "found (the default)" if tokens == DEFAULT else f"{tokens:,}" if tokens else "all",
                     format_change(relative(dense, row, args.seed)),
                     *(f"{row['gone'][unit]:,}" for unit in ("tokens", "neurons", "kv_groups")),
                     f"{1 - row['parameters'] / dense['parameters']:.2%}",
@@ -277,8 +280,8 @@ def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
     if args.combined_domains:
         combined = f"""### One budget: {COMBINED_RATIO:.0%} of all parameters
 
-Adaptive widths and `obs` + `sequential` on {args.combined_samples} x {args.length} tokens, the refit on up to {MORE_TEXT} times as many
-(no refit if all entries are kept).
+Adaptive widths and `obs` + `sequential` on {args.combined_samples} x {args.length} tokens, then the refit on up to {MORE_TEXT} times as many
+(no refit if all entries are kept). The default may give all layers one width; the other rows may not.
 
 {combined_table(rows, args)}
 
@@ -354,12 +357,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for tokens in args.sizes:
         get(("speed", tokens), lambda n=tokens: first.measure_speed(n))
     get(("tool",), lambda: measure_tool_speed(domains.values()))
-    for name, tokens in itertools.product(args.combined_domains, ("auto", *args.combined)):
+    for name, tokens in itertools.product(args.combined_domains, (DEFAULT, *args.combined)):
         get(
             (name, "combined", tokens),
             lambda d=domains[name], n=tokens, row=rows[name, "dense"]: d.measure_combined(n, row),
             combined_blocks=args.combined_samples,
-            **(REFIT if tokens else {}),
+            **(REFIT_LAST if tokens else {}),
         )
     section = "vocabulary_quick" if args.quick else "vocabulary"
     write_section(section, results_text(rows, args, store.setting["machine"]))

@@ -40,16 +40,17 @@ def test_rows_verdicts_and_resume(options, tmp_path, monkeypatch):
         ]
         assert sum(n for _, n, _ in row["documents"]) >= sum(n for _, n, _ in dense["documents"])
     assert rows["law", "refit"]["parameters"] == dense["parameters"]
-    auto, whole, fixed = (rows["medicine", "combined", tokens] for tokens in ("auto", 0, 320))
+    default, whole, fixed = (rows["medicine", "combined", tokens] for tokens in ("default", 0, 320))
     assert (whole["gone"]["tokens"], fixed["gone"]["tokens"]) == (0, 72)
-    assert auto["gone"]["tokens"] == 392 - min(auto["considered"], key=lambda item: item[1] + item[2])[0]
-    assert all(row["parameters"] <= 0.7 * dense["parameters"] for row in (auto, whole, fixed))
+    assert default["gone"]["tokens"] > 0
+    assert default["predicted_loss_increase"] is not None
+    assert all(row["parameters"] <= 0.7 * dense["parameters"] for row in (default, whole, fixed))
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.count("<!-- begin vocabulary -->") == 1
     limit = vocabulary.relative(dense, rows["law", "frequency", 320], 0).value / 2
     assert f"(goal: at most {limit:.1%}, half of the loss by frequency)" in text
     assert "(goal: at most -100.0%): missed." in text
-    assert "found (`--vocab-size auto`)" in text
+    assert "found (the default)" in text
 
     monkeypatch.setattr(vocabulary.VocabularyDomain, "scored", lambda *_: pytest.fail("measured again"))
     vocabulary.main(options)
