@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_context_prune.config import config_from_provenance
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.publishing.card.card import rewrite_card
@@ -25,6 +24,7 @@ from hf_context_prune.publishing.space.facts import describe_removal, read_facts
 from hf_context_prune.publishing.space.settings import Entry, Source
 from hf_context_prune.storage.loading import load_model, load_pruned
 from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.provenance import config_from_provenance
 from hf_context_prune.utils.file_names import CARD_NAME, PLAN_NAME, REPORT_NAME
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -38,6 +38,7 @@ hf-context-prune prune base \\
   --domain law \\
   --general-data-ratio 0.25 \\
   --max-seq-length 32 \\
+  --no-native-architecture \\
   --num-calibration-samples 16 \\
   --pad-to-multiple-of 8 \\
   --pruning-ratio 0.25 \\
@@ -53,6 +54,7 @@ hf-context-prune prune base \\
   --mlp-ratio 0.5 \\
   --native-architecture \\
   --num-calibration-samples 16 \\
+  --no-refit-lm-head \\
   --round-to 4 \\
   --output mini-gpt
 # This run also had --distillation 0.25 --temperature 2.0 --rewind pretrained, which `recover` no longer has:

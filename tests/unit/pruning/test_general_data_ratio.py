@@ -13,7 +13,7 @@ from hf_context_prune.evaluation.general_text import read_general
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.pipelines.matrix import domain_matrix
 from hf_context_prune.pipelines.recover import recover_folder
-from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.calibration.samples import CalibrationSet, choose_general_share
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from tests.support.marks import TINY_TEXT
@@ -78,7 +78,7 @@ def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
     assert result.report.general is not None
     assert result.report.general.dataset.fingerprint == part.facts.fingerprint
     assert "a share of 0.5 of" in " ".join(result.report.notes)
-    plain = prune(base, domain, PrunerConfig(**OPTIONS), eval_options=options)
+    plain = prune(base, domain, PrunerConfig(**OPTIONS, general_data_ratio=0.0), eval_options=options)
     assert plain.report.general is not None
     assert plain.report.general.dataset.fingerprint == whole.facts.fingerprint  # nothing of it was calibrated on
     assert plain.plan.layers != result.plan.layers or not torch.equal(
@@ -156,6 +156,19 @@ def test_a_share_that_is_no_sample_is_refused(base, mix):
     config = PrunerConfig(**OPTIONS, general_data_ratio=mix)
     with pytest.raises(ConfigError, match=rf"{mix}\b.*\b8\b.*0\.125.*0\.875"):
         prune(base, documents(WORDS[:8]), config, eval_options=EvalOptions(general_data=general_text()))
+
+
+def test_a_quarter_is_general_text_where_there_is_some_and_nobody_asks_otherwise(base):
+    for samples, given, general, share in (
+        *((8, None, True, 0.25), (3, None, True, 0.25), (2, None, True, None), (1, None, True, None)),
+        *((8, None, False, None), (8, 0.0, True, 0.0), (8, 0.5, True, 0.5), (8, 0.5, False, 0.5)),
+    ):
+        config = PrunerConfig(num_calibration_samples=samples, general_data_ratio=given)
+        assert choose_general_share(config, general_text() if general else None) == share
+    options = EvalOptions(benchmark=False, memory=False, general_data=general_text())
+    result = prune(base, documents(WORDS[:8]), PrunerConfig(**OPTIONS), eval_options=options)
+    assert result.plan.provenance["config"]["general_data_ratio"] == 0.25
+    assert "a share of 0.25 of" in " ".join(result.report.notes)
 
 
 def test_shares_out_of_range(subtests):

@@ -8,14 +8,12 @@ import pytest
 
 from hf_context_prune import prune_vocabulary
 from hf_context_prune.config import PrunerConfig, build_config
-from hf_context_prune.data.documents import load_documents
 from hf_context_prune.errors import BudgetError, CalibrationWarning, ConfigError, PruningWarning
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.export.run import export_model
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pipelines.prune import prune
 from hf_context_prune.pruning.prune_model import check_budget
-from hf_context_prune.pruning.token_budget import VocabularyProbe, _vocabulary_curve
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.training.callback.callback import ContextPruneCallback
@@ -30,9 +28,10 @@ pytestmark = TINY_TEXT
 
 ALONE = {"vocab_size": 280, "pad_to_multiple_of": 1}  # nothing but vocabulary entries goes
 RATIO = {"pruning_ratio": 0.2}
+LAYERS = {**RATIO, "units": "neurons,kv_groups"}
 UNUSED = [
-    ({**RATIO, "pad_to_multiple_of": 8}, "pad_to_multiple_of=8 has no effect: no vocabulary entry is removed"),
-    ({**RATIO, "vocab_criterion": "frequency"}, "vocab_criterion='frequency' has no effect: no vocabulary entry"),
+    ({**LAYERS, "pad_to_multiple_of": 8}, "pad_to_multiple_of=8 has no effect: no vocabulary entry is removed"),
+    ({**LAYERS, "vocab_criterion": "frequency"}, "vocab_criterion='frequency' has no effect: no vocabulary entry"),
     ({"attention_ratio": 0.5, "round_to": 8}, "round_to=8 has no effect: no MLP neuron is removed"),
     ({"mlp_ratio": 0, "attention_ratio": 0.5, "round_to": 8}, "round_to=8 has no effect: no MLP neuron is removed"),
     ({**RATIO, "reconstruction": "none", "ridge": 0.5}, "ridge=0.5 has no effect: reconstruction='none' solves no"),
@@ -42,12 +41,16 @@ UNUSED = [
     ({**ALONE, "criterion": "wanda"}, "criterion='wanda' has no effect: neither"),
     ({**ALONE, "allocation": "adaptive"}, "allocation='adaptive' has no effect: neither"),
     ({**ALONE, "reconstruction": "least_squares"}, "reconstruction='least_squares' has no effect: neither"),
-    ({**ALONE, "general_data_ratio": 0.5}, "general_data_ratio=0.5 has no effect: neither .* the domain's text alone"),
+    ({**RATIO, "units": "tokens", "round_to": 8}, "round_to=8 has no effect: neither"),
     ({"embedding_threshold": 0.0, "num_calibration_samples": 4}, "num_calibration_samples=4 has no effect: embedding"),
     ({"embedding_threshold": 0.0, "general_data_ratio": 0.5}, "general_data_ratio=0.5 has no effect: embedding_thre"),
 ]
 USED = [
     RATIO,
+    LAYERS,
+    {**RATIO, "units": "tokens", "pad_to_multiple_of": 8, "vocab_criterion": "frequency"},
+    {**RATIO, "pad_to_multiple_of": 8, "vocab_criterion": "frequency"},
+    {**ALONE, "general_data_ratio": 0.5},
     {"target_params": 1000, "round_to": 8},
     {"mlp_ratio": 0.5, "round_to": 8},
     {"max_loss_increase": 0.1, "round_to": 8, "ridge": 0.5},
@@ -76,7 +79,7 @@ def test_options_beside_which_others_change_nothing(subtests):
     for values in USED:
         with subtests.test(str(values)):
             assert not caught(lambda values=values: warn_of_unused_options(build_config(values)))
-    both = build_config({**RATIO, "pad_to_multiple_of": 8, "vocab_criterion": "frequency"})
+    both = build_config({**LAYERS, "pad_to_multiple_of": 8, "vocab_criterion": "frequency"})
     assert len(caught(lambda: warn_of_unused_options(both))) == 1
 
 
@@ -155,7 +158,7 @@ def test_runs_warn_once(base, subtests):
             lambda: pruned(base, linear_threshold=1e-9, activation_threshold=1e-9),
             r"Nothing was removed or zeroed: nothing lies below linear_threshold=1e-09, activation_threshold=1e-09",
         ),
-        "dry run": (lambda: dry_run(base, PrunerConfig(**RATIO, pad_to_multiple_of=8)), "pad_to_multiple_of=8 has no"),
+        "dry run": (lambda: dry_run(base, PrunerConfig(**LAYERS, pad_to_multiple_of=8)), "pad_to_multiple_of=8 has no"),
         "revision of a folder": (lambda: load_model(base, revision="main"), "revision='main' has no effect: .*base is"),
         "revision, dry run": (lambda: load_meta_model(base, revision="v1"), "revision='v1' has no effect"),
         "full, with a rank": (
@@ -198,12 +201,3 @@ def test_a_pruning_in_training_on_less_text_than_asked_for(tmp_path):
     hook = ContextPruneCallback(config, PruningSchedule(start=2, end=4, num_prunings=2))
     with pytest.warns(CalibrationWarning, match="after step 2 calibrates on 8 samples of 32 tokens, and not on 64"):
         trainer_for(tmp_path, hook).train()
-
-
-def test_auto_with_no_size_to_try(base):
-    loaded = load_model(base)
-    probe = VocabularyProbe(load_documents(texts(), tokenizer=loaded.tokenizer), lambda *_: 1.0, 1.0)
-    config = PrunerConfig(**RATIO, vocab_size="auto", pad_to_multiple_of=10**6)
-    with pytest.warns(PruningWarning, match="vocab_size='auto' finds no size to try, so all"):
-        curve = _vocabulary_curve(loaded.model, loaded.tokenizer, config, probe, 10)
-    assert curve == [(len(loaded.tokenizer), 0.0)]

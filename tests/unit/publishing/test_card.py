@@ -6,16 +6,20 @@ import ast
 import dataclasses
 import math
 import re
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from hf_context_prune import EvalOptions, PrunerConfig, RecoveryConfig, prune
+from hf_context_prune.cli.app import app
+from hf_context_prune.config import build_config
 from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveError
 from hf_context_prune.evaluation.accuracy import Accuracy
 from hf_context_prune.evaluation.bootstrap import Estimate
@@ -185,6 +189,36 @@ def test_options_of_another_version_are_shown_as_they_are(facts):
     assert "quantum" in text
     assert "hf-context-prune prune" not in text
     assert "does not record the options" in build_card(with_provenance(facts, config={})).text
+
+
+def test_the_command_asks_for_what_the_plan_records(facts, subtests):
+    """Also for what is off where the default would decide."""
+    prune_command = typer.main.get_command(app).commands["prune"]
+    for values, shown in (
+        ({}, ["--allocation adaptive", "--pruning-ratio 0.2"]),
+        ({"native_architecture": False, "refit_lm_head": False}, ["--no-native-architecture", "--no-refit-lm-head"]),
+        ({"native_architecture": True, "refit_lm_head": True}, [" --native-architecture", " --refit-lm-head"]),
+        (
+            {"units": "tokens,neurons", "general_data_ratio": 0.25},
+            ["--units tokens,neurons", "--general-data-ratio 0.25"],
+        ),
+        (
+            {"general_data_ratio": 0.0, "max_loss_increase": 0.1},
+            ["--general-data-ratio 0.0", "--max-loss-increase 0.1"],
+        ),
+        ({"linear_threshold": 0.1}, ["--linear-threshold 0.1"]),
+    ):
+        with subtests.test(**values):
+            config = build_config({**OPTIONS, "pruning_seed": 3, **values})
+            text = build_card(with_provenance(facts, config=config.to_dict())).text
+            command = re.search(r"^hf-context-prune prune (.*?)\n```", text, re.MULTILINE | re.DOTALL)[1].replace(
+                "\\\n", ""
+            )
+            assert all(words in command for words in shown)
+            given = prune_command.make_context("prune", shlex.split(command)).params
+            names = {item.name for item in dataclasses.fields(config)}
+            asked = {name: value for name, value in given.items() if name in names and value is not None}
+            assert build_config(asked) == config
 
 
 def test_without_a_report_it_says_that_nothing_was_measured(place):

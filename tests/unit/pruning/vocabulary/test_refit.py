@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from hf_context_prune.modeling.architectures import layers_of, spec_of
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.pruning.vocabulary import refit
-from hf_context_prune.pruning.vocabulary.refit import _RowRegression, num_refit_samples, refit_rows
+from hf_context_prune.pruning.vocabulary.refit import KnownStates, _RowRegression, num_refit_samples, refit_rows
 from tests.support.tiny import VOCABULARY, case
 
 
@@ -53,6 +54,44 @@ def test_it_lowers_the_loss_on_text_that_is_not_fitted(name):
     assert loss_of(model, domain(seed=1)) < dense[1] - 0.02  # nor is it that text alone
     assert result["share"] in (0.5, 1.0)
     assert changed(model, before) == HEADS[name]
+
+
+def states_of(model, samples):
+    """Hidden states behind the last layer, as an earlier stage leaves them."""
+    seen = []
+    last = layers_of(model, spec_of(model.config))[-1]
+    handle = last.register_forward_hook(
+        lambda _, args, found: seen.append(found if torch.is_tensor(found) else found[0])
+    )
+    with torch.no_grad():
+        model(input_ids=samples)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["llama-mqa-tied", "gpt2", "phi"])
+def test_known_states_give_the_same_rows_without_a_forward_pass(name, monkeypatch):
+    samples, read, inputs = domain(), [], refit._head_inputs
+
+    def counted(model, batch):
+        read.append(len(batch))
+        return inputs(model, batch)
+
+    monkeypatch.setattr(refit, "_head_inputs", counted)
+    heads, results = [], []
+    for known, forwards in ((None, 37), (24, 13), ("others", 37)):  # the first sample is read to try the head
+        model = case(name)
+        if known is not None:
+            states = states_of(model, samples[:24])
+            known = KnownStates(samples[:24], states) if known == 24 else KnownStates(samples[:24].flip(0), 0 * states)
+        read.clear()
+        results.append(refit_rows(model, samples, known))
+        heads.append(model.get_output_embeddings().weight)
+        assert sum(read) == forwards
+    torch.testing.assert_close(heads[1], heads[0], atol=1e-4, rtol=1e-4)
+    assert results[1] == pytest.approx(results[0], abs=1e-4)
+    assert torch.equal(heads[2], heads[0])  # states of other samples are left alone
+    assert results[2] == results[0]
 
 
 def test_text_that_misleads_leaves_all_as_it_was():

@@ -1,0 +1,83 @@
+"""Where tokens can't share the budget, or hardly count, the default prunes without them and says why in one line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_context_prune import PrunerConfig, prune
+from hf_context_prune.errors import DataError, VocabularyError
+from hf_context_prune.pruning.available_units import choose_units
+from hf_context_prune.storage.loading import LoadedModel
+from tests.support.marks import TINY_TEXT
+from tests.support.runs import OPTIONS, QUICK
+from tests.support.tiny_domain import documents, model_for, shared_tokenizer
+from tests.support.tiny_tokenizers import WORDS
+
+pytestmark = TINY_TEXT
+
+SMALL = {**OPTIONS, "pruning_ratio": 0.2, "criterion": "wanda", "reconstruction": "none"}
+ALL = "tokens,neurons,kv_groups"
+
+
+def word_pieces():
+    """A tokenizer of a kind that can't be trimmed."""
+    words = {word: index for index, word in enumerate(dict.fromkeys(["[UNK]", "[EOS]", *WORDS]))}
+    backend = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]")
+
+
+def pruned(tokenizer=None, text=None, **options):
+    tokenizer = tokenizer or shared_tokenizer("smollm2")
+    base = LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
+    how = {"eval_data": documents(WORDS[::-1]), "eval_options": QUICK}
+    return prune(base, text or documents(), PrunerConfig(**SMALL, **options), **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"tokenizer": word_pieces()}, r"The vocabulary can't be pruned\. .*WordPiece"),
+        ({"pad_to_multiple_of": 392}, r"Those that could go are 0\.00% of the parameters"),
+        ({"text": documents(count=1, length=2000)}, "domain, which is a single one"),
+    ],
+    ids=["tokenizer", "small vocabulary", "single document"],
+)
+def test_the_run_goes_on_without_tokens_and_says_why(how, said):
+    result = pruned(**how)
+    assert result.plan.vocabulary is None
+    assert result.plan.widths != result.plan.dense
+    assert result.report.size.achieved_ratio >= 0.2
+    assert result.plan.provenance["config"]["units"] == "neurons,kv_groups"
+    (line,) = (note for note in result.report.notes if "tokens stay" in note)
+    assert line.startswith("All tokens stay: ")
+    assert "\n" not in line
+    assert re.search(said, line)
+
+
+def test_who_asks_for_tokens_is_told_that_they_can_not_go(subtests):
+    for how, error, said in (
+        ({"tokenizer": word_pieces()}, VocabularyError, "WordPiece"),
+        ({"text": documents(count=1, length=2000)}, DataError, r"single one.*units='neurons,kv_groups'"),
+    ):
+        with subtests.test(said), pytest.raises(error, match=said):
+            pruned(**how, units=ALL)
+
+
+def test_a_config_that_says_which_units_is_left_as_it_is(subtests):
+    tokenizer = word_pieces()
+    model = model_for("llama", tokenizer)
+    for options in ({"units": ALL}, {"units": "neurons"}, {"allocation": "uniform"}, {"vocab_size": 40}):
+        with subtests.test(**options):
+            config = PrunerConfig(pruning_ratio=0.2, **options)
+            assert choose_units(model, tokenizer, config) == (config, None)
+    usual = PrunerConfig(pruning_ratio=0.2)
+    good = shared_tokenizer("smollm2")
+    assert choose_units(model_for("llama", good), good, usual) == (usual, None)
+    chosen, why = choose_units(model, tokenizer, usual)
+    assert (chosen.units, chosen.searches_tokens) == ("neurons,kv_groups", False)
+    assert why
