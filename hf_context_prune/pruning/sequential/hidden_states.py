@@ -31,6 +31,7 @@ class Stream:
     Attributes:
         base: Hidden states of the base model, [batch, length, hidden]; possibly memory-mapped.
         pruned: Hidden states of the pruned model, in the same shape.
+        start: Positions of the batches before this one, by which storage knows the batch.
         calls: The other arguments that each layer is called with.
         mask: Unpadded positions, [batch * length]; None without padding.
         device: Where layers run.
@@ -39,6 +40,7 @@ class Stream:
 
     base: torch.Tensor
     pruned: torch.Tensor
+    start: int
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     mask: torch.Tensor | None
     device: torch.device
@@ -57,38 +59,54 @@ class Stream:
 
 
 class StreamStorage:
-    """Room for both hidden states of every batch: memory, or above a limit a memory-mapped temporary file.
+    """Room for what is kept of every position: memory, or above a limit memory-mapped temporary files.
 
     Args:
-        elements: Values of all batches together, of one of the two models.
-        dtype: Of the hidden states.
+        positions: Positions of all batches together, padding included.
         limit: Bytes that may stay in memory; None: `SPILL_SHARE` of the free memory.
-
-    Attributes:
-        pruned: Hidden states of the pruned model, those of all kept batches one after the other, [elements].
     """
 
-    def __init__(self, elements: int, dtype: torch.dtype, *, limit: int | None = None) -> None:
-        if limit is None:
-            limit = int(SPILL_SHARE * psutil.virtual_memory().available)
-        self.spilled = 2 * elements * dtype.itemsize > limit
-        make = memmap_zeros if self.spilled else _empty
-        self._base, self.pruned = make(elements, dtype), make(elements, dtype)
-        self._used = 0
+    def __init__(self, positions: int, *, limit: int | None = None) -> None:
+        self.positions = positions
+        self._left = int(SPILL_SHARE * psutil.virtual_memory().available) if limit is None else limit
+        self._rooms: dict[str, torch.Tensor] = {}
 
-    def keep(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy a batch's hidden states into this storage, one copy per model, and return the copies."""
-        start, self._used = self._used, self._used + hidden.numel()
-        base, pruned = (flat[start : self._used].view(hidden.shape) for flat in (self._base, self.pruned))
-        return base.copy_(hidden), pruned.copy_(hidden)
+    def keep(self, name: str, start: int, values: torch.Tensor, *, width: int | None = None) -> torch.Tensor:
+        """Copy a batch's values into a room, and return the copy.
 
+        Args:
+            name: The room's name; it is made at first use.
+            start: Positions of the batches before this one.
+            values: [..., features]; all values of a room have one dtype.
+            width: Most features that the room will hold; None: those of `values`. Counts at first use.
+        """
+        if name not in self._rooms:
+            self._rooms[name] = self._make(width or values.shape[-1], values.dtype)
+        room = self._rooms[name]
+        begin = start * room.shape[1]
+        return room.view(-1)[begin : begin + values.numel()].view(values.shape).copy_(values)
 
-def _empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(elements, dtype=dtype)
+    def room(self, name: str) -> torch.Tensor:
+        """Return all values that a room holds, [positions, features]."""
+        return self._rooms[name]
+
+    def _make(self, width: int, dtype: torch.dtype) -> torch.Tensor:
+        elements = self.positions * width
+        size = elements * dtype.itemsize
+        in_memory = size <= self._left
+        self._left -= size if in_memory else 0
+        flat = torch.empty(elements, dtype=dtype) if in_memory else memmap_zeros(elements, dtype)
+        return flat.view(-1, width)
 
 
 def capture(
-    view: ModelView, inputs: Batch, mask: torch.Tensor | None, storage: StreamStorage, *, validation: bool = False
+    view: ModelView,
+    inputs: Batch,
+    mask: torch.Tensor | None,
+    storage: StreamStorage,
+    start: int,
+    *,
+    validation: bool = False,
 ) -> Stream:
     """Record the first hidden states and the other arguments of every layer. No layer computes anything meanwhile."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -102,17 +120,15 @@ def capture(
     with patch_forwards(view.layers, [record] * len(view.layers)):
         view.model.base_model(**inputs, use_cache=False)
     hidden = first[0]
-    return Stream(*storage.keep(hidden), calls, mask, hidden.device, validation)
+    base, pruned = (storage.keep(name, start, hidden) for name in ("base", "pruned"))
+    return Stream(base, pruned, start, calls, mask, hidden.device, validation)
 
 
 @contextmanager
-def record_activations(module: nn.Module, *, inputs: bool) -> Iterator[list[torch.Tensor]]:
-    """Record the inputs (or the outputs) of a module's next call."""
+def record_output(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Record the output of a module's next call."""
     seen: list[torch.Tensor] = []
-    if inputs:
-        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    else:
-        handle = module.register_forward_hook(lambda _, args, output: seen.append(output))
+    handle = module.register_forward_hook(lambda _, args, output: seen.append(output))
     try:
         yield seen
     finally:

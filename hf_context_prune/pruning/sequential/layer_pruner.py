@@ -16,7 +16,13 @@ import torch
 from torch import nn
 
 from hf_context_prune.errors import NumericsError
-from hf_context_prune.modeling.architectures import Target, is_parallel, output_weight, residual_scale
+from hf_context_prune.modeling.architectures import (
+    Target,
+    is_parallel,
+    output_projection,
+    output_weight,
+    residual_scale,
+)
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.view import ModelView
@@ -29,7 +35,8 @@ from hf_context_prune.pruning.surgery import kept_features
 from hf_context_prune.utils.precision import overflow_remedy, reduced_precision_matmul
 
 from .checkpoint import FinishedLayer, Output
-from .hidden_states import Stream, record_activations
+from .hidden_states import Stream, StreamStorage, record_output
+from .replay import ORDER, ReplayedLayer
 from .sub_layer import SubLayer
 
 CORRECTION_RIDGES = (0.1, 0.3, 1.0, 3.0)
@@ -44,112 +51,134 @@ class SequentialPruner:
     Args:
         view: The base model.
         streams: Hidden states before the first layer.
+        storage: Room for what a layer computes on them.
         criterion: Ranks units.
         ridge: Share of each feature's mean square.
         seed: For the `random` criterion.
     """
 
     def __init__(
-        self, view: ModelView, streams: Sequence[Stream], criterion: Criterion, ridge: float, seed: int
+        self,
+        view: ModelView,
+        streams: Sequence[Stream],
+        storage: StreamStorage,
+        criterion: Criterion,
+        ridge: float,
+        seed: int,
     ) -> None:
-        self.view, self.streams = view, streams
+        self.view, self.streams, self.storage = view, streams, storage
         self.criterion, self.ridge, self.seed = criterion, ridge, seed
         config = view.model.config
         self.scale, self.parallel = residual_scale(config, view.spec), is_parallel(config, view.spec)
+        self._diverged = False  # whether a layer was pruned, so that the two streams differ
 
     def prune(self, index: int, widths: LayerWidths) -> FinishedLayer:
         """Prune one layer to its widths, and move both streams behind it."""
         base = self.view.widths[index]
-        order: tuple[Target, ...] = ("attention", "mlp")
-        narrower = [target for target in order if widths.of(target) < base.of(target)]
+        narrower = [target for target in ORDER if widths.of(target) < base.of(target)]
         done = FinishedLayer(LayerPlan(tuple(range(base.neurons)), tuple(range(base.kv_groups))))
-        layer = copy.deepcopy(self.view.layers[index])  # removed units stay in it, with output columns of zero
-        references = self._base_pass(index, narrower)
+        if not narrower:
+            self.replay(index, done)
+            return done
+        layer = ReplayedLayer(index, self._copy(index), self.view, self.storage, narrower)
         for target in narrower:
-            sub_layer = SubLayer(layer, self.view.spec, target)
-            fit, validation = self._pruned_pass(index, layer, sub_layer, references)
-            units, output = self._choose_and_reconstruct(index, layer, sub_layer, widths.of(target), fit, validation)
+            fit, validation = self._measure(layer, target, base_too=target == narrower[0])
+            units, output = self._choose_and_reconstruct(layer, target, widths.of(target), fit, validation)
             done = FinishedLayer(replace(done.layer, **{UNIT_NAMES[target]: units}), {**done.outputs, target: output})
-            sub_layer.install(kept_features(self.view.geometry, target, units), *output)
+            layer.settle(target, kept_features(self.view.geometry, target, units), output)
         for stream in self.streams:
-            stream.pruned.copy_(stream.call(index, layer, stream.pruned))
+            stream.pruned.copy_(layer.call(stream, record=False))
+        self._diverged = True
         return done
 
     def replay(self, index: int, done: FinishedLayer) -> None:
-        """Move both streams behind a layer that an earlier, interrupted run finished."""
-        base, layer = self.view.layers[index], copy.deepcopy(self.view.layers[index])
+        """Move both streams behind a layer that is done, by an earlier, interrupted run or because it stays whole."""
+        base = pruned = self.view.layers[index]
+        if done.outputs:
+            pruned, self._diverged = self._copy(index), True
         for target, output in done.outputs.items():
             features = kept_features(self.view.geometry, target, done.layer.kept(target))
-            SubLayer(layer, self.view.spec, target).install(features, *output)
+            SubLayer(pruned, self.view.spec, target).install(features, *output)
         for stream in self.streams:
             stream.base.copy_(stream.call(index, base, stream.base))
-            stream.pruned.copy_(stream.call(index, layer, stream.pruned))
+            stream.pruned.copy_(stream.call(index, pruned, stream.pruned) if self._diverged else stream.base)
 
-    def _base_pass(self, index: int, targets: Sequence[Target]) -> list[torch.Tensor | None]:
-        """Move the base streams behind the layer.
+    def _copy(self, index: int) -> nn.Module:
+        """Return a copy of a layer that shares all weights with it but those of the output projections.
 
-        Returns:
-            For each stream what attention has to add for the pruned residual stream behind it to equal the base
-            model's, [tokens, outputs]; None where that is not needed.
+        Removed units stay in it, with output columns of zero.
         """
-        references: list[torch.Tensor | None] = []
-        layer = self.view.layers[index]
-        attention = SubLayer(layer, self.view.spec, "attention")
-        is_needed = "attention" in targets and not self.parallel
-        for stream in self.streams:
-            with record_activations(attention.branch, inputs=False) as output:
-                after = stream.call(index, layer, stream.base)
-            reference = None
-            if is_needed:
-                lag = stream.rows(stream.base) - stream.rows(stream.pruned)
-                reference = stream.rows(output[0]) + lag / self.scale
-            references.append(reference)
-            stream.base.copy_(after)
-        return references
+        layer, spec = self.view.layers[index], self.view.spec
+        own = {id(weight) for target in ORDER for weight in output_projection(layer, spec, target).parameters()}
+        tensors = (*layer.parameters(), *layer.buffers())
+        return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
 
-    def _pruned_pass(
-        self, index: int, layer: nn.Module, sub_layer: SubLayer, references: list[torch.Tensor | None]
+    def _measure(
+        self, layer: ReplayedLayer, target: Target, *, base_too: bool
     ) -> tuple[RegressionMoments, RegressionMoments]:
-        """Return the sums of one sub-layer over fitted and validation text; the streams stay before the layer."""
-        weight, target = output_weight(sub_layer.projection), sub_layer.target
+        """Return the sums of one sub-layer over fitted and validation text; the pruned streams stay before the layer.
+
+        Args:
+            layer: The layer.
+            target: The sub-layer.
+            base_too: Move the base streams behind the layer, too.
+        """
+        sub_layer = layer.sub_layers[target]
+        weight = output_weight(sub_layer.projection)
+        # Attention is measured alone: only the MLP can make up for what a layer's output lacks, unless it runs beside.
+        alone = target == "attention" and not self.parallel
         fit, validation = (
             RegressionMoments(weight.shape[1], weight.shape[0], weight.device, centre=sub_layer.centre)
             for _ in range(2)
         )
-        for stream, reference in zip(self.streams, references, strict=True):
-            with (
-                record_activations(sub_layer.projection, inputs=True) as x,
-                record_activations(sub_layer.projection, inputs=False) as output,
-                record_activations(sub_layer.branch, inputs=False) as branch,
-            ):
-                after = stream.call(index, layer, stream.pruned)
-            if reference is not None and target == "attention":
+        for stream in self.streams:
+            reference = self._base_pass(layer.index, stream) if base_too else None
+            with record_output(sub_layer.projection) as output, record_output(sub_layer.branch) as branch:
+                after = layer.call(stream, without_mlp=alone)
+            if alone:
+                assert reference is not None  # attention comes first
                 lacking = reference - stream.rows(branch[0])
             else:  # the last sub-layer that adds: it has to make up for all that the layer's output lacks
                 lacking = (stream.rows(stream.base) - stream.rows(after)) / self.scale
-            rows = sub_layer.regression(stream.rows(x[0]), stream.rows(output[0]), lacking)
+            x = stream.rows(layer.inputs(target, stream))
+            rows = sub_layer.regression(x, stream.rows(output[0]), lacking)
             with reduced_precision_matmul():  # bfloat16 rounding is far below the ridge
                 (validation if stream.validation else fit).add(*rows)
         for moments in (fit, validation):
             reduce_moments(moments)
-            moments.statistics.check_finite(f"layer {index} ({target}), pruned stream")
+            moments.statistics.check_finite(f"layer {layer.index} ({target}), pruned stream")
             if not bool(torch.isfinite(moments.cross).all()):
                 raise NumericsError(
-                    f"NaN or Inf in the target of layer {index} ({target}). {overflow_remedy(self.view.model.dtype)}"
+                    f"NaN or Inf in the target of layer {layer.index} ({target}). "
+                    f"{overflow_remedy(self.view.model.dtype)}"
                 )
         return fit, validation
 
+    def _base_pass(self, index: int, stream: Stream) -> torch.Tensor:
+        """Move a base stream behind the layer.
+
+        Returns:
+            What attention has to add for the pruned residual stream behind it to equal the base model's, [tokens,
+            outputs].
+        """
+        layer = self.view.layers[index]
+        with record_output(SubLayer(layer, self.view.spec, "attention").branch) as output:
+            after = stream.call(index, layer, stream.base)
+        lag = stream.rows(stream.base) - stream.rows(stream.pruned)
+        stream.base.copy_(after)
+        return stream.rows(output[0]) + lag / self.scale
+
     def _choose_and_reconstruct(
         self,
-        index: int,
-        layer: nn.Module,
-        sub_layer: SubLayer,
+        layer: ReplayedLayer,
+        target: Target,
         count: int,
         fit: RegressionMoments,
         validation: RegressionMoments,
     ) -> tuple[tuple[int, ...], Output]:
         """Return the units that stay, and the weight and bias that reconstruct the output from them."""
-        target, old = sub_layer.target, output_weight(sub_layer.projection).double()
+        sub_layer = layer.sub_layers[target]
+        old = output_weight(sub_layer.projection).double()
         moments = fit.second_moments()
         shares = CORRECTION_RIDGES if validation.statistics.num_tokens else (DEFAULT_CORRECTION_RIDGE,)
         optima = {share: regress(old, *moments, None, self.ridge, share) for share in shares}
@@ -157,7 +186,7 @@ class SequentialPruner:
         if validation.statistics.num_tokens:
             withheld = validation.second_moments()
             correction_ridge = min(shares, key=lambda share: squared_error(optima[share] - old, *withheld))
-        units = self._choose_units(index, layer, target, count, optima[correction_ridge], fit)
+        units = self._choose_units(layer, target, count, optima[correction_ridge], fit)
         features = kept_features(self.view.geometry, target, units)
         weight = regress(old, *moments, features, self.ridge, correction_ridge)
         bias = sub_layer.projection.bias
@@ -167,10 +196,11 @@ class SequentialPruner:
         return units, (weight.float(), None if bias is None else bias.float().clone())
 
     def _choose_units(
-        self, index: int, layer: nn.Module, target: Target, count: int, output: torch.Tensor, fit: RegressionMoments
+        self, layer: ReplayedLayer, target: Target, count: int, output: torch.Tensor, fit: RegressionMoments
     ) -> tuple[int, ...]:
         """Return the best units of a sub-layer, ranked with a reconstructed output weight."""
-        weights = weights_of_layer(self.view, index, target, layer)
+        index = layer.index
+        weights = weights_of_layer(self.view, index, target, layer.layer)
         # Every layer has its own generator, so that a resumed run draws what an uninterrupted one does.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + 2 * index + (target == "mlp")) % 2**63)
         scores = self.criterion.function(replace(weights, output=output).cpu(), fit.statistics.cpu(), generator)

@@ -119,41 +119,50 @@ def prune_sequentially(
     batches = list(batches)
     checkpoint = SequentialCheckpoint(state_dir, model, batches, widths, criterion.name, ridge, seed)
     with evaluation_mode(model, inference=False):
-        streams, result = _capture_streams(view, batches, memory_limit)
-        pruner = SequentialPruner(view, streams, criterion, ridge, seed)
+        mine = shard(batches)
+        storage = StreamStorage(sum(batch["input_ids"].numel() for _, batch in mine), limit=memory_limit)
+        streams = _capture_streams(view, mine, choose_validation(len(batches), VALIDATION_EVERY), storage)
+        result = _count(streams)
+        pruner = SequentialPruner(view, streams, storage, criterion, ridge, seed)
         for index, done in enumerate(_finish_layers(pruner, checkpoint, widths)):
             result.layers += (done.layer,)
             result.outputs |= {(index, target): output for target, output in done.outputs.items()}
+    if len(streams) == len(batches) and len({stream.pruned.shape[1] for stream in streams}) == 1:
+        result.final_states = storage.room("pruned").view(-1, *streams[0].pruned.shape[1:])
     return result
 
 
 def _capture_streams(
-    view: ModelView, batches: Sequence[Batch], memory_limit: int | None
-) -> tuple[list[Stream], SequentialResult]:
-    """Return this process's streams before the first layer, and the counts of all processes."""
-    model, table = view.model, view.model.get_input_embeddings().weight
-    validation = choose_validation(len(batches), VALIDATION_EVERY)
-    mine, result = shard(batches), SequentialResult()
-    elements = sum(batch["input_ids"].numel() for _, batch in mine) * model.config.hidden_size
-    storage = StreamStorage(elements, table.dtype, limit=memory_limit)
-    streams = []
-    for index, batch in mine:
-        inputs, mask = prepare_batch(batch, index, table.shape[0])
-        kept = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        if kept == 0:
+    view: ModelView, batches: Sequence[tuple[int, Batch]], validation: Sequence[bool], storage: StreamStorage
+) -> list[Stream]:
+    """Return the streams of these batches before the first layer; batches of nothing but padding have none."""
+    model, rows = view.model, view.model.get_input_embeddings().weight.shape[0]
+    streams, start = [], 0
+    for index, batch in batches:
+        inputs, mask = prepare_batch(batch, index, rows)
+        if mask is not None and not bool(mask.any()):
             continue
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         mask = None if mask is None else mask.to(model.device)
-        streams.append(capture(view, inputs, mask, storage, validation=validation[index]))
-        result.num_tokens += kept
-        result.num_samples += batch["input_ids"].shape[0]
-    result.num_tokens, result.num_samples = sum_counts(result.num_tokens, result.num_samples)
-    if not result.num_tokens:
+        streams.append(capture(view, inputs, mask, storage, start, validation=validation[index]))
+        start += batch["input_ids"].numel()
+    return streams
+
+
+def _count(streams: Sequence[Stream]) -> SequentialResult:
+    """Return a result without layers yet, with the samples and tokens of all processes.
+
+    Raises:
+        DataError: There is no unpadded token.
+    """
+    num_samples = sum(stream.base.shape[0] for stream in streams)
+    num_tokens = sum(
+        stream.base[..., 0].numel() if stream.mask is None else int(stream.mask.sum()) for stream in streams
+    )
+    num_samples, num_tokens = sum_counts(num_samples, num_tokens)
+    if not num_tokens:
         raise DataError("There is nothing to calibrate on: no batch, or every position is padding.")
-    # The pass moves the streams in place, so this holds the final states once it is done.
-    if len(streams) == len(batches) and len({stream.pruned.shape[1] for stream in streams}) == 1:
-        result.final_states = storage.pruned.view(-1, *streams[0].pruned.shape[1:])
-    return streams, result
+    return SequentialResult(num_samples=num_samples, num_tokens=num_tokens)
 
 
 def _finish_layers(
