@@ -36,7 +36,7 @@ def check_minutes(config: RecoveryConfig, needed: float, reason: str) -> None:
     Args:
         config: All choices.
         needed: Seconds that are needed beside the training.
-        reason: What needs them, with a verb: "measuring the validation text once takes".
+        reason: What needs them, with a verb: "measuring the validation text takes".
 
     Raises:
         ConfigError: The time is not longer than that.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -63,8 +64,8 @@ def history(folder):
     return {name: value for name, value in run["history"].items() if "seconds" not in name and "second" not in name}
 
 
-def kill(place, output, owner, name, call=1):
-    """Run, and let the n-th call of a function be the moment of the kill."""
+def kill(work, owner, name, call=1):
+    """Work, and let the n-th call of a function be the moment of the kill."""
     real, calls = getattr(owner, name), []
 
     def stop(*given, **how):
@@ -76,16 +77,16 @@ def kill(place, output, owner, name, call=1):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, stop)
         with pytest.raises(Killed):
-            run(place, output)
+            work()
 
 
-def resume(place, output, **options):
-    """Run again, where nothing may be pruned; returns the steps that were taken."""
+def resume(work):
+    """Work again, where nothing may be pruned; returns the steps that were taken."""
     loss, steps = TRAINER.compute_loss, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "prune_model", lambda *_, **__: pytest.fail("pruned again"))
         patch.setattr(TRAINER, "compute_loss", lambda *given, **how: steps.append(1) or loss(*given, **how))
-        run(place, output, **options)
+        work()
     return len(steps)
 
 
@@ -123,7 +124,9 @@ def test_one_folder_with_one_card_shows_all_three(place, tmp_path):
 def test_it_is_what_the_two_commands_give(place, whole, tmp_path):
     prune_to_folder(place / "base", place / "data.jsonl", tmp_path / "pruned", CONFIG, eval_options=QUICK)
     options = {"base": place / "base", "eval_options": QUICK}
-    recover_to_folder(tmp_path / "pruned", place / "data.jsonl", tmp_path / "out", RECOVERY, **options)
+    work = partial(recover_to_folder, tmp_path / "pruned", place / "data.jsonl", tmp_path / "out", RECOVERY, **options)
+    kill(work, TRAINER, "compute_loss", 6)
+    assert resume(work) == 6
     assert weights(tmp_path / "out") == weights(whole)
     assert history(tmp_path / "out") == history(whole)
     two, one = (EvalReport.load(folder / "eval_report.json") for folder in (tmp_path / "out", whole))
@@ -133,9 +136,10 @@ def test_it_is_what_the_two_commands_give(place, whole, tmp_path):
 
 def check_kill(place, whole, output, owner, name, call, steps):
     """Kill a run and resume it: nothing is pruned again, the steps that are left are taken, and no bit differs."""
-    kill(place, output, owner, name, call)
+    work = partial(run, place, output)
+    kill(work, owner, name, call)
     assert not output.exists()
-    assert resume(place, output) == steps
+    assert resume(work) == steps
     assert weights(output) == weights(whole)
     assert history(output) == history(whole)
     assert (output / "config.json").read_bytes() == (whole / "config.json").read_bytes()
@@ -164,7 +168,7 @@ def test_a_kill_in_other_stages_changes_no_bit(place, whole, tmp_path, subtests)
 
 
 def test_a_damaged_stage_is_done_again(place, whole, tmp_path, caplog):
-    kill(place, tmp_path / "out", TRAINER, "compute_loss", 6)
+    kill(partial(run, place, tmp_path / "out"), TRAINER, "compute_loss", 6)
     (folder,) = (cache_dir() / "unfinished").iterdir()
     (kept,) = folder.glob("pruned-*")
     for damaged in (kept / "model.safetensors", folder / "recovery.safetensors"):
@@ -176,8 +180,9 @@ def test_a_damaged_stage_is_done_again(place, whole, tmp_path, caplog):
 
 
 def test_another_time_for_the_recovery_prunes_nothing_again(place, tmp_path):
-    kill(place, tmp_path / "out", TRAINER, "compute_loss", 6)
-    assert resume(place, tmp_path / "out", recovery=replace(RECOVERY, max_steps=3)) == 3
+    work = partial(run, place, tmp_path / "out")
+    kill(work, TRAINER, "compute_loss", 6)
+    assert resume(partial(work, recovery=replace(RECOVERY, max_steps=3))) == 3
 
 
 def test_without_room_nothing_is_kept_and_it_says_so(place, whole, tmp_path, monkeypatch):
