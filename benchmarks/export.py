@@ -10,7 +10,6 @@ import functools
 import os
 import statistics
 import tempfile
-import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -91,10 +90,9 @@ def measure(folder: Path, exports: tuple[tuple[str, str], ...], options: argpars
         speeds: dict[str, list[float]] = {name: [] for name in runtimes}
         for turn in range(options.rounds + 1):
             for name, runtime in runtimes.items():
-                start = time.perf_counter()
-                count = len(runtime.generate(prompt, options.new_tokens))
+                seconds = runtime.time_generation([prompt], options.new_tokens)[1]
                 if turn:  # the first turn warms up
-                    speeds[name].append(count / (time.perf_counter() - start))
+                    speeds[name].append(options.new_tokens / seconds)
     return {"exports": found, "speeds": speeds, "bytes": count_weight_bytes(folder)}
 
 
@@ -169,8 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
 SmolLM2-135M-Instruct (float32, dequantised), the base model and two models with 30 % of its parameters removed (vocabulary
 of 16,384 entries, then MLP neurons; uniform: the same width in every layer, variable: adaptive widths), in every runtime of
 `hf-context-prune export`. Bits per byte on about {tokens:,} test tokens of `{args.domain}` (a check of the export; too little text to judge
-the pruning); greedy texts of 32 tokens against those of the folder; decoding of {args.new_tokens} tokens, one sequence, median of {args.rounds}
-rounds in which the runtimes of a folder and the base model take turns. Load average of the machine when this was written:
+the pruning); greedy texts of 32 tokens against those of the folder; {args.new_tokens} decode steps of one sequence by the runtime's own clock, median of
+{args.rounds} rounds in which the runtimes of a folder and the base model take turns. Load average of the machine when this was written:
 {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (above 1 per core, speeds mean little: run again on a quiet machine).
 
 {table(header, [line for kind, row in found.items() for line in lines_of(kind, row)])}

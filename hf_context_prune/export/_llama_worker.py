@@ -1,7 +1,8 @@
 """A process that serves one GGUF file with llama.cpp until its standard input ends.
 
 It runs as a script, not as a part of the package: llama.cpp ends its process on files that it can't run, and the
-package would load torch. Arguments: the file, positions, threads. The address is the last line of standard output.
+package would load torch. Arguments: the file, positions per sequence, sequences, threads. The
+address is the last line of standard output.
 """
 
 import json
@@ -14,11 +15,11 @@ import xllamacpp
 
 def start_server() -> xllamacpp.Server:
     """Start a server at a free port of this machine alone."""
-    path, positions, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    path, positions, sequences, threads = sys.argv[1], *map(int, sys.argv[2:])
     params = xllamacpp.CommonParams()
     params.model.path = path
-    params.n_ctx = positions
-    params.n_parallel = 1
+    params.n_ctx = positions * sequences
+    params.n_parallel = sequences
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = False

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,18 @@ class LlamaCppRuntime:
     Args:
         file: The GGUF file.
         threads: Number of threads.
+        positions: Largest number of tokens of a sequence.
+        sequences: Largest number of sequences that are decoded together.
 
     Raises:
         ExportError: llama.cpp can't open the file; the message has its output.
     """
 
-    def __init__(self, file: Path, *, threads: int) -> None:
+    def __init__(self, file: Path, *, threads: int, positions: int = _POSITIONS, sequences: int = 1) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             # -P: the worker's folder has modules with the names of libraries.
-            [sys.executable, "-P", str(_WORKER), str(file), str(_POSITIONS), str(threads)],
+            [sys.executable, "-P", str(_WORKER), str(file), *map(str, (positions, sequences, threads))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -73,6 +76,23 @@ class LlamaCppRuntime:
         found = self._complete(list(ids), n_predict=new_tokens, temperature=0.0, cache_prompt=False)
         tokens = [int(token) for token in found["tokens"]]
         return tokens[:-1] if found["stop_type"] == "eos" else tokens
+
+    def time_generation(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+        """Time a generation as [`Runtime`][] does: llama.cpp's own times, which the server and HTTP have no part in.
+
+        Every prompt is read into a slot of its own. Then all slots decode at once: each reads its last token again and
+        draws its first, then comes one common step per token.
+        """
+        slots = list(enumerate(map(list, prompts)))
+        prefill = sum(
+            self._complete(prompt, n_predict=0, cache_prompt=False, id_slot=slot)["timings"]["prompt_ms"]
+            for slot, prompt in slots
+        )
+        options = {"n_predict": new_tokens + 1, "ignore_eos": True, "samplers": ["top_k"], "top_k": 1}
+        with ThreadPoolExecutor(len(slots)) as pool:
+            done = list(pool.map(lambda item: self._complete(item[1], id_slot=item[0], **options), slots))
+        decode = max(found["timings"]["predicted_ms"] for found in done)
+        return prefill / 1000, decode / 1000
 
     def encode(self, text: str) -> list[int] | None:
         """Tokenize a text as [`Runtime`][] does."""

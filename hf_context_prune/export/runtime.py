@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hf_context_prune.modeling.generation import get_end_token_ids, with_plain_generation
+from hf_context_prune.modeling.generation import get_end_token_ids, time_generation, with_plain_generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +26,14 @@ class Runtime(Protocol):
 
     def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
         """Return the new tokens of a greedy continuation, without an end-of-text token at its end."""
+
+    def time_generation(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+        """Return the seconds that the runtime takes to read prompts of one length, and for its decode steps.
+
+        Args:
+            prompts: Token ids of sequences that are decoded together.
+            new_tokens: Decode steps, at least 1.
+        """
 
     def encode(self, text: str) -> list[int] | None:
         """Return token ids of the runtime's tokenizer, without special tokens; None where it has no tokenizer."""
@@ -58,6 +66,12 @@ class TorchRuntime:
             )
         new: list[int] = output[0, len(ids) :].tolist()
         return new[:-1] if new and new[-1] in ends else new
+
+    def time_generation(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+        """Time a generation as [`Runtime`][] does."""
+        ids = torch.tensor([list(prompt) for prompt in prompts])
+        with torch.no_grad():
+            return time_generation(self._model, ids, new_tokens, inference=False)
 
     def encode(self, text: str) -> list[int] | None:
         """Return None: the tokenizer is the one of transformers."""

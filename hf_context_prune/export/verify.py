@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +52,8 @@ class Verification:
         new_tokens: Largest number of tokens of each.
         equal_texts: Number of continuations that are the same token by token.
         largest_gap: Largest log-probability (nats) by which the folder's model preferred another token.
-        tokens_per_second_before: Speed of the folder's model: greedy, one sequence with its prompt; median of prompts.
+        tokens_per_second_before: Decode steps per second of the folder's model, by its runtime's own clock: one
+            sequence, after its prompt; median of prompts.
         tokens_per_second_after: Speed of the artefact.
         bytes_before: Size of the weights on disk.
         bytes_after: Size of the artefact.
@@ -98,13 +98,10 @@ def measure(runtime: Runtime, sample: Sample, before: Measurement | None = None)
     """
     expected: Sequence[Sequence[float] | None] = before.losses if before else [None] * len(sample.windows)
     losses = [runtime.losses(window, about) for window, about in zip(sample.windows, expected, strict=True)]
-    runtime.generate(sample.prompts[0], 2)  # the first call allocates buffers
     texts, speeds = [], []
     for prompt in sample.prompts:
-        start = time.perf_counter()
-        text = runtime.generate(prompt, sample.new_tokens)
-        texts.append(tuple(text))
-        speeds.append(max(len(text), 1) / (time.perf_counter() - start))
+        texts.append(tuple(runtime.generate(prompt, sample.new_tokens)))
+        speeds.append(sample.new_tokens / runtime.time_generation([prompt], sample.new_tokens)[1])
     return Measurement(tuple(map(tuple, losses)), tuple(texts), statistics.median(speeds))
 
 

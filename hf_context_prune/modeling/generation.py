@@ -104,10 +104,18 @@ def with_plain_generation(model: PreTrainedModel, *, new_tokens: int, **options:
     return plain
 
 
-def time_generation(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def time_generation(
+    model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, *, inference: bool = True
+) -> tuple[float, float]:
     """Read `prompt` [batch, length] in one forward pass, then decode greedily, one token per step, with the KV cache.
 
     `generate` is not used, because its time can't be split into prefill and decoding.
+
+    Args:
+        model: The model.
+        prompt: Token ids [batch, length].
+        new_tokens: Decode steps.
+        inference: Whether to enter `inference_mode`; False (Quanto's int4 weights need it) keeps the caller's mode.
 
     Returns:
         Seconds of the prefill and of the `new_tokens` decode steps.
@@ -118,7 +126,7 @@ def time_generation(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: in
     arguments = build_cache_arguments(model)
     synchronize = _synchronizer(model.device)
     tokens = prompt.to(model.device)
-    with evaluation_mode(model):
+    with evaluation_mode(model, inference=inference):
         synchronize()
         start = time.perf_counter()
         tokens = model(input_ids=tokens, **arguments).logits[:, -1:].argmax(dim=-1)

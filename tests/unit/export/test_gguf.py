@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import closing
 
 import pytest
@@ -65,7 +66,7 @@ def test_widths_and_heads_that_vary(variable, tmp_path):
     assert found.largest_gap < 0.05
     fields = GGUFReader(result.folder / "model.gguf").fields
     assert fields["general.architecture"].contents() == "deci"
-    assert fields["deci.feed_forward_length"].contents() == [32, 32, 3]
+    assert fields["deci.feed_forward_length"].contents() == [64, 64, 64]  # 32, 32 and 3, filled up with zeros
     assert fields["deci.attention.head_count"].contents() == [4, 2, 6]
     assert fields["deci.attention.head_count_kv"].contents() == [2, 1, 3]
     runtime = open_export(result.folder)
@@ -112,6 +113,17 @@ def test_other_weights(variable, tmp_path, weights):
         assert found["blk.0.ffn_up.weight"] == "F16"  # of 48
     else:
         assert found["blk.0.ffn_up.weight"] == "BF16"
+
+
+def test_a_generation_is_timed_by_llama_cpp_itself(variable, tmp_path):
+    with opened(loaded_of(variable), tmp_path / "out"):
+        pass
+    file = tmp_path / "out/model.gguf"
+    with closing(LlamaCppRuntime(file, threads=1, positions=40, sequences=2)) as runtime:
+        start = time.perf_counter()
+        prefill, decode = runtime.time_generation([IDS, IDS[::-1]], 20)
+        whole = time.perf_counter() - start
+    assert 0 < prefill < prefill + decode < whole
 
 
 def smollm2_digits():
@@ -178,7 +190,7 @@ def test_the_worker_ends_with_a_process_that_was_killed(tmp_path, killed):
         "    def __del__(self): time.sleep(600)\n"
     )
     worker = subprocess.Popen(
-        [sys.executable, "-P", llama_cpp._WORKER, "any.gguf", "8", "1"],
+        [sys.executable, "-P", llama_cpp._WORKER, "any.gguf", "8", "1", "1"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

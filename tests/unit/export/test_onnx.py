@@ -114,7 +114,7 @@ def test_int8_is_smaller_and_near(variable, tmp_path):
 @pytest.mark.parametrize("rows", [264, 6000], ids=["transposed when it was made", "transposed by the product"])
 def test_int8_holds_a_tied_table_once(tmp_path, rows):
     folder = save(
-        tmp_path / "model", hidden_size=64, vocab_size=rows, tie_word_embeddings=True, num_hidden_layers=1, head_dim=8
+        tmp_path / "model", hidden_size=96, vocab_size=rows, tie_word_embeddings=True, num_hidden_layers=1, head_dim=8
     )
     result = export_model(folder, tmp_path / "out", format="onnx", dtype="int8", tolerance=0.5)
     graph = onnx.load(result.folder / "model.onnx", load_external_data=False).graph
@@ -122,7 +122,7 @@ def test_int8_holds_a_tied_table_once(tmp_path, rows):
     assert last.op_type == "MatMulNBits"
     assert sum(node.op_type == "GatherBlockQuantized" for node in graph.node) == 1
     assert not any(
-        tensor.data_type == onnx.TensorProto.FLOAT and rows in tensor.dims[:1] and tensor.dims[-1] == 64
+        tensor.data_type == onnx.TensorProto.FLOAT and rows in tensor.dims[:1] and tensor.dims[-1] == 96
         for tensor in graph.initializer
     )
     assert open_export(result.folder).losses(PROMPTS[0]) == pytest.approx(
@@ -136,7 +136,7 @@ def test_int8_holds_projections_with_biases_too(tmp_path, family):
     folder = save(tmp_path / "model", family=family, num_hidden_layers=1)
     result = export_model(folder, tmp_path / "out", format="onnx", dtype="int8", tolerance=0.5)
     nodes = onnx.load(result.folder / "model.onnx", load_external_data=False).graph.node
-    assert sum(node.op_type == "MatMulNBits" for node in nodes) == {"gpt2": 4, "opt": 6}[family]
+    assert sum(node.op_type == "MatMulNBits" for node in nodes) == 5  # with the head; OPT has one for query, key and value
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
