@@ -23,6 +23,8 @@ def start_server() -> xllamacpp.Server:
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = False
+    # On processors it reads prompts a fifth faster, but decodes a fifth slower behind 512 tokens.
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 
 

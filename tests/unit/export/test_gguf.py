@@ -186,6 +186,7 @@ def test_the_worker_ends_with_a_process_that_was_killed(tmp_path, killed):
     # As llama.cpp does now and then: its server waits for threads that don't end.
     (tmp_path / "xllamacpp.py").write_text(
         "import time\n\nclass Any: pass\n\nclass CommonParams: model = cpuparams = cpuparams_batch = Any()\n\n"
+        "class llama_flash_attn_type: LLAMA_FLASH_ATTN_TYPE_DISABLED = 0\n\n"
         "class Server:\n    listening_address = ''\n    def __init__(self, params): pass\n"
         "    def __del__(self): time.sleep(600)\n"
     )
