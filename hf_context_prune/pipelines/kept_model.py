@@ -11,6 +11,7 @@ from hf_context_prune.errors import LoadError
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.prune_model import PrunedModel
 from hf_context_prune.storage.loading import LoadedModel, load_model
+from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.resume import has_room, resume_key
 from hf_context_prune.storage.saving import estimate_bytes, save_pruned, tokenization_of
 from hf_context_prune.utils.file_names import PLAN_NAME
@@ -41,12 +42,13 @@ def load_or_prune(
     place = resume_dir / f"pruned-{key}"
     if place.is_dir():
         try:
+            verify_folder(place, hash_weights=False)  # `load_model` takes a folder without a manifest, too
             kept = load_model(place, device=str(base.model.device))
             return PrunedModel(kept.model, kept.tokenizer, PruningPlan.load(place / PLAN_NAME))
         except LoadError as error:
             _LOGGER.warning("%s is damaged (%s); the model is pruned again.", place.name, error)
     for older in resume_dir.glob("pruned-*"):
-        shutil.rmtree(older)
+        shutil.rmtree(older, ignore_errors=True)  # what stays goes with the whole resume folder
     pruned = prune()
     if has_room(resume_dir, estimate_bytes(pruned.model), what="The pruned model"):
         save_pruned(pruned.model, place, tokenizer=pruned.tokenizer, plan=pruned.plan)
