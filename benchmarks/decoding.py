@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import os
 import random
 import statistics
 import tempfile
@@ -266,7 +267,8 @@ calibration: speed asks for shapes alone. Base and pruned model take turns; the 
 it states them, without server, HTTP and tokenizer). Milliseconds of a decode step after the context, all sequences of the batch;
 gains are base time / pruned time, median and range of the turns. Bytes: what a step reads at least once, all weights and
 the caches of the batch. Work: multiplications of the prompt. Constant: the time left at zero bytes, by a line through both
-models; it is what keeps decode / bytes below 1. `random-1b` has random weights (16 layers, hidden size 2,048).
+models; it is what keeps decode / bytes below 1. `random-1b` has random weights (16 layers, hidden size 2,048). Load average of
+the machine when this was written: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (above 1 per core: run again on a quiet machine).
 
 {table(HEADER, [line_of(row) for row in rows.rows])}
 
