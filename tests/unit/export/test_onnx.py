@@ -126,7 +126,7 @@ def test_int8_holds_a_tied_table_once(tmp_path, rows):
         for tensor in graph.initializer
     )
     assert open_export(result.folder).losses(PROMPTS[0]) == pytest.approx(
-        TorchRuntime(load_pruned(folder)).losses(PROMPTS[0]), abs=0.1
+        TorchRuntime(load_pruned(folder)).losses(PROMPTS[0]), abs=0.3
     )
 
 
