@@ -25,10 +25,10 @@ from benchmarks.models import smollm2
 from benchmarks.one_shot import errorbars, excess
 from hf_context_prune.evaluation._memory_worker import peak_rss
 from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.modeling.architectures import TARGETS, spec_of
+from hf_context_prune.modeling.architectures import TARGETS, spec_of, unit_size
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS
-from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
+from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, choose_probe_counts
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.vocabulary.refit import refit_rows
 
@@ -89,16 +89,21 @@ def held_bytes(model: Any, smaller: Any, samples: torch.Tensor, method: str) -> 
     """Return the bytes that the formula counts besides the two models.
 
     `least_squares` holds the Gram matrices of all layers, `sequential` those of one layer and the hidden states of two
-    models. A search holds the Gram matrices of all layers and, on the probe text, the output of every layer, the base
-    model's log-probabilities and the narrowed model's logits; there is no pruned model yet.
+    models. A search holds the Gram matrices of all layers, and their output projections at every probed width; there is
+    no pruned model yet.
     """
     geometry = read_geometry(model.config, spec_of(model.config))
     neurons = [4 * widths.neurons**2 for widths in geometry.layers]
-    heads = [4 * (w.kv_groups * geometry.queries_per_group * geometry.head_dim) ** 2 for w in geometry.layers]
+    group = unit_size(geometry, "attention")
+    heads = [4 * (w.kv_groups * group) ** 2 for w in geometry.layers]
     hidden_states = 2 * samples.numel() * geometry.hidden_size * 4
     if method == SEARCHED:
-        outputs = len(geometry.layers) * geometry.hidden_size + 2 * model.config.vocab_size
-        searching = sum(neurons) + sum(heads) + 4 * PROBE_TOKENS * outputs
+        features = sum(
+            len(choose_probe_counts(w, "mlp")) * w.neurons
+            + len(choose_probe_counts(w, "attention")) * w.kv_groups * group
+            for w in geometry.layers
+        )
+        searching = sum(neurons) + sum(heads) + 4 * geometry.hidden_size * features
         return max(searching - model_bytes(smaller), max(neurons) + max(heads) + hidden_states)
     if method == "ours":
         return max(neurons) + hidden_states
@@ -216,7 +221,7 @@ over the same tokens, in the same process, afterwards. The search for adaptive w
 model + pruned model + Gram matrices + hidden states`. `least_squares` and the search hold layers x width^2 x 4 bytes of Gram
 matrices (of as many layers at once as fit in a quarter of the free memory); `sequential` holds those of one layer, and the
 hidden states of two models, tokens x hidden size x 4 bytes each. The search, during which there is no pruned model yet, holds
-for {PROBE_TOKENS:,} probe tokens the output of every layer, and log-probabilities and logits of the whole vocabulary, 4 bytes each.
+beside its Gram matrices every output projection at each of the three to five widths that are probed, 4 bytes per weight.
 *Rest*: activations of one batch, the float64 workspace of one layer's solver, libraries that are loaded during the run, and
 slack of the allocator. `refit_lm_head=True` refits the rows of the vocabulary after the sequential run; its peak is that of
 search, sequential run and refit.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import Target
+from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.calibration.chunked import layer_groups
@@ -21,10 +22,11 @@ from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process
 from hf_context_prune.utils.files import write_file
+from hf_context_prune.utils.precision import reduced_precision_matmul
 from hf_context_prune.utils.reading import read_json
 
 from .budget import Curve
-from .sensitivity import PROBE_TOKENS, PROBES, measure_sensitivity, withhold_probe
+from .sensitivity import MOST_NATS, PROBES, measure_sensitivity, withhold_probe
 
 SEARCH_TOKENS = 16_384
 """Least tokens of the statistics: widths need less text than the reconstruction."""
@@ -70,13 +72,14 @@ def search_curves(
     fit, probe = withhold_probe(samples, max(SEARCH_TOKENS, TOKENS_PER_FEATURE * widest))
     path, key = None, ""
     if state_dir is not None:
-        key = resume_key(model, [{"fit": fit, "probe": probe}], identity, targets, PROBES, PROBE_TOKENS)
+        key = resume_key(model, [{"fit": fit, "probe": probe}], identity, targets, PROBES, MOST_NATS)
         path = state_dir / f"widths-{key[:16]}.json"  # no file of anything else can have this name
         if (known := broadcast_object(_read(path, key))) is not None:
             return known
     curves: dict[Key, Curve] = {}
     for layers in layer_groups(model, targets):
-        stats = calibrate(model, batches_of(fit), targets=targets, statistics=statistics, layers=layers)
+        with bfloat16_layers(model), reduced_precision_matmul():  # its rounding is far below the ridge
+            stats = calibrate(model, batches_of(fit), targets=targets, statistics=statistics, layers=layers)
         measure = partial(measure_sensitivity, model, *prepare(stats), probe, targets=targets)
         curves |= on_main_process(measure)
     if path is not None and is_main_process():

@@ -1,4 +1,4 @@
-"""Probing leaves no trace, and what it measures is the divergence of the really sliced model."""
+"""Probing leaves no trace, and what it measures is, to second order, the divergence of the really sliced model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from hf_context_prune.errors import ConfigError, NumericsError
-from hf_context_prune.modeling.architectures import TARGETS, unit_size
+from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, unit_size
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, base_model_type, read_geometry
-from hf_context_prune.pruning.allocation.sensitivity import PROBES, measure_sensitivity, withhold_probe
+from hf_context_prune.pruning.allocation.sensitivity import MOST_NATS, PROBES, measure_sensitivity, withhold_probe
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.reconstruction import RECONSTRUCTIONS
+from hf_context_prune.pruning.sequential.sub_layer import SubLayer
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from tests.support.tiny import COVERING, case, tiny_model, tokens
 
@@ -63,67 +64,76 @@ def sliced_alone(model, importance, layer, target, count, reconstruct):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "reconstruction"),
-    [
-        ("llama", "bias"),  # adds biases where there are none
-        ("llama-biased", "least_squares"),
-        ("gpt2", "least_squares"),  # Conv1D
-        ("opt", "none"),
-        ("gpt_neox", "least_squares"),
-        ("gemma2", "bias"),
-    ],
-)
-def test_the_curve_is_the_divergence_of_the_sliced_model(name, reconstruction):
-    model, ids = case(name), tokens()
-    importance, reconstruct = random_importance(model), repair_from(case(name), reconstruction)
+def with_small_branches(name, factor=0.01):
+    """A model whose sub-layers add little, so that losing units costs little, and second order is enough."""
+    model, spec = case(name), SPECS[base_model_type(case(name).config.model_type)]
+    with torch.no_grad():
+        for layer in layers_of(model, spec):
+            for target in TARGETS:
+                branch = SubLayer(layer, spec, target).branch
+                if branch is output_projection(layer, spec, target):
+                    branch.weight *= factor
+                else:  # Gemma's gamma is stored less 1
+                    branch.weight.copy_(factor * (1 + branch.weight) - 1)
+    return model
+
+
+@pytest.mark.parametrize("name", [*COVERING, "llama-biased", "gemma3_text", "opt"])
+def test_the_curve_is_the_divergence_of_the_sliced_model(name):
+    """Of samples of one token, whose errors can't add up or cancel; what is left is the noise of the signs."""
+    model, ids = with_small_branches(name), tokens(2560, 1)
+    importance, reconstruct = random_importance(model), repair_from(model, "least_squares")
     curves = measure_sensitivity(model, importance, reconstruct, ids, targets=TARGETS)
-    assert set(curves) == set(importance)
+    assert set(curves) == {key for key, value in importance.items() if len(value) > 1}
     for (layer, target), curve in curves.items():
         total = len(importance[layer, target])
-        expected = [round(total * share) for share in PROBES] if target == "mlp" else range(total - 1, 0, -1)
-        assert [count for count, _ in curve] == [total, *expected]
+        if target == "mlp":
+            assert [count for count, _ in curve] == [total, *(round(total * share) for share in PROBES)]
         assert curve[0] == (total, 0.0)
-        for count, increase in curve[1:]:
-            sliced = sliced_alone(model, importance, layer, target, count, reconstruct)
-            assert divergence(model, sliced, ids) == pytest.approx(increase, rel=1e-4, abs=1e-6)
-            assert increase > 0
-    assert max(increase for curve in curves.values() for _, increase in curve) > 1e-2
+        if layer == 1:
+            for count, increase in curve[1:]:
+                sliced = sliced_alone(model, importance, layer, target, count, reconstruct)
+                assert divergence(model, sliced, ids) == pytest.approx(increase, rel=0.2, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", COVERING)
-def test_beginning_at_the_narrowed_block_changes_nothing(name, monkeypatch):
-    model, ids = case(name), tokens(5, 24)
-    arguments = (model, random_importance(model), slicing, ids)
-    from_the_block = measure_sensitivity(*arguments, targets=TARGETS, batch_tokens=48)
-    starts = []
+def test_a_change_of_the_bias_counts(model):
+    def shifting(layer, target, weight, bias, kept):
+        return weight[:, kept], torch.ones(len(weight))
 
-    def whole(probe, start):
-        starts.append(start)
-        return model(input_ids=probe.ids, use_cache=False).logits.flatten(0, 1)
-
-    monkeypatch.setattr("hf_context_prune.pruning.allocation.sensitivity._Probe.logits", whole)
-    expected = measure_sensitivity(*arguments, targets=TARGETS, batch_tokens=48)
-    assert set(starts) == {0, 1, 2}
-    for key, curve in expected.items():
-        assert [count for count, _ in from_the_block[key]] == [count for count, _ in curve]
-        assert [x for _, x in from_the_block[key]] == pytest.approx([x for _, x in curve], rel=1e-6, abs=1e-6)
+    importance, ids = random_importance(model), tokens()
+    free, shifted = (measure_sensitivity(model, importance, how, ids, targets=TARGETS) for how in (slicing, shifting))
+    assert sum(curve[-1][1] for curve in shifted.values()) > sum(curve[-1][1] for curve in free.values())
 
 
-def test_blocks_before_the_narrowed_one_do_not_run(model):
-    calls = [0, 0, 0]
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_behind_a_norm_no_output_at_all_is_not_harmless(name):
+    """A norm's derivative has no component along its input, so it would call any shrinking of all of it free."""
 
-    def counting(layer):
-        def hook(*_):
-            calls[layer] += 1
+    def nothing(layer, target, weight, bias, kept):
+        return torch.zeros_like(weight[:, kept]), bias
 
-        return hook
+    model = case(name)
+    for curve in measure_sensitivity(model, random_importance(model), nothing, tokens(), targets=TARGETS).values():
+        assert min(loss for _, loss in curve[1:]) > 0.01
 
-    handles = [block.mlp.register_forward_hook(counting(i)) for i, block in enumerate(model.model.layers)]
-    measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
-    for handle in handles:
-        handle.remove()
-    assert calls == [1 + 5, 1 + 10, 1 + 15]  # recorded once, and five probes a layer from this one up
+
+def test_a_single_token_counts_at_most_so_much(model):
+    def wild(layer, target, weight, bias, kept):
+        return 1e6 * weight[:, kept], bias
+
+    curves = measure_sensitivity(model, random_importance(model), wild, tokens(), targets=TARGETS)
+    assert all(0.9 * MOST_NATS < loss <= MOST_NATS for curve in curves.values() for _, loss in curve[1:])
+
+
+def test_the_model_runs_once_for_each_batch(model, monkeypatch):
+    monkeypatch.setattr("hf_context_prune.pruning.allocation.sensitivity._BATCH_TOKENS", 48)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    curves = measure_sensitivity(model, random_importance(model), slicing, tokens(5, 24), targets=TARGETS)
+    assert seen == [2, 2, 1]
+    assert measure_sensitivity(model, random_importance(model), slicing, tokens(5, 24), targets=TARGETS) == curves
 
 
 def everything(model):
@@ -166,34 +176,29 @@ def test_the_model_is_bit_identical_afterwards(name, dtype):
     check_untouched(model, before, modes)
 
 
-@pytest.mark.parametrize(
-    ("name", "at"), [("llama", "repair"), ("gpt2", "repair"), ("llama", "forward"), ("gpt2", "shape")]
-)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("at", ["repair", "forward", "shape"])
 def test_the_model_is_bit_identical_after_an_exception(name, at):
     model = case(name)
     before, modes = everything(model), [module.training for module in model.modules()]
-    calls, forwards = [], []
+    calls = []
 
     def reconstruct(layer, target, weight, bias, kept):
         calls.append(layer)
         if at == "repair" and len(calls) == 3:
             raise RuntimeError("stop")
-        if at == "shape" and len(calls) == 3:
-            return weight[:, kept[1:]], bias
-        return weight[:, kept], torch.ones(weight.shape[0])
+        return weight[:, kept[1:] if at == "shape" and len(calls) == 3 else kept], bias
 
     def forward(module, args):
-        forwards.append(module)
-        if at == "forward" and len(forwards) == 4:
+        if at == "forward":
             raise RuntimeError("stop")
 
-    handle = model.register_forward_pre_hook(forward)
-    with pytest.raises(RuntimeError, match="shape mismatch" if at == "shape" else "stop"):
+    handle = model.get_output_embeddings().register_forward_pre_hook(forward)
+    with pytest.raises(RuntimeError, match="must match|shape mismatch" if at == "shape" else "stop"):
         measure_sensitivity(model, random_importance(model), reconstruct, tokens(), targets=TARGETS)
     handle.remove()
-    assert len(calls) == 3  # one reconstruction at a time
-    assert len(forwards) == {"repair": 3, "forward": 4, "shape": 3}[at]  # the first is the dense model's
     check_untouched(model, before, modes)
+    assert not [module for module in model.modules() if module._forward_hooks]
 
 
 def test_dropout_is_off_whatever_the_mode():
@@ -215,29 +220,6 @@ def test_a_repair_may_return_a_view_of_the_weight(model):
 
     expected = measure_sensitivity(model, importance, slicing, tokens(), targets=TARGETS)
     assert measure_sensitivity(model, importance, first_columns, tokens(), targets=TARGETS) == expected
-
-
-def test_batches_do_not_matter(model):
-    ids, importance = tokens(5), random_importance(model)
-    whole = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
-    pieces = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"], batch_tokens=32)
-    assert set(whole) == {(0, "mlp"), (1, "mlp"), (2, "mlp")}
-    for key, curve in whole.items():
-        assert [count for count, _ in pieces[key]] == [count for count, _ in curve]
-        assert [loss for _, loss in pieces[key]] == pytest.approx([loss for _, loss in curve], abs=1e-5)
-
-
-def test_a_large_vocabulary_has_smaller_batches(model, monkeypatch):
-    importance, ids, sizes = random_importance(model), tokens(), []
-    whole = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
-    vocabulary = len(model.get_output_embeddings().weight)
-    monkeypatch.setattr("hf_context_prune.pruning.allocation.sensitivity._MOST_LOGITS", 2 * ids.shape[1] * vocabulary)
-    hook = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2].numel()))
-    pieces = measure_sensitivity(model, importance, slicing, ids, targets=["mlp"])
-    hook.remove()
-    assert set(sizes) == {2 * ids.shape[1]}
-    for key, curve in whole.items():
-        assert [nats for _, nats in pieces[key]] == pytest.approx([nats for _, nats in curve], rel=1e-3, abs=1e-7)
 
 
 def test_equal_units_give_way_from_the_end(model):
@@ -276,6 +258,12 @@ def test_an_output_that_is_not_finite_is_refused(model):
         measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
 
 
+def test_gradients_that_overflow_are_refused(model, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda self: self * math.inf)
+    with pytest.raises(NumericsError, match=r"gradient at layer 0 \((mlp|attention)\)"):
+        measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
+
+
 def test_a_pruned_model_can_be_probed(model):
     geometry = geometry_of(model)
     layers = tuple(LayerPlan(tuple(range(20 + i)), (0, 2)) for i in range(3))
@@ -290,12 +278,12 @@ def test_what_is_measured_on_comes_after_what_is_fitted(subtests):
         (2, 512, None, 1, [1]),
         (3, 512, None, 2, [2]),
         (8, 512, None, 6, [6, 7]),
-        (128, 512, None, 124, [124, 125, 126, 127]),
-        (128, 2048, None, 126, [126, 127]),
+        (128, 512, None, 120, list(range(120, 128))),
+        (128, 4096, None, 126, [126, 127]),
         (16, 2, None, 12, [12, 13, 14, 15]),
-        (128, 512, 16_384, 32, [55, 79, 103, 127]),
-        (34, 512, 16_384, 30, [30, 31, 32, 33]),
-        (36, 512, 16_384, 32, [32, 33, 34, 35]),
+        (128, 512, 16_384, 32, [43, 55, 67, 79, 91, 103, 115, 127]),
+        (34, 512, 16_384, 26, list(range(26, 34))),
+        (40, 512, 16_384, 32, list(range(32, 40))),
         (12, 512, 100, 1, [3, 7, 11]),
     ):
         with subtests.test(count=count, length=length, fit_tokens=fit_tokens):
