@@ -130,4 +130,5 @@ def _dry_run(model: str, config: PrunerConfig | ThresholdConfig, revision: str |
             f"Parameters: {found.base_parameters:,} -> {found.pruned_parameters:,} "
             f"(-{1 - found.pruned_parameters / found.base_parameters:.2%}{asked})"
         )
-        out(f"Architecture: {'native' if found.native_fit.fits else 'variable widths'}: {found.native_fit.reason}")
+        other = "not known yet" if found.widths is None else "variable widths"
+        out(f"Architecture: {'native' if found.native_fit.fits else other}: {found.native_fit.reason}")

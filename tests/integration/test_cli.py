@@ -86,7 +86,7 @@ def test_adaptive_shows_what_it_predicted(run):
     assert "(predicted +" in out
     code, out, _ = run("inspect", "@adaptive")
     assert code == 0
-    assert "sensitivity: 6 curves (--format json has them)" in out
+    assert "sensitivity: 7 curves (--format json has them)" in out
 
 
 def test_dry_run_needs_no_data_and_writes_nothing(run, place):
@@ -101,7 +101,7 @@ def test_dry_run_needs_no_data_and_writes_nothing(run, place):
     code, out, _ = run("prune", "@base", "--pruning-ratio", 0.1, "--dry-run")
     assert code == 0
     assert "asked 10.00%" in out
-    assert "variable widths: adaptive widths are measured" in out
+    assert "Architecture: not known yet: tokens and widths are measured" in out
     code, out, err = run("prune", "@base", "--max-loss-increase", 0.03, "--dry-run")
     assert code == 2
     assert "--max-loss-increase is found by measuring" in err
@@ -112,8 +112,10 @@ def test_bad_input_says_what_and_writes_nothing(run, place, subtests):
     for arguments, code, message in (
         (("--pruning-ratio", 1.5), 2, "pruning_ratio is 1.5; it must be a share in [0, 1)"),
         (("--criterion", "wnda"), 2, "Did you mean 'wanda'?"),
-        (("--pruning-ratio", 0.9), 2, "can remove at most"),
-        (("--target-params", 10), 2, "can remove at most"),
+        (("--pruning-ratio", 0.9), 2, "tokens, neurons, kv_groups together can give"),
+        (("--target-params", 10), 2, "tokens, neurons, kv_groups together can give"),
+        (("--pruning-ratio", 0.9, "--units", "neurons,kv_groups"), 2, "let tokens go as well (--units)"),
+        (("--units", "neurons,heads"), 2, "one or several of tokens, neurons, kv_groups"),
         (("--max-loss-increase", 0.03, "--mlp-ratio", 0.2), 2, "mlp_ratio fixes it"),
         (("--max-loss-increase", 3), 2, "max_loss_increase is 3.0; it must be a share above 0, up to 1"),
         (("--reconstruction", "bias"), 2, "can't be saved"),
@@ -296,10 +298,13 @@ def test_the_size_of_the_vocabulary_of_a_file(run, place):
     code, out, err = run(*PRUNE, "--output", "@tokens", "--config", "@tokens.yaml", *QUICK)
     assert code == 0, err
     assert "Vocabulary: 300 of" in " ".join(out.split())
-    for bad in ("many", "0", "1.5"):
+    for bad, said in (
+        *((word, "'--vocab-size': Input should be a valid integer") for word in ("many", "1.5", "auto")),
+        ("0", "vocab_size is 0; it must be"),
+    ):
         code, _, err = run("prune", "@base", "--vocab-size", bad, "--dry-run")
-        assert (code, f"vocab_size is {bad}" in err.replace("'", "")) == (2, True)
-    code, _, err = run("prune", "@base", "--vocab-size", "auto", "--dry-run")
+        assert (code, said in " ".join(err.split())) == (2, True)
+    code, _, err = run("prune", "@base", "--vocab-coverage", 0.9, "--dry-run")
     assert (code, "give a number for --vocab-size" in " ".join(err.split())) == (2, True)
 
 
@@ -309,11 +314,11 @@ def test_the_command_line_wins_over_the_file(tmp_path, subtests):
         ({"mlp_ratio": 0.2, "ridge": 0.1}, {"max_loss_increase": 0.1}, {"max_loss_increase": 0.1, "ridge": 0.1}),
         ({"max_loss_increase": 0.2}, {"attention_ratio": 0.5}, {"attention_ratio": 0.5}),
         ({"pruning_ratio": 0.2}, {"mlp_ratio": 0.5}, {"pruning_ratio": 0.2, "mlp_ratio": 0.5}),
-        ({"allocation": "adaptive"}, {"native_architecture": True}, {"native_architecture": True}),
-        ({"allocation": "uniform"}, {"native_architecture": False}, {"allocation": "uniform"}),
-        ({"vocab_size": 64}, {"vocab_size": "auto"}, {"vocab_size": "auto"}),
+        ({"native_architecture": True}, {"native_architecture": False}, {"native_architecture": False}),
+        ({"mlp_ratio": 0.2}, {"units": "neurons"}, {"units": "neurons"}),
+        ({"units": "neurons"}, {"mlp_ratio": 0.5}, {"mlp_ratio": 0.5}),
         ({"vocab_size": 64}, {"vocab_coverage": 0.9}, {"vocab_coverage": 0.9}),
-        ({"embedding_threshold": 0}, {"vocab_size": "64"}, {"vocab_size": 64}),
+        ({"embedding_threshold": 0}, {"vocab_size": 64}, {"vocab_size": 64}),
         ({"pruning_ratio": 0.2, "round_to": 8}, {"round_to": 1}, {"pruning_ratio": 0.2}),
     ):
         with subtests.test(file=file, given=given):

@@ -19,6 +19,7 @@ from hf_context_prune.evaluation.bootstrap import ratio_to_change
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
 from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pipelines.matrix import domain_matrix
 from hf_context_prune.pipelines.matrix_report import DENSE
 from hf_context_prune.pipelines.sweep import SweepOptions, _Pruner, sweep
@@ -74,6 +75,26 @@ def questions(tmp_path):
     ]
     rows += [row | {"question": f"{row['question']} again", "split": "dev"} for row in rows[:3:2]]  # of one source
     return QuestionOptions(write(tmp_path / "questions.jsonl", rows), num_fewshot=2)
+
+
+def test_every_model_spends_one_budget_on_all_units(base, domains, tmp_path, monkeypatch):
+    options = {"pad_to_multiple_of": 8, "criterion": "wanda", "reconstruction": "none"}
+    config, total = PrunerConfig(num_calibration_samples=6, max_seq_length=64, **options), base.model.num_parameters()
+    found = domain_matrix(base, domains, tmp_path / "out", config, max_tokens=400, mixes={"law": [0.5]})
+    for name in (*PARTS, "law+0.5"):
+        plan = PruningPlan.load(tmp_path / "out" / "models" / name / "pruning_plan.json")
+        assert "tokens" in plan.provenance["sensitivity"]
+        assert plan.provenance["predicted_losses"]["base"] > 0  # what the native architecture is weighed by
+        assert found.scores[name, "law"].parameters <= 0.8 * total
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_context_prune.pipelines.matrix.prune_model", None)
+        domain_matrix(base, domains, tmp_path / "out", config, max_tokens=400, mixes={"law": [0.5]})
+    one = {**domains, "law": [{"text": " ".join(x["text"] for x in texts(WORDS[:10], 8)), "doc": "one"}]}
+    domain_matrix(base, one, tmp_path / "one", config, eval_data={"law": texts(WORDS[:10], 9, 4)}, max_tokens=400)
+    for name in PARTS:  # the same units, so that the models compare
+        plan = PruningPlan.load(tmp_path / "one" / "models" / name / "pruning_plan.json")
+        assert plan.provenance["config"]["units"] == "neurons,kv_groups"
+        assert "single document" in plan.provenance["all_tokens_stay"]
 
 
 def test_the_matrix_measures_every_model_on_every_domain(base, domains, questions, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def make_models(place: Path) -> Path:
     quick = EvalOptions(max_tokens=400, benchmark=False, memory=False)
     for name, config in (
         ("uniform", PrunerConfig(mlp_ratio=0.5, **OPTIONS)),
-        ("variable", PrunerConfig(pruning_ratio=0.2, allocation="adaptive", **OPTIONS)),
+        ("variable", PrunerConfig(pruning_ratio=0.2, units="neurons,kv_groups", native_architecture=False, **OPTIONS)),
     ):
         result = prune(load_model(place / "base"), texts(), config, eval_options=quick)
         result.save_pretrained(place / name)

@@ -39,7 +39,7 @@ def test_cards_of_the_domains(tmp_path, monkeypatch):
         assert (tmp_path / "cards" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert domain in card.data.tags
         assert f"| domain: {domain}/corpus.validation.jsonl.gz |" in card.text
-        assert "| general: general/corpus.validation.jsonl.gz |" in card.text
+        assert "| general: general/corpus.train.jsonl.gz |" in card.text
         assert "accuracy, " in card.text
     before = {path.name: path.read_bytes() for path in (tmp_path / "cards").iterdir()}
     monkeypatch.setattr(model_cards, "smollm2", lambda: pytest.fail("pruned again"))

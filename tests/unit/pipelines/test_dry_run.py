@@ -58,5 +58,5 @@ def test_tokens_that_reach_the_budget_alone_leave_the_widths(model, tmp_path):
 
 def test_a_size_that_has_to_be_measured_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="max_loss_increase"):
+    with pytest.raises(ConfigError, match="--max-loss-increase"):
         dry_run(tmp_path, PrunerConfig(max_loss_increase=0.03))

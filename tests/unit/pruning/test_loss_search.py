@@ -170,25 +170,6 @@ def test_the_size_is_searched_for_the_model_that_comes_out(trained, tokenizer):
     assert pruned / dense - 1 == pytest.approx(facts["increase"], abs=1e-6)
 
 
-def test_tokens_share_the_loss_budget(trained, tokenizer):
-    """Every trial may have another number of tokens; what is measured of the result is what its trial measured."""
-    rest = TextSplit.of(texts(60), tokenizer=tokenizer).calibration
-    counts = []
-    for limit in (0.02, 0.15):
-        result = run(trained, tokenizer, max_loss_increase=limit, pad_to_multiple_of=8)
-        facts = result.plan.provenance["loss_budget"]
-        counts.append(len(facts["trials"]))
-        assert len(result.plan.vocabulary.kept) == len(result.tokenizer) < len(tokenizer)
-        config = PrunerConfig(max_seq_length=32)
-        _, search_text = withhold_size_text(rest, tokenizer, config)
-        dense, pruned = (
-            search_text.bits_per_byte(*pair) for pair in ((trained, tokenizer), (result.model, result.tokenizer))
-        )
-        assert pruned / dense - 1 == pytest.approx(facts["increase"], abs=1e-6)
-        assert facts["increase"] <= limit
-    assert 1 < max(counts) <= MAX_SEQUENTIAL_TRIALS
-
-
 def test_a_prediction_that_is_off_by_a_constant_is_corrected_after_one_trial():
     def predict(share):
         return share**1.5

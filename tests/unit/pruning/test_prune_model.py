@@ -121,6 +121,24 @@ def test_tokens_and_a_loss_budget():
     assert len(plan.vocabulary.kept) == 320
 
 
+def test_tokens_share_a_loss_budget():
+    """Every trial may have another number of tokens; the result is within the limit, as measured."""
+    counts, sizes = [], []
+    for limit in (0.02, 0.2):
+        config = PrunerConfig(max_loss_increase=limit, **AUTO, **SMALL)
+        rest, search = withhold_size_text(documents(), shared_tokenizer("smollm2"), config)
+        model, tokenizer, plan = pruned(config, text=rest, validation_loss=search.bits_per_byte)
+        facts = plan.provenance["loss_budget"]
+        base = search.bits_per_byte(dense(), shared_tokenizer("smollm2"))
+        assert search.bits_per_byte(model, tokenizer) / base - 1 == pytest.approx(facts["increase"], abs=1e-6)
+        assert facts["increase"] <= limit
+        assert len(plan.vocabulary.kept) == len(tokenizer) < num_rows(dense())
+        counts.append(len(facts["trials"]))
+        sizes.append(model.num_parameters())
+    assert max(counts) > 1
+    assert sizes[1] <= sizes[0]
+
+
 def test_the_budget_is_spent_where_it_costs_least(subtests):
     """No other number of tokens, with the cheapest layers beside it, has a smaller sum of losses."""
     rows, total = num_rows(dense()), dense().num_parameters()

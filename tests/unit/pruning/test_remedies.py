@@ -44,7 +44,9 @@ def test_a_share_that_an_error_names_can_be_asked_for(subtests):
         for options in (
             {"allocation": "uniform"},
             {"allocation": "uniform", "round_to": 16},
-            {"allocation": "adaptive"},
+            {},
+            {"units": "tokens", "pad_to_multiple_of": 1},
+            {"units": "neurons,kv_groups"},
             {"vocab_size": 300, "pad_to_multiple_of": 1},
         ):
             with subtests.test(f"{name} {options}"):
@@ -57,7 +59,7 @@ def test_a_share_that_an_error_names_can_be_asked_for(subtests):
                 share = float(re.findall(r"\((0\.\d{4})(?: of all)?\)", said)[-1])
                 if "vocab_size" not in options:  # there the share is beside what goes with the tokens
                     check_budget(model, tiny_tokenizer(), PrunerConfig(pruning_ratio=share, **options))
-                assert "--vocab-size" in said or "uniform" in str(options)
+                assert "--units" in said or "uniform" in str(options) or not options
 
 
 def test_ratios_that_an_error_names_can_be_asked_for(subtests):

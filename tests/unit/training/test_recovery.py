@@ -155,7 +155,8 @@ def test_biases_of_rows_that_are_zero_stay_zero(tokenizer):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_variable_width_model_saves_and_reloads(tokenizer, method, tmp_path):
-    result = pruned(tokenizer, mlp_ratio=None, pruning_ratio=0.2, allocation="adaptive", reconstruction="none")
+    layers = {"units": "neurons,kv_groups", "native_architecture": False}
+    result = pruned(tokenizer, mlp_ratio=None, pruning_ratio=0.2, reconstruction="none", **layers)
     assert not result.native_fit.fits
     config = RecoveryConfig(method=method, max_steps=4, **SMALL, **RANK[method])
     outcome = recover(result.model, texts(), config, tokenizer=tokenizer)

@@ -38,7 +38,7 @@ from tests.unit.export.test_export import EASY
 
 KINDS = {
     "stock": {"mlp_ratio": 0.25},
-    "variable": {"pruning_ratio": 0.2, "allocation": "adaptive"},
+    "variable": {"pruning_ratio": 0.2, "units": "neurons,kv_groups", "native_architecture": False},
     "vocabulary": {"vocab_size": 280, "pad_to_multiple_of": 8},
 }
 
