@@ -10,12 +10,27 @@ from hf_context_prune.errors import NumericsError
 
 FLOOR = 1e-3
 """Lower limit of the ridge as a share of the mean diagonal, so that features that never fire stay solvable."""
+_BLOCK = 256
+"""Rows of a Gram matrix that are computed at once."""
 _DAMAGED = "The checkpoint is damaged or was never trained: download or save the model again."
 
 
 def all_finite(values: torch.Tensor) -> bool:
     """Return whether no value is NaN or Inf; one pass without a copy, which `isfinite` and a float64 sum would make."""
     return not values.numel() or all(map(math.isfinite, map(float, values.aminmax())))
+
+
+def add_gram_(gram: torch.Tensor, x: torch.Tensor) -> None:
+    """Add X^T X to a Gram matrix, in place: the blocks on and above the diagonal are computed, the rest is mirrored.
+
+    Args:
+        gram: Symmetric, [features, features].
+        x: X, [tokens, features], in the same dtype.
+    """
+    for start in range(0, len(gram), _BLOCK):
+        stop = start + _BLOCK
+        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
 
 
 def add_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hf_context_prune.modeling.architectures import TARGETS, Target, output_weig
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.distributed import fail_together, shard, sum_counts
-from hf_context_prune.utils.linalg import all_finite
+from hf_context_prune.utils.linalg import add_gram_, all_finite
 from hf_context_prune.utils.precision import overflow_remedy
 
 from .gradients import GradientSums, backward_step, forward_step, layer_gradients
@@ -124,7 +124,7 @@ class _Collector:
                 if stats.pivot is None:
                     stats.pivot = x.mean(dim=0).to(self.device, torch.float64)
                 x = x - stats.pivot.to(x)
-            stats.gram.addmm_(x.T, x)
+            add_gram_(stats.gram, x)
         stats.check_finite(f"{self.where}, batch {self.batch}")
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from hf_context_prune.errors import DataError, NumericsError, SaveError
 from hf_context_prune.utils.files import open_regular
+from hf_context_prune.utils.linalg import add_gram_
 
 Key = tuple[int, str]
 """(layer index, target name)."""
@@ -165,7 +166,7 @@ class RegressionMoments:
             stats.pivot = x.mean(dim=0).double() if stats.pivot is None else stats.pivot
             x = x - stats.pivot.float()
         assert stats.gram is not None
-        stats.gram.addmm_(x.T, x)
+        add_gram_(stats.gram, x)
         self.sum_target += target.sum(dim=0)
         if self.centre:
             self.pivot_target = target.mean(dim=0) if self.pivot_target is None else self.pivot_target
