@@ -44,6 +44,11 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return False
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Return the type to which factors of products may be rounded where that is faster and the error averages out."""
+    return torch.bfloat16 if FAST_PRECISION != "highest" and bfloat16_is_fast(device) else torch.float32
+
+
 @contextmanager
 def bfloat16_autocast(hidden: torch.Tensor) -> Iterator[None]:
     """Run a layer in bfloat16, except its residual stream and norms, where the processor is faster so.
@@ -56,6 +61,6 @@ def bfloat16_autocast(hidden: torch.Tensor) -> Iterator[None]:
         hidden: Input of the layer; half precision needs no autocast.
     """
     cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32
-    rounds = cpu and FAST_PRECISION != "highest" and bfloat16_is_fast(hidden.device)
+    rounds = cpu and product_dtype(hidden.device) == torch.bfloat16
     with reduced_precision_matmul(), torch.autocast("cpu", torch.bfloat16) if rounds else nullcontext():
         yield

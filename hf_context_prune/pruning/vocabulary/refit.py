@@ -39,18 +39,20 @@ from hf_context_prune.modeling.patching import bfloat16_layers, finish_forward
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.linalg import add_ridge, invert_spd
-from hf_context_prune.utils.precision import reduced_precision_matmul
+from hf_context_prune.utils.precision import product_dtype, reduced_precision_matmul
 
 PRIOR = 100.0
 """Occurrences that a row's own evidence is weighed against."""
 STEP = 0.1
 MOMENTUM = 0.7
-MAX_STEPS = 16
+MAX_STEPS = 24
+STEP_FACTORS = (2**0.5, 2**-0.5)
+"""Factors of the last step size that are tried for the next step."""
 LEAST_EXPECTED = 0.1
 """A token that the text lacks is fitted if the model expects at least this many occurrences of it."""
 MIN_GAIN = 3e-4
 """Gain on validation text, in nats per token, below which a step is not taken."""
-_MOST_VALIDATION = 16
+_MOST_VALIDATION = 8
 """Most validation samples: one in `VALIDATION_EVERY`, but no more than this."""
 MORE_TEXT = 4
 """How many times more calibration samples this refit reads than the layer reconstruction does."""
@@ -59,7 +61,7 @@ _MOST_LOGITS = 2**31
 fewer than by the layer reconstruction."""
 _MOST_STATES = 2**28
 """Most values of the hidden states, 1 GiB: with wide states fewer positions are read."""
-_STEP_LOGITS = 2**29
+_STEP_LOGITS = 2**27
 """Logits of one step; a longer text is split into parts, which the steps take in turn."""
 _ELEMENTS = 2**22
 """Logits that exist at once: few enough to stay in the processor's cache."""
@@ -226,7 +228,7 @@ class _RowRegression:
             scale = torch.maximum(predicted, observed) + PRIOR / self.count
             direction = MOMENTUM * direction + (gradient @ inverse) / scale[:, None]
             loss, size = min(
-                (self._validation_loss(best - size * direction), size) for size in (2 * step, step, step / 2)
+                (self._validation_loss(best - factor * step * direction), factor * step) for factor in STEP_FACTORS
             )
             if loss < lowest - MIN_GAIN:
                 best, lowest, step, idle = best - size * direction, loss, size, False
@@ -245,7 +247,7 @@ class _RowRegression:
         for states, targets, others in self._chunks(self.validation, len(weight)):
             logits = _logits(states, weight, self.fitted_bias)
             chosen = logits.gather(1, targets[:, None]).squeeze(1)
-            total += float((logits.logsumexp(dim=-1).logaddexp(others) - chosen).sum())
+            total += float((_log_sum_exp(logits).logaddexp(others) - chosen).sum())
         return total / len(self.validation[0]) if math.isfinite(total) else math.inf  # too long a step
 
     def _gradient(
@@ -253,13 +255,19 @@ class _RowRegression:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (mean (p - y) h, mean p) over positions, for the fitted rows."""
         gradient, predicted = torch.zeros_like(weight), torch.zeros(len(weight), device=weight.device)
+        # The rounding of bfloat16 averages out over the positions of a step; validation losses are not rounded.
+        dtype = product_dtype(weight.device)
+        rounded, bias = weight.to(dtype), None if self.fitted_bias is None else self.fitted_bias.to(dtype)
         for rows, ids, rest in self._chunks((states, targets, others), len(weight)):
-            logits = _logits(rows, weight, self.fitted_bias)
-            probability = logits.sub_(logits.logsumexp(dim=-1).logaddexp(rest)[:, None]).exp_()
+            inputs = rows.to(dtype)
+            logits = _logits(inputs, rounded, bias).float()
+            highest = logits.amax(dim=-1)
+            probability = logits.sub_(highest[:, None]).exp_()
+            probability /= (probability.sum(dim=-1) + (rest - highest).exp())[:, None]
             predicted += probability.sum(dim=0)
             probability[torch.arange(len(ids), device=ids.device), ids] -= 1
             with reduced_precision_matmul():
-                gradient.addmm_(probability.T, rows)
+                gradient += (probability.to(dtype).T @ inputs).float()
         return gradient / len(states), predicted / len(states)
 
     def _predicted(self, states: torch.Tensor) -> torch.Tensor:
@@ -273,12 +281,20 @@ class _RowRegression:
         """Return the log-sum-exp of the logits of tokens whose rows stay, [positions]; -inf where there are none."""
         weight, bias = self.old[others], None if self.bias is None else self.bias[others]
         chunks = self._chunks((states,), max(1, len(weight)))
-        return torch.cat([_logits(rows, weight, bias).logsumexp(dim=-1) for (rows,) in chunks])
+        return torch.cat([_log_sum_exp(_logits(rows, weight, bias)) for (rows,) in chunks])
 
     @staticmethod
     def _chunks(values: Sequence[torch.Tensor], tokens: int) -> list[tuple[torch.Tensor, ...]]:
         size = max(_FEWEST_ROWS, _ELEMENTS // tokens)  # every chunk reads all the weights
         return list(zip(*(tensor.split(size) for tensor in values), strict=True))
+
+
+def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """Return the log-sum-exp of each row and overwrite the logits; PyTorch's own is many times as slow on a CPU."""
+    if not logits.shape[-1]:
+        return logits.new_full(logits.shape[:1], -math.inf)
+    highest = logits.amax(dim=-1)
+    return logits.sub_(highest[:, None]).exp_().sum(dim=-1).log_().add_(highest)
 
 
 def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
