@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Rows, given, parser, table, write_section
-from benchmarks.methods import Domain, documents_of, rounded
+from benchmarks.methods import Domain, count_gone, documents_of, rounded
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
@@ -121,13 +121,13 @@ class VocabularyDomain(Domain):
         if tokens == DEFAULT:
             probe = withhold_token_probe(loaded.model, loaded.tokenizer, calibration, config)
         model, tokenizer, plan = prune_model(loaded.model, loaded.tokenizer, calibration, config, token_probe=probe)
-        gone = {
-            "neurons": sum(a.neurons - b.neurons for a, b in zip(plan.dense, plan.widths, strict=True)),
-            "kv_groups": sum(a.kv_groups - b.kv_groups for a, b in zip(plan.dense, plan.widths, strict=True)),
-            "tokens": plan.vocabulary.dense - len(plan.vocabulary.kept) if plan.vocabulary else 0,
-        }
         facts = {name: plan.provenance.get(name) for name in ("predicted_losses", "predicted_loss_increase")}
-        return {**self.scored(model, tokenizer, dense), "gone": gone, "native": len(set(plan.widths)) == 1, **facts}
+        return {
+            **self.scored(model, tokenizer, dense),
+            "gone": count_gone(plan),
+            "native": len(set(plan.widths)) == 1,
+            **facts,
+        }
 
     def measure_speed(self, tokens: int) -> dict[str, Any]:
         """Compare the speed of the base model and of the model with a pruned vocabulary."""
