@@ -151,10 +151,11 @@ def exported(name: str, to: str) -> Command:
 
 
 DATA = ("--data", "@data.jsonl")
+VARIABLE = ("--units", "neurons,kv_groups", "--no-native-architecture")
 GRID = ("--linear", "1e-3", "--activation", "off", "--embedding", "0")
 COMMANDS: dict[str, Command] = {
     "prune-native": Command(command_line(*PRUNE, "--mlp-ratio", 0.25)),
-    "prune-variable": Command(command_line(*PRUNE, "--pruning-ratio", 0.1, "--allocation", "adaptive")),
+    "prune-variable": Command(command_line(*PRUNE, "--pruning-ratio", 0.1, *VARIABLE)),
     "prune-vocabulary": Command(
         command_line(*PRUNE, "--mlp-ratio", 0.25, "--vocab-size", 280, "--pad-to-multiple-of", 8)
     ),
@@ -203,6 +204,7 @@ COMMANDS: dict[str, Command] = {
         parts=("out",),
     ),
     "download": Command(public(_download), targets=()),
+    "prune-all-units": Command(command_line(*PRUNE, "--pruning-ratio", 0.1, "--pad-to-multiple-of", 8)),
 }
 INPUTS = {
     "pruned": COMMANDS["prune-native"],

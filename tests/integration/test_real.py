@@ -33,6 +33,7 @@ def test_prune_20_percent_and_repair(smollm2, licences, tmp_path):
         num_calibration_samples=8,
         max_seq_length=128,
         reconstruction="least_squares",
+        refit_lm_head=False,
     )
     result = prune(smollm2, licences.calibration, config, eval_data=licences.held_out, eval_options=options)
     size = result.report.size

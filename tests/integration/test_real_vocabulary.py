@@ -101,6 +101,7 @@ def test_tokens_and_neurons_in_one_budget_open_with_plain_transformers(smollm2, 
     config = PrunerConfig(
         pruning_ratio=0.25,
         vocab_size=8_192,
+        allocation="uniform",
         reconstruction="least_squares",
         native_architecture=True,
         round_to=8,
