@@ -157,6 +157,32 @@ def test_there_are_no_final_states_of_batches_that_differ_in_length_or_are_all_p
         assert prune_sequentially(model, [*batches(2), other], widths_of(model), CRITERIA["l1"]).final_states is None
 
 
+@pytest.mark.parametrize("name", WALKED)
+@pytest.mark.parametrize("narrowed", ["both", "neurons", "kv_groups", "later"])
+def test_every_sub_layer_runs_once_per_stream(name, narrowed, monkeypatch):
+    """The base stream and the pruned one cost a forward pass each; one in all where nothing is removed yet."""
+    model, given = case("llama" if name == "llama-mqa-tied" else name), batches(2)  # MQA has one KV group only
+    spec, geometry = spec_of(model.config), read_geometry(model.config, spec_of(model.config))
+    widths = widths_of(model, neurons=1 if narrowed == "kv_groups" else 0.75, groups=int(narrowed != "neurons"))
+    if narrowed == "later":
+        widths[0] = geometry.layers[0]
+    layers, products = layers_of(model, spec), []
+    paths = (spec.attention_inputs[0].path, spec.mlp_inputs[0])
+    for kind in {type(layers[0].get_submodule(path)) for path in paths}:
+        own = kind.forward
+
+        def count(module, x, own=own):
+            products.append(id(module.weight))
+            return own(module, x)
+
+        monkeypatch.setattr(kind, "forward", count)
+    prune_sequentially(model, given, widths, CRITERIA["wanda"])
+    for index, layer in enumerate(layers):
+        streams = 1 if narrowed == "later" and index == 0 else 2
+        for path in paths:
+            assert products.count(id(layer.get_submodule(path).weight)) == streams * len(given), path
+
+
 @pytest.mark.parametrize("kept", [None, [0, 2, 3, 7, 8]])
 def test_the_regression_minimises_its_objective(kept):
     generator = torch.Generator().manual_seed(0)
@@ -311,9 +337,11 @@ def test_hidden_states_on_disk_give_the_same_bits(name, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model, widths = case(name), widths_of(case(name))
     inside = prune_sequentially(model, batches(), widths, CRITERIA["obs"])
-    outside = prune_sequentially(model, batches(), widths, CRITERIA["obs"], memory_limit=0)
-    assert inside.layers == outside.layers
-    assert all(torch.equal(weight, outside.outputs[key][0]) for key, (weight, _) in inside.outputs.items())
+    streams = 2 * 4 * inside.final_states.numel()
+    for limit in (0, streams, streams + 1000):  # nothing in memory; both streams; and not what layers compute on them
+        outside = prune_sequentially(model, batches(), widths, CRITERIA["obs"], memory_limit=limit)
+        assert inside.layers == outside.layers
+        assert all(torch.equal(weight, outside.outputs[key][0]) for key, (weight, _) in inside.outputs.items())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -344,7 +372,9 @@ def test_the_pace_of_restored_layers_says_nothing_of_the_rest(tmp_path, monkeypa
     assert bars[1:] == [("Restoring finished layers", 3, 0), ("Pruning layers", 3, 2)]
 
 
-@pytest.mark.parametrize(("name", "criterion"), [("llama", "obs"), ("phi", "random"), ("gemma2", "obs")])
+@pytest.mark.parametrize(
+    ("name", "criterion"), [("llama", "obs"), ("phi", "random"), ("gemma2", "obs"), ("gpt2", "obs"), ("opt", "wanda")]
+)
 def test_a_killed_walk_goes_on_to_the_same_bits(name, criterion, tmp_path, monkeypatch):
     model, widths = case(name), widths_of(case(name))
     whole = prune_sequentially(model, batches(), widths, CRITERIA[criterion])
@@ -364,6 +394,7 @@ def test_a_killed_walk_goes_on_to_the_same_bits(name, criterion, tmp_path, monke
     assert pruned == [*range(len(widths)), last]
     assert resumed.layers == whole.layers
     assert resumed.outputs.keys() == whole.outputs.keys()
+    assert torch.equal(resumed.final_states, whole.final_states)
     for key, (weight, bias) in whole.outputs.items():
         assert torch.equal(weight, resumed.outputs[key][0])
         assert bias is None or torch.equal(bias, resumed.outputs[key][1])
