@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import TextData
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.reports.report import EvalReport, SizeFacts
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
@@ -154,14 +154,22 @@ def run_pruning(
     """Run all stages of [`prune`][]; with a `resume_dir`, finished work is kept there for the same run to resume."""
     warn_if_alone()
     options = eval_options or EvalOptions()
-    config = _check_config(config, options)
+    asked, config = config, _check_config(config, options)
     _check_recovery(recovery)
     base = ensure_loaded(model, tokenizer)
     config, tokens_stay = _check_before_the_long_work(base, config, options)
     if recovery is not None:
         check_recoverable(base.model, recovery)
     warn_of_unused_options(config)
-    texts = PruningTexts.read(base, data, eval_data, config, options, recovers=recovery is not None)
+    config, texts, only_measured = _read_texts(
+        base,
+        data,
+        eval_data,
+        config,
+        options,
+        by_default=asked is None or asked.general_data_ratio is None,
+        recovers=recovery is not None,
+    )
     if recovery is not None:
         text = RecoveryText.of(texts.split.calibration, base.tokenizer, recovery, *texts.calibration.general_share)
         check_recovery_time(base.model, base.tokenizer, text, recovery)
@@ -177,7 +185,7 @@ def run_pruning(
     if isinstance(config, ThresholdConfig):
         warn_of_low_thresholds(config, pruned.plan, base.model.num_parameters() - pruned.model.num_parameters())
     gc.collect()
-    recovered, notes = None, plan_notes(pruned.plan, texts.calibration)
+    recovered, notes = None, (*plan_notes(pruned.plan, texts.calibration), *only_measured)
     if recovery is not None:
         shared = texts.calibration.general_share
         recovered, note = train_back(pruned, texts.split.calibration, recovery, *shared, resume_dir=resume_dir)
@@ -185,6 +193,33 @@ def run_pruning(
     fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.widths)
     report = _report(comparison, pruned, recovered, config, texts, (*notes, _saved_as(pruned, fit)))
     return PruneResult(*(recovered or pruned), report, fit, base if base.folder is not None else None)
+
+
+def _read_texts(
+    base: LoadedModel,
+    data: TextData,
+    eval_data: TextData | None,
+    config: AnyConfig,
+    options: EvalOptions,
+    *,
+    by_default: bool,
+    recovers: bool,
+) -> tuple[AnyConfig, PruningTexts, tuple[str, ...]]:
+    """Read all texts; general text that can't be calibrated on is only measured on, where its share is the default's.
+
+    Returns:
+        (the config, the texts, a sentence on why general text is only measured on).
+    """
+    if not (by_default and config.general_data_ratio):
+        return config, PruningTexts.read(base, data, eval_data, config, options, recovers=recovers), ()
+    try:
+        texts = PruningTexts.read(base, data, eval_data, config, options, recovers=recovers)
+        texts.calibration.samples(base.tokenizer)  # refuses text of less than a sample
+    except DataError as error:
+        config = replace(config, general_data_ratio=None)
+        texts = PruningTexts.read(base, data, eval_data, config, options, recovers=recovers)
+        return config, texts, (f"No general text is calibrated on: {error}",)
+    return config, texts, ()
 
 
 def _prune(

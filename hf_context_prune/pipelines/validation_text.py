@@ -107,12 +107,13 @@ def withhold_token_probe(
 ) -> TokenProbe:
     """Withhold documents of the calibration text that vocabularies are compared on; see [`measure_units`][].
 
-    Where general text is calibrated on, a part of it is withheld too, and its loss counts by its share.
+    Of several documents of general text that are calibrated on, some are withheld too; their loss counts by its share.
 
     Raises:
-        DataError: One of the texts has a single document.
+        DataError: The domain's text is a single document.
     """
-    share = (config.general_data_ratio or 0.0) if calibration.general is not None else 0.0
+    several = calibration.general is not None and len(calibration.general) > 1
+    share = (config.general_data_ratio or 0.0) if several else 0.0
     sources = [(calibration.domain, 1 - share)]
     if calibration.general is not None and share:
         sources.append((calibration.general, share))

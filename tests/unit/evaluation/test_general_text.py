@@ -19,7 +19,7 @@ def options(general):
 
 
 def test_a_general_text_is_measured_beside_the_domain():
-    config, general = PrunerConfig(mlp_ratio=0.25, **OPTIONS), texts(seed=5)
+    config, general = PrunerConfig(mlp_ratio=0.25, general_data_ratio=0.0, **OPTIONS), texts(seed=5)
     result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=options(general))
     facts = result.report.general
     assert facts.dataset.held_out.startswith("Documents of")

@@ -1,6 +1,7 @@
 """A share of the calibration samples from general text: which samples, what is held out, what the plan says."""
 
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -169,6 +170,33 @@ def test_a_quarter_is_general_text_where_there_is_some_and_nobody_asks_otherwise
     result = prune(base, documents(WORDS[:8]), PrunerConfig(**OPTIONS), eval_options=options)
     assert result.plan.provenance["config"]["general_data_ratio"] == 0.25
     assert "a share of 0.25 of" in " ".join(result.report.notes)
+
+
+def test_general_text_of_two_documents_leaves_tokens_in_the_budget(base):
+    """One is measured on, one calibrated on: none is left to compare vocabularies on, so the domain alone decides."""
+    options = EvalOptions(benchmark=False, memory=False, general_data=documents(WORDS[20:], count=2, length=200))
+    small = {"num_calibration_samples": 8, "max_seq_length": 32, "criterion": "wanda", "reconstruction": "none"}
+    plan = prune(base, documents(WORDS[:8]), PrunerConfig(pad_to_multiple_of=8, **small), eval_options=options).plan
+    assert plan.provenance["config"]["general_data_ratio"] == 0.25
+    assert "tokens" in plan.provenance["sensitivity"]
+    assert "all_tokens_stay" not in plan.provenance
+
+
+def test_text_that_can_not_be_mixed_in_is_only_measured_unless_a_share_is_asked_for(base, subtests):
+    for name, general, said in (
+        ("a single document", documents(WORDS[20:], count=1), "at least 2"),
+        ("less than a sample", documents(WORDS[20:], count=3, length=8), "max_seq_length"),
+        ("repetitions", [" ".join([*WORDS[20:], str(index)]) for index in range(20)], "repeats all"),
+    ):
+        with subtests.test(name):
+            options = EvalOptions(benchmark=False, memory=False, general_data=general)
+            config = PrunerConfig(**OPTIONS | {"max_seq_length": 64})
+            report = prune(base, documents(WORDS[:8]), config, eval_options=options).report
+            assert report.general.dataset.held_out.startswith("Documents of")
+            (line,) = (note for note in report.notes if note.startswith("No general text is calibrated on: "))
+            assert said in line
+            with pytest.raises(DataError, match=said):
+                prune(base, documents(WORDS[:8]), replace(config, general_data_ratio=0.25), eval_options=options)
 
 
 def test_shares_out_of_range(subtests):
