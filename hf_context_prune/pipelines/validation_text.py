@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
-from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.documents import TextSource, stable_hash
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.perplexity import document_losses
@@ -17,14 +17,16 @@ from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.available_units import without_tokens
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
-from hf_context_prune.pruning.unit_curves import TokenProbe
+from hf_context_prune.pruning.unit_curves import ProbeText, TokenProbe
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.distributed import on_main_process
 
 _VALIDATION_TOKENS = 12_000
 """Upper limit of the tokens that a size is searched on, in whole documents."""
 _PROBE_TOKENS = 6_000
-"""Upper limit of the tokens that vocabularies are compared on, in whole documents."""
+"""Upper limit of the tokens that vocabularies are compared on."""
+_STRETCH = 2_000
+"""Characters of each document that vocabularies are compared on."""
 
 
 def withhold_size_text(
@@ -123,16 +125,31 @@ def withhold_token_probe(
         return sum(part.weight * part.loss(candidate, own) for part in parts)
 
     base_loss = sum(part.weight * part.base_loss for part in parts)
-    return TokenProbe(parts[0].counted, loss, base_loss, parts[1].counted if len(parts) > 1 else None)
+    texts = tuple(ProbeText(part.withheld, part.measured, part.weight) for part in parts)
+    return TokenProbe(parts[0].counted, loss, base_loss, texts, parts[1].counted if len(parts) > 1 else None)
+
+
+def _cut_stretches(text: TextSource, seed: int) -> TextSource:
+    """Cut a stretch out of each text, in an order by the seed, so that a few thousand tokens are of many documents."""
+    cut = []
+    for record in sorted(text.documents, key=lambda record: stable_hash("stretch", seed, record.doc, record.text)):
+        spare = len(record.text) - _STRETCH
+        start = 0
+        if spare > 0:
+            start = int.from_bytes(stable_hash("start", seed, record.doc, record.text)[:4], "big") % spare
+            start = record.text.find(" ", start) + 1  # 0 where there is no space
+        if stretch := record.text[start : start + _STRETCH].strip():
+            cut.append(replace(record, text=stretch))
+    return TextSource.from_documents(cut, name=text.name)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Documents withheld from one text, with the base model's loss there."""
+    """Documents withheld from one text, with the base model's loss on stretches of some of them."""
 
     counted: TextSource
     withheld: TextSource
-    docs: list[str]
+    measured: TextSource
     base_tokens: int
     base_loss: float
     weight: float
@@ -155,22 +172,24 @@ class _Part:
                 f"single one. Give text of several documents, a number of tokens (vocab_size), or other units "
                 f"(units='neurons,kv_groups')."
             ) from error
-        length = config.max_seq_length
+        length, stretches = config.max_seq_length, _cut_stretches(withheld, config.pruning_seed)
 
         def measure_base() -> tuple[list[str], int, float]:
             most = max(1, round(weight * _PROBE_TOKENS))
             with bfloat16_layers(model):
-                base = document_losses(model, tokenizer, withheld, max_seq_length=length, max_tokens=most)
+                base = document_losses(model, tokenizer, stretches, max_seq_length=length, max_tokens=most)
             tokens = sum(loss.num_tokens for loss in base)
             return [loss.doc for loss in base], tokens, sum(loss.nll for loss in base) / tokens
 
         docs, tokens, base_loss = on_main_process(measure_base)
-        return cls(counted, withheld, docs, tokens, base_loss, weight, length)
+        chosen = set(docs)
+        measured = TextSource.from_documents(
+            (record for record in stretches.documents if record.doc in chosen), name=text.name
+        )
+        return cls(counted, withheld, measured, tokens, base_loss, weight, length)
 
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the loss of a model with its tokenizer, in nats per token of the base tokenizer."""
         with bfloat16_layers(model):
-            losses = document_losses(
-                model, tokenizer, self.withheld, max_seq_length=self.max_seq_length, docs=self.docs
-            )
+            losses = document_losses(model, tokenizer, self.measured, max_seq_length=self.max_seq_length)
         return sum(loss.nll for loss in losses) / self.base_tokens

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from hf_context_prune.pruning.allocation.sizes import UnitCurves
 from hf_context_prune.pruning.allocation.widths import layer_curves, with_tokens
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, build_vocabulary_pruner
-from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize, count_tokens
 from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import on_main_process
@@ -36,6 +37,25 @@ _TOO_MUCH = 0.5
 """Loss increase, as a share of the base model's loss, beyond which no smaller vocabulary is measured without need."""
 
 
+_MOST_SCALE = 3.0
+"""Most that a measured loss is scaled by: beyond it, too few tokens decide."""
+
+
+@dataclass(frozen=True)
+class ProbeText:
+    """Documents that are withheld from the choice of tokens.
+
+    Attributes:
+        withheld: All of them.
+        measured: The stretches of some of them that the loss is measured on.
+        weight: Share of this text in the loss.
+    """
+
+    withheld: TextSource
+    measured: TextSource
+    weight: float
+
+
 @dataclass(frozen=True)
 class TokenProbe:
     """Text that vocabularies are compared on, and the loss there. The caller measures: pruning knows no evaluation.
@@ -44,12 +64,14 @@ class TokenProbe:
         counted: The calibration text without the probe's documents: tokens are chosen on it.
         loss: Loss of a model with its tokenizer on the probe's documents, in nats per token of the base tokenizer.
         base_loss: The same of the base model.
+        texts: The withheld documents of each text.
         general: General text that counts too, without the probe's documents.
     """
 
     counted: TextSource
     loss: Callable[[PreTrainedModel, PreTrainedTokenizerBase], float]
     base_loss: float
+    texts: tuple[ProbeText, ...] = ()
     general: TextSource | None = None
 
 
@@ -79,8 +101,9 @@ def measure_units(
     """Measure what the units of a config cost in loss.
 
     The loss of a vocabulary is measured on documents that its tokens were not counted on, and before the refit of its
-    rows, so `REFIT_SHARE` of it counts. The loss of neurons and KV groups is what adaptive allocation measures.
-    Negative changes count as zero.
+    rows, so `REFIT_SHARE` of it counts. A few thousand tokens hold few of the rare ones, so the loss is scaled by how
+    often removed tokens occur in all withheld documents (a ratio estimate). The loss of neurons and KV groups is what
+    adaptive allocation measures. Negative changes count as zero.
 
     Args:
         model: The base model.
@@ -144,18 +167,28 @@ def _measure_tokens(pruner: VocabularyPruner, config: PrunerConfig, probe: Token
     curve = [(rows, 0.0)]
     if len(pruner.table) < rows:  # removing padding costs nothing
         curve.append((len(pruner.table), 0.0))
+    withheld = [(text.weight, count_tokens(pruner.tokenizer, text.withheld).occurrences) for text in probe.texts]
+    measured = [(text.weight, count_tokens(pruner.tokenizer, text.measured).occurrences) for text in probe.texts]
     enough = rows - math.ceil(max(0, missing) / token_cost(pruner.model))
     sizes = list(_sizes(pruner, config, rows))
     with tqdm(total=len(sizes), desc="Measuring vocabularies", unit="size", name="hf_context_prune.vocabulary") as bar:
         for size in sizes:
             trimmed = pruner.trim(VocabularySize(size, pad_to_multiple_of=config.pad_to_multiple_of), refit=False)
+            assert trimmed.plan.vocabulary is not None
             excess = probe.loss(trimmed.model, trimmed.tokenizer) - probe.base_loss
+            gone = [_removed_share(texts, trimmed.plan.vocabulary.kept) for texts in (withheld, measured)]
+            excess *= min(max(gone[0] / gone[1], 1 / _MOST_SCALE), _MOST_SCALE) if all(gone) else 1.0
             bar.update()
             if num_rows(trimmed.model) < curve[-1][0]:
                 curve.append((num_rows(trimmed.model), max(0.0, kept * excess)))
             if excess > _TOO_MUCH * probe.base_loss and curve[-1][0] <= enough:
                 break
     return tuple(curve)
+
+
+def _removed_share(texts: Sequence[tuple[float, Counter[int]]], kept: Collection[int]) -> float:
+    """Return the share of the token occurrences in texts, (weight, occurrences) each, that is none of the kept."""
+    return sum(weight * (1 - sum(counts[index] for index in kept) / counts.total()) for weight, counts in texts)
 
 
 def _sizes(pruner: VocabularyPruner, config: PrunerConfig, rows: int) -> Iterator[int]:

@@ -38,6 +38,8 @@ from .selection import (
 )
 
 _SAMPLES, _LENGTH, _BATCH = 128, 512, 4
+_ROWS = 32
+"""Tokens whose probabilities are computed at once: few enough for the processor's cache."""
 EXPECTATION_TOKENS = 16_384
 """Tokens of text on which the model's expectation of every token is averaged."""
 
@@ -281,7 +283,7 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
         for batch in tqdm(samples.split(_BATCH), desc="Expecting tokens", unit="batch", name=name):
             with bfloat16_layers(model):
                 logits = model(input_ids=batch.to(model.device), use_cache=False).logits
-            for rows in logits:  # the float32 probabilities of one sample at a time
+            for rows in logits.flatten(0, 1).split(_ROWS):
                 total += rows.float().softmax(dim=-1).sum(dim=0)[: len(total)].double().cpu()
     if not bool(torch.isfinite(total).all()):
         raise NumericsError(f"The model's logits on this text are not finite. {overflow_remedy(model.dtype)}")
