@@ -38,7 +38,6 @@ UnitName = Literal["tokens", "neurons", "kv_groups"]
 DEFAULT_PRUNING_RATIO = 0.2
 DEFAULT_PAD_TO_MULTIPLE_OF = 64
 DEFAULT_GENERAL_DATA_RATIO = 0.25
-"""Share of general text where there is some (benchmarks/general.py measures it)."""
 NATIVE_TOLERANCE = 0.01
 """Bits per byte, as a share of the base model's, that the native architecture may cost to be the default."""
 DEFAULT_RIDGE = 0.3
@@ -268,14 +267,12 @@ class PrunerConfig(CalibrationConfig):
         given = [name for name in _TOKEN_SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} each set the size of the vocabulary; give one of them.")
-        if self.units is None:
-            return
-        if given and "tokens" not in self.units:
+        if given and "tokens" not in (self.units or "tokens"):
             raise ConfigError(
                 f"{given[0]} removes tokens, and units={self.units!r} keeps them all; add tokens to units, or leave "
                 f"{given[0]} out."
             )
-        if not self.shares_budget:
+        if self.units is not None and not self.shares_budget:
             raise ConfigError(
                 f"units={self.units!r} says what shares one budget by measured loss: it needs pruning_ratio (above 0), "
                 f"target_params or max_loss_increase, with allocation='adaptive' and without mlp_ratio and "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
+from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource, stable_hash
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
@@ -172,6 +173,8 @@ class _Part:
                 f"single one. Give text of several documents, a number of tokens (vocab_size), or other units "
                 f"(units='neurons,kv_groups')."
             ) from error
+        clean, _ = drop_overlapping(withheld, counted)  # a document that others repeat has no token of its own
+        withheld = clean if len(clean) else withheld
         length, stretches = config.max_seq_length, _cut_stretches(withheld, config.pruning_seed)
 
         def measure_base() -> tuple[list[str], int, float]:

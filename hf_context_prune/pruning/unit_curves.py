@@ -29,11 +29,11 @@ from hf_context_prune.utils.distributed import on_main_process
 from .measurements import LayerMeasurements
 from .planner import Planner
 
-SHARES = (0.5, 0.375, 0.25, 0.1875, 0.125, 0.0833)
+SHARES = (0.5, 0.375, 0.25, 0.1667, 0.1)
 """Sizes of the vocabulary that are measured, as shares of its rows; the curve is a power law between them."""
-REFIT_SHARE = 0.6
-"""Share of a vocabulary's loss that is left once the rows are refitted (benchmarks/vocabulary.py)."""
-_TOO_MUCH = 0.5
+REFIT_SHARE = 0.8
+"""Weight of a vocabulary's loss, of which the refit of the rows wins a part back."""
+_TOO_MUCH = 0.15
 """Loss increase, as a share of the base model's loss, beyond which no smaller vocabulary is measured without need."""
 
 

@@ -40,7 +40,7 @@ from .selection import (
 _SAMPLES, _LENGTH, _BATCH = 128, 512, 4
 _ROWS = 32
 """Tokens whose probabilities are computed at once: few enough for the processor's cache."""
-EXPECTATION_TOKENS = 16_384
+EXPECTATION_TOKENS = 8_192
 """Tokens of text on which the model's expectation of every token is averaged."""
 
 
