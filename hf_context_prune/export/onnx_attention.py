@@ -10,6 +10,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from hf_context_prune.utils.compat import attention_implementation
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,7 +27,7 @@ def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, eager_mask)
-    before = model.config._attn_implementation
+    before = attention_implementation(model.config)
     model.set_attn_implementation(_NAME)
     try:
         yield
