@@ -17,11 +17,11 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.adaptive import predicted_loss
 from hf_context_prune.pruning.allocation.budget import Curve
 from hf_context_prune.pruning.allocation.sensitivity import measure_sensitivity
+from hf_context_prune.pruning.allocation.sizes import plain_curves
 from hf_context_prune.pruning.allocation.widths import measured_widths, plan_widths
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
 from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.utils.distributed import on_main_process
-from hf_context_prune.utils.rounding import six_digits
 from hf_context_prune.utils.version import versions
 
 from .scoring import Requirements, score_units, select_units
@@ -95,17 +95,11 @@ class LayerMeasurements:
         return build_plan(model, layers, config, self.num_samples, self.num_tokens, facts)
 
     def prediction(self, widths: Sequence[LayerWidths]) -> dict[str, Any]:
-        """Return the curves and the loss that they predict, for the provenance.
-
-        The curves are {"layer.target": [[kept units, nats per token], ...]}.
-        """
+        """Return the curves and the loss that they predict, for the provenance; see [`plain_curves`][]."""
         if self.curves is None:
             return {}
-        curves = {
-            f"{layer}.{target}": [[kept, six_digits(loss)] for kept, loss in curve]
-            for (layer, target), curve in self.curves.items()
-        }
-        return {"predicted_loss_increase": predicted_loss(self.curves, widths), "sensitivity": curves}
+        loss = predicted_loss(self.curves, widths)
+        return {"predicted_loss_increase": loss, "sensitivity": plain_curves(self.curves)}
 
 
 def build_plan(

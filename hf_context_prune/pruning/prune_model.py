@@ -18,6 +18,7 @@ from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.loss_search import Candidate, find_smallest
+from hf_context_prune.pruning.allocation.sizes import plain_curves
 from hf_context_prune.pruning.allocation.widths import (
     check_round_to,
     check_shared_budget,
@@ -237,12 +238,11 @@ class _Builder:
             self._trimmed = None  # its rows are refitted in place
         else:
             planner = self._planner_for(size.tokens, model, tokenizer)
-            planner.provenance = facts
             plan, reconstruct, states = planner.plan(self._rest_of_budget(model), size.widths)
             smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()
         added: dict[str, Any] = {"config": self.config.to_dict()}
         if self.measured is not None:
-            added["sensitivity"] = self.measured.curves.to_provenance()
+            added["sensitivity"] = plain_curves(self.measured.curves.curves)
             added["predicted_loss_increase"] = size.predicted
         if self.config.refit_lm_head or (self.config.refits_lm_head and smaller.num_parameters() < self.total):
             added["refit"] = self._refit(smaller, tokenizer, states)
@@ -250,7 +250,7 @@ class _Builder:
             plan,
             vocabulary=None if trimmed is None else trimmed.plan.vocabulary,
             model_fingerprint=fingerprint(self.model),
-            provenance={**plan.provenance, **added},
+            provenance={**facts, **plan.provenance, **added},
         )
         return PrunedModel(smaller, tokenizer, plan)
 

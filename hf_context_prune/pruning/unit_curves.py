@@ -35,8 +35,6 @@ REFIT_SHARE = 0.8
 """Weight of a vocabulary's loss, of which the refit of the rows wins a part back."""
 _TOO_MUCH = 0.15
 """Loss increase, as a share of the base model's loss, beyond which no smaller vocabulary is measured without need."""
-
-
 _MOST_SCALE = 3.0
 """Most that a measured loss is scaled by: beyond it, too few tokens decide."""
 

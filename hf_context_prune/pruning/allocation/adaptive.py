@@ -184,7 +184,11 @@ def adaptive_widths(
     Raises:
         BudgetError: The curves do not reach that far; the message names the maximum.
     """
-    counts = cheapest_counts(curves, costs, {"mlp": round_to}, remove_params)
+    return widths_of(cheapest_counts(curves, costs, {"mlp": round_to}, remove_params), geometry)
+
+
+def widths_of(counts: Mapping[Key, int], geometry: Geometry) -> tuple[LayerWidths, ...]:
+    """Return kept units by (layer, target) as widths; units without a count all stay."""
     return tuple(
         LayerWidths(counts.get((layer, "mlp"), base.neurons), counts.get((layer, "attention"), base.kv_groups))
         for layer, base in enumerate(geometry.layers)

@@ -6,8 +6,8 @@ To second order, an error d of a sub-layer's output (one row d_t per token) chan
 
 with dz the change of the logits, p the base model's probabilities, v a random vector of covariance diag p - p p^T, and
 g_t the gradient of v . z with respect to row t of the sub-layer's output. So one backward pass prices every error of
-every layer. v = s - p sum(s), s_i = +-sqrt(p_i) with random signs, has this covariance, and its squares vary much less
-than those of the gradients of sampled labels, since rare labels have huge gradients.
+every layer. v = s - p sum(s), s_i = +-sqrt(p_i) with random signs, has this covariance. So have the gradients of
+sampled labels, which are huge for the rare ones.
 """
 
 from __future__ import annotations

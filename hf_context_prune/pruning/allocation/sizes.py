@@ -18,7 +18,7 @@ from hf_context_prune.modeling.specs import Geometry, LayerWidths
 from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.utils.rounding import six_digits
 
-from .adaptive import Multiples, cheapest_counts, loss_on_hull, most_removable
+from .adaptive import Multiples, cheapest_counts, loss_on_hull, most_removable, predicted_loss, widths_of
 from .budget import Costs, Curve, removed_params
 
 TOKENS: Key = (0, "tokens")
@@ -85,18 +85,15 @@ class UnitCurves:
             BudgetError: The curves do not reach that far.
         """
         counts = cheapest_counts(self.curves, self.costs, self.multiples, remove_params)
-        widths = tuple(
-            LayerWidths(counts.get((layer, "mlp"), base.neurons), counts.get((layer, "attention"), base.kv_groups))
-            for layer, base in enumerate(self.geometry.layers)
-        )
-        return self.sizes(counts.get(TOKENS, self.rows), widths)
+        return self.sizes(counts.get(TOKENS, self.rows), widths_of(counts, self.geometry))
 
     def sizes(self, tokens: int, widths: tuple[LayerWidths, ...]) -> Sizes:
         """Return these sizes with their predicted loss; of padding, which costs nothing, all goes or nothing."""
         if TOKENS in self.curves and tokens < self.rows:
             tokens = min(tokens, self.rows - self.padding)
-        kept = {key: tokens if key == TOKENS else widths[key[0]].of(key[1]) for key in self.curves}
-        loss = sum(loss_on_hull(curve, [curve[0][0] - kept[key]])[0] for key, curve in self.curves.items())
+        loss = predicted_loss({key: curve for key, curve in self.curves.items() if key != TOKENS}, widths)
+        if TOKENS in self.curves:
+            loss += loss_on_hull(self.curves[TOKENS], [self.rows - tokens])[0]
         return Sizes(tokens, widths, loss)
 
     def cheapest_native(self, remove_params: int, groups: Collection[int]) -> Sizes | None:
@@ -114,7 +111,7 @@ class UnitCurves:
             return None
         neurons = self._allowed_neurons(first.neurons)
         by_width = self._loss_in_all_layers("mlp", first.neurons, neurons)
-        best: tuple[float, int, Sizes] | None = None
+        best: tuple[float, Sizes] | None = None
         for kept in self._allowed_groups(groups):
             loss = self._loss_in_all_layers("attention", first.kv_groups, np.array([kept])) + by_width
             gone = layers * (first.neurons - neurons) * self.costs["mlp"]
@@ -124,8 +121,8 @@ class UnitCurves:
             place = int(loss.argmin())
             if np.isfinite(loss[place]) and (best is None or loss[place] < best[0]):
                 widths = (LayerWidths(int(neurons[place]), kept),) * layers
-                best = (float(loss[place]), kept, self.sizes(int(tokens[place]), widths))
-        return None if best is None else best[2]
+                best = float(loss[place]), self.sizes(int(tokens[place]), widths)
+        return None if best is None else best[1]
 
     def _allowed_neurons(self, total: int) -> np.ndarray:
         """Return the widths that all layers may have, widest first."""
@@ -203,9 +200,10 @@ class UnitCurves:
         tolerated = NATIVE_TOLERANCE * self.base_loss if self.base_loss is not None else 0.0
         return (alike if alike.loss - free.loss <= tolerated else free), facts
 
-    def to_provenance(self) -> dict[str, Any]:
-        """Return the curves as plain values: {"layer.target" or "tokens": [[kept units, nats per token], ...]}."""
-        return {
-            "tokens" if key == TOKENS else f"{key[0]}.{key[1]}": [[kept, six_digits(loss)] for kept, loss in curve]
-            for key, curve in self.curves.items()
-        }
+
+def plain_curves(curves: Mapping[Key, Curve]) -> dict[str, Any]:
+    """Return curves as plain values: {"layer.target" or "tokens": [[kept units, nats per token], ...]}."""
+    return {
+        "tokens" if key == TOKENS else f"{key[0]}.{key[1]}": [[kept, six_digits(loss)] for kept, loss in curve]
+        for key, curve in curves.items()
+    }
