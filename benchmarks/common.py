@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class Rows:
 
     [`ResultsLog`][hf_context_prune.storage.results_log.ResultsLog] can't read these files: it holds one setting for
     all rows, in the first line, and refuses rows of another setting. Rows of a benchmark are added over months, so each
-    row records its own commit and machine, and its key is an object. Keys keep the words of the rows on disk, such as
+    row records its own commit, machine and load average, and its key is an object. Keys keep the words of the rows on disk, such as
     ``blocks`` for calibration samples and ``dense`` for the base model.
 
     Args:
@@ -87,7 +88,7 @@ class Rows:
         """Return the row of a configuration: the finished row, or one that is measured now and written."""
         if (found := self.find(key)) is not None:
             return found
-        row = {"key": key, **measure(), "setting": self.setting}
+        row = {"key": key, **measure(), "setting": {**self.setting, "load": round(os.getloadavg()[0], 1)}}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
@@ -95,6 +96,12 @@ class Rows:
             json.dumps({"key": key, **{k: v for k, v in row.items() if k not in ("key", "setting")}})[:300], flush=True
         )
         return row
+
+
+def highest_load(rows: Iterable[dict[str, Any]]) -> str:
+    """Return the highest load average behind rows and the number of cores; rows before 2026-11-29 have none."""
+    known = [row["setting"]["load"] for row in rows if "load" in row["setting"]]
+    return f"{max(known):.1f} on {os.cpu_count()} cores" if known else "not known"
 
 
 def commit() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import os
 import random
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Rows, given, parser, table, write_section
+from benchmarks.common import Rows, given, highest_load, parser, table, write_section
 from benchmarks.models import smollm2
 from benchmarks.speed import plan_of
 from hf_context_prune.export import gguf
@@ -267,8 +266,8 @@ calibration: speed asks for shapes alone. Base and pruned model take turns; the 
 it states them, without server, HTTP and tokenizer). Milliseconds of a decode step after the context, all sequences of the batch;
 gains are base time / pruned time, median and range of the turns. Bytes: what a step reads at least once, all weights and
 the caches of the batch. Work: multiplications of the prompt. Constant: the time left at zero bytes, by a line through both
-models; it is what keeps decode / bytes below 1. `random-1b` has random weights (16 layers, hidden size 2,048). Load average of
-the machine when this was written: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (above 1 per core: run again on a quiet machine).
+models; it is what keeps decode / bytes below 1. `random-1b` has random weights (16 layers, hidden size 2,048). Highest load
+average after a row: {highest_load(rows.rows)} (above 1 per core: run again on a quiet machine).
 
 {table(HEADER, [line_of(row) for row in rows.rows])}
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import statistics
 import tempfile
 from contextlib import ExitStack, closing
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Rows, corpus, parser, table, write_section
+from benchmarks.common import Rows, corpus, highest_load, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.evaluation.options import EvalOptions
@@ -168,8 +167,8 @@ SmolLM2-135M-Instruct (float32, dequantised), the base model and two models with
 of 16,384 entries, then MLP neurons; uniform: the same width in every layer, variable: adaptive widths), in every runtime of
 `hf-context-prune export`. Bits per byte on about {tokens:,} test tokens of `{args.domain}` (a check of the export; too little text to judge
 the pruning); greedy texts of 32 tokens against those of the folder; {args.new_tokens} decode steps of one sequence by the runtime's own clock, median of
-{args.rounds} rounds in which the runtimes of a folder and the base model take turns. Load average of the machine when this was written:
-{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores (above 1 per core, speeds mean little: run again on a quiet machine).
+{args.rounds} rounds in which the runtimes of a folder and the base model take turns. Highest load average after a row:
+{highest_load(found.values())} (above 1 per core, speeds mean little: run again on a quiet machine).
 
 {table(header, [line for kind, row in found.items() for line in lines_of(kind, row)])}
 
