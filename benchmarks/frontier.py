@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import ROOT, Rows, corpus, given, parser, plot_path, write_section
 from benchmarks.frontier_picture import draw
 from benchmarks.frontier_text import BASE, DEFAULT, FORMS, HEALED, LARGEST_OF_FORMS, LAYERS, results_text
@@ -30,7 +32,7 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pipelines.validation_text import withhold_token_probe
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.widths import native_groups
-from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.calibration.samples import CalibrationSet, batches_of
 from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
 from hf_context_prune.pruning.unit_curves import TokenProbe, measure_units
 from hf_context_prune.training.recovery.config import RecoveryConfig
@@ -130,11 +132,19 @@ class FrontierDomain(Domain):
 
     def measure_base(self, *, general: bool) -> dict[str, Any]:
         """Return the row of the base model, which also holds the sizes of documents."""
-        row = self.measure_dense()
+        row = self.measure_dense() | {"forward_seconds": round(self.time_forward(), 1)}
         if general:
             losses = self.losses(self.model, source=self.general)
             row["general"] = {"documents": documents_of(losses), "nll": rounded(losses)}
         return row
+
+    def time_forward(self) -> float:
+        """Return the seconds of a forward pass of the base model, as it is loaded, over the calibration text."""
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            for batch in batches_of(self.samples):
+                self.model(**batch, use_cache=False)
+        return time.perf_counter() - begin
 
     def measure_own(self, method: str, share: float, base: Mapping[str, Any], *, general: bool) -> dict[str, Any]:
         """Prune by a method of this package and score the model; stages are in seconds."""

@@ -37,6 +37,7 @@ def tokenize_samples(
     max_seq_length: int,
     seed: int = 0,
     warn_if_short: bool = True,
+    varied_after: int | None = None,
 ) -> torch.LongTensor:
     """Cut documents into samples for calibration.
 
@@ -52,6 +53,7 @@ def tokenize_samples(
         max_seq_length: Tokens per sample.
         seed: Seed of the order of the documents, and of the stretch that a long one gives.
         warn_if_short: Warn about fewer samples. False where `num_samples` is only an upper limit.
+        varied_after: Beyond this many samples, a document gives one sample at most, so that they are of more documents.
 
     Returns:
         int64 token ids [samples, max_seq_length] without padding, samples <= num_samples. With less text than one
@@ -72,11 +74,13 @@ def tokenize_samples(
     lead = leading_token(tokenizer) if max_seq_length > 1 else None
     length = max_seq_length - (lead is not None)
     needed, cap = num_samples * length, _SAMPLES_PER_DOCUMENT * length
+    later = cap if varied_after is None or varied_after >= num_samples else length
     while True:
-        tokens, was_cut = _gather_tokens(order, tokenizer, needed, cap, seed)
+        caps = (cap, later, (varied_after or 0) * length)
+        tokens, was_cut = _gather_tokens(order, tokenizer, needed, caps, seed)
         if len(tokens) >= needed or not was_cut:
             break
-        cap *= 4
+        cap, later = (cap, 4 * later) if later < cap else (4 * cap, 4 * cap)
     samples = min(num_samples, len(tokens) // length)
     if samples == 0:
         if len(tokens) < _SHORTEST_SAMPLE:
@@ -117,12 +121,23 @@ def join_samples(*parts: tuple[TextSource, torch.Tensor]) -> torch.Tensor:
 
 
 def _gather_tokens(
-    documents: Sequence[TextDocument], tokenizer: PreTrainedTokenizerBase, needed: int, cap: int, seed: int
+    documents: Sequence[TextDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    needed: int,
+    caps: tuple[int, int, int],
+    seed: int,
 ) -> tuple[list[int], bool]:
     """Join the tokens of documents until there are enough.
 
+    Args:
+        documents: In the order to read them.
+        tokenizer: A ``transformers`` tokenizer.
+        needed: Number of tokens.
+        caps: (tokens of a document, tokens of a document later on, tokens after which that is).
+        seed: Seed of the stretches.
+
     Returns:
-        (token ids, at least ``needed`` where the documents hold that many; whether a document was cut to ``cap``).
+        (token ids, at least ``needed`` where the documents hold that many; whether a document was cut).
     """
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     tokens: list[int] = []
@@ -130,10 +145,11 @@ def _gather_tokens(
     for start in range(0, len(documents), 64):
         batch = documents[start : start + 64]
         draws = [random.Random(stable_hash("stretch", seed, document.doc)) for document in batch]
-        texts = [_window(document.text, 16 * cap, draw) for document, draw in zip(batch, draws, strict=True)]
+        texts = [_window(document.text, 16 * caps[0], draw) for document, draw in zip(batch, draws, strict=True)]
         # verbose=False: a document longer than the model's context is fine here: it is cut into samples.
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for document, text, draw, ids in zip(batch, texts, draws, encoded, strict=True):
+            cap = caps[0] if len(tokens) < caps[2] else caps[1]
             was_cut |= len(ids) > cap or len(text) < len(document.text)
             first = draw.randrange(len(ids) - cap + 1) if len(ids) > cap else 0
             if tokens and ids and separator is not None:

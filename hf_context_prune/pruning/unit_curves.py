@@ -29,7 +29,7 @@ from hf_context_prune.utils.distributed import on_main_process
 from .measurements import LayerMeasurements
 from .planner import Planner
 
-SHARES = (0.5, 0.375, 0.25, 0.1667, 0.1)
+SHARES = (0.5, 0.25, 0.125)
 """Sizes of the vocabulary that are measured, as shares of its rows; the curve is a power law between them."""
 REFIT_SHARE = 0.8
 """Weight of a vocabulary's loss, of which the refit of the rows wins a part back."""

@@ -104,22 +104,27 @@ class CalibrationSet:
 
     def _tokenize(self, tokenizer: PreTrainedTokenizerBase, wanted: int) -> torch.Tensor:
         config = self.config
+        share, own = config.general_data_ratio or 0.0, config.num_calibration_samples
 
-        def cut(source: TextSource, count: int) -> torch.Tensor:
+        def cut(source: TextSource, count: int, first: int) -> torch.Tensor:
             return tokenize_samples(
                 source,
                 tokenizer,
                 num_samples=count,
                 max_seq_length=config.max_seq_length,
                 seed=config.pruning_seed,
-                warn_if_short=wanted <= config.num_calibration_samples,
+                warn_if_short=wanted <= own,
+                varied_after=first,
             )
 
-        share = config.general_data_ratio or 0.0
-        mixed = min(wanted - 1, round(share * wanted))  # rounded up, it may be all of them
+        def count_mixed(samples: int) -> int:
+            return min(samples - 1, round(share * samples))  # rounded up, it may be all of them
+
+        mixed = count_mixed(wanted)
         if not mixed or self.general is None:
-            return cut(self.domain, wanted)
-        parts = cut(self.domain, wanted - mixed), cut(self.general, mixed)
+            return cut(self.domain, wanted, own)
+        first = count_mixed(own)
+        parts = cut(self.domain, wanted - mixed, own - first), cut(self.general, mixed, first)
         both = join_samples((self.domain, parts[0]), (self.general, parts[1]))
         # Evenly spread, in an order that more samples only continue.
         places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])

@@ -9,7 +9,7 @@ and y the observed distribution, one step is
 
 the Kronecker-factored natural gradient (Martens and Grosse, arXiv 1503.05671) of one linear layer, with momentum. The
 prior holds back rows that the text says little about. Validation text, which is not fitted, chooses the step size a,
-and at the end, with the whole model (tied rows are inputs too), whether to take the whole change, half of it, or none.
+and at the end, with the whole model (tied rows are inputs too), which share of the change to take.
 
 Rows of tokens that the text does not have and the model does not expect would hardly move: they stay, and their part of
 the softmax's denominator is computed once, so that the cost of a step grows with the domain's tokens and not with all.
@@ -137,15 +137,34 @@ def refit_rows(
     targets = samples[:, 1:].reshape(-1).to(states.device)
     weight = head.weight
     old = weight.detach().float().clone()
-    new = _RowRegression(old, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:])).solve()
-    withheld = samples[-validation:]
-    losses = {}
-    for share in (0.0, 0.5, 1.0):
-        weight.copy_((old + share * (new - old)).to(weight.dtype))
+    fit = _RowRegression(old, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:]))
+    before, change = fit.validation_loss, fit.solve() - old
+    losses, withheld = {0.0: before}, samples[-validation:]
+
+    def take(share: float) -> None:
+        weight.copy_((old + share * change).to(weight.dtype))
+
+    def measure(share: float) -> None:
+        take(share)
         losses[share] = _loss(model, withheld, batch_size)
+
+    measure(0.5)
+    measure(1.0)
+    vertex = _vertex(before, losses[0.5], losses[1.0])
+    if vertex is not None:
+        measure(vertex)
     best = min(losses, key=lambda share: losses[share])
-    weight.copy_((old + best * (new - old)).to(weight.dtype))
-    return {"before": losses[0.0], "after": losses[best], "share": best}
+    take(best)
+    return {"before": before, "after": losses[best], "share": best}
+
+
+def _vertex(at_none: float, at_half: float, at_all: float) -> float | None:
+    """Return the share of a change with the lowest loss, by a parabola through three; None if it is not in between."""
+    curvature = at_all - 2 * at_half + at_none
+    if not (math.isfinite(curvature) and curvature > 0):
+        return None
+    share = round(0.5 - (at_all - at_none) / (4 * curvature), 3)
+    return share if 0 < share < 1 and share != 0.5 else None
 
 
 def _hidden_states(
@@ -199,6 +218,7 @@ class _RowRegression:
     Attributes:
         rows: Tokens whose rows are fitted, [fitted] int64: tokens that the text has, or that the model expects there
             (`LEAST_EXPECTED`).
+        validation_loss: Nats per token of the validation text with the old rows.
     """
 
     def __init__(self, old: torch.Tensor, bias: torch.Tensor | None, fitted: Text, validation: Text) -> None:
@@ -212,6 +232,7 @@ class _RowRegression:
             (states, place[targets], self._others(states, ~active)) for states, targets in (fitted, validation)
         )
         self.fitted_bias = None if self.bias is None else self.bias[self.rows]
+        self.validation_loss = self._validation_loss(old[self.rows])
 
     def solve(self) -> torch.Tensor:
         """Return all rows, [tokens, hidden] float32, at the lowest validation loss that a few steps reach."""
@@ -222,7 +243,7 @@ class _RowRegression:
         number = max(1, round(self.count * len(self.rows) / _STEP_LOGITS))
         parts = list(zip(*(values.tensor_split(number) for values in self.fitted), strict=True))
         best, step, idle = self.old[self.rows], STEP, False
-        lowest, direction = self._validation_loss(best), torch.zeros_like(best)
+        lowest, direction = self.validation_loss, torch.zeros_like(best)
         for turn in tqdm(range(MAX_STEPS), desc="Refitting rows", unit="step", name="hf_context_prune.vocabulary"):
             gradient, predicted = self._gradient(best, *parts[turn % len(parts)])
             scale = torch.maximum(predicted, observed) + PRIOR / self.count

@@ -1,4 +1,4 @@
-"""The token that a tokenizer puts before a text leads every block and every window; else nothing is added."""
+"""Samples begin as the tokenizer begins a text, and more of them are of more documents."""
 
 import copy
 
@@ -68,3 +68,20 @@ def test_every_window_begins_with_it_and_is_scored_once(led, window):
             expected += float(torch.nn.functional.cross_entropy(logits, torch.tensor(part), reduction="sum"))
     assert loss.num_tokens == len(ids)
     assert loss.nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_beyond_the_first_samples_each_document_gives_one(plain):
+    text = source(*(f"word{number} " * 400 for number in range(40)))
+    options = {"max_seq_length": 16, "seed": 0}
+    few = tokenize_samples(text, plain, num_samples=8, **options)
+    dense = tokenize_samples(text, plain, num_samples=24, **options)
+    varied = tokenize_samples(text, plain, num_samples=24, varied_after=8, **options)
+    assert torch.equal(varied[:8], few)
+    assert torch.equal(dense[:8], few)
+
+    def count_documents(samples):
+        return (samples == plain.eos_token_id).sum() + 1
+
+    assert count_documents(varied[8:]) > 3 * count_documents(dense[8:])
+    # Where the documents are too few for that, they give more, and there are as many samples.
+    assert len(tokenize_samples(text, plain, num_samples=100, varied_after=8, **options)) == 100

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,7 +11,13 @@ from torch.nn import functional
 from hf_context_prune.modeling.architectures import layers_of, spec_of
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.pruning.vocabulary import refit
-from hf_context_prune.pruning.vocabulary.refit import KnownStates, _RowRegression, num_refit_samples, refit_rows
+from hf_context_prune.pruning.vocabulary.refit import (
+    KnownStates,
+    _RowRegression,
+    _vertex,
+    num_refit_samples,
+    refit_rows,
+)
 from tests.support.tiny import VOCABULARY, case
 
 
@@ -52,8 +60,24 @@ def test_it_lowers_the_loss_on_text_that_is_not_fitted(name):
     assert result["after"] == pytest.approx(loss_of(model, probe), abs=1e-4)
     assert result["after"] < result["before"] - 0.02
     assert loss_of(model, domain(seed=1)) < dense[1] - 0.02  # nor is it that text alone
-    assert result["share"] in (0.5, 1.0)
+    assert 0 < result["share"] <= 1
     assert changed(model, before) == HEADS[name]
+
+
+@pytest.mark.parametrize(
+    ("losses", "share"),
+    [
+        ((3.0, 2.0, 2.0), 0.75),  # as (x - 0.75)^2, up to a factor and a sum
+        ((2.0, 1.9, 2.4), 0.333),
+        ((3.0, 2.0, 1.0), None),  # a line
+        ((3.0, 2.2, 1.8), None),  # lowest beyond 1
+        ((2.0, 2.5, 3.5), None),  # lowest below 0
+        ((3.0, 2.0, math.inf), None),
+        ((3.0, 2.0, 3.0), None),  # in the middle, which is known
+    ],
+)
+def test_the_lowest_point_of_a_parabola(losses, share):
+    assert _vertex(*losses) == share
 
 
 def states_of(model, samples):
