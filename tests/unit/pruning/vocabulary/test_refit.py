@@ -14,6 +14,7 @@ from hf_context_prune.pruning.vocabulary import refit
 from hf_context_prune.pruning.vocabulary.refit import (
     KnownStates,
     _RowRegression,
+    _validation_last,
     _vertex,
     num_refit_samples,
     refit_rows,
@@ -53,7 +54,8 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_it_lowers_the_loss_on_text_that_is_not_fitted(name):
     model, samples = case(name), domain()
-    before, probe = copied(model), samples[-len(samples) // VALIDATION_EVERY :]
+    count = len(samples) // VALIDATION_EVERY
+    before, probe = copied(model), samples[_validation_last(samples, count)[-count:]]
     dense = loss_of(model, probe), loss_of(model, domain(seed=1))
     result = refit_rows(model, samples)
     assert result["before"] == pytest.approx(dense[0], abs=1e-4)
@@ -62,6 +64,15 @@ def test_it_lowers_the_loss_on_text_that_is_not_fitted(name):
     assert loss_of(model, domain(seed=1)) < dense[1] - 0.02  # nor is it that text alone
     assert 0 < result["share"] <= 1
     assert changed(model, before) == HEADS[name]
+
+
+def test_validation_samples_repeat_no_others():
+    samples = domain(32, tokens=200)
+    for index in (25, 26, 28, 30, 31):  # of the last quarter, 24 to 31
+        samples[index, :20] = samples[index - 20, 4:24]
+    order = _validation_last(samples, 3)
+    assert order.tolist() == [*range(24), 25, 26, 28, 30, 31, 24, 27, 29]
+    assert _validation_last(samples[:, :4], 8).tolist() == list(range(32))  # as many as there are to choose from
 
 
 @pytest.mark.parametrize(
