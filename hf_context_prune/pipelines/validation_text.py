@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
-from hf_context_prune.data.documents import TextSource, stable_hash
-from hf_context_prune.data.splits import hold_out_documents
+from hf_context_prune.data.documents import TextSource
+from hf_context_prune.data.splits import cut_stretches, hold_out_documents
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import SizeSearch
@@ -26,8 +26,6 @@ _VALIDATION_TOKENS = 12_000
 """Upper limit of the tokens that a size is searched on, in whole documents."""
 _PROBE_TOKENS = 6_000
 """Upper limit of the tokens that vocabularies are compared on."""
-_STRETCH = 2_000
-"""Characters of each document that vocabularies are compared on."""
 
 
 def withhold_size_text(
@@ -130,20 +128,6 @@ def withhold_token_probe(
     return TokenProbe(parts[0].counted, loss, base_loss, texts, parts[1].counted if len(parts) > 1 else None)
 
 
-def _cut_stretches(text: TextSource, seed: int) -> TextSource:
-    """Cut a stretch out of each text, in an order by the seed, so that a few thousand tokens are of many documents."""
-    cut = []
-    for record in sorted(text.documents, key=lambda record: stable_hash("stretch", seed, record.doc, record.text)):
-        spare = len(record.text) - _STRETCH
-        start = 0
-        if spare > 0:
-            start = int.from_bytes(stable_hash("start", seed, record.doc, record.text)[:4], "big") % spare
-            start = record.text.find(" ", start) + 1  # 0 where there is no space
-        if stretch := record.text[start : start + _STRETCH].strip():
-            cut.append(replace(record, text=stretch))
-    return TextSource.from_documents(cut, name=text.name)
-
-
 @dataclass(frozen=True)
 class _Part:
     """Documents withheld from one text, with the base model's loss on stretches of some of them."""
@@ -175,7 +159,7 @@ class _Part:
             ) from error
         clean, _ = drop_overlapping(withheld, counted)  # a document that others repeat has no token of its own
         withheld = clean if len(clean) else withheld
-        length, stretches = config.max_seq_length, _cut_stretches(withheld, config.pruning_seed)
+        length, stretches = config.max_seq_length, cut_stretches(withheld, config.pruning_seed)
 
         def measure_base() -> tuple[list[str], int, float]:
             most = max(1, round(weight * _PROBE_TOKENS))

@@ -31,8 +31,6 @@ from .planner import Planner
 
 SHARES = (0.5, 0.25, 0.125)
 """Sizes of the vocabulary that are measured, as shares of its rows; the curve is a power law between them."""
-REFIT_SHARE = 0.8
-"""Weight of a vocabulary's loss, of which the refit of the rows wins a part back."""
 _TOO_MUCH = 0.15
 """Loss increase, as a share of the base model's loss, beyond which no smaller vocabulary is measured without need."""
 _MOST_SCALE = 3.0
@@ -99,8 +97,8 @@ def measure_units(
     """Measure what the units of a config cost in loss.
 
     The loss of a vocabulary is measured on documents that its tokens were not counted on, and before the refit of its
-    rows, so `REFIT_SHARE` of it counts. A few thousand tokens hold few of the rare ones, so the loss is scaled by how
-    often removed tokens occur in all withheld documents (a ratio estimate). The loss of neurons and KV groups is what
+    rows, as that of the layers is. A few thousand tokens hold few of the rare ones, so the loss is scaled by how often
+    removed tokens occur in all withheld documents (a ratio estimate). The loss of neurons and KV groups is what
     adaptive allocation measures. Negative changes count as zero.
 
     Args:
@@ -145,7 +143,7 @@ def _load_or_measure(
     if resume_dir is None:
         return measure()
     texts = probe.counted.fingerprint, None if probe.general is None else probe.general.fingerprint
-    options = config.vocab_criterion, config.pad_to_multiple_of, config.refits_lm_head, SHARES
+    options = config.vocab_criterion, config.pad_to_multiple_of, SHARES
     sampling = sorted(pruner.sampling.items()), pruner.general_share, probe.base_loss
     key = resume_key(pruner.model, [], "tokens", texts, options, sampling, max(0, missing))
     path = resume_dir / f"tokens-{key[:16]}.safetensors"
@@ -161,7 +159,7 @@ def _load_or_measure(
 
 def _measure_tokens(pruner: VocabularyPruner, config: PrunerConfig, probe: TokenProbe, missing: int) -> Curve:
     """Return (tokens, loss increase in nats per token of the base tokenizer), from all tokens on downwards."""
-    rows, kept = num_rows(pruner.model), REFIT_SHARE if config.refits_lm_head else 1.0
+    rows = num_rows(pruner.model)
     curve = [(rows, 0.0)]
     if len(pruner.table) < rows:  # removing padding costs nothing
         curve.append((len(pruner.table), 0.0))
@@ -178,7 +176,7 @@ def _measure_tokens(pruner: VocabularyPruner, config: PrunerConfig, probe: Token
             excess *= min(max(gone[0] / gone[1], 1 / _MOST_SCALE), _MOST_SCALE) if all(gone) else 1.0
             bar.update()
             if num_rows(trimmed.model) < curve[-1][0]:
-                curve.append((num_rows(trimmed.model), max(0.0, kept * excess)))
+                curve.append((num_rows(trimmed.model), max(0.0, excess)))
             if excess > _TOO_MUCH * probe.base_loss and curve[-1][0] <= enough:
                 break
     return tuple(curve)
