@@ -54,20 +54,16 @@ def test_more_samples_than_the_config_asks_for_give_no_warning(text):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
 def test_more_samples_only_continue_the_order(share):
-    domain = source(*(f"the court finds that party {index} has a duty of care " * 4 for index in range(80)))
-    general = source(*(f"the patient was given the dose number {index} of the trial " * 4 for index in range(80)))
+    domain = source(*(f"court {index} " * 16 for index in range(80)))
+    general = source(*(f"dose {index} " * 16 for index in range(80)))
     config = PrunerConfig(num_calibration_samples=8, max_seq_length=16, general_data_ratio=share)
     calibration, tokenizer = CalibrationSet(domain, config, general), tiny_tokenizer()
     few, many = calibration.samples(tokenizer), calibration.samples(tokenizer, 32)
     assert (len(few), len(many)) == (8, 32)
     assert torch.equal(many[:8], few)
-    from_general = [not any(torch.equal(row, own) for own in tokenize_all(domain, tokenizer)) for row in many]
+    from_general = ["dose" in tokenizer.decode(row) for row in many]
     assert sum(from_general[:8]) == round(8 * share)
     assert sum(from_general) == round(32 * share)
-
-
-def tokenize_all(text, tokenizer):
-    return tokenize_samples(text, tokenizer, num_samples=32, max_seq_length=16)
 
 
 def test_general_text_that_is_not_there_is_refused_at_once(text):
