@@ -19,7 +19,7 @@ from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.utils.rounding import six_digits
 
 from .adaptive import Multiples, cheapest_counts, loss_on_hull, most_removable, predicted_loss, widths_of
-from .budget import Costs, Curve, removed_params
+from .budget import Costs, Curve
 
 TOKENS: Key = (0, "tokens")
 """Key of the curve of the vocabulary, beside those of (layer, target)."""
@@ -159,12 +159,6 @@ class UnitCurves:
         tokens = np.where(remove_params > 0, most // multiple * multiple, tokens)
         loss = np.array(loss_on_hull(curve, list(self.rows - tokens)))
         return tokens, np.where(tokens < max(curve[-1][0], 1), np.inf, loss)
-
-    def removed(self, sizes: Sizes) -> int:
-        """Return the parameters that these sizes remove."""
-        layers = {target: cost for target, cost in self.costs.items() if target != "tokens"}
-        gone = removed_params(self.geometry.layers, sizes.widths, layers)
-        return gone + (self.rows - sizes.tokens) * self.costs.get("tokens", 0)
 
     def choose(self, remove_params: int, native: bool | None, groups: Collection[int]) -> tuple[Sizes, dict[str, Any]]:
         """Return the best sizes for a budget, of the native architecture where that costs next to nothing.
