@@ -17,8 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common import ROOT, Rows, corpus, given, parser, plot_path, write_section
 from benchmarks.frontier_picture import draw
 from benchmarks.frontier_text import BASE, DEFAULT, FORMS, HEALED, LARGEST_OF_FORMS, LAYERS, results_text
@@ -32,7 +30,7 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pipelines.validation_text import withhold_token_probe
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.widths import native_groups
-from hf_context_prune.pruning.calibration.samples import CalibrationSet, batches_of
+from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
 from hf_context_prune.pruning.unit_curves import TokenProbe, measure_units
 from hf_context_prune.training.recovery.config import RecoveryConfig
@@ -51,6 +49,8 @@ PICTURE = ROOT.parent / "docs" / "frontier.png"
 class FrontierDomain(Domain):
     """A domain whose curves are measured once for all sizes, and kept in a folder that a resumed run reads."""
 
+    label = "frontier"
+    """Beginning of the name of the folder of the curves."""
     _kept: tuple[str, float, PrunedModel] | None = None
 
     @cached_property
@@ -72,7 +72,7 @@ class FrontierDomain(Domain):
     def folder(self) -> Path:
         """Folder of the measured curves, and of the finished layers of the size that is measured now."""
         args = self.args
-        folder = Path(args.work) / "models" / f"frontier-{self.name}-{args.num_samples}-{args.length}-{args.seed}"
+        folder = Path(args.work) / "models" / f"{self.label}-{self.name}-{args.num_samples}-{args.length}-{args.seed}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -137,14 +137,6 @@ class FrontierDomain(Domain):
             losses = self.losses(self.model, source=self.general)
             row["general"] = {"documents": documents_of(losses), "nll": rounded(losses)}
         return row
-
-    def time_forward(self) -> float:
-        """Return the seconds of a forward pass of the base model, as it is loaded, over the calibration text."""
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            for batch in batches_of(self.samples):
-                self.model(**batch, use_cache=False)
-        return time.perf_counter() - begin
 
     def measure_own(self, method: str, share: float, base: Mapping[str, Any], *, general: bool) -> dict[str, Any]:
         """Prune by a method of this package and score the model; stages are in seconds."""
@@ -214,7 +206,7 @@ class FrontierRows:
             begin = time.perf_counter()
             base = None if method == BASE else self.found[name, BASE, 0.0]
             row = _measure(domain, method, share, base, general=general)
-            return {**row, "seconds": round(time.perf_counter() - begin, 1)}
+            return {**row, "seconds": round(time.perf_counter() - begin, 4)}
 
         row = self.store.get_or_measure(self.key(name, method, share), measure)
         self.found[name, method, share] = row

@@ -27,7 +27,6 @@ GOALS = {0.2: 0.0, 0.3: 0.04, 0.5: 0.18}
 """Share removed -> largest mean change of bits per byte of the default."""
 MOST_BEHIND = 0.01
 """Largest change of bits per byte of the default against the best other choice at the same size."""
-
 MOST_FORWARDS = 4.0
 """Most forward passes of the base model over the calibration text that the default may take as long as."""
 

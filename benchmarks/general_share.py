@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class SharedDomain(FrontierDomain):
 
     def __init__(self, load: Callable[[], Any], args: argparse.Namespace, name: str, ratio: float) -> None:
         super().__init__(load, args, name, targets=("mlp",))
-        self.ratio = ratio
+        self.ratio, self.label = ratio, f"general-{ratio:g}"
 
     @cached_property
     def general_train(self) -> TextSource:
@@ -50,15 +49,6 @@ class SharedDomain(FrontierDomain):
     def calibration(self) -> CalibrationSet:
         config = self.own_config(DEFAULT, self.args.removed)
         return CalibrationSet(self.train, config, self.general_train if self.ratio else None)
-
-    @cached_property
-    def folder(self) -> Path:
-        """Folder of the measured curves and finished layers."""
-        args = self.args
-        sizes = f"{args.num_samples}-{args.length}-{args.seed}-{self.ratio:g}"
-        folder = Path(args.work) / "models" / f"general-{self.name}-{sizes}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def own_config(self, method: str, share: float) -> PrunerConfig:
         return replace(super().own_config(method, share), general_data_ratio=self.ratio or None)
@@ -109,10 +99,6 @@ def results_text(found: dict[tuple[str, float | None], dict[str, Any]], args: ar
         body.append([f"{ratio:g}", *map(format_percent, means[ratio]), *cells])
     header = ["share", "mean, domain", "mean, general text"]
     header += [f"{name}{what}" for name in args.domains for what in ("", ", general text", ", tokens that stay")]
-    domain, general = (
-        means[DEFAULT_GENERAL_DATA_RATIO] if DEFAULT_GENERAL_DATA_RATIO in means else means[args.shares[-1]]
-    )
-    cost = domain - means[args.shares[0]][0]
     first = next(iter(found.values()))["setting"]
     return f"""## Share of general text
 
@@ -123,11 +109,22 @@ tokens, the widths, the reconstruction and the refit. Change of bits per byte ag
 
 {table(header, body)}
 
-The default, {DEFAULT_GENERAL_DATA_RATIO:g}: {general:+.1%} on general text (goal: at most {MOST_GENERAL:+.0%}), for {100 * cost:+.1f} points on
-the domain (goal: at most {100 * MOST_DOMAIN:+.0f}).
+{verdict(means)}
 
 `python -m benchmarks.general_share --data DATA{args.given}` at `{first["commit"]}`, {first["machine"]}, seed {args.seed}.
 """
+
+
+def verdict(means: Mapping[float, np.ndarray]) -> str:
+    """Return what the default costs and saves, from (domain, general text) by share; empty where it is not measured."""
+    share = DEFAULT_GENERAL_DATA_RATIO
+    if share not in means or 0.0 not in means:
+        return ""
+    cost = 100 * (means[share][0] - means[0.0][0])
+    return (
+        f"The default, {share:g}: {means[share][1]:+.1%} on general text (goal: at most {MOST_GENERAL:+.0%}), for {cost:+.1f} "
+        f"points on\nthe domain (goal: at most {100 * MOST_DOMAIN:+.0f})."
+    )
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

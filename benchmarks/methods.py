@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -191,6 +192,14 @@ class Domain:
                 max_tokens=None if docs else self.args.eval_tokens,
                 docs=docs,
             )
+
+    def time_forward(self) -> float:
+        """Return the seconds of a forward pass of the base model, as it is loaded, over the calibration samples."""
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            for batch in batches_of(self.samples):
+                self.model(**batch, use_cache=False)
+        return time.perf_counter() - begin
 
     def measure_dense(self) -> dict[str, Any]:
         """Return the row of the base model, which also holds sizes of documents."""

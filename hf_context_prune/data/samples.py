@@ -6,6 +6,7 @@ import random
 import re
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def tokenize_samples(
     needed, cap = num_samples * length, _SAMPLES_PER_DOCUMENT * length
     later = cap if varied_after is None or varied_after >= num_samples else length
     while True:
-        caps = (cap, later, (varied_after or 0) * length)
+        caps = _Caps(cap, later, (varied_after or 0) * length)
         tokens, was_cut = _gather_tokens(order, tokenizer, needed, caps, seed)
         if len(tokens) >= needed or not was_cut:
             break
@@ -120,11 +121,19 @@ def join_samples(*parts: tuple[TextSource, torch.Tensor]) -> torch.Tensor:
     return torch.cat([samples for _, samples in parts])
 
 
+class _Caps(NamedTuple):
+    """Most tokens that a document gives: `first` until there are `until` tokens, `later` beyond."""
+
+    first: int
+    later: int
+    until: int
+
+
 def _gather_tokens(
     documents: Sequence[TextDocument],
     tokenizer: PreTrainedTokenizerBase,
     needed: int,
-    caps: tuple[int, int, int],
+    caps: _Caps,
     seed: int,
 ) -> tuple[list[int], bool]:
     """Join the tokens of documents until there are enough.
@@ -133,7 +142,7 @@ def _gather_tokens(
         documents: In the order to read them.
         tokenizer: A ``transformers`` tokenizer.
         needed: Number of tokens.
-        caps: (tokens of a document, tokens of a document later on, tokens after which that is).
+        caps: Most tokens of a document.
         seed: Seed of the stretches.
 
     Returns:
@@ -145,11 +154,11 @@ def _gather_tokens(
     for start in range(0, len(documents), 64):
         batch = documents[start : start + 64]
         draws = [random.Random(stable_hash("stretch", seed, document.doc)) for document in batch]
-        texts = [_window(document.text, 16 * caps[0], draw) for document, draw in zip(batch, draws, strict=True)]
+        texts = [_window(document.text, 16 * caps.first, draw) for document, draw in zip(batch, draws, strict=True)]
         # verbose=False: a document longer than the model's context is fine here: it is cut into samples.
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for document, text, draw, ids in zip(batch, texts, draws, encoded, strict=True):
-            cap = caps[0] if len(tokens) < caps[2] else caps[1]
+            cap = caps.first if len(tokens) < caps.until else caps.later
             was_cut |= len(ids) > cap or len(text) < len(document.text)
             first = draw.randrange(len(ids) - cap + 1) if len(ids) > cap else 0
             if tokens and ids and separator is not None:

@@ -71,12 +71,10 @@ def all_sizes(curves):
         losses_of(curves, (layer, target), first.of(target)) for layer in layers for target in ("mlp", "attention")
     ]
     for tokens, *kept in itertools.product(*tables):
-        gone = (curves.rows - tokens) * curves.costs["tokens"]
-        gone += sum((first.neurons - count) * curves.costs["mlp"] for count in kept[::2])
-        gone += sum((first.kv_groups - count) * curves.costs["attention"] for count in kept[1::2])
         widths = tuple(LayerWidths(*pair) for pair in zip(kept[::2], kept[1::2], strict=True))
         loss = sum(table[count] for table, count in zip(tables, (tokens, *kept), strict=True))
-        yield Sizes(tokens, widths, loss), gone
+        sizes = Sizes(tokens, widths, loss)
+        yield sizes, removed_by(curves, sizes)
 
 
 @quick
