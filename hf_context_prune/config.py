@@ -37,7 +37,7 @@ UnitName = Literal["tokens", "neurons", "kv_groups"]
 
 DEFAULT_PRUNING_RATIO = 0.2
 DEFAULT_PAD_TO_MULTIPLE_OF = 64
-DEFAULT_GENERAL_DATA_RATIO = 0.25
+DEFAULT_GENERAL_DATA_RATIO = 0.125
 NATIVE_TOLERANCE = 0.01
 """Bits per byte, as a share of the base model's, that the native architecture may cost to be the default."""
 DEFAULT_RIDGE = 0.3

@@ -159,17 +159,17 @@ def test_a_share_that_is_no_sample_is_refused(base, mix):
         prune(base, documents(WORDS[:8]), config, eval_options=EvalOptions(general_data=general_text()))
 
 
-def test_a_quarter_is_general_text_where_there_is_some_and_nobody_asks_otherwise(base):
+def test_an_eighth_is_general_text_where_there_is_some_and_nobody_asks_otherwise(base):
     for samples, given, general, share in (
-        *((8, None, True, 0.25), (3, None, True, 0.25), (2, None, True, None), (1, None, True, None)),
+        *((8, None, True, 0.125), (5, None, True, 0.125), (4, None, True, None), (1, None, True, None)),
         *((8, None, False, None), (8, 0.0, True, 0.0), (8, 0.5, True, 0.5), (8, 0.5, False, 0.5)),
     ):
         config = PrunerConfig(num_calibration_samples=samples, general_data_ratio=given)
         assert choose_general_share(config, general_text() if general else None) == share
     options = EvalOptions(benchmark=False, memory=False, general_data=general_text())
     result = prune(base, documents(WORDS[:8]), PrunerConfig(**OPTIONS), eval_options=options)
-    assert result.plan.provenance["config"]["general_data_ratio"] == 0.25
-    assert "a share of 0.25 of" in " ".join(result.report.notes)
+    assert result.plan.provenance["config"]["general_data_ratio"] == 0.125
+    assert "a share of 0.125 of" in " ".join(result.report.notes)
 
 
 def test_general_text_of_two_documents_leaves_tokens_in_the_budget(base):
@@ -177,7 +177,7 @@ def test_general_text_of_two_documents_leaves_tokens_in_the_budget(base):
     options = EvalOptions(benchmark=False, memory=False, general_data=documents(WORDS[20:], count=2, length=200))
     small = {"num_calibration_samples": 8, "max_seq_length": 32, "criterion": "wanda", "reconstruction": "none"}
     plan = prune(base, documents(WORDS[:8]), PrunerConfig(pad_to_multiple_of=8, **small), eval_options=options).plan
-    assert plan.provenance["config"]["general_data_ratio"] == 0.25
+    assert plan.provenance["config"]["general_data_ratio"] == 0.125
     assert "tokens" in plan.provenance["sensitivity"]
     assert "all_tokens_stay" not in plan.provenance
 
