@@ -184,7 +184,7 @@ def input_magnitude(
     """
     total: torch.Tensor | None = None
     for module, rows in _input_rows(layer, spec, geometry, target, groups):
-        per_feature = absolute_weight(module, gradients).sum(dim=1)
+        per_feature = absolute_weight(module, gradients).sum(dim=1, dtype=torch.float64)
         part = per_feature if rows is None else per_feature[torch.tensor(rows)].sum(dim=1)
         total = part if total is None else total + part
     assert total is not None  # every ArchSpec has input projections
@@ -192,12 +192,12 @@ def input_magnitude(
 
 
 def absolute_weight(module: nn.Module, gradients: Gradients | None = None) -> torch.Tensor:
-    """Return |w| or |w * dL/dw| of a projection as [out_features, in_features], float64."""
-    weight = output_weight(module).double()
-    if gradients is not None:
-        gradient = gradients[id(module.weight)]
-        weight = weight * (gradient.T if is_transposed(module) else gradient).double()
-    return weight.abs()
+    """Return |w| (in the dtype of the weight) or |w * dL/dw| (float64) of a projection, [out_features, in_features]."""
+    weight = output_weight(module)
+    if gradients is None:
+        return weight.abs()
+    gradient = gradients[id(module.weight)]
+    return (weight.double() * (gradient.T if is_transposed(module) else gradient).double()).abs()
 
 
 def unit_costs(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> UnitCosts:

@@ -33,7 +33,9 @@ from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_to
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for, vocabulary_size
 from hf_context_prune.pruning.vocabulary.refit import KnownStates, num_refit_samples, refit_rows_in_all_processes
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
-from hf_context_prune.utils.distributed import on_main_process
+from hf_context_prune.storage.layer_shards import SHARD_BYTES, LayerShards
+from hf_context_prune.utils.distributed import is_main_process, on_main_process
+from hf_context_prune.utils.memory import fits_in_memory
 from hf_context_prune.utils.version import versions
 
 from .planner import Planner
@@ -118,7 +120,7 @@ def prune_model(
         measured = measure_units(model, tokenizer, calibration, config, token_probe, resume_dir)
     builder = _Builder(model, tokenizer, calibration, config, dict(provenance or {}), resume_dir, measured)
     if config.max_loss_increase is None or validation_loss is None:
-        return builder.build(*builder.size(config))
+        return builder.build(*builder.size(config), to_files=resume_dir is not None)
     return _find_smallest(builder, config, validation_loss)
 
 
@@ -227,19 +229,32 @@ class _Builder:
             return _Size(self.fixed, None), {}
         return _Size(self.fixed, plan_widths_beside_vocabulary(self.model, config, self.fixed)), {}
 
-    def build(self, size: _Size, chosen: Mapping[str, Any]) -> PrunedModel:
-        """Build the model of a size: remove tokens, then neurons and KV groups, then refit the rows of the head."""
+    def build(self, size: _Size, chosen: Mapping[str, Any], *, to_files: bool = False) -> PrunedModel:
+        """Build the model of a size: remove tokens, then neurons and KV groups, then refit the rows of the head.
+
+        Args:
+            size: The size.
+            chosen: Facts on its choice.
+            to_files: Hold the layers of a large model in files of the resume folder, which the saved model links to.
+                Else files without a name hold them, where they don't fit into memory.
+        """
         trimmed = self._trimmed_to(size.tokens)
         model, tokenizer = (self.model, self.tokenizer) if trimmed is None else (trimmed.model, trimmed.tokenizer)
         facts = {**self.facts, **chosen, **({} if trimmed is None else trimmed.plan.provenance)}
-        states = None
+        states, reconstruct = None, None
         if trimmed is not None and size.widths == self.view.widths:
-            smaller, plan = model, _vocabulary_only_plan(trimmed, facts, self.config)
-            self._trimmed = None  # its rows are refitted in place
+            layers = PruningPlan.identity(model.config.model_type, self.view.geometry, fingerprint(model))
+            plan = _vocabulary_only_plan(trimmed, facts, self.config)
         else:
             planner = self._planner_for(size.tokens, model, tokenizer)
             plan, reconstruct, states = planner.plan(self._rest_of_budget(model), size.widths)
-            smaller = apply_plan(model, plan, reconstruct=reconstruct).eval()
+            layers = plan
+        shards = self._open_shards(model, layers, self.resume_dir if to_files else None)
+        smaller = apply_plan(
+            model, layers, reconstruct=reconstruct, keep=None if shards is None else shards.keep
+        ).eval()
+        if shards is not None:
+            shards.belong_to(smaller)
         added: dict[str, Any] = {"config": self.config.to_dict()}
         if self.measured is not None:
             added["sensitivity"] = plain_curves(self.measured.curves.curves)
@@ -253,6 +268,17 @@ class _Builder:
             provenance={**facts, **plan.provenance, **added},
         )
         return PrunedModel(smaller, tokenizer, plan)
+
+    def _open_shards(self, model: PreTrainedModel, plan: PruningPlan, folder: Path | None) -> LayerShards | None:
+        """Return the files where the layers of a large model go; None: into memory, or where the model lies."""
+        if model.device.type != "cpu":
+            return None
+        size = model.dtype.itemsize * (
+            model.num_parameters() - removed_params(plan.dense, plan.widths, self.view.costs)
+        )
+        if folder is not None and is_main_process() and size > SHARD_BYTES:
+            return LayerShards(folder)
+        return None if fits_in_memory(size) else LayerShards(None)
 
     def _trim(self, tokens: int | None) -> TrimmedModel:
         """Return the model with fewer tokens: as many, or as many as the config says."""

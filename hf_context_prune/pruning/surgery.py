@@ -29,10 +29,17 @@ ReconstructFn = Callable[
     [int, str, torch.Tensor, torch.Tensor | None, list[int]], tuple[torch.Tensor, torch.Tensor | None]
 ]
 """(layer, target, W [out, in], bias [out] or None, kept features) -> (new W [out, kept], new bias or None)."""
+KeepFn = Callable[[int, State], State]
+"""(layer, its tensors by their names in the whole model) -> the same tensors, in memory or mapped from a file."""
 
 
 def apply_plan(
-    model: PreTrainedModel, plan: PruningPlan, *, reconstruct: ReconstructFn | None = None
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    *,
+    reconstruct: ReconstructFn | None = None,
+    keep: KeepFn | None = None,
+    share: bool = False,
 ) -> PreTrainedModel:
     """Build the smaller model that a plan describes; the given model is unchanged.
 
@@ -41,6 +48,9 @@ def apply_plan(
         plan: The kept units, made for this model.
         reconstruct: Called for every output projection that loses features; returns its new weight and bias. None:
             slice.
+        keep: Called for every layer once it is narrowed, so that no more than one lies in memory; see [`KeepFn`][].
+            None: all lie in memory.
+        share: Let the new model share the tensors that do not change. Neither may then be changed in place.
 
     Returns:
         A new model, with tensors of its own, of the native class where its config can express the widths, else of the
@@ -57,7 +67,7 @@ def apply_plan(
     if plan.vocabulary is not None:
         config = build_vocabulary_config(config, plan.vocabulary.kept)
     smaller = build_empty_model(config, view.spec, plan.widths)
-    state = _sliced_state(view, plan, reconstruct)
+    state = _sliced_state(view, plan, reconstruct, keep, share=share)
     unsavable = _add_missing_biases(smaller, state, view.spec)
     smaller.load_state_dict(state, strict=False, assign=True)
     smaller.tie_weights()
@@ -71,23 +81,34 @@ def apply_plan(
     return smaller.train(model.training)
 
 
-def _sliced_state(view: ModelView, plan: PruningPlan, reconstruct: ReconstructFn | None) -> State:
-    """Return the tensors of the smaller model, none shared with the larger; a tied head is left to `tie_weights`."""
+def _sliced_state(
+    view: ModelView, plan: PruningPlan, reconstruct: ReconstructFn | None, keep: KeepFn | None, *, share: bool
+) -> State:
+    """Return the tensors of the smaller model; a tied head is left to `tie_weights`."""
     model = view.model
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    originals = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    rest = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    originals = {tensor.untyped_storage().data_ptr() for tensor in rest.values()}
+
+    def own(state: State) -> State:
+        # A tensor may be unchanged, or `reconstruct` may have returned a view of the old one.
+        return {
+            name: tensor if share or tensor.untyped_storage().data_ptr() not in originals else tensor.clone()
+            for name, tensor in state.items()
+        }
+
     if has_tied_head(model):
-        del state[head_weight_name(model)]
+        del rest[head_weight_name(model)]
     if plan.vocabulary is not None:
-        for name in token_rows(model).keys() & state.keys():
-            state[name] = state[name][torch.tensor(plan.vocabulary.kept, device=state[name].device)]
-    for index in range(len(view.layers)):
+        for name in token_rows(model).keys() & rest.keys():
+            rest[name] = rest[name][torch.tensor(plan.vocabulary.kept, device=rest[name].device)]
+    finished: State = {}
+    for index, layer in enumerate(view.layers):
+        prefix = f"{view.spec.layers}.{index}"
+        state = {name: rest.pop(name) for name in [f"{prefix}.{name}" for name in layer.state_dict()]}
         _prune_layer(view, index, state, plan, reconstruct)
-    # A tensor may be unchanged, or `reconstruct` may have returned a view of the old one.
-    return {
-        name: tensor.clone() if tensor.untyped_storage().data_ptr() in originals else tensor
-        for name, tensor in state.items()
-    }
+        state = own(state)
+        finished |= state if keep is None else keep(index, state)
+    return {**own(rest), **finished}
 
 
 def _prune_layer(

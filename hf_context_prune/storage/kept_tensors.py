@@ -53,10 +53,19 @@ def write_kept_tensors(
     Raises:
         SaveError: The file can't be written; an older one is as it was.
     """
+    write_tensors(path, tensors, {**(facts or {}), "key": key}, what=what)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, what: str) -> None:
+    """Write a safetensors file that replaces an older one as a whole; other arguments as [`write_kept_tensors`][].
+
+    Raises:
+        SaveError: The file can't be written; an older one is as it was.
+    """
     partial = path.with_suffix(".partial")
     try:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, partial, metadata={**(facts or {}), "key": key})
+        save_file(whole, partial, metadata=dict(metadata))
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

@@ -15,6 +15,7 @@ from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from hf_context_prune.utils.foreign_code import drop_foreign_code
 
+from .layer_shards import save_weights
 from .manifest import PICKLE_SUFFIXES
 from .staging import resolve_target, staged_folder
 
@@ -94,7 +95,7 @@ def write_model_folder(
     """
     _refuse_unsavable(model)
     with config_of_memory(model):
-        model.save_pretrained(folder)
+        save_weights(model, folder)
     if str(model.config.model_type).startswith("context_pruned_"):
         _check_auto_map(folder)
     if tokenizer is not None:

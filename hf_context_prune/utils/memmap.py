@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -40,3 +41,11 @@ def memmap_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
                 f"there, set TMPDIR to a folder on a larger disk, or calibrate on fewer samples "
                 f"(num_calibration_samples)."
             ) from error
+
+
+def spill(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies of tensors that lie in memory-mapped files; see [`memmap_zeros`][]."""
+    return {
+        name: memmap_zeros(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+        for name, tensor in tensors.items()
+    }

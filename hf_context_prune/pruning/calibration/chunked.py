@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import psutil
-import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.modeling.architectures import Target, output_weight
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.distributed import broadcast_object
 from hf_context_prune.utils.memmap import memmap_zeros
+from hf_context_prune.utils.memory import free_memory
 
 from .calibrate import calibrate
 from .samples import Batch
@@ -46,13 +45,6 @@ def calibrate_in_turns(
             result.targets[key] = replace(own, gram=room.copy_(own.gram))
         result.num_samples, result.num_tokens = found.num_samples, found.num_tokens
     return result
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def layer_groups(model: PreTrainedModel, targets: tuple[Target, ...]) -> Iterator[range]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
-from hf_context_prune.modeling.architectures import TARGETS, Target
+from hf_context_prune.modeling.architectures import TARGETS, Target, output_weight
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch
 from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import is_main_process
+from hf_context_prune.utils.memmap import spill
+from hf_context_prune.utils.memory import fits_in_memory
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
-"""New weight [out, kept] and bias [out] of an output projection, float32."""
+"""New weight [out, kept] and bias [out] of an output projection, in the model's dtype."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class SequentialCheckpoint:
     ) -> None:
         self.folder = folder
         if folder is None:
+            view = ModelView.of(model)
+            sizes = (output_weight(view.output_projection(*key)).nbytes for key in product(range(len(widths)), TARGETS))
+            self._fits = fits_in_memory(sum(sizes))
             return
         self.key = resume_key(model, batches, list(widths), *options)
         self.folder = folder = folder / self.key[:16]
@@ -84,17 +91,28 @@ class SequentialCheckpoint:
             {target: (tensors[f"{target}.weight"], tensors.get(f"{target}.bias")) for target in targets},
         )
 
-    def save(self, index: int, done: FinishedLayer) -> None:
+    def save(self, index: int, done: FinishedLayer) -> FinishedLayer:
         """Write a finished layer; its file appears whole.
+
+        Returns:
+            The same layer, mapped from its file. Without a folder it stays in memory, if those of all layers fit.
 
         Raises:
             SaveError: The file can't be written.
         """
-        if self.folder is None or not is_main_process():
-            return
+        if self.folder is None:
+            return done if self._fits else replace(done, outputs=_spill(done.outputs))
+        if not is_main_process():
+            return done
         tensors = {"neurons": torch.tensor(done.layer.neurons), "kv_groups": torch.tensor(done.layer.kv_groups)}
         for target, (weight, bias) in done.outputs.items():
             tensors[f"{target}.weight"] = weight
             if bias is not None:
                 tensors[f"{target}.bias"] = bias
         write_kept_tensors(self._path(index), tensors, self.key, what="finished layer")
+        return self.load(index) or done
+
+
+def _spill(outputs: Mapping[Target, Output]) -> dict[Target, Output]:
+    """Return reconstructed output projections whose weights lie in memory-mapped files."""
+    return {target: (spill({"weight": weight})["weight"], bias) for target, (weight, bias) in outputs.items()}

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -19,9 +18,7 @@ from hf_context_prune.modeling.patching import in_bfloat16, patch_forwards
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch
 from hf_context_prune.utils.memmap import memmap_zeros
-
-SPILL_SHARE = 0.5
-"""Share of the free memory that hidden states may take; above it they lie in a memory-mapped file."""
+from hf_context_prune.utils.memory import SPILL_SHARE, free_memory
 
 
 @dataclass
@@ -68,7 +65,7 @@ class StreamStorage:
 
     def __init__(self, positions: int, *, limit: int | None = None) -> None:
         self.positions = positions
-        self._left = int(SPILL_SHARE * psutil.virtual_memory().available) if limit is None else limit
+        self._left = int(SPILL_SHARE * free_memory()) if limit is None else limit
         self._rooms: dict[str, torch.Tensor] = {}
 
     def keep(self, name: str, start: int, values: torch.Tensor, *, width: int | None = None) -> torch.Tensor:

@@ -32,6 +32,7 @@ from hf_context_prune.pruning.criteria import Criterion
 from hf_context_prune.pruning.reconstruction import regress, squared_error
 from hf_context_prune.pruning.scoring import top_units, weights_of_layer
 from hf_context_prune.pruning.surgery import kept_features
+from hf_context_prune.utils.memory import release_pages
 from hf_context_prune.utils.precision import overflow_remedy, reduced_precision_matmul
 
 from .checkpoint import FinishedLayer, Output
@@ -89,6 +90,7 @@ class SequentialPruner:
         for stream in self.streams:
             stream.pruned.copy_(layer.call(stream, record=False))
         self._diverged = True
+        self._release(index)
         return done
 
     def replay(self, index: int, done: FinishedLayer) -> None:
@@ -102,6 +104,11 @@ class SequentialPruner:
         for stream in self.streams:
             stream.base.copy_(stream.call(index, base, stream.base))
             stream.pruned.copy_(stream.call(index, pruned, stream.pruned) if self._diverged else stream.base)
+        self._release(index)
+
+    def _release(self, index: int) -> None:
+        """Give back the pages of a layer's file: no later layer reads them."""
+        release_pages(parameter.detach() for parameter in self.view.layers[index].parameters())
 
     def _copy(self, index: int) -> nn.Module:
         """Return a copy of a layer that shares all weights with it but those of the output projections.
@@ -193,7 +200,8 @@ class SequentialPruner:
         if sub_layer.centre:
             mean = fit.statistics.mean
             bias = bias.double() + fit.sum_target / fit.statistics.num_tokens + old @ mean - weight @ mean[features]
-        return units, (weight.float(), None if bias is None else bias.float().clone())
+        dtype = sub_layer.projection.weight.dtype
+        return units, (weight.to(dtype), None if bias is None else bias.to(dtype, copy=True))  # type: ignore[arg-type]
 
     def _choose_units(
         self, layer: ReplayedLayer, target: Target, count: int, output: torch.Tensor, fit: RegressionMoments

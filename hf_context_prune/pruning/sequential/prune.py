@@ -39,7 +39,8 @@ class SequentialResult:
 
     Attributes:
         layers: Kept units, one entry per layer.
-        outputs: New weight [out, kept] and bias of every reconstructed output projection, in float32.
+        outputs: New weight [out, kept] and bias of every reconstructed output projection, in the model's dtype;
+            possibly memory-mapped.
         num_samples: Samples used.
         num_tokens: Unpadded tokens used.
         final_states: Hidden states of the pruned model behind its last layer, before the final norm, [samples, length,
@@ -179,8 +180,7 @@ def _finish_layers(
                 restoring = done is not None
                 bar = _bar("Restoring finished layers" if restoring else "Pruning layers", len(widths), index)
             if done is None:
-                done = pruner.prune(index, width)
-                checkpoint.save(index, done)
+                done = checkpoint.save(index, pruner.prune(index, width))
             else:
                 pruner.replay(index, done)
         yield done

@@ -108,7 +108,7 @@ def prune_vocabulary(
     check_prunable(model, tokenizer, size, keep=keep, remove=remove)
     source = load_documents(data, tokenizer=tokenizer, seed=seed)
     pruner = VocabularyPruner(model, tokenizer, source, criterion=criterion, keep=keep, remove=remove, seed=seed)
-    return pruner.trim(size, refit=refit)
+    return pruner.trim(size, refit=refit, share=False)
 
 
 class VocabularyPruner:
@@ -212,8 +212,13 @@ class VocabularyPruner:
         return expected_scores(counts, self.expected.tolist())
 
     @torch.no_grad()
-    def trim(self, size: VocabularySize, *, refit: bool = True) -> TrimmedModel:
+    def trim(self, size: VocabularySize, *, refit: bool = True, share: bool = True) -> TrimmedModel:
         """Return the model and the tokenizer with the best tokens of a size.
+
+        Args:
+            size: How many tokens stay.
+            refit: As for [`prune_vocabulary`][].
+            share: As for [`apply_plan`][]: the layers are those of the base model.
 
         Raises:
             ConfigError: Not exactly one size is given.
@@ -232,7 +237,7 @@ class VocabularyPruner:
             PruningPlan.identity(model.config.model_type, self.view.geometry, fingerprint(model)),
             vocabulary=Vocabulary(num_rows(model), tuple(order)),
         )
-        smaller = apply_plan(model, plan).eval()
+        smaller = apply_plan(model, plan, share=share).eval()
         total = sum(self.counts.occurrences.values())
         facts: dict[str, Any] = {
             "criterion": self.criterion,

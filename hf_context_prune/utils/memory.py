@@ -1,0 +1,109 @@
+"""How much memory a run may take, and pages of mapped files that are given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import psutil
+import torch
+
+FREE_SHARE = 0.75
+"""Share of the free memory that a run may take where no limit is set."""
+SPILL_SHARE = 0.5
+"""Share of the free memory that one kind of data may take; above it, it lies in memory-mapped files."""
+_LIMIT: ContextVar[int | None] = ContextVar("memory limit", default=None)
+_CONTAINER_FILES = (  # (limit, usage, prefix in memory.stat) of control groups version 2 and 1: a container's own
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ""),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes", "total_"),
+)
+_MADV_PAGEOUT = 21  # linux/mman-common.h; Python's mmap module has no name for it
+
+
+@contextmanager
+def memory_limit(most: int | None) -> Iterator[None]:
+    """Limit what [`free_memory`][] reports while the block runs.
+
+    Args:
+        most: Bytes that the process may hold in all; None: what it holds now, and `FREE_SHARE` of what is free.
+    """
+    if most is None:
+        most = own_memory() + int(FREE_SHARE * _free_on_machine())
+    token = _LIMIT.set(most)
+    try:
+        yield
+    finally:
+        _LIMIT.reset(token)
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Return the bytes that may still be taken: on the CPU under the limit of [`memory_limit`][].
+
+    Args:
+        device: A CUDA device, whose own memory counts; else the CPU's.
+    """
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free, limit = _free_on_machine(), _LIMIT.get()
+    return free if limit is None else max(0, min(free, limit - own_memory()))
+
+
+def fits_in_memory(size: int) -> bool:
+    """Return whether so many bytes of one kind of data may lie in memory."""
+    return size <= SPILL_SHARE * free_memory()
+
+
+def own_memory() -> int:
+    """Return the bytes of this process that no file backs: the system can't drop them."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
+def _free_on_machine() -> int:
+    """Return the bytes that are free: in a container, of its own limit."""
+    free = int(psutil.virtual_memory().available)
+    for limit, usage, prefix in _CONTAINER_FILES:
+        try:
+            most, used = int(Path(limit).read_text()), int(Path(usage).read_text())
+            counts = dict(line.split() for line in (Path(limit).parent / "memory.stat").read_text().splitlines())
+            pages = sum(int(counts[f"{prefix}{name}_file"]) for name in ("active", "inactive"))  # can be dropped
+        except (OSError, ValueError, KeyError):  # no such group, or "max"
+            continue
+        free = min(free, most - used + pages)
+    return max(0, free)
+
+
+def release_pages(tensors: Iterable[torch.Tensor]) -> None:
+    """Give the pages of tensors that map a file back to the system; the next read takes them from the file again.
+
+    No value changes: pages that were written to stay, and so do tensors in memory. Elsewhere than on Linux this does
+    nothing, and the system drops the pages when it needs the room.
+    """
+    if sys.platform != "linux":
+        return
+    libc, mapped = ctypes.CDLL(None), _mapped_ranges()
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            continue
+        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        place = bisect_right(mapped, (begin, sys.maxsize)) - 1
+        if begin < end and place >= 0 and end <= mapped[place][1]:
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)  # Linux 5.4; else refused
+
+
+def _mapped_ranges() -> list[tuple[int, int]]:
+    """Return the (begin, end) addresses of this process that files back, ascending."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode = line.split(maxsplit=5)[:5]
+        if inode != "0":
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            ranges.append((begin, end))
+    return ranges

@@ -1,0 +1,67 @@
+"""The limit of memory, and pages that are given back."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hf_context_prune.utils import memory
+from hf_context_prune.utils.memory import fits_in_memory, free_memory, memory_limit, own_memory, release_pages
+
+MIB = 2**20
+
+
+def test_the_limit_counts_what_the_process_holds():
+    whole = free_memory()
+    with memory_limit(own_memory() + 100 * MIB):
+        assert 60 * MIB < free_memory() <= 101 * MIB
+        assert fits_in_memory(20 * MIB)
+        assert not fits_in_memory(80 * MIB)
+        held = torch.ones(60 * MIB // 4)
+        assert free_memory() < 60 * MIB
+        with memory_limit(1):
+            assert free_memory() == 0
+        del held
+    assert free_memory() > whole // 2
+    with memory_limit(None):
+        assert free_memory() <= memory.FREE_SHARE * psutil.virtual_memory().total
+
+
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, subtests):
+    for version, prefix in (("2", ""), ("1", "total_")):
+        with subtests.test(version=version):
+            (tmp_path / "max").write_text(f"{500 * MIB}\n")
+            (tmp_path / "current").write_text(f"{300 * MIB}\n")
+            (tmp_path / "memory.stat").write_text(f"{prefix}active_file {30 * MIB}\n{prefix}inactive_file {20 * MIB}\n")
+            files = ((str(tmp_path / "max"), str(tmp_path / "current"), prefix),)
+            monkeypatch.setattr(memory, "_CONTAINER_FILES", files)
+            assert free_memory() == 250 * MIB
+            (tmp_path / "max").write_text("max\n")
+            assert free_memory() > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+def test_pages_of_a_file_are_given_back_and_no_value_changes(tmp_path):
+    values = torch.arange(16 * MIB // 4, dtype=torch.float32)
+    save_file({"a": values, "b": values.clone()}, tmp_path / "f.safetensors")
+    with safe_open(tmp_path / "f.safetensors", framework="pt") as file:
+        read, written = file.get_tensor("a"), file.get_tensor("b")
+    written.add_(1)
+    assert float(read.sum()) > 0
+    before = psutil.Process().memory_info().shared
+    release_pages([read, written, values, values[:4].view(2, 2).T, torch.empty(0, 3)])
+    assert psutil.Process().memory_info().shared < before - 12 * MIB
+    assert torch.equal(read, values)
+    assert torch.equal(written, values + 1)
+
+
+def test_pages_stay_where_the_system_has_no_such_call(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    values = torch.ones(3)
+    release_pages([values])
+    assert torch.equal(values, torch.ones(3))
