@@ -16,8 +16,10 @@ import torch
 from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.errors import ConfigError, NumericsError, unknown_name
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
-from hf_context_prune.utils.linalg import add_ridge, cholesky, invert_spd
+from hf_context_prune.utils.linalg import RowSystem, add_ridge_, cholesky, invert_spd_
 
+_LEAST_SHARE = 1e-5
+"""Least share of a feature that others don't predict, where it is a difference of float32 sums."""
 CriterionFunction = Callable[[TargetWeights, TargetStatistics, torch.Generator], torch.Tensor]
 
 
@@ -109,7 +111,7 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
     The result is the rank of removal, not an error: one order serves every budget.
 
     Returns:
-        Rank of each unit, [units], float64: 0 is removed first.
+        Rank of each unit, [units], float64: 0 is removed first. Of the `least_kept` best, some share the last rank.
 
     Raises:
         NumericsError: W is not finite, or G is zero or singular in spite of the ridge.
@@ -118,16 +120,17 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
     if not bool(torch.isfinite(weights.output).all()):  # the ranks would be finite, and hide it
         raise NumericsError("The output weight of a layer holds NaN or Inf, so its units can't be ranked.")
     # With a bias the mean of the removed inputs costs nothing, as in the reconstruction.
-    inverse = invert_spd(add_ridge(statistics.second_moment(centred=weights.has_bias), DEFAULT_RIDGE))
     output = weights.output.double() * (1.0 if weights.channel_scale is None else weights.channel_scale.double())
+    if statistics.rows is not None:
+        return _obs_by_rows(weights, output, statistics.rows, statistics.mean if weights.has_bias else None)
+    inverse = invert_spd_(add_ridge_(statistics.second_moment(centred=weights.has_bias), DEFAULT_RIDGE))
     alive = torch.arange(units)
     here = torch.ones(units, dtype=torch.bool)  # which of `alive` are not yet removed
-    rank = torch.empty(units, dtype=torch.float64)
+    rank = torch.full((units,), units, dtype=torch.float64)
     removed = 0
-    while removed < units:
+    while removed < units - weights.least_kept:
         score = _obs_scores(output, inverse, size, here)
-        # A sixteenth of the remaining units, at least one: fine where it matters, and few updates in all.
-        batch = score.argsort(stable=True)[: max(1, (units - removed) // 16)]
+        batch = score.argsort(stable=True)[: _batch_size(units - removed)]
         rank[alive[batch]] = torch.arange(removed, removed + len(batch), dtype=torch.float64)
         removed += len(batch)
         here[batch] = False
@@ -140,18 +143,77 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
     return rank
 
 
+def _batch_size(left: int) -> int:
+    """Return a sixteenth of the remaining units, at least one: fine where it matters, and few updates in all."""
+    return max(1, left // 16)
+
+
+def _obs_by_rows(
+    weights: TargetWeights, output: torch.Tensor, rows: torch.Tensor, mean: torch.Tensor | None
+) -> torch.Tensor:
+    """Return what [`obs`][] does, for fewer rows X of inputs than features: no matrix has the size of G.
+
+    With Z and Delta of [`RowSystem`][], lambda the ridge, L L^T = Z Z^T + lambda I over the remaining features and
+    V = L^-1 Z, the blocks of the inverse are [G^-1]_uu = Delta_u^-1/2 (I - V_u^T V_u) Delta_u^-1/2 / lambda. By the
+    block inverse, the update of the other columns is the regression of X_P W_P^T on them.
+
+    Args:
+        weights: The units.
+        output: W as it reaches the residual stream, [out_features, in_features], float64; changes.
+        rows: X, [tokens, in_features], float32.
+        mean: Of X, where a bias takes it up; else None.
+    """
+    size, units = weights.unit_size, weights.num_units
+    system = RowSystem(rows, mean)
+    scaled = system.scale * DEFAULT_RIDGE**0.5
+    here, products = torch.ones(units, dtype=torch.bool), system.products
+    rank = torch.full((units,), units, dtype=torch.float64)
+    removed = 0
+    factor = system.factor(products, DEFAULT_RIDGE)
+    while removed < units - weights.least_kept:
+        alive = here.nonzero().squeeze(1)
+        features = (alive[:, None] * size + torch.arange(size)).flatten()
+        narrow = torch.linalg.solve_triangular(factor.float(), system.rows[:, features], upper=False)
+        parts = narrow.view(len(narrow), len(alive), size).transpose(0, 1)
+        blocks = torch.eye(size, dtype=torch.float64) - (parts.mT @ parts).double()
+        blocks.diagonal(dim1=1, dim2=2).clamp_min_(_LEAST_SHARE)
+        score = _score_blocks((output * scaled)[:, features], blocks)
+        batch = alive[score.argsort(stable=True)[: _batch_size(units - removed)]]
+        rank[batch] = torch.arange(removed, removed + len(batch), dtype=torch.float64)
+        removed += len(batch)
+        here[batch] = False
+        if removed == units:
+            break
+        gone = (batch[:, None] * size + torch.arange(size)).flatten()
+        left = (here.nonzero() * size + torch.arange(size)).flatten()
+        targets = system.outputs(output, gone)
+        products = products - system.products_of(gone)
+        factor = system.factor(products, DEFAULT_RIDGE)
+        output[:, left] += system.change(factor, targets, left)
+    return rank
+
+
+def _score_blocks(columns: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Return tr(W_u B_u^-1 W_u^T) for every unit, [units].
+
+    Args:
+        columns: W, [out_features, units * size], float64.
+        blocks: B, [units, size, size], float64.
+    """
+    units, size, _ = blocks.shape
+    if size == 1:
+        return columns.square().sum(dim=0) / blocks.flatten()
+    parts = columns.reshape(len(columns), units, size).permute(1, 2, 0)
+    return (parts * torch.cholesky_solve(parts, cholesky(blocks))).sum(dim=(1, 2))
+
+
 def _obs_scores(output: torch.Tensor, inverse: torch.Tensor, size: int, here: torch.Tensor) -> torch.Tensor:
     """Return tr(W_u ([G^-1]_uu)^-1 W_u^T) for every unit of `size` columns, [units]; Inf for units not `here`."""
-    if size == 1:
-        diagonal = inverse.diagonal().masked_fill(~here, 1.0)
-        return (output.square().sum(dim=0) / diagonal).masked_fill(~here, torch.inf)
     units = output.shape[1] // size
     starts = torch.arange(units)
     blocks = inverse.reshape(units, size, units, size)[starts, :, starts, :]
-    columns = output.reshape(output.shape[0], units, size).permute(1, 2, 0)
     blocks[~here] = torch.eye(size, dtype=blocks.dtype)  # a removed unit's block is zero
-    score = (columns * torch.cholesky_solve(columns, cholesky(blocks))).sum(dim=(1, 2))
-    return score.masked_fill(~here, torch.inf)
+    return _score_blocks(output, blocks).masked_fill(~here, torch.inf)
 
 
 def _obs_remove(output: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:

@@ -33,21 +33,21 @@ def add_gram_(gram: torch.Tensor, x: torch.Tensor) -> None:
         gram[stop:, start:stop] = gram[start:stop, stop:].T
 
 
-def add_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return G + ridge * diag(g), g_j = G_jj + FLOOR * mean diag(G): a ridge on the scale of each feature.
+def ridge_diagonal(squares: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return ridge * (g + FLOOR * mean g): a ridge on the scale of each feature.
 
     This equals ridge * I after the features are scaled to unit size. A few neurons of a language model are thousands of
     times larger than most; a ridge that is a share of the *mean* would not regularise these and would dominate the
     rest.
 
     Args:
-        gram: Symmetric, [features, features], float64.
+        squares: g, mean square of each feature: the diagonal of a Gram matrix, [features], float64.
         ridge: Share of each feature's mean square, above 0.
 
     Raises:
-        NumericsError: G is all zero (the inputs are zero everywhere) or not finite, so the ridge has no scale.
+        NumericsError: g is all zero (the inputs are zero everywhere) or not finite, so the ridge has no scale.
     """
-    scale = float(gram.diagonal().mean())
+    scale = float(squares.mean())
     if not math.isfinite(scale):
         raise NumericsError(
             "The inputs of an output projection are NaN, or too large to be squared: the weights before it are far "
@@ -58,9 +58,13 @@ def add_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
             "The inputs of an output projection are zero at every token of the text: the weights before it are zero, "
             f"or so large that a norm overflows. {_DAMAGED}"
         )
-    result = gram.clone()
-    result.diagonal().mul_(1 + ridge).add_(ridge * FLOOR * scale)
-    return result
+    return ridge * (squares + FLOOR * scale)
+
+
+def add_ridge_(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Add the ridge of [`ridge_diagonal`][] to a Gram matrix, [features, features] float64, in place; return it."""
+    gram.diagonal().add_(ridge_diagonal(gram.diagonal(), ridge))
+    return gram
 
 
 def cholesky(matrix: torch.Tensor) -> torch.Tensor:
@@ -69,7 +73,24 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     Raises:
         NumericsError: A matrix is not positive definite.
     """
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    return _checked(*torch.linalg.cholesky_ex(matrix))
+
+
+def cholesky_(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the same factor of one matrix, whose memory it takes: no second one of its size exists.
+
+    Raises:
+        NumericsError: See [`cholesky`][].
+    """
+    if matrix.device.type != "cpu":
+        return cholesky(matrix)
+    own = matrix.mT  # symmetric, and in the order in which LAPACK works in place
+    info = torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(own, out=(own, info))
+    return _checked(own, info)
+
+
+def _checked(factor: torch.Tensor, info: torch.Tensor) -> torch.Tensor:
     if bool(info.any()):
         raise NumericsError(
             "A Gram matrix is not positive definite even with the ridge. Raise PrunerConfig.ridge (say to 1) or use "
@@ -78,6 +99,72 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def invert_spd(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the inverse of a symmetric positive definite matrix, computed from its Cholesky factor."""
-    return torch.cholesky_inverse(cholesky(matrix))
+def invert_spd_(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of a symmetric positive definite matrix, whose memory it takes; see [`cholesky`][]."""
+    factor = cholesky_(matrix)
+    return torch.cholesky_inverse(factor, out=factor) if factor.device.type == "cpu" else torch.cholesky_inverse(factor)
+
+
+class RowSystem:
+    """The system X^T X / n + ridge of fewer rows X than features, solved through the small matrix of their products.
+
+    With Delta = diag(g + FLOOR mean g) and Z = X Delta^-1/2 / sqrt(n), the push-through identity gives
+
+        (X^T X / n + ridge Delta)^-1 X^T / sqrt(n) = Delta^-1/2 Z^T (Z Z^T + ridge I)^-1
+
+    Args:
+        rows: X, [tokens, features], float32.
+        pivot: Subtracted from each row, [features]; None: nothing.
+
+    Raises:
+        NumericsError: See [`ridge_diagonal`][].
+    """
+
+    def __init__(self, rows: torch.Tensor, pivot: torch.Tensor | None = None) -> None:
+        centred = rows if pivot is None else rows - pivot.to(rows)
+        squares = torch.linalg.vector_norm(centred, dim=0, dtype=torch.float64).square() / len(rows)
+        self.count, self.pivot = len(rows), pivot
+        self.scale = ridge_diagonal(squares, 1.0).sqrt()  # Delta^1/2
+        self.rows = centred * (1 / (self.scale * math.sqrt(len(rows)))).to(rows)  # Z
+        self.products = _symmetric_product(self.rows)
+
+    def without(self, gone: torch.Tensor) -> torch.Tensor:
+        """Return Z Z^T of the features that are not gone, [tokens, tokens] float64."""
+        return self.products - self.products_of(gone)
+
+    def products_of(self, features: torch.Tensor) -> torch.Tensor:
+        """Return Z Z^T of some features, [tokens, tokens] float64."""
+        return _symmetric_product(self.rows[:, features])
+
+    def outputs(self, weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Return X_f W_f^T of some features, [tokens, outputs] float32; weight: W, [outputs, features]."""
+        rows = self.rows[:, features] * (self.scale[features] * math.sqrt(self.count)).to(self.rows)
+        return rows @ weight[:, features].to(rows).T
+
+    def factor(self, products: torch.Tensor, ridge: float) -> torch.Tensor:
+        """Return the Cholesky factor of products + ridge I, [tokens, tokens] float64."""
+        matrix = products.clone()
+        matrix.diagonal().add_(ridge)
+        return cholesky_(matrix)
+
+    def change(self, factor: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the ridge regression of targets on features, [outputs, features] float32.
+
+        Args:
+            factor: Of the products of the features.
+            targets: [tokens, outputs].
+            kept: The features; None: all.
+        """
+        solved = torch.cholesky_solve(targets.double() / math.sqrt(self.count), factor).to(self.rows)
+        rows, scale = (self.rows, self.scale) if kept is None else (self.rows[:, kept], self.scale[kept])
+        return (solved.T @ rows) / scale.to(rows)
+
+    def predict(self, factor: torch.Tensor, targets: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Return what [`change`][] gives for other rows, [rows, features] -> [rows, outputs], without forming it."""
+        solved = torch.cholesky_solve(targets.double() / math.sqrt(self.count), factor).to(self.rows)
+        centred = inputs if self.pivot is None else inputs - self.pivot.to(inputs)
+        return ((centred / self.scale.to(inputs)) @ self.rows.T) @ solved
+
+
+def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:
+    return (rows @ rows.T).double()

@@ -34,6 +34,7 @@ class TargetWeights:
         has_bias: Whether the output projection has a bias, which takes up the mean of the removed inputs.
         channel_scale: Share of each output channel that reaches the residual stream, [out_features, 1]: the gamma of a
             norm behind the projection. None: all of it.
+        least_kept: Units that stay in any case: a criterion need not tell the best of so many apart.
     """
 
     output: torch.Tensor
@@ -41,6 +42,7 @@ class TargetWeights:
     input_magnitude: torch.Tensor
     has_bias: bool = False
     channel_scale: torch.Tensor | None = None
+    least_kept: int = 0
 
     @property
     def num_units(self) -> int:
@@ -70,6 +72,7 @@ class TargetStatistics:
         gram: (X - pivot)^T (X - pivot), [in_features, in_features], float32; None if not asked for.
         pivot: A point near the mean, [in_features], float64, for statistics from which the covariance is computed. It
             would drown in the float32 rounding of X^T X where the mean is large beside the spread. None: the origin.
+        rows: X itself, [tokens, in_features], float32, in place of the Gram matrix where it is smaller; else None.
         taylor: Sum of |w * dL/dw| over each unit's weights, [units], float64; None if not asked for.
     """
 
@@ -80,10 +83,11 @@ class TargetStatistics:
     gram: torch.Tensor | None = None
     taylor: torch.Tensor | None = None
     pivot: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     def cpu(self) -> TargetStatistics:
         """Return a copy on the CPU."""
-        moved = {name: value.cpu() for name in _TENSORS if (value := getattr(self, name)) is not None}
+        moved = {name: value.cpu() for name in (*_TENSORS, "rows") if (value := getattr(self, name)) is not None}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     @property
@@ -108,12 +112,12 @@ class TargetStatistics:
         if self.gram is None:
             raise DataError("These statistics hold no Gram matrix; calibrate with statistics={'gram'}.")
         if self.pivot is None and not centred:
-            return self.gram.double() / self.num_tokens
+            return self.gram.to(torch.float64, copy=True).div_(self.num_tokens)
         pivot = torch.zeros_like(self.sum) if self.pivot is None else self.pivot
         # E[(x - p)(x - p)^T] = Cov + d d^T with d = mean - p, and E[x x^T] = Cov + mean mean^T.
         shift = self.mean - pivot
-        covariance = self.gram.double() / self.num_tokens - torch.outer(shift, shift)
-        return covariance if centred else covariance + torch.outer(self.mean, self.mean)
+        covariance = self.gram.to(torch.float64, copy=True).div_(self.num_tokens).addr_(shift, shift, alpha=-1)
+        return covariance if centred else covariance.addr_(self.mean, self.mean)
 
     def check_finite(self, where: str) -> None:
         """Refuse sums that are NaN or Inf (sorting ranks NaN highest, so it would silently choose the survivors).

@@ -1,7 +1,7 @@
 """Prune and reconstruct one decoder layer after the other on a base and a pruned stream.
 
 Notation: x are the inputs of an output projection in the pruned stream, W its weight, K the kept features, and e what
-the pruned residual stream lacks, beside the projection's own output W x, to equal the base model's. [`regress`][] has
+the pruned residual stream lacks, beside the projection's own output W x, to equal the base model's. `regression` has
 the equation. Its ridge on e is chosen layer by layer on text that is never fitted: every layer fits e again on the same
 tokens, so a small ridge would learn those tokens by heart. `sub_layer` has what changes behind a norm.
 """
@@ -26,17 +26,17 @@ from hf_context_prune.modeling.architectures import (
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.calibration.reduce import reduce_moments
-from hf_context_prune.pruning.calibration.statistics import RegressionMoments
 from hf_context_prune.pruning.criteria import Criterion
-from hf_context_prune.pruning.reconstruction import regress, squared_error
 from hf_context_prune.pruning.scoring import top_units, weights_of_layer
 from hf_context_prune.pruning.surgery import kept_features
+from hf_context_prune.utils.distributed import all_gather, all_reduce_
+from hf_context_prune.utils.linalg import all_finite
 from hf_context_prune.utils.memory import release_pages
-from hf_context_prune.utils.precision import overflow_remedy, reduced_precision_matmul
+from hf_context_prune.utils.precision import overflow_remedy
 
 from .checkpoint import FinishedLayer, Output
 from .hidden_states import Stream, StreamStorage, record_output
+from .regression import Regression, Rows, open_regression
 from .replay import ORDER, ReplayedLayer
 from .sub_layer import SubLayer
 
@@ -71,6 +71,9 @@ class SequentialPruner:
         self.criterion, self.ridge, self.seed = criterion, ridge, seed
         config = view.model.config
         self.scale, self.parallel = residual_scale(config, view.spec), is_parallel(config, view.spec)
+        withheld = [stream for stream in streams if stream.validation]
+        self._first_withheld = withheld[0].start if withheld else 0  # validation comes last
+        self._withheld = StreamStorage(sum(stream.base[..., 0].numel() for stream in withheld))
         self._diverged = False  # whether a layer was pruned, so that the two streams differ
 
     def prune(self, index: int, widths: LayerWidths) -> FinishedLayer:
@@ -120,10 +123,8 @@ class SequentialPruner:
         tensors = (*layer.parameters(), *layer.buffers())
         return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
 
-    def _measure(
-        self, layer: ReplayedLayer, target: Target, *, base_too: bool
-    ) -> tuple[RegressionMoments, RegressionMoments]:
-        """Return the sums of one sub-layer over fitted and validation text; the pruned streams stay before the layer.
+    def _measure(self, layer: ReplayedLayer, target: Target, *, base_too: bool) -> tuple[Regression, list[Rows]]:
+        """Return the regression of one sub-layer, and its withheld tokens; the pruned streams stay before the layer.
 
         Args:
             layer: The layer.
@@ -134,10 +135,9 @@ class SequentialPruner:
         weight = output_weight(sub_layer.projection)
         # Attention is measured alone: only the MLP can make up for what a layer's output lacks, unless it runs beside.
         alone = target == "attention" and not self.parallel
-        fit, validation = (
-            RegressionMoments(weight.shape[1], weight.shape[0], weight.device, centre=sub_layer.centre)
-            for _ in range(2)
-        )
+        tokens = sum(stream.pruned[..., 0].numel() for stream in self.streams if not stream.validation)
+        fit = open_regression(weight.shape[1], weight.shape[0], tokens, weight.device, centre=sub_layer.centre)
+        withheld: list[Rows] = []
         for stream in self.streams:
             reference = self._base_pass(layer.index, stream) if base_too else None
             with record_output(sub_layer.projection) as output, record_output(sub_layer.branch) as branch:
@@ -149,17 +149,25 @@ class SequentialPruner:
                 lacking = (stream.rows(stream.base) - stream.rows(after)) / self.scale
             x = stream.rows(layer.inputs(target, stream))
             rows = sub_layer.regression(x, stream.rows(output[0]), lacking)
-            with reduced_precision_matmul():  # bfloat16 rounding is far below the ridge
-                (validation if stream.validation else fit).add(*rows)
-        for moments in (fit, validation):
-            reduce_moments(moments)
-            moments.statistics.check_finite(f"layer {layer.index} ({target}), pruned stream")
-            if not bool(torch.isfinite(moments.cross).all()):
-                raise NumericsError(
-                    f"NaN or Inf in the target of layer {layer.index} ({target}). "
-                    f"{overflow_remedy(self.view.model.dtype)}"
-                )
-        return fit, validation
+            if stream.validation:
+                withheld.append(self._keep_withheld(stream, rows))
+            else:
+                fit.add(*rows)
+        fit.finish()
+        where = f"layer {layer.index} ({target})"
+        fit.statistics.check_finite(f"{where}, pruned stream")
+        if not fit.is_finite() or not all(all_finite(values) for rows in withheld for values in rows):
+            raise NumericsError(f"NaN or Inf in the target of {where}. {overflow_remedy(self.view.model.dtype)}")
+        return fit, withheld
+
+    def _keep_withheld(self, stream: Stream, rows: Rows) -> Rows:
+        """Return withheld tokens in storage of their own, where those of the last sub-layer are overwritten."""
+        start = stream.start - self._first_withheld
+        x, e = (
+            self._withheld.keep(f"{name} {values.shape[1]}", start, values)
+            for name, values in zip("xe", rows, strict=True)
+        )
+        return x, e
 
     def _base_pass(self, index: int, stream: Stream) -> torch.Tensor:
         """Move a base stream behind the layer.
@@ -176,40 +184,36 @@ class SequentialPruner:
         return stream.rows(output[0]) + lag / self.scale
 
     def _choose_and_reconstruct(
-        self,
-        layer: ReplayedLayer,
-        target: Target,
-        count: int,
-        fit: RegressionMoments,
-        validation: RegressionMoments,
+        self, layer: ReplayedLayer, target: Target, count: int, fit: Regression, withheld: list[Rows]
     ) -> tuple[tuple[int, ...], Output]:
         """Return the units that stay, and the weight and bias that reconstruct the output from them."""
         sub_layer = layer.sub_layers[target]
         old = output_weight(sub_layer.projection).double()
-        moments = fit.second_moments()
-        shares = CORRECTION_RIDGES if validation.statistics.num_tokens else (DEFAULT_CORRECTION_RIDGE,)
-        optima = {share: regress(old, *moments, None, self.ridge, share) for share in shares}
-        correction_ridge = shares[0]
-        if validation.statistics.num_tokens:
-            withheld = validation.second_moments()
-            correction_ridge = min(shares, key=lambda share: squared_error(optima[share] - old, *withheld))
-        units = self._choose_units(layer, target, count, optima[correction_ridge], fit)
+        correction_ridge = DEFAULT_CORRECTION_RIDGE
+        if any(all_gather(bool(withheld))):
+            errors = torch.tensor(fit.errors(CORRECTION_RIDGES, withheld), dtype=torch.float64)
+            all_reduce_([errors])
+            correction_ridge = CORRECTION_RIDGES[int(errors.argmin())]
+        best = fit.solve(old, None, self.ridge, correction_ridge)
+        units = self._choose_units(layer, target, count, best, fit)
+        del best
         features = kept_features(self.view.geometry, target, units)
-        weight = regress(old, *moments, features, self.ridge, correction_ridge)
+        weight = fit.solve(old, features, self.ridge, correction_ridge)
         bias = sub_layer.projection.bias
         if sub_layer.centre:
             mean = fit.statistics.mean
-            bias = bias.double() + fit.sum_target / fit.statistics.num_tokens + old @ mean - weight @ mean[features]
+            bias = bias.double() + fit.mean_target + old @ mean - weight @ mean[features]
         dtype = sub_layer.projection.weight.dtype
         return units, (weight.to(dtype), None if bias is None else bias.to(dtype, copy=True))  # type: ignore[arg-type]
 
     def _choose_units(
-        self, layer: ReplayedLayer, target: Target, count: int, output: torch.Tensor, fit: RegressionMoments
+        self, layer: ReplayedLayer, target: Target, count: int, output: torch.Tensor, fit: Regression
     ) -> tuple[int, ...]:
         """Return the best units of a sub-layer, ranked with a reconstructed output weight."""
         index = layer.index
         weights = weights_of_layer(self.view, index, target, layer.layer)
         # Every layer has its own generator, so that a resumed run draws what an uninterrupted one does.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + 2 * index + (target == "mlp")) % 2**63)
-        scores = self.criterion.function(replace(weights, output=output).cpu(), fit.statistics.cpu(), generator)
+        weights = replace(weights, output=output, least_kept=count)
+        scores = self.criterion.function(weights.cpu(), fit.statistics.cpu(), generator)
         return top_units(scores, count, f"layer {index} ({target})")

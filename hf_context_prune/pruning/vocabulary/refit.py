@@ -38,7 +38,7 @@ from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.modeling.patching import bfloat16_layers, finish_forward
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.utils.distributed import on_main_process
-from hf_context_prune.utils.linalg import add_ridge, invert_spd
+from hf_context_prune.utils.linalg import add_ridge_, invert_spd_
 from hf_context_prune.utils.precision import product_dtype, reduced_precision_matmul
 
 PRIOR = 100.0
@@ -275,7 +275,7 @@ class _RowRegression:
         """Return all rows, [tokens, hidden] float32, at the lowest validation loss that a few steps reach."""
         states, targets, _ = self.fitted
         gram = (states.T @ states).double() / self.count
-        inverse = invert_spd(add_ridge(gram, DEFAULT_RIDGE)).float()
+        inverse = invert_spd_(add_ridge_(gram, DEFAULT_RIDGE)).float()
         observed = torch.bincount(targets, minlength=len(self.rows)).float() / self.count
         number = max(1, round(self.count * len(self.rows) / _STEP_LOGITS))
         parts = list(zip(*(values.tensor_split(number) for values in self.fitted), strict=True))

@@ -15,7 +15,7 @@ from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.pruning.calibration.statistics import TargetWeights
 from hf_context_prune.pruning.criteria import CRITERIA, _obs_remove
 from hf_context_prune.pruning.reconstruction import NEEDS_GRAM, RECONSTRUCTIONS, get_reconstruction
-from hf_context_prune.utils.linalg import FLOOR, add_ridge, cholesky, invert_spd
+from hf_context_prune.utils.linalg import FLOOR, add_ridge_, cholesky, invert_spd_
 from tests.support.problems import inputs, matrix, statistics_of
 
 KEPT = [0, 2, 3, 7, 8]
@@ -166,7 +166,7 @@ def test_the_surgeons_weights_are_the_least_squares_weights(size):
     X, W = inputs(12), matrix(OUT, 12)
     stats = statistics_of(X)
     rank = CRITERIA["obs"].function(TargetWeights(W, size, torch.zeros(12 // size)), stats, torch.Generator())
-    output, inverse = W.clone(), invert_spd(add_ridge(stats.gram, DEFAULT_RIDGE))
+    output, inverse = W.clone(), invert_spd_(add_ridge_(stats.gram.clone(), DEFAULT_RIDGE))
     alive = list(range(12))
     for unit in rank.argsort().tolist()[: 8 // size]:
         gone = list(range(unit * size, (unit + 1) * size))
@@ -192,10 +192,12 @@ def test_what_is_missing_is_named():
 def test_linear_algebra():
     X = inputs(5)
     G = X.T @ X
-    torch.testing.assert_close(add_ridge(G, 0.1), G + 0.1 * (G.diagonal() + FLOOR * G.diagonal().mean()).diag())
-    torch.testing.assert_close(invert_spd(G) @ G, torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(
+        add_ridge_(G.clone(), 0.1), G + 0.1 * (G.diagonal() + FLOOR * G.diagonal().mean()).diag()
+    )
+    torch.testing.assert_close(invert_spd_(G.clone()) @ G, torch.eye(5, dtype=torch.float64))
     with pytest.raises(NumericsError, match="ridge"):
         cholesky(-G)
     for value, said in ((0.0, "zero at every token"), (float("nan"), "NaN"), (float("inf"), "too large")):
         with pytest.raises(NumericsError, match=rf"{said}.*weights before it.*checkpoint is damaged"):
-            add_ridge(torch.full((3, 3), value).double(), 0.01)
+            add_ridge_(torch.full((3, 3), value).double(), 0.01)

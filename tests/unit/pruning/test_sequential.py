@@ -14,10 +14,11 @@ from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.criteria import CRITERIA
-from hf_context_prune.pruning.reconstruction import least_squares, regress
-from hf_context_prune.pruning.sequential import layer_pruner, sub_layer
+from hf_context_prune.pruning.reconstruction import least_squares
+from hf_context_prune.pruning.sequential import layer_pruner, regression, sub_layer
 from hf_context_prune.pruning.sequential import prune as sequential
 from hf_context_prune.pruning.sequential.prune import prune_sequentially
+from hf_context_prune.pruning.sequential.regression import MomentRegression, RowRegression
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import precision
 from hf_context_prune.utils.linalg import FLOOR
@@ -183,26 +184,6 @@ def test_every_sub_layer_runs_once_per_stream(name, narrowed, monkeypatch):
             assert products.count(id(layer.get_submodule(path).weight)) == streams * len(given), path
 
 
-@pytest.mark.parametrize("kept", [None, [0, 2, 3, 7, 8]])
-def test_the_regression_minimises_its_objective(kept):
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(60, 9, generator=generator, dtype=torch.float64)
-    T = torch.randn(60, 4, generator=generator, dtype=torch.float64)
-    W = torch.randn(4, 9, generator=generator, dtype=torch.float64)
-    second, lacking = X.T @ X / 60, X.T @ (T - X @ W.T) / 60
-    K = list(range(9)) if kept is None else kept
-    found = regress(W, second, lacking, kept, 0.1)
-    scale = second.diagonal()[K] + FLOOR * second.diagonal().mean()
-
-    def objective(weight):
-        return ((X[:, K] @ weight.T - T) ** 2).sum() / 60 + 0.1 * (scale * (weight - W[:, K]) ** 2).sum()
-
-    best = objective(found)
-    assert best <= objective(W[:, K])
-    for _ in range(20):
-        assert best <= objective(found + 1e-3 * torch.randn(found.shape, generator=generator, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
 def test_behind_a_norm_the_weights_are_those_of_the_equation(name):
     model, given, layer = case(name), batches(), 1
@@ -301,35 +282,54 @@ def test_same_inputs_give_the_same_result():
         assert torch.equal(weight, second.outputs[key][0])
 
 
-def test_a_ridge_of_its_own_for_what_x_does_not_give():
-    """The own output is refitted with one ridge, the rest of the target with another; both minimise their part."""
-    generator = torch.Generator().manual_seed(0)
-    X, E = (torch.randn(60, width, generator=generator, dtype=torch.float64) for width in (9, 4))
-    W = torch.randn(4, 9, generator=generator, dtype=torch.float64)
-    K = [0, 2, 3, 7, 8]
-    G = X.T @ X / 60
-    eye = (G.diagonal()[K] + FLOOR * G.diagonal().mean()).diag()
-    own = torch.linalg.solve(G[K][:, K] + 0.1 * eye, (G @ W.T)[K] - G[K][:, K] @ W[:, K].T).T
-    rest = torch.linalg.solve(G[K][:, K] + 2.0 * eye, (X.T @ E / 60)[K]).T
-    found = regress(W, G, X.T @ E / 60, K, 0.1, 2.0)
-    torch.testing.assert_close(found, W[:, K] + own + rest)
-
-
 def test_text_that_chooses_ridges_is_never_fitted(monkeypatch):
     model, given = case("llama"), batches(12)
     seen = []
-    original = layer_pruner.regress
 
-    def watch(weight, second_moment, lacking, kept, ridge, correction_ridge=None):
-        seen.append((second_moment, kept, correction_ridge))
-        return original(weight, second_moment, lacking, kept, ridge, correction_ridge)
+    class Watched(MomentRegression):
+        def errors(self, ridges, withheld):
+            seen.append((self.statistics, ridges, sum(len(x) for x, _ in withheld)))
+            return super().errors(ridges, withheld)
 
-    monkeypatch.setattr(layer_pruner, "regress", watch)
+    monkeypatch.setattr(regression, "MomentRegression", Watched)
     widths = widths_of(model, groups=0)
     prune_sequentially(model, given, widths, CRITERIA["wanda"])
-    assert {ridge for _, kept, ridge in seen if kept is None} == set(layer_pruner.CORRECTION_RIDGES)
+    fitted, ridges, withheld = seen[0]
+    assert ridges == layer_pruner.CORRECTION_RIDGES
+    assert withheld == given[-1]["input_ids"].numel()
     stats = calibrate(model, given[:-1], targets=["mlp"], statistics=frozenset({"gram"})).targets[0, "mlp"]
-    torch.testing.assert_close(seen[0][0], stats.second_moment(), atol=1e-6, rtol=1e-4)
+    assert fitted.num_tokens == stats.num_tokens
+    torch.testing.assert_close(fitted.second_moment(), stats.second_moment(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "gemma2", "gpt2"])
+@pytest.mark.parametrize("count", [1, 9])
+def test_few_tokens_give_the_same_by_their_rows(name, count, monkeypatch):
+    """With fewer tokens than features their products are solved, without a Gram matrix; with validation and without."""
+    model = case(name)
+    given = [{"input_ids": batch["input_ids"][:1, :2]} for batch in batches(count)]  # 16 tokens are fitted at most
+    used = []
+
+    class Watched(RowRegression):
+        def solve(self, *args):
+            used.append(1)
+            return super().solve(*args)
+
+    monkeypatch.setattr(regression, "RowRegression", Watched)
+    by_rows = prune_sequentially(model, given, widths_of(model), CRITERIA["obs"])
+    assert used
+    monkeypatch.setattr(regression, "RowRegression", lambda *, centre: pytest.fail("a Gram matrix was asked for"))
+    monkeypatch.setattr(
+        layer_pruner,
+        "open_regression",
+        lambda features, outputs, tokens, device, *, centre: MomentRegression(features, outputs, device, centre=centre),
+    )
+    by_moments = prune_sequentially(model, given, widths_of(model), CRITERIA["obs"])
+    assert by_rows.layers == by_moments.layers
+    for key, (weight, bias) in by_rows.outputs.items():
+        torch.testing.assert_close(weight, by_moments.outputs[key][0], atol=1e-3, rtol=1e-3)
+        if bias is not None:
+            torch.testing.assert_close(bias, by_moments.outputs[key][1], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
