@@ -8,27 +8,34 @@ with dz the change of the logits, p the base model's probabilities, v a random v
 g_t the gradient of v . z with respect to row t of the sub-layer's output. So one backward pass prices every error of
 every layer. v = s - p sum(s), s_i = +-sqrt(p_i) with random signs, has this covariance. So have the gradients of
 sampled labels, which are huge for the rare ones.
+
+The passes go layer by layer over all the text: each layer's weights are read once, and its graph alone is in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import NumericsError
-from hf_context_prune.modeling.patching import bfloat16_layers
+from hf_context_prune.modeling.architectures import Target
+from hf_context_prune.modeling.patching import patch_forwards
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.calibration.statistics import Key
+from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.pruning.sequential.hidden_states import Stream, StreamStorage, capture_streams, count_positions
 from hf_context_prune.pruning.sequential.sub_layer import SubLayer
 from hf_context_prune.utils.linalg import all_finite
+from hf_context_prune.utils.memory import release_pages
 
+_HEAD_TOKENS = 512
+"""Tokens whose logits exist at once, one sample at least."""
 _ROWS = 32
 """Tokens whose probabilities are computed at once: few enough for the processor's cache."""
 
@@ -49,34 +56,124 @@ class SubLayerSketch:
     gradients: torch.Tensor
 
 
-def sketch_batch(
-    view: ModelView, keys: Sequence[Key], ids: torch.Tensor, generator: torch.Generator
-) -> Iterator[tuple[Key, SubLayerSketch]]:
-    """Run the model forward and backward once, and yield the sketch of each sub-layer.
+class FisherSketch:
+    """The gradients of all sub-layers on a text, and its hidden states on their way through the layers.
 
-    Memory: what a backward pass keeps of the batch, and its logits.
+    Memory: one hidden state and one gradient per layer and token, memory-mapped where they don't fit, and the graph of
+    one layer on one batch.
 
     Args:
         view: The base model, in evaluation mode; unchanged.
         keys: The sub-layers, by (layer, target).
-        ids: [samples, length], int64.
-        generator: Of the random signs, on the CPU; one for all batches.
+        samples: [samples, length], int64.
 
     Raises:
         NumericsError: The model's logits, or the gradients, are not finite.
     """
-    model, record = view.model, _Recorder()
-    with _frozen_weights(model), torch.enable_grad(), record.hooked(view, keys):
-        with bfloat16_layers(model):
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        _replace_by_noise(logits.detach(), generator)
-        gradients = torch.autograd.grad(logits, [record.branches[key] for key in keys], logits.detach())
-    del logits
-    record.branches.clear()
-    for key, gradient in zip(keys, gradients, strict=True):
-        _check_finite(gradient, f"gradient at layer {key[0]} ({key[1]})")
-        parts = (record.inputs.pop(key), record.outputs.pop(key), gradient)
-        yield key, SubLayerSketch(*(part.flatten(0, -2).float() for part in parts))
+
+    def __init__(self, view: ModelView, keys: Collection[tuple[int, Target]], samples: torch.Tensor) -> None:
+        self.view, self.keys = view, sorted(keys)
+        self._generator = torch.Generator().manual_seed(0)
+        batches = list(enumerate(batches_of(samples)))
+        self._storage = StreamStorage(count_positions(batches))
+        layers, name = len(view.layers), "hf_context_prune.sensitivity"
+        with (
+            tqdm(total=2 * layers, desc="Reading the probe", unit="layer", name=name) as bar,
+            _frozen_weights(view.model),
+        ):
+            streams = capture_streams(view, batches, self._storage, base_only=True)
+            for index in range(layers):
+                for stream in streams:
+                    self._storage.keep(_states(index), stream.start, stream.base)
+                    stream.base.copy_(stream.call(index, view.layers[index], stream.base))
+                self._release(index)
+                bar.update()
+            for stream, (_, batch) in zip(streams, batches, strict=True):
+                stream.base.copy_(self._head_gradient(batch["input_ids"].to(stream.device), stream.base))
+            for index in reversed(range(layers)):
+                for stream in streams:
+                    self._move_back(index, stream)
+                self._storage.drop(_states(index))
+                self._release(index)
+                bar.update()
+        self._streams = capture_streams(view, batches, self._storage, base_only=True)
+
+    def layer(self, index: int) -> Iterator[tuple[Target, SubLayerSketch]]:
+        """Run one layer on all text, and yield the sketches of its sub-layers; call this for all layers, in order."""
+        layer = self.view.layers[index]
+        own = {target: SubLayer(layer, self.view.spec, target) for number, target in self.keys if number == index}
+        for stream in self._streams:
+            seen: dict[Target, tuple[torch.Tensor, torch.Tensor]] = {}
+            with _record({target: part.projection for target, part in own.items()}, seen):
+                stream.base.copy_(stream.call(index, layer, stream.base))
+            for target, (inputs, outputs) in seen.items():
+                gradients = self._gradients(index, target, stream)
+                parts = inputs.flatten(0, -2).float(), outputs.flatten(0, -2).float(), gradients.float()
+                yield target, SubLayerSketch(*parts)
+        for target in own:
+            self._storage.drop(f"gradients {target} {index}")
+
+    def _gradients(self, index: int, target: str, stream: Stream) -> torch.Tensor:
+        room = self._storage.room(f"gradients {target} {index}")
+        return room[stream.start : stream.start + stream.base[..., 0].numel()].to(stream.device)
+
+    def _head_gradient(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of v . z with respect to the hidden states behind the last layer."""
+        found, size = [], max(1, _HEAD_TOKENS // ids.shape[1])
+        for samples, states in zip(ids.split(size), hidden.to(ids.device).split(size), strict=True):
+            states = states.clone().requires_grad_()
+            layers = self.view.layers
+            with torch.enable_grad(), patch_forwards(layers, [lambda *a, s=states, **k: s] * len(layers)):
+                logits = self.view.model(input_ids=samples, use_cache=False).logits
+            _replace_by_noise(logits.detach(), self._generator)
+            found += torch.autograd.grad(logits, [states], logits.detach())
+        return torch.cat(found)
+
+    def _move_back(self, index: int, stream: Stream) -> None:
+        """Turn the gradient behind a layer into the gradients of its sub-layers and the one before it."""
+        layer, room = self.view.layers[index], self._storage.room(_states(index))
+        count = stream.base[..., 0].numel()
+        hidden = room[stream.start : stream.start + count].view(stream.base.shape).to(stream.device)
+        hidden = hidden.clone().requires_grad_()
+        targets = [target for number, target in self.keys if number == index]
+        branches = {target: SubLayer(layer, self.view.spec, target).branch for target in targets}
+        seen: dict[Target, tuple[torch.Tensor, torch.Tensor]] = {}
+        with torch.enable_grad(), _record(branches, seen, detach=False):
+            output = stream.call(index, layer, hidden)
+        ends = [hidden, *(seen[target][1] for target in targets)]
+        before, *gradients = torch.autograd.grad(output, ends, stream.base.to(output))
+        for target, gradient in zip(targets, gradients, strict=True):
+            _check_finite(gradient, f"gradient at layer {index} ({target})")
+            half = gradient.to(torch.bfloat16)  # its rounding averages out
+            self._storage.keep(f"gradients {target} {index}", stream.start, half)
+        stream.base.copy_(before)
+
+    def _release(self, index: int) -> None:
+        release_pages(parameter.detach() for parameter in self.view.layers[index].parameters())
+
+
+def _states(index: int) -> str:
+    return f"states {index}"
+
+
+@contextmanager
+def _record(
+    modules: dict[Target, nn.Module], seen: dict[Target, tuple[torch.Tensor, torch.Tensor]], *, detach: bool = True
+) -> Iterator[None]:
+    """Record (first input, output) of modules."""
+
+    def keep(target: Target, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        seen[target] = (inputs.detach(), output.detach()) if detach else (inputs, output)
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, target=target: keep(target, args[0], output))
+        for target, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _replace_by_noise(logits: torch.Tensor, generator: torch.Generator) -> None:
@@ -110,33 +207,3 @@ def _frozen_weights(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-class _Recorder:
-    """Inputs and outputs of output projections, and the outputs of the branches that these end in."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[Key, torch.Tensor] = {}
-        self.outputs: dict[Key, torch.Tensor] = {}
-        self.branches: dict[Key, torch.Tensor] = {}
-
-    @contextmanager
-    def hooked(self, view: ModelView, keys: Sequence[Key]) -> Iterator[None]:
-        """Record a forward pass. The backward pass ends at the first of the branches."""
-        handles = []
-        try:
-            for layer, target in keys:
-                own = SubLayer(view.layers[layer], view.spec, target)  # type: ignore[arg-type]
-                handles.append(own.projection.register_forward_hook(partial(self._keep, (layer, target))))
-                handles.append(own.branch.register_forward_hook(partial(self._differentiate, (layer, target))))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _keep(self, key: Key, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self.inputs[key], self.outputs[key] = args[0].detach(), output.detach()
-
-    def _differentiate(self, key: Key, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        self.branches[key] = output if output.requires_grad else output.detach().requires_grad_()
-        return self.branches[key]

@@ -1,33 +1,36 @@
-"""Measure the curves of adaptive widths some layers at a time, and keep them for a resumed run."""
+"""Measure the curves of adaptive widths layer by layer, and keep them for a resumed run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.errors import SaveError
+from hf_context_prune.errors import SaveError, error_context
 from hf_context_prune.modeling.architectures import Target
-from hf_context_prune.modeling.patching import bfloat16_layers
+from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.calibration.calibrate import calibrate
-from hf_context_prune.pruning.calibration.chunked import layer_groups
-from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.pruning.calibration.calibrate import check_weights_finite, collect, finish
+from hf_context_prune.pruning.calibration.samples import Batch, batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
+from hf_context_prune.pruning.sequential.hidden_states import StreamStorage, capture_streams, count_positions
 from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.storage.resume import resume_key
-from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process
+from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process, shard
 from hf_context_prune.utils.files import write_file
+from hf_context_prune.utils.memory import release_pages
 from hf_context_prune.utils.precision import reduced_precision_matmul
 from hf_context_prune.utils.reading import read_json
 
 from .budget import Curve
-from .sensitivity import MOST_NATS, PROBES, measure_sensitivity, withhold_probe
+from .sensitivity import MOST_NATS, PROBES, LayerPrices, withhold_probe
 
+_NAME = "hf_context_prune.sensitivity"
 SEARCH_TOKENS = 16_384
 """Least tokens of the statistics: widths need less text than the reconstruction."""
 TOKENS_PER_FEATURE = 4
@@ -37,6 +40,7 @@ Prepare = Callable[[CalibrationStats], tuple[Mapping[Key, torch.Tensor], Reconst
 """Statistics -> (importance by layer and target, reconstruction)."""
 
 
+@torch.no_grad()
 def search_curves(
     model: PreTrainedModel,
     samples: torch.Tensor,
@@ -49,8 +53,7 @@ def search_curves(
 ) -> dict[Key, Curve]:
     """Measure what every layer pays for every width, in memory that does not grow with the number of layers.
 
-    Where the Gram matrices of all layers would not fit, layers take turns. That costs passes over the text and changes
-    no curve.
+    The statistics of a layer are summed up, used and dropped while the text is on its way through the layers.
 
     Args:
         model: The base model.
@@ -77,14 +80,48 @@ def search_curves(
         if (known := broadcast_object(_read(path, key))) is not None:
             return known
     curves: dict[Key, Curve] = {}
-    for layers in layer_groups(model, targets):
-        with bfloat16_layers(model), reduced_precision_matmul():  # its rounding is far below the ridge
-            stats = calibrate(model, batches_of(fit), targets=targets, statistics=statistics, layers=layers)
-        measure = partial(measure_sensitivity, model, *prepare(stats), probe, targets=targets)
-        curves |= on_main_process(measure)
+    with evaluation_mode(model, inference=False):
+        for found in _measure_layers(model, batches_of(fit), probe, targets, statistics, prepare):
+            curves |= found
     if path is not None and is_main_process():
         _save(path, key, curves)
     return curves
+
+
+def _measure_layers(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    probe: torch.Tensor,
+    targets: tuple[Target, ...],
+    statistics: frozenset[str],
+    prepare: Prepare,
+) -> Iterator[dict[Key, Curve]]:
+    """Yield the curves of each layer, in all processes. The main one alone measures; all sum up the statistics."""
+    view, mine = ModelView.of(model), shard(batches)
+    check_weights_finite(model)
+    main: list[LayerPrices] = []  # where no other process gets a copy
+    on_main_process(lambda: main.append(LayerPrices(view, targets, probe)))
+    storage = StreamStorage(count_positions(mine))
+    streams = capture_streams(view, mine, storage, base_only=True)
+    for index in tqdm(range(len(view.layers)), desc="Measuring layers", unit="layer", name=_NAME):
+        with error_context(f"layer {index}"), collect(view, targets, [index], gram="gram" in statistics) as collectors:
+            for number, stream in enumerate(streams):
+                for collector in collectors.values():
+                    collector.batch, collector.mask = number, stream.mask
+                with reduced_precision_matmul():  # its rounding is far below the ridge
+                    stream.base.copy_(stream.call(index, view.layers[index], stream.base))
+            found = finish(collectors)
+        importance, reconstruct = prepare(CalibrationStats(found))
+        yield on_main_process(partial(_price, main, index, importance, reconstruct))
+        del found, importance, reconstruct
+        release_pages(parameter.detach() for parameter in view.layers[index].parameters())
+
+
+def _price(
+    main: Sequence[LayerPrices], index: int, importance: Mapping[Key, torch.Tensor], reconstruct: ReconstructFn
+) -> dict[Key, Curve]:
+    (prices,) = main
+    return prices.price(index, importance, reconstruct)
 
 
 def _read(path: Path, key: str) -> dict[Key, Curve] | None:

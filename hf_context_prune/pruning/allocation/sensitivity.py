@@ -5,8 +5,8 @@ adaptive allocation compares their effect on the output: KL(base || narrowed) of
 per token, of each layer narrowed alone and reconstructed. Where the text is as the base model expects it, that is the
 increase of the cross-entropy.
 
-The divergence is taken to second order ([`sketch_batch`][] has the equation), so that one forward and backward pass
-prices every width of every layer, at the cost of one product of a projection each. The tokens' errors count as
+The divergence is taken to second order (`output_fisher` has the equation), so that one backward pass prices every width
+of every layer, at the cost of one product of a projection each. The tokens' errors count as
 uncorrelated: single tokens are far more samples than whole texts. So many tokens can be afforded that the widths are at
 least as good as those of running every narrowed model on half as many.
 
@@ -38,8 +38,9 @@ from hf_context_prune.utils.linalg import all_finite
 from hf_context_prune.utils.precision import reduced_precision_matmul
 
 from .budget import Curve
-from .output_fisher import SubLayerSketch, sketch_batch
+from .output_fisher import FisherSketch, SubLayerSketch
 
+_NAME = "hf_context_prune.sensitivity"
 PROBES = (0.75, 0.5, 0.25)
 """Shares of a layer's neurons that are kept when the layer is probed."""
 PROBE_TOKENS = 4096
@@ -47,8 +48,6 @@ PROBE_TOKENS = 4096
 MOST_NATS = 3.0
 """Most that one token may count. A second-order loss knows no bound, and the first tokens of a sample, which all later
 ones attend to, would outweigh all others."""
-_BATCH_TOKENS = 512
-"""Tokens of a batch, one sample at least: a backward pass keeps every activation."""
 
 
 @dataclass
@@ -126,7 +125,7 @@ def measure_sensitivity(
 ) -> dict[Key, Curve]:
     """Narrow every layer alone to a few widths and measure the mean KL(base || narrowed) at the output.
 
-    Memory: the reconstructed projections at every width, float32, and what a backward pass keeps of a batch.
+    Memory: that of [`FisherSketch`][], and one layer's reconstructed projections at every width, float32.
 
     Args:
         model: The base model; runs in evaluation mode, and is unchanged when this returns.
@@ -142,29 +141,58 @@ def measure_sensitivity(
         NumericsError: An importance, a reconstruction, a logit or a gradient is NaN or Inf.
     """
     view = ModelView.of(model)
-    counts = {
-        (layer, target): found
-        for layer, widths in enumerate(view.widths)
-        for target in targets
-        if (layer, target) in importance and (found := choose_probe_counts(widths, target))
-    }
-    if not counts:
-        return {}
-    name = "hf_context_prune.sensitivity"
-    narrowed = {
-        key: _narrow(view, key, found, importance[key], reconstruct)
-        for key, found in tqdm(counts.items(), desc="Narrowing layers", unit="layer", name=name)
-    }
-    batches = samples.split(max(1, _BATCH_TOKENS // samples.shape[1]))
-    generator = torch.Generator().manual_seed(0)  # the same signs for every group of layers
+    wanted = tuple(target for target in targets if any(target == key[1] for key in importance))
+    curves: dict[Key, Curve] = {}
     with evaluation_mode(model, inference=False):
-        for ids in tqdm(batches, desc="Probing layers", unit="batch", name=name):
-            for key, sketch in sketch_batch(view, list(counts), ids, generator):
-                narrowed[key].add(sketch)
-    return {
-        key: ((view.num_units(*key), 0.0), *zip(own.counts, (own.nats / samples.numel()).tolist(), strict=True))
-        for key, own in narrowed.items()
-    }
+        prices = LayerPrices(view, wanted, samples)
+        for index in tqdm(range(len(view.layers)), desc="Pricing layers", unit="layer", name=_NAME):
+            curves |= prices.price(index, importance, reconstruct)
+    return curves
+
+
+class LayerPrices:
+    """Prices the widths of one layer after the other on a text.
+
+    Args:
+        view: The base model, in evaluation mode; unchanged.
+        targets: Which units.
+        samples: Text to measure on, [samples, length], int64.
+
+    Raises:
+        NumericsError: A logit or a gradient is NaN or Inf.
+    """
+
+    def __init__(self, view: ModelView, targets: Sequence[Target], samples: torch.Tensor) -> None:
+        self.view, self._tokens = view, samples.numel()
+        self._counts: dict[tuple[int, Target], list[int]] = {
+            (layer, target): found
+            for layer, widths in enumerate(view.widths)
+            for target in targets
+            if (found := choose_probe_counts(widths, target))
+        }
+        self._sketch = FisherSketch(view, self._counts, samples)
+
+    def price(self, index: int, importance: Mapping[Key, torch.Tensor], reconstruct: ReconstructFn) -> dict[Key, Curve]:
+        """Return the curves of a layer's targets; call this for all layers, in order.
+
+        Raises:
+            NumericsError: An importance or a reconstruction is NaN or Inf.
+        """
+        narrowed = {
+            key[1]: _narrow(self.view, key, counts, importance[key], reconstruct)
+            for key, counts in self._counts.items()
+            if key[0] == index and key in importance
+        }
+        for target, sketch in self._sketch.layer(index):
+            if target in narrowed:
+                narrowed[target].add(sketch)
+        return {
+            (index, target): (
+                (self.view.num_units(index, target), 0.0),
+                *zip(own.counts, (own.nats / self._tokens).tolist(), strict=True),
+            )
+            for target, own in narrowed.items()
+        }
 
 
 def _narrow(

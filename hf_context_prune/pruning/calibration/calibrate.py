@@ -22,7 +22,7 @@ from hf_context_prune.utils.precision import overflow_remedy
 from .gradients import GradientSums, backward_step, forward_step, layer_gradients
 from .reduce import reduce_statistics
 from .samples import Batch, prepare_batch
-from .statistics import CalibrationStats, TargetStatistics
+from .statistics import CalibrationStats, Key, TargetStatistics
 
 
 @fail_together()
@@ -64,17 +64,17 @@ def calibrate(
     gradients = GradientSums(view) if "taylor" in statistics else None
     with (
         evaluation_mode(model, inference=False),
-        _collect(view, targets, layers, gram="gram" in statistics) as collectors,
+        collect(view, targets, layers, gram="gram" in statistics) as collectors,
         nullcontext() if gradients is None else layer_gradients(view),
     ):
         num_samples, num_tokens = _run(model, batches, list(collectors.values()), gradients)
-        for collector in collectors.values():
-            reduce_statistics(collector.statistics)
+        found = finish(collectors)
         if gradients is not None:
             gradients.reduce()
             for (layer, target), collector in collectors.items():
-                collector.statistics.taylor = gradients.taylor(layer, target)
-    return CalibrationStats(_finish(collectors), num_samples, num_tokens)
+                found[layer, target].taylor = gradients.taylor(layer, target).cpu()
+                found[layer, target].check_finite(f"{collector.where}, all batches")
+    return CalibrationStats(found, num_samples, num_tokens)
 
 
 def check_weights_finite(model: nn.Module) -> None:
@@ -132,10 +132,10 @@ Collectors = dict[tuple[int, Target], _Collector]
 
 
 @contextmanager
-def _collect(
+def collect(
     view: ModelView, targets: Sequence[Target], layers: Collection[int] | None, *, gram: bool
 ) -> Iterator[Collectors]:
-    """Hook the output projections of these layers."""
+    """Sum up the inputs of the output projections of these layers (None: of all) whenever they run."""
     collectors: Collectors = {}
     handles = []
     try:
@@ -182,10 +182,15 @@ def _run(
     return num_samples, num_tokens
 
 
-def _finish(collectors: Mapping[tuple[int, Target], _Collector]) -> dict[tuple[int, str], TargetStatistics]:
-    """Return the statistics on the CPU, refusing sums that are not finite."""
-    result: dict[tuple[int, str], TargetStatistics] = {}
+def finish(collectors: Mapping[tuple[int, Target], _Collector]) -> dict[Key, TargetStatistics]:
+    """Return the statistics of all processes, on the CPU, refusing sums that are not finite.
+
+    Raises:
+        NumericsError: A sum is not finite.
+    """
+    result: dict[Key, TargetStatistics] = {}
     for key, collector in collectors.items():
+        reduce_statistics(collector.statistics)
         collector.statistics.check_finite(f"{collector.where}, all batches")
         result[key] = collector.statistics.cpu()
     return result

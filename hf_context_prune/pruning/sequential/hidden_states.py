@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_context_prune.modeling.patching import in_bfloat16, patch_forwards
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.calibration.samples import Batch
+from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
 from hf_context_prune.utils.memmap import memmap_zeros
 from hf_context_prune.utils.memory import SPILL_SHARE, free_memory
 
@@ -27,7 +27,7 @@ class Stream:
 
     Attributes:
         base: Hidden states of the base model, [batch, length, hidden]; possibly memory-mapped.
-        pruned: Hidden states of the pruned model, in the same shape.
+        pruned: Hidden states of the pruned model, in the same shape; those of the base where nothing is pruned.
         start: Positions of the batches before this one, by which storage knows the batch.
         calls: The other arguments that each layer is called with.
         mask: Unpadded positions, [batch * length]; None without padding.
@@ -67,6 +67,7 @@ class StreamStorage:
         self.positions = positions
         self._left = int(SPILL_SHARE * free_memory()) if limit is None else limit
         self._rooms: dict[str, torch.Tensor] = {}
+        self._in_memory: set[str] = set()
 
     def keep(self, name: str, start: int, values: torch.Tensor, *, width: int | None = None) -> torch.Tensor:
         """Copy a batch's values into a room, and return the copy.
@@ -78,22 +79,29 @@ class StreamStorage:
             width: Most features that the room will hold; None: those of `values`. Counts at first use.
         """
         if name not in self._rooms:
-            self._rooms[name] = self._make(width or values.shape[-1], values.dtype)
+            self._rooms[name] = self._make(name, width or values.shape[-1], values.dtype)
         room = self._rooms[name]
         begin = start * room.shape[1]
         return room.view(-1)[begin : begin + values.numel()].view(values.shape).copy_(values)
+
+    def drop(self, name: str) -> None:
+        """Free a room."""
+        room = self._rooms.pop(name)
+        self._left += room.nbytes if name in self._in_memory else 0
+        self._in_memory.discard(name)
 
     def room(self, name: str) -> torch.Tensor:
         """Return all values that a room holds, [positions, features]."""
         return self._rooms[name]
 
-    def _make(self, width: int, dtype: torch.dtype) -> torch.Tensor:
+    def _make(self, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:
         elements = self.positions * width
         size = elements * dtype.itemsize
-        in_memory = size <= self._left
-        self._left -= size if in_memory else 0
-        flat = torch.empty(elements, dtype=dtype) if in_memory else memmap_zeros(elements, dtype)
-        return flat.view(-1, width)
+        if size > self._left:
+            return memmap_zeros(elements, dtype).view(-1, width)
+        self._left -= size
+        self._in_memory.add(name)
+        return torch.empty(elements, dtype=dtype).view(-1, width)
 
 
 def capture(
@@ -104,8 +112,19 @@ def capture(
     start: int,
     *,
     validation: bool = False,
+    base_only: bool = False,
 ) -> Stream:
-    """Record the first hidden states and the other arguments of every layer. No layer computes anything meanwhile."""
+    """Record the first hidden states and the other arguments of every layer. No layer computes anything meanwhile.
+
+    Args:
+        view: The model.
+        inputs: A batch.
+        mask: See [`Stream`][].
+        storage: Where hidden states lie, in rooms "base" and "pruned".
+        start: See [`Stream`][].
+        validation: See [`Stream`][].
+        base_only: Keep one copy of the hidden states, for a model that is only read.
+    """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     first: list[torch.Tensor] = []
 
@@ -117,8 +136,45 @@ def capture(
     with patch_forwards(view.layers, [record] * len(view.layers)):
         view.model.base_model(**inputs, use_cache=False)
     hidden = first[0]
-    base, pruned = (storage.keep(name, start, hidden) for name in ("base", "pruned"))
+    base = storage.keep("base", start, hidden)
+    pruned = base if base_only else storage.keep("pruned", start, hidden)
     return Stream(base, pruned, start, calls, mask, hidden.device, validation)
+
+
+def capture_streams(
+    view: ModelView,
+    batches: Sequence[tuple[int, Batch]],
+    storage: StreamStorage,
+    *,
+    validation: Sequence[bool] | None = None,
+    base_only: bool = False,
+) -> list[Stream]:
+    """Return the streams of batches, (number, batch) each, before the first layer; one of nothing but padding has none.
+
+    Args:
+        view: The model.
+        batches: As for `calibrate`.
+        storage: Room for all their positions.
+        validation: Whether the batch of a number only chooses ridges; None: none does.
+        base_only: See [`capture`][].
+    """
+    model, rows = view.model, view.model.get_input_embeddings().weight.shape[0]
+    streams, start = [], 0
+    for index, batch in batches:
+        inputs, mask = prepare_batch(batch, index, rows)
+        if mask is not None and not bool(mask.any()):
+            continue
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        mask = None if mask is None else mask.to(model.device)
+        is_validation = validation is not None and validation[index]
+        streams.append(capture(view, inputs, mask, storage, start, validation=is_validation, base_only=base_only))
+        start += batch["input_ids"].numel()
+    return streams
+
+
+def count_positions(batches: Sequence[tuple[int, Batch]]) -> int:
+    """Return the positions of batches, padding included."""
+    return sum(batch["input_ids"].numel() for _, batch in batches)
 
 
 @contextmanager

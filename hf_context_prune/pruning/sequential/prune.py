@@ -23,13 +23,13 @@ from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
-from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY, Batch, prepare_batch
+from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY, Batch
 from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.pruning.criteria import Criterion
 from hf_context_prune.utils.distributed import broadcast_object, fail_together, shard, sum_counts
 
 from .checkpoint import FinishedLayer, Output, SequentialCheckpoint
-from .hidden_states import Stream, StreamStorage, capture, choose_validation
+from .hidden_states import Stream, StreamStorage, capture_streams, choose_validation, count_positions
 from .layer_pruner import SequentialPruner
 
 
@@ -121,8 +121,8 @@ def prune_sequentially(
     checkpoint = SequentialCheckpoint(state_dir, model, batches, widths, criterion.name, ridge, seed)
     with evaluation_mode(model, inference=False):
         mine = shard(batches)
-        storage = StreamStorage(sum(batch["input_ids"].numel() for _, batch in mine), limit=memory_limit)
-        streams = _capture_streams(view, mine, choose_validation(len(batches), VALIDATION_EVERY), storage)
+        storage = StreamStorage(count_positions(mine), limit=memory_limit)
+        streams = capture_streams(view, mine, storage, validation=choose_validation(len(batches), VALIDATION_EVERY))
         result = _count(streams)
         pruner = SequentialPruner(view, streams, storage, criterion, ridge, seed)
         for index, done in enumerate(_finish_layers(pruner, checkpoint, widths)):
@@ -131,23 +131,6 @@ def prune_sequentially(
     if len(streams) == len(batches) and len({stream.pruned.shape[1] for stream in streams}) == 1:
         result.final_states = storage.room("pruned").view(-1, *streams[0].pruned.shape[1:])
     return result
-
-
-def _capture_streams(
-    view: ModelView, batches: Sequence[tuple[int, Batch]], validation: Sequence[bool], storage: StreamStorage
-) -> list[Stream]:
-    """Return the streams of these batches before the first layer; batches of nothing but padding have none."""
-    model, rows = view.model, view.model.get_input_embeddings().weight.shape[0]
-    streams, start = [], 0
-    for index, batch in batches:
-        inputs, mask = prepare_batch(batch, index, rows)
-        if mask is not None and not bool(mask.any()):
-            continue
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        mask = None if mask is None else mask.to(model.device)
-        streams.append(capture(view, inputs, mask, storage, start, validation=validation[index]))
-        start += batch["input_ids"].numel()
-    return streams
 
 
 def _count(streams: Sequence[Stream]) -> SequentialResult:

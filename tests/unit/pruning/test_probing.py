@@ -6,12 +6,17 @@ import json
 import re
 
 import pytest
+import torch
 
 from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.pruning.allocation import probing as width_search
-from hf_context_prune.pruning.calibration import chunked
+from hf_context_prune.pruning.allocation.sensitivity import measure_sensitivity, withhold_probe
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.pruning.measurements import reconstruct_one_shot
 from hf_context_prune.pruning.planner import Planner, plan_and_reconstruct
+from hf_context_prune.pruning.scoring import Requirements, score_with
 from tests.support.tiny import tiny_model, tokens
 
 
@@ -22,16 +27,15 @@ def curves_of(model, config=None, samples=None, **how):
 
 @pytest.fixture
 def calibrations(monkeypatch):
-    """(layers, number of samples) of every pass of calibration."""
+    """Number of samples of every pass of calibration."""
     seen = []
-    real = width_search.calibrate
+    real = width_search.capture_streams
 
-    def recording(model, batches, *, layers, **how):
-        batches = list(batches)
-        seen.append((list(layers), sum(len(batch["input_ids"]) for batch in batches)))
-        return real(model, batches, layers=layers, **how)
+    def recording(view, batches, storage, **how):
+        seen.append(sum(len(batch["input_ids"]) for _, batch in batches))
+        return real(view, batches, storage, **how)
 
-    monkeypatch.setattr(width_search, "calibrate", recording)
+    monkeypatch.setattr(width_search, "capture_streams", recording)
     return seen
 
 
@@ -40,22 +44,24 @@ def test_statistics_take_less_text_than_the_walk(model, monkeypatch, calibration
     monkeypatch.setattr(width_search, "TOKENS_PER_FEATURE", 1)
     config = PrunerConfig(pruning_ratio=0.1)
     plan, _ = plan_and_reconstruct(model, tokens(12, 16), config)
-    assert calibrations == [([0, 1, 2], 3)]
+    assert calibrations == [3]
     assert plan.provenance["num_calibration_samples"] == 12
     monkeypatch.setattr(width_search, "TOKENS_PER_FEATURE", 2)  # 40 neurons
     curves_of(model)
-    assert calibrations[1:] == [([0, 1, 2], 5)]
+    assert calibrations[1:] == [5]
 
 
 @pytest.mark.parametrize("criterion", ["obs", "random"])
-def test_a_small_memory_costs_passes_and_changes_nothing(model, monkeypatch, calibrations, criterion):
-    config = PrunerConfig(pruning_ratio=0.1, criterion=criterion)
-    together = curves_of(model, config)
-    monkeypatch.setattr(chunked, "free_memory", lambda device: 4 * 2 * 4 * (40**2 + 48**2))  # two layers
-    assert curves_of(model, config) == together
-    monkeypatch.setattr(chunked, "free_memory", lambda device: 0)
-    assert curves_of(model, config) == together
-    assert [layers for layers, _ in calibrations] == [[0, 1, 2], [0, 1], [2], [0], [1], [2]]
+def test_the_statistics_of_one_layer_are_those_of_a_pass_over_all(model, criterion):
+    config, samples = PrunerConfig(pruning_ratio=0.1, criterion=criterion), tokens(12, 16)
+    needs = Requirements.of(config)
+    fit, probe = withhold_probe(samples, width_search.SEARCH_TOKENS)
+    stats = calibrate(model, batches_of(fit), targets=needs.targets, statistics=needs.statistics)
+    generator = torch.Generator().manual_seed(config.pruning_seed)
+    importance = score_with(model, stats, config.criterion, generator)
+    reconstruct = reconstruct_one_shot(stats, config)
+    expected = measure_sensitivity(model, importance, reconstruct, probe, targets=needs.targets)
+    assert curves_of(model, config, samples) == expected
 
 
 def test_a_search_that_was_finished_is_not_made_again(model, tmp_path, calibrations):

@@ -11,6 +11,7 @@ from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, unit_size
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS, base_model_type, read_geometry
+from hf_context_prune.pruning.allocation import output_fisher
 from hf_context_prune.pruning.allocation.sensitivity import MOST_NATS, PROBES, measure_sensitivity, withhold_probe
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.reconstruction import RECONSTRUCTIONS
@@ -125,15 +126,28 @@ def test_a_single_token_counts_at_most_so_much(model):
     assert all(0.9 * MOST_NATS < loss <= MOST_NATS for curve in curves.values() for _, loss in curve[1:])
 
 
-def test_the_model_runs_once_for_each_batch(model, monkeypatch):
-    monkeypatch.setattr("hf_context_prune.pruning.allocation.sensitivity._BATCH_TOKENS", 48)
-    seen = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    curves = measure_sensitivity(model, random_importance(model), slicing, tokens(5, 24), targets=TARGETS)
-    assert seen == [2, 2, 1]
-    assert measure_sensitivity(model, random_importance(model), slicing, tokens(5, 24), targets=TARGETS) == curves
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi"])
+def test_batches_and_hidden_states_on_disk_change_nothing(name, monkeypatch, tmp_path):
+    """Layer by layer, forwards, back, and forwards again: each layer's turn ends before that of the next."""
+    model = case(name)
+    importance, ids = random_importance(model), tokens(5, 24)
+    curves = measure_sensitivity(model, importance, slicing, ids, targets=TARGETS)
+    assert measure_sensitivity(model, importance, slicing, ids, targets=TARGETS) == curves
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("hf_context_prune.pruning.sequential.hidden_states.free_memory", lambda: 0)
+    assert measure_sensitivity(model, importance, slicing, ids, targets=TARGETS) == curves
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.setattr(output_fisher, "batches_of", lambda samples: [{"input_ids": part} for part in samples.split(2)])
+    turns = []
+    spec = SPECS[base_model_type(model.config.model_type)]
+    for index, layer in enumerate(layers_of(model, spec)):
+        projection = output_projection(layer, spec, "mlp")
+        projection.register_forward_pre_hook(lambda module, args, index=index: turns.append(index))
+    batched = measure_sensitivity(model, importance, slicing, ids, targets=TARGETS)
+    assert turns == [index for index in (0, 1, 2, 2, 1, 0, 0, 1, 2) for _ in range(3)]
+    for key, curve in curves.items():
+        assert [count for count, _ in batched[key]] == [count for count, _ in curve]
+        assert [loss for _, loss in batched[key]] == pytest.approx([loss for _, loss in curve], rel=2e-2, abs=1e-6)
 
 
 def everything(model):
@@ -260,7 +274,7 @@ def test_an_output_that_is_not_finite_is_refused(model):
 
 def test_gradients_that_overflow_are_refused(model, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda self: self * math.inf)
-    with pytest.raises(NumericsError, match=r"gradient at layer 0 \((mlp|attention)\)"):
+    with pytest.raises(NumericsError, match=r"gradient at layer 2 \((mlp|attention)\)"):
         measure_sensitivity(model, random_importance(model), slicing, tokens(), targets=TARGETS)
 
 

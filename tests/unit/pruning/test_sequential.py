@@ -111,13 +111,13 @@ def test_the_walk_sees_what_the_smaller_model_does(name, monkeypatch):
     given = batches(2)
     widths = widths_of(model)
     captured = []
-    original = sequential.capture
+    original = sequential.capture_streams
 
     def remember(*args, **options):
-        captured.append(original(*args, **options))
-        return captured[-1]
+        captured.extend(original(*args, **options))
+        return captured
 
-    monkeypatch.setattr(sequential, "capture", remember)
+    monkeypatch.setattr(sequential, "capture_streams", remember)
     result = prune_sequentially(model, given, widths, CRITERIA["wanda"])
     smaller = pruned_by(model, result, given, widths)
     walked = torch.cat([stream.pruned.reshape(-1, stream.pruned.shape[-1]) for stream in captured])
