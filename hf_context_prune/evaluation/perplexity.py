@@ -15,6 +15,7 @@ from huggingface_hub.utils import tqdm
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import ConfigError, NumericsError
+from hf_context_prune.modeling.in_turns import forward_in_turns
 from hf_context_prune.modeling.inference import check_token_ids, evaluation_mode, max_positions
 from hf_context_prune.utils.precision import overflow_remedy
 
@@ -81,8 +82,10 @@ def document_losses(
         evaluation_mode(model),
         tqdm(total=total, unit="tok", desc="Scoring", name="hf_context_prune.evaluation") as progress,
     ):
-        for batch in batch_windows(windows, batch_tokens):
-            for window, loss in zip(batch, _window_losses(model, batch, context), strict=True):
+        batches = list(batch_windows(windows, batch_tokens))
+        outputs = forward_in_turns(model, (_model_inputs(batch, context, model.device) for batch in batches))
+        for batch, output in zip(batches, outputs, strict=True):
+            for window, loss in zip(batch, _window_losses(output.logits, batch), strict=True):
                 if not math.isfinite(loss):
                     document = documents[window.document]
                     raise NumericsError(
@@ -132,19 +135,23 @@ def _check_ids(
     check_token_ids(model, tokenizer, itertools.chain([[context]], given))
 
 
-def _window_losses(model: "PreTrainedModel", batch: Sequence[Window], padding: int) -> list[float]:
-    """Return the summed loss (nats) of each window, from float32 log-probabilities added up in float64."""
+def _model_inputs(batch: Sequence[Window], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
     width = max(len(window.inputs) for window in batch)
     inputs = torch.full((len(batch), width), padding, dtype=torch.long)
-    targets = torch.zeros_like(inputs)
     mask = torch.zeros_like(inputs)
     for row, window in enumerate(batch):
-        length = len(window.inputs)
-        inputs[row, :length] = torch.tensor(window.inputs)
-        targets[row, :length] = torch.tensor(window.targets)
-        mask[row, :length] = 1
-    device = model.device
-    logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        inputs[row, : len(window.inputs)] = torch.tensor(window.inputs)
+        mask[row, : len(window.inputs)] = 1
+    return {"input_ids": inputs.to(device), "attention_mask": mask.to(device)}
+
+
+def _window_losses(logits: torch.Tensor, batch: Sequence[Window]) -> list[float]:
+    """Return the summed loss (nats) of each window, from float32 log-probabilities added up in float64."""
+    targets = torch.zeros(logits.shape[:2], dtype=torch.long)
+    mask = torch.zeros_like(targets)
+    for row, window in enumerate(batch):
+        targets[row, : len(window.targets)] = torch.tensor(window.targets)
+        mask[row, : len(window.targets)] = 1
     flat_logits = logits.flatten(0, 1)
     flat_targets = targets.to(logits.device).flatten()
     losses = torch.cat(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -31,6 +31,27 @@ def patch_forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> 
                 del layer.forward
             else:
                 layer.forward = forward
+
+
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a layer beside its hidden states."""
+
+
+def record_calls(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[LayerCall]]:
+    """Return the first hidden states of a batch, [batch, length, hidden], and the other arguments of every layer.
+
+    No layer computes anything meanwhile.
+    """
+    layers, calls, first = layers_of(model, spec_of(model.config)), [], []
+
+    def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401 - any layer's arguments
+        first.append(hidden)
+        calls.append((args, kwargs))
+        return hidden
+
+    with patch_forwards(layers, [record] * len(layers)):
+        model.base_model(**inputs, use_cache=False)
+    return first[0], calls
 
 
 @torch.no_grad()

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from hf_context_prune.modeling.patching import in_bfloat16, patch_forwards
+from hf_context_prune.modeling.patching import LayerCall, in_bfloat16, record_calls
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
 from hf_context_prune.utils.memmap import memmap_zeros
@@ -38,7 +37,7 @@ class Stream:
     base: torch.Tensor
     pruned: torch.Tensor
     start: int
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: list[LayerCall]
     mask: torch.Tensor | None
     device: torch.device
     validation: bool = False
@@ -125,17 +124,7 @@ def capture(
         validation: See [`Stream`][].
         base_only: Keep one copy of the hidden states, for a model that is only read.
     """
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    first: list[torch.Tensor] = []
-
-    def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-        first.append(hidden)
-        calls.append((args, kwargs))
-        return hidden
-
-    with patch_forwards(view.layers, [record] * len(view.layers)):
-        view.model.base_model(**inputs, use_cache=False)
-    hidden = first[0]
+    hidden, calls = record_calls(view.model, inputs)
     base = storage.keep("base", start, hidden)
     pruned = base if base_only else storage.keep("pruned", start, hidden)
     return Stream(base, pruned, start, calls, mask, hidden.device, validation)

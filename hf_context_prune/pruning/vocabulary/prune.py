@@ -16,6 +16,7 @@ from hf_context_prune.config import DEFAULT_PAD_TO_MULTIPLE_OF, PrunerConfig, Th
 from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown_name
+from hf_context_prune.modeling.in_turns import forward_in_turns
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
@@ -284,11 +285,11 @@ def mean_probability(model: PreTrainedModel, samples: torch.Tensor) -> torch.Ten
     """
     total = torch.zeros(num_rows(model), dtype=torch.float64)
     name = "hf_context_prune.vocabulary"
-    with evaluation_mode(model):
-        for batch in tqdm(samples.split(_BATCH), desc="Expecting tokens", unit="batch", name=name):
-            with bfloat16_layers(model):
-                logits = model(input_ids=batch.to(model.device), use_cache=False).logits
-            for rows in logits.flatten(0, 1).split(_ROWS):
+    batches = [{"input_ids": batch.to(model.device)} for batch in samples.split(_BATCH)]
+    with evaluation_mode(model), bfloat16_layers(model):
+        outputs = forward_in_turns(model, batches)
+        for output in tqdm(outputs, total=len(batches), desc="Expecting tokens", unit="batch", name=name):
+            for rows in output.logits.flatten(0, 1).split(_ROWS):
                 total += rows.float().softmax(dim=-1).sum(dim=0)[: len(total)].double().cpu()
     if not bool(torch.isfinite(total).all()):
         raise NumericsError(f"The model's logits on this text are not finite. {overflow_remedy(model.dtype)}")

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
+from hf_context_prune.modeling.in_turns import forward_in_turns
 from hf_context_prune.modeling.patching import bfloat16_layers, finish_forward
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.utils.distributed import on_main_process
@@ -206,7 +207,7 @@ def _hidden_states(
     """
     first = samples[:1].to(model.device)
     with bfloat16_layers(model):
-        logits, inputs = model(input_ids=first, use_cache=False).logits, _head_inputs(model, first)
+        logits, inputs = (run(input_ids=first, use_cache=False)[0] for run in (model, model.base_model))
     if not torch.equal(logits.float(), head(inputs).float()):
         return None
     count = 0
@@ -222,26 +223,24 @@ def _hidden_states(
             inputs = finish_forward(model, ids, known.states[index : index + 1].to(model.device))
             states[place[index]] = inputs[0, :-1].float()
             bar.update()
-        for start in range(count, len(samples), batch_size):
-            batch = samples[start : start + batch_size].to(model.device)
-            with bfloat16_layers(model):
-                states[place[start : start + batch_size]] = _head_inputs(model, batch)[:, :-1].float()
-            bar.update(len(batch))
+        batches = samples[count:].to(model.device).split(batch_size) if count < len(samples) else ()
+        with bfloat16_layers(model):
+            outputs = forward_in_turns(model, ({"input_ids": batch} for batch in batches), head=False)
+            for places, output in zip(place[count:].split(batch_size), outputs, strict=False):
+                states[places] = output[0][:, :-1].float()
+                bar.update(len(places))
     return states.flatten(0, 1)
-
-
-def _head_inputs(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    states: torch.Tensor = model.base_model(input_ids=batch, use_cache=False)[0]
-    return states
 
 
 def _loss(model: PreTrainedModel, samples: torch.Tensor, batch_size: int) -> float:
     """Return the model's loss in nats per token."""
     total, count = 0.0, samples[:, 1:].numel()
-    for batch in samples.to(model.device).split(batch_size):
-        with bfloat16_layers(model):
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    batches = samples.to(model.device).split(batch_size)
+    with bfloat16_layers(model):
+        outputs = forward_in_turns(model, ({"input_ids": batch} for batch in batches))
+        for batch, output in zip(batches, outputs, strict=True):
+            logits = output.logits[:, :-1].float()
+            total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
     return total / count
 
 
