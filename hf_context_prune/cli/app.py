@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -78,6 +79,14 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object) -
         errors.print(f"[yellow]Warning:[/] {escape(str(message))}", soft_wrap=True)
 
 
+class _ShowMessage(logging.Handler):
+    """Shows what the package logs, beside the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        colour = "[yellow]Warning:[/] " if record.levelno >= logging.WARNING else ""
+        errors.print(f"{colour}{escape(record.getMessage())}", soft_wrap=True)
+
+
 def _guarded(run: Callable[[], Any]) -> int:
     try:
         run()
@@ -116,7 +125,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, terminate)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
-    sys.exit(_guarded(_run))
+    package, handler = logging.getLogger("hf_context_prune"), _ShowMessage()
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        sys.exit(_guarded(_run))
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from hf_context_prune import EvalOptions, RecoveryConfig
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.utils.distributed import fail_together
-from hf_context_prune.utils.options import METHOD, OUTPUT, TEXT, read_options
+from hf_context_prune.utils.options import METHOD, MODEL, OUTPUT, TEXT, read_options
 
 from .options import (
     DATA_HELP,
@@ -55,6 +55,14 @@ def prune(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     revision: RevisionOption = None,
+    max_memory: Annotated[
+        str | None,
+        shared(
+            "Most memory to hold beside the model's files, such as 8GiB; what does not fit lies in files. By default "
+            "three quarters of what is free.",
+            MODEL,
+        ),
+    ] = None,
     output: Annotated[
         Path | None, shared("Folder to write. An older folder that this tool wrote is replaced.", OUTPUT)
     ] = None,
@@ -69,7 +77,7 @@ def prune(
     recovery = _recovery(values.pop("recovery", None), recover_minutes)
     chosen = merge_options(values, options)
     if dry_run:
-        _dry_run(model, chosen, revision, format)
+        _dry_run(model, chosen, revision, max_memory, format)
         return
     if data is None or output is None:
         missing = " and ".join(name for name, value in (("--data", data), ("--output", output)) if value is None)
@@ -87,6 +95,7 @@ def prune(
         revision=revision,
         dtype=dtype.value,
         device=device,
+        max_memory=max_memory,
     )
     show_result(result, output, format)
 
@@ -105,14 +114,20 @@ def _recovery(values: Any, minutes: float | None) -> RecoveryConfig | None:  # n
     return RecoveryConfig.from_dict({**(values or {}), **given})
 
 
-def _dry_run(model: str, config: PrunerConfig | ThresholdConfig, revision: str | None, format: OutputFormat) -> None:
+def _dry_run(
+    model: str,
+    config: PrunerConfig | ThresholdConfig,
+    revision: str | None,
+    max_memory: str | None,
+    format: OutputFormat,
+) -> None:
     from hf_context_prune.pipelines.dry_run import dry_run
 
     if isinstance(config, ThresholdConfig):
         raise ConfigError(
             "--dry-run works from shapes alone, but thresholds are compared with values measured on text."
         )
-    found = dry_run(model, config, revision=revision)
+    found = dry_run(model, config, revision=revision, max_memory=max_memory)
     if format is OutputFormat.json:
         out_json(found.to_dict())
     elif format is OutputFormat.quiet:
@@ -131,4 +146,5 @@ def _dry_run(model: str, config: PrunerConfig | ThresholdConfig, revision: str |
             f"(-{1 - found.pruned_parameters / found.base_parameters:.2%}{asked})"
         )
         other = "not known yet" if found.widths is None else "variable widths"
+        out(str(found.needs))
         out(f"Architecture: {'native' if found.native_fit.fits else other}: {found.native_fit.reason}")

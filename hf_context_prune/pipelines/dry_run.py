@@ -23,6 +23,9 @@ from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.loading import load_meta_model
+from hf_context_prune.utils.memory import memory_limit, parse_bytes
+
+from .needs import Needs, estimate_needs
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class DryRun:
         dense_tokens: Embedding rows of the base model.
         tokens: Embedding rows after pruning; all of them where their number is measured.
         native_fit: Whether the native architecture holds the widths, and why or why not.
+        needs: Memory and disk that the run needs.
     """
 
     base_parameters: int
@@ -48,19 +52,23 @@ class DryRun:
     dense_tokens: int
     tokens: int
     native_fit: NativeFit
+    needs: Needs
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as JSON values."""
         return asdict(self)
 
 
-def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = None) -> DryRun:
+def dry_run(
+    model: str | Path, config: PrunerConfig, *, revision: str | None = None, max_memory: int | str | None = None
+) -> DryRun:
     """Work out the sizes without reading a weight.
 
     Args:
         model: A model folder, .gguf file or Hub id.
         config: The budget.
         revision: Branch, tag or commit of the Hub model.
+        max_memory: As for [`prune`][].
 
     Raises:
         ConfigError: The size is found by measuring.
@@ -101,6 +109,9 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         widths = (
             None if config.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(empty, config, kept)
         )
+    needs = estimate_needs(empty, config, total - removed)
+    with memory_limit(parse_bytes(max_memory)):
+        needs.check_memory()
     return DryRun(
         base_parameters=total,
         pruned_parameters=total - removed,
@@ -112,4 +123,5 @@ def dry_run(model: str | Path, config: PrunerConfig, *, revision: str | None = N
         native_fit=NativeFit(bool(config.native_architecture), "tokens and widths are measured")
         if widths is None
         else assess_native_fit(empty.config, view.spec, widths),
+        needs=needs,
     )

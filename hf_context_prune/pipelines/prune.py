@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,13 +36,18 @@ from hf_context_prune.training.recovery.recover import check_recoverable, check_
 from hf_context_prune.training.recovery.text import RecoveryText
 from hf_context_prune.utils.distributed import fail_together, on_main_process, warn_if_alone
 from hf_context_prune.utils.locks import reserves
+from hf_context_prune.utils.memory import memory_limit, parse_bytes
+from hf_context_prune.utils.tensor_facts import remember_weights
 
 from .comparison import Comparison
 from .kept_model import load_or_prune
+from .needs import estimate_needs
 from .pruning_texts import AnyConfig, PruningTexts
 from .recover import train_back
 from .result import PruneResult
 from .validation_text import choose_token_probe, describe_size_search
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @fail_together()
@@ -54,6 +60,7 @@ def prune(
     eval_data: TextData | None = None,
     eval_options: EvalOptions | None = None,
     recovery: RecoveryConfig | None = None,
+    max_memory: int | str | None = None,
 ) -> PruneResult:
     """Prune a causal LM for the domain of a text, and measure on held-out text what it cost.
 
@@ -70,6 +77,8 @@ def prune(
         eval_options: How much is measured.
         recovery: Train the pruned model back on the text that it was calibrated on, as [`recover`][] does, with the
             same share of general text. None leaves it as it is. Only in one process.
+        max_memory: Most memory that the process may hold beside the files that it reads, such as "8GiB"; what does not
+            fit lies in files. None: what it holds now, and three quarters of what is free. It changes no result.
 
     Returns:
         The smaller model with plan and report. The same inputs and seed give the same plan.
@@ -78,7 +87,14 @@ def prune(
         ContextPruneError: See `hf_context_prune.errors`; nothing was changed or written.
     """
     return run_pruning(
-        model, data, config, tokenizer=tokenizer, eval_data=eval_data, eval_options=eval_options, recovery=recovery
+        model,
+        data,
+        config,
+        tokenizer=tokenizer,
+        eval_data=eval_data,
+        eval_options=eval_options,
+        recovery=recovery,
+        max_memory=max_memory,
     )
 
 
@@ -96,6 +112,7 @@ def prune_to_folder(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    max_memory: int | str | None = None,
 ) -> PruneResult:
     """Prune as [`prune`][] does, and write a model folder. The same call, after a kill, resumes to the same bits.
 
@@ -114,6 +131,7 @@ def prune_to_folder(
         revision: Branch, tag or commit of the Hub model.
         dtype: Floating-point type to load the weights in.
         device: As for [`load_model`][].
+        max_memory: As for [`prune`][].
 
     Raises:
         SaveError: Another run is at work for this output.
@@ -135,6 +153,7 @@ def prune_to_folder(
             eval_options=options,
             recovery=recovery,
             resume_dir=resume_dir,
+            max_memory=max_memory,
         )
         on_main_process(lambda: result.save_pretrained(target, measure_memory=options.memory))
     return result.as_saved(target)
@@ -150,13 +169,29 @@ def run_pruning(
     eval_options: EvalOptions | None = None,
     recovery: RecoveryConfig | None = None,
     resume_dir: Path | None = None,
+    max_memory: int | str | None = None,
 ) -> PruneResult:
     """Run all stages of [`prune`][]; with a `resume_dir`, finished work is kept there for the same run to resume."""
     warn_if_alone()
     options = eval_options or EvalOptions()
     asked, config = config, _check_config(config, options)
     _check_recovery(recovery)
+    limit = parse_bytes(max_memory)
     base = ensure_loaded(model, tokenizer)
+    with memory_limit(limit), remember_weights(base.model):
+        return _run_stages(base, data, config, asked, options, eval_data, recovery, resume_dir)
+
+
+def _run_stages(
+    base: LoadedModel,
+    data: TextData,
+    config: AnyConfig,
+    asked: AnyConfig | None,
+    options: EvalOptions,
+    eval_data: TextData | None,
+    recovery: RecoveryConfig | None,
+    resume_dir: Path | None,
+) -> PruneResult:
     config, tokens_stay = _check_before_the_long_work(base, config, options)
     if recovery is not None:
         check_recoverable(base.model, recovery)
@@ -275,8 +310,19 @@ def _check_before_the_long_work(
     if isinstance(config, PrunerConfig):
         config, tokens_stay = choose_units(base.model, base.tokenizer, config)
     check_budget(base.model, base.tokenizer, config)
+    needs = estimate_needs(base.model, config, _expected_parameters(base.model, config))
+    needs.check_memory()
+    _LOGGER.info("%s", needs)
     check_general_data_ratio(config, options.general_data)
     return config, tokens_stay
+
+
+def _expected_parameters(model: PreTrainedModel, config: AnyConfig) -> int:
+    """Return the parameters after pruning, where shapes alone say so; else those of the base."""
+    total = model.num_parameters()
+    if not isinstance(config, PrunerConfig):
+        return total
+    return total - (ParameterBudget.of(config, total).remove_params or 0)
 
 
 def _report(

@@ -62,7 +62,10 @@ def refit_note(plan: PruningPlan) -> tuple[str, ...]:
     refit = plan.provenance["refit"]
     why = ""
     if refit is None:
-        why = ", since there is too little text for validation, or the logits are not linear in the hidden states"
+        why = (
+            ", since there is too little text for validation, no room for the rows, or the logits are not linear in "
+            "the hidden states"
+        )
     return (f"After the layers, {_describe_rows(refit)}{why}.",)
 
 

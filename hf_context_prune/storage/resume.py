@@ -22,6 +22,7 @@ from hf_context_prune.utils.compat import attention_implementation
 from hf_context_prune.utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
 from hf_context_prune.utils.locks import hold_lock
 from hf_context_prune.utils.precision import bfloat16_is_fast
+from hf_context_prune.utils.tensor_facts import values_digest
 from hf_context_prune.utils.version import __version__
 
 from .cache import CACHE_VARIABLE, cache_dir
@@ -167,6 +168,6 @@ def resume_key(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]
     digest.update(f"{computes} {model.device.type}".encode())
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(values_digest(value))
     digest.update(digest_batches(batches).encode())
     return digest.hexdigest()

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import convert_file_size_to_int
+
+from hf_context_prune.errors import ConfigError
 
 FREE_SHARE = 0.75
 """Share of the free memory that a run may take where no limit is set."""
@@ -24,6 +27,23 @@ _CONTAINER_FILES = (  # (limit, usage, prefix in memory.stat) of control groups 
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes", "total_"),
 )
 _MADV_PAGEOUT = 21  # linux/mman-common.h; Python's mmap module has no name for it
+
+
+def parse_bytes(value: int | str | None) -> int | None:
+    """Return the bytes of a limit such as "8GiB", "800MB" or 8000000000; None stays None.
+
+    Raises:
+        ConfigError: It is none, or not above 0.
+    """
+    if value is None:
+        return None
+    try:
+        size = value if isinstance(value, int) and not isinstance(value, bool) else convert_file_size_to_int(str(value))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"max_memory is {value!r}; it must be a size above 0, such as '8GiB', '800MB' or 8000000000.")
+    return size
 
 
 @contextmanager

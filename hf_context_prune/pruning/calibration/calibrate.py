@@ -16,8 +16,9 @@ from hf_context_prune.modeling.architectures import TARGETS, Target, output_weig
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.distributed import fail_together, shard, sum_counts
-from hf_context_prune.utils.linalg import add_gram_, all_finite
+from hf_context_prune.utils.linalg import add_gram_
 from hf_context_prune.utils.precision import overflow_remedy
+from hf_context_prune.utils.tensor_facts import is_finite
 
 from .gradients import GradientSums, backward_step, forward_step, layer_gradients
 from .reduce import reduce_statistics
@@ -84,7 +85,7 @@ def check_weights_finite(model: nn.Module) -> None:
         NumericsError: A weight is not finite; the message names the first.
     """
     for name, parameter in model.named_parameters():
-        if not all_finite(parameter.detach()):
+        if not is_finite(parameter):
             raise NumericsError(
                 f"The weight {name} holds NaN or Inf: the checkpoint is damaged, or the data type that it was loaded "
                 f"in overflowed. {overflow_remedy(parameter.dtype)}"

@@ -22,6 +22,7 @@ and takes each step on a part of it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
+from hf_context_prune.errors import PruningWarning
 from hf_context_prune.modeling.in_turns import forward_in_turns
 from hf_context_prune.modeling.patching import bfloat16_layers, finish_forward
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.utils.distributed import on_main_process
 from hf_context_prune.utils.linalg import add_ridge_, invert_spd_
+from hf_context_prune.utils.memory import free_memory
 from hf_context_prune.utils.precision import product_dtype, reduced_precision_matmul
 
 PRIOR = 100.0
@@ -67,6 +70,8 @@ _STEP_LOGITS = 2**27
 _ELEMENTS = 2**22
 """Logits that exist at once: few enough to stay in the processor's cache."""
 _FEWEST_ROWS = 256
+_COPIES = 5
+"""Copies of the fitted rows at once: new ones, a candidate, direction, gradient, change."""
 _RUN = 8
 """Tokens of a run by which two samples are found to repeat one another."""
 _HASH_FACTOR = 1_099_511_628_211
@@ -126,7 +131,8 @@ def refit_rows(
 
     Returns:
         Nats per token on the validation samples before and after, and the share of the change that was taken; None
-        where there is too little text, or the logits are not linear in the last hidden states (soft caps, scales).
+        where there is too little text or memory, or the logits are not linear in the last hidden states (soft caps,
+        scales).
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -142,13 +148,20 @@ def refit_rows(
     split = len(states) - validation * (samples.shape[1] - 1)
     targets = samples[:, 1:].reshape(-1).to(states.device)
     weight = head.weight
-    old = weight.detach().float().clone()
-    fit = _RowRegression(old, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:]))
-    before, change = fit.validation_loss, fit.solve() - old
+    fit = _RowRegression(weight, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:]))
+    if (needed := _COPIES * fit.old.nbytes) > free_memory(weight.device):
+        warnings.warn(
+            f"The {len(fit.rows):,} rows of the LM head that the text uses are not refitted: that takes "
+            f"{needed / 2**30:.1f} GiB of memory. Allow more (max_memory), or give fewer samples.",
+            PruningWarning,
+            stacklevel=2,
+        )
+        return None
+    before, change = fit.validation_loss, fit.solve() - fit.old
     losses, withheld = {0.0: before}, samples[-validation:]
 
     def take(share: float) -> None:
-        weight.copy_((old + share * change).to(weight.dtype))
+        weight[fit.rows] = (fit.old + share * change).to(weight.dtype)
 
     def measure(share: float) -> None:
         take(share)
@@ -254,31 +267,33 @@ class _RowRegression:
     Attributes:
         rows: Tokens whose rows are fitted, [fitted] int64: tokens that the text has, or that the model expects there
             (`LEAST_EXPECTED`).
+        old: Their old rows, [fitted, hidden] float32.
         validation_loss: Nats per token of the validation text with the old rows.
     """
 
-    def __init__(self, old: torch.Tensor, bias: torch.Tensor | None, fitted: Text, validation: Text) -> None:
-        self.old, self.bias = old, None if bias is None else bias.float()
-        self.count, part = len(fitted[0]), max(1, _STEP_LOGITS // len(old))
-        active = self._predicted(fitted[0][:part]) * self.count >= LEAST_EXPECTED
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, fitted: Text, validation: Text) -> None:
+        whole, bias = weight.detach().float(), None if bias is None else bias.float()
+        self.count, part = len(fitted[0]), max(1, _STEP_LOGITS // len(whole))
+        active = self._predicted(fitted[0][:part], whole, bias) * self.count >= LEAST_EXPECTED
         active[torch.cat([fitted[1], validation[1]])] = True
         self.rows = active.nonzero().squeeze(1)
         place = active.cumsum(0) - 1  # of a token among the fitted ones
+        rest, rest_bias = whole[~active], None if bias is None else bias[~active]
         self.fitted, self.validation = (
-            (states, place[targets], self._others(states, ~active)) for states, targets in (fitted, validation)
+            (states, place[targets], self._log_sum(states, rest, rest_bias)) for states, targets in (fitted, validation)
         )
-        self.fitted_bias = None if self.bias is None else self.bias[self.rows]
-        self.validation_loss = self._validation_loss(old[self.rows])
+        self.old, self.fitted_bias = whole[self.rows], None if bias is None else bias[self.rows]
+        self.validation_loss = self._validation_loss(self.old)
 
     def solve(self) -> torch.Tensor:
-        """Return all rows, [tokens, hidden] float32, at the lowest validation loss that a few steps reach."""
+        """Return the rows, [fitted, hidden] float32, at the lowest validation loss that a few steps reach."""
         states, targets, _ = self.fitted
         gram = (states.T @ states).double() / self.count
         inverse = invert_spd_(add_ridge_(gram, DEFAULT_RIDGE)).float()
         observed = torch.bincount(targets, minlength=len(self.rows)).float() / self.count
         number = max(1, round(self.count * len(self.rows) / _STEP_LOGITS))
         parts = list(zip(*(values.tensor_split(number) for values in self.fitted), strict=True))
-        best, step, idle = self.old[self.rows], STEP, False
+        best, step, idle = self.old, STEP, False
         lowest, direction = self.validation_loss, torch.zeros_like(best)
         for turn in tqdm(range(MAX_STEPS), desc="Refitting rows", unit="step", name="hf_context_prune.vocabulary"):
             gradient, predicted = self._gradient(best, *parts[turn % len(parts)])
@@ -294,9 +309,7 @@ class _RowRegression:
             else:
                 step, idle = step / 4, True
                 direction.zero_()
-        new = self.old.clone()
-        new[self.rows] = best
-        return new
+        return best
 
     def _validation_loss(self, weight: torch.Tensor) -> float:
         """Return the nats per token of the validation text with these rows, [fitted, hidden]."""
@@ -327,16 +340,15 @@ class _RowRegression:
                 gradient += (probability.to(dtype).T @ inputs).float()
         return gradient / len(states), predicted / len(states)
 
-    def _predicted(self, states: torch.Tensor) -> torch.Tensor:
-        """Return how often the old rows expect each token, [tokens]: mean p over positions."""
-        total = torch.zeros(len(self.old), device=states.device)
-        for (rows,) in self._chunks((states,), len(self.old)):
-            total += _logits(rows, self.old, self.bias).softmax(dim=-1).sum(dim=0)
+    def _predicted(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return how often rows expect each of their tokens, [tokens]: mean p over positions."""
+        total = torch.zeros(len(weight), device=states.device)
+        for (rows,) in self._chunks((states,), len(weight)):
+            total += _logits(rows, weight, bias).softmax(dim=-1).sum(dim=0)
         return total / len(states)
 
-    def _others(self, states: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Return the log-sum-exp of the logits of tokens whose rows stay, [positions]; -inf where there are none."""
-        weight, bias = self.old[others], None if self.bias is None else self.bias[others]
+    def _log_sum(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return the log-sum-exp of the logits of rows, [positions]; -inf where there are none."""
         chunks = self._chunks((states,), max(1, len(weight)))
         return torch.cat([_log_sum_exp(_logits(rows, weight, bias)) for (rows,) in chunks])
 

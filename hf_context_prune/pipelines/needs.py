@@ -1,0 +1,111 @@
+"""What a run needs: the least memory that its largest step fits into, and the room that it takes on disks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedModel
+
+from hf_context_prune.config import CalibrationConfig, PrunerConfig
+from hf_context_prune.errors import BudgetError
+from hf_context_prune.modeling.architectures import TARGETS, output_weight
+from hf_context_prune.modeling.token_rows import num_rows
+from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.scoring import Requirements
+from hf_context_prune.utils.memory import free_memory, own_memory
+
+_BATCH_TOKENS = 2048
+"""Tokens of a batch, at least one sample."""
+_TOKENS_PER_ROW = 4
+"""Tokens of text for each different one; where they are fewer, the rows are not refitted if there is no room."""
+_WIDE, _NARROW = 8, 4
+"""Bytes of a float64 and of a float32."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs beside the files of the model.
+
+    Attributes:
+        step: The step that takes the most memory.
+        step_memory: Bytes of memory that it takes, beside what the process holds already.
+        resume_disk: Bytes in the cache, until the run is finished: finished layers.
+        output_disk: Bytes of the saved weights.
+    """
+
+    step: str
+    step_memory: int
+    resume_disk: int
+    output_disk: int
+
+    def to_dict(self) -> dict[str, int | str]:
+        """Return all values as JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Return a sentence."""
+        return (
+            f"Needs about {self.step_memory / 2**30:.1f} GiB of memory ({self.step}), {self.resume_disk / 1e9:.1f} GB "
+            f"of disk for finished layers until the end, and {self.output_disk / 1e9:.1f} GB for the result."
+        )
+
+    def check_memory(self) -> None:
+        """Refuse a run that does not fit into the memory that it may take.
+
+        Raises:
+            BudgetError: The message names the least that does.
+        """
+        free, held = free_memory(), own_memory()
+        if self.step_memory > free:
+            raise BudgetError(
+                f"The memory limit leaves {free / 2**30:.2f} GiB beside what is held already, but {self.step} "
+                f"takes {self.step_memory / 2**30:.2f} GiB. Allow {(held + self.step_memory) / 2**30:.2f} GiB in all "
+                f"(max_memory), or give less calibration text (num_calibration_samples, max_seq_length)."
+            )
+
+
+def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters: int) -> Needs:
+    """Work out the needs of a run from shapes alone.
+
+    Args:
+        model: The base model; its weights may be on the meta device. They count where they lie in memory.
+        config: All choices.
+        parameters: Parameters after pruning.
+    """
+    view, item = ModelView.of_shapes(model), model.dtype.itemsize
+    tokens = config.num_calibration_samples * config.max_seq_length
+    batch = max(_BATCH_TOKENS, config.max_seq_length)
+    rows, hidden = num_rows(model), int(model.get_input_embeddings().weight.shape[1])
+    logits = batch * rows * (item + _NARROW)
+    steps = {"the logits of a batch": logits}
+    sizes = [
+        (output_weight(view.output_projection(index, target)).shape, target)
+        for index in range(len(view.layers))
+        for target in TARGETS
+    ]
+    resume = 0
+    if isinstance(config, PrunerConfig) and config.prunes_layers:
+        targets = Requirements.of(config).targets
+        shapes = {tuple(shape) for shape, target in sizes if target in targets}
+        outputs = max(sum(item * m * n for (m, n), _ in sizes) // len(view.layers), 1)
+        activations = batch * _NARROW * max(6 * m + 4 * n for m, n in shapes)
+        solver = max(_solver_bytes(m, n, tokens) for m, n in shapes)
+        steps["the equations of a layer"] = outputs + activations + solver
+        if config.allocation == "adaptive" and config.max_loss_increase is None:
+            # A Gram matrix, its float64 copy, and the system of three quarters of the features.
+            search = max(int((_NARROW + 1.75 * _WIDE) * n * n) + 9 * _NARROW * m * n for m, n in shapes)
+            steps["the search of widths in a layer"] = activations + search
+        resume = sum(item * m * n for (m, n), _ in sizes)
+    if isinstance(config, PrunerConfig) and config.refits_lm_head:
+        fitted = min(rows, tokens // _TOKENS_PER_ROW)
+        steps["the refit of the LM head's rows"] = _NARROW * hidden * (rows * (item < _NARROW) + 6 * fitted)
+    step = max(steps, key=lambda name: steps[name])
+    return Needs(step, steps[step], resume, item * parameters)
+
+
+def _solver_bytes(outputs: int, features: int, tokens: int) -> int:
+    """Return the bytes of the regression of one output projection."""
+    weights = 6 * _WIDE * outputs * features
+    if 2 * tokens <= features:
+        return weights + 4 * _NARROW * tokens * (features + outputs) + 4 * _WIDE * tokens**2
+    return weights + (_NARROW + 2 * _WIDE) * features**2
