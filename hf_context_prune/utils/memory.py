@@ -22,10 +22,12 @@ FREE_SHARE = 0.75
 SPILL_SHARE = 0.5
 """Share of the free memory that one kind of data may take; above it, it lies in memory-mapped files."""
 _LIMIT: ContextVar[int | None] = ContextVar("memory limit", default=None)
-_CONTAINER_FILES = (  # (limit, usage, prefix in memory.stat) of control groups version 2 and 1: a container's own
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ""),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes", "total_"),
-)
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_GROUP_FILES = {  # of control groups version 2 and 1: limit, usage, and prefix of the sums in memory.stat
+    "": ("memory.max", "memory.current", ""),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
 _MADV_PAGEOUT = 21  # linux/mman-common.h; Python's mmap module has no name for it
 
 
@@ -86,17 +88,32 @@ def own_memory() -> int:
 
 
 def _free_on_machine() -> int:
-    """Return the bytes that are free: in a container, of its own limit."""
+    """Return the bytes that are free: in a container or another control group, of its own limit."""
     free = int(psutil.virtual_memory().available)
-    for limit, usage, prefix in _CONTAINER_FILES:
+    for folder, controller in _own_groups():
+        limit, usage, prefix = _GROUP_FILES[controller]
         try:
-            most, used = int(Path(limit).read_text()), int(Path(usage).read_text())
-            counts = dict(line.split() for line in (Path(limit).parent / "memory.stat").read_text().splitlines())
+            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             pages = sum(int(counts[f"{prefix}{name}_file"]) for name in ("active", "inactive"))  # can be dropped
         except (OSError, ValueError, KeyError):  # no such group, or "max"
             continue
         free = min(free, most - used + pages)
     return max(0, free)
+
+
+def _own_groups() -> Iterator[tuple[Path, str]]:
+    """Yield the folders of this process's control groups that limit memory, with their controller ("" of version 2)."""
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for controller in set(controllers.split(",")) & set(_GROUP_FILES):
+            mount = _GROUPS / controller
+            yield mount / path.lstrip("/"), controller
+            yield mount, controller  # a container sees its own group as the root of all, under its outer path
 
 
 def release_pages(tensors: Iterable[torch.Tensor]) -> None:

@@ -33,16 +33,25 @@ def test_the_limit_counts_what_the_process_holds():
 
 
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, subtests):
-    for version, prefix in (("2", ""), ("1", "total_")):
-        with subtests.test(version=version):
-            (tmp_path / "max").write_text(f"{500 * MIB}\n")
-            (tmp_path / "current").write_text(f"{300 * MIB}\n")
-            (tmp_path / "memory.stat").write_text(f"{prefix}active_file {30 * MIB}\n{prefix}inactive_file {20 * MIB}\n")
-            files = ((str(tmp_path / "max"), str(tmp_path / "current"), prefix),)
-            monkeypatch.setattr(memory, "_CONTAINER_FILES", files)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    whole = free_memory()
+    for line, folder, limit, usage, prefix in (
+        ("0::/user/run", "user/run", "memory.max", "memory.current", ""),
+        ("0::/", "", "memory.max", "memory.current", ""),
+        ("4:memory:/outer", "memory/outer", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ("4:cpu,memory:/outer", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        with subtests.test(line=line, folder=folder):
+            group = tmp_path / folder
+            group.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "own").write_text(f"9:pids:/\n{line}\n")
+            (group / limit).write_text(f"{500 * MIB}\n")
+            (group / usage).write_text(f"{300 * MIB}\n")
+            (group / "memory.stat").write_text(f"{prefix}active_file {30 * MIB}\n{prefix}inactive_file {20 * MIB}\n")
             assert free_memory() == 250 * MIB
-            (tmp_path / "max").write_text("max\n")
-            assert free_memory() > 0
+            (group / limit).write_text("max\n")
+            assert free_memory() > whole // 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
