@@ -23,6 +23,7 @@ from hf_context_prune.evaluation.reports.report import (
     SpeedFacts,
 )
 from hf_context_prune.evaluation.speed import measure_speed
+from hf_context_prune.modeling.in_turns import fits_with_weights
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.distributed import on_main_process
@@ -107,7 +108,13 @@ class Comparison:
             seed=self.seed,
         )
         speed = None
-        if with_speed and self.options.benchmark:  # in one process: several would slow each other down
+        measured = [self.base.model, last]
+        if with_speed and self.options.benchmark and not all(map(fits_with_weights, measured)):
+            notes = (
+                *notes,
+                "No speed was measured: a model that does not fit into memory is read again for each token.",
+            )
+        elif with_speed and self.options.benchmark:  # in one process: several would slow each other down
             speed = on_main_process(lambda: measure_speed({"base": self.base.model, "pruned": last}))
         return EvalReport(
             base_model=self.base.name,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
-from hf_context_prune.errors import BudgetError
+from hf_context_prune.errors import BudgetError, SaveError
 from hf_context_prune.modeling.architectures import TARGETS, output_weight
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.scoring import Requirements
+from hf_context_prune.storage.cache import CACHE_VARIABLE
+from hf_context_prune.storage.layer_shards import SHARD_BYTES
 from hf_context_prune.utils.memory import free_memory, own_memory
 
 _BATCH_TOKENS = 2048
@@ -62,6 +66,35 @@ class Needs:
                 f"takes {self.step_memory / 2**30:.2f} GiB. Allow {(held + self.step_memory) / 2**30:.2f} GiB in all "
                 f"(max_memory), or give less calibration text (num_calibration_samples, max_seq_length)."
             )
+
+    def check_disk(self, output: Path, resume_dir: Path | None) -> None:
+        """Refuse a run whose result or finished layers have no room, before it begins.
+
+        Args:
+            output: The folder to write, which need not exist.
+            resume_dir: Folder of finished layers, if there is one; those of a large model become files of the result.
+
+        Raises:
+            SaveError: The message names the disk and what is missing there.
+        """
+        parent = next(folder for folder in output.parents if folder.is_dir())
+        places = {"result": (parent, self.output_disk)}
+        if resume_dir is not None:
+            places["finished layers"] = resume_dir, self.resume_disk
+            if _disk(parent) == _disk(resume_dir):
+                places = {"result and finished layers": (parent, self.output_disk + self.resume_disk)}
+            elif self.output_disk > SHARD_BYTES:
+                places["finished layers"] = resume_dir, self.resume_disk + self.output_disk
+        for what, (folder, size) in places.items():
+            if (free := shutil.disk_usage(folder).free) < size:
+                raise SaveError(
+                    f"The disk of {folder} has {free / 1e9:.1f} GB free, but the {what} will need {size / 1e9:.1f} GB. "
+                    f"Make room there, or use another disk (--output, {CACHE_VARIABLE})."
+                )
+
+
+def _disk(folder: Path) -> int:
+    return folder.stat().st_dev
 
 
 def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters: int) -> Needs:

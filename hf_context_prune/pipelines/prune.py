@@ -34,9 +34,9 @@ from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import check_recoverable, check_recovery_time
 from hf_context_prune.training.recovery.text import RecoveryText
-from hf_context_prune.utils.distributed import fail_together, on_main_process, warn_if_alone
+from hf_context_prune.utils.distributed import fail_together, is_main_process, on_main_process, warn_if_alone
 from hf_context_prune.utils.locks import reserves
-from hf_context_prune.utils.memory import memory_limit, parse_bytes
+from hf_context_prune.utils.memory import memory_limit, parse_bytes, reserve_memory
 from hf_context_prune.utils.tensor_facts import remember_weights
 
 from .comparison import Comparison
@@ -154,6 +154,7 @@ def prune_to_folder(
             recovery=recovery,
             resume_dir=resume_dir,
             max_memory=max_memory,
+            output=target,
         )
         on_main_process(lambda: result.save_pretrained(target, measure_memory=options.memory))
     return result.as_saved(target)
@@ -170,8 +171,12 @@ def run_pruning(
     recovery: RecoveryConfig | None = None,
     resume_dir: Path | None = None,
     max_memory: int | str | None = None,
+    output: Path | None = None,
 ) -> PruneResult:
-    """Run all stages of [`prune`][]; with a `resume_dir`, finished work is kept there for the same run to resume."""
+    """Run all stages of [`prune`][]; with a `resume_dir`, finished work is kept there for the same run to resume.
+
+    With an `output`, a run whose result has no room there is refused before it begins.
+    """
     warn_if_alone()
     options = eval_options or EvalOptions()
     asked, config = config, _check_config(config, options)
@@ -179,7 +184,14 @@ def run_pruning(
     limit = parse_bytes(max_memory)
     base = ensure_loaded(model, tokenizer)
     with memory_limit(limit), remember_weights(base.model):
-        return _run_stages(base, data, config, asked, options, eval_data, recovery, resume_dir)
+        config, tokens_stay = _check_before_the_long_work(base, config, options)
+        needs = estimate_needs(base.model, config, _expected_parameters(base.model, config))
+        needs.check_memory()
+        if output is not None and is_main_process():
+            needs.check_disk(output, resume_dir)
+        _LOGGER.info("%s", needs)
+        with reserve_memory(needs.step_memory):
+            return _run_stages(base, data, config, asked, tokens_stay, options, eval_data, recovery, resume_dir)
 
 
 def _run_stages(
@@ -187,12 +199,12 @@ def _run_stages(
     data: TextData,
     config: AnyConfig,
     asked: AnyConfig | None,
+    tokens_stay: str | None,
     options: EvalOptions,
     eval_data: TextData | None,
     recovery: RecoveryConfig | None,
     resume_dir: Path | None,
 ) -> PruneResult:
-    config, tokens_stay = _check_before_the_long_work(base, config, options)
     if recovery is not None:
         check_recoverable(base.model, recovery)
     warn_of_unused_options(config)
@@ -310,9 +322,6 @@ def _check_before_the_long_work(
     if isinstance(config, PrunerConfig):
         config, tokens_stay = choose_units(base.model, base.tokenizer, config)
     check_budget(base.model, base.tokenizer, config)
-    needs = estimate_needs(base.model, config, _expected_parameters(base.model, config))
-    needs.check_memory()
-    _LOGGER.info("%s", needs)
     check_general_data_ratio(config, options.general_data)
     return config, tokens_stay
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
+import os
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 
 from hf_context_prune.errors import ConfigError
+
+from .temporary import own_temporary_folder
 
 FREE_SHARE = 0.75
 """Share of the free memory that a run may take where no limit is set."""
@@ -64,6 +68,34 @@ def memory_limit(most: int | None) -> Iterator[None]:
         _LIMIT.reset(token)
 
 
+@contextmanager
+def reserve_memory(size: int) -> Iterator[None]:
+    """Let other runs of this user know, while the block runs, that this process will take so much more memory."""
+    note = own_temporary_folder() / f"memory-{os.getpid()}.json"
+    own = psutil.Process()
+    with suppress(OSError):  # without it, another run may begin that this one leaves no room for
+        note.write_text(json.dumps({"started": own.create_time(), "most": own_memory() + size}))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            note.unlink()
+
+
+def _reserved_by_others() -> int:
+    """Return the bytes that other runs of this user will still take."""
+    total = 0
+    for note in own_temporary_folder().glob("memory-*.json"):
+        try:
+            other = psutil.Process(int(note.stem.partition("-")[2]))
+            about = json.loads(note.read_text())
+            if other.pid != os.getpid() and other.create_time() == about["started"]:
+                total += max(0, int(about["most"]) - _held_by(other))
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):  # a run that was killed, or just ended
+            continue
+    return total
+
+
 def free_memory(device: torch.device | None = None) -> int:
     """Return the bytes that may still be taken: on the CPU under the limit of [`memory_limit`][].
 
@@ -83,7 +115,11 @@ def fits_in_memory(size: int) -> bool:
 
 def own_memory() -> int:
     """Return the bytes of this process that no file backs: the system can't drop them."""
-    info = psutil.Process().memory_info()
+    return _held_by(psutil.Process())
+
+
+def _held_by(process: psutil.Process) -> int:
+    info = process.memory_info()
     return int(info.rss - getattr(info, "shared", 0))
 
 
@@ -99,7 +135,7 @@ def _free_on_machine() -> int:
         except (OSError, ValueError, KeyError):  # no such group, or "max"
             continue
         free = min(free, most - used + pages)
-    return max(0, free)
+    return max(0, free - _reserved_by_others())
 
 
 def _own_groups() -> Iterator[tuple[Path, str]]:

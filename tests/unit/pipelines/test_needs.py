@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
-from hf_context_prune import EvalOptions, PrunerConfig, prune
-from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune import EvalOptions, PrunerConfig, prune, prune_to_folder
+from hf_context_prune.errors import BudgetError, ConfigError, SaveError
+from hf_context_prune.pipelines import needs as needs_module
 from hf_context_prune.pipelines.dry_run import dry_run
-from hf_context_prune.pipelines.needs import estimate_needs
-from hf_context_prune.utils.memory import own_memory, parse_bytes
+from hf_context_prune.pipelines.needs import Needs, estimate_needs
+from hf_context_prune.utils.memory import free_memory, own_memory, parse_bytes, reserve_memory
+from hf_context_prune.utils.temporary import own_temporary_folder
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny import model_and_text, tiny_config, tiny_model
 
@@ -50,6 +58,59 @@ def test_a_limit_changes_no_bit(place):
 def test_a_limit_that_is_no_size_is_refused(place, value):
     with pytest.raises(ConfigError, match=r"max_memory.*'8GiB'"):
         prune(place / "base", place / "data.jsonl", CONFIG, max_memory=value)
+
+
+def test_without_room_on_a_disk_nothing_begins(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CONTEXT_PRUNE_CACHE", str(tmp_path / "cache"))
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("hf_context_prune.pipelines.needs.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr("hf_context_prune.pipelines.prune.Comparison", None)  # the first long work
+    with pytest.raises(SaveError, match=r"0\.0 GB free.*result and finished layers will need.*HF_CONTEXT_PRUNE_CACHE"):
+        prune_to_folder(place / "base", place / "data.jsonl", tmp_path / "new" / "out", CONFIG, eval_options=QUICK)
+    assert not (tmp_path / "new").exists()
+
+
+def test_disks_of_their_own(tmp_path, monkeypatch):
+    needs = Needs("a step", 1, resume_disk=10, output_disk=20)
+    for folder in ("cache", "target"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(needs_module, "_disk", lambda folder: folder.name)
+    free = {}
+    monkeypatch.setattr(needs_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path.name]))
+
+    def refused(cache, target, needs=needs):
+        free.update(cache=cache, target=target)
+        try:
+            needs.check_disk(tmp_path / "target" / "out", tmp_path / "cache")
+        except SaveError as error:
+            return str(error)
+        return None
+
+    assert refused(10, 20) is None
+    assert "finished layers" in refused(9, 20)
+    assert "result" in refused(10, 19)
+    large = Needs("a step", 1, resume_disk=10, output_disk=3 * 10**9)  # its layers lie in the cache until the end
+    assert "finished layers" in refused(3 * 10**9, 3 * 10**9, large)
+    assert refused(3 * 10**9 + 10, 3 * 10**9, large) is None
+
+
+def test_two_runs_share_the_memory_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = free_memory()
+    other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    try:
+        with reserve_memory(300 * 2**20):
+            (note,) = own_temporary_folder().glob("memory-*.json")
+            assert free_memory() > before - 100 * 2**20  # its own reservation does not count
+            about = {"started": psutil.Process(other.pid).create_time(), "most": 4 * 2**30}
+            (note.parent / f"memory-{other.pid}.json").write_text(json.dumps(about))
+            assert free_memory() < before - 3 * 2**30
+            (note.parent / f"memory-{other.pid}.json").write_text(json.dumps(about | {"started": 0}))
+            (note.parent / "memory-x.json").write_text("{")
+            assert free_memory() > before - 200 * 2**20  # another process that got the same number
+        assert not note.exists()
+    finally:
+        other.communicate()
 
 
 def test_sizes():
