@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, output_projection, unit_size
+from hf_context_prune.modeling.buffers import fill_buffers
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.modeling_context_pruned import is_transposed
 from hf_context_prune.modeling.native_fit import build_empty_model
@@ -20,7 +21,6 @@ from hf_context_prune.modeling.specs import ArchSpec, Geometry
 from hf_context_prune.modeling.token_rows import build_vocabulary_config, renumber_token_ids, token_rows
 from hf_context_prune.modeling.tying import config_as_tied, head_weight_name
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.utils.compat import computed_buffers, fill_computed_buffers
 
 State = dict[str, torch.Tensor]
 """Tensors of a model by name."""
@@ -71,7 +71,7 @@ def apply_plan(
     unsavable = _add_missing_biases(smaller, state, view.spec)
     smaller.load_state_dict(state, strict=False, assign=True)
     smaller.tie_weights()
-    _fill_buffers(model, smaller)
+    fill_buffers(model, smaller)
     left = [name for name, tensor in [*smaller.named_parameters(), *smaller.named_buffers()] if tensor.is_meta]
     assert not left, f"not filled: {left}"
     _copy_settings(model, smaller, plan)
@@ -209,26 +209,6 @@ def _add_missing_biases(model: nn.Module, state: State, spec: ArchSpec) -> str |
         f"reload. Prune with reconstruction='least_squares' (or 'none') to save; 'bias' on this architecture is for "
         f"measuring in memory."
     )
-
-
-def _fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
-    """Copy the buffers of a model. They depend on head_dim and hidden size alone, so pruning does not change them.
-
-    Buffers that are computed and never saved (rotary tables) are computed again, in float32, as `from_pretrained` does:
-    `.to(bfloat16)` rounds them in the source, so a copy would differ from the reloaded folder.
-    """
-    modules = dict(target.named_modules())
-    for path, module in source.named_modules():
-        buffers = dict(module.named_buffers(recurse=False))
-        if not buffers:
-            continue
-        mirror, computed = modules[path], computed_buffers(module)
-        if set(buffers) <= computed and not list(module.parameters(recurse=False)):
-            mirror.to_empty(device=next(iter(buffers.values())).device)
-            fill_computed_buffers(target, mirror)
-            continue
-        for name, buffer in buffers.items():
-            mirror.register_buffer(name, buffer.clone(), persistent=name not in computed)
 
 
 def _copy_settings(model: PreTrainedModel, smaller: PreTrainedModel, plan: PruningPlan) -> None:

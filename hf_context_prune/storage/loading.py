@@ -19,6 +19,7 @@ from transformers import (
 from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, PruningWarning, unknown_name
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
+from hf_context_prune.modeling.offloaded import map_offloaded
 from hf_context_prune.utils.distributed import default_device
 from hf_context_prune.utils.files import expand_home
 
@@ -82,6 +83,8 @@ def ensure_loaded(
         model: A model, or its place as for [`load_model`][].
         tokenizer: Tokenizer of a model in memory; None: the one at the place that the model's config states.
 
+    Of a model in memory, weights that accelerate offloaded to the disk are mapped from there ([`map_offloaded`][]).
+
     Raises:
         ConfigError: A model in memory has no tokenizer.
         LoadError: See [`load_model`][].
@@ -91,6 +94,8 @@ def ensure_loaded(
         return model
     if isinstance(model, str | Path):
         return load_model(model)
+    if isinstance(model, PreTrainedModel):
+        model = map_offloaded(model)
     check_supported(model)
     return LoadedModel.from_memory(model, _load_tokenizer_of(model) if tokenizer is None else tokenizer)
 

@@ -1,0 +1,28 @@
+"""Buffers of a model, which pruning does not change."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_context_prune.utils.compat import computed_buffers, fill_computed_buffers
+
+
+def fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
+    """Copy the buffers of a model. They depend on head_dim and hidden size alone, so pruning does not change them.
+
+    Buffers that are computed and never saved (rotary tables) are computed again, in float32, as `from_pretrained` does:
+    `.to(bfloat16)` rounds them in the source, so a copy would differ from the reloaded folder.
+    """
+    modules = dict(target.named_modules())
+    for path, module in source.named_modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        if not buffers:
+            continue
+        mirror, computed = modules[path], computed_buffers(module)
+        if set(buffers) <= computed and not list(module.parameters(recurse=False)):
+            mirror.to_empty(device=next(iter(buffers.values())).device)
+            fill_computed_buffers(target, mirror)
+            continue
+        for name, buffer in buffers.items():
+            mirror.register_buffer(name, buffer.clone(), persistent=name not in computed)
