@@ -17,6 +17,7 @@ from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.errors import ConfigError, NumericsError, unknown_name
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
 from hf_context_prune.utils.linalg import RowSystem, add_ridge_, cholesky, invert_spd_
+from hf_context_prune.utils.precision import reduced_precision_matmul
 
 _LEAST_SHARE = 1e-5
 """Least share of a feature that others don't predict, where it is a difference of float32 sums."""
@@ -153,57 +154,73 @@ def _obs_by_rows(
 ) -> torch.Tensor:
     """Return what [`obs`][] does, for fewer rows X of inputs than features: no matrix has the size of G.
 
-    With Z and Delta of [`RowSystem`][], lambda the ridge, L L^T = Z Z^T + lambda I over the remaining features and
-    V = L^-1 Z, the blocks of the inverse are [G^-1]_uu = Delta_u^-1/2 (I - V_u^T V_u) Delta_u^-1/2 / lambda. By the
-    block inverse, the update of the other columns is the regression of X_P W_P^T on them.
+    With Z and Delta of [`RowSystem`][], lambda the ridge and M = (Z Z^T + lambda I)^-1,
+
+        G^-1 = Delta^-1/2 N Delta^-1/2 / lambda    N = I - Z^T M Z
+
+    so W Delta^1/2 and N are updated in place of W and G^-1. Of N, the diagonal blocks and M are held. After the removal
+    of P, M grows by M Z_P (N_PP)^-1 Z_P^T M, and N_P,: is all that the other updates need.
 
     Args:
         weights: The units.
-        output: W as it reaches the residual stream, [out_features, in_features], float64; changes.
+        output: W as it reaches the residual stream, [out_features, in_features], float64.
         rows: X, [tokens, in_features], float32.
         mean: Of X, where a bias takes it up; else None.
     """
     size, units = weights.unit_size, weights.num_units
     system = RowSystem(rows, mean)
-    scaled = system.scale * DEFAULT_RIDGE**0.5
-    here, products = torch.ones(units, dtype=torch.bool), system.products
+    columns, Z = (output * system.scale).float(), system.rows
+    matrix = torch.cholesky_inverse(system.factor(system.products, DEFAULT_RIDGE)).float()
+    blocks = _unit_blocks(Z, matrix @ Z, size).neg_()
+    blocks.diagonal(dim1=1, dim2=2).add_(1)
+    here = torch.ones(units, dtype=torch.bool)
     rank = torch.full((units,), units, dtype=torch.float64)
     removed = 0
-    factor = system.factor(products, DEFAULT_RIDGE)
     while removed < units - weights.least_kept:
-        alive = here.nonzero().squeeze(1)
-        features = (alive[:, None] * size + torch.arange(size)).flatten()
-        narrow = torch.linalg.solve_triangular(factor.float(), system.rows[:, features], upper=False)
-        parts = narrow.view(len(narrow), len(alive), size).transpose(0, 1)
-        blocks = torch.eye(size, dtype=torch.float64) - (parts.mT @ parts).double()
         blocks.diagonal(dim1=1, dim2=2).clamp_min_(_LEAST_SHARE)
-        score = _score_blocks((output * scaled)[:, features], blocks)
-        batch = alive[score.argsort(stable=True)[: _batch_size(units - removed)]]
+        score = _score_blocks(columns, blocks).masked_fill(~here, torch.inf)
+        batch = score.argsort(stable=True)[: _batch_size(units - removed)]
         rank[batch] = torch.arange(removed, removed + len(batch), dtype=torch.float64)
         removed += len(batch)
-        here[batch] = False
-        if removed == units:
-            break
         gone = (batch[:, None] * size + torch.arange(size)).flatten()
-        left = (here.nonzero() * size + torch.arange(size)).flatten()
-        targets = system.outputs(output, gone)
-        products = products - system.products_of(gone)
-        factor = system.factor(products, DEFAULT_RIDGE)
-        output[:, left] += system.change(factor, targets, left)
+        half = Z[:, gone].T @ matrix
+        others = -(half @ Z)
+        others[torch.arange(len(gone)), gone] += 1
+        others[:, ~here.repeat_interleave(size)] = 0  # what went before
+        here[batch] = False
+        own = others[:, gone].double()
+        own.diagonal().clamp_min_(_LEAST_SHARE)
+        factor = cholesky(own).float()
+        reduced = torch.linalg.solve_triangular(factor, others, upper=False)
+        with reduced_precision_matmul():
+            columns -= torch.linalg.solve_triangular(factor, columns[:, gone].T, upper=False).T @ reduced
+        blocks -= _unit_blocks(reduced, reduced, size)
+        blocks[~here] = torch.eye(size, dtype=blocks.dtype)
+        step = torch.linalg.solve_triangular(factor, half, upper=False)
+        matrix += step.T @ step
     return rank
+
+
+def _unit_blocks(first: torch.Tensor, second: torch.Tensor, size: int) -> torch.Tensor:
+    """Return A_u^T B_u of the columns of every unit, [units, size, size] float64; A and B are [rows, units * size]."""
+    if size == 1:
+        return (first * second).sum(dim=0, dtype=torch.float64).view(-1, 1, 1)
+    parts = (values.view(len(values), -1, size).transpose(0, 1) for values in (first, second))
+    one, other = parts
+    return (one.mT @ other).double()
 
 
 def _score_blocks(columns: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Return tr(W_u B_u^-1 W_u^T) for every unit, [units].
 
     Args:
-        columns: W, [out_features, units * size], float64.
+        columns: W, [out_features, units * size].
         blocks: B, [units, size, size], float64.
     """
     units, size, _ = blocks.shape
     if size == 1:
-        return columns.square().sum(dim=0) / blocks.flatten()
-    parts = columns.reshape(len(columns), units, size).permute(1, 2, 0)
+        return torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64).square() / blocks.flatten()
+    parts = columns.double().reshape(len(columns), units, size).permute(1, 2, 0)
     return (parts * torch.cholesky_solve(parts, cholesky(blocks))).sum(dim=(1, 2))
 
 

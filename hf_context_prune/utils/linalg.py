@@ -8,6 +8,8 @@ import torch
 
 from hf_context_prune.errors import NumericsError
 
+from .precision import reduced_precision_matmul
+
 FLOOR = 1e-3
 """Lower limit of the ridge as a share of the mean diagonal, so that features that never fire stay solvable."""
 _BLOCK = 256
@@ -130,16 +132,13 @@ class RowSystem:
 
     def without(self, gone: torch.Tensor) -> torch.Tensor:
         """Return Z Z^T of the features that are not gone, [tokens, tokens] float64."""
-        return self.products - self.products_of(gone)
-
-    def products_of(self, features: torch.Tensor) -> torch.Tensor:
-        """Return Z Z^T of some features, [tokens, tokens] float64."""
-        return _symmetric_product(self.rows[:, features])
+        return self.products - _symmetric_product(self.rows[:, gone])
 
     def outputs(self, weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Return X_f W_f^T of some features, [tokens, outputs] float32; weight: W, [outputs, features]."""
         rows = self.rows[:, features] * (self.scale[features] * math.sqrt(self.count)).to(self.rows)
-        return rows @ weight[:, features].to(rows).T
+        with reduced_precision_matmul():
+            return rows @ weight[:, features].to(rows).T
 
     def factor(self, products: torch.Tensor, ridge: float) -> torch.Tensor:
         """Return the Cholesky factor of products + ridge I, [tokens, tokens] float64."""
@@ -155,16 +154,25 @@ class RowSystem:
             targets: [tokens, outputs].
             kept: The features; None: all.
         """
-        solved = torch.cholesky_solve(targets.double() / math.sqrt(self.count), factor).to(self.rows)
+        solved = self._solve(factor, targets)
         rows, scale = (self.rows, self.scale) if kept is None else (self.rows[:, kept], self.scale[kept])
-        return (solved.T @ rows) / scale.to(rows)
+        with reduced_precision_matmul():
+            return (solved.T @ rows) / scale.to(rows)
 
     def predict(self, factor: torch.Tensor, targets: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Return what [`change`][] gives for other rows, [rows, features] -> [rows, outputs], without forming it."""
-        solved = torch.cholesky_solve(targets.double() / math.sqrt(self.count), factor).to(self.rows)
         centred = inputs if self.pivot is None else inputs - self.pivot.to(inputs)
-        return ((centred / self.scale.to(inputs)) @ self.rows.T) @ solved
+        with reduced_precision_matmul():
+            products = (centred / self.scale.to(inputs)) @ self.rows.T
+            if len(inputs) < targets.shape[1]:  # the smaller right-hand side is solved
+                solved = torch.cholesky_solve(products.T.double() / math.sqrt(self.count), factor).to(targets)
+                return solved.T @ targets
+            return products @ self._solve(factor, targets)
+
+    def _solve(self, factor: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.cholesky_solve(targets.double() / math.sqrt(self.count), factor).to(self.rows)
 
 
 def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:
-    return (rows @ rows.T).double()
+    with reduced_precision_matmul():  # bfloat16 rounding is far below the ridge
+        return (rows @ rows.T).double()
