@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from hf_context_prune.errors import ConfigError, unknown_name
+from hf_context_prune.errors import ConfigError, ExportError, unknown_name
 from hf_context_prune.storage.loading import LoadedModel
+from hf_context_prune.utils.memory import free_memory
 
 from .runtime import Runtime
 from .verify import Tolerance
@@ -41,6 +42,7 @@ class ExportFormat:
         dtypes: The data types of its weights with the allowed difference of each; the first is the default.
         files: Patterns of the files that count as its size.
         dtype: Data type in which the model is loaded; ``"auto"``: as it was saved.
+        copies: Copies of the loaded weights that writing holds in memory; 0: one tensor at a time.
     """
 
     name: str
@@ -49,6 +51,24 @@ class ExportFormat:
     dtypes: Mapping[str, Tolerance]
     files: tuple[str, ...]
     dtype: str = "auto"
+    copies: int = 2
+
+    def check_memory(self, weights: int) -> None:
+        """Refuse a model that this format can't be written from in the memory that is free.
+
+        Args:
+            weights: Bytes of the loaded weights.
+
+        Raises:
+            ExportError: The message names the least that does.
+        """
+        needed, free = self.copies * weights, free_memory()
+        if needed > free:
+            raise ExportError(
+                f"Writing {self.name} takes about {needed / 2**30:.1f} GiB of memory beside the model, and "
+                f"{free / 2**30:.1f} GiB are free. Export to gguf, which takes one tensor at a time, or "
+                f"use a machine with more memory."
+            )
 
     def module(self) -> FormatModule:
         """Return the module with its functions.
@@ -119,6 +139,7 @@ FORMATS: dict[str, ExportFormat] = {
             },
             ("*.gguf",),
             dtype="float32",
+            copies=0,
         ),
     )
 }

@@ -19,6 +19,7 @@ from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card
+from hf_context_prune.utils.memory import fits_in_memory
 
 from .arrays import as_file_array
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
@@ -115,7 +116,9 @@ def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     geometry, family = _geometry(loaded, dtype), _FAMILIES[base_model_type(loaded.model.config.model_type)]
     arch = MODEL_ARCH.DECI if _is_variable(geometry) else family.arch
     kind, file_type = _TYPES[dtype]
-    writer = GGUFWriter(folder / FILE_NAME, gguf.MODEL_ARCH_NAMES[arch])
+    weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    spools = not fits_in_memory(weights)  # the writer holds all tensors, else in a temporary file
+    writer = GGUFWriter(folder / FILE_NAME, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=spools)
     try:
         _write_sizes(writer, loaded, geometry)
         _write_licence(writer, read_base_card(loaded))

@@ -24,6 +24,7 @@ from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
 from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.foreign_code import refuse_foreign_code
 from hf_context_prune.utils.locks import reserves
+from hf_context_prune.utils.memory import fits_in_memory
 
 from .formats import FORMATS, ExportFormat, FormatModule, format_of
 from .report import ExportReport
@@ -100,7 +101,9 @@ def export_model(
             f"{folder} is already an export to {made.format}. Export the folder that it was made from ({made.source})."
         )
     check_target(goal, replaces=EXPORT_REPORT_NAME)
-    loaded = load_model(folder, dtype=kind.dtype, device="cpu")
+    kept_dtype = _dtype_to_load(kind, source)
+    loaded = load_model(folder, dtype=kept_dtype, device="cpu")
+    kind.check_memory(sum(parameter.nbytes for parameter in loaded.model.parameters()))
     if loaded.folder is not None and claims_to_be_ours(loaded.folder):
         refuse_foreign_code(loaded.folder, saved_here=True)
     module.check(loaded, chosen)
@@ -115,7 +118,7 @@ def export_model(
     plan_sha256, bytes_before = _plan_sha256(loaded), _bytes_of(loaded)
     with staged_folder(goal, required_bytes=estimate_bytes(loaded.model), replaces=EXPORT_REPORT_NAME) as staging:
         _LOGGER.info("Writing %s.", kind.name)
-        _write(kind, module, load_model(folder, dtype=kind.dtype, device="cpu"), staging, chosen)
+        _write(kind, module, load_model(folder, dtype=kept_dtype, device="cpu"), staging, chosen)
         _LOGGER.info("Running the artefact.")
         with _opened(kind, staging) as runtime:
             check_tokens(runtime, loaded.tokenizer, sample)
@@ -127,6 +130,13 @@ def export_model(
         report = ExportReport(kind.name, chosen, loaded.name, plan_sha256, kind.versions(), _machine(), found)
         report.save(staging / EXPORT_REPORT_NAME)
     return ExportResult(goal, report)
+
+
+def _dtype_to_load(kind: ExportFormat, folder: Path) -> str:
+    """Return the data type of the format, or that of the files where a conversion of all weights would not fit."""
+    if kind.copies or not folder.is_dir() or fits_in_memory(2 * count_weight_bytes(folder)):
+        return kind.dtype
+    return "auto"
 
 
 def _warn_of_unused(text_column: str | None, max_tokens: int) -> None:

@@ -64,6 +64,14 @@ def test_quantised_weights_reload_and_are_smaller(folders, kind, format, weights
     assert again.generate(IDS, 5) == runtime.generate(IDS, 5)
 
 
+@pytest.mark.parametrize("format", ["quanto", "torchao", "onnx"])
+def test_a_format_that_needs_the_whole_model_says_how_much_memory(folders, tmp_path, format, monkeypatch):
+    monkeypatch.setattr("hf_context_prune.export.formats.free_memory", lambda: 1000)
+    with pytest.raises(ExportError, match=rf"Writing {format} takes about .* GiB of memory.*Export to gguf"):
+        export_model(folders["stock"], tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_the_generation_config_of_a_folder_asks_for_is_not_run(folders, tmp_path, subtests):
     for options in (
         {"num_beams": 100_000, "num_return_sequences": 100_000},

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune import prune_vocabulary
 from hf_context_prune.errors import ExportError
-from hf_context_prune.export import gguf, llama_cpp
+from hf_context_prune.export import gguf, llama_cpp, run
 from hf_context_prune.export.llama_cpp import LlamaCppRuntime
 from hf_context_prune.export.run import export_model, open_export
 from hf_context_prune.export.runtime import TorchRuntime
@@ -99,6 +99,22 @@ ROPES = (
 def test_uniform_widths_of_every_family(family, overrides, tmp_path):
     model = tiny_model(family, intermediate_size=29, **overrides)
     assert_same(LoadedModel(model, tiny_tokenizer(), "tiny", None, None), tmp_path / "out")
+
+
+def test_without_room_tensors_go_through_a_file_and_no_bit_differs(variable, tmp_path, monkeypatch):
+    expected = export_model(variable, tmp_path / "whole", format="gguf").folder / gguf.FILE_NAME
+    loads = []
+
+    def recorded(*args, dtype, **how):
+        loads.append(dtype)
+        return load_model(*args, dtype=dtype, **how)
+
+    monkeypatch.setattr(run, "load_model", recorded)
+    for module in (gguf, run):
+        monkeypatch.setattr(module, "fits_in_memory", lambda size: False)
+    found = export_model(variable, tmp_path / "spooled", format="gguf").folder / gguf.FILE_NAME
+    assert found.read_bytes() == expected.read_bytes()
+    assert loads == ["auto", "auto"]
 
 
 @pytest.mark.parametrize("weights", ["bf16", "q8_0"])
