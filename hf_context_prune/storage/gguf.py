@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
 
@@ -65,6 +67,41 @@ def _is_cached(folder: Path) -> bool:
         raise LoadError(f"{error} Or remove {folder}, which the next run makes again from the GGUF file.") from error
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What the header of a GGUF file says of its tensors.
+
+    Attributes:
+        architecture: Name of the architecture.
+        shapes: Shapes by name, as in torch.
+        end: First byte behind the tensors.
+        is_known: Whether transformers' own reader knows all types of tensors; else the package gguf reads them.
+    """
+
+    architecture: str
+    shapes: dict[str, tuple[int, ...]]
+    end: int
+    is_known: bool
+
+
+def _read_header(gguf: Path) -> _Header:
+    """Read the header of a GGUF file; nothing is allocated for the sizes in it."""
+    try:
+        header = GgufHeader.from_file(str(gguf))
+    except ValueError as error:
+        if "not supported" not in str(error):
+            raise
+        reader = GGUFReader(gguf)  # it knows more types, and maps the file
+        field = reader.get_field("general.architecture")
+        if field is None:
+            raise
+        shapes = {tensor.name: tuple(map(int, reversed(tensor.shape.tolist()))) for tensor in reader.tensors}
+        end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
+        return _Header(str(field.contents()), shapes, int(end), is_known=False)
+    end = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
+    return _Header(header.architecture, {tensor.name: tensor.shape for tensor in header.tensors}, end, is_known=True)
+
+
 def read_gguf_config(gguf: Path) -> PreTrainedConfig:
     """Read the config of a GGUF file from its metadata, after comparing it with the sizes of the file's tensors.
 
@@ -75,20 +112,19 @@ def read_gguf_config(gguf: Path) -> PreTrainedConfig:
         UnsupportedArchitectureError: The architecture is not in the table.
     """
     try:
-        header, (metadata, names) = GgufHeader.from_file(str(gguf)), read_gguf_metadata(str(gguf))
+        header, (metadata, names) = _read_header(gguf), read_gguf_metadata(str(gguf))
         blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
         _compare(
             gguf, f"{header.architecture}.block_count", metadata.get(f"{header.architecture}.block_count"), len(blocks)
         )
-        end = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
-        if end > gguf.stat().st_size:
+        if header.end > gguf.stat().st_size:
             raise LoadError(
-                f"{gguf} has {gguf.stat().st_size:,} bytes, but its header lists tensors up to byte {end:,}: the file "
-                f"was cut. Download it again."
+                f"{gguf} has {gguf.stat().st_size:,} bytes, but its header lists tensors up to byte {header.end:,}: "
+                f"the file was cut. Download it again."
             )
         config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         check_sizes(config, spec_of(config))
-        shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+        shapes = header.shapes
         _compare(gguf, "a vocabulary of", config.vocab_size, shapes.get("token_embd.weight", (0,))[0])
         with torch.device("meta"):
             needed = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
@@ -132,11 +168,12 @@ def dequantise(gguf: Path, folder: Path) -> None:
     _LOGGER.info("Dequantising %s once; the result is kept in the cache.", gguf.name)
     try:
         read_gguf_config(gguf)
+        known = {"quantization_config": GgufConfig(dequantize=True)} if _read_header(gguf).is_known else {}
         model, info = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             trust_remote_code=False,
-            quantization_config=GgufConfig(dequantize=True),
+            **known,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by check_complete
@@ -148,6 +185,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
     except Exception as error:  # the readers of GGUF files raise many types
         raise _unreadable(gguf, error) from error
     model.config.name_or_path = gguf.stem
+    model.hf_quantizer = None  # whichever reader: nothing is quantised any more
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain float32 now
     with staged_folder(folder, required_bytes=estimate_bytes(model)) as staging:

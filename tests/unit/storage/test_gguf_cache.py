@@ -4,14 +4,17 @@ import errno
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from hf_context_prune.errors import LoadError, SaveError
+from hf_context_prune.export import gguf as export_gguf
 from hf_context_prune.storage import gguf
 from hf_context_prune.storage.cache import CACHE_VARIABLE
-from hf_context_prune.storage.loading import load_meta_model, load_model
+from hf_context_prune.storage.loading import LoadedModel, load_meta_model, load_model
 from hf_context_prune.storage.staging import staged_folder
 from tests.support.limits import within
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -80,3 +83,29 @@ def test_metadata_that_claim_more_than_the_tensors_hold_are_refused_at_once(file
         for load in (load_model, load_meta_model):
             with subtests.test(kind=kind, load=load.__name__), within(), pytest.raises(LoadError, match=said):
                 load(file)
+
+
+def test_types_that_transformers_does_not_read_are_read_by_the_package_gguf(tmp_path, monkeypatch):
+    """Q5_0, which Q4_K_M files take for rows that don't divide into blocks of 256."""
+    loaded = LoadedModel(
+        tiny_model("llama", hidden_size=96, head_dim=16, intermediate_size=64), tiny_tokenizer(), "model", None, None
+    )
+    real = export_gguf._type_of
+
+    def q5_for_q8(values, kind):
+        found = real(values, kind)
+        return GGMLQuantizationType.Q5_0 if found is GGMLQuantizationType.Q8_0 else found
+
+    (tmp_path / "q5").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(export_gguf, "_type_of", q5_for_q8)
+        export_gguf.write(loaded, tmp_path / "q5", "q8_0")
+    file = tmp_path / "q5" / export_gguf.FILE_NAME
+    assert "Q5_0" in {tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    found = load_model(file).model
+    assert found.dtype == torch.float32
+    assert found.config.vocab_size == loaded.model.config.vocab_size
+    for name, expected in loaded.model.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], expected, atol=0.05, rtol=0.05)
+    assert load_meta_model(file).num_parameters() == found.num_parameters()
