@@ -31,7 +31,8 @@ from hf_context_prune.pipelines.validation_text import withhold_token_probe
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
-from hf_context_prune.pruning.vocabulary.refit import MAX_STEPS, MORE_TEXT, refit_to_text
+from hf_context_prune.pruning.vocabulary.refit import MORE_TEXT, refit_to_text
+from hf_context_prune.pruning.vocabulary.row_regression import MAX_STEPS
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 
 WAYS = {

@@ -131,7 +131,8 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
         resume = sum(item * m * n for (m, n), _ in sizes)
     if isinstance(config, PrunerConfig) and config.refits_lm_head:
         fitted = min(rows, tokens // _TOKENS_PER_ROW)
-        steps["the refit of the LM head's rows"] = _NARROW * hidden * (rows * (item < _NARROW) + 6 * fitted)
+        positions = min(4 * tokens, 2**28 // hidden)  # of hidden states, as `num_refit_samples` has it
+        steps["the refit of the LM head's rows"] = _NARROW * hidden * (6 * fitted + positions) + logits
     step = max(steps, key=lambda name: steps[name])
     return Needs(step, steps[step], resume, item * parameters)
 

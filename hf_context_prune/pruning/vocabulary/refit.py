@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import PruningWarning
@@ -41,21 +39,10 @@ from hf_context_prune.modeling.in_turns import forward_in_turns
 from hf_context_prune.modeling.patching import bfloat16_layers, finish_forward
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
 from hf_context_prune.utils.distributed import on_main_process
-from hf_context_prune.utils.linalg import add_ridge_, invert_spd_
 from hf_context_prune.utils.memory import free_memory
-from hf_context_prune.utils.precision import product_dtype, reduced_precision_matmul
 
-PRIOR = 100.0
-"""Occurrences that a row's own evidence is weighed against."""
-STEP = 0.1
-MOMENTUM = 0.7
-MAX_STEPS = 24
-STEP_FACTORS = (2**0.5, 2**-0.5)
-"""Factors of the last step size that are tried for the next step."""
-LEAST_EXPECTED = 0.1
-"""A token that the text lacks is fitted if the model expects at least this many occurrences of it."""
-MIN_GAIN = 3e-4
-"""Gain on validation text, in nats per token, below which a step is not taken."""
+from .row_regression import RowRegression
+
 _MOST_VALIDATION = 8
 """Most validation samples: one in `VALIDATION_EVERY`, but no more than this."""
 MORE_TEXT = 4
@@ -65,11 +52,6 @@ _MOST_LOGITS = 2**31
 fewer than by the layer reconstruction."""
 _MOST_STATES = 2**28
 """Most values of the hidden states, 1 GiB: with wide states fewer positions are read."""
-_STEP_LOGITS = 2**27
-"""Logits of one step; a longer text is split into parts, which the steps take in turn."""
-_ELEMENTS = 2**22
-"""Logits that exist at once: few enough to stay in the processor's cache."""
-_FEWEST_ROWS = 256
 _COPIES = 5
 """Copies of the fitted rows at once: new ones, a candidate, direction, gradient, change."""
 _RUN = 8
@@ -148,7 +130,7 @@ def refit_rows(
     split = len(states) - validation * (samples.shape[1] - 1)
     targets = samples[:, 1:].reshape(-1).to(states.device)
     weight = head.weight
-    fit = _RowRegression(weight, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:]))
+    fit = RowRegression(weight, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:]))
     if (needed := _COPIES * fit.old.nbytes) > free_memory(weight.device):
         warnings.warn(
             f"The {len(fit.rows):,} rows of the LM head that the text uses are not refitted: that takes "
@@ -255,120 +237,6 @@ def _loss(model: PreTrainedModel, samples: torch.Tensor, batch_size: int) -> flo
             logits = output.logits[:, :-1].float()
             total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
     return total / count
-
-
-Text = tuple[torch.Tensor, torch.Tensor]
-"""Hidden states, [positions, hidden] float32, and the next tokens, [positions] int64."""
-
-
-class _RowRegression:
-    """Logistic regression of the next token on hidden states, with validation text that is never fitted.
-
-    Attributes:
-        rows: Tokens whose rows are fitted, [fitted] int64: tokens that the text has, or that the model expects there
-            (`LEAST_EXPECTED`).
-        old: Their old rows, [fitted, hidden] float32.
-        validation_loss: Nats per token of the validation text with the old rows.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, fitted: Text, validation: Text) -> None:
-        whole, bias = weight.detach().float(), None if bias is None else bias.float()
-        self.count, part = len(fitted[0]), max(1, _STEP_LOGITS // len(whole))
-        active = self._predicted(fitted[0][:part], whole, bias) * self.count >= LEAST_EXPECTED
-        active[torch.cat([fitted[1], validation[1]])] = True
-        self.rows = active.nonzero().squeeze(1)
-        place = active.cumsum(0) - 1  # of a token among the fitted ones
-        rest, rest_bias = whole[~active], None if bias is None else bias[~active]
-        self.fitted, self.validation = (
-            (states, place[targets], self._log_sum(states, rest, rest_bias)) for states, targets in (fitted, validation)
-        )
-        self.old, self.fitted_bias = whole[self.rows], None if bias is None else bias[self.rows]
-        self.validation_loss = self._validation_loss(self.old)
-
-    def solve(self) -> torch.Tensor:
-        """Return the rows, [fitted, hidden] float32, at the lowest validation loss that a few steps reach."""
-        states, targets, _ = self.fitted
-        gram = (states.T @ states).double() / self.count
-        inverse = invert_spd_(add_ridge_(gram, DEFAULT_RIDGE)).float()
-        observed = torch.bincount(targets, minlength=len(self.rows)).float() / self.count
-        number = max(1, round(self.count * len(self.rows) / _STEP_LOGITS))
-        parts = list(zip(*(values.tensor_split(number) for values in self.fitted), strict=True))
-        best, step, idle = self.old, STEP, False
-        lowest, direction = self.validation_loss, torch.zeros_like(best)
-        for turn in tqdm(range(MAX_STEPS), desc="Refitting rows", unit="step", name="hf_context_prune.vocabulary"):
-            gradient, predicted = self._gradient(best, *parts[turn % len(parts)])
-            scale = torch.maximum(predicted, observed) + PRIOR / self.count
-            direction = MOMENTUM * direction + (gradient @ inverse) / scale[:, None]
-            loss, size = min(
-                (self._validation_loss(best - factor * step * direction), factor * step) for factor in STEP_FACTORS
-            )
-            if loss < lowest - MIN_GAIN:
-                best, lowest, step, idle = best - size * direction, loss, size, False
-            elif idle:
-                break
-            else:
-                step, idle = step / 4, True
-                direction.zero_()
-        return best
-
-    def _validation_loss(self, weight: torch.Tensor) -> float:
-        """Return the nats per token of the validation text with these rows, [fitted, hidden]."""
-        total = 0.0
-        for states, targets, others in self._chunks(self.validation, len(weight)):
-            logits = _logits(states, weight, self.fitted_bias)
-            chosen = logits.gather(1, targets[:, None]).squeeze(1)
-            total += float((_log_sum_exp(logits).logaddexp(others) - chosen).sum())
-        return total / len(self.validation[0]) if math.isfinite(total) else math.inf  # too long a step
-
-    def _gradient(
-        self, weight: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, others: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (mean (p - y) h, mean p) over positions, for the fitted rows."""
-        gradient, predicted = torch.zeros_like(weight), torch.zeros(len(weight), device=weight.device)
-        # The rounding of bfloat16 averages out over the positions of a step; validation losses are not rounded.
-        dtype = product_dtype(weight.device)
-        rounded, bias = weight.to(dtype), None if self.fitted_bias is None else self.fitted_bias.to(dtype)
-        for rows, ids, rest in self._chunks((states, targets, others), len(weight)):
-            inputs = rows.to(dtype)
-            logits = _logits(inputs, rounded, bias).float()
-            highest = logits.amax(dim=-1)
-            probability = logits.sub_(highest[:, None]).exp_()
-            probability /= (probability.sum(dim=-1) + (rest - highest).exp())[:, None]
-            predicted += probability.sum(dim=0)
-            probability[torch.arange(len(ids), device=ids.device), ids] -= 1
-            with reduced_precision_matmul():
-                gradient += (probability.to(dtype).T @ inputs).float()
-        return gradient / len(states), predicted / len(states)
-
-    def _predicted(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return how often rows expect each of their tokens, [tokens]: mean p over positions."""
-        total = torch.zeros(len(weight), device=states.device)
-        for (rows,) in self._chunks((states,), len(weight)):
-            total += _logits(rows, weight, bias).softmax(dim=-1).sum(dim=0)
-        return total / len(states)
-
-    def _log_sum(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return the log-sum-exp of the logits of rows, [positions]; -inf where there are none."""
-        chunks = self._chunks((states,), max(1, len(weight)))
-        return torch.cat([_log_sum_exp(_logits(rows, weight, bias)) for (rows,) in chunks])
-
-    @staticmethod
-    def _chunks(values: Sequence[torch.Tensor], tokens: int) -> list[tuple[torch.Tensor, ...]]:
-        size = max(_FEWEST_ROWS, _ELEMENTS // tokens)  # every chunk reads all the weights
-        return list(zip(*(tensor.split(size) for tensor in values), strict=True))
-
-
-def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum-exp of each row and overwrite the logits; PyTorch's own is many times as slow on a CPU."""
-    if not logits.shape[-1]:
-        return logits.new_full(logits.shape[:1], -math.inf)
-    highest = logits.amax(dim=-1)
-    return logits.sub_(highest[:, None]).exp_().sum(dim=-1).log_().add_(highest)
-
-
-def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    with reduced_precision_matmul():
-        return functional.linear(states, weight, bias)
 
 
 def refit_rows_in_all_processes(

@@ -10,15 +10,15 @@ from torch.nn import functional
 
 from hf_context_prune.modeling.architectures import layers_of, spec_of
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY
-from hf_context_prune.pruning.vocabulary import refit
+from hf_context_prune.pruning.vocabulary import refit, row_regression
 from hf_context_prune.pruning.vocabulary.refit import (
     KnownStates,
-    _RowRegression,
     _validation_last,
     _vertex,
     num_refit_samples,
     refit_rows,
 )
+from hf_context_prune.pruning.vocabulary.row_regression import RowRegression
 from tests.support.tiny import VOCABULARY, case
 
 
@@ -230,7 +230,7 @@ def test_validation_loss_is_the_same_with_rows_that_stay():
     targets = torch.randint(0, 200, (64,), generator=generator)
     targets[-1] = 300  # of the withheld text alone
     text = (states[:32], targets[:32]), (states[32:], targets[32:])
-    problem = _RowRegression(weight, bias, *text)
+    problem = RowRegression(weight, bias, *text)
     assert set(range(200, VOCABULARY)) - set(problem.rows.tolist())
     assert 300 in problem.rows
     expected = float(functional.cross_entropy(functional.linear(states[32:], weight, bias), targets[32:]))
@@ -240,7 +240,7 @@ def test_validation_loss_is_the_same_with_rows_that_stay():
 def test_steps_on_parts_of_the_text(monkeypatch):
     whole, parts = case("llama"), case("llama")
     first = refit_rows(whole, domain(60))
-    monkeypatch.setattr(refit, "_STEP_LOGITS", 256 * VOCABULARY)
+    monkeypatch.setattr(row_regression, "_STEP_LOGITS", 256 * VOCABULARY)
     second = refit_rows(parts, domain(60))
     assert second["before"] == first["before"]
     assert second["after"] != first["after"]
@@ -259,7 +259,7 @@ def test_the_dtype_stays(name):
 
 @pytest.mark.parametrize(("biased", "elements"), [(False, 5 * VOCABULARY), (True, 2**25), (True, 5 * VOCABULARY)])
 def test_the_gradient_is_that_of_the_loss(biased, elements, monkeypatch):
-    monkeypatch.setattr(refit, "_ELEMENTS", elements)  # all positions at once, or five
+    monkeypatch.setattr(row_regression, "_ELEMENTS", elements)  # all positions at once, or five
     generator = torch.Generator().manual_seed(0)
     states, weight = torch.randn(37, 48, generator=generator), torch.randn(VOCABULARY, 48, generator=generator)
     bias = torch.randn(VOCABULARY, generator=generator) if biased else None
@@ -268,7 +268,7 @@ def test_the_gradient_is_that_of_the_loss(biased, elements, monkeypatch):
     logits = functional.linear(states, weight, bias)
     (expected,) = torch.autograd.grad(functional.cross_entropy(logits, targets), weight)
     with torch.no_grad():
-        problem = _RowRegression(weight.detach(), bias, (states, targets), (states, targets))
+        problem = RowRegression(weight.detach(), bias, (states, targets), (states, targets))
         gradient, predicted = problem._gradient(weight.detach()[problem.rows], *problem.fitted)
     torch.testing.assert_close(gradient, expected[problem.rows])
     torch.testing.assert_close(predicted, logits.detach().softmax(dim=-1).mean(dim=0)[problem.rows])
