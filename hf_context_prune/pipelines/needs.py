@@ -62,8 +62,8 @@ class Needs:
         free, held = free_memory(), own_memory()
         if self.step_memory > free:
             raise BudgetError(
-                f"The memory limit leaves {free / 2**30:.2f} GiB beside what is held already, but {self.step} "
-                f"takes {self.step_memory / 2**30:.2f} GiB. Allow {(held + self.step_memory) / 2**30:.2f} GiB in all "
+                f"The memory limit leaves {free / 2**30:.2f} GiB beside what is held already, but the largest step "
+                f"({self.step}) takes {self.step_memory / 2**30:.2f} GiB. Allow {(held + self.step_memory) / 2**30:.2f} GiB in all "
                 f"(max_memory), or give less calibration text (num_calibration_samples, max_seq_length)."
             )
 
