@@ -63,8 +63,9 @@ class Needs:
         if self.step_memory > free:
             left, takes, least = (size / 2**30 for size in (free, self.step_memory, held + self.step_memory))
             raise BudgetError(
-                f"The memory limit leaves {left:.2f} GiB beside what is held already, but the largest step ({self.step}) "
-                f"takes {takes:.2f} GiB. Allow {least:.2f} GiB in all (max_memory), or give less calibration text (num_calibration_samples, max_seq_length)."
+                f"The memory limit leaves {left:.2f} GiB beside what is held already, but the largest step "
+                f"({self.step}) takes {takes:.2f} GiB. Allow {least:.2f} GiB in all (max_memory), or give less "
+                f"calibration text (num_calibration_samples, max_seq_length)."
             )
 
     def check_disk(self, output: Path, resume_dir: Path | None) -> None:
