@@ -147,4 +147,6 @@ def _dry_run(
         )
         other = "not known yet" if found.widths is None else "variable widths"
         out(str(found.needs))
+        if found.missing_memory is not None:
+            out(f"Here the run would be refused. {found.missing_memory}")
         out(f"Architecture: {'native' if found.native_fit.fits else other}: {found.native_fit.reason}")

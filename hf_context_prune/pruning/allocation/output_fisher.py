@@ -192,7 +192,9 @@ def _replace_by_noise(logits: torch.Tensor, generator: torch.Generator) -> None:
 def _check_finite(values: torch.Tensor, what: str) -> None:
     if not all_finite(values):
         raise NumericsError(
-            f"The {what} is not finite, so widths can't be compared. Check the model's weights, or load it in float32."
+            f"The {what} is not finite, so widths can't be compared: the weights before it overflow, or are far from "
+            f"those of a trained model. Load it in float32 (--dtype float32). If that does not help, the checkpoint is "
+            f"damaged: download or save the model again."
         )
 
 

@@ -73,7 +73,7 @@ class SequentialPruner:
         self.scale, self.parallel = residual_scale(config, view.spec), is_parallel(config, view.spec)
         withheld = [stream for stream in streams if stream.validation]
         self._first_withheld = withheld[0].start if withheld else 0  # validation comes last
-        self._withheld = StreamStorage(sum(stream.base[..., 0].numel() for stream in withheld))
+        self._num_withheld = sum(stream.base[..., 0].numel() for stream in withheld)
         self._diverged = False  # whether a layer was pruned, so that the two streams differ
 
     def prune(self, index: int, widths: LayerWidths) -> FinishedLayer:
@@ -137,6 +137,7 @@ class SequentialPruner:
         alone = target == "attention" and not self.parallel
         tokens = sum(stream.pruned[..., 0].numel() for stream in self.streams if not stream.validation)
         fit = open_regression(weight.shape[1], weight.shape[0], tokens, weight.device, centre=sub_layer.centre)
+        storage = StreamStorage(self._num_withheld)  # that of the streams is overwritten at each layer
         withheld: list[Rows] = []
         for stream in self.streams:
             reference = self._base_pass(layer.index, stream) if base_too else None
@@ -150,7 +151,8 @@ class SequentialPruner:
             x = stream.rows(layer.inputs(target, stream))
             rows = sub_layer.regression(x, stream.rows(output[0]), lacking)
             if stream.validation:
-                withheld.append(self._keep_withheld(stream, rows))
+                start = stream.start - self._first_withheld
+                withheld.append((storage.keep("x", start, rows[0]), storage.keep("e", start, rows[1])))
             else:
                 fit.add(*rows)
         fit.finish()
@@ -159,15 +161,6 @@ class SequentialPruner:
         if not fit.is_finite() or not all(all_finite(values) for rows in withheld for values in rows):
             raise NumericsError(f"NaN or Inf in the target of {where}. {overflow_remedy(self.view.model.dtype)}")
         return fit, withheld
-
-    def _keep_withheld(self, stream: Stream, rows: Rows) -> Rows:
-        """Return withheld tokens in storage of their own, where those of the last sub-layer are overwritten."""
-        start = stream.start - self._first_withheld
-        x, e = (
-            self._withheld.keep(f"{name} {values.shape[1]}", start, values)
-            for name, values in zip("xe", rows, strict=True)
-        )
-        return x, e
 
     def _base_pass(self, index: int, stream: Stream) -> torch.Tensor:
         """Move a base stream behind the layer.

@@ -37,8 +37,9 @@ def place(tmp_path_factory):
 def test_a_limit_below_what_one_step_needs_is_refused_and_names_the_least_that_can(place, limit):
     with pytest.raises(BudgetError, match=r"Allow \d+\.\d\d GiB in all \(max_memory\)") as caught:
         prune(place / "base", place / "data.jsonl", CONFIG, eval_options=QUICK, max_memory=limit)
-    with pytest.raises(BudgetError, match="max_memory"):
-        dry_run(place / "base", CONFIG, max_memory=limit)
+    found = dry_run(place / "base", CONFIG, max_memory=limit)  # sizes can be worked out for another machine
+    assert "(max_memory)" in found.missing_memory
+    assert dry_run(place / "base", CONFIG).missing_memory is None
     least = float(re.search(r"Allow (\S+) GiB", str(caught.value)).group(1)) + 0.02
     prune(place / "base", place / "data.jsonl", CONFIG, eval_options=QUICK, max_memory=f"{int(least * 1024)}MiB")
 

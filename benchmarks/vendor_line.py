@@ -1,0 +1,203 @@
+"""Compare a pruned model with the smaller model of its vendor: is it below the line between the vendor's two sizes?
+
+python -m benchmarks.vendor_line --data PATH/TO/data            # Qwen2.5-Coder 0.5B and 1.5B: about five hours; resumes
+python -m benchmarks.vendor_line --data PATH/TO/data --domains medicine --targets 1.0e9 --questions 0 --minutes 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from benchmarks.common import Rows, cell, given, parser, table, write_section
+from benchmarks.frontier import FrontierDomain
+from benchmarks.frontier_text import DEFAULT
+from benchmarks.methods import documents_of, rounded
+from benchmarks.models import MODELS
+from benchmarks.vocabulary import relative
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.questions import load_questions
+from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.evaluation.multiple_choice import answer_questions
+from hf_context_prune.evaluation.reports.formatting import format_change
+from hf_context_prune.training.recovery.config import RecoveryConfig
+from hf_context_prune.training.recovery.recover import recover
+
+SMALL, LARGE = "small", "large"
+Result = dict[str, Any]
+
+
+class SizedDomain(FrontierDomain):
+    """A domain whose model is pruned to a number of parameters."""
+
+    label = "vendor"
+
+    def own_config(self, method: str, share: float) -> PrunerConfig:
+        args = self.args
+        return PrunerConfig(
+            target_params=int(share),
+            num_calibration_samples=args.num_samples,
+            max_seq_length=args.length,
+            pruning_seed=args.seed,
+        )
+
+    def healed(self, target: float) -> Any:
+        """Return the pruned model after training for `--minutes`, with its tokenizer."""
+        model, tokenizer, _ = self.pruned(DEFAULT, target)
+        config = RecoveryConfig(
+            max_minutes=self.args.minutes, max_seq_length=self.args.length, recovery_seed=self.args.seed
+        )
+        return recover(model, self.train, config, tokenizer=tokenizer).model, tokenizer
+
+
+class VendorLine:
+    """The rows of a run: both models of the vendor, and the larger one pruned and trained.
+
+    Args:
+        args: Options of the run.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.rows = args, Rows(args, "vendor_line", seed=args.seed)
+        self.load: dict[str, Callable[[], Any]] = {
+            SMALL: cache(MODELS[args.small][1]),
+            LARGE: cache(MODELS[args.large][1]),
+        }
+        self.domains = {name: SizedDomain(self.load[LARGE], args, name, targets=("mlp",)) for name in args.domains}
+        self.found: dict[tuple[str, str], Result] = {}
+
+    def get(self, name: str, kind: str, measure: Callable[[], Result]) -> Result:
+        """Return a row of a domain, measured or found on disk."""
+        args = self.args
+        key = {"domain": name, "kind": kind, "small": args.small, "large": args.large, "blocks": args.num_samples}
+        key |= {"length": args.length, "eval_tokens": args.eval_tokens, "questions": args.questions, "seed": args.seed}
+        if kind.startswith("healed"):
+            key["minutes"] = args.minutes
+
+        def timed() -> Result:
+            begin = time.perf_counter()
+            return {**measure(), "seconds": round(time.perf_counter() - begin, 1)}
+
+        self.found[name, kind] = self.rows.get_or_measure(key, timed)
+        return self.found[name, kind]
+
+    def score(self, name: str, model: Any, tokenizer: Any, docs: Sequence[str] | None = None) -> Result:
+        """Return parameters, losses on the test text, and which questions were answered rightly."""
+        losses = self.domains[name].losses(model, tokenizer, docs)
+        row = {"parameters": model.num_parameters(), "documents": documents_of(losses), "nll": rounded(losses)}
+        for asked in self.args.asked if self.args.questions else ():
+            questions = load_questions(str(self.args.data / asked / "mcq.jsonl"), max_questions=self.args.questions)
+            answers = answer_questions(model, tokenizer, questions)
+            row.setdefault("right", {})[asked] = [int(answer.correct) for answer in answers]
+        return row
+
+    def run(self) -> None:
+        """Measure all rows, domain by domain."""
+        for name, domain in self.domains.items():
+
+            def dense(kind: str, name: str = name) -> Result:
+                loaded = self.load[kind]()
+                return self.score(name, loaded.model, loaded.tokenizer)
+
+            docs = [doc for doc, _, _ in self.get(name, LARGE, lambda: dense(LARGE))["documents"]]
+            self.get(name, SMALL, lambda: dense(SMALL))
+            for target in self.args.targets:
+                self.get(
+                    name,
+                    f"pruned {target:g}",
+                    lambda d=domain, t=target, n=name, docs=docs: self.score(n, *d.pruned(DEFAULT, t)[:2], docs),
+                )
+                if self.args.minutes and name == self.args.trained and target == min(self.args.targets):
+                    self.get(
+                        name,
+                        f"healed {target:g}",
+                        lambda d=domain, t=target, n=name, docs=docs: self.score(n, *d.healed(t), docs),
+                    )
+                domain.forget()
+
+
+def bits_per_byte(row: Result) -> float:
+    """Return the loss of a row over all its documents."""
+    return sum(row["nll"]) / math.log(2) / sum(size for _, _, size in row["documents"])
+
+
+def on_the_line(small: Result, large: Result, parameters: int) -> float:
+    """Return the bits per byte between two models at a size, linear in the logarithm of the parameters."""
+    low, high = math.log(small["parameters"]), math.log(large["parameters"])
+    share = (math.log(parameters) - low) / (high - low)
+    return (1 - share) * bits_per_byte(small) + share * bits_per_byte(large)
+
+
+def accuracy(right: Sequence[int]) -> str:
+    """Return the share of right answers with its 95 % interval (Wilson)."""
+    count, hits, z = len(right), sum(right), 1.96
+    centre = (hits + z * z / 2) / (count + z * z)
+    half = z / (count + z * z) * math.sqrt(hits * (count - hits) / count + z * z / 4)
+    return cell(Estimate(100 * hits / count, (100 * (centre - half), 100 * (centre + half))), 1)
+
+
+def results_text(run: VendorLine) -> str:
+    """Return the section of RESULTS.md."""
+    args, body, verdicts = run.args, [], []
+    for (name, kind), row in run.found.items():
+        small, large = run.found[name, SMALL], run.found[name, LARGE]
+        line = on_the_line(small, large, row["parameters"])
+        change = bits_per_byte(row) / line - 1
+        cells = [f"{name}: {kind}", f"{row['parameters'] / 1e9:.2f}", f"{bits_per_byte(row):.4f}"]
+        cells += (
+            ["", ""] if kind in (SMALL, LARGE) else [format_change(relative(large, row, args.seed)), f"{change:+.1%}"]
+        )
+        body.append(cells + [accuracy(row["right"][asked]) for asked in args.asked if args.questions])
+        if kind not in (SMALL, LARGE):
+            verdicts.append(f"{name}, {kind}: {abs(change):.1%} {'below' if change < 0 else 'above'} the line")
+    header = ["model", "parameters (1e9)", "bits per byte", "against the larger model", "against the line"]
+    header += [f"{asked}: right (%)" for asked in args.asked if args.questions]
+    first = next(iter(run.found.values()))["setting"]
+    return f"""## The smaller model of the vendor, or the larger one pruned
+
+{MODELS[args.small][0]} and {MODELS[args.large][0]} (dequantised to float32; the LM head is stored apart from the embedding and
+counts), and the larger one pruned by the default on {args.num_samples} x {args.length} tokens of the domain's train text, and trained on it for
+{args.minutes:g} minutes (*healed*). Test text: validation split, at most {args.eval_tokens:,} tokens; 95 % bootstrap intervals over documents. The
+line joins the vendor's two models, in bits per byte against the logarithm of the parameters (goal: below it). Questions:
+{args.questions} of each set, 95 % Wilson intervals.
+
+{table(header, body)}
+
+{"; ".join(verdicts)}.
+
+`python -m benchmarks.vendor_line --data DATA{args.given}` at `{first["commit"]}`, {first["machine"]}, seed {args.seed}.
+"""
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options of a run."""
+    options = parser(__doc__ or "", several=True)
+    options.set_defaults(domains=["medicine", "law"])
+    options.add_argument("--small", choices=MODELS, default="qwen-coder-0.5b", help="the vendor's smaller model")
+    options.add_argument("--large", choices=MODELS, default="qwen-coder-1.5b", help="the vendor's larger model")
+    options.add_argument("--targets", nargs="+", type=float, default=[1.2e9, 1.0e9], help="parameters after pruning")
+    options.add_argument("--trained", default="medicine", help="domain whose smallest model is trained")
+    options.add_argument("--minutes", type=float, default=30.0, help="minutes of training; 0: none")
+    options.add_argument("--num-samples", type=int, default=32, help="calibration samples")
+    options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--eval-tokens", type=int, default=10_000, help="at most this many test tokens per domain")
+    options.add_argument("--questions", type=int, default=500, help="multiple-choice questions per set; 0: none")
+    options.add_argument("--asked", nargs="+", default=["medicine", "law", "general"], help="sets of questions")
+    args = options.parse_args(arguments)
+    args.shares, args.given = args.targets, given(options, args)
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run = VendorLine(parse(sys.argv[1:] if arguments is None else arguments))
+    run.run()
+    write_section("vendor_line", results_text(run))
+
+
+if __name__ == "__main__":
+    main()
