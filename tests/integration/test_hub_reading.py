@@ -396,6 +396,6 @@ print(json.dumps(results))
     for key in ("org/none", "org/gated", "org/pickle", "data", "dry none"):
         code, out, err = facts[key]
         assert (code, out) == (1, ""), err
-        assert err.startswith("Error: "), err
+        assert "\nError: " in f"\n{err}", err
     assert not (place.folder / "never").exists()
     assert not [path for path in place.folder.iterdir() if path.name.startswith(".")]
