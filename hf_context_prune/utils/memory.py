@@ -71,21 +71,26 @@ def memory_limit(most: int | None) -> Iterator[None]:
 @contextmanager
 def reserve_memory(size: int) -> Iterator[None]:
     """Let other runs of this user know, while the block runs, that this process will take so much more memory."""
-    note = own_temporary_folder() / f"memory-{os.getpid()}.json"
-    own = psutil.Process()
+    note, own = None, psutil.Process()
     with suppress(OSError):  # without it, another run may begin that this one leaves no room for
+        note = own_temporary_folder() / f"memory-{os.getpid()}.json"
         note.write_text(json.dumps({"started": own.create_time(), "most": own_memory() + size}))
     try:
         yield
     finally:
-        with suppress(OSError):
-            note.unlink()
+        if note is not None:
+            with suppress(OSError):
+                note.unlink()
 
 
 def _reserved_by_others() -> int:
     """Return the bytes that other runs of this user will still take."""
     total = 0
-    for note in own_temporary_folder().glob("memory-*.json"):
+    try:
+        notes = list(own_temporary_folder().glob("memory-*.json"))
+    except OSError:  # no such folder can be made, so no run has left a note there
+        return 0
+    for note in notes:
         try:
             other = psutil.Process(int(note.stem.partition("-")[2]))
             about = json.loads(note.read_text())

@@ -69,6 +69,13 @@ def test_pages_of_a_file_are_given_back_and_no_value_changes(tmp_path):
     assert torch.equal(written, values + 1)
 
 
+def test_memory_is_known_where_no_temporary_folder_can_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with memory.reserve_memory(MIB):
+        assert free_memory() > 0
+
+
 def test_pages_stay_where_the_system_has_no_such_call(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     values = torch.ones(3)
