@@ -22,6 +22,7 @@ from benchmarks.models import MODELS
 from benchmarks.vocabulary import relative
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.questions import load_questions
+from hf_context_prune.evaluation.accuracy import wilson_interval
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.multiple_choice import answer_questions
 from hf_context_prune.evaluation.reports.formatting import format_change
@@ -135,10 +136,8 @@ def on_the_line(small: Result, large: Result, parameters: int) -> float:
 
 def accuracy(right: Sequence[int]) -> str:
     """Return the share of right answers with its 95 % interval (Wilson)."""
-    count, hits, z = len(right), sum(right), 1.96
-    centre = (hits + z * z / 2) / (count + z * z)
-    half = z / (count + z * z) * math.sqrt(hits * (count - hits) / count + z * z / 4)
-    return cell(Estimate(100 * hits / count, (100 * (centre - half), 100 * (centre + half))), 1)
+    low, high = wilson_interval(sum(right), len(right))
+    return cell(Estimate(100 * sum(right) / len(right), (100 * low, 100 * high)), 1)
 
 
 def results_text(run: VendorLine) -> str:

@@ -94,7 +94,8 @@ def _groups(answers: Sequence[Answer]) -> list[tuple[str, list[int]]]:
     return [*groups, (ALL, list(range(len(answers))))]
 
 
-def _wilson(right: int, count: int) -> tuple[float, float]:
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of right answers (Wilson)."""
     interval = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -106,7 +107,7 @@ def _accuracy(source: str, answers: Sequence[Answer], chances: Sequence[float]) 
         source,
         count,
         right,
-        Estimate(right / count, _wilson(right, count)),
+        Estimate(right / count, wilson_interval(right, count)),
         sum(chances) / count,
         (min(shots), max(shots)),
     )
@@ -143,8 +144,8 @@ def _difference(both: int, only_base: int, only_pruned: int, count: int) -> Esti
     """
     neither = count - both - only_base - only_pruned
     first, second = ((both + only_base) / count, (both + only_pruned) / count)
-    first_low, first_high = _wilson(both + only_base, count)
-    second_low, second_high = _wilson(both + only_pruned, count)
+    first_low, first_high = wilson_interval(both + only_base, count)
+    second_low, second_high = wilson_interval(both + only_pruned, count)
     margins = [both + only_base, only_pruned + neither, both + only_pruned, only_base + neither]
     correlation = 0.0
     if all(margins):

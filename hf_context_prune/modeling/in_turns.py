@@ -9,10 +9,10 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.utils.memory import fits_in_memory, free_memory, release_pages
+from hf_context_prune.utils.memory import fits_in_memory, free_memory, release_weights
 
 from .architectures import layers_of, spec_of
-from .patching import LayerCall, patch_forwards, record_calls
+from .patching import LayerCall, known_states, record_calls
 
 Inputs = dict[str, torch.Tensor]
 """Arguments of a forward pass: ``input_ids`` and, where there is padding, ``attention_mask``."""
@@ -66,9 +66,8 @@ def _run_group(model: PreTrainedModel, run: Any, group: Sequence[Inputs]) -> Ite
             args, kwargs = calls[number][index]
             output = layer(hidden, *args, **kwargs)
             states[number] = output[0] if isinstance(output, tuple) else output
-        release_pages(parameter.detach() for parameter in layer.parameters())
+        release_weights(layer)
     for number, batch in enumerate(group):
-        hidden = states[number]
-        with patch_forwards(layers, [lambda *args, known=hidden, **kwargs: known] * len(layers)):
+        with known_states(model, states[number]):
             output = run(**batch, use_cache=False)
         yield output

@@ -54,6 +54,12 @@ def record_calls(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
     return first[0], calls
 
 
+def known_states(model: PreTrainedModel, hidden: torch.Tensor) -> AbstractContextManager[None]:
+    """Let a model compute only what follows its last layer, on these hidden states behind it."""
+    layers = layers_of(model, spec_of(model.config))
+    return patch_forwards(layers, [lambda *args, **kwargs: hidden] * len(layers))
+
+
 @torch.no_grad()
 def finish_forward(model: PreTrainedModel, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Return the inputs of the LM head from known hidden states behind the last layer; no layer computes anything.
@@ -66,8 +72,7 @@ def finish_forward(model: PreTrainedModel, input_ids: torch.Tensor, hidden: torc
     Returns:
         [batch, length, hidden of the head].
     """
-    layers = layers_of(model, spec_of(model.config))
-    with patch_forwards(layers, [lambda *args, **kwargs: hidden] * len(layers)):
+    with known_states(model, hidden):
         states: torch.Tensor = model.base_model(input_ids=input_ids, use_cache=False)[0]
     return states
 

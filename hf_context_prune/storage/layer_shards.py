@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_context_prune.modeling.tying import first_names
-from hf_context_prune.utils.temporary import scratch_folder
+from hf_context_prune.utils.memmap import spill
 
 from .kept_tensors import write_tensors
 
@@ -46,21 +46,16 @@ class LayerShards:
         Raises:
             SaveError: The file can't be written.
         """
-        name = f"layer-{index:04d}.safetensors"
         if self.folder is None:
-            with scratch_folder() as folder:  # removed at once: the mapping keeps the file alive
-                return _write_and_map(folder / name, state)
-        self.files.append(self.folder / name)
-        return _write_and_map(self.files[-1], state)
+            return spill(state)
+        path = self.folder / f"layer-{index:04d}.safetensors"
+        write_tensors(path, state, {"format": "pt"}, what="finished layer")
+        self.files.append(path)
+        return _map(path)
 
     def belong_to(self, model: PreTrainedModel) -> None:
         """Note that a model was built from these files, for [`save_weights`][]."""
         model._context_prune_shards = tuple(self.files)
-
-
-def _write_and_map(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    write_tensors(path, state, {"format": "pt"}, what="finished layer")
-    return _map(path)
 
 
 def _map(path: Path) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
+from torch import nn
 
 from hf_context_prune.errors import ConfigError
 
@@ -174,6 +175,11 @@ def release_pages(tensors: Iterable[torch.Tensor]) -> None:
         place = bisect_right(mapped, (begin, sys.maxsize)) - 1
         if begin < end and place >= 0 and end <= mapped[place][1]:
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)  # Linux 5.4; else refused
+
+
+def release_weights(module: nn.Module) -> None:
+    """Give the pages of a module's mapped weights back once nothing reads them soon; see [`release_pages`][]."""
+    release_pages(parameter.detach() for parameter in module.parameters())
 
 
 def _mapped_ranges() -> list[tuple[int, int]]:

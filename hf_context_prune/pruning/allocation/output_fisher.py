@@ -26,13 +26,13 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import NumericsError
 from hf_context_prune.modeling.architectures import Target
-from hf_context_prune.modeling.patching import patch_forwards
+from hf_context_prune.modeling.patching import known_states
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.sequential.hidden_states import Stream, StreamStorage, capture_streams, count_positions
 from hf_context_prune.pruning.sequential.sub_layer import SubLayer
 from hf_context_prune.utils.linalg import all_finite
-from hf_context_prune.utils.memory import release_pages
+from hf_context_prune.utils.memory import release_weights
 
 _HEAD_TOKENS = 512
 """Tokens whose logits exist at once, one sample at least."""
@@ -86,7 +86,7 @@ class FisherSketch:
                 for stream in streams:
                     self._storage.keep(_states(index), stream.start, stream.base)
                     stream.base.copy_(stream.call(index, view.layers[index], stream.base))
-                self._release(index)
+                release_weights(view.layers[index])
                 bar.update()
             for stream, (_, batch) in zip(streams, batches, strict=True):
                 stream.base.copy_(self._head_gradient(batch["input_ids"].to(stream.device), stream.base))
@@ -94,7 +94,7 @@ class FisherSketch:
                 for stream in streams:
                     self._move_back(index, stream)
                 self._storage.drop(_states(index))
-                self._release(index)
+                release_weights(view.layers[index])
                 bar.update()
         self._streams = capture_streams(view, batches, self._storage, base_only=True)
 
@@ -122,8 +122,7 @@ class FisherSketch:
         found, size = [], max(1, _HEAD_TOKENS // ids.shape[1])
         for samples, states in zip(ids.split(size), hidden.to(ids.device).split(size), strict=True):
             states = states.clone().requires_grad_()
-            layers = self.view.layers
-            with torch.enable_grad(), patch_forwards(layers, [lambda *a, s=states, **k: s] * len(layers)):
+            with torch.enable_grad(), known_states(self.view.model, states):
                 logits = self.view.model(input_ids=samples, use_cache=False).logits
             _replace_by_noise(logits.detach(), self._generator)
             found += torch.autograd.grad(logits, [states], logits.detach())
@@ -147,9 +146,6 @@ class FisherSketch:
             half = gradient.to(torch.bfloat16)  # its rounding averages out
             self._storage.keep(f"gradients {target} {index}", stream.start, half)
         stream.base.copy_(before)
-
-    def _release(self, index: int) -> None:
-        release_pages(parameter.detach() for parameter in self.view.layers[index].parameters())
 
 
 def _states(index: int) -> str:

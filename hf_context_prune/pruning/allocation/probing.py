@@ -23,7 +23,7 @@ from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process, shard
 from hf_context_prune.utils.files import write_file
-from hf_context_prune.utils.memory import release_pages
+from hf_context_prune.utils.memory import release_weights
 from hf_context_prune.utils.precision import reduced_precision_matmul
 from hf_context_prune.utils.reading import read_json
 
@@ -114,7 +114,7 @@ def _measure_layers(
         importance, reconstruct = prepare(CalibrationStats(found))
         yield on_main_process(partial(_price, main, index, importance, reconstruct))
         del found, importance, reconstruct
-        release_pages(parameter.detach() for parameter in view.layers[index].parameters())
+        release_weights(view.layers[index])
 
 
 def _price(

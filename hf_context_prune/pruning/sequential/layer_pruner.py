@@ -31,7 +31,7 @@ from hf_context_prune.pruning.scoring import top_units, weights_of_layer
 from hf_context_prune.pruning.surgery import kept_features
 from hf_context_prune.utils.distributed import all_gather, all_reduce_
 from hf_context_prune.utils.linalg import all_finite
-from hf_context_prune.utils.memory import release_pages
+from hf_context_prune.utils.memory import release_weights
 from hf_context_prune.utils.precision import overflow_remedy
 
 from .checkpoint import FinishedLayer, Output
@@ -93,7 +93,7 @@ class SequentialPruner:
         for stream in self.streams:
             stream.pruned.copy_(layer.call(stream, record=False))
         self._diverged = True
-        self._release(index)
+        release_weights(self.view.layers[index])  # no later layer reads them
         return done
 
     def replay(self, index: int, done: FinishedLayer) -> None:
@@ -107,11 +107,7 @@ class SequentialPruner:
         for stream in self.streams:
             stream.base.copy_(stream.call(index, base, stream.base))
             stream.pruned.copy_(stream.call(index, pruned, stream.pruned) if self._diverged else stream.base)
-        self._release(index)
-
-    def _release(self, index: int) -> None:
-        """Give back the pages of a layer's file: no later layer reads them."""
-        release_pages(parameter.detach() for parameter in self.view.layers[index].parameters())
+        release_weights(self.view.layers[index])
 
     def _copy(self, index: int) -> nn.Module:
         """Return a copy of a layer that shares all weights with it but those of the output projections.

@@ -16,6 +16,12 @@ from hf_context_prune.utils.memory import fits_in_memory, free_memory, memory_li
 MIB = 2**20
 
 
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """No other run on this machine, whose reservation would count."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 def test_the_limit_counts_what_the_process_holds():
     whole = free_memory()
     with memory_limit(own_memory() + 100 * MIB):
