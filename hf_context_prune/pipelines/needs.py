@@ -146,7 +146,7 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
 
 def _solver_bytes(outputs: int, features: int, tokens: int) -> int:
     """Return the bytes of the regression of one output projection."""
-    weights = 6 * _WIDE * outputs * features
+    weights = outputs * features
     if 2 * tokens <= features:
-        return weights + 4 * _NARROW * tokens * (features + outputs) + 4 * _WIDE * tokens**2
-    return weights + (_NARROW + 2 * _WIDE) * features**2
+        return _NARROW * (6 * weights + 4 * tokens * (features + outputs) + 5 * tokens**2)
+    return 6 * _WIDE * weights + (_NARROW + 2 * _WIDE) * features**2

@@ -16,8 +16,8 @@ import torch
 from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.errors import ConfigError, NumericsError, unknown_name
 from hf_context_prune.pruning.calibration.statistics import TargetStatistics, TargetWeights
-from hf_context_prune.utils.linalg import RowSystem, add_ridge_, cholesky, invert_spd_
-from hf_context_prune.utils.precision import reduced_precision_matmul
+from hf_context_prune.utils.linalg import RowSystem, add_ridge_, cholesky, invert_spd_, ridge_diagonal
+from hf_context_prune.utils.precision import rounded_product
 
 _LEAST_SHARE = 1e-5
 """Least share of a feature that others don't predict, where it is a difference of float32 sums."""
@@ -121,9 +121,11 @@ def obs(weights: TargetWeights, statistics: TargetStatistics, generator: torch.G
     if not bool(torch.isfinite(weights.output).all()):  # the ranks would be finite, and hide it
         raise NumericsError("The output weight of a layer holds NaN or Inf, so its units can't be ranked.")
     # With a bias the mean of the removed inputs costs nothing, as in the reconstruction.
+    squares = statistics.variance if weights.has_bias else statistics.sum_squares / statistics.num_tokens
+    ridge_diagonal(squares, DEFAULT_RIDGE)  # inputs that are zero everywhere have no system
+    if statistics.system is not None:
+        return _obs_by_rows(weights, statistics.system.about(statistics.mean if weights.has_bias else None))
     output = weights.output.double() * (1.0 if weights.channel_scale is None else weights.channel_scale.double())
-    if statistics.rows is not None:
-        return _obs_by_rows(weights, output, statistics.rows, statistics.mean if weights.has_bias else None)
     inverse = invert_spd_(add_ridge_(statistics.second_moment(centred=weights.has_bias), DEFAULT_RIDGE))
     alive = torch.arange(units)
     here = torch.ones(units, dtype=torch.bool)  # which of `alive` are not yet removed
@@ -149,9 +151,7 @@ def _batch_size(left: int) -> int:
     return max(1, left // 16)
 
 
-def _obs_by_rows(
-    weights: TargetWeights, output: torch.Tensor, rows: torch.Tensor, mean: torch.Tensor | None
-) -> torch.Tensor:
+def _obs_by_rows(weights: TargetWeights, system: RowSystem) -> torch.Tensor:
     """Return what [`obs`][] does, for fewer rows X of inputs than features: no matrix has the size of G.
 
     With Z and Delta of [`RowSystem`][], lambda the ridge and M = (Z Z^T + lambda I)^-1,
@@ -160,18 +160,13 @@ def _obs_by_rows(
 
     so W Delta^1/2 and N are updated in place of W and G^-1. Of N, the diagonal blocks and M are held. After the removal
     of P, M grows by M Z_P (N_PP)^-1 Z_P^T M, and N_P,: is all that the other updates need.
-
-    Args:
-        weights: The units.
-        output: W as it reaches the residual stream, [out_features, in_features], float64.
-        rows: X, [tokens, in_features], float32.
-        mean: Of X, where a bias takes it up; else None.
     """
-    size, units = weights.unit_size, weights.num_units
-    system = RowSystem(rows, mean)
-    columns, Z = (output * system.scale).float(), system.rows
-    matrix = torch.cholesky_inverse(system.factor(system.products, DEFAULT_RIDGE)).float()
-    blocks = _unit_blocks(Z, matrix @ Z, size).neg_()
+    size, units, Z = weights.unit_size, weights.num_units, system.columns.T
+    columns = (weights.output.float() * system.scale.float()).T.contiguous()  # features first: units are contiguous
+    if weights.channel_scale is not None:
+        columns *= weights.channel_scale.float().T
+    matrix = torch.cholesky_inverse(system.factor(system.products, DEFAULT_RIDGE))
+    blocks = _unit_blocks(system.columns, rounded_product(system.columns, matrix), size).neg_()
     blocks.diagonal(dim1=1, dim2=2).add_(1)
     here = torch.ones(units, dtype=torch.bool)
     rank = torch.full((units,), units, dtype=torch.float64)
@@ -183,44 +178,41 @@ def _obs_by_rows(
         rank[batch] = torch.arange(removed, removed + len(batch), dtype=torch.float64)
         removed += len(batch)
         gone = (batch[:, None] * size + torch.arange(size)).flatten()
-        half = Z[:, gone].T @ matrix
-        others = -(half @ Z)
-        others[torch.arange(len(gone)), gone] += 1
-        others[:, ~here.repeat_interleave(size)] = 0  # what went before
-        here[batch] = False
-        own = others[:, gone].double()
+        half = system.columns[gone] @ matrix
+        own = torch.eye(len(gone), dtype=torch.float64) - half @ Z[:, gone]
         own.diagonal().clamp_min_(_LEAST_SHARE)
         factor = cholesky(own).float()
-        reduced = torch.linalg.solve_triangular(factor, others, upper=False)
-        with reduced_precision_matmul():
-            columns -= torch.linalg.solve_triangular(factor, columns[:, gone].T, upper=False).T @ reduced
-        blocks -= _unit_blocks(reduced, reduced, size)
-        blocks[~here] = torch.eye(size, dtype=blocks.dtype)
         step = torch.linalg.solve_triangular(factor, half, upper=False)
+        others = rounded_product(step, Z).neg_()
+        others[:, gone] = torch.linalg.solve_triangular(factor, own.float(), upper=False)
+        others[:, ~here.repeat_interleave(size)] = 0  # what went before
+        here[batch] = False
+        columns -= rounded_product(others.T, torch.linalg.solve_triangular(factor, columns[gone], upper=False))
+        blocks -= _unit_blocks(others.T, others.T, size)
+        blocks[~here] = torch.eye(size, dtype=blocks.dtype)
         matrix += step.T @ step
     return rank
 
 
 def _unit_blocks(first: torch.Tensor, second: torch.Tensor, size: int) -> torch.Tensor:
-    """Return A_u^T B_u of the columns of every unit, [units, size, size] float64; A and B are [rows, units * size]."""
+    """Return A_u B_u^T of the rows of every unit, [units, size, size] float64; A and B are [units * size, columns]."""
     if size == 1:
-        return (first * second).sum(dim=0, dtype=torch.float64).view(-1, 1, 1)
-    parts = (values.view(len(values), -1, size).transpose(0, 1) for values in (first, second))
-    one, other = parts
-    return (one.mT @ other).double()
+        return (first * second).sum(dim=1, dtype=torch.float64).view(-1, 1, 1)
+    one, other = (values.reshape(-1, size, values.shape[1]) for values in (first, second))
+    return (one @ other.mT).double()
 
 
 def _score_blocks(columns: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Return tr(W_u B_u^-1 W_u^T) for every unit, [units].
 
     Args:
-        columns: W, [out_features, units * size].
+        columns: W^T, [units * size, out_features].
         blocks: B, [units, size, size], float64.
     """
     units, size, _ = blocks.shape
     if size == 1:
-        return torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64).square() / blocks.flatten()
-    parts = columns.double().reshape(len(columns), units, size).permute(1, 2, 0)
+        return torch.linalg.vector_norm(columns, dim=1, dtype=torch.float64).square() / blocks.flatten()
+    parts = columns.double().view(units, size, -1)
     return (parts * torch.cholesky_solve(parts, cholesky(blocks))).sum(dim=(1, 2))
 
 
@@ -230,7 +222,7 @@ def _obs_scores(output: torch.Tensor, inverse: torch.Tensor, size: int, here: to
     starts = torch.arange(units)
     blocks = inverse.reshape(units, size, units, size)[starts, :, starts, :]
     blocks[~here] = torch.eye(size, dtype=blocks.dtype)  # a removed unit's block is zero
-    return _score_blocks(output, blocks).masked_fill(~here, torch.inf)
+    return _score_blocks(output.T, blocks).masked_fill(~here, torch.inf)
 
 
 def _obs_remove(output: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 
 from hf_context_prune.errors import NumericsError
 
-from .precision import reduced_precision_matmul
+from .precision import product_dtype, rounded_product
 
 FLOOR = 1e-3
 """Lower limit of the ridge as a share of the mean diagonal, so that features that never fire stay solvable."""
 _BLOCK = 256
 """Rows of a Gram matrix that are computed at once."""
+_WIDE_BLOCK = 512
+"""The same, for products in bfloat16."""
 _DAMAGED = "The checkpoint is damaged or was never trained: download or save the model again."
 
 
@@ -115,64 +118,92 @@ class RowSystem:
         (X^T X / n + ridge Delta)^-1 X^T / sqrt(n) = Delta^-1/2 Z^T (Z Z^T + ridge I)^-1
 
     Args:
-        rows: X, [tokens, features], float32.
-        pivot: Subtracted from each row, [features]; None: nothing.
+        columns: X^T, [features, tokens], float32; its memory is taken for Z^T.
+        pivot: Subtracted from each row of X, [features]; None: nothing.
 
     Raises:
         NumericsError: See [`ridge_diagonal`][].
     """
 
-    def __init__(self, rows: torch.Tensor, pivot: torch.Tensor | None = None) -> None:
-        centred = rows if pivot is None else rows - pivot.to(rows)
-        squares = torch.linalg.vector_norm(centred, dim=0, dtype=torch.float64).square() / len(rows)
-        self.count, self.pivot = len(rows), pivot
+    def __init__(self, columns: torch.Tensor, pivot: torch.Tensor | None = None) -> None:
+        if pivot is not None:
+            columns -= pivot.to(columns)[:, None]
+        squares = torch.linalg.vector_norm(columns, dim=1, dtype=torch.float64).square() / columns.shape[1]
+        self.count, self.pivot = columns.shape[1], pivot
         self.scale = ridge_diagonal(squares, 1.0).sqrt()  # Delta^1/2
-        self.rows = centred * (1 / (self.scale * math.sqrt(len(rows)))).to(rows)  # Z
-        self.products = _symmetric_product(self.rows)
+        self.columns = columns.mul_(self._to_rows.reciprocal())  # Z^T
+        self.products = _gram(self.columns)
+
+    @property
+    def _to_rows(self) -> torch.Tensor:
+        """Factor of each row of Z^T that gives X^T, [features, 1], float32."""
+        return (self.scale * math.sqrt(self.count)).float()[:, None]
+
+    def about(self, pivot: torch.Tensor | None) -> RowSystem:
+        """Return the system of the same rows about another pivot; itself, where that is its own."""
+        if (pivot is None) == (self.pivot is None):
+            return self
+        columns = self.columns * self._to_rows
+        return RowSystem(columns if self.pivot is None else columns + self.pivot.to(columns)[:, None], pivot)
+
+    def to(self, device: torch.device | str) -> RowSystem:
+        """Return the system on a device."""
+        moved = copy.copy(self)
+        for name in ("pivot", "scale", "columns", "products"):
+            value = getattr(self, name)
+            setattr(moved, name, None if value is None else value.to(device))
+        return moved
 
     def without(self, gone: torch.Tensor) -> torch.Tensor:
-        """Return Z Z^T of the features that are not gone, [tokens, tokens] float64."""
-        return self.products - _symmetric_product(self.rows[:, gone])
+        """Return Z Z^T of the features that are not gone, [tokens, tokens] float32."""
+        return self.products - _gram(self.columns[gone])
 
     def outputs(self, weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Return X_f W_f^T of some features, [tokens, outputs] float32; weight: W, [outputs, features]."""
-        rows = self.rows[:, features] * (self.scale[features] * math.sqrt(self.count)).to(self.rows)
-        with reduced_precision_matmul():
-            return rows @ weight[:, features].to(rows).T
+        columns = self.columns[features] * self._to_rows[features]
+        return rounded_product(columns.T, weight[:, features].to(columns).T)
 
     def factor(self, products: torch.Tensor, ridge: float) -> torch.Tensor:
-        """Return the Cholesky factor of products + ridge I, [tokens, tokens] float64."""
+        """Return the Cholesky factor of products + ridge I, [tokens, tokens] float32.
+
+        The products are of unit scale and the ridges a good share of it, so that float32 is enough.
+        """
         matrix = products.clone()
         matrix.diagonal().add_(ridge)
         return cholesky_(matrix)
 
-    def change(self, factor: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+    def solve(self, factor: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return (products + ridge I)^-1 T / sqrt(n), [tokens, outputs], for the targets T of that shape."""
+        return torch.cholesky_solve(targets / math.sqrt(self.count), factor)
+
+    def change(self, solved: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Return the ridge regression of targets on features, [outputs, features] float32.
 
         Args:
-            factor: Of the products of the features.
-            targets: [tokens, outputs].
+            solved: What [`solve`][] returns for the targets, with the products of the features.
             kept: The features; None: all.
         """
-        solved = self._solve(factor, targets)
-        rows, scale = (self.rows, self.scale) if kept is None else (self.rows[:, kept], self.scale[kept])
-        with reduced_precision_matmul():
-            return (solved.T @ rows) / scale.to(rows)
+        columns, scale = (self.columns, self.scale) if kept is None else (self.columns[kept], self.scale[kept])
+        return rounded_product(solved.T, columns.T).div_(scale.to(columns))
 
-    def predict(self, factor: torch.Tensor, targets: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Return what [`change`][] gives for other rows, [rows, features] -> [rows, outputs], without forming it."""
+    def products_with(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the products of other rows, [rows, features] float32, with those of X: [rows, tokens]."""
         centred = inputs if self.pivot is None else inputs - self.pivot.to(inputs)
-        with reduced_precision_matmul():
-            products = (centred / self.scale.to(inputs)) @ self.rows.T
-            if len(inputs) < targets.shape[1]:  # the smaller right-hand side is solved
-                solved = torch.cholesky_solve(products.T.double() / math.sqrt(self.count), factor).to(targets)
-                return solved.T @ targets
-            return products @ self._solve(factor, targets)
+        return rounded_product(centred / self.scale.to(inputs), self.columns)
 
-    def _solve(self, factor: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return torch.cholesky_solve(targets.double() / math.sqrt(self.count), factor).to(self.rows)
+    def predict(self, factor: torch.Tensor, targets: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+        """Return what [`change`][] gives for other rows, [rows, outputs], without forming it; of their products."""
+        if len(products) < targets.shape[1]:  # the smaller right-hand side is solved
+            return rounded_product(self.solve(factor, products.T).T, targets)
+        return rounded_product(products, self.solve(factor, targets))
 
 
-def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:
-    with reduced_precision_matmul():  # bfloat16 rounding is far below the ridge
-        return (rows @ rows.T).double()
+def _gram(columns: torch.Tensor) -> torch.Tensor:
+    """Return A^T A, [columns, columns] float32, of A [features, columns]; rounding is far below the ridge."""
+    own = columns.to(product_dtype(columns.device))
+    gram = columns.new_zeros(columns.shape[1], columns.shape[1])
+    for start in range(0, len(gram), _WIDE_BLOCK):
+        stop = start + _WIDE_BLOCK
+        gram[start:stop, start:] = own[:, start:stop].T @ own[:, start:]
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram

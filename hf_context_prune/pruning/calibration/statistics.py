@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from hf_context_prune.errors import DataError, NumericsError, SaveError
 from hf_context_prune.utils.files import open_regular
-from hf_context_prune.utils.linalg import add_gram_
+from hf_context_prune.utils.linalg import RowSystem, add_gram_
 
 Key = tuple[int, str]
 """(layer index, target name)."""
@@ -72,7 +72,7 @@ class TargetStatistics:
         gram: (X - pivot)^T (X - pivot), [in_features, in_features], float32; None if not asked for.
         pivot: A point near the mean, [in_features], float64, for statistics from which the covariance is computed. It
             would drown in the float32 rounding of X^T X where the mean is large beside the spread. None: the origin.
-        rows: X itself, [tokens, in_features], float32, in place of the Gram matrix where it is smaller; else None.
+        system: The rows of X, in place of the Gram matrix where they are smaller; else None.
         taylor: Sum of |w * dL/dw| over each unit's weights, [units], float64; None if not asked for.
     """
 
@@ -83,11 +83,11 @@ class TargetStatistics:
     gram: torch.Tensor | None = None
     taylor: torch.Tensor | None = None
     pivot: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
+    system: RowSystem | None = None
 
     def cpu(self) -> TargetStatistics:
         """Return a copy on the CPU."""
-        moved = {name: value.cpu() for name in (*_TENSORS, "rows") if (value := getattr(self, name)) is not None}
+        moved = {name: value.to("cpu") for name in (*_TENSORS, "system") if (value := getattr(self, name)) is not None}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     @property

@@ -177,7 +177,7 @@ class SequentialPruner:
     ) -> tuple[tuple[int, ...], Output]:
         """Return the units that stay, and the weight and bias that reconstruct the output from them."""
         sub_layer = layer.sub_layers[target]
-        old = output_weight(sub_layer.projection).double()
+        old = output_weight(sub_layer.projection)
         correction_ridge = DEFAULT_CORRECTION_RIDGE
         if any(all_gather(bool(withheld))):
             errors = torch.tensor(fit.errors(CORRECTION_RIDGES, withheld), dtype=torch.float64)
@@ -191,7 +191,7 @@ class SequentialPruner:
         bias = sub_layer.projection.bias
         if sub_layer.centre:
             mean = fit.statistics.mean
-            bias = bias.double() + fit.mean_target + old @ mean - weight @ mean[features]
+            bias = bias.double() + fit.mean_target + old.double() @ mean - weight.double() @ mean[features]
         dtype = sub_layer.projection.weight.dtype
         return units, (weight.to(dtype), None if bias is None else bias.to(dtype, copy=True))  # type: ignore[arg-type]
 

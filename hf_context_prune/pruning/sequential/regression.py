@@ -61,10 +61,10 @@ class Regression(ABC):
     def solve(
         self, weight: torch.Tensor, kept: Sequence[int] | None, ridge: float, correction_ridge: float
     ) -> torch.Tensor:
-        """Return W_K', [outputs, kept], float64.
+        """Return W_K', [outputs, kept]: float64 from sums, float32 from rows.
 
         Args:
-            weight: Old W, [outputs, features], float64.
+            weight: Old W, [outputs, features], any floating-point dtype.
             kept: Features to keep, ascending; None keeps all.
             ridge: Share of each feature's mean square, for W x.
             correction_ridge: The same for e.
@@ -126,13 +126,18 @@ class MomentRegression(Regression):
     @override
     def errors(self, ridges: Sequence[float], withheld: Iterable[Rows]) -> list[float]:
         gram, lacking = self._second_moments()
-        rows = list(withheld)
+        if _is_silent(gram):
+            return [0.0] * len(ridges)
+        rows = [self._centred(parts) for parts in withheld]
+        if sum(len(x) for x, _ in rows) < lacking.shape[1]:  # the smaller right-hand side is solved
+            x, e = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            solved = (solve_ridge(gram, None, [(ridge, x.T.double())]).float() for ridge in ridges)
+            return [_excess(part.T @ lacking.float(), e) for part in solved]
         found = []
         for ridge in ridges:
-            change = torch.zeros_like(lacking) if _is_silent(gram) else solve_ridge(gram, None, [(ridge, lacking)])
-            narrow = change.float()
+            narrow = solve_ridge(gram, None, [(ridge, lacking)]).float()
             with reduced_precision_matmul():
-                found.append(sum(_excess(x @ narrow, e) for x, e in map(self._centred, rows)))
+                found.append(sum(_excess(x @ narrow, e) for x, e in rows))
         return found
 
     @override
@@ -140,6 +145,7 @@ class MomentRegression(Regression):
         self, weight: torch.Tensor, kept: Sequence[int] | None, ridge: float, correction_ridge: float
     ) -> torch.Tensor:
         gram, lacking = self._second_moments()
+        weight = weight.double()
         K, P = (None, None) if kept is None else split_features(weight.shape[1], kept)
         old = weight if K is None else weight[:, K]
         if _is_silent(gram):  # features that never fire have nothing that they could be fitted to
@@ -176,7 +182,6 @@ class RowRegression(Regression):
         self._rows: list[Rows] = []
         self._statistics = TargetStatistics(0, *(torch.zeros(0, dtype=torch.float64) for _ in range(3)))
         self._targets = torch.zeros(0)
-        self._system: RowSystem | None = None
 
     @property
     @override
@@ -190,16 +195,19 @@ class RowRegression(Regression):
 
     @override
     def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
-        self._rows.append((x.clone(), target.clone()))
+        self._rows.append((x.T.contiguous(), target.clone()))
 
     @override
     def finish(self) -> None:
-        x, self._targets = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
+        columns = torch.cat([x for x, _ in self._rows], dim=1)
+        self._targets = torch.cat([target for _, target in self._rows])
         self._rows.clear()
         wide = torch.float64
-        squares = torch.linalg.vector_norm(x, dim=0, dtype=wide).square()
-        self._statistics = TargetStatistics(len(x), x.sum(dim=0, dtype=wide), x.abs().sum(dim=0, dtype=wide), squares)
-        self._statistics.rows = x
+        squares = torch.linalg.vector_norm(columns, dim=1, dtype=wide).square()
+        total, absolute = (values.sum(dim=1, dtype=wide) for values in (columns, columns.abs()))
+        stats = self._statistics = TargetStatistics(columns.shape[1], total, absolute, squares)
+        if bool((squares > 0).any()) and bool(torch.isfinite(squares).all()):
+            stats.system = RowSystem(columns, stats.mean if self._centre else None)
 
     @override
     def is_finite(self) -> bool:
@@ -207,24 +215,25 @@ class RowRegression(Regression):
 
     @override
     def errors(self, ridges: Sequence[float], withheld: Iterable[Rows]) -> list[float]:
-        system, targets, rows = self._open(), self._centred(self._targets), list(withheld)
+        system, targets = self._statistics.system, self._centred(self._targets)
         if system is None:
             return [0.0] * len(ridges)
+        rows = [(system.products_with(x), self._centred(e)) for x, e in withheld]
         found = []
         for ridge in ridges:
             factor = system.factor(system.products, ridge)
-            found.append(sum(_excess(system.predict(factor, targets, x), self._centred(e)) for x, e in rows))
+            found.append(sum(_excess(system.predict(factor, targets, products), e) for products, e in rows))
         return found
 
     @override
     def solve(
         self, weight: torch.Tensor, kept: Sequence[int] | None, ridge: float, correction_ridge: float
     ) -> torch.Tensor:
-        system = self._open()
+        system = self._statistics.system
         K, P = (None, None) if kept is None else split_features(weight.shape[1], kept)
-        result = weight if K is None else weight[:, K]
+        old = (weight if K is None else weight[:, K]).float()
         if system is None:
-            return result
+            return old
         targets = self._centred(self._targets)
         parts: dict[float, torch.Tensor] = {}
         products = system.products
@@ -232,17 +241,9 @@ class RowRegression(Regression):
             products = system.without(P)
             parts[ridge] = system.outputs(weight, P)
         parts[correction_ridge] = targets if correction_ridge not in parts else parts[correction_ridge] + targets
-        for share, target in parts.items():
-            result = result + system.change(system.factor(products, share), target, K)
-        return result
-
-    def _open(self) -> RowSystem | None:
-        """Return the system; None where no feature ever fires."""
-        if self._system is None and bool((self._statistics.sum_squares > 0).any()):
-            rows = self._statistics.rows
-            assert rows is not None
-            self._system = RowSystem(rows, self._statistics.mean if self._centre else None)
-        return self._system
+        solved = sum(system.solve(system.factor(products, share), target) for share, target in parts.items())
+        assert isinstance(solved, torch.Tensor)
+        return old + system.change(solved, K)
 
     def _centred(self, target: torch.Tensor) -> torch.Tensor:
         return target - self.mean_target.to(target) if self._centre else target

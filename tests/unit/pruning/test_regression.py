@@ -44,7 +44,7 @@ def both(X, E, *, centre=False):
 def test_the_regression_minimises_its_objective(kept, form, tokens):
     X, E, W = problem(tokens)
     K = list(range(9)) if kept is None else kept
-    found = both(X, E)[form].solve(W, kept, 0.1, 0.1)
+    found = both(X, E)[form].solve(W, kept, 0.1, 0.1).double()
     T, second = X.double() @ W.T + E, X.double().T @ X.double() / tokens
     scale = second.diagonal()[K] + FLOOR * second.diagonal().mean()
 
@@ -62,7 +62,7 @@ def test_the_regression_minimises_its_objective(kept, form, tokens):
 def test_a_ridge_of_its_own_for_what_x_does_not_give(form, centre):
     """The own output is refitted with one ridge, the rest of the target with another; both minimise their part."""
     X, E, W = problem(mean=1.0)
-    found = both(X, E, centre=centre)[form].solve(W, KEPT, 0.1, 2.0)
+    found = both(X, E, centre=centre)[form].solve(W, KEPT, 0.1, 2.0).double()
     X, E = X.double(), E.double()
     if centre:
         X, E = X - X.mean(dim=0), E - E.mean(dim=0)
@@ -102,7 +102,7 @@ def test_features_that_never_fire_keep_their_weights(centre):
         assert torch.equal(fit.solve(W, KEPT, 0.3, 1.0), W[:, KEPT])
         assert fit.errors((0.1, 1.0), [(torch.zeros(3, 9), E[:3])]) == [0.0, 0.0]
     X[:, 2] = 0  # one of them
-    first, second = (fit.solve(W, KEPT, 0.3, 1.0) for fit in both(X, E, centre=centre))
+    first, second = (fit.solve(W, KEPT, 0.3, 1.0).double() for fit in both(X, E, centre=centre))
     torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
 
 
@@ -130,7 +130,7 @@ def test_the_surgeon_ranks_by_rows_as_by_the_gram_matrix(size, centred):
     weights = TargetWeights(W, size, torch.zeros(60 // size), has_bias=centred, channel_scale=torch.rand(8, 1) + 0.5)
     by_gram, by_rows = (
         CRITERIA["obs"].function(weights, TargetStatistics(40, *sums, **more), torch.Generator())
-        for more in ({"gram": X.T @ X}, {"rows": X})
+        for more in ({"gram": X.T @ X}, {"system": RowSystem(X.T.contiguous())})
     )
     assert torch.equal(by_gram, by_rows)
 
@@ -139,7 +139,7 @@ def test_the_surgeon_ranks_by_rows_as_by_the_gram_matrix(size, centred):
 def test_the_surgeon_stops_where_the_rest_stays(kind):
     X, W = drawn(50, 80, seed=6), drawn(8, 80, seed=7)
     wide = X.double()
-    given = {"gram": X.T @ X} if kind == "gram" else {"rows": X}
+    given = {"gram": X.T @ X} if kind == "gram" else {"system": RowSystem(X.T.contiguous())}
     stats = TargetStatistics(50, wide.sum(dim=0), wide.abs().sum(dim=0), wide.square().sum(dim=0), **given)
     whole = CRITERIA["obs"].function(TargetWeights(W, 1, torch.zeros(80)), stats, torch.Generator())
     assert sorted(whole.tolist()) == list(range(80))
