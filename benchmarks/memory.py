@@ -31,6 +31,7 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.in_turns import forward_in_turns
+from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pipelines.prune import prune_to_folder
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, batches_of
 from hf_context_prune.pruning.sequential.layer_pruner import SequentialPruner
@@ -186,28 +187,35 @@ def run_dense(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_prune(args: argparse.Namespace) -> dict[str, Any]:
     """Prune to a folder; `growth` is that of the memory from the first finished layer to the last."""
-    held: list[int] = []
+    held, walk = [], 0.0
     own = SequentialPruner.prune
 
     def watched(self: SequentialPruner, *given: Any) -> Any:
+        nonlocal walk
+        begin = time.perf_counter()
         found = own(self, *given)
+        walk += time.perf_counter() - begin
         held.append(own_memory())
         return found
 
     SequentialPruner.prune = watched  # type: ignore[method-assign]
+    config = config_of(args)
+    planned = dry_run(args.checkpoint, config)
     options = EvalOptions(max_tokens=args.eval_tokens, benchmark=False, memory=False)
     with Watch() as watch:
         result = prune_to_folder(
             args.checkpoint,
             corpus(args, "train"),
             args.output,
-            config_of(args),
+            config,
             eval_data=corpus(args, "validation"),
             eval_options=options,
         )
     removed = 1 - result.model.num_parameters() / result.report.size.base_parameters
     growth = max(held, default=0) - (held[0] if held else 0)
-    return watch.facts() | {"growth": growth, "removed": removed, "class": type(result.model).__name__}
+    facts = {"growth": growth, "removed": removed, "walk": round(walk, 1), "class": type(result.model).__name__}
+    predicted = {"seconds": round(sum(planned.seconds.values())), "memory": planned.needs.step_memory}
+    return watch.facts() | facts | {"predicted": predicted}
 
 
 def run_open(args: argparse.Namespace) -> dict[str, Any]:
@@ -266,6 +274,8 @@ def results_text(row: dict[str, Any], args: argparse.Namespace) -> str:
         for step in names
     ]
     header = ["step, in a process of its own", "seconds", "forward passes", "peak memory (GiB)", "checkpoints read"]
+    walk, predicted = row["prune"]["walk"], row["prune"]["predicted"]
+    body.insert(2, ["of these, the walk through the layers", f"{walk:,.0f}", f"{walk / dense['seconds']:.1f}", "", ""])
     how = "the default" if args.searched else "uniform widths"
     held = "a control group" if row["prune"]["held"] else "nothing (the peak shows what was taken)"
     return f"""## Memory of a large model ({args.shape}, {how})
@@ -273,7 +283,8 @@ def results_text(row: dict[str, Any], args: argparse.Namespace) -> str:
 A Llama of the {args.shape} shape with random weights in bfloat16, {row["checkpoint"] / 1e9:.1f} GB on disk; {row["prune"]["removed"]:.1%} of all
 parameters removed ({how}), calibrated on {args.num_samples} x {args.length} tokens of {args.domain}, with evaluation of both models and the saved folder
 ({row["result"] / 1e9:.1f} GB). Limit: {args.limit}, held to by {held}. Peak memory is that which no file backs. From the first pruned layer
-to the last it grew by {row["prune"]["growth"] / gib:.2f} GiB.
+to the last it grew by {row["prune"]["growth"] / gib:.2f} GiB. Predicted before the work, without evaluation: {predicted["memory"] / gib:.2f} GiB for the largest
+step beside what the process holds, and {predicted["seconds"]:,.0f} seconds.
 
 {table(header, body)}
 

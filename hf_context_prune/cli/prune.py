@@ -122,6 +122,7 @@ def _dry_run(
     format: OutputFormat,
 ) -> None:
     from hf_context_prune.pipelines.dry_run import dry_run
+    from hf_context_prune.pipelines.durations import describe_seconds
 
     if isinstance(config, ThresholdConfig):
         raise ConfigError(
@@ -147,6 +148,7 @@ def _dry_run(
         )
         other = "not known yet" if found.widths is None else "variable widths"
         out(str(found.needs))
+        out(describe_seconds(found.seconds))
         if found.missing_memory is not None:
             out(f"Here the run would be refused. {found.missing_memory}")
         out(f"Architecture: {'native' if found.native_fit.fits else other}: {found.native_fit.reason}")

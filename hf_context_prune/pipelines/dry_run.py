@@ -1,4 +1,4 @@
-"""The sizes that a budget leads to, from shapes alone: no weight is read and nothing is measured."""
+"""The sizes that a budget leads to, and what the run takes, from shapes alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.loading import load_meta_model
 from hf_context_prune.utils.memory import memory_limit, parse_bytes
 
+from .durations import estimate_seconds
 from .needs import Needs, estimate_needs
 
 
@@ -43,6 +44,7 @@ class DryRun:
         native_fit: Whether the native architecture holds the widths, and why or why not.
         needs: Memory and disk that the run needs.
         missing_memory: Why this machine would refuse the run; None if it fits.
+        seconds: Time of each long step, as [`estimate_seconds`][] estimates it.
     """
 
     base_parameters: int
@@ -55,6 +57,7 @@ class DryRun:
     native_fit: NativeFit
     needs: Needs
     missing_memory: str | None
+    seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as JSON values."""
@@ -64,7 +67,7 @@ class DryRun:
 def dry_run(
     model: str | Path, config: PrunerConfig, *, revision: str | None = None, max_memory: int | str | None = None
 ) -> DryRun:
-    """Work out the sizes without reading a weight.
+    """Work out the sizes without reading a weight; products of a layer's size are timed.
 
     Args:
         model: A model folder, .gguf file or Hub id.
@@ -127,4 +130,5 @@ def dry_run(
         else assess_native_fit(empty.config, view.spec, widths),
         needs=needs,
         missing_memory=missing,
+        seconds=estimate_seconds(empty, config),
     )

@@ -40,6 +40,7 @@ from hf_context_prune.utils.memory import memory_limit, parse_bytes, reserve_mem
 from hf_context_prune.utils.tensor_facts import remember_weights
 
 from .comparison import Comparison
+from .durations import describe_seconds, estimate_seconds
 from .kept_model import load_or_prune
 from .needs import estimate_needs
 from .pruning_texts import AnyConfig, PruningTexts
@@ -190,6 +191,7 @@ def run_pruning(
         if output is not None and is_main_process():
             needs.check_disk(output, resume_dir)
         _LOGGER.info("%s", needs)
+        _LOGGER.info("%s", describe_seconds(estimate_seconds(base.model, config)))
         with reserve_memory(needs.step_memory):
             return _run_stages(base, data, config, asked, tokens_stay, options, eval_data, recovery, resume_dir)
 

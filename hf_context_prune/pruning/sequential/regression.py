@@ -81,9 +81,14 @@ def open_regression(features: int, outputs: int, tokens: int, device: torch.devi
         device: Where the sums are.
         centre: Whether a bias takes up the mean.
     """
-    if 2 * tokens <= features and num_processes() < 2:
+    if keeps_rows(features, tokens) and num_processes() < 2:
         return RowRegression(centre=centre)
     return MomentRegression(features, outputs, device, centre=centre)
+
+
+def keeps_rows(features: int, tokens: int) -> bool:
+    """Return whether so few tokens are cheaper kept as rows than summed up."""
+    return 2 * tokens <= features
 
 
 class MomentRegression(Regression):

@@ -1,0 +1,53 @@
+"""The time that a run is told to take."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_context_prune import PrunerConfig, ThresholdConfig
+from hf_context_prune.pipelines import durations
+from hf_context_prune.pipelines.dry_run import dry_run
+from hf_context_prune.pipelines.durations import describe_seconds, estimate_seconds
+from tests.support.tiny import model_and_text, tiny_model
+
+LAYERS = "layers"
+
+
+def test_each_long_step_has_its_time(monkeypatch):
+    model = tiny_model("llama")
+    clock = iter(range(10_000))
+    monkeypatch.setattr(durations.time, "perf_counter", lambda: float(next(clock)))  # each product takes a second
+    short = estimate_seconds(model, PrunerConfig(mlp_ratio=0.5, num_calibration_samples=8, max_seq_length=32))
+    long = estimate_seconds(model, PrunerConfig(mlp_ratio=0.5, num_calibration_samples=64, max_seq_length=32))
+    assert list(short) == list(long) == [LAYERS, "refit of the LM head"]
+    assert long[LAYERS] > short[LAYERS] > 0
+    searched = estimate_seconds(model, PrunerConfig(pruning_ratio=0.2, num_calibration_samples=8, max_seq_length=32))
+    assert list(searched) == ["search", LAYERS, "refit of the LM head"]
+    tokens = PrunerConfig(vocab_size=64, refit_lm_head=False)
+    assert estimate_seconds(model, tokens) == {}
+    assert list(estimate_seconds(model, ThresholdConfig(linear_threshold=0.1))) == ["calibration"]
+
+
+def test_more_layers_take_longer(monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(durations.time, "perf_counter", lambda: float(next(clock)))
+    config = PrunerConfig(mlp_ratio=0.5, num_calibration_samples=8, max_seq_length=32)
+    two, four = (estimate_seconds(tiny_model("llama", num_hidden_layers=count), config)[LAYERS] for count in (2, 4))
+    assert four == pytest.approx(2 * two)
+
+
+def test_a_folder_that_is_not_loaded_has_one_too(tmp_path):
+    model_and_text(tmp_path, "data.jsonl")
+    found = dry_run(tmp_path / "base", PrunerConfig(mlp_ratio=0.5))
+    assert set(found.seconds) == {LAYERS, "refit of the LM head"}
+    assert min(found.seconds.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.1, "1 s"), (59, "59 s"), (100, "2 min"), (5_000, "83 min"), (9_000, "2.5 h"), (100_000, "28 h")],
+)
+def test_a_time_has_two_digits_at_most(seconds, text):
+    assert describe_seconds({LAYERS: seconds}) == (
+        f"Takes about {text} on this machine when it is idle (layers {text}), beside evaluation and training."
+    )
