@@ -5,14 +5,19 @@
     result = prune("HuggingFaceTB/SmolLM2-135M-Instruct", "contracts.jsonl", PrunerConfig(pruning_ratio=0.2))
     result.save_pretrained("mini-gpt-contracts")
 
-Names are imported when they are first used, so that ``import hf_context_prune`` stays fast.
+Names are imported when they are first used, so that ``import hf_context_prune`` stays fast. From then on, the auto
+classes of `transformers` open variable-width models: these classes, too, are made when they are first asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
+from .utils.compat import register_on_demand
 from .utils.version import __version__
 
 if TYPE_CHECKING:
@@ -139,6 +144,15 @@ __all__ = [
     "withhold_probe",
     "write_space",
 ]
+
+
+wrapt.register_post_import_hook(
+    # `modeling` registers its classes when it is imported. The prefix is its `specs.PREFIX`.
+    partial(
+        register_on_demand, prefix="context_pruned_", register=partial(importlib.import_module, ".modeling", __name__)
+    ),
+    "transformers.models.auto.configuration_auto",
+)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - classes and functions alike

@@ -25,12 +25,16 @@ def export(
     dtype: Annotated[
         str | None,
         shared(
-            "Data type of the weights. quanto: int8, int4; torchao: int8; onnx: float32, int8; gguf: f16, bf16, q8_0. "
-            "By default the first."
+            "Data type of the weights. quanto: int8, int4; torchao: int8; onnx: float32, int8; gguf: f16, bf16, q8_0, "
+            "q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k. By default the first."
         ),
     ] = None,
     data: Annotated[
         str | None, shared("Test text to compare on; by default text that the model itself writes. " + DATA_HELP, TEXT)
+    ] = None,
+    importance_data: Annotated[
+        str | None,
+        shared("Text of the domain that tells which inputs matter, for q6_k to q2_k of gguf. " + DATA_HELP, TEXT),
     ] = None,
     column: Given = NONE,
     max_tokens: Annotated[int, shared("Largest number of tokens of --data to compare on.", EVALUATION, min=1)] = 2000,
@@ -54,6 +58,7 @@ def export(
         format=to,
         dtype=dtype,
         data=data,
+        importance_data=importance_data,
         max_tokens=max_tokens,
         tolerance=tolerance,
         seed=seed,

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from hf_context_prune.errors import ConfigError
 
 from .options import FolderArgument
 
 
-def serve(context: typer.Context, folder: FolderArgument) -> None:
-    """Serve DIR with an OpenAI-compatible API: `transformers serve DIR`, whose options can be given too.
+class Engine(StrEnum):
+    """What runs the model."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+def serve(
+    context: typer.Context,
+    folder: FolderArgument,
+    engine: Annotated[Engine, typer.Option(help="What runs the model.")] = Engine.transformers,
+    python: Annotated[
+        Path | None,
+        typer.Option(
+            help="Python of the environment that has vLLM, such as vllm/bin/python. By default this one.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve DIR with an OpenAI-compatible API, by `transformers serve` or by vLLM, whose options can be given too.
 
     `transformers serve` alone looks for a model's class in transformers, and finds those of native widths only.
     """
+    if engine is Engine.vllm:
+        from hf_context_prune.pipelines.vllm_server import serve_with_vllm
+
+        raise typer.Exit(serve_with_vllm(folder, context.args, python=python))
+    if python is not None:
+        raise ConfigError("--python names the environment of vLLM; give --engine vllm with it.")
     from hf_context_prune.pipelines.serve import serve as run
 
     run(folder, context.args)

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hf_context_prune.errors import ConfigError, ExportError, unknown_name
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.memory import free_memory
 
 from .runtime import Runtime
 from .verify import Tolerance
+
+Importance = Mapping[str, NDArray[np.float32]]
+"""Mean square of each input, by the name of the weight that reads it."""
 
 
 class FormatModule(Protocol):
@@ -24,8 +30,11 @@ class FormatModule(Protocol):
     def check(self, loaded: LoadedModel, dtype: str) -> None:
         """Refuse a model that the format can't hold, with an ExportError."""
 
-    def write(self, loaded: LoadedModel, folder: Path, dtype: str) -> None:
-        """Write the artefact to an empty folder; this may change the model."""
+    def write(self, loaded: LoadedModel, folder: Path, dtype: str, **importance: Importance) -> None:
+        """Write the artefact to an empty folder; this may change the model.
+
+        `importance` is there only for data types that are `weighted`.
+        """
 
     def load(self, folder: Path) -> Runtime:
         """Open the artefact in the format's own runtime."""
@@ -43,6 +52,7 @@ class ExportFormat:
         files: Patterns of the files that count as its size.
         dtype: Data type in which the model is loaded; ``"auto"``: as it was saved.
         copies: Copies of the loaded weights that writing holds in memory; 0: one tensor at a time.
+        weighted: The data types whose errors can be weighted by the importance of inputs.
     """
 
     name: str
@@ -52,6 +62,7 @@ class ExportFormat:
     files: tuple[str, ...]
     dtype: str = "auto"
     copies: int = 2
+    weighted: frozenset[str] = frozenset()
 
     def check_memory(self, weights: int) -> None:
         """Refuse a model that this format can't be written from in the memory that is free.
@@ -136,10 +147,16 @@ FORMATS: dict[str, ExportFormat] = {
                 "f16": Tolerance(perplexity=0.01, gap=_TIE),
                 "bf16": Tolerance(perplexity=0.02, gap=0.2),
                 "q8_0": _QUANTISED,
+                "q6_k": _QUANTISED,
+                "q5_k_m": Tolerance(perplexity=0.1),
+                "q4_k_m": Tolerance(perplexity=0.25),
+                "q3_k_m": Tolerance(perplexity=1.0),
+                "q2_k": Tolerance(perplexity=10.0),
             },
             ("*.gguf",),
             dtype="float32",
             copies=0,
+            weighted=frozenset({"q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"}),
         ),
     )
 }

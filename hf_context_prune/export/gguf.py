@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
-from hf_context_prune.errors import ExportError
+from hf_context_prune.errors import ExportError, PruningWarning
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
@@ -23,7 +24,9 @@ from hf_context_prune.utils.memory import fits_in_memory
 
 from .arrays import as_file_array
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
+from .k_quants import MIXTURES, bytes_of, quantize, type_of
 from .llama_cpp import LlamaCppRuntime
+from .modelfile import write_modelfile
 
 FILE_NAME = "model.gguf"
 
@@ -32,10 +35,13 @@ _TYPES = {
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
+_TYPES |= {name: (mixture.kind, mixture.file_type) for name, mixture in MIXTURES.items()}
 _Q8_BLOCK = 32
 _NEURONS = {"f16": 64, "bf16": 64, "q8_0": _Q8_BLOCK}
 """MLP widths are filled up to a multiple of this with neurons that are zero. llama.cpp takes 64 16-bit inputs at a time
 (AVX-512; 32 with AVX2 and NEON) and the rest of a row one by one, which is several times as slow."""
+_K_BLOCKS = (256, 32)
+"""The same for k-quants: the multiple that makes the smaller file."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,20 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     check_tokenizer(loaded.tokenizer)
 
 
-def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
-    """Write the GGUF file."""
+def write(
+    loaded: LoadedModel, folder: Path, dtype: str, importance: Mapping[str, NDArray[np.float32]] | None = None
+) -> None:
+    """Write the GGUF file, and a Modelfile for Ollama.
+
+    Args:
+        loaded: The model.
+        folder: An empty folder.
+        dtype: Data type of the weights.
+        importance: Mean square of each input, by the name of the weight that reads it; for k-quants.
+    """
     geometry, family = _geometry(loaded, dtype), _FAMILIES[base_model_type(loaded.model.config.model_type)]
     arch = MODEL_ARCH.DECI if _is_variable(geometry) else family.arch
-    kind, file_type = _TYPES[dtype]
+    file_type = _TYPES[dtype][1]
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     spools = not fits_in_memory(weights)  # the writer holds all tensors, else in a temporary file
     writer = GGUFWriter(folder / FILE_NAME, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=spools)
@@ -126,16 +141,19 @@ def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         rows = loaded.model.get_input_embeddings().weight.shape[0]
         write_tokenizer(writer, loaded.model, loaded.tokenizer, rows)
-        for name, values in _tensors(loaded, geometry, arch, family):
-            chosen = _type_of(values, kind)
+        blocks = _Blocks(loaded, dtype, importance or {})
+        for source, name, values in _tensors(loaded, geometry, arch, family):
+            chosen, data = blocks.of(source, name, values)
             # The writer can't tell the type of a quantised array; it can tell numpy's types.
             raw = None if chosen in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) else chosen
-            writer.add_tensor(name, as_file_array(gguf.quants.quantize(values, chosen)), raw_dtype=raw)
+            writer.add_tensor(name, as_file_array(data), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
+    blocks.warn_of_fallback()
+    write_modelfile(folder, FILE_NAME, loaded.tokenizer)
 
 
 def load(folder: Path) -> LlamaCppRuntime:
@@ -143,12 +161,72 @@ def load(folder: Path) -> LlamaCppRuntime:
     return LlamaCppRuntime(folder / FILE_NAME, threads=torch.get_num_threads())
 
 
+class _Blocks:
+    """The data of each tensor, in the type of the file."""
+
+    def __init__(self, loaded: LoadedModel, dtype: str, importance: Mapping[str, NDArray[np.float32]]) -> None:
+        self._dtype, self._mixture, self._importance = dtype, MIXTURES.get(dtype), importance
+        self._layers, self._tied = loaded.model.config.num_hidden_layers, has_tied_head(loaded.model)
+        self._all = self._other = 0
+
+    def of(
+        self, source: str, name: str, values: NDArray[np.float32]
+    ) -> tuple[GGMLQuantizationType, NDArray[np.generic]]:
+        """Return type and data of a tensor.
+
+        Args:
+            source: Its name in the model.
+            name: Its name in llama.cpp.
+            values: Its values.
+        """
+        if self._mixture is None:
+            kind = _type_of(values, _TYPES[self._dtype][0])
+            return kind, gguf.quants.quantize(values, kind)
+        kind, packed = type_of(name, values.shape, self._mixture, layers=self._layers, tied=self._tied)
+        if values.ndim == 1 or kind is GGMLQuantizationType.F16:
+            data: NDArray[np.generic] = gguf.quants.quantize(values, kind)
+        else:
+            data = quantize(values, kind, _filled(self._importance.get(source), values.shape[-1]))
+        self._all += data.nbytes
+        self._other += 0 if packed else data.nbytes
+        return kind, data
+
+    def warn_of_fallback(self) -> None:
+        """Say how much is in other types because blocks of a k-quant don't divide its rows."""
+        if self._other:
+            warnings.warn(
+                f"{self._other / 1e6:,.1f} of {self._all / 1e6:,.1f} MB of weights have rows that blocks of 256 don't "
+                f"divide, so they have more bits than {self._dtype} says. Prune with --round-to 256 for the MLP; a "
+                f"hidden size that 256 does not divide can't be helped.",
+                PruningWarning,
+                stacklevel=2,
+            )
+
+
+def _filled(importance: NDArray[np.float32] | None, inputs: int) -> NDArray[np.float32] | None:
+    """Return the importance of all inputs: of neurons that are zero in the file, the mean of the others."""
+    if importance is None:
+        return None
+    return np.pad(importance, (0, inputs - len(importance)), constant_values=importance.mean()).astype(np.float32)
+
+
 def _geometry(loaded: LoadedModel, dtype: str) -> Geometry:
     """Return the sizes of the file: those of the model, with MLP widths filled up."""
-    geometry = read_geometry(loaded.model.config, spec_of(loaded.model.config))
-    multiple = _NEURONS[dtype]
-    layers = (replace(layer, neurons=-(-layer.neurons // multiple) * multiple) for layer in geometry.layers)
+    config = loaded.model.config
+    geometry = read_geometry(config, spec_of(config))
+    layers = (
+        replace(layer, neurons=_filled_up(layer.neurons, geometry.hidden_size, dtype)) for layer in geometry.layers
+    )
     return replace(geometry, layers=tuple(layers))
+
+
+def _filled_up(neurons: int, hidden: int, dtype: str) -> int:
+    """Return the neurons that a layer has in the file."""
+    if (mixture := MIXTURES.get(dtype)) is None:
+        multiple = _NEURONS[dtype]
+        return -(-neurons // multiple) * multiple
+    widths = [-(-neurons // multiple) * multiple for multiple in _K_BLOCKS]
+    return min(widths, key=lambda width: bytes_of(((width, hidden), (width, hidden), (hidden, width)), mixture.kind))
 
 
 def _is_variable(geometry: Geometry) -> bool:
@@ -205,8 +283,8 @@ def _slides(config: Any) -> bool:  # noqa: ANN401
 
 def _tensors(
     loaded: LoadedModel, geometry: Geometry, arch: MODEL_ARCH, family: _Family
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield the names and float32 values of llama.cpp's tensors."""
+) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
+    """Yield the names of llama.cpp's tensors, in the model and in the file, and their float32 values."""
     names = gguf.get_tensor_name_map(arch, len(geometry.layers))
     tied = has_tied_head(loaded.model)
     neurons = dict(_neuron_axes(loaded.model, geometry))
@@ -225,9 +303,9 @@ def _tensors(
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise ExportError(f"llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]} has no tensor for {name}.")
-        yield new, values.numpy()
+        yield name, new, values.numpy()
     if _rope_kind(loaded.model.config) != "default":
-        yield "rope_freqs.weight", _rope_factors(loaded.model, geometry.head_dim)
+        yield "", "rope_freqs.weight", _rope_factors(loaded.model, geometry.head_dim)
 
 
 def _neuron_axes(model: Any, geometry: Geometry) -> Iterator[tuple[str, tuple[int, int]]]:  # noqa: ANN401

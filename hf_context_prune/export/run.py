@@ -26,7 +26,8 @@ from hf_context_prune.utils.foreign_code import refuse_foreign_code
 from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.memory import fits_in_memory
 
-from .formats import FORMATS, ExportFormat, FormatModule, format_of
+from .formats import FORMATS, ExportFormat, FormatModule, Importance, format_of
+from .importance import measure_importance
 from .report import ExportReport
 from .runtime import Runtime, TorchRuntime
 from .sample import own_sample, read_sample
@@ -57,6 +58,7 @@ def export_model(
     format: str,
     dtype: str | None = None,
     data: Any = None,  # noqa: ANN401 - whatever load_documents reads
+    importance_data: Any = None,  # noqa: ANN401 - the same
     text_column: str | None = None,
     max_tokens: int = _MAX_TOKENS,
     tolerance: float | None = None,
@@ -70,6 +72,8 @@ def export_model(
         format: ``"quanto"``, ``"torchao"``, ``"onnx"`` or ``"gguf"``.
         dtype: Data type of the weights; None takes the default of the format (the first of its entry in `FORMATS`).
         data: Test text for the comparison; None takes text that the model itself writes, which has no bits per byte.
+        importance_data: Text of the domain, other than `data`, that tells which inputs matter (llama.cpp's importance
+            matrix): their errors are kept small. For the k-quants of gguf.
         text_column: Column with the text.
         max_tokens: Largest number of tokens of `data` to compare on, in whole documents.
         tolerance: Relative change of the perplexity to allow, instead of the limit of the format.
@@ -82,10 +86,16 @@ def export_model(
         ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
     """
     if data is None:
-        _warn_of_unused(text_column, max_tokens)
+        _warn_of_unused(None if importance_data is not None else text_column, max_tokens)
     kind = format_of(format)
     chosen = next(iter(kind.dtypes)) if dtype is None else dtype
     allowed = kind.tolerance(chosen)
+    if importance_data is not None and chosen not in kind.weighted:
+        able = [f"{name}: {', '.join(sorted(one.weighted))}" for name, one in FORMATS.items() if one.weighted]
+        raise ConfigError(
+            f"importance_data serves data types that can weigh their errors ({'; '.join(able)}), and {chosen} of "
+            f"{kind.name} is none. Leave it out, or choose one of them (--dtype)."
+        )
     if tolerance is not None:
         if not 0 <= tolerance < float("inf"):
             raise ConfigError(f"tolerance is {tolerance}; it must be a relative change of at least 0, such as 0.05.")
@@ -115,10 +125,13 @@ def export_model(
     )
     reference = TorchRuntime(loaded.model)
     before = measure(reference, sample)
+    importance: dict[str, Importance] = {}
+    if importance_data is not None:
+        importance["importance"] = measure_importance(loaded, importance_data, text_column, seed=seed)
     plan_sha256, bytes_before = _plan_sha256(loaded), _bytes_of(loaded)
     with staged_folder(goal, required_bytes=estimate_bytes(loaded.model), replaces=EXPORT_REPORT_NAME) as staging:
         _LOGGER.info("Writing %s.", kind.name)
-        _write(kind, module, load_model(folder, dtype=kept_dtype, device="cpu"), staging, chosen)
+        _write(kind, module, load_model(folder, dtype=kept_dtype, device="cpu"), staging, chosen, **importance)
         _LOGGER.info("Running the artefact.")
         with _opened(kind, staging) as runtime:
             check_tokens(runtime, loaded.tokenizer, sample)
@@ -179,9 +192,11 @@ def read_export(folder: str | Path) -> ExportReport:
     return report
 
 
-def _write(kind: ExportFormat, module: FormatModule, loaded: LoadedModel, staging: Path, dtype: str) -> None:
+def _write(
+    kind: ExportFormat, module: FormatModule, loaded: LoadedModel, staging: Path, dtype: str, **importance: Importance
+) -> None:
     try:
-        module.write(loaded, staging, dtype)
+        module.write(loaded, staging, dtype, **importance)
         leave_out_foreign_code(staging, loaded.tokenizer)  # of a base: many name code that nothing here needs
     except ContextPruneError:
         raise

@@ -128,9 +128,13 @@ def has_tied_head(model: Any) -> bool:  # noqa: ANN401
 
 @contextmanager
 def config_of_memory(model: Any) -> Iterator[None]:  # noqa: ANN401
-    """Let a config say in the block whether the head is tied in memory: so a saved model reloads as it is."""
+    """Let a config say in the block whether the head is tied in memory: so a saved model reloads as it is.
+
+    Of a model without a head, the config says what the causal LM does.
+    """
     said = model.config.tie_word_embeddings
-    model.config.tie_word_embeddings = has_tied_head(model)
+    if model.get_output_embeddings() is not None:
+        model.config.tie_word_embeddings = has_tied_head(model)
     try:
         yield
     finally:

@@ -1,5 +1,8 @@
 """Variable-width causal LMs: ``ContextPruned<Base>ForCausalLM`` for every entry of the table.
 
+``ContextPruned<Base>Model`` is the same without an LM head: servers such as vLLM, which have their own, build it by
+`AutoModel`.
+
 A model is built by the native class with the dense widths (free under `from_pretrained`, which builds on the meta
 device), then every layer is narrowed to its own widths. The forward code is the native class's, unchanged.
 """
@@ -37,7 +40,7 @@ this list; where these files are used without the package, the list stays empty.
 
 
 def model_class_name(spec: ArchSpec) -> str:
-    """Return the name of the variable-width model class, such as ``ContextPrunedLlamaForCausalLM``."""
+    """Return the name of the variable-width class of an entry, such as ``ContextPrunedLlamaForCausalLM``."""
     return f"ContextPruned{spec.model_class}"
 
 
@@ -183,9 +186,9 @@ def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> 
         "the config does not belong to these weights, or one of them is damaged. Restore the config.json that was "
         "saved with them, or download or save the model again."
     )
-    layers = spec.layers
-    if not any(name.startswith(f"{layers}.") for name in tensors):
-        layers = layers.partition(".")[2]  # saved without the head's prefix, as the first GPT-2 was
+    # Saved without the head's prefix, as the first GPT-2 was; or with it, and read by a class without a head.
+    places = (spec.layers, spec.layers.partition(".")[2], f"{model_class.base_model_prefix}.{spec.layers}")
+    layers = next((one for one in places if one and any(name.startswith(f"{one}.") for name in tensors)), spec.layers)
     numbers = {name[len(layers) + 1 :].partition(".")[0] for name in tensors if name.startswith(f"{layers}.")}
     present, count = {int(number) for number in numbers if number.isdecimal()}, config.num_hidden_layers
     if beyond := sorted(number for number in present if number >= count):
@@ -222,7 +225,10 @@ def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list
     know, of the same shape. Quantised (`packed`) tensors have other names and shapes, and are not compared.
     """
     prefix, expected = f"{model.base_model_prefix}.", model.state_dict()
-    names = {name: name if name in tensors else name.removeprefix(prefix) for name in expected}
+    names = {
+        name: next((one for one in (name, prefix + name) if one in tensors), name.removeprefix(prefix))
+        for name in expected
+    }
     for target, source in model.all_tied_weights_keys.items():  # one of the two is enough
         names[source] = names[source] if names[source] in tensors else names[target]
         if names[target] not in tensors:
@@ -378,7 +384,7 @@ def _make(spec: ArchSpec) -> type:
     namespace = {
         "__module__": __name__,
         "__qualname__": name,
-        "__doc__": f"Variable-width {spec.model_type} causal LM: `{spec.model_class}` with per-layer widths.",
+        "__doc__": f"Variable-width {spec.model_type} model: `{spec.model_class}` with per-layer widths.",
         "spec": spec,
         "config_class": config_class,
         "__annotations__": {"config": config_class},
@@ -386,7 +392,7 @@ def _make(spec: ArchSpec) -> type:
     return type(name, (ContextPrunedModelMixin, parent), namespace)
 
 
-_SPEC_BY_NAME = {model_class_name(spec): spec for spec in SPECS.values()}
+_SPEC_BY_NAME = {model_class_name(form): form for spec in SPECS.values() for form in (spec, spec.headless())}
 __getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
 
 

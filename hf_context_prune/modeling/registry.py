@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from hf_context_prune.utils.upload_check import refuse_upload
 
@@ -20,7 +20,7 @@ def get_config_class(spec: ArchSpec) -> type[PreTrainedConfig]:
 
 
 def get_model_class(spec: ArchSpec) -> type[Any]:
-    """Return the variable-width model class of an architecture."""
+    """Return the variable-width model class of an architecture, or of its `headless` entry."""
     return getattr(modeling_context_pruned, model_class_name(spec))
 
 
@@ -28,13 +28,20 @@ def build_auto_map(spec: ArchSpec) -> dict[str, str]:
     """Return the ``auto_map`` entry of config.json: the file and class that remote code loads."""
     return {
         "AutoConfig": f"configuration_context_pruned.{config_class_name(spec)}",
+        "AutoModel": f"modeling_context_pruned.{model_class_name(spec.headless())}",
         "AutoModelForCausalLM": f"modeling_context_pruned.{model_class_name(spec)}",
     }
 
 
 def register_classes() -> None:
-    """Register every variable-width architecture, and the check of files before a model's own ``push_to_hub``."""
+    """Register every variable-width architecture, and the check of files before a model's own ``push_to_hub``.
+
+    Importing the package `hf_context_prune.modeling` does so; vLLM calls it in each of its processes
+    (``vllm.general_plugins``).
+    """
     for spec in SPECS.values():
         AutoConfig.register(PREFIX + spec.model_type, get_config_class(spec), exist_ok=True)
+        AutoModel.register(get_config_class(spec), get_model_class(spec.headless()), exist_ok=True)
         AutoModelForCausalLM.register(get_config_class(spec), get_model_class(spec), exist_ok=True)
-    modeling_context_pruned.UPLOAD_CHECKS.append(refuse_upload)
+    if refuse_upload not in modeling_context_pruned.UPLOAD_CHECKS:
+        modeling_context_pruned.UPLOAD_CHECKS.append(refuse_upload)

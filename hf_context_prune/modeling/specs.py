@@ -10,7 +10,7 @@ This file travels with every saved variable-width model, so it imports nothing b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PREFIX = "context_pruned_"
@@ -47,6 +47,7 @@ class ArchSpec:
         model_type: ``config.model_type`` of the native architecture.
         config_class: Name of the config class in `transformers`.
         model_class: Name of the causal-LM class in `transformers`.
+        headless_class: Name of the class without an LM head; None: that of the causal LM with ``Model`` at its end.
         layers: Module path of the list of decoder layers, from the causal-LM model.
         mlp_inputs: Projections whose output features are the neurons (gate and up, or one), relative to the layer.
         mlp_output: Projection whose input features are the neurons.
@@ -68,6 +69,7 @@ class ArchSpec:
     model_type: str
     config_class: str
     model_class: str
+    headless_class: str | None = None
     layers: str = "model.layers"
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
@@ -88,6 +90,11 @@ class ArchSpec:
         """Return the path of the projection that reads the units of ``"mlp"`` or ``"attention"``."""
         return self.mlp_output if target == "mlp" else self.attention_output
 
+    def headless(self) -> ArchSpec:
+        """Return the entry of the class without an LM head, whose paths begin behind the first module."""
+        name = self.headless_class or self.model_class.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+        return replace(self, model_class=name, layers=self.layers.partition(".")[2])
+
 
 def _llama_like(model_type: str, name: str, config_class: str | None = None, **differences: Any) -> ArchSpec:  # noqa: ANN401
     return ArchSpec(model_type, config_class or f"{name}Config", f"{name}ForCausalLM", **differences)
@@ -106,7 +113,9 @@ SPECS: dict[str, ArchSpec] = {
         _llama_like("smollm3", "SmolLM3"),
         _llama_like("gemma", "Gemma"),
         _llama_like("gemma2", "Gemma2", post_norms=_SANDWICH),
-        _llama_like("gemma3_text", "Gemma3", "Gemma3TextConfig", post_norms=_SANDWICH),
+        _llama_like(
+            "gemma3_text", "Gemma3", "Gemma3TextConfig", headless_class="Gemma3TextModel", post_norms=_SANDWICH
+        ),
         _llama_like("granite", "Granite", residual_multiplier="residual_multiplier"),
         ArchSpec(
             "phi",

@@ -7,15 +7,71 @@ module; the same file tests their hooks.
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from hf_context_prune.errors import ExportError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments
+
+
+def register_on_demand(auto: ModuleType, *, prefix: str, register: Callable[[], object]) -> None:
+    """Call `register` once, when an auto class first asks for a model type that begins with `prefix`.
+
+    Args:
+        auto: The module `transformers.models.auto.configuration_auto`.
+        prefix: Of the model types.
+        register: Registers them, with the classes of their models.
+    """
+
+    class OnDemand(dict[str, type]):
+        asked = False
+
+        def __contains__(self, key: object) -> bool:
+            if not self.asked and isinstance(key, str) and key.startswith(prefix):
+                self.asked = True
+                register()
+            return super().__contains__(key)
+
+    auto.CONFIG_MAPPING._extra_content = OnDemand(auto.CONFIG_MAPPING._extra_content)
+
+
+def quantize_rows(kind: int, values: Any, blocks: Any, importance: Any = None) -> None:  # noqa: ANN401 - numpy arrays
+    """Write rows in a type of llama.cpp, by the kernels in xllamacpp's library, which its Python side has no name for.
+
+    Args:
+        kind: Number of the type.
+        values: float32, [rows, inputs], contiguous.
+        blocks: Room for the blocks, uint8, [rows, bytes]; written.
+        importance: float32, [inputs]: the weight of each input's errors; None: all alike.
+
+    Raises:
+        ExportError: The installed library has no such function.
+    """
+    import xllamacpp.xllamacpp as library
+
+    try:
+        quantize = ctypes.CDLL(library.__file__).ggml_quantize_chunk
+    except (AttributeError, OSError) as error:
+        raise ExportError(
+            f"xllamacpp has no quantiser that this package can call ({error}). Install another version of it, or "
+            f"export with --dtype q8_0."
+        ) from error
+    pointer = ctypes.c_void_p
+    quantize.argtypes = (ctypes.c_int, pointer, pointer, *(3 * [ctypes.c_int64]), pointer)
+    quantize.restype = ctypes.c_size_t
+    rows, inputs = values.shape
+    weights = None if importance is None else importance.ctypes.data
+    written = quantize(kind, values.ctypes.data, blocks.ctypes.data, 0, rows, inputs, weights)
+    if written != blocks.nbytes:
+        raise ExportError(f"llama.cpp's quantiser wrote {written:,} bytes in place of {blocks.nbytes:,}.")
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:

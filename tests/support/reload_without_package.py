@@ -1,4 +1,7 @@
-"""Run in a fresh process: reload saved folders with the package barred from import, and compare logits bit by bit."""
+"""Run in a fresh process: reload saved folders with the package barred from import, and compare logits bit by bit.
+
+The class without a head, by which servers open the folder, has to give the hidden states of the same model.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ class Barred:
 sys.meta_path.insert(0, Barred())
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 torch.set_num_threads(1)
 ids = torch.load(folder / "ids.pt")
@@ -32,5 +35,10 @@ for path, remote in cases.items():
     expected = torch.load(folder / f"{Path(path).name}.pt")
     if not torch.equal(logits, expected):
         sys.exit(f"{path}: logits differ by {(logits - expected).abs().max()}")
+    body = AutoModel.from_pretrained(path, dtype="auto", **options)
+    with torch.no_grad():
+        states, own = (one(input_ids=ids, attention_mask=torch.ones_like(ids))[0] for one in (body, model.base_model))
+    if not torch.equal(states, own):
+        sys.exit(f"{path}: hidden states differ by {(states - own).abs().max()}")
 assert "hf_context_prune" not in sys.modules
 print(json.dumps({"checked": len(cases)}))

@@ -6,6 +6,8 @@ import copy
 import inspect
 import json
 import re
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from transformers.modeling_utils import PushToHubMixin
 import hf_context_prune
 from hf_context_prune.modeling import modeling_context_pruned
 from hf_context_prune.modeling.native_fit import build_variable_config
-from hf_context_prune.modeling.registry import get_model_class
+from hf_context_prune.modeling.registry import build_auto_map, get_model_class
 from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
 from hf_context_prune.utils import compat
 from tests.support.callback_cases import arguments, dataset
@@ -32,6 +34,32 @@ def variable_model():
     config, spec = tiny_config("llama"), SPECS["llama"]
     widths = [LayerWidths(40, 3), LayerWidths(20, 2), LayerWidths(40, 3)]
     return get_model_class(spec)(build_variable_config(config, spec, widths)).eval()
+
+
+@pytest.mark.parametrize("first", ["hf_context_prune", "transformers.models.auto.configuration_auto"])
+def test_register_on_demand(first, tmp_path):
+    """In a fresh process, plain auto classes open a variable-width folder once the package is imported."""
+    model = variable_model()
+    model.config.auto_map = build_auto_map(SPECS["llama"])
+    model.save_pretrained(tmp_path)
+    script = f"""
+import sys
+import {first}
+import hf_context_prune
+assert {first!r} != "hf_context_prune" or "torch" not in sys.modules
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+assert "hf_context_prune.modeling" not in sys.modules
+print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__module__)
+for kind in (AutoModel, AutoModelForCausalLM):
+    print(type(kind.from_pretrained({str(tmp_path)!r})).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    breaks = f"`import hf_context_prune` no longer lets AutoModelForCausalLM open a folder: {done.stderr[-1500:]}"
+    assert done.stdout.split() == [
+        "hf_context_prune.modeling.configuration_context_pruned",
+        "ContextPrunedLlamaModel",
+        "ContextPrunedLlamaForCausalLM",
+    ], breaks
 
 
 def test_attention_implementation():

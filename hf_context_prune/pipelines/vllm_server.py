@@ -1,0 +1,124 @@
+"""A pruned folder -> vLLM's OpenAI-compatible server, in this environment or in another one.
+
+vLLM reads the widths and heads of each layer from ``per_layer_config``, in its backend for models of `transformers`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from packaging.version import Version
+
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.modeling.specs import PREFIX, SPECS, base_model_type, read_geometry
+from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.model_config import read_config
+from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
+
+LEAST_VERSION = "0.32"
+"""First vLLM that reads sizes of single layers."""
+INSTALL = "python3 -m venv vllm && vllm/bin/pip install vllm"
+_ASK = """
+import importlib.metadata as metadata, json
+names = metadata.packages_distributions().get("vllm", [])
+plugins = [one.name for one in metadata.entry_points(group="vllm.general_plugins")]
+print(json.dumps({"version": metadata.version(names[0]) if names else None, "plugin": "hf_context_prune" in plugins}))
+"""
+_SIZE_OPTIONS = ("--tensor-parallel-size", "-tp")
+
+
+def serve_with_vllm(folder: Path, arguments: Sequence[str] = (), *, python: Path | None = None) -> int:
+    """Serve a folder with vLLM until it ends.
+
+    Args:
+        folder: A pruned folder. One of native widths runs in vLLM's own implementation of the architecture.
+        arguments: Options of vLLM's server.
+        python: The Python of the environment that has vLLM; None: this one.
+
+    Returns:
+        The server's exit status.
+
+    Raises:
+        ConfigError: vLLM is missing or too old there, the folder is an export, or its KV groups can't be divided.
+        LoadError: The folder is damaged.
+    """
+    if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
+        raise ConfigError(f"{folder} is an export. vLLM serves the folder that it was made from.")
+    config = read_config(str(folder), folder, None)
+    variable = str(config.model_type).startswith(PREFIX)
+    check_tensor_parallel(config, arguments)
+    own = Path(sys.executable) if python is None else python
+    found = _ask(own)
+    command = [str(own), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    if variable:
+        command += ["--model-impl", "transformers"]
+    if variable and not found["plugin"]:  # vLLM runs the modeling files in the folder, whose sums are verified
+        if "AutoModel" not in config.auto_map:
+            raise ConfigError(
+                f"{folder} is of an older version, whose modeling files have no class for vLLM. Prune again, or "
+                f"install hf-context-prune in vLLM's environment."
+            )
+        command += ["--trust-remote-code"]
+    return subprocess.run([*command, *arguments], check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
+
+
+def check_tensor_parallel(config: object, arguments: Sequence[str]) -> None:
+    """Refuse to divide attention over more processes than the KV groups of every layer allow.
+
+    Args:
+        config: The folder's config.
+        arguments: Options of vLLM's server.
+
+    Raises:
+        ConfigError: Names the layer and what divides all layers.
+    """
+    if (processes := _tensor_parallel_size(arguments)) < 2:
+        return
+    spec = SPECS[base_model_type(config.model_type)]  # type: ignore[attr-defined]
+    groups = [layer.kv_groups for layer in read_geometry(config, spec).layers]
+    bad = next((index for index, count in enumerate(groups) if count % processes), None)
+    if bad is not None:
+        allowed = [size for size in range(1, min(groups) + 1) if not any(count % size for count in groups)]
+        raise ConfigError(
+            f"--tensor-parallel-size is {processes}, but layer {bad} has {groups[bad]} KV groups, which "
+            f"{processes} processes can't share. Of this folder, {', '.join(map(str, allowed))} can; or prune with "
+            f"--units tokens,neurons, which keeps all KV groups."
+        )
+
+
+def _tensor_parallel_size(arguments: Sequence[str]) -> int:
+    """Return the value of the option; 1 where it is absent or no number (vLLM refuses that itself)."""
+    for name, following in pairwise((*arguments, "")):
+        option, equals, value = name.partition("=")
+        if option in _SIZE_OPTIONS:
+            text = value if equals else following
+            return int(text) if text.isdecimal() else 1
+    return 1
+
+
+def _ask(python: Path) -> dict[str, object]:
+    """Return vLLM's version in an environment, and whether this package is a plugin there.
+
+    Raises:
+        ConfigError: There is no vLLM, or one that is too old.
+    """
+    try:
+        done = subprocess.run([str(python), "-c", _ASK], capture_output=True, text=True, check=True, timeout=120)
+        found: dict[str, object] = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise ConfigError(f"{python} is no Python that runs: {error}. Name one by --python.") from error
+    advice = (
+        f"Install vLLM {LEAST_VERSION} or later, best in an environment of its own ({INSTALL}), and name its Python: "
+        f"--python vllm/bin/python."
+    )
+    if found["version"] is None:
+        raise ConfigError(f"{python} has no vLLM. {advice}")
+    if Version(str(found["version"])) < Version(LEAST_VERSION):
+        raise ConfigError(f"{python} has vLLM {found['version']}, which takes all layers for equal. {advice}")
+    return found
