@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -37,9 +38,10 @@ def serve(
     `transformers serve` alone looks for a model's class in transformers, and finds those of native widths only.
     """
     if engine is Engine.vllm:
-        from hf_context_prune.pipelines.vllm_server import serve_with_vllm
+        from hf_context_prune.pipelines.vllm_server import vllm_command
 
-        raise typer.Exit(serve_with_vllm(folder, context.args, python=python))
+        command = vllm_command(folder, context.args, python=python)
+        os.execve(command[0], command, os.environ | {"HF_HUB_OFFLINE": "1"})  # signals reach the server itself
     if python is not None:
         raise ConfigError("--python names the environment of vLLM; give --engine vllm with it.")
     from hf_context_prune.pipelines.serve import serve as run

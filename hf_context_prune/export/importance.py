@@ -13,10 +13,9 @@ from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.inference import evaluation_mode
-from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.storage.loading import LoadedModel
 
-_SAMPLES, _LENGTH = 64, 512
+_SAMPLES, _LENGTH, _TOGETHER = 64, 512, 4
 
 
 def measure_importance(
@@ -62,8 +61,8 @@ def measure_importance(
     ]
     try:
         with evaluation_mode(model):
-            for batch in batches_of(samples):
-                model(input_ids=batch["input_ids"].to(model.device))
+            for part in samples.split(_TOGETHER):
+                model(input_ids=part.to(model.device))
     finally:
         for hook in hooks:
             hook.remove()

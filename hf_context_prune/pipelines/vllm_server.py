@@ -6,7 +6,6 @@ vLLM reads the widths and heads of each layer from ``per_layer_config``, in its 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,16 +32,13 @@ print(json.dumps({"version": metadata.version(names[0]) if names else None, "plu
 _SIZE_OPTIONS = ("--tensor-parallel-size", "-tp")
 
 
-def serve_with_vllm(folder: Path, arguments: Sequence[str] = (), *, python: Path | None = None) -> int:
-    """Serve a folder with vLLM until it ends.
+def vllm_command(folder: Path, arguments: Sequence[str] = (), *, python: Path | None = None) -> list[str]:
+    """Return the command that serves a folder with vLLM.
 
     Args:
         folder: A pruned folder. One of native widths runs in vLLM's own implementation of the architecture.
         arguments: Options of vLLM's server.
         python: The Python of the environment that has vLLM; None: this one.
-
-    Returns:
-        The server's exit status.
 
     Raises:
         ConfigError: vLLM is missing or too old there, the folder is an export, or its KV groups can't be divided.
@@ -52,6 +48,12 @@ def serve_with_vllm(folder: Path, arguments: Sequence[str] = (), *, python: Path
         raise ConfigError(f"{folder} is an export. vLLM serves the folder that it was made from.")
     config = read_config(str(folder), folder, None)
     variable = str(config.model_type).startswith(PREFIX)
+    spec = SPECS[base_model_type(config.model_type)]
+    if variable and spec.transposed:
+        raise ConfigError(
+            f"vLLM does not load the stacked projections of {spec.model_type} in its backend for models of "
+            f"transformers. Serve {folder} without --engine vllm, or prune to uniform widths (--native-architecture)."
+        )
     check_tensor_parallel(config, arguments)
     own = Path(sys.executable) if python is None else python
     found = _ask(own)
@@ -65,7 +67,7 @@ def serve_with_vllm(folder: Path, arguments: Sequence[str] = (), *, python: Path
                 f"install hf-context-prune in vLLM's environment."
             )
         command += ["--trust-remote-code"]
-    return subprocess.run([*command, *arguments], check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
+    return [*command, *arguments]
 
 
 def check_tensor_parallel(config: object, arguments: Sequence[str]) -> None:

@@ -39,13 +39,12 @@ def folders(tmp_path_factory):
 
 
 @contextmanager
-def serving(folder, program):
-    """A server in a process of its own; its address."""
+def serving(folder, program, options=("--device", "cpu", "--log-level", "info"), *, up="Uvicorn running"):
+    """A server in a process of its own, which says `up` once it is; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--log-level", "info"]
-    command = [sys.executable, *program, "serve", folder, *options]
+    command = [sys.executable, *program, "serve", folder, "--host", "127.0.0.1", "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     bound = threading.Timer(LONGEST_SECONDS, process.kill)
     bound.start()
@@ -53,22 +52,26 @@ def serving(folder, program):
         said = []
         for line in process.stderr:
             said.append(line)
-            if "Uvicorn running" in line:
+            if up in line:
                 break
         else:
             pytest.fail("".join(said[-40:]))
         yield f"http://127.0.0.1:{port}"
     finally:
         bound.cancel()
-        process.kill()
-        process.communicate()
+        process.terminate()  # vLLM ends its own processes then
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
-def ask(address, body=None):
+def ask(address, body=None, *, read=json.load):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
-        return json.load(answer)
+        return read(answer)
 
 
 TRANSFORMERS = (

@@ -1,6 +1,7 @@
-"""Run in a fresh process: reload saved folders with the package barred from import, and compare logits bit by bit.
+"""Run in a fresh process: reload saved folders with the package barred from import, and compare their logits.
 
-The class without a head, by which servers open the folder, has to give the hidden states of the same model.
+``cases.json`` gives for each folder whether it needs remote code, and how far its logits may be from the saved ones (0:
+no bit). The class without a head, by which servers open the folder, has to give the hidden states of the same model.
 """
 
 import json
@@ -27,13 +28,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 torch.set_num_threads(1)
 ids = torch.load(folder / "ids.pt")
 cases = json.loads((folder / "cases.json").read_text())
-for path, remote in cases.items():
+for path, (remote, near) in cases.items():
     options = {"trust_remote_code": True} if remote else {}
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     expected = torch.load(folder / f"{Path(path).name}.pt")
-    if not torch.equal(logits, expected):
+    if (logits - expected).abs().max() > near:
         sys.exit(f"{path}: logits differ by {(logits - expected).abs().max()}")
     body = AutoModel.from_pretrained(path, dtype="auto", **options)
     with torch.no_grad():

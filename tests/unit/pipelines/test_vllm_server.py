@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from hf_context_prune.errors import ConfigError, LoadError
-from hf_context_prune.pipelines.vllm_server import serve_with_vllm
+from hf_context_prune.pipelines.vllm_server import vllm_command
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.storage.saving import save_pruned
+from tests.contract.test_families import random_plan
 from tests.support.export_folders import save
-
-STATUS = 7
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +25,15 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    """A stand-in for the Python of an environment: it says what is installed there, and writes down its arguments."""
+    """A stand-in for the Python of an environment, which says what is installed there."""
 
     def make(version="0.32.0", plugin=False):
         python = tmp_path / "python"
         answer = json.dumps({"version": version, "plugin": plugin})
-        python.write_text(
-            f"#!/bin/sh\nif [ \"$1\" = -c ]; then echo '{answer}'; exit; fi\n"
-            f"printf '%s\\n' \"$@\" > {tmp_path}/arguments\nexit {STATUS}\n"
-        )
+        python.write_text(f"#!/bin/sh\necho '{answer}'\n")
         python.chmod(0o755)
         return python
 
-    make.arguments = lambda: (tmp_path / "arguments").read_text().split()
     return make
 
 
@@ -47,10 +47,19 @@ def environment(tmp_path):
 )
 def test_the_command(folders, environment, kind, plugin, added):
     folder = folders[kind]
-    status = serve_with_vllm(folder, ["--port", "8001"], python=environment(plugin=plugin))
-    expected = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *added, "--port", "8001"]
-    assert environment.arguments() == expected
-    assert status == STATUS
+    python = environment(plugin=plugin)
+    found = vllm_command(folder, ["--port", "8001"], python=python)
+    expected = [
+        str(python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        *added,
+        "--port",
+        "8001",
+    ]
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -58,12 +67,12 @@ def test_the_command(folders, environment, kind, plugin, added):
 )
 def test_a_missing_or_old_vllm_is_named_with_the_way_to_install_it(folders, environment, version, says):
     with pytest.raises(ConfigError, match=says + r".*pip install vllm.*--python"):
-        serve_with_vllm(folders["variable"], python=environment(version))
+        vllm_command(folders["variable"], python=environment(version))
 
 
 def test_no_python(folders, tmp_path):
     with pytest.raises(ConfigError, match=r"no Python that runs.*--python"):
-        serve_with_vllm(folders["variable"], python=tmp_path / "none")
+        vllm_command(folders["variable"], python=tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -83,9 +92,9 @@ def test_kv_groups_that_processes_cannot_share(folders, environment, given, refu
     assert 1 in groups
     if refused:
         with pytest.raises(ConfigError, match=r"layer \d has 1 KV groups.*Of this folder, 1 can"):
-            serve_with_vllm(folder, given, python=environment())
+            vllm_command(folder, given, python=environment())
     else:
-        assert serve_with_vllm(folder, given, python=environment()) == STATUS
+        assert vllm_command(folder, given, python=environment())[-len(given) :] == given
 
 
 def test_a_folder_of_an_older_version_needs_the_package(folders, environment, monkeypatch, tmp_path):
@@ -96,18 +105,41 @@ def test_a_folder_of_an_older_version_needs_the_package(folders, environment, mo
     del config.auto_map["AutoModel"]
     monkeypatch.setattr(vllm_server, "read_config", lambda *given: config)
     with pytest.raises(ConfigError, match=r"older version.*install hf-context-prune in vLLM's environment"):
-        serve_with_vllm(folder, python=environment())
-    assert serve_with_vllm(folder, python=environment(plugin=True)) == STATUS
+        vllm_command(folder, python=environment())
+    assert "--trust-remote-code" not in vllm_command(folder, python=environment(plugin=True))
+
+
+def test_gpt2_is_refused_where_its_widths_vary(environment, tmp_path):
+    model = tiny_model("gpt2")
+    folder = save_pruned(apply_plan(model, random_plan(model)), tmp_path / "gpt2", tokenizer=tiny_tokenizer())
+    with pytest.raises(ConfigError, match="stacked projections of gpt2"):
+        vllm_command(folder, python=environment())
+
+
+def test_the_command_line_becomes_the_server(folders, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nif [ "$1" = -c ]; then echo \'{"version": "0.32.1", "plugin": true}\'; exit; fi\n'
+        f'printf "%s\\n" "$@" $HF_HUB_OFFLINE > {tmp_path}/arguments\nexit 7\n'
+    )
+    python.chmod(0o755)
+    command = [sys.executable, "-m", "hf_context_prune", "serve", folders["native"], "--engine", "vllm"]
+    done = subprocess.run([*command, "--python", python, "--port", "8001"], check=False)
+    assert done.returncode == 7
+    assert (tmp_path / "arguments").read_text().split()[-3:] == ["--port", "8001", "1"]
+    refused = subprocess.run([*command[:-2], "--python", python], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "give --engine vllm with it" in refused.stderr.replace("\n", " ")
 
 
 def test_damaged_folders_and_exports_are_refused(folders, environment, tmp_path, monkeypatch):
     with pytest.raises(LoadError):
-        serve_with_vllm(tmp_path, python=environment())
+        vllm_command(tmp_path, python=environment())
     from hf_context_prune.pipelines import vllm_server
 
     monkeypatch.setattr(vllm_server, "verify_folder", lambda folder: {"files": {"export_report.json": {}}})
     with pytest.raises(ConfigError, match="is an export"):
-        serve_with_vllm(folders["native"], python=environment())
+        vllm_command(folders["native"], python=environment())
 
 
 def read(folder):
