@@ -278,7 +278,7 @@ class Barred:
 
 sys.meta_path.insert(0, Barred())
 """
-    with_it = "import hf_context_prune.modeling\n"
+    with_it = "import hf_context_prune\n"
     remote = "" if package else ", trust_remote_code=True"
     facts = run(
         place,

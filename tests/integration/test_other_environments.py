@@ -97,8 +97,13 @@ def test_vllm_takes_a_pruned_vocabulary(dtype, vllm, tmp_path):
 def found_by_vllm(python, folder, dtype, prompt=PROMPT):
     command = [python, SUPPORT / "vllm_worker.py", folder, dtype, json.dumps(prompt), str(NEW_TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True)
+    return tokens_in(done)
+
+
+def tokens_in(done):
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("found:"))
+    return json.loads(line.removeprefix("found:"))
 
 
 def test_the_server_chats_streams_and_answers_eight_at_once(vllm, tmp_path, monkeypatch):
@@ -165,5 +170,4 @@ def test_the_plugin_registers_the_classes(vllm, tmp_path):
     (tmp_path / "worker.py").write_text(script)
     command = [vllm, tmp_path / "worker.py", folder, "float32", json.dumps(PROMPT), str(NEW_TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(site)})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == greedy(smaller)
+    assert tokens_in(done) == greedy(smaller)

@@ -101,6 +101,30 @@ def test_the_transformers_server_answers_a_chat(folders, kind, program):
     assert answer["choices"][0]["message"]["content"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+PIPELINE = """
+import sys
+sys.modules["hf_context_prune"] = None
+from transformers import pipeline
+
+options = {"trust_remote_code": True} if sys.argv[2] == "variable" else {}
+write = pipeline("text-generation", sys.argv[1], device="cpu", **options)
+print(repr(write("the court", max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["stock", "variable"])
+def test_a_pipeline_needs_the_folder_alone(folders, kind):
+    """In a process that can't import this package."""
+    command = [sys.executable, "-c", PIPELINE, folders[kind], kind]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model, tokenizer = load_pruned(folders[kind]), AutoTokenizer.from_pretrained(folders[kind])
+    inputs = tokenizer("the court", return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert done.stdout.strip() == repr(tokenizer.decode(out, skip_special_tokens=True))
+
+
 @pytest.mark.parametrize("kind", ["stock", "variable"])
 def test_adapters_load_on_a_folder(folders, kind, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model

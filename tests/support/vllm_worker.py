@@ -1,4 +1,4 @@
-"""Run in an environment with vLLM: continue token ids greedily, and print the new ones as JSON."""
+"""Run in an environment with vLLM: continue token ids greedily, and print "found:" and the new ones as JSON."""
 
 import json
 import os
@@ -20,4 +20,4 @@ if __name__ == "__main__":  # vLLM starts processes that import this file
     )
     options = SamplingParams(temperature=0, max_tokens=new_tokens, min_tokens=new_tokens, ignore_eos=True)
     (answer,) = model.generate([{"prompt_token_ids": ids}], options)
-    print(json.dumps(list(answer.outputs[0].token_ids)))
+    print("found:", json.dumps(list(answer.outputs[0].token_ids)))  # vLLM writes to stdout, too
