@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from hf_context_prune.utils.upload_check import refuse_upload
@@ -36,8 +37,7 @@ def build_auto_map(spec: ArchSpec) -> dict[str, str]:
 def register_classes() -> None:
     """Register every variable-width architecture, and the check of files before a model's own ``push_to_hub``.
 
-    Importing the package `hf_context_prune.modeling` does so; vLLM calls it in each of its processes
-    (``vllm.general_plugins``).
+    Importing the package `hf_context_prune.modeling` does so.
     """
     for spec in SPECS.values():
         AutoConfig.register(PREFIX + spec.model_type, get_config_class(spec), exist_ok=True)
@@ -45,3 +45,12 @@ def register_classes() -> None:
         AutoModelForCausalLM.register(get_config_class(spec), get_model_class(spec), exist_ok=True)
     if refuse_upload not in modeling_context_pruned.UPLOAD_CHECKS:
         modeling_context_pruned.UPLOAD_CHECKS.append(refuse_upload)
+
+
+def expose_classes() -> None:
+    """Let programs find the model classes that look for them in `transformers`: its own server, and vLLM.
+
+    vLLM calls this in each of its processes (``vllm.general_plugins``).
+    """
+    for spec in SPECS.values():
+        setattr(transformers, model_class_name(spec), get_model_class(spec))

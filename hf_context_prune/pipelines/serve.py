@@ -9,9 +9,7 @@ from pathlib import Path
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.export.report import ExportReport
-from hf_context_prune.modeling.modeling_context_pruned import model_class_name
-from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.modeling.registry import expose_classes
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
 
@@ -32,7 +30,6 @@ def serve(folder: Path, arguments: Sequence[str] = ()) -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f'Serving needs {", ".join(missing)}: pip install "hf-context-prune[serving]".')
-    import transformers
     from transformers.cli.transformers import main
 
     if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
@@ -42,7 +39,6 @@ def serve(folder: Path, arguments: Sequence[str] = ()) -> None:
                 f"{folder} is an export to {report.format}, which transformers can't serve. Serve the folder that it "
                 f"was made from ({report.source}), or an export to torchao."
             )
-    for spec in SPECS.values():
-        setattr(transformers, model_class_name(spec), get_model_class(spec))
+    expose_classes()
     sys.argv = ["transformers", "serve", str(folder), *arguments]
     main()

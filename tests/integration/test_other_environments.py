@@ -125,7 +125,7 @@ def test_the_server_chats_streams_and_answers_eight_at_once(vllm, tmp_path, monk
     )
     with torch.no_grad():
         out = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
-    expected = tokenizer_of(folder).decode(out, skip_special_tokens=True)
+    expected = tokenizer_of(folder).decode(out, skip_special_tokens=True).rstrip("\ufffd")  # half a character
     assert whole == expected
     assert "".join(pieces) == expected
     assert len(pieces) > 1

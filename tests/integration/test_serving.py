@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 
@@ -56,6 +57,7 @@ def serving(folder, program, options=("--device", "cpu", "--log-level", "info"),
                 break
         else:
             pytest.fail("".join(said[-40:]))
+        wait_for(port)
         yield f"http://127.0.0.1:{port}"
     finally:
         bound.cancel()
@@ -65,6 +67,16 @@ def serving(folder, program, options=("--device", "cpu", "--log-level", "info"),
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
+
+
+def wait_for(port):
+    """Some servers say that they are up just before they listen."""
+    for _ in range(100):
+        try:
+            return socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"nothing listens on port {port}")
 
 
 def ask(address, body=None, *, read=json.load):
