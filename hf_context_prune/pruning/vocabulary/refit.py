@@ -131,7 +131,7 @@ def refit_rows(
     targets = samples[:, 1:].reshape(-1).to(states.device)
     weight = head.weight
     fit = RowRegression(weight, head.bias, (states[:split], targets[:split]), (states[split:], targets[split:]))
-    if (needed := _COPIES * fit.old.nbytes) > free_memory(weight.device):
+    if (needed := _COPIES * 4 * len(fit.rows) * weight.shape[1]) > free_memory(weight.device):  # in float32
         warnings.warn(
             f"The {len(fit.rows):,} rows of the LM head that the text uses are not refitted: that takes "
             f"{needed / 2**30:.1f} GiB of memory. Allow more (max_memory), or give fewer samples.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -42,8 +43,6 @@ class RowRegression:
     Attributes:
         rows: Tokens whose rows are fitted, [fitted] int64: tokens that the text has, or that the model expects there
             (`LEAST_EXPECTED`).
-        old: Their old rows, [fitted, hidden] float32.
-        validation_loss: Nats per token of the validation text with the old rows.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, fitted: Text, validation: Text) -> None:
@@ -57,8 +56,17 @@ class RowRegression:
             (states, place[targets], self._log_sum(states, weight, bias, every[~active]))
             for states, targets in (fitted, validation)
         )
-        self.old, self.fitted_bias = weight[self.rows].float(), None if bias is None else bias[self.rows].float()
-        self.validation_loss = self._validation_loss(self.old)
+        self._weight, self.fitted_bias = weight, None if bias is None else bias[self.rows].float()
+
+    @cached_property
+    def old(self) -> torch.Tensor:
+        """The old rows, [fitted, hidden] float32."""
+        return self._weight[self.rows].float()
+
+    @cached_property
+    def validation_loss(self) -> float:
+        """Nats per token of the validation text with the old rows."""
+        return self._validation_loss(self.old)
 
     def solve(self) -> torch.Tensor:
         """Return the rows, [fitted, hidden] float32, at the lowest validation loss that a few steps reach."""
