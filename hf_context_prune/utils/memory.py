@@ -85,7 +85,7 @@ def reserve_memory(size: int) -> Iterator[None]:
 
 
 def _reserved_by_others() -> int:
-    """Return the bytes that other runs of this user will still take."""
+    """Return the bytes that other runs of this user will still take; notes of runs that were killed are removed."""
     total = 0
     try:
         notes = list(own_temporary_folder().glob("memory-*.json"))
@@ -95,9 +95,14 @@ def _reserved_by_others() -> int:
         try:
             other = psutil.Process(int(note.stem.partition("-")[2]))
             about = json.loads(note.read_text())
-            if other.pid != os.getpid() and other.create_time() == about["started"]:
+            if other.create_time() != about["started"]:  # another process has its number now
+                raise psutil.NoSuchProcess(other.pid)
+            if other.pid != os.getpid():
                 total += max(0, int(about["most"]) - _held_by(other))
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):  # a run that was killed, or just ended
+        except psutil.NoSuchProcess:
+            with suppress(OSError):
+                note.unlink()
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):  # it is being written, or just ended
             continue
     return total
 

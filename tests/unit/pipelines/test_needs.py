@@ -109,9 +109,13 @@ def test_two_runs_share_the_memory_of_the_machine(monkeypatch, tmp_path):
             (note.parent / f"memory-{other.pid}.json").write_text(json.dumps(about | {"started": 0}))
             (note.parent / "memory-x.json").write_text("{")
             assert free_memory() > before - 200 * 2**20  # another process that got the same number
+            assert not (note.parent / f"memory-{other.pid}.json").exists()
+            (note.parent / f"memory-{other.pid}.json").write_text(json.dumps(about))
         assert not note.exists()
     finally:
         other.communicate()
+    assert free_memory() > before - 200 * 2**20
+    assert [path.name for path in note.parent.glob("memory-*.json")] == ["memory-x.json"]  # of no killed run
 
 
 def test_sizes():
