@@ -48,7 +48,8 @@ def export(
     """Write DIR for another runtime, and keep the export only if that runtime gives the same results.
 
     The other runtime loads the export, which is compared with DIR on test text: loss, greedy text, size, speed.
-    `inspect` verifies and shows it later.
+    `inspect` verifies and shows it later. Beside a GGUF file lies a Modelfile for Ollama. The k-quants (q6_k to q2_k)
+    take about 6.6, 5.7, 4.9, 3.9 and 3.0 bits per weight; rows that blocks of 256 don't divide take more.
     """
     from hf_context_prune import export_model
 
@@ -80,4 +81,6 @@ def show_export(report: ExportReport, format: OutputFormat) -> None:
         out(f"{report.verification.perplexity_change:.6f}")
     else:
         out_table(export_table(report))
+        if report.importance is not None:
+            out(f"Errors were weighed by the inputs on {report.importance}.")
         out(f"Compared on {report.verification.num_tokens:,} tokens: {report.verification.text}. {report.machine}.")

@@ -33,9 +33,13 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve DIR with an OpenAI-compatible API, by `transformers serve` or by vLLM, whose options can be given too.
+    """Serve DIR with an OpenAI-compatible API, by `transformers serve` or by vLLM.
 
-    `transformers serve` alone looks for a model's class in transformers, and finds those of native widths only.
+    Options of the engine follow: `serve mini-gpt --port 8001`, or `serve mini-gpt --engine vllm --python
+    vllm/bin/python --host 127.0.0.1 --max-model-len 2048`.
+
+    vLLM 0.32 or later wants other versions of transformers than this package, so it has an environment of its own.
+    `transformers serve` alone finds the classes of native widths only.
     """
     if engine is Engine.vllm:
         from hf_context_prune.pipelines.vllm_server import vllm_command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +168,7 @@ class _Blocks:
     def __init__(self, loaded: LoadedModel, dtype: str, importance: Mapping[str, NDArray[np.float32]]) -> None:
         self._dtype, self._mixture, self._importance = dtype, MIXTURES.get(dtype), importance
         self._layers, self._tied = loaded.model.config.num_hidden_layers, has_tied_head(loaded.model)
-        self._all = self._other = 0
+        self._all, self._other = 0, Counter[str]()
 
     def of(
         self, source: str, name: str, values: NDArray[np.float32]
@@ -188,16 +189,17 @@ class _Blocks:
         else:
             data = quantize(values, kind, _filled(self._importance.get(source), values.shape[-1]))
         self._all += data.nbytes
-        self._other += 0 if packed else data.nbytes
+        self._other[kind.name] += 0 if packed else data.nbytes
         return kind, data
 
     def warn_of_fallback(self) -> None:
         """Say how much is in other types because blocks of a k-quant don't divide its rows."""
-        if self._other:
+        if total := sum(self._other.values()):
+            types = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in self._other.most_common() if size)
             warnings.warn(
-                f"{self._other / 1e6:,.1f} of {self._all / 1e6:,.1f} MB of weights have rows that blocks of 256 don't "
-                f"divide, so they have more bits than {self._dtype} says. Prune with --round-to 256 for the MLP; a "
-                f"hidden size that 256 does not divide can't be helped.",
+                f"{total / 1e6:,.1f} of {self._all / 1e6:,.1f} MB of weights have rows that blocks of 256 don't "
+                f"divide, so they have more bits than {self._dtype} says ({types} MB). Prune with --round-to 256 for "
+                f"the MLP; a hidden size that 256 does not divide can't be helped.",
                 PruningWarning,
                 stacklevel=2,
             )

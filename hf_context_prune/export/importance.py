@@ -6,45 +6,58 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import tqdm
 from numpy.typing import NDArray
 from torch import nn
 
-from hf_context_prune.data.documents import load_documents
+from hf_context_prune.data.decontamination import drop_overlapping
+from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import tokenize_samples
+from hf_context_prune.errors import DataError
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.storage.loading import LoadedModel
 
 _SAMPLES, _LENGTH, _TOGETHER = 64, 512, 4
+_FEWEST_TOKENS = 1024
 
 
 def measure_importance(
-    loaded: LoadedModel,
-    data: Any,  # noqa: ANN401 - whatever load_documents reads
-    text_column: str | None,
-    *,
-    seed: int,
+    loaded: LoadedModel, source: TextSource, *, seed: int, test_text: TextSource | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """Return the mean square of each input, [inputs], by the name of the weight that reads it.
 
     Args:
         loaded: The model.
-        data: Text of the domain; at most 32,768 tokens are read.
-        text_column: Column with the text.
+        source: Text of the domain; at most 32,768 tokens are read.
         seed: Seed of the choice of documents.
+        test_text: Text that the result is measured on: documents that it contains are left out.
 
     Raises:
-        DataError: There is too little text.
+        DataError: There is too little text, or only the test text.
     """
     model = loaded.model
+    if test_text is not None:
+        kept, dropped = drop_overlapping(source, test_text)
+        if not kept.documents:
+            raise DataError(
+                f"The {dropped} documents of {source.name} are in the test text, and what is measured there would say "
+                f"nothing of other text. Give other text as importance data."
+            )
+        source = kept
     samples = tokenize_samples(
-        load_documents(data, text_column=text_column),
+        source,
         loaded.tokenizer,
         num_samples=_SAMPLES,
         max_seq_length=_LENGTH,
         seed=seed,
         warn_if_short=False,
     )
+    if samples.numel() < _FEWEST_TOKENS:
+        raise DataError(
+            f"{source.name}: {samples.numel():,} tokens of text say too little of the importance of inputs; give at "
+            f"least {_FEWEST_TOKENS:,}, better {_SAMPLES * _LENGTH:,}, or leave it out."
+        )
     sums: dict[str, torch.Tensor] = {}
 
     def note(name: str) -> Any:  # noqa: ANN401 - a hook
@@ -61,7 +74,8 @@ def measure_importance(
     ]
     try:
         with evaluation_mode(model):
-            for part in samples.split(_TOGETHER):
+            parts = samples.split(_TOGETHER)
+            for part in tqdm(parts, desc="Measuring importance", unit="batch", name="hf_context_prune.importance"):
                 model(input_ids=part.to(model.device))
     finally:
         for hook in hooks:

@@ -1,7 +1,8 @@
 """A Modelfile for Ollama beside a GGUF file: ``ollama create NAME -f Modelfile``.
 
 Ollama's templates are Go's. The chat template of the tokenizer (Jinja) is rendered for a few conversations, from which
-the text around each turn is read; where that gives back other conversations exactly, it is written as Go.
+the text around each turn is read; where that gives back other conversations exactly (but for blanks around a message,
+which Go keeps and many templates drop), it is written as Go.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_context_prune.data.chat_templates import ChatRefused, render_chats
 from hf_context_prune.data.samples import leading_token
+from hf_context_prune.utils.file_names import MODELFILE_NAME
 from hf_context_prune.utils.files import write_file
 
-NAME = "Modelfile"
 _MARKS = {"system": "⟦s⟧", "user": "⟦u⟧", "assistant": "⟦a⟧"}
 """Contents that no template has."""
 _QUOTES = '"""'
@@ -71,18 +72,18 @@ def write_modelfile(folder: Path, weights: str, tokenizer: PreTrainedTokenizerBa
         lines.append(f"TEMPLATE {_QUOTES}{turns.to_go()}{_QUOTES}")
         if turns.system is not None:
             lines.append(f"SYSTEM {_QUOTES}{turns.system}{_QUOTES}")
-        if (stop := turns.around["assistant"][1].strip()) and _QUOTES not in stop:
+        if (stop := turns.around["assistant"][1].strip()) and '"' not in stop:
             lines.append(f'PARAMETER stop "{stop}"')
     elif tokenizer.chat_template:
-        lines.append("# The chat template of this model can't be written as a template of Ollama's.")
-    write_file(folder / NAME, "\n".join(lines) + "\n")
+        lines.append("# The chat template can't be written as a template of Ollama's: write one by hand.")
+    write_file(folder / MODELFILE_NAME, "\n".join(lines) + "\n")
 
 
 def _read_turns(tokenizer: PreTrainedTokenizerBase) -> _Turns | None:
     """Return the text around turns; None where there is no chat template, or one that does more than that."""
     if not tokenizer.chat_template:
         return None
-    system, user, assistant = ({"role": role, "content": mark} for role, mark in _MARKS.items())
+    system, user, assistant = (_say(role, mark) for role, mark in _MARKS.items())
     try:
         refused = isinstance(render_chats(tokenizer, [([system, user], {})])[0], ChatRefused)
         begin = [] if refused else [system]
@@ -91,6 +92,7 @@ def _read_turns(tokenizer: PreTrainedTokenizerBase) -> _Turns | None:
             [*begin, user],
             [*begin, user, assistant, user],
             [user, assistant, user, assistant, user],
+            [user, *(3 * [_say("assistant", "<think>why</think>so"), _say("user", "a\n\nb  c")])],
         ]
         jobs: list[tuple[Sequence[Any], dict[str, Any]]] = [(chat, {"add_generation_prompt": True}) for chat in chats]
         found = render_chats(tokenizer, [([*begin, user], {"add_generation_prompt": False}), *jobs])
@@ -106,6 +108,10 @@ def _read_turns(tokenizer: PreTrainedTokenizerBase) -> _Turns | None:
     if turns is None or _QUOTES in turns.to_go() + str(turns.system) or "{{" in str(turns.around) + turns.prompt:
         return None
     return turns if rendered == [turns.render(chat) for chat in chats] else None
+
+
+def _say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _split(closed: str, alone: str, two: str, long: str, *, has_system: bool) -> _Turns | None:

@@ -29,6 +29,7 @@ class ExportReport:
         packages: Versions of the packages that wrote and ran it.
         machine: Processor and threads of the speed measurement.
         verification: The comparison.
+        importance: Name of the text by which the errors of a k-quant were weighed; None: none.
     """
 
     format: str
@@ -38,6 +39,7 @@ class ExportReport:
     packages: dict[str, str]
     machine: str
     verification: Verification
+    importance: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hf_context_prune.data.documents import load_documents
 from hf_context_prune.errors import ConfigError, ContextPruneError, ExportError, LoadError, PruningWarning
 from hf_context_prune.modeling.generation import hardware_name
 from hf_context_prune.modeling.plan import PruningPlan
@@ -35,6 +36,8 @@ from .verify import check, check_tokens, compare, measure
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_TOKENS = 2000
+_SIDE_BYTES = 32 * 2**20
+"""Room for the tokenizer and the other parts of a file, beside at most 16 bits per weight."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def export_model(
     if data is None:
         _warn_of_unused(None if importance_data is not None else text_column, max_tokens)
     kind = format_of(format)
-    chosen = next(iter(kind.dtypes)) if dtype is None else dtype
+    chosen = next(iter(kind.dtypes)) if dtype is None else dtype.lower()  # llama.cpp writes Q4_K_M
     allowed = kind.tolerance(chosen)
     if importance_data is not None and chosen not in kind.weighted:
         able = [f"{name}: {', '.join(sorted(one.weighted))}" for name, one in FORMATS.items() if one.weighted]
@@ -117,6 +120,12 @@ def export_model(
     if loaded.folder is not None and claims_to_be_ours(loaded.folder):
         refuse_foreign_code(loaded.folder, saved_here=True)
     module.check(loaded, chosen)
+    importance: dict[str, Importance] = {}
+    weighed_by = None if importance_data is None else load_documents(importance_data, text_column=text_column)
+    if weighed_by is not None:
+        _LOGGER.info("Measuring which inputs matter.")
+        test_text = None if data is None else load_documents(data, text_column=text_column)
+        importance["importance"] = measure_importance(loaded, weighed_by, seed=seed, test_text=test_text)
     _LOGGER.info("Measuring the model of the folder.")
     sample = (
         own_sample(loaded, seed=seed)
@@ -125,11 +134,8 @@ def export_model(
     )
     reference = TorchRuntime(loaded.model)
     before = measure(reference, sample)
-    importance: dict[str, Importance] = {}
-    if importance_data is not None:
-        importance["importance"] = measure_importance(loaded, importance_data, text_column, seed=seed)
     plan_sha256, bytes_before = _plan_sha256(loaded), _bytes_of(loaded)
-    with staged_folder(goal, required_bytes=estimate_bytes(loaded.model), replaces=EXPORT_REPORT_NAME) as staging:
+    with staged_folder(goal, required_bytes=_bytes_to_write(kind, loaded), replaces=EXPORT_REPORT_NAME) as staging:
         _LOGGER.info("Writing %s.", kind.name)
         _write(kind, module, load_model(folder, dtype=kept_dtype, device="cpu"), staging, chosen, **importance)
         _LOGGER.info("Running the artefact.")
@@ -140,7 +146,16 @@ def export_model(
             before, after, reference, sample, allowed, bytes_before=bytes_before, bytes_after=kind.size(staging)
         )
         check(found)
-        report = ExportReport(kind.name, chosen, loaded.name, plan_sha256, kind.versions(), _machine(), found)
+        report = ExportReport(
+            kind.name,
+            chosen,
+            loaded.name,
+            plan_sha256,
+            kind.versions(),
+            _machine(),
+            found,
+            importance=None if weighed_by is None else weighed_by.name,
+        )
         report.save(staging / EXPORT_REPORT_NAME)
     return ExportResult(goal, report)
 
@@ -245,6 +260,12 @@ def _bytes_of(loaded: LoadedModel) -> int:
     if loaded.folder is None:
         raise ConfigError(f"{loaded.name} is not a folder of safetensors files.")
     return count_weight_bytes(loaded.folder)
+
+
+def _bytes_to_write(kind: ExportFormat, loaded: LoadedModel) -> int:
+    """Return the bytes that an export needs: of the formats that hold whole models in memory, those of the model."""
+    needed = estimate_bytes(loaded.model)
+    return needed if kind.copies else min(needed, 2 * loaded.model.num_parameters() + _SIDE_BYTES)
 
 
 def _machine() -> str:

@@ -24,6 +24,8 @@ from hf_context_prune.utils.precision import rounded_product
 
 _TIMED_TOKENS = 256
 """Tokens of the timed products of a layer."""
+_TIMED_WIDTH = 8192
+"""Most rows and columns of a matrix that is multiplied; the time of a larger one follows from it."""
 _TIMED_SIZE = 1024
 """Rows and columns of the timed products of equations."""
 _WALK = 2.5
@@ -96,8 +98,9 @@ def _seconds_per_token(view: ModelView, dtype: torch.dtype, device: torch.device
                 continue
             rows, columns = weight.shape[-2:]
             if (rows, columns) not in known:
-                left, right = (torch.ones(n, columns, dtype=dtype, device=device) for n in (_TIMED_TOKENS, rows))
-                known[rows, columns] = _timed(partial(_multiply, left, right))
+                high, wide = min(rows, _TIMED_WIDTH), min(columns, _TIMED_WIDTH)
+                left, right = (torch.ones(n, wide, dtype=dtype, device=device) for n in (_TIMED_TOKENS, high))
+                known[rows, columns] = _timed(partial(_multiply, left, right)) * (rows / high) * (columns / wide)
             total += known[rows, columns] * (weight.numel() // (rows * columns))
     return total / _TIMED_TOKENS
 

@@ -22,6 +22,8 @@ _BATCH_TOKENS = 2048
 """Tokens of a batch, at least one sample."""
 _TOKENS_PER_ROW = 4
 """Tokens of text for each different one; where they are fewer, the rows are not refitted if there is no room."""
+_LIBRARIES = 2**27
+"""Bytes that libraries and tokenizer take before the largest step, beside what is held as the needs are worked out."""
 _WIDE, _NARROW = 8, 4
 """Bytes of a float64 and of a float32."""
 
@@ -58,7 +60,7 @@ class Needs:
         free, held = free_memory(), own_memory()
         if self.step_memory <= free:
             return None
-        left, takes, least = (size / 2**30 for size in (free, self.step_memory, held + self.step_memory))
+        left, takes, least = (size / 2**30 for size in (free, self.step_memory, held + self.step_memory + _LIBRARIES))
         return (
             f"The memory limit leaves {left:.2f} GiB beside what is held already, but the largest step ({self.step}) "
             f"takes {takes:.2f} GiB. Allow {least:.2f} GiB in all (max_memory), or give less calibration text "

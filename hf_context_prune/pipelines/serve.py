@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.export.report import ExportReport
 from hf_context_prune.modeling.registry import expose_classes
 from hf_context_prune.storage.manifest import verify_folder
@@ -27,6 +27,7 @@ def serve(folder: Path, arguments: Sequence[str] = ()) -> None:
         ConfigError: A package is missing, or the folder is an export that transformers can't read.
         LoadError: The folder is damaged.
     """
+    check_is_folder(folder)
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f'Serving needs {", ".join(missing)}: pip install "hf-context-prune[serving]".')
@@ -42,3 +43,16 @@ def serve(folder: Path, arguments: Sequence[str] = ()) -> None:
     expose_classes()
     sys.argv = ["transformers", "serve", str(folder), *arguments]
     main()
+
+
+def check_is_folder(folder: Path) -> None:
+    """Refuse what is no local folder.
+
+    Raises:
+        LoadError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise LoadError(
+            f"There is no folder {folder}. `serve` takes a local pruned folder; download one from the Hub first "
+            f"(hf download OWNER/NAME --local-dir DIR)."
+        )

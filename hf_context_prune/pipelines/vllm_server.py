@@ -6,6 +6,7 @@ vLLM reads the widths and heads of each layer from ``per_layer_config``, in its 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from hf_context_prune.modeling.specs import PREFIX, SPECS, base_model_type, read
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.model_config import read_config
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
+
+from .serve import check_is_folder
 
 LEAST_VERSION = "0.32"
 """First vLLM that reads sizes of single layers."""
@@ -44,6 +47,7 @@ def vllm_command(folder: Path, arguments: Sequence[str] = (), *, python: Path | 
         ConfigError: vLLM is missing or too old there, the folder is an export, or its KV groups can't be divided.
         LoadError: The folder is damaged.
     """
+    check_is_folder(folder)
     if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:
         raise ConfigError(f"{folder} is an export. vLLM serves the folder that it was made from.")
     config = read_config(str(folder), folder, None)
@@ -55,7 +59,7 @@ def vllm_command(folder: Path, arguments: Sequence[str] = (), *, python: Path | 
             f"transformers. Serve {folder} without --engine vllm, or prune to uniform widths (--native-architecture)."
         )
     check_tensor_parallel(config, arguments)
-    own = Path(sys.executable) if python is None else python
+    own = Path(sys.executable) if python is None else _find(python)
     found = _ask(own)
     command = [str(own), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     if variable:
@@ -87,21 +91,29 @@ def check_tensor_parallel(config: object, arguments: Sequence[str]) -> None:
     bad = next((index for index, count in enumerate(groups) if count % processes), None)
     if bad is not None:
         allowed = [size for size in range(1, min(groups) + 1) if not any(count % size for count in groups)]
+        able = f"{', '.join(map(str, allowed[1:]))} processes can" if allowed[1:] else "no number of processes can"
+        advice = "" if max(groups) % processes else ", or prune with --units tokens,neurons, which keeps all KV groups"
         raise ConfigError(
-            f"--tensor-parallel-size is {processes}, but layer {bad} has {groups[bad]} KV groups, which "
-            f"{processes} processes can't share. Of this folder, {', '.join(map(str, allowed))} can; or prune with "
-            f"--units tokens,neurons, which keeps all KV groups."
+            f"--tensor-parallel-size is {processes}, but layer {bad} has {groups[bad]} KV groups, which {processes} "
+            f"processes can't share ({able}, with this folder). Leave the option out{advice}."
         )
 
 
 def _tensor_parallel_size(arguments: Sequence[str]) -> int:
     """Return the value of the option; 1 where it is absent or no number (vLLM refuses that itself)."""
     for name, following in pairwise((*arguments, "")):
-        option, equals, value = name.partition("=")
+        option, equals, value = name.replace("_", "-").partition("=")
         if option in _SIZE_OPTIONS:
             text = value if equals else following
             return int(text) if text.isdecimal() else 1
     return 1
+
+
+def _find(python: Path) -> Path:
+    found = shutil.which(python)
+    if found is None:
+        raise ConfigError(f"--python {python} is no program. Name the Python of vLLM's environment: vllm/bin/python.")
+    return Path(found)
 
 
 def _ask(python: Path) -> dict[str, object]:
@@ -114,7 +126,7 @@ def _ask(python: Path) -> dict[str, object]:
         done = subprocess.run([str(python), "-c", _ASK], capture_output=True, text=True, check=True, timeout=120)
         found: dict[str, object] = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise ConfigError(f"{python} is no Python that runs: {error}. Name one by --python.") from error
+        raise ConfigError(f"{python} is no Python that runs ({type(error).__name__}). Name one by --python.") from error
     advice = (
         f"Install vLLM {LEAST_VERSION} or later, best in an environment of its own ({INSTALL}), and name its Python: "
         f"--python vllm/bin/python."

@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from hf_context_prune.errors import LoadError, SaveError
-from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, PLAN_NAME
+from hf_context_prune.utils.file_names import CARD_NAME, EXPORT_REPORT_NAME, MANIFEST_NAME, MODELFILE_NAME, PLAN_NAME
 from hf_context_prune.utils.files import expand_home, open_regular
 from hf_context_prune.utils.reading import MAX_JSON_BYTES, read_json
 
@@ -25,7 +25,7 @@ VERSION = 1
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 """Files that run code when they are loaded. None is ever written, and none may lie beside the weights."""
 
-EDITABLE = frozenset({"README.md"})
+EDITABLE = frozenset({CARD_NAME, MODELFILE_NAME})
 """Files that people edit and no code loads: a folder in which only these changed is still whole."""
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors"})

@@ -11,11 +11,12 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 
-from hf_context_prune.errors import ConfigError, PruningWarning
+from hf_context_prune.data.documents import load_documents
+from hf_context_prune.errors import ConfigError, DataError, PruningWarning
 from hf_context_prune.export import gguf
 from hf_context_prune.export.importance import measure_importance
 from hf_context_prune.export.k_quants import MIXTURES, bytes_of, quantize, type_of
-from hf_context_prune.export.run import export_model
+from hf_context_prune.export.run import export_model, read_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.saving import save_pruned
@@ -139,7 +140,7 @@ def test_importance_is_the_mean_square_of_what_each_weight_reads(tied):
     seen = []
     layer = loaded.model.model.layers[1].mlp.down_proj
     handle = layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().flatten(0, 1)))
-    found = measure_importance(loaded, texts(40), None, seed=0)
+    found = measure_importance(loaded, load_documents(texts(40)), seed=0)
     handle.remove()
     inputs = torch.cat(seen)
     torch.testing.assert_close(
@@ -159,10 +160,30 @@ def test_importance_changes_the_file_and_serves_k_quants_alone(tmp_path):
     data = [{"text": text, "doc": str(index)} for index, text in enumerate(texts(20))]
     files = []
     for name, more in (("plain", {}), ("weighted", {"importance_data": data})):
-        result = export_model(folder, tmp_path / name, format="gguf", dtype="q4_k_m", **more)
+        result = export_model(folder, tmp_path / name, format="gguf", dtype="Q4_K_M", **more)
+        assert result.report.importance == (None if name == "plain" else load_documents(data).name)
         files.append((result.folder / gguf.FILE_NAME).read_bytes())
     assert len(files[0]) == len(files[1])
     assert files[0] != files[1]
     for other in ({"format": "gguf", "dtype": "q8_0"}, {"format": "onnx"}):
         with pytest.raises(ConfigError, match=r"importance_data serves .*gguf: q2_k.*--dtype"):
             export_model(folder, tmp_path / "other", importance_data=data, **other)
+
+
+def test_importance_text_must_be_enough_and_not_the_test_text():
+    loaded, text = loaded_of(), load_documents(texts(20))
+    with pytest.raises(DataError, match=r"tokens of text say too little.*at least 1,024"):
+        measure_importance(loaded, load_documents(texts(2)), seed=0)
+    with pytest.raises(DataError, match=r"documents of .* are in the test text"):
+        measure_importance(loaded, text, seed=0, test_text=text)
+    other = load_documents(texts(20, seed=1))
+    assert measure_importance(loaded, other, seed=0, test_text=text)
+
+
+def test_the_modelfile_may_be_edited(tmp_path):
+    loaded = calm()
+    folder = save_pruned(loaded.model, tmp_path / "base", tokenizer=loaded.tokenizer)
+    found = export_model(folder, tmp_path / "out", format="gguf", dtype="q6_k").folder
+    with (found / "Modelfile").open("a") as file:
+        file.write("SYSTEM be brief\n")
+    read_export(found)

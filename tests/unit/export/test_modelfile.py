@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from hf_context_prune.export.modelfile import NAME, write_modelfile
+from hf_context_prune.export.modelfile import write_modelfile
+from hf_context_prune.utils.file_names import MODELFILE_NAME
 from tests.support.tiny import tiny_tokenizer
 
 CHATML = (
@@ -35,7 +36,7 @@ def written(template, folder):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     write_modelfile(folder, "model.gguf", tokenizer)
-    return tokenizer, (folder / NAME).read_text()
+    return tokenizer, (folder / MODELFILE_NAME).read_text()
 
 
 def run(text, messages):
@@ -79,12 +80,14 @@ def test_a_chat_gives_the_same_prompt(template, roles, stop, tmp_path):
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
         '{% for m in messages %}"""{{ m.role }} {{ m.content }}{% endfor %}',
         "{{ raise_exception('never') }}",
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ ' MANY' if loop.index > 5 }}\n{% endfor %}",
     ],
 )
 def test_a_template_that_does_more_is_left_out(template, tmp_path):
     text = written(template, tmp_path)[1]
     assert "TEMPLATE" not in text
-    assert "can't be written as a template of Ollama's" in text
+    assert "The chat template can't be written as a template of Ollama's" in text
 
 
 def test_a_model_without_a_chat_template(tmp_path):

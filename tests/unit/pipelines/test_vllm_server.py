@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,8 +72,10 @@ def test_a_missing_or_old_vllm_is_named_with_the_way_to_install_it(folders, envi
 
 
 def test_no_python(folders, tmp_path):
-    with pytest.raises(ConfigError, match=r"no Python that runs.*--python"):
+    with pytest.raises(ConfigError, match=r"--python .*none is no program"):
         vllm_command(folders["variable"], python=tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"no Python that runs \(CalledProcessError\).*--python"):
+        vllm_command(folders["variable"], python=Path("false"))  # found on the path, as a shell does
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,7 @@ def test_no_python(folders, tmp_path):
         (["--tensor-parallel-size", "2"], True),
         (["--tensor-parallel-size=2"], True),
         (["-tp", "2"], True),
+        (["--tensor_parallel_size", "2"], True),
         (["-tp", "1"], False),
         (["--tensor-parallel-size", "many"], False),
         (["--tensor-parallel-size"], False),
@@ -91,7 +95,7 @@ def test_kv_groups_that_processes_cannot_share(folders, environment, given, refu
     groups = {values.get("num_key_value_heads") for values in read(folder)["per_layer_config"].values()}
     assert 1 in groups
     if refused:
-        with pytest.raises(ConfigError, match=r"layer \d has 1 KV groups.*Of this folder, 1 can"):
+        with pytest.raises(ConfigError, match=r"layer \d has 1 KV groups.*no number of processes can"):
             vllm_command(folder, given, python=environment())
     else:
         assert vllm_command(folder, given, python=environment())[-len(given) :] == given
@@ -133,8 +137,10 @@ def test_the_command_line_becomes_the_server(folders, tmp_path):
 
 
 def test_damaged_folders_and_exports_are_refused(folders, environment, tmp_path, monkeypatch):
-    with pytest.raises(LoadError):
+    with pytest.raises(LoadError, match=r"no readable manifest\.json"):
         vllm_command(tmp_path, python=environment())
+    with pytest.raises(LoadError, match="There is no folder org/name"):
+        vllm_command(Path("org/name"), python=environment())
     from hf_context_prune.pipelines import vllm_server
 
     monkeypatch.setattr(vllm_server, "verify_folder", lambda folder: {"files": {"export_report.json": {}}})
