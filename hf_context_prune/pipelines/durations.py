@@ -24,7 +24,7 @@ from hf_context_prune.utils.precision import rounded_product
 
 _TIMED_TOKENS = 256
 """Tokens of the timed products of a layer."""
-_TIMED_WIDTH = 8192
+_TIMED_WIDTH = 4096
 """Most rows and columns of a matrix that is multiplied; the time of a larger one follows from it."""
 _TIMED_SIZE = 1024
 """Rows and columns of the timed products of equations."""
@@ -96,12 +96,11 @@ def _seconds_per_token(view: ModelView, dtype: torch.dtype, device: torch.device
         for weight in layer.parameters():
             if weight.ndim < 2:
                 continue
-            rows, columns = weight.shape[-2:]
-            if (rows, columns) not in known:
-                high, wide = min(rows, _TIMED_WIDTH), min(columns, _TIMED_WIDTH)
+            high, wide = (min(size, _TIMED_WIDTH) for size in weight.shape[-2:])
+            if (high, wide) not in known:
                 left, right = (torch.ones(n, wide, dtype=dtype, device=device) for n in (_TIMED_TOKENS, high))
-                known[rows, columns] = _timed(partial(_multiply, left, right)) * (rows / high) * (columns / wide)
-            total += known[rows, columns] * (weight.numel() // (rows * columns))
+                known[high, wide] = _timed(partial(_multiply, left, right))
+            total += known[high, wide] * (weight.numel() / (high * wide))
     return total / _TIMED_TOKENS
 
 
