@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from hf_context_prune.utils.upload_check import refuse_upload
@@ -52,5 +52,7 @@ def expose_classes() -> None:
 
     vLLM calls this in each of its processes (``vllm.general_plugins``).
     """
+    # While `transformers` is first imported, its name stands for a module that another one replaces at the end.
+    library = sys.modules["transformers"]
     for spec in SPECS.values():
-        setattr(transformers, model_class_name(spec), get_model_class(spec))
+        setattr(library, model_class_name(spec), get_model_class(spec))

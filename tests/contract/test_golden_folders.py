@@ -154,7 +154,7 @@ def test_transformers_opens_both_in_a_process_without_this_package(place, tmp_pa
         with torch.no_grad():
             logits = load_pruned(place / name)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         torch.save(logits, tmp_path / f"{name}.pt")
-    (tmp_path / "cases.json").write_text(json.dumps({str(place / name): name == "variable" for name in NAMES}))
+    (tmp_path / "cases.json").write_text(json.dumps({str(place / name): (name == "variable", 0) for name in NAMES}))
     script = SUPPORT / "reload_without_package.py"
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -72,7 +72,7 @@ def test_variable_widths_reload_bit_equal_without_the_package(smollm2, dtype, tm
     with torch.no_grad():
         torch.save(smaller(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, tmp_path / "variable.pt")
     torch.save(ids, tmp_path / "ids.pt")
-    (tmp_path / "cases.json").write_text(f'{{"{folder}": true}}')
+    (tmp_path / "cases.json").write_text(f'{{"{folder}": [true, 0]}}')
     command = [sys.executable, SCRIPT, tmp_path]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
