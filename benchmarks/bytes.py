@@ -29,6 +29,7 @@ from benchmarks.bytes_text import draw, results_text
 from benchmarks.common import Rows, given, parser, plot_path, write_section
 from benchmarks.frontier import FrontierDomain
 from benchmarks.frontier_text import BASE, DEFAULT, HEALED
+from benchmarks.methods import documents_of, rounded
 from benchmarks.models import smollm2
 from hf_context_prune.errors import PruningWarning
 from hf_context_prune.export import gguf
@@ -36,8 +37,6 @@ from hf_context_prune.export.llama_cpp import LlamaCppRuntime
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.storage.loading import LoadedModel
-from hf_context_prune.training.recovery.config import RecoveryConfig
-from hf_context_prune.training.recovery.recover import recover
 
 DTYPES = {
     BASE: ("f16", "q8_0", "q6_k", "q4_k_m", "q3_k_m", "q2_k"),
@@ -80,11 +79,7 @@ class BytesDomain(FrontierDomain):
             return
         model, tokenizer, _ = self.pruned(DEFAULT, share)
         yield DEFAULT, LoadedModel(model, tokenizer, DEFAULT, None, None)
-        config = RecoveryConfig(
-            max_minutes=self.args.minutes, max_seq_length=self.args.length, recovery_seed=self.args.seed
-        )
-        healed = recover(model, self.train, config, tokenizer=tokenizer).model
-        yield HEALED, LoadedModel(healed, tokenizer, HEALED, None, None)
+        yield HEALED, LoadedModel(self.healed(share).model, tokenizer, HEALED, None, None)
         self.forget()
 
     def measure_file(self, loaded: LoadedModel, dtype: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -109,10 +104,7 @@ class BytesDomain(FrontierDomain):
         for key, source in (("domain", self.test_text[0]), ("general", self.general)):
             docs = None if base is None else [doc for doc, _, _ in base[key]["documents"]]
             losses = self.losses(loaded.model, loaded.tokenizer, docs, source=source)
-            row[key] = {
-                "documents": [[loss.doc, loss.num_tokens, loss.num_bytes] for loss in losses],
-                "nll": [float(f"{loss.nll:.6g}") for loss in losses],
-            }
+            row[key] = {"documents": documents_of(losses), "nll": rounded(losses)}
         return row
 
 

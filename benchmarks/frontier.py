@@ -34,7 +34,7 @@ from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
 from hf_context_prune.pruning.unit_curves import TokenProbe, measure_units
 from hf_context_prune.training.recovery.config import RecoveryConfig
-from hf_context_prune.training.recovery.recover import recover
+from hf_context_prune.training.recovery.recover import RecoveryResult, recover
 
 OPTIONS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
@@ -154,13 +154,17 @@ class FrontierDomain(Domain):
         facts = {name: plan.provenance.get(name) for name in ("predicted_loss_increase", "predicted_losses", "refit")}
         return {**row, **facts, "gone": count_gone(plan), "native": native, "stages": stages}
 
-    def measure_healed(self, share: float, base: Mapping[str, Any]) -> dict[str, Any]:
-        """Train the default's model back, and score it."""
+    def healed(self, share: float) -> RecoveryResult:
+        """Train the default's model back."""
         model, tokenizer, _ = self.pruned(DEFAULT, share)
         config = RecoveryConfig(
             max_minutes=self.args.minutes, max_seq_length=self.args.length, recovery_seed=self.args.seed
         )
-        result = recover(model, self.train, config, tokenizer=tokenizer)
+        return recover(model, self.train, config, tokenizer=tokenizer)
+
+    def measure_healed(self, share: float, base: Mapping[str, Any]) -> dict[str, Any]:
+        """Train the default's model back, and score it."""
+        tokenizer, result = self.pruned(DEFAULT, share)[1], self.healed(share)
         row = self.scored(result.model, tokenizer, base, general=True)
         return {**row, "history": result.history.to_dict()}
 

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.common import ROOT, Rows, given, parser, table, write_section
 from benchmarks.decoding import REMOVED, Forms
+from hf_context_prune.pipelines.vllm_server import read_environment
 from hf_context_prune.storage.saving import save_pruned
 
 CASES = {
@@ -53,13 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 (line,) = (line for line in done.stdout.splitlines() if line.startswith("found:"))
                 for batch, found in json.loads(line.removeprefix("found:")).items():
                     speeds[case].setdefault(batch, []).extend(found)
-    version = subprocess.run(
-        [args.python, "-c", "import importlib.metadata as m; print(m.version(m.packages_distributions()['vllm'][0]))"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    return {"speeds": speeds, "parameters": sizes, "vllm": version}
+    return {"speeds": speeds, "parameters": sizes, "vllm": read_environment(args.python)["version"]}
 
 
 def results_text(row: dict[str, Any], args: argparse.Namespace) -> str:

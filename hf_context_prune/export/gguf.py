@@ -24,6 +24,7 @@ from hf_context_prune.storage.provenance import read_base_card
 from hf_context_prune.utils.memory import fits_in_memory
 
 from .arrays import as_file_array
+from .formats import Importance
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
 from .k_quants import MIXTURES, bytes_of, quantize, type_of
 from .llama_cpp import LlamaCppRuntime
@@ -118,9 +119,7 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     check_tokenizer(loaded.tokenizer)
 
 
-def write(
-    loaded: LoadedModel, folder: Path, dtype: str, importance: Mapping[str, NDArray[np.float32]] | None = None
-) -> None:
+def write(loaded: LoadedModel, folder: Path, dtype: str, importance: Importance | None = None) -> None:
     """Write the GGUF file, and a Modelfile for Ollama.
 
     Args:
@@ -165,7 +164,7 @@ def load(folder: Path) -> LlamaCppRuntime:
 class _Blocks:
     """The data of each tensor, in the type of the file."""
 
-    def __init__(self, loaded: LoadedModel, dtype: str, importance: Mapping[str, NDArray[np.float32]]) -> None:
+    def __init__(self, loaded: LoadedModel, dtype: str, importance: Importance) -> None:
         self._dtype, self._mixture, self._importance = dtype, MIXTURES.get(dtype), importance
         self._layers, self._tied = loaded.model.config.num_hidden_layers, has_tied_head(loaded.model)
         self._all, self._other = 0, Counter[str]()

@@ -60,7 +60,7 @@ def vllm_command(folder: Path, arguments: Sequence[str] = (), *, python: Path | 
         )
     check_tensor_parallel(config, arguments)
     own = Path(sys.executable) if python is None else _find(python)
-    found = _ask(own)
+    found = read_environment(own)
     command = [str(own), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     if variable:
         command += ["--model-impl", "transformers"]
@@ -116,7 +116,7 @@ def _find(python: Path) -> Path:
     return Path(found)
 
 
-def _ask(python: Path) -> dict[str, object]:
+def read_environment(python: Path) -> dict[str, object]:
     """Return vLLM's version in an environment, and whether this package is a plugin there.
 
     Raises:

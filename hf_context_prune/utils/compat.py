@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,15 @@ def quantize_rows(kind: int, values: Any, blocks: Any, importance: Any = None) -
     Raises:
         ExportError: The installed library has no such function.
     """
+    rows, inputs = values.shape
+    weights = None if importance is None else importance.ctypes.data
+    written = _ggml_quantize_chunk()(kind, values.ctypes.data, blocks.ctypes.data, 0, rows, inputs, weights)
+    if written != blocks.nbytes:
+        raise ExportError(f"llama.cpp's quantiser wrote {written:,} bytes in place of {blocks.nbytes:,}.")
+
+
+@cache
+def _ggml_quantize_chunk() -> Any:  # noqa: ANN401 - a foreign function
     import xllamacpp.xllamacpp as library
 
     try:
@@ -67,11 +77,7 @@ def quantize_rows(kind: int, values: Any, blocks: Any, importance: Any = None) -
     pointer = ctypes.c_void_p
     quantize.argtypes = (ctypes.c_int, pointer, pointer, *(3 * [ctypes.c_int64]), pointer)
     quantize.restype = ctypes.c_size_t
-    rows, inputs = values.shape
-    weights = None if importance is None else importance.ctypes.data
-    written = quantize(kind, values.ctypes.data, blocks.ctypes.data, 0, rows, inputs, weights)
-    if written != blocks.nbytes:
-        raise ExportError(f"llama.cpp's quantiser wrote {written:,} bytes in place of {blocks.nbytes:,}.")
+    return quantize
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:
