@@ -19,8 +19,9 @@ from benchmarks.common import Rows, corpus, highest_load, parser, table, write_s
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.evaluation.options import EvalOptions
-from hf_context_prune.export.run import export_model, open_export
+from hf_context_prune.export.run import open_export
 from hf_context_prune.export.runtime import TorchRuntime
+from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.pipelines.prune import prune
 from hf_context_prune.storage.loading import load_model
 from hf_context_prune.storage.saving import count_weight_bytes

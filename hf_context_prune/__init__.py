@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from .errors import ContextPruneError
     from .evaluation.options import EvalOptions, QuestionOptions
     from .evaluation.reports.report import EvalReport
-    from .export.run import export_model, open_export, read_export
+    from .export.run import open_export, read_export
     from .modeling.plan import PruningPlan
     from .pipelines.evaluate import evaluate
+    from .pipelines.export import export_model
     from .pipelines.prune import prune, prune_to_folder
     from .pipelines.recover import recover_to_folder
     from .pipelines.result import PruneResult
@@ -74,7 +75,7 @@ _HOME = {
     "calibrate": "pruning.calibration.calibrate",
     "check_space_publishable": "publishing.space.folder",
     "evaluate": "pipelines.evaluate",
-    "export_model": "export.run",
+    "export_model": "pipelines.export",
     "load_checkpoint": "training.callback.checkpoints",
     "load_documents": "data.documents",
     "load_model": "storage.loading",

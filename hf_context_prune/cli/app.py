@@ -8,9 +8,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+import wrapt
 from rich.markup import escape
 
 from hf_context_prune.errors import ConfigError, ContextPruneError
@@ -39,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _INTERRUPTED = 130
+_SHORT_SECONDS = 2
 
 
 def _version(value: bool) -> None:
@@ -87,6 +90,13 @@ class _ShowMessage(logging.Handler):
         errors.print(f"{colour}{escape(record.getMessage())}", soft_wrap=True)
 
 
+def _calm_progress_bars(transformers_logging: ModuleType) -> None:
+    """Show bars of transformers only where they last, and remove them when they are done."""
+    transformers_logging.set_tqdm_hook(
+        lambda bar, args, options: bar(*args, **{**options, "delay": _SHORT_SECONDS, "leave": False})
+    )
+
+
 def _guarded(run: Callable[[], Any]) -> int:
     try:
         run()
@@ -124,6 +134,7 @@ def main() -> None:
     """Run the ``hf-context-prune`` command."""
     signal.signal(signal.SIGTERM, terminate)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    wrapt.register_post_import_hook(_calm_progress_bars, "transformers.utils.logging")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     package, handler = logging.getLogger("hf_context_prune"), _ShowMessage()
     level = package.level

@@ -12,8 +12,8 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.utils.distributed import fail_together
 from hf_context_prune.utils.options import OUTPUT, TEXT
 
-from .options import DATA_HELP, NONE, FormatOption, Given, OutputFormat, options_of, shared
-from .output import errors, out, out_table, show_result
+from .options import DATA_HELP, NONE, FormatOption, Given, OutputFormat, VerboseOption, options_of, shared
+from .output import errors, out, out_table, show_lines, show_result
 
 if TYPE_CHECKING:
     from hf_context_prune.pipelines.demo import DemoOutcome
@@ -34,6 +34,7 @@ def demo(
         Path | None, shared("Folder to write. By default ./mini-gpt-licences, or ./mini-gpt with --data.", OUTPUT)
     ] = None,
     format: FormatOption = OutputFormat.auto,
+    verbose: VerboseOption = False,
 ) -> None:
     """Prune the real SmolLM2-135M-Instruct for software licences (or your own text), without Hub access.
 
@@ -42,7 +43,7 @@ def demo(
     from hf_context_prune.pipelines.demo import run_demo
 
     outcome = run_demo(output, data, eval_data=eval_data, log=lambda line: errors.print(escape(line)), **options)
-    show_result(outcome.result, outcome.folder, format)
+    show_result(outcome.result, outcome.folder, format, verbose=verbose)
     if format is OutputFormat.auto:
         _show_completions(outcome)
 
@@ -56,6 +57,4 @@ def _show_completions(outcome: DemoOutcome) -> None:
     out_table(table)
     for line in outcome.about:
         out(line)
-    out("To go on:")
-    for purpose, command in outcome.next_commands:
-        out(f"  {purpose}: {command}")
+    show_lines("To go on:", outcome.next_commands)

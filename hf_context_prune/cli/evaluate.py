@@ -24,13 +24,13 @@ from .options import (
     OutputFormat,
     ReportFolder,
     RevisionOption,
+    VerboseOption,
     eval_options,
     options_of,
     shared,
 )
-from .output import out, out_json, out_table
+from .output import out, out_json, show_report
 from .questions import single_question_options
-from .tables import report_table
 
 if TYPE_CHECKING:
     from hf_context_prune.evaluation.reports.report import EvalReport
@@ -56,6 +56,7 @@ def evaluate(
     device: DeviceOption = None,
     revision: RevisionOption = None,
     format: FormatOption = OutputFormat.auto,
+    verbose: VerboseOption = False,
 ) -> None:
     """Measure MODEL on a text (and questions): bits per byte, perplexity, accuracy, size, speed and memory."""
     asked, options = single_question_options(questions), eval_options(evaluation)
@@ -82,9 +83,9 @@ def evaluate(
     if format is OutputFormat.json:
         out_json(report.to_dict())
     elif format is OutputFormat.quiet:
-        out(f"{report.loss.base.bits_per_byte.value:.6f}")
+        out(f"{report.loss.last.bits_per_byte.value:.6f}")
     else:
-        out_table(report_table(report))
+        show_report(report, verbose=verbose)
         if output is not None:
             out(f"Wrote {output / REPORT_NAME}")
         _show_harness_task(model, report, questions.get("harness_task"))

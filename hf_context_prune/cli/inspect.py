@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .export import show_export
 from .options import FolderArgument, FormatOption, OutputFormat
-from .output import out, out_json, out_table
-from .tables import report_table, widths_table
+from .output import out, out_json, out_table, show_report
+from .tables import widths_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +42,7 @@ def inspect(folder: FolderArgument, format: FormatOption = OutputFormat.auto) ->
         out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} embedding rows kept")
     out_table(widths_table(plan.dense, plan.widths))
     if report:
-        out_table(report_table(report))
+        show_report(report, verbose=True)
 
 
 def _facts(files: Mapping[str, Any], plan: PruningPlan, report: EvalReport | None) -> dict[str, Any]:

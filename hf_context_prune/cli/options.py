@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from enum import StrEnum
@@ -54,9 +55,33 @@ ConfigFile = Annotated[
     Path | None, shared("YAML file with options by the names of the fields; the command line has precedence.")
 ]
 Output = Annotated[Path, shared("Folder to write. An older folder that this tool wrote is replaced.", OUTPUT)]
+
+
+def _be_quiet(context: typer.Context, value: OutputFormat) -> OutputFormat:
+    """Show neither progress bars nor messages during a quiet command; warnings and errors stay."""
+    if value is OutputFormat.quiet:
+        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+        package = logging.getLogger("hf_context_prune")
+        context.call_on_close(functools.partial(package.setLevel, package.level))
+        package.setLevel(logging.WARNING)
+        if not are_progress_bars_disabled():
+            context.call_on_close(enable_progress_bars)
+            disable_progress_bars()
+    return value
+
+
 FormatOption = Annotated[
     OutputFormat,
-    shared("auto: a table; json: everything, for programs; quiet: only the essential.", OUTPUT, "--format"),
+    shared(
+        "auto: a table; json: everything, for programs; quiet: only the essential, without progress.",
+        OUTPUT,
+        "--format",
+        callback=_be_quiet,
+    ),
+]
+VerboseOption = Annotated[
+    bool, shared("Show intervals, quartiles and the losses per token too.", OUTPUT, "--verbose", "-v")
 ]
 ResultsFolder = Annotated[
     Path, shared("Folder of all results. The same command resumes a run that was interrupted.", OUTPUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,11 @@ from .options import OutputFormat
 from .tables import report_table
 
 if TYPE_CHECKING:
+    from hf_context_prune import EvalReport
     from hf_context_prune.pipelines.result import PruneResult
+
+NextSteps = Sequence[tuple[str, str]]
+"""Names of lines, and the lines; such as a purpose and its command."""
 
 errors = Console(stderr=True, highlight=False)
 
@@ -38,24 +43,39 @@ def out_table(table: Table) -> None:
     console.print(table)
 
 
-def show_result(result: PruneResult, output: Path, format: OutputFormat) -> None:
-    """Show the numbers of a result that was saved to a folder."""
+def show_report(report: EvalReport, *, verbose: bool = False) -> None:
+    """Show a report: its four numbers in words, then its table, in the end what a reader of it must know."""
+    from hf_context_prune.evaluation.reports.summary import headline
+
+    for line in headline(report):
+        out(line)
+    out_table(report_table(report, verbose=verbose))
+    if verbose:
+        out(f"Test text: {report.dataset.held_out}")
+    for note in report.notes:
+        out(note)
+
+
+def show_result(
+    result: PruneResult, output: Path, format: OutputFormat, *, verbose: bool = False, next_steps: NextSteps = ()
+) -> None:
+    """Show the numbers of a result that was saved to a folder, where it opens, and the commands to go on with."""
     folder = resolve_path(output)
     if format is OutputFormat.quiet:
         out(str(folder))
     elif format is OutputFormat.json:
         out_json({"output": str(folder), "plan_sha256": result.plan.sha256, "report": result.report.to_dict()})
     else:
-        out_table(report_table(result.report))
-        size = result.report.size
-        asked = "" if size.asked_ratio is None else f"asked {size.asked_ratio:.2%}, "
-        out(f"Parameters removed: {asked}achieved {size.achieved_ratio:.2%}")
-        out(f"Test text: {result.report.dataset.held_out}")
-        for note in result.report.notes:
-            out(note)
-        how = (
-            "opens with plain transformers"
-            if result.native_fit.fits
-            else "opens with this package or trust_remote_code"
-        )
-        out(f"Wrote {folder} ({how})")
+        show_report(result.report, verbose=verbose)
+        out(f"Wrote {folder}")
+        show_lines(f"{output} opens in:", [(one.name, one.how) for one in result.opens_in(output)])
+        show_lines("To go on:", next_steps)
+
+
+def show_lines(title: str, lines: NextSteps) -> None:
+    """Show lines with their names, below a title; nothing where there are none."""
+    if lines:
+        out(title)
+        width = max(len(name) for name, _ in lines)
+        for name, text in lines:
+            out(f"  {name.ljust(width)}  {text}")

@@ -24,12 +24,13 @@ from .options import (
     ModelArgument,
     OutputFormat,
     RevisionOption,
+    VerboseOption,
     eval_options,
     merge_options,
     options_of,
     shared,
 )
-from .output import out, out_json, out_table, show_result
+from .output import NextSteps, out, out_json, out_table, show_result
 from .tables import widths_table
 
 
@@ -71,6 +72,7 @@ def prune(
         shared("Only print the sizes, from shapes alone (layer by layer for uniform widths).", OUTPUT, "--dry-run"),
     ] = False,
     format: FormatOption = OutputFormat.auto,
+    verbose: VerboseOption = False,
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on test text, and write a model folder."""
     values = read_options(config) if config else {}
@@ -97,7 +99,17 @@ def prune(
         device=device,
         max_memory=max_memory,
     )
-    show_result(result, output, format)
+    show_result(result, output, format, verbose=verbose, next_steps=_next_steps(data, output, recovery))
+
+
+def _next_steps(data: str, output: Path, recovery: RecoveryConfig | None) -> NextSteps:
+    """Return the commands to go on with."""
+    training = f"hf-context-prune recover {output} --data {data} --output {output}-recovered"
+    return (
+        ("Talk to it", f"hf-context-prune chat {output}"),
+        *((("Train it back", training),) if recovery is None else ()),
+        ("Publish it", f"hf-context-prune push {output} OWNER/NAME"),
+    )
 
 
 def _recovery(values: Any, minutes: float | None) -> RecoveryConfig | None:  # noqa: ANN401 - of the file

@@ -18,6 +18,7 @@ from .options import (
     Given,
     Output,
     OutputFormat,
+    VerboseOption,
     eval_options,
     options_of,
     shared,
@@ -46,6 +47,7 @@ def recover(
     column: Given = NONE,
     device: DeviceOption = None,
     format: FormatOption = OutputFormat.auto,
+    verbose: VerboseOption = False,
 ) -> None:
     """Train a pruned folder back on text of its domain, and write a new folder.
 
@@ -66,4 +68,8 @@ def recover(
         device=device,
         **column,
     )
-    show_result(result, output, format)
+    steps = (
+        ("Talk to it", f"hf-context-prune chat {output}"),
+        ("Publish it", f"hf-context-prune push {output} OWNER/NAME"),
+    )
+    show_result(result, output, format, verbose=verbose, next_steps=steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,15 +15,14 @@ if TYPE_CHECKING:
     from hf_context_prune.modeling.specs import LayerWidths
 
 
-def report_table(report: EvalReport) -> Table:
-    """Return the table of an evaluation: base against pruned, or one model alone."""
-    from hf_context_prune.evaluation.reports.rows import table_rows
+def report_table(report: EvalReport, *, verbose: bool = False) -> Table:
+    """Return the table of an evaluation: base against pruned, or one model alone; with intervals if verbose."""
+    from hf_context_prune.evaluation.reports.rows import table_header, table_rows
 
-    single = report.size.pruned_parameters is None
-    table = Table(title=escape(report.base_model), title_justify="left")
-    for index, name in enumerate(("measure", "value") if single else ("measure", "base", "pruned", "change")):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(table_header(report)):
         table.add_column(name, justify="left" if index == 0 else "right")
-    for row in table_rows(report):
+    for row in table_rows(report, intervals=verbose):
         table.add_row(*(escape(cell) for cell in row))
     return table
 

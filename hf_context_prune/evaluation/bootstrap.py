@@ -11,6 +11,8 @@ from scipy import stats
 from hf_context_prune.errors import ConfigError
 
 CONFIDENCE = 0.95
+MIN_DOCUMENTS = 10
+"""With fewer documents there is no interval: what so few show of their spread is chance."""
 
 FloatArray = NDArray[np.float64]
 Statistic = Callable[..., FloatArray]
@@ -25,7 +27,7 @@ class Estimate:
 
     Attributes:
         value: The point estimate over all documents.
-        interval: (low, high), or None where a single document leaves nothing to resample.
+        interval: (low, high), or None where there are fewer than [`MIN_DOCUMENTS`][] documents.
     """
 
     value: float
@@ -80,7 +82,7 @@ def bootstrap_estimate(
     arrays: list[FloatArray] = [np.asarray(column, dtype=np.float64) for column in columns]
     value = float(statistic(*arrays, axis=-1))
     documents = len(arrays[0])
-    if documents < 2:
+    if documents < MIN_DOCUMENTS:
         return Estimate(value, None)
     result = stats.bootstrap(
         arrays,

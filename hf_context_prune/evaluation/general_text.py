@@ -1,4 +1,4 @@
-"""Losses of up to three models on one text, and the general text that shows what a pruned model forgot."""
+"""Facts of the texts and losses of a report, and the general text that shows what a pruned model forgot."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
-from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts, TextLosses
+from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts
 
-from .losses import DocumentLoss, compare_losses, summarize_losses
-from .perplexity import document_losses
+from .losses import DocumentLoss, LossComparison, LossSummary, compare_losses, compare_summaries, summarize_losses
+from .passages import Passages
 
 ModelAndTokenizer: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -26,13 +26,13 @@ class GeneralText:
 
     Attributes:
         source: The documents to measure on.
-        facts: Facts of these documents, for the report.
+        how: Sentences on how they were kept apart from other text.
         calibration: The rest of the documents, where they are calibrated on; else None.
         whole: Name, revision and fingerprint of the whole text, for the plan.
     """
 
     source: TextSource
-    facts: DatasetFacts
+    how: str
     calibration: TextSource | None
     whole: dict[str, Any]
 
@@ -89,52 +89,41 @@ def read_general(
             how = f"A tenth of the documents of {all_of_it.name}, whose other documents are calibrated on too."
     if dropped:
         how += f" {dropped:,} of its documents were dropped, as they are in the domain's text too."
-    facts = DatasetFacts(source.name, source.revision, source.fingerprint, how)
-    return GeneralText(source, facts, rest, whole)
+    return GeneralText(source, how, rest, whole)
 
 
-def measure_losses(
-    source: TextSource,
-    base: ModelAndTokenizer,
-    *,
-    pruned: ModelAndTokenizer | None = None,
-    recovered: ModelAndTokenizer | None = None,
-    max_seq_length: int,
-    max_tokens: int | None,
-    seed: int,
-) -> LossFacts:
-    """Measure models on the same documents of a text; the facts of a model that is not given are None."""
-    first = document_losses(*base, source, max_seq_length=max_seq_length, max_tokens=max_tokens)
-    docs = [loss.doc for loss in first]
-    others = {
-        name: document_losses(*pair, source, max_seq_length=max_seq_length, docs=docs)
-        for name, pair in (("pruned", pruned), ("recovered", recovered))
-        if pair is not None
-    }
-    return build_loss_facts(first, others, seed=seed)
+def dataset_facts(passages: Passages, how: str) -> DatasetFacts:
+    """Return the facts of a text that is measured on.
+
+    Args:
+        passages: What is measured on.
+        how: Sentences on how it was kept apart from other text.
+    """
+    text = passages.text
+    held_out = f"{how} {passages.describe()}".strip()
+    return DatasetFacts(text.name, text.revision, text.fingerprint, held_out, passages.max_chars)
 
 
 def build_loss_facts(
-    base: Sequence[DocumentLoss], others: Mapping[str, Sequence[DocumentLoss]], *, seed: int
+    base: Sequence[DocumentLoss] | LossSummary | None, others: Mapping[str, Sequence[DocumentLoss]], *, seed: int
 ) -> LossFacts:
     """Return losses on the same documents as facts of a report.
 
     Args:
-        base: Losses of the base.
+        base: Losses of the base; a summary of them gives comparisons without intervals, and None gives none.
         others: Losses of the ``"pruned"`` and the ``"recovered"`` model, as far as they exist.
         seed: Seed of the intervals.
     """
     summaries = {name: summarize_losses(losses, seed=seed) for name, losses in others.items()}
-    against = {name: compare_losses(base, losses, seed=seed) for name, losses in others.items()}
+    against: dict[str, LossComparison] = {}
+    if isinstance(base, LossSummary):
+        against = {name: compare_summaries(base, summary) for name, summary in summaries.items()}
+    elif base is not None:
+        against = {name: compare_losses(base, losses, seed=seed) for name, losses in others.items()}
     return LossFacts(
-        base=summarize_losses(base, seed=seed),
+        base=base if base is None or isinstance(base, LossSummary) else summarize_losses(base, seed=seed),
         pruned=summaries.get("pruned"),
         comparison=against.get("pruned"),
         recovered=summaries.get("recovered"),
         recovered_comparison=against.get("recovered"),
     )
-
-
-def measure_general_losses(text: GeneralText | None, base: ModelAndTokenizer, **how: Any) -> TextLosses | None:  # noqa: ANN401
-    """Measure models on the general text, as [`measure_losses`][] does; None without a text."""
-    return None if text is None else TextLosses(text.facts, measure_losses(text.source, base, **how))

@@ -156,6 +156,22 @@ def compare_losses(
     )
 
 
+def compare_summaries(base: LossSummary, other: LossSummary) -> LossComparison:
+    """Compare two models by their losses on the same text; without the losses of each document, without intervals."""
+    excess = None
+    if base.num_tokens == other.num_tokens:
+        excess = Estimate(other.nats_per_token.value - base.nats_per_token.value, None)
+    before, after = base.bits_per_byte.value, other.bits_per_byte.value
+    return LossComparison(
+        excess_nats_per_token=excess,
+        bits_per_byte_difference=Estimate(after - before, None),
+        bits_per_byte_ratio=Estimate(after / before, None),
+        num_documents=base.num_documents,
+        seed=base.seed,
+        n_resamples=base.n_resamples,
+    )
+
+
 def relative_change(base: Sequence[DocumentLoss], own: Sequence[DocumentLoss], seed: int) -> Estimate:
     """Return the relative change of the bits per byte against another model, with its paired interval."""
     return ratio_to_change(compare_losses(base, own, seed=seed).bits_per_byte_ratio)

@@ -22,7 +22,7 @@ class EvalOptions:
     """How much is measured, always on text that was not used to calibrate.
 
     Attributes:
-        max_tokens: Largest number of test tokens, in whole documents; None takes all.
+        max_tokens: Largest number of test tokens, in passages of many documents; None takes the whole text.
         benchmark: Measure prefill and decode speed of base and pruned model, interleaved.
         memory: Measure peak memory in a fresh process. It needs a saved folder, so `prune` leaves it to saving.
         general_data: General text, as [`load_documents`][] reads it, to measure what the model forgot. None leaves that
@@ -34,7 +34,7 @@ class EvalOptions:
 
     max_tokens: int | None = option(
         20_000,
-        "Largest number of test tokens to measure on, in whole documents (the first one always).",
+        "Largest number of test tokens to measure on, in passages of up to a hundred documents, or more if it allows.",
         panel=EVALUATION,
         allowed=at_least(1),
         flag="max-eval-tokens",

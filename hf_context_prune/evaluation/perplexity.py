@@ -39,6 +39,7 @@ def document_losses(
     max_tokens: int | None = None,
     docs: Collection[str] | None = None,
     seed: int = 0,
+    description: str = "Scoring",
 ) -> list[DocumentLoss]:
     """Score every document of `source`, each of its tokens exactly once.
 
@@ -56,9 +57,11 @@ def document_losses(
         source: Held-out text.
         max_seq_length: Tokens per window.
         batch_tokens: Tokens per batch, padding included; a batch holds at least one window.
-        max_tokens: If given, take whole documents in shuffled order while they fit, but at least one.
+        max_tokens: If given, take whole documents in shuffled order while they fit, but at least one ([`Passages`][]
+            spreads a budget over more of them).
         docs: If given, score only the documents with these ids.
         seed: Seed of the shuffled order.
+        description: Name of the progress bar.
 
     Returns:
         One loss per document, in the order of `source`.
@@ -80,7 +83,7 @@ def document_losses(
     total = sum(document.num_tokens for document in documents)
     with (
         evaluation_mode(model),
-        tqdm(total=total, unit="tok", desc="Scoring", name="hf_context_prune.evaluation") as progress,
+        tqdm(total=total, unit="tok", desc=description, name="hf_context_prune.evaluation") as progress,
     ):
         batches = list(batch_windows(windows, batch_tokens))
         outputs = forward_in_turns(model, (_model_inputs(batch, context, model.device) for batch in batches))
@@ -98,14 +101,6 @@ def document_losses(
         DocumentLoss(document.doc, document.source, loss, document.num_tokens, document.num_bytes)
         for document, loss in zip(documents, nll, strict=True)
     ]
-
-
-def choose_documents(
-    source: TextSource, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int | None, seed: int = 0
-) -> list[str]:
-    """Return the ids of the documents that [`document_losses`][] would score with `max_tokens`."""
-    documents = encode_documents(group_records(source, None), source.name, tokenizer, max_tokens, seed)
-    return [document.doc for document in documents]
 
 
 def _check_lengths(model: "PreTrainedModel", max_seq_length: int, batch_tokens: int, max_tokens: int | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_context_prune.data.documents import TextSource, stable_hash
+from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import QuestionSet
 from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.report import MultipleChoiceFacts
@@ -19,9 +19,10 @@ from .general_text import ModelAndTokenizer
 from .losses import DocumentLoss, compare_losses, summarize_losses
 from .multiple_choice import answer_questions
 from .options import QuestionOptions, Scorer
-from .perplexity import choose_documents, document_losses
+from .passages import Passages
+from .perplexity import document_losses
 
-ROW_LAYOUT = 2
+ROW_LAYOUT = 3
 """Version of the rows of scores, part of the setting of a run: rows of another version are refused, not read."""
 
 
@@ -30,28 +31,34 @@ class HeldOut:
     """Text and questions on which models are compared.
 
     Attributes:
-        text: Held-out text.
-        docs: Ids of the documents that are scored.
+        passages: Held-out text.
         questions: Multiple-choice questions, if any.
         scorer: See [`answer_questions`][].
         num_fewshot: Largest number of examples before a question.
         max_seq_length: Tokens per window.
     """
 
-    text: TextSource
-    docs: tuple[str, ...]
+    passages: Passages
     questions: QuestionSet | None = None
     scorer: Scorer = "likelihood_normalised"
     num_fewshot: int = 0
     max_seq_length: int = 512
 
+    @property
+    def text(self) -> TextSource:
+        """The text that is scored."""
+        return self.passages.text
+
+    @property
+    def docs(self) -> list[str]:
+        """Ids of the documents that are scored, in their order."""
+        return [*dict.fromkeys(record.doc for record in self.text.documents)]
+
     def setting(self) -> dict[str, Any]:
         """Return everything but the model that scores depend on, without names of texts and documents."""
-        asked, chosen = self.questions, set(self.docs)
-        order = dict.fromkeys(document.doc for document in self.text.documents)
-        places = [place for place, doc in enumerate(order) if doc in chosen]
+        asked = self.questions
         return {
-            "text": [self.text.fingerprint, len(places), stable_hash(*places).hex()],
+            "text": self.text.fingerprint,
             "questions": None if asked is None else [asked.fingerprint, self.scorer],
             "num_fewshot": self.num_fewshot,
             "max_seq_length": self.max_seq_length,
@@ -80,7 +87,7 @@ class Scores:
         Args:
             held_out: The text and questions that were scored.
         """
-        places = {doc: index for index, doc in enumerate(held_out.docs)}
+        places = {doc: place for place, doc in enumerate(held_out.docs)}
         return {
             "parameters": self.parameters,
             "losses": [[places[x.doc], six_digits(x.nll), x.num_tokens, x.num_bytes] for x in self.losses],
@@ -106,8 +113,9 @@ class Scores:
             if row["answers"] is not None and held_out.questions is not None:
                 asked = zip(held_out.questions.questions, row["answers"], strict=True)
                 answers = tuple(Answer(one.id, one.source, tuple(scores), *rest) for one, (scores, *rest) in asked)
-            docs = [(held_out.docs[place], values) for place, *values in row["losses"]]
-            losses = tuple(DocumentLoss(doc, sources[doc], *values) for doc, values in docs)
+            docs = held_out.docs
+            scored = [(docs[place], values) for place, *values in row["losses"]]
+            losses = tuple(DocumentLoss(doc, sources[doc], *values) for doc, values in scored)
             return cls(row["parameters"], losses, answers)
         except (LookupError, TypeError, ValueError) as error:
             raise LoadError(
@@ -119,9 +127,7 @@ class Scores:
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut) -> Scores:
     """Score a model on held-out text and questions."""
     answers = None
-    losses = document_losses(
-        model, tokenizer, held_out.text, max_seq_length=held_out.max_seq_length, docs=held_out.docs
-    )
+    losses = document_losses(model, tokenizer, held_out.text, max_seq_length=held_out.max_seq_length)
     if held_out.questions is not None:
         answers = tuple(
             answer_questions(
@@ -154,13 +160,13 @@ def choose_held_out(
     max_seq_length: int,
     questions: QuestionOptions | None = None,
 ) -> HeldOut:
-    """Choose the documents and questions once, so that all models are scored on the same ones."""
+    """Choose passages and questions once, so that all models are scored on the same ones."""
     asked, how = None, dict[str, Any]()
     if questions is not None:
         asked = questions.load()
         how = {"scorer": questions.scorer, "num_fewshot": questions.num_fewshot}
-    docs = tuple(choose_documents(text, tokenizer, max_tokens=max_tokens))
-    return HeldOut(text, docs, asked, max_seq_length=max_seq_length, **how)
+    passages = Passages.of(text, tokenizer, max_tokens=max_tokens)
+    return HeldOut(passages, asked, max_seq_length=max_seq_length, **how)
 
 
 def answer_with_models(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _WORKER = "hf_context_prune.evaluation._memory_worker"
 _STDERR_TAIL = 2000
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 512, 32, 5
+"""What is timed by default: the length of the prompt, the steps after it, and the rounds."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ class MemoryMeasurement:
 def measure_speed(
     models: "Mapping[str, PreTrainedModel]",
     *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 32,
-    repeats: int = 5,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+    repeats: int = REPEATS,
     batch_size: int = 1,
     seed: int = 0,
 ) -> dict[str, SpeedMeasurement]:

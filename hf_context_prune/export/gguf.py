@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hf_context_prune.errors import ExportError, PruningWarning
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
+from hf_context_prune.modeling.runtimes import GGUF_VARIABLE
 from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card
@@ -69,7 +70,6 @@ _FAMILIES = {
     "granite": _Family(MODEL_ARCH.GRANITE, interleaved=True),
     "gemma": _Family(MODEL_ARCH.GEMMA, interleaved=False, activation=("gelu_pytorch_tanh", "gelu"), norm_offset=1.0),
 }
-_VARIABLE = ("llama", "mistral")
 
 
 def check(loaded: LoadedModel, dtype: str) -> None:
@@ -86,10 +86,10 @@ def check(loaded: LoadedModel, dtype: str) -> None:
             f"such as onnx."
         )
     variable = _is_variable(_geometry(loaded, dtype))
-    if variable and family not in _VARIABLE:
+    if variable and family not in GGUF_VARIABLE:
         raise ExportError(
             f"llama.cpp has no {family} architecture with widths that vary from layer to layer (only for "
-            f"{', '.join(_VARIABLE)}). Prune to uniform widths (prune --native-architecture), or export to another "
+            f"{', '.join(GGUF_VARIABLE)}). Prune to uniform widths (prune --native-architecture), or export to another "
             f"format."
         )
     biases = sorted(
@@ -110,7 +110,7 @@ def check(loaded: LoadedModel, dtype: str) -> None:
             f"llama.cpp rotates all layers of smollm3 except every fourth, but no_rope_layers is "
             f"{config.no_rope_layers}. Export to another format."
         )
-    kind, kinds = _rope_kind(config), ("default", "linear", "llama3") if family in _VARIABLE else ("default",)
+    kind, kinds = _rope_kind(config), ("default", "linear", "llama3") if family in GGUF_VARIABLE else ("default",)
     if kind not in kinds:
         raise ExportError(
             f"The rope type {kind!r} of a {family} model can't be written to GGUF; allowed are {', '.join(kinds)}. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ from hf_context_prune.utils.failed_writes import find_failed_write
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
 from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.foreign_code import refuse_foreign_code
-from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.memory import fits_in_memory
 
 from .formats import FORMATS, ExportFormat, FormatModule, Importance, format_of
@@ -35,7 +34,7 @@ from .sample import own_sample, read_sample
 from .verify import check, check_tokens, compare, measure
 
 _LOGGER = logging.getLogger(__name__)
-_MAX_TOKENS = 2000
+MAX_TOKENS = 2000
 _SIDE_BYTES = 32 * 2**20
 """Room for the tokenizer and the other parts of a file, beside at most 16 bits per weight."""
 
@@ -53,8 +52,7 @@ class ExportResult:
     report: ExportReport
 
 
-@reserves("output")
-def export_model(
+def run_export(
     folder: str | Path,
     output: str | Path,
     *,
@@ -63,30 +61,25 @@ def export_model(
     data: Any = None,  # noqa: ANN401 - whatever load_documents reads
     importance_data: Any = None,  # noqa: ANN401 - the same
     text_column: str | None = None,
-    max_tokens: int = _MAX_TOKENS,
+    max_tokens: int = MAX_TOKENS,
     tolerance: float | None = None,
     seed: int = 0,
+    write_card: Callable[[Path, LoadedModel, ExportReport], None],
 ) -> ExportResult:
-    """Write a model folder in another format, run the artefact, and put it in place if it gives the same results.
+    """Export a folder as `export_model` does, with a card from elsewhere; see there for the errors.
 
     Args:
-        folder: A pruned folder, or any other model that `load_model` opens.
-        output: Folder to write: absent, empty, or an untouched older export.
-        format: ``"quanto"``, ``"torchao"``, ``"onnx"`` or ``"gguf"``.
-        dtype: Data type of the weights; None takes the default of the format (the first of its entry in `FORMATS`).
-        data: Test text for the comparison; None takes text that the model itself writes, which has no bits per byte.
-        importance_data: Text of the domain, other than `data`, that tells which inputs matter (llama.cpp's importance
-            matrix): their errors are kept small. For the k-quants of gguf.
-        text_column: Column with the text.
-        max_tokens: Largest number of tokens of `data` to compare on, in whole documents.
-        tolerance: Relative change of the perplexity to allow, instead of the limit of the format.
-        seed: Seed of the choice of documents, or of the model's own text.
-
-    Raises:
-        ConfigError: The format or data type is unknown, a package is not installed, or the folder is an export.
-        ExportError: The format can't hold the model, or the artefact differs by more than the tolerance.
-        SaveError: The output can't be written.
-        ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
+        folder: As for `export_model`.
+        output: As for `export_model`.
+        format: As for `export_model`.
+        dtype: As for `export_model`.
+        data: As for `export_model`.
+        importance_data: As for `export_model`.
+        text_column: As for `export_model`.
+        max_tokens: As for `export_model`.
+        tolerance: As for `export_model`.
+        seed: As for `export_model`.
+        write_card: Writes the card into the folder that is being written, for a loaded model and the report.
     """
     if data is None:
         _warn_of_unused(None if importance_data is not None else text_column, max_tokens)
@@ -157,6 +150,7 @@ def export_model(
             importance=None if weighed_by is None else weighed_by.name,
         )
         report.save(staging / EXPORT_REPORT_NAME)
+        write_card(staging, loaded, report)
     return ExportResult(goal, report)
 
 
@@ -169,7 +163,7 @@ def _dtype_to_load(kind: ExportFormat, folder: Path) -> str:
 
 def _warn_of_unused(text_column: str | None, max_tokens: int) -> None:
     """Warn about options of the test text, where none is given."""
-    given = (("text_column", text_column, None), ("max_tokens", max_tokens, _MAX_TOKENS))
+    given = (("text_column", text_column, None), ("max_tokens", max_tokens, MAX_TOKENS))
     if unused := ", ".join(f"{name}={value!r}" for name, value, usual in given if value != usual):
         warnings.warn(
             f"{unused} has no effect: without data (--data) the export is compared on text that the model itself "

@@ -9,6 +9,7 @@ import torch
 
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.data.samples import leading_token
+from hf_context_prune.evaluation.passages import Passages
 from hf_context_prune.evaluation.windows import context_token, cut_windows, encode_documents, group_records
 from hf_context_prune.modeling.generation import with_plain_generation
 from hf_context_prune.modeling.inference import evaluation_mode, max_positions
@@ -54,21 +55,22 @@ class Sample:
 
 
 def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_tokens: int, seed: int) -> Sample:  # noqa: ANN401
-    """Read whole documents of a text in shuffled order, as many as fit; their beginnings are the prompts.
+    """Read passages of a text; their beginnings are the prompts.
 
     Args:
         loaded: The folder's model.
         data: Text, as `load_documents` reads it.
         text_column: Column with the text.
-        max_tokens: Largest number of tokens to score; at least one document is taken.
-        seed: Seed of the order.
+        max_tokens: Largest number of tokens to score.
+        seed: Chooses the passages.
 
     Raises:
         DataError: There is no text to score.
     """
     source = load_documents(data, text_column=text_column)
-    groups = group_records(source, None)
-    documents = encode_documents(groups, source.name, loaded.tokenizer, max_tokens, seed)
+    passages = Passages.of(source, loaded.tokenizer, max_tokens=max_tokens, seed=seed).text
+    groups = group_records(passages, None)
+    documents = encode_documents(groups, source.name, loaded.tokenizer, None, seed)
     length, new_tokens = _lengths(loaded)
     led = leading_token(loaded.tokenizer) is not None
     cut = list(cut_windows(documents, context_token(loaded.tokenizer), length - 1, each=led))
@@ -82,7 +84,7 @@ def read_sample(loaded: LoadedModel, data: Any, text_column: str | None, *, max_
         new_tokens,
         tuple(record.text for document in documents for record in groups[document.doc]),
         sum(document.num_bytes for document in documents),
-        f"{len(documents)} of the documents of {source.name}",
+        f"passages of {len(documents)} documents of {source.name}",
     )
 
 

@@ -1,26 +1,35 @@
-"""Base, pruned and recovered model on the same documents, and the report that their figures make."""
+"""Base, pruned and recovered model on the same passages of text, and the report that their figures make."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.evaluation.general_text import (
     GeneralText,
     ModelAndTokenizer,
     build_loss_facts,
-    measure_general_losses,
+    dataset_facts,
 )
-from hf_context_prune.evaluation.losses import DocumentLoss
+from hf_context_prune.evaluation.losses import DocumentLoss, mean_bits_per_byte, relative_change
 from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune.evaluation.passages import Passages
 from hf_context_prune.evaluation.perplexity import document_losses
+from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
     EvalReport,
+    LossFacts,
     SizeFacts,
     SizeSearch,
     SpeedFacts,
+    TextLosses,
 )
 from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.in_turns import fits_with_weights
@@ -28,25 +37,141 @@ from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.distributed import on_main_process
 
+_SAME_LOSS = 2e-3  # relative: of one model on one text in two runs (another dtype, another number of threads)
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    """A text that models are compared on.
+
+    Attributes:
+        passages: The passages of it that are measured on.
+        facts: Its facts, for the report.
+        base: Losses of the base model; None where there is no base to measure.
+        known: Losses on the same passages that an earlier report of the pruned model states; None where none does.
+    """
+
+    passages: Passages
+    facts: DatasetFacts
+    base: list[DocumentLoss] | None = None
+    known: LossFacts | None = None
+
+    @classmethod
+    def measure(
+        cls,
+        source: TextSource,
+        how: str,
+        base: LoadedModel,
+        *,
+        max_seq_length: int,
+        max_tokens: int | None,
+        earlier: TextLosses | None = None,
+        seed: int = 0,
+    ) -> MeasuredText:
+        """Choose passages, and measure the base model on them.
+
+        Args:
+            source: The text.
+            how: Sentences on how it was kept apart from other text.
+            base: The base model, whose tokenizer counts the tokens.
+            max_seq_length: Tokens per window.
+            max_tokens: Largest number of tokens; None takes the whole text.
+            earlier: Losses of an earlier report of the pruned model.
+            seed: Chooses the passages.
+        """
+        passages = Passages.of(source, base.tokenizer, max_tokens=max_tokens, seed=seed)
+        losses = document_losses(
+            base.model,
+            base.tokenizer,
+            passages.text,
+            max_seq_length=max_seq_length,
+            description=f"Measuring base on {source.name}",
+        )
+        same = earlier is not None and earlier.dataset.fingerprint == passages.text.fingerprint
+        return cls(passages, dataset_facts(passages, how), losses, earlier.loss if earlier and same else None)
+
+    @classmethod
+    def without_base(
+        cls,
+        source: TextSource,
+        how: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int | None,
+        earlier: TextLosses | None,
+    ) -> MeasuredText:
+        """Choose the passages of an earlier report if the text is the same, so that its figures can be taken over.
+
+        Args:
+            source: The text.
+            how: Sentences on how it was kept apart from other text.
+            tokenizer: Counts the tokens where the report doesn't serve.
+            max_tokens: Largest number of tokens of the base; None takes the whole text.
+            earlier: Losses of an earlier report.
+        """
+        if earlier is not None and (base := earlier.loss.base) is not None:
+            limit = earlier.dataset.max_chars
+            fits = limit is None if max_tokens is None else base.num_tokens <= max_tokens
+            if fits:
+                passages = Passages.whole(source) if limit is None else Passages.within(source, limit)
+                same = passages.text.fingerprint == earlier.dataset.fingerprint
+                if same and passages.text.num_bytes == base.num_bytes:
+                    return cls(passages, dataset_facts(passages, how), known=earlier.loss)
+        passages = Passages.of(source, tokenizer, max_tokens=max_tokens)
+        return cls(passages, dataset_facts(passages, how))
+
+    def losses(self, models: Mapping[str, ModelAndTokenizer], max_seq_length: int) -> dict[str, list[DocumentLoss]]:
+        """Measure models, by what the progress bar calls them."""
+        return {
+            name: document_losses(
+                *pair,
+                self.passages.text,
+                max_seq_length=max_seq_length,
+                description=f"Measuring {name} on {self.facts.name}",
+            )
+            for name, pair in models.items()
+        }
+
+    def loss_facts(self, measured: Mapping[str, list[DocumentLoss]], *, trained_again: bool, seed: int) -> LossFacts:
+        """Return the facts of the losses, those of an earlier report included.
+
+        Args:
+            measured: Losses of the ``"pruned"`` and the ``"recovered"`` model, as far as they exist.
+            trained_again: Whether the pruned model had been recovered before: then it is not the pruned model of the
+                report, which an earlier report may know.
+            seed: Seed of the intervals.
+        """
+        known = self.known
+        if known is not None:
+            stated, found = known.last.bits_per_byte.value, mean_bits_per_byte(measured["pruned"])
+            if abs(found / stated - 1) > _SAME_LOSS:  # measured in another way, so the other figures were too
+                known = None
+        base = self.base if self.base is not None or known is None else known.base
+        facts = build_loss_facts(base, measured, seed=seed)
+        if trained_again:
+            pruned, comparison = (None, None) if known is None else (known.pruned, known.comparison)
+            facts = replace(facts, pruned=pruned, comparison=comparison)
+        return facts
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A base model with its losses on test text, to which other models are compared.
+    """The texts that models are compared on.
 
     Attributes:
-        base: The model that the others are compared with.
-        losses: Its losses on the test text.
-        split: The domain's text, whose test part is measured on.
+        base_name: Name of the base model.
+        base: The base model; None where it is not at hand.
+        domain: The domain's test text.
         general: Text of no domain that is measured on too, if there is one.
         options: How much is measured.
         max_seq_length: Tokens per window.
         seed: Seed of the intervals.
     """
 
-    base: LoadedModel
-    losses: list[DocumentLoss]
-    split: TextSplit
-    general: GeneralText | None
+    base_name: str
+    base: LoadedModel | None
+    domain: MeasuredText
+    general: MeasuredText | None
     options: EvalOptions
     max_seq_length: int
     seed: int
@@ -59,23 +184,50 @@ class Comparison:
         general: GeneralText | None,
         options: EvalOptions,
         *,
+        earlier: EvalReport | None = None,
         max_seq_length: int,
         seed: int,
     ) -> Comparison:
-        """Measure the base on the test text, before the long work."""
-        losses = document_losses(
-            base.model, base.tokenizer, split.test, max_seq_length=max_seq_length, max_tokens=options.max_tokens
+        """Measure the base on the texts, before the long work; an earlier report may know the pruned model's losses."""
+        how: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens}
+        domain, other = (
+            None if text is None else MeasuredText.measure(*text, base, earlier=report, **how)
+            for text, report in zip(_texts(split, general), _texts_of(earlier), strict=True)
         )
-        return cls(base, losses, split, general, options, max_seq_length, seed)
+        assert domain is not None
+        return cls(base.name, base, domain, other, options, max_seq_length, seed)
+
+    @classmethod
+    def begin_without_base(
+        cls,
+        base_name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        split: TextSplit,
+        general: GeneralText | None,
+        options: EvalOptions,
+        *,
+        earlier: EvalReport | None,
+        max_seq_length: int,
+        seed: int,
+    ) -> Comparison:
+        """Choose the texts where the base is not at hand; an earlier report may know its losses."""
+        domain, other = (
+            None
+            if text is None
+            else MeasuredText.without_base(*text, tokenizer, max_tokens=options.max_tokens, earlier=report)
+            for text, report in zip(_texts(split, general), _texts_of(earlier), strict=True)
+        )
+        assert domain is not None
+        return cls(base_name, None, domain, other, options, max_seq_length, seed)
 
     def report(
         self,
         size: SizeFacts,
         *,
-        pruned: ModelAndTokenizer | None,
+        pruned: ModelAndTokenizer,
         recovered: ModelAndTokenizer | None = None,
+        trained_again: bool = False,
         notes: tuple[str, ...],
-        with_speed: bool = True,
         search: SizeSearch | None = None,
         predicted_excess: float | None = None,
     ) -> EvalReport:
@@ -83,47 +235,57 @@ class Comparison:
 
         Args:
             size: Sizes of the base and the last model.
-            pruned: The pruned model; None where the base is that model.
+            pruned: The pruned model.
             recovered: The pruned model after recovery, if there was one.
+            trained_again: Whether `pruned` had been recovered before.
             notes: Sentences that a reader of the figures must know.
-            with_speed: Whether the base is the model to compare the speed with.
             search: How the size was found, if by search.
             predicted_excess: See `LossFacts`.
         """
-        others = {"pruned": pruned, "recovered": recovered}
-        models = {name: pair for name, pair in others.items() if pair is not None}
-        last, _ = recovered or pruned or (self.base.model, None)
-        # The same documents, whatever number of tokens they are for another tokenizer.
-        docs, test = [loss.doc for loss in self.losses], self.split.test
-        losses = {
-            name: document_losses(*pair, test, max_seq_length=self.max_seq_length, docs=docs)
-            for name, pair in models.items()
-        }
-        general = measure_general_losses(
-            self.general,
-            (self.base.model, self.base.tokenizer),
-            **models,
-            max_seq_length=self.max_seq_length,
-            max_tokens=self.options.max_tokens,
-            seed=self.seed,
-        )
-        speed = None
-        measured = [self.base.model, last]
-        if with_speed and self.options.benchmark and not all(map(fits_with_weights, measured)):
-            notes = (
-                *notes,
-                "No speed was measured: a model that does not fit into memory is read again for each token.",
-            )
-        elif with_speed and self.options.benchmark:  # in one process: several would slow each other down
-            speed = on_main_process(lambda: measure_speed({"base": self.base.model, "pruned": last}))
+        models = {"pruned": pruned} if recovered is None else {"pruned": pruned, "recovered": recovered}
+        last, _ = recovered or pruned
+        facts = list[TextLosses]()
+        for text in (self.domain, *(() if self.general is None else (self.general,))):
+            measured = text.losses(models, self.max_seq_length)
+            found = text.loss_facts(measured, trained_again=trained_again, seed=self.seed)
+            facts.append(TextLosses(text.facts, found))
+            if recovered is not None and (found.base is None or trained_again):
+                gain = format_change(relative_change(measured["pruned"], measured["recovered"], self.seed))
+                notes = (*notes, f"This training changed the bits per byte on {text.facts.name} by {gain}.")
+        speed, more = self._measure_speed(last)
         return EvalReport(
-            base_model=self.base.name,
-            dataset=DatasetFacts(test.name, test.revision, test.fingerprint, self.split.how),
+            base_model=self.base_name,
+            dataset=facts[0].dataset,
             size=size,
-            loss=replace(build_loss_facts(self.losses, losses, seed=self.seed), predicted_excess=predicted_excess),
+            loss=replace(facts[0].loss, predicted_excess=predicted_excess),
             environment=Environment.current(dtype_name(last)),
-            speed=SpeedFacts(speed["base"], speed["pruned"]) if speed else None,
+            speed=speed,
             budget=search,
-            general=general,
-            notes=notes,
+            general=facts[1] if len(facts) > 1 else None,
+            notes=(*notes, *more),
         )
+
+    def _measure_speed(self, last: PreTrainedModel) -> tuple[SpeedFacts | None, tuple[str, ...]]:
+        """Measure the last model beside the base; otherwise return why not, where it was asked for."""
+        if not self.options.benchmark or self.base is None:
+            return None, ()
+        base = self.base.model
+        if not (fits_with_weights(base) and fits_with_weights(last)):
+            why = "No speed was measured: a model that does not fit into memory is read again for each token."
+            return None, (why,)
+        # In one process: several would slow each other down.
+        speed = on_main_process(lambda: measure_speed({"base": base, "pruned": last}))
+        return SpeedFacts(speed["base"], speed["pruned"]), ()
+
+
+def _texts_of(report: EvalReport | None) -> tuple[TextLosses | None, TextLosses | None]:
+    """Return what a report states of the domain's text and of general text."""
+    return (None, None) if report is None else (TextLosses(report.dataset, report.loss), report.general)
+
+
+_Text = tuple[TextSource, str]
+
+
+def _texts(split: TextSplit, general: GeneralText | None) -> tuple[_Text, _Text | None]:
+    """Return the domain's test text and the general text, each with how it was kept apart."""
+    return (split.test, split.how), None if general is None else (general.source, general.how)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.demo import LicenceCorpus, licence_texts
 from hf_context_prune.data.documents import TextData, check_readable
-from hf_context_prune.data.splits import cut_stretches
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.reports.report import SpeedFacts
@@ -137,8 +136,7 @@ def _run(
         log("Fetching software licences (27 MB, once) ...")
         corpus = licence_texts()
         data, prompts = corpus.calibration, LICENCE_PROMPTS
-        eval_data = cut_stretches(corpus.held_out, config.pruning_seed)
-        eval_data = replace(eval_data, name=f"{eval_data.name}, a stretch each, other licence families")
+        eval_data = replace(corpus.held_out, name=f"{corpus.held_out.name}, other licence families")
         about += _describe_licences(corpus)
     log("Loading the model (dequantised once, then cached) ...")
     base = load_model(model_file, dtype="float32")

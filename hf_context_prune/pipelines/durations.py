@@ -1,6 +1,6 @@
 """How long a run will take on this machine: products of one layer's size are timed, and the rest follows from shapes.
 
-That is meant to tell minutes from hours. It leaves out evaluation and training.
+That is meant to tell minutes from hours. A training without a time limit is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
+from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, REPEATS
 from hf_context_prune.modeling.architectures import TARGETS, output_weight
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS, TOKENS_PER_FEATURE
@@ -20,7 +22,9 @@ from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, PROBES
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.pruning.sequential.regression import keeps_rows
 from hf_context_prune.pruning.vocabulary.refit import num_refit_samples
+from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.utils.precision import rounded_product
+from hf_context_prune.utils.stages import format_seconds
 
 _TIMED_TOKENS = 256
 """Tokens of the timed products of a layer."""
@@ -34,19 +38,59 @@ _SKETCH = 5
 """Forward passes that the gradients of the search are worth."""
 _SYSTEMS = 7
 """Systems of a projection: four trial ridges, the best full weights, and two for the narrowed ones."""
+_PROCESS = 12
+"""Seconds of a fresh process that loads a model and measures its peak memory."""
 
 
-def estimate_seconds(model: PreTrainedModel, config: CalibrationConfig) -> dict[str, float]:
-    """Return the seconds of each long step, from products that are timed here: about a second of work.
+def estimate_seconds(
+    model: PreTrainedModel,
+    config: CalibrationConfig,
+    options: EvalOptions | None = None,
+    recovery: RecoveryConfig | None = None,
+) -> dict[str, float]:
+    """Return the seconds of each long step, from products that are timed here: about two seconds of work.
 
     Args:
         model: The base model; its weights may be on the meta device.
         config: All choices.
+        options: How much is measured.
+        recovery: The training after it, whose time is known where it has a limit.
+    """
+    steps = _pruning_seconds(model, config)
+    if recovery is not None and recovery.max_minutes is not None:
+        steps["training"] = 60 * recovery.max_minutes
+    steps["measuring"] = estimate_measuring(model, options or EvalOptions(), 2 if recovery is None else 3)
+    return steps
+
+
+def estimate_measuring(model: PreTrainedModel, options: EvalOptions, num_models: int) -> float:
+    """Return the seconds of the figures of a report; a whole text (no `max_tokens`) counts as the default's tokens.
+
+    Args:
+        model: The largest of the models; its weights may be on the meta device.
+        options: How much is measured.
+        num_models: Number of models that are measured on text.
     """
     view = ModelView.of_shapes(model)
+    tokens = (options.max_tokens or EvalOptions().max_tokens or 0) * (1 if options.general_data is None else 2)
+    seconds = num_models * tokens * _seconds_per_token(view, model.dtype, _device(model), with_head=True)
+    if options.benchmark:
+        prompt = PROMPT_TOKENS * _seconds_per_token(view, model.dtype, _device(model))
+        decode = NEW_TOKENS * _seconds_per_token(view, model.dtype, _device(model), tokens=1, with_head=True)
+        seconds += 2 * (REPEATS + 1) * (prompt + decode)
+    if options.benchmark and options.memory:
+        seconds += 2 * _PROCESS
+    return seconds
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig) -> dict[str, float]:
+    view = ModelView.of_shapes(model)
     tokens = config.num_calibration_samples * config.max_seq_length
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    dense = _seconds_per_token(view, model.dtype, device)
+    dense = _seconds_per_token(view, model.dtype, _device(model))
     if not isinstance(config, PrunerConfig):
         return {"calibration": tokens * dense}
     steps: dict[str, float] = {}
@@ -72,36 +116,40 @@ def estimate_seconds(model: PreTrainedModel, config: CalibrationConfig) -> dict[
 
 def describe_seconds(steps: Mapping[str, float]) -> str:
     """Return the estimate as a sentence."""
-    parts = ", ".join(f"{step} {_rounded(seconds)}" for step, seconds in steps.items())
-    return (
-        f"Takes about {_rounded(sum(steps.values()))} on this machine when it is idle ({parts}), beside evaluation and "
-        f"training."
-    )
+    parts = ", ".join(f"{step} {format_seconds(seconds)}" for step, seconds in steps.items())
+    total = format_seconds(sum(steps.values()))
+    return f"Takes about {total} on this machine when it is idle ({parts})."
 
 
-def _rounded(seconds: float) -> str:
-    """Return a time of two digits at most: an estimate is no better than that."""
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 100 * 60:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 36_000 else f"{round(seconds / 3600)} h"
+def _seconds_per_token(
+    view: ModelView,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tokens: int = _TIMED_TOKENS,
+    with_head: bool = False,
+) -> float:
+    """Return the seconds of all layers for a token: of the products with each of a layer's matrices.
 
-
-def _seconds_per_token(view: ModelView, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the seconds of all layers for a token: of the products with each of a layer's matrices."""
+    Args:
+        view: The model.
+        dtype: Data type of the products.
+        device: Where they are timed.
+        tokens: Number of tokens that go through together.
+        with_head: Count the LM head too.
+    """
+    weights = [weight for layer in view.layers for weight in layer.parameters() if weight.ndim > 1]
+    if with_head:
+        weights.append(view.model.get_output_embeddings().weight)
     total = 0.0
     known: dict[tuple[int, int], float] = {}
-    for layer in view.layers:
-        for weight in layer.parameters():
-            if weight.ndim < 2:
-                continue
-            high, wide = (min(size, _TIMED_WIDTH) for size in weight.shape[-2:])
-            if (high, wide) not in known:
-                left, right = (torch.ones(n, wide, dtype=dtype, device=device) for n in (_TIMED_TOKENS, high))
-                known[high, wide] = _timed(partial(_multiply, left, right))
-            total += known[high, wide] * (weight.numel() / (high * wide))
-    return total / _TIMED_TOKENS
+    for weight in weights:
+        high, wide = (min(size, _TIMED_WIDTH) for size in weight.shape[-2:])
+        if (high, wide) not in known:
+            left, right = (torch.ones(n, wide, dtype=dtype, device=device) for n in (tokens, high))
+            known[high, wide] = _timed(partial(_multiply, left, right))
+        total += known[high, wide] * (weight.numel() / (high * wide))
+    return total / tokens
 
 
 def _timed_costs() -> Mapping[str, float]:

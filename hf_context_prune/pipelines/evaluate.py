@@ -7,23 +7,25 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_context_prune.data.documents import load_documents
-from hf_context_prune.evaluation.general_text import measure_general_losses, measure_losses, read_general
+from hf_context_prune.data.documents import TextSource, load_documents
+from hf_context_prune.evaluation.general_text import build_loss_facts, read_general
 from hf_context_prune.evaluation.harness import write_harness_task
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.evaluation.reports.report import (
-    DatasetFacts,
     Environment,
     EvalReport,
     MemoryFacts,
     SizeFacts,
     SpeedFacts,
+    TextLosses,
 )
 from hf_context_prune.evaluation.scores import answer_with_models
 from hf_context_prune.evaluation.speed import measure_peak_memory, measure_speed
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, explain_gguf_sizes
 from hf_context_prune.storage.saving import count_weight_bytes
+
+from .comparison import MeasuredText
 
 
 def evaluate(
@@ -64,10 +66,16 @@ def evaluate(
     general = read_general(options.general_data, apart_from=None, test=text, tokenizer=first.tokenizer, seed=seed)
     how_long: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens, "seed": seed}
     dense, pair = (first.model, first.tokenizer), None if base is None else (own.model, own.tokenizer)
+
+    def measure(source: TextSource, how: str) -> TextLosses:
+        found = MeasuredText.measure(source, how, first, **how_long)
+        others = {} if pair is None else found.losses({"pruned": pair}, max_seq_length)
+        return TextLosses(found.facts, build_loss_facts(found.base, others, seed=seed))
+
     if questions is not None and asked is not None and questions.harness_task is not None:
         write_harness_task(asked, questions.harness_task, num_fewshot=questions.num_fewshot)
-    losses = measure_losses(text, dense, pruned=pair, **how_long)
-    general_facts = measure_general_losses(general, dense, pruned=pair, **how_long)
+    domain = measure(text, "The given text, unchanged.")
+    general_facts = None if general is None else measure(general.source, general.how)
     choice = None
     if questions is not None and asked is not None:
         choice = answer_with_models(asked, questions, dense, pair)
@@ -75,14 +83,14 @@ def evaluate(
     speed = measure_speed(both) if options.benchmark else None
     return EvalReport(
         base_model=first.name,
-        dataset=DatasetFacts(text.name, text.revision, text.fingerprint, "The given text, unchanged."),
+        dataset=domain.dataset,
         size=SizeFacts.measured(
             first.model.num_parameters(),
             None if base is None else own.model.num_parameters(),
             base_weight_bytes=count_weight_bytes(first.folder) if first.folder else None,
             pruned_weight_bytes=count_weight_bytes(own.folder) if base is not None and own.folder else None,
         ),
-        loss=losses,
+        loss=domain.loss,
         environment=Environment.current(dtype_name(own.model)),
         speed=SpeedFacts(speed["base"], speed.get("pruned")) if speed else None,
         memory=_memory(first, None if base is None else own) if options.memory else None,

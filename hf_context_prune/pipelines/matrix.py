@@ -76,7 +76,7 @@ def domain_matrix(
         reference: The domain that the others are compared with: text of no domain. None: ``general``, if it is there.
         mixes: Shares of the reference's calibration text to mix in (`general_data_ratio`), by domain: one more model
             each (``models/<domain>+<share>``), measured on the text of the domain and of the reference.
-        max_tokens: Upper limit of test tokens per domain, in whole documents.
+        max_tokens: Largest number of test tokens per domain, in passages of many documents.
 
     Raises:
         ConfigError: See [`check_matrix`][].

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_context_prune.evaluation.accuracy import Accuracy, PairedAccuracy, compare_answers, summarize_answers
-from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.evaluation.general_text import build_loss_facts
+from hf_context_prune.evaluation.bootstrap import MIN_DOCUMENTS, Estimate
+from hf_context_prune.evaluation.general_text import build_loss_facts, dataset_facts
 from hf_context_prune.evaluation.losses import relative_change, summarize_losses
 from hf_context_prune.evaluation.reports.formatting import format_accuracy, format_change
 from hf_context_prune.evaluation.reports.report import (
@@ -119,17 +119,16 @@ class DomainMatrix:
         return "; ".join(way if len(ways) == 1 else f"{', '.join(names)}: {way}" for way, names in ways.items())
 
     def _scored(self) -> str:
-        """Return how much text was scored; a single document has no interval."""
+        """Return how much text was scored."""
         parts = []
         for domain in self.domains:
             losses = self.scores[DENSE, domain].losses
             tokens = sum(loss.num_tokens for loss in losses)
             parts.append(f"{domain} {tokens:,} tokens of {len(losses):,} document{'' if len(losses) == 1 else 's'}")
-        return f"Scored: {'; '.join(parts)} (one document has no interval)."
+        return f"Scored: {'; '.join(parts)} (fewer than {MIN_DOCUMENTS} documents have no interval)."
 
     def _dataset(self, domain: str) -> DatasetFacts:
-        text = self.held_out[domain].text
-        return DatasetFacts(text.name, text.revision, text.fingerprint, self.splits[domain])
+        return dataset_facts(self.held_out[domain].passages, self.splits[domain])
 
     def _losses(self, calibrated: str, measured: str) -> LossFacts:
         pruned = {"pruned": self.scores[calibrated, measured].losses}

@@ -37,6 +37,7 @@ from hf_context_prune.training.recovery.text import RecoveryText
 from hf_context_prune.utils.distributed import fail_together, is_main_process, on_main_process, warn_if_alone
 from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.memory import memory_limit, parse_bytes, reserve_memory
+from hf_context_prune.utils.stages import Stages
 from hf_context_prune.utils.tensor_facts import remember_weights
 
 from .comparison import Comparison
@@ -49,6 +50,13 @@ from .result import PruneResult
 from .validation_text import choose_token_probe, describe_size_search
 
 _LOGGER = logging.getLogger(__name__)
+_READING, _BASE, _PRUNING, _TRAINING, _RESULT = (
+    "Reading the text",
+    "Measuring the base model",
+    "Pruning",
+    "Training back",
+    "Measuring the result",
+)
 
 
 @fail_together()
@@ -191,7 +199,7 @@ def run_pruning(
         if output is not None and is_main_process():
             needs.check_disk(output, resume_dir)
         _LOGGER.info("%s", needs)
-        _LOGGER.info("%s", describe_seconds(estimate_seconds(base.model, config)))
+        _LOGGER.info("%s", describe_seconds(estimate_seconds(base.model, config, options, recovery)))
         with reserve_memory(needs.step_memory):
             return _run_stages(base, data, config, asked, tokens_stay, options, eval_data, recovery, resume_dir)
 
@@ -210,6 +218,9 @@ def _run_stages(
     if recovery is not None:
         check_recoverable(base.model, recovery)
     warn_of_unused_options(config)
+    training = () if recovery is None else (_TRAINING,)
+    stages = Stages(_LOGGER, _READING, _BASE, _PRUNING, *training, _RESULT)
+    stages.begin(_READING)
     config, texts, only_measured = _read_texts(
         base,
         data,
@@ -222,9 +233,11 @@ def _run_stages(
     if recovery is not None:
         text = RecoveryText.of(texts.split.calibration, base.tokenizer, recovery, *texts.calibration.general_share)
         check_recovery_time(base.model, base.tokenizer, text, recovery)
+    stages.begin(_BASE)
     comparison = Comparison.begin(
         base, texts.split, texts.general, options, max_seq_length=config.max_seq_length, seed=config.pruning_seed
     )
+    stages.begin(_PRUNING)
     pruned = load_or_prune(
         None if recovery is None else resume_dir,
         base,
@@ -236,11 +249,14 @@ def _run_stages(
     gc.collect()
     recovered, notes = None, (*plan_notes(pruned.plan, texts.calibration), *only_measured)
     if recovery is not None:
+        stages.begin(_TRAINING)
         shared = texts.calibration.general_share
         recovered, note = train_back(pruned, texts.split.calibration, recovery, *shared, resume_dir=resume_dir)
         notes = (*notes, note)
+    stages.begin(_RESULT)
     fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.widths)
-    report = _report(comparison, pruned, recovered, config, texts, (*notes, _saved_as(pruned, fit)))
+    report = _report(comparison, base, pruned, recovered, config, texts, (*notes, _saved_as(pruned, fit)))
+    stages.end()
     return PruneResult(*(recovered or pruned), report, fit, base if base.folder is not None else None)
 
 
@@ -338,13 +354,14 @@ def _expected_parameters(model: PreTrainedModel, config: AnyConfig) -> int:
 
 def _report(
     comparison: Comparison,
+    base: LoadedModel,
     pruned: PrunedModel,
     recovered: PrunedModel | None,
     config: AnyConfig,
     texts: PruningTexts,
     notes: tuple[str, ...],
 ) -> EvalReport:
-    total = comparison.base.model.num_parameters()
+    total = base.model.num_parameters()
     search = None if texts.validation is None else describe_size_search(texts.validation, pruned.plan)
     asked = ParameterBudget.of(config, total).asked_ratio if isinstance(config, PrunerConfig) else None
     return comparison.report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hf_context_prune.data.splits import TextSplit, hold_out_documents
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.general_text import GeneralText, read_general
 from hf_context_prune.evaluation.options import EvalOptions
-from hf_context_prune.evaluation.reports.report import SizeFacts
+from hf_context_prune.evaluation.reports.report import EvalReport, SizeFacts
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
@@ -24,12 +25,22 @@ from hf_context_prune.storage.staging import check_target, resolve_target
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.monitor import History
 from hf_context_prune.training.recovery.recover import check_single_device, recover
-from hf_context_prune.utils.file_names import PLAN_NAME
+from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from hf_context_prune.utils.hub_ids import is_hub_id
 from hf_context_prune.utils.locks import reserves
+from hf_context_prune.utils.stages import Stages, format_seconds
 
 from .comparison import Comparison
+from .durations import estimate_measuring
 from .result import PruneResult
+
+_LOGGER = logging.getLogger(__name__)
+_READING, _BASE, _TRAINING, _RESULT = (
+    "Reading the text",
+    "Measuring the base model",
+    "Training",
+    "Measuring the result",
+)
 
 
 def recover_folder(
@@ -69,10 +80,25 @@ def recover_folder(
     check_single_device(pruned.model)
     given = _load_base(plan, base, device)
     parent = given if given is not None and fingerprint(given.model) == plan.model_fingerprint else None
+    measuring = format_seconds(estimate_measuring(pruned.model, options, 2 if parent is None else 3))
+    limit = "" if config.max_minutes is None else f"The training takes {config.max_minutes:g} min at most. "
+    _LOGGER.info("%sMeasuring the models takes about %s on this machine when it is idle.", limit, measuring)
+    stages = Stages(_LOGGER, _READING, *(() if parent is None else (_BASE,)), _TRAINING, _RESULT)
+    stages.begin(_READING)
     split, general = _read_texts(plan, pruned, data, eval_data, text_column, config, options)
-    comparison = Comparison.begin(
-        parent or pruned, split, general, options, max_seq_length=config.max_seq_length, seed=config.recovery_seed
-    )
+    earlier = EvalReport.load(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else None
+    how: dict[str, Any] = {
+        "earlier": earlier,
+        "max_seq_length": config.max_seq_length,
+        "seed": config.recovery_seed,
+    }
+    if parent is None:
+        name = str(plan.provenance.get("base_model") or "the base model")
+        comparison = Comparison.begin_without_base(name, pruned.tokenizer, split, general, options, **how)
+    else:
+        stages.begin(_BASE)
+        comparison = Comparison.begin(parent, split, general, options, **how)
+    stages.begin(_TRAINING)
     before = PrunedModel(pruned.model, pruned.tokenizer, plan)
     made_with = plan.provenance.get("config") or {}
     after, note = train_back(
@@ -83,17 +109,21 @@ def recover_folder(
         general_data_ratio=made_with.get("general_data_ratio") or 0.0,
         resume_dir=resume_dir,
     )
+    stages.begin(_RESULT)
     report = comparison.report(
         SizeFacts.measured(
             count_base_parameters(pruned.model, plan),
             after.model.num_parameters(),
             asked_ratio=made_with.get("pruning_ratio"),
         ),
-        pruned=None if parent is None else before[:2],
+        pruned=before[:2],
         recovered=after[:2],
-        notes=(note, *(() if parent else (_note_without_parent(given),))),
-        with_speed=parent is not None,
+        trained_again=bool(plan.provenance.get("recoveries")),
+        notes=(note,),
     )
+    if parent is None:
+        report = replace(report, notes=(*report.notes, _note_without_parent(given, known=report.loss.base is not None)))
+    stages.end()
     fit = assess_native_fit(after.model.config, ModelView.of(after.model).spec, plan.widths)
     return PruneResult(*after, report, fit, parent)
 
@@ -247,11 +277,12 @@ def _general(data: Any, split: TextSplit, tokenizer: Any, plan: PruningPlan, see
     return read_general(source, apart_from=text, test=test, tokenizer=tokenizer, seed=first, hold_out=True)
 
 
-def _note_without_parent(given: LoadedModel | None) -> str:
-    what = "the losses of base are those of the pruned model before recovery, and speed was not compared"
-    if given is None:
-        return f"No base model was given (--base): {what}."
-    return f"The model {given.name} (--base) is not the model that was pruned: {what}."
+def _note_without_parent(given: LoadedModel | None, *, known: bool) -> str:
+    why = "No base model was given (--base)"
+    if given is not None:
+        why = f"The model {given.name} (--base) is not the model that was pruned"
+    losses = "its losses are those that the folder's report states" if known else "its losses were not measured"
+    return f"{why}: {losses}, and speed was not compared."
 
 
 def _load_base(plan: PruningPlan, base: str | Path | None, device: str | None) -> LoadedModel | None:

@@ -8,11 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_context_prune.evaluation.reports.notebook import result_html
 from hf_context_prune.evaluation.reports.report import EvalReport, MemoryFacts
-from hf_context_prune.evaluation.reports.rows import table_rows
+from hf_context_prune.evaluation.reports.summary import headline
 from hf_context_prune.evaluation.speed import measure_peak_memory
 from hf_context_prune.modeling.native_fit import NativeFit
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.runtimes import Runtime, runtimes_of
 from hf_context_prune.publishing.card.card import write_card
 from hf_context_prune.publishing.card.facts import facts_in
 from hf_context_prune.publishing.hub import PushResult, push_folder
@@ -24,7 +26,7 @@ from hf_context_prune.utils.file_names import REPORT_NAME
 from hf_context_prune.utils.temporary import scratch_folder
 
 
-@dataclass
+@dataclass(repr=False)
 class PruneResult:
     """A pruned model with its plan and what pruning cost.
 
@@ -44,12 +46,30 @@ class PruneResult:
     native_fit: NativeFit
     base: LoadedModel | None = None
 
-    def summary(self) -> str:
-        """Return base against pruned as a text table: sizes, losses, speed, as far as they were measured."""
-        rows = [("measure", "base", "pruned", "change"), *table_rows(self.report)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+    def summary(self, *, intervals: bool = False) -> str:
+        """Return sizes, losses and speed in words and as a table; see [`EvalReport.summary`][]."""
+        return self.report.summary(intervals=intervals)
+
+    def __repr__(self) -> str:
+        """Return two lines: what the model is, and what pruning did to it."""
+        smaller, domain, *_ = headline(self.report)
+        return f"<PruneResult: {type(self.model).__name__} from {self.report.base_model}\n {smaller} {domain}>"
+
+    def __str__(self) -> str:
+        """Return the summary."""
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        """Return the summary for a notebook, with a picture of the widths where they differ by layer."""
+        return result_html(self.report, self.plan)
+
+    def opens_in(self, folder: str | Path) -> list[Runtime]:
+        """Return where the model opens once it is saved to a folder, with a line of code or a command for each.
+
+        Args:
+            folder: The folder, as the lines name it.
+        """
+        return runtimes_of(self.model.config.to_dict(), str(folder))
 
     def save_pretrained(
         self, directory: str | Path, *, measure_memory: bool = False, card_name: str | None = None

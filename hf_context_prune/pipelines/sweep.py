@@ -52,7 +52,7 @@ class SweepOptions:
         recovery: Training after the pruning; None: none.
         num_calibration_samples: Blocks of calibration text.
         max_seq_length: Tokens a block, and a window of held-out text.
-        max_tokens: Held-out tokens at most, whole documents.
+        max_tokens: Largest number of held-out tokens, in passages of many documents.
         seed: Of everything random.
     """
 

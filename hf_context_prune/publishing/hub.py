@@ -124,8 +124,8 @@ def files_to_push(folder: Path, repo_type: RepoType) -> tuple[dict[str, str], tu
     if refused:
         raise PublishError(
             f"{folder} holds {', '.join(sorted(refused)[:5])}, which may not go to a {repo_type} repository: only "
-            f"config, safetensors, tokenizer, modeling files, plan, report and card of a model, and the text, pictures "
-            f"and wheel of a Space. Nothing was uploaded."
+            f"config, weights (safetensors, GGUF, ONNX), tokenizer, modeling files, plan, reports and card of a model, "
+            f"and the text, pictures and wheel of a Space. Nothing was uploaded."
         )
     for name in (*files, MANIFEST_NAME):
         resolve_inside(folder, name, PublishError, remedy=NOTHING_UPLOADED)

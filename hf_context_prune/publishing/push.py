@@ -23,7 +23,7 @@ from hf_context_prune.utils.version import __version__
 MAX_FILES = 100
 """Largest number of files in one commit (as the Hub advises); more go to a pull request, in several commits."""
 _LAST = ("README.md", MANIFEST_NAME)  # in the last of several commits: with them the repository looks complete
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.onnx", "*.onnx.data")
 _PULL_REQUEST = re.compile(r"refs/pr/\d+")
 
 

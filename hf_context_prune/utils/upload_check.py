@@ -8,7 +8,7 @@ from typing import Literal
 
 from hf_context_prune.errors import PublishError
 
-from .file_names import MANIFEST_NAME
+from .file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, MODELFILE_NAME
 from .foreign_code import refuse_foreign_code
 from .links import list_inside
 from .secret_scan import refuse_tokens
@@ -21,6 +21,7 @@ MODEL_FILES = (
     "additional_chat_templates/*.jinja",
     *("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py"),
     *("pruning_plan.json", "eval_report.json", MANIFEST_NAME, "README.md", "widths.png", ".eval_results/*.yaml"),
+    *("*.gguf", MODELFILE_NAME, "*.onnx", "*.onnx.data", "export.json", "quanto_qmap.json", EXPORT_REPORT_NAME),
 )
 """Files that may go to a model repository; ``*`` does not match across folders."""
 SPACE_SUFFIXES = frozenset({".py", ".md", ".txt", ".yaml", ".json", ".css", ".png", ".whl"})

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_context_prune import PrunerConfig, prune
+from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.publishing.card.card import rewrite_card
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.storage.staging import staged_folder
@@ -52,6 +53,8 @@ def place(tmp_path_factory):
         save_pruned(tiny_model("llama", seed=seed), folder / name, tokenizer=tiny_tokenizer())
     tiny_model("llama").save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
+    for name, dtype in (("gguf", "f16"), ("gguf-q8", "q8_0")):
+        export_model(folder / "variable", folder / name, format="gguf", dtype=dtype, tolerance=1e6)
     with staged_folder(folder / "app", required_bytes=0) as staging:
         (staging / "app.py").write_text("print('a Space')\n")
         (staging / "README.md").write_text("---\ntitle: Minis\nsdk: gradio\n---\n")
@@ -103,6 +106,9 @@ step("other's", "stock", "else/where")
 step("no branch", "stock", "org/used", revision="refs/pr/77")
 step("space", "app", "org/app", repo_type="space")
 step("space again", "app", "org/app", repo_type="space")
+step("export", "gguf", "org/export")
+step("export again", "gguf", "org/export")
+step("smaller export", "gguf-q8", "org/export")
 step("once", "other", "org/once")
 step("cut", "fresh", "org/cut")
 step("healed", "variable", "org/healed")
@@ -246,6 +252,15 @@ def test_a_space_of_text_and_a_wheel(place, pushes):
     assert results["space"]["changed"]
     assert not results["space again"]["changed"]
     assert repo.commits[repo.refs["main"]].items() >= files_of(place[0] / "app").items()
+
+
+def test_an_export_replaces_the_weights_of_an_earlier_one(place, pushes):
+    results, _ = pushes
+    assert [results[name]["changed"] for name in ("export", "export again", "smaller export")] == [True, False, True]
+    repo = repo_of(place, "export")
+    there = repo.commits[repo.refs["main"]]
+    assert there.items() >= files_of(place[0] / "gguf-q8").items()
+    assert b"base_model_relation: quantized" in there["README.md"] or b"base_model" not in there["README.md"]
 
 
 def test_an_edited_card_is_pushed_as_it_is(place, pushes):

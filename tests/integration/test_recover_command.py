@@ -12,6 +12,7 @@ from hf_context_prune.errors import LoadError
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.pipelines import recover as folder
 from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny import model_and_text
@@ -43,7 +44,8 @@ RECOVER = ("recover", "@pruned", "--data", "@data.jsonl", "--max-seq-length", 32
 def test_the_folder_and_its_figures(run, place, pruned):
     code, out, err = run(*RECOVER, "--output", "@out", "--base", "@base", "--num-epochs", 2)
     assert code == 0, err
-    assert "bits per byte after recovery" in out
+    assert ["measure", "base", "pruned", "recovered", "change"] in [line.split() for line in out.splitlines()]
+    assert "before the training)" in out
     assert "Recovered (full) on" in out
     verify_folder(place / "out")
     report, before = EvalReport.load(place / "out/eval_report.json"), EvalReport.load(pruned / "eval_report.json")
@@ -61,14 +63,15 @@ def test_the_folder_and_its_figures(run, place, pruned):
     assert load_pruned(place / "out").num_parameters() == load_pruned(pruned).num_parameters()
     code, out, _ = run("inspect", "@out")
     assert code == 0
-    assert "after recovery" in out
+    assert "recovered" in out
 
 
 def test_a_base_that_is_not_the_model_that_was_pruned(run, place, pruned):
     code, out, err = run(*RECOVER, "--output", "@other", "--base", "@pruned", "--max-steps", 2, "--format", "json")
     assert code == 0, err
     report = json.loads(out)["report"]
-    assert report["loss"]["pruned"] is None
+    assert report["speed"] is None
+    assert report["loss"]["base"] == EvalReport.load(pruned / "eval_report.json").to_dict()["loss"]["base"]
     assert any("pruned (--base) is not the model that was pruned" in note for note in report["notes"])
 
 
@@ -90,12 +93,55 @@ def test_a_folder_of_the_trainer_is_told_how_to_be_saved(run, place, pruned):
     assert "callback.save_pretrained(folder)" in " ".join(err.split())
 
 
-def test_without_the_base(run, place, pruned):
-    code, out, err = run(*RECOVER, "--output", "@alone", "--max-steps", 4, "--format", "json")
+def test_prune_recover_recover_card_without_the_base(run, place, pruned):
+    """The base's column once held the losses of the pruned model: every folder and card said it had beaten its base."""
+    before = EvalReport.load(pruned / "eval_report.json")
+    for source, target in (("@pruned", "@alone"), ("@alone", "@again")):
+        words = ("recover", source, *RECOVER[2:], "--output", target, "--max-steps", 4)
+        code, _, err = run(*words)
+        assert code == 0, err
+        report = EvalReport.load(place / target[1:] / "eval_report.json")
+        assert report.dataset.fingerprint == before.dataset.fingerprint
+        assert report.loss.base == before.loss.base
+        assert report.loss.pruned.bits_per_byte.value == pytest.approx(before.loss.pruned.bits_per_byte.value, rel=1e-3)
+        truth = report.loss.recovered.bits_per_byte.value / before.loss.base.bits_per_byte.value
+        assert report.loss.recovered_comparison.bits_per_byte_ratio.value == pytest.approx(truth)
+        assert report.loss.recovered_comparison.bits_per_byte_ratio.interval is None
+        assert any("its losses are those that the folder's report states" in note for note in report.notes)
+        code, _, err = run("card", target)
+        assert code == 0, err
+        card = (place / target[1:] / "README.md").read_text()
+        figures = [before.loss.base, report.loss.pruned, report.loss.recovered]
+        cells = [f"{loss.bits_per_byte.value:.4f}" for loss in figures]
+        (row,) = [line for line in card.splitlines() if line.startswith("| domain: data.jsonl")]
+        assert [cell.split()[0] for cell in row.strip("| ").split(" | ")[2:5]] == cells
+        assert row.rstrip("| ").endswith(f"{100 * (truth - 1):+.1f} %")
+    assert any("This training changed the bits per byte on data.jsonl by" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("how", ["other text", "more tokens", "another length", "no report"])
+def test_a_base_that_is_not_at_hand_is_not_measured(run, place, pruned, how, tmp_path):
+    words, source = [*RECOVER, "--max-steps", 2, "--output", f"@{how[:5].strip()}"], pruned
+    if how == "other text":
+        (place / "unlike.jsonl").write_text("".join((place / "data.jsonl").read_text().splitlines(True)[:20]))
+        words[3] = "@unlike.jsonl"
+    elif how == "more tokens":
+        words[words.index("--max-eval-tokens") + 1] = 90
+    elif how == "another length":
+        words[words.index("--max-seq-length") + 1] = 16
+    else:
+        source = tmp_path / "bare"
+        loaded, plan = load_pruned(pruned), PruningPlan.load(pruned / "pruning_plan.json")
+        save_pruned(loaded, source, tokenizer=load_model(pruned).tokenizer, plan=plan)
+        words[1] = source
+    code, out, err = run(*words)
     assert code == 0, err
-    loss = json.loads(out)["report"]["loss"]
-    assert loss["pruned"] is None
-    assert loss["recovered"]["bits_per_byte"]["value"] <= loss["base"]["bits_per_byte"]["value"] + 0.01
+    report = EvalReport.load(place / how[:5].strip() / "eval_report.json")
+    assert (report.loss.base, report.loss.recovered_comparison) == (None, None)
+    assert report.loss.pruned is not None
+    assert any("its losses were not measured" in note for note in report.notes)
+    assert "not measured" in out
+    assert "not measured" in (place / how[:5].strip() / "README.md").read_text()
 
 
 def test_mistakes(run, place, pruned, subtests):
@@ -120,6 +166,9 @@ def test_recovered_twice(run, place, pruned):
         assert code == 0, err
     plan = PruningPlan.load(place / "twice/pruning_plan.json")
     assert [one["history"]["steps"] for one in plan.provenance["recoveries"]] == [3, 3]
+    first, second = (EvalReport.load(place / name / "eval_report.json") for name in ("pruned", "twice"))
+    assert second.loss.base == first.loss.base
+    assert second.loss.pruned == first.loss.pruned
 
 
 def test_a_folder_that_is_not_ours(run, place):
@@ -178,7 +227,7 @@ def test_one_command_prunes_and_recovers(run, place):
     (place / "options.yaml").write_text("recovery: {max_steps: 40, max_seq_length: 32, learning_rate: 3e-3}\n")
     code, out, err = run(*words, "--output", "@healed", "--config", "@options.yaml", "--recover-minutes", 5)
     assert code == 0, err
-    assert "bits per byte after recovery" in out
+    assert "before the training)" in out
     verify_folder(place / "healed")
     (entry,) = PruningPlan.load(place / "healed/pruning_plan.json").provenance["recoveries"]
     assert (entry["config"]["max_minutes"], entry["config"]["learning_rate"]) == (5, 3e-3)  # of both places

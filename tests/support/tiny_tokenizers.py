@@ -48,6 +48,18 @@ ADDED = [
 ]
 
 
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def byte_tokenizer(**special):
+    """One token a byte, then <s> and </s>."""
+    vocab = {token: index for index, token in enumerate([*BYTES, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(special or {"bos_token": "<s>", "eos_token": "</s>"}))
+
+
 def corpus(length: int = 4000) -> str:
     """Made-up text: words of many scripts, the first ones far more often."""
     draw = random.Random(0)

@@ -25,18 +25,23 @@ def format_estimate(estimate: Estimate, pattern: str, transform: Callable[[float
 
 
 def format_change(change: Estimate) -> str:
-    """Return a relative change in per cent with a sign, such as "+1.2% [+0.9%, +1.5%]"."""
-    return format_estimate(change, "{:+.1%}")
+    """Return a relative change in per cent with a sign, such as "+1.2 % [+0.9, +1.5]"."""
+    return _format_percents(change, "{:+z.1f}")
 
 
 def format_ratio(ratio: Estimate) -> str:
-    """Return a ratio as a relative change: 1.012 as "+1.2%"."""
+    """Return a ratio as a relative change: 1.012 as "+1.2 %"."""
     return format_change(ratio_to_change(ratio))
 
 
 def format_share(share: Estimate) -> str:
-    """Return a share in per cent, such as "31.2% [28.0%, 34.6%]"."""
-    return format_estimate(share, "{:.1%}")
+    """Return a share in per cent, such as "31.2 % [28.0, 34.6]"."""
+    return _format_percents(share, "{:.1f}")
+
+
+def _format_percents(share: Estimate, pattern: str) -> str:
+    value, bracket, interval = format_estimate(share, pattern, lambda value: 100 * value).partition(" [")
+    return f"{value} %{bracket}{interval}"
 
 
 def format_points(difference: Estimate) -> str:
@@ -56,7 +61,7 @@ def format_accuracy(group: Accuracy, paired: PairedAccuracy | None = None) -> st
     if paired is not None:
         return f"{cell}, p {paired.p_value:.2g}"
     low = group.accuracy.value if group.accuracy.interval is None else group.accuracy.interval[0]
-    return f"{cell}, guessing {group.chance:.0%}{'' if low > group.chance else '*'}"
+    return f"{cell}, guessing {100 * group.chance:.0f} %{'' if low > group.chance else '*'}"
 
 
 def format_spread(spread: Spread, pattern: str) -> str:
@@ -70,5 +75,5 @@ def format_speedup(ratio: Spread) -> str:
 
 
 def format_percent(change: float) -> str:
-    """Return a relative change without an interval in per cent, with a sign and never "-0.0%"."""
-    return f"{change:+z.1%}"
+    """Return a relative change without an interval in per cent, with a sign and never "-0.0 %"."""
+    return f"{100 * change:+z.1f} %"

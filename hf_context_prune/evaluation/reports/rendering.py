@@ -21,8 +21,9 @@ from hf_context_prune.utils.links import resolve_inside
 from .markdown import inert, one_line, table
 from .plots import PlotPoint, plot_curves, plot_losses, plot_matrix, plot_widths
 from .report import EvalReport
-from .rows import table_rows
+from .rows import table_header, table_rows
 from .run_report import AnyReport, RunReport, load_report
+from .summary import headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,13 +159,12 @@ def _environment_text(report: AnyReport) -> str:
 
 
 def _model_markdown(report: EvalReport) -> list[str]:
-    rows = table_rows(report)
     single = report.size.pruned_parameters is None
-    header = ("measure", "base", "pruned", "change") if not single else ("measure", "value")
+    about = f"{report.base_model}, alone." if single else f"Pruned from {report.base_model}."
     return [
-        f"{inert(report.base_model)}, alone." if single else f"Pruned from {inert(report.base_model)}.",
+        inert(" ".join([about, *headline(report)])),
         "",
-        table(header, rows),
+        table(table_header(report), table_rows(report, intervals=True)),
         "",
         inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"),
         "",
@@ -261,11 +261,12 @@ def _panels(folders: Sequence[Folder]) -> dict[str, list[PlotPoint]]:
         if text.fingerprint not in texts:
             same = text.name in texts.values()
             texts[text.fingerprint] = f"{text.name} ({text.fingerprint[:8]})" if same else text.name
-        amount = f"{loss.base.num_documents:,} documents, {loss.base.num_bytes:,} bytes"
+        amount = f"{loss.last.num_documents:,} documents, {loss.last.num_bytes:,} bytes"
         points = panels.setdefault(f"{texts[text.fingerprint]}: {amount}", [])
-        base = PlotPoint("base", size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
-        if base not in points:
-            points.append(base)
+        if loss.base is not None:
+            base = PlotPoint("base", size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
+            if base not in points:
+                points.append(base)
         for summary, marker, when in ((loss.pruned, "o", ""), (loss.recovered, "s", " (recovered)")):
             if summary is not None:
                 bits = summary.bits_per_byte

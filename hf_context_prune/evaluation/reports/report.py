@@ -16,7 +16,7 @@ from hf_context_prune.evaluation.speed import MemoryMeasurement, SpeedMeasuremen
 
 from .codec import Saved, decode, load_json, now
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
@@ -28,14 +28,16 @@ class DatasetFacts:
     Attributes:
         name: Name of the text, as `TextSource.name`.
         revision: Hub commit, else None.
-        fingerprint: sha256 of the texts in order.
-        held_out: A sentence on how the text was kept apart from calibration.
+        fingerprint: sha256 of the texts that were measured on, in order.
+        held_out: Sentences on how the text was kept apart from calibration, and on how much of it was measured on.
+        max_chars: As `Passages.max_chars`: None where the text is whole.
     """
 
     name: str
     revision: str | None
     fingerprint: str
     held_out: str
+    max_chars: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class LossFacts:
     """Losses of the base and the pruned model, and their comparison; only `base` is set for a single model.
 
     Attributes:
-        base: Losses of the base, or of the single model.
-        pruned: Losses of the pruned model.
+        base: Losses of the base, or of the single model; None where a recovery had no base to measure.
+        pruned: Losses of the pruned model; None where a recovered model was trained again, and the losses that it had
+            before any training are not known.
         comparison: Pruned model against base.
         predicted_excess: `comparison.excess_nats_per_token` as adaptive allocation predicted it, from the change of the
             output (KL) on calibration text when each layer alone is narrowed; None for other allocations.
@@ -87,7 +90,7 @@ class LossFacts:
         recovered_comparison: Recovered model against base.
     """
 
-    base: LossSummary
+    base: LossSummary | None
     pruned: LossSummary | None = None
     comparison: LossComparison | None = None
     predicted_excess: float | None = None
@@ -98,11 +101,30 @@ class LossFacts:
         """Refuse losses without a finite perplexity.
 
         Raises:
-            NumericsError: A comparison has none.
+            ConfigError: There are no losses.
+            NumericsError: A comparison has no finite perplexity.
         """
+        _ = self.last
         for comparison in (self.comparison, self.recovered_comparison):
             if comparison is not None:
                 _ = comparison.perplexity_ratio  # raises
+
+    @property
+    def last(self) -> LossSummary:
+        """Losses of the model that the report is about.
+
+        Raises:
+            ConfigError: There are none.
+        """
+        found = self.recovered or self.pruned or self.base
+        if found is None:
+            raise ConfigError("A report holds the losses of one model at least.")
+        return found
+
+    @property
+    def last_comparison(self) -> LossComparison | None:
+        """That model against the base; None where there is no base, or no other model."""
+        return self.comparison if self.recovered is None else self.recovered_comparison
 
 
 @dataclass(frozen=True)
@@ -248,18 +270,46 @@ class EvalReport(Saved):
     created: str = field(default_factory=now)
     schema_version: int = SCHEMA_VERSION
 
+    def summary(self, *, intervals: bool = False) -> str:
+        """Return the figures for people: size, speed and losses in words, then as a table.
+
+        Args:
+            intervals: Show intervals, quartiles and the losses per token too.
+
+        Example:
+            >>> print(EvalReport.load("mini-gpt/eval_report.json").summary())  # doctest: +SKIP
+        """
+        from .summary import describe
+
+        return describe(self, intervals=intervals)
+
+    def to_pandas(self) -> Any:  # noqa: ANN401 - pandas is no dependency
+        """Return the table of figures as a `pandas.DataFrame` of strings, with intervals; the index is the measure.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        from .rows import table_header, table_rows
+
+        try:
+            import pandas
+        except ImportError as error:
+            raise ConfigError("to_pandas needs pandas: pip install pandas.") from error
+        header = table_header(self)
+        return pandas.DataFrame(table_rows(self, intervals=True), columns=list(header)).set_index(header[0])
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EvalReport":
         """Return the report that `to_dict` gave.
 
-        Reports of the schema versions 2 and 3 lack what was added later, which reads as not measured.
+        Reports of the schema versions 2 to 4 lack what was added later, which reads as not measured.
 
         Raises:
             LoadError: The schema version is unknown, or a key is missing, unknown or of the wrong type.
         """
         if not isinstance(data, dict):
             raise LoadError(f"An evaluation report must be a JSON object, not {type(data).__name__}.")
-        if (version := data.get("schema_version")) not in (2, 3, SCHEMA_VERSION):
+        if (version := data.get("schema_version")) not in (2, 3, 4, SCHEMA_VERSION):
             raise LoadError(
                 f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads 2 to "
                 f"{SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."

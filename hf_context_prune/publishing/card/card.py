@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -37,8 +38,8 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @cache
-def _template() -> Template:
-    path = Path(__file__).parents[1] / "templates" / "model_card.md.jinja"
+def _template(name: str) -> Template:
+    path = Path(__file__).parents[1] / "templates" / f"{name}.md.jinja"
     environment = SandboxedEnvironment(
         undefined=StrictUndefined, finalize=_finalize, keep_trailing_newline=True, autoescape=False
     )
@@ -50,13 +51,18 @@ def _finalize(value: object) -> object:
     return value if isinstance(value, Trusted) else inert(str(value))
 
 
+def render(template: str, values: Mapping[str, object]) -> str:
+    """Return a template of a card, filled in; values that are not trusted Markdown become text without markup."""
+    return re.sub(r"\n{3,}", "\n\n", _template(template).render(values)).strip()
+
+
 def build_card(facts: CardFacts) -> ModelCard:
     """Build the card of a pruned model.
 
     Every value that others chose (names, texts, options, versions) is shown as text: it can't become markup, a link, a
     template or another field of the metadata.
     """
-    body = re.sub(r"\n{3,}", "\n\n", _template().render(body_values(facts))).strip()
+    body = render("model_card", body_values(facts))
     return ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{body}\n")
 
 

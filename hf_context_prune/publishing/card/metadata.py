@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
@@ -25,25 +25,42 @@ _LINK = re.compile(r"https?://[^\s\"'<>]+|[A-Za-z0-9._-]+")
 
 def card_data(facts: CardFacts) -> ModelCardData:
     """Build the metadata of a card."""
-    licence = _matching(_LICENCE, facts.base.get("license"))
-    base = _hub_id(facts.base.get("id"))
     domain = [_slug(facts.domain)] if facts.domain and _slug(facts.domain) else []
     data = _hub_id(_dataset(facts.recorded("data")))
     results = _results(facts) if facts.report else []
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=_matching(_TASK, facts.base.get("pipeline_tag")) or "text-generation",
-        base_model=base,
-        base_model_relation="finetune" if base else None,
         datasets=[data] if data else None,
-        language=_languages(facts.base.get("language")),
-        license=licence,
-        license_name=one_line(facts.base["license_name"]) if licence and "license_name" in facts.base else None,
-        license_link=_link(facts, base) if licence else None,
         tags=[*TAGS, *domain],
         model_name=one_line(facts.name) if results else None,
         eval_results=results or None,
+        **_of_base(facts.base, "finetune"),
     )
+
+
+def export_data(base: Mapping[str, Any], library: str | None, tags: Sequence[str]) -> ModelCardData:
+    """Build the metadata of an export's card.
+
+    Args:
+        base: The facts that the base states of itself.
+        library: The Hub's name of the library that opens the export; None where the Hub has none.
+        tags: Its tags.
+    """
+    return ModelCardData(library_name=library, tags=list(tags), **_of_base(base, "quantized"))
+
+
+def _of_base(stated: Mapping[str, Any], relation: str) -> dict[str, Any]:
+    """Return what a card repeats of its base: id, task, languages and licence, as far as they are stated."""
+    licence, base = _matching(_LICENCE, stated.get("license")), _hub_id(stated.get("id"))
+    return {
+        "pipeline_tag": _matching(_TASK, stated.get("pipeline_tag")) or "text-generation",
+        "base_model": base,
+        "base_model_relation": relation if base else None,
+        "language": _languages(stated.get("language")),
+        "license": licence,
+        "license_name": one_line(stated["license_name"]) if licence and "license_name" in stated else None,
+        "license_link": _link(stated, base) if licence else None,
+    }
 
 
 def benchmark_results(report: EvalReport) -> str | None:
@@ -73,7 +90,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
         texts.append(("general", "general text", report.general.dataset, report.general.loss))
     results = []
     for kind, what, dataset, loss in texts:
-        last = loss.recovered or loss.pruned or loss.base
+        last = loss.last
         common: dict[str, Any] = {
             "task_type": "text-generation",
             **_identity(dataset.name, dataset.revision, "text", kind),
@@ -83,7 +100,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
         results.append(
             EvalResult(metric_type="bits_per_byte", metric_value=six_digits(last.bits_per_byte.value), **common)
         )
-        compared = loss.recovered_comparison if loss.recovered is not None else loss.comparison
+        compared = loss.last_comparison
         if compared is None or compared.excess_nats_per_token is not None:  # else of other tokens than the base's
             results.append(
                 EvalResult(metric_type="perplexity", metric_value=six_digits(last.perplexity.value), **common)
@@ -134,9 +151,9 @@ def _languages(value: object) -> str | list[str] | None:
     return [found for item in given if (found := _matching(_LANGUAGE, item))] or None
 
 
-def _link(facts: CardFacts, base: str | None) -> str | None:
+def _link(stated: Mapping[str, Any], base: str | None) -> str | None:
     """Return a link to the licence; a relative one leads into the repository of the base."""
-    link = _matching(_LINK, facts.base.get("license_link"))
+    link = _matching(_LINK, stated.get("license_link"))
     if link is None or link.startswith("http"):
         return link
     return f"https://huggingface.co/{base}/blob/main/{link}" if base else None

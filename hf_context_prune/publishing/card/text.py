@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.evaluation.reports.rows import table_rows, text_rows
+from hf_context_prune.evaluation.reports.rows import table_header, table_rows, text_rows
 from hf_context_prune.utils.file_names import PICTURE_NAME
 
 from .commands import bench_command, evaluate_command, reproduce_commands
 from .facts import CardFacts
 
 _SHOWN_ABOVE = ("bits per byte", "excess loss")
-_COLUMNS = ("measure", "base", "pruned", "change")
 CITATION = """@misc{valicenti2023minigpts,
   title = {Mini-GPTs: Efficient Large Language Models through Contextual Pruning},
   author = {Valicenti, Tim and Vidal, Justice and Patnaik, Ritik},
@@ -48,7 +48,7 @@ def body_values(facts: CardFacts) -> dict[str, Any]:
         "reproduce": reproduce_commands(facts),
         "versions": _versions(facts),
         "limits": _limits(facts),
-        "licence": _licence(facts),
+        "licence": licence_text(facts.base, facts.base_place),
         "citation": block("bibtex", CITATION),
     }
 
@@ -105,13 +105,8 @@ def _removed(facts: CardFacts) -> Trusted:
 
 
 def _table(report: EvalReport, *groups: str) -> Trusted | None:
-    rows = [row for row in table_rows(report, *groups) if not row[0].startswith(_SHOWN_ABOVE)]
-    if not rows:
-        return None
-    names = list(_COLUMNS[: len(rows[0])])
-    if report.loss.recovered is not None and len(names) > 2 and groups[0] in ("size", "speed"):
-        names[2] = "recovered"
-    return table(names, rows)
+    rows = [row for row in table_rows(report, *groups, intervals=True) if not row[0].startswith(_SHOWN_ABOVE)]
+    return table(table_header(report), rows) if rows else None
 
 
 def _text_table(report: EvalReport) -> Trusted:
@@ -140,7 +135,7 @@ def _calibration(facts: CardFacts) -> Trusted:
 
 
 def _measured(report: EvalReport) -> Trusted:
-    first = report.loss.base
+    first = report.loss.last
     return Trusted(
         f"Bits per byte; lower is better. The unit is a byte of text, so models with different vocabularies are "
         f"comparable. Brackets hold 95 % bootstrap intervals over documents ({first.n_resamples:,} resamples, seed "
@@ -233,25 +228,30 @@ def _limits(facts: CardFacts) -> list[Trusted]:
 def _forgotten(facts: CardFacts) -> Trusted:
     general = facts.report.general if facts.report else None
     loss = general.loss if general else None
-    last = None if loss is None else (loss.comparison if loss.recovered is None else loss.recovered_comparison)
-    if general is None or loss is None or last is None:
+    last = None if loss is None else loss.last_comparison
+    if general is None or loss is None or loss.base is None or last is None:
         return Trusted("**Loss outside the domain was not measured.** Expect more loss there than on the domain.")
     change = 100 * (last.bits_per_byte_ratio.value - 1)
-    now = loss.recovered or loss.pruned or loss.base
-    before, after = loss.base.bits_per_byte.value, now.bits_per_byte.value
+    before, after = loss.base.bits_per_byte.value, loss.last.bits_per_byte.value
     return Trusted(
         f"**Loss outside the domain:** on general text ({code(general.dataset.name)}, {loss.base.num_documents:,} "
         f"documents) bits per byte changed from {before:.4f} to {after:.4f} ({change:+.1f} %)."
     )
 
 
-def _licence(facts: CardFacts) -> Trusted:
-    base, licence = facts.base, facts.base.get("license")
+def licence_text(base: Mapping[str, Any], place: str) -> Trusted:
+    """Return the licence of a base as it states it, or that it states none.
+
+    Args:
+        base: What the base states of itself.
+        place: The base, as the plan names it.
+    """
+    licence = base.get("license")
     if not licence:
         why = inert(str(base.get("unknown") or f"{base.get('stated_by', 'the plan')} names none"))
         return Trusted(
             f"The licence of the base is not known ({why}), so none is given here. Find out the licence of "
-            f"{code(facts.base_place)} before you use or share this model."
+            f"{code(place)} before you use or share this model."
         )
     shown = ", ".join(str(item) for item in licence) if isinstance(licence, list) else str(licence)
     name = f" ({inert(str(base['license_name']))})" if base.get("license_name") else ""

@@ -49,7 +49,11 @@ class RecoveryConfig:
     lora_rank: int = option(32, "Rank of the adapters of lora.", panel=METHOD, allowed=at_least(1, _BITS))
     batch_size: int = option(4, "Samples per step.", panel=METHOD, allowed=at_least(1, _BITS))
     max_minutes: float | None = option(
-        None, "Stop within this time, measuring included.", panel=BUDGET, allowed=_POSITIVE
+        None,
+        "Train for this time at most, the measurements of the validation text included. Measuring the models on test "
+        "text comes on top; how long that takes is told before.",
+        panel=BUDGET,
+        allowed=_POSITIVE,
     )
     max_steps: int | None = option(None, "Stop after this many steps.", panel=BUDGET, allowed=at_least(1, _BITS))
     num_epochs: float = option(1.0, "Passes over the text, at most.", panel=BUDGET, allowed=_POSITIVE)

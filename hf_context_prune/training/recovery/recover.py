@@ -128,7 +128,7 @@ def recover(
 
     checkpoint = None
     if resume_dir is not None and has_room(resume_dir, state_bytes(student), what="The state of the training"):
-        decided_by = config.to_dict(), validation.text.fingerprint, validation.docs, sorted(frozen)
+        decided_by = config.to_dict(), validation.text.fingerprint, sorted(frozen)
         checkpoint = RecoveryCheckpoint(resume_dir, resume_key(model, [{"input_ids": samples}], *decided_by))
 
     def measure(candidate: PreTrainedModel) -> float:

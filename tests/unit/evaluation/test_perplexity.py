@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -15,7 +14,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
-    PreTrainedTokenizerFast,
 )
 
 from hf_context_prune.data.documents import TextDocument, TextSource
@@ -23,20 +21,11 @@ from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.windows import EncodedDocument, batch_windows, cut_windows
+from tests.support.tiny_tokenizers import BYTES, byte_tokenizer
 
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB_SIZE = len(BYTES) + 2
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64)
-
-
-def byte_tokenizer(**special):
-    """One token a byte, then <s> and </s>."""
-    vocab = {token: index for index, token in enumerate([*BYTES, "<s>", "</s>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(special or {"bos_token": "<s>", "eos_token": "</s>"}))
 
 
 def tiny_model(config=LLAMA, seed=0):

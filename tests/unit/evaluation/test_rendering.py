@@ -173,7 +173,7 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
     assert list(drawn) == [f"{name}{much}", f"{name} (ffffffff){much}"]
     assert [[point.label for point in points] for points in drawn.values()] == [["base", "small"], ["base", "wide one"]]
     drawn.clear()
-    less = replace(report, loss=replace(loss, base=replace(loss.base, num_documents=1, num_bytes=12)))
+    less = replace(report, loss=replace(loss, pruned=replace(loss.pruned, num_documents=1, num_bytes=12)))
     with pytest.raises(InterruptedError):
         render([found[0], replace(found[1], report=less)], tmp_path / "out")
     assert list(drawn) == [f"{name}{much}", f"{name}: 1 documents, 12 bytes"]

@@ -23,10 +23,11 @@ from hf_context_prune.evaluation.reports.report import (
     SpeedFacts,
     TextLosses,
 )
-from hf_context_prune.evaluation.reports.rows import table_rows, text_rows
+from hf_context_prune.evaluation.reports.rows import table_header, table_rows, text_rows, text_table
+from hf_context_prune.evaluation.reports.summary import headline
 from hf_context_prune.evaluation.speed import MemoryMeasurement, SpeedMeasurement, Spread
 
-BASE = [DocumentLoss(f"d{i}", "s", 200.0 + 9 * i, 100, 400) for i in range(5)]
+BASE = [DocumentLoss(f"d{i}", "s", 200.0 + 9 * i, 100, 400) for i in range(12)]
 PRUNED = [dataclasses.replace(loss, nll=loss.nll + 10 + i) for i, loss in enumerate(BASE)]
 DATASET = DatasetFacts("law.jsonl", None, "ab" * 32, "A tenth of the documents, kept out of calibration.")
 ENVIRONMENT = Environment.current("float32")
@@ -91,14 +92,16 @@ def test_json_round_trip(report, single, tmp_path):
         assert EvalReport.from_dict(json.loads(json.dumps(original.to_dict()))) == original
         assert [entry.name for entry in tmp_path.iterdir()] == ["eval_report.json"]
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data["schema_version"] == 4
+    assert data["schema_version"] == 5
     assert list(data) == sorted(data)
 
 
 def test_older_reports_still_load(report):
     data = report.to_dict()
-    data["schema_version"] = 3
-    del data["general"]
+    for version in (4, 3):
+        data["schema_version"] = version
+        assert EvalReport.from_dict(json.loads(json.dumps(data))) == report
+    del data["general"], data["dataset"]["max_chars"]
     assert EvalReport.from_dict(json.loads(json.dumps(data))) == report
     data["schema_version"] = 2
     del data["loss"]["recovered"], data["loss"]["recovered_comparison"], data["multiple_choice"]
@@ -114,11 +117,34 @@ def test_a_recovered_model_has_rows_of_its_own(report):
     )
     recovered = dataclasses.replace(report, loss=loss)
     assert EvalReport.from_dict(json.loads(json.dumps(recovered.to_dict()))) == recovered
-    rows = {row[0]: row[1:] for row in table_rows(recovered)}
+    assert table_header(recovered) == ("measure", "base", "pruned", "recovered", "change")
+    rows = {row[0]: row[1:] for row in table_rows(recovered, intervals=True)}
     for measure in ("bits per byte", "perplexity per token"):
-        assert rows[f"{measure} after recovery"] == rows[measure]
-    assert "predicted" in rows["excess loss (nats/token)"][2]
-    assert "predicted" not in rows["excess loss after recovery (nats/token)"][2]
+        base, pruned, after, change = rows[measure]
+        assert base != pruned == after
+        assert change.startswith("+" if measure == "bits per byte" else "x")
+    assert rows["parameters"] == ("1,000,000", "798,000", "798,000", "-20.2 % (asked -20.0 %)")
+    assert rows["decode (tokens/s)"][1] == "-"  # the speed is that of the recovered model
+    assert "predicted for pruned" in rows["excess loss (nats per token)"][-1]
+
+
+def test_a_base_that_was_not_measured_is_named_so_in_every_table(report):
+    """A recovered model was once compared with its pruned model in a column named base."""
+    loss = LossFacts(None, report.loss.pruned, recovered=summarize_losses(BASE))
+    recovered = dataclasses.replace(report, loss=loss)
+    assert EvalReport.from_dict(json.loads(json.dumps(recovered.to_dict()))) == recovered
+    rows = {row[0]: row[1:] for row in table_rows(recovered)}
+    bits = [f"{summary.bits_per_byte.value:.4f}" for summary in (loss.pruned, loss.recovered)]
+    assert rows["bits per byte"] == ("not measured", *bits, "not measured")
+    header, domain = text_rows(recovered)
+    cells = dict(zip(header, domain, strict=True))
+    assert (cells["base"], cells["change"]) == ("not measured", "not measured")
+    assert cells["recovered"].startswith(bits[1])
+    assert any("the base was not measured" in line for line in headline(recovered))
+    unknown = dataclasses.replace(recovered, loss=LossFacts(summarize_losses(BASE), None, recovered=loss.pruned))
+    assert dict(zip(*text_rows(unknown), strict=True))["pruned"] == "not measured"
+    with pytest.raises(ConfigError, match="one model at least"):
+        LossFacts(None)
 
 
 def test_general_text_has_rows_of_its_own(report):
@@ -127,8 +153,8 @@ def test_general_text_has_rows_of_its_own(report):
     assert EvalReport.from_dict(json.loads(json.dumps(both.to_dict()))) == both
     rows = {row[0]: row[1:] for row in table_rows(both)}
     for measure in ("bits per byte", "perplexity per token"):
-        assert rows[f"{measure} on general text"] == rows[measure]
-    assert table_rows(both, "general")[0][0] == "bits per byte on general text"
+        assert rows[f"{measure}, general text"] == rows[measure]
+    assert table_rows(both, "general")[0][0] == "bits per byte, general text"
     header, domain, other = text_rows(both)
     assert header == ("text", "documents", "base", "pruned", "change")
     assert (domain[0], other[0]) == (f"domain: {DATASET.name}", "general: general text")
@@ -219,27 +245,33 @@ def test_unlike_speeds_can_not_be_reported():
 
 
 def test_a_comparison_has_four_columns(report):
-    rows = {row[0]: row[1:] for row in table_rows(report)}
+    rows = {row[0]: row[1:] for row in table_rows(report, intervals=True)}
     assert list(rows) == [
         "parameters",
         "weights on disk",
         "bits per byte",
         "perplexity per token",
-        "excess loss (nats/token)",
+        "excess loss (nats per token)",
         "prefill (tokens/s)",
         "decode (tokens/s)",
-        "peak RSS",
+        "peak memory (RSS)",
     ]
-    assert rows["parameters"] == ("1,000,000", "798,000", "-20.2% (asked -20.0%)")
-    assert rows["weights on disk"] == ("4.0 MB", "3.2 MB", "-20.0%")
-    assert rows["bits per byte"][0].startswith(f"{2.18 / math.log(2) / 4:.4f} [")
-    assert rows["bits per byte"][2].startswith("+0.0433 [+0.0")
-    assert rows["perplexity per token"][0].startswith(f"{math.exp(2.18):.2f} [")
-    assert rows["perplexity per token"][2].startswith(f"x{math.exp(0.12):.3f} [")
-    assert rows["excess loss (nats/token)"][:2] == ("-", "-")
-    assert rows["excess loss (nats/token)"][2].startswith("+0.1200 [+0.1")
+    assert rows["parameters"] == ("1,000,000", "798,000", "-20.2 % (asked -20.0 %)")
+    assert rows["weights on disk"] == ("4.0 MB", "3.2 MB", "-20.0 %")
+    assert rows["bits per byte"][0].startswith(f"{2.495 / math.log(2) / 4:.4f} [")
+    assert rows["bits per byte"][2].startswith("+6.2 % [+")
+    assert rows["perplexity per token"][0].startswith(f"{math.exp(2.495):.2f} [")
+    assert rows["perplexity per token"][2].startswith(f"x{math.exp(0.155):.3f} [")
+    assert rows["excess loss (nats per token)"][:2] == ("-", "-")
+    assert rows["excess loss (nats per token)"][2].startswith("+0.1550 [+0.1")
     assert rows["prefill (tokens/s)"] == ("100.0 (90.0 to 110.0)", "150.0 (135.0 to 165.0)", "x1.50 (1.50 to 1.50)")
-    assert rows["peak RSS"] == ("1,000.0 MB", "900.0 MB", "-10.0%")
+    plain = {row[0]: row[1:] for row in table_rows(report)}
+    assert plain["bits per byte"] == tuple(cell.partition(" [")[0] for cell in rows["bits per byte"])
+    assert plain["prefill (tokens/s)"] == ("100.0", "150.0", "x1.50")
+    assert "excess loss (nats per token)" not in plain
+    table = text_table(table_header(report), table_rows(report))
+    assert max(map(len, table.splitlines())) <= 80
+    assert rows["peak memory (RSS)"] == ("1,000.0 MB", "900.0 MB", "-10.0 %")
 
 
 def test_a_single_model_has_two_columns_and_only_what_was_measured(single):
@@ -247,21 +279,24 @@ def test_a_single_model_has_two_columns_and_only_what_was_measured(single):
     assert [row[0] for row in rows] == ["parameters", "bits per byte", "perplexity per token"]
     assert all(len(row) == 2 and row[1] for row in rows)
     timed = dataclasses.replace(single, speed=SpeedFacts(speed((90.0, 100.0, 110.0), (9.0, 10.0, 11.0))))
-    assert table_rows(timed)[-1] == ("decode (tokens/s)", "10.0 (9.0 to 11.0)")
+    assert table_rows(timed)[-1] == ("decode (tokens/s)", "10.0")
+    assert table_header(timed) == ("measure", "value")
 
 
 def test_another_vocabulary_is_said_to_be_incomparable_per_token(report):
     recut = [dataclasses.replace(loss, num_tokens=loss.num_tokens + 1) for loss in PRUNED]
     loss = LossFacts(summarize_losses(BASE), summarize_losses(recut), compare_losses(BASE, recut))
-    rows = {row[0]: row[1:] for row in table_rows(dataclasses.replace(report, loss=loss))}
-    assert "excess loss (nats/token)" not in rows
+    other = dataclasses.replace(report, loss=loss)
+    assert "perplexity per token" not in [row[0] for row in table_rows(other)]
+    rows = {row[0]: row[1:] for row in table_rows(other, intervals=True)}
+    assert "excess loss (nats per token)" not in rows
     assert rows["perplexity per token"][2] == "not comparable: other tokens"
     assert rows["bits per byte"][2].startswith("+")
 
 
 def test_no_change_has_no_minus_sign(report):
     same = dataclasses.replace(report, size=SizeFacts.measured(1_000_000, 1_000_000))
-    assert table_rows(same)[0] == ("parameters", "1,000,000", "1,000,000", "+0.0%")
+    assert table_rows(same)[0] == ("parameters", "1,000,000", "1,000,000", "+0.0 %")
 
 
 def test_a_side_that_was_not_measured_is_a_dash(report):
@@ -271,7 +306,7 @@ def test_a_side_that_was_not_measured_is_a_dash(report):
         for row in table_rows(dataclasses.replace(report, size=size, memory=MemoryFacts(None, memory(900_000_000))))
     }
     assert rows["weights on disk"] == ("-", "3.2 MB", "-")
-    assert rows["peak RSS"] == ("-", "900.0 MB", "-")
+    assert rows["peak memory (RSS)"] == ("-", "900.0 MB", "-")
 
 
 def test_the_table_has_predicted_beside_realised_and_the_budget(report):
@@ -280,10 +315,10 @@ def test_the_table_has_predicted_beside_realised_and_the_budget(report):
         budget=SizeSearch(0.03, 0.0281, "On other text.", 4),
         loss=dataclasses.replace(report.loss, predicted_excess=0.125),
     )
-    rows = {row[0]: row for row in table_rows(searched)}
-    excess = next(row for row in table_rows(report) if row[0].startswith("excess loss"))
-    assert rows[excess[0]][-1] == f"{excess[-1]} (predicted +0.1250)"
-    assert rows["bits per byte on the text of the search"][1:] == ("-", "-", "+2.8% (allowed +3.0%)")
+    rows = {row[0]: row for row in table_rows(searched, intervals=True)}
+    excess = next(row for row in table_rows(report, intervals=True) if row[0].startswith("excess loss"))
+    assert rows[excess[0]][-1] == f"{excess[-1]} (predicted for pruned: +0.1250)"
+    assert rows["bits per byte, text of the search"][1:] == ("-", "-", "+2.8 % (allowed +3.0 %)")
 
 
 IMPOSSIBLE_FIGURES = [

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import hf_context_prune
@@ -18,13 +20,17 @@ from hf_context_prune.evaluation import paper_scoring
 from hf_context_prune.export import run as run_module
 from hf_context_prune.export.formats import FORMATS
 from hf_context_prune.export.report import ExportReport
-from hf_context_prune.export.run import export_model, open_export, read_export
+from hf_context_prune.export.run import open_export, read_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.sample import own_sample
 from hf_context_prune.export.verify import Tolerance, Verification
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pipelines.demo import generate_completion
+from hf_context_prune.pipelines.export import export_model
+from hf_context_prune.publishing.hub import files_to_push
 from hf_context_prune.storage.loading import load_model
 from hf_context_prune.storage.manifest import write_manifest
+from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.storage.staging import staged_folder
 from tests.support.export_folders import save
 from tests.support.limits import within
@@ -38,6 +44,38 @@ EASY = {"tolerance": 1e6}  # random tiny models: only the path is tested, not ho
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
     return {"stock": save(root / "stock"), "variable": save(root / "variable", variable=True, fewer_tokens=True)}
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "torchao"])  # as quanto: only the files differ
+def test_an_export_has_a_card_and_may_be_published(folders, format, tmp_path):
+    """A push once refused an export: "export_report.json, model.gguf, which may not go to a model repository"."""
+    folder = tmp_path / "stock"
+    shutil.copytree(folders["stock"], folder)
+    plan = PruningPlan.load(folder / "pruning_plan.json")
+    base = {"id": "org/base", "license": "apache-2.0", "stated_by": "its model card"}
+    facts = {"base_card": base, "base_model": "org/base"}
+    save_pruned(load_pruned(folder), folder, tokenizer=tiny_tokenizer(), plan=replace(plan, provenance=facts))
+    found = export_model(folder, tmp_path / "out", format=format, **EASY)
+    files, left_out = files_to_push(found.folder, "model")
+    assert {"README.md", "export_report.json", "manifest.json"} < set(files)
+    assert left_out == ()
+    card = ModelCard.load(found.folder / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/base", "quantized")
+    assert (card.data.license, format in card.data.tags) == ("apache-2.0", True)
+    assert "It applies to this model too" in card.text
+    assert "`stock` was pruned from `org/base`" in card.text
+    line = "ollama create out -f Modelfile" if format == "gguf" else "open_export('out')"
+    assert line in card.text
+
+
+def test_the_card_of_an_export_without_a_plan_gives_no_licence(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    folder = export_model(tmp_path / "dense", tmp_path / "out", format="gguf", **EASY).folder
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license is None
+    assert "The licence of the base is not known" in card.text
+    assert "pruned from" not in card.text
 
 
 def losses_of(folder):

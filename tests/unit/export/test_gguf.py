@@ -19,9 +19,10 @@ from hf_context_prune import prune_vocabulary
 from hf_context_prune.errors import ExportError
 from hf_context_prune.export import gguf, llama_cpp, run
 from hf_context_prune.export.llama_cpp import LlamaCppRuntime
-from hf_context_prune.export.run import export_model, open_export
+from hf_context_prune.export.run import open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import TOKENIZER_PROBES
+from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from tests.support.export_folders import save
 from tests.support.tiny import tiny_model, tiny_tokenizer

@@ -16,8 +16,9 @@ from hf_context_prune.errors import ConfigError, DataError, PruningWarning
 from hf_context_prune.export import gguf
 from hf_context_prune.export.importance import measure_importance
 from hf_context_prune.export.k_quants import MIXTURES, bytes_of, quantize, type_of
-from hf_context_prune.export.run import export_model, read_export
+from hf_context_prune.export.run import read_export
 from hf_context_prune.export.runtime import TorchRuntime
+from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.tiny import texts, tiny_model, tiny_tokenizer

@@ -14,8 +14,9 @@ import torch
 from hf_context_prune import load_pruned
 from hf_context_prune.errors import ExportError
 from hf_context_prune.export.onnx import OnnxRuntime
-from hf_context_prune.export.run import export_model, open_export
+from hf_context_prune.export.run import open_export
 from hf_context_prune.export.runtime import TorchRuntime
+from hf_context_prune.pipelines.export import export_model
 from tests.support.export_folders import save
 
 PROMPTS = ([1, 40, 41, 90, 91, 200], [7, 8], [30, 31, 32])

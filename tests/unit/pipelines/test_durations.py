@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from hf_context_prune import PrunerConfig, ThresholdConfig
+from hf_context_prune import EvalOptions, PrunerConfig, RecoveryConfig, ThresholdConfig
 from hf_context_prune.pipelines import durations
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pipelines.durations import describe_seconds, estimate_seconds
@@ -19,13 +21,30 @@ def test_each_long_step_has_its_time(monkeypatch):
     monkeypatch.setattr(durations.time, "perf_counter", lambda: float(next(clock)))  # each product takes a second
     short = estimate_seconds(model, PrunerConfig(mlp_ratio=0.5, num_calibration_samples=8, max_seq_length=32))
     long = estimate_seconds(model, PrunerConfig(mlp_ratio=0.5, num_calibration_samples=64, max_seq_length=32))
-    assert list(short) == list(long) == [LAYERS, "refit of the LM head"]
+    assert list(short) == list(long) == [LAYERS, "refit of the LM head", "measuring"]
     assert long[LAYERS] > short[LAYERS] > 0
     searched = estimate_seconds(model, PrunerConfig(pruning_ratio=0.2, num_calibration_samples=8, max_seq_length=32))
-    assert list(searched) == ["search", LAYERS, "refit of the LM head"]
+    assert list(searched) == ["search", LAYERS, "refit of the LM head", "measuring"]
     tokens = PrunerConfig(vocab_size=64, refit_lm_head=False)
-    assert estimate_seconds(model, tokens) == {}
-    assert list(estimate_seconds(model, ThresholdConfig(linear_threshold=0.1))) == ["calibration"]
+    assert list(estimate_seconds(model, tokens)) == ["measuring"]
+    assert list(estimate_seconds(model, ThresholdConfig(linear_threshold=0.1))) == ["calibration", "measuring"]
+
+
+def test_measuring_and_training_are_counted(monkeypatch):
+    model, config = tiny_model("llama"), PrunerConfig(vocab_size=64, refit_lm_head=False)
+    clock = iter(range(100_000))
+    monkeypatch.setattr(durations.time, "perf_counter", lambda: float(next(clock)))
+    losses = EvalOptions(benchmark=False)
+    one = estimate_seconds(model, config, losses)["measuring"]
+    assert one > 0
+    assert estimate_seconds(model, config, replace(losses, max_tokens=40_000))["measuring"] == pytest.approx(2 * one)
+    assert estimate_seconds(model, config, replace(losses, general_data="some.txt"))["measuring"] == pytest.approx(
+        2 * one
+    )
+    assert estimate_seconds(model, config, EvalOptions())["measuring"] > one  # speed and memory
+    trained = estimate_seconds(model, config, losses, RecoveryConfig(max_minutes=3))
+    assert trained == {"training": 180, "measuring": pytest.approx(1.5 * one)}
+    assert list(estimate_seconds(model, config, losses, RecoveryConfig())) == ["measuring"]
 
 
 def test_more_layers_take_longer(monkeypatch):
@@ -39,7 +58,7 @@ def test_more_layers_take_longer(monkeypatch):
 def test_a_folder_that_is_not_loaded_has_one_too(tmp_path):
     model_and_text(tmp_path, "data.jsonl")
     found = dry_run(tmp_path / "base", PrunerConfig(mlp_ratio=0.5))
-    assert set(found.seconds) == {LAYERS, "refit of the LM head"}
+    assert set(found.seconds) == {LAYERS, "refit of the LM head", "measuring"}
     assert min(found.seconds.values()) > 0
 
 
@@ -49,5 +68,5 @@ def test_a_folder_that_is_not_loaded_has_one_too(tmp_path):
 )
 def test_a_time_has_two_digits_at_most(seconds, text):
     assert describe_seconds({LAYERS: seconds}) == (
-        f"Takes about {text} on this machine when it is idle (layers {text}), beside evaluation and training."
+        f"Takes about {text} on this machine when it is idle (layers {text})."
     )

@@ -112,7 +112,8 @@ def test_one_folder_with_one_card_shows_all_three(place, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| text | documents | base | pruned | recovered | change |" in card
     assert "it was then trained on text of the domain" in card
-    assert "after recovery" in result.summary()
+    assert "before the training)" in result.summary()
+    assert "| measure | base | pruned | recovered | change |" in card
     (entry,) = result.plan.provenance["recoveries"]
     assert entry["config"] == RECOVERY.to_dict()
     assert entry["history"]["steps"] == RECOVERY.max_steps

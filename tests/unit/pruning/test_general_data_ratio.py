@@ -77,11 +77,11 @@ def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
     assert not held_out & fitted
     assert len(held_out) + len(fitted) == 30
     assert result.report.general is not None
-    assert result.report.general.dataset.fingerprint == part.facts.fingerprint
+    assert result.report.general.dataset.fingerprint == part.source.fingerprint
     assert "a share of 0.5 of" in " ".join(result.report.notes)
     plain = prune(base, domain, PrunerConfig(**OPTIONS, general_data_ratio=0.0), eval_options=options)
     assert plain.report.general is not None
-    assert plain.report.general.dataset.fingerprint == whole.facts.fingerprint  # nothing of it was calibrated on
+    assert plain.report.general.dataset.fingerprint == whole.source.fingerprint  # nothing of it was calibrated on
     assert plain.plan.layers != result.plan.layers or not torch.equal(
         next(plain.model.model.layers[0].mlp.down_proj.parameters()),
         next(result.model.model.layers[0].mlp.down_proj.parameters()),

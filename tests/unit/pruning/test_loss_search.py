@@ -155,7 +155,7 @@ def test_the_smallest_model_within_the_limit(trained, tokenizer, options, monkey
     assert not searched & reported
     assert len(searched | reported) == 6 + 5
     assert budget.text in result.report.notes
-    assert any("allowed +4.0%" in row[-1] for row in table_rows(result.report))
+    assert any("allowed +4.0 %" in row[-1] for row in table_rows(result.report))
     if options.get("allocation") == "adaptive":
         assert result.report.loss.predicted_excess > 0
 

@@ -10,8 +10,8 @@ from hf_context_prune import prune_vocabulary
 from hf_context_prune.config import PrunerConfig, build_config
 from hf_context_prune.errors import BudgetError, CalibrationWarning, ConfigError, PruningWarning
 from hf_context_prune.evaluation.options import EvalOptions
-from hf_context_prune.export.run import export_model
 from hf_context_prune.pipelines.dry_run import dry_run
+from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.pipelines.prune import prune
 from hf_context_prune.pruning.prune_model import check_budget
 from hf_context_prune.pruning.unused_options import warn_of_unused_options

@@ -412,7 +412,7 @@ def test_the_callers_random_numbers_are_left_alone(tokenizer):
 def validation_loss(model, tokenizer, config):
     """As recover measures, on its validation documents, but without bfloat16 products."""
     held_out = RecoveryText.of(load_documents(texts(), tokenizer=tokenizer), tokenizer, config).validation
-    losses = document_losses(model, tokenizer, held_out.text, max_seq_length=config.max_seq_length, docs=held_out.docs)
+    losses = document_losses(model, tokenizer, held_out.text, max_seq_length=config.max_seq_length)
     return sum(loss.nll for loss in losses)
 
 

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from hf_context_prune import PrunerConfig, RecoveryConfig, prune
 from hf_context_prune.errors import LoadError, PublishError, SaveError
 from hf_context_prune.evaluation.harness import format_harness_command
-from hf_context_prune.export.run import export_model
 from hf_context_prune.modeling.registry import build_auto_map
 from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.pipelines.recover import recover_folder
 from hf_context_prune.publishing.card.card import build_card, rewrite_card
 from hf_context_prune.publishing.card.facts import read_facts

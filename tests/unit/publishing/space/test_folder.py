@@ -17,8 +17,8 @@ from huggingface_hub import SpaceCard
 
 from hf_context_prune import __version__
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
-from hf_context_prune.export.run import export_model
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.publishing.space.folder import demo_files, make_space_settings, write_space
 from hf_context_prune.publishing.space.settings import Entry, Settings, Source, read_space_settings
 from hf_context_prune.publishing.space.wheel import write_wheel

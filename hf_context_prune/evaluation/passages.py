@@ -1,0 +1,138 @@
+"""Passages of documents: a token budget spread over many documents, in place of the first few that fill it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hf_context_prune.data.documents import TextDocument, TextSource, stable_hash
+
+from .windows import group_records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DOCUMENTS = 100  # so many documents give an interval that holds
+_LONG_PASSAGE = 2_000  # characters, about the 512 tokens of a window: a larger budget takes more documents
+_SHORT_PASSAGE = 800  # characters: with less context than that, a loss says little about the model
+_CHARS_PER_TOKEN = 6  # the first guess, too high on purpose: the budget is then lowered until it fits
+
+
+@dataclass(frozen=True)
+class Passages:
+    """What is measured on: one passage of each of many documents, or a whole text.
+
+    Attributes:
+        text: The passages, each under the name of its document.
+        max_chars: Characters that all passages may have together; None where the text is whole.
+        num_documents: Number of documents of the text that they were cut from.
+    """
+
+    text: TextSource
+    max_chars: int | None
+    num_documents: int
+
+    @classmethod
+    def whole(cls, source: TextSource) -> Passages:
+        """Take a whole text."""
+        return cls(source, None, _count_documents(source))
+
+    @classmethod
+    def of(
+        cls, source: TextSource, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None, seed: int = 0
+    ) -> Passages:
+        """Cut passages of at most `max_tokens` tokens in all; a shorter text stays whole.
+
+        Args:
+            source: The text.
+            tokenizer: Counts the tokens, without special tokens.
+            max_tokens: Largest number of tokens; None takes the whole text.
+            seed: Chooses documents and places.
+        """
+        if max_tokens is None:
+            return cls.whole(source)
+        max_chars = _CHARS_PER_TOKEN * max_tokens
+        while True:
+            found = cls.within(source, max_chars, seed=seed)
+            tokens = _count_tokens(found.text, tokenizer)
+            if tokens <= max_tokens or max_chars == 1:  # a single character may be several tokens
+                return found
+            if found.max_chars is None:
+                max_chars = sum(len(record.text) for record in source.documents)
+            max_chars = max(1, min(max_chars - 1, int(0.98 * max_chars * max_tokens / tokens)))
+
+    @classmethod
+    def within(cls, source: TextSource, max_chars: int, *, seed: int = 0) -> Passages:
+        """Cut passages of at most `max_chars` characters in all, the same ones whatever the tokenizer.
+
+        A hundred documents give a passage each: fewer where a passage would have under 800 characters, more where it
+        would have over 2,000. What short documents leave goes to the others.
+
+        Args:
+            source: The text.
+            max_chars: Largest number of characters; a shorter text stays whole.
+            seed: Chooses documents and places.
+        """
+        groups = group_records(source, None)
+        sizes = {doc: sum(len(record.text) for record in records) for doc, records in groups.items()}
+        if sum(sizes.values()) <= max_chars:
+            return cls(source, None, len(groups))
+        order = sorted(groups)
+        random.Random(seed).shuffle(order)
+        wanted = max(1, min(max(_DOCUMENTS, max_chars // _LONG_PASSAGE), max_chars // _SHORT_PASSAGE))
+        chosen, room = list[str](), 0
+        for doc in order:
+            if len(chosen) >= wanted and room >= max_chars:
+                break
+            chosen.append(doc)
+            room += sizes[doc]
+        cut: dict[str, list[TextDocument]] = {}
+        left = max_chars
+        for place, doc in enumerate(sorted(chosen, key=lambda doc: sizes[doc])):  # short ones leave room for long ones
+            length = min(sizes[doc], left // (len(chosen) - place))
+            cut[doc] = _cut_passage(groups[doc], length, seed)
+            left -= sum(len(record.text) for record in cut[doc])
+        passages = [record for doc in groups for record in cut.get(doc, ())]
+        text = TextSource.from_documents(passages, name=source.name, revision=source.revision)
+        return cls(text, max_chars, len(groups))
+
+    def describe(self) -> str:
+        """Return a sentence on the choice; empty where the text is whole."""
+        if self.max_chars is None:
+            return ""
+        documents = _count_documents(self.text)
+        return f"A passage each of {documents:,} of {self.num_documents:,} documents was measured."
+
+
+def _count_documents(source: TextSource) -> int:
+    return len({record.doc for record in source.documents})
+
+
+def _count_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> int:
+    texts = [record.text for record in source.documents]
+    # verbose=False: a text longer than the model's positions is cut into windows later.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return sum(map(len, encoded))
+
+
+def _cut_passage(records: list[TextDocument], length: int, seed: int) -> list[TextDocument]:
+    """Cut a passage of at most `length` characters out of a document, between words where there are any."""
+    spare = sum(len(record.text) for record in records) - length
+    if spare <= 0:
+        return records
+    start = int.from_bytes(stable_hash("passage", seed, records[0].doc)[:4], "big") % (spare + 1)
+    found = []
+    for record in records:
+        text = cut = record.text[start : start + length]
+        if start:
+            cut = cut[cut.find(" ") + 1 :]
+        if start + length < len(record.text):
+            cut = cut[: cut.rfind(" ")] if " " in cut else cut
+        if text := cut if cut.strip() else text:
+            found.append(replace(record, text=text))
+        length -= max(0, min(length, len(record.text) - start))
+        start = max(0, start - len(record.text))
+        if length <= 0:
+            break
+    return found

@@ -1,0 +1,73 @@
+"""What a report says, in words: the four numbers that a reader wants first."""
+
+from __future__ import annotations
+
+from hf_context_prune.evaluation.bootstrap import MIN_DOCUMENTS
+
+from .formatting import format_percent
+from .report import EvalReport, LossFacts
+from .rows import table_header, table_rows, text_table
+
+_SIZE_SHOWN = 0.0005  # a smaller difference would be shown as "0.0 %"
+
+
+def headline(report: EvalReport) -> list[str]:
+    """Return sentences on size, speed, loss on the domain and loss elsewhere, as far as they were measured.
+
+    For a single model, its size and its loss.
+    """
+    if report.size.pruned_parameters is None:
+        bits = f"{report.loss.last.bits_per_byte.value:.4f} bits per byte on {report.dataset.name}"
+        return [f"{report.size.base_parameters:,} parameters, {bits}."]
+    return [_size_and_speed(report), f"{_loss(report.dataset.name, report.loss)}.", _elsewhere(report), *_few(report)]
+
+
+def describe(report: EvalReport, *, intervals: bool = False) -> str:
+    """Return the headline and the table of figures as plain text."""
+    table = text_table(table_header(report), table_rows(report, intervals=intervals))
+    return "\n".join([*headline(report), "", table])
+
+
+def _size_and_speed(report: EvalReport) -> str:
+    size = report.size
+    gone = size.achieved_ratio or 0.0
+    parts = [f"{100 * gone:.1f} % smaller" if abs(gone) >= _SIZE_SHOWN else "As large as the base"]
+    if size.base_weight_bytes and size.pruned_weight_bytes:
+        parts[0] += f" ({_megabytes(size.base_weight_bytes)} to {_megabytes(size.pruned_weight_bytes)} MB)"
+    ratio = report.speed.ratio() if report.speed else None
+    parts.append("speed not measured" if ratio is None else f"{ratio.decode.median:.2f} times as fast (decode)")
+    return f"{', '.join(parts)}."
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.{0 if count >= 1e7 else 2}f}"
+
+
+def _loss(where: str, loss: LossFacts) -> str:
+    if loss.base is None:
+        return f"On {where}: {loss.last.bits_per_byte.value:.4f} bits per byte; the base was not measured"
+    if loss.recovered is None or loss.recovered_comparison is None:
+        assert loss.comparison is not None
+        return f"On {where}: {format_percent(loss.comparison.bits_per_byte_ratio.value - 1)} bits per byte"
+    after = format_percent(loss.recovered_comparison.bits_per_byte_ratio.value - 1)
+    pruned = ""
+    if loss.comparison is not None:
+        pruned = f" ({format_percent(loss.comparison.bits_per_byte_ratio.value - 1)} before the training)"
+    return f"On {where}: {after} bits per byte{pruned}"
+
+
+def _elsewhere(report: EvalReport) -> str:
+    if report.general is None:
+        return "Elsewhere: not measured (--general-data)."
+    return f"{_loss(f'general text ({report.general.dataset.name})', report.general.loss)}."
+
+
+def _few(report: EvalReport) -> list[str]:
+    texts = [(report.dataset.name, report.loss)]
+    if report.general is not None:
+        texts.append((report.general.dataset.name, report.general.loss))
+    return [
+        f"{count} document{'' if count == 1 else 's'} of {name}: too few for an interval ({MIN_DOCUMENTS} are needed)."
+        for name, loss in texts
+        if (count := loss.last.num_documents) < MIN_DOCUMENTS
+    ]

@@ -1,0 +1,71 @@
+"""Where a model folder opens: one line for each runtime, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .specs import PREFIX, SPECS, base_model_type
+
+GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma")
+"""Architectures of llama.cpp that GGUF files are written for."""
+GGUF_VARIABLE = ("llama", "mistral")
+"""Those of them whose widths may differ by layer, if they have no biases."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One runtime.
+
+    Attributes:
+        name: Name of the runtime.
+        how: The command or code that opens the folder there; without one, what keeps it out.
+        opens: Whether it opens the folder.
+    """
+
+    name: str
+    how: str
+    opens: bool = True
+
+
+def runtimes_of(config: Mapping[str, Any], folder: str) -> list[Runtime]:
+    """Return how a folder opens in the runtimes that people use.
+
+    Args:
+        config: The values of its ``config.json``.
+        folder: The folder, as commands name it.
+    """
+    model_type = str(config.get("model_type"))
+    family, variable = base_model_type(model_type), model_type.startswith(PREFIX)
+    load = f'AutoModelForCausalLM.from_pretrained("{folder}")'
+    return [
+        Runtime("transformers", f"import hf_context_prune; {load}" if variable else load),
+        _llama_cpp(config, family, folder, variable=variable),
+        _vllm(family, folder, variable=variable),
+    ]
+
+
+def _llama_cpp(config: Mapping[str, Any], family: str, folder: str, *, variable: bool) -> Runtime:
+    name = "llama.cpp, Ollama"
+    if family not in GGUF_FAMILIES:
+        return Runtime(name, f"no: GGUF is not written for {family}", opens=False)
+    biases = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
+    if variable and (family not in GGUF_VARIABLE or biases):
+        kind = f"{family} with biases" if family in GGUF_VARIABLE else family
+        return Runtime(
+            name,
+            f"no: it has no {kind} whose layers differ. Prune with --native-architecture",
+            opens=False,
+        )
+    return Runtime(name, f"hf-context-prune export {folder} --to gguf --output {folder}-gguf")
+
+
+def _vllm(family: str, folder: str, *, variable: bool) -> Runtime:
+    if not variable:
+        return Runtime("vLLM", f"vllm serve {folder}")
+    if SPECS[family].transposed:
+        return Runtime(
+            "vLLM", f"no: it has no {family} whose layers differ. Prune with --native-architecture", opens=False
+        )
+    return Runtime("vLLM", f"hf-context-prune serve {folder} --engine vllm")
