@@ -21,10 +21,10 @@ Config = TypeVar("Config")
 
 PANELS = (
     *("Budget", "Vocabulary", "Method", "Text"),
-    *("Paper's thresholds", "Evaluation", "Questions", "Model", "Output"),
+    *("Paper's thresholds", "Evaluation", "Questions", "Generation", "Model", "Output"),
 )
 """Panels of ``--help``, in their order."""
-BUDGET, VOCABULARY, METHOD, TEXT, PAPER, EVALUATION, QUESTIONS, MODEL, OUTPUT = PANELS
+BUDGET, VOCABULARY, METHOD, TEXT, PAPER, EVALUATION, QUESTIONS, GENERATION, MODEL, OUTPUT = PANELS
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 

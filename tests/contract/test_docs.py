@@ -230,7 +230,7 @@ def test_every_extra_is_explained():
 
 def test_options_in_prose_exist(subtests):
     """Of this command line; others' are named here."""
-    known = {"--mpirun_hostfile", "--cpu", "--num_processes", "--multi_gpu", "--flash-attn"}
+    known = {"--install-completion", "--mpirun_hostfile", "--cpu", "--num_processes", "--multi_gpu", "--flash-attn"}
     for command in command_line().commands.values():
         for parameter in command.params:
             known.update([*parameter.opts, *parameter.secondary_opts])

@@ -165,8 +165,10 @@ def _pin(text: str) -> Source:
     """Return the source that a text names: a folder, or a Hub id at a commit."""
     path = expand_home(text)
     if os.path.exists(path) or not is_hub_id(text.partition("@")[0]):
-        if not os.path.isdir(path):
-            raise ConfigError(f"{text!r} is neither a folder nor a Hub id (owner/name, owner/name@revision).")
+        if not (os.path.isdir(path) or (path.suffix.lower() == ".gguf" and path.is_file())):
+            raise ConfigError(
+                f"{text!r} is neither a folder nor a Hub id (owner/name, owner/name@revision), nor a .gguf file."
+            )
         return Source(path=Path(os.path.abspath(path)))
     repo, _, revision = text.partition("@")
     if COMMIT.fullmatch(revision):
