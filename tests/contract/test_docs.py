@@ -6,6 +6,7 @@ before it: ``<!-- needs: hub -->``.
 
 import ast
 import importlib.util
+import io
 import json
 import random
 import re
@@ -50,6 +51,7 @@ RUN_COMMANDS = {
     "prune": ["--num-calibration-samples", "8", "--max-seq-length", "64", "--no-benchmark"],
     "evaluate": [],
     "inspect": [],
+    "chat": ["--max-new-tokens", "4"],
 }
 """Commands of README that are run, with options that make them quick."""
 
@@ -254,6 +256,7 @@ def test_readme_commands_run(place, monkeypatch, capsys):
     (block,) = (block for block in blocks_of("README.md") if "inspect" in block.text)
     for words in [words for words in commands(block.text) if words[0] == "hf-context-prune"]:
         arguments = [word.replace(HUB_ID, "base") for word in words[1:]]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("The court finds\n"))
         monkeypatch.setattr(sys, "argv", ["hf-context-prune", *arguments, *RUN_COMMANDS[arguments[0]]])
         with pytest.raises(SystemExit) as exit_info:
             main()
