@@ -82,11 +82,22 @@ def export_model(
         tolerance: Relative change of the perplexity to allow, instead of the limit of the format.
         seed: Seed of the choice of documents, or of the model's own text.
 
+    Returns:
+        The folder that was written, and the comparison: `result.report.verification` has the losses before and after.
+
     Raises:
         ConfigError: The format or data type is unknown, a package is not installed, or the folder is an export.
         ExportError: The format can't hold the model, or the artefact differs by more than the tolerance.
         SaveError: The output can't be written.
         ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
+
+    Example:
+        ```python
+        from hf_context_prune import export_model
+
+        result = export_model("mini-gpt", "mini-gguf", format="gguf", dtype="q8_0")
+        print(result.folder, result.report.verification.perplexity_change)
+        ```
     """
     if data is None:
         _warn_of_unused(None if importance_data is not None else text_column, max_tokens)
@@ -185,6 +196,9 @@ def open_export(folder: str | Path) -> Runtime:
     Args:
         folder: A folder that [`export_model`][] wrote.
 
+    Returns:
+        The export in its own runtime, which gives the logits of token ids.
+
     Raises:
         LoadError: A file is missing or was changed, or the folder is not an export.
         ConfigError: A package is not installed.
@@ -194,6 +208,12 @@ def open_export(folder: str | Path) -> Runtime:
 
 def read_export(folder: str | Path) -> ExportReport:
     """Read the report of an export, after checking its files against the manifest.
+
+    Args:
+        folder: A folder that [`export_model`][] wrote.
+
+    Returns:
+        The format, the data type, and the comparison with the model that was exported.
 
     Raises:
         LoadError: A file is missing or was changed, or the folder is not an export.

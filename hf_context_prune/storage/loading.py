@@ -115,6 +115,10 @@ def load_model(
         revision: Branch, tag or commit of a Hub repository.
         device: A torch device; None: the device that accelerate finds (an accelerator if there is one, else the CPU).
 
+    Returns:
+        The model in evaluation mode on its device, its tokenizer, and where they are from: `loaded.model`,
+        `loaded.tokenizer`, `loaded.name`, `loaded.revision`.
+
     Raises:
         LoadError: The model is missing, damaged, without safetensors, or not a causal LM.
         UnsupportedArchitectureError: Its architecture is not in the table.
@@ -139,8 +143,22 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto") -> PreTrainedModel:
         folder: A local folder.
         dtype: As in [`load_model`][].
 
+    Returns:
+        The model in evaluation mode on its device. [`load_model`][] gives its tokenizer, too.
+
     Raises:
         LoadError: A file is missing, changed or unexpected, or a width does not fit the weights.
+
+    Example:
+        ```python
+        from transformers import AutoTokenizer
+
+        from hf_context_prune import load_pruned
+
+        model, tokenizer = load_pruned("mini-gpt"), AutoTokenizer.from_pretrained("mini-gpt")
+        tokens = model.generate(**tokenizer("This Agreement", return_tensors="pt"), max_new_tokens=40)
+        print(tokenizer.decode(tokens[0]))
+        ```
     """
     _check_dtype(dtype)
     path = _local_path(folder)

@@ -137,6 +137,9 @@ def batches_of(samples: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch
     Args:
         samples: [samples, max_seq_length], int64, without padding.
         batch_tokens: Tokens per batch; a batch has at least one sample.
+
+    Returns:
+        The batches in order; the last one may have fewer samples.
     """
     size = max(1, batch_tokens // samples.shape[1])
     return [{"input_ids": chunk} for chunk in samples.split(size)]

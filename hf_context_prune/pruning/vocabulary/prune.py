@@ -99,6 +99,10 @@ def prune_vocabulary(
         remove: Tokens that must go.
         seed: For the choice of text.
 
+    Returns:
+        The smaller model, its tokenizer, and the plan with the kept tokens: `trimmed.model`, `trimmed.tokenizer`,
+        `trimmed.plan`.
+
     Raises:
         VocabularyError: The tokenizer is of an unsupported kind or does not belong to the model, or a token that must
             stay is to be removed.

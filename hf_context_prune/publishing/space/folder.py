@@ -61,6 +61,9 @@ def make_space_settings(models: Sequence[str], *, base: str | None = None, title
             plan names.
         title: Heading of the page.
 
+    Returns:
+        Settings for [`write_space`][].
+
     Raises:
         ConfigError: A name is neither a folder nor a Hub id, or the base must be given.
         LoadError: A plan or a revision can't be read.
@@ -83,6 +86,9 @@ def write_space(settings: Settings, target: str | Path) -> Path:
     Args:
         settings: The settings of the Space.
         target: The folder: absent, empty, or an older Space of this package, which is replaced.
+
+    Returns:
+        Path of the folder that was written.
 
     Raises:
         SaveError: Saving failed; an older folder is as it was.
@@ -147,6 +153,9 @@ def demo_files() -> dict[str, str]:
 
 def check_space_publishable(settings: Settings) -> None:
     """Refuse to push a Space with models in its folder: on the Hub it reads them from their own repositories.
+
+    Args:
+        settings: The settings of the Space.
 
     Raises:
         ConfigError: A model is a folder; the message has the command that pushes it.

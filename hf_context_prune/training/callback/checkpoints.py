@@ -180,6 +180,9 @@ def load_checkpoint(checkpoint: str | Path, **kwargs: Any) -> PreTrainedModel:  
         **kwargs: As for `from_pretrained`: ``dtype`` and ``attn_implementation``, if the training had other ones than
             the default.
 
+    Returns:
+        The model of the checkpoint, with its widths.
+
     Raises:
         LoadError: The folder is no checkpoint, or not a whole one (names the last whole one beside it); its weights are
             a pickle, or are not those of its config.
