@@ -36,6 +36,11 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/**/*.md")))
 }
+TEXTS = (
+    *("*.md", "docs/**/*.md", "model_cards/*.md", "spaces/*", "examples/*", "mkdocs.yml"),
+    *("hf_context_prune/**/*.py", "hf_context_prune/**/*.jinja"),
+)
+"""Whatever a user may read."""
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = "num_calibration_samples=8, max_seq_length=64"
 SUBSTITUTES = {
@@ -340,3 +345,23 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     last = lines(ROOT / "benchmarks/rows")[-1].points[0]  # 30 % gone, 30 minutes of training: as in README's table
     assert [round(change(*pair)[1], 1) for pair in last] == [-7.1, -8.3]
+
+
+def test_figures_of_the_answers_are_those_of_the_results():
+    """Also the bare ones: every number of the questions and answers with a decimal or thousands."""
+    results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    found = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+|,\d{3})(?![\w.]*\w)", re.sub(r"`[^`]*`", "", prose("docs/faq.md")))
+    assert len(found) > 20
+    assert [number for number in found if not re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d)", results)] == []
+
+
+def test_install_commands_work_today():
+    """The package is on no index: `pip install .` in a checkout, or the URL of a repository."""
+    files = [path for pattern in TEXTS for path in ROOT.glob(pattern) if path.is_file()]
+    assert len(files) > 100
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".py":
+            text = re.sub(r"[\"']\s*\n\s*f?[\"']", "", text)  # strings over several lines
+        found = re.findall(r"pip install[^\n`(]*?[ \"'\\]hf[-_]context[-_]prune(?![\w./@-]*(?:\.git|/))[^\n]*", text)
+        assert found == [], path
