@@ -34,7 +34,7 @@ class EvalOptions:
 
     max_tokens: int | None = option(
         20_000,
-        "Largest number of test tokens to measure on, in whole documents (the first one always).",
+        "Largest number of test tokens to measure on, in whole documents (at least one).",
         panel=EVALUATION,
         allowed=at_least(1),
         flag="max-eval-tokens",

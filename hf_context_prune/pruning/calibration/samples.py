@@ -65,7 +65,7 @@ class CalibrationSet:
     Args:
         domain: Text of the domain.
         config: Says how many samples, how long they are, and which share of them is general text.
-        general: Text of no domain, for `general_data_ratio`.
+        general: General text, for `general_data_ratio`.
 
     Raises:
         ConfigError: See [`check_general_data_ratio`][].

@@ -107,7 +107,7 @@ def read_progress(saved: Any, own: Mapping[str, Any], state: TrainerState, steps
     except (KeyError, TypeError, AttributeError, PlanError) as error:
         raise LoadError(
             f"{where} holds a damaged state of its ContextPruneCallback ({type(error).__name__}: {error}). Resume from "
-            f"an earlier checkpoint, or start the training anew."
+            f"an earlier checkpoint, or start the training again."
         ) from error
 
 

@@ -94,7 +94,7 @@ def recover(
         config: All choices.
         tokenizer: The model's.
         text_column: Column with the text.
-        general_data: Text of no domain to train on as well, as `data`; it does not choose weights.
+        general_data: General text to train on as well, as `data`; it does not choose weights.
         general_data_ratio: Share of the samples to take from it, in [0, 1); see `RecoveryText.samples`.
         resume_dir: An existing folder for the state of the training; the caller removes it. None keeps nothing.
 
