@@ -105,7 +105,7 @@ def _talk(conversations: Sequence[Conversation]) -> None:
     )
     with suppress(EOFError, KeyboardInterrupt):
         while True:
-            prompt = console.input("[bold cyan]> [/]").strip()
+            prompt = input("> ").strip()  # with the prompt, so that readline knows the width of the line
             if prompt == NEW:
                 for conversation in conversations:
                     conversation.forget()

@@ -13,6 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from hf_context_prune.utils.options import PANELS
+
+_ORDER = ("Arguments", "Options", *PANELS, "Help")
+
 
 class Command(TyperCommand):
     """A command whose help has two columns: names and text.
@@ -31,12 +35,14 @@ class Command(TyperCommand):
         for parameter in self.get_params(ctx):
             if not getattr(parameter, "hidden", False):
                 panels.setdefault(_panel_of(parameter), []).append(parameter)
-        for title, parameters in panels.items():
+        for title, parameters in sorted(panels.items(), key=lambda item: _ORDER.index(item[0])):
             console.print(Panel(_rows(parameters), title=title, title_align="left", border_style="dim"))
         console.print(Text(self.epilog or ""), soft_wrap=True)  # examples can be copied
 
 
 def _panel_of(parameter: Any) -> str:  # noqa: ANN401 - as above
+    if parameter.name == "help":
+        return "Help"
     usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
     return getattr(parameter, "rich_help_panel", None) or usual
 
@@ -68,7 +74,8 @@ def _text(parameter: Any) -> str:  # noqa: ANN401 - as above
 
 def _default(parameter: Any) -> str | None:  # noqa: ANN401 - as above
     value = parameter.default
-    if value is None or getattr(parameter, "show_default", True) is False:
+    # Versions of click have a marker of their own for "no default".
+    if not isinstance(value, str | int | float | Enum) or getattr(parameter, "show_default", True) is False:
         return None
     if isinstance(value, bool):
         return (parameter.opts if value else parameter.secondary_opts)[0] if parameter.secondary_opts else None
