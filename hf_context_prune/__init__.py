@@ -1,4 +1,4 @@
-"""Contextual pruning for Hugging Face causal LMs: really smaller models for one domain.
+"""Contextual pruning for Hugging Face causal LMs: physically smaller models for one domain.
 
     from hf_context_prune import PrunerConfig, prune
 

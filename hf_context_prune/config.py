@@ -1,7 +1,4 @@
-"""`PrunerConfig` and `ThresholdConfig`: every option of a pruning run, for Python, YAML and HfArgumentParser.
-
-The command line is made from the fields; see [`option`][].
-"""
+"""Every option of a pruning run, for Python, YAML and HfArgumentParser; the command line is made from the fields."""
 
 from __future__ import annotations
 
@@ -108,16 +105,18 @@ class CalibrationConfig(OptionSet):
 class PrunerConfig(CalibrationConfig):
     """What to remove, how to choose it, and how to reconstruct the rest.
 
-    The budget is one of: a share or number of *all* parameters (`pruning_ratio`, `target_params`), a share of each kind
-    of unit (`mlp_ratio`, `attention_ratio`), or the loss that may be added (`max_loss_increase`). With no size at all,
-    `pruning_ratio` is 0.2. A budget for all parameters or for the loss is spent on all `units`, by what each costs in
-    measured loss per parameter. A share of all parameters may be combined with the ratio of one kind of unit: that
-    ratio is then exact, and the other kind gives the rest. `vocab_size`, `vocab_coverage` and `vocab_min_count` fix the
-    number of tokens, which counts towards a share of all parameters. `pruning_ratio` and `allocation` are filled in
-    where they are open; `units`, `native_architecture` and `refit_lm_head` stay None: model and text decide.
+    The budget is a share or number of *all* parameters (`pruning_ratio`, `target_params`; by default 0.2), a share of a
+    kind of unit (`mlp_ratio`, `attention_ratio`; beside a share of all parameters, the other kind gives the rest), or
+    the loss that may be added (`max_loss_increase`). Model and text decide what stays None.
 
     Raises:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
+
+    Example:
+        ```python
+        from hf_context_prune import PrunerConfig
+        config = PrunerConfig(pruning_ratio=0.3, units="neurons,kv_groups", native_architecture=True)
+        ```
     """
 
     pruning_ratio: float | None = option(

@@ -19,10 +19,14 @@ from hf_context_prune.errors import ConfigError, ContextPruneError
 from hf_context_prune.utils.distributed import is_main_process
 
 from .bench import bench
+from .chat import chat
 from .demo import demo
+from .env import env
 from .evaluate import evaluate
+from .examples import examples_of
 from .experiments import cross_domain, paper_grid
 from .export import export
+from .help import Command
 from .inspect import inspect
 from .output import errors, out
 from .prune import prune
@@ -34,9 +38,10 @@ from .space import space
 
 app = typer.Typer(
     name="hf-context-prune",
-    help="Contextual pruning: make a causal LM smaller for one domain.",
+    help="Make a language model physically smaller for one domain. Begin with `hf-context-prune demo`.",
+    epilog="Help on a command, with examples: hf-context-prune prune -h",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -61,20 +66,27 @@ def _root(
     pass
 
 
-app.command()(prune)
-app.command()(recover)
-app.command()(evaluate)
-app.command()(bench)
-app.command()(report)
-app.command()(space)
-app.command()(cross_domain)
-app.command()(paper_grid)
-app.command()(card)
-app.command()(push)
-app.command()(export)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
-app.command()(inspect)
-app.command()(demo)
+_GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Begin here": (demo, prune, chat),
+    "Look and measure": (inspect, evaluate, bench, report),
+    "Improve": (recover,),
+    "Use and share": (export, serve, space, card, push),
+    "Experiments": (cross_domain, paper_grid),
+    "Help": (env,),
+}
+"""The commands by the panels of ``--help``."""
+_FORWARDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of a command that hands options to another program."""
+for _group, _commands in _GROUPS.items():
+    for _command in _commands:
+        _name = _command.__name__.replace("_", "-")
+        app.command(
+            _name,
+            cls=Command,
+            epilog=examples_of(_name),
+            rich_help_panel=_group,
+            context_settings=_FORWARDS if _command is serve else None,
+        )(_command)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

@@ -11,15 +11,24 @@ from hf_context_prune.utils.file_names import REPORT_NAME
 from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.options import EVALUATION
 
-from .options import DeviceOption, Dtype, DtypeOption, FormatOption, OutputFormat, ReportFolder, shared
+from .options import (
+    MODEL_HELP,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FormatOption,
+    OutputFormat,
+    ReportFolder,
+    shared,
+)
 from .output import out, out_json, out_table
 from .tables import run_tables
 
 
 @reserves("output")
 def bench(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: folder, .gguf file, or Hub id.")],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model. " + MODEL_HELP)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model, in the same forms.")],
     new_tokens: Annotated[int, shared("Tokens to decode.", EVALUATION, min=1)] = 32,
     repeats: Annotated[
         int,

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @options_of(CalibrationConfig, into="column", only=("text_column",))
 def export(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A pruned folder, any model folder, or a Hub id.")],
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="A pruned folder, or any other model: folder, .gguf file, Hub id, or demo."),
+    ],
     to: Annotated[str, shared("Format of the export: quanto, torchao, onnx or gguf.")],
     output: Output,
     dtype: Annotated[

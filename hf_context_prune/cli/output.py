@@ -27,7 +27,7 @@ errors = Console(stderr=True, highlight=False)
 
 def out(text: str) -> None:
     """Print a line."""
-    print(text)
+    print(text, flush=True)  # whoever reads a pipe sees each answer of `chat` when it is there
 
 
 def out_json(value: object) -> None:

@@ -35,7 +35,7 @@ def card(
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this tool wrote.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; made if it does not exist.")],
-    repo_type: Annotated[RepoType, shared("Kind of repository.")] = RepoType.model,
+    repo_type: Annotated[RepoType, shared("Kind of repository: model or space.")] = RepoType.model,
     private: Annotated[
         bool | None,
         shared("Visibility of a new repository; an existing one must have it already.", None, "--private/--public"),

@@ -24,7 +24,7 @@ class Engine(StrEnum):
 def serve(
     context: typer.Context,
     folder: FolderArgument,
-    engine: Annotated[Engine, typer.Option(help="What runs the model.")] = Engine.transformers,
+    engine: Annotated[Engine, typer.Option(help="What runs the model: transformers or vllm.")] = Engine.transformers,
     python: Annotated[
         Path | None,
         typer.Option(

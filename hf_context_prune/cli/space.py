@@ -28,7 +28,8 @@ def space(
     ],
     output: Output,
     base: Annotated[
-        str | None, shared("The base of all models. By default the base that each one's plan names.")
+        str | None,
+        shared("The base of all models: folder, .gguf file, Hub id, or demo. By default the one that each plan names."),
     ] = None,
     title: Annotated[str | None, shared("Heading of the page. By default Mini-GPTs.")] = None,
     push: Annotated[

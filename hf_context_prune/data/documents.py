@@ -126,6 +126,14 @@ def load_documents(
         DataError: The source is blank, missing, unreadable or empty, the Hub can't be reached, or the column is not
             there.
         ConfigError: ``max_documents`` is below 1.
+
+    Example:
+        ```python
+        from hf_context_prune import load_documents
+
+        source = load_documents("contracts.jsonl", text_column="body")
+        print(len(source), source.name, source.fingerprint)
+        ```
     """
     if max_documents is not None and max_documents < 1:
         raise ConfigError(f"max_documents is {max_documents}; it must be at least 1")

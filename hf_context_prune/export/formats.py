@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from hf_context_prune.errors import ConfigError, ExportError, unknown_name
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.memory import free_memory
+from hf_context_prune.utils.version import install_command
 
 from .runtime import Runtime
 from .verify import Tolerance
@@ -91,7 +92,7 @@ class ExportFormat:
         if missing:
             raise ConfigError(
                 f"The format {self.name!r} needs packages that are not installed ({', '.join(missing)}): "
-                f'pip install "hf-context-prune[{self.extra}]".'
+                f"{install_command(self.extra)}."
             )
         return cast("FormatModule", importlib.import_module(f".{self.name}", __package__))
 

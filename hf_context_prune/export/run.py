@@ -179,6 +179,9 @@ def open_export(folder: str | Path) -> Runtime:
     Args:
         folder: A folder that [`export_model`][] wrote.
 
+    Returns:
+        The export in its own runtime, which gives the logits of token ids.
+
     Raises:
         LoadError: A file is missing or was changed, or the folder is not an export.
         ConfigError: A package is not installed.
@@ -188,6 +191,12 @@ def open_export(folder: str | Path) -> Runtime:
 
 def read_export(folder: str | Path) -> ExportReport:
     """Read the report of an export, after checking its files against the manifest.
+
+    Args:
+        folder: A folder that [`export_model`][] wrote.
+
+    Returns:
+        The format, the data type, and the comparison with the model that was exported.
 
     Raises:
         LoadError: A file is missing or was changed, or the folder is not an export.

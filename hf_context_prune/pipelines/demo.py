@@ -20,7 +20,7 @@ from hf_context_prune.evaluation.speed import measure_speed
 from hf_context_prune.modeling.generation import with_plain_generation
 from hf_context_prune.publishing.space.prompts import LICENCE_PROMPTS
 from hf_context_prune.publishing.space.settings import DEMO_FOLDER
-from hf_context_prune.storage.known_models import fetch_smollm2
+from hf_context_prune.storage.known_models import DEMO_MODEL, fetch_smollm2
 from hf_context_prune.storage.loading import load_model
 from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target, resolve_target
@@ -157,14 +157,15 @@ def _run(
         )
         for prompt in prompts
     )
-    return DemoOutcome(folder, result.as_saved(folder), completions, tuple(about), _next_commands(model_file, folder))
+    return DemoOutcome(folder, result.as_saved(folder), completions, tuple(about), _next_commands(folder))
 
 
-def _next_commands(model: Path, folder: Path) -> tuple[tuple[str, str], ...]:
+def _next_commands(folder: Path) -> tuple[tuple[str, str], ...]:
     """Return the commands to go on with."""
     name = folder.name
     return (
-        ("Your own text", f"hf-context-prune prune {model} --data YOUR-TEXT.jsonl --output my-mini-gpt"),
+        ("Talk to both models", f"hf-context-prune chat {name} --base {DEMO_MODEL}"),
+        ("Your own text", f"hf-context-prune prune {DEMO_MODEL} --data YOUR-TEXT.jsonl --output my-mini-gpt"),
         ("A page to try the model", f"hf-context-prune space {name} --output {name}-space"),
         ("For llama.cpp", f"hf-context-prune export {name} --to gguf --output {name}-gguf"),
     )

@@ -53,8 +53,21 @@ def evaluate(
         eval_options: How much is measured.
         questions: Multiple-choice questions, if any.
 
+    Returns:
+        The figures of base and pruned model; without a `base` those of the model, under that name. `report.loss` has
+        losses with intervals over documents, `report.size` parameters and bytes, `report.speed` and `report.memory`
+        what was timed, and `report.to_dict()` everything.
+
     Raises:
         ContextPruneError: See `hf_context_prune.errors`.
+
+    Example:
+        ```python
+        from hf_context_prune import evaluate
+
+        report = evaluate("mini-gpt", "more-contracts.jsonl", base="demo")
+        print(report.loss.base.bits_per_byte.value, report.loss.pruned.bits_per_byte.value)
+        ```
     """
     options = eval_options or EvalOptions()
     own = ensure_loaded(model, tokenizer)

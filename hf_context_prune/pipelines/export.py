@@ -38,15 +38,26 @@ def export_model(
         importance_data: Text of the domain, other than `data`, that tells which inputs matter (llama.cpp's importance
             matrix): their errors are kept small. For the k-quants of gguf.
         text_column: Column with the text.
-        max_tokens: Largest number of tokens of `data` to compare on, in whole documents.
+        max_tokens: Largest number of tokens of `data` to compare on, in passages of many documents.
         tolerance: Relative change of the perplexity to allow, instead of the limit of the format.
-        seed: Seed of the choice of documents, or of the model's own text.
+        seed: Seed of the choice of passages, or of the model's own text.
+
+    Returns:
+        The folder that was written, and the comparison: `result.report.verification` has the losses before and after.
 
     Raises:
         ConfigError: The format or data type is unknown, a package is not installed, or the folder is an export.
         ExportError: The format can't hold the model, or the artefact differs by more than the tolerance.
         SaveError: The output can't be written.
         ContextPruneError: See `hf_context_prune.errors`. In every case the output is as it was.
+
+    Example:
+        ```python
+        from hf_context_prune import export_model
+
+        result = export_model("mini-gpt", "mini-gguf", format="gguf", dtype="q8_0")
+        print(result.folder, result.report.verification.perplexity_change)
+        ```
     """
     return run_export(
         folder,

@@ -73,7 +73,7 @@ def domain_matrix(
         eval_data: Test text by domain; a domain without one holds out a tenth of its documents. Documents that any
             of the calibration texts has too are dropped.
         questions: Multiple-choice questions by domain.
-        reference: The domain that the others are compared with: text of no domain. None: ``general``, if it is there.
+        reference: The domain that the others are compared with: general text. None: ``general``, if it is there.
         mixes: Shares of the reference's calibration text to mix in (`general_data_ratio`), by domain: one more model
             each (``models/<domain>+<share>``), measured on the text of the domain and of the reference.
         max_tokens: Largest number of test tokens per domain, in passages of many documents.

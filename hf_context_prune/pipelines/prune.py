@@ -94,6 +94,14 @@ def prune(
 
     Raises:
         ContextPruneError: See `hf_context_prune.errors`; nothing was changed or written.
+
+    Example:
+        ```python
+        from hf_context_prune import PrunerConfig, prune
+
+        result = prune("demo", ["First contract ...", "Second contract ..."], PrunerConfig(pruning_ratio=0.2))
+        result.save_pretrained("mini-gpt")
+        ```
     """
     return run_pruning(
         model,
@@ -142,9 +150,20 @@ def prune_to_folder(
         device: As for [`load_model`][].
         max_memory: As for [`prune`][].
 
+    Returns:
+        The model with plan and report, as it was saved.
+
     Raises:
         SaveError: Another run is at work for this output.
         ContextPruneError: See `hf_context_prune.errors`; an older folder is as it was.
+
+    Example:
+        ```python
+        from hf_context_prune import PrunerConfig, prune_to_folder
+
+        result = prune_to_folder("demo", "contracts.jsonl", "mini-gpt", PrunerConfig(pruning_ratio=0.2))
+        print(result.summary())
+        ```
     """
     config, options, target = config or PrunerConfig(), eval_options or EvalOptions(), resolve_target(output)
     check_general_data_ratio(config, options.general_data)

@@ -27,7 +27,7 @@ class PruningTexts:
         split: Calibration and test text of the domain.
         calibration: What is calibrated on.
         validation: Text that the size is searched on, for `max_loss_increase`.
-        general: Text of no domain, if it was given.
+        general: General text, if it was given.
     """
 
     split: TextSplit

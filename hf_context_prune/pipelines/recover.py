@@ -200,6 +200,9 @@ def recover_to_folder(
         eval_options: As for [`recover_folder`][]; `memory` measures the models in fresh processes.
         device: As for [`recover_folder`][].
 
+    Returns:
+        The recovered model with plan and report, as it was saved.
+
     Raises:
         ConfigError: The output is the folder itself or lies inside it.
         SaveError: Another run is at work for this output.

@@ -12,6 +12,7 @@ from hf_context_prune.export.report import ExportReport
 from hf_context_prune.modeling.registry import expose_classes
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
+from hf_context_prune.utils.version import install_command
 
 _PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
 
@@ -30,7 +31,7 @@ def serve(folder: Path, arguments: Sequence[str] = ()) -> None:
     check_is_folder(folder)
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'Serving needs {", ".join(missing)}: pip install "hf-context-prune[serving]".')
+        raise ConfigError(f"Serving needs {', '.join(missing)}: {install_command('serving')}.")
     from transformers.cli.transformers import main
 
     if EXPORT_REPORT_NAME in verify_folder(folder)["files"]:

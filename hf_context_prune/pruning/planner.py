@@ -61,6 +61,13 @@ def check_reconstruction(model: PreTrainedModel, config: PrunerConfig) -> None:
 def reconstruct_with(stats: CalibrationStats, config: PrunerConfig) -> ReconstructFn:
     """Return the reconstruction of a config from statistics of one pass, as [`apply_plan`][] calls it.
 
+    Args:
+        stats: Statistics of the targets that [`Requirements`][] names for the config.
+        config: Its `reconstruction` is used.
+
+    Returns:
+        The function that refits the output projections, as `reconstruct` of [`apply_plan`][].
+
     Raises:
         ConfigError: `reconstruction="sequential"`, which is no function of these statistics.
     """
@@ -93,6 +100,9 @@ def make_plan(
         samples: Samples for adaptive allocation to measure on, [samples, length], int64: the second part of
             [`withhold_probe`][], with the statistics from the first.
         provenance: Goes into the plan, beside the config and versions.
+
+    Returns:
+        The units that every layer keeps, for [`apply_plan`][].
 
     Raises:
         BudgetError: The budget can't be reached.
@@ -235,6 +245,9 @@ def plan_and_reconstruct(
         config: All choices, for neurons and KV groups.
         provenance: Goes into the plan, beside the config and versions.
         resume_dir: As for `Planner`.
+
+    Returns:
+        The plan, and the function that refits what it keeps; both for [`apply_plan`][].
 
     Raises:
         ConfigError: `max_loss_increase`, which needs measuring: call [`prune`][].

@@ -85,10 +85,21 @@ def push_folder(
         retry_hint: The call that repeats a failed push, for a folder that is temporary; None is the command that pushes
             this folder.
 
+    Returns:
+        The repository and the commit that holds the folder: `result.url`, `result.sha`, and whether a commit was made
+        (`result.changed`).
+
     Raises:
         LoadError: The folder was not saved by this package, or is damaged.
         PublishError: A file may not be uploaded, the Hub refused, or the connection broke; the message has the remedy.
         ConfigError: An argument is not allowed.
+
+    Example:
+        ```python
+        from hf_context_prune import push_folder
+
+        print(push_folder("mini-gpt", "me/mini-gpt", private=True).url)
+        ```
     """
     path = expand_home(folder, LoadError)
     if repo_type not in ("model", "space"):

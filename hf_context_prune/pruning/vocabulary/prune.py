@@ -99,6 +99,10 @@ def prune_vocabulary(
         remove: Tokens that must go.
         seed: For the choice of text.
 
+    Returns:
+        The smaller model, its tokenizer, and the plan with the kept tokens: `trimmed.model`, `trimmed.tokenizer`,
+        `trimmed.plan`.
+
     Raises:
         VocabularyError: The tokenizer is of an unsupported kind or does not belong to the model, or a token that must
             stay is to be removed.
@@ -125,7 +129,7 @@ class VocabularyPruner:
         num_samples: Samples for the refit, which reads up to four times as many.
         max_seq_length: Tokens per sample; no more than the model has positions.
         seed: For the choice of text.
-        general: Text of no domain whose tokens count too.
+        general: General text whose tokens count too.
         general_share: Weight of its tokens, in [0, 1).
         expected: The model's mean probability of each token, [rows] float64, where it was measured before; None: it is
             measured on the text.

@@ -61,6 +61,9 @@ def make_space_settings(models: Sequence[str], *, base: str | None = None, title
             plan names.
         title: Heading of the page.
 
+    Returns:
+        Settings for [`write_space`][].
+
     Raises:
         ConfigError: A name is neither a folder nor a Hub id, or the base must be given.
         LoadError: A plan or a revision can't be read.
@@ -83,6 +86,9 @@ def write_space(settings: Settings, target: str | Path) -> Path:
     Args:
         settings: The settings of the Space.
         target: The folder: absent, empty, or an older Space of this package, which is replaced.
+
+    Returns:
+        Path of the folder that was written.
 
     Raises:
         SaveError: Saving failed; an older folder is as it was.
@@ -148,6 +154,9 @@ def demo_files() -> dict[str, str]:
 def check_space_publishable(settings: Settings) -> None:
     """Refuse to push a Space with models in its folder: on the Hub it reads them from their own repositories.
 
+    Args:
+        settings: The settings of the Space.
+
     Raises:
         ConfigError: A model is a folder; the message has the command that pushes it.
     """
@@ -165,8 +174,10 @@ def _pin(text: str) -> Source:
     """Return the source that a text names: a folder, or a Hub id at a commit."""
     path = expand_home(text)
     if os.path.exists(path) or not is_hub_id(text.partition("@")[0]):
-        if not os.path.isdir(path):
-            raise ConfigError(f"{text!r} is neither a folder nor a Hub id (owner/name, owner/name@revision).")
+        if not (os.path.isdir(path) or (path.suffix.lower() == ".gguf" and path.is_file())):
+            raise ConfigError(
+                f"{text!r} is neither a folder nor a Hub id (owner/name, owner/name@revision), nor a .gguf file."
+            )
         return Source(path=Path(os.path.abspath(path)))
     repo, _, revision = text.partition("@")
     if COMMIT.fullmatch(revision):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.utils.version import install_command
 
-_INSTALL = 'The Space needs Gradio: pip install "hf-context-prune[space]".'
+_INSTALL = f"The Space needs Gradio: {install_command('space')}."
 
 
 def import_gradio() -> Any:  # noqa: ANN401 - an optional package

@@ -135,6 +135,12 @@ def demo_settings(folder: Path) -> Settings:
 def read_space_settings(path: str | Path) -> Settings:
     """Read the YAML of a Space; paths in it are relative to its folder.
 
+    Args:
+        path: The YAML file.
+
+    Returns:
+        Settings for [`write_space`][].
+
     Raises:
         ConfigError: The file can't be read, or a field is missing, unknown or of a wrong type; the message names it.
     """

@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.utils.links import resolve_inside
+from hf_context_prune.utils.version import install_command
 
 _DISTRIBUTION = "hf-context-prune"
 _PACKAGE = "hf_context_prune"
@@ -73,8 +74,8 @@ def pin_requirements() -> list[str]:
             version = Version(metadata.version(requirement.name))
         except metadata.PackageNotFoundError as error:
             raise SaveError(
-                f"A Space pins the versions that are installed here, but {requirement.name} is not installed: pip "
-                f'install "hf-context-prune[space]".'
+                f"A Space pins the versions that are installed here, but {requirement.name} is not installed: "
+                f"{install_command('space')}."
             ) from error
         pinned[requirement.name.lower()] = f"{requirement.name}=={version.public}"  # without a local part such as +cpu
     return [pinned[name] for name in sorted(pinned)]
@@ -84,10 +85,7 @@ def _installed() -> metadata.Distribution:
     try:
         return metadata.distribution(_DISTRIBUTION)
     except metadata.PackageNotFoundError as error:
-        raise SaveError(
-            f"{_DISTRIBUTION} is not installed. Install it: pip install {_DISTRIBUTION}, or (in a "
-            f"checkout) pip install ."
-        ) from error
+        raise SaveError(f"{_DISTRIBUTION} is not installed. Install it: {install_command('space')}.") from error
 
 
 def _digest(raw: bytes) -> str:

@@ -76,6 +76,17 @@ class ContextPruneCallback(Publishable, TrainerCallback, ExportableState):  # ty
 
     Raises:
         ConfigError: An option that needs more than training batches.
+
+    Example:
+        ```python
+        from hf_context_prune import ContextPruneCallback, PrunerConfig, PruningSchedule
+
+        schedule = PruningSchedule(start=0.1, end=0.5, num_prunings=3)
+        callback = ContextPruneCallback(PrunerConfig(pruning_ratio=0.2), schedule)
+        trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[callback])
+        trainer.train()
+        callback.save_pretrained("mini-gpt")
+        ```
     """
 
     def __init__(

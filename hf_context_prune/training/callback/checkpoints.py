@@ -107,7 +107,7 @@ def read_progress(saved: Any, own: Mapping[str, Any], state: TrainerState, steps
     except (KeyError, TypeError, AttributeError, PlanError) as error:
         raise LoadError(
             f"{where} holds a damaged state of its ContextPruneCallback ({type(error).__name__}: {error}). Resume from "
-            f"an earlier checkpoint, or start the training anew."
+            f"an earlier checkpoint, or start the training again."
         ) from error
 
 
@@ -179,6 +179,9 @@ def load_checkpoint(checkpoint: str | Path, **kwargs: Any) -> PreTrainedModel:  
         checkpoint: A ``checkpoint-*`` folder, or one of ``Trainer.save_model``.
         **kwargs: As for `from_pretrained`: ``dtype`` and ``attn_implementation``, if the training had other ones than
             the default.
+
+    Returns:
+        The model of the checkpoint, with its widths.
 
     Raises:
         LoadError: The folder is no checkpoint, or not a whole one (names the last whole one beside it); its weights are

@@ -89,7 +89,7 @@ def check_resumable(resume_from_checkpoint: str | Path | bool | None, output_dir
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if last is None:
             raise LoadError(
-                f"{output_dir} holds no checkpoint to resume from. Start the training anew, without "
+                f"{output_dir} holds no checkpoint to resume from. Start the training again, without "
                 f"resume_from_checkpoint."
             )
         place = str(last)
@@ -100,7 +100,7 @@ def _advice(folder: Path, *, to_resume: bool) -> str:
     last = next((item for item in _checkpoints_beside(folder) if _is_whole(item, to_resume=to_resume)), None)
     if last is None:
         return (
-            "No checkpoint beside it is whole: start the training anew, without resume_from_checkpoint, or save or "
+            "No checkpoint beside it is whole: start the training again, without resume_from_checkpoint, or save or "
             "copy the folder again."
         )
     return f"The last whole checkpoint is {last}: take that one."

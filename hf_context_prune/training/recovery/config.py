@@ -14,6 +14,7 @@ from hf_context_prune.utils.options import (
     Allowed,
     at_least,
     check_options,
+    describe_options,
     from_options,
     is_number,
     option,
@@ -29,6 +30,7 @@ _BITS = 31
 """Integers are below 2^31: a Trainer takes no larger seed."""
 
 
+@describe_options
 @dataclass(kw_only=True)
 class RecoveryConfig:
     """How a pruned model is trained on text of its domain, and when the training ends.

@@ -94,9 +94,12 @@ def recover(
         config: All choices.
         tokenizer: The model's.
         text_column: Column with the text.
-        general_data: Text of no domain to train on as well, as `data`; it does not choose weights.
+        general_data: General text to train on as well, as `data`; it does not choose weights.
         general_data_ratio: Share of the samples to take from it, in [0, 1); see `RecoveryText.samples`.
         resume_dir: An existing folder for the state of the training; the caller removes it. None keeps nothing.
+
+    Returns:
+        The recovered model, in evaluation mode, and the history of the training: `result.model`, `result.history`.
 
     Raises:
         ConfigError: An argument of another type, nothing to train, several processes, a GPU that is not the first, or
@@ -104,6 +107,15 @@ def recover(
         DataError: Too little text.
         SaveError: The state of the training can't be kept.
         ContextPruneError: See `hf_context_prune.errors`.
+
+    Example:
+        ```python
+        from hf_context_prune import RecoveryConfig, load_model, recover
+
+        mini = load_model("mini-gpt")
+        result = recover(mini.model, "contracts.jsonl", RecoveryConfig(max_minutes=10), tokenizer=mini.tokenizer)
+        print(result.history.tokens, result.history.best_step)
+        ```
     """
     start = time.monotonic()
     config = config or RecoveryConfig()

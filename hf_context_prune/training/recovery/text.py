@@ -28,7 +28,7 @@ class RecoveryText:
         training: Documents of the domain to train on.
         validation: Documents of the domain that choose the weights and the end. Neither `training` nor `general`
             repeats them.
-        general: Text of no domain to train on beside them; None trains on the domain alone.
+        general: General text to train on beside them; None trains on the domain alone.
         general_data_ratio: Share of the samples that is general text.
     """
 
@@ -52,7 +52,7 @@ class RecoveryText:
             source: Text of the domain.
             tokenizer: The model's.
             config: Seed and length of the samples.
-            general: Text of no domain.
+            general: General text.
             general_data_ratio: Share of the samples to take from it, in [0, 1).
 
         Raises:

@@ -374,7 +374,7 @@ def test_serving_needs_its_packages_and_a_whole_folder(place, run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
     code, _, stderr = run("serve", "@stock")
     assert code == 2
-    assert "hf-context-prune[serving]" in stderr
+    assert 'pip install ".[serving]"' in stderr
 
 
 def test_an_export_that_transformers_cannot_read_is_not_served(place, run):

@@ -72,7 +72,7 @@ def refused_everywhere(folder, whole):
         said.append(str(caught.value))
     assert len(set(said)) == 1
     assert said[0].startswith(f"{folder} is not a whole checkpoint: ")
-    assert (f"The last whole checkpoint is {whole}:" if whole else "start the training anew") in said[0]
+    assert (f"The last whole checkpoint is {whole}:" if whole else "start the training again") in said[0]
     return said[0]
 
 
@@ -131,7 +131,7 @@ def test_where_no_checkpoint_is_whole(folder):
     for name in ("checkpoint-3", "checkpoint-6"):
         (folder / name / "trainer_state.json").write_text('{"global_step": 3, "log')
     assert "trainer_state.json is not whole JSON" in refused_everywhere(folder / "checkpoint-6", None)
-    with pytest.raises(LoadError, match=r"holds no checkpoint to resume from\. Start the training anew"):
+    with pytest.raises(LoadError, match=r"holds no checkpoint to resume from\. Start the training again"):
         check_resumable(True, folder / "nothing")
     with pytest.raises(LoadError, match="not a whole checkpoint: there is no such folder"):
         load_checkpoint(folder / "checkpoint-9")
