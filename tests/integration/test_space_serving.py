@@ -45,7 +45,8 @@ def test_a_program_streams_both(client):
         assert last[side]["first_token_seconds"] > 0
         assert last[side]["megabytes"] > 0
     assert [view["dense"]["tokens"] for view in views] == sorted(view["dense"]["tokens"] for view in views)
-    assert client.predict("Medicine", "the patient", new_tokens=12, api_name="/compare")["dense"] != {}
+    assert "".join(piece["text"] for piece in last["pieces"]) == "the patient" + last["dense"]["text"]
+    assert all({"text", "dense_bits", "pruned_bits"} == piece.keys() for piece in last["pieces"])
 
 
 def test_what_a_program_leaves_out_is_within_the_limits(tiny_space):

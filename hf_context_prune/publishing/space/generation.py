@@ -34,7 +34,8 @@ from hf_context_prune.storage.loading import LoadedModel
 
 from .settings import Limits
 
-CONTINUE, ANSWER = "Continue the text", "Answer"
+CONTINUE, ANSWER, COLOUR = "Continue the text", "Answer", "Only compare my text"
+"""What the models do with the text of a visitor; both show afterwards what the pruned one has lost."""
 MAX_TEMPERATURE = 1.5
 _REPETITION_PENALTY = 1.15  # without it, small models repeat themselves; the same for both
 _TOP_P = 0.95
@@ -47,7 +48,7 @@ class Request:
 
     Attributes:
         prompt: The text.
-        mode: `CONTINUE` or `ANSWER` (through the chat template).
+        mode: `CONTINUE`, `ANSWER` (through the chat template), or `COLOUR` (nothing is written).
         new_tokens: Upper limit of tokens to write.
         temperature: 0 takes the likeliest token; above 0, tokens are drawn with the same seed for both models.
     """
@@ -69,8 +70,8 @@ class Request:
             raise ConfigError(
                 f"The text has {len(self.prompt):,} characters; this page takes at most {limits.prompt_characters:,}."
             )
-        if self.mode not in (CONTINUE, ANSWER):
-            raise ConfigError(f"The mode must be {CONTINUE!r} or {ANSWER!r}.")
+        if self.mode not in (CONTINUE, ANSWER, COLOUR):
+            raise ConfigError(f"The mode must be {CONTINUE!r}, {ANSWER!r} or {COLOUR!r}.")
         new_tokens = _check_number(self.new_tokens, "The number of tokens", 1, limits.new_tokens)
         temperature = _check_number(self.temperature, "The temperature", 0, MAX_TEMPERATURE)
         return Request(self.prompt, self.mode, int(new_tokens), float(temperature))
@@ -123,7 +124,7 @@ class Runner:
         Raises:
             ConfigError: The prompt is too long for the model or the limits, or the model has no chat template.
         """
-        ids = _encode(loaded, request)
+        ids = encode_prompt(loaded, request)
         room = max_positions(loaded.model)
         most = min(limits.prompt_tokens, (room - request.new_tokens) if room else limits.prompt_tokens)
         if not 0 < ids.shape[1] <= most:
@@ -281,9 +282,14 @@ def race(
             runner.close()
 
 
-def _encode(loaded: LoadedModel, request: Request) -> torch.Tensor:
+def encode_prompt(loaded: LoadedModel, request: Request) -> torch.Tensor:
+    """Return the tokens of a prompt, int64 [1, length].
+
+    Raises:
+        ConfigError: The model has no chat template, or it refuses the text.
+    """
     tokenizer: Any = loaded.tokenizer
-    if request.mode == CONTINUE:
+    if request.mode != ANSWER:
         return torch.tensor([tokenizer(request.prompt)["input_ids"]])
     if not tokenizer.chat_template:
         raise ConfigError(f"{loaded.name} can't answer: it has no chat template. Let it continue the text.")
