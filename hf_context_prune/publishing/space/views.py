@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_context_prune.evaluation.reports.plots import widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 
 from .compare import Side, View
@@ -106,7 +107,7 @@ def table_html(content: tuple[list[str], list[list[str]]], caption: str) -> str:
 
 def has_widths(facts: Facts) -> bool:
     """Return whether the widths differ from layer to layer, so that a chart of them says something."""
-    return facts.plan is not None and len(set(facts.plan.widths)) > 1
+    return facts.plan is not None and widths_vary(facts.plan)
 
 
 def widths_html(facts: Facts) -> str:
