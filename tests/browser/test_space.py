@@ -215,7 +215,29 @@ def test_a_domain_that_is_down_says_why(visit):
 def test_a_question_is_put_as_one(visit):
     page = visit()
     page.get_by_role("button", name="is the patient given the dose?").click()
-    page.wait_for_function("document.querySelector('#mode input[value=\"Answer\"]').checked")
+    page.wait_for_function("document.querySelector('#mode input[value=\"Chat\"]').checked")
+
+
+def test_a_chat_goes_on(visit):
+    page = visit()
+    page.get_by_label("Chat", exact=True).check()
+    for number, question in enumerate(("the court?", "the dose?"), 1):
+        page.fill("#prompt textarea", question)
+        page.click("#run")
+        wait_for_status(page, "times as fast")
+        page.wait_for_function("document.querySelector('#prompt textarea').value == ''")
+        for kind in ("dense", "pruned"):
+            assert written(page, kind).count("You: ") == number
+            assert f"You: {question}" in written(page, kind)
+    page.get_by_role("button", name="New chat").click()
+    page.wait_for_function("document.querySelector('#dense-text textarea').value == ''")
+    page.fill("#prompt textarea", "the party?")
+    page.click("#run")
+    wait_for_status(page, "times as fast")
+    page.wait_for_function("document.querySelector('#prompt textarea').value == ''")
+    assert written(page, "dense").count("You: ") == 1
+    page.get_by_label("Continue the text").check()
+    page.get_by_role("button", name="New chat").wait_for(state="hidden")
 
 
 def test_too_much_text_and_markup(visit):

@@ -12,7 +12,7 @@ from hf_context_prune.errors import ConfigError, ContextPruneError
 from hf_context_prune.evaluation.windows import context_token
 from hf_context_prune.storage.loading import LoadedModel
 
-from .generation import ANSWER, COLOUR, Progress, Request, Runner, encode_prompt, race
+from .generation import CHAT, COLOUR, Progress, Request, Runner, encode_prompt, race
 from .settings import Entry, Settings, Source
 from .store import ModelStore
 from .surprise import Span, compare_surprise
@@ -114,7 +114,7 @@ class Comparer:
             try:
                 loaded = self._store.get(source)
                 sides[index] = self._side(sides[index].kind, source)
-                runners[index] = Runner(loaded, request, self.settings.limits)
+                runners[index] = Runner(loaded, request, self.settings.limits, sides[index].kind)
             except ContextPruneError as error:
                 problem = str(error)
                 if source.path is not None:  # visitors need not know the place on the server
@@ -161,11 +161,11 @@ class Comparer:
 
     def _surprise(self, entry: Entry, request: Request, written: str) -> tuple[Span, ...]:
         def lead(loaded: LoadedModel) -> list[int]:
-            if request.mode == ANSWER:
-                return [int(token) for token in encode_prompt(loaded, request)[0]]
+            if request.mode == CHAT:  # the same conversation for both
+                return [int(token) for token in encode_prompt(loaded, request, "dense")[0]]
             return [context_token(loaded.tokenizer)]
 
-        text = written if request.mode == ANSWER else request.prompt + written
+        text = written if request.mode == CHAT else request.prompt + written
         base, pruned = (self._store.get(source) for source in (entry.base, entry.model))
         return compare_surprise(base, pruned, text, lead)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from .compare import Comparer, View
-from .facts import domain_table, question_table, read_facts
-from .generation import ANSWER, COLOUR, CONTINUE, MAX_TEMPERATURE, Request
+from .facts import domain_table, question_table
+from .generation import CHAT, CONTINUE, MAX_TEMPERATURE, Request, Turn
 from .gradio_import import import_gradio
 from .html import render
+from .page_models import PageModels
 from .settings import Entry, Limits, Settings
 from .store import ModelStore
 from .views import (
@@ -36,8 +36,6 @@ QUESTIONS_CAPTION = (
     "Share of multiple-choice questions answered correctly, with the 95% interval. Near the share of guessing, a "
     "difference has no meaning."
 )
-FINISHED = "A finished example, made with this page; its speeds are those of that machine. "
-_LOGGER = logging.getLogger(__name__)
 _GENERATION = "generation"  # one queue for the page and the API
 _FORGET_SECONDS = 3_600
 _USUAL_TOKENS = 96
@@ -63,11 +61,13 @@ class _Form:
     stop: Any
     length: Any
     temperature: Any
+    turns: Any
+    new_chat: Any
 
     @property
     def request(self) -> list[Any]:
         """Return the inputs of a comparison, in the order of the handlers."""
-        return [self.domain, self.size, self.prompt, self.mode, self.length, self.temperature]
+        return [self.domain, self.size, self.prompt, self.mode, self.length, self.temperature, self.turns]
 
 
 @dataclass(frozen=True)
@@ -81,49 +81,6 @@ class _Outputs:
     tabs: list[Any]
 
 
-class _Page:
-    """The models of a Space, as the handlers of its page see them."""
-
-    def __init__(self, gr: Any, settings: Settings, comparer: Comparer) -> None:  # noqa: ANN401 - gradio
-        self.gr, self.settings, self.comparer = gr, settings, comparer
-        self.domains = settings.domains
-        self.facts = {entry.name: read_facts(entry) for entry in settings.entries}
-        for name, fact in self.facts.items():
-            for problem in fact.problems:
-                _LOGGER.warning("%s: %s", name, problem)
-
-    def entry(self, domain: Any, size: Any) -> Entry:  # noqa: ANN401 - whatever a visitor sends
-        """Return the model that a visitor chose.
-
-        Raises:
-            ConfigError: There is no such domain.
-        """
-        if not isinstance(domain, str) or domain not in self.domains:
-            return self.comparer.entry(domain)
-        sizes = self.domains[domain]
-        number = int(size) if isinstance(size, int | float) and 1 <= size <= len(sizes) else 1
-        return sizes[number - 1]
-
-    def opening(self, entry: Entry) -> View:
-        """Return the view before a request: the finished example, if there is one."""
-        example = self.facts[entry.name].example
-        return self.comparer.idle(entry.name) if example is None else example.view
-
-    def opening_status(self, entry: Entry) -> str:
-        """Return the line of the status before a request."""
-        return status_html(self.opening(entry), FINISHED if self.facts[entry.name].example is not None else "")
-
-    def opening_prompt(self, entry: Entry) -> str:
-        """Return the text of the finished example; "" without one."""
-        example = self.facts[entry.name].example
-        return "" if example is None else example.prompt
-
-    def modes(self, entry: Entry) -> list[str]:
-        """Return what the models of an entry can do; without an example it is not known whether they can answer."""
-        example = self.facts[entry.name].example
-        return [CONTINUE, COLOUR] if example is not None and not example.can_chat else [CONTINUE, ANSWER, COLOUR]
-
-
 def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: ANN401 - gradio.Blocks
     """Build the blocks of a Space, to be served by [`serve`][].
 
@@ -135,7 +92,7 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
         ConfigError: Gradio is not installed.
     """
     gr = import_gradio()
-    page = _Page(gr, settings, Comparer(settings, store or ModelStore()))
+    page = PageModels(gr, settings, Comparer(settings, store or ModelStore()))
     first = settings.entries[0]
     with gr.Blocks(
         title=settings.title, analytics_enabled=False, delete_cache=(_FORGET_SECONDS, _FORGET_SECONDS)
@@ -157,23 +114,23 @@ def build(settings: Settings, store: ModelStore | None = None) -> Any:  # noqa: 
     return blocks
 
 
-def _build_choice(page: _Page) -> tuple[Any, Any]:
+def _build_choice(page: PageModels) -> tuple[Any, Any]:
     """Return the controls that choose the model; those with a single choice are hidden."""
     gr, names = page.gr, list(page.domains)
     domain = gr.Radio(names, value=names[0], label="Domain", elem_id="domain", visible=len(names) > 1)
     return domain, gr.Slider(**_size_options(page, names[0]), step=1, label=_size_label(page, names[0]), elem_id="size")
 
 
-def _size_options(page: _Page, domain: str) -> dict[str, Any]:
+def _size_options(page: PageModels, domain: str) -> dict[str, Any]:
     sizes = len(page.domains[domain])
     return {"minimum": 1, "maximum": max(2, sizes), "value": 1, "visible": sizes > 1}
 
 
-def _size_label(page: _Page, domain: str) -> str:
+def _size_label(page: PageModels, domain: str) -> str:
     return f"Size of the pruned model: 1 (largest) to {len(page.domains[domain])} (smallest)"
 
 
-def _build_form(page: _Page, domain: Any, size: Any) -> _Form:  # noqa: ANN401
+def _build_form(page: PageModels, domain: Any, size: Any) -> _Form:  # noqa: ANN401
     gr, first, limits = page.gr, page.settings.entries[0], page.settings.limits
     prompt = gr.Textbox(
         value=page.opening_prompt(first),
@@ -204,6 +161,8 @@ def _build_form(page: _Page, domain: Any, size: Any) -> _Form:  # noqa: ANN401
         )
         run = gr.Button("Compare", variant="primary", elem_id="run", min_width=120, scale=2)
         stop = gr.Button("Stop", elem_id="stop", min_width=80, scale=1, interactive=False)
+    new_chat = gr.Button("New chat", elem_id="new-chat", size="sm", visible=False)
+    turns = gr.State((), time_to_live=_FORGET_SECONDS)
     with gr.Accordion("Options", open=False), gr.Row():
         length = gr.Slider(
             1,
@@ -223,7 +182,7 @@ def _build_form(page: _Page, domain: Any, size: Any) -> _Form:  # noqa: ANN401
             elem_id="temperature",
             min_width=240,
         )
-    return _Form(domain, size, prompt, examples, mode, run, stop, length, temperature)
+    return _Form(domain, size, prompt, examples, mode, run, stop, length, temperature, turns, new_chat)
 
 
 def _build_sides(gr: Any, view: View) -> list[Any]:  # noqa: ANN401
@@ -261,7 +220,7 @@ def _build_sides(gr: Any, view: View) -> list[Any]:  # noqa: ANN401
     return panels
 
 
-def _build_tabs(page: _Page, first: Entry) -> list[Any]:
+def _build_tabs(page: PageModels, first: Entry) -> list[Any]:
     """Return the components that change with the model; a tab that has nothing to say is not there."""
     gr, facts = page.gr, page.facts[first.name]
     domains, questions = domain_table(page.facts), question_table(page.facts)
@@ -277,7 +236,7 @@ def _build_tabs(page: _Page, first: Entry) -> list[Any]:
     return [removed, tab, widths]
 
 
-def _connect_comparison(page: _Page, form: _Form, outputs: _Outputs) -> Any:  # noqa: ANN401
+def _connect_comparison(page: PageModels, form: _Form, outputs: _Outputs) -> Any:  # noqa: ANN401
     """Let the buttons start and stop the writing; return the event that writes."""
     gr = page.gr
 
@@ -288,18 +247,24 @@ def _connect_comparison(page: _Page, form: _Form, outputs: _Outputs) -> Any:  # 
         mode: Any,  # noqa: ANN401
         length: Any,  # noqa: ANN401
         temperature: Any,  # noqa: ANN401
+        turns: tuple[Turn, ...],
     ) -> Iterator[tuple[Any, ...]]:
-        entry, view = page.entry(domain, size), None
-        for view in page.comparer.compare(entry.name, _make_request(prompt, mode, length, temperature)):
-            yield (*_show_view(view), gr.Button(interactive=True))
-        if view is not None:
-            yield (*_show_view(view), gr.Button(interactive=False))
+        entry, keep = page.entry(domain, size), gr.update()
+        request, turns = _make_request(prompt, mode, length, temperature, turns), turns if mode == CHAT else ()
+        for view in page.comparer.compare(entry.name, request):
+            question = prompt if mode == CHAT and not view.refused else ""
+            shown = _show_view(view, turns, question)
+            yield (*shown, gr.Button(interactive=True), keep, keep)
+        after = turns
+        if question and not any(side.problem for side in view.sides):
+            after = (*turns, Turn(question, *(side.progress.text.strip() for side in view.sides)))
+        yield (*shown, gr.Button(interactive=False), after, "" if len(after) > len(turns) else keep)
 
     writing = gr.on(
         [form.run.click, form.prompt.submit],
         show,
         form.request,
-        [outputs.status, *outputs.panels, outputs.surprise, form.stop],
+        [outputs.status, *outputs.panels, outputs.surprise, form.stop, form.turns, form.prompt],
         concurrency_id=_GENERATION,
         api_visibility="private",
         show_progress="minimal",
@@ -315,13 +280,13 @@ def _connect_comparison(page: _Page, form: _Form, outputs: _Outputs) -> Any:  # 
     return writing
 
 
-def _show_view(view: View) -> tuple[str, ...]:
+def _show_view(view: View, turns: tuple[Turn, ...] = (), question: str = "") -> tuple[str, ...]:
     """Return the contents of the status, of both panels and of the coloured text."""
-    panels = (part for side in view.sides for part in (side_html(side), side_text(side)))
+    panels = (part for side in view.sides for part in (side_html(side), side_text(side, turns, question)))
     return status_html(view), *panels, surprise_html(view.spans)
 
 
-def _connect_choices(page: _Page, form: _Form, outputs: _Outputs, writing: Any) -> None:  # noqa: ANN401
+def _connect_choices(page: PageModels, form: _Form, outputs: _Outputs, writing: Any) -> None:  # noqa: ANN401
     """Let the domains, the sizes and the examples fill the page."""
     gr = page.gr
 
@@ -339,6 +304,7 @@ def _connect_choices(page: _Page, form: _Form, outputs: _Outputs, writing: Any) 
             removed_html(facts),
             gr.Tab(visible=has_widths(facts)),
             widths_html(facts),
+            (),
         )
 
     def choose(domain: Any) -> tuple[Any, ...]:  # noqa: ANN401
@@ -348,13 +314,11 @@ def _connect_choices(page: _Page, form: _Form, outputs: _Outputs, writing: Any) 
 
     def fill_in(domain: Any, size: Any, index: int) -> tuple[str, str]:  # noqa: ANN401
         text = page.entry(domain, size).prompts[index]
-        return text, ANSWER if text.rstrip().endswith("?") and ANSWER in page.modes(
-            page.entry(domain, size)
-        ) else CONTINUE
+        return text, CHAT if text.rstrip().endswith("?") and CHAT in page.modes(page.entry(domain, size)) else CONTINUE
 
     filled = [
         *(outputs.headline, form.prompt, form.examples, form.mode),
-        *(outputs.status, *outputs.panels, outputs.surprise, *outputs.tabs),
+        *(outputs.status, *outputs.panels, outputs.surprise, *outputs.tabs, form.turns),
     ]
     form.domain.change(choose, [form.domain], [form.size, *filled], cancels=[writing], **_QUIET)
     form.size.input(
@@ -364,6 +328,14 @@ def _connect_choices(page: _Page, form: _Form, outputs: _Outputs, writing: Any) 
         cancels=[writing],
         **_QUIET,
     )
+    gr.on(
+        [form.mode.change, form.new_chat.click],
+        lambda mode: (gr.Button(visible=mode == CHAT), ()),
+        [form.mode],
+        [form.new_chat, form.turns],
+        **_QUIET,
+    )
+    form.new_chat.click(lambda: ("", ""), None, outputs.panels[1::2], cancels=[writing], **_QUIET)
     form.examples.click(fill_in, [form.domain, form.size, form.examples], [form.prompt, form.mode], **_QUIET)
 
 
@@ -387,9 +359,15 @@ def _usual_tokens(limits: Limits) -> int:
     return min(_USUAL_TOKENS, limits.new_tokens)
 
 
-def _make_request(prompt: Any, mode: Any, length: Any, temperature: Any) -> Request:  # noqa: ANN401 - checked later
+def _make_request(
+    prompt: Any,  # noqa: ANN401 - checked later, as the others
+    mode: Any,  # noqa: ANN401
+    length: Any,  # noqa: ANN401
+    temperature: Any,  # noqa: ANN401
+    turns: tuple[Turn, ...] = (),
+) -> Request:
     whole = isinstance(length, float) and length.is_integer()
-    return Request(prompt, mode, int(length) if whole else length, temperature)
+    return Request(prompt, mode, int(length) if whole else length, temperature, turns)
 
 
 def _samples(entry: Entry) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hf_context_prune.evaluation.reports.plots import widths_vary
@@ -9,6 +10,7 @@ from hf_context_prune.modeling.plan import PruningPlan
 
 from .compare import Side, View
 from .facts import Facts, describe_removal, report_rows
+from .generation import Turn
 from .headline import describe_parts, headline
 from .html import render
 from .settings import Entry
@@ -44,9 +46,18 @@ def side_html(side: Side) -> str:
     )
 
 
-def side_text(side: Side) -> str:
-    """Return the text of one model, or the reason why it can't write."""
-    return f"This model can't write: {side.problem}" if side.problem else side.progress.text.lstrip()
+def side_text(side: Side, turns: Sequence[Turn] = (), question: str = "") -> str:
+    """Return the text of one model, or the reason why it can't write.
+
+    Args:
+        side: The model.
+        turns: The conversation so far.
+        question: What the model answers; "" where there is no conversation.
+    """
+    text = f"This model can't write: {side.problem}" if side.problem else side.progress.text.lstrip()
+    told = [(turn.question, getattr(turn, side.kind)) for turn in turns]
+    told += [(question, text)] if question else []
+    return "\n\n".join(f"You: {asked}\n\nModel: {answer}" for asked, answer in told) or text
 
 
 def side_values(side: Side) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from hf_context_prune.errors import LoadError
 from hf_context_prune.publishing.space import compare
 from hf_context_prune.publishing.space.compare import Comparer
-from hf_context_prune.publishing.space.generation import ANSWER, COLOUR, Request, race
+from hf_context_prune.publishing.space.generation import CHAT, COLOUR, Request, race
 from hf_context_prune.publishing.space.settings import Limits, Source
 from hf_context_prune.publishing.space.store import ModelStore, load_source
 from tests.support.space_models import settings_of
@@ -37,7 +37,7 @@ def test_both_sides(comparer, domain):
 def test_the_text_is_compared_in_every_mode(comparer):
     *_, told = comparer.compare("Law", Request("the court", new_tokens=6))
     assert "".join(span.text for span in told.spans) == "the court" + told.sides[0].progress.text
-    *_, answered = comparer.compare("Law", Request("the court", mode=ANSWER, new_tokens=6))
+    *_, answered = comparer.compare("Law", Request("the court", mode=CHAT, new_tokens=6))
     assert "".join(span.text for span in answered.spans) == answered.sides[0].progress.text
     *_, coloured = comparer.compare("Law", Request("the court finds", mode=COLOUR))
     assert "".join(span.text for span in coloured.spans) == "the court finds"
