@@ -82,7 +82,7 @@ def test_the_only_way_in(client, url):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/compare"}
     upload = httpx.post(f"{url}/gradio_api/upload", files={"files": ("x.txt", b"12345")})
     assert upload.status_code == 413
-    past_the_queue = httpx.post(f"{url}/gradio_api/run/compare", json={"data": ["Law", "x", "Answer", 1, 0]})
+    past_the_queue = httpx.post(f"{url}/gradio_api/run/compare", json={"data": ["Law", "x", "Chat", 1, 0]})
     assert past_the_queue.status_code == 404
     for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/file=space.yaml", "/monitoring"):
         assert httpx.get(url + path).status_code in (403, 404)

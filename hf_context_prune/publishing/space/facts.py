@@ -213,7 +213,8 @@ def _change(loss: LossFacts | None) -> str:
     comparison = loss.recovered_comparison or loss.comparison
     if comparison is None:
         return "one model only"
-    return f"{format_ratio(comparison.bits_per_byte_ratio)}, {comparison.num_documents:,} documents"
+    documents = "1 document" if comparison.num_documents == 1 else f"{comparison.num_documents:,} documents"
+    return f"{format_ratio(comparison.bits_per_byte_ratio)}, {documents}"
 
 
 def question_table(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:

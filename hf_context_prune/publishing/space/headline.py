@@ -91,7 +91,7 @@ def _cost(label: str, loss: LossFacts | None) -> Figure:
     if comparison is None:
         return Figure(label, _UNKNOWN)
     change: Estimate = ratio_to_change(comparison.bits_per_byte_ratio)
-    documents = f"{comparison.num_documents:,} test document{'s' if comparison.num_documents != 1 else ''}"
+    documents = "1 test document" if comparison.num_documents == 1 else f"{comparison.num_documents:,} test documents"
     between = (
         "" if change.interval is None else f", 95% interval {change.interval[0]:+.1%} to {change.interval[1]:+.1%}"
     )

@@ -8,10 +8,10 @@ from typing import Any
 from .compare import Comparer, View
 from .facts import read_facts
 from .generation import CHAT, COLOUR, CONTINUE
+from .html import render
 from .settings import Entry, Settings
-from .views import status_html
 
-FINISHED = "A finished example, with the speeds of the machine that made this page. "
+FINISHED = "A finished example: one run, on the machine that made this page. Press Compare for a run of your own."
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -44,8 +44,9 @@ class PageModels:
         return self.comparer.idle(entry.name) if example is None else example.view
 
     def opening_status(self, entry: Entry) -> str:
-        """Return the line of the status before a request."""
-        return status_html(self.opening(entry), FINISHED if self.facts[entry.name].example is not None else "")
+        """Return the line of the status before a request; the speed of one old run is not worth a sentence."""
+        text = self.comparer.idle(entry.name).status if self.facts[entry.name].example is None else FINISHED
+        return render("status", text=text, bad=False)
 
     def opening_prompt(self, entry: Entry) -> str:
         """Return the text of the finished example; "" without one."""

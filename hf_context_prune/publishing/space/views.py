@@ -26,9 +26,9 @@ def headline_html(entry: Entry, facts: Facts) -> str:
     return render("headline", name=entry.name, figures=headline(facts, entry.domain), parts=describe_parts(facts.plan))
 
 
-def status_html(view: View, before: str = "") -> str:
-    """Return the line of the status, with words before it."""
-    return render("status", text=f"{before}{view.status}", bad=view.refused)
+def status_html(view: View) -> str:
+    """Return the line of the status."""
+    return render("status", text=view.status, bad=view.refused)
 
 
 def side_html(side: Side) -> str:
@@ -85,7 +85,10 @@ def surprise_html(spans: tuple[Span, ...]) -> str:
 
     The colours, the tooltips and the table tell the same: a table needs neither sight of colours nor a mouse.
     """
-    pieces = [(span.text, _colour(span), _explain(span)) for span in spans]
+    pieces = []
+    for span in spans:
+        shown = span.text.lstrip() or span.text
+        pieces.append((span.text.removesuffix(shown), shown, _colour(span), _explain(span)))
     words = sorted(join_words(spans), key=lambda span: -span.lost)[:_WORST]
     rows = [
         (word.text.strip() or "(white space)", f"{word.base:.1f}", f"{word.pruned:.1f}", _likelihood(word))

@@ -45,7 +45,7 @@ def test_each_model_reads_its_own_answers(loaded):
         request = Request("the dose", mode=CHAT, new_tokens=1, turns=turns)
         runner = Runner(loaded[0], request, LIMITS, kind)
         assert loaded[0].tokenizer.decode(runner._ids[0]) == f"<s>the court<s>{answer}<s>the dose"
-    assert Request("the dose", new_tokens=8, turns=turns).checked(LIMITS).turns == ()  # no conversation to continue a text in
+    assert Request("the dose", new_tokens=8, turns=turns).checked(LIMITS).turns == ()  # a text has no conversation
     with pytest.raises(ConfigError, match=r"at most 472\. Begin a new chat"):
         Runner(loaded[0], Request("the", mode=CHAT, new_tokens=40, turns=turns * 99), LIMITS)
 

@@ -95,7 +95,7 @@ def test_colours_tooltips_and_the_table_tell_the_same():
         (Span("<b>", 1.0, 1.0), Span(" court", 1.0, 3.0), Span(" fish", 4.0, 2.9), Span(" sea", 0.5, 9))
     )
     assert '<span title="dense 1.0 bits, pruned 1.0 bits: about as likely">&lt;b&gt;</span>' in html
-    assert '<span class="lost-2" title="dense 1.0 bits, pruned 3.0 bits: 4.0 times less likely"> court</span>' in html
+    assert '<span class="lost-2" title="dense 1.0 bits, pruned 3.0 bits: 4.0 times less likely">court</span>' in html
     assert 'class="gained-1" title="dense 4.0 bits, pruned 2.9 bits: 2.1 times more likely"' in html
     assert 'class="lost-4"' in html
     rows = html.partition("<tbody>")[2]
