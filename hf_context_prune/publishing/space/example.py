@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,10 +50,14 @@ class Example(Saved):
         return decode(cls, data, "example")
 
 
-def make_examples(settings: Settings) -> dict[str, Example]:
+def make_examples(settings: Settings, kept: Mapping[str, Example]) -> dict[str, Example]:
     """Let the models of a Space write after the first prompt of each; models without prompts get no example.
 
     At most a base and one pruned model are in memory.
+
+    Args:
+        settings: The settings of the Space.
+        kept: Examples that need not be made again, by the names of the models.
 
     Returns:
         The examples by the names of the models.
@@ -61,8 +66,9 @@ def make_examples(settings: Settings) -> dict[str, Example]:
         ConfigError: A model can't be loaded or can't write.
     """
     patient = replace(settings, limits=replace(settings.limits, seconds=_SECONDS))
-    store, found = ModelStore(), {}
-    entries = sorted((entry for entry in settings.entries if entry.prompts), key=lambda entry: entry.base.label)
+    store, found = ModelStore(), dict(kept)
+    open_entries = (entry for entry in settings.entries if entry.prompts and entry.name not in kept)
+    entries = sorted(open_entries, key=lambda entry: entry.base.label)
     for number, entry in enumerate(entries):
         found[entry.name] = _make_example(Comparer(patient, store), store, entry)
         store.drop(entry.model)

@@ -43,6 +43,7 @@ from .settings import (
     Source,
     check_name,
     demo_settings,
+    read_space_settings,
     write_settings,
 )
 from .wheel import pin_requirements, write_wheel
@@ -124,7 +125,7 @@ def write_space(settings: Settings, target: str | Path, *, examples: bool = True
     sources = dict.fromkeys(source for entry in settings.entries for source in (entry.base, entry.model))
     local = {source: _model_files(source.path) for source in sources if source.path is not None}
     size = sum(file.stat().st_size for found in local.values() for file in found.values())
-    made = make_examples(settings) if examples else _read_examples(settings)
+    made = make_examples(settings, _kept_examples(settings, goal)) if examples else _read_examples(settings)
     with staged_folder(goal, required_bytes=size + _OTHER_FILES_BYTES, replaces=SPACE_SETTINGS_NAME) as staging:
         places = _copy_models(local, staging)
         moved = replace(
@@ -276,6 +277,34 @@ def _copy_models(local: dict[Source, dict[str, Path]], staging: Path) -> dict[So
         drop_foreign_code(folder)  # of a base: many name code that nothing here needs
         places[source] = Source(path=folder / source.path.name if source.path.is_file() else folder)
     return places
+
+
+def _kept_examples(settings: Settings, goal: Path) -> dict[str, Example]:
+    """Return the examples of the Space that is replaced, where both models are of the same commits as now.
+
+    So the same command writes the same files, and a push of them has nothing to do.
+    """
+    try:
+        if verify_if_ours(goal, hash_weights=False) is None or not (goal / SPACE_SETTINGS_NAME).is_file():
+            return {}
+        old = read_space_settings(goal / SPACE_SETTINGS_NAME)
+    except (ConfigError, LoadError):  # damaged or edited: whether it may be replaced is asked when it is
+        return {}
+    before = {entry.name: entry for entry in old.entries if entry.example is not None}
+    same = {
+        entry.name: before[entry.name]
+        for entry in settings.entries
+        if entry.name in before
+        and entry.model.repo
+        and (entry.base.repo or entry.base == Source())
+        and _choice(entry) == _choice(before[entry.name])
+        and settings.limits == old.limits
+    }
+    return _read_examples(replace(old, entries=tuple(same.values()))) if same else {}
+
+
+def _choice(entry: Entry) -> tuple[Source, Source, tuple[str, ...]]:
+    return entry.model, entry.base, entry.prompts
 
 
 def _read_examples(settings: Settings) -> dict[str, Example]:
