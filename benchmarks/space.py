@@ -124,8 +124,7 @@ def picture(address: str, path: Path) -> None:
         page.wait_for_function("document.querySelector('#prompt textarea').value != ''")
         page.click("#run")
         page.wait_for_function("/times as fast/.test(document.querySelector('#status').innerText)", timeout=120_000)
-        page.get_by_role("tab", name="Widths", exact=True).click()
-        page.wait_for_timeout(1_500)  # the bars grow
+        page.locator("#surprise .pieces").wait_for()
         page.screenshot(path=path, full_page=True)
         browser.close()
 

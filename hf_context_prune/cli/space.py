@@ -23,7 +23,8 @@ def space(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Pruned folders that this tool wrote, Hub ids (owner/name, owner/name@revision), or one SPACE.yaml.",
+            help="Pruned folders that this tool wrote, Hub ids (owner/name, owner/name@revision), or one SPACE.yaml. "
+            "Several sizes of one domain and base share a slider.",
         ),
     ],
     output: Output,
@@ -31,7 +32,15 @@ def space(
         str | None,
         shared("The base of all models: folder, .gguf file, Hub id, or demo. By default the one that each plan names."),
     ] = None,
-    title: Annotated[str | None, shared("Heading of the page. By default Mini-GPTs.")] = None,
+    title: Annotated[str | None, shared("Heading of the page. By default it names the domain.")] = None,
+    examples: Annotated[
+        bool,
+        shared(
+            "Run all models once on this machine, so that the page opens with a finished example.",
+            None,
+            "--examples/--no-examples",
+        ),
+    ] = True,
     push: Annotated[
         str | None,
         shared(
@@ -51,7 +60,7 @@ def space(
     settings = _settings(models, base, title)
     if push is not None:
         check_space_publishable(settings)
-    folder = write_space(settings, output)
+    folder = write_space(settings, output, examples=examples)
     out(f"Wrote {folder} (try it: python {folder / 'app.py'})")
     if push is not None:
         done = push_folder(folder, push, repo_type="space", private=private)

@@ -9,7 +9,10 @@ from dataclasses import replace
 import pytest
 from gradio_client import Client
 
-from hf_context_prune.publishing.space.settings import Limits
+from hf_context_prune.publishing.space.example import Example
+from hf_context_prune.publishing.space.folder import write_space
+from hf_context_prune.publishing.space.settings import Entry, Limits, Settings, Source, read_space_settings
+from hf_context_prune.publishing.space.store import ModelStore
 from tests.browser.conftest import ARTIFACTS
 from tests.support.space_models import HeldStore, serving, settings_of
 
@@ -93,19 +96,109 @@ def test_a_visitor_compares_and_reads_on(visit, store, screen):
         assert written(page, kind).startswith(text)
         assert len(written(page, kind)) > len(text)
         stats = page.inner_text(f"#{kind}-stats")
-        assert re.search(r"tokens/s\s+[\d.]+\s+first token\s+[\d.]+ s\s+weights\s+\d+ MB\s+written\s+60", stats)
+        assert re.search(r"tokens/s\s*[\d.]+\s+first token\s*[\d.]+ s\s+weights\s*\d+ MB\s+written\s*60", stats)
+    page.get_by_text("What was lost, token by token").wait_for()
+    both = (page.inner_text("#surprise .pieces"), f"the patient was given the dose{written(page, 'dense')}")
+    coloured, told = (re.sub(r"\W", "", text) for text in both)  # HTML has other spaces and no control characters
+    assert coloured == told
     assert is_within_the_screen(page)
     page.screenshot(path=ARTIFACTS / f"space-{screen}.png", full_page=True)
+    assert page.get_by_role("tab", name="Questions", exact=True).count() == 0  # no report has any
     for tab, words in (
         ("Removed", "MLP neurons"),
-        ("Widths", "layer by layer"),
+        ("Widths", "of the MLP neurons are gone"),
         ("Domains", "own domain"),
-        ("Questions", "No report has multiple-choice questions"),
     ):
         page.get_by_role("tab", name=tab, exact=True).click()
         page.get_by_text(words).locator("visible=true").first.wait_for()
         assert is_within_the_screen(page)
         page.screenshot(path=ARTIFACTS / f"space-{screen}-{tab.lower()}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_space, tmp_path_factory):
+    """A written Space with two sizes of one domain and a finished example of each, and its address."""
+    models, base = tiny_space, Source(path=tiny_space / "base")
+    entries = [
+        Entry(f"Law, {name}", Source(path=models / name), base, (f"the court {name}", "is it?"), domain="Law")
+        for name in ("uniform", "variable")
+    ]
+    folder = tmp_path_factory.mktemp("space") / "out"
+    settings = read_space_settings(write_space(Settings("Sizes", tuple(entries)), folder) / "space.yaml")
+    with serving(settings, ModelStore()) as address:
+        yield settings, address
+
+
+def test_the_page_opens_with_a_finished_example_of_each_size(visit, finished):
+    settings, address = finished
+    page = visit(address)
+    examples = [Example.load(entry.example) for entry in settings.entries]
+    assert page.input_value("#prompt textarea") == examples[0].prompt == "the court uniform"
+    assert "A finished example" in page.inner_text("#status")
+    assert written(page, "pruned") == examples[0].view.sides[1].progress.text.lstrip()
+    assert page.inner_text("#surprise .pieces").startswith("the court uniform")
+    assert "Loss on Law text" in page.inner_text("#headline")
+    assert "MLP neurons" in page.inner_text("#headline")
+    assert page.get_by_role("tab", name="Widths").count() == 0  # one width for all layers
+    assert page.get_by_role("radio", name="Law").count() == 0  # a choice of one is none
+    assert page.get_by_role("button", name="Stop").is_disabled()
+    page.get_by_role("slider", name="Size of the pruned model").press("ArrowRight")
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'the court variable'")
+    page.wait_for_function("document.querySelector('#headline').innerText.includes('attention heads')")
+    assert page.inner_text("#surprise .pieces").startswith("the court variable")
+    page.get_by_role("tab", name="Widths").wait_for()
+    page.click("#run")
+    wait_for_status(page, "^The pruned model wrote")
+    assert written(page, "pruned").startswith(examples[1].view.sides[1].progress.text.strip())
+    assert page.get_by_role("button", name="Stop").is_disabled()
+
+
+def test_a_phone_shows_one_model_at_a_time(visit, finished):
+    page = visit(finished[1], "phone-light")
+    assert page.locator("#pruned-text").is_visible()
+    assert not page.locator("#dense-text").is_visible()
+    page.get_by_role("radio", name="Dense", exact=True).check()
+    page.locator("#dense-text").wait_for()
+    assert not page.locator("#pruned-text").is_visible()
+    page.get_by_role("tab", name="Removed", exact=True).click()
+    page.locator("#removed tbody tr").first.scroll_into_view_if_needed()
+    right = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('#removed td')].map(x => x.getBoundingClientRect().right))"
+    )
+    assert right <= 390  # no figure is out of sight
+    page.screenshot(path=ARTIFACTS / "space-phone-dense.png", full_page=True)
+    page = visit(finished[1])
+    assert page.locator("#dense-text").is_visible()
+    assert page.locator("#pruned-text").is_visible()
+    assert not page.locator("#which").is_visible()
+
+
+def test_every_control_has_a_name(visit, finished):
+    page = visit(finished[1])
+    page.get_by_role("button", name="Options").click()
+    page.get_by_role("slider", name="Temperature").wait_for()
+    names = {}
+    for role in ("textbox", "radio", "slider", "spinbutton", "button", "tab", "radiogroup", "region"):
+        for control in page.get_by_role(role).all():
+            shown = control.aria_snapshot().splitlines()[0]
+            names.setdefault(role, []).append(shown)
+            assert re.match(rf'- \'?{role} ".+"', shown), shown
+            assert not re.search(r'"(Radio|Textbox|Slider|Dataset)"', shown), shown
+    assert len(names["textbox"]) == 3
+    groups = page.locator("fieldset").evaluate_all("all => all.map(group => group.ariaLabel)")
+    assert "What the models do with it" in groups
+    assert all(groups)
+
+
+def test_only_the_text_is_compared(visit):
+    page = visit()
+    page.get_by_label("Only compare my text").check()
+    page.fill("#prompt textarea", "the court finds\n that <b>the party</b> has a duty")
+    page.click("#run")
+    page.locator("#surprise .pieces").wait_for()
+    assert page.locator("#surprise .pieces").text_content() == "the court finds\n that <b>the party</b> has a duty"
+    assert written(page, "dense") == written(page, "pruned") == ""
+    assert page.locator("#surprise .pieces span[title]").count() > 5
 
 
 def test_a_domain_that_is_down_says_why(visit):
@@ -122,7 +215,29 @@ def test_a_domain_that_is_down_says_why(visit):
 def test_a_question_is_put_as_one(visit):
     page = visit()
     page.get_by_role("button", name="is the patient given the dose?").click()
-    page.wait_for_function("document.querySelector('#mode input[value=\"Answer\"]').checked")
+    page.wait_for_function("document.querySelector('#mode input[value=\"Chat\"]').checked")
+
+
+def test_a_chat_goes_on(visit):
+    page = visit()
+    page.get_by_label("Chat", exact=True).check()
+    for number, question in enumerate(("the court?", "the dose?"), 1):
+        page.fill("#prompt textarea", question)
+        page.click("#run")
+        wait_for_status(page, "times as fast")
+        page.wait_for_function("document.querySelector('#prompt textarea').value == ''")
+        for kind in ("dense", "pruned"):
+            assert written(page, kind).count("You: ") == number
+            assert f"You: {question}" in written(page, kind)
+    page.get_by_role("button", name="New chat").click()
+    page.wait_for_function("document.querySelector('#dense-text textarea').value == ''")
+    page.fill("#prompt textarea", "the party?")
+    page.click("#run")
+    wait_for_status(page, "times as fast")
+    page.wait_for_function("document.querySelector('#prompt textarea').value == ''")
+    assert written(page, "dense").count("You: ") == 1
+    page.get_by_label("Continue the text").check()
+    page.get_by_role("button", name="New chat").wait_for(state="hidden")
 
 
 def test_too_much_text_and_markup(visit):

@@ -140,7 +140,7 @@ def test_the_same_folder_arrives_in_one_commit(place, pushes):
     assert done["url"].endswith(f"/org/variable/commit/{done['sha']}")
     assert repo.private
     ours = files_of(folder / "variable")
-    assert {"README.md", "widths.png", "pruning_plan.json", "eval_report.json", "manifest.json"} <= ours.keys()
+    assert {"README.md", "pruning_plan.json", "eval_report.json", "manifest.json"} <= ours.keys()
     assert repo.commits[repo.refs["main"]] == ours | {".gitattributes": b"*.safetensors filter=lfs\n"}
     assert len(repo.commits) == 4  # created, pushed, and the two of the pull request
 
@@ -277,7 +277,7 @@ def read_back(repo, **options):
     model = AutoModelForCausalLM.from_pretrained(repo, dtype="auto", token=arguments["token"], **options)
     tokenizer = AutoTokenizer.from_pretrained(repo, token=arguments["token"], **options)
     files = {name: open(hf_hub_download(repo, name, token=arguments["token"]), "rb").read() for name in
-             ("README.md", "widths.png", "pruning_plan.json", "eval_report.json")}
+             ("README.md", "pruning_plan.json", "eval_report.json")}
     return {"digest": digest(model), "class": type(model).__name__, "ids": tokenizer("the court").input_ids,
             "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
 """
@@ -386,11 +386,11 @@ print(json.dumps(results))
     changed = repo_of(place, "changed")
     left = changed.commits[changed.refs["main"]]
     assert "modeling_context_pruned.py" in left
-    assert not left.keys() & {"eval_report.json", "pruning_plan.json", "widths.png", "manifest.json"}
+    assert not left.keys() & {"eval_report.json", "pruning_plan.json", "manifest.json"}
 
     result = repo_of(place, "result")
     files = result.commits[facts["pushed"]["sha"]]
-    assert {"README.md", "widths.png", "pruning_plan.json", "eval_report.json", "manifest.json"} <= files.keys()
+    assert {"README.md", "pruning_plan.json", "eval_report.json", "manifest.json"} <= files.keys()
     assert '"org/result"' in ModelCard(files["README.md"].decode()).text
     assert not facts["again"]["changed"]
 
@@ -487,12 +487,12 @@ print(json.dumps(results))
     assert "Nothing was measured" in card.text
     assert "ContextPruneCallback(PrunerConfig(" in card.text
     assert '"org/ours"' in card.text
-    assert {"widths.png", "pruning_plan.json", "manifest.json", "tokenizer.json"} <= last.keys()
+    assert {"pruning_plan.json", "manifest.json", "tokenizer.json"} <= last.keys()
     assert b'"use_cache": false' not in last["config.json"]
     unpruned = repo_of(place, "none")  # nothing was pruned: the Trainer's own card
     assert b"generated_from_trainer" in unpruned.commits[unpruned.refs["main"]]["README.md"]
     assert facts["done"]["sha"] == facts["future"]["sha"]  # nothing changed in between
-    assert {"README.md", "widths.png"} <= set(facts["output"])
+    assert {"README.md"} <= set(facts["output"])
     assert facts["ours"] == []
     assert "training_args.bin" in facts["whole checkpoints error"]
     way = repo_of(place, "way")  # what a plain Trainer pushes of its checkpoints reloads as well

@@ -45,7 +45,8 @@ def test_a_program_streams_both(client):
         assert last[side]["first_token_seconds"] > 0
         assert last[side]["megabytes"] > 0
     assert [view["dense"]["tokens"] for view in views] == sorted(view["dense"]["tokens"] for view in views)
-    assert client.predict("Medicine", "the patient", new_tokens=12, api_name="/compare")["dense"] != {}
+    assert "".join(piece["text"] for piece in last["pieces"]) == "the patient" + last["dense"]["text"]
+    assert all({"text", "dense_bits", "pruned_bits"} == piece.keys() for piece in last["pieces"])
 
 
 def test_what_a_program_leaves_out_is_within_the_limits(tiny_space):
@@ -81,7 +82,7 @@ def test_the_only_way_in(client, url):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/compare"}
     upload = httpx.post(f"{url}/gradio_api/upload", files={"files": ("x.txt", b"12345")})
     assert upload.status_code == 413
-    past_the_queue = httpx.post(f"{url}/gradio_api/run/compare", json={"data": ["Law", "x", "Answer", 1, 0]})
+    past_the_queue = httpx.post(f"{url}/gradio_api/run/compare", json={"data": ["Law", "x", "Chat", 1, 0]})
     assert past_the_queue.status_code == 404
     for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/file=space.yaml", "/monitoring"):
         assert httpx.get(url + path).status_code in (403, 404)

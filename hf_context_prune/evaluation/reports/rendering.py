@@ -19,7 +19,7 @@ from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_M
 from hf_context_prune.utils.links import resolve_inside
 
 from .markdown import inert, one_line, table
-from .plots import PlotPoint, plot_curves, plot_losses, plot_matrix, plot_widths
+from .plots import PlotPoint, describe_widths, plot_curves, plot_losses, plot_matrix, plot_widths, widths_vary
 from .report import EvalReport
 from .rows import table_header, table_rows
 from .run_report import AnyReport, RunReport, load_report
@@ -32,7 +32,6 @@ LOSS_PICTURE = "loss-against-size.png"
 FILES_OF_RUNS = {"matrix": ("matrix.md", "matrix.png", "mix.png"), "sweep": ("sweep.md", LOSS_PICTURE)}
 """Files that a run writes beside its report, by kind; Markdown first."""
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-_SIZE, _LOSS = "parameters, millions (stars: bases)", "bits per byte, test text"
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def render(folders: Sequence[Folder], target: str | Path) -> Path:
                 (staging / f"{own}.png").write_bytes(picture)
                 shown.setdefault(folder.name, []).append((title, f"{own}.png"))
         if panels := _panels(folders):
-            (staging / LOSS_PICTURE).write_bytes(_draw_png("these folders", plot_losses, panels, _SIZE, _LOSS))
+            (staging / LOSS_PICTURE).write_bytes(_draw_png("these folders", plot_losses, panels))
             shown[""] = [("Loss against size", LOSS_PICTURE)]
         (staging / REPORT_MARKDOWN_NAME).write_text(render_markdown(folders, pictures=shown), encoding="utf-8")
     return goal
@@ -197,8 +196,9 @@ def _draw_png(name: str, draw: Callable[..., Figure], *values: Any) -> bytes:  #
 def draw_pictures(folder: Folder) -> dict[str, tuple[str, bytes]]:
     """Return (title, bytes of a PNG file) by file name."""
     found: dict[str, tuple[str, bytes]] = {}
-    if folder.plan is not None:
-        title = f"Widths of {folder.name}"
+    if folder.plan is not None and widths_vary(folder.plan):
+        removed = folder.report.size.achieved_ratio if isinstance(folder.report, EvalReport) else None
+        title = f"{folder.name}: {describe_widths(folder.plan, removed)}"
         found["widths.png"] = (title, _draw_png(folder.name, plot_widths, folder.plan, title))
     if isinstance(folder.report, RunReport):
         for name, (title, draw) in _DRAWINGS.get(folder.report.kind, {}).items():
@@ -222,7 +222,7 @@ def _draw_mixes(figures: Mapping[str, Any]) -> Figure:
 
 
 def _draw_grid(figures: Mapping[str, Any]) -> Figure:
-    points = [_point("dense", figures["base"], "*")]
+    points = [_point("base", figures["base"], "*")]
     for row in figures["rows"]:
         label = ", ".join(
             f"{name} {'off' if row[name] is None else format(row[name], 'g')}"
@@ -231,7 +231,7 @@ def _draw_grid(figures: Mapping[str, Any]) -> Figure:
         for when, marker in (("pruned", "o"), ("tuned", "s")):
             if row[when] is not None:
                 points.append(_point(f"{label}{'' if when == 'pruned' else ', tuned'}", row[when], marker))
-    return plot_losses({"": points}, _SIZE, _LOSS)
+    return plot_losses({"Test text": points})
 
 
 _DRAWINGS: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], Figure]]]] = {
@@ -264,7 +264,8 @@ def _panels(folders: Sequence[Folder]) -> dict[str, list[PlotPoint]]:
         amount = f"{loss.last.num_documents:,} documents, {loss.last.num_bytes:,} bytes"
         points = panels.setdefault(f"{texts[text.fingerprint]}: {amount}", [])
         if loss.base is not None:
-            base = PlotPoint("base", size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
+            name = f"base: {report.base_model}"
+            base = PlotPoint(name, size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
             if base not in points:
                 points.append(base)
         for summary, marker, when in ((loss.pruned, "o", ""), (loss.recovered, "s", " (recovered)")):

@@ -19,7 +19,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, inert
-from hf_context_prune.evaluation.reports.plots import plot_widths
+from hf_context_prune.evaluation.reports.plots import describe_widths, plot_widths, widths_vary
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.storage.manifest import hash_file, verify_folder
 from hf_context_prune.storage.staging import staged_folder
@@ -67,16 +67,18 @@ def build_card(facts: CardFacts) -> ModelCard:
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
-    """Write the card and its picture into a folder, such as one that is being written.
+    """Write the card into a folder, such as one that is being written, with a picture where widths vary.
 
     Raises:
         SaveError: A file can't be written.
     """
     facts = replace(facts, foreign_code=tuple(find_foreign_code(folder)))
     write_file(folder / CARD_NAME, str(build_card(facts)))
-    picture = io.BytesIO()
-    plot_widths(facts.plan, "Widths by layer").savefig(picture, dpi=120)
-    write_file(folder / PICTURE_NAME, picture.getvalue())
+    if widths_vary(facts.plan):
+        removed = facts.report.size.achieved_ratio if facts.report is not None else None
+        picture = io.BytesIO()
+        plot_widths(facts.plan, describe_widths(facts.plan, removed)).savefig(picture, dpi=120)
+        write_file(folder / PICTURE_NAME, picture.getvalue())
     if facts.report is not None and (results := benchmark_results(facts.report)) is not None:
         (folder / RESULTS_NAME).parent.mkdir(exist_ok=True)
         write_file(folder / RESULTS_NAME, results)

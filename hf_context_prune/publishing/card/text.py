@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
+from hf_context_prune.evaluation.reports.plots import widths_vary
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.evaluation.reports.rows import table_header, table_rows, text_rows
 from hf_context_prune.utils.file_names import PICTURE_NAME
@@ -30,7 +31,11 @@ def body_values(facts: CardFacts) -> dict[str, Any]:
     return {
         "name": facts.name,
         "summary": _summary(facts),
-        "picture": Trusted(f"![MLP neurons and KV groups of every layer, before and after]({PICTURE_NAME})"),
+        "picture": Trusted(
+            f"![MLP neurons and KV groups of every layer, before and after]({PICTURE_NAME})"
+            if widths_vary(facts.plan)
+            else ""
+        ),
         "purpose": _purpose(facts),
         "not_for": _NOT_FOR,
         "removed": _removed(facts),

@@ -9,10 +9,13 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 from hf_context_prune.errors import ConfigError, ContextPruneError
+from hf_context_prune.evaluation.windows import context_token
+from hf_context_prune.storage.loading import LoadedModel
 
-from .generation import Progress, Request, Runner, race
+from .generation import CHAT, COLOUR, Progress, Request, Runner, encode_prompt, race
 from .settings import Entry, Settings, Source
 from .store import ModelStore
+from .surprise import Span, compare_surprise
 
 _LOGGER = logging.getLogger(__name__)
 _SECONDS_BETWEEN = 0.08  # a page can't show views faster, and sending them takes time from the models
@@ -45,11 +48,13 @@ class View:
         sides: The dense and the pruned model.
         status: A sentence on the state.
         refused: Whether the request was refused; `status` has the reason.
+        spans: The text, piece by piece, with its surprise for both models; empty until it is known.
     """
 
     sides: tuple[Side, Side]
     status: str = ""
     refused: bool = False
+    spans: tuple[Span, ...] = ()
 
 
 class Comparer:
@@ -82,7 +87,10 @@ class Comparer:
         return View((self._side("dense", entry.base), self._side("pruned", entry.model)))
 
     def compare(self, domain: str, request: Request) -> Iterator[View]:
-        """Let both models of a domain write; they stop between two tokens when the iterator is closed.
+        """Let both models of a domain write, and compare a text piece by piece.
+
+        They stop between two tokens when the iterator is closed. The text is the prompt with the base's continuation,
+        or the base's answer alone.
 
         Args:
             domain: Name of the domain.
@@ -106,7 +114,7 @@ class Comparer:
             try:
                 loaded = self._store.get(source)
                 sides[index] = self._side(sides[index].kind, source)
-                runners[index] = Runner(loaded, request, self.settings.limits)
+                runners[index] = Runner(loaded, request, self.settings.limits, sides[index].kind)
             except ContextPruneError as error:
                 problem = str(error)
                 if source.path is not None:  # visitors need not know the place on the server
@@ -117,10 +125,26 @@ class Comparer:
                 sides[index] = replace(
                     sides[index], problem="The model can't be loaded; the log of the Space has the reason."
                 )
-        yield from self._race(sides, runners)
+        status = "Done."
+        if request.mode != COLOUR:
+            for view in self._race(sides, runners):
+                sides = list(view.sides)
+                yield view
+            status = self._summary(sides)
+        if len(runners) < len(sides):
+            yield View((sides[0], sides[1]), status)
+            return
+        yield View((sides[0], sides[1]), "Comparing the text, token by token ...")
+        try:
+            spans = self._surprise(entry, request, sides[0].progress.text)
+        except ContextPruneError as error:
+            yield View((sides[0], sides[1]), f"{status} The text can't be coloured: {error}")
+            return
+        yield View((sides[0], sides[1]), status, spans=spans)
 
     def _race(self, sides: list[Side], runners: dict[int, Runner]) -> Iterator[View]:
         shown = 0.0
+        sides = [*sides]
         was_first = dict.fromkeys(runners, False)
         yield View((sides[0], sides[1]), "Writing, in turns on the same processor ...")
         with closing(race(list(runners.values()), self.settings.limits.seconds)) as running:
@@ -133,7 +157,17 @@ class Comparer:
                 if news or time.perf_counter() - shown >= _SECONDS_BETWEEN:
                     yield View((sides[0], sides[1]), "Writing, in turns on the same processor ...")
                     shown = time.perf_counter()
-        yield View((sides[0], sides[1]), self._summary(sides))
+        yield View((sides[0], sides[1]), "Written.")
+
+    def _surprise(self, entry: Entry, request: Request, written: str) -> tuple[Span, ...]:
+        def lead(loaded: LoadedModel) -> list[int]:
+            if request.mode == CHAT:  # the same conversation for both
+                return [int(token) for token in encode_prompt(loaded, request, "dense")[0]]
+            return [context_token(loaded.tokenizer)]
+
+        text = written if request.mode == CHAT else request.prompt + written
+        base, pruned = (self._store.get(source) for source in (entry.base, entry.model))
+        return compare_surprise(base, pruned, text, lead)
 
     def _side(self, kind: str, source: Source) -> Side:
         size = self._store.get(source).model.get_memory_footprint() / 1e6 if self._store.has(source) else None

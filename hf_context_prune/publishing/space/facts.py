@@ -22,6 +22,7 @@ from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.provenance import config_from_provenance
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 
+from .example import Example
 from .settings import Entry, Source
 
 OWN = "own domain"
@@ -52,17 +53,37 @@ class Facts:
         plan: The pruning plan; None where it can't be read.
         report: The evaluation report; None where there is none.
         others: Reports on other texts, by name.
-        problems: Reasons why a plan or report is missing.
+        problems: Reasons why a plan, report or example is missing.
+        example: The finished example; None where there is none.
     """
 
     plan: PruningPlan | None = None
     report: EvalReport | None = None
     others: dict[str, EvalReport] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    example: Example | None = None
+
+    @property
+    def domain(self) -> str | None:
+        """The name of the domain in the plan, if it was given."""
+        options = self.plan.provenance.get("config") if self.plan is not None else None
+        value = options.get("domain") if isinstance(options, Mapping) else None
+        return value.strip() if isinstance(value, str) and value.strip() else None
+
+    @property
+    def data_name(self) -> str:
+        """The name of the calibration text in the plan; may be empty."""
+        data = self.plan.provenance.get("data") if self.plan is not None else None
+        return str(data.get("name") or "") if isinstance(data, Mapping) else ""
+
+    @property
+    def share_removed(self) -> float | None:
+        """The share of the parameters that was removed, where a report tells."""
+        return self.report.size.achieved_ratio if self.report is not None else None
 
 
 def read_facts(entry: Entry) -> Facts:
-    """Read the plan and the reports of an entry; a file that can't be read is named in `problems`."""
+    """Read the plan, reports and example of an entry; a file that can't be read is named in `problems`."""
     problems: list[str] = []
 
     def attempt(read: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `read` gives, or None
@@ -77,7 +98,8 @@ def read_facts(entry: Entry) -> Facts:
     report = attempt(lambda: EvalReport.load(report_file)) if report_file else None
     read = {name: attempt(partial(EvalReport.load, file)) for name, file in entry.reports.items()}
     others = {name: other for name, other in read.items() if other is not None}
-    return Facts(plan, report, others, tuple(problems))
+    example = attempt(lambda: Example.load(file)) if (file := entry.example) is not None else None
+    return Facts(plan, report, others, tuple(problems), example)
 
 
 def _fact_files(source: Source) -> tuple[Path, Path | None]:
@@ -191,7 +213,8 @@ def _change(loss: LossFacts | None) -> str:
     comparison = loss.recovered_comparison or loss.comparison
     if comparison is None:
         return "one model only"
-    return f"{format_ratio(comparison.bits_per_byte_ratio)}, {comparison.num_documents:,} documents"
+    documents = "1 document" if comparison.num_documents == 1 else f"{comparison.num_documents:,} documents"
+    return f"{format_ratio(comparison.bits_per_byte_ratio)}, {documents}"
 
 
 def question_table(facts: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:

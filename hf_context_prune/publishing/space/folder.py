@@ -29,7 +29,8 @@ from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.locks import reserves
 from hf_context_prune.utils.upload_check import is_allowed
 
-from .facts import read_facts
+from .example import Example, make_examples
+from .facts import Facts, read_facts
 from .gradio_import import import_gradio
 from .html import read_template_file, template_environment
 from .prompts import choose_prompts
@@ -42,6 +43,7 @@ from .settings import (
     Source,
     check_name,
     demo_settings,
+    read_space_settings,
     write_settings,
 )
 from .wheel import pin_requirements, write_wheel
@@ -56,10 +58,11 @@ def make_space_settings(models: Sequence[str], *, base: str | None = None, title
 
     Args:
         models: Folders that this package wrote, or Hub ids (``owner/name``, ``owner/name@revision``), which are pinned
-            to a commit. An existing folder is preferred to a Hub id of the same name.
+            to a commit. An existing folder is preferred to a Hub id of the same name. Models whose plans name one
+            domain and one base become the sizes of that domain.
         base: The same for the base of all models, or ``"demo"`` for the base of the demo; None takes the base that each
             plan names.
-        title: Heading of the page.
+        title: Heading of the page; by default it names the domain, if there is one.
 
     Returns:
         Settings for [`write_space`][].
@@ -69,28 +72,57 @@ def make_space_settings(models: Sequence[str], *, base: str | None = None, title
         LoadError: A plan or a revision can't be read.
     """
     given = None if base is None else Source() if base == DEMO else _pin(base)
-    entries = []
+    found = []
     for model in models:
         source = _pin(model)
-        name = _PREFIX.sub("", source.label.rpartition("/")[2]).replace("-", " ").replace("_", " ").strip()
-        name = check_name((name[:1].upper() + name[1:]) or source.label, "the name of a model")
-        entry = Entry(name, source, given or Source(), choose_prompts(name))
-        entries.append(entry if given else replace(entry, base=_find_base(entry)))
-    return Settings(title or TITLE, tuple(entries))
+        entry = Entry(source.label, source, given or Source())
+        facts = read_facts(entry)
+        domain = _name(facts.domain or _PREFIX.sub("", source.label.rpartition("/")[2]), source.label)
+        prompts = choose_prompts(facts.data_name, domain, domain=facts.domain)
+        entry = replace(entry, name=domain, domain=domain, prompts=prompts, base=given or _find_base(entry, facts))
+        found.append((entry, facts))
+    entries = tuple(_name_sizes(found))
+    usual = f"{TITLE[:-1]}: {entries[0].domain}" if len({entry.domain for entry in entries}) == 1 else TITLE
+    return Settings(title or usual, entries)
+
+
+def _name(text: str, otherwise: str) -> str:
+    name = text.replace("-", " ").replace("_", " ").strip()
+    return check_name((name[:1].upper() + name[1:]) or otherwise, "the name of a model")
+
+
+def _name_sizes(found: Sequence[tuple[Entry, Facts]]) -> list[Entry]:
+    """Return models of one domain and base under names of their sizes, the largest first; others as they are."""
+    groups: dict[tuple[str, Source], list[tuple[Entry, Facts]]] = {}
+    for entry, facts in found:
+        groups.setdefault((entry.domain, entry.base), []).append((entry, facts))
+    entries = []
+    for group in groups.values():
+        if len(group) == 1 or any(facts.domain is None for _, facts in group):
+            entries += [entry for entry, _ in group]
+            continue
+        for entry, facts in sorted(group, key=lambda pair: pair[1].share_removed or 0.0):
+            removed = facts.share_removed
+            size = entry.model.label if removed is None else f"{removed:.0%} removed"
+            entries.append(replace(entry, name=check_name(f"{entry.domain}, {size}", "the name of a model")))
+    return entries
 
 
 @reserves("target")
-def write_space(settings: Settings, target: str | Path) -> Path:
+def write_space(settings: Settings, target: str | Path, *, examples: bool = True) -> Path:
     """Write the folder of a Space: app, settings, requirements, front matter, the wheel of this package, local models.
 
     Args:
         settings: The settings of the Space.
         target: The folder: absent, empty, or an older Space of this package, which is replaced.
+        examples: Let all models write after their first prompt, for the finished examples that the page opens with.
+            False keeps the examples that the settings name.
 
     Returns:
         Path of the folder that was written.
 
     Raises:
+        ConfigError: An example can't be made.
         SaveError: Saving failed; an older folder is as it was.
         LoadError: A local model is damaged or is not a model folder.
     """
@@ -99,11 +131,15 @@ def write_space(settings: Settings, target: str | Path) -> Path:
     sources = dict.fromkeys(source for entry in settings.entries for source in (entry.base, entry.model))
     local = {source: _model_files(source.path) for source in sources if source.path is not None}
     size = sum(file.stat().st_size for found in local.values() for file in found.values())
+    made = make_examples(settings, _kept_examples(settings, goal)) if examples else _read_examples(settings)
     with staged_folder(goal, required_bytes=size + _OTHER_FILES_BYTES, replaces=SPACE_SETTINGS_NAME) as staging:
         places = _copy_models(local, staging)
         moved = replace(
             settings,
-            entries=tuple(_relocate(index, entry, places, staging) for index, entry in enumerate(settings.entries)),
+            entries=tuple(
+                _relocate(index, entry, places, staging, made.get(entry.name))
+                for index, entry in enumerate(settings.entries)
+            ),
         )
         write_settings(moved, staging / SPACE_SETTINGS_NAME)
         wheel = write_wheel(staging)
@@ -194,8 +230,7 @@ def _pin(text: str) -> Source:
     return Source(repo, commit)
 
 
-def _find_base(entry: Entry) -> Source:
-    facts = read_facts(entry)
+def _find_base(entry: Entry, facts: Facts) -> Source:
     if facts.plan is None:
         raise LoadError(f"{entry.model.label}: {' '.join(facts.problems)}")
     name, revision = (facts.plan.provenance.get(key) for key in ("base_model", "base_revision"))
@@ -255,7 +290,44 @@ def _copy_models(local: dict[Source, dict[str, Path]], staging: Path) -> dict[So
     return places
 
 
-def _relocate(index: int, entry: Entry, places: dict[Source, Source], staging: Path) -> Entry:
+def _kept_examples(settings: Settings, goal: Path) -> dict[str, Example]:
+    """Return the examples of the Space that is replaced, where both models are of the same commits as now.
+
+    So the same command writes the same files, and a push of them has nothing to do.
+    """
+    try:
+        if verify_if_ours(goal, hash_weights=False) is None or not (goal / SPACE_SETTINGS_NAME).is_file():
+            return {}
+        old = read_space_settings(goal / SPACE_SETTINGS_NAME)
+    except (ConfigError, LoadError):  # damaged or edited: whether it may be replaced is asked when it is
+        return {}
+    before = {entry.name: entry for entry in old.entries if entry.example is not None}
+    same = {
+        entry.name: before[entry.name]
+        for entry in settings.entries
+        if entry.name in before
+        and entry.model.repo
+        and (entry.base.repo or entry.base == Source())
+        and _choice(entry) == _choice(before[entry.name])
+        and settings.limits == old.limits
+    }
+    return _read_examples(replace(old, entries=tuple(same.values()))) if same else {}
+
+
+def _choice(entry: Entry) -> tuple[Source, Source, tuple[str, ...]]:
+    return entry.model, entry.base, entry.prompts
+
+
+def _read_examples(settings: Settings) -> dict[str, Example]:
+    """Return the examples that the settings name; no other file that a YAML names is copied, and perhaps pushed."""
+    return {
+        entry.name: Example.load(resolve_inside(entry.example.parent, entry.example.name))
+        for entry in settings.entries
+        if entry.example is not None
+    }
+
+
+def _relocate(index: int, entry: Entry, places: dict[Source, Source], staging: Path, example: Example | None) -> Entry:
     reports = {}
     for number, (text, file) in enumerate(entry.reports.items()):
         reports[text] = staging / "reports" / f"{index}-{number}.json"
@@ -266,7 +338,11 @@ def _relocate(index: int, entry: Entry, places: dict[Source, Source], staging: P
         EvalReport.load(real)  # no other file that a YAML names is copied, and perhaps pushed
         shutil.copyfile(real, reports[text])
     model, base = (places.get(source, source) for source in (entry.model, entry.base))
-    return replace(entry, model=model, base=base, reports=reports)
+    place = None if example is None else staging / "examples" / f"{index}.json"
+    if example is not None and place is not None:
+        place.parent.mkdir(exist_ok=True)
+        example.save(place)
+    return replace(entry, model=model, base=base, reports=reports, example=place)
 
 
 def _describe_source(source: Source) -> str:

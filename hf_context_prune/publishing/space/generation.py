@@ -34,11 +34,27 @@ from hf_context_prune.storage.loading import LoadedModel
 
 from .settings import Limits
 
-CONTINUE, ANSWER = "Continue the text", "Answer"
+CONTINUE, CHAT, COLOUR = "Continue the text", "Chat", "Only compare my text"
+"""What the models do with the text of a visitor; both show afterwards what the pruned one has lost."""
 MAX_TEMPERATURE = 1.5
 _REPETITION_PENALTY = 1.15  # without it, small models repeat themselves; the same for both
 _TOP_P = 0.95
 _SEED = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An earlier question of a conversation, with the answers of both models.
+
+    Attributes:
+        question: The question.
+        dense: The answer of the dense model.
+        pruned: The answer of the pruned model.
+    """
+
+    question: str
+    dense: str
+    pruned: str
 
 
 @dataclass(frozen=True)
@@ -47,15 +63,17 @@ class Request:
 
     Attributes:
         prompt: The text.
-        mode: `CONTINUE` or `ANSWER` (through the chat template).
+        mode: `CONTINUE`, `CHAT` (through the chat template), or `COLOUR` (nothing is written).
         new_tokens: Upper limit of tokens to write.
         temperature: 0 takes the likeliest token; above 0, tokens are drawn with the same seed for both models.
+        turns: The conversation so far; each model reads its own answers. Only in the mode `CHAT`.
     """
 
     prompt: str
     mode: str = CONTINUE
     new_tokens: int = 96
     temperature: float = 0.0
+    turns: tuple[Turn, ...] = ()
 
     def checked(self, limits: Limits) -> Request:
         """Return this request with plain numbers, after checking it against the limits.
@@ -69,11 +87,12 @@ class Request:
             raise ConfigError(
                 f"The text has {len(self.prompt):,} characters; this page takes at most {limits.prompt_characters:,}."
             )
-        if self.mode not in (CONTINUE, ANSWER):
-            raise ConfigError(f"The mode must be {CONTINUE!r} or {ANSWER!r}.")
+        if self.mode not in (CONTINUE, CHAT, COLOUR):
+            raise ConfigError(f"The mode must be {CONTINUE!r}, {CHAT!r} or {COLOUR!r}.")
         new_tokens = _check_number(self.new_tokens, "The number of tokens", 1, limits.new_tokens)
         temperature = _check_number(self.temperature, "The temperature", 0, MAX_TEMPERATURE)
-        return Request(self.prompt, self.mode, int(new_tokens), float(temperature))
+        turns = self.turns if self.mode == CHAT else ()
+        return Request(self.prompt, self.mode, int(new_tokens), float(temperature), turns)
 
 
 def _check_number(value: object, what: str, low: float, high: float) -> float:
@@ -112,23 +131,25 @@ class Progress:
 class Runner:
     """One model on one prompt."""
 
-    def __init__(self, loaded: LoadedModel, request: Request, limits: Limits) -> None:
+    def __init__(self, loaded: LoadedModel, request: Request, limits: Limits, kind: str = "dense") -> None:
         """Tokenize the prompt; nothing runs yet.
 
         Args:
             loaded: The model, shared with other requests: its weights are only read.
             request: As `Request.checked` returned it.
             limits: The limits of the page, for the tokens of the prompt and the wait for a turn.
+            kind: ``"dense"`` or ``"pruned"``: whose earlier answers it reads.
 
         Raises:
             ConfigError: The prompt is too long for the model or the limits, or the model has no chat template.
         """
-        ids = _encode(loaded, request)
+        ids = encode_prompt(loaded, request, kind)
         room = max_positions(loaded.model)
         most = min(limits.prompt_tokens, (room - request.new_tokens) if room else limits.prompt_tokens)
         if not 0 < ids.shape[1] <= most:
             raise ConfigError(
                 f"The text has {ids.shape[1]:,} tokens for {loaded.name}; this page takes at most {max(most, 0):,}."
+                + (" Begin a new chat." if request.turns else "")
             )
         self._ids = ids.to(loaded.model.device)
         self._ends = get_end_token_ids(loaded.model)
@@ -281,13 +302,21 @@ def race(
             runner.close()
 
 
-def _encode(loaded: LoadedModel, request: Request) -> torch.Tensor:
+def encode_prompt(loaded: LoadedModel, request: Request, kind: str) -> torch.Tensor:
+    """Return the tokens of a prompt, int64 [1, length], after the conversation with the model of this kind.
+
+    Raises:
+        ConfigError: The model has no chat template, or it refuses the text.
+    """
     tokenizer: Any = loaded.tokenizer
-    if request.mode == CONTINUE:
+    if request.mode != CHAT:
         return torch.tensor([tokenizer(request.prompt)["input_ids"]])
     if not tokenizer.chat_template:
         raise ConfigError(f"{loaded.name} can't answer: it has no chat template. Let it continue the text.")
-    messages = [{"role": "user", "content": request.prompt}]
+    messages = []
+    for turn in request.turns:
+        messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": getattr(turn, kind)}]
+    messages.append({"role": "user", "content": request.prompt})
     try:
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
     except ChatRefused as error:

@@ -7,11 +7,20 @@ LICENCE_PROMPTS = (
     "THE SOFTWARE IS PROVIDED",
     "You may copy and distribute verbatim copies of the Program's source code",
 )
-_GENERAL = ("The most important point is", "In other words,", "What should I know about this topic?")
+OUTSIDE = (
+    "The volcano had slept for three hundred years. When it woke, ash fell on the vineyards, the sky over the harbour "
+    "turned purple, and the fishermen sailed home without their nets."
+)
+"""A text of no domain of a list below: what a model has lost shows on it."""
+_GENERAL = (
+    "The results of the study show that",
+    "The main reason for this decision was",
+    "What is the difference between weather and climate?",
+)
 _BY_WORD = {
     ("medic", "clinic", "health", "pubmed"): (
-        "What are the symptoms of type 2 diabetes?",
         "Chronic kidney disease is a condition in which",
+        "What are the symptoms of type 2 diabetes?",
         "How is asthma treated?",
     ),
     ("licen",): LICENCE_PROMPTS,
@@ -28,9 +37,23 @@ _BY_WORD = {
 }
 
 
-def choose_prompts(name: str) -> tuple[str, ...]:
-    """Return the prompts of the domain that a name contains; general ones for any other name."""
-    for words, prompts in _BY_WORD.items():
-        if any(word in name.lower() for word in words):
-            return prompts
-    return _GENERAL
+def choose_prompts(*names: str, domain: str | None = None) -> tuple[str, ...]:
+    """Return prompts of a domain, and one text from elsewhere.
+
+    Args:
+        names: Names that may hold a word of a domain, such as those of a folder and of its text; the first that does
+            decides.
+        domain: Name of the domain, which comes first; without a known word it stands in the prompts itself.
+    """
+    for name in (domain, *names) if domain else names:
+        for words, prompts in _BY_WORD.items():
+            if any(word in name.lower() for word in words):
+                return (*prompts, OUTSIDE)
+    if domain:
+        return (
+            f"The most important thing to know about {domain} is that",
+            f"An introduction to {domain}:",
+            f"Which questions does a beginner in {domain} ask?",
+            OUTSIDE,
+        )
+    return (*_GENERAL, OUTSIDE)

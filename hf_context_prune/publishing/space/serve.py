@@ -8,13 +8,18 @@ from typing import Any
 
 from hf_context_prune.errors import ConfigError, ContextPruneError
 from hf_context_prune.utils.file_names import SPACE_SETTINGS_NAME
+from hf_context_prune.utils.palette import css_variables
 
 from .gradio_import import import_gradio
 from .html import read_template_file
 from .page import build
 from .settings import DEMO_FOLDER, Settings, demo_settings, read_space_settings
 
-_HEAD = "<style>@media (max-width: 640px) { .gradio-container > .main { padding: 0.75rem !important; } }</style>"
+_HEAD = (
+    f"<style>{css_variables()} "
+    "footer .divider:last-child { display: none !important; } "
+    "@media (max-width: 640px) { .gradio-container > .main { padding: 0.75rem !important; } }</style>"
+)
 """A style outside the reach of `css`, which Gradio confines to the parts within the container."""
 _UPLOAD_BYTES = 1  # no input takes a file
 

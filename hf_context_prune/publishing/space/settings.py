@@ -54,11 +54,13 @@ class Entry:
     """A domain: a pruned model, its base, and example prompts.
 
     Attributes:
-        name: Name of the domain, as visitors choose it.
+        name: Name of the model: that of the domain, and of the size where there are several of one domain.
         model: The pruned model.
         base: The base, which is dense.
         prompts: Examples. A prompt that ends with a question mark is asked as a question; any other is continued.
         reports: Evaluation reports of the pruned model on other texts, by the name of the text.
+        domain: Name of the domain, as visitors choose it; models of one domain share it. By default the name.
+        example: File with the finished example of this model.
     """
 
     name: str
@@ -66,6 +68,12 @@ class Entry:
     base: Source
     prompts: tuple[str, ...] = ()
     reports: Mapping[str, Path] = field(default_factory=dict)
+    domain: str = ""
+    example: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Take the name for the domain where none is given."""
+        object.__setattr__(self, "domain", self.domain or self.name)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,14 @@ class Settings:
                 f"the names in a SPACE.yaml."
             )
 
+    @property
+    def domains(self) -> dict[str, tuple[Entry, ...]]:
+        """The models of every domain, in the order of the settings."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.domain, []).append(entry)
+        return {domain: tuple(entries) for domain, entries in found.items()}
+
 
 def demo_settings(folder: Path) -> Settings:
     """Return the default settings: the folder that `hf-context-prune demo` writes, beside its base."""
@@ -175,17 +191,21 @@ def write_settings(settings: Settings, path: Path) -> None:
     models = []
     for entry in settings.entries:
         model: dict[str, Any] = {"name": entry.name, **source(entry.model), "base": source(entry.base)}
+        if entry.domain != entry.name:
+            model["domain"] = entry.domain
         if entry.prompts:
             model["prompts"] = list(entry.prompts)
         if entry.reports:
             model["reports"] = {name: file.relative_to(folder).as_posix() for name, file in entry.reports.items()}
+        if entry.example is not None:
+            model["example"] = entry.example.relative_to(folder).as_posix()
         models.append(model)
     document = {"title": settings.title, "models": models, "limits": dataclasses.asdict(settings.limits)}
     path.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
 
 
 def _entry(value: object, where: str, default_base: object, folder: Path) -> Entry:
-    keys = {"name", "repo", "revision", "path", "base", "prompts", "reports"}
+    keys = {"name", "domain", "repo", "revision", "path", "base", "prompts", "reports", "example"}
     model = _fields(value, where, required={"name"}, allowed=keys)
     base = model.get("base", default_base)
     if base is None:
@@ -204,6 +224,8 @@ def _entry(value: object, where: str, default_base: object, folder: Path) -> Ent
         Source() if base == DEMO else _source(base, f"{where}.base", folder),
         tuple(_text(prompt, f"{where}.prompts") for prompt in prompts),
         {_text(name, f"{where}.reports"): folder / _text(file, f"{where}.reports") for name, file in reports.items()},
+        check_name(model["domain"], f"{where}.domain") if "domain" in model else "",
+        folder / _text(model["example"], f"{where}.example") if "example" in model else None,
     )
 
 

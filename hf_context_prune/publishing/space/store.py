@@ -54,3 +54,8 @@ class ModelStore:
             if source not in self._models:
                 self._models[source] = self._load(source)
             return self._models[source]
+
+    def drop(self, source: Source) -> None:
+        """Forget a model, so that its memory is free for the next one."""
+        with self._lock:
+            self._models.pop(source, None)

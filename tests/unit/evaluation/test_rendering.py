@@ -31,8 +31,11 @@ from tests.support.tiny import texts, tiny_model, tiny_tokenizer
 def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("report")
     paths = []
-    for name, ratio in (("small", 0.5), ("wide one", 0.25)):
-        config = PrunerConfig(mlp_ratio=ratio, **OPTIONS)
+    for name, asked in (
+        ("small", {"mlp_ratio": 0.5}),
+        ("wide one", {"pruning_ratio": 0.2, "units": "neurons,kv_groups", "native_architecture": False}),
+    ):
+        config = PrunerConfig(**asked, **OPTIONS)
         result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=QUICK)
         paths.append(result.save_pretrained(place / name))
     return paths
@@ -43,7 +46,7 @@ def test_markdown_and_pictures(folders, tmp_path):
     found = [read_folder(folder) for folder in folders]
     out = render(found, tmp_path / "out")
     names = {path.name for path in out.iterdir()} - {"manifest.json"}
-    assert names == {"report.md", "loss-against-size.png", "widths-small.png", "widths-wide-one.png"}
+    assert names == {"report.md", "loss-against-size.png", "widths-wide-one.png"}  # equal widths make no picture
     text = (out / "report.md").read_text(encoding="utf-8")
     for folder in found:
         assert folder.plan.sha256 in text
@@ -67,7 +70,7 @@ def test_a_report_replaces_reports_alone(folders, tmp_path):
         render(found, folders[0])
     verify_folder(folders[0])
     names = ("a b", "a-b", "a-b-2", "a_b")
-    alike = [Folder(name, found[0].plan, found[0].report) for name in names]
+    alike = [Folder(name, found[1].plan, found[1].report) for name in names]
     out = render(alike, tmp_path / "alike")
     text = (out / "report.md").read_text(encoding="utf-8")
     pictures = ["widths-a-b.png", "widths-a-b-2.png", "widths-a-b-2-2.png", "widths-a_b.png"]
@@ -117,7 +120,7 @@ def test_a_run_without_a_model_is_reported_too(folders, tmp_path):
     found = [read_folder(tmp_path / "speed"), read_folder(folders[0])]
     assert (found[0].plan, found[0].report) == (None, replace(RUN, title="Again"))
     out = render(found, tmp_path / "out")
-    assert {path.name for path in out.glob("*.png")} == {"widths-small.png", "loss-against-size.png"}
+    assert {path.name for path in out.glob("*.png")} == {"loss-against-size.png"}
     text = (out / "report.md").read_text(encoding="utf-8")
     for part in ("[this]", "<b>", "*note*", "| # 1"):
         assert part not in text.replace("\\" + part[0], "?")
@@ -171,7 +174,8 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
     loss = report.loss
     name, much = report.dataset.name, f": {loss.base.num_documents} documents, {loss.base.num_bytes:,} bytes"
     assert list(drawn) == [f"{name}{much}", f"{name} (ffffffff){much}"]
-    assert [[point.label for point in points] for points in drawn.values()] == [["base", "small"], ["base", "wide one"]]
+    base = f"base: {report.base_model}"
+    assert [[point.label for point in points] for points in drawn.values()] == [[base, "small"], [base, "wide one"]]
     drawn.clear()
     less = replace(report, loss=replace(loss, pruned=replace(loss.pruned, num_documents=1, num_bytes=12)))
     with pytest.raises(InterruptedError):

@@ -11,7 +11,7 @@ import pytest
 from hf_context_prune.errors import LoadError
 from hf_context_prune.publishing.space import compare
 from hf_context_prune.publishing.space.compare import Comparer
-from hf_context_prune.publishing.space.generation import Request, race
+from hf_context_prune.publishing.space.generation import CHAT, COLOUR, Request, race
 from hf_context_prune.publishing.space.settings import Limits, Source
 from hf_context_prune.publishing.space.store import ModelStore, load_source
 from tests.support.space_models import settings_of
@@ -32,6 +32,29 @@ def test_both_sides(comparer, domain):
     assert dense.megabytes > pruned.megabytes > 0
     assert "times as fast" in views[-1].status
     assert not views[-1].refused
+
+
+def test_the_text_is_compared_in_every_mode(comparer):
+    *_, told = comparer.compare("Law", Request("the court", new_tokens=6))
+    assert "".join(span.text for span in told.spans) == "the court" + told.sides[0].progress.text
+    *_, answered = comparer.compare("Law", Request("the court", mode=CHAT, new_tokens=6))
+    assert "".join(span.text for span in answered.spans) == answered.sides[0].progress.text
+    *_, coloured = comparer.compare("Law", Request("the court finds", mode=COLOUR))
+    assert "".join(span.text for span in coloured.spans) == "the court finds"
+    assert {side.progress.tokens for side in coloured.sides} == {0}
+    assert coloured.status == "Done."
+
+
+def test_a_text_that_cant_be_coloured_is_still_written(tiny_space):
+    def load(source):
+        loaded = load_source(source)
+        loaded.tokenizer.bos_token = loaded.tokenizer.eos_token = None
+        return loaded
+
+    *_, last = Comparer(settings_of(tiny_space), ModelStore(load)).compare("Law", Request("the court", new_tokens=4))
+    assert last.sides[1].progress.tokens == 4
+    assert last.spans == ()
+    assert "The text can't be coloured: The tokenizer has neither" in last.status
 
 
 def test_a_model_that_fails_leaves_the_other(comparer):

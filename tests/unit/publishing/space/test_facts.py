@@ -23,8 +23,10 @@ from hf_context_prune.publishing.space.facts import (
     report_rows,
 )
 from hf_context_prune.publishing.space.html import render
-from hf_context_prune.publishing.space.prompts import choose_prompts
+from hf_context_prune.publishing.space.prompts import OUTSIDE, choose_prompts
 from hf_context_prune.publishing.space.settings import Entry, Source
+from hf_context_prune.publishing.space.surprise import Span
+from hf_context_prune.publishing.space.views import headline_html, removed_html, surprise_html
 from tests.support.space_models import settings_of
 
 
@@ -122,10 +124,9 @@ def test_hostile_names_stay_names(facts):
     hostile = "<img src=x onerror=alert(1)> ${alert(1)} {{constructor}} </div>\n# x"
     fact = facts["Law"]
     report = replace(fact.report, base_model=hostile, notes=(hostile,))
-    html = render(
-        "removed", problems=(hostile,), sentences=describe_removal(fact), rows=report_rows(report), notes=report.notes
-    )
-    html += render("table", header=[hostile], rows=[[hostile]], caption=hostile, empty=hostile)
+    html = removed_html(replace(fact, report=report, problems=(hostile,)))
+    html += render("table", header=[hostile], rows=[[hostile]], caption=hostile)
+    html += headline_html(Entry(hostile, Source(), Source()), fact) + surprise_html((Span(hostile, 1.0, 9.0),))
     html += render("head", title=hostile) + render("status", text=hostile, bad=True)
     html += render("side", kind="dense", name=hostile, speed="1", first="1", megabytes="1", tokens="1")
     for mark in ("<img", "${", "{{", "</div>\n#"):
@@ -142,10 +143,14 @@ def test_a_report_of_one_model_has_no_table(facts):
     ]
 
 
-def test_examples_by_domain():
+def test_prompts_by_domain():
     names = ("Mini GPT law", "medicine", "Finance", "licences", "poems")
     assert len({choose_prompts(name) for name in names}) == len(names)
-    assert all(choose_prompts(name) for name in names)
+    assert choose_prompts("mini", domain="contracts") == choose_prompts("law")
+    assert choose_prompts("contracts.jsonl", "mini") == choose_prompts("law")
+    assert choose_prompts("law.jsonl", domain="beekeeping")[:1] == choose_prompts("law")[:1]
+    assert "beekeeping" in choose_prompts("mini", domain="beekeeping")[0]
+    assert {choose_prompts(name)[-1] for name in names} == {OUTSIDE}
 
 
 def test_reports_are_read(tiny_space):

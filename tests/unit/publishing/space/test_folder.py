@@ -17,10 +17,16 @@ from huggingface_hub import SpaceCard
 
 from hf_context_prune import __version__
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
+from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pipelines.export import export_model
+from hf_context_prune.publishing.space.compare import Comparer
+from hf_context_prune.publishing.space.example import Example
+from hf_context_prune.publishing.space.facts import read_facts
 from hf_context_prune.publishing.space.folder import demo_files, make_space_settings, write_space
-from hf_context_prune.publishing.space.settings import Entry, Settings, Source, read_space_settings
+from hf_context_prune.publishing.space.generation import Request
+from hf_context_prune.publishing.space.settings import Entry, Limits, Settings, Source, read_space_settings
+from hf_context_prune.publishing.space.store import ModelStore
 from hf_context_prune.publishing.space.wheel import write_wheel
 from hf_context_prune.storage.manifest import verify_folder
 from tests.unit.publishing.space.test_settings import COMMIT
@@ -45,6 +51,8 @@ def test_what_is_in_it(folder):
     listed = verify_folder(folder)["files"]
     wheel = f"hf_context_prune-{__version__}-py3-none-any.whl"
     assert {name for name in listed if not name.startswith("models/")} == {
+        "examples/0.json",
+        "examples/1.json",
         "README.md",
         "app.py",
         "requirements.txt",
@@ -100,7 +108,7 @@ def test_the_wheel_is_a_wheel(folder, tmp_path):
 
 def test_hub_models_are_named_and_not_copied(tmp_path):
     settings = Settings("Hub", (Entry("Law", Source("us/mini", COMMIT), Source("us/dense", COMMIT)),))
-    out = write_space(settings, tmp_path / "out")
+    out = write_space(settings, tmp_path / "out", examples=False)
     assert not (out / "models").exists()
     assert SpaceCard.load(out / "README.md").data.models == ["us/dense", "us/mini"]
     assert read_space_settings(out / "space.yaml") == settings
@@ -123,6 +131,71 @@ def test_a_yaml_with_reports(run, place):
     assert run("space", "@mine.yaml", "--output", "@out")[0] == 0  # an older one of ours is replaced
     code, _, err = run("space", "@mine.yaml", "--output", "@out2", "--title", "X")
     assert (code, "leave out --title" in err) == (2, True)
+
+
+def test_the_finished_example_is_what_a_visitor_would_get(folder, tiny_space):
+    settings = read_space_settings(folder / "space.yaml")
+    entry = settings.entries[1]
+    example = Example.load(entry.example)
+    assert example.can_chat
+    assert example.prompt == entry.prompts[0]
+    *_, live = Comparer(settings, ModelStore()).compare("Variable", Request(example.prompt, new_tokens=64))
+    for shown, now in zip(example.view.sides, live.sides, strict=True):
+        assert (shown.name, shown.progress.text) == (now.name, now.progress.text)
+    assert example.view.spans == live.spans
+    assert "".join(span.text for span in live.spans).startswith(example.prompt)
+    assert read_facts(entry).example == example
+
+
+def test_examples_that_are_no_examples(folder, tmp_path):
+    values = json.loads((folder / "examples/0.json").read_text())
+    for number, (broken, message) in enumerate(
+        (
+            (values | {"schema_version": 9}, "Write the Space again"),
+            (values | {"prompt": 7}, "example.prompt is 7"),
+            (values | {"html": "<b>"}, "example.html is unknown"),
+            ([], "Write the Space again"),
+        )
+    ):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(broken))
+        with pytest.raises(LoadError, match=message):
+            Example.load(file)
+        entry = Entry("Law", Source(path=folder / "models/uniform"), Source(), example=file)
+        assert message in read_facts(entry).problems[0]
+        with pytest.raises(LoadError, match=message):
+            write_space(Settings("X", (entry,)), tmp_path / "out", examples=False)
+
+
+def test_an_example_that_cant_be_made_names_the_way_out(tiny_space, tmp_path):
+    settings = make_space_settings([str(tiny_space / "uniform")], base=str(tiny_space / "base"))
+    settings = replace(settings, limits=Limits(prompt_tokens=1))
+    with pytest.raises(ConfigError, match="--no-examples"):
+        write_space(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write_space(settings, tmp_path / "out", examples=False)
+    assert read_space_settings(tmp_path / "out/space.yaml").entries[0].example is None
+
+
+def test_name_prompts_and_sizes_come_from_the_plan(tiny_space, monkeypatch):
+    load = PruningPlan.load
+
+    def load_named(path):
+        plan = load(path)
+        made = {**plan.provenance, "config": {**plan.provenance["config"], "domain": "contracts"}}
+        return replace(plan, provenance=made)
+
+    monkeypatch.setattr(PruningPlan, "load", load_named)
+    base = str(tiny_space / "base")
+    folders = [str(tiny_space / name) for name in ("uniform", "variable")]
+    one = make_space_settings(folders[:1], base=base)
+    assert one.title == "Mini-GPT: Contracts"
+    assert one.entries[0].name == "Contracts"
+    assert one.entries[0].prompts[0].startswith("This Agreement")
+    both = make_space_settings(folders, base=base)
+    reports = [EvalReport.load(Path(folder) / "eval_report.json").size.achieved_ratio for folder in folders]
+    assert [entry.name for entry in both.entries] == [f"Contracts, {share:.0%} removed" for share in sorted(reports)]
+    assert list(both.domains) == ["Contracts"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +224,7 @@ def test_what_is_refused(run, place, tiny_space):
     for number, (arguments, code, words) in enumerate(
         (
             (["@none"], 2, "neither a folder nor a Hub id"),
-            (["@models/base", "--base", "demo"], 0, ""),  # not ours, but a model folder: shown as it is
+            (["@models/base", "--base", "demo", "--no-examples"], 0, ""),  # not ours, but a model folder
             (["@models/uniform", "@models/uniform", "--base", "demo"], 2, "names that differ"),
             (["@models/uniform", "--base", "@models"], 1, "no config.json"),
             (["us/mini", "--base", "demo"], 1, "us/mini@COMMIT"),

@@ -9,7 +9,7 @@ import torch
 
 from hf_context_prune import load_model
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.publishing.space.generation import ANSWER, CONTINUE, Progress, Request, Runner, _Draw, race
+from hf_context_prune.publishing.space.generation import CHAT, CONTINUE, Progress, Request, Runner, Turn, _Draw, race
 from hf_context_prune.publishing.space.settings import Limits
 
 LIMITS = Limits(new_tokens=40)
@@ -35,8 +35,19 @@ def test_each_writes_what_generate_writes(loaded):
 
 
 def test_an_answer_goes_through_the_chat_template(loaded):
-    runner = Runner(loaded[0], Request("the dose", mode=ANSWER, new_tokens=1), LIMITS)
+    runner = Runner(loaded[0], Request("the dose", mode=CHAT, new_tokens=1), LIMITS)
     assert loaded[0].tokenizer.decode(runner._ids[0]) == "<s>the dose"
+
+
+def test_each_model_reads_its_own_answers(loaded):
+    turns = (Turn("the court", "finds", "owes"),)
+    for kind, answer in (("dense", "finds"), ("pruned", "owes")):
+        request = Request("the dose", mode=CHAT, new_tokens=1, turns=turns)
+        runner = Runner(loaded[0], request, LIMITS, kind)
+        assert loaded[0].tokenizer.decode(runner._ids[0]) == f"<s>the court<s>{answer}<s>the dose"
+    assert Request("the dose", new_tokens=8, turns=turns).checked(LIMITS).turns == ()  # a text has no conversation
+    with pytest.raises(ConfigError, match=r"at most 472\. Begin a new chat"):
+        Runner(loaded[0], Request("the", mode=CHAT, new_tokens=40, turns=turns * 99), LIMITS)
 
 
 def test_drawn_tokens_are_the_same_again(loaded):
@@ -182,7 +193,7 @@ def test_no_chat_template(loaded):
     before, tokenizer.chat_template = tokenizer.chat_template, None
     try:
         with pytest.raises(ConfigError, match="no chat template"):
-            Runner(loaded[0], Request("the", mode=ANSWER), LIMITS)
+            Runner(loaded[0], Request("the", mode=CHAT), LIMITS)
         Runner(loaded[0], Request("the", mode=CONTINUE), LIMITS)
     finally:
         tokenizer.chat_template = before

@@ -70,4 +70,5 @@ def test_to_the_hub_and_back(tiny_space, tmp_path):
         "revision": commits["mini"],
         "base": {"repo": "org/dense", "revision": commits["dense"]},
         "prompts": None,
+        "example": "examples/0.json",
     }

@@ -25,7 +25,14 @@ GOOD = {
     "base": "demo",
     "models": [
         {"name": "Law", "path": "models/law", "prompts": ["The court"], "reports": {"general": "reports/g.json"}},
-        {"name": "Medicine", "repo": "us/mini", "revision": COMMIT, "base": {"repo": "us/dense", "revision": COMMIT}},
+        {
+            "name": "Medicine, small",
+            "domain": "Medicine",
+            "example": "examples/m.json",
+            "repo": "us/mini",
+            "revision": COMMIT,
+            "base": {"repo": "us/dense", "revision": COMMIT},
+        },
     ],
     "limits": {"new_tokens": 64},
 }
@@ -43,7 +50,12 @@ def test_all_that_it_may_say(tmp_path):
     assert law == Entry(
         "Law", Source(path=tmp_path / "models/law"), Source(), ("The court",), {"general": tmp_path / "reports/g.json"}
     )
-    assert medicine == Entry("Medicine", Source("us/mini", COMMIT), Source("us/dense", COMMIT))
+    assert medicine == Entry(
+        *("Medicine, small", Source("us/mini", COMMIT), Source("us/dense", COMMIT)),
+        domain="Medicine",
+        example=tmp_path / "examples/m.json",
+    )
+    assert settings.domains == {"Law": (law,), "Medicine": (medicine,)}
     assert settings.limits == Limits(new_tokens=64)
     write_settings(settings, tmp_path / "again.yaml")
     assert read_space_settings(tmp_path / "again.yaml") == settings
@@ -84,6 +96,8 @@ REFUSED = (
     (model(base={"repo": "https://evil.example/x", "revision": COMMIT}), "owner/name"),
     (model(base={"repo": "../x", "revision": COMMIT}), "owner/name"),
     (model(base={}), "it has neither"),
+    (model(domain="a\nb"), "one line"),
+    (model(example=7), "must be a text"),
     (model(prompts="text"), "list of at most 8"),
     (model(prompts=["x"] * 9), "list of at most 8"),
     (model(prompts=[1]), "must be a text"),
