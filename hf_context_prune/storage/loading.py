@@ -136,12 +136,15 @@ def load_model(
     return _load_folder(path, path, dtype, device)
 
 
-def load_pruned(folder: str | Path, *, dtype: str = "auto") -> PreTrainedModel:
-    """Load a folder that this package saved, after checking it against its manifest.
+def load_pruned(folder: str | Path, *, dtype: str = "auto", revision: str | None = None) -> PreTrainedModel:
+    """Load a folder that this package saved, after checking it against its manifest, or a repository of such a folder.
+
+    No code of the folder or the repository is run.
 
     Args:
-        folder: A local folder.
+        folder: A local folder, or the id of a repository, whose files are read at one commit.
         dtype: As in [`load_model`][].
+        revision: Branch, tag or commit of a repository.
 
     Returns:
         The model in evaluation mode on its device. [`load_model`][] gives its tokenizer, too.
@@ -163,7 +166,8 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto") -> PreTrainedModel:
     _check_dtype(dtype)
     path = _local_path(folder)
     if path is None:
-        raise LoadError(f"{folder} does not exist; load_pruned takes a local folder, load_model also a Hub id.")
+        return _load_hub(str(folder), dtype, revision, device=None).model
+    _warn_of_revision(path, revision)
     verify_folder(path)
     _check_folder(path)
     return _load_folder(path, path, dtype, device=None).model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "pruning_plan.json"
+CONFIG_NAME = "pruner_config.json"
 REPORT_NAME = "eval_report.json"
 EXPORT_REPORT_NAME = "export_report.json"
 CARD_NAME = "README.md"

@@ -5,6 +5,7 @@ The values are checked, and the command line is made, from these fields.
 
 from __future__ import annotations
 
+import json
 import inspect
 import math
 import re
@@ -176,6 +177,10 @@ class OptionSet:
     def to_dict(self) -> dict[str, Any]:
         """Return all options as plain values."""
         return asdict(self)  # type: ignore[call-overload]
+
+    def to_json_string(self) -> str:
+        """Return all options as JSON, sorted by name."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -48,12 +48,12 @@ ADDED = [
 ]
 
 
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTE_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def byte_tokenizer(**special):
     """One token a byte, then <s> and </s>."""
-    vocab = {token: index for index, token in enumerate([*BYTES, "<s>", "</s>"])}
+    vocab = {token: index for index, token in enumerate([*BYTE_LETTERS, "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -8,7 +8,7 @@ from html import escape
 
 from hf_context_prune.modeling.plan import PruningPlan
 
-from .plots import plot_widths
+from .plots import describe_widths, plot_widths, widths_vary
 from .report import EvalReport
 from .rows import table_header, table_rows
 from .summary import headline
@@ -31,9 +31,9 @@ def result_html(report: EvalReport, plan: PruningPlan) -> str:
 
 
 def _widths(plan: PruningPlan) -> str:
-    if len(set(plan.widths)) == 1:
+    if not widths_vary(plan):
         return ""
     picture = io.BytesIO()
-    plot_widths(plan, "Widths by layer").savefig(picture, format="png", dpi=80)
+    plot_widths(plan, describe_widths(plan)).savefig(picture, format="png", dpi=80)
     data = base64.b64encode(picture.getvalue()).decode()
     return f'<img alt="Neurons and KV groups of every layer, before and after" src="data:image/png;base64,{data}">'

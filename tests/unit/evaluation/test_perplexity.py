@@ -21,9 +21,9 @@ from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.windows import EncodedDocument, batch_windows, cut_windows
-from tests.support.tiny_tokenizers import BYTES, byte_tokenizer
+from tests.support.tiny_tokenizers import BYTE_LETTERS, byte_tokenizer
 
-VOCAB_SIZE = len(BYTES) + 2
+VOCAB_SIZE = len(BYTE_LETTERS) + 2
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64)
 

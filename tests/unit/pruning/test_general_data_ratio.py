@@ -91,7 +91,7 @@ def test_what_is_mixed_in_is_not_what_is_measured(base, tmp_path):
     recovery = RecoveryConfig(max_steps=1, num_epochs=9.0, max_seq_length=32, batch_size=2)
     later = recover_folder(folder, domain, recovery, eval_options=options)
     assert later.report.general is not None
-    assert later.report.general.dataset.fingerprint == part.facts.fingerprint
+    assert later.report.general.dataset.fingerprint == part.source.fingerprint
 
 
 def test_mixing_needs_a_text_and_says_so_before_the_work(base, monkeypatch, tmp_path):
