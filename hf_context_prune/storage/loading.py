@@ -154,13 +154,12 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", revision: str | None
 
     Example:
         ```python
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, pipeline
 
         from hf_context_prune import load_pruned
 
         model, tokenizer = load_pruned("mini-gpt"), AutoTokenizer.from_pretrained("mini-gpt")
-        tokens = model.generate(**tokenizer("This Agreement", return_tensors="pt"), max_new_tokens=40)
-        print(tokenizer.decode(tokens[0]))
+        print(pipeline("text-generation", model=model, tokenizer=tokenizer)("This Agreement"))
         ```
     """
     _check_dtype(dtype)
