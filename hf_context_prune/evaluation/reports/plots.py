@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from hf_context_prune.utils.palette import PALETTE, SERIES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_TITLE_LETTERS = 90
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def new_figure(**options: Any) -> Figure:  # noqa: ANN401 - those of matplotlib'
 
 
 def style_axis(axis: Axes, title: str = "") -> None:
-    """Give an axis the one look of all pictures: a quiet grid, no frame, the title at the left."""
+    """Give an axis the one look of all pictures: a quiet grid, no frame, the title at the left, no wider than it."""
+    title = "\n".join(textwrap.shorten(line, _TITLE_LETTERS, placeholder=" ...") for line in title.splitlines())
     axis.set_title(title, loc="left", fontsize="medium", fontweight="bold", color=PALETTE["ink"], parse_math=False)
     axis.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
     axis.set_axisbelow(True)

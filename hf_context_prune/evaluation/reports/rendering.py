@@ -198,8 +198,8 @@ def draw_pictures(folder: Folder) -> dict[str, tuple[str, bytes]]:
     found: dict[str, tuple[str, bytes]] = {}
     if folder.plan is not None and widths_vary(folder.plan):
         removed = folder.report.size.achieved_ratio if isinstance(folder.report, EvalReport) else None
-        title = f"{folder.name}: {describe_widths(folder.plan, removed)}"
-        found["widths.png"] = (title, _draw_png(folder.name, plot_widths, folder.plan, title))
+        result = describe_widths(folder.plan, removed)
+        found["widths.png"] = (f"{folder.name}: {result}", _draw_png(folder.name, plot_widths, folder.plan, result))
     if isinstance(folder.report, RunReport):
         for name, (title, draw) in _DRAWINGS.get(folder.report.kind, {}).items():
             if name != "mix.png" or folder.report.figures.get("mixes"):

@@ -101,9 +101,12 @@ def _name_sizes(found: Sequence[tuple[Entry, Facts]]) -> list[Entry]:
         if len(group) == 1 or any(facts.domain is None for _, facts in group):
             entries += [entry for entry, _ in group]
             continue
-        for entry, facts in sorted(group, key=lambda pair: pair[1].share_removed or 0.0):
-            removed = facts.share_removed
-            size = entry.model.label if removed is None else f"{removed:.0%} removed"
+        group.sort(key=lambda pair: pair[1].share_removed or 0.0)
+        shares = [facts.share_removed for _, facts in group]
+        sizes = ["" if share is None else f"{share:.0%} removed" for share in shares]
+        for (entry, _), size in zip(group, sizes, strict=True):
+            if not size or sizes.count(size) > 1:
+                size = entry.model.label
             entries.append(replace(entry, name=check_name(f"{entry.domain}, {size}", "the name of a model")))
     return entries
 
