@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .evaluation.reports.report import EvalReport
     from .export.run import open_export, read_export
     from .modeling.plan import PruningPlan
+    from .pipelines.bench import bench
     from .pipelines.evaluate import evaluate
     from .pipelines.export import export_model
     from .pipelines.prune import prune, prune_to_folder
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from .pruning.scoring import Requirements
     from .pruning.surgery import apply_plan
     from .pruning.vocabulary.prune import prune_vocabulary
-    from .publishing.card.card import rewrite_card
+    from .publishing.card.card import make_card
     from .publishing.hub import push_folder
     from .publishing.space.folder import check_space_publishable, make_space_settings, write_space
     from .publishing.space.settings import read_space_settings
@@ -72,6 +73,7 @@ _HOME = {
     "ThresholdConfig": "config",
     "apply_plan": "pruning.surgery",
     "batches_of": "pruning.calibration.samples",
+    "bench": "pipelines.bench",
     "calibrate": "pruning.calibration.calibrate",
     "check_space_publishable": "publishing.space.folder",
     "evaluate": "pipelines.evaluate",
@@ -80,6 +82,7 @@ _HOME = {
     "load_documents": "data.documents",
     "load_model": "storage.loading",
     "load_pruned": "storage.loading",
+    "make_card": "publishing.card.card",
     "make_plan": "pruning.planner",
     "make_space_settings": "publishing.space.folder",
     "open_export": "export.run",
@@ -93,7 +96,6 @@ _HOME = {
     "reconstruct_with": "pruning.planner",
     "recover": "training.recovery.recover",
     "recover_to_folder": "pipelines.recover",
-    "rewrite_card": "publishing.card.card",
     "tokenize_samples": "data.samples",
     "verify_folder": "storage.manifest",
     "withhold_probe": "pruning.allocation.sensitivity",
@@ -118,6 +120,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "batches_of",
+    "bench",
     "calibrate",
     "check_space_publishable",
     "evaluate",
@@ -126,6 +129,7 @@ __all__ = [
     "load_documents",
     "load_model",
     "load_pruned",
+    "make_card",
     "make_plan",
     "make_space_settings",
     "open_export",
@@ -139,7 +143,6 @@ __all__ = [
     "reconstruct_with",
     "recover",
     "recover_to_folder",
-    "rewrite_card",
     "tokenize_samples",
     "verify_folder",
     "withhold_probe",

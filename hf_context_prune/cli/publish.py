@@ -27,9 +27,9 @@ def card(
     overwrite: Annotated[bool, shared("Replace a card that was edited by hand.", None, "--overwrite")] = False,
 ) -> None:
     """Write the model card (README.md, picture) of a pruned folder again, from the folder alone."""
-    from hf_context_prune import rewrite_card
+    from hf_context_prune import make_card
 
-    out(f"Wrote {rewrite_card(folder, name=name, overwrite=overwrite)}")
+    out(f"Wrote {make_card(folder, name=name, overwrite=overwrite)}")
 
 
 def push(

@@ -112,9 +112,10 @@ def load_documents(
             split ``train``), a ``datasets.Dataset`` or ``IterableDataset``, a sequence of strings or of dicts, or a
             `TextSource`. A local path that exists wins over a preset and over a Hub id.
         text_column: Column that holds the text, or several separated by commas, joined by a newline. By default
-            ``text``, else ``content``, else ``messages``, else the only column of strings. Records that share a value
-            of the column ``doc`` become one document, joined in order by a blank line; a column ``source`` is kept.
-        tokenizer: Renders chat messages (lists of role and content) with its chat template.
+            ``text``, else ``content``, else ``messages``, else the only column of strings, else ``input_ids`` (decoded
+            by `tokenizer`). Records that share a value of the column ``doc`` become one document, joined in order by a
+            blank line; a column ``source`` is kept.
+        tokenizer: Renders chat messages (lists of role and content) with its chat template, and decodes token ids.
         max_documents: Stop after that many documents. By default all of a local source and
             [`HUB_MAX_DOCUMENTS`][] of a Hub stream.
         seed: Order in which a Hub stream without a ``doc`` column is read (shards, then a buffer of 1,000 records).

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,8 @@ Record: TypeAlias = Mapping[str, Any]
 
 PEEK = 32
 """Number of records that choose the text column."""
+TOKENS = "input_ids"
+"""Column of a tokenised data set."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def choose_text_columns(head: list[Record], text_column: str | None, name: str) 
     ]
     if len(strings) == 1:
         return strings
+    if not strings and TOKENS in columns:
+        return [TOKENS]
     raise DataError(
         f"{name}: can't tell which column holds the text; name it with text_column (--text-column), or several as a,b; "
         f"its columns are {', '.join(columns)}"
@@ -93,8 +97,8 @@ def render_texts(values: Iterable[tuple[object, str]], tokenizer: PreTrainedToke
 
     Args:
         values: Pairs of a value and the name of its record in errors. A value is a string, chat messages (rendered by
-            the chat template), or None (no text).
-        tokenizer: The tokenizer whose chat template is used.
+            the chat template), token ids (decoded, without special tokens), or None (no text).
+        tokenizer: The tokenizer whose chat template is used, and which made the token ids.
 
     Raises:
         DataError: A value is something else, or messages can't be rendered.
@@ -105,6 +109,9 @@ def render_texts(values: Iterable[tuple[object, str]], tokenizer: PreTrainedToke
     for value, where in values:
         if isinstance(value, str):
             texts.append(value)
+            continue
+        if _is_token_ids(value):
+            texts.append(_decoded(value, where, tokenizer))
             continue
         if value is not None and not _is_chat(value):
             raise DataError(
@@ -131,6 +138,21 @@ def render_texts(values: Iterable[tuple[object, str]], tokenizer: PreTrainedToke
             raise DataError(f"{where}: the chat template refuses these messages ({result})")
         texts[index] = result
     return texts
+
+
+def _is_token_ids(value: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, Sequence) and len(value) > 0 and all(type(item) is int for item in value)
+
+
+def _decoded(ids: Sequence[int], where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None:
+        raise DataError(f"{where}: token ids, but no tokenizer was given; give data with a column of plain text")
+    if (most := max(ids)) >= len(tokenizer) or min(ids) < 0:
+        raise DataError(
+            f"{where}: the token id {most if min(ids) >= 0 else min(ids)} is not one of this tokenizer, which has "
+            f"{len(tokenizer):,}; give data that the model's own tokenizer made, or a column of plain text"
+        )
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _is_chat(value: object) -> bool:

@@ -27,7 +27,7 @@ from hf_context_prune.pruning.calibration.samples import CalibrationSet, check_s
 from hf_context_prune.pruning.notes import plan_notes
 from hf_context_prune.pruning.prune_model import check_budget, prune_model
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
-from hf_context_prune.publishing.card.card import rewrite_card
+from hf_context_prune.publishing.card.card import make_card
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
 from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.storage.results_log import open_results_log
@@ -328,7 +328,7 @@ def _write_report(
         older = EvalReport.load(folder / REPORT_NAME)
         if replace(older, created=report.created, environment=report.environment) == report:
             return
-    rewrite_card(folder, report=report)
+    make_card(folder, report=report)
 
 
 def _is_finished(base: LoadedModel, member: _Member, folder: Path) -> bool:

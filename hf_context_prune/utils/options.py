@@ -5,8 +5,8 @@ The values are checked, and the command line is made, from these fields.
 
 from __future__ import annotations
 
-import json
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable, Mapping

@@ -19,7 +19,7 @@ import torch
 
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.publishing.card.card import rewrite_card
+from hf_context_prune.publishing.card.card import make_card
 from hf_context_prune.publishing.space.facts import describe_removal, read_facts
 from hf_context_prune.publishing.space.settings import Entry, Source
 from hf_context_prune.storage.loading import load_model, load_pruned
@@ -131,7 +131,7 @@ def test_inspect_shows_it(golden, capsys, monkeypatch):
 
 def test_its_card_is_written_with_the_options_of_today(golden, tmp_path):
     folder = shutil.copytree(golden.folder, tmp_path / golden.name)
-    rewrite_card(folder)
+    make_card(folder)
     card = (folder / CARD_NAME).read_text(encoding="utf-8")
     assert f"```sh\n{COMMANDS[golden.name]}```" in card
     assert "license: mit" in card

@@ -36,7 +36,7 @@ from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pipelines.recover import recover_to_folder
 from hf_context_prune.pruning.surgery import apply_plan
-from hf_context_prune.publishing.card.card import build_card, rewrite_card
+from hf_context_prune.publishing.card.card import build_card, make_card
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.publishing.space.folder import make_space_settings
 from hf_context_prune.storage.loading import load_meta_model
@@ -304,7 +304,7 @@ def test_errors_of_a_card_name_files_that_stay(folder):
         path.write_text("{")
         sealing(folder)()
         with pytest.raises(PlanError, match=re.escape(f"{path} can't be read")):
-            rewrite_card(folder, overwrite=True)
+            make_card(folder, overwrite=True)
     finally:
         path.write_bytes(whole)
         sealing(folder)()
@@ -335,7 +335,7 @@ def test_a_report_that_holds_infinity_is_refused_by_every_command(folder, subtes
     try:
         path.write_text(json.dumps(values))
         sealing(folder)()
-        for read in (inspect, read_folder, lambda folder: show_report([folder]), read_facts, rewrite_card):
+        for read in (inspect, read_folder, lambda folder: show_report([folder]), read_facts, make_card):
             with subtests.test(read=read), pytest.raises(LoadError, match="it holds Infinity"):
                 read(folder)
     finally:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.pipelines.export import export_model
-from hf_context_prune.publishing.card.card import rewrite_card
+from hf_context_prune.publishing.card.card import make_card
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.storage.staging import staged_folder
 from tests.integration.test_hub_reading import pruned_model
@@ -48,7 +48,7 @@ def place(tmp_path_factory):
     result.save_pretrained(folder / "stock")
     model, plan = pruned_model(tiny_model("llama"))
     save_pruned(model, folder / "variable", tokenizer=tiny_tokenizer(), plan=plan, report=result.report)
-    rewrite_card(folder / "variable")
+    make_card(folder / "variable")
     for name, seed in (("fresh", 3), ("other", 4)):  # weights that the server has not seen
         save_pruned(tiny_model("llama", seed=seed), folder / name, tokenizer=tiny_tokenizer())
     tiny_model("llama").save_pretrained(folder / "base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import get_args
 
@@ -359,6 +360,26 @@ def test_dict_round_trip():
     assert config.to_dict() == EVERYTHING
     assert PrunerConfig.from_dict(config.to_dict()) == config
     assert PrunerConfig.from_dict(PrunerConfig().to_dict()) == PrunerConfig()
+
+
+def test_a_config_is_saved_and_loaded_as_those_of_transformers(tmp_path):
+    config = PrunerConfig(pruning_ratio=0.3, units="neurons,kv_groups", domain="law")
+    assert json.loads(config.to_json_string()) == json.loads(json.dumps(config.to_dict()))
+    assert config.save_pretrained(tmp_path / "new" / "folder").name == "pruner_config.json"
+    assert PrunerConfig.from_pretrained(tmp_path / "new" / "folder") == config
+    with pytest.raises(ConfigError, match="neither a folder nor the id of a repository"):
+        PrunerConfig.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"neither pruner_config\.json nor pruning_plan\.json"):
+        PrunerConfig.from_pretrained(tmp_path)
+    (tmp_path / "pruning_plan.json").write_text(json.dumps({"provenance": {"config": {"pruning_ratio": 0.4}}}))
+    assert PrunerConfig.from_pretrained(tmp_path).pruning_ratio == 0.4
+    for content in ("{", '{"provenance": {}}', "[]"):
+        (tmp_path / "pruning_plan.json").write_text(content)
+        with pytest.raises(ConfigError, match="holds no options"):
+            PrunerConfig.from_pretrained(tmp_path)
+    (tmp_path / "pruner_config.json").write_text('{"pruning_ration": 0.4}')
+    with pytest.raises(ConfigError, match="Did you mean 'pruning_ratio'"):
+        PrunerConfig.from_pretrained(tmp_path)
 
 
 def test_unknown_keys():

@@ -85,7 +85,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
 
 @reserves("folder")
-def rewrite_card(
+def make_card(
     folder: str | Path, *, name: str | None = None, overwrite: bool = False, report: EvalReport | None = None
 ) -> Path:
     """Rewrite the card of a folder from the folder alone, whole or not at all.

@@ -273,6 +273,19 @@ def test_messages_go_through_the_chat_template(tmp_path, tokenizer, from_file):
 # --- Python objects -------------------------------------------------------------------------------------------------
 
 
+def test_a_tokenised_dataset_is_decoded(tokenizer):
+    """As a Trainer has it: columns of token ids, masks and labels, and no text."""
+    words = ["the first text", "and another one"]
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in map(tokenizer.encode, words)]
+    for source in (rows, datasets.Dataset.from_list(rows)):
+        assert [one.text for one in load_documents(source, tokenizer=tokenizer).documents] == words
+    with pytest.raises(DataError, match="token ids, but no tokenizer was given"):
+        load_documents(rows)
+    with pytest.raises(DataError, match=r"record 1, 'input_ids': the token id 999999 is not one of this tokenizer"):
+        load_documents([{"input_ids": [1, 999_999]}], tokenizer=tokenizer)
+    assert load_documents([{"input_ids": [1], "body": "text"}], tokenizer=tokenizer).documents[0].text == "text"
+
+
 def test_in_memory_sources_agree():
     texts = ["one", "two", "", "three"]
     dataset = datasets.Dataset.from_dict({"text": texts})

@@ -28,7 +28,7 @@ from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoic
 from hf_context_prune.evaluation.reports.rows import text_rows
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pipelines.recover import recover_folder
-from hf_context_prune.publishing.card.card import build_card, rewrite_card
+from hf_context_prune.publishing.card.card import build_card, make_card
 from hf_context_prune.publishing.card.facts import CardFacts, read_facts
 from hf_context_prune.publishing.card.metadata import benchmark_results
 from hf_context_prune.storage.loading import load_model, load_pruned
@@ -415,9 +415,9 @@ def copy(place, tmp_path):
 
 def test_a_card_is_made_anew_from_the_folder_alone(copy):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    rewrite_card(copy)
+    make_card(copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
-    rewrite_card(copy, name="org/mini-law")
+    make_card(copy, name="org/mini-law")
     assert '"org/mini-law"' in (copy / "README.md").read_text()
     assert (copy / "model.safetensors").read_bytes() == before["model.safetensors"]
     verify_folder(copy, allow_edits=False)
@@ -427,7 +427,7 @@ def test_a_folder_of_an_earlier_version_gets_a_card(place, tmp_path):
     plan = PruningPlan.load(place / "mini-law" / PLAN_NAME)
     report = EvalReport.load(place / "mini-law" / REPORT_NAME)
     folder = save_pruned(tiny_model("llama"), tmp_path / "old", tokenizer=tiny_tokenizer(), plan=plan, report=report)
-    rewrite_card(folder)
+    make_card(folder)
     check_structure(ModelCard.load(folder / "README.md"))
     verify_folder(folder, allow_edits=False)
 
@@ -437,27 +437,27 @@ def test_an_edited_card_is_kept_and_does_not_stop_loading(copy):
     card.write_text(card.read_text() + "\nMore of it.\n")
     load_model(copy)
     with pytest.raises(ConfigError, match="edited by hand"):
-        rewrite_card(copy)
+        make_card(copy)
     assert card.read_text().endswith("More of it.\n")
     with pytest.raises(SaveError, match="changed since"):  # nor is the folder replaced
         save_pruned(tiny_model("llama"), copy)
-    rewrite_card(copy, overwrite=True)
+    make_card(copy, overwrite=True)
     assert "More of it" not in card.read_text()
 
 
 def test_what_has_no_card(place, copy, tmp_path):
     with pytest.raises(LoadError):
-        rewrite_card(place / "base")
+        make_card(place / "base")
     bare = save_pruned(tiny_model("llama"), tmp_path / "bare", tokenizer=tiny_tokenizer())
     with pytest.raises(LoadError, match=r"no pruning_plan\.json"):
-        rewrite_card(bare)
+        make_card(bare)
     (copy / "notes.txt").touch()
     with pytest.raises(SaveError, match=r"notes\.txt"):
-        rewrite_card(copy)
+        make_card(copy)
     (copy / "notes.txt").unlink()
     (copy / PLAN_NAME).write_text("{}")
     with pytest.raises(LoadError):
-        rewrite_card(copy)
+        make_card(copy)
 
 
 def test_there_are_cards_of_three_domains():

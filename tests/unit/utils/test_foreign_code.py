@@ -17,7 +17,7 @@ from hf_context_prune.modeling.registry import build_auto_map
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.pipelines.recover import recover_folder
-from hf_context_prune.publishing.card.card import build_card, rewrite_card
+from hf_context_prune.publishing.card.card import build_card, make_card
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.publishing.hub import files_to_push
 from hf_context_prune.publishing.space.folder import make_space_settings, write_space
@@ -183,7 +183,7 @@ def test_a_card_and_the_harness_never_advise_to_run_code_of_others(place, tmp_pa
     assert "Don't load it with `trust_remote_code`" in card
     weights = folder / "tokenizer_config.json"
     os.link(weights, tmp_path / "before.json")
-    rewrite_card(folder)  # which mends the folder
+    make_card(folder)  # which mends the folder
     assert find_foreign_code(folder) == []
     assert "trust_remote_code=True" in (folder / "README.md").read_text()
     assert "evil.EvilTok" in (tmp_path / "before.json").read_text()  # a file of another name is not written to

@@ -15,7 +15,7 @@ from hf_context_prune.modeling.modeling_context_pruned import add_companions
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
-from hf_context_prune.publishing.card.card import rewrite_card
+from hf_context_prune.publishing.card.card import make_card
 from hf_context_prune.publishing.hub import files_to_push
 from hf_context_prune.publishing.space import wheel
 from hf_context_prune.publishing.space.folder import make_space_settings, write_space
@@ -55,7 +55,7 @@ def pruned(tmp_path):
     geometry = read_geometry(model.config, spec_of(model.config))
     plan = PruningPlan("llama", geometry.layers, VARIABLE, fingerprint(model))
     folder = save_pruned(apply_plan(model, plan), tmp_path / "pruned", tokenizer=tiny_tokenizer(), plan=plan)
-    rewrite_card(folder)
+    make_card(folder)
     return folder
 
 
@@ -204,10 +204,10 @@ def test_a_card_and_a_report_take_nothing_of_other_places(tmp_path, secret, prun
     weights.rename(secret.parent / "weights")
     weights.symlink_to(secret.parent / "weights")
     with pytest.raises(LoadError, match=OUT):
-        rewrite_card(pruned)
+        make_card(pruned)
     weights.unlink()
     (secret.parent / "weights").rename(weights)
-    rewrite_card(pruned)
+    make_card(pruned)
     report = tmp_path / "run"
     report.mkdir()
     (secret.parent / "eval_report.json").write_text("{}")
