@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.utils.temporary import scratch_folder
 
-from .records import PEEK, Record, Table, choose_text_columns, render_texts
+from .records import IN_MEMORY, PEEK, Record, Table, choose_text_columns, render_texts
 from .sources import open_source
 
 TextData: TypeAlias = "str | Path | TextSource | Sequence[str] | Sequence[Mapping[str, Any]] | Any"
@@ -64,7 +64,7 @@ class TextSource:
 
     @classmethod
     def from_documents(
-        cls, documents: Iterable[TextDocument], *, name: str = "in-memory", revision: str | None = None
+        cls, documents: Iterable[TextDocument], *, name: str = IN_MEMORY, revision: str | None = None
     ) -> "TextSource":
         """Build a source and its fingerprint from documents.
 

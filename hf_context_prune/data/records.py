@@ -14,6 +14,8 @@ Record: TypeAlias = Mapping[str, Any]
 
 PEEK = 32
 """Number of records that choose the text column."""
+IN_MEMORY = "in-memory"
+"""Name of text that was given in Python."""
 TOKENS = "input_ids"
 """Column of a tokenised data set."""
 

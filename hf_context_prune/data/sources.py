@@ -20,7 +20,7 @@ from hf_context_prune.utils.files import expand_home, open_regular
 
 from .hub_datasets import open_hub
 from .json_records import read_json_records
-from .records import OpenedSource, Record, Table
+from .records import IN_MEMORY, OpenedSource, Record, Table
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def open_source(source: object, *, text_column: str | None, seed: int, scratch: 
         DataError: There is no readable source of that name or kind.
     """
     if not isinstance(source, (str, Path)):
-        return OpenedSource([Table(_in_memory_records(source), "in-memory", "in-memory")], "in-memory")
+        return OpenedSource([Table(_in_memory_records(source), IN_MEMORY, IN_MEMORY)], IN_MEMORY)
     if isinstance(source, str) and not source.strip():  # as a path it would be the current folder
         raise DataError(
             f"the text source is {source!r}, an empty name (is a shell variable unset?); give a path, a preset or a "

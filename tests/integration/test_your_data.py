@@ -123,7 +123,8 @@ def test_what_a_folder_reveals(run, place):
     assert re.fullmatch("[0-9a-f]{64}", plan["data"]["fingerprint"])
     assert plan["num_calibration_tokens"] > 0
     card, report = ((place / "shown" / name).read_text() for name in ("README.md", "eval_report.json"))
-    assert f"`{FILE}`; sha256 of its texts `{plan['data']['fingerprint']}`" in card
+    assert f"`{FILE}`." in card
+    assert f"Calibration text `{plan['data']['fingerprint']}` (sha256 of its texts)." in card
     assert "4 of 40 documents of contracts.jsonl were held out" in report
     assert all("law" in text for text in (card, json.dumps(plan)))
 

@@ -237,6 +237,19 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class GeneratedText:
+    """What the last model of a report wrote, greedily.
+
+    Attributes:
+        prompt: One of `publishing.prompts`, never text of the user's.
+        text: The continuation.
+    """
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
 class EvalReport(Saved):
     """One evaluation, of a pruned model against its base or of a single model (where every `pruned` is None).
 
@@ -251,6 +264,7 @@ class EvalReport(Saved):
         budget: How the size was found; None where it was given.
         multiple_choice: Answers to questions; None where none were asked.
         general: Losses on general text, which show what was forgotten; None where not measured.
+        example: What the model writes after a prompt of its domain; None where it wrote nothing.
         notes: Sentences that a reader of the figures must know.
         created: UTC time, ISO 8601 to the second.
         schema_version: Version of the JSON layout.
@@ -266,6 +280,7 @@ class EvalReport(Saved):
     budget: SizeSearch | None = None
     multiple_choice: MultipleChoiceFacts | None = None
     general: TextLosses | None = None
+    example: GeneratedText | None = None
     notes: tuple[str, ...] = ()
     created: str = field(default_factory=now)
     schema_version: int = SCHEMA_VERSION

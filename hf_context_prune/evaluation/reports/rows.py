@@ -42,7 +42,7 @@ def table_rows(report: EvalReport, *groups: str, intervals: bool = False) -> lis
     Args:
         report: The report.
         groups: Some of "size", "loss", "general", "budget", "multiple_choice", "speed", "memory"; none: all.
-        intervals: Show intervals, quartiles, the predicted loss and the losses per token too.
+        intervals: Show intervals, quartiles, the predicted loss and all losses per token too.
     """
     found = _grouped_rows(report, intervals=intervals)
     rows = [row for name in groups or found for row in found.get(name, []) if any(row[1:])]
@@ -161,7 +161,7 @@ def _loss_rows(loss: LossFacts, where: str, show: _Cells) -> Iterator[Row]:
         difference = show.ratio(change.bits_per_byte_ratio)
     yield (f"bits per byte{where}", *cells("bits_per_byte", "{:.4f}"), difference)
     same_tokens = change is None or change.excess_nats_per_token is not None
-    if same_tokens or show.intervals:
+    if (same_tokens and not where) or show.intervals:
         yield (f"perplexity per token{where}", *cells("perplexity", "{:.2f}"), _perplexity_change(change, show))
     if show.intervals and change is not None and change.excess_nats_per_token is not None:
         excess = show.estimate(change.excess_nats_per_token, "{:+.4f}")

@@ -49,7 +49,7 @@ def write_export_card(
     facts = None
     if source is not None and (source / PLAN_NAME).is_file():
         facts = facts_in(source, name=source.name)
-    stated, place = (base, origin) if facts is None else (facts.base, facts.base_place)
+    stated, place = (base, origin) if facts is None else (facts.base, facts.base_name)
     values = {
         "name": name,
         "summary": _summary(format, weights, origin, facts),
@@ -73,7 +73,7 @@ def _summary(format: str, weights: str, origin: str, facts: CardFacts | None) ->
     text = f"{code(origin)} as {inert(format)} with {inert(weights)} weights"
     if facts is None:
         return Trusted(f"{text}.")
-    text += f"; {code(facts.name)} was pruned from {code(facts.base_id or facts.base_place)} by contextual pruning"
+    text += f"; {code(facts.name)} was pruned from {code(facts.base_id or facts.base_name)} by contextual pruning"
     figures = "" if facts.report is None else f" {inert(' '.join(headline(facts.report)))}"
     return Trusted(f"{text}.{figures}")
 

@@ -12,6 +12,7 @@ from hf_context_prune.errors import LoadError, NumericsError
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.specs import PREFIX
+from hf_context_prune.storage.known_models import name_of_base
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from hf_context_prune.utils.foreign_code import find_foreign_code
@@ -28,6 +29,7 @@ class CardFacts:
         report: The measured figures; None where nothing was measured.
         model_type: The model type in config.json.
         architecture: The model class in config.json.
+        biases: What the config says of biases.
         foreign_code: The references of the folder to code of others, in words (see [`find_foreign_code`][]).
         base: The facts that the base states of itself.
     """
@@ -37,6 +39,7 @@ class CardFacts:
     report: EvalReport | None = None
     model_type: str = ""
     architecture: str = ""
+    biases: Mapping[str, bool] = field(default_factory=dict)
     foreign_code: tuple[str, ...] = ()
     base: Mapping[str, Any] = field(init=False, default_factory=dict)
 
@@ -67,15 +70,20 @@ class CardFacts:
         return not self.model_type.startswith(PREFIX)
 
     @property
-    def base_place(self) -> str:
-        """The base as the plan names it (an id, a folder or a file) and as commands take it."""
+    def base_name(self) -> str:
+        """The base as the plan names it: an id, a folder or a file."""
         return str(self.plan.provenance.get("base_model") or self.base.get("id") or "BASE")
 
     @property
+    def base_place(self) -> str:
+        """The base as commands take it."""
+        return str(name_of_base(self.plan.provenance) or self.base.get("id") or "BASE")
+
+    @property
     def base_id(self) -> str | None:
-        """The id of the base on the Hub, where it differs from `base_place`."""
+        """The id of the base on the Hub, where it differs from `base_name`."""
         value = self.base.get("id")
-        return str(value) if value and value != self.base_place else None
+        return str(value) if value and value != self.base_name else None
 
     @property
     def domain(self) -> str | None:
@@ -113,6 +121,7 @@ def facts_in(folder: Path, *, name: str, report: EvalReport | None = None) -> Ca
         report=report,
         model_type=str(config.get("model_type", "")),
         architecture=next((str(name) for name in config.get("architectures") or ()), ""),
+        biases={name: bool(config.get(name)) for name in ("attention_bias", "mlp_bias")},
         foreign_code=tuple(find_foreign_code(folder)),
     )
 

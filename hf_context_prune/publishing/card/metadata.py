@@ -11,6 +11,7 @@ from huggingface_hub.utils import yaml_dump
 
 from hf_context_prune.evaluation.reports.markdown import one_line
 from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.publishing.prompts import choose_plan_prompts
 from hf_context_prune.utils.hub_ids import is_hub_id
 from hf_context_prune.utils.rounding import six_digits
 
@@ -32,6 +33,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         datasets=[data] if data else None,
         tags=[*TAGS, *domain],
+        widget=[{"text": prompt} for prompt in choose_plan_prompts(facts.plan.provenance)[:-1]],
         model_name=one_line(facts.name) if results else None,
         eval_results=results or None,
         **_of_base(facts.base, "finetune"),

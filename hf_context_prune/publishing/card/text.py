@@ -6,10 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from hf_context_prune.data.records import IN_MEMORY
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
 from hf_context_prune.evaluation.reports.plots import widths_vary
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.evaluation.reports.rows import table_header, table_rows, text_rows
+from hf_context_prune.evaluation.reports.summary import headline
+from hf_context_prune.modeling.runtimes import runtimes_of
+from hf_context_prune.publishing.prompts import choose_plan_prompts
 from hf_context_prune.utils.file_names import PICTURE_NAME
 
 from .commands import bench_command, evaluate_command, reproduce_commands
@@ -30,6 +34,7 @@ def body_values(facts: CardFacts) -> dict[str, Any]:
     report = facts.report
     return {
         "name": facts.name,
+        "headline": _headline(facts),
         "summary": _summary(facts),
         "picture": Trusted(
             f"![MLP neurons and KV groups of every layer, before and after]({PICTURE_NAME})"
@@ -44,16 +49,19 @@ def body_values(facts: CardFacts) -> dict[str, Any]:
         "measured": _measured(report) if report else Trusted(""),
         "text_table": _text_table(report) if report else None,
         "more_table": _table(report, "loss", "general", "budget", "multiple_choice") if report else None,
+        "sources": _by_source(report) if report else None,
         "notes": [*report.notes] if report else [],
         "measure_command": block("sh", evaluate_command(facts)),
         "speed_table": _table(report, "speed", "memory") if report else None,
         "hardware": _hardware(report) if report else None,
         "bench_hint": Trusted(f"`hf-context-prune bench` measures both models in turns: {code(bench_command(facts))}."),
         "loading": _loading(facts),
+        "opens": _opens(facts),
+        "example": _example(facts.report) if facts.report else None,
         "reproduce": reproduce_commands(facts),
         "versions": _versions(facts),
         "limits": _limits(facts),
-        "licence": licence_text(facts.base, facts.base_place),
+        "licence": licence_text(facts.base, facts.base_name),
         "citation": block("bibtex", CITATION),
     }
 
@@ -69,9 +77,16 @@ def _share(now: int, before: int) -> str:
     return f"{100 * (1 - now / before):.1f} %" if before else "0 %"
 
 
+def _headline(facts: CardFacts) -> Trusted:
+    if facts.report is None:
+        return Trusted("")
+    size, *others = headline(facts.report)
+    return Trusted(f"**{inert(size)}** {inert(' '.join(others))}")
+
+
 def _summary(facts: CardFacts) -> Trusted:
     domain = f"the domain *{inert(facts.domain)}*" if facts.domain else "one domain"
-    base = f"{code(facts.base_id)} (from {code(facts.base_place)})" if facts.base_id else f"{code(facts.base_place)}"
+    base = f"{code(facts.base_id)} (from {code(facts.base_name)})" if facts.base_id else f"{code(facts.base_name)}"
     text = f"{base}, pruned for {domain} by contextual pruning"
     size = facts.report.size if facts.report else None
     if size and size.pruned_parameters is not None:
@@ -88,7 +103,7 @@ def _summary(facts: CardFacts) -> Trusted:
 
 def _purpose(facts: CardFacts) -> Trusted:
     data = facts.recorded("data").get("name")
-    text = f"Text like {code(str(data))}" if data else "Text like its calibration text"
+    text = f"Text like {_text_name(data)}" if data else "Text like its calibration text"
     domain = f", of the domain *{inert(facts.domain)}*" if facts.domain else ""
     return Trusted(f"{text}{domain}: language modelling and completion, and as a starting point for fine-tuning.")
 
@@ -111,7 +126,21 @@ def _removed(facts: CardFacts) -> Trusted:
 
 def _table(report: EvalReport, *groups: str) -> Trusted | None:
     rows = [row for row in table_rows(report, *groups, intervals=True) if not row[0].startswith(_SHOWN_ABOVE)]
+    rows = [row for row in rows if row not in _rows_of_sources(report)]
     return table(table_header(report), rows) if rows else None
+
+
+def _rows_of_sources(report: EvalReport) -> list[tuple[str, ...]]:
+    """Return the rows of the questions of single sources; the last row of the questions is that of all."""
+    return table_rows(report, "multiple_choice", intervals=True)[:-1]
+
+
+def _by_source(report: EvalReport) -> Trusted | None:
+    rows = _rows_of_sources(report)
+    if not rows:
+        return None
+    summary = f"<summary>Accuracy by source of the questions ({len(rows)})</summary>"
+    return Trusted(f"<details>\n{summary}\n\n{table(table_header(report), rows)}\n\n</details>")
 
 
 def _text_table(report: EvalReport) -> Trusted:
@@ -124,7 +153,7 @@ def _calibration(facts: CardFacts) -> Trusted:
     parts = []
     if data.get("name"):
         revision = f", revision {code(str(data['revision']))}" if data.get("revision") else ""
-        parts.append(f"{code(str(data['name']))}{revision}; sha256 of its texts {code(str(data.get('fingerprint')))}.")
+        parts.append(f"{_text_name(data['name'])}{revision}.")
     elif facts.plan.provenance.get("schedule"):
         parts.append(
             "The training batches: the model was pruned inside a Trainer, on the last tokens before each pruning step."
@@ -135,8 +164,12 @@ def _calibration(facts: CardFacts) -> Trusted:
         parts.append(f"{tokens:,} of its tokens chose the units to remove and reconstructed the layers.")
     search = facts.recorded("search_data")
     if search.get("name"):
-        parts.append(f"The size was searched on validation documents of it ({code(str(search['name']))}).")
+        parts.append(f"The size was searched on validation documents of it ({_text_name(search['name'])}).")
     return Trusted(" ".join(parts))
+
+
+def _text_name(name: object) -> Trusted:
+    return Trusted("text that was given in Python") if name == IN_MEMORY else code(str(name))
 
 
 def _measured(report: EvalReport) -> Trusted:
@@ -163,10 +196,13 @@ def _hardware(report: EvalReport) -> Trusted:
 
 
 def _loading(facts: CardFacts) -> Trusted:
-    native = """from transformers import AutoModelForCausalLM, AutoTokenizer
+    prompt = json.dumps(choose_plan_prompts(facts.plan.provenance)[0]).replace("{", "{{").replace("}", "}}")
+    native = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({name})
-tokenizer = AutoTokenizer.from_pretrained({name})"""
+model = AutoModelForCausalLM.from_pretrained({{name}})
+tokenizer = AutoTokenizer.from_pretrained({{name}})
+inputs = tokenizer({prompt}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]))"""
     name = json.dumps(one_line(facts.name), ensure_ascii=False)
     if facts.is_native:
         return Trusted(
@@ -174,9 +210,7 @@ tokenizer = AutoTokenizer.from_pretrained({name})"""
             f"package is needed.\n\n{block('python', native.format(name=name))}"
         )
     remote = native.replace("({name})", "({name}, trust_remote_code=True)").format(name=name)
-    packaged = native.replace("from transformers", "import hf_context_prune.modeling\nfrom transformers").format(
-        name=name
-    )
+    packaged = native.replace("from transformers", "import hf_context_prune\nfrom transformers", 1).format(name=name)
     without = (
         f"Without the package, the modeling files beside the weights are run (read them first):\n\n"
         f"{block('python', remote)}"
@@ -194,15 +228,29 @@ tokenizer = AutoTokenizer.from_pretrained({name})"""
     )
 
 
+def _opens(facts: CardFacts) -> Trusted:
+    name = one_line(facts.name)
+    config = {"model_type": facts.model_type, **facts.biases}
+    rows = [(one.name, code(one.how) if one.opens else one.how) for one in runtimes_of(config, name)]
+    return table(("runtime", "how"), rows)
+
+
+def _example(report: EvalReport) -> Trusted | None:
+    if report.example is None:
+        return None
+    return Trusted(f"It writes, greedily:\n\n{block('text', report.example.prompt + report.example.text)}")
+
+
 def _versions(facts: CardFacts) -> Trusted:
     versions = dict(facts.recorded("versions"))
     if facts.report is not None:
         versions = {**facts.report.environment.packages, **versions}
     shown = ", ".join(f"{inert(str(name))} {inert(str(version))}" for name, version in sorted(versions.items()))
     when = f" Measured {inert(facts.report.created)}." if facts.report else ""
-    return Trusted(
-        f"Plan {code(facts.plan.sha256)} (`pruning_plan.json`). {'Versions: ' + shown + '.' if shown else ''}{when}"
-    )
+    fingerprint = facts.recorded("data").get("fingerprint")
+    text = f" Calibration text {code(str(fingerprint))} (sha256 of its texts)." if fingerprint else ""
+    plan = f"Plan {code(facts.plan.sha256)} (`pruning_plan.json`)."
+    return Trusted(f"{plan}{text} {'Versions: ' + shown + '.' if shown else ''}{when}")
 
 
 def _limits(facts: CardFacts) -> list[Trusted]:

@@ -17,8 +17,9 @@ from huggingface_hub.errors import HTTPError
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, code, inert, table
 from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.publishing.prompts import choose_prompts
 from hf_context_prune.storage.hub_errors import explain_hub_error
-from hf_context_prune.storage.known_models import GGUF_NAME, SMOLLM2
+from hf_context_prune.storage.known_models import DEMO_MODEL, GGUF_NAME, SMOLLM2
 from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, SPACE_SETTINGS_NAME
@@ -33,10 +34,8 @@ from .example import Example, make_examples
 from .facts import Facts, read_facts
 from .gradio_import import import_gradio
 from .html import read_template_file, template_environment
-from .prompts import choose_prompts
 from .settings import (
     COMMIT,
-    DEMO,
     DEMO_FOLDER,
     Entry,
     Settings,
@@ -71,7 +70,7 @@ def make_space_settings(models: Sequence[str], *, base: str | None = None, title
         ConfigError: A name is neither a folder nor a Hub id, or the base must be given.
         LoadError: A plan or a revision can't be read.
     """
-    given = None if base is None else Source() if base == DEMO else _pin(base)
+    given = None if base is None else Source() if base == DEMO_MODEL else _pin(base)
     found = []
     for model in models:
         source = _pin(model)

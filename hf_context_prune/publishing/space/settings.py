@@ -13,13 +13,11 @@ from typing import Any
 import yaml
 
 from hf_context_prune.errors import ConfigError, unknown_name
-from hf_context_prune.storage.known_models import SMOLLM2
+from hf_context_prune.publishing.prompts import choose_prompts
+from hf_context_prune.storage.known_models import DEMO_MODEL, SMOLLM2
 from hf_context_prune.utils.hub_ids import is_hub_id
 from hf_context_prune.utils.options import read_options
 
-from .prompts import choose_prompts
-
-DEMO = "demo"
 """The base model that `hf-context-prune demo` fetches from the package index."""
 DEMO_FOLDER = "mini-gpt-licences"
 """The folder that `hf-context-prune demo` writes by default."""
@@ -186,7 +184,7 @@ def write_settings(settings: Settings, path: Path) -> None:
     def source(value: Source) -> Any:  # noqa: ANN401 - a mapping or a word
         if value.path is not None:
             return {"path": value.path.relative_to(folder).as_posix()}
-        return {"repo": value.repo, "revision": value.revision} if value.repo else DEMO
+        return {"repo": value.repo, "revision": value.revision} if value.repo else DEMO_MODEL
 
     models = []
     for entry in settings.entries:
@@ -221,7 +219,7 @@ def _entry(value: object, where: str, default_base: object, folder: Path) -> Ent
     return Entry(
         check_name(model["name"], f"{where}.name"),
         _source(place, where, folder),
-        Source() if base == DEMO else _source(base, f"{where}.base", folder),
+        Source() if base == DEMO_MODEL else _source(base, f"{where}.base", folder),
         tuple(_text(prompt, f"{where}.prompts") for prompt in prompts),
         {_text(name, f"{where}.reports"): folder / _text(file, f"{where}.reports") for name, file in reports.items()},
         check_name(model["domain"], f"{where}.domain") if "domain" in model else "",

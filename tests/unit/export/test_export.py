@@ -24,8 +24,8 @@ from hf_context_prune.export.run import open_export, read_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.sample import own_sample
 from hf_context_prune.export.verify import Tolerance, Verification
+from hf_context_prune.modeling.generation import generate_completion
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pipelines.demo import generate_completion
 from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.publishing.hub import files_to_push
 from hf_context_prune.storage.loading import load_model

@@ -13,6 +13,7 @@ from hf_context_prune.data.questions import Question, QuestionSet
 from hf_context_prune.evaluation.accuracy import Answer, summarize_answers
 from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoiceFacts, TextLosses
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.publishing.prompts import OUTSIDE, choose_prompts
 from hf_context_prune.publishing.space import facts as facts_module
 from hf_context_prune.publishing.space.facts import (
     Facts,
@@ -23,7 +24,6 @@ from hf_context_prune.publishing.space.facts import (
     report_rows,
 )
 from hf_context_prune.publishing.space.html import render
-from hf_context_prune.publishing.space.prompts import OUTSIDE, choose_prompts
 from hf_context_prune.publishing.space.settings import Entry, Source
 from hf_context_prune.publishing.space.surprise import Span
 from hf_context_prune.publishing.space.views import headline_html, removed_html, surprise_html

@@ -35,7 +35,7 @@ def test_four_figures(facts):
     )
     size, speed, own, elsewhere = headline(replace(facts["Law"], report=full), "Law")
     change = report.loss.comparison.bits_per_byte_ratio.value - 1
-    assert size.value == f"{-report.size.achieved_ratio:+.1%}"
+    assert size.value == f"{-100 * report.size.achieved_ratio:+.1f} %"
     assert "million parameters" in size.detail
     assert speed.value == "1.50×"
     assert (own.label, own.value) == ("Loss on Law text", f"{change:+.1%}")

@@ -1,6 +1,11 @@
-"""Example prompts by domain, for a Space without prompts of its own."""
+"""Example prompts by domain: of cards, and of Spaces without prompts of their own."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_context_prune.evaluation.reports.markdown import one_line
 
 LICENCE_PROMPTS = (
     "Redistribution and use in source and binary forms, with or without modification,",
@@ -57,3 +62,17 @@ def choose_prompts(*names: str, domain: str | None = None) -> tuple[str, ...]:
             OUTSIDE,
         )
     return (*_GENERAL, OUTSIDE)
+
+
+def choose_plan_prompts(provenance: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return prompts of the domain that a plan names, itself or by the name of its text, and one text from elsewhere.
+
+    Args:
+        provenance: Of the plan.
+    """
+    config, data = (provenance.get(name) for name in ("config", "data"))
+    domain, text = (
+        values.get(name) if isinstance(values, Mapping) else None
+        for values, name in ((config, "domain"), (data, "name"))
+    )
+    return choose_prompts(*([str(text)] if text else []), domain=one_line(str(domain)) if domain else None)
