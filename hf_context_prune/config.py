@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from hf_context_prune.utils.file_names import CONFIG_NAME, PLAN_NAME
-from hf_context_prune.utils.files import resolve_path, write_file
-from hf_context_prune.utils.hub_files import fetch_file
 from hf_context_prune.utils.options import (
     BUDGET,
     METHOD,
@@ -18,7 +14,6 @@ from hf_context_prune.utils.options import (
     TEXT,
     VOCABULARY,
     Allowed,
-    OptionSet,
     above_zero,
     at_least,
     below_one,
@@ -27,9 +22,9 @@ from hf_context_prune.utils.options import (
     name_such_as,
     option,
 )
-from hf_context_prune.utils.reading import read_json, why
+from hf_context_prune.utils.saved_options import SavedOptions
 
-from .errors import ConfigError, SaveError
+from .errors import ConfigError
 
 CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", "obs"]
 ReconstructionName = Literal["none", "bias", "least_squares", "sequential"]
@@ -52,7 +47,7 @@ _THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of
 
 
 @dataclass(kw_only=True)
-class CalibrationConfig(OptionSet):
+class CalibrationConfig(SavedOptions):
     """The text that a pruning run is calibrated on.
 
     Raises:
@@ -104,52 +99,6 @@ class CalibrationConfig(OptionSet):
         if "seed" in values and "pruning_seed" not in values:
             values = {"pruning_seed" if name == "seed" else name: value for name, value in values.items()}
         return super().from_dict(values)
-
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write the options to ``pruner_config.json`` in a folder, which is made if it does not exist.
-
-        Args:
-            directory: The folder.
-
-        Returns:
-            Path of the file.
-
-        Raises:
-            SaveError: The file can't be written.
-        """
-        folder = resolve_path(directory, SaveError)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(f"{folder} can't be created: {error.strerror or error}. Choose another folder.") from error
-        write_file(folder / CONFIG_NAME, self.to_json_string())
-        return folder / CONFIG_NAME
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Self:
-        """Read the options from a folder or Hub repository: its ``pruner_config.json``, else those of its plan.
-
-        Args:
-            source: A folder of [`save_pretrained`][], a pruned folder, or the Hub id of one.
-            revision: Branch, tag or commit of the repository.
-
-        Raises:
-            ConfigError: There is neither file, it can't be read, or an option is unknown.
-        """
-        for name in (CONFIG_NAME, PLAN_NAME):
-            if (path := fetch_file(source, name, revision)) is None:
-                continue
-            try:
-                values = read_json(path)
-                return cls.from_dict(values if name == CONFIG_NAME else values["provenance"]["config"])
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                if isinstance(error, ConfigError):
-                    raise
-                raise ConfigError(f"{name} of {source} holds no options: {why(error)}.") from error
-        raise ConfigError(
-            f"{source} has neither {CONFIG_NAME} nor {PLAN_NAME}. Name a folder that save_pretrained wrote, a pruned "
-            f"folder, or the Hub id of one."
-        )
 
 
 @dataclass(kw_only=True)
