@@ -223,8 +223,13 @@ def merge_options(values: Given, given: Given) -> PrunerConfig | ThresholdConfig
     Raises:
         ConfigError: An unknown name, or options that contradict each other.
     """
+    return build_config(combine_options(values, given))
+
+
+def combine_options(values: Given, given: Given) -> Given:
+    """Return options with others that replace them: those of the same name, and those that these exclude."""
     replaced = set(_replaced(given))
-    return build_config({**{name: value for name, value in values.items() if name not in replaced}, **given})
+    return {**{name: value for name, value in values.items() if name not in replaced}, **given}
 
 
 def _replaced(given: Given) -> Iterator[str]:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from hf_context_prune import EvalOptions, RecoveryConfig
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.pipelines.presets import describe_presets, preset_options
 from hf_context_prune.utils.distributed import fail_together
-from hf_context_prune.utils.options import METHOD, MODEL, OUTPUT, TEXT, read_options
+from hf_context_prune.utils.options import BUDGET, METHOD, MODEL, OUTPUT, TEXT, read_options
 
 from .options import (
     DATA_HELP,
@@ -25,6 +26,7 @@ from .options import (
     OutputFormat,
     RevisionOption,
     VerboseOption,
+    combine_options,
     eval_options,
     merge_options,
     options_of,
@@ -39,6 +41,10 @@ from .tables import widths_table
 @fail_together()
 def prune(
     model: ModelArgument,
+    preset: Annotated[
+        str | None,
+        shared(f"Settings by a name. {describe_presets()}. Other options replace those of the preset.", BUDGET),
+    ] = None,
     config: ConfigFile = None,
     options: Given = NONE,
     data: Annotated[str | None, shared(DATA_HELP, TEXT)] = None,
@@ -75,7 +81,9 @@ def prune(
     verbose: VerboseOption = False,
 ) -> None:
     """Prune MODEL for the domain of a text, measure the loss on test text, and write a model folder."""
-    values = read_options(config) if config else {}
+    values = preset_options(preset)
+    if config:
+        values = combine_options(values, read_options(config))
     recovery = _recovery(values.pop("recovery", None), recover_minutes)
     chosen = merge_options(values, options)
     if dry_run:
