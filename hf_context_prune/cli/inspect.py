@@ -36,13 +36,21 @@ def inspect(folder: FolderArgument, format: FormatOption = OutputFormat.auto) ->
     out(f"{folder}: {len(files)} files, all as they were written")
     out(f"Plan: {plan.sha256}")
     for name, value in plan.provenance.items():
-        many = f"{len(value)} curves (--format json has them)" if name == "sensitivity" else json.dumps(value)
-        out(f"  {name}: {many}")
+        out(f"  {name}: {_short(name, value)}")
     if plan.vocabulary:
         out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} embedding rows kept")
     out_table(widths_table(plan.dense, plan.widths))
     if report:
         show_report(report, verbose=True)
+
+
+def _short(name: str, value: Any) -> str:  # noqa: ANN401 - JSON
+    """Return a value of the provenance as a line, without options that were not given."""
+    if name == "sensitivity":
+        return f"{len(value)} curves (--format json has them)"
+    if name == "config" and isinstance(value, dict):
+        value = {option: given for option, given in value.items() if given is not None}
+    return json.dumps(value)
 
 
 def _facts(files: Mapping[str, Any], plan: PruningPlan, report: EvalReport | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -54,10 +55,14 @@ def export_table(report: ExportReport) -> Table:
 
 
 def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:
-    """Return the sizes before and after pruning, layer by layer."""
-    table = Table(title="Widths by layer", title_justify="left")
-    for name in ("layer", "MLP neurons", "kept", "KV groups", "kept"):
+    """Return the sizes before and after pruning; a row for each run of equal layers."""
+    table = Table(title="Widths by layer", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("layers", "MLP neurons", "kept", "KV groups", "kept"):
         table.add_column(name, justify="right")
-    for index, (a, b) in enumerate(zip(dense, widths, strict=True)):
-        table.add_row(*map(str, (index, a.neurons, b.neurons, a.kv_groups, b.kv_groups)))
+    first = 0
+    for (a, b), run in groupby(zip(dense, widths, strict=True)):
+        last = first + len(list(run)) - 1
+        layers = str(first) if first == last else f"{first} to {last}"
+        table.add_row(layers, *map(str, (a.neurons, b.neurons, a.kv_groups, b.kv_groups)))
+        first = last + 1
     return table
