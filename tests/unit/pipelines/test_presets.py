@@ -29,8 +29,8 @@ def test_the_balanced_one_is_the_default():
 
 
 def test_other_options_replace_those_of_a_preset():
-    safe = combine_options(preset_options("safe"), {"pruning_ratio": 0.1})
-    assert build_config(safe) == PrunerConfig(units="tokens", pruning_ratio=0.1)
+    safe = combine_options(preset_options("safe"), {"vocab_size": 8192, "pruning_ratio": 0.1})
+    assert build_config(safe) == PrunerConfig(vocab_size=8192, pruning_ratio=0.1)
     small = combine_options(preset_options("small"), {"recovery": {"max_minutes": 2}})
     assert small["recovery"] == {"max_minutes": 2}
 
