@@ -40,7 +40,7 @@ def name_of_base(provenance: Mapping[str, Any]) -> str | None:
     if isinstance(card, Mapping) and card.get("stated_by") == SMOLLM2["stated_by"]:  # of this file alone
         return DEMO_MODEL
     name = provenance.get("base_model")
-    return str(name) if name else None
+    return name if isinstance(name, str) and name else None
 
 
 def fetch_smollm2() -> Path:

@@ -19,6 +19,7 @@ from hf_context_prune.evaluation.bootstrap import ratio_to_change
 from hf_context_prune.evaluation.options import QuestionOptions
 from hf_context_prune.evaluation.reports.rendering import read_folder, render
 from hf_context_prune.evaluation.reports.run_report import RunReport, load_report
+from hf_context_prune.evaluation.scores import ROW_LAYOUT
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pipelines.matrix import domain_matrix
 from hf_context_prune.pipelines.matrix_report import DENSE
@@ -207,7 +208,7 @@ def test_no_file_of_a_run_names_a_document(base, tmp_path):
     rows.write_text("".join(json.dumps(line) + "\n" for line in (setting, *lines)))
     with pytest.raises(ConfigError, match="measured with other values of row_layout"):
         sweep(base, data["law"], tmp_path / "sweep", grid, questions=questions)
-    setting["setting"]["row_layout"], lines[0]["losses"][0][0] = 2, 1000
+    setting["setting"]["row_layout"], lines[0]["losses"][0][0] = ROW_LAYOUT, 1000
     rows.write_text("".join(json.dumps(line) + "\n" for line in (setting, *lines)))
     with pytest.raises(LoadError, match="A row of scores is damaged"):
         sweep(base, data["law"], tmp_path / "sweep", grid, questions=questions)
@@ -445,7 +446,7 @@ def test_the_grid_tells_removed_from_zeroed(base, domains, questions, tmp_path, 
     header, sources = found.source_table()
     assert header[4:] == ("s (n 5)", "t (n 4)", "all (n 9)")
     assert len(sources) == 13
-    assert all("guessing 33%" in cell for cell in sources[0][4:])
+    assert all("guessing 33 %" in cell for cell in sources[0][4:])
     text = (out / "sweep.md").read_text()
     assert text.count("\n| off |") + text.count("\n| 0.001 |") + text.count("\n| 0.3 |") == 2 * 12
     assert "Accuracy by source" in text

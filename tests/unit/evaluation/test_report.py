@@ -151,7 +151,7 @@ def test_general_text_has_rows_of_its_own(report):
     general = TextLosses(dataclasses.replace(DATASET, name="general text"), report.loss)
     both = dataclasses.replace(report, general=general)
     assert EvalReport.from_dict(json.loads(json.dumps(both.to_dict()))) == both
-    rows = {row[0]: row[1:] for row in table_rows(both)}
+    rows = {row[0]: row[1:] for row in table_rows(both, intervals=True)}
     for measure in ("bits per byte", "perplexity per token"):
         assert rows[f"{measure}, general text"] == rows[measure]
     assert table_rows(both, "general")[0][0] == "bits per byte, general text"

@@ -146,6 +146,7 @@ def test_nothing_generates_by_the_generation_config_of_a_folder():
         for line in file.read_text(encoding="utf-8").splitlines()
         if re.search(r"(model|self\._model)\.generate\(", line)
     ]
+    calls = [line for line in calls if not line.startswith("print(")]  # a line of the code that a card shows
     assert calls == ["self._model.generate("]  # of the Space, whose model is a plain copy
 
 
