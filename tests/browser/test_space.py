@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from gradio_client import Client
+from playwright.sync_api import expect
 
 from hf_context_prune.publishing.space.example import Example
 from hf_context_prune.publishing.space.folder import write_space
@@ -150,7 +151,7 @@ def test_the_page_opens_with_a_finished_example_of_each_size(visit, finished):
     page.click("#run")
     wait_for_status(page, "^The pruned model wrote")
     assert written(page, "pruned").startswith(examples[1].view.sides[1].progress.text.strip())
-    assert page.get_by_role("button", name="Stop").is_disabled()
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled()  # a moment after the status
 
 
 def test_a_phone_shows_one_model_at_a_time(visit, finished):
