@@ -11,7 +11,7 @@ from hf_context_prune.utils.locks import reserves
 
 from .options import FormatOption, OutputFormat, shared
 from .output import out, out_json, out_table
-from .tables import report_table, run_tables
+from .tables import plain_table, report_table, run_tables
 
 
 @reserves("output")
@@ -29,7 +29,13 @@ def report(
     format: FormatOption = OutputFormat.auto,
 ) -> None:
     """Show the results of runs, and write them as Markdown with pictures."""
-    from hf_context_prune.evaluation.reports.rendering import read_folders, render, render_markdown
+    from hf_context_prune.evaluation.reports.rendering import (
+        SIDE_BY_SIDE,
+        read_folders,
+        render,
+        render_markdown,
+        side_by_side,
+    )
     from hf_context_prune.evaluation.reports.run_report import RunReport
 
     found = read_folders(folders)
@@ -40,6 +46,8 @@ def report(
     if format is OutputFormat.quiet:
         out(render_markdown(found) if written is None else str(written))
         return
+    if rows := side_by_side(found):
+        out_table(plain_table(SIDE_BY_SIDE, rows))
     for folder in found:
         out(folder.name)
         one = folder.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,15 @@ def report_table(report: EvalReport, *, verbose: bool = False) -> Table:
     """Return the table of an evaluation: base against pruned, or one model alone; with intervals if verbose."""
     from hf_context_prune.evaluation.reports.rows import table_header, table_rows
 
+    return plain_table(table_header(report), table_rows(report, intervals=verbose))
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table of text: the first column to the left, the others to the right."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(table_header(report)):
+    for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right")
-    for row in table_rows(report, intervals=verbose):
+    for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
 

@@ -18,9 +18,10 @@ from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import MANIFEST_NAME, PLAN_NAME, REPORT_MARKDOWN_NAME, REPORT_NAME
 from hf_context_prune.utils.links import resolve_inside
 
+from .formatting import format_percent
 from .markdown import inert, one_line, table
 from .plots import PlotPoint, describe_widths, plot_curves, plot_losses, plot_matrix, plot_widths, widths_vary
-from .report import EvalReport
+from .report import EvalReport, LossFacts
 from .rows import table_header, table_rows
 from .run_report import AnyReport, RunReport, load_report
 from .summary import headline
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS_PICTURE = "loss-against-size.png"
+SIDE_BY_SIDE = ("model", "parameters", "gone", "bits per byte", "general text", "decode", "text")
+"""Columns of the table that shows several models."""
 FILES_OF_RUNS = {"matrix": ("matrix.md", "matrix.png", "mix.png"), "sweep": ("sweep.md", LOSS_PICTURE)}
 """Files that a run writes beside its report, by kind; Markdown first."""
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
@@ -101,7 +104,10 @@ def render_markdown(
         pictures: (title, file) of the pictures of a folder, by its name; by ``""`` those of all folders.
     """
     pictures = pictures or {}
-    parts = ["# Reports", "", *picture_markdown(pictures.get("", ()))]
+    parts = ["# Reports", ""]
+    if rows := side_by_side(folders):
+        parts += [table(SIDE_BY_SIDE, rows), ""]
+    parts += picture_markdown(pictures.get("", ()))
     for folder in folders:
         parts += [f"## {inert(folder.name)}", ""]
         parts += run_markdown(folder.report) if isinstance(folder.report, RunReport) else _model_markdown(folder.report)
@@ -109,6 +115,37 @@ def render_markdown(
         plan = f"Plan `{folder.plan.sha256}`, measured" if folder.plan else "Measured"
         parts += [f"{plan} {inert(folder.report.created)} on {inert(_environment_text(folder.report))}.", ""]
     return "\n".join(parts)
+
+
+def side_by_side(folders: Sequence[Folder]) -> list[tuple[str, ...]]:
+    """Return a row under [`SIDE_BY_SIDE`][] for each model and each evaluation of one; none where there are not two.
+
+    The changes are those against the base of each, on its own text; a dash stands for what was not measured.
+    """
+    found = [(folder.name, folder.report) for folder in folders if isinstance(folder.report, EvalReport)]
+    models = [(name, report) for name, report in found if report.size.pruned_parameters is not None]
+    if len(models) < 2:
+        return []
+    return [(name, *_short_figures(report)) for name, report in models]
+
+
+def _short_figures(report: EvalReport) -> tuple[str, ...]:
+    size, general = report.size, report.general
+    ratio = report.speed.ratio() if report.speed else None
+    gone = "-" if size.achieved_ratio is None else format_percent(-size.achieved_ratio)
+    return (
+        f"{size.pruned_parameters:,}",
+        gone,
+        _change(report.loss),
+        "-" if general is None else _change(general.loss),
+        "-" if ratio is None else f"x{ratio.decode.median:.2f}",
+        report.dataset.name,
+    )
+
+
+def _change(loss: LossFacts) -> str:
+    comparison = loss.last_comparison
+    return "-" if comparison is None else format_percent(comparison.bits_per_byte_ratio.value - 1)
 
 
 def render(folders: Sequence[Folder], target: str | Path) -> Path:

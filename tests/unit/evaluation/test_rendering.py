@@ -16,7 +16,15 @@ from hf_context_prune import PrunerConfig, prune
 from hf_context_prune.errors import ConfigError, LoadError, SaveError
 from hf_context_prune.evaluation.reports.files import check_report_folder, save_report
 from hf_context_prune.evaluation.reports.plots import new_figure
-from hf_context_prune.evaluation.reports.rendering import Folder, read_folder, read_folders, render, render_markdown
+from hf_context_prune.evaluation.reports.rendering import (
+    SIDE_BY_SIDE,
+    Folder,
+    read_folder,
+    read_folders,
+    render,
+    render_markdown,
+    side_by_side,
+)
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.rows import table_rows
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport, load_report
@@ -233,6 +241,20 @@ def test_files_that_are_no_reports(tmp_path, subtests):
             (tmp_path / "eval_report.json").write_text(text)
             with pytest.raises(LoadError, match=said):
                 read_folder(tmp_path)
+
+
+def test_several_models_stand_side_by_side(folders):
+    found = [folder for folder in map(read_folder, folders) if folder.plan is not None]
+    rows = side_by_side(found)
+    assert [row[0] for row in rows] == [folder.name for folder in found]
+    assert len(rows) > 1
+    for row, folder in zip(rows, found, strict=True):
+        change = folder.report.loss.comparison.bits_per_byte_ratio.value - 1
+        assert f"{100 * change:+.1f} %" in row
+        assert f"{folder.report.size.pruned_parameters:,}" in row
+    assert f"| {' | '.join(SIDE_BY_SIDE)} |" in render_markdown(found)
+    assert side_by_side(found[:1]) == []
+    assert f"| {SIDE_BY_SIDE[0]} |" not in render_markdown(found[:1])
 
 
 def test_when_it_was_measured_is_text_too(folders):
