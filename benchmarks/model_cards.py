@@ -1,4 +1,4 @@
-"""Write the cards and pictures of `model_cards/`: SmolLM2-135M pruned for law, medicine and finance, and measured.
+"""Write the cards and pictures of `model_cards/`: SmolLM2-135M pruned for law, medicine and finance, healed, measured and exported.
 
 python -m benchmarks.model_cards --data PATH/TO/data    # resumes an earlier run; the models stay in --work
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, corpus, parser
 from benchmarks.models import smollm2
-from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions
+from hf_context_prune import EvalOptions, PrunerConfig, QuestionOptions, RecoveryConfig, export_model, read_export
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.questions import load_questions
 from hf_context_prune.errors import LoadError
@@ -62,6 +62,7 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
         args.eval_tokens,
         args.questions,
         args.memory,
+        args.recover_minutes,
         *([] if args.benchmark else ["no speed"]),
     ]
     place = args.work / "models" / hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
@@ -75,12 +76,14 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
     base = load()
     print(f"{domain}: pruning", flush=True)
     resume = place / f"{domain}-resume"
+    resume.mkdir(parents=True, exist_ok=True)
     result = run_pruning(
         base,
         text(args, "train", domain),
         config,
         eval_data=text(args, "validation", domain),
         eval_options=EvalOptions(args.eval_tokens, args.benchmark, general_data=text(args, "train", "general")),
+        recovery=RecoveryConfig(max_minutes=args.recover_minutes) if args.recover_minutes else None,
         resume_dir=resume,
     )
     if args.questions:
@@ -94,11 +97,24 @@ def pruned_folder(args: argparse.Namespace, domain: str, load: Callable[[], Load
     return folder
 
 
+def exported(args: argparse.Namespace, domain: str, folder: Path) -> Path:
+    """Return the GGUF export of a folder, made by an earlier run or now."""
+    target = folder.with_name(f"{folder.name}-gguf")
+    try:
+        read_export(target)
+    except LoadError:
+        print(f"{domain}: exporting", flush=True)
+        export_model(folder, target, format="gguf", dtype=args.export, data=text(args, "validation", domain))
+    return target
+
+
 def publish(folder: Path, target: Path) -> Path:
-    """Copy a folder's card and picture, the picture under the card's name."""
+    """Copy a folder's card and picture, the picture under the card's name; equal widths have no picture."""
     target.mkdir(parents=True, exist_ok=True)
     card = (folder / CARD_NAME).read_text(encoding="utf-8").replace(f"]({PICTURE_NAME})", f"]({folder.name}.png)")
-    shutil.copyfile(folder / PICTURE_NAME, target / f"{folder.name}.png")
+    (target / f"{folder.name}.png").unlink(missing_ok=True)
+    if (folder / PICTURE_NAME).is_file():
+        shutil.copyfile(folder / PICTURE_NAME, target / f"{folder.name}.png")
     path = target / f"{folder.name}.md"
     path.write_text(card, encoding="utf-8")
     return path
@@ -114,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--reconstruction", default="sequential", help="reconstruction of `PrunerConfig`")
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
+    options.add_argument("--recover-minutes", type=float, default=10, help="time of the training after it; 0: none")
+    options.add_argument("--export", default="q8_0", help="data type of the GGUF export; empty: none")
     options.add_argument("--eval-tokens", type=int, default=16_000, help="at most this many test tokens")
     options.add_argument("--questions", type=int, default=200, help="multiple-choice questions per domain; 0: none")
     options.add_argument("--benchmark", action=argparse.BooleanOptionalAction, default=True, help="measure speed")
@@ -126,7 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return loaded[0]
 
     for domain in args.domains:
-        print(f"Wrote {publish(pruned_folder(args, domain, load), args.output)}", flush=True)
+        folder = pruned_folder(args, domain, load)
+        print(f"Wrote {publish(folder, args.output)}", flush=True)
+        if args.export:
+            print(f"Wrote {publish(exported(args, domain, folder), args.output / 'exports')}", flush=True)
 
 
 if __name__ == "__main__":

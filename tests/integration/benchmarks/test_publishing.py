@@ -29,8 +29,8 @@ def test_cards_of_the_domains(tmp_path, monkeypatch):
     loaded = LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
     monkeypatch.setattr(model_cards, "smollm2", lambda: loaded)
     options = f"--data {tmp_path} --work {tmp_path / 'work'} --output {tmp_path / 'cards'} --domains law medicine"
-    options += " --vocab-size 320 --allocation uniform --reconstruction least_squares --num-samples 16 --length 32"
-    options += " --eval-tokens 900 --questions 4 --no-memory --no-benchmark"
+    options += " --vocab-size 320 --reconstruction least_squares --num-samples 16 --length 32"
+    options += " --eval-tokens 900 --questions 4 --no-memory --no-benchmark --recover-minutes 0.05 --export f16"
     model_cards.main(options.split())
     for domain in ("law", "medicine"):
         name = f"SmolLM2-135M-{domain}"
@@ -41,10 +41,14 @@ def test_cards_of_the_domains(tmp_path, monkeypatch):
         assert f"| domain: {domain}/corpus.validation.jsonl.gz |" in card.text
         assert "| general: general/corpus.train.jsonl.gz |" in card.text
         assert "accuracy, " in card.text
-    before = {path.name: path.read_bytes() for path in (tmp_path / "cards").iterdir()}
+        assert "it was then trained on text of the domain" in card.text
+        export = ModelCard.load(tmp_path / "cards" / "exports" / f"{name}-gguf.md")
+        assert "as gguf with f16 weights" in export.text
+    files = [path for path in (tmp_path / "cards").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
     monkeypatch.setattr(model_cards, "smollm2", lambda: pytest.fail("pruned again"))
     model_cards.main(options.split())
-    assert {path.name: path.read_bytes() for path in (tmp_path / "cards").iterdir()} == before
+    assert {path: path.read_bytes() for path in files} == before
 
 
 def test_figures_of_publishing(tmp_path, monkeypatch):
