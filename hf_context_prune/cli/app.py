@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -115,6 +116,11 @@ def _guarded(run: Callable[[], Any]) -> int:
     except ContextPruneError as error:
         errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        errors.print(f"[red]Error:[/] The output can't be written: {error.strerror}.", soft_wrap=True)
+        return 1
     except SystemExit as exit_:  # typer ends with it, and turns Ctrl-C into 130
         if exit_.code != _INTERRUPTED:
             raise

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -31,7 +32,7 @@ from .options import (
     options_of,
     shared,
 )
-from .output import out
+from .output import errors, out
 
 if TYPE_CHECKING:
     from hf_context_prune.pipelines.chat import Conversation
@@ -78,10 +79,16 @@ def _answer_lines(conversations: Sequence[Conversation], lines: Iterable[str], f
     """Answer every line by itself."""
     from hf_context_prune.pipelines.chat import answer_side_by_side
 
+    failed = False
     for line in lines:
-        if not (prompt := line.strip()):
+        if not (prompt := _readable(line)):
             continue
-        *_, texts = answer_side_by_side(conversations, prompt)
+        try:
+            *_, texts = answer_side_by_side(conversations, prompt)
+        except ContextPruneError as error:  # of this line alone
+            errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            failed = True
+            continue
         for conversation in conversations:
             conversation.forget()
         if format is OutputFormat.json:
@@ -92,6 +99,13 @@ def _answer_lines(conversations: Sequence[Conversation], lines: Iterable[str], f
         else:
             for name, text in zip(_names(conversations), texts, strict=True):
                 out(f"{name}: {text.strip()}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _readable(line: str) -> str:
+    """Return a line without blanks around it; bytes that are no UTF-8 become replacement characters."""
+    return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
 
 
 def _talk(conversations: Sequence[Conversation]) -> None:
@@ -105,7 +119,7 @@ def _talk(conversations: Sequence[Conversation]) -> None:
     )
     with suppress(EOFError, KeyboardInterrupt):
         while True:
-            prompt = input("> ").strip()  # with the prompt, so that readline knows the width of the line
+            prompt = _readable(input("> "))  # with the prompt, so that readline knows the width of the line
             if prompt == NEW:
                 for conversation in conversations:
                     conversation.forget()

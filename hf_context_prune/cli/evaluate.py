@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hf_context_prune.evaluation.reports.report import EvalReport
 
 
-@options_of(EvalOptions, into="evaluation")
+@options_of(EvalOptions, into="evaluation", without=("example",))
 @options_of(QuestionOptions, into="questions")
 @options_of(CalibrationConfig, into="column", only=("text_column",))
 @reserves("output")

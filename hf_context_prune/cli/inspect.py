@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from .export import show_export
-from .options import FolderArgument, FormatOption, OutputFormat
+from .options import FolderArgument, FormatOption, OutputFormat, VerboseOption
 from .output import out, out_json, out_table, show_report
 from .tables import widths_table
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hf_context_prune import EvalReport, PruningPlan
 
 
-def inspect(folder: FolderArgument, format: FormatOption = OutputFormat.auto) -> None:
+def inspect(folder: FolderArgument, format: FormatOption = OutputFormat.auto, verbose: VerboseOption = False) -> None:
     """Verify a pruned folder or an export, and show what was removed, how, and what it cost."""
     from hf_context_prune import EvalReport, PruningPlan, read_export, verify_folder
     from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME, REPORT_NAME
@@ -41,7 +41,7 @@ def inspect(folder: FolderArgument, format: FormatOption = OutputFormat.auto) ->
         out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} embedding rows kept")
     out_table(widths_table(plan.dense, plan.widths))
     if report:
-        show_report(report, verbose=True)
+        show_report(report, verbose=verbose)
 
 
 def _short(name: str, value: Any) -> str:  # noqa: ANN401 - JSON

@@ -229,7 +229,11 @@ def merge_options(values: Given, given: Given) -> PrunerConfig | ThresholdConfig
 def combine_options(values: Given, given: Given) -> Given:
     """Return options with others that replace them: those of the same name, and those that these exclude."""
     replaced = set(_replaced(given))
-    return {**{name: value for name, value in values.items() if name not in replaced}, **given}
+    combined = {**{name: value for name, value in values.items() if name not in replaced}, **given}
+    both = [options.get("recovery") for options in (values, given)]
+    if all(isinstance(options, dict) for options in both):
+        combined["recovery"] = {**both[0], **both[1]}  # type: ignore[dict-item]
+    return combined
 
 
 def _replaced(given: Given) -> Iterator[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 from hf_context_prune import EvalOptions, RecoveryConfig
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.pipelines.presets import describe_presets, preset_options
+from hf_context_prune.pipelines.presets import describe_options, describe_presets, preset_options
 from hf_context_prune.utils.distributed import fail_together
 from hf_context_prune.utils.options import BUDGET, METHOD, MODEL, OUTPUT, TEXT, read_options
 
@@ -85,9 +86,15 @@ def prune(
     if config:
         values = combine_options(values, read_options(config))
     recovery = _recovery(values.pop("recovery", None), recover_minutes)
-    chosen = merge_options(values, options)
+    try:
+        chosen = merge_options(values, options)
+    except ConfigError as error:
+        if preset is None:
+            raise
+        raise ConfigError(f"With --preset {preset} ({describe_options(preset)}): {error}") from error
     if dry_run:
-        _dry_run(model, chosen, revision, max_memory, format)
+        how: Given = {"eval_options": eval_options(evaluation), "recovery": recovery, "revision": revision}
+        _dry_run(model, chosen, format, max_memory=max_memory, **how)
         return
     if data is None or output is None:
         missing = " and ".join(name for name, value in (("--data", data), ("--output", output)) if value is None)
@@ -107,16 +114,26 @@ def prune(
         device=device,
         max_memory=max_memory,
     )
-    show_result(result, output, format, verbose=verbose, next_steps=_next_steps(data, output, recovery))
+    steps = _next_steps(
+        output,
+        recovery,
+        data=data,
+        eval_data=eval_data,
+        general_data=evaluation.get("general_data"),
+        text_column=chosen.text_column,
+    )
+    show_result(result, output, format, verbose=verbose, next_steps=steps)
 
 
-def _next_steps(data: str, output: Path, recovery: RecoveryConfig | None) -> NextSteps:
-    """Return the commands to go on with."""
-    training = f"hf-context-prune recover {output} --data {data} --output {output}-recovered"
+def _next_steps(output: Path, recovery: RecoveryConfig | None, **text: str | None) -> NextSteps:
+    """Return the commands to go on with; `text` holds the options that name the text of this run."""
+    folder, target = shlex.quote(str(output)), shlex.quote(f"{output}-recovered")
+    given = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in text.items() if value)
+    training = f"hf-context-prune recover {folder} {given} --output {target}"
     return (
-        ("Talk to it", f"hf-context-prune chat {output}"),
+        ("Talk to it", f"hf-context-prune chat {folder}"),
         *((("Train it back", training),) if recovery is None else ()),
-        ("Publish it", f"hf-context-prune push {output} OWNER/NAME"),
+        ("Publish it", f"hf-context-prune push {folder} OWNER/NAME"),
     )
 
 
@@ -137,9 +154,8 @@ def _recovery(values: Any, minutes: float | None) -> RecoveryConfig | None:  # n
 def _dry_run(
     model: str,
     config: PrunerConfig | ThresholdConfig,
-    revision: str | None,
-    max_memory: str | None,
     format: OutputFormat,
+    **how: Any,  # noqa: ANN401 - of `dry_run`
 ) -> None:
     from hf_context_prune.pipelines.dry_run import dry_run
     from hf_context_prune.pipelines.durations import describe_seconds
@@ -148,7 +164,7 @@ def _dry_run(
         raise ConfigError(
             "--dry-run works from shapes alone, but thresholds are compared with values measured on text."
         )
-    found = dry_run(model, config, revision=revision, max_memory=max_memory)
+    found = dry_run(model, config, **how)
     if format is OutputFormat.json:
         out_json(found.to_dict())
     elif format is OutputFormat.quiet:

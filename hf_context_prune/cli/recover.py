@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 from hf_context_prune import EvalOptions, RecoveryConfig
@@ -69,7 +70,7 @@ def recover(
         **column,
     )
     steps = (
-        ("Talk to it", f"hf-context-prune chat {output}"),
-        ("Publish it", f"hf-context-prune push {output} OWNER/NAME"),
+        ("Talk to it", f"hf-context-prune chat {shlex.quote(str(output))}"),
+        ("Publish it", f"hf-context-prune push {shlex.quote(str(output))} OWNER/NAME"),
     )
     show_result(result, output, format, verbose=verbose, next_steps=steps)

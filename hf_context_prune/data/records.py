@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from numbers import Integral
 from typing import Any, TypeAlias, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
@@ -108,7 +110,8 @@ def render_texts(values: Iterable[tuple[object, str]], tokenizer: PreTrainedToke
     """
     texts: list[str] = []
     chats: dict[int, tuple[list[object], str]] = {}
-    for value, where in values:
+    for given, where in values:
+        value: object = given.tolist() if hasattr(given, "tolist") else given  # of numpy and torch
         if isinstance(value, str):
             texts.append(value)
             continue
@@ -143,7 +146,9 @@ def render_texts(values: Iterable[tuple[object, str]], tokenizer: PreTrainedToke
 
 
 def _is_token_ids(value: object) -> TypeGuard[Sequence[int]]:
-    return isinstance(value, Sequence) and len(value) > 0 and all(type(item) is int for item in value)
+    if not isinstance(value, Sequence) or not value:
+        return False
+    return all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
 
 
 def _decoded(ids: Sequence[int], where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -154,7 +159,8 @@ def _decoded(ids: Sequence[int], where: str, tokenizer: PreTrainedTokenizerBase 
             f"{where}: the token id {most if min(ids) >= 0 else min(ids)} is not one of this tokenizer, which has "
             f"{len(tokenizer):,}; give data that the model's own tokenizer made, or a column of plain text"
         )
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+    parts = [[*part] for ends, part in groupby(ids, lambda token: token == tokenizer.eos_token_id) if not ends]
+    return "\n\n".join(str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts)  # packed texts
 
 
 def _is_chat(value: object) -> bool:

@@ -92,16 +92,17 @@ def read_general(
     return GeneralText(source, how, rest, whole)
 
 
-def dataset_facts(passages: Passages, how: str) -> DatasetFacts:
+def dataset_facts(passages: Passages, how: str, max_seq_length: int) -> DatasetFacts:
     """Return the facts of a text that is measured on.
 
     Args:
         passages: What is measured on.
         how: Sentences on how it was kept apart from other text.
+        max_seq_length: Tokens per window.
     """
     text = passages.text
     held_out = f"{how} {passages.describe()}".strip()
-    return DatasetFacts(text.name, text.revision, text.fingerprint, held_out, passages.max_chars)
+    return DatasetFacts(text.name, text.revision, text.fingerprint, held_out, passages.max_chars, max_seq_length)
 
 
 def build_loss_facts(

@@ -25,6 +25,7 @@ class EvalOptions:
         max_tokens: Largest number of test tokens, in passages of many documents; None takes the whole text.
         benchmark: Measure prefill and decode speed of base and pruned model, interleaved.
         memory: Measure peak memory in a fresh process. It needs a saved folder, so `prune` leaves it to saving.
+        example: Show in report and card what the model writes after a prompt of its domain.
         general_data: General text, as [`load_documents`][] reads it, to measure what the model forgot. None leaves that
             open, and the model card says so.
 
@@ -41,6 +42,12 @@ class EvalOptions:
     )
     benchmark: bool = option(True, "Measure speed and peak memory.", panel=EVALUATION)
     memory: bool = True
+    example: bool = option(
+        True,
+        "Show in report and card what the pruned model writes after a prompt of its domain. The prompt is not taken "
+        "from your text; the answer is the model's own.",
+        panel=EVALUATION,
+    )
     general_data: Any = option(
         None,
         "General text, to measure what the model forgets outside the domain. The model card says if it is missing.",

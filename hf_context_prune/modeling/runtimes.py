@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +40,12 @@ def runtimes_of(config: Mapping[str, Any], folder: str) -> list[Runtime]:
     """
     model_type = str(config.get("model_type"))
     family, variable = base_model_type(model_type), model_type.startswith(PREFIX)
-    load = f'AutoModelForCausalLM.from_pretrained("{folder}")'
+    load = f"AutoModelForCausalLM.from_pretrained({json.dumps(folder, ensure_ascii=False)})"
+    place = shlex.quote(folder)
     return [
         Runtime("transformers", f"import hf_context_prune; {load}" if variable else load),
         _llama_cpp(config, family, folder, variable=variable),
-        _vllm(family, folder, variable=variable),
+        _vllm(family, place, variable=variable),
     ]
 
 
@@ -58,7 +61,8 @@ def _llama_cpp(config: Mapping[str, Any], family: str, folder: str, *, variable:
             f"no: it has no {kind} whose layers differ. Prune with --native-architecture",
             opens=False,
         )
-    return Runtime(name, f"hf-context-prune export {folder} --to gguf --output {folder}-gguf")
+    command = f"hf-context-prune export {shlex.quote(folder)} --to gguf --output {shlex.quote(f'{folder}-gguf')}"
+    return Runtime(name, command)
 
 
 def _vllm(family: str, folder: str, *, variable: bool) -> Runtime:

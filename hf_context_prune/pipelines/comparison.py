@@ -88,7 +88,8 @@ class MeasuredText:
             description=f"Measuring base on {source.name}",
         )
         same = earlier is not None and earlier.dataset.fingerprint == passages.text.fingerprint
-        return cls(passages, dataset_facts(passages, how), losses, earlier.loss if earlier and same else None)
+        facts = dataset_facts(passages, how, max_seq_length)
+        return cls(passages, facts, losses, earlier.loss if earlier and same else None)
 
     @classmethod
     def without_base(
@@ -97,6 +98,7 @@ class MeasuredText:
         how: str,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        max_seq_length: int,
         max_tokens: int | None,
         earlier: TextLosses | None,
     ) -> MeasuredText:
@@ -106,6 +108,7 @@ class MeasuredText:
             source: The text.
             how: Sentences on how it was kept apart from other text.
             tokenizer: Counts the tokens where the report doesn't serve.
+            max_seq_length: Tokens per window.
             max_tokens: Largest number of tokens of the base; None takes the whole text.
             earlier: Losses of an earlier report.
         """
@@ -116,9 +119,9 @@ class MeasuredText:
                 passages = Passages.whole(source) if limit is None else Passages.within(source, limit)
                 same = passages.text.fingerprint == earlier.dataset.fingerprint
                 if same and passages.text.num_bytes == base.num_bytes:
-                    return cls(passages, dataset_facts(passages, how), known=earlier.loss)
+                    return cls(passages, dataset_facts(passages, how, max_seq_length), known=earlier.loss)
         passages = Passages.of(source, tokenizer, max_tokens=max_tokens)
-        return cls(passages, dataset_facts(passages, how))
+        return cls(passages, dataset_facts(passages, how, max_seq_length))
 
     def losses(self, models: Mapping[str, ModelAndTokenizer], max_seq_length: int) -> dict[str, list[DocumentLoss]]:
         """Measure models, by what the progress bar calls them."""
@@ -211,10 +214,9 @@ class Comparison:
         seed: int,
     ) -> Comparison:
         """Choose the texts where the base is not at hand; an earlier report may know its losses."""
+        how: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens}
         domain, other = (
-            None
-            if text is None
-            else MeasuredText.without_base(*text, tokenizer, max_tokens=options.max_tokens, earlier=report)
+            None if text is None else MeasuredText.without_base(*text, tokenizer, earlier=report, **how)
             for text, report in zip(_texts(split, general), _texts_of(earlier), strict=True)
         )
         assert domain is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,7 +151,7 @@ def _run(
 
 def _next_commands(folder: Path) -> tuple[tuple[str, str], ...]:
     """Return the commands to go on with."""
-    name = folder.name
+    name = shlex.quote(os.path.relpath(folder))
     return (
         ("Talk to both models", f"hf-context-prune chat {name} --base {DEMO_MODEL}"),
         ("Your own text", f"hf-context-prune prune {DEMO_MODEL} --data YOUR-TEXT.jsonl --output my-mini-gpt"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
 from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
@@ -23,6 +24,7 @@ from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.loading import load_meta_model
+from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.utils.memory import memory_limit, parse_bytes
 
 from .durations import estimate_seconds
@@ -65,13 +67,21 @@ class DryRun:
 
 
 def dry_run(
-    model: str | Path, config: PrunerConfig, *, revision: str | None = None, max_memory: int | str | None = None
+    model: str | Path,
+    config: PrunerConfig,
+    *,
+    eval_options: EvalOptions | None = None,
+    recovery: RecoveryConfig | None = None,
+    revision: str | None = None,
+    max_memory: int | str | None = None,
 ) -> DryRun:
     """Work out the sizes without reading a weight; products of a layer's size are timed.
 
     Args:
         model: A model folder, .gguf file or Hub id.
         config: The budget.
+        eval_options: How much is measured.
+        recovery: The training after it.
         revision: Branch, tag or commit of the Hub model.
         max_memory: As for [`prune`][].
 
@@ -125,10 +135,14 @@ def dry_run(
         widths=widths,
         dense_tokens=rows,
         tokens=kept,
-        native_fit=NativeFit(bool(config.native_architecture), "tokens and widths are measured")
+        native_fit=NativeFit(bool(config.native_architecture), f"{_measured(config)} are measured")
         if widths is None
         else assess_native_fit(empty.config, view.spec, widths),
         needs=needs,
         missing_memory=missing,
-        seconds=estimate_seconds(empty, config),
+        seconds=estimate_seconds(empty, config, eval_options, recovery),
     )
+
+
+def _measured(config: PrunerConfig) -> str:
+    return "tokens and widths" if config.searches_tokens else "widths"

@@ -128,7 +128,8 @@ class DomainMatrix:
         return f"Scored: {'; '.join(parts)} (fewer than {MIN_DOCUMENTS} documents have no interval)."
 
     def _dataset(self, domain: str) -> DatasetFacts:
-        return dataset_facts(self.held_out[domain].passages, self.splits[domain])
+        held_out = self.held_out[domain]
+        return dataset_facts(held_out.passages, self.splits[domain], held_out.max_seq_length)
 
     def _losses(self, calibrated: str, measured: str) -> LossFacts:
         pruned = {"pruned": self.scores[calibrated, measured].losses}

@@ -53,6 +53,11 @@ def preset_options(name: str | None) -> dict[str, Any]:
     return {**preset.options, **({"recovery": dict(preset.recovery)} if preset.recovery else {})}
 
 
+def describe_options(name: str) -> str:
+    """Return the options of a preset as words, for errors."""
+    return ", ".join(f"{option}={value!r}" for option, value in preset_options(name).items()) or "no options"
+
+
 def describe_presets() -> str:
     """Return names and meanings, for help texts."""
     return "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())

@@ -27,7 +27,7 @@ from hf_context_prune.pruning.notes import plan_notes
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.prune_model import PrunedModel, check_budget, prune_model
 from hf_context_prune.pruning.unused_options import warn_of_low_thresholds, warn_of_unused_options
-from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
+from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, explain_gguf_sizes, load_model
 from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target, resolve_target
@@ -267,7 +267,8 @@ def _run_stages(
     if isinstance(config, ThresholdConfig):
         warn_of_low_thresholds(config, pruned.plan, base.model.num_parameters() - pruned.model.num_parameters())
     gc.collect()
-    recovered, notes = None, (*plan_notes(pruned.plan, texts.calibration), *only_measured)
+    notes = (*plan_notes(pruned.plan, texts.calibration), *only_measured, *explain_gguf_sizes(base))
+    recovered = None
     if recovery is not None:
         stages.begin(_TRAINING)
         shared = texts.calibration.general_share
@@ -276,7 +277,7 @@ def _run_stages(
     stages.begin(_RESULT)
     fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.widths)
     report = _report(comparison, base, pruned, recovered, config, texts, (*notes, _saved_as(pruned, fit)))
-    report = replace(report, example=write_example(*(recovered or pruned)))
+    report = replace(report, example=write_example(*(recovered or pruned)) if options.example else None)
     stages.end()
     return PruneResult(*(recovered or pruned), report, fit, base if base.folder is not None else None)
 

@@ -19,7 +19,7 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.pruning.prune_model import PrunedModel
 from hf_context_prune.storage.known_models import DEMO_MODEL, name_of_base
-from hf_context_prune.storage.loading import LoadedModel, load_model
+from hf_context_prune.storage.loading import LoadedModel, explain_gguf_sizes, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target, resolve_target
@@ -82,6 +82,8 @@ def recover_folder(
     check_single_device(pruned.model)
     given = _load_base(plan, base, device)
     parent = given if given is not None and fingerprint(given.model) == plan.model_fingerprint else None
+    if given is not None and parent is None:
+        _LOGGER.warning("The model %s (--base) is not the model that was pruned, and is not compared with.", given.name)
     measuring = format_seconds(estimate_measuring(pruned.model, options, 2 if parent is None else 3))
     limit = "" if config.max_minutes is None else f"The training takes {config.max_minutes:g} min at most. "
     _LOGGER.info("%sMeasuring the models takes about %s on this machine when it is idle.", limit, measuring)
@@ -91,7 +93,7 @@ def recover_folder(
     earlier = EvalReport.load(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else None
     how: dict[str, Any] = {
         "earlier": earlier,
-        "max_seq_length": config.max_seq_length,
+        "max_seq_length": _window_of(plan, earlier) or config.max_seq_length,
         "seed": config.recovery_seed,
     }
     if parent is None:
@@ -122,11 +124,11 @@ def recover_folder(
         pruned=before[:2],
         recovered=after[:2],
         trained_again=bool(plan.provenance.get("recoveries")),
-        notes=(note,),
+        notes=(note, *(() if parent is None else explain_gguf_sizes(parent))),
     )
     if parent is None:
         report = replace(report, notes=(*report.notes, _note_without_parent(given, known=report.loss.base is not None)))
-    report = replace(report, example=write_example(*after))
+    report = replace(report, example=write_example(*after) if options.example else None)
     stages.end()
     fit = assess_native_fit(after.model.config, ModelView.of(after.model).spec, plan.widths)
     return PruneResult(*after, report, fit, parent)
@@ -282,6 +284,14 @@ def _general(data: Any, split: TextSplit, tokenizer: Any, plan: PruningPlan, see
         return read_general(source, apart_from=text, test=test, tokenizer=tokenizer, seed=seed)
     first = (plan.provenance.get("config") or {}).get("pruning_seed") or 0
     return read_general(source, apart_from=text, test=test, tokenizer=tokenizer, seed=first, hold_out=True)
+
+
+def _window_of(plan: PruningPlan, earlier: EvalReport | None) -> int | None:
+    """Return the tokens per window of the folder's figures, so that those of the recovered model compare with them."""
+    if earlier is not None and earlier.dataset.max_seq_length is not None:
+        return earlier.dataset.max_seq_length
+    found = (plan.provenance.get("config") or {}).get("max_seq_length")
+    return found if isinstance(found, int) else None
 
 
 def _note_without_parent(given: LoadedModel | None, *, known: bool) -> str:

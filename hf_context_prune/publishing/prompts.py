@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,23 +24,29 @@ _GENERAL = (
     "What is the difference between weather and climate?",
 )
 _BY_WORD = {
-    ("medic", "clinic", "health", "pubmed"): (
+    ("medic*", "clinic*", "health*", "pubmed*"): (
         "Chronic kidney disease is a condition in which",
         "What are the symptoms of type 2 diabetes?",
         "How is asthma treated?",
     ),
-    ("licen",): LICENCE_PROMPTS,
-    ("law", "legal", "contract", "court"): (
+    ("licen*",): LICENCE_PROMPTS,
+    ("law", "laws", "legal", "contract", "contracts", "court", "courts"): (
         "This Agreement shall be governed by the laws of",
         "The court held that the defendant",
         "What is the difference between civil and criminal law?",
     ),
-    ("financ", "bank", "econom"): (
+    ("financ*", "bank", "banks", "banking", "econom*"): (
         "The Federal Reserve decided to raise interest rates because",
         "Net income for the fiscal year increased",
         "What is the difference between a stock and a bond?",
     ),
 }
+
+
+def _has_word(name: str, word: str) -> bool:
+    """Return whether a name holds a word; one that ends with an asterisk is a beginning of words."""
+    end = r"" if word.endswith("*") else r"(?![a-z])"
+    return re.search(rf"(?<![a-z]){re.escape(word.rstrip('*'))}{end}", name.lower()) is not None
 
 
 def choose_prompts(*names: str, domain: str | None = None) -> tuple[str, ...]:
@@ -52,7 +59,7 @@ def choose_prompts(*names: str, domain: str | None = None) -> tuple[str, ...]:
     """
     for name in (domain, *names) if domain else names:
         for words, prompts in _BY_WORD.items():
-            if any(word in name.lower() for word in words):
+            if any(_has_word(name, word) for word in words):
                 return (*prompts, OUTSIDE)
     if domain:
         return (

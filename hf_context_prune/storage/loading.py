@@ -166,6 +166,8 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", revision: str | None
     path = _local_path(folder)
     if path is None:
         return _load_hub(str(folder), dtype, revision, device=None).model
+    if path.is_file():
+        raise LoadError(f"{folder} is a GGUF file; load_pruned takes a folder of this package. Use load_model.")
     _warn_of_revision(path, revision)
     verify_folder(path)
     _check_folder(path)

@@ -112,7 +112,12 @@ def test_a_preset_gives_options(run):
     assert json.loads(out)["asked_ratio"] == 0.2
     code, out, err = run("prune", "@base", "--preset", "small", "--pruning-ratio", 0.1, "--dry-run", "--format", "json")
     assert json.loads(out)["asked_ratio"] == 0.1
-    assert json.loads(out)["seconds"].get("training") in (None, 600)
+    assert json.loads(out)["seconds"]["training"] == 600
+    code, out, err = run("prune", "@base", "--preset", "small", "--dry-run")
+    assert "training 10 min" in out
+    code, _, err = run("prune", "@base", "--preset", "paper", "--pruning-ratio", 0.1, "--dry-run")
+    assert code == 2
+    assert "With --preset paper (linear_threshold=0.001" in " ".join(err.split())
     code, _, err = run("prune", "@base", "--preset", "tiny", "--dry-run")
     assert code == 2
     assert "preset 'tiny'" in err
@@ -254,7 +259,8 @@ def test_every_field_of_a_config_is_an_option_in_a_panel(subtests):
             by_flag = {flag: item for item in parameters for flag in item.opts}
             for config in configs:
                 for field in dataclasses.fields(config):
-                    if (config, field.name) != (EvalOptions, "memory"):  # follows --benchmark
+                    without = config is EvalOptions and command == "evaluate" and field.name == "example"  # no card
+                    if (config, field.name) != (EvalOptions, "memory") and not without:  # follows --benchmark
                         item = by_flag[flag_of(config, field.name)]
                         assert item.help.startswith(escape(help_of(field)))
                         assert item.rich_help_panel == help_of(field).panel in PANELS
@@ -385,10 +391,10 @@ def test_questions_and_a_base(run, place):
     assert code == 0, err
     asked = ("--questions", "@mcq.jsonl", "--question-columns", "question=query", "--num-fewshot", 2)
     measured = ("--data", "@data.jsonl", "--max-seq-length", 32, *QUICK)
-    code, out, err = run("evaluate", "@asked", "--base", "@base", *measured, *asked)
+    code, out, err = run("evaluate", "@asked", "--base", "@base", *measured, *asked, "--verbose")
     assert code == 0, err
-    assert "accuracy, a (6 questions, chance 33 %)" in out
-    assert "accuracy, all (12 questions, chance 33 %)" in out
+    assert "accuracy, a (6 questions, 1-shot, chance 33 %)" in out
+    assert "accuracy, all (12 questions, 1-shot, chance 33 %)" in out
     assert "McNemar p" in out
     code, out, _ = run("evaluate", "@base", *measured, *asked, "--question-scorer", "letter", "--format", "json")
     facts = json.loads(out)["multiple_choice"]

@@ -129,6 +129,20 @@ def test_what_a_folder_reveals(run, place):
     assert all("law" in text for text in (card, json.dumps(plan)))
 
 
+def test_the_example_is_left_out(run, place):
+    texts = {}
+    for name, options in (("shown", ()), ("hidden", ("--no-example",))):
+        code, _, err = run("prune", "@base", "--output", f"@example-{name}", *DATA, *PRUNE, *options)
+        assert code == 0, err
+        folder = place / f"example-{name}"
+        report = json.loads((folder / "eval_report.json").read_text())
+        texts[name] = report["example"], "It writes, greedily" in (folder / "README.md").read_text()
+    assert texts["hidden"] == (None, False)
+    example, on_card = texts["shown"]
+    assert on_card
+    assert example["prompt"] == "This Agreement shall be governed by the laws of"  # of contracts.jsonl
+
+
 def test_a_pruned_vocabulary_shows_entries_of_the_base_and_no_others(run, place):
     options = ("--vocab-size", 288, "--pad-to-multiple-of", 8)
     code, _, err = run("prune", "@base", "--output", "@fewer", *DATA, *PRUNE, *options)

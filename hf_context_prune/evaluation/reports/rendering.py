@@ -299,6 +299,8 @@ def _panels(folders: Sequence[Folder]) -> dict[str, list[PlotPoint]]:
             same = text.name in texts.values()
             texts[text.fingerprint] = f"{text.name} ({text.fingerprint[:8]})" if same else text.name
         amount = f"{loss.last.num_documents:,} documents, {loss.last.num_bytes:,} bytes"
+        if text.max_seq_length is not None:
+            amount += f", windows of {text.max_seq_length:,} tokens"
         points = panels.setdefault(f"{texts[text.fingerprint]}: {amount}", [])
         if loss.base is not None:
             name = f"base: {report.base_model}"

@@ -31,6 +31,7 @@ class DatasetFacts:
         fingerprint: sha256 of the texts that were measured on, in order.
         held_out: Sentences on how the text was kept apart from calibration, and on how much of it was measured on.
         max_chars: As `Passages.max_chars`: None where the text is whole.
+        max_seq_length: Tokens per window; None in reports of earlier versions.
     """
 
     name: str
@@ -38,6 +39,7 @@ class DatasetFacts:
     fingerprint: str
     held_out: str
     max_chars: int | None = None
+    max_seq_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from hf_context_prune.evaluation.bootstrap import MIN_DOCUMENTS
+from hf_context_prune.evaluation.speed import Spread
 
 from .formatting import format_percent
 from .report import EvalReport, LossFacts
 from .rows import table_header, table_rows, text_table
 
+_NOISY = 1.25
 _SIZE_SHOWN = 0.0005  # a smaller difference would be shown as "0.0 %"
 
 
@@ -18,7 +20,7 @@ def headline(report: EvalReport) -> list[str]:
     """
     if report.size.pruned_parameters is None:
         bits = f"{report.loss.last.bits_per_byte.value:.4f} bits per byte on {report.dataset.name}"
-        return [f"{report.size.base_parameters:,} parameters, {bits}."]
+        return [f"{report.size.base_parameters:,} parameters, {bits}.", *_few(report)]
     return [_size_and_speed(report), f"{_loss(report.dataset.name, report.loss)}.", _elsewhere(report), *_few(report)]
 
 
@@ -31,12 +33,19 @@ def describe(report: EvalReport, *, intervals: bool = False) -> str:
 def _size_and_speed(report: EvalReport) -> str:
     size = report.size
     gone = size.achieved_ratio or 0.0
-    parts = [f"{100 * gone:.1f} % smaller" if abs(gone) >= _SIZE_SHOWN else "As large as the base"]
+    change = f"{100 * abs(gone):.1f} % {'smaller' if gone > 0 else 'larger'}"
+    parts = [change if abs(gone) >= _SIZE_SHOWN else "As large as the base"]
     if size.base_weight_bytes and size.pruned_weight_bytes:
         parts[0] += f" ({_megabytes(size.base_weight_bytes)} to {_megabytes(size.pruned_weight_bytes)} MB)"
     ratio = report.speed.ratio() if report.speed else None
-    parts.append("speed not measured" if ratio is None else f"{ratio.decode.median:.2f} times as fast (decode)")
+    parts.append("speed not measured" if ratio is None else _speed(ratio.decode))
     return f"{', '.join(parts)}."
+
+
+def _speed(ratio: Spread) -> str:
+    """Return a ratio of speeds, the median of rounds that ran in turns; with its quartiles where they lie far apart."""
+    spread = f"; quartiles {ratio.q1:.2f} to {ratio.q3:.2f}" if ratio.q3 > _NOISY * ratio.q1 else ""
+    return f"{ratio.median:.2f} times as fast (decode{spread})"
 
 
 def _megabytes(count: int) -> str:
@@ -58,7 +67,7 @@ def _loss(where: str, loss: LossFacts) -> str:
 
 def _elsewhere(report: EvalReport) -> str:
     if report.general is None:
-        return "Elsewhere: not measured (--general-data)."
+        return "Elsewhere: not measured."
     return f"{_loss(f'general text ({report.general.dataset.name})', report.general.loss)}."
 
 

@@ -74,7 +74,7 @@ def _summary(format: str, weights: str, origin: str, facts: CardFacts | None) ->
     if facts is None:
         return Trusted(f"{text}.")
     text += f"; {code(facts.name)} was pruned from {code(facts.base_id or facts.base_name)} by contextual pruning"
-    figures = "" if facts.report is None else f" {inert(' '.join(headline(facts.report)))}"
+    figures = "" if facts.report is None else f" Before the export it was: {inert(' '.join(headline(facts.report)))}"
     return Trusted(f"{text}.{figures}")
 
 

@@ -173,12 +173,16 @@ def _text_name(name: object) -> Trusted:
 
 
 def _measured(report: EvalReport) -> Trusted:
-    first = report.loss.last
+    first, length = report.loss.last, report.dataset.max_seq_length
+    windows = "" if length is None else f" in windows of {length:,} tokens"
+    brackets = ""
+    if first.bits_per_byte.interval is not None:
+        how = f"{first.n_resamples:,} resamples, seed {first.seed}"
+        brackets = f"Brackets hold 95 % bootstrap intervals over documents ({how}). "
     return Trusted(
         f"Bits per byte; lower is better. The unit is a byte of text, so models with different vocabularies are "
-        f"comparable. Brackets hold 95 % bootstrap intervals over documents ({first.n_resamples:,} resamples, seed "
-        f"{first.seed}). Base and pruned model read the same documents, and none of them was used to calibrate. "
-        f"{inert(report.dataset.held_out)}"
+        f"comparable. {brackets}Base and pruned model read the same documents{windows}, and none of them was used to "
+        f"calibrate. {inert(report.dataset.held_out)}"
     )
 
 

@@ -277,12 +277,21 @@ def test_a_tokenised_dataset_is_decoded(tokenizer):
     """As a Trainer has it: columns of token ids, masks and labels, and no text."""
     words = ["the first text", "and another one"]
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in map(tokenizer.encode, words)]
-    for source in (rows, datasets.Dataset.from_list(rows)):
+    torch_rows = datasets.Dataset.from_list(rows).with_format("torch")
+    arrays = [{"input_ids": torch.tensor(row["input_ids"]).numpy()} for row in rows]
+    for source in (rows, arrays, torch_rows, torch_rows.to_iterable_dataset()):
         assert [one.text for one in load_documents(source, tokenizer=tokenizer).documents] == words
     with pytest.raises(DataError, match="token ids, but no tokenizer was given"):
         load_documents(rows)
     with pytest.raises(DataError, match=r"record 1, 'input_ids': the token id 999999 is not one of this tokenizer"):
         load_documents([{"input_ids": [1, 999_999]}], tokenizer=tokenizer)
+    end = tokenizer.eos_token_id
+    (packed,) = load_documents(
+        [{"input_ids": [*rows[0]["input_ids"], end, *rows[1]["input_ids"]]}], tokenizer=tokenizer
+    ).documents
+    assert packed.text == "\n\n".join(words)
+    with pytest.raises(DataError, match="holds list, not text"):
+        load_documents([{"input_ids": [True, False]}], tokenizer=tokenizer)
     assert load_documents([{"input_ids": [1], "body": "text"}], tokenizer=tokenizer).documents[0].text == "text"
 
 

@@ -180,7 +180,10 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
     with pytest.raises(InterruptedError):
         render([found[0], replace(found[1], report=other)], tmp_path / "out")
     loss = report.loss
-    name, much = report.dataset.name, f": {loss.base.num_documents} documents, {loss.base.num_bytes:,} bytes"
+    name, much = (
+        report.dataset.name,
+        f": {loss.base.num_documents} documents, {loss.base.num_bytes:,} bytes, windows of 32 tokens",
+    )
     assert list(drawn) == [f"{name}{much}", f"{name} (ffffffff){much}"]
     base = f"base: {report.base_model}"
     assert [[point.label for point in points] for points in drawn.values()] == [[base, "small"], [base, "wide one"]]
@@ -188,7 +191,7 @@ def test_losses_on_different_texts_have_panels_of_their_own(folders, tmp_path, m
     less = replace(report, loss=replace(loss, pruned=replace(loss.pruned, num_documents=1, num_bytes=12)))
     with pytest.raises(InterruptedError):
         render([found[0], replace(found[1], report=less)], tmp_path / "out")
-    assert list(drawn) == [f"{name}{much}", f"{name}: 1 documents, 12 bytes"]
+    assert list(drawn) == [f"{name}{much}", f"{name}: 1 documents, 12 bytes, windows of 32 tokens"]
 
 
 DAMAGE = [

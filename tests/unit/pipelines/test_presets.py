@@ -35,6 +35,11 @@ def test_other_options_replace_those_of_a_preset():
     assert small["recovery"] == {"max_minutes": 2}
 
 
+def test_a_training_keeps_what_is_not_replaced():
+    both = combine_options(preset_options("small"), {"recovery": {"learning_rate": 1e-4}})
+    assert both["recovery"] == {"max_minutes": 10, "learning_rate": 1e-4}
+
+
 def test_an_unknown_one():
     with pytest.raises(ConfigError, match=r"preset 'ballanced'.*Did you mean 'balanced'"):
         preset_options("ballanced")

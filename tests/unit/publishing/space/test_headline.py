@@ -38,7 +38,7 @@ def test_four_figures(facts):
     assert size.value == f"{-100 * report.size.achieved_ratio:+.1f} %"
     assert "million parameters" in size.detail
     assert speed.value == "1.50×"
-    assert (own.label, own.value) == ("Loss on Law text", f"{change:+.1%}")
+    assert (own.label, own.value) == ("Loss on Law text", f"{100 * change:+.1f} %")
     assert "95% interval" in own.detail
     assert (elsewhere.label, elsewhere.value) == ("Loss on general text", own.value)
 
