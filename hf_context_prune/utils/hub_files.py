@@ -7,7 +7,6 @@ from pathlib import Path
 from hf_context_prune.errors import ConfigError
 
 from .files import expand_home
-from .hub_ids import is_hub_id
 
 
 def fetch_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
@@ -24,10 +23,13 @@ def fetch_file(source: str | Path, name: str, revision: str | None = None) -> Pa
     folder = expand_home(source)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import hf_hub_download  # not needed for the help of the command line
+    from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
+
+    from .hub_ids import is_hub_id
+
     if not is_hub_id(str(source)):
         raise ConfigError(f"{source} is neither a folder nor the id of a repository (owner/name).")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
     try:
         return Path(hf_hub_download(str(source), name, revision=revision))
