@@ -98,8 +98,8 @@ def test_the_default_is_held_against_the_best_other_choice():
     args = argparse.Namespace(domains=["law"], shares=[0.2], seed=0, minutes=8.0)
     rows = rows_of(base=[1.0, 2.0], default=[1.03, 2.06], native=[1.0, 2.0], layers=[1.5, 3.0], healed=[0.5, 1.0])
     text = verdicts(rows, args)
-    assert "+3.0% [+3.0%, +3.0%] bits per byte (goal: at most +0%): missed by 3.0 points." in text
-    assert "at worst +3.0% [+3.0%, +3.0%] against `native_architecture=True` (law, 20%): missed by 2.0 points." in text
+    assert "+3.0 % [+3.0, +3.0] bits per byte (goal: at most +0%): missed by 3.0 points." in text
+    assert "at worst +3.0 % [+3.0, +3.0] against `native_architecture=True` (law, 20%): missed by 2.0 points." in text
 
 
 def test_labels_and_ticks_have_room():

@@ -63,5 +63,5 @@ def test_relative_loss_is_paired():
     dense, row = {"nll": [1.0, 2.0, 3.0]}, {"nll": [1.5, 3.0, 4.5]}
     estimate = vocabulary.relative(dense, row, 0)
     assert (estimate.value, estimate.interval) == (0.5, pytest.approx((0.5, 0.5)))
-    assert vocabulary.format_change(estimate) == "+50.0% [+50.0%, +50.0%]"
+    assert vocabulary.format_change(estimate) == "+50.0 % [+50.0, +50.0]"
     assert vocabulary.relative({"nll": [2.0]}, {"nll": [1.0]}, 0).interval is None
