@@ -98,7 +98,9 @@ def _versions() -> dict[str, str]:
 def _without_home(path: Path) -> str:
     """Return a path without the name of the user, since bug reports are public."""
     home = Path.home()
-    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
+    if path.is_relative_to(home):
+        return f"~/{path.relative_to(home).as_posix()}"
+    return str(Path(*("..." if part == home.name else part for part in path.parts)))
 
 
 def _sizes(folder: Path) -> dict[str, int]:

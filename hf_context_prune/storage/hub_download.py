@@ -82,8 +82,8 @@ def _list_shards(source: str, index: str) -> list[str]:
 
 def _explain(source: str, revision: str | None, error: Exception) -> LoadError:
     incomplete = (
-        "it is not complete in the cache and can't be fetched from the Hub; check the network and HF_HUB_OFFLINE, or "
-        "try again later"
+        "there is no such folder here, and as a Hub id it is not complete in the cache and can't be fetched; check the "
+        "spelling, the network and HF_HUB_OFFLINE, or try again later"
     )
     why = explain_hub_error(
         error,

@@ -44,3 +44,10 @@ def test_a_cache_that_is_not_there(run, place):
     assert code == 0
     assert json.loads(out)["cache_bytes"] == {}
     assert list(place.iterdir()) == []
+
+
+def test_the_name_of_the_user_is_hidden_outside_of_the_home_too(run, monkeypatch):
+    monkeypatch.setenv("HF_CONTEXT_PRUNE_CACHE", f"/srv/{Path.home().name}/cache")
+    code, out, _ = run("env", "--format", "json")
+    assert code == 0
+    assert json.loads(out)["cache_folder"] == "/srv/.../cache"
