@@ -29,7 +29,7 @@ from .experiments import cross_domain, paper_grid
 from .export import export
 from .help import Command
 from .inspect import inspect
-from .output import errors, out
+from .output import errors, out, show_error
 from .prune import prune
 from .publish import card, push
 from .recover import recover
@@ -114,12 +114,12 @@ def _guarded(run: Callable[[], Any]) -> int:
     try:
         run()
     except ContextPruneError as error:
-        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        show_error(str(error))
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
-        errors.print(f"[red]Error:[/] The output can't be written: {error.strerror}.", soft_wrap=True)
+        show_error(f"The output can't be written: {error.strerror}.")
         return 1
     except SystemExit as exit_:  # typer ends with it, and turns Ctrl-C into 130
         if exit_.code != _INTERRUPTED:

@@ -32,7 +32,7 @@ from .options import (
     options_of,
     shared,
 )
-from .output import errors, out
+from .output import out, show_error
 
 if TYPE_CHECKING:
     from hf_context_prune.pipelines.chat import Conversation
@@ -86,11 +86,11 @@ def _answer_lines(conversations: Sequence[Conversation], lines: Iterable[str], f
         try:
             *_, texts = answer_side_by_side(conversations, prompt)
         except ContextPruneError as error:  # of this line alone
-            errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            show_error(str(error))
             failed = True
             continue
-        for conversation in conversations:
-            conversation.forget()
+        finally:
+            _forget(conversations)
         if format is OutputFormat.json:
             names = ("base_answer", "answer")[-len(texts) :]
             out(json.dumps({"prompt": prompt, **dict(zip(names, texts, strict=True))}, ensure_ascii=False))
@@ -101,6 +101,11 @@ def _answer_lines(conversations: Sequence[Conversation], lines: Iterable[str], f
                 out(f"{name}: {text.strip()}")
     if failed:
         raise typer.Exit(1)
+
+
+def _forget(conversations: Sequence[Conversation]) -> None:
+    for conversation in conversations:
+        conversation.forget()
 
 
 def _readable(line: str) -> str:
@@ -121,13 +126,12 @@ def _talk(conversations: Sequence[Conversation]) -> None:
         while True:
             prompt = _readable(input("> "))  # with the prompt, so that readline knows the width of the line
             if prompt == NEW:
-                for conversation in conversations:
-                    conversation.forget()
+                _forget(conversations)
             elif prompt:
                 try:
                     _show_answer(console, conversations, prompt)
                 except ContextPruneError as error:  # of this prompt alone
-                    console.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+                    show_error(str(error), console)
     console.print()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hf_context_prune.utils.files import resolve_path
@@ -23,6 +25,11 @@ NextSteps = Sequence[tuple[str, str]]
 """Names of lines, and the lines; such as a purpose and its command."""
 
 errors = Console(stderr=True, highlight=False)
+
+
+def show_error(text: str, console: Console = errors) -> None:
+    """Show an error, on stderr unless a conversation has a console of its own; the text has no markup."""
+    console.print(f"[red]Error:[/] {escape(text)}", soft_wrap=True)
 
 
 def out(text: str) -> None:
@@ -57,7 +64,7 @@ def show_report(report: EvalReport, *, verbose: bool = False) -> None:
 
 
 def show_result(
-    result: PruneResult, output: Path, format: OutputFormat, *, verbose: bool = False, next_steps: NextSteps = ()
+    result: PruneResult, output: Path, format: OutputFormat, *, verbose: bool = False, steps: NextSteps = ()
 ) -> None:
     """Show the numbers of a result that was saved to a folder, where it opens, and the commands to go on with."""
     folder = resolve_path(output)
@@ -69,7 +76,19 @@ def show_result(
         show_report(result.report, verbose=verbose)
         out(f"Wrote {folder}")
         show_lines(f"{output} opens in:", [(one.name, one.how) for one in result.opens_in(output)])
-        show_lines("To go on:", next_steps)
+        show_lines("To go on:", steps)
+
+
+def next_steps(output: Path, *between: tuple[str, str]) -> NextSteps:
+    """Return the commands to go on with, from talking to a folder to publishing it.
+
+    Args:
+        output: The folder, as the user named it.
+        between: What may come between the two.
+    """
+    folder = shlex.quote(str(output))
+    talk, publish = f"hf-context-prune chat {folder}", f"hf-context-prune push {folder} OWNER/NAME"
+    return (("Talk to it", talk), *between, ("Publish it", publish))
 
 
 def show_lines(title: str, lines: NextSteps) -> None:

@@ -33,7 +33,7 @@ from .options import (
     options_of,
     shared,
 )
-from .output import NextSteps, out, out_json, out_table, show_result
+from .output import NextSteps, next_steps, out, out_json, out_table, show_result
 from .tables import widths_table
 
 
@@ -122,19 +122,16 @@ def prune(
         general_data=evaluation.get("general_data"),
         text_column=chosen.text_column,
     )
-    show_result(result, output, format, verbose=verbose, next_steps=steps)
+    show_result(result, output, format, verbose=verbose, steps=steps)
 
 
 def _next_steps(output: Path, recovery: RecoveryConfig | None, **text: str | None) -> NextSteps:
     """Return the commands to go on with; `text` holds the options that name the text of this run."""
+    if recovery is not None:
+        return next_steps(output)
     folder, target = shlex.quote(str(output)), shlex.quote(f"{output}-recovered")
     given = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in text.items() if value)
-    training = f"hf-context-prune recover {folder} {given} --output {target}"
-    return (
-        ("Talk to it", f"hf-context-prune chat {folder}"),
-        *((("Train it back", training),) if recovery is None else ()),
-        ("Publish it", f"hf-context-prune push {folder} OWNER/NAME"),
-    )
+    return next_steps(output, ("Train it back", f"hf-context-prune recover {folder} {given} --output {target}"))
 
 
 def _recovery(values: Any, minutes: float | None) -> RecoveryConfig | None:  # noqa: ANN401 - of the file

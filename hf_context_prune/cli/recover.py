@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Annotated
 
 from hf_context_prune import EvalOptions, RecoveryConfig
@@ -24,7 +23,7 @@ from .options import (
     options_of,
     shared,
 )
-from .output import show_result
+from .output import next_steps, show_result
 
 
 @options_of(RecoveryConfig, into="options")
@@ -69,8 +68,4 @@ def recover(
         device=device,
         **column,
     )
-    steps = (
-        ("Talk to it", f"hf-context-prune chat {shlex.quote(str(output))}"),
-        ("Publish it", f"hf-context-prune push {shlex.quote(str(output))} OWNER/NAME"),
-    )
-    show_result(result, output, format, verbose=verbose, next_steps=steps)
+    show_result(result, output, format, verbose=verbose, steps=next_steps(output))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -80,16 +80,11 @@ class MeasuredText:
             seed: Chooses the passages.
         """
         passages = Passages.of(source, base.tokenizer, max_tokens=max_tokens, seed=seed)
-        losses = document_losses(
-            base.model,
-            base.tokenizer,
-            passages.text,
-            max_seq_length=max_seq_length,
-            description=f"Measuring base on {source.name}",
-        )
         same = earlier is not None and earlier.dataset.fingerprint == passages.text.fingerprint
         facts = dataset_facts(passages, how, max_seq_length)
-        return cls(passages, facts, losses, earlier.loss if earlier and same else None)
+        found = cls(passages, facts, known=earlier.loss if earlier and same else None)
+        losses = found.losses({"base": (base.model, base.tokenizer)}, max_seq_length)
+        return replace(found, base=losses["base"])
 
     @classmethod
     def without_base(
@@ -192,13 +187,8 @@ class Comparison:
         seed: int,
     ) -> Comparison:
         """Measure the base on the texts, before the long work; an earlier report may know the pruned model's losses."""
-        how: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens}
-        domain, other = (
-            None if text is None else MeasuredText.measure(*text, base, earlier=report, **how)
-            for text, report in zip(_texts(split, general), _texts_of(earlier), strict=True)
-        )
-        assert domain is not None
-        return cls(base.name, base, domain, other, options, max_seq_length, seed)
+        choose = partial(MeasuredText.measure, base=base, max_seq_length=max_seq_length, max_tokens=options.max_tokens)
+        return cls(base.name, base, *_on_texts(choose, split, general, earlier), options, max_seq_length, seed)
 
     @classmethod
     def begin_without_base(
@@ -214,13 +204,13 @@ class Comparison:
         seed: int,
     ) -> Comparison:
         """Choose the texts where the base is not at hand; an earlier report may know its losses."""
-        how: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens}
-        domain, other = (
-            None if text is None else MeasuredText.without_base(*text, tokenizer, earlier=report, **how)
-            for text, report in zip(_texts(split, general), _texts_of(earlier), strict=True)
+        choose = partial(
+            MeasuredText.without_base,
+            tokenizer=tokenizer,
+            max_seq_length=max_seq_length,
+            max_tokens=options.max_tokens,
         )
-        assert domain is not None
-        return cls(base_name, None, domain, other, options, max_seq_length, seed)
+        return cls(base_name, None, *_on_texts(choose, split, general, earlier), options, max_seq_length, seed)
 
     def report(
         self,
@@ -280,14 +270,11 @@ class Comparison:
         return SpeedFacts(speed["base"], speed["pruned"]), ()
 
 
-def _texts_of(report: EvalReport | None) -> tuple[TextLosses | None, TextLosses | None]:
-    """Return what a report states of the domain's text and of general text."""
-    return (None, None) if report is None else (TextLosses(report.dataset, report.loss), report.general)
-
-
-_Text = tuple[TextSource, str]
-
-
-def _texts(split: TextSplit, general: GeneralText | None) -> tuple[_Text, _Text | None]:
-    """Return the domain's test text and the general text, each with how it was kept apart."""
-    return (split.test, split.how), None if general is None else (general.source, general.how)
+def _on_texts(
+    choose: Callable[..., MeasuredText], split: TextSplit, general: GeneralText | None, earlier: EvalReport | None
+) -> tuple[MeasuredText, MeasuredText | None]:
+    """Return the domain's test text and the general text as `choose` makes them, given what a report states of each."""
+    first = None if earlier is None else TextLosses(earlier.dataset, earlier.loss)
+    second = None if earlier is None else earlier.general
+    domain = choose(split.test, split.how, earlier=first)
+    return domain, None if general is None else choose(general.source, general.how, earlier=second)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -42,6 +43,40 @@ _PROCESS = 12
 """Seconds of a fresh process that loads a model and measures its peak memory."""
 
 
+@dataclass(frozen=True)
+class TokenCost:
+    """Seconds of a token: of the products with each matrix.
+
+    Attributes:
+        layers: In all layers.
+        head: In the LM head.
+    """
+
+    layers: float
+    head: float
+
+    @classmethod
+    def timed(cls, model: PreTrainedModel, tokens: int = _TIMED_TOKENS) -> TokenCost:
+        """Time the products of each size that occurs.
+
+        Args:
+            model: The model; its weights may be on the meta device.
+            tokens: Number of tokens that go through together.
+        """
+        device = torch.device("cpu") if model.device.type == "meta" else model.device
+        known: dict[tuple[int, int], float] = {}
+
+        def seconds(weight: torch.Tensor) -> float:
+            high, wide = (min(size, _TIMED_WIDTH) for size in weight.shape[-2:])
+            if (high, wide) not in known:
+                left, right = (torch.ones(n, wide, dtype=model.dtype, device=device) for n in (tokens, high))
+                known[high, wide] = _timed(partial(_multiply, left, right))
+            return known[high, wide] * (weight.numel() / (high * wide)) / tokens
+
+        weights = [one for layer in ModelView.of_shapes(model).layers for one in layer.parameters() if one.ndim > 1]
+        return cls(sum(map(seconds, weights)), seconds(model.get_output_embeddings().weight))
+
+
 def estimate_seconds(
     model: PreTrainedModel,
     config: CalibrationConfig,
@@ -56,41 +91,40 @@ def estimate_seconds(
         options: How much is measured.
         recovery: The training after it, whose time is known where it has a limit.
     """
-    steps = _pruning_seconds(model, config)
+    cost = TokenCost.timed(model)
+    steps = _pruning_seconds(model, config, cost.layers)
     if recovery is not None and recovery.max_minutes is not None:
         steps["training"] = 60 * recovery.max_minutes
-    steps["measuring"] = estimate_measuring(model, options or EvalOptions(), 2 if recovery is None else 3)
+    steps["measuring"] = estimate_measuring(model, options or EvalOptions(), 2 if recovery is None else 3, cost)
     return steps
 
 
-def estimate_measuring(model: PreTrainedModel, options: EvalOptions, num_models: int) -> float:
+def estimate_measuring(
+    model: PreTrainedModel, options: EvalOptions, num_models: int, cost: TokenCost | None = None
+) -> float:
     """Return the seconds of the figures of a report; a whole text (no `max_tokens`) counts as the default's tokens.
 
     Args:
         model: The largest of the models; its weights may be on the meta device.
         options: How much is measured.
         num_models: Number of models that are measured on text.
+        cost: Seconds of a token; None times them.
     """
-    view = ModelView.of_shapes(model)
+    cost = cost or TokenCost.timed(model)
     tokens = (options.max_tokens or EvalOptions().max_tokens or 0) * (1 if options.general_data is None else 2)
-    seconds = num_models * tokens * _seconds_per_token(view, model.dtype, _device(model), with_head=True)
+    seconds = num_models * tokens * (cost.layers + cost.head)
     if options.benchmark:
-        prompt = PROMPT_TOKENS * _seconds_per_token(view, model.dtype, _device(model))
-        decode = NEW_TOKENS * _seconds_per_token(view, model.dtype, _device(model), tokens=1, with_head=True)
-        seconds += 2 * (REPEATS + 1) * (prompt + decode)
+        alone = TokenCost.timed(model, tokens=1)
+        seconds += 2 * (REPEATS + 1) * (PROMPT_TOKENS * cost.layers + NEW_TOKENS * (alone.layers + alone.head))
     if options.benchmark and options.memory:
         seconds += 2 * _PROCESS
     return seconds
 
 
-def _device(model: PreTrainedModel) -> torch.device:
-    return torch.device("cpu") if model.device.type == "meta" else model.device
-
-
-def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig) -> dict[str, float]:
+def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: float) -> dict[str, float]:
+    """Return the seconds of the steps of a pruning, given those of a token in all layers of the base model."""
     view = ModelView.of_shapes(model)
     tokens = config.num_calibration_samples * config.max_seq_length
-    dense = _seconds_per_token(view, model.dtype, _device(model))
     if not isinstance(config, PrunerConfig):
         return {"calibration": tokens * dense}
     steps: dict[str, float] = {}
@@ -119,37 +153,6 @@ def describe_seconds(steps: Mapping[str, float]) -> str:
     parts = ", ".join(f"{step} {format_seconds(seconds)}" for step, seconds in steps.items())
     total = format_seconds(sum(steps.values()))
     return f"Takes about {total} on this machine when it is idle ({parts})."
-
-
-def _seconds_per_token(
-    view: ModelView,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    tokens: int = _TIMED_TOKENS,
-    with_head: bool = False,
-) -> float:
-    """Return the seconds of all layers for a token: of the products with each of a layer's matrices.
-
-    Args:
-        view: The model.
-        dtype: Data type of the products.
-        device: Where they are timed.
-        tokens: Number of tokens that go through together.
-        with_head: Count the LM head too.
-    """
-    weights = [weight for layer in view.layers for weight in layer.parameters() if weight.ndim > 1]
-    if with_head:
-        weights.append(view.model.get_output_embeddings().weight)
-    total = 0.0
-    known: dict[tuple[int, int], float] = {}
-    for weight in weights:
-        high, wide = (min(size, _TIMED_WIDTH) for size in weight.shape[-2:])
-        if (high, wide) not in known:
-            left, right = (torch.ones(n, wide, dtype=dtype, device=device) for n in (tokens, high))
-            known[high, wide] = _timed(partial(_multiply, left, right))
-        total += known[high, wide] * (weight.numel() / (high * wide))
-    return total / tokens
 
 
 def _timed_costs() -> Mapping[str, float]:

@@ -30,14 +30,24 @@ SMOLLM2 = {
 """Facts for the card of every model that is made from this file."""
 
 
+def is_demo_base(provenance: Mapping[str, Any]) -> bool:
+    """Return whether the base that a plan names is the model of the demo.
+
+    Args:
+        provenance: Of the plan.
+    """
+    card = provenance.get("base_card")
+    stated = card.get("id") if isinstance(card, Mapping) else None
+    return provenance.get("base_model") == GGUF_NAME and stated in (None, SMOLLM2["id"])
+
+
 def name_of_base(provenance: Mapping[str, Any]) -> str | None:
     """Return the base that a plan names, as commands take it: an id, a folder, a file, or the name of the demo's model.
 
     Args:
         provenance: Of the plan.
     """
-    card = provenance.get("base_card")
-    if isinstance(card, Mapping) and card.get("stated_by") == SMOLLM2["stated_by"]:  # of this file alone
+    if is_demo_base(provenance):
         return DEMO_MODEL
     name = provenance.get("base_model")
     return name if isinstance(name, str) and name else None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import io
 from html import escape
 
 from hf_context_prune.modeling.plan import PruningPlan
 
-from .plots import describe_widths, plot_widths, widths_vary
+from .plots import describe_widths, plot_widths, png_of, widths_vary
 from .report import EvalReport
 from .rows import table_header, table_rows
 from .summary import headline
@@ -33,7 +32,5 @@ def result_html(report: EvalReport, plan: PruningPlan) -> str:
 def _widths(plan: PruningPlan) -> str:
     if not widths_vary(plan):
         return ""
-    picture = io.BytesIO()
-    plot_widths(plan, describe_widths(plan)).savefig(picture, format="png", dpi=80)
-    data = base64.b64encode(picture.getvalue()).decode()
+    data = base64.b64encode(png_of(plot_widths(plan, describe_widths(plan)), dpi=80)).decode()
     return f'<img alt="Neurons and KV groups of every layer, before and after" src="data:image/png;base64,{data}">'

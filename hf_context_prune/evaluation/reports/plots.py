@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,13 @@ def new_figure(**options: Any) -> Figure:  # noqa: ANN401 - those of matplotlib'
     figure = Figure(**options)
     FigureCanvasAgg(figure)
     return figure
+
+
+def png_of(figure: Figure, dpi: int = 120) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    return picture.getvalue()
 
 
 def style_axis(axis: Axes, title: str = "") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import re
@@ -20,7 +19,7 @@ from hf_context_prune.utils.links import resolve_inside
 
 from .formatting import format_percent
 from .markdown import inert, one_line, table
-from .plots import PlotPoint, describe_widths, plot_curves, plot_losses, plot_matrix, plot_widths, widths_vary
+from .plots import PlotPoint, describe_widths, plot_curves, plot_losses, plot_matrix, plot_widths, png_of, widths_vary
 from .report import EvalReport, LossFacts
 from .rows import table_header, table_rows
 from .run_report import AnyReport, RunReport, load_report
@@ -223,11 +222,9 @@ def _draw_png(name: str, draw: Callable[..., Figure], *values: Any) -> bytes:  #
         LoadError: The values can't be drawn.
     """
     try:
-        picture = io.BytesIO()
-        draw(*values).savefig(picture, format="png", dpi=120)
+        return png_of(draw(*values))
     except _DAMAGE as error:
         raise LoadError(f"The figures of {name} can't be drawn ({error!r:.200}): a report is damaged.") from error
-    return picture.getvalue()
 
 
 def draw_pictures(folder: Folder) -> dict[str, tuple[str, bytes]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
@@ -19,7 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, inert
-from hf_context_prune.evaluation.reports.plots import describe_widths, plot_widths, widths_vary
+from hf_context_prune.evaluation.reports.plots import describe_widths, plot_widths, png_of, widths_vary
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.storage.manifest import hash_file, verify_folder
 from hf_context_prune.storage.staging import staged_folder
@@ -76,9 +75,8 @@ def write_card(folder: Path, facts: CardFacts) -> None:
     write_file(folder / CARD_NAME, str(build_card(facts)))
     if widths_vary(facts.plan):
         removed = facts.report.size.achieved_ratio if facts.report is not None else None
-        picture = io.BytesIO()
-        plot_widths(facts.plan, describe_widths(facts.plan, removed)).savefig(picture, dpi=120)
-        write_file(folder / PICTURE_NAME, picture.getvalue())
+        picture = plot_widths(facts.plan, describe_widths(facts.plan, removed))
+        write_file(folder / PICTURE_NAME, png_of(picture))
     if facts.report is not None and (results := benchmark_results(facts.report)) is not None:
         (folder / RESULTS_NAME).parent.mkdir(exist_ok=True)
         write_file(folder / RESULTS_NAME, results)

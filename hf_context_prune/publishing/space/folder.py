@@ -19,7 +19,7 @@ from hf_context_prune.evaluation.reports.markdown import Trusted, code, inert, t
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.publishing.prompts import choose_prompts
 from hf_context_prune.storage.hub_errors import explain_hub_error
-from hf_context_prune.storage.known_models import DEMO_MODEL, GGUF_NAME, SMOLLM2
+from hf_context_prune.storage.known_models import DEMO_MODEL, is_demo_base
 from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.storage.staging import resolve_target, staged_folder
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, SPACE_SETTINGS_NAME
@@ -236,7 +236,7 @@ def _find_base(entry: Entry, facts: Facts) -> Source:
     if facts.plan is None:
         raise LoadError(f"{entry.model.label}: {' '.join(facts.problems)}")
     name, revision = (facts.plan.provenance.get(key) for key in ("base_model", "base_revision"))
-    if name == GGUF_NAME and (facts.plan.provenance.get("base_card") or {}).get("id") in (None, SMOLLM2["id"]):
+    if is_demo_base(facts.plan.provenance):
         return Source()
     if is_hub_id(name) and isinstance(revision, str) and COMMIT.fullmatch(revision):
         return Source(name, revision)
