@@ -200,6 +200,21 @@ class PruningPlan:
         return tuple(LayerWidths(len(layer.neurons), len(layer.kv_groups)) for layer in self.layers)
 
     @property
+    def domain(self) -> str | None:
+        """Name of the domain that the plan was made for, if it was given."""
+        return self._named("config", "domain") or None
+
+    @property
+    def data_name(self) -> str:
+        """Name of the text that was calibrated on; empty where the plan names none."""
+        return self._named("data", "name")
+
+    def _named(self, entry: str, key: str) -> str:
+        values = self.provenance.get(entry)
+        value = values.get(key) if isinstance(values, Mapping) else None
+        return value.strip() if isinstance(value, str) else ""
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is removed."""
         return self.widths == self.dense and self.vocabulary is None

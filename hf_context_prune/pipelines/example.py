@@ -18,5 +18,5 @@ def write_example(
     """Continue a prompt of the plan's domain; None for a model that would be read again for every token."""
     if not fits_with_weights(model):
         return None
-    prompt = choose_plan_prompts(plan.provenance)[0]
+    prompt = choose_plan_prompts(plan)[0]
     return GeneratedText(prompt, on_main_process(lambda: generate_completion(model, tokenizer, prompt)))

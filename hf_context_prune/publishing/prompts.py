@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from hf_context_prune.evaluation.reports.markdown import one_line
+from hf_context_prune.modeling.plan import PruningPlan
 
 LICENCE_PROMPTS = (
     "Redistribution and use in source and binary forms, with or without modification,",
@@ -71,15 +70,7 @@ def choose_prompts(*names: str, domain: str | None = None) -> tuple[str, ...]:
     return (*_GENERAL, OUTSIDE)
 
 
-def choose_plan_prompts(provenance: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return prompts of the domain that a plan names, itself or by the name of its text, and one text from elsewhere.
-
-    Args:
-        provenance: Of the plan.
-    """
-    config, data = (provenance.get(name) for name in ("config", "data"))
-    domain, text = (
-        values.get(name) if isinstance(values, Mapping) else None
-        for values, name in ((config, "domain"), (data, "name"))
-    )
-    return choose_prompts(*([str(text)] if text else []), domain=one_line(str(domain)) if domain else None)
+def choose_plan_prompts(plan: PruningPlan) -> tuple[str, ...]:
+    """Return prompts of the domain that a plan names, or the name of its text, and one text from elsewhere."""
+    names = [plan.data_name] if plan.data_name else []
+    return choose_prompts(*names, domain=one_line(plan.domain) if plan.domain else None)

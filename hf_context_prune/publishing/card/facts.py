@@ -88,8 +88,7 @@ class CardFacts:
     @property
     def domain(self) -> str | None:
         """The name of the domain, if it was given."""
-        value = self.recorded("config").get("domain")
-        return value if isinstance(value, str) and value.strip() else None
+        return self.plan.domain
 
 
 def read_facts(folder: str | Path, *, name: str | None = None) -> CardFacts:

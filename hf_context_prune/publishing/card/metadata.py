@@ -33,7 +33,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         datasets=[data] if data else None,
         tags=[*TAGS, *domain],
-        widget=[{"text": prompt} for prompt in choose_plan_prompts(facts.plan.provenance)[:-1]],
+        widget=[{"text": prompt} for prompt in choose_plan_prompts(facts.plan)[:-1]],
         model_name=one_line(facts.name) if results else None,
         eval_results=results or None,
         **_of_base(facts.base, "finetune"),

@@ -200,7 +200,7 @@ def _hardware(report: EvalReport) -> Trusted:
 
 
 def _loading(facts: CardFacts) -> Trusted:
-    prompt = json.dumps(choose_plan_prompts(facts.plan.provenance)[0]).replace("{", "{{").replace("}", "}}")
+    prompt = json.dumps(choose_plan_prompts(facts.plan)[0]).replace("{", "{{").replace("}", "}}")
     native = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({{name}})

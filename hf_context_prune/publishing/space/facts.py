@@ -66,15 +66,12 @@ class Facts:
     @property
     def domain(self) -> str | None:
         """The name of the domain in the plan, if it was given."""
-        options = self.plan.provenance.get("config") if self.plan is not None else None
-        value = options.get("domain") if isinstance(options, Mapping) else None
-        return value.strip() if isinstance(value, str) and value.strip() else None
+        return None if self.plan is None else self.plan.domain
 
     @property
     def data_name(self) -> str:
         """The name of the calibration text in the plan; may be empty."""
-        data = self.plan.provenance.get("data") if self.plan is not None else None
-        return str(data.get("name") or "") if isinstance(data, Mapping) else ""
+        return "" if self.plan is None else self.plan.data_name
 
     @property
     def share_removed(self) -> float | None:
@@ -210,7 +207,7 @@ def _losses(facts: Facts) -> dict[str, LossFacts]:
 def _change(loss: LossFacts | None) -> str:
     if loss is None:
         return "not measured"
-    comparison = loss.recovered_comparison or loss.comparison
+    comparison = loss.last_comparison
     if comparison is None:
         return "one model only"
     documents = "1 document" if comparison.num_documents == 1 else f"{comparison.num_documents:,} documents"

@@ -87,7 +87,7 @@ def _speed(report: EvalReport | None) -> Figure:
 
 
 def _cost(label: str, loss: LossFacts | None) -> Figure:
-    comparison = (loss.recovered_comparison or loss.comparison) if loss is not None else None
+    comparison = loss.last_comparison if loss is not None else None
     if comparison is None:
         return Figure(label, _UNKNOWN)
     change: Estimate = ratio_to_change(comparison.bits_per_byte_ratio)
