@@ -35,7 +35,7 @@ from hf_context_prune.errors import PruningWarning
 from hf_context_prune.export import gguf
 from hf_context_prune.export.llama_cpp import LlamaCppRuntime
 from hf_context_prune.modeling.architectures import spec_of
-from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.storage.loading import LoadedModel
 
 DTYPES = {

@@ -26,7 +26,7 @@ from benchmarks.one_shot import errorbars, excess
 from hf_context_prune.evaluation._memory_worker import peak_rss
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.modeling.architectures import TARGETS, spec_of, unit_size
-from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, choose_probe_counts
 from hf_context_prune.pruning.vocabulary.refit import refit_rows

@@ -26,7 +26,7 @@ from hf_context_prune.export import gguf
 from hf_context_prune.export.formats import format_of
 from hf_context_prune.export.llama_cpp import LlamaCppRuntime
 from hf_context_prune.export.runtime import TorchRuntime
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.prune import prune_vocabulary

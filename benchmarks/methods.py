@@ -21,8 +21,8 @@ from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.evaluation.losses import DocumentLoss
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.architectures import Target, layers_of, spec_of, unit_costs
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.allocation.budget import removed_params
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.calibrate import calibrate

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import Rows, given, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import LayerWidths, read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
-from hf_context_prune.modeling.specs import LayerWidths, read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_context_prune.evaluation.reports.report import EvalReport
     from hf_context_prune.evaluation.reports.run_report import RunReport
     from hf_context_prune.export.report import ExportReport
-    from hf_context_prune.modeling.specs import LayerWidths
+    from hf_context_prune.modeling.geometry import LayerWidths
 
 
 def report_table(report: EvalReport, *, verbose: bool = False) -> Table:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from hf_context_prune.errors import ExportError, PruningWarning
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
+from hf_context_prune.modeling.geometry import Geometry, read_geometry
 from hf_context_prune.modeling.runtimes import GGUF_VARIABLE
-from hf_context_prune.modeling.specs import Geometry, base_model_type, read_geometry
+from hf_context_prune.modeling.specs import base_model_type
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card
 from hf_context_prune.utils.memory import fits_in_memory

@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import UnsupportedArchitectureError
 
+from .geometry import Geometry, LayerWidths, read_geometry
 from .modeling_context_pruned import is_transposed
-from .specs import SPECS, ArchSpec, Geometry, base_model_type
+from .specs import SPECS, ArchSpec, base_model_type
 
 Target = Literal["mlp", "attention"]
 TARGETS: tuple[Target, ...] = ("mlp", "attention")
@@ -85,10 +86,17 @@ def check_supported(model: nn.Module) -> ArchSpec:
             raise UnsupportedArchitectureError(
                 f"The weight {name} has dtype {parameter.dtype}; only floating-point weights can be pruned."
             )
+    for name, why in spec.refused:
+        if getattr(model.config, name):
+            raise UnsupportedArchitectureError(
+                f"This {spec.model_type} model has {name}={getattr(model.config, name)!r}: {why}, and only dense "
+                f"layers can be pruned. Take a model of the family without."
+            )
+    widths = read_geometry(model.config, spec).layers
     for index, layer in enumerate(layers_of(model, spec)):
-        for path in _projection_paths(spec):
+        for path in _projection_paths(spec, widths[index]):
             module = layer.get_submodule(path)
-            if type(module) is not nn.Linear and not is_transposed(module):  # quantisers and adapters derive from it
+            if not _is_plain(module):
                 raise UnsupportedArchitectureError(
                     f"{spec.layers}.{index}.{path} is of class {_qualified_name(module)}, no plain projection: an "
                     f"adapter or a quantiser has replaced it. Merge or unload it first (merge_and_unload() for PEFT), "
@@ -102,9 +110,16 @@ def _qualified_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _projection_paths(spec: ArchSpec) -> tuple[str, ...]:
-    inputs = (projection.path for projection in spec.attention_inputs)
-    return (*spec.mlp_inputs, spec.mlp_output, *inputs, spec.attention_output)
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a projection is what the model's own code builds; quantisers and adapters derive from Linear."""
+    kind = type(module)
+    native = issubclass(kind, nn.Linear) and kind.__module__.startswith("transformers.models.")  # Falcon has its own
+    return kind is nn.Linear or native or is_transposed(module)
+
+
+def _projection_paths(spec: ArchSpec, widths: LayerWidths) -> tuple[str, ...]:
+    attention = (*(projection.path for projection in spec.attention_inputs), spec.attention_output)
+    return (*spec.mlp_inputs, spec.mlp_output, *(attention if widths.kv_groups else ()))
 
 
 def layers_of(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
@@ -117,6 +132,20 @@ def output_projection(layer: nn.Module, spec: ArchSpec, target: Target) -> nn.Mo
     return layer.get_submodule(spec.output_path(target))
 
 
+def activation_of(layer: nn.Module, spec: ArchSpec) -> nn.Module:
+    """Return the activation function of a layer's MLP.
+
+    Raises:
+        UnsupportedArchitectureError: The MLP calls a function, so there is no module to measure behind.
+    """
+    if spec.activation is None:
+        raise UnsupportedArchitectureError(
+            f"The MLP of a {spec.model_type} model calls its activation function without a module, so what it returns "
+            f"can't be averaged. Thresholds can't be used; prune by a size (--pruning-ratio) instead."
+        )
+    return layer.get_submodule(spec.activation)
+
+
 def output_weight(projection: nn.Module) -> torch.Tensor:
     """Return the weight of a projection as [out_features, in_features]; a view if it is stored transposed."""
     weight: torch.Tensor = projection.weight.detach()  # type: ignore[union-attr,operator,assignment]
@@ -126,7 +155,13 @@ def output_weight(projection: nn.Module) -> torch.Tensor:
 def post_norm(layer: nn.Module, spec: ArchSpec, target: Target) -> nn.Module | None:
     """Return the norm between a target's output projection and the residual stream (Gemma 2 and 3), or None."""
     path = dict(spec.post_norms).get(target)
-    return None if path is None else layer.get_submodule(path)
+    module = None if path is None else getattr(layer, path, None)
+    return None if isinstance(module, nn.Identity) else module
+
+
+def norm_epsilon(norm: nn.Module) -> float:
+    """Return what a norm adds to the mean square; families name it differently."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)  # type: ignore[arg-type]
 
 
 def channel_scale(layer: nn.Module, spec: ArchSpec, target: Target) -> torch.Tensor:
@@ -138,7 +173,9 @@ def channel_scale(layer: nn.Module, spec: ArchSpec, target: Target) -> torch.Ten
 
 def is_parallel(config: PreTrainedConfig, spec: ArchSpec) -> bool:
     """Return whether attention and MLP of a layer both read the layer's input."""
-    return bool(getattr(config, spec.parallel)) if isinstance(spec.parallel, str) else spec.parallel
+    if isinstance(spec.parallel, bool):
+        return spec.parallel
+    return any(getattr(config, name) for name in spec.parallel)
 
 
 def residual_scale(config: PreTrainedConfig, spec: ArchSpec) -> float:
@@ -157,7 +194,10 @@ def _input_rows(
     """Yield each input projection with the output features of every unit (None: feature j is unit j)."""
     if target == "mlp":
         for path in spec.mlp_inputs:
-            yield layer.get_submodule(path), None
+            module = layer.get_submodule(path)
+            neurons = output_weight(module).shape[0] // spec.mlp_blocks
+            blocks = [list(range(unit, spec.mlp_blocks * neurons, neurons)) for unit in range(neurons)]
+            yield module, None if spec.mlp_blocks == 1 else blocks
     else:
         for projection in spec.attention_inputs:
             rows = [geometry.projection_features(projection, [group], groups) for group in range(groups)]
@@ -201,22 +241,31 @@ def absolute_weight(module: nn.Module, gradients: Gradients | None = None) -> to
 
 
 def unit_costs(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> UnitCosts:
-    """Return the parameters removed with one neuron and with one KV group, from the shapes of the first layer.
+    """Return the parameters removed with one neuron and with one KV group, from the shapes of the first such layer.
 
     Args:
         model: The model; its weights may be on the meta device.
         spec: The architecture.
         geometry: Sizes of the model.
+
+    Returns:
+        Parameters by target; 0 where no layer has such units.
     """
-    layer = layers_of(model, spec)[0]
     costs: UnitCosts = {}
     for target in TARGETS:
+        first = next((index for index, widths in enumerate(geometry.layers) if widths.of(target)), None)
+        if first is None:
+            costs[target] = 0
+            continue
+        layer = layers_of(model, spec)[first]
         total = unit_size(geometry, target) * output_weight(output_projection(layer, spec, target)).shape[0]
         inputs = (
-            [(path, 1) for path in spec.mlp_inputs]
+            [(path, spec.mlp_blocks) for path in spec.mlp_inputs]
             if target == "mlp"
             else [(p.path, geometry.features_per_group(p)) for p in spec.attention_inputs]
         )
+        if target == "attention":
+            total += len(spec.head_parameters) * geometry.queries_per_group
         for path, features in inputs:
             module = layer.get_submodule(path)
             total += features * (output_weight(module).shape[1] + (module.bias is not None))

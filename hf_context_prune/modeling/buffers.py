@@ -21,7 +21,7 @@ def fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
             continue
         mirror, computed = modules[path], computed_buffers(module)
         if set(buffers) <= computed and not list(module.parameters(recurse=False)):
-            mirror.to_empty(device=next(iter(buffers.values())).device)
+            mirror.to_empty(device=next(iter(buffers.values())).device, recurse=False)
             fill_computed_buffers(target, mirror)
             continue
         for name, buffer in buffers.items():

@@ -202,6 +202,15 @@ class ContextPrunedConfigMixin:
                     f"have {ratio} query heads, as in the base model."
                 )
 
+    def validate_rope(self) -> None:
+        """Check the rotary embedding as the native config does, which may read head counts: those of the base model."""
+        overrides = self.width_overrides()
+        self.per_layer_config = None
+        try:
+            super().validate_rope()  # type: ignore[misc]
+        finally:
+            self.per_layer_config = overrides
+
     def to_dict(self) -> dict[str, Any]:
         """Return the native config's values, plus ``num_hidden_layers``, which a Trainer needs to resume.
 
@@ -233,6 +242,8 @@ def _make(spec: ArchSpec) -> type:
         "spec": spec,
         # Without @strict on the subclass itself the parent's validators would run, not ours.
     }
+    if isinstance(getattr(parent, "head_dim", None), property):  # computed from head counts (Falcon): those of the base
+        namespace["head_dim"] = property(lambda config: config.hidden_size // config._dense_value(spec.query_heads))
     return strict(type(name, (ContextPrunedConfigMixin, parent), namespace))
 
 

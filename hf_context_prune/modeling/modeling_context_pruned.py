@@ -24,9 +24,10 @@ from torch import nn
 
 from . import configuration_context_pruned
 from .configuration_context_pruned import config_class_name, config_of_memory, refuse_other_code
-from .specs import SPECS, ArchSpec, Geometry, LayerWidths, classes_on_demand, read_geometry
+from .geometry import Geometry, LayerWidths, read_geometry
+from .specs import SPECS, ArchSpec, classes_on_demand
 
-MODELING_FILES = ("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py")
+MODELING_FILES = ("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py")
 """Files that are copied, without subfolders, beside every saved variable-width model."""
 MAX_HEADER_BYTES = 8_000_000
 """Most bytes of all safetensors headers of a model together; a thousand layers need about two million."""
@@ -68,19 +69,63 @@ def narrow_projection(module: nn.Module, *, in_features: int | None = None, out_
             setattr(module, name, value)
 
 
-def set_attention_sizes(layer: nn.Module, spec: ArchSpec, geometry: Geometry, kv_groups: int) -> None:
-    """Set the size attributes that the attention module keeps beside its projections (OPT, GPT-2)."""
+class LayerConfig:
+    """A model's config, but with the head counts of one layer: for attention modules that read them in every call.
+
+    Everything else is read from the model's own config, so that a change of it (such as that of the attention
+    implementation) reaches all layers.
+
+    Args:
+        config: The model's config.
+        widths: Values of this layer, by attribute.
+    """
+
+    def __init__(self, config: Any, widths: dict[str, int]) -> None:  # noqa: ANN401
+        self.__dict__.update(widths, base=config)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Return a value of the model's config."""
+        if name == "base" or name.startswith("__"):  # while a copy is made, there is no config yet
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+
+def set_attention_sizes(layer: nn.Module, spec: ArchSpec, geometry: Geometry, kv_groups: int, config: Any) -> None:  # noqa: ANN401
+    """Set the sizes that the attention module keeps beside its projections (OPT, GPT-2, Phi-3)."""
     heads = kv_groups * geometry.queries_per_group
-    sizes = {"heads": heads, "features": heads * geometry.head_dim}
-    for attribute, size in spec.attention_attributes:
-        setattr(layer.get_submodule(spec.attention), attribute, sizes[size])
+    counts = {spec.query_heads: heads} | ({spec.kv_heads: kv_groups} if spec.kv_heads else {})
+    values = {
+        "heads": heads,
+        "groups": kv_groups,
+        "features": heads * geometry.head_dim,
+        "config": LayerConfig(config, counts),
+    }
+    for attribute, value in spec.attention_attributes:
+        path, _, name = f"{spec.attention}.{attribute}".rpartition(".")
+        setattr(layer.get_submodule(path), name, values[value])
 
 
-def narrow_layer(layer: nn.Module, spec: ArchSpec, geometry: Geometry, dense: LayerWidths, target: LayerWidths) -> None:
-    """Narrow one decoder layer from the dense to the target widths, in place."""
+def narrow_layer(
+    layer: nn.Module,
+    spec: ArchSpec,
+    geometry: Geometry,
+    dense: LayerWidths,
+    target: LayerWidths,
+    config: Any,  # noqa: ANN401
+) -> None:
+    """Narrow one decoder layer from the dense to the target widths, in place.
+
+    Args:
+        layer: The layer.
+        spec: Its architecture.
+        geometry: Sizes of the model.
+        dense: Widths that the layer has.
+        target: Widths that it gets.
+        config: The model's config.
+    """
     if target.neurons != dense.neurons:
         for path in spec.mlp_inputs:
-            narrow_projection(layer.get_submodule(path), out_features=target.neurons)
+            narrow_projection(layer.get_submodule(path), out_features=spec.mlp_blocks * target.neurons)
         narrow_projection(layer.get_submodule(spec.mlp_output), in_features=target.neurons)
     if target.kv_groups != dense.kv_groups:
         query_features = target.kv_groups * geometry.queries_per_group * geometry.head_dim
@@ -88,7 +133,12 @@ def narrow_layer(layer: nn.Module, spec: ArchSpec, geometry: Geometry, dense: La
             features = target.kv_groups * geometry.features_per_group(projection)
             narrow_projection(layer.get_submodule(projection.path), out_features=features)
         narrow_projection(layer.get_submodule(spec.attention_output), in_features=query_features)
-        set_attention_sizes(layer, spec, geometry, target.kv_groups)
+        for path in spec.head_parameters:
+            owner, _, name = path.rpartition(".")
+            whole = layer.get_parameter(path)
+            part = whole.data[: target.kv_groups * geometry.queries_per_group].clone()
+            setattr(layer.get_submodule(owner), name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        set_attention_sizes(layer, spec, geometry, target.kv_groups, config)
 
 
 def list_shards(index: str) -> list[str]:
@@ -334,7 +384,7 @@ class ContextPrunedModelMixin:
             config.per_layer_config = overrides
         layers = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
         for layer, dense_widths, widths in zip(layers, dense.layers, target.layers, strict=True):
-            narrow_layer(layer, self.spec, dense, dense_widths, widths)
+            narrow_layer(layer, self.spec, dense, dense_widths, widths, config)
         for module in self.modules():  # type: ignore[attr-defined]
             # Rotary tables need only head_dim, but derive it from head counts, which are ambiguous once they vary.
             if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):

@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.utils.compat import copy_attention_implementation
 
+from .geometry import Geometry, LayerWidths, read_geometry, shared_kv_heads
 from .registry import build_auto_map, get_config_class, get_model_class
-from .specs import ArchSpec, Geometry, LayerWidths, read_geometry
+from .specs import ArchSpec
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,20 @@ def _with_widths(config: PreTrainedConfig, spec: ArchSpec, geometry: Geometry) -
     values = config.to_dict()
     for key in ("model_type", "auto_map", "per_layer_config", "architectures"):
         values.pop(key, None)
-    # Explicit, because hidden_size // num_attention_heads gives another value once heads are removed.
-    values["head_dim"] = geometry.head_dim
+    if not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon computes it from the dense values
+        # Explicit, because hidden_size // num_attention_heads gives another value once heads are removed.
+        values["head_dim"] = geometry.head_dim
+    if spec.computed_width is not None:
+        values |= {spec.computed_width: False, spec.width: geometry.layers[0].neurons}
     return values
+
+
+def _head_counts(config: PreTrainedConfig, spec: ArchSpec, geometry: Geometry, kv_groups: int) -> dict[str, int]:
+    """Return the config attributes that give a layer its heads; none where its heads can't be removed."""
+    if not kv_groups or shared_kv_heads(config, spec) is not None:
+        return {}
+    counts = {spec.query_heads: kv_groups * geometry.queries_per_group}
+    return counts if spec.kv_heads is None else {**counts, spec.kv_heads: kv_groups}
 
 
 def build_native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
@@ -40,9 +52,7 @@ def build_native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequen
     geometry = read_geometry(config, spec)
     values = _with_widths(config, spec, geometry)
     values[spec.width] = widths[0].neurons
-    values[spec.query_heads] = widths[0].kv_groups * geometry.queries_per_group
-    if spec.kv_heads is not None:
-        values[spec.kv_heads] = widths[0].kv_groups
+    values |= _head_counts(config, spec, geometry, max(layer.kv_groups for layer in widths))
     native_class = getattr(transformers, spec.config_class)
     result: PreTrainedConfig = native_class.from_dict({**values, "architectures": [spec.model_class]})
     result.validate()
@@ -55,11 +65,7 @@ def build_variable_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequ
     values = _with_widths(config, spec, geometry)
     overrides: dict[int, dict[str, int]] = {}
     for index, layer in enumerate(widths):
-        heads = layer.kv_groups * geometry.queries_per_group
-        override = {spec.width: layer.neurons, spec.query_heads: heads}
-        if spec.kv_heads is not None:
-            override[spec.kv_heads] = layer.kv_groups
-        overrides[index] = override
+        overrides[index] = {spec.width: layer.neurons} | _head_counts(config, spec, geometry, layer.kv_groups)
     variable_class = get_config_class(spec)
     result: PreTrainedConfig = variable_class.from_dict(
         {
@@ -86,22 +92,23 @@ def assess_native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence
         spec: The architecture.
         widths: Widths after pruning, one per layer.
     """
-    if len(set(widths)) > 1:
+    groups = {layer.kv_groups for layer in widths if layer.kv_groups}
+    if len({layer.neurons for layer in widths}) > 1 or len(groups) > 1:
         return NativeFit(False, f"widths vary from layer to layer, which {spec.config_class} can't express")
     try:
         candidate = build_native_config(config, spec, widths)
     except (ValueError, StrictDataclassError) as error:
         message = " ".join(str(error.__cause__ or error).split())
-        return NativeFit(False, f"{spec.config_class} refuses {widths[0].kv_groups} KV groups: {message}")
+        return NativeFit(False, f"{spec.config_class} refuses {max(groups, default=0)} KV groups: {message}")
     try:
         native_shapes = _shapes(getattr(transformers, spec.model_class), candidate)
     except ValueError as error:
-        return NativeFit(False, f"{spec.model_class} refuses {widths[0].kv_groups} KV groups: {error}")
+        return NativeFit(False, f"{spec.model_class} refuses {max(groups, default=0)} KV groups: {error}")
     if native_shapes != _shapes(get_model_class(spec), build_variable_config(config, spec, widths)):
         return NativeFit(
             False,
             f"{spec.model_class} derives its head size from the number of heads, so it can't hold "
-            f"{widths[0].kv_groups} heads of this size",
+            f"{max(groups, default=0)} heads of this size",
         )
     return NativeFit(True, f"all layers have the same widths and {spec.config_class} accepts them")
 

@@ -19,7 +19,8 @@ from hf_context_prune.errors import PlanError, VocabularyError
 from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.reading import read_json, why
 
-from .specs import UNIT_NAMES, Geometry, LayerWidths, base_model_type
+from .geometry import UNIT_NAMES, Geometry, LayerWidths
+from .specs import base_model_type
 from .token_rows import num_rows
 
 FORMAT_VERSION = 2
@@ -64,7 +65,7 @@ class LayerPlan:
 
     Attributes:
         neurons: Indices of the kept MLP neurons.
-        kv_groups: Indices of the kept KV groups.
+        kv_groups: Indices of the kept KV groups; none in a layer without heads that can be removed.
     """
 
     neurons: tuple[int, ...]
@@ -179,11 +180,11 @@ class PruningPlan:
                 kept, width = layer.kept(target), widths.of(target)
                 if isinstance(width, bool) or not isinstance(width, int):
                     raise PlanError(f"Layer {index} of the plan: dense_{name} is {width!r}; it must be an integer.")
-                if not kept:
+                if not kept and (width or target == "mlp"):
                     raise PlanError(f"Layer {index} of the plan keeps no {name}; at least one must stay.")
                 if any(isinstance(unit, bool) or not isinstance(unit, int) for unit in kept):
                     raise PlanError(f"Layer {index} of the plan has {name} that are not integers: {kept[:8]}.")
-                if kept[0] < 0 or kept[-1] >= width or any(a >= b for a, b in pairwise(kept)):
+                if (kept and (kept[0] < 0 or kept[-1] >= width)) or any(a >= b for a, b in pairwise(kept)):
                     raise PlanError(
                         f"Layer {index} of the plan has {name} that are not ascending integers from 0 to {width - 1}."
                     )
@@ -343,7 +344,7 @@ def _check_recorded(provenance: Mapping[str, Any]) -> None:
 
 
 def _describe(widths: tuple[LayerWidths, ...]) -> str:
-    neurons, groups = {w.neurons for w in widths}, {w.kv_groups for w in widths}
+    neurons, groups = {w.neurons for w in widths}, {w.kv_groups for w in widths if w.kv_groups} or {0}
     return f"{len(widths)} layers of {_format_range(neurons)} neurons and {_format_range(groups)} KV groups"
 
 

@@ -9,14 +9,12 @@ This file travels with every saved variable-width model, so it imports nothing b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 PREFIX = "context_pruned_"
 """Begins the ``model_type`` of every variable-width model."""
-UNIT_NAMES = {"mlp": "neurons", "attention": "kv_groups"}
-"""The units of a target, by the name that plans, widths and messages use."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +24,20 @@ class Projection:
     Attributes:
         path: Module path relative to the layer.
         roles: ``"query"``, ``"key"`` and/or ``"value"``, in the order in which they are stacked.
-        interleaved: False: all heads of the first role, then all of the second (GPT-2). True: head by head, each
-            with all roles (GPT-NeoX).
+        interleaved: False: all heads of the first role, then all of the second (GPT-2). True: KV group by KV group,
+            each with its heads of all roles (GPT-NeoX, Falcon).
+        blocks: Blocks of ``head_dim`` features that each head has: 2 where a gate follows every query (Qwen3.5).
     """
 
     path: str
     roles: tuple[str, ...]
     interleaved: bool = False
+    blocks: int = 1
 
 
-def _separate(prefix: str) -> tuple[Projection, ...]:
-    return tuple(Projection(f"{prefix}.{role[0]}_proj", (role,)) for role in ("query", "key", "value"))
+def _separate(prefix: str, query_blocks: int = 1) -> tuple[Projection, ...]:
+    query = Projection(f"{prefix}.q_proj", ("query",), blocks=query_blocks)
+    return query, Projection(f"{prefix}.k_proj", ("key",)), Projection(f"{prefix}.v_proj", ("value",))
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,30 @@ class ArchSpec:
         headless_class: Name of the class without an LM head; None: that of the causal LM with ``Model`` at its end.
         layers: Module path of the list of decoder layers, from the causal-LM model.
         mlp_inputs: Projections whose output features are the neurons (gate and up, or one), relative to the layer.
+        mlp_blocks: Blocks of neurons in each of them: 2 where one projection holds gate and up, one after the other.
         mlp_output: Projection whose input features are the neurons.
-        activation: The MLP's activation function; its input is the output of the first of `mlp_inputs`.
+        activation: The MLP's activation function, whose input is the output of the first of `mlp_inputs`; None where
+            the MLP calls a function.
         attention_inputs: Projections whose output features are query, key and value heads.
         attention_output: Projection whose input features are the query heads.
         attention: The attention module, relative to the layer.
         width: Config attribute with the number of neurons.
+        computed_width: Config attribute that, where true, has the model compute its width from `width` (LFM2).
         query_heads: Config attribute with the number of query heads.
         kv_heads: Config attribute with the number of key/value heads; None where every query head has its own.
-        attention_attributes: Attributes of the attention module that hold a size, with ``"heads"`` (query heads) or
-            ``"features"`` (query heads x head_dim); updated when heads are removed.
+        multi_query: Config attributes and the values with which all query heads share one key/value head, whatever
+            `kv_heads` says; empty: that never is.
+        attention_attributes: Attributes of the attention module that hold a size, with ``"heads"`` (query heads),
+            ``"groups"`` (KV groups), ``"features"`` (query heads x head_dim) or ``"config"`` (the layer's config);
+            updated when heads are removed.
+        head_parameters: Parameters of the layer with one value per query head.
+        fixed_heads: (config attribute or None, why attention heads can't be removed where it is true, or ever).
+        refused: (config attribute, why the model can't be pruned where it is true).
         post_norms: (target, module path) of the norms between a projection and the residual stream (Gemma 2 and 3).
+            A layer without the module, or with an `Identity` there, has no such norm.
         residual_multiplier: Config attribute that scales a sub-layer's output before it is added (Granite).
-        parallel: Whether attention and MLP both read the layer's input; or the config attribute that says so.
+        parallel: Whether attention and MLP both read the layer's input; or the config attributes that say so, of
+            which one must be true.
         transposed: Whether projections store their weight as [in_features, out_features] (`Conv1D` of GPT-2).
     """
 
@@ -72,18 +84,24 @@ class ArchSpec:
     headless_class: str | None = None
     layers: str = "model.layers"
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_blocks: int = 1
     mlp_output: str = "mlp.down_proj"
-    activation: str = "mlp.act_fn"
+    activation: str | None = "mlp.act_fn"
     attention_inputs: tuple[Projection, ...] = _separate("self_attn")
     attention_output: str = "self_attn.o_proj"
     attention: str = "self_attn"
     width: str = "intermediate_size"
+    computed_width: str | None = None
     query_heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
+    multi_query: tuple[tuple[str, bool], ...] = ()
     attention_attributes: tuple[tuple[str, str], ...] = ()
+    head_parameters: tuple[str, ...] = ()
+    fixed_heads: tuple[tuple[str | None, str], ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
     post_norms: tuple[tuple[str, str], ...] = ()
     residual_multiplier: str | None = None
-    parallel: bool | str = False
+    parallel: bool | tuple[str, ...] = False
     transposed: bool = False
 
     def output_path(self, target: str) -> str:
@@ -100,23 +118,131 @@ def _llama_like(model_type: str, name: str, config_class: str | None = None, **d
     return ArchSpec(model_type, config_class or f"{name}Config", f"{name}ForCausalLM", **differences)
 
 
+_LIKE_LLAMA = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "ministral": "Ministral",
+    "ministral3": "Ministral3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "gemma": "Gemma",
+    "vaultgemma": "VaultGemma",
+    "olmo": "Olmo",
+    "ernie4_5": "Ernie4_5",
+    "hunyuan_v1_dense": "HunYuanDenseV1",
+    "seed_oss": "SeedOss",
+    "helium": "Helium",
+    "cwm": "Cwm",
+}
+"""Names of classes, by model type: families whose modules and config attributes are named as Llama's."""
 _SANDWICH = (("attention", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
+_NORM_OVER_HEADS = "a norm over all heads together reads them"
+_STACKED_GATE: dict[str, Any] = {
+    "mlp_inputs": ("mlp.gate_up_proj",),
+    "mlp_blocks": 2,
+    "activation": "mlp.activation_fn",
+}
+_UP_ALONE: dict[str, Any] = {"mlp_inputs": ("mlp.up_proj",)}
+_GPT: dict[str, Any] = {
+    "layers": "transformer.h",
+    "mlp_inputs": ("mlp.c_fc",),
+    "mlp_output": "mlp.c_proj",
+    "activation": "mlp.act",
+    "attention_inputs": (Projection("attn.c_attn", ("query", "key", "value")),),
+    "attention_output": "attn.c_proj",
+    "attention": "attn",
+    "width": "n_inner",
+    "query_heads": "n_head",
+    "kv_heads": None,
+    "attention_attributes": (("num_heads", "heads"),),
+}
 
 
 SPECS: dict[str, ArchSpec] = {
     spec.model_type: spec
     for spec in (
-        _llama_like("llama", "Llama"),
-        _llama_like("qwen2", "Qwen2"),
-        _llama_like("qwen3", "Qwen3"),
-        _llama_like("mistral", "Mistral"),
-        _llama_like("smollm3", "SmolLM3"),
-        _llama_like("gemma", "Gemma"),
+        *(_llama_like(model_type, name) for model_type, name in _LIKE_LLAMA.items()),
         _llama_like("gemma2", "Gemma2", post_norms=_SANDWICH),
         _llama_like(
             "gemma3_text", "Gemma3", "Gemma3TextConfig", headless_class="Gemma3TextModel", post_norms=_SANDWICH
         ),
+        _llama_like("exaone4", "Exaone4", post_norms=_SANDWICH),
+        _llama_like("olmo2", "Olmo2", post_norms=_SANDWICH, fixed_heads=((None, _NORM_OVER_HEADS),)),
+        _llama_like("olmo3", "Olmo3", post_norms=_SANDWICH, fixed_heads=((None, _NORM_OVER_HEADS),)),
         _llama_like("granite", "Granite", residual_multiplier="residual_multiplier"),
+        _llama_like(
+            "granite_swa",
+            "GraniteSWA",
+            residual_multiplier="residual_multiplier",
+            head_parameters=("self_attn.sinks",),
+        ),
+        _llama_like(
+            "granitemoehybrid",
+            "GraniteMoeHybrid",
+            mlp_inputs=("shared_mlp.input_linear",),
+            mlp_blocks=2,
+            mlp_output="shared_mlp.output_linear",
+            activation="shared_mlp.activation",
+            width="shared_intermediate_size",
+            residual_multiplier="residual_multiplier",
+            refused=(("num_local_experts", "its layers have experts beside the shared MLP"),),
+        ),
+        _llama_like(
+            "hyperclovax",
+            "HyperCLOVAX",
+            post_norms=(("attention", "post_norm1"), ("mlp", "post_norm2")),
+            residual_multiplier="residual_multiplier",
+        ),
+        _llama_like("cohere", "Cohere", parallel=True, fixed_heads=(("use_qk_norm", "every head has norm weights"),)),
+        _llama_like("cohere2", "Cohere2", parallel=True),
+        _llama_like(
+            "stablelm",
+            "StableLm",
+            parallel=("use_parallel_residual",),
+            attention_attributes=(("num_heads", "heads"), ("num_key_value_heads", "groups")),
+            fixed_heads=(("qk_layernorm", "every head has a norm of its own"),),
+        ),
+        _llama_like("arcee", "Arcee", **_UP_ALONE),
+        _llama_like("apertus", "Apertus", **_UP_ALONE),
+        _llama_like("nemotron", "Nemotron", **_UP_ALONE),
+        _llama_like("jais2", "Jais2", **_UP_ALONE),
+        _llama_like(
+            "nanochat", "NanoChat", mlp_inputs=("mlp.fc1",), mlp_output="mlp.fc2", activation="mlp.activation_fn"
+        ),
+        _llama_like(
+            "starcoder2", "Starcoder2", mlp_inputs=("mlp.c_fc",), mlp_output="mlp.c_proj", activation="mlp.act"
+        ),
+        _llama_like("glm", "Glm", **_STACKED_GATE),
+        _llama_like(
+            "glm4",
+            "Glm4",
+            post_norms=(("attention", "post_self_attn_layernorm"), ("mlp", "post_mlp_layernorm")),
+            **_STACKED_GATE,
+        ),
+        _llama_like(
+            "phi3",
+            "Phi3",
+            attention_inputs=(Projection("self_attn.qkv_proj", ("query", "key", "value")),),
+            attention_attributes=(("config", "config"), ("num_key_value_heads", "groups")),
+            **_STACKED_GATE,
+        ),
+        _llama_like(
+            "qwen3_5_text",
+            "Qwen3_5",
+            "Qwen3_5TextConfig",
+            headless_class="Qwen3_5TextModel",
+            attention_inputs=_separate("self_attn", query_blocks=2),
+        ),
+        _llama_like(
+            "lfm2",
+            "Lfm2",
+            mlp_inputs=("feed_forward.w1", "feed_forward.w3"),
+            mlp_output="feed_forward.w2",
+            activation=None,
+            attention_output="self_attn.out_proj",
+            computed_width="block_auto_adjust_ff_dim",
+        ),
         ArchSpec(
             "phi",
             "PhiConfig",
@@ -139,7 +265,27 @@ SPECS: dict[str, ArchSpec] = {
             attention_output="attention.dense",
             attention="attention",
             kv_heads=None,
-            parallel="use_parallel_residual",
+            parallel=("use_parallel_residual",),
+        ),
+        ArchSpec(
+            "falcon",
+            "FalconConfig",
+            "FalconForCausalLM",
+            layers="transformer.h",
+            mlp_inputs=("mlp.dense_h_to_4h",),
+            mlp_output="mlp.dense_4h_to_h",
+            activation="mlp.act",
+            attention_inputs=(
+                Projection("self_attention.query_key_value", ("query", "key", "value"), interleaved=True),
+            ),
+            attention_output="self_attention.dense",
+            attention="self_attention",
+            width="ffn_hidden_size",
+            kv_heads="num_kv_heads",
+            multi_query=(("multi_query", True), ("new_decoder_architecture", False)),
+            attention_attributes=(("num_heads", "heads"), ("num_kv_heads", "groups")),
+            fixed_heads=(("alibi", "ALiBi gives every head a slope by its number"),),
+            parallel=("parallel_attn", "new_decoder_architecture"),
         ),
         ArchSpec(
             "opt",
@@ -158,98 +304,45 @@ SPECS: dict[str, ArchSpec] = {
             "gpt2",
             "GPT2Config",
             "GPT2LMHeadModel",
-            layers="transformer.h",
-            mlp_inputs=("mlp.c_fc",),
-            mlp_output="mlp.c_proj",
-            activation="mlp.act",
-            attention_inputs=(Projection("attn.c_attn", ("query", "key", "value")),),
-            attention_output="attn.c_proj",
-            attention="attn",
-            width="n_inner",
-            query_heads="n_head",
-            kv_heads=None,
-            attention_attributes=(("num_heads", "heads"), ("split_size", "features")),
             transposed=True,
+            **_GPT | {"attention_attributes": (("num_heads", "heads"), ("split_size", "features"))},
+        ),
+        ArchSpec(
+            "gpt_bigcode",
+            "GPTBigCodeConfig",
+            "GPTBigCodeForCausalLM",
+            multi_query=(("multi_query", True),),
+            **_GPT | {"attention_inputs": (Projection("attn.c_attn", ("query", "key", "value"), interleaved=True),)},
+        ),
+        ArchSpec(
+            "gpt_neo",
+            "GPTNeoConfig",
+            "GPTNeoForCausalLM",
+            **_GPT
+            | {
+                "attention_inputs": _separate("attn.attention"),
+                "attention_output": "attn.attention.out_proj",
+                "attention_attributes": (("attention.num_heads", "heads"),),
+                "width": "intermediate_size",
+                "query_heads": "num_heads",
+            },
+        ),
+        ArchSpec(
+            "gptj",
+            "GPTJConfig",
+            "GPTJForCausalLM",
+            parallel=True,
+            **_GPT
+            | {
+                "mlp_inputs": ("mlp.fc_in",),
+                "mlp_output": "mlp.fc_out",
+                "attention_inputs": _separate("attn"),
+                "attention_output": "attn.out_proj",
+                "attention_attributes": (("num_attention_heads", "heads"),),
+            },
         ),
     )
 }
-
-
-@dataclass(frozen=True)
-class LayerWidths:
-    """Widths of one decoder layer.
-
-    Attributes:
-        neurons: MLP neurons.
-        kv_groups: Attention KV groups (a key/value head with its query heads).
-    """
-
-    neurons: int
-    kv_groups: int
-
-    def of(self, target: str) -> int:
-        """Return the number of units of ``"mlp"`` (neurons) or ``"attention"`` (KV groups)."""
-        width: int = getattr(self, UNIT_NAMES[target])
-        return width
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a whole model, read from its config alone.
-
-    Attributes:
-        hidden_size: Width of the residual stream.
-        head_dim: Features of one head.
-        queries_per_group: Query heads that share one key/value head.
-        layers: One [`LayerWidths`][] per decoder layer.
-    """
-
-    hidden_size: int
-    head_dim: int
-    queries_per_group: int
-    layers: tuple[LayerWidths, ...]
-
-    def head_range(self, group: int, role: str) -> range:
-        """Return the heads of one KV group: its query heads, or the group's own head for key and value."""
-        if role == "query":
-            return range(group * self.queries_per_group, (group + 1) * self.queries_per_group)
-        return range(group, group + 1)
-
-    def query_features(self, groups: Sequence[int]) -> list[int]:
-        """Return the output projection's input features of these KV groups, ascending within each group."""
-        return [
-            head * self.head_dim + feature
-            for group in groups
-            for head in self.head_range(group, "query")
-            for feature in range(self.head_dim)
-        ]
-
-    def features_per_group(self, projection: Projection) -> int:
-        """Return how many output features of an input projection belong to one KV group."""
-        heads = (self.queries_per_group if role == "query" else 1 for role in projection.roles)
-        return self.head_dim * sum(heads)
-
-    def projection_features(self, projection: Projection, groups: Sequence[int], total_groups: int) -> list[int]:
-        """Return the output features of an input projection that belong to these KV groups.
-
-        Args:
-            projection: The projection.
-            groups: Kept KV groups, ascending.
-            total_groups: KV groups that the projection has now.
-        """
-        dim = self.head_dim
-        if projection.interleaved:  # all roles of a head lie together; such models have one query head per group
-            size = dim * len(projection.roles)
-            return [group * size + feature for group in groups for feature in range(size)]
-        features: list[int] = []
-        offset = 0
-        for role in projection.roles:
-            for group in groups:
-                for head in self.head_range(group, role):
-                    features.extend(range(offset + head * dim, offset + (head + 1) * dim))
-            per_group = self.queries_per_group if role == "query" else 1
-            offset += total_groups * per_group * dim
-        return features
 
 
 def classes_on_demand(
@@ -277,34 +370,3 @@ def classes_on_demand(
 def base_model_type(model_type: str) -> str:
     """Return the native model type behind ``context_pruned_<base>``; any other type is returned unchanged."""
     return model_type.removeprefix(PREFIX)
-
-
-def neurons_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
-    """Return the number of MLP neurons that a (layer) config asks for."""
-    width = getattr(config, spec.width, None)
-    # GPT-2 writes None for its default, four times the hidden size.
-    return 4 * config.hidden_size if width is None else width
-
-
-def kv_groups_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
-    """Return the number of KV groups that a (layer) config asks for."""
-    attribute = spec.query_heads if spec.kv_heads is None else spec.kv_heads
-    return getattr(config, attribute)
-
-
-def read_geometry(config: Any, spec: ArchSpec) -> Geometry:  # noqa: ANN401
-    """Read all sizes from a config, native or variable-width.
-
-    Args:
-        config: A `PreTrainedConfig`.
-        spec: Its table entry.
-    """
-    layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
-    first = layers[0]
-    heads = getattr(first, spec.query_heads)
-    return Geometry(
-        hidden_size=config.hidden_size,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        queries_per_group=heads // kv_groups_of(first, spec),
-        layers=tuple(LayerWidths(neurons_of(layer, spec), kv_groups_of(layer, spec)) for layer in layers),
-    )

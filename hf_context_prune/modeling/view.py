@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import Target, UnitCosts, check_supported, layers_of, output_projection, spec_of, unit_costs
-from .specs import ArchSpec, Geometry, LayerWidths, read_geometry
+from .architectures import (
+    TARGETS,
+    Target,
+    UnitCosts,
+    check_supported,
+    layers_of,
+    output_projection,
+    spec_of,
+    unit_costs,
+)
+from .geometry import Geometry, LayerWidths, read_geometry
+from .specs import ArchSpec
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,17 @@ class ModelView:
     def output_projection(self, layer: int, target: Target) -> nn.Module:
         """Return the projection of a layer whose input features belong to the units of a target."""
         return output_projection(self.layers[layer], self.spec, target)
+
+    def targets(self, layer: int) -> tuple[Target, ...]:
+        """Return the targets that have units in a layer: where no head can be removed, neurons alone."""
+        return self.widths[layer].targets  # type: ignore[return-value]
+
+    def places(self, targets: Iterable[Target] = TARGETS) -> list[tuple[int, Target]]:
+        """Return every (layer, target) with units, in order."""
+        wanted = set(targets)
+        return [
+            (layer, target) for layer in range(len(self.widths)) for target in self.targets(layer) if target in wanted
+        ]
 
     def num_units(self, layer: int, target: Target) -> int:
         """Return how many units of a target a layer has."""

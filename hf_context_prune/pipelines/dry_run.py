@@ -9,8 +9,8 @@ from typing import Any
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, REPEATS
-from hf_context_prune.modeling.architectures import TARGETS, output_weight
+from hf_context_prune.modeling.architectures import output_weight
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS, TOKENS_PER_FEATURE
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, PROBES
@@ -131,10 +131,8 @@ def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: f
     if config.prunes_layers:
         cost = _timed_costs()
         shapes = [
-            tuple(output_weight(view.output_projection(index, target)).shape)
-            for index in range(len(view.layers))
-            for target in TARGETS
-            if target in Requirements.of(config).targets
+            tuple(output_weight(view.output_projection(*place)).shape)
+            for place in view.places(Requirements.of(config).targets)
         ]
         if config.allocation == "adaptive":
             widest = max(widths.neurons for widths in view.widths)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.errors import BudgetError, SaveError
-from hf_context_prune.modeling.architectures import TARGETS, output_weight
+from hf_context_prune.modeling.architectures import output_weight
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.scoring import Requirements
@@ -120,11 +120,7 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
     rows, hidden = num_rows(model), int(model.get_input_embeddings().weight.shape[1])
     logits = batch * rows * (item + _NARROW)
     steps = {"the logits of a batch": logits}
-    sizes = [
-        (output_weight(view.output_projection(index, target)).shape, target)
-        for index in range(len(view.layers))
-        for target in TARGETS
-    ]
+    sizes = [(output_weight(view.output_projection(*place)).shape, place[1]) for place in view.places()]
     resume = 0
     if isinstance(config, PrunerConfig) and config.prunes_layers:
         targets = Requirements.of(config).targets

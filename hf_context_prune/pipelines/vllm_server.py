@@ -16,7 +16,8 @@ from pathlib import Path
 from packaging.version import Version
 
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.specs import PREFIX, SPECS, base_model_type, read_geometry
+from hf_context_prune.modeling.geometry import read_geometry
+from hf_context_prune.modeling.specs import PREFIX, SPECS, base_model_type
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.model_config import read_config
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
@@ -87,7 +88,7 @@ def check_tensor_parallel(config: object, arguments: Sequence[str]) -> None:
     if (processes := _tensor_parallel_size(arguments)) < 2:
         return
     spec = SPECS[base_model_type(config.model_type)]  # type: ignore[attr-defined]
-    groups = [layer.kv_groups for layer in read_geometry(config, spec).layers]
+    groups = [layer.kv_groups or 1 for layer in read_geometry(config, spec).layers]  # heads that stay: not known here
     bad = next((index for index, count in enumerate(groups) if count % processes), None)
     if bad is not None:
         allowed = [size for size in range(1, min(groups) + 1) if not any(count % size for count in groups)]

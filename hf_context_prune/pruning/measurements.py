@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError, error_context
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.adaptive import predicted_loss
 from hf_context_prune.pruning.allocation.budget import Curve

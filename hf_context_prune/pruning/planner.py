@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import Curve
 from hf_context_prune.pruning.allocation.probing import search_curves
@@ -49,8 +49,8 @@ def check_reconstruction(model: PreTrainedModel, config: PrunerConfig) -> None:
     if config.reconstruction != "bias":
         return
     view = ModelView.of_shapes(model)
-    for target in needs.targets:
-        if view.output_projection(0, target).bias is None:
+    for place in view.places(needs.targets):
+        if view.output_projection(*place).bias is None:
             raise ConfigError(
                 f"reconstruction='bias' adds biases that a {view.spec.model_type} model has no field for, so the "
                 f"result can't be saved. Use reconstruction='least_squares' (better at the same size) or 'none'; to "

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params

@@ -20,8 +20,8 @@ from hf_context_prune.modeling.architectures import (
     output_weight,
     unit_size,
 )
+from hf_context_prune.modeling.geometry import UNIT_NAMES, Geometry, LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan
-from hf_context_prune.modeling.specs import UNIT_NAMES, Geometry, LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key, TargetWeights
 

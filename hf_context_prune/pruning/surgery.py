@@ -14,10 +14,10 @@ from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, output_projection, unit_size
 from hf_context_prune.modeling.buffers import fill_buffers
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
+from hf_context_prune.modeling.geometry import Geometry
 from hf_context_prune.modeling.modeling_context_pruned import is_transposed
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import ArchSpec, Geometry
 from hf_context_prune.modeling.token_rows import build_vocabulary_config, renumber_token_ids, token_rows
 from hf_context_prune.modeling.tying import config_as_tied, head_weight_name
 from hf_context_prune.modeling.view import ModelView
@@ -68,7 +68,7 @@ def apply_plan(
         config = build_vocabulary_config(config, plan.vocabulary.kept)
     smaller = build_empty_model(config, view.spec, plan.widths)
     state = _sliced_state(view, plan, reconstruct, keep, share=share)
-    unsavable = _add_missing_biases(smaller, state, view.spec)
+    unsavable = _add_missing_biases(smaller, state, view)
     smaller.load_state_dict(state, strict=False, assign=True)
     smaller.tie_weights()
     fill_buffers(model, smaller)
@@ -122,10 +122,15 @@ def _prune_layer(
         if len(units) == view.num_units(index, target):
             continue
         if target == "mlp":
-            inputs = [(path, list(units)) for path in spec.mlp_inputs]
+            neurons = view.num_units(index, target)
+            rows = [block * neurons + unit for block in range(spec.mlp_blocks) for unit in units]
+            inputs = [(path, rows) for path in spec.mlp_inputs]
         else:
             groups = view.widths[index].kv_groups
             inputs = [(p.path, geometry.projection_features(p, units, groups)) for p in spec.attention_inputs]
+            heads = torch.tensor([head for group in units for head in geometry.head_range(group, "query")])
+            for path in spec.head_parameters:
+                state[f"{prefix}.{path}"] = state[f"{prefix}.{path}"][heads.to(state[f"{prefix}.{path}"].device)]
         for path, rows in inputs:
             _slice_projection(layer.get_submodule(path), state, f"{prefix}.{path}", rows=rows, columns=None)
         name, module = f"{prefix}.{spec.output_path(target)}", view.output_projection(index, target)
@@ -189,15 +194,15 @@ def kept_entries(model: PreTrainedModel, plan: PruningPlan) -> Iterator[tuple[st
                 yield name, tensor
 
 
-def _add_missing_biases(model: nn.Module, state: State, spec: ArchSpec) -> str | None:
+def _add_missing_biases(model: nn.Module, state: State, view: ModelView) -> str | None:
     """Give output projections the biases that a reconstruction added although the architecture has none.
 
     Returns:
         Why the model can't be saved; None if no bias was added.
     """
-    added = 0
+    added, spec = 0, view.spec
     for index, layer in enumerate(layers_of(model, spec)):
-        for target in TARGETS:
+        for target in view.targets(index):
             module = output_projection(layer, spec, target)
             if module.bias is None and f"{spec.layers}.{index}.{spec.output_path(target)}.bias" in state:
                 module.bias = nn.Parameter(torch.empty(module.weight.shape[0], device="meta"))  # type: ignore[union-attr,index]

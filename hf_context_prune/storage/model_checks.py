@@ -17,9 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS
+from hf_context_prune.modeling.geometry import neurons_of
 from hf_context_prune.modeling.modeling_context_pruned import FLOATS, check_header, format_names, read_header
 from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import PREFIX, ArchSpec, neurons_of
+from hf_context_prune.modeling.specs import PREFIX, ArchSpec
 from hf_context_prune.utils.files import open_regular
 from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.reading import MAX_JSON_BYTES

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_context_prune import PrunerConfig, RecoveryConfig, prune, recover
 from hf_context_prune.errors import LoadError, LoadWarning, SaveError
-from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, output_weight
+from hf_context_prune.modeling.architectures import layers_of, output_projection, output_weight
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
@@ -49,7 +50,7 @@ def random_plan(model, *, seed=0, variable=True):
     for index, width in enumerate(geometry.layers):
         step = index if variable else 0
         neurons = max(1, width.neurons * 3 // 4 - step)
-        groups = max(1, width.kv_groups - 1 - step % 2)
+        groups = width.kv_groups and max(1, width.kv_groups - 1 - step % 2)
         layers.append(LayerPlan(choose(width.neurons, neurons), choose(width.kv_groups, groups)))
     return PruningPlan(spec.model_type, geometry.layers, tuple(layers), fingerprint(model))
 
@@ -59,8 +60,8 @@ def masked(model, plan):
     spec = SPECS[model.config.model_type]
     geometry = read_geometry(model.config, spec)
     silenced = copy.deepcopy(model)
-    for kept, layer in zip(plan.layers, layers_of(silenced, spec), strict=True):
-        for target in TARGETS:
+    for kept, widths, layer in zip(plan.layers, plan.dense, layers_of(silenced, spec), strict=True):
+        for target in widths.targets:
             weight = output_weight(output_projection(layer, spec, target))
             gone = torch.ones(weight.shape[1], dtype=torch.bool)
             gone[kept_features(geometry, target, kept.kept(target))] = False
@@ -107,8 +108,12 @@ def test_cached_equals_uncached_and_static_equals_dynamic(name):
     model = case(name)
     smaller = apply_plan(model, random_plan(model))
     assert isinstance(smaller, get_model_class(spec_of_case(name)))
-    full = logits(smaller)
-    for cache in (DynamicCache(config=smaller.config), StaticCache(config=smaller.config, max_cache_len=32)):
+    full, caches = logits(smaller), [DynamicCache(config=smaller.config)]
+    # GPT-Neo's own attention cuts its mask by the length of the whole static cache.
+    static = not name.startswith("gpt_neo") or name.startswith("gpt_neox")
+    if static:
+        caches.append(StaticCache(config=smaller.config, max_cache_len=32))
+    for cache in caches:
         with torch.no_grad():
             name_of_cache = "layer_past" if "layer_past" in smaller.forward.__code__.co_varnames else "cache"
             steps = [
@@ -125,7 +130,8 @@ def test_cached_equals_uncached_and_static_equals_dynamic(name):
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     dynamic = smaller.generate(IDS, **options)
     assert torch.equal(dynamic, smaller.generate(IDS, use_cache=False, **options))
-    assert torch.equal(dynamic, smaller.generate(IDS, cache_implementation="static", **options))
+    if static:
+        assert torch.equal(dynamic, smaller.generate(IDS, cache_implementation="static", **options))
 
 
 @pytest.mark.parametrize("name", CASES)

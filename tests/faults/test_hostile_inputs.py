@@ -32,8 +32,8 @@ from hf_context_prune.export.report import ExportReport
 from hf_context_prune.export.run import read_export
 from hf_context_prune.export.verify import Tolerance, Verification
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pipelines.recover import recover_to_folder
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.publishing.card.card import build_card, make_card

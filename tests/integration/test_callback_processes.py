@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_context_prune.modeling.architectures import spec_of
-from hf_context_prune.modeling.specs import read_geometry
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.training.callback.checkpoints import load_checkpoint
 from tests.support import callback_cases as cases
 from tests.support.hub.process import HubProcess

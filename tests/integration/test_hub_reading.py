@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
@@ -286,7 +287,7 @@ print(json.dumps(results | {"ids": tokenizer("the court").input_ids}))
     assert facts["ids"] == tiny_tokenizer()("the court").input_ids
     asked = [request.path for request in place.hub.log[since:] if request.status != 404]
     code = {path.rpartition("/")[2] for path in asked if path.endswith(".py")}
-    assert code == {"configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py"}
+    assert code == {"configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py"}
 
 
 def test_a_dataset_by_id_is_read_at_one_commit(place):

@@ -164,7 +164,7 @@ def test_the_plugin_registers_the_classes(vllm, tmp_path):
     model = tiny_model("llama", **WIDE["llama"])
     smaller = apply_plan(model, random_plan(model))
     folder = save_pruned(smaller, tmp_path / "pruned", tokenizer=tiny_tokenizer())
-    for name in ("configuration_context_pruned.py", "modeling_context_pruned.py", "specs.py"):
+    for name in ("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py"):
         (folder / name).write_text("raise RuntimeError('remote code ran')\n")
     script = (SUPPORT / "vllm_worker.py").read_text().replace("trust_remote_code=True", "trust_remote_code=False")
     (tmp_path / "worker.py").write_text(script)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from hf_context_prune import EvalOptions, PrunerConfig, evaluate, load_model, prune
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.generation import generate_completion
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
 

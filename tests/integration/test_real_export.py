@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned

@@ -7,8 +7,8 @@ import random
 from hf_context_prune import prune_vocabulary
 from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer

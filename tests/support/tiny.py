@@ -33,20 +33,77 @@ COMMON = {
 }
 GATED = {"intermediate_size": 40, "num_key_value_heads": 3, "head_dim": 8}
 
+SLIDING = GATED | {"sliding_window": 16}
+GRANITE = GATED | {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0}
+HYBRID = ["linear_attention", "full_attention", "linear_attention"]
+
 FAMILIES: dict[str, dict] = {
     "llama": GATED,
     "qwen2": GATED,
     "qwen3": GATED | {"head_dim": 16},
-    "mistral": GATED | {"sliding_window": 16},
+    "mistral": SLIDING,
+    "ministral": SLIDING | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ministral3": GATED,
     "smollm3": GATED | {"no_rope_layers": [1, 0, 1]},
     "gemma": GATED | {"head_dim": 16},
-    "gemma2": GATED | {"sliding_window": 16, "query_pre_attn_scalar": 8},
-    "gemma3_text": GATED | {"sliding_window": 16, "query_pre_attn_scalar": 8},
-    "granite": GATED | {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
+    "gemma2": SLIDING | {"query_pre_attn_scalar": 8},
+    "gemma3_text": SLIDING | {"query_pre_attn_scalar": 8},
+    "vaultgemma": SLIDING | {"query_pre_attn_scalar": 8},
+    "olmo": GATED | {"clip_qkv": 2.0},
+    "olmo2": GATED,
+    "olmo3": SLIDING,
+    "ernie4_5": GATED,
+    "hunyuan_v1_dense": GATED,
+    "seed_oss": GATED | {"residual_dropout": 0.0, "attention_dropout": 0.0},
+    "helium": GATED,
+    "cwm": SLIDING | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    "exaone4": SLIDING | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "granite": GRANITE,
+    "granite_swa": GRANITE
+    | {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    "granitemoehybrid": GRANITE
+    | {
+        "shared_intermediate_size": 40,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": HYBRID,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 24,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "hyperclovax": GATED | {"residual_multiplier": 0.5, "use_post_norm": True, "attention_multiplier": 0.3},
+    "cohere": GATED | {"logit_scale": 1.0},
+    "cohere2": SLIDING
+    | {"logit_scale": 1.0, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "stablelm": GATED | {"use_qkv_bias": True},
+    "arcee": GATED,
+    "apertus": GATED,
+    "nemotron": GATED,
+    "jais2": GATED,
+    "nanochat": GATED,
+    "starcoder2": GATED | {"residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "glm": GATED,
+    "glm4": GATED,
+    "phi3": GATED,
+    "qwen3_5_text": GATED
+    | {
+        "layer_types": HYBRID,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "lfm2": GATED
+    | {"intermediate_size": 60, "block_multiple_of": 8, "layer_types": ["conv", "full_attention", "conv"]},
     "phi": {"intermediate_size": 40, "num_key_value_heads": 3, "qk_layernorm": True},
     "gpt_neox": {"intermediate_size": 40},
+    "falcon": {"ffn_hidden_size": 40, "new_decoder_architecture": True, "num_kv_heads": 3},
     "opt": {"ffn_dim": 40, "init_std": 0.2, "word_embed_proj_dim": 48, "dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_bigcode": {"n_inner": 40, "multi_query": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neo": {"intermediate_size": 40, "attention_types": [[["global", "local", "global"], 1]], "window_size": 16},
+    "gptj": {"n_inner": 40, "rotary_dim": 4},
 }
 
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -60,6 +117,15 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "gpt2-n_inner": ("gpt2", {"n_inner": 40, "scale_attn_by_inverse_layer_idx": True}),
     "phi-mha": ("phi", {"num_key_value_heads": 6, "qk_layernorm": False, "tie_word_embeddings": True}),
     "gemma3_text-mha": ("gemma3_text", {"num_key_value_heads": 6}),
+    "falcon-multi-query": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "bias": True}),
+    "falcon-mha": (
+        "falcon",
+        {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 6, "parallel_attn": False},
+    ),
+    "gpt_bigcode-multi-query": ("gpt_bigcode", {"multi_query": True}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "hyperclovax-pre-norm": ("hyperclovax", {"use_post_norm": False}),
+    "lfm2-plain-width": ("lfm2", {"block_auto_adjust_ff_dim": False}),
 }
 
 

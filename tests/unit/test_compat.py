@@ -22,9 +22,10 @@ from transformers.modeling_utils import PushToHubMixin
 
 import hf_context_prune
 from hf_context_prune.modeling import modeling_context_pruned
+from hf_context_prune.modeling.geometry import LayerWidths, read_geometry
 from hf_context_prune.modeling.native_fit import build_variable_config
 from hf_context_prune.modeling.registry import build_auto_map, get_model_class
-from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.utils import compat
 from tests.support.callback_cases import arguments, dataset
 from tests.support.tiny import tiny_config, tiny_model

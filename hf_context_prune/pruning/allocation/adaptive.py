@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from hf_context_prune.errors import NumericsError
-from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.modeling.geometry import Geometry, LayerWidths
 from hf_context_prune.pruning.calibration.statistics import Key
 
 from .budget import Costs, Curve, beyond_probes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.geometry import LayerWidths
 
 Curve = tuple[tuple[int, float], ...]
 """((kept units, loss increase in nats per token), ...), widest first; the first is (all units, 0.0)."""

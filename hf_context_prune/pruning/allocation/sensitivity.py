@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.modeling.architectures import Target, output_weight
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.inference import evaluation_mode
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.pruning.scoring import top_units

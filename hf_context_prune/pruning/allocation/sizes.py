@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_context_prune.config import NATIVE_TOLERANCE
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.modeling.geometry import Geometry, LayerWidths
 from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.utils.rounding import six_digits
 
@@ -69,12 +69,12 @@ class UnitCurves:
 
     def most_removable_native(self, groups: Collection[int]) -> int:
         """Return the most parameters that one width for all layers can remove, with tokens; 0 where widths differ."""
-        first, layers = self.geometry.layers[0], len(self.geometry.layers)
-        if set(self.geometry.layers) != {first}:
+        if (first := self._common_widths) is None:
             return 0
+        layers, heads = len(self.geometry.layers), self._layers_with_heads
         neurons, kept = int(self._allowed_neurons(first.neurons)[-1]), min(self._allowed_groups(groups))
         gone = layers * (first.neurons - neurons) * self.costs["mlp"]
-        gone += layers * (first.kv_groups - kept) * self.costs["attention"]
+        gone += heads * (first.kv_groups - kept) * self.costs["attention"]
         tokens = {TOKENS: self.curves[TOKENS]} if TOKENS in self.curves else {}
         return gone + most_removable(tokens, self.costs, self.multiples)
 
@@ -106,23 +106,36 @@ class UnitCurves:
         Returns:
             The sizes; None where no such sizes remove as much.
         """
-        first, layers = self.geometry.layers[0], len(self.geometry.layers)
-        if set(self.geometry.layers) != {first}:
+        if (first := self._common_widths) is None:
             return None
+        layers, heads = len(self.geometry.layers), self._layers_with_heads
         neurons = self._allowed_neurons(first.neurons)
         by_width = self._loss_in_all_layers("mlp", first.neurons, neurons)
         best: tuple[float, Sizes] | None = None
         for kept in self._allowed_groups(groups):
             loss = self._loss_in_all_layers("attention", first.kv_groups, np.array([kept])) + by_width
             gone = layers * (first.neurons - neurons) * self.costs["mlp"]
-            gone = gone + layers * (first.kv_groups - kept) * self.costs["attention"]
+            gone = gone + heads * (first.kv_groups - kept) * self.costs["attention"]
             tokens, token_loss = self._tokens_for(np.maximum(remove_params - gone, 0))
             loss = loss + token_loss
             place = int(loss.argmin())
             if np.isfinite(loss[place]) and (best is None or loss[place] < best[0]):
-                widths = (LayerWidths(int(neurons[place]), kept),) * layers
+                widths = tuple(
+                    LayerWidths(int(neurons[place]), kept if layer.kv_groups else 0) for layer in self.geometry.layers
+                )
                 best = float(loss[place]), self.sizes(int(tokens[place]), widths)
         return None if best is None else best[1]
+
+    @property
+    def _layers_with_heads(self) -> int:
+        return sum(bool(layer.kv_groups) for layer in self.geometry.layers)
+
+    @property
+    def _common_widths(self) -> LayerWidths | None:
+        """Neurons and KV groups that all layers have which have any; None where they differ."""
+        neurons = {layer.neurons for layer in self.geometry.layers}
+        groups = {layer.kv_groups for layer in self.geometry.layers if layer.kv_groups} or {0}
+        return LayerWidths(*neurons, *groups) if len(neurons) == len(groups) == 1 else None
 
     def _allowed_neurons(self, total: int) -> np.ndarray:
         """Return the widths that all layers may have, widest first."""
@@ -132,14 +145,15 @@ class UnitCurves:
 
     def _allowed_groups(self, groups: Collection[int]) -> list[int]:
         """Return the KV groups that all layers may have, most first."""
-        total = self.geometry.layers[0].kv_groups
+        total = max(layer.kv_groups for layer in self.geometry.layers)
         fewest = self._fewest("attention", total)
         return [total, *sorted((count for count in groups if fewest <= count < total), reverse=True)]
 
     def _fewest(self, target: str, total: int) -> int:
         """Return the smallest size of a target that was measured in every layer."""
-        layers = range(len(self.geometry.layers))
-        return max((self.curves[key][-1][0] if (key := (layer, target)) in self.curves else total) for layer in layers)
+        layers = [index for index, widths in enumerate(self.geometry.layers) if widths.of(target)]
+        measured = ((self.curves[key][-1][0] if (key := (layer, target)) in self.curves else total) for layer in layers)
+        return max(measured, default=total)
 
     def _loss_in_all_layers(self, target: str, total: int, kept: np.ndarray) -> np.ndarray:
         """Return the sum over layers of the predicted loss at each size."""

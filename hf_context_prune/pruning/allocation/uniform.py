@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.modeling.geometry import Geometry, LayerWidths
 
 from .budget import Costs, ParameterBudget, removed_params, share_below
 
@@ -24,6 +24,8 @@ def _keep_neurons(width: int, ratio: float, multiple: int) -> int:
 
 
 def _keep_groups(groups: int, ratio: float, allowed: Collection[int]) -> int:
+    if not groups:
+        return 0
     kept = max(1, groups - round_half_up(groups * ratio))
     if ratio > 0 and kept == groups > 1:
         reachable = ", ".join(f"{(groups - n) / groups:.3f}" for n in range(groups, 0, -1))
@@ -92,10 +94,10 @@ def _groups_by_ratio(base: Sequence[LayerWidths], config: PrunerConfig, native_g
     ratio, groups = config.attention_ratio, [layer.kv_groups for layer in base]
     if ratio is None:
         return groups
-    if ratio > 0 and max(groups) == 1:
+    if ratio > 0 and max(groups) <= 1:
+        why = "every layer has a single KV group, which must stay" if max(groups) else "no head can be removed"
         raise BudgetError(
-            f"attention_ratio is {ratio}, but every layer has a single KV group, which must stay. Leave out "
-            f"attention_ratio; MLP neurons can be removed."
+            f"attention_ratio is {ratio}, but {why}. Leave out attention_ratio; MLP neurons can be removed."
         )
     return [_keep_groups(n, ratio, native_groups or range(1, n + 1)) for n in groups]
 
@@ -133,7 +135,10 @@ def _narrowing_steps(
     most = max(layer.kv_groups for layer in base)
 
     def narrow_groups(step: int) -> tuple[LayerWidths, ...]:
-        kept = [max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most))) for layer in base]
+        kept = [
+            layer.kv_groups and max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most)))
+            for layer in base
+        ]
         return _pair(neurons, kept)
 
     return [n for n in range(most, 0, -1) if not native_groups or n in {*native_groups, most}], narrow_groups

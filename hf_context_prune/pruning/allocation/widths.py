@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.modeling.architectures import TARGETS, Target
+from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.statistics import Key
@@ -51,12 +51,12 @@ def plan_widths(model: PreTrainedModel, config: PrunerConfig) -> tuple[LayerWidt
 
 def native_groups(view: ModelView) -> list[int]:
     """Return the KV groups per layer that the native architecture accepts, equal in all layers."""
-    first, config = view.widths[0], view.model.config
-    return [
-        groups
-        for groups in range(1, first.kv_groups + 1)
-        if assess_native_fit(config, view.spec, [LayerWidths(first.neurons, groups)] * len(view.widths)).fits
-    ]
+    most, config = max(layer.kv_groups for layer in view.widths), view.model.config
+
+    def alike(groups: int) -> list[LayerWidths]:
+        return [replace(layer, kv_groups=groups if layer.kv_groups else 0) for layer in view.widths]
+
+    return [groups for groups in range(1, most + 1) if assess_native_fit(config, view.spec, alike(groups)).fits]
 
 
 def measured_widths(

@@ -140,14 +140,15 @@ def collect(
     collectors: Collectors = {}
     handles = []
     try:
-        for layer in range(len(view.layers)):
-            for target in targets if layers is None or layer in layers else ():
-                projection = view.output_projection(layer, target)
-                weight = output_weight(projection)
-                centre = projection.bias is not None
-                collector = _Collector(layer, target, weight.shape[1], weight.device, gram=gram, centre=centre)
-                collectors[layer, target] = collector
-                handles.append(projection.register_forward_pre_hook(collector.hook))
+        for layer, target in view.places(targets):
+            if layers is not None and layer not in layers:
+                continue
+            projection = view.output_projection(layer, target)
+            weight = output_weight(projection)
+            centre = projection.bias is not None
+            collector = _Collector(layer, target, weight.shape[1], weight.device, gram=gram, centre=centre)
+            collectors[layer, target] = collector
+            handles.append(projection.register_forward_pre_hook(collector.hook))
         yield collectors
     finally:
         for handle in handles:

@@ -53,7 +53,8 @@ def layer_groups(model: PreTrainedModel, targets: tuple[Target, ...]) -> Iterato
     view = ModelView.of(model)
     first = held = 0
     for index in range(len(view.layers)):
-        widths = (output_weight(view.output_projection(index, target)).shape[1] for target in targets)
+        own = [target for target in targets if target in view.targets(index)]
+        widths = (output_weight(view.output_projection(index, target)).shape[1] for target in own)
         size = sum(4 * width**2 for width in widths)
         if index > first and held + size > limit:
             yield range(first, index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -12,8 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, output_weight
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch
 from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
@@ -61,7 +60,7 @@ class SequentialCheckpoint:
         self.folder = folder
         if folder is None:
             view = ModelView.of(model)
-            sizes = (output_weight(view.output_projection(*key)).nbytes for key in product(range(len(widths)), TARGETS))
+            sizes = (output_weight(view.output_projection(*place)).nbytes for place in view.places())
             self._fits = fits_in_memory(sum(sizes))
             return
         self.key = resume_key(model, batches, list(widths), *options)

@@ -23,8 +23,8 @@ from hf_context_prune.modeling.architectures import (
     output_weight,
     residual_scale,
 )
+from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan
-from hf_context_prune.modeling.specs import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.criteria import Criterion
 from hf_context_prune.pruning.scoring import top_units, weights_of_layer
@@ -115,7 +115,8 @@ class SequentialPruner:
         Removed units stay in it, with output columns of zero.
         """
         layer, spec = self.view.layers[index], self.view.spec
-        own = {id(weight) for target in ORDER for weight in output_projection(layer, spec, target).parameters()}
+        projections = [output_projection(layer, spec, target) for target in self.view.targets(index)]
+        own = {id(weight) for projection in projections for weight in projection.parameters()}
         tensors = (*layer.parameters(), *layer.buffers())
         return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
 
@@ -136,7 +137,7 @@ class SequentialPruner:
         storage = StreamStorage(self._num_withheld)  # that of the streams is overwritten at each layer
         withheld: list[Rows] = []
         for stream in self.streams:
-            reference = self._base_pass(layer.index, stream) if base_too else None
+            reference = self._base_pass(layer.index, stream, recorded=alone) if base_too else None
             with record_output(sub_layer.projection) as output, record_output(sub_layer.branch) as branch:
                 after = layer.call(stream, without_mlp=alone)
             if alone:
@@ -158,14 +159,22 @@ class SequentialPruner:
             raise NumericsError(f"NaN or Inf in the target of {where}. {overflow_remedy(self.view.model.dtype)}")
         return fit, withheld
 
-    def _base_pass(self, index: int, stream: Stream) -> torch.Tensor:
+    def _base_pass(self, index: int, stream: Stream, *, recorded: bool) -> torch.Tensor | None:
         """Move a base stream behind the layer.
+
+        Args:
+            index: The layer's number.
+            stream: The stream.
+            recorded: Return what attention adds.
 
         Returns:
             What attention has to add for the pruned residual stream behind it to equal the base model's, [tokens,
             outputs].
         """
         layer = self.view.layers[index]
+        if not recorded:
+            stream.base.copy_(stream.call(index, layer, stream.base))
+            return None
         with record_output(SubLayer(layer, self.view.spec, "attention").branch) as output:
             after = stream.call(index, layer, stream.base)
         lag = stream.rows(stream.base) - stream.rows(stream.pruned)

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.errors import ConfigError, DataError, error_context
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.plan import LayerPlan
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY, Batch

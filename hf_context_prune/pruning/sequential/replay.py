@@ -51,11 +51,12 @@ class ReplayedLayer:
     ) -> None:
         spec = view.spec
         self.index, self.layer = index, layer
-        self.sub_layers = {target: SubLayer(layer, spec, target) for target in ORDER}
-        self._attention = layer.get_submodule(spec.attention)
+        self._order = [target for target in ORDER if target in view.targets(index)]
+        self.sub_layers = {target: SubLayer(layer, spec, target) for target in self._order}
+        self._attention = layer.get_submodule(spec.attention) if "attention" in self._order else None
         self._mlp_inputs = [layer.get_submodule(path) for path in spec.mlp_inputs]
         self._storage, self._open = storage, set(open_targets)
-        self._widths = {target: _widest(view, target) for target in ORDER}
+        self._widths = {target: _widest(view, target) for target in self._order}
         self._records: dict[tuple[int, Target], _Record] = {}
         self._num_attention_outputs: int | None = None  # None: the module returns a tensor, no tuple
 
@@ -69,7 +70,7 @@ class ReplayedLayer:
         """
         patches: dict[nn.Module, Forward] = {}
         with ExitStack() as stack:
-            for target in ORDER:
+            for target in self._order:
                 if target == "mlp" and without_mlp:
                     channels = self.sub_layers[target].gamma.shape[0]
                     patches |= self._mlp_patches(lambda hidden, n=channels: hidden.new_zeros(*hidden.shape[:-1], n))
@@ -103,6 +104,7 @@ class ReplayedLayer:
             count = self._num_attention_outputs
             return output if count is None else (output, *[None] * (count - 1))  # layers use the first alone
 
+        assert self._attention is not None
         return {self._attention: attention}
 
     def _mlp_patches(self, output: Forward) -> dict[nn.Module, Forward]:
@@ -125,11 +127,11 @@ class ReplayedLayer:
             self._num_attention_outputs = len(output) if isinstance(output, tuple) else None
 
         stack.callback(self.sub_layers[target].projection.register_forward_hook(keep).remove)
-        if target == "attention" and known is None:
+        if target == "attention" and known is None and self._attention is not None:
             stack.callback(self._attention.register_forward_hook(keep_structure).remove)
 
 
 def _widest(view: ModelView, target: Target) -> int:
     """Return the most features that any layer records of a sub-layer."""
-    widths = (output_weight(view.output_projection(index, target)).shape for index in range(len(view.layers)))
+    widths = (output_weight(view.output_projection(*place)).shape for place in view.places([target]))
     return max(max(shape) for shape in widths)

@@ -18,6 +18,7 @@ from torch import nn
 from hf_context_prune.modeling.architectures import (
     Target,
     channel_scale,
+    norm_epsilon,
     output_projection,
     output_weight,
     post_norm,
@@ -73,7 +74,7 @@ class SubLayer:
         if self.post_norm is None:
             return x, lacking
         gamma = self.gamma.float().T
-        rms = (output.square().mean(dim=-1, keepdim=True) + float(self.post_norm.eps)).sqrt()  # type: ignore[arg-type]
+        rms = (output.square().mean(dim=-1, keepdim=True) + norm_epsilon(self.post_norm)).sqrt()
         weight = 1 / rms.clamp_min(SINK_SHARE * rms.median())
         damped = gamma / (gamma.square() + NORM_DAMPING * gamma.square().mean())
         return weight * x, weight * rms * damped * lacking

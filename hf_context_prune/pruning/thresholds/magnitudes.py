@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
+from hf_context_prune.modeling.architectures import activation_of
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.specs import ArchSpec
 from hf_context_prune.modeling.view import ModelView
@@ -136,7 +137,7 @@ def _hooked(view: ModelView, sums: _Sums) -> Iterator[None]:
     try:
         handles += [module.register_forward_hook(around(name)) for name, module in linear_layers(view.model)]
         for index, layer in enumerate(view.layers):
-            handles.append(layer.get_submodule(view.spec.activation).register_forward_hook(behind(index)))
+            handles.append(activation_of(layer, view.spec).register_forward_hook(behind(index)))
         yield
     finally:
         for handle in handles:

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import ThresholdConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.architectures import output_projection, output_weight
+from hf_context_prune.modeling.architectures import activation_of, output_projection, output_weight
+from hf_context_prune.modeling.geometry import Geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import ArchSpec, Geometry
+from hf_context_prune.modeling.specs import ArchSpec
 from hf_context_prune.modeling.token_rows import token_modules
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.surgery import apply_plan
@@ -70,7 +71,7 @@ def zero_below_(
         for layer, mean in zip(view.layers, magnitudes.activations, strict=True):
             module = layer.get_submodule(view.spec.mlp_inputs[0])
             assert isinstance(module, nn.Linear)
-            gone = mean.to(module.weight.device) <= activation
+            gone = (mean.to(module.weight.device) <= activation).nonzero().flatten()  # rows of its first block
             module.weight[gone] = 0
             if module.bias is not None:
                 module.bias[gone] = 0
@@ -86,11 +87,12 @@ def _rows_alive(module: nn.Module) -> torch.Tensor:
 def _live_neurons(layer: nn.Module, spec: ArchSpec) -> torch.Tensor:
     """Return which neurons can add something to the output, [neurons], bool."""
     alive = output_weight(output_projection(layer, spec, "mlp")).ne(0).any(dim=0)
-    activation = layer.get_submodule(spec.activation)
+    activation = activation_of(layer, spec)
     vanishes = bool((activation(torch.zeros(1, device=alive.device)) == 0).all())  # sigmoid does not
-    for index, path in enumerate(spec.mlp_inputs):
+    blocks = [part for path in spec.mlp_inputs for part in _rows_alive(layer.get_submodule(path)).split(len(alive))]
+    for index, rows in enumerate(blocks):
         if index > 0 or vanishes:
-            alive = alive & _rows_alive(layer.get_submodule(path))
+            alive = alive & rows
     return alive
 
 
@@ -104,6 +106,10 @@ def _live_groups(layer: nn.Module, spec: ArchSpec, geometry: Geometry, groups: i
     return columns.flatten(1).any(dim=1)
 
 
+def _units(alive: torch.Tensor) -> tuple[int, ...]:
+    return tuple(alive.nonzero().flatten().tolist()) or (0,)
+
+
 def live_units(model: PreTrainedModel) -> tuple[LayerPlan, ...]:
     """Return the units of every layer that can add something to the output; at least one of each kind.
 
@@ -113,14 +119,11 @@ def live_units(model: PreTrainedModel) -> tuple[LayerPlan, ...]:
     view = ModelView.of(model)
     plans = []
     for layer, widths in zip(view.layers, view.widths, strict=True):
-        kept = [
-            tuple(alive.nonzero().flatten().tolist()) or (0,)
-            for alive in (
-                _live_neurons(layer, view.spec),
-                _live_groups(layer, view.spec, view.geometry, widths.kv_groups),
-            )
-        ]
-        plans.append(LayerPlan(*kept))
+        groups: tuple[int, ...] = ()
+        neurons = _units(_live_neurons(layer, view.spec))
+        if widths.kv_groups:
+            groups = _units(_live_groups(layer, view.spec, view.geometry, widths.kv_groups))
+        plans.append(LayerPlan(neurons, groups))
     return tuple(plans)
 
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.utils import CONFIG_NAME
 
 from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, PlanError
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.storage.loading import load_weights
 from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.utils.distributed import num_processes

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import BudgetError, ConfigError, PlanError, PruningWarning, SaveError
 from hf_context_prune.modeling.configuration_context_pruned import is_modeling_file
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.widths import check_adaptive, check_round_to

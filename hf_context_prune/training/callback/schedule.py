@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError, unknown_name
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.uniform import round_half_up
 from hf_context_prune.utils.options import is_number, option

@@ -16,8 +16,8 @@ from hf_context_prune.errors import SaveError
 from hf_context_prune.evaluation.harness import write_harness_task
 from hf_context_prune.evaluation.multiple_choice import answer_questions
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.tiny import tiny_model, tiny_tokenizer

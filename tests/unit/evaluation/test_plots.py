@@ -16,8 +16,8 @@ from hf_context_prune.evaluation.reports.plots import (
     plot_widths,
     widths_vary,
 )
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
-from hf_context_prune.modeling.specs import LayerWidths
 from hf_context_prune.utils.palette import PALETTE, css_variables
 
 DENSE = 10

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_context_prune.errors import PlanError, VocabularyError
+from hf_context_prune.modeling.geometry import LayerWidths, read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
-from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.surgery import apply_plan
 from tests.support.tiny import tiny_model
 

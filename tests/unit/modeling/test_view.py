@@ -6,7 +6,8 @@ import transformers
 
 from hf_context_prune.errors import UnsupportedArchitectureError
 from hf_context_prune.modeling.architectures import TARGETS, unit_costs
-from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.modeling.geometry import read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.view import ModelView
 from tests.support.tiny import COVERING, case, tiny_config
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, NumericsError
-from hf_context_prune.modeling.specs import Geometry, LayerWidths
+from hf_context_prune.modeling.geometry import Geometry, LayerWidths
 from hf_context_prune.pruning.allocation.adaptive import adaptive_widths, loss_on_hull, most_removable, predicted_loss
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.uniform import round_half_up, uniform_widths

@@ -16,8 +16,9 @@ from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import BudgetError, ConfigError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.architectures import unit_costs
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pipelines.validation_text import (

@@ -9,8 +9,9 @@ import torch
 
 from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection, unit_size
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
-from hf_context_prune.modeling.specs import SPECS, base_model_type, read_geometry
+from hf_context_prune.modeling.specs import SPECS, base_model_type
 from hf_context_prune.pruning.allocation import output_fisher
 from hf_context_prune.pruning.allocation.sensitivity import MOST_NATS, PROBES, measure_sensitivity, withhold_probe
 from hf_context_prune.pruning.calibration.calibrate import calibrate

@@ -9,9 +9,10 @@ import torch
 
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.modeling.architectures import layers_of, output_projection, output_weight, spec_of
+from hf_context_prune.modeling.geometry import LayerWidths, read_geometry
 from hf_context_prune.modeling.patching import finish_forward
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.calibration.calibrate import calibrate
 from hf_context_prune.pruning.criteria import CRITERIA
 from hf_context_prune.pruning.reconstruction import least_squares

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_context_prune.config import NATIVE_TOLERANCE
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.pruning.allocation.adaptive import loss_on_hull
 from hf_context_prune.pruning.allocation.budget import removed_params
 from hf_context_prune.pruning.allocation.sizes import TOKENS, Sizes, UnitCurves

@@ -23,10 +23,11 @@ from hf_context_prune.modeling.architectures import (
     output_weight,
     unit_costs,
 )
+from hf_context_prune.modeling.geometry import LayerWidths, read_geometry
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import SPECS, LayerWidths, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.surgery import apply_plan, kept_features
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.limits import within

@@ -10,8 +10,8 @@ import pytest
 
 from hf_context_prune.errors import LoadError
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model, load_pruned
 from hf_context_prune.storage.manifest import claims_to_be_ours, verify_folder, verify_if_ours

@@ -23,9 +23,10 @@ from hf_context_prune.errors import (
     UnsupportedArchitectureError,
 )
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage import cache, loading, model_checks
 from hf_context_prune.storage.loading import LoadedModel, explain_gguf_sizes, load_meta_model, load_model, load_pruned

@@ -8,8 +8,8 @@ from transformers.optimization import Adafactor
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan, kept_entries
 from hf_context_prune.training.callback.optimizer import (
     STATES,

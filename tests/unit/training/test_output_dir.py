@@ -8,8 +8,8 @@ import pytest
 
 from hf_context_prune.errors import ConfigError, SaveError
 from hf_context_prune.modeling import specs
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.training.callback.checks import check_output_dir
 from hf_context_prune.utils.file_names import PLAN_NAME

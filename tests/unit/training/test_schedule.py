@@ -6,7 +6,7 @@ import pytest
 
 from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.specs import LayerWidths
+from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.training.callback.schedule import PruningSchedule, config_for_pruning
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import SPECS, read_geometry
+from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pipelines.recover import _load_base
 from hf_context_prune.publishing.hub import push_folder
 from hf_context_prune.publishing.space.folder import make_space_settings

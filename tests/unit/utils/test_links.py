@@ -11,9 +11,9 @@ import pytest
 from hf_context_prune.errors import LoadError, PublishError, SaveError
 from hf_context_prune.evaluation.reports.rendering import read_folder
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.modeling_context_pruned import add_companions
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
-from hf_context_prune.modeling.specs import read_geometry
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.publishing.card.card import make_card
 from hf_context_prune.publishing.hub import files_to_push

@@ -1,0 +1,157 @@
+"""Sizes of a model, read from its config alone: neurons and KV groups of every layer, and the features of each unit.
+
+This file travels with every saved variable-width model, so it imports nothing but the standard library and the table of
+architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .specs import ArchSpec, Projection
+
+UNIT_NAMES = {"mlp": "neurons", "attention": "kv_groups"}
+"""The units of a target, by the name that plans, widths and messages use."""
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Widths of one decoder layer.
+
+    Attributes:
+        neurons: MLP neurons.
+        kv_groups: Attention KV groups (a key/value head with its query heads); 0 in a layer without heads that can be
+            removed.
+    """
+
+    neurons: int
+    kv_groups: int
+
+    def of(self, target: str) -> int:
+        """Return the number of units of ``"mlp"`` (neurons) or ``"attention"`` (KV groups)."""
+        width: int = getattr(self, UNIT_NAMES[target])
+        return width
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets that have units in this layer."""
+        return tuple(target for target in UNIT_NAMES if self.of(target))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a whole model, read from its config alone.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        head_dim: Features of one head.
+        queries_per_group: Query heads that share one key/value head.
+        layers: One [`LayerWidths`][] per decoder layer.
+    """
+
+    hidden_size: int
+    head_dim: int
+    queries_per_group: int
+    layers: tuple[LayerWidths, ...]
+
+    def head_range(self, group: int, role: str) -> range:
+        """Return the heads of one KV group: its query heads, or the group's own head for key and value."""
+        if role == "query":
+            return range(group * self.queries_per_group, (group + 1) * self.queries_per_group)
+        return range(group, group + 1)
+
+    def query_features(self, groups: Sequence[int]) -> list[int]:
+        """Return the output projection's input features of these KV groups, ascending within each group."""
+        return [
+            head * self.head_dim + feature
+            for group in groups
+            for head in self.head_range(group, "query")
+            for feature in range(self.head_dim)
+        ]
+
+    def features_per_group(self, projection: Projection) -> int:
+        """Return how many output features of an input projection belong to one KV group."""
+        heads = (self.queries_per_group if role == "query" else 1 for role in projection.roles)
+        return self.head_dim * projection.blocks * sum(heads)
+
+    def projection_features(self, projection: Projection, groups: Sequence[int], total_groups: int) -> list[int]:
+        """Return the output features of an input projection that belong to these KV groups.
+
+        Args:
+            projection: The projection.
+            groups: Kept KV groups, ascending.
+            total_groups: KV groups that the projection has now.
+        """
+        if projection.interleaved:  # all heads of a group lie together
+            size = self.features_per_group(projection)
+            return [group * size + feature for group in groups for feature in range(size)]
+        dim = self.head_dim * projection.blocks
+        features: list[int] = []
+        offset = 0
+        for role in projection.roles:
+            for group in groups:
+                for head in self.head_range(group, role):
+                    features.extend(range(offset + head * dim, offset + (head + 1) * dim))
+            per_group = self.queries_per_group if role == "query" else 1
+            offset += total_groups * per_group * dim
+        return features
+
+
+WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba")
+"""Values of ``config.layer_types`` of layers that mix tokens by something else: a recurrence or a convolution."""
+
+
+def neurons_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
+    """Return the number of MLP neurons that a (layer) config asks for."""
+    width = getattr(config, spec.width, None)
+    if width is None:  # GPT-2 writes None for its default, four times the hidden size.
+        return 4 * config.hidden_size
+    if spec.computed_width is None or not getattr(config, spec.computed_width):
+        return width
+    width = 2 * width // 3  # as LFM2 does it
+    if config.block_ffn_dim_multiplier is None:
+        return width
+    multiple = config.block_multiple_of
+    return -(-int(config.block_ffn_dim_multiplier * width) // multiple) * multiple
+
+
+def shared_kv_heads(config: Any, spec: ArchSpec) -> int | None:  # noqa: ANN401
+    """Return the number of key/value heads that the config has whatever `kv_heads` says; None where that decides."""
+    shared = spec.multi_query and all(bool(getattr(config, name)) == value for name, value in spec.multi_query)
+    return 1 if shared else None
+
+
+def kv_groups_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
+    """Return the number of KV groups that a (layer) config asks for."""
+    if (shared := shared_kv_heads(config, spec)) is not None:
+        return shared
+    return getattr(config, spec.query_heads if spec.kv_heads is None else spec.kv_heads)
+
+
+def why_heads_stay(config: Any, spec: ArchSpec) -> str | None:  # noqa: ANN401
+    """Return why no attention head of a model can be removed; None where heads can."""
+    return next((why for name, why in spec.fixed_heads if name is None or getattr(config, name)), None)
+
+
+def read_geometry(config: Any, spec: ArchSpec) -> Geometry:  # noqa: ANN401
+    """Read all sizes from a config, native or variable-width.
+
+    Args:
+        config: A `PreTrainedConfig`.
+        spec: Its table entry.
+    """
+    layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    types = getattr(config, "layer_types", None) or [None] * len(layers)
+    first, fixed = layers[0], why_heads_stay(config, spec) is not None
+    heads = getattr(first, spec.query_heads)
+    return Geometry(
+        hidden_size=config.hidden_size,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        queries_per_group=heads // kv_groups_of(first, spec),
+        layers=tuple(
+            LayerWidths(neurons_of(layer, spec), 0 if fixed or kind in WITHOUT_ATTENTION else kv_groups_of(layer, spec))
+            for layer, kind in zip(layers, types, strict=True)
+        ),
+    )
