@@ -138,6 +138,7 @@ def narrow_layer(
             whole = layer.get_parameter(path)
             part = whole.data[: target.kv_groups * geometry.queries_per_group].clone()
             setattr(layer.get_submodule(owner), name, nn.Parameter(part, requires_grad=whole.requires_grad))
+    if target.kv_groups:  # of a whole layer too: it can't read its sizes from a config in which they vary
         set_attention_sizes(layer, spec, geometry, target.kv_groups, config)
 
 

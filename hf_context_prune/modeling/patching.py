@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.utils.precision import bfloat16_autocast
 
 from .architectures import layers_of, spec_of
+from .specs import ArchSpec
 
 Forward = Callable[..., Any]
 
@@ -42,12 +43,13 @@ def record_calls(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
 
     No layer computes anything meanwhile.
     """
-    layers, calls, first = layers_of(model, spec_of(model.config)), [], []
+    spec = spec_of(model.config)
+    layers, calls, first = layers_of(model, spec), [], []
 
-    def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401 - any layer's arguments
+    def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any layer's arguments
         first.append(hidden)
         calls.append((args, kwargs))
-        return hidden
+        return _as_output(hidden, spec)
 
     with patch_forwards(layers, [record] * len(layers)):
         model.base_model(**inputs, use_cache=False)
@@ -56,8 +58,13 @@ def record_calls(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
 
 def known_states(model: PreTrainedModel, hidden: torch.Tensor) -> AbstractContextManager[None]:
     """Let a model compute only what follows its last layer, on these hidden states behind it."""
-    layers = layers_of(model, spec_of(model.config))
-    return patch_forwards(layers, [lambda *args, **kwargs: hidden] * len(layers))
+    spec = spec_of(model.config)
+    layers, output = layers_of(model, spec), _as_output(hidden, spec)
+    return patch_forwards(layers, [lambda *args, **kwargs: output] * len(layers))
+
+
+def _as_output(hidden: torch.Tensor, spec: ArchSpec) -> Any:  # noqa: ANN401 - as the layers of the family return them
+    return (hidden, *[None] * (spec.layer_outputs - 1)) if spec.layer_outputs else hidden
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ class ArchSpec:
         residual_multiplier: Config attribute that scales a sub-layer's output before it is added (Granite).
         parallel: Whether attention and MLP both read the layer's input; or the config attributes that say so, of
             which one must be true.
+        layer_outputs: Length of the tuple that a layer returns, hidden states first; 0 where it returns those alone.
         transposed: Whether projections store their weight as [in_features, out_features] (`Conv1D` of GPT-2).
     """
 
@@ -102,6 +103,7 @@ class ArchSpec:
     post_norms: tuple[tuple[str, str], ...] = ()
     residual_multiplier: str | None = None
     parallel: bool | tuple[str, ...] = False
+    layer_outputs: int = 0
     transposed: bool = False
 
     def output_path(self, target: str) -> str:
@@ -286,6 +288,7 @@ SPECS: dict[str, ArchSpec] = {
             attention_attributes=(("num_heads", "heads"), ("num_kv_heads", "groups")),
             fixed_heads=(("alibi", "ALiBi gives every head a slope by its number"),),
             parallel=("parallel_attn", "new_decoder_architecture"),
+            layer_outputs=2,
         ),
         ArchSpec(
             "opt",
@@ -318,6 +321,7 @@ SPECS: dict[str, ArchSpec] = {
             "gpt_neo",
             "GPTNeoConfig",
             "GPTNeoForCausalLM",
+            layer_outputs=2,
             **_GPT
             | {
                 "attention_inputs": _separate("attn.attention"),

@@ -228,8 +228,9 @@ def _narrow(
 
 
 def choose_probe_counts(widths: LayerWidths, target: Target) -> list[int]:
-    """Return how many units to keep when a layer is probed, widest first."""
-    total = widths.of(target)
+    """Return how many units to keep when a layer is probed, widest first; none where it has no such units."""
+    if not (total := widths.of(target)):
+        return []
     counts = {round(total * share) for share in PROBES}
     if target == "attention":
         counts |= {total - 1, 1}  # few units, each of which costs much

@@ -55,6 +55,7 @@ class ReplayedLayer:
         self.sub_layers = {target: SubLayer(layer, spec, target) for target in self._order}
         self._attention = layer.get_submodule(spec.attention) if "attention" in self._order else None
         self._mlp_inputs = [layer.get_submodule(path) for path in spec.mlp_inputs]
+        self._mlp_blocks = spec.mlp_blocks
         self._storage, self._open = storage, set(open_targets)
         self._widths = {target: _widest(view, target) for target in self._order}
         self._records: dict[tuple[int, Target], _Record] = {}
@@ -109,7 +110,9 @@ class ReplayedLayer:
 
     def _mlp_patches(self, output: Forward) -> dict[nn.Module, Forward]:
         """Return forwards with which the MLP computes one neuron of no meaning, and then this output."""
-        patches: dict[nn.Module, Forward] = {module: lambda hidden: hidden[..., :1] for module in self._mlp_inputs}
+        patches: dict[nn.Module, Forward] = {
+            module: lambda hidden: hidden[..., : self._mlp_blocks] for module in self._mlp_inputs
+        }
         return patches | {self.sub_layers["mlp"].projection: output}
 
     def _record_next(self, stack: ExitStack, target: Target, stream: Stream, known: _Record | None) -> None:

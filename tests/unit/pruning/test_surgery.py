@@ -367,9 +367,9 @@ def test_a_huge_width_is_refused_before_it_is_allocated(tmp_path):
 
 
 def test_unknown_model_types_are_refused():
-    config = transformers.GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=20)
-    with pytest.raises(UnsupportedArchitectureError, match=r"'gptj' is not supported.*gpt2, .*llama.*specs\.py"):
-        check_supported(transformers.GPTJForCausalLM(config))
+    config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=20)
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom' is not supported.*gpt2, .*llama.*specs\.py"):
+        check_supported(transformers.BloomForCausalLM(config))
 
 
 def test_other_heads_of_a_known_type_are_refused():
