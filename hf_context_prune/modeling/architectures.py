@@ -183,6 +183,12 @@ def residual_scale(config: PreTrainedConfig, spec: ArchSpec) -> float:
     return 1.0 if spec.residual_multiplier is None else float(getattr(config, spec.residual_multiplier))
 
 
+def output_scale(layer: nn.Module) -> float:
+    """Return the factor that scales a whole layer's output (Gemma 4)."""
+    scalar = getattr(layer, "layer_scalar", None)
+    return 1.0 if scalar is None else float(scalar)
+
+
 def unit_size(geometry: Geometry, target: Target) -> int:
     """Return the number of input features of the output projection that belong to one unit."""
     return 1 if target == "mlp" else geometry.queries_per_group * geometry.head_dim

@@ -141,6 +141,26 @@ def config_of_memory(model: Any) -> Iterator[None]:  # noqa: ANN401
         model.config.tie_word_embeddings = said
 
 
+def native_overrides(config: Any, spec: ArchSpec) -> dict[int, dict[str, Any]]:  # noqa: ANN401
+    """Return what a config sets layer by layer as its native class does (Gemma 4): ``{layer: {attribute: value}}``."""
+    found = {
+        int(layer): {name: value for name, value in values.items() if name in spec.native_overrides}
+        for layer, values in (config.to_dict().get("per_layer_config") or {}).items()
+    }
+    return {layer: values for layer, values in found.items() if values}
+
+
+@contextmanager
+def dense_widths(config: Any, spec: ArchSpec) -> Iterator[None]:  # noqa: ANN401
+    """Let all layers of a variable-width config have the widths of the base model in the block."""
+    overrides = config.to_dict().get("per_layer_config", {})
+    config.per_layer_config = native_overrides(config, spec) or None
+    try:
+        yield
+    finally:
+        config.per_layer_config = overrides
+
+
 class ContextPrunedConfigMixin:
     """Check per-layer widths, and lift the native rule that the hidden size is a multiple of the head count."""
 
@@ -204,12 +224,8 @@ class ContextPrunedConfigMixin:
 
     def validate_rope(self) -> None:
         """Check the rotary embedding as the native config does, which may read head counts: those of the base model."""
-        overrides = self.width_overrides()
-        self.per_layer_config = None
-        try:
+        with dense_widths(self, self.spec):
             super().validate_rope()  # type: ignore[misc]
-        finally:
-            self.per_layer_config = overrides
 
     def to_dict(self) -> dict[str, Any]:
         """Return the native config's values, plus ``num_hidden_layers``, which a Trainer needs to resume.
@@ -222,9 +238,11 @@ class ContextPrunedConfigMixin:
         return values
 
     def width_overrides(self) -> dict[int, dict[str, Any]]:
-        """Return a copy of the sparse per-layer overrides: ``{layer: {attribute: value}}``."""
+        """Return a copy of the sparse per-layer widths: ``{layer: {attribute: value}}``."""
         overrides = self.to_dict().get("per_layer_config", {})  # type: ignore[attr-defined]
-        return {int(layer): dict(values) for layer, values in overrides.items()}
+        own = self.spec.native_overrides
+        found = {int(layer): {k: v for k, v in values.items() if k not in own} for layer, values in overrides.items()}
+        return {layer: values for layer, values in found.items() if values}
 
     def _dense_value(self, name: str) -> int:
         value = self._getattr_without_heterogeneous_validation(name)  # type: ignore[attr-defined]

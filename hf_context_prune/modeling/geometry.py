@@ -103,13 +103,22 @@ WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba")
 """Values of ``config.layer_types`` of layers that mix tokens by something else: a recurrence or a convolution."""
 
 
-def neurons_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
-    """Return the number of MLP neurons that a (layer) config asks for."""
+def width_factor(config: Any, spec: ArchSpec, layer: int) -> int:  # noqa: ANN401
+    """Return how many times `width` a layer has in neurons: 2 in the doubled layers of Gemma 4, else 1."""
+    if spec.computed_width != "use_double_wide_mlp" or not config.use_double_wide_mlp:
+        return 1
+    return 2 if config.kv_sharing_modes[layer] == "reuse" else 1
+
+
+def neurons_of(config: Any, spec: ArchSpec, layer: int) -> int:  # noqa: ANN401
+    """Return the number of MLP neurons that the config of a layer asks for."""
     width = getattr(config, spec.width, None)
     if width is None:  # GPT-2 writes None for its default, four times the hidden size.
         return 4 * config.hidden_size
     if spec.computed_width is None or not getattr(config, spec.computed_width):
         return width
+    if spec.computed_width == "use_double_wide_mlp":
+        return width * width_factor(config, spec, layer)
     width = 2 * width // 3  # as LFM2 does it
     if config.block_ffn_dim_multiplier is None:
         return width
@@ -130,6 +139,12 @@ def kv_groups_of(config: Any, spec: ArchSpec) -> int:  # noqa: ANN401
     return getattr(config, spec.query_heads if spec.kv_heads is None else spec.kv_heads)
 
 
+def read_head_dim(config: Any) -> int | None:  # noqa: ANN401
+    """Return the features of a head that a config gives, in its first layer; None where it gives none."""
+    computed = isinstance(getattr(type(config), "head_dim", None), property)  # in Falcon, from the global head count
+    return getattr(config if computed else config.per_layer_config[0], "head_dim", None)
+
+
 def why_heads_stay(config: Any, spec: ArchSpec) -> str | None:  # noqa: ANN401
     """Return why no attention head of a model can be removed; None where heads can."""
     return next((why for name, why in spec.fixed_heads if name is None or getattr(config, name)), None)
@@ -148,10 +163,12 @@ def read_geometry(config: Any, spec: ArchSpec) -> Geometry:  # noqa: ANN401
     heads = getattr(first, spec.query_heads)
     return Geometry(
         hidden_size=config.hidden_size,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=read_head_dim(config) or config.hidden_size // heads,
         queries_per_group=heads // kv_groups_of(first, spec),
         layers=tuple(
-            LayerWidths(neurons_of(layer, spec), 0 if fixed or kind in WITHOUT_ATTENTION else kv_groups_of(layer, spec))
-            for layer, kind in zip(layers, types, strict=True)
+            LayerWidths(
+                neurons_of(layer, spec, index), 0 if fixed or kind in WITHOUT_ATTENTION else kv_groups_of(layer, spec)
+            )
+            for index, (layer, kind) in enumerate(zip(layers, types, strict=True))
         ),
     )

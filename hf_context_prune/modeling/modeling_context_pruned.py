@@ -23,7 +23,7 @@ from huggingface_hub import get_local_safetensors_metadata
 from torch import nn
 
 from . import configuration_context_pruned
-from .configuration_context_pruned import config_class_name, config_of_memory, refuse_other_code
+from .configuration_context_pruned import config_class_name, config_of_memory, dense_widths, refuse_other_code
 from .geometry import Geometry, LayerWidths, read_geometry
 from .specs import SPECS, ArchSpec, classes_on_demand
 
@@ -375,17 +375,13 @@ class ContextPrunedModelMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         target = read_geometry(config, self.spec)
-        overrides = config.width_overrides()
-        config.per_layer_config = None
-        try:
+        with dense_widths(config, self.spec):
             dense = read_geometry(config, self.spec)
             dense_config = copy.deepcopy(config)
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        finally:
-            config.per_layer_config = overrides
         layers = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
-        for layer, dense_widths, widths in zip(layers, dense.layers, target.layers, strict=True):
-            narrow_layer(layer, self.spec, dense, dense_widths, widths, config)
+        for layer, whole, widths in zip(layers, dense.layers, target.layers, strict=True):
+            narrow_layer(layer, self.spec, dense, whole, widths, config)
         for module in self.modules():  # type: ignore[attr-defined]
             # Rotary tables need only head_dim, but derive it from head counts, which are ambiguous once they vary.
             if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):

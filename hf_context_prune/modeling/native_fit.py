@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.utils.compat import copy_attention_implementation
 
-from .geometry import Geometry, LayerWidths, read_geometry, shared_kv_heads
+from .configuration_context_pruned import native_overrides
+from .geometry import Geometry, LayerWidths, read_geometry, shared_kv_heads, width_factor
 from .registry import build_auto_map, get_config_class, get_model_class
 from .specs import ArchSpec
 
@@ -31,11 +32,13 @@ def _with_widths(config: PreTrainedConfig, spec: ArchSpec, geometry: Geometry) -
     values = config.to_dict()
     for key in ("model_type", "auto_map", "per_layer_config", "architectures"):
         values.pop(key, None)
-    if not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon computes it from the dense values
+    if spec.native_overrides:
+        values["per_layer_config"] = native_overrides(config, spec)
+    elif not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon computes it from the dense values
         # Explicit, because hidden_size // num_attention_heads gives another value once heads are removed.
         values["head_dim"] = geometry.head_dim
     if spec.computed_width is not None:
-        values |= {spec.computed_width: False, spec.width: geometry.layers[0].neurons}
+        values |= {spec.computed_width: False, spec.width: max(layer.neurons for layer in geometry.layers)}
     return values
 
 
@@ -47,11 +50,22 @@ def _head_counts(config: PreTrainedConfig, spec: ArchSpec, geometry: Geometry, k
     return counts if spec.kv_heads is None else {**counts, spec.kv_heads: kv_groups}
 
 
+def _common_width(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> dict[str, int] | None:
+    """Return the config attributes that give all layers their neurons; None where the neurons vary."""
+    factors = [width_factor(config, spec, index) for index in range(len(widths))]
+    if max(factors) > 1:
+        bases = {divmod(layer.neurons, factor) for layer, factor in zip(widths, factors, strict=True)}
+        if len(bases) == 1 and next(iter(bases))[1] == 0:
+            return {spec.width: next(iter(bases))[0], str(spec.computed_width): True}
+    neurons = {layer.neurons for layer in widths}
+    return {spec.width: neurons.pop()} if len(neurons) == 1 else None
+
+
 def build_native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
     """Return the native config with uniform widths; its own validator raises if it refuses them."""
     geometry = read_geometry(config, spec)
     values = _with_widths(config, spec, geometry)
-    values[spec.width] = widths[0].neurons
+    values |= _common_width(config, spec, widths) or {}
     values |= _head_counts(config, spec, geometry, max(layer.kv_groups for layer in widths))
     native_class = getattr(transformers, spec.config_class)
     result: PreTrainedConfig = native_class.from_dict({**values, "architectures": [spec.model_class]})
@@ -63,9 +77,12 @@ def build_variable_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequ
     """Return the variable-width config: dense values stay global, the widths go to ``per_layer_config``."""
     geometry = read_geometry(config, spec)
     values = _with_widths(config, spec, geometry)
-    overrides: dict[int, dict[str, int]] = {}
-    for index, layer in enumerate(widths):
-        overrides[index] = {spec.width: layer.neurons} | _head_counts(config, spec, geometry, layer.kv_groups)
+    native = native_overrides(config, spec)
+    overrides = {
+        index: {**native.get(index, {}), spec.width: layer.neurons}
+        | _head_counts(config, spec, geometry, layer.kv_groups)
+        for index, layer in enumerate(widths)
+    }
     variable_class = get_config_class(spec)
     result: PreTrainedConfig = variable_class.from_dict(
         {
@@ -93,7 +110,7 @@ def assess_native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence
         widths: Widths after pruning, one per layer.
     """
     groups = {layer.kv_groups for layer in widths if layer.kv_groups}
-    if len({layer.neurons for layer in widths}) > 1 or len(groups) > 1:
+    if _common_width(config, spec, widths) is None or len(groups) > 1:
         return NativeFit(False, f"widths vary from layer to layer, which {spec.config_class} can't express")
     try:
         candidate = build_native_config(config, spec, widths)

@@ -59,7 +59,9 @@ class ArchSpec:
         attention_output: Projection whose input features are the query heads.
         attention: The attention module, relative to the layer.
         width: Config attribute with the number of neurons.
-        computed_width: Config attribute that, where true, has the model compute its width from `width` (LFM2).
+        computed_width: Config attribute that, where true, has the model compute its width from `width` (LFM2), or
+            double it in some layers (Gemma 4).
+        native_overrides: Attributes that the native config itself may set layer by layer (Gemma 4).
         query_heads: Config attribute with the number of query heads.
         kv_heads: Config attribute with the number of key/value heads; None where every query head has its own.
         multi_query: Config attributes and the values with which all query heads share one key/value head, whatever
@@ -93,6 +95,7 @@ class ArchSpec:
     attention: str = "self_attn"
     width: str = "intermediate_size"
     computed_width: str | None = None
+    native_overrides: tuple[str, ...] = ()
     query_heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
     multi_query: tuple[tuple[str, bool], ...] = ()
@@ -168,6 +171,17 @@ SPECS: dict[str, ArchSpec] = {
         _llama_like("gemma2", "Gemma2", post_norms=_SANDWICH),
         _llama_like(
             "gemma3_text", "Gemma3", "Gemma3TextConfig", headless_class="Gemma3TextModel", post_norms=_SANDWICH
+        ),
+        _llama_like(
+            "gemma4_text",
+            "Gemma4",
+            "Gemma4TextConfig",
+            headless_class="Gemma4TextModel",
+            post_norms=_SANDWICH,
+            computed_width="use_double_wide_mlp",
+            native_overrides=("head_dim", "num_key_value_heads"),
+            fixed_heads=((None, "its layers have heads of two sizes, and later ones read keys of earlier ones"),),
+            refused=(("enable_moe_block", "its layers have experts beside the MLP"),),
         ),
         _llama_like("exaone4", "Exaone4", post_norms=_SANDWICH),
         _llama_like("olmo2", "Olmo2", post_norms=_SANDWICH, fixed_heads=((None, _NORM_OVER_HEADS),)),

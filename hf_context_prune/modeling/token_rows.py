@@ -86,13 +86,21 @@ def build_vocabulary_config(config: Any, order: Sequence[int]) -> Any:  # noqa: 
     """Return a copy of a model config for the kept vocabulary entries, with new ids in every field."""
     result = copy.deepcopy(config)
     result.vocab_size = len(order)
+    if hasattr(result, "vocab_size_per_layer_input"):
+        result.vocab_size_per_layer_input = len(order)
     renumber_token_ids(result, {old: new for new, old in enumerate(order)})
     return result
 
 
+_MORE_TABLES = "embed_tokens_per_layer"
+"""Name of a second embedding, whose rows every layer reads (Gemma 4)."""
+
+
 def token_modules(model: Any) -> list[nn.Module]:  # noqa: ANN401
-    """Return the input embedding and, if there is one, the LM head."""
-    return [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    """Return all modules with a row per token: the input embedding, the LM head and other embeddings, if present."""
+    more = (module for name, module in model.named_modules() if name.rpartition(".")[2] == _MORE_TABLES)
+    found = (model.get_input_embeddings(), model.get_output_embeddings(), *more)
+    return [module for module in found if module is not None]
 
 
 def token_rows(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401

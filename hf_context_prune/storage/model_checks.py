@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS
-from hf_context_prune.modeling.geometry import neurons_of
+from hf_context_prune.modeling.geometry import neurons_of, read_head_dim
 from hf_context_prune.modeling.modeling_context_pruned import FLOATS, check_header, format_names, read_header
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import PREFIX, ArchSpec
@@ -100,13 +100,13 @@ def check_sizes(config: PreTrainedConfig, spec: ArchSpec) -> None:
     check_size("num_hidden_layers", getattr(config, "num_hidden_layers", None), MAX_LAYERS)
     for field in ("hidden_size", "vocab_size"):
         check_size(field, getattr(config, field, None))
-    head_dim = getattr(config, "head_dim", None)
-    for field in ("head_dim", "max_position_embeddings"):
-        if (value := getattr(config, field, None)) is not None:
+    head_dim = read_head_dim(config)
+    for field, value in (("head_dim", head_dim), ("max_position_embeddings", config.max_position_embeddings)):
+        if value is not None:
             check_size(field, value)
     for index in range(config.num_hidden_layers):
         layer = config.per_layer_config[index]
-        check_size(f"{spec.width} of layer {index}", neurons_of(layer, spec))
+        check_size(f"{spec.width} of layer {index}", neurons_of(layer, spec, index))
         heads = getattr(layer, spec.query_heads)
         check_size(f"{spec.query_heads} of layer {index}", heads)
         if head_dim is None and config.hidden_size % heads:

@@ -48,6 +48,22 @@ FAMILIES: dict[str, dict] = {
     "gemma": GATED | {"head_dim": 16},
     "gemma2": SLIDING | {"query_pre_attn_scalar": 8},
     "gemma3_text": SLIDING | {"query_pre_attn_scalar": 8},
+    "gemma4_text": SLIDING
+    | {
+        "num_hidden_layers": 5,
+        "layer_types": [
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+    },
     "vaultgemma": SLIDING | {"query_pre_attn_scalar": 8},
     "olmo": GATED | {"clip_qkv": 2.0},
     "olmo2": GATED,

@@ -6,9 +6,11 @@ own forward pass.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,9 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
 from hf_context_prune.utils.memmap import memmap_zeros
 from hf_context_prune.utils.memory import SPILL_SHARE, free_memory
+
+_SHARED = "shared_kv_states"
+"""Argument of layers that read keys and values of earlier layers."""
 
 
 @dataclass
@@ -41,10 +46,22 @@ class Stream:
     mask: torch.Tensor | None
     device: torch.device
     validation: bool = False
+    _shared: Any = None
 
-    def call(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run a layer on hidden states, with the arguments of this batch, and return its output."""
+    def call(self, index: int, layer: nn.Module, hidden: torch.Tensor, *, pruned: bool = False) -> torch.Tensor:
+        """Run a layer on hidden states, with the arguments of this batch, and return its output.
+
+        Args:
+            index: The layer's number.
+            layer: The layer, or a copy of it.
+            hidden: The hidden states before it.
+            pruned: Whether they are those of the pruned model. Where later layers read keys and values of earlier ones
+                (Gemma 4), both models have their own.
+        """
         args, kwargs = self.calls[index]
+        if pruned and kwargs.get(_SHARED) is not None:
+            self._shared = copy.copy(kwargs[_SHARED]) if self._shared is None else self._shared
+            kwargs = {**kwargs, _SHARED: self._shared}
         output = in_bfloat16(layer)(hidden.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 

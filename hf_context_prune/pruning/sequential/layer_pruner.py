@@ -20,6 +20,7 @@ from hf_context_prune.modeling.architectures import (
     Target,
     is_parallel,
     output_projection,
+    output_scale,
     output_weight,
     residual_scale,
 )
@@ -106,7 +107,8 @@ class SequentialPruner:
             SubLayer(pruned, self.view.spec, target).install(features, *output)
         for stream in self.streams:
             stream.base.copy_(stream.call(index, base, stream.base))
-            stream.pruned.copy_(stream.call(index, pruned, stream.pruned) if self._diverged else stream.base)
+            after = stream.call(index, pruned, stream.pruned, pruned=True) if self._diverged else stream.base
+            stream.pruned.copy_(after)
         release_weights(self.view.layers[index])
 
     def _copy(self, index: int) -> nn.Module:
@@ -144,7 +146,7 @@ class SequentialPruner:
                 assert reference is not None  # attention comes first
                 lacking = reference - stream.rows(branch[0])
             else:  # the last sub-layer that adds: it has to make up for all that the layer's output lacks
-                lacking = (stream.rows(stream.base) - stream.rows(after)) / self.scale
+                lacking = (stream.rows(stream.base) - stream.rows(after)) / (self.scale * output_scale(layer.layer))
             x = stream.rows(layer.inputs(target, stream))
             rows = sub_layer.regression(x, stream.rows(output[0]), lacking)
             if stream.validation:

@@ -82,7 +82,7 @@ class ReplayedLayer:
                 if record:
                     self._record_next(stack, target, stream, known)
             stack.enter_context(patch_forwards(list(patches), list(patches.values())))
-            return stream.call(self.index, self.layer, stream.pruned)
+            return stream.call(self.index, self.layer, stream.pruned, pruned=True)
 
     def inputs(self, target: Target, stream: Stream) -> torch.Tensor:
         """Return the recorded inputs of an output projection that will still change."""
