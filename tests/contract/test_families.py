@@ -252,8 +252,9 @@ class Tensors:
     def mix(self):
         for name, tensor in self.weights.items():
             self.weights[name] = tensor.bfloat16()
-        norm = next(name for name in self.weights if "norm" in name or "ln_" in name)
-        self.weights[norm] = self.weights[norm].float() + 1e-4
+        norms = [name for name in self.weights if "norm" in name or "ln_" in name]
+        other = (norms or [name for name in self.weights if ".0." in name])[0]  # OLMo's norms have no weights
+        self.weights[other] = self.weights[other].float() + 1e-4
         self.weights[self.names["head"]] = self.weights[self.names["head"]].half() * 1.001
 
 
