@@ -158,7 +158,7 @@ def _score(model: "PreTrainedModel", batch: Sequence[Alternatives]) -> list[list
         more, more_mask = _padded([rests[row][:-1] for row in chunk], len(rests[chunk[0]]) - 1, left=False)
         own = cache if chunk is chunks[-1] else copy.deepcopy(cache)
         if own is not None:
-            own.batch_select_indices(owners.to(model.device))
+            own.reorder_cache(owners.to(model.device))  # of a recurrence, too
         before = None if mask is None else mask[owners]
         log_probs, _ = _forward(model, more, more_mask, before, own, keep=None)
         for at, row in enumerate(chunk):

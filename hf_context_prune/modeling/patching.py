@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.utils.precision import bfloat16_autocast
+from hf_context_prune.utils.precision import bfloat16_autocast, full_precision
 
 from .architectures import layers_of, spec_of
 from .specs import ArchSpec
@@ -84,12 +84,31 @@ def finish_forward(model: PreTrainedModel, input_ids: torch.Tensor, hidden: torc
     return states
 
 
-def in_bfloat16(forward: Forward) -> Forward:
-    """Return a layer's forward that runs in [`bfloat16_autocast`][]."""
+def in_bfloat16(layer: nn.Module, forward: Forward) -> Forward:
+    """Return a function that runs a layer in [`bfloat16_autocast`][], except recurrences, which add up rounding.
+
+    Args:
+        layer: The layer.
+        forward: What runs it: the layer itself, or its own forward where that is to be replaced.
+    """
+    recurrences = [module for name in _RECURRENCES if (module := getattr(layer, name, None)) is not None]
+    exact = [_in_full_precision(module.forward) for module in recurrences]
 
     def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any layer's arguments and result
-        with bfloat16_autocast(hidden):
+        with patch_forwards(recurrences, exact), bfloat16_autocast(hidden):
             return forward(hidden, *args, **kwargs)
+
+    return run
+
+
+_RECURRENCES = ("linear_attn", "mamba")
+"""Modules of a layer that pass a state from token to token."""
+
+
+def _in_full_precision(forward: Forward) -> Forward:
+    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any module's arguments and result
+        with full_precision():
+            return forward(*args, **kwargs)
 
     return run
 
@@ -97,4 +116,4 @@ def in_bfloat16(forward: Forward) -> Forward:
 def bfloat16_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Run a model's layers in [`bfloat16_autocast`][]; embedding, final norm and head keep their precision."""
     layers = layers_of(model, spec_of(model.config))  # without check_supported: a projection may be an adapter's
-    return patch_forwards(layers, [in_bfloat16(layer.forward) for layer in layers])
+    return patch_forwards(layers, [in_bfloat16(layer, layer.forward) for layer in layers])

@@ -63,6 +63,18 @@ def rounded_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute as without [`reduced_precision_matmul`][] and [`bfloat16_autocast`][], within either."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def bfloat16_autocast(hidden: torch.Tensor) -> Iterator[None]:
     """Run a layer in bfloat16, except its residual stream and norms, where the processor is faster so.
 

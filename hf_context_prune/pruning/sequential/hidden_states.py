@@ -62,7 +62,7 @@ class Stream:
         if pruned and kwargs.get(_SHARED) is not None:
             self._shared = copy.copy(kwargs[_SHARED]) if self._shared is None else self._shared
             kwargs = {**kwargs, _SHARED: self._shared}
-        output = in_bfloat16(layer)(hidden.to(self.device), *args, **kwargs)
+        output = in_bfloat16(layer, layer)(hidden.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
