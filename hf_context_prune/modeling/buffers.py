@@ -15,6 +15,7 @@ def fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
     `.to(bfloat16)` rounds them in the source, so a copy would differ from the reloaded folder.
     """
     modules = dict(target.named_modules())
+    models = [path for path, module in modules.items() if isinstance(module, PreTrainedModel)]
     for path, module in source.named_modules():
         buffers = dict(module.named_buffers(recurse=False))
         if not buffers:
@@ -22,7 +23,9 @@ def fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
         mirror, computed = modules[path], computed_buffers(module)
         if set(buffers) <= computed and not list(module.parameters(recurse=False)):
             mirror.to_empty(device=next(iter(buffers.values())).device, recurse=False)
-            fill_computed_buffers(target, mirror)
+            # A vision tower computes its own. The root, whose path is empty, holds every module.
+            owner = max((name for name in models if f"{path}.".startswith(f"{name}." if name else "")), key=len)
+            fill_computed_buffers(modules[owner], mirror)  # type: ignore[arg-type]
             continue
         for name, buffer in buffers.items():
             mirror.register_buffer(name, buffer.clone(), persistent=name not in computed)

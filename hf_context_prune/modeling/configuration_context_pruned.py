@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from huggingface_hub.dataclasses import strict
 
-from .specs import PREFIX, SPECS, ArchSpec, classes_on_demand
+from .specs import PREFIX, SPECS, TEXT_SPECS, WRAPPERS, ArchSpec, WrapperSpec, classes_on_demand, text_spec
 
 MAX_LAYERS = 512
 """Most decoder layers of a model; the largest published ones have about 300."""
@@ -25,7 +25,7 @@ MAX_CONFIG_BYTES = 500_000
 """Largest config.json that is read; those of published models have some kilobytes."""
 
 
-def config_class_name(spec: ArchSpec) -> str:
+def config_class_name(spec: ArchSpec | WrapperSpec) -> str:
     """Return the name of the variable-width config class, such as ``ContextPrunedLlamaConfig``."""
     return f"ContextPruned{spec.config_class}"
 
@@ -161,7 +161,21 @@ def dense_widths(config: Any, spec: ArchSpec) -> Iterator[None]:  # noqa: ANN401
         config.per_layer_config = overrides
 
 
-class ContextPrunedConfigMixin:
+class BoundedConfigMixin:
+    """Look at the size of a config before it is read."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Read a config like `PreTrainedConfig.get_config_dict`, after a look at its size.
+
+        Raises:
+            ValueError: See [`check_config_size`][].
+        """
+        check_config_size(str(pretrained_model_name_or_path))
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+
+class ContextPrunedConfigMixin(BoundedConfigMixin):
     """Check per-layer widths, and lift the native rule that the hidden size is a multiple of the head count."""
 
     spec: ArchSpec
@@ -176,16 +190,6 @@ class ContextPrunedConfigMixin:
         counts = (kwargs.get(name) for name in ("per_layer_config", "num_labels"))
         check_counts(self.num_hidden_layers, *counts)  # type: ignore[attr-defined]
         super().__post_init__(**kwargs)  # type: ignore[misc]
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Read a config like `PreTrainedConfig.get_config_dict`, after a look at its size.
-
-        Raises:
-            ValueError: See [`check_config_size`][].
-        """
-        check_config_size(str(pretrained_model_name_or_path))
-        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     def validate_architecture(self) -> None:
         """Refuse widths that no layer could have.
@@ -249,7 +253,37 @@ class ContextPrunedConfigMixin:
         return 4 * self.hidden_size if value is None else value  # type: ignore[attr-defined]
 
 
-def _make(spec: ArchSpec) -> type:
+class ContextPrunedWrapperConfigMixin(BoundedConfigMixin):
+    """Read the text part's config of a model of images and text as a variable-width config."""
+
+    spec: WrapperSpec
+    text_config: Any
+
+    def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Make the text part's config of its values: the native class knows only types that are registered.
+
+        Raises:
+            ValueError: The text part is none that this model may have.
+        """
+        if isinstance(self.text_config, dict):
+            model_type = str(self.text_config.get("model_type"))
+            if model_type not in [PREFIX + text for text in self.spec.texts]:
+                raise ValueError(
+                    f"text_config.model_type is {model_type[:80]!r}; a {PREFIX}{self.spec.model_type} model has "
+                    f"{' or '.join(PREFIX + text for text in self.spec.texts)}."
+                )
+            self.text_config = text_config_class(model_type)(**self.text_config)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+
+def text_config_class(model_type: str) -> Any:  # noqa: ANN401
+    """Return the variable-width config class of a wrapper's text part."""
+    spec = text_spec(model_type)
+    assert spec is not None  # every text of WRAPPERS has an entry
+    return __getattr__(config_class_name(spec))
+
+
+def _make(spec: ArchSpec | WrapperSpec) -> type:
     parent = getattr(transformers, spec.config_class)
     name = config_class_name(spec)
     namespace = {
@@ -260,12 +294,16 @@ def _make(spec: ArchSpec) -> type:
         "spec": spec,
         # Without @strict on the subclass itself the parent's validators would run, not ours.
     }
+    if isinstance(spec, WrapperSpec):
+        return strict(type(name, (ContextPrunedWrapperConfigMixin, parent), namespace))
     if isinstance(getattr(parent, "head_dim", None), property):  # computed from head counts (Falcon): those of the base
         namespace["head_dim"] = property(lambda config: config.hidden_size // config._dense_value(spec.query_heads))
     return strict(type(name, (ContextPrunedConfigMixin, parent), namespace))
 
 
-_SPEC_BY_NAME = {config_class_name(spec): spec for spec in SPECS.values()}
+_SPEC_BY_NAME = {
+    config_class_name(spec): spec for table in (SPECS, TEXT_SPECS, WRAPPERS) for spec in table.values()
+}
 __getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
 
 

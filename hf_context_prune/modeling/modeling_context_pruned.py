@@ -23,9 +23,15 @@ from huggingface_hub import get_local_safetensors_metadata
 from torch import nn
 
 from . import configuration_context_pruned
-from .configuration_context_pruned import config_class_name, config_of_memory, dense_widths, refuse_other_code
+from .configuration_context_pruned import (
+    config_class_name,
+    config_of_memory,
+    dense_widths,
+    refuse_other_code,
+    text_config_class,
+)
 from .geometry import Geometry, LayerWidths, read_geometry
-from .specs import SPECS, ArchSpec, classes_on_demand
+from .specs import SPECS, TEXT_SPECS, WRAPPERS, ArchSpec, WrapperSpec, classes_on_demand, text_spec
 
 MODELING_FILES = ("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py")
 """Files that are copied, without subfolders, beside every saved variable-width model."""
@@ -40,7 +46,7 @@ UPLOAD_CHECKS: list[Callable[[Any, str | None], None]] = []
 this list; where these files are used without the package, the list stays empty."""
 
 
-def model_class_name(spec: ArchSpec) -> str:
+def model_class_name(spec: ArchSpec | WrapperSpec) -> str:
     """Return the name of the variable-width class of an entry, such as ``ContextPrunedLlamaForCausalLM``."""
     return f"ContextPruned{spec.model_class}"
 
@@ -212,7 +218,12 @@ def format_names(names: Collection[str]) -> str:
     return first if len(names) <= 3 else f"{first} and {len(names) - 3} more ({len(names)} tensors)"
 
 
-def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> dict[str, Any]:  # noqa: ANN401
+def check_header(
+    folder: str,
+    spec: ArchSpec | WrapperSpec,
+    config: Any,  # noqa: ANN401
+    model_class: Any,  # noqa: ANN401
+) -> dict[str, Any]:
     """Compare the tensors that a config asks for with the safetensors headers, before any weight is read.
 
     The model is built on the meta device for that, which needs no memory for weights.
@@ -237,11 +248,11 @@ def check_header(folder: str, spec: ArchSpec, config: Any, model_class: Any) -> 
         "the config does not belong to these weights, or one of them is damaged. Restore the config.json that was "
         "saved with them, or download or save the model again."
     )
-    # Saved without the head's prefix, as the first GPT-2 was; or with it, and read by a class without a head.
-    places = (spec.layers, spec.layers.partition(".")[2], f"{model_class.base_model_prefix}.{spec.layers}")
+    places = (*spec.saved_layers, f"{model_class.base_model_prefix}.{spec.layers}")  # or read by a class without a head
     layers = next((one for one in places if one and any(name.startswith(f"{one}.") for name in tensors)), spec.layers)
     numbers = {name[len(layers) + 1 :].partition(".")[0] for name in tensors if name.startswith(f"{layers}.")}
-    present, count = {int(number) for number in numbers if number.isdecimal()}, config.num_hidden_layers
+    present = {int(number) for number in numbers if number.isdecimal()}
+    count = config.get_text_config().num_hidden_layers
     if beyond := sorted(number for number in present if number >= count):
         raise ValueError(
             f"config.json gives {count} layers, but the weights in {files} also have layer "
@@ -367,25 +378,11 @@ def _sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class ContextPrunedModelMixin:
-    """Build the native model with dense widths, then narrow every layer to its own widths."""
+class SavedWithCodeMixin:
+    """Check the weights before they are loaded, and save the modeling files beside them."""
 
-    spec: ArchSpec
+    spec: ArchSpec | WrapperSpec
     config_class: Any
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        target = read_geometry(config, self.spec)
-        with dense_widths(config, self.spec):
-            dense = read_geometry(config, self.spec)
-            dense_config = copy.deepcopy(config)
-            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        layers = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
-        for layer, whole, widths in zip(layers, dense.layers, target.layers, strict=True):
-            narrow_layer(layer, self.spec, dense, whole, widths, config)
-        for module in self.modules():  # type: ignore[attr-defined]
-            # Rotary tables need only head_dim, but derive it from head counts, which are ambiguous once they vary.
-            if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
-                module.config = dense_config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -424,7 +421,34 @@ class ContextPrunedModelMixin:
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
-def _make(spec: ArchSpec) -> type:
+class ContextPrunedModelMixin(SavedWithCodeMixin):
+    """Build the native model with dense widths, then narrow every layer to its own widths."""
+
+    spec: ArchSpec
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        target = read_geometry(config, self.spec)
+        with dense_widths(config, self.spec):
+            dense = read_geometry(config, self.spec)
+            dense_config = copy.deepcopy(config)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        layers = self.get_submodule(self.spec.layers)  # type: ignore[attr-defined]
+        for layer, whole, widths in zip(layers, dense.layers, target.layers, strict=True):
+            narrow_layer(layer, self.spec, dense, whole, widths, config)
+        for module in self.modules():  # type: ignore[attr-defined]
+            # Rotary tables need only head_dim, but derive it from head counts, which are ambiguous once they vary.
+            if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
+                module.config = dense_config
+
+
+def _make(spec: ArchSpec | WrapperSpec) -> type:
+    mixin = SavedWithCodeMixin if isinstance(spec, WrapperSpec) else ContextPrunedModelMixin
+    if isinstance(spec, WrapperSpec):  # its native class makes the text part by AutoModel
+        for text in spec.texts:
+            part = text_spec(text)
+            assert part is not None  # every text of WRAPPERS has an entry
+            headless = __getattr__(model_class_name(part.headless()))
+            transformers.AutoModel.register(text_config_class(text), headless, exist_ok=True)
     parent = getattr(transformers, spec.model_class)
     config_class = getattr(configuration_context_pruned, config_class_name(spec))
     name = model_class_name(spec)
@@ -436,10 +460,14 @@ def _make(spec: ArchSpec) -> type:
         "config_class": config_class,
         "__annotations__": {"config": config_class},
     }
-    return type(name, (ContextPrunedModelMixin, parent), namespace)
+    return type(name, (mixin, parent), namespace)
 
 
-_SPEC_BY_NAME = {model_class_name(form): form for spec in SPECS.values() for form in (spec, spec.headless())}
+_SPEC_BY_NAME: dict[str, ArchSpec | WrapperSpec] = {
+    **{model_class_name(form): form for spec in SPECS.values() for form in (spec, spec.headless())},
+    **{model_class_name(spec.headless()): spec.headless() for spec in TEXT_SPECS.values()},
+    **{model_class_name(spec): spec for spec in WRAPPERS.values()},
+}
 __getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
 
 
