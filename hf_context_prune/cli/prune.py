@@ -60,6 +60,15 @@ def prune(
             METHOD,
         ),
     ] = None,
+    text_only: Annotated[
+        bool,
+        shared(
+            "Of a model of images and text, save the pruned text part alone, as a causal LM of its family. Without it, "
+            "the text part is saved in its model, whose other weights are unchanged.",
+            MODEL,
+            "--text-only",
+        ),
+    ] = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     revision: RevisionOption = None,
@@ -94,7 +103,7 @@ def prune(
         raise ConfigError(f"With --preset {preset} ({describe_options(preset)}): {error}") from error
     if dry_run:
         how: Given = {"eval_options": eval_options(evaluation), "recovery": recovery, "revision": revision}
-        _dry_run(model, chosen, format, max_memory=max_memory, **how)
+        _dry_run(model, chosen, format, max_memory=max_memory, text_only=text_only, **how)
         return
     if data is None or output is None:
         missing = " and ".join(name for name, value in (("--data", data), ("--output", output)) if value is None)
@@ -109,6 +118,7 @@ def prune(
         eval_data=eval_data,
         eval_options=eval_options(evaluation),
         recovery=recovery,
+        text_only=text_only,
         revision=revision,
         dtype=dtype.value,
         device=device,

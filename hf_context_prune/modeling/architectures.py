@@ -18,7 +18,7 @@ from hf_context_prune.errors import UnsupportedArchitectureError
 
 from .geometry import Geometry, LayerWidths, read_geometry
 from .modeling_context_pruned import is_transposed
-from .specs import SPECS, ArchSpec, base_model_type
+from .specs import SPECS, WRAPPERS, ArchSpec, base_model_type
 
 Target = Literal["mlp", "attention"]
 TARGETS: tuple[Target, ...] = ("mlp", "attention")
@@ -38,13 +38,20 @@ def spec_of(config: PreTrainedConfig) -> ArchSpec:
     """Return the table entry of a config.
 
     Raises:
-        UnsupportedArchitectureError: The table has no entry for ``config.model_type``.
+        UnsupportedArchitectureError: The table has no entry for ``config.model_type``, or one of a model of images and
+            text, which is more than a causal LM.
     """
     spec = SPECS.get(base_model_type(config.model_type))
+    if spec is None and base_model_type(config.model_type) in WRAPPERS:
+        raise UnsupportedArchitectureError(
+            f"A {config.model_type} model reads images beside text, and a causal LM is needed here. `prune` takes such "
+            f"a model by its folder; code takes its text part out and puts it back by text_model and with_text of "
+            f"hf_context_prune.modeling.wrappers."
+        )
     if spec is None:
         raise UnsupportedArchitectureError(
-            f"The model type {config.model_type!r} is not supported. Supported are: {', '.join(sorted(SPECS))}. To add "
-            f"one, add its ArchSpec to hf_context_prune/modeling/specs.py (CONTRIBUTING.md has the recipe)."
+            f"The model type {config.model_type!r} is not supported. Supported are: "
+            f"{', '.join(sorted([*SPECS, *WRAPPERS]))}. To add one, add its ArchSpec to hf_context_prune/modeling/specs.py (CONTRIBUTING.md has the recipe)."
         )
     return spec
 

@@ -286,7 +286,7 @@ def text_config_class(model_type: str) -> Any:  # noqa: ANN401
 def _make(spec: ArchSpec | WrapperSpec) -> type:
     parent = getattr(transformers, spec.config_class)
     name = config_class_name(spec)
-    namespace = {
+    namespace: dict[str, Any] = {
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"Config of a variable-width {spec.model_type} model: `{spec.config_class}` with per-layer widths.",
@@ -301,9 +301,7 @@ def _make(spec: ArchSpec | WrapperSpec) -> type:
     return strict(type(name, (ContextPrunedConfigMixin, parent), namespace))
 
 
-_SPEC_BY_NAME = {
-    config_class_name(spec): spec for table in (SPECS, TEXT_SPECS, WRAPPERS) for spec in table.values()
-}
+_SPEC_BY_NAME = {config_class_name(spec): spec for table in (SPECS, TEXT_SPECS, WRAPPERS) for spec in table.values()}
 __getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .specs import PREFIX, SPECS, base_model_type
+from .specs import PREFIX, SPECS, WRAPPERS, base_model_type
 
 GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma")
 """Architectures of llama.cpp that GGUF files are written for."""
@@ -40,7 +40,8 @@ def runtimes_of(config: Mapping[str, Any], folder: str) -> list[Runtime]:
     """
     model_type = str(config.get("model_type"))
     family, variable = base_model_type(model_type), model_type.startswith(PREFIX)
-    load = f"AutoModelForCausalLM.from_pretrained({json.dumps(folder, ensure_ascii=False)})"
+    auto = "AutoModelForImageTextToText" if family in WRAPPERS else "AutoModelForCausalLM"
+    load = f"{auto}.from_pretrained({json.dumps(folder, ensure_ascii=False)})"
     place = shlex.quote(folder)
     return [
         Runtime("transformers", f"import hf_context_prune; {load}" if variable else load),
@@ -51,6 +52,8 @@ def runtimes_of(config: Mapping[str, Any], folder: str) -> list[Runtime]:
 
 def _llama_cpp(config: Mapping[str, Any], family: str, folder: str, *, variable: bool) -> Runtime:
     name = "llama.cpp, Ollama"
+    if family in WRAPPERS:
+        return Runtime(name, "no: GGUF is written for text alone. Prune with --text-only", opens=False)
     if family not in GGUF_FAMILIES:
         return Runtime(name, f"no: GGUF is not written for {family}", opens=False)
     biases = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
@@ -68,7 +71,7 @@ def _llama_cpp(config: Mapping[str, Any], family: str, folder: str, *, variable:
 def _vllm(family: str, folder: str, *, variable: bool) -> Runtime:
     if not variable:
         return Runtime("vLLM", f"vllm serve {folder}")
-    if SPECS[family].transposed:
+    if family in WRAPPERS or SPECS[family].transposed:
         return Runtime(
             "vLLM", f"no: it has no {family} whose layers differ. Prune with --native-architecture", opens=False
         )

@@ -410,7 +410,7 @@ class WrapperSpec:
 
     @property
     def saved_layers(self) -> tuple[str, ...]:
-        """The names of the list of layers in a file: as `transformers` renames them where it saves some wrappers, too."""
+        """The names of the list of layers in a file: those that `transformers` gives it on saving, too."""
         text = self.text.partition(".")[2]
         return self.layers, f"{self.text}.model.layers", f"{text}.model.layers"
 

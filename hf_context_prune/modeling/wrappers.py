@@ -1,8 +1,8 @@
 """Models of images and text: their text part as a causal LM, and back.
 
-Everything in this package works on causal LMs. The text part of a model of images and text (a *wrapper*) is one, whose
-logits are those of the wrapper where there is no image. So it is taken out, pruned, and put back into its wrapper, whose
-other weights do not change.
+Everything in this package works on causal LMs. The text part of a model of images and text (a *wrapper*) is one: where
+there is no image, its logits are the wrapper's. So it is taken out, pruned, and put back into the wrapper, whose other
+weights do not change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_context_prune.errors import SaveError, UnsupportedArchitectureError
 from hf_context_prune.utils.compat import copy_attention_implementation
 
-from .architectures import QUANTISED
+from .architectures import QUANTISED, spec_of
 from .buffers import fill_buffers
 from .configuration_context_pruned import has_tied_head
 from .geometry import read_geometry
@@ -32,6 +32,17 @@ _OF_ANOTHER_CLASS = ("model_type", "auto_map", "architectures", "per_layer_confi
 def wrapper_spec(config: Any) -> WrapperSpec | None:  # noqa: ANN401 - a config, or something with a model type
     """Return the table entry of a model of images and text, native or variable-width; None for any other model."""
     return WRAPPERS.get(base_model_type(str(config.model_type)))
+
+
+def text_part(config: Any) -> tuple[Any, ArchSpec]:  # noqa: ANN401 - a config
+    """Return the config that holds the sizes of a model's decoder layers, with its table entry.
+
+    Raises:
+        UnsupportedArchitectureError: The model, or the text part of a wrapper, is not in the table.
+    """
+    if wrapper_spec(config) is None:
+        return config, spec_of(config)
+    return config.text_config, text_entry(config)
 
 
 def text_entry(config: Any) -> ArchSpec:  # noqa: ANN401 - the config of a wrapper, or something with its values
@@ -115,16 +126,12 @@ def with_text(wrapper: PreTrainedModel, text: PreTrainedModel) -> PreTrainedMode
     for name in wrapper.config.sub_configs:
         copy_attention_implementation(getattr(wrapper.config, name), getattr(config, name))
     state = {
-        name: tensor
-        for name, tensor in wrapper.state_dict().items()
-        if not name.startswith((f"{spec.text}.", _HEAD))
+        name: tensor for name, tensor in wrapper.state_dict().items() if not name.startswith((f"{spec.text}.", _HEAD))
     }
     names = {name: _name_in_wrapper(name, spec) for name in text.state_dict()}
     tied = config.tie_word_embeddings
     state |= {
-        names[name]: tensor
-        for name, tensor in text.state_dict().items()
-        if not (tied and name.startswith(_HEAD))
+        names[name]: tensor for name, tensor in text.state_dict().items() if not (tied and name.startswith(_HEAD))
     }
     variable = str(config.model_type).startswith(PREFIX)
     model_class = get_model_class(spec) if variable else getattr(transformers, spec.model_class)

@@ -23,11 +23,12 @@ from hf_context_prune.pruning.allocation.widths import (
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
-from hf_context_prune.storage.loading import load_meta_model
+from hf_context_prune.storage.loading import LoadedModel, load_meta_model
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.utils.memory import memory_limit, parse_bytes
 
 from .durations import estimate_seconds
+from .images import keep_image_tokens, take_text_only
 from .needs import Needs, estimate_needs
 
 
@@ -72,6 +73,7 @@ def dry_run(
     *,
     eval_options: EvalOptions | None = None,
     recovery: RecoveryConfig | None = None,
+    text_only: bool = False,
     revision: str | None = None,
     max_memory: int | str | None = None,
 ) -> DryRun:
@@ -82,6 +84,7 @@ def dry_run(
         config: The budget.
         eval_options: How much is measured.
         recovery: The training after it.
+        text_only: As for [`prune`][].
         revision: Branch, tag or commit of the Hub model.
         max_memory: As for [`prune`][].
 
@@ -99,7 +102,10 @@ def dry_run(
             "--dry-run works from shapes alone, but vocabulary entries are counted on text; give a number for "
             "--vocab-size."
         )
-    empty = load_meta_model(model, revision=revision)
+    whole = load_meta_model(model, revision=revision, whole=True)
+    loaded = LoadedModel.of(whole, None, str(model), None, None)
+    loaded = take_text_only(loaded) if text_only else loaded
+    config, empty = keep_image_tokens(loaded, config)[0], loaded.model  # type: ignore[assignment]
     view = ModelView.of_shapes(empty)
     check_reconstruction(empty, config)
     total, rows = empty.num_parameters(), num_rows(empty)

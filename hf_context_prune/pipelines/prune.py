@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import CalibrationConfig, PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import TextData
-from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.reports.report import EvalReport, SizeFacts
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
@@ -43,9 +43,10 @@ from hf_context_prune.utils.tensor_facts import remember_weights
 from .comparison import Comparison
 from .durations import describe_seconds, estimate_seconds
 from .example import write_example
+from .images import images_note, keep_image_tokens, take_text_only
 from .kept_model import load_or_prune
 from .needs import estimate_needs
-from .pruning_texts import AnyConfig, PruningTexts
+from .pruning_texts import AnyConfig, PruningTexts, read_texts
 from .recover import train_back
 from .result import PruneResult
 from .validation_text import choose_token_probe, describe_size_search
@@ -70,9 +71,12 @@ def prune(
     eval_data: TextData | None = None,
     eval_options: EvalOptions | None = None,
     recovery: RecoveryConfig | None = None,
+    text_only: bool = False,
     max_memory: int | str | None = None,
 ) -> PruneResult:
     """Prune a causal LM for the domain of a text, and measure on held-out text what it cost.
+
+    Of a model of images and text, the text part is pruned, and saved in its model, whose other weights are unchanged.
 
     Under ``accelerate launch`` every process has to call it, with the same arguments. The processes share the
     calibration, and all return the same plan.
@@ -87,6 +91,7 @@ def prune(
         eval_options: How much is measured.
         recovery: Train the pruned model back on the text that it was calibrated on, as [`recover`][] does, with the
             same share of general text. None leaves it as it is. Only in one process.
+        text_only: Of a model of images and text, save the pruned text part alone, as a causal LM of its family.
         max_memory: Most memory that the process may hold beside the files that it reads, such as "8GiB"; what does not
             fit lies in files. None: what it holds now, and three quarters of what is free. It changes no result.
 
@@ -112,6 +117,7 @@ def prune(
         eval_data=eval_data,
         eval_options=eval_options,
         recovery=recovery,
+        text_only=text_only,
         max_memory=max_memory,
     )
 
@@ -127,6 +133,7 @@ def prune_to_folder(
     eval_data: TextData | None = None,
     eval_options: EvalOptions | None = None,
     recovery: RecoveryConfig | None = None,
+    text_only: bool = False,
     revision: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
@@ -146,6 +153,7 @@ def prune_to_folder(
         eval_data: As for [`prune`][].
         eval_options: As for [`prune`][]; `memory` measures base and pruned model in fresh processes.
         recovery: As for [`prune`][]. The folder then holds the recovered model, and card and report show all three.
+        text_only: As for [`prune`][].
         revision: Branch, tag or commit of the Hub model.
         dtype: Floating-point type to load the weights in.
         device: As for [`load_model`][].
@@ -181,6 +189,7 @@ def prune_to_folder(
             eval_data=eval_data,
             eval_options=options,
             recovery=recovery,
+            text_only=text_only,
             resume_dir=resume_dir,
             max_memory=max_memory,
             output=target,
@@ -198,6 +207,7 @@ def run_pruning(
     eval_data: TextData | None = None,
     eval_options: EvalOptions | None = None,
     recovery: RecoveryConfig | None = None,
+    text_only: bool = False,
     resume_dir: Path | None = None,
     max_memory: int | str | None = None,
     output: Path | None = None,
@@ -212,6 +222,7 @@ def run_pruning(
     _check_recovery(recovery)
     limit = parse_bytes(max_memory)
     base = ensure_loaded(model, tokenizer)
+    base = take_text_only(base) if text_only else base
     with memory_limit(limit), remember_weights(base.model):
         config, tokens_stay = _check_before_the_long_work(base, config, options)
         needs = estimate_needs(base.model, config, _expected_parameters(base.model, config))
@@ -241,7 +252,7 @@ def _run_stages(
     training = () if recovery is None else (_TRAINING,)
     stages = Stages(_LOGGER, _READING, _BASE, _PRUNING, *training, _RESULT)
     stages.begin(_READING)
-    config, texts, only_measured = _read_texts(
+    config, texts, only_measured = read_texts(
         base,
         data,
         eval_data,
@@ -267,7 +278,7 @@ def _run_stages(
     if isinstance(config, ThresholdConfig):
         warn_of_low_thresholds(config, pruned.plan, base.model.num_parameters() - pruned.model.num_parameters())
     gc.collect()
-    notes = (*plan_notes(pruned.plan, texts.calibration), *only_measured, *explain_gguf_sizes(base))
+    notes = (*plan_notes(pruned.plan, texts.calibration), *only_measured, *explain_gguf_sizes(base), *images_note(base))
     recovered = None
     if recovery is not None:
         stages.begin(_TRAINING)
@@ -279,34 +290,8 @@ def _run_stages(
     report = _report(comparison, base, pruned, recovered, config, texts, (*notes, _saved_as(pruned, fit)))
     report = replace(report, example=write_example(*(recovered or pruned)) if options.example else None)
     stages.end()
-    return PruneResult(*(recovered or pruned), report, fit, base if base.folder is not None else None)
-
-
-def _read_texts(
-    base: LoadedModel,
-    data: TextData,
-    eval_data: TextData | None,
-    config: AnyConfig,
-    options: EvalOptions,
-    *,
-    by_default: bool,
-    recovers: bool,
-) -> tuple[AnyConfig, PruningTexts, tuple[str, ...]]:
-    """Read all texts; general text that can't be calibrated on is only measured on, where its share is the default's.
-
-    Returns:
-        (the config, the texts, a sentence on why general text is only measured on).
-    """
-    if not (by_default and config.general_data_ratio):
-        return config, PruningTexts.read(base, data, eval_data, config, options, recovers=recovers), ()
-    try:
-        texts = PruningTexts.read(base, data, eval_data, config, options, recovers=recovers)
-        texts.calibration.samples(base.tokenizer)  # refuses text of less than a sample
-    except DataError as error:
-        config = replace(config, general_data_ratio=None)
-        texts = PruningTexts.read(base, data, eval_data, config, options, recovers=recovers)
-        return config, texts, (f"No general text is calibrated on: {error}",)
-    return config, texts, ()
+    known = base if base.folder is not None else None
+    return PruneResult(*(recovered or pruned), report, fit, known, None if base.wrapper is None else base)
 
 
 def _prune(
@@ -358,9 +343,10 @@ def _check_before_the_long_work(
     check_weights_finite(base.model)
     if isinstance(config, PrunerConfig):
         check_reconstruction(base.model, config)
-    tokens_stay = None
+    config, tokens_stay = keep_image_tokens(base, config)
     if isinstance(config, PrunerConfig):
-        config, tokens_stay = choose_units(base.model, base.tokenizer, config)
+        config, of_tokenizer = choose_units(base.model, base.tokenizer, config)
+        tokens_stay = tokens_stay or of_tokenizer
     check_budget(base.model, base.tokenizer, config)
     check_general_data_ratio(config, options.general_data)
     return config, tokens_stay

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import TextData
 from hf_context_prune.data.splits import TextSplit
+from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.general_text import GeneralText, read_general
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.validation import ValidationText
@@ -94,3 +95,42 @@ class PruningTexts:
         if self.general is not None and self.general.calibration is not None:
             facts["general_data"] = self.general.whole
         return facts
+
+
+def read_texts(
+    base: LoadedModel,
+    data: TextData,
+    eval_data: TextData | None,
+    config: AnyConfig,
+    options: EvalOptions,
+    *,
+    by_default: bool,
+    recovers: bool,
+) -> tuple[AnyConfig, PruningTexts, tuple[str, ...]]:
+    """Read all texts; general text that can't be calibrated on is only measured on, where its share is the default's.
+
+    Args:
+        base: As for [`PruningTexts.read`][].
+        data: As for [`PruningTexts.read`][].
+        eval_data: As for [`PruningTexts.read`][].
+        config: As for [`PruningTexts.read`][].
+        options: As for [`PruningTexts.read`][].
+        by_default: Whether the config leaves the share of general text open.
+        recovers: As for [`PruningTexts.read`][].
+
+    Returns:
+        (the config, the texts, a sentence on why general text is only measured on).
+
+    Raises:
+        DataError: See [`PruningTexts.read`][].
+    """
+    if not (by_default and config.general_data_ratio):
+        return config, PruningTexts.read(base, data, eval_data, config, options, recovers=recovers), ()
+    try:
+        texts = PruningTexts.read(base, data, eval_data, config, options, recovers=recovers)
+        texts.calibration.samples(base.tokenizer)  # refuses text of less than a sample
+    except DataError as error:
+        config = replace(config, general_data_ratio=None)
+        texts = PruningTexts.read(base, data, eval_data, config, options, recovers=recovers)
+        return config, texts, (f"No general text is calibrated on: {error}",)
+    return config, texts, ()

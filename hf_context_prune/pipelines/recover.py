@@ -34,6 +34,7 @@ from hf_context_prune.utils.stages import Stages, format_seconds
 from .comparison import Comparison
 from .durations import estimate_measuring
 from .example import write_example
+from .images import images_note
 from .result import PruneResult
 
 _LOGGER = logging.getLogger(__name__)
@@ -124,14 +125,14 @@ def recover_folder(
         pruned=before[:2],
         recovered=after[:2],
         trained_again=bool(plan.provenance.get("recoveries")),
-        notes=(note, *(() if parent is None else explain_gguf_sizes(parent))),
+        notes=(note, *(() if parent is None else explain_gguf_sizes(parent)), *images_note(pruned)),
     )
     if parent is None:
         report = replace(report, notes=(*report.notes, _note_without_parent(given, known=report.loss.base is not None)))
     report = replace(report, example=write_example(*after) if options.example else None)
     stages.end()
     fit = assess_native_fit(after.model.config, ModelView.of(after.model).spec, plan.widths)
-    return PruneResult(*after, report, fit, parent)
+    return PruneResult(*after, report, fit, parent, None if pruned.wrapper is None else pruned)
 
 
 def train_back(

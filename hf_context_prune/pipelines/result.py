@@ -15,6 +15,7 @@ from hf_context_prune.evaluation.speed import measure_peak_memory
 from hf_context_prune.modeling.native_fit import NativeFit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.runtimes import Runtime, runtimes_of
+from hf_context_prune.modeling.wrappers import with_text
 from hf_context_prune.publishing.card.card import write_card
 from hf_context_prune.publishing.card.facts import facts_in
 from hf_context_prune.publishing.hub import PushResult, push_folder
@@ -37,6 +38,7 @@ class PruneResult:
         report: Base against pruned model on test text.
         native_fit: Whether the native architecture holds the widths, and why or why not.
         base: Where the base model came from, if it has a folder.
+        wrapper: The model of images and text that the text part is saved in; None saves `model` as it is.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,15 @@ class PruneResult:
     report: EvalReport
     native_fit: NativeFit
     base: LoadedModel | None = None
+    wrapper: LoadedModel | None = None
+
+    def whole_model(self) -> PreTrainedModel:
+        """Return the model that is saved: `model` itself, or the model of images and text with it as its text part.
+
+        Raises:
+            SaveError: See [`with_text`][].
+        """
+        return self.model if self.wrapper is None else with_text(self.wrapper.whole, self.model)
 
     def summary(self, *, intervals: bool = False) -> str:
         """Return sizes, losses and speed in words and as a table; see [`EvalReport.summary`][]."""
@@ -69,7 +80,7 @@ class PruneResult:
         Args:
             folder: The folder, as the lines name it.
         """
-        return runtimes_of(self.model.config.to_dict(), str(folder))
+        return runtimes_of(self.whole_model().config.to_dict(), str(folder))
 
     def save_pretrained(
         self, directory: str | Path, *, measure_memory: bool = False, card_name: str | None = None
@@ -93,8 +104,9 @@ class PruneResult:
         if not is_main_process():
             return target
         # The work is done: waiting for another run that saves to the same place is better than losing it.
-        with staged_folder(target, required_bytes=estimate_bytes(self.model), wait_seconds=600) as staging:
-            write_model_folder(staging, self.model, tokenizer=self.tokenizer, plan=self.plan)
+        whole, place = self.whole_model(), None if self.wrapper is None else self.wrapper.folder or self.wrapper.source
+        with staged_folder(target, required_bytes=estimate_bytes(whole), wait_seconds=600) as staging:
+            write_model_folder(staging, whole, tokenizer=self.tokenizer, plan=self.plan, processor=place)
             self._with_footprint(staging, measure_memory=measure_memory).save(staging / REPORT_NAME)
             write_card(staging, facts_in(staging, name=card_name or target.name))
         self.model.name_or_path = str(target)  # a variable-width model's own push_to_hub reads plan and card there

@@ -17,7 +17,8 @@ from packaging.version import Version
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.geometry import read_geometry
-from hf_context_prune.modeling.specs import PREFIX, SPECS, base_model_type
+from hf_context_prune.modeling.specs import PREFIX
+from hf_context_prune.modeling.wrappers import text_part, wrapper_spec
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.model_config import read_config
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
@@ -53,7 +54,12 @@ def vllm_command(folder: Path, arguments: Sequence[str] = (), *, python: Path | 
         raise ConfigError(f"{folder} is an export. vLLM serves the folder that it was made from.")
     config = read_config(str(folder), folder, None)
     variable = str(config.model_type).startswith(PREFIX)
-    spec = SPECS[base_model_type(config.model_type)]
+    spec = text_part(config)[1]
+    if variable and wrapper_spec(config) is not None:
+        raise ConfigError(
+            f"vLLM does not load a {config.model_type} model in its backend for models of transformers. Serve {folder} "
+            f"without --engine vllm, prune to uniform widths (--native-architecture), or the text alone (--text-only)."
+        )
     if variable and spec.transposed:
         raise ConfigError(
             f"vLLM does not load the stacked projections of {spec.model_type} in its backend for models of "
@@ -87,8 +93,9 @@ def check_tensor_parallel(config: object, arguments: Sequence[str]) -> None:
     """
     if (processes := _tensor_parallel_size(arguments)) < 2:
         return
-    spec = SPECS[base_model_type(config.model_type)]  # type: ignore[attr-defined]
-    groups = [layer.kv_groups or 1 for layer in read_geometry(config, spec).layers]  # heads that stay: not known here
+    groups = [
+        layer.kv_groups or 1 for layer in read_geometry(*text_part(config)).layers
+    ]  # heads that stay: not known here
     bad = next((index for index, count in enumerate(groups) if count % processes), None)
     if bad is not None:
         allowed = [size for size in range(1, min(groups) + 1) if not any(count % size for count in groups)]

@@ -10,6 +10,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_context_prune.errors import LoadError
 from hf_context_prune.modeling.modeling_context_pruned import list_shards
+from hf_context_prune.utils.file_names import PROCESSOR_FILES
 
 from .hub_errors import explain_hub_error
 
@@ -71,6 +72,18 @@ def fetch_weights(source: str, commit: str) -> None:
         f"{source!r} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} at commit {commit}. Weights "
         f"saved as a pickle (pytorch_model.bin) can run any code when they are loaded, and are refused. {CONVERT}"
     )
+
+
+def fetch_processor(source: str, commit: str) -> None:
+    """Fetch the files of a Hub model's processor of images, which are copied beside the pruned model.
+
+    Raises:
+        LoadError: The download failed.
+    """
+    try:
+        snapshot_download(source, revision=commit, allow_patterns=list(PROCESSOR_FILES))
+    except (OSError, ValueError, HTTPError) as error:
+        raise _explain(source, commit, error) from error
 
 
 def _list_shards(source: str, index: str) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,11 +22,12 @@ from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, P
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.offloaded import map_offloaded
+from hf_context_prune.modeling.wrappers import text_model, wrapper_spec
 from hf_context_prune.utils.distributed import default_device
 from hf_context_prune.utils.files import expand_home
 
 from .gguf import ensure_dequantised, read_gguf_config, resolve_source
-from .hub_download import CONVERT, fetch_config, fetch_weights
+from .hub_download import CONVERT, fetch_config, fetch_processor, fetch_weights
 from .known_models import DEMO_MODEL, fetch_smollm2
 from .manifest import PICKLE_SUFFIXES, verify_folder, verify_if_ours
 from .model_checks import (
@@ -34,10 +37,12 @@ from .model_checks import (
     check_links,
     check_weights,
     has_own_head,
+    model_class_of,
     warn_of_rounding,
 )
 from .model_config import describe, read_config, refuse_adapter
 
+_LOGGER = logging.getLogger(__name__)
 MODEL_KINDS = "a model folder, a .gguf file, a Hub id or 'demo'"
 """What a model may be named by."""
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,12 +53,13 @@ class LoadedModel:
     """A model with its tokenizer and its origin.
 
     Attributes:
-        model: The causal LM, in evaluation mode if it was loaded here.
+        model: The causal LM, in evaluation mode if it was loaded here; of a model of images and text, its text part.
         tokenizer: Its tokenizer.
         name: Hub id, or the base name of the folder or file: a name for reports, without paths of this machine.
         revision: Commit on the Hub, else None.
         folder: Local folder with its safetensors files, for measuring memory; None for a model given in memory.
         source: The local folder or GGUF file that was named; None for a Hub id or a model without an origin.
+        wrapper: The model of images and text that `model` is the text part of; None if there is none.
     """
 
     model: PreTrainedModel
@@ -62,6 +68,21 @@ class LoadedModel:
     revision: str | None
     folder: Path | None
     source: Path | None = None
+    wrapper: PreTrainedModel | None = None
+
+    @property
+    def whole(self) -> PreTrainedModel:
+        """The model as it was loaded, whose text part may be `model`."""
+        return self.model if self.wrapper is None else self.wrapper
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *others: Any) -> LoadedModel:  # noqa: ANN401 - the other fields, in order
+        """Take the text part of a model of images and text, and any other model as it is."""
+        if wrapper_spec(model.config) is None:
+            return cls(model, *others)
+        text = text_model(model)
+        _LOGGER.info("%s reads images too; its text part is used, a %s.", type(model).__name__, type(text).__name__)
+        return replace(cls(text, *others), wrapper=model)
 
     @classmethod
     def from_memory(cls, model: PreTrainedModel, tokenizer: Any) -> LoadedModel:  # noqa: ANN401
@@ -71,10 +92,10 @@ class LoadedModel:
         """
         place = model.config.name_or_path
         if not place:
-            return cls(model, tokenizer, "in-memory", None, None)
+            return cls.of(model, tokenizer, "in-memory", None, None)
         if not os.path.exists(place):  # also where it is no path at all
-            return cls(model, tokenizer, place, None, None)
-        return cls(model, tokenizer, Path(place).resolve().name, None, None, Path(place))
+            return cls.of(model, tokenizer, place, None, None)
+        return cls.of(model, tokenizer, Path(place).resolve().name, None, None, Path(place))
 
 
 def ensure_loaded(
@@ -99,7 +120,8 @@ def ensure_loaded(
         return load_model(model)
     if isinstance(model, PreTrainedModel):
         model = map_offloaded(model)
-    check_supported(model)
+    if not isinstance(model, PreTrainedModel) or wrapper_spec(model.config) is None:
+        check_supported(model)
     return LoadedModel.from_memory(model, _load_tokenizer_of(model) if tokenizer is None else tokenizer)
 
 
@@ -147,7 +169,8 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", revision: str | None
         revision: Branch, tag or commit of a repository.
 
     Returns:
-        The model in evaluation mode on its device. [`load_model`][] gives its tokenizer, too.
+        The model in evaluation mode on its device; a model of images and text is whole. [`load_model`][] gives its
+        tokenizer, too.
 
     Raises:
         LoadError: A file is missing, changed or unexpected, or a width does not fit the weights.
@@ -165,21 +188,22 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", revision: str | None
     _check_dtype(dtype)
     path = _local_path(folder)
     if path is None:
-        return _load_hub(str(folder), dtype, revision, device=None).model
+        return _load_hub(str(folder), dtype, revision, device=None).whole
     if path.is_file():
         raise LoadError(f"{folder} is a GGUF file; load_pruned takes a folder of this package. Use load_model.")
     _warn_of_revision(path, revision)
     verify_folder(path)
     _check_folder(path)
-    return _load_folder(path, path, dtype, device=None).model
+    return _load_folder(path, path, dtype, device=None).whole
 
 
-def load_meta_model(source: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+def load_meta_model(source: str | Path, *, revision: str | None = None, whole: bool = False) -> PreTrainedModel:
     """Build the model on the meta device: shapes from the config, compared with the weights where they are local.
 
     Args:
         source: As for [`load_model`][].
         revision: Branch, tag or commit of a Hub repository.
+        whole: Return a model of images and text itself, not its text part.
 
     Raises:
         LoadError: The config is missing or damaged, does not fit local weights, or no model of its sizes can be built.
@@ -201,8 +225,8 @@ def load_meta_model(source: str | Path, *, revision: str | None = None) -> PreTr
                 check_weights(folder, config)
                 config.tie_word_embeddings = config.tie_word_embeddings and not has_own_head(folder, config)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        return model
+            model: PreTrainedModel = model_class_of(config)(config)
+        return model if whole or wrapper_spec(config) is None else text_model(model)
     except ContextPruneError:
         raise
     except Exception as error:  # configs raise OSError, ValueError, KeyError, StrictDataclassError; models any
@@ -271,13 +295,15 @@ def _check_folder(folder: Path) -> None:
 def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:
     model, tokenizer = _load(str(folder), folder, dtype, device, revision=None)
     model.config.name_or_path = str(source)  # the GGUF file, not its copy: training code reads it from here
-    return LoadedModel(model, tokenizer, source.resolve().name, None, folder, source)
+    return LoadedModel.of(model, tokenizer, source.resolve().name, None, folder, source)
 
 
 def _load_hub(source: str, dtype: str, revision: str | None, device: str | None) -> LoadedModel:
     folder = fetch_config(source, revision)
     model, tokenizer = _load(source, folder, dtype, device, revision=folder.name)
-    return LoadedModel(model, tokenizer, source, folder.name, folder)
+    if wrapper_spec(model.config) is not None:
+        fetch_processor(source, folder.name)
+    return LoadedModel.of(model, tokenizer, source, folder.name, folder)
 
 
 def _load(
@@ -320,7 +346,8 @@ def load_weights(source: str, folder: Path, revision: str | None = None, **optio
     check_weights(folder, config)
     # Without trust_remote_code=False, transformers would ask on the terminal whether to run a repository's code. It
     # fills missing tensors with random values and reports that only in its log: check_complete refuses them.
-    model, info = AutoModelForCausalLM.from_pretrained(
+    auto = AutoModelForCausalLM if wrapper_spec(config) is None else AutoModelForImageTextToText
+    model, info = auto.from_pretrained(
         source,
         config=config,  # as checked
         use_safetensors=True,

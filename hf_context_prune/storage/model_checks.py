@@ -20,7 +20,8 @@ from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS
 from hf_context_prune.modeling.geometry import neurons_of, read_head_dim
 from hf_context_prune.modeling.modeling_context_pruned import FLOATS, check_header, format_names, read_header
 from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import PREFIX, ArchSpec
+from hf_context_prune.modeling.specs import PREFIX, ArchSpec, WrapperSpec
+from hf_context_prune.modeling.wrappers import wrapper_spec
 from hf_context_prune.utils.files import open_regular
 from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.reading import MAX_JSON_BYTES
@@ -124,9 +125,13 @@ def check_sizes(config: PreTrainedConfig, spec: ArchSpec) -> None:
                 )
 
 
+def _entry_of(config: PreTrainedConfig) -> ArchSpec | WrapperSpec:
+    return wrapper_spec(config) or spec_of(config)
+
+
 def model_class_of(config: PreTrainedConfig) -> type[Any]:
     """Return the class that loads a model of this config, native or of variable width."""
-    spec = spec_of(config)
+    spec = _entry_of(config)
     variable = str(config.model_type).startswith(PREFIX)
     return get_model_class(spec) if variable else getattr(transformers, spec.model_class)
 
@@ -142,7 +147,7 @@ def check_weights(folder: Path, config: PreTrainedConfig) -> None:
         LoadError: Config and weights don't belong together, or the weights are quantised without a word of it.
     """
     try:
-        tensors = check_header(str(folder), spec_of(config), config, model_class_of(config))
+        tensors = check_header(str(folder), _entry_of(config), config, model_class_of(config))
     except ValueError as error:
         raise LoadError(f"{folder.name} can't be loaded: {error}") from error
     packed = {name for name, info in tensors.items() if name.endswith(".weight") and info.dtype not in FLOATS}
@@ -226,16 +231,14 @@ def check_complete(source: str, config: PreTrainedConfig, info: dict[str, Any]) 
     if mismatched := info["mismatched_keys"]:
         shapes = {f"{name} ({list(saved)}, the config asks for {list(asked)})" for name, saved, asked in mismatched}
         raise LoadError(f"The weights have other shapes than the model: {format_names(shapes)}. {remedy}")
-    layers = spec_of(config).layers
-    pattern = re.compile(rf"(?:{re.escape(layers)}|{re.escape(layers.partition('.')[2])})\.(\d+)\.")
+    places, count = _entry_of(config).saved_layers, config.get_text_config().num_hidden_layers
+    pattern = re.compile(rf"(?:{'|'.join(map(re.escape, places))})\.(\d+)\.")
     unexpected = set(info["unexpected_keys"])
-    beyond = {
-        name for name in unexpected if (found := pattern.match(name)) and int(found[1]) >= config.num_hidden_layers
-    }
+    beyond = {name for name in unexpected if (found := pattern.match(name)) and int(found[1]) >= count}
     if beyond:
         raise LoadError(
             f"The weights hold {format_names(beyond)}, of layers that the model does not have: num_hidden_layers is "
-            f"{config.num_hidden_layers}. {remedy}"
+            f"{count}. {remedy}"
         )
     if unexpected:
         warnings.warn(

@@ -24,8 +24,10 @@ from transformers.utils import (
 from hf_context_prune.errors import ContextPruneError, LoadError, UnsupportedArchitectureError, unknown_name
 from hf_context_prune.modeling.architectures import QUANTISED, spec_of
 from hf_context_prune.modeling.configuration_context_pruned import check_config_size, check_counts
+from hf_context_prune.modeling.specs import text_spec
+from hf_context_prune.modeling.wrappers import text_entry, text_part, wrapper_spec
 
-from .model_checks import RESTORE, check_size, check_sizes, list_size_fields
+from .model_checks import MAX_SIZE, RESTORE, check_size, check_sizes, list_size_fields
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 _INSTALLED = {
@@ -83,10 +85,12 @@ def read_config(source: str, folder: Path, revision: str | None) -> PreTrainedCo
         raise
     except _CONFIG_ERRORS as error:
         raise LoadError(f"The config.json of {source!r} is not a model config: {describe(error)}. {RESTORE}") from error
-    check_sizes(config, spec_of(config))
-    _check_functions(source, config)
-    _check_rotation(source, getattr(config, "rope_parameters", None))
-    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    text, spec = text_part(config)
+    check_sizes(text, spec)
+    _check_functions(source, text)
+    _check_rotation(source, getattr(text, "rope_parameters", None))
+    for part in {id(part): part for part in (config, text)}.values():
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
     return config
 
 
@@ -124,8 +128,20 @@ def describe(error: BaseException) -> str:
 
 def _check_values(source: str, values: Mapping[str, Any]) -> None:
     """Refuse values before the config class sees them, which divides by some sizes and makes lists of others."""
-    spec = spec_of(SimpleNamespace(model_type=str(values["model_type"])))
-    _refuse_quantised(source, values)
+    model = SimpleNamespace(model_type=str(values["model_type"]))
+    wrapper = wrapper_spec(model)
+    if wrapper is not None:
+        parts = {name: values.get(name) for name in ("text_config", "vision_config")}
+        for name, part in parts.items():
+            if not isinstance(part, dict):
+                raise _wrong(source, name, part, "an object with the fields of a model config")
+        text = {"model_type": wrapper.texts[0], **parts["text_config"]}  # type: ignore[dict-item]
+        text_entry(SimpleNamespace(model_type=model.model_type, text_config=SimpleNamespace(**text)))
+        _check_part(source, values)
+        _check_vision(source, parts["vision_config"])  # type: ignore[arg-type]
+        values = text
+    spec = spec_of(model) if wrapper is None else text_spec(str(values["model_type"]))
+    assert spec is not None  # `text_entry` has found it
     names = getattr(transformers, spec.config_class).attribute_map
     for field in list_size_fields(spec):
         for name in {field, names.get(field, field)}:
@@ -137,6 +153,22 @@ def _check_values(source: str, values: Mapping[str, Any]) -> None:
     for name in _PERIODS:
         if type(values.get(name)) is int:
             check_size(name, values[name])
+    _check_part(source, values)
+
+
+def _check_vision(source: str, values: Mapping[str, Any]) -> None:
+    """Refuse a vision part of sizes that no model has: its layers are built one by one."""
+    for name in ("num_hidden_layers", "depth"):
+        check_counts(values.get(name))
+    for name, value in values.items():
+        if type(value) is int and not -1 <= value <= MAX_SIZE:
+            raise _wrong(source, f"vision_config.{name}", value, f"an integer up to {MAX_SIZE:,}")
+    _check_part(source, values)
+
+
+def _check_part(source: str, values: Mapping[str, Any]) -> None:
+    """Refuse what no part of a model can have: its text part, its vision part, or the model itself."""
+    _refuse_quantised(source, values)
     _check_attention(source, values)
     for name in ("dtype", "torch_dtype"):
         dtype = values.get(name)

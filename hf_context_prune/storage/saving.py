@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,8 +13,9 @@ from transformers import AutoTokenizer
 from hf_context_prune.errors import LoadError, SaveError
 from hf_context_prune.modeling.configuration_context_pruned import config_of_memory
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
-from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
+from hf_context_prune.utils.file_names import PLAN_NAME, PROCESSOR_FILES, REPORT_NAME
 from hf_context_prune.utils.foreign_code import drop_foreign_code
+from hf_context_prune.utils.links import resolve_inside
 
 from .layer_shards import save_weights
 from .manifest import PICKLE_SUFFIXES
@@ -75,6 +77,7 @@ def write_model_folder(
     tokenizer: PreTrainedTokenizerBase | None = None,
     plan: _Savable | None = None,
     report: _Savable | None = None,
+    processor: Path | None = None,
 ) -> None:
     """Write the files of a model into a staging folder.
 
@@ -88,8 +91,10 @@ def write_model_folder(
         tokenizer: As in [`save_pruned`][].
         plan: As in [`save_pruned`][].
         report: As in [`save_pruned`][].
+        processor: A folder of which the files of a processor of images are copied, as far as it has them.
 
     Raises:
+        LoadError: A file of the processor leads out of its folder.
         SaveError: The config can't express the model (then nothing was written), the ``auto_map`` names a file that
             does not exist, code of others or a pickle was written, or the tokenizer would reopen as another one.
     """
@@ -100,6 +105,9 @@ def write_model_folder(
         _check_auto_map(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    for name in PROCESSOR_FILES if processor is not None else ():
+        if os.path.lexists(processor / name) and not (folder / name).exists():  # type: ignore[operator]
+            shutil.copyfile(resolve_inside(processor, name), folder / name)  # type: ignore[arg-type]
     _refuse_code(folder)
     leave_out_foreign_code(folder, tokenizer)
     if plan is not None:

@@ -13,3 +13,8 @@ RESULTS_NAME = ".eval_results/questions.yaml"
 PICTURE_NAME = "widths.png"
 SPACE_SETTINGS_NAME = "space.yaml"
 REPORT_MARKDOWN_NAME = "report.md"
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""What `transformers` reads of a processor of images beside its tokenizer."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hf_context_prune.errors import PublishError
 
-from .file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, MODELFILE_NAME
+from .file_names import EXPORT_REPORT_NAME, MANIFEST_NAME, MODELFILE_NAME, PROCESSOR_FILES
 from .foreign_code import refuse_foreign_code
 from .links import list_inside
 from .secret_scan import refuse_tokens
@@ -17,7 +17,7 @@ RepoType = Literal["model", "space"]
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "*.model", "chat_template.jinja", "chat_template.json"),
+    *("merges.txt", "vocab.txt", "*.model", *PROCESSOR_FILES),
     "additional_chat_templates/*.jinja",
     *("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py"),
     *("pruning_plan.json", "eval_report.json", MANIFEST_NAME, "README.md", "widths.png", ".eval_results/*.yaml"),

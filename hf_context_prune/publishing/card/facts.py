@@ -11,7 +11,7 @@ from typing import Any
 from hf_context_prune.errors import LoadError, NumericsError
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import PREFIX
+from hf_context_prune.modeling.specs import PREFIX, WRAPPERS, base_model_type
 from hf_context_prune.storage.known_models import name_of_base
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
@@ -68,6 +68,11 @@ class CardFacts:
     def is_native(self) -> bool:
         """Whether transformers opens the model without this package."""
         return not self.model_type.startswith(PREFIX)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model reads images beside text."""
+        return base_model_type(self.model_type) in WRAPPERS
 
     @property
     def base_name(self) -> str:

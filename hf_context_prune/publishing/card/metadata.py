@@ -21,6 +21,7 @@ TAGS = ("pruned", "structured-pruning", "context-pruning")
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,60}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,8})*|code|multilingual")
 _TASK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_OF_IMAGES = "image-text-to-text"
 _LINK = re.compile(r"https?://[^\s\"'<>]+|[A-Za-z0-9._-]+")
 
 
@@ -36,7 +37,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         widget=[{"text": prompt} for prompt in choose_plan_prompts(facts.plan)[:-1]],
         model_name=one_line(facts.name) if results else None,
         eval_results=results or None,
-        **_of_base(facts.base, "finetune"),
+        **_of_base(facts.base, "finetune", reads_images=facts.reads_images),
     )
 
 
@@ -51,11 +52,16 @@ def export_data(base: Mapping[str, Any], library: str | None, tags: Sequence[str
     return ModelCardData(library_name=library, tags=list(tags), **_of_base(base, "quantized"))
 
 
-def _of_base(stated: Mapping[str, Any], relation: str) -> dict[str, Any]:
+def _of_base(stated: Mapping[str, Any], relation: str, *, reads_images: bool = False) -> dict[str, Any]:
     """Return what a card repeats of its base: id, task, languages and licence, as far as they are stated."""
+    task = _matching(_TASK, stated.get("pipeline_tag"))
+    if reads_images:
+        task = _OF_IMAGES
+    elif task == _OF_IMAGES:  # the text part alone
+        task = None
     licence, base = _matching(_LICENCE, stated.get("license")), _hub_id(stated.get("id"))
     return {
-        "pipeline_tag": _matching(_TASK, stated.get("pipeline_tag")) or "text-generation",
+        "pipeline_tag": task or "text-generation",
         "base_model": base,
         "base_model_relation": relation if base else None,
         "language": _languages(stated.get("language")),

@@ -208,10 +208,14 @@ tokenizer = AutoTokenizer.from_pretrained({{name}})
 inputs = tokenizer({prompt}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]))"""
     name = json.dumps(one_line(facts.name), ensure_ascii=False)
+    images = ""
+    if facts.reads_images:
+        native = native.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+        images = "\n\nIt reads images too, by the processor beside it (`AutoProcessor`)."
     if facts.is_native:
         return Trusted(
             f"The model is a plain transformers class ({code(facts.architecture or 'native architecture')}); no other "
-            f"package is needed.\n\n{block('python', native.format(name=name))}"
+            f"package is needed.\n\n{block('python', native.format(name=name))}{images}"
         )
     remote = native.replace("({name})", "({name}, trust_remote_code=True)").format(name=name)
     packaged = native.replace("from transformers", "import hf_context_prune\nfrom transformers", 1).format(name=name)
@@ -228,7 +232,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, do_sample=Fal
         f"The layers have different widths, so the class is {code(facts.architecture)}. With the package "
         f"(from a checkout of its source: `pip install .`), importing it registers the class, and no code of this "
         f"repository runs:\n\n"
-        f"{block('python', packaged)}\n\n{without}"
+        f"{block('python', packaged)}\n\n{without}{images}"
     )
 
 

@@ -1,0 +1,59 @@
+"""What a run does with a model of images and text: its text part is pruned, and its vocabulary stays whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import ConfigError
+from hf_context_prune.modeling.wrappers import other_parameters
+from hf_context_prune.pruning.available_units import without_tokens
+from hf_context_prune.storage.loading import LoadedModel
+
+from .pruning_texts import AnyConfig
+
+_WHY_TOKENS_STAY = "the model and its processor name tokens of images by their ids"
+
+
+def take_text_only(base: LoadedModel) -> LoadedModel:
+    """Return the text part of a model of images and text as a model of its own.
+
+    Raises:
+        ConfigError: The model is a causal LM.
+    """
+    if base.wrapper is None:
+        raise ConfigError(
+            f"--text-only (text_only=True) is for models of images and text; {base.name} is a "
+            f"{type(base.model).__name__}, which reads text alone. Leave it out."
+        )
+    return replace(base, wrapper=None)
+
+
+def keep_image_tokens(base: LoadedModel, config: AnyConfig) -> tuple[AnyConfig, str | None]:
+    """Keep the whole vocabulary of a model of images and text.
+
+    Returns:
+        (the config, why all tokens stay; None where the model reads text alone or the config removes none).
+
+    Raises:
+        ConfigError: The config asks for fewer tokens.
+    """
+    if base.wrapper is None or not config.prunes_vocabulary:
+        return config, None
+    if not isinstance(config, PrunerConfig) or config.fixes_tokens or config.units is not None:
+        raise ConfigError(
+            f"The vocabulary of {base.name} can't be pruned: {_WHY_TOKENS_STAY}. Prune neurons and KV groups alone "
+            f"(--units neurons,kv_groups), or save the text part alone (--text-only, text_only=True)."
+        )
+    return without_tokens(config), f"{_WHY_TOKENS_STAY} (--text-only prunes them, too)."
+
+
+def images_note(base: LoadedModel) -> tuple[str, ...]:
+    """Return a sentence for the report on what of a model of images and text was measured."""
+    if base.wrapper is None:
+        return ()
+    others = other_parameters(base.wrapper, base.model)
+    return (
+        f"{base.name} reads images too. Sizes, losses and speed are those of its text part; the other {others:,} "
+        f"parameters are unchanged, and count in bytes and memory alone.",
+    )
