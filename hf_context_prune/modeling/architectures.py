@@ -51,7 +51,8 @@ def spec_of(config: PreTrainedConfig) -> ArchSpec:
     if spec is None:
         raise UnsupportedArchitectureError(
             f"The model type {config.model_type!r} is not supported. Supported are: "
-            f"{', '.join(sorted([*SPECS, *WRAPPERS]))}. To add one, add its ArchSpec to hf_context_prune/modeling/specs.py (CONTRIBUTING.md has the recipe)."
+            f"{', '.join(sorted([*SPECS, *WRAPPERS]))}. To add one, add its ArchSpec to "
+            f"hf_context_prune/modeling/specs.py (CONTRIBUTING.md has the recipe)."
         )
     return spec
 

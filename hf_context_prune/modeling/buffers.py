@@ -21,7 +21,9 @@ def fill_buffers(source: nn.Module, target: PreTrainedModel) -> None:
         if not buffers:
             continue
         mirror, computed = modules[path], computed_buffers(module)
-        if set(buffers) <= computed and not list(module.parameters(recurse=False)):
+        rounded = any(buffer.is_floating_point() for buffer in buffers.values())
+        # Whole numbers are copied: what computes them may also draw the weights beside them (Siglip's positions).
+        if rounded and set(buffers) <= computed and not list(module.parameters(recurse=False)):
             mirror.to_empty(device=next(iter(buffers.values())).device, recurse=False)
             # A vision tower computes its own. The root, whose path is empty, holds every module.
             owner = max((name for name in models if f"{path}.".startswith(f"{name}." if name else "")), key=len)

@@ -23,15 +23,9 @@ from huggingface_hub import get_local_safetensors_metadata
 from torch import nn
 
 from . import configuration_context_pruned
-from .configuration_context_pruned import (
-    config_class_name,
-    config_of_memory,
-    dense_widths,
-    refuse_other_code,
-    text_config_class,
-)
+from .configuration_context_pruned import config_class_name, config_of_memory, dense_widths, refuse_other_code
 from .geometry import Geometry, LayerWidths, read_geometry
-from .specs import SPECS, TEXT_SPECS, WRAPPERS, ArchSpec, WrapperSpec, classes_on_demand, text_spec
+from .specs import PREFIX, SPECS, TEXT_SPECS, WRAPPERS, ArchSpec, WrapperSpec, classes_on_demand
 
 MODELING_FILES = ("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py")
 """Files that are copied, without subfolders, beside every saved variable-width model."""
@@ -441,14 +435,20 @@ class ContextPrunedModelMixin(SavedWithCodeMixin):
                 module.config = dense_config
 
 
+class ContextPrunedWrapperMixin(SavedWithCodeMixin):
+    """Build the native model of images and text with a variable-width text part."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        # The native class builds its text part by AutoModel. Remote code may have two copies of the config's class.
+        kind = type(config.text_config)
+        if str(config.text_config.model_type).startswith(PREFIX):
+            part = kind.spec.headless()
+            transformers.AutoModel.register(kind, __getattr__(model_class_name(part)), exist_ok=True)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+
+
 def _make(spec: ArchSpec | WrapperSpec) -> type:
-    mixin = SavedWithCodeMixin if isinstance(spec, WrapperSpec) else ContextPrunedModelMixin
-    if isinstance(spec, WrapperSpec):  # its native class makes the text part by AutoModel
-        for text in spec.texts:
-            part = text_spec(text)
-            assert part is not None  # every text of WRAPPERS has an entry
-            headless = __getattr__(model_class_name(part.headless()))
-            transformers.AutoModel.register(text_config_class(text), headless, exist_ok=True)
+    mixin = ContextPrunedWrapperMixin if isinstance(spec, WrapperSpec) else ContextPrunedModelMixin
     parent = getattr(transformers, spec.model_class)
     config_class = getattr(configuration_context_pruned, config_class_name(spec))
     name = model_class_name(spec)

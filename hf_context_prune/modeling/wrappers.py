@@ -122,9 +122,9 @@ def with_text(wrapper: PreTrainedModel, text: PreTrainedModel) -> PreTrainedMode
             f"names tokens of images by their ids. Save the text part alone: --text-only, or text_only=True."
         )
     config = _wrapper_config(wrapper.config, spec, text)
-    copy_attention_implementation(wrapper.config, config)
-    for name in wrapper.config.sub_configs:
-        copy_attention_implementation(getattr(wrapper.config, name), getattr(config, name))
+    for own, other in zip(_parts(wrapper.config), _parts(config), strict=True):
+        copy_attention_implementation(own, other)
+        other.dtype = wrapper.dtype  # as `from_pretrained` writes it
     state = {
         name: tensor for name, tensor in wrapper.state_dict().items() if not name.startswith((f"{spec.text}.", _HEAD))
     }
@@ -177,6 +177,10 @@ def _wrapper_config(config: PreTrainedConfig, spec: WrapperSpec, text: PreTraine
         {**values, "text_config": part, "architectures": [architecture], **auto_map}
     )
     return result
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    return [config, *(getattr(config, name) for name in sorted(config.sub_configs))]
 
 
 def _model_class(config: PreTrainedConfig) -> type[Any]:
