@@ -1,4 +1,4 @@
-"""Run in a fresh process: reload saved models of images and text with the package barred from import, and show them one.
+"""Run in a fresh process: reload models of images and text with the package barred from import, and show them one.
 
 ``cases.json`` gives for each folder whether it needs remote code.
 """
