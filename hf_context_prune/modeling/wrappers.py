@@ -142,11 +142,6 @@ def with_text(wrapper: PreTrainedModel, text: PreTrainedModel) -> PreTrainedMode
     return _like(wrapper, model, learns)
 
 
-def other_parameters(wrapper: PreTrainedModel, text: PreTrainedModel) -> int:
-    """Return the parameters of a wrapper that are not in its text part."""
-    return wrapper.num_parameters() - text.num_parameters()
-
-
 def _causal_config(text: PreTrainedConfig, entry: ArchSpec) -> PreTrainedConfig:
     """Return the config of the causal LM that computes what a text part does on text alone."""
     spec = next(spec for spec in SPECS.values() if spec.model_class == entry.model_class)

@@ -28,7 +28,7 @@ from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.utils.memory import memory_limit, parse_bytes
 
 from .durations import estimate_seconds
-from .images import keep_image_tokens, take_text_only
+from .images import keep_image_tokens, parameters_beside, take_text_only
 from .needs import Needs, estimate_needs
 
 
@@ -130,7 +130,7 @@ def dry_run(
         widths = (
             None if config.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(empty, config, kept)
         )
-    needs = estimate_needs(empty, config, total - removed)
+    needs = estimate_needs(empty, config, total - removed + parameters_beside(loaded))
     with memory_limit(parse_bytes(max_memory)):
         missing = needs.missing_memory()
     return DryRun(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from transformers import PreTrainedModel
+
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.wrappers import other_parameters
+from hf_context_prune.modeling.modeling_context_pruned import model_class_name
+from hf_context_prune.modeling.specs import PREFIX
+from hf_context_prune.modeling.wrappers import wrapper_spec
 from hf_context_prune.pruning.available_units import without_tokens
 from hf_context_prune.storage.loading import LoadedModel
 
@@ -48,12 +52,24 @@ def keep_image_tokens(base: LoadedModel, config: AnyConfig) -> tuple[AnyConfig, 
     return without_tokens(config), f"{_WHY_TOKENS_STAY} (--text-only prunes them, too)."
 
 
+def parameters_beside(base: LoadedModel) -> int:
+    """Return the parameters of a model of images and text that are not in its text part; 0 for any other model."""
+    return 0 if base.wrapper is None else base.wrapper.num_parameters() - base.model.num_parameters()
+
+
 def images_note(base: LoadedModel) -> tuple[str, ...]:
     """Return a sentence for the report on what of a model of images and text was measured."""
     if base.wrapper is None:
         return ()
-    others = other_parameters(base.wrapper, base.model)
     return (
-        f"{base.name} reads images too. Sizes, losses and speed are those of its text part; the other {others:,} "
-        f"parameters are unchanged, and count in bytes and memory alone.",
+        f"{base.name} reads images too. Sizes, losses and speed are those of its text part; the other "
+        f"{parameters_beside(base):,} parameters are unchanged, and count in bytes and memory alone.",
     )
+
+
+def saved_class(base: LoadedModel, model: PreTrainedModel) -> str:
+    """Return the name of the class that a pruned model of this base is saved as."""
+    spec = None if base.wrapper is None else wrapper_spec(base.wrapper.config)
+    if spec is None:
+        return type(model).__name__
+    return model_class_name(spec) if str(model.config.model_type).startswith(PREFIX) else spec.model_class

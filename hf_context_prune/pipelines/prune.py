@@ -14,7 +14,7 @@ from hf_context_prune.data.documents import TextData
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.reports.report import EvalReport, SizeFacts
-from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
+from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.available_units import choose_units
@@ -43,7 +43,7 @@ from hf_context_prune.utils.tensor_facts import remember_weights
 from .comparison import Comparison
 from .durations import describe_seconds, estimate_seconds
 from .example import write_example
-from .images import images_note, keep_image_tokens, take_text_only
+from .images import images_note, keep_image_tokens, parameters_beside, saved_class, take_text_only
 from .kept_model import load_or_prune
 from .needs import estimate_needs
 from .pruning_texts import AnyConfig, PruningTexts, read_texts
@@ -225,7 +225,8 @@ def run_pruning(
     base = take_text_only(base) if text_only else base
     with memory_limit(limit), remember_weights(base.model):
         config, tokens_stay = _check_before_the_long_work(base, config, options)
-        needs = estimate_needs(base.model, config, _expected_parameters(base.model, config))
+        saved = _expected_parameters(base.model, config) + parameters_beside(base)
+        needs = estimate_needs(base.model, config, saved)
         needs.check_memory()
         if output is not None and is_main_process():
             needs.check_disk(output, resume_dir)
@@ -287,7 +288,15 @@ def _run_stages(
         notes = (*notes, note)
     stages.begin(_RESULT)
     fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.widths)
-    report = _report(comparison, base, pruned, recovered, config, texts, (*notes, _saved_as(pruned, fit)))
+    report = _report(
+        comparison,
+        base,
+        pruned,
+        recovered,
+        config,
+        texts,
+        (*notes, f"Saved as {saved_class(base, pruned.model)}: {fit.reason}."),
+    )
     report = replace(report, example=write_example(*(recovered or pruned)) if options.example else None)
     stages.end()
     known = base if base.folder is not None else None
@@ -380,7 +389,3 @@ def _report(
         search=search,
         predicted_excess=pruned.plan.provenance.get("predicted_loss_increase"),
     )
-
-
-def _saved_as(pruned: PrunedModel, fit: NativeFit) -> str:
-    return f"Saved as {type(pruned.model).__name__}: {fit.reason}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -18,11 +19,16 @@ from transformers import (
 )
 
 from hf_context_prune import PrunerConfig, RecoveryConfig, ThresholdConfig, load_model, prune, prune_to_folder
-from hf_context_prune.errors import ConfigError
+from hf_context_prune.errors import ConfigError, ContextPruneError
+from hf_context_prune.evaluation.speed import measure_peak_memory
 from hf_context_prune.modeling.wrappers import text_model
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pipelines.recover import recover_to_folder
 from hf_context_prune.publishing.card.facts import read_facts
+from hf_context_prune.storage.loading import load_meta_model
+from tests.support.hub.client import client
+from tests.support.hub.process import HubProcess
+from tests.support.hub.server import files_of
 from tests.support.runs import OPTIONS, QUICK
 from tests.support.tiny import TEXT, VOCABULARY, texts, tiny_tokenizer
 from tests.support.tiny_wrappers import CASES, picture, tiny_wrapper
@@ -98,6 +104,7 @@ def test_the_command_prunes_the_text_part_and_the_folder_still_sees(run, place):
     notes = " ".join(report["notes"])
     assert "All tokens stay: the model and its processor name tokens of images by their ids" in notes
     assert "reads images too" in notes
+    assert f"Saved as {type(smaller).__name__}: " in notes
     assert report["size"]["base_parameters"] == text_model(base).num_parameters()
     card = (place / "out" / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card
@@ -140,6 +147,7 @@ def test_every_family_is_pruned_to_a_folder_that_sees(name, native, place, tmp_p
             assert torch.equal(written, again(**ids).logits)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_left_as_it_is_and_recovered_in_its_wrapper(place, tmp_path):
     wrapper = tiny_wrapper("gemma3")
     before = {name: value.clone() for name, value in wrapper.state_dict().items()}
@@ -189,3 +197,52 @@ def test_a_dry_run_knows_the_sizes_of_the_text_part(place):
     with pytest.raises(ConfigError, match="--text-only"):
         dry_run(place / "base", fewer)
     assert dry_run(place / "base", fewer, text_only=True).tokens == 304
+
+
+DAMAGES = {
+    "no text part": (lambda config: config.pop("text_config"), "text_config = None"),
+    "another text part": (lambda config: config["text_config"].update(model_type="llama"), "'llama'; supported are"),
+    "too many layers": (lambda config: config["vision_config"].update(num_hidden_layers=10**9), "at most 512 layers"),
+    "a huge image": (lambda config: config["vision_config"].update(image_size=2**40), "vision_config.image_size"),
+    "a quantised tower": (lambda config: config["vision_config"].update(quantization_config={}), "quantization_config"),
+    "a width of zero": (lambda config: config["text_config"].update(intermediate_size=0), "intermediate_size = 0"),
+    "another width": (lambda config: config["text_config"].update(intermediate_size=41), "does not belong to these"),
+    "more layers": (
+        lambda config: config["text_config"].update(num_hidden_layers=2, layer_types=["full_attention"] * 2),
+        "layer 2",
+    ),
+}
+
+
+def test_a_damaged_config_is_refused_with_its_field(place, tmp_path, subtests):
+    for number, (damage, message) in enumerate(DAMAGES.values()):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(place / "base", folder)
+        config = json.loads((folder / "config.json").read_text())
+        damage(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        for load in (load_model, load_meta_model):
+            with subtests.test(message=message, load=load.__name__), pytest.raises(ContextPruneError, match=message):
+                load(folder)
+
+
+@pytest.mark.slow
+def test_memory_is_measured_of_the_whole_model(place):
+    for name in ("base", "qwen3_vl", "mistral3-mistral"):
+        assert measure_peak_memory(place / name, prompt_tokens=16, new_tokens=4).peak_rss > 0
+
+
+@pytest.mark.slow
+def test_a_repository_is_pruned_with_its_processor(place, tmp_path):
+    with HubProcess() as hub:
+        hub.repo("models", "org/images", files_of(place / "base"))
+        code = """
+from hf_context_prune import EvalOptions, PrunerConfig, prune_to_folder
+config = PrunerConfig(pruning_ratio=0.2, max_seq_length=32, num_calibration_samples=16)
+options = EvalOptions(max_tokens=600, benchmark=False, memory=False)
+prune_to_folder("org/images", arguments["data"], "out", config, eval_options=options)
+from transformers import AutoProcessor
+print(json.dumps(type(AutoProcessor.from_pretrained("out")).__name__))
+"""
+        found = client(hub, tmp_path, tmp_path / "home", code, arguments={"data": str(place / "data.jsonl")})
+    assert found == "Gemma3Processor"
