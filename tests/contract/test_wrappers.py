@@ -106,7 +106,7 @@ def test_a_pruned_model_goes_on_from_an_image(name):
     assert torch.equal(written, smaller.generate(**picture(name), use_cache=False, **options))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_a_saved_model_reloads_bit_equal(name, dtype, tmp_path):
     wrapper = tiny_wrapper(name).to(dtype)
@@ -123,7 +123,9 @@ def test_a_saved_model_reloads_bit_equal(name, dtype, tmp_path):
             assert (twice / file).read_bytes() == (folder / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("gemma3", "qwen3_vl") else pytest.mark.slow) for name in CASES]
+)
 def test_a_folder_is_loaded_as_its_text_part(name, tokenizer, tmp_path):
     wrapper = tiny_wrapper(name)
     for folder, model in (("dense", wrapper), ("pruned", pruned(wrapper))):
