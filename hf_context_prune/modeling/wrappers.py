@@ -73,7 +73,8 @@ def text_model(wrapper: PreTrainedModel) -> PreTrainedModel:
         computes the same where all positions are those of text.
 
     Raises:
-        UnsupportedArchitectureError: The wrapper or its text part is not in the table, or its weights are quantised.
+        UnsupportedArchitectureError: The wrapper or its text part is not in the table, or its weights are quantised or
+            replaced by an adapter.
     """
     spec = wrapper_spec(wrapper.config)
     if spec is None or type(wrapper).__name__.removeprefix("ContextPruned") != spec.model_class:
@@ -144,7 +145,7 @@ def with_text(wrapper: PreTrainedModel, text: PreTrainedModel) -> PreTrainedMode
 
 def _causal_config(text: PreTrainedConfig, entry: ArchSpec) -> PreTrainedConfig:
     """Return the config of the causal LM that computes what a text part does on text alone."""
-    spec = next(spec for spec in SPECS.values() if spec.model_class == entry.model_class)
+    spec = _causal_spec(entry)
     values = {name: value for name, value in text.to_dict().items() if name not in _OF_ANOTHER_CLASS}
     if spec is not entry and isinstance(rotation := values.get("rope_parameters"), dict):
         # Sections of a rotation by time, height and width: of a text, all three are the position.
@@ -156,10 +157,15 @@ def _causal_config(text: PreTrainedConfig, entry: ArchSpec) -> PreTrainedConfig:
     return build_variable_config(config, spec, read_geometry(text, entry).layers)
 
 
+def _causal_spec(entry: ArchSpec) -> ArchSpec:
+    """Return the entry of the causal LM of a text part: its own, or that of another family."""
+    return next(spec for spec in SPECS.values() if spec.model_class == entry.model_class)
+
+
 def _wrapper_config(config: PreTrainedConfig, spec: WrapperSpec, text: PreTrainedModel) -> PreTrainedConfig:
     """Return the config of a wrapper with this text part."""
     entry, variable = text_entry(config), str(text.config.model_type).startswith(PREFIX)
-    widths = read_geometry(text.config, next(s for s in SPECS.values() if s.model_class == entry.model_class)).layers
+    widths = read_geometry(text.config, _causal_spec(entry)).layers
     part = (build_variable_config if variable else build_native_config)(config.text_config, entry, widths)
     values = {name: value for name, value in config.to_dict().items() if name not in _OF_ANOTHER_CLASS}
     part.tie_word_embeddings = values["tie_word_embeddings"] = has_tied_head(text)
@@ -188,9 +194,15 @@ def _build(model_class: type[Any], config: PreTrainedConfig, state: dict[str, to
     """Build a model that shares the tensors of a state."""
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config)
-    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
-    assert not unexpected, f"no place for {unexpected}"
+    found = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    known = dict(model.named_parameters())  # without a tied head
+    other = sorted({*found.unexpected_keys, *(name for name in found.missing_keys if name in known)})
+    if other:
+        raise UnsupportedArchitectureError(
+            f"The tensors {', '.join(other[:3])} are not those of a {model_class.__name__}: an adapter or a quantiser "
+            f"has replaced some of its modules. Merge or unload it first (merge_and_unload() for PEFT)."
+        )
     return model
 
 

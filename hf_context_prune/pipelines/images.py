@@ -30,7 +30,7 @@ def take_text_only(base: LoadedModel) -> LoadedModel:
             f"--text-only (text_only=True) is for models of images and text; {base.name} is a "
             f"{type(base.model).__name__}, which reads text alone. Leave it out."
         )
-    return replace(base, wrapper=None)
+    return replace(base, wrapper=None, folder=None)  # no file holds the text part alone, so none is measured
 
 
 def keep_image_tokens(base: LoadedModel, config: AnyConfig) -> tuple[AnyConfig, str | None]:

@@ -136,7 +136,9 @@ def _check_values(source: str, values: Mapping[str, Any]) -> None:
             if not isinstance(part, dict):
                 raise _wrong(source, name, part, "an object with the fields of a model config")
         text = {"model_type": wrapper.texts[0], **parts["text_config"]}  # type: ignore[dict-item]
-        text_entry(SimpleNamespace(model_type=model.model_type, text_config=SimpleNamespace(**text)))
+        text_entry(
+            SimpleNamespace(model_type=model.model_type, text_config=SimpleNamespace(model_type=text["model_type"]))
+        )
         _check_part(source, values)
         _check_vision(source, parts["vision_config"])  # type: ignore[arg-type]
         values = text

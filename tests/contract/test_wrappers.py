@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from hf_context_prune.errors import SaveError, UnsupportedArchitectureError
@@ -171,6 +172,9 @@ def test_what_is_no_text_part_of_a_known_model_is_refused():
         ModelView.of(wrapper)
     with pytest.raises(UnsupportedArchitectureError, match="no model of images and text"):
         text_model(text_model(wrapper))
+    adapted = get_peft_model(tiny_wrapper("gemma3"), LoraConfig(target_modules=["q_proj"])).get_base_model()
+    with pytest.raises(UnsupportedArchitectureError, match="an adapter or a quantiser"):
+        text_model(adapted)
     other = tiny_wrapper("mistral3-mistral")
     other.config.text_config = text_model(wrapper).config
     with pytest.raises(UnsupportedArchitectureError, match="'gemma3_text'; supported are mistral, ministral3"):
