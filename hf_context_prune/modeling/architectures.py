@@ -18,7 +18,8 @@ from hf_context_prune.errors import UnsupportedArchitectureError
 
 from .geometry import Geometry, LayerWidths, read_geometry
 from .modeling_context_pruned import is_transposed
-from .specs import SPECS, ArchSpec, base_model_type
+from .paths import check_paths
+from .specs import BUILT_IN, SPECS, ArchSpec, bare_name, base_model_type
 
 Target = Literal["mlp", "attention"]
 TARGETS: tuple[Target, ...] = ("mlp", "attention")
@@ -43,8 +44,8 @@ def spec_of(config: PreTrainedConfig) -> ArchSpec:
     spec = SPECS.get(base_model_type(config.model_type))
     if spec is None:
         raise UnsupportedArchitectureError(
-            f"The model type {config.model_type!r} is not supported. Supported are: {', '.join(sorted(SPECS))}. To add "
-            f"one, add its ArchSpec to hf_context_prune/modeling/specs.py (CONTRIBUTING.md has the recipe)."
+            f"The model type {config.model_type!r} is not supported. Supported are: {', '.join(sorted(SPECS))}. "
+            f"`hf-context-prune check MODEL` looks whether it can be, and prints the entry for register_architecture."
         )
     return spec
 
@@ -58,6 +59,7 @@ def check_supported(model: nn.Module) -> ArchSpec:
     Raises:
         UnsupportedArchitectureError: The class is unknown or wrapped, or the weights are quantised, replaced by an
             adapter or on the meta device.
+        ConfigError: A registered entry has a path that the model lacks.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedArchitectureError(
@@ -65,9 +67,9 @@ def check_supported(model: nn.Module) -> ArchSpec:
             f"unwrap it first (model.module for DDP, model.merge_and_unload() for PEFT)."
         )
     spec = spec_of(model.config)
-    if type(model).__name__.removeprefix("ContextPruned") != spec.model_class:
+    if type(model).__name__.removeprefix("ContextPruned") != (expected := bare_name(spec.model_class)):
         raise UnsupportedArchitectureError(
-            f"The model is a {type(model).__name__}; a {spec.model_type} model must be a {spec.model_class}. Load it "
+            f"The model is a {type(model).__name__}; a {spec.model_type} model must be a {expected}. Load it "
             f"with AutoModelForCausalLM."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
@@ -92,10 +94,18 @@ def check_supported(model: nn.Module) -> ArchSpec:
                 f"This {spec.model_type} model has {name}={getattr(model.config, name)!r}: {why}, and only dense "
                 f"layers can be pruned. Take a model of the family without."
             )
+    if spec.model_type not in BUILT_IN:
+        check_paths(model, spec)
     widths = read_geometry(model.config, spec).layers
     for index, layer in enumerate(layers_of(model, spec)):
+        modules = dict(layer.named_modules())
         for path in _projection_paths(spec, widths[index]):
-            module = layer.get_submodule(path)
+            module = modules.get(path)
+            if module is None:
+                raise UnsupportedArchitectureError(
+                    f"{spec.layers}.{index} has no {path}, so this layer is of another kind than those of "
+                    f"{spec.model_type} that can be pruned."
+                )
             if not _is_plain(module):
                 raise UnsupportedArchitectureError(
                     f"{spec.layers}.{index}.{path} is of class {_qualified_name(module)}, no plain projection: an "

@@ -23,11 +23,23 @@ from huggingface_hub import get_local_safetensors_metadata
 from torch import nn
 
 from . import configuration_context_pruned
-from .configuration_context_pruned import config_class_name, config_of_memory, refuse_other_code
+from .configuration_context_pruned import (
+    classes_on_demand,
+    config_class_name,
+    config_of_memory,
+    native_class,
+    refuse_other_code,
+    write_entry,
+)
 from .geometry import Geometry, LayerWidths, read_geometry
-from .specs import SPECS, ArchSpec, classes_on_demand
+from .specs import SPECS, ArchSpec, bare_name
 
-MODELING_FILES = ("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py")
+REGISTERED_FILE = "registered.py"
+"""The modeling file that holds the entry of a registered architecture."""
+MODELING_FILES = (
+    *("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", REGISTERED_FILE),
+    "specs.py",
+)
 """Files that are copied, without subfolders, beside every saved variable-width model."""
 MAX_HEADER_BYTES = 8_000_000
 """Most bytes of all safetensors headers of a model together; a thousand layers need about two million."""
@@ -42,7 +54,7 @@ this list; where these files are used without the package, the list stays empty.
 
 def model_class_name(spec: ArchSpec) -> str:
     """Return the name of the variable-width class of an entry, such as ``ContextPrunedLlamaForCausalLM``."""
-    return f"ContextPruned{spec.model_class}"
+    return f"ContextPruned{bare_name(spec.model_class)}"
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -410,11 +422,13 @@ class ContextPrunedModelMixin:
             result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         for name in copied:
             shutil.copyfile(os.path.join(here, name), os.path.join(save_directory, name))
+        if copied:
+            write_entry(os.path.join(save_directory, REGISTERED_FILE), self.spec)
         return result
 
     def _get_name(self) -> str:
         """Return the native class's name, by which `Trainer` decides to shift labels before it smooths them."""
-        return self.spec.model_class
+        return bare_name(self.spec.model_class)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Upload the saved model for `push_to_hub`, with the companion files of the folder that the model came from.
@@ -428,7 +442,7 @@ class ContextPrunedModelMixin:
 
 
 def _make(spec: ArchSpec) -> type:
-    parent = getattr(transformers, spec.model_class)
+    parent = native_class(spec.model_class)
     config_class = getattr(configuration_context_pruned, config_class_name(spec))
     name = model_class_name(spec)
     namespace = {
@@ -442,9 +456,12 @@ def _make(spec: ArchSpec) -> type:
     return type(name, (ContextPrunedModelMixin, parent), namespace)
 
 
-_SPEC_BY_NAME = {model_class_name(form): form for spec in SPECS.values() for form in (spec, spec.headless())}
-__getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
+def _specs_by_name() -> dict[str, ArchSpec]:
+    return {model_class_name(form): form for spec in SPECS.values() for form in (spec, spec.headless())}
+
+
+__getattr__ = classes_on_demand(__name__, _specs_by_name, _make)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SPEC_BY_NAME])
+    return sorted([*globals(), *_specs_by_name()])

@@ -2,16 +2,19 @@
 
 An architecture is one [`ArchSpec`][]: where the decoder layers are, which projections read and write the MLP neurons
 and the attention heads, and how the config names their counts. Everything else (surgery, the model class, calibration)
-follows from the entry. To add an architecture, add an entry here and one line to ``tests/support/tiny.py``.
+follows from the entry. To add an architecture, add an entry here and one line to ``tests/support/tiny.py``; programs
+add one by `register_architecture`, and ``registered.py`` brings it along with a saved model.
 
 This file travels with every saved variable-width model, so it imports nothing but the standard library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from .registered import ENTRIES
 
 PREFIX = "context_pruned_"
 """Begins the ``model_type`` of every variable-width model."""
@@ -46,8 +49,8 @@ class ArchSpec:
 
     Attributes:
         model_type: ``config.model_type`` of the native architecture.
-        config_class: Name of the config class in `transformers`.
-        model_class: Name of the causal-LM class in `transformers`.
+        config_class: Name of the config class in `transformers`; of another package, ``"package.module:Class"``.
+        model_class: Name of the causal-LM class, in the same form.
         headless_class: Name of the class without an LM head; None: that of the causal LM with ``Model`` at its end.
         layers: Module path of the list of decoder layers, from the causal-LM model.
         mlp_inputs: Projections whose output features are the neurons (gate and up, or one), relative to the layer.
@@ -110,7 +113,9 @@ class ArchSpec:
 
     def headless(self) -> ArchSpec:
         """Return the entry of the class without an LM head, whose paths begin behind the first module."""
-        name = self.headless_class or self.model_class.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+        own = bare_name(self.model_class)
+        name = own.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+        name = self.headless_class or self.model_class.removesuffix(own) + name
         return replace(self, model_class=name, layers=self.layers.partition(".")[2])
 
 
@@ -345,26 +350,29 @@ SPECS: dict[str, ArchSpec] = {
 }
 
 
-def classes_on_demand(
-    module: str, specs: Mapping[str, ArchSpec], make: Callable[[ArchSpec], type]
-) -> Callable[[str], type]:
-    """Return a module-level ``__getattr__`` (PEP 562) that makes an architecture's class on first access to its name.
+BUILT_IN = frozenset(SPECS)
+"""The model types of the table itself; others were registered."""
 
-    Args:
-        module: Name of the module, for the error.
-        specs: Table entries by class name.
-        make: Makes the class of an entry; called once per entry.
-    """
-    made: dict[str, type] = {}
 
-    def get(name: str) -> type:
-        if name not in specs:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        if name not in made:
-            made[name] = make(specs[name])
-        return made[name]
+def values_of(spec: ArchSpec) -> dict[str, Any]:
+    """Return the fields of an entry that differ from their defaults, as numbers, strings, tuples and dictionaries."""
+    given = asdict(spec)
+    return {item.name: given[item.name] for item in fields(spec) if getattr(spec, item.name) != item.default}
 
-    return get
+
+def entry_from(values: Mapping[str, Any]) -> ArchSpec:
+    """Return the entry with these fields, as from [`values_of`][]."""
+    inputs = values.get("attention_inputs")
+    more = {} if inputs is None else {"attention_inputs": tuple(Projection(**one) for one in inputs)}
+    return ArchSpec(**{**values, **more})
+
+
+SPECS |= {entry["model_type"]: entry_from(entry) for entry in ENTRIES}
+
+
+def bare_name(reference: str) -> str:
+    """Return the name of a class without its module."""
+    return reference.rpartition(":")[2]
 
 
 def base_model_type(model_type: str) -> str:
