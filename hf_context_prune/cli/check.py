@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import FormatOption, OutputFormat, RevisionOption, shared
+from .options import FormatOption, ModelArgument, OutputFormat, RevisionOption, shared
 from .output import out, out_json
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, Hub id, or demo.")],
+    model: ModelArgument,
     revision: RevisionOption = None,
     trust_remote_code: Annotated[
         bool,

@@ -16,6 +16,7 @@ from hf_context_prune.modeling.configuration_context_pruned import native_class
 from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.paths import check_paths
 from hf_context_prune.modeling.specs import PREFIX, SPECS, ArchSpec, Projection, base_model_type
+from hf_context_prune.storage.gguf import read_gguf_config
 from hf_context_prune.storage.hub_download import fetch_config
 from hf_context_prune.storage.loading import local_path
 from hf_context_prune.storage.model_config import describe, read_any_config, refuse_adapter
@@ -26,8 +27,8 @@ from .tiny_copy import TinyCopy, make_tiny_copy
 
 _WHOLE = "the model itself has these paths and sizes"
 _FAR = {
-    "kv_lora_rank": "multi-head latent attention (MLA): keys and values of all heads come from one narrow projection, and "
-    "an ArchSpec has no field for such a layout",
+    "kv_lora_rank": "multi-head latent attention (MLA): keys and values of all heads come from one narrow projection, "
+    "and an ArchSpec has no field for such a layout",
     **dict.fromkeys(
         ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
         "a mixture of experts: an ArchSpec describes layers with one dense MLP",
@@ -84,7 +85,7 @@ def check_architecture(
     """Find the entry of a model, and test it; only the config is read, no weight.
 
     Args:
-        source: A model folder, a Hub id or ``"demo"``.
+        source: A model folder, a ``.gguf`` file, a Hub id or ``"demo"``.
         revision: Branch, tag or commit of a Hub repository.
         trust_remote_code: Whether to run the code that a folder or repository brings along.
         report: Called with each check of the entry that is told.
@@ -92,7 +93,6 @@ def check_architecture(
     Raises:
         LoadError: There is no config, or it is damaged, or its class is in code that may not be run.
         UnsupportedArchitectureError: The model is no causal LM, quantised, or has a part that no entry can describe.
-        ConfigError: The model is a GGUF file.
     """
     config = _read(source, revision, trust_remote_code=trust_remote_code)
     whole = _build_whole(str(source), config, trust_remote_code=trust_remote_code)
@@ -112,7 +112,7 @@ def check_architecture(
 def _read(source: str | Path, revision: str | None, *, trust_remote_code: bool) -> PreTrainedConfig:
     path = local_path(source)
     if path is not None and path.is_file():
-        raise ConfigError(f"{source} is a GGUF file. Check the model of transformers that it was made from.")
+        return read_gguf_config(path)
     folder = fetch_config(str(source), revision) if path is None else path
     name, commit = (str(source), folder.name) if path is None else (str(path), None)
     refuse_adapter(name, commit)

@@ -188,6 +188,12 @@ def _cached(model: PreTrainedModel, spec: ArchSpec) -> None:
 
 def _reloads(model: PreTrainedModel, dtype: torch.dtype) -> None:
     typed = copy.deepcopy(model).to(dtype)
+    try:
+        _logits(typed)
+    except RuntimeError as error:
+        raise BrokenContract(
+            f"the model itself does not run in {dtype}, before it is pruned: {describe(error)}"
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         for variable in (True, False):
             plan = random_plan(typed, variable=variable)

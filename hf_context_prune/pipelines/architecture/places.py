@@ -72,12 +72,26 @@ def mlp_of(observed: Observed, config: PreTrainedConfig) -> Mlp:
             f"hidden states to the neurons, and one back. Projections that ran: {_listed(shapes)}."
         )
     inputs, output = found[0]
+    _refuse_shared_neurons(observed, inputs, output)
     blocks = inputs[0].outputs // output.inputs
     activation, first = _activation(observed, inputs, blocks)
     ordered = sorted(inputs, key=lambda shape: shape != first)
     return Mlp(
         tuple(shape.path for shape in ordered), blocks, output.path, activation, _width_name(config, output.inputs)
     )
+
+
+def _refuse_shared_neurons(observed: Observed, inputs: list[Shape], output: Shape) -> None:
+    """Refuse an MLP with a norm over all neurons, which changes for the others when one is removed."""
+    projections = {shape.path for shape in (*inputs, output)}
+    for path, parameter in observed.layer.named_parameters():
+        owner = path.rpartition(".")[0]
+        inside = not output.parent or owner.startswith(f"{output.parent}.")
+        if inside and owner not in projections and parameter.shape[0] == output.inputs:
+            raise UnsupportedArchitectureError(
+                f"{path} has a value for each neuron of the MLP (a norm over all of them): removing neurons would "
+                f"change what the others give, and an ArchSpec has no field for such a parameter."
+            )
 
 
 def _activation(observed: Observed, inputs: list[Shape], blocks: int) -> tuple[str | None, Shape]:
