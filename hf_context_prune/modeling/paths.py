@@ -75,7 +75,7 @@ def check_paths(model: nn.Module, spec: ArchSpec) -> None:
             raise _wrong(spec, "head_parameters", path, parameters, "a parameter")
     names = [("width", spec.width), ("query_heads", spec.query_heads), ("kv_heads", spec.kv_heads)]
     for field, name in names:
-        if name is not None and not hasattr(model.config, name):
+        if name is not None and not hasattr(model.config.per_layer_config[0], name):
             known = [key for key in model.config.to_dict() if not key.startswith("_")]
             raise ConfigError(
                 f"The entry of {spec.model_type!r} has {field}={name!r}, but {type(model.config).__name__} has no such "
