@@ -67,3 +67,7 @@ def _tell(model_type: str, *, known: bool, passed: bool, code: str) -> None:
     out("from hf_context_prune import ArchSpec, Projection, register_architecture")
     out("")
     out(f"register_architecture({code})")
+    if "transformers_modules." in code:
+        out("")
+        out("Its classes are code of the folder or repository. Install that code as a package, and name it in their")
+        out('place, such as "my_package.modeling:MyForCausalLM": another process finds them only there.')

@@ -128,7 +128,7 @@ def read_any_config(source: str, folder: Path, revision: str | None, *, trust_re
         )
     except ContextPruneError:
         raise
-    except _CONFIG_ERRORS as error:
+    except Exception as error:  # as of _CONFIG_ERRORS, OSError, or any of the code that was allowed
         raise LoadError(f"The config.json of {source!r} is not a model config: {describe(error)}. {RESTORE}") from error
     _check_functions(source, config)
     _check_rotation(source, getattr(config, "rope_parameters", None))

@@ -94,8 +94,8 @@ def check_architecture(
         LoadError: There is no config, or it is damaged, or its class is in code that may not be run.
         UnsupportedArchitectureError: The model is no causal LM, quantised, or has a part that no entry can describe.
     """
-    config = _read(source, revision, trust_remote_code=trust_remote_code)
-    whole = _build_whole(str(source), config, trust_remote_code=trust_remote_code)
+    config, commit = _read(source, revision, trust_remote_code=trust_remote_code)
+    whole = _build_whole(str(source), config, commit, trust_remote_code=trust_remote_code)
     spec = SPECS.get(config.model_type)
     if spec is None:
         _refuse_far(config)
@@ -109,10 +109,11 @@ def check_architecture(
     return ArchitectureCheck(str(source), config.model_type, type(whole).__name__, known, spec, checks)
 
 
-def _read(source: str | Path, revision: str | None, *, trust_remote_code: bool) -> PreTrainedConfig:
+def _read(source: str | Path, revision: str | None, *, trust_remote_code: bool) -> tuple[PreTrainedConfig, str | None]:
+    """Return the config, of a pruned model that of its base, and the commit of a repository."""
     path = local_path(source)
     if path is not None and path.is_file():
-        return read_gguf_config(path)
+        return read_gguf_config(path), None
     folder = fetch_config(str(source), revision) if path is None else path
     name, commit = (str(source), folder.name) if path is None else (str(path), None)
     refuse_adapter(name, commit)
@@ -120,15 +121,16 @@ def _read(source: str | Path, revision: str | None, *, trust_remote_code: bool) 
         raise LoadError(f"{folder} holds no config.json, so it is not a model folder.")
     config = read_any_config(name, folder, commit, trust_remote_code=trust_remote_code)
     if not config.model_type.startswith(PREFIX):
-        return config
+        return config, commit
     values = config.to_dict()
     for key in ("model_type", "auto_map", "per_layer_config", "architectures"):
         values.pop(key, None)
-    native: PreTrainedConfig = native_class(SPECS[base_model_type(config.model_type)].config_class).from_dict(values)
-    return native
+    return native_class(SPECS[base_model_type(config.model_type)].config_class).from_dict(values), commit
 
 
-def _build_whole(source: str, config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+def _build_whole(
+    source: str, config: PreTrainedConfig, commit: str | None, *, trust_remote_code: bool
+) -> PreTrainedModel:
     """Build the model on the meta device.
 
     Raises:
@@ -141,9 +143,13 @@ def _build_whole(source: str, config: PreTrainedConfig, *, trust_remote_code: bo
         raise UnsupportedArchitectureError(
             f"{source!r} is an encoder and a decoder{said}, no causal LM, and only causal LMs can be pruned."
         )
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    options = {"code_revision": commit} if remote and commit else {}
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **options
+            )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise LoadError(f"No model can be built from the config of {source!r}: {describe(error)}.") from error

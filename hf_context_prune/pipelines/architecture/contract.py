@@ -93,22 +93,25 @@ def run_contract(
     """
     done: list[Check] = []
     for name, check in _CHECKS.items():
-        try:
-            if check is _well_formed:
-                _well_formed(model, spec)
-            else:
-                with in_the_table(spec):
-                    check(model, spec)
-        except (BrokenContract, ContextPruneError) as error:
-            done.append(Check(name, str(error)))
-        except Exception as error:  # a wrong entry breaks the code of the family anywhere
-            done.append(Check(name, f"the model does not run: {describe(error)}"))
-        else:
-            done.append(Check(name))
+        done.append(Check(name, _why_not(check, model, spec)))
         report(done[-1])
         if done[-1].why is not None:
             break
     return tuple(done)
+
+
+def _why_not(check: Callable[[PreTrainedModel, ArchSpec], None], model: PreTrainedModel, spec: ArchSpec) -> str | None:
+    try:
+        if check is _well_formed:
+            check(model, spec)  # before its classes are made
+        else:
+            with in_the_table(spec):
+                check(model, spec)
+    except (BrokenContract, ContextPruneError) as error:
+        return str(error)
+    except Exception as error:  # a wrong entry breaks the code of the family anywhere
+        return f"the model does not run: {describe(error)}"
+    return None
 
 
 def can_be_sliced(checks: Iterable[Check]) -> bool:

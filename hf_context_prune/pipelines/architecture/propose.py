@@ -84,7 +84,7 @@ def propose(tiny: TinyCopy) -> list[ArchSpec]:
     variants = list(product(_layouts(attention.inputs), _attributes(module, tiny, base)))
     proposed = [replace(base, attention_inputs=inputs, attention_attributes=sizes) for inputs, sizes in variants]
     if not fixed:
-        proposed.append(replace(base, fixed_heads=((None, "no way to remove them leaves the others as they are"),)))
+        proposed.append(replace(base, fixed_heads=((None, "without one of them the others give something else"),)))
     return list(dict.fromkeys(proposed))
 
 

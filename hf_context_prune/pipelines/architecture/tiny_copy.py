@@ -29,6 +29,7 @@ _TINY_HEAD_DIMS = (24, 16)
 """Features of a head: one that is not hidden size / heads, where the config can say so, tells shapes apart."""
 _TINY_POSITIONS, _TINY_WINDOW, _TINY_ROTATION = 128, 16, 8
 _MOST_LAYERS = 3
+_MOST_PARAMETERS = 50_000_000
 _SPREAD = 0.2
 """Standard deviation of the weights; large, so that a wrong slice shows."""
 
@@ -58,8 +59,10 @@ def make_tiny_copy(config: PreTrainedConfig, model_class: type[Any]) -> TinyCopy
         model_class: Its class.
 
     Raises:
-        UnsupportedArchitectureError: None of the tiny configs makes a model that runs.
+        UnsupportedArchitectureError: The config lacks a size that every model has, or none of the tiny configs makes a
+            model that runs.
     """
+    _check_names(config)
     error: Exception | None = None
     for head_dim in _TINY_HEAD_DIMS:
         for few in (True, False):
@@ -73,7 +76,7 @@ def make_tiny_copy(config: PreTrainedConfig, model_class: type[Any]) -> TinyCopy
             except Exception as failure:  # the code of any family
                 error = failure
                 continue
-            return _measured(model, head_dim)
+            return _measured(model)
     raise UnsupportedArchitectureError(
         f"No tiny copy of this {config.model_type} model can be made, so no entry can be tested: the sizes in its "
         f"config depend on one another in a way that is not known ({describe(error) if error else ''}). Write the "
@@ -81,14 +84,29 @@ def make_tiny_copy(config: PreTrainedConfig, model_class: type[Any]) -> TinyCopy
     )
 
 
-def _measured(model: PreTrainedModel, head_dim: int) -> TinyCopy:
+def _check_names(config: PreTrainedConfig) -> None:
+    """Refuse a config without the sizes that this package reads of every model, under their usual names."""
+    part = getattr(config, "text_config", None)
+    for name in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(getattr(config, name, None), int):
+            advice = (
+                "its text model has them under text_config: save that one by itself"
+                if part is not None
+                else f"give the class an attribute_map that says which of its attributes is {name!r}"
+            )
+            raise UnsupportedArchitectureError(f"{type(config).__name__} has no {name}; {advice}.")
+    if own_name(config, HEADS) is None:
+        raise UnsupportedArchitectureError(
+            f"{type(config).__name__} has no number of attention heads: {', '.join(HEADS)} are looked for."
+        )
+
+
+def _measured(model: PreTrainedModel) -> TinyCopy:
     config = model.config
-    heads = getattr(config, own_name(config, HEADS) or HEADS[0], TINY_HEADS)
+    heads = getattr(config, own_name(config, HEADS) or HEADS[0])
     name = own_name(config, GROUPS)
     groups = getattr(config, name) if name else None
-    return TinyCopy(
-        model, heads, groups or heads, getattr(config, "head_dim", None) or config.hidden_size // heads or head_dim
-    )
+    return TinyCopy(model, heads, groups or heads, getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def own_name(config: PreTrainedConfig, names: tuple[str, ...]) -> str | None:
@@ -183,6 +201,10 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSO
 
 
 def _random_model(config: PreTrainedConfig, model_class: type[Any]) -> PreTrainedModel:
+    with torch.device("meta"):
+        size = model_class(copy.deepcopy(config)).num_parameters()
+    if size > _MOST_PARAMETERS:
+        raise ValueError(f"it still has {size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = model_class(config).float().eval()
