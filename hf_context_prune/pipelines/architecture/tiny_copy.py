@@ -97,7 +97,8 @@ def _check_names(config: PreTrainedConfig) -> None:
             raise UnsupportedArchitectureError(f"{type(config).__name__} has no {name}; {advice}.")
     if own_name(config, HEADS) is None:
         raise UnsupportedArchitectureError(
-            f"{type(config).__name__} has no number of attention heads: {', '.join(HEADS)} are looked for."
+            f"{type(config).__name__} has no number of attention heads ({', '.join(HEADS)} are looked for), and an "
+            f"ArchSpec can't describe a model without attention."
         )
 
 
