@@ -110,9 +110,9 @@ def _width_name(config: PreTrainedConfig, neurons: int) -> str:
     others = [name for name, value in stored.items() if type(value) is int and value == neurons]
     if not (named or others):
         raise UnsupportedArchitectureError(
-            f"Its MLP has {neurons} neurons where its config is {stored.get('intermediate_size', 'without a width')}, "
-            f"and no config attribute holds that number: the width is computed. An ArchSpec needs an attribute that is "
-            f"the number of neurons (field width; computed_width knows the formula of LFM2 alone)."
+            f"The MLP of its tiny copy has {neurons} neurons at a hidden size of {TINY_HIDDEN}, and no config "
+            f"attribute holds that number, so the width is computed. An ArchSpec needs an attribute that is the number "
+            f"of neurons (width; computed_width knows the formula of LFM2 alone)."
         )
     return (named or others)[0]
 

@@ -16,7 +16,7 @@ from hf_context_prune.storage.model_config import describe
 
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "n_embed", "embed_dim")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "decoder_attention_heads")
 GROUPS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "num_key_value_groups")
 WIDTHS = (
     *("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "shared_intermediate_size", "mlp_hidden_size"),
@@ -70,7 +70,7 @@ def make_tiny_copy(config: PreTrainedConfig, model_class: type[Any]) -> TinyCopy
                 tiny = shrink(config, head_dim, few_layers=few)
                 model = _random_model(tiny, model_class)
                 with torch.no_grad():
-                    logits = model(input_ids=torch.arange(3, 27)[None]).logits
+                    logits = model(input_ids=torch.arange(3, 27)[None], use_cache=False).logits
                 if not torch.isfinite(logits).all():
                     raise ValueError("its logits are not finite")
             except Exception as failure:  # the code of any family
