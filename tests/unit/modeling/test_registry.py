@@ -16,15 +16,27 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from hf_context_prune import ArchSpec, Projection, load_model, load_pruned, register_architecture
+from hf_context_prune import (
+    ArchSpec,
+    EvalOptions,
+    Projection,
+    PrunerConfig,
+    load_model,
+    load_pruned,
+    make_card,
+    prune_to_folder,
+    register_architecture,
+)
 from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitectureError
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.pipelines import vllm_server
 from hf_context_prune.pipelines.architecture.contract import random_plan
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.brook import BrookConfig, BrookForCausalLM
-from tests.support.tiny import tiny_tokenizer, tokens
+from tests.support.marks import TINY_TEXT
+from tests.support.tiny import texts, tiny_tokenizer, tokens
 
 BROOK = ArchSpec(
     "brook",
@@ -125,6 +137,26 @@ def test_a_folder_brings_its_entry_along(tmp_path):
         again = load(folder)
         assert torch.equal(logits(again), logits(smaller))
         assert SPECS["persimmon"] == PERSIMMON
+
+
+@TINY_TEXT
+def test_the_whole_pipeline_takes_it(tmp_path, monkeypatch):
+    """Pruned from a folder, then served and described in a process that never registered it."""
+    register_architecture(PERSIMMON)
+    base = save_pruned(persimmon(), tmp_path / "base", tokenizer=tiny_tokenizer())
+    config = PrunerConfig(pruning_ratio=0.2, num_calibration_samples=8, max_seq_length=32, native_architecture=False)
+    options = EvalOptions(benchmark=False, memory=False)
+    result = prune_to_folder(base, texts(40), tmp_path / "pruned", config, eval_options=options)
+    assert result.model.num_parameters() < persimmon().num_parameters()
+    assert type(result.model).__name__ == "ContextPrunedPersimmonForCausalLM"
+    del SPECS["persimmon"]
+    make_card(tmp_path / "pruned", overwrite=True)
+    assert SPECS.pop("persimmon") == PERSIMMON
+    monkeypatch.setattr(vllm_server, "read_environment", lambda python: {"version": "0.32.0", "plugin": True})
+    assert "--trust-remote-code" in vllm_server.vllm_command(tmp_path / "pruned")  # the plugin can't know it
+    del SPECS["persimmon"]
+    with pytest.raises(UnsupportedArchitectureError, match="'persimmon' is not supported"):
+        load_model(base)
 
 
 def test_no_code_is_imported_because_a_folder_names_it(tmp_path):
