@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hf_context_prune.utils.options import MODEL
+
 from .options import FormatOption, ModelArgument, OutputFormat, RevisionOption, shared
-from .output import out, out_json
+from .output import mark, out, out_json
 
 if TYPE_CHECKING:
     from hf_context_prune.pipelines.architecture.contract import Check
@@ -18,7 +20,7 @@ def check(
     revision: RevisionOption = None,
     trust_remote_code: Annotated[
         bool,
-        shared("Run the code that the folder or repository brings along. Read it first.", None, "--trust-remote-code"),
+        shared("Run the code that the folder or repository brings along. Read it first.", MODEL, "--trust-remote-code"),
     ] = False,
     format: FormatOption = OutputFormat.auto,
 ) -> None:
@@ -45,7 +47,7 @@ def check(
 
 
 def _show(done: Check) -> None:
-    out(f"✓ {done.name}" if done.why is None else f"✗ {done.name}: {done.why}")
+    out(f"{mark(done.why is None)} {done.name}{'' if done.why is None else f': {done.why}'}")
 
 
 def _tell(model_type: str, *, known: bool, passed: bool, code: str) -> None:
@@ -59,10 +61,7 @@ def _tell(model_type: str, *, known: bool, passed: bool, code: str) -> None:
         out(f"{model_type} has no entry that passes. This one came furthest; mend it, and register it:")
         out(code)
         return
-    out(
-        f"{model_type} can be pruned once this has run (fields of the entry that depend on the config are those of this"
-    )
-    out("model's):")
+    out(f"{model_type} can be pruned once this has run:")
     out("")
     out("from hf_context_prune import ArchSpec, Projection, register_architecture")
     out("")

@@ -100,7 +100,7 @@ def check_architecture(
     if spec is None:
         _refuse_far(config)
     tiny = make_tiny_copy(config, type(whole))
-    spec, checks = _try(tiny, [spec] if spec else propose(tiny))
+    spec, checks = _try(tiny, [spec] if spec else _proposed(tiny))
     if holds(checks):
         checks += (_check_whole(whole, spec),)
     for check in checks:
@@ -174,6 +174,15 @@ def _refuse_far(config: PreTrainedConfig) -> None:
             raise UnsupportedArchitectureError(
                 f"The model type {config.model_type!r} can't be pruned: {name} is {value}, so it has {what}."
             )
+
+
+def _proposed(tiny: TinyCopy) -> list[ArchSpec]:
+    try:
+        return propose(tiny)
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(
+            f"No entry can be proposed for the model type {tiny.model.config.model_type!r}. {error}"
+        ) from error
 
 
 def _try(tiny: TinyCopy, specs: list[ArchSpec]) -> tuple[ArchSpec, tuple[Check, ...]]:
