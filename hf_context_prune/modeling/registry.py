@@ -77,7 +77,8 @@ def register_architecture(spec: ArchSpec) -> None:
     A saved model of variable widths brings the entry along: [`load_model`][], [`load_pruned`][] and the commands read
     it there if its classes are those of `transformers`, and plain `transformers` opens the folder by
     ``trust_remote_code=True``. Everything else (pruning a model of this type, `from_pretrained` without remote code)
-    needs this call in each process. ``hf-context-prune check MODEL`` proposes the entry of a model, and tests it.
+    needs this call in each process. Classes of another package are registered with the auto classes of `transformers`
+    too. ``hf-context-prune check MODEL`` proposes the entry of a model, and tests it.
 
     Args:
         spec: The entry. Registering the same one again changes nothing.
@@ -121,8 +122,18 @@ def register_architecture(spec: ArchSpec) -> None:
     model = build_default(spec)
     if model is not None:
         check_paths(model, spec)
+    if ":" in spec.config_class:
+        _register_native(spec)
     SPECS[spec.model_type] = spec
     _register(spec)
+
+
+def _register_native(spec: ArchSpec) -> None:
+    """Let the auto classes open models of classes that are not of `transformers`, as all loading here does."""
+    config_class = native_class(spec.config_class)
+    AutoConfig.register(spec.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, native_class(spec.headless().model_class), exist_ok=True)
+    AutoModelForCausalLM.register(config_class, native_class(spec.model_class), exist_ok=True)
 
 
 def check_entry(spec: ArchSpec) -> None:

@@ -28,7 +28,9 @@ from hf_context_prune import (
     register_architecture,
 )
 from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitectureError
+from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pipelines import vllm_server
 from hf_context_prune.pipelines.architecture.contract import random_plan
@@ -115,6 +117,27 @@ def test_a_registered_model_is_pruned_saved_and_reloaded(tmp_path):
     smaller.save_pretrained(folder)  # over its own files
     twice = apply_plan(smaller, random_plan(smaller, seed=3))
     assert twice.num_parameters() < smaller.num_parameters()
+
+
+def test_models_of_ones_own_classes_are_loaded_from_folders(tmp_path):
+    """Before they are pruned, and where all layers have one width."""
+    register_architecture(BROOK)
+    base = save_pruned(brook(), tmp_path / "base", tokenizer=tiny_tokenizer())
+    loaded = load_model(base, device="cpu").model
+    assert type(loaded) is BrookForCausalLM
+    assert torch.equal(logits(loaded), logits(brook()))
+    narrow = apply_plan(loaded, random_plan(loaded, variable=False))
+    folder = save_pruned(narrow, tmp_path / "narrow", tokenizer=tiny_tokenizer())
+    again = load_pruned(folder)
+    assert type(again) is type(narrow)
+    assert torch.equal(logits(again), logits(narrow))
+    plan = PruningPlan.identity("brook", read_geometry(loaded.config, BROOK))
+    kept = tuple(LayerPlan(tuple(range(20)), layer.kv_groups) for layer in plan.layers)
+    native = apply_plan(loaded, dataclasses.replace(plan, layers=kept))
+    assert type(native) is BrookForCausalLM
+    assert torch.equal(
+        logits(load_pruned(save_pruned(native, tmp_path / "n", tokenizer=tiny_tokenizer()))), logits(native)
+    )
 
 
 def test_the_entry_lies_beside_the_model_and_nothing_else_changes(tmp_path):
