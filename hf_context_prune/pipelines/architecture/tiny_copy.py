@@ -79,8 +79,8 @@ def make_tiny_copy(config: PreTrainedConfig, model_class: type[Any]) -> TinyCopy
             return _measured(model)
     raise UnsupportedArchitectureError(
         f"No tiny copy of this {config.model_type} model can be made, so no entry can be tested: the sizes in its "
-        f"config depend on one another in a way that is not known ({describe(error) if error else ''}). Write the "
-        f"ArchSpec by hand; docs/architectures.md says how."
+        f"config have names, or depend on one another, in a way that is not known "
+        f"({describe(error) if error else ''}). Write the ArchSpec by hand; docs/architectures.md says how."
     )
 
 

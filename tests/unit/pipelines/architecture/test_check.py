@@ -85,6 +85,15 @@ def test_code_of_a_folder_runs_only_where_it_is_allowed(tmp_path, monkeypatch):
     assert "brook" not in SPECS
 
 
+def test_a_tiny_copy_has_a_limit(tmp_path, monkeypatch):
+    """A size by a name that is not known is not made smaller."""
+    monkeypatch.setitem(transformers.CONFIG_MAPPING._extra_content, "brook", brook.BrookConfig)
+    transformers.AutoModelForCausalLM.register(brook.BrookConfig, brook.BrookForCausalLM, exist_ok=True)
+    folder = saved(brook.BrookConfig(bank=10**6), tmp_path)
+    with pytest.raises(UnsupportedArchitectureError, match=r"it still has 38\d,\d{3},\d{3} parameters"):
+        check_architecture(folder)
+
+
 def test_a_model_type_that_nobody_knows(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nobodys"}')
     with pytest.raises(LoadError, match=r"knows no model type 'nobodys'\. Update transformers"):
