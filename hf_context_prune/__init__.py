@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .evaluation.reports.report import EvalReport
     from .export.run import open_export, read_export
     from .modeling.plan import PruningPlan
+    from .modeling.registry import register_architecture
+    from .modeling.specs import ArchSpec, Projection
     from .pipelines.bench import bench
     from .pipelines.evaluate import evaluate
     from .pipelines.export import export_model
@@ -57,12 +59,14 @@ if TYPE_CHECKING:
     from .training.recovery.recover import recover
 
 _HOME = {
+    "ArchSpec": "modeling.specs",
     "CRITERIA": "pruning.criteria",
     "ContextPruneCallback": "training.callback.callback",
     "ContextPruneError": "errors",
     "ContextPruneTrainerMixin": "training.callback.mixin",
     "EvalOptions": "evaluation.options",
     "EvalReport": "evaluation.reports.report",
+    "Projection": "modeling.specs",
     "PruneResult": "pipelines.result",
     "PrunerConfig": "config",
     "PruningPlan": "modeling.plan",
@@ -96,6 +100,7 @@ _HOME = {
     "reconstruct_with": "pruning.planner",
     "recover": "training.recovery.recover",
     "recover_to_folder": "pipelines.recover",
+    "register_architecture": "modeling.registry",
     "tokenize_samples": "data.samples",
     "verify_folder": "storage.manifest",
     "withhold_probe": "pruning.allocation.sensitivity",
@@ -104,11 +109,13 @@ _HOME = {
 
 __all__ = [
     "CRITERIA",
+    "ArchSpec",
     "ContextPruneCallback",
     "ContextPruneError",
     "ContextPruneTrainerMixin",
     "EvalOptions",
     "EvalReport",
+    "Projection",
     "PruneResult",
     "PrunerConfig",
     "PruningPlan",
@@ -143,6 +150,7 @@ __all__ = [
     "reconstruct_with",
     "recover",
     "recover_to_folder",
+    "register_architecture",
     "tokenize_samples",
     "verify_folder",
     "withhold_probe",

@@ -21,6 +21,7 @@ from hf_context_prune.utils.distributed import is_main_process
 
 from .bench import bench
 from .chat import chat
+from .check import check
 from .demo import demo
 from .env import env
 from .evaluate import evaluate
@@ -69,7 +70,7 @@ def _root(
 
 _GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Begin here": (demo, prune, chat),
-    "Look and measure": (inspect, evaluate, bench, report),
+    "Look and measure": (inspect, evaluate, bench, report, check),
     "Improve": (recover,),
     "Use and share": (export, serve, space, card, push),
     "Experiments": (cross_domain, paper_grid),

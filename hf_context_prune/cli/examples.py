@@ -25,6 +25,7 @@ _EXAMPLES = {
     "bench": ("bench demo mini-gpt", "bench demo mini-gpt --new-tokens 64 --output speed"),
     "inspect": ("inspect mini-gpt", "inspect mini-gpt --format json"),
     "report": ("report mini-gpt smaller", "report mini-gpt smaller speed --output comparison"),
+    "check": ("check Qwen/Qwen3-0.6B", "check my-model --trust-remote-code"),
     "export": (
         "export mini-gpt --to gguf --dtype q8_0 --output mini-gguf",
         "export mini-gpt --to onnx --output mini-onnx --data a.txt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,16 @@ def show_error(text: str, console: Console = errors) -> None:
 def out(text: str) -> None:
     """Print a line."""
     print(text, flush=True)  # whoever reads a pipe sees each answer of `chat` when it is there
+
+
+def mark(holds: bool) -> str:
+    """Return a tick or a cross, in letters where the output has no such signs."""
+    tick, cross = "✓", "✗"
+    try:
+        (tick + cross).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        tick, cross = "ok:", "no:"
+    return tick if holds else cross
 
 
 def out_json(value: object) -> None:

@@ -17,8 +17,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_context_prune.errors import UnsupportedArchitectureError
 
 from .geometry import Geometry, LayerWidths, read_geometry
+from .left_out import LEFT_OUT
 from .modeling_context_pruned import is_transposed
-from .specs import SPECS, WRAPPERS, ArchSpec, base_model_type
+from .paths import check_paths
+from .specs import BUILT_IN, SPECS, ArchSpec, bare_name, base_model_type
+from .wrapper_specs import WRAPPERS
 
 Target = Literal["mlp", "attention"]
 TARGETS: tuple[Target, ...] = ("mlp", "attention")
@@ -48,11 +51,13 @@ def spec_of(config: PreTrainedConfig) -> ArchSpec:
             f"a model by its folder; code takes its text part out and puts it back by text_model and with_text of "
             f"hf_context_prune.modeling.wrappers."
         )
+    if spec is None and (why := LEFT_OUT.get(config.model_type)) is not None:
+        raise UnsupportedArchitectureError(f"The model type {config.model_type!r} is not supported: {why}.")
     if spec is None:
         raise UnsupportedArchitectureError(
             f"The model type {config.model_type!r} is not supported. Supported are: "
-            f"{', '.join(sorted([*SPECS, *WRAPPERS]))}. To add one, add its ArchSpec to "
-            f"hf_context_prune/modeling/specs.py (CONTRIBUTING.md has the recipe)."
+            f"{', '.join(sorted([*SPECS, *WRAPPERS]))}. `hf-context-prune check MODEL` looks whether it can be, and "
+            f"prints the entry for register_architecture."
         )
     return spec
 
@@ -66,6 +71,7 @@ def check_supported(model: nn.Module) -> ArchSpec:
     Raises:
         UnsupportedArchitectureError: The class is unknown or wrapped, or the weights are quantised, replaced by an
             adapter or on the meta device.
+        ConfigError: A registered entry has a path that the model lacks.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedArchitectureError(
@@ -73,9 +79,9 @@ def check_supported(model: nn.Module) -> ArchSpec:
             f"unwrap it first (model.module for DDP, model.merge_and_unload() for PEFT)."
         )
     spec = spec_of(model.config)
-    if type(model).__name__.removeprefix("ContextPruned") != spec.model_class:
+    if type(model).__name__.removeprefix("ContextPruned") != (expected := bare_name(spec.model_class)):
         raise UnsupportedArchitectureError(
-            f"The model is a {type(model).__name__}; a {spec.model_type} model must be a {spec.model_class}. Load it "
+            f"The model is a {type(model).__name__}; a {spec.model_type} model must be a {expected}. Load it "
             f"with AutoModelForCausalLM."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
@@ -100,10 +106,18 @@ def check_supported(model: nn.Module) -> ArchSpec:
                 f"This {spec.model_type} model has {name}={getattr(model.config, name)!r}: {why}, and only dense "
                 f"layers can be pruned. Take a model of the family without."
             )
+    if spec.model_type not in BUILT_IN:
+        check_paths(model, spec)
     widths = read_geometry(model.config, spec).layers
     for index, layer in enumerate(layers_of(model, spec)):
+        modules = dict(layer.named_modules())
         for path in _projection_paths(spec, widths[index]):
-            module = layer.get_submodule(path)
+            module = modules.get(path)
+            if module is None:
+                raise UnsupportedArchitectureError(
+                    f"{spec.layers}.{index} has no {path}, so this layer is of another kind than those of "
+                    f"{spec.model_type} that can be pruned."
+                )
             if not _is_plain(module):
                 raise UnsupportedArchitectureError(
                     f"{spec.layers}.{index}.{path} is of class {_qualified_name(module)}, no plain projection: an "

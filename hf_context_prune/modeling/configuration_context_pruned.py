@@ -7,15 +7,19 @@ pickle, ``auto_map`` and remote code all find them by name.
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterable, Iterator
+import pprint
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
 
-from .specs import PREFIX, SPECS, TEXT_SPECS, WRAPPERS, ArchSpec, WrapperSpec, classes_on_demand, text_spec
+from .registered import ENTRIES
+from .specs import BUILT_IN, PREFIX, SPECS, ArchSpec, bare_name, values_of
+from .wrapper_specs import TEXT_SPECS, WRAPPERS, WrapperSpec, text_spec
 
 MAX_LAYERS = 512
 """Most decoder layers of a model; the largest published ones have about 300."""
@@ -27,7 +31,41 @@ MAX_CONFIG_BYTES = 500_000
 
 def config_class_name(spec: ArchSpec | WrapperSpec) -> str:
     """Return the name of the variable-width config class, such as ``ContextPrunedLlamaConfig``."""
-    return f"ContextPruned{spec.config_class}"
+    return f"ContextPruned{bare_name(spec.config_class)}"
+
+
+def native_class(reference: str) -> Any:  # noqa: ANN401 - a class of configs or of models
+    """Return a class that an entry names: of `transformers`, or ``"package.module:Class"``.
+
+    Raises:
+        AttributeError: The module has no such class.
+        ImportError: There is no such module.
+    """
+    module, _, name = reference.rpartition(":")
+    return getattr(importlib.import_module(module) if module else transformers, name)
+
+
+def classes_on_demand(
+    module: str, specs: Callable[[], Mapping[str, Any]], make: Callable[[Any], type]
+) -> Callable[[str], type]:
+    """Return a module-level ``__getattr__`` (PEP 562) that makes an architecture's class on first access to its name.
+
+    Args:
+        module: Name of the module, for the error.
+        specs: Returns the table's entries by class name; asked every time, since entries may be registered later.
+        make: Makes the class of an entry; called once per entry.
+    """
+    made: dict[ArchSpec | WrapperSpec, type] = {}
+
+    def get(name: str) -> type:
+        spec = specs().get(name)
+        if spec is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        if spec not in made:
+            made[spec] = make(spec)
+        return made[spec]
+
+    return get
 
 
 def _check_width(layer: int, name: str, value: object, dense: int) -> None:
@@ -110,6 +148,20 @@ def refuse_other_code(paths: Iterable[str]) -> None:
                 f"{path} is a link, or no modeling file of this model, and would be replaced by the file of that name. "
                 f"Move it, or save the model to another folder."
             )
+
+
+def write_entry(path: str, spec: ArchSpec) -> None:
+    """Write the entry of a registered architecture into the copy of ``registered.py`` beside a saved model.
+
+    Where that file brings the entry already, or the table has it, nothing is written.
+    """
+    if spec.model_type in {*BUILT_IN, *(entry["model_type"] for entry in ENTRIES)}:
+        return
+    with open(path, encoding="utf-8") as file:
+        start, name, _ = file.read().rpartition("ENTRIES: ")
+    entries = pprint.pformat((values_of(spec),), width=110, sort_dicts=False)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"{start}{name}tuple[dict[str, Any], ...] = {entries}\n")
 
 
 def has_tied_head(model: Any) -> bool:  # noqa: ANN401
@@ -284,7 +336,7 @@ def text_config_class(model_type: str) -> Any:  # noqa: ANN401
 
 
 def _make(spec: ArchSpec | WrapperSpec) -> type:
-    parent = getattr(transformers, spec.config_class)
+    parent = native_class(spec.config_class)
     name = config_class_name(spec)
     namespace: dict[str, Any] = {
         "__module__": __name__,
@@ -301,9 +353,12 @@ def _make(spec: ArchSpec | WrapperSpec) -> type:
     return strict(type(name, (ContextPrunedConfigMixin, parent), namespace))
 
 
-_SPEC_BY_NAME = {config_class_name(spec): spec for table in (SPECS, TEXT_SPECS, WRAPPERS) for spec in table.values()}
-__getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
+def _specs_by_name() -> dict[str, ArchSpec | WrapperSpec]:
+    return {config_class_name(spec): spec for table in (SPECS, TEXT_SPECS, WRAPPERS) for spec in table.values()}
+
+
+__getattr__ = classes_on_demand(__name__, _specs_by_name, _make)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SPEC_BY_NAME])
+    return sorted([*globals(), *_specs_by_name()])

@@ -14,27 +14,36 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
-from huggingface_hub import get_local_safetensors_metadata
 from torch import nn
 
 from . import configuration_context_pruned
-from .configuration_context_pruned import config_class_name, config_of_memory, dense_widths, refuse_other_code
+from .configuration_context_pruned import (
+    classes_on_demand,
+    config_class_name,
+    config_of_memory,
+    dense_widths,
+    native_class,
+    refuse_other_code,
+    write_entry,
+)
 from .geometry import Geometry, LayerWidths, read_geometry
-from .specs import PREFIX, SPECS, TEXT_SPECS, WRAPPERS, ArchSpec, WrapperSpec, classes_on_demand
+from .specs import PREFIX, SPECS, ArchSpec, bare_name
+from .weights_header import check_header
+from .wrapper_specs import TEXT_SPECS, WRAPPERS, WrapperSpec
 
-MODELING_FILES = ("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py")
+REGISTERED_FILE = "registered.py"
+"""The modeling file that holds the entry of a registered architecture."""
+MODELING_FILES = (
+    *("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", REGISTERED_FILE, "specs.py"),
+    *("weights_header.py", "wrapper_specs.py"),
+)
 """Files that are copied, without subfolders, beside every saved variable-width model."""
-MAX_HEADER_BYTES = 8_000_000
-"""Most bytes of all safetensors headers of a model together; a thousand layers need about two million."""
 MOST_MANIFEST_BYTES = 16 * 2**20
 """Most bytes of a manifest that are read."""
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types in which a safetensors file holds weights that are not quantised."""
 UPLOAD_CHECKS: list[Callable[[Any, str | None], None]] = []
 """Functions that `push_to_hub` calls with the saved folder and the token before it uploads. Importing the package fills
 this list; where these files are used without the package, the list stays empty."""
@@ -42,7 +51,7 @@ this list; where these files are used without the package, the list stays empty.
 
 def model_class_name(spec: ArchSpec | WrapperSpec) -> str:
     """Return the name of the variable-width class of an entry, such as ``ContextPrunedLlamaForCausalLM``."""
-    return f"ContextPruned{spec.model_class}"
+    return f"ContextPruned{bare_name(spec.model_class)}"
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -142,166 +151,6 @@ def narrow_layer(
         set_attention_sizes(layer, spec, geometry, target.kv_groups, config)
 
 
-def list_shards(index: str) -> list[str]:
-    """Return the names of the shards in a ``model.safetensors.index.json``.
-
-    Raises:
-        ValueError: The file is too large or no index, or a name leads out of its folder.
-    """
-    if (size := os.path.getsize(index)) > MAX_HEADER_BYTES:
-        raise ValueError(f"{index} has {size:,} bytes; an index of shards has at most {MAX_HEADER_BYTES:,}.")
-    try:
-        with open(index, encoding="utf-8") as file:
-            names = set(json.load(file)["weight_map"].values())
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{index} is not an index of shards ({type(error).__name__}). Download or save the model again."
-        ) from error
-    for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{index} names the shard {str(name)[:200]!r}; a shard must be a .safetensors file in the same folder."
-            )
-    return sorted(names)
-
-
-def read_header(folder: str, weights: str | None = None) -> dict[str, Any]:
-    """Return the shape and dtype of every tensor in a folder's safetensors headers, by name.
-
-    Args:
-        folder: A local model folder.
-        weights: The file, or the index of shards, that the config names (``transformers_weights``); None: the usual.
-
-    Returns:
-        `TensorInfo` by name; empty where the folder has no safetensors file that `from_pretrained` would open.
-
-    Raises:
-        ValueError: A shard is missing or a file is damaged, or a header is longer than that of any model.
-    """
-    choices = (weights,) if weights else ("model.safetensors", "model.safetensors.index.json")
-    name = next((name for name in choices if os.path.isfile(os.path.join(folder, name))), None)
-    if name is None:
-        return {}
-    if os.path.basename(name) != name:
-        raise ValueError(f"transformers_weights is {name!r}; it must name a file in the model folder.")
-    names = list_shards(os.path.join(folder, name)) if name.endswith(".index.json") else [name]
-    total, tensors = 0, {}
-    for name in names:
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise ValueError(f"the shard {name}, which the index names, is missing. Download or save the model again.")
-        with open(path, "rb") as file:
-            total += int.from_bytes(file.read(8), "little")
-        if total > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"the header of {name} is longer than {MAX_HEADER_BYTES:,} bytes, so {name} is no safetensors file of "
-                f"a model. Download or save the model again."
-            )
-        try:
-            tensors.update(get_local_safetensors_metadata(path).files_metadata[name].tensors)
-        except Exception as error:  # what a damaged header raises depends on where it is damaged
-            raise ValueError(
-                f"the header of {name} is damaged ({type(error).__name__}). Download or save the model again."
-            ) from error
-    return tensors
-
-
-def format_names(names: Collection[str]) -> str:
-    """Return the first few names, and the number of the rest."""
-    first = ", ".join(sorted(names)[:3])
-    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more ({len(names)} tensors)"
-
-
-def check_header(
-    folder: str,
-    spec: ArchSpec | WrapperSpec,
-    config: Any,  # noqa: ANN401
-    model_class: Any,  # noqa: ANN401
-) -> dict[str, Any]:
-    """Compare the tensors that a config asks for with the safetensors headers, before any weight is read.
-
-    The model is built on the meta device for that, which needs no memory for weights.
-
-    Args:
-        folder: A local model folder; nothing is compared where it holds no safetensors file.
-        spec: The architecture.
-        config: The model's config.
-        model_class: The class that the model is loaded with.
-
-    Returns:
-        The tensors of the headers, as from [`read_header`][].
-
-    Raises:
-        ValueError: Config and weights differ in the number of layers, or a tensor is missing or of another shape.
-    """
-    tensors = read_header(folder, getattr(config, "transformers_weights", None))
-    if not tensors:
-        return tensors  # from_pretrained reports that
-    files = os.path.basename(os.path.normpath(folder))
-    remedy = (
-        "the config does not belong to these weights, or one of them is damaged. Restore the config.json that was "
-        "saved with them, or download or save the model again."
-    )
-    places = (*spec.saved_layers, f"{model_class.base_model_prefix}.{spec.layers}")  # or read by a class without a head
-    layers = next((one for one in places if one and any(name.startswith(f"{one}.") for name in tensors)), spec.layers)
-    numbers = {name[len(layers) + 1 :].partition(".")[0] for name in tensors if name.startswith(f"{layers}.")}
-    present = {int(number) for number in numbers if number.isdecimal()}
-    count = config.get_text_config().num_hidden_layers
-    if beyond := sorted(number for number in present if number >= count):
-        raise ValueError(
-            f"config.json gives {count} layers, but the weights in {files} also have layer "
-            f"{', '.join(map(str, beyond[:3]))}{' and more' if len(beyond) > 3 else ''}: {remedy}"
-        )
-    if len(present) < count:
-        raise ValueError(
-            f"config.json gives {count} layers, but the weights in {files} have {len(present)} of them: {remedy}"
-        )
-    try:
-        with torch.device("meta"):
-            model = model_class(copy.deepcopy(config))
-    except Exception as error:  # of a wrong value: by its type and place, any
-        said = str(error).partition("\n")[0][:300]
-        raise ValueError(
-            f"no model can be built from config.json ({type(error).__name__}: {said}): {remedy}"
-        ) from error
-    missing, other = _compare(model, tensors, packed=getattr(config, "quantization_config", None) is not None)
-    if missing:
-        raise ValueError(f"config.json asks for {format_names(missing)}, which the weights in {files} lack: {remedy}")
-    if other:
-        raise ValueError(f"the weights in {files} hold {format_names(other)}: {remedy}")
-    if (tables := sum(buffer.numel() for buffer in model.buffers())) > model.num_parameters():
-        raise ValueError(f"config.json asks for tables of {tables:,} numbers, more than there are weights: {remedy}")
-    return tensors
-
-
-def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list[str], list[str]]:  # noqa: ANN401
-    """Return the tensors of a model that the files lack, and those that have another shape there, with both shapes.
-
-    `from_pretrained` renames some tensors, so one may be absent if the files hold another that the model does not
-    know, of the same shape. Quantised (`packed`) tensors have other names and shapes, and are not compared.
-    """
-    prefix, expected = f"{model.base_model_prefix}.", model.state_dict()
-    names = {
-        name: next((one for one in (name, prefix + name) if one in tensors), name.removeprefix(prefix))
-        for name in expected
-    }
-    for target, source in model.all_tied_weights_keys.items():  # one of the two is enough
-        names[source] = names[source] if names[source] in tensors else names[target]
-        if names[target] not in tensors:
-            del names[target]
-    renamed = [list(tensors[name].shape) for name in tensors.keys() - set(names.values())]
-    missing, other = [], []
-    for name, saved in names.items():
-        info, shape = tensors.get(saved), list(expected[name].shape)
-        if info is None and shape in renamed:
-            renamed.remove(shape)
-        elif info is None and not packed:
-            missing.append(name)
-        elif info is not None and list(info.shape) != shape and not (packed and info.dtype not in FLOATS):
-            other.append(f"{name} ({list(info.shape)}, the config asks for {shape})")
-    return missing, other
-
-
 def add_companions(source: str, target: str) -> None:
     """Copy card, plan, report and tokenizer from the folder that a model came from, if the weights are unchanged.
 
@@ -398,11 +247,13 @@ class SavedWithCodeMixin:
             result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         for name in copied:
             shutil.copyfile(os.path.join(here, name), os.path.join(save_directory, name))
+        if copied and isinstance(self.spec, ArchSpec):
+            write_entry(os.path.join(save_directory, REGISTERED_FILE), self.spec)
         return result
 
     def _get_name(self) -> str:
         """Return the native class's name, by which `Trainer` decides to shift labels before it smooths them."""
-        return self.spec.model_class
+        return bare_name(self.spec.model_class)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Upload the saved model for `push_to_hub`, with the companion files of the folder that the model came from.
@@ -449,7 +300,7 @@ class ContextPrunedWrapperMixin(SavedWithCodeMixin):
 
 def _make(spec: ArchSpec | WrapperSpec) -> type:
     mixin = ContextPrunedWrapperMixin if isinstance(spec, WrapperSpec) else ContextPrunedModelMixin
-    parent = getattr(transformers, spec.model_class)
+    parent = native_class(spec.model_class)
     config_class = getattr(configuration_context_pruned, config_class_name(spec))
     name = model_class_name(spec)
     namespace = {
@@ -463,13 +314,16 @@ def _make(spec: ArchSpec | WrapperSpec) -> type:
     return type(name, (mixin, parent), namespace)
 
 
-_SPEC_BY_NAME: dict[str, ArchSpec | WrapperSpec] = {
-    **{model_class_name(form): form for spec in SPECS.values() for form in (spec, spec.headless())},
-    **{model_class_name(spec.headless()): spec.headless() for spec in TEXT_SPECS.values()},
-    **{model_class_name(spec): spec for spec in WRAPPERS.values()},
-}
-__getattr__ = classes_on_demand(__name__, _SPEC_BY_NAME, _make)
+def _specs_by_name() -> dict[str, ArchSpec | WrapperSpec]:
+    return {
+        **{model_class_name(form): form for spec in SPECS.values() for form in (spec, spec.headless())},
+        **{model_class_name(spec.headless()): spec.headless() for spec in TEXT_SPECS.values()},
+        **{model_class_name(spec): spec for spec in WRAPPERS.values()},
+    }
+
+
+__getattr__ = classes_on_demand(__name__, _specs_by_name, _make)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SPEC_BY_NAME])
+    return sorted([*globals(), *_specs_by_name()])

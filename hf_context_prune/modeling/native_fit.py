@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.utils.compat import copy_attention_implementation
 
-from .configuration_context_pruned import native_overrides
+from .configuration_context_pruned import native_class, native_overrides
 from .geometry import Geometry, LayerWidths, read_geometry, shared_kv_heads, width_factor
 from .registry import build_auto_map, get_config_class, get_model_class
-from .specs import ArchSpec
+from .specs import ArchSpec, bare_name
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def build_native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequen
     values = _with_widths(config, spec, geometry)
     values |= _common_width(config, spec, widths) or {}
     values |= _head_counts(config, spec, geometry, max(layer.kv_groups for layer in widths))
-    native_class = getattr(transformers, spec.config_class)
-    result: PreTrainedConfig = native_class.from_dict({**values, "architectures": [spec.model_class]})
+    values["architectures"] = [bare_name(spec.model_class)]
+    result: PreTrainedConfig = native_class(spec.config_class).from_dict(values)
     result.validate()
     return result
 
@@ -118,7 +117,7 @@ def assess_native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence
         message = " ".join(str(error.__cause__ or error).split())
         return NativeFit(False, f"{spec.config_class} refuses {max(groups, default=0)} KV groups: {message}")
     try:
-        native_shapes = _shapes(getattr(transformers, spec.model_class), candidate)
+        native_shapes = _shapes(native_class(spec.model_class), candidate)
     except ValueError as error:
         return NativeFit(False, f"{spec.model_class} refuses {max(groups, default=0)} KV groups: {error}")
     if native_shapes != _shapes(get_model_class(spec), build_variable_config(config, spec, widths)):
@@ -133,7 +132,7 @@ def assess_native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence
 def build_empty_model(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedModel:
     """Build a model with these widths on the meta device: of the native class if it fits, else variable-width."""
     if assess_native_fit(config, spec, widths).fits:
-        target, model_class = build_native_config(config, spec, widths), getattr(transformers, spec.model_class)
+        target, model_class = build_native_config(config, spec, widths), native_class(spec.model_class)
     else:
         target, model_class = build_variable_config(config, spec, widths), get_model_class(spec)
     copy_attention_implementation(config, target)

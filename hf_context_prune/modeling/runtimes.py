@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .specs import PREFIX, SPECS, WRAPPERS, base_model_type
+from .specs import PREFIX, SPECS, base_model_type
+from .wrapper_specs import WRAPPERS
 
 GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma")
 """Architectures of llama.cpp that GGUF files are written for."""

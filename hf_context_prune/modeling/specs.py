@@ -2,16 +2,19 @@
 
 An architecture is one [`ArchSpec`][]: where the decoder layers are, which projections read and write the MLP neurons
 and the attention heads, and how the config names their counts. Everything else (surgery, the model class, calibration)
-follows from the entry. To add an architecture, add an entry here and one line to ``tests/support/tiny.py``.
+follows from the entry. To add an architecture, add an entry here and one line to ``tests/support/tiny.py``; programs
+add one by `register_architecture`, and ``registered.py`` brings it along with a saved model.
 
 This file travels with every saved variable-width model, so it imports nothing but the standard library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from .registered import ENTRIES
 
 PREFIX = "context_pruned_"
 """Begins the ``model_type`` of every variable-width model."""
@@ -46,8 +49,8 @@ class ArchSpec:
 
     Attributes:
         model_type: ``config.model_type`` of the native architecture.
-        config_class: Name of the config class in `transformers`.
-        model_class: Name of the causal-LM class in `transformers`.
+        config_class: Name of the config class in `transformers`; of another package, ``"package.module:Class"``.
+        model_class: Name of the causal-LM class, in the same form.
         headless_class: Name of the class without an LM head; None: that of the causal LM with ``Model`` at its end.
         layers: Module path of the list of decoder layers, from the causal-LM model.
         mlp_inputs: Projections whose output features are the neurons (gate and up, or one), relative to the layer.
@@ -120,7 +123,9 @@ class ArchSpec:
 
     def headless(self) -> ArchSpec:
         """Return the entry of the class without an LM head, whose paths begin behind the first module."""
-        name = self.headless_class or self.model_class.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+        own = bare_name(self.model_class)
+        name = own.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+        name = self.headless_class or self.model_class.removesuffix(own) + name
         return replace(self, model_class=name, layers=self.layers.partition(".")[2])
 
 
@@ -146,20 +151,26 @@ _LIKE_LLAMA = {
     "cwm": "Cwm",
 }
 """Names of classes, by model type: families whose modules and config attributes are named as Llama's."""
+_QKV = ("query", "key", "value")
 _SANDWICH = (("attention", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
-_NORM_OVER_HEADS = "a norm over all heads together reads them"
+_OLMO: dict[str, Any] = {
+    "post_norms": _SANDWICH,
+    "fixed_heads": ((None, "a norm over all heads together reads them"),),
+}
 _STACKED_GATE: dict[str, Any] = {
     "mlp_inputs": ("mlp.gate_up_proj",),
     "mlp_blocks": 2,
     "activation": "mlp.activation_fn",
 }
 _UP_ALONE: dict[str, Any] = {"mlp_inputs": ("mlp.up_proj",)}
+_FC: dict[str, Any] = {"mlp_inputs": ("mlp.fc1",), "mlp_output": "mlp.fc2", "activation": "mlp.activation_fn"}
+_SCALED: dict[str, Any] = {"residual_multiplier": "residual_multiplier"}
 _GPT: dict[str, Any] = {
     "layers": "transformer.h",
     "mlp_inputs": ("mlp.c_fc",),
     "mlp_output": "mlp.c_proj",
     "activation": "mlp.act",
-    "attention_inputs": (Projection("attn.c_attn", ("query", "key", "value")),),
+    "attention_inputs": (Projection("attn.c_attn", _QKV),),
     "attention_output": "attn.c_proj",
     "attention": "attn",
     "width": "n_inner",
@@ -189,15 +200,10 @@ SPECS: dict[str, ArchSpec] = {
             refused=(("enable_moe_block", "its layers have experts beside the MLP"),),
         ),
         _llama_like("exaone4", "Exaone4", post_norms=_SANDWICH),
-        _llama_like("olmo2", "Olmo2", post_norms=_SANDWICH, fixed_heads=((None, _NORM_OVER_HEADS),)),
-        _llama_like("olmo3", "Olmo3", post_norms=_SANDWICH, fixed_heads=((None, _NORM_OVER_HEADS),)),
-        _llama_like("granite", "Granite", residual_multiplier="residual_multiplier"),
-        _llama_like(
-            "granite_swa",
-            "GraniteSWA",
-            residual_multiplier="residual_multiplier",
-            head_parameters=("self_attn.sinks",),
-        ),
+        _llama_like("olmo2", "Olmo2", **_OLMO),
+        _llama_like("olmo3", "Olmo3", **_OLMO),
+        _llama_like("granite", "Granite", **_SCALED),
+        _llama_like("granite_swa", "GraniteSWA", head_parameters=("self_attn.sinks",), **_SCALED),
         _llama_like(
             "granitemoehybrid",
             "GraniteMoeHybrid",
@@ -206,14 +212,14 @@ SPECS: dict[str, ArchSpec] = {
             mlp_output="shared_mlp.output_linear",
             activation="shared_mlp.activation",
             width="shared_intermediate_size",
-            residual_multiplier="residual_multiplier",
             refused=(("num_local_experts", "its layers have experts beside the shared MLP"),),
+            **_SCALED,
         ),
         _llama_like(
             "hyperclovax",
             "HyperCLOVAX",
             post_norms=(("attention", "post_norm1"), ("mlp", "post_norm2")),
-            residual_multiplier="residual_multiplier",
+            **_SCALED,
         ),
         _llama_like("cohere", "Cohere", parallel=True, fixed_heads=(("use_qk_norm", "every head has norm weights"),)),
         _llama_like("cohere2", "Cohere2", parallel=True),
@@ -228,9 +234,7 @@ SPECS: dict[str, ArchSpec] = {
         _llama_like("apertus", "Apertus", **_UP_ALONE),
         _llama_like("nemotron", "Nemotron", **_UP_ALONE),
         _llama_like("jais2", "Jais2", **_UP_ALONE),
-        _llama_like(
-            "nanochat", "NanoChat", mlp_inputs=("mlp.fc1",), mlp_output="mlp.fc2", activation="mlp.activation_fn"
-        ),
+        _llama_like("nanochat", "NanoChat", **_FC),
         _llama_like(
             "starcoder2", "Starcoder2", mlp_inputs=("mlp.c_fc",), mlp_output="mlp.c_proj", activation="mlp.act"
         ),
@@ -244,7 +248,7 @@ SPECS: dict[str, ArchSpec] = {
         _llama_like(
             "phi3",
             "Phi3",
-            attention_inputs=(Projection("self_attn.qkv_proj", ("query", "key", "value")),),
+            attention_inputs=(Projection("self_attn.qkv_proj", _QKV),),
             attention_attributes=(("config", "config"), ("num_key_value_heads", "groups")),
             **_STACKED_GATE,
         ),
@@ -264,16 +268,7 @@ SPECS: dict[str, ArchSpec] = {
             attention_output="self_attn.out_proj",
             computed_width="block_auto_adjust_ff_dim",
         ),
-        ArchSpec(
-            "phi",
-            "PhiConfig",
-            "PhiForCausalLM",
-            mlp_inputs=("mlp.fc1",),
-            mlp_output="mlp.fc2",
-            activation="mlp.activation_fn",
-            attention_output="self_attn.dense",
-            parallel=True,
-        ),
+        _llama_like("phi", "Phi", attention_output="self_attn.dense", parallel=True, **_FC),
         ArchSpec(
             "gpt_neox",
             "GPTNeoXConfig",
@@ -282,7 +277,7 @@ SPECS: dict[str, ArchSpec] = {
             mlp_inputs=("mlp.dense_h_to_4h",),
             mlp_output="mlp.dense_4h_to_h",
             activation="mlp.act",
-            attention_inputs=(Projection("attention.query_key_value", ("query", "key", "value"), interleaved=True),),
+            attention_inputs=(Projection("attention.query_key_value", _QKV, interleaved=True),),
             attention_output="attention.dense",
             attention="attention",
             kv_heads=None,
@@ -296,9 +291,7 @@ SPECS: dict[str, ArchSpec] = {
             mlp_inputs=("mlp.dense_h_to_4h",),
             mlp_output="mlp.dense_4h_to_h",
             activation="mlp.act",
-            attention_inputs=(
-                Projection("self_attention.query_key_value", ("query", "key", "value"), interleaved=True),
-            ),
+            attention_inputs=(Projection("self_attention.query_key_value", _QKV, interleaved=True),),
             attention_output="self_attention.dense",
             attention="self_attention",
             width="ffn_hidden_size",
@@ -334,7 +327,7 @@ SPECS: dict[str, ArchSpec] = {
             "GPTBigCodeConfig",
             "GPTBigCodeForCausalLM",
             multi_query=(("multi_query", True),),
-            **_GPT | {"attention_inputs": (Projection("attn.c_attn", ("query", "key", "value"), interleaved=True),)},
+            **_GPT | {"attention_inputs": (Projection("attn.c_attn", _QKV, interleaved=True),)},
         ),
         ArchSpec(
             "gpt_neo",
@@ -354,100 +347,46 @@ SPECS: dict[str, ArchSpec] = {
             "gptj",
             "GPTJConfig",
             "GPTJForCausalLM",
+            layers="transformer.h",
+            mlp_inputs=("mlp.fc_in",),
+            mlp_output="mlp.fc_out",
+            activation="mlp.act",
+            attention_inputs=_separate("attn"),
+            attention_output="attn.out_proj",
+            attention="attn",
+            width="n_inner",
+            query_heads="n_head",
+            kv_heads=None,
+            attention_attributes=(("num_attention_heads", "heads"),),
             parallel=True,
-            **_GPT
-            | {
-                "mlp_inputs": ("mlp.fc_in",),
-                "mlp_output": "mlp.fc_out",
-                "attention_inputs": _separate("attn"),
-                "attention_output": "attn.out_proj",
-                "attention_attributes": (("num_attention_heads", "heads"),),
-            },
         ),
     )
 }
 
 
-TEXT_SPECS: dict[str, ArchSpec] = {
-    "qwen3_vl_text": replace(
-        SPECS["qwen3"],
-        model_type="qwen3_vl_text",
-        config_class="Qwen3VLTextConfig",
-        headless_class="Qwen3VLTextModel",
-    ),
-}
-"""Text parts of which `transformers` has no causal LM, each with one of another family that computes the same."""
+BUILT_IN = frozenset(SPECS)
+"""The model types of the table itself; others were registered."""
 
 
-def text_spec(model_type: str) -> ArchSpec | None:
-    """Return the entry of a wrapper's text part, native or variable-width; None if the table has none."""
-    base = base_model_type(model_type)
-    return TEXT_SPECS.get(base) or SPECS.get(base)
+def values_of(spec: ArchSpec) -> dict[str, Any]:
+    """Return the fields of an entry that differ from their defaults, as numbers, strings, tuples and dictionaries."""
+    given = asdict(spec)
+    return {item.name: given[item.name] for item in fields(spec) if getattr(spec, item.name) != item.default}
 
 
-@dataclass(frozen=True)
-class WrapperSpec:
-    """A model of images and text, whose text part is one of this table.
-
-    Attributes:
-        model_type: ``config.model_type`` of the native architecture.
-        config_class: Name of the config class in `transformers`.
-        model_class: Name of the model class in `transformers`.
-        texts: ``config.text_config.model_type`` of the text parts that it may have.
-        text: Module path of the text part, a model without an LM head.
-    """
-
-    model_type: str
-    config_class: str
-    model_class: str
-    texts: tuple[str, ...]
-    text: str = "model.language_model"
-
-    @property
-    def layers(self) -> str:
-        """Module path of the list of decoder layers."""
-        return f"{self.text}.layers"
-
-    @property
-    def saved_layers(self) -> tuple[str, ...]:
-        """The names of the list of layers in a file: those that `transformers` gives it on saving, too."""
-        text = self.text.partition(".")[2]
-        return self.layers, f"{self.text}.model.layers", f"{text}.model.layers"
+def entry_from(values: Mapping[str, Any]) -> ArchSpec:
+    """Return the entry with these fields, as from [`values_of`][]."""
+    inputs = values.get("attention_inputs")
+    more = {} if inputs is None else {"attention_inputs": tuple(Projection(**one) for one in inputs)}
+    return ArchSpec(**{**values, **more})
 
 
-def _wrapper(model_type: str, name: str, *texts: str) -> WrapperSpec:
-    return WrapperSpec(model_type, f"{name}Config", f"{name}ForConditionalGeneration", texts)
+SPECS |= {entry["model_type"]: entry_from(entry) for entry in ENTRIES}
 
 
-WRAPPERS: dict[str, WrapperSpec] = {
-    spec.model_type: spec
-    for spec in (
-        _wrapper("gemma3", "Gemma3", "gemma3_text"),
-        _wrapper("mistral3", "Mistral3", "mistral", "ministral3"),
-        _wrapper("qwen3_5", "Qwen3_5", "qwen3_5_text"),
-        _wrapper("qwen3_vl", "Qwen3VL", "qwen3_vl_text"),
-    )
-}
-
-
-def classes_on_demand(module: str, specs: Mapping[str, Any], make: Callable[[Any], type]) -> Callable[[str], type]:
-    """Return a module-level ``__getattr__`` (PEP 562) that makes an architecture's class on first access to its name.
-
-    Args:
-        module: Name of the module, for the error.
-        specs: Table entries by class name.
-        make: Makes the class of an entry; called once per entry.
-    """
-    made: dict[str, type] = {}
-
-    def get(name: str) -> type:
-        if name not in specs:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        if name not in made:
-            made[name] = make(specs[name])
-        return made[name]
-
-    return get
+def bare_name(reference: str) -> str:
+    """Return the name of a class without its module."""
+    return reference.rpartition(":")[2]
 
 
 def base_model_type(model_type: str) -> str:

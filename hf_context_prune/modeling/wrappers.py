@@ -23,7 +23,8 @@ from .configuration_context_pruned import has_tied_head
 from .geometry import read_geometry
 from .native_fit import build_native_config, build_variable_config
 from .registry import build_auto_map, get_config_class, get_model_class
-from .specs import PREFIX, SPECS, WRAPPERS, ArchSpec, WrapperSpec, base_model_type, text_spec
+from .specs import PREFIX, SPECS, ArchSpec, base_model_type
+from .wrapper_specs import WRAPPERS, WrapperSpec, text_spec
 
 _HEAD = "lm_head."
 _OF_ANOTHER_CLASS = ("model_type", "auto_map", "architectures", "per_layer_config")

@@ -11,6 +11,7 @@ from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.export.report import ExportReport
 from hf_context_prune.modeling.registry import expose_classes
 from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.model_config import read_config
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME
 from hf_context_prune.utils.version import install_command
 
@@ -41,6 +42,8 @@ def serve(folder: Path, arguments: Sequence[str] = ()) -> None:
                 f"{folder} is an export to {report.format}, which transformers can't serve. Serve the folder that it "
                 f"was made from ({report.source}), or an export to torchao."
             )
+    else:
+        read_config(str(folder), folder, None)  # registers the entry that a folder brings along
     expose_classes()
     sys.argv = ["transformers", "serve", str(folder), *arguments]
     main()

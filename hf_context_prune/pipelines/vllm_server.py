@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.geometry import read_geometry
-from hf_context_prune.modeling.specs import PREFIX
+from hf_context_prune.modeling.specs import BUILT_IN, PREFIX
 from hf_context_prune.modeling.wrappers import text_part, wrapper_spec
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.model_config import read_config
@@ -71,7 +71,8 @@ def vllm_command(folder: Path, arguments: Sequence[str] = (), *, python: Path | 
     command = [str(own), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     if variable:
         command += ["--model-impl", "transformers"]
-    if variable and not found["plugin"]:  # vLLM runs the modeling files in the folder, whose sums are verified
+    # vLLM runs the modeling files in the folder, whose sums are verified; the plugin knows no registered architecture.
+    if variable and not (found["plugin"] and spec.model_type in BUILT_IN):
         if "AutoModel" not in config.auto_map:
             raise ConfigError(
                 f"{folder} is of an older version, whose modeling files have no class for vLLM. Prune again, or "

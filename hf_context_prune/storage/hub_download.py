@@ -9,7 +9,7 @@ from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_context_prune.errors import LoadError
-from hf_context_prune.modeling.modeling_context_pruned import list_shards
+from hf_context_prune.modeling.weights_header import list_shards
 from hf_context_prune.utils.file_names import PROCESSOR_FILES
 
 from .hub_errors import explain_hub_error

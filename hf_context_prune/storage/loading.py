@@ -147,7 +147,7 @@ def load_model(
         ConfigError: The dtype or the device is unknown.
     """
     _check_dtype(dtype)
-    path = _local_path(source)
+    path = local_path(source)
     if path is None:
         return _load_hub(str(source), dtype, revision, device)
     _warn_of_revision(path, revision)
@@ -186,7 +186,7 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", revision: str | None
         ```
     """
     _check_dtype(dtype)
-    path = _local_path(folder)
+    path = local_path(folder)
     if path is None:
         return _load_hub(str(folder), dtype, revision, device=None).whole
     if path.is_file():
@@ -209,7 +209,7 @@ def load_meta_model(source: str | Path, *, revision: str | None = None, whole: b
         LoadError: The config is missing or damaged, does not fit local weights, or no model of its sizes can be built.
         UnsupportedArchitectureError: Its architecture is not in the table.
     """
-    path = _local_path(source)
+    path = local_path(source)
     if path is not None:
         _warn_of_revision(path, revision)
         verify_if_ours(path, hash_weights=False)
@@ -250,8 +250,12 @@ def _check_dtype(dtype: str) -> None:
         raise ConfigError(unknown_name("dtype", dtype, _DTYPES))
 
 
-def _local_path(source: str | Path) -> Path | None:
-    """Return the folder or GGUF file that a source names; None for a Hub id. The one place that knows "demo"."""
+def local_path(source: str | Path) -> Path | None:
+    """Return the folder or GGUF file that a source names; None for a Hub id. The one place that knows "demo".
+
+    Raises:
+        LoadError: The source is empty, another file, or a path that does not exist.
+    """
     if isinstance(source, str) and not source.strip():  # Path would take it for the current folder
         raise LoadError(f"MODEL is {source!r}; it must be {MODEL_KINDS}.")
     path = expand_home(source, LoadError)

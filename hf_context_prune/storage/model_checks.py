@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
-from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS
+from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS, native_class
 from hf_context_prune.modeling.geometry import neurons_of, read_head_dim
-from hf_context_prune.modeling.modeling_context_pruned import FLOATS, check_header, format_names, read_header
 from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import PREFIX, ArchSpec, WrapperSpec
+from hf_context_prune.modeling.specs import PREFIX, ArchSpec
+from hf_context_prune.modeling.weights_header import FLOATS, check_header, format_names, read_header
+from hf_context_prune.modeling.wrapper_specs import WrapperSpec
 from hf_context_prune.modeling.wrappers import wrapper_spec
 from hf_context_prune.utils.files import open_regular
 from hf_context_prune.utils.links import resolve_inside
@@ -133,7 +133,7 @@ def model_class_of(config: PreTrainedConfig) -> type[Any]:
     """Return the class that loads a model of this config, native or of variable width."""
     spec = _entry_of(config)
     variable = str(config.model_type).startswith(PREFIX)
-    return get_model_class(spec) if variable else getattr(transformers, spec.model_class)
+    return get_model_class(spec) if variable else native_class(spec.model_class)
 
 
 def check_weights(folder: Path, config: PreTrainedConfig) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import (
@@ -23,11 +23,12 @@ from transformers.utils import (
 
 from hf_context_prune.errors import ContextPruneError, LoadError, UnsupportedArchitectureError, unknown_name
 from hf_context_prune.modeling.architectures import QUANTISED, spec_of
-from hf_context_prune.modeling.configuration_context_pruned import check_config_size, check_counts
-from hf_context_prune.modeling.specs import text_spec
+from hf_context_prune.modeling.configuration_context_pruned import check_config_size, check_counts, native_class
+from hf_context_prune.modeling.wrapper_specs import text_spec
 from hf_context_prune.modeling.wrappers import text_entry, text_part, wrapper_spec
 
 from .model_checks import MAX_SIZE, RESTORE, check_size, check_sizes, list_size_fields
+from .registered_entry import register_entry_of
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 _INSTALLED = {
@@ -78,6 +79,7 @@ def read_config(source: str, folder: Path, revision: str | None) -> PreTrainedCo
                 f"The config.json of {source!r} holds a {type(values).__name__}, not an object with the fields of a "
                 f"model config. {RESTORE}"
             )
+        register_entry_of(source, folder, revision, values)
         if values.get("model_type"):  # before AutoConfig, which may know the type only by remote code
             _check_values(source, values)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -91,6 +93,49 @@ def read_config(source: str, folder: Path, revision: str | None) -> PreTrainedCo
     _check_rotation(source, getattr(text, "rope_parameters", None))
     for part in {id(part): part for part in (config, text)}.values():
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+    return config
+
+
+def read_any_config(source: str, folder: Path, revision: str | None, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read the config of a model whose architecture may be unknown, with the checks that need no table entry.
+
+    Args:
+        source: A model folder or Hub id.
+        folder: The local folder of its config.json.
+        revision: Commit on the Hub; None for a folder.
+        trust_remote_code: Whether to run code of the folder or repository, where its config names some.
+
+    Raises:
+        LoadError: The config is damaged, or its class is in code of the folder that may not be run.
+        UnsupportedArchitectureError: The weights are quantised.
+    """
+    try:
+        check_config_size(str(folder))
+        values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        register_entry_of(source, folder, revision, values)
+        _refuse_quantised(source, values)
+        check_counts(values.get("num_hidden_layers"), values.get("per_layer_config"), values.get("num_labels"))
+        kind = values.get("model_type")
+        if not trust_remote_code and kind not in CONFIG_MAPPING:
+            code = values.get("auto_map")
+            raise LoadError(
+                f"transformers {transformers.__version__} knows no model type {kind!r}. "
+                + (
+                    f"{source!r} brings code of its own ({code}), which was not run: read it, and allow it by "
+                    f"--trust-remote-code."
+                    if code
+                    else "Update transformers, if a later version has it."
+                )
+            )
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except ContextPruneError:
+        raise
+    except Exception as error:  # as of _CONFIG_ERRORS, OSError, or any of the code that was allowed
+        raise LoadError(f"The config.json of {source!r} is not a model config: {describe(error)}. {RESTORE}") from error
+    _check_functions(source, config)
+    _check_rotation(source, getattr(config, "rope_parameters", None))
     return config
 
 
@@ -144,7 +189,7 @@ def _check_values(source: str, values: Mapping[str, Any]) -> None:
         values = text
     spec = spec_of(model) if wrapper is None else text_spec(str(values["model_type"]))
     assert spec is not None  # `text_entry` has found it
-    names = getattr(transformers, spec.config_class).attribute_map
+    names = native_class(spec.config_class).attribute_map
     for field in list_size_fields(spec):
         for name in {field, names.get(field, field)}:
             if values.get(name) is not None:  # null may stand for a default

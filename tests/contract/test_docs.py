@@ -164,7 +164,7 @@ def test_python_runs(page, place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("hf_context_prune.pipelines.prune.EvalOptions", lambda: QUICK)
     names = training_names(place) if page == "docs/training.md" else {}
-    criteria = dict(CRITERIA)
+    criteria, specs = dict(CRITERIA), dict(SPECS)
     for block in blocks_of(page):
         if block.language == "python" and not block.needs:
             text = block.text
@@ -173,6 +173,8 @@ def test_python_runs(page, place, monkeypatch):
             exec(compile(text, block.place, "exec"), names)
     CRITERIA.clear()
     CRITERIA.update(criteria)
+    SPECS.clear()
+    SPECS.update(specs)
 
 
 @cache

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_context_prune import PrunerConfig, RecoveryConfig, prune, recover
 from hf_context_prune.errors import LoadError, LoadWarning, SaveError
-from hf_context_prune.modeling.architectures import layers_of, output_projection, output_weight
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.geometry import read_geometry
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
+from hf_context_prune.modeling.plan import PruningPlan, Vocabulary
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS
-from hf_context_prune.pruning.surgery import apply_plan, kept_features
+from hf_context_prune.pipelines.architecture.contract import masked, random_plan
+from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.tiny import CASES, COVERING, FAMILIES, VOCABULARY, case, texts, tiny_model, tiny_tokenizer, tokens
@@ -35,38 +35,6 @@ SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
 
 def spec_of_case(name):
     return SPECS[case(name).config.model_type]
-
-
-def random_plan(model, *, seed=0, variable=True):
-    """Keep a random part: other widths in every layer, or the same."""
-    spec = SPECS[model.config.model_type.removeprefix("context_pruned_")]
-    geometry = read_geometry(model.config, spec)
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(total, count):
-        return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
-
-    layers = []
-    for index, width in enumerate(geometry.layers):
-        step = index if variable else 0
-        neurons = max(1, width.neurons * 3 // 4 - step)
-        groups = width.kv_groups and max(1, width.kv_groups - 1 - step % 2)
-        layers.append(LayerPlan(choose(width.neurons, neurons), choose(width.kv_groups, groups)))
-    return PruningPlan(spec.model_type, geometry.layers, tuple(layers), fingerprint(model))
-
-
-def masked(model, plan):
-    """The base model with the plan's pruned units silenced: zero columns in the output projections."""
-    spec = SPECS[model.config.model_type]
-    geometry = read_geometry(model.config, spec)
-    silenced = copy.deepcopy(model)
-    for kept, widths, layer in zip(plan.layers, plan.dense, layers_of(silenced, spec), strict=True):
-        for target in widths.targets:
-            weight = output_weight(output_projection(layer, spec, target))
-            gone = torch.ones(weight.shape[1], dtype=torch.bool)
-            gone[kept_features(geometry, target, kept.kept(target))] = False
-            weight[:, gone] = 0
-    return silenced
 
 
 def logits(model):

@@ -13,9 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from hf_context_prune.errors import LoadError
 from hf_context_prune.modeling.modeling_context_pruned import model_class_name
 from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.pipelines.architecture.contract import random_plan
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
-from tests.contract.test_families import random_plan
 from tests.support.tiny import CASES, COVERING, VOCABULARY, case, tokens
 
 IDS = tokens(2, 24).clamp(max=VOCABULARY - 9)

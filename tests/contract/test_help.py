@@ -98,5 +98,5 @@ def test_completion_names_commands_and_options():
         request = {"_HF_CONTEXT_PRUNE_COMPLETE": "complete_bash", "COMP_WORDS": words}
         return run_alone(**request, COMP_CWORD=str(len(words.split()) - 1)).split()
 
-    assert complete("hf-context-prune ch") == ["chat"]
+    assert complete("hf-context-prune ch") == ["chat", "check"]
     assert complete("hf-context-prune chat --temp") == ["--temperature"]

@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from hf_context_prune.errors import SaveError, UnsupportedArchitectureError
 from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import WRAPPERS
 from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.modeling.wrapper_specs import WRAPPERS
 from hf_context_prune.modeling.wrappers import text_model, with_text
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model, load_pruned

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from hf_context_prune import load_pruned
+from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.pipelines.architecture.contract import random_plan
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
-from tests.contract.test_families import IDS, logits, random_plan
+from tests.contract.test_families import IDS, logits
 from tests.integration.test_serving import CHAT, MESSAGES, ask, serving
 from tests.support.environments import environment
 from tests.support.export_folders import save
@@ -164,7 +166,7 @@ def test_the_plugin_registers_the_classes(vllm, tmp_path):
     model = tiny_model("llama", **WIDE["llama"])
     smaller = apply_plan(model, random_plan(model))
     folder = save_pruned(smaller, tmp_path / "pruned", tokenizer=tiny_tokenizer())
-    for name in ("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "specs.py"):
+    for name in MODELING_FILES:
         (folder / name).write_text("raise RuntimeError('remote code ran')\n")
     script = (SUPPORT / "vllm_worker.py").read_text().replace("trust_remote_code=True", "trust_remote_code=False")
     (tmp_path / "worker.py").write_text(script)

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 import transformers
 
-from hf_context_prune.modeling.specs import WRAPPERS
+from hf_context_prune.modeling.wrapper_specs import WRAPPERS
 
 from .tiny import COMMON, FAMILIES, VOCABULARY
 

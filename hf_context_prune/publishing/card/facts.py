@@ -11,9 +11,11 @@ from typing import Any
 from hf_context_prune.errors import LoadError, NumericsError
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.modeling.specs import PREFIX, WRAPPERS, base_model_type
+from hf_context_prune.modeling.specs import PREFIX, base_model_type
+from hf_context_prune.modeling.wrapper_specs import WRAPPERS
 from hf_context_prune.storage.known_models import name_of_base
 from hf_context_prune.storage.manifest import verify_folder
+from hf_context_prune.storage.registered_entry import register_entry_of
 from hf_context_prune.utils.file_names import PLAN_NAME, REPORT_NAME
 from hf_context_prune.utils.foreign_code import find_foreign_code
 from hf_context_prune.utils.reading import read_json, why
@@ -117,6 +119,7 @@ def read_facts(folder: str | Path, *, name: str | None = None) -> CardFacts:
 def facts_in(folder: Path, *, name: str, report: EvalReport | None = None) -> CardFacts:
     """Read the facts of a folder, which may have no manifest yet; a newer report takes the place of the one in it."""
     config = _read_config(folder / "config.json")
+    register_entry_of(str(folder), folder, None, config)  # what is said of runtimes depends on the architecture
     if report is None and (folder / REPORT_NAME).is_file():
         report = EvalReport.load(folder / REPORT_NAME)
     return CardFacts(

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.pipelines.architecture.contract import random_plan
 from hf_context_prune.pipelines.vllm_server import vllm_command
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
-from tests.contract.test_families import random_plan
 from tests.support.export_folders import save
 from tests.support.tiny import tiny_model, tiny_tokenizer
 

@@ -368,8 +368,11 @@ def test_a_huge_width_is_refused_before_it_is_allocated(tmp_path):
 
 def test_unknown_model_types_are_refused():
     config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=20)
-    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom' is not supported.*gpt2, .*llama.*specs\.py"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom' is not supported: .*4 \* hidden_size"):
         check_supported(transformers.BloomForCausalLM(config))
+    config = transformers.XGLMConfig(d_model=16, num_layers=1, attention_heads=2, ffn_dim=8, vocab_size=20)
+    with pytest.raises(UnsupportedArchitectureError, match=r"'xglm' is not supported.*gpt2, .*llama.*check MODEL"):
+        check_supported(transformers.XGLMForCausalLM(config))
 
 
 def test_other_heads_of_a_known_type_are_refused():

@@ -1,0 +1,1 @@
+"""Whether an unknown architecture can be pruned: a proposed table entry, tested on a tiny copy of the model."""
