@@ -98,7 +98,7 @@ def test_the_demo_model_is_known_by_its_checksum(tmp_path, monkeypatch):
 
 
 def test_a_model_in_memory_names_the_folder_that_it_is_from(tmp_path):
-    model = SimpleNamespace(config=SimpleNamespace(name_or_path=str(tmp_path)))
+    model = SimpleNamespace(config=SimpleNamespace(name_or_path=str(tmp_path), model_type="llama"))
     loaded = LoadedModel.from_memory(model, None)
     assert (loaded.source, loaded.name) == (tmp_path, tmp_path.name)
     model.config.name_or_path = "org/model"
