@@ -21,11 +21,16 @@ from transformers import (
 from hf_context_prune import PrunerConfig, RecoveryConfig, ThresholdConfig, load_model, prune, prune_to_folder
 from hf_context_prune.errors import ConfigError, ContextPruneError
 from hf_context_prune.evaluation.speed import measure_peak_memory
-from hf_context_prune.modeling.wrappers import text_model
+from hf_context_prune.modeling.runtimes import runtimes_of
+from hf_context_prune.modeling.wrappers import text_model, with_text
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pipelines.recover import recover_to_folder
+from hf_context_prune.pipelines.vllm_server import vllm_command
+from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.publishing.card.facts import read_facts
 from hf_context_prune.storage.loading import load_meta_model
+from hf_context_prune.storage.saving import save_pruned
+from tests.contract.test_families import random_plan
 from tests.support.hub.client import client
 from tests.support.hub.process import HubProcess
 from tests.support.hub.server import files_of
@@ -224,6 +229,17 @@ def test_a_damaged_config_is_refused_with_its_field(place, tmp_path, subtests):
         for load in (load_model, load_meta_model):
             with subtests.test(message=message, load=load.__name__), pytest.raises(ContextPruneError, match=message):
                 load(folder)
+
+
+def test_vllm_is_refused_where_widths_vary(tmp_path):
+    wrapper = tiny_wrapper("qwen3_vl")
+    text = text_model(wrapper)
+    smaller = with_text(wrapper, apply_plan(text, random_plan(text)))
+    folder = save_pruned(smaller, tmp_path / "pruned", tokenizer=tokenizer_of_images())
+    with pytest.raises(ConfigError, match=r"--native-architecture.*--text-only"):
+        vllm_command(folder)
+    opens = {runtime.name: runtime.opens for runtime in runtimes_of(smaller.config.to_dict(), str(folder))}
+    assert opens == {"transformers": True, "llama.cpp, Ollama": False, "vLLM": False}
 
 
 @pytest.mark.slow
