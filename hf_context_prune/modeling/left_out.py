@@ -8,8 +8,9 @@ LEFT_OUT = {
     "falcon_h1": "attention and Mamba of a layer are scaled and added before the residual stream "
     "(`FalconH1DecoderLayer`: `mamba_hidden_states + attention_hidden_states`), and gate and output of the MLP have "
     "factors of their own (`FalconH1MLP`: `gate_multiplier`, `down_multiplier`)",
-    "gemma3n_text": "its MLPs keep the neurons above a quantile of all of them (`Gemma3nTextMLP`: a cut at a quantile of the gates), so "
-    "that removing one changes the others, and hidden states run in several streams (`Gemma3nTextAltUp`)",
+    "gemma3n_text": "its MLPs keep the neurons above a quantile of all of them (`Gemma3nTextMLP`, "
+    "`activation_sparsity`), so that removing one changes the others, and hidden states run in several streams "
+    "(`Gemma3nTextAltUp`)",
     "olmo_hybrid": "three tensors of its files become one on loading, and others change their names "
     "(`linear_attn.q_conv1d`, `k_conv1d` and `v_conv1d`), so widths and weights of a folder can't be compared before "
     "they are read, and `A_log` stays in float32 in a bfloat16 model",
