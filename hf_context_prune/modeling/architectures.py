@@ -223,9 +223,9 @@ def _input_rows(
     if target == "mlp":
         for path in spec.mlp_inputs:
             module = layer.get_submodule(path)
-            neurons = output_weight(module).shape[0] // spec.mlp_blocks
-            blocks = [list(range(unit, spec.mlp_blocks * neurons, neurons)) for unit in range(neurons)]
-            yield module, None if spec.mlp_blocks == 1 else blocks
+            rows = output_weight(module).shape[0]
+            neurons = rows // spec.mlp_blocks
+            yield module, None if rows == neurons else [list(range(unit, rows, neurons)) for unit in range(neurons)]
     else:
         for projection in spec.attention_inputs:
             rows = [geometry.projection_features(projection, [group], groups) for group in range(groups)]

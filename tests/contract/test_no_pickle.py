@@ -23,7 +23,7 @@ CALLS = {
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"),
 }
 PLAIN_YAML = "utils/reading.py yaml.load(text, Loader=_PlainLoader)"
-LOADERS = ("AutoModelForCausalLM", "AutoModel", "PreTrainedModel", "AutoPeftModelForCausalLM", "PeftModel")
+LOADERS = ("AutoModelForCausalLM", "AutoModel", "PreTrainedModel", "AutoPeftModelForCausalLM", "PeftModel", "auto")
 
 
 def calls():
