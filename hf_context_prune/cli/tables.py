@@ -60,15 +60,20 @@ def export_table(report: ExportReport) -> Table:
     return table
 
 
+_UNITS = {"neurons": "MLP neurons", "kv_groups": "KV groups"}
+
+
 def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:
     """Return the sizes before and after pruning; a row for each run of equal layers."""
     table = Table(title="Widths by layer", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("layers", "MLP neurons", "kept", "KV groups", "kept"):
+    units = [unit for unit in _UNITS if any(getattr(layer, unit) for layer in dense)]
+    for name in ("layers", *(heading for unit in units for heading in (_UNITS[unit], "kept"))):
         table.add_column(name, justify="right")
     first = 0
     for (a, b), run in groupby(zip(dense, widths, strict=True)):
         last = first + len(list(run)) - 1
         layers = str(first) if first == last else f"{first} to {last}"
-        table.add_row(layers, *map(str, (a.neurons, b.neurons, a.kv_groups, b.kv_groups)))
+        counts = [(getattr(a, unit), getattr(b, unit)) for unit in units]
+        table.add_row(layers, *(str(count) if before else "-" for before, kept in counts for count in (before, kept)))
         first = last + 1
     return table

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
 from hf_context_prune.errors import ExportError, PruningWarning
-from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.architectures import layers_of, spec_of
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
-from hf_context_prune.modeling.geometry import Geometry, read_geometry
+from hf_context_prune.modeling.geometry import Geometry, read_geometry, widths_vary
 from hf_context_prune.modeling.runtimes import GGUF_VARIABLE
 from hf_context_prune.modeling.specs import base_model_type
 from hf_context_prune.storage.loading import LoadedModel
@@ -27,6 +28,9 @@ from hf_context_prune.utils.memory import fits_in_memory
 
 from .arrays import as_file_array
 from .formats import Importance
+from .gguf_families import FAMILIES, GgufFamily, check_conventions
+from .gguf_rope import check_rope, write_rope
+from .gguf_tensors import Tensors, full_groups, key_value_heads
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
 from .k_quants import MIXTURES, bytes_of, quantize, type_of
 from .llama_cpp import LlamaCppRuntime
@@ -40,37 +44,14 @@ _TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _TYPES |= {name: (mixture.kind, mixture.file_type) for name, mixture in MIXTURES.items()}
+_EXACT = ("conv1d.weight", "shortconv.conv.weight", "ssm_a", "ssm_d", "ssm_norm.weight", "ssm_dt.bias")
+"""Ends of the names of tensors that llama.cpp takes in float32 alone."""
 _Q8_BLOCK = 32
 _NEURONS = {"f16": 64, "bf16": 64, "q8_0": _Q8_BLOCK}
 """MLP widths are filled up to a multiple of this with neurons that are zero. llama.cpp takes 64 16-bit inputs at a time
 (AVX-512; 32 with AVX2 and NEON) and the rest of a row one by one, which is several times as slow."""
 _K_BLOCKS = (256, 32)
 """The same for k-quants: the multiple that makes the smaller file."""
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Name and conventions of an architecture in llama.cpp.
-
-    transformers rotates feature i of a query or key head with i + half; llama.cpp's older architectures rotate
-    neighbours (`interleaved`). A norm multiplies by its weight plus `norm_offset`, which is then added to the weight.
-    """
-
-    arch: MODEL_ARCH
-    interleaved: bool
-    activation: tuple[str, ...] = ("silu",)
-    norm_offset: float = 0.0
-
-
-_FAMILIES = {
-    "llama": _Family(MODEL_ARCH.LLAMA, interleaved=True),
-    "mistral": _Family(MODEL_ARCH.LLAMA, interleaved=True),
-    "qwen2": _Family(MODEL_ARCH.QWEN2, interleaved=False),
-    "qwen3": _Family(MODEL_ARCH.QWEN3, interleaved=False),
-    "smollm3": _Family(MODEL_ARCH.SMOLLM3, interleaved=True),
-    "granite": _Family(MODEL_ARCH.GRANITE, interleaved=True),
-    "gemma": _Family(MODEL_ARCH.GEMMA, interleaved=False, activation=("gelu_pytorch_tanh", "gelu"), norm_offset=1.0),
-}
 
 
 def check(loaded: LoadedModel, dtype: str) -> None:
@@ -81,12 +62,13 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     """
     config = loaded.model.config
     family = base_model_type(config.model_type)
-    if family not in _FAMILIES:
+    if family not in FAMILIES:
         raise ExportError(
-            f"GGUF is written for {', '.join(_FAMILIES)}, but this is a {family} model. Export to another format, "
+            f"GGUF is written for {', '.join(FAMILIES)}, but this is a {family} model. Export to another format, "
             f"such as onnx."
         )
-    variable = _is_variable(_geometry(loaded, dtype))
+    geometry = _geometry(loaded, dtype)
+    variable = widths_vary(geometry.layers)
     if variable and family not in GGUF_VARIABLE:
         raise ExportError(
             f"llama.cpp has no {family} architecture with widths that vary from layer to layer (only for "
@@ -101,22 +83,13 @@ def check(loaded: LoadedModel, dtype: str) -> None:
             f"llama.cpp's architecture for variable widths has no biases, but {', '.join(biases)} have biases. Prune "
             f"to uniform widths (prune --native-architecture), or export to another format."
         )
-    if config.hidden_act not in _FAMILIES[family].activation:
-        raise ExportError(
-            f"llama.cpp computes {family} with {_FAMILIES[family].activation[0]}, but hidden_act is "
-            f"{config.hidden_act!r}. Export to another format."
-        )
-    if family == "smollm3" and any(bool(use) != bool((i + 1) % 4) for i, use in enumerate(config.no_rope_layers)):
-        raise ExportError(
-            f"llama.cpp rotates all layers of smollm3 except every fourth, but no_rope_layers is "
-            f"{config.no_rope_layers}. Export to another format."
-        )
-    kind, kinds = _rope_kind(config), ("default", "linear", "llama3") if family in GGUF_VARIABLE else ("default",)
-    if kind not in kinds:
-        raise ExportError(
-            f"The rope type {kind!r} of a {family} model can't be written to GGUF; allowed are {', '.join(kinds)}. "
-            f"Export to another format."
-        )
+    conventions = FAMILIES[family]
+    check_conventions(config, family)
+    check_rope(config, family, conventions)
+    if conventions.full_heads:
+        full_groups(geometry)
+    for _ in Tensors(loaded.model, geometry, conventions.arch, conventions).sources():
+        pass  # all have a name
     check_tokenizer(loaded.tokenizer)
 
 
@@ -129,21 +102,21 @@ def write(loaded: LoadedModel, folder: Path, dtype: str, importance: Importance 
         dtype: Data type of the weights.
         importance: Mean square of each input, by the name of the weight that reads it; for k-quants.
     """
-    geometry, family = _geometry(loaded, dtype), _FAMILIES[base_model_type(loaded.model.config.model_type)]
-    arch = MODEL_ARCH.DECI if _is_variable(geometry) else family.arch
+    geometry, family = _geometry(loaded, dtype), FAMILIES[base_model_type(loaded.model.config.model_type)]
+    arch = MODEL_ARCH.DECI if widths_vary(geometry.layers) else family.arch
     file_type = _TYPES[dtype][1]
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     spools = not fits_in_memory(weights)  # the writer holds all tensors, else in a temporary file
     writer = GGUFWriter(folder / FILE_NAME, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=spools)
     try:
-        _write_sizes(writer, loaded, geometry)
+        _write_sizes(writer, loaded, geometry, family)
         _write_licence(writer, read_base_card(loaded))
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         rows = loaded.model.get_input_embeddings().weight.shape[0]
         write_tokenizer(writer, loaded.model, loaded.tokenizer, rows)
         blocks = _Blocks(loaded, dtype, importance or {})
-        for source, name, values in _tensors(loaded, geometry, arch, family):
+        for source, name, values in Tensors(loaded.model, geometry, arch, family):
             chosen, data = blocks.of(source, name, values)
             # The writer can't tell the type of a quantised array; it can tell numpy's types.
             raw = None if chosen in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) else chosen
@@ -180,6 +153,8 @@ class _Blocks:
             name: Its name in llama.cpp.
             values: Its values.
         """
+        if name.endswith(_EXACT):
+            return GGMLQuantizationType.F32, values
         if self._mixture is None:
             kind = _type_of(values, _TYPES[self._dtype][0])
             return kind, gguf.quants.quantize(values, kind)
@@ -231,25 +206,20 @@ def _filled_up(neurons: int, hidden: int, dtype: str) -> int:
     return min(widths, key=lambda width: bytes_of(((width, hidden), (width, hidden), (hidden, width)), mixture.kind))
 
 
-def _is_variable(geometry: Geometry) -> bool:
-    return len(set(geometry.layers)) > 1
-
-
-def _rope_kind(config: Any) -> str:  # noqa: ANN401
-    return str((config.rope_parameters or {}).get("rope_type", "default"))
-
-
-def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry) -> None:
+def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry, family: GgufFamily) -> None:
     config = loaded.model.config
-    neurons = [widths.neurons for widths in geometry.layers]
-    kv_heads = [widths.kv_groups for widths in geometry.layers]
-    heads = [count * geometry.queries_per_group for count in kv_heads]
-    if not _is_variable(geometry):
-        neurons, kv_heads, heads = neurons[0], kv_heads[0], heads[0]  # type: ignore[assignment]
+    neurons: Any = [widths.neurons for widths in geometry.layers]
+    kv_heads: Any = key_value_heads(config, spec_of(config))
+    if family.full_heads:
+        kv_heads = [count and full_groups(geometry) for count in kv_heads]
+    heads: Any = [count * geometry.queries_per_group for count in kv_heads]
+    if not widths_vary(geometry.layers):
+        neurons, heads = neurons[0], max(heads)
+        kv_heads = max(kv_heads) if family.interval or len(set(kv_heads)) == 1 else kv_heads
     writer.add_name(loaded.name)
     writer.add_block_count(len(geometry.layers))
-    # A sliding window is not written: beyond it, the file would give other results than the model.
-    window = getattr(config, "sliding_window", None) if _slides(config) else None
+    # A sliding window that llama.cpp does not have: beyond it, the file would give other results than the model.
+    window = getattr(config, "sliding_window", None) if _slides(config) and family.period is None else None
     writer.add_context_length(min(filter(None, (config.max_position_embeddings, window))))
     writer.add_embedding_length(geometry.hidden_size)
     writer.add_feed_forward_length(neurons)
@@ -257,15 +227,24 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry) ->
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(geometry.head_dim)
     writer.add_value_length(geometry.head_dim)
-    writer.add_rope_dimension_count(geometry.head_dim)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.model_type == "granite":
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
-        writer.add_attention_scale(config.attention_multiplier)
+    write_rope(writer, loaded.model, geometry, family)
+    if family.interval:
+        writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
+    for method, source in family.numbers:
+        values = [getattr(config, name) for name in source.split("*")] if isinstance(source, str) else [source]
+        if None not in values:
+            getattr(writer, f"add_{method}")(math.prod(values) if len(values) > 1 else values[0])
+    if family.activation == ("xielu",):
+        _write_xielu(writer, loaded.model)
     writer.add_vocab_size(loaded.model.get_input_embeddings().weight.shape[0])
+
+
+def _write_xielu(writer: GGUFWriter, model: Any) -> None:  # noqa: ANN401
+    """Write the numbers of the activation of every layer, which transformers keeps as tensors."""
+    spec = spec_of(model.config)
+    functions = [layer.get_submodule(spec.activation) for layer in layers_of(model, spec)]
+    for name in ("alpha_n", "alpha_p", "beta", "eps"):
+        getattr(writer, f"add_xielu_{name}")([getattr(function, name).item() for function in functions])
 
 
 def _write_licence(writer: GGUFWriter, card: Mapping[str, Any]) -> None:
@@ -281,58 +260,6 @@ def _write_licence(writer: GGUFWriter, card: Mapping[str, Any]) -> None:
 
 def _slides(config: Any) -> bool:  # noqa: ANN401
     return bool(getattr(config, "use_sliding_window", True))
-
-
-def _tensors(
-    loaded: LoadedModel, geometry: Geometry, arch: MODEL_ARCH, family: _Family
-) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
-    """Yield the names of llama.cpp's tensors, in the model and in the file, and their float32 values."""
-    names = gguf.get_tensor_name_map(arch, len(geometry.layers))
-    tied = has_tied_head(loaded.model)
-    neurons = dict(_neuron_axes(loaded.model, geometry))
-    for name, parameter in loaded.model.state_dict().items():
-        if tied and name.startswith("lm_head."):
-            continue  # llama.cpp uses the embedding where the head is missing
-        values = parameter.float()
-        if family.interleaved and any(f".{role}_proj." in name for role in "qk"):
-            values = _neighbours(values, geometry.head_dim)
-        if name.endswith("norm.weight"):
-            values = values + family.norm_offset
-        if name in neurons:
-            axis, width = neurons[name]
-            missing = (0, width - values.shape[axis])
-            values = torch.nn.functional.pad(values, missing if axis == values.ndim - 1 else (0, 0, *missing))
-        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if new is None:
-            raise ExportError(f"llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]} has no tensor for {name}.")
-        yield name, new, values.numpy()
-    if _rope_kind(loaded.model.config) != "default":
-        yield "", "rope_freqs.weight", _rope_factors(loaded.model, geometry.head_dim)
-
-
-def _neuron_axes(model: Any, geometry: Geometry) -> Iterator[tuple[str, tuple[int, int]]]:  # noqa: ANN401
-    """Yield the name of each tensor that has neurons, with their axis and their number in the file."""
-    spec = spec_of(model.config)
-    for index, layer in enumerate(geometry.layers):
-        for path in spec.mlp_inputs:
-            yield f"{spec.layers}.{index}.{path}.weight", (0, layer.neurons)
-            yield f"{spec.layers}.{index}.{path}.bias", (0, layer.neurons)
-        yield f"{spec.layers}.{index}.{spec.mlp_output}.weight", (1, layer.neurons)
-
-
-def _neighbours(values: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the features of every head so that features rotated together, i and i + half, are neighbours."""
-    halves = values.unflatten(0, (-1, 2, head_dim // 2))
-    return halves.transpose(1, 2).reshape(values.shape)
-
-
-def _rope_factors(model: Any, head_dim: int) -> NDArray[np.float32]:  # noqa: ANN401
-    """Return the divisor of each plain frequency: the form in which linear and Llama 3 scaling are written."""
-    used = model.get_decoder().rotary_emb.inv_freq.double()
-    theta = float(model.config.rope_parameters["rope_theta"])
-    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    factors: NDArray[np.float32] = (plain / used.cpu()).float().numpy()
-    return factors
 
 
 def _type_of(values: NDArray[np.float32], kind: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -16,6 +16,7 @@ from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import DataError
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.inference import evaluation_mode
+from hf_context_prune.modeling.modeling_context_pruned import is_transposed
 from hf_context_prune.storage.loading import LoadedModel
 
 _SAMPLES, _LENGTH, _TOGETHER = 64, 512, 4
@@ -49,7 +50,7 @@ def measure_importance(
         source,
         loaded.tokenizer,
         num_samples=_SAMPLES,
-        max_seq_length=_LENGTH,
+        max_seq_length=min(_LENGTH, model.config.max_position_embeddings),
         seed=seed,
         warn_if_short=False,
     )
@@ -70,7 +71,7 @@ def measure_importance(
     hooks = [
         module.register_forward_pre_hook(note(f"{name}.weight"))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) or is_transposed(module)
     ]
     try:
         with evaluation_mode(model):

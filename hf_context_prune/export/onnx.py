@@ -22,6 +22,8 @@ from transformers import DynamicCache
 
 from hf_context_prune.errors import ExportError
 from hf_context_prune.modeling.generation import get_end_token_ids, with_plain_generation
+from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, why_not_onnx
+from hf_context_prune.modeling.specs import base_model_type
 from hf_context_prune.storage.loading import LoadedModel
 
 from .arrays import as_file_array
@@ -33,18 +35,28 @@ _CACHE = "cache.layers."
 
 
 def check(loaded: LoadedModel, dtype: str) -> None:
-    """Refuse sliding windows: their cache drops tokens outside the window, which a traced graph can't do.
+    """Refuse layers without attention, and sliding windows.
+
+    The cache of a window drops tokens outside of it, which a traced graph can't do.
 
     Raises:
-        ExportError: A layer has a window that is shorter than the model's positions.
+        ExportError: A layer has no attention, or a window that is shorter than the model's positions.
     """
     config = loaded.model.config
+    family = base_model_type(config.model_type)
+    in_gguf = family in GGUF_FAMILIES
+    if (why := why_not_onnx(config)) is not None:
+        raise ExportError(
+            f"{loaded.name} is a {family} model, which can't be exported to ONNX: {why}. Export to "
+            f"{'gguf, ' if in_gguf else ''}quanto or torchao."
+        )
     cache = DynamicCache(config=config)
     if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         raise ExportError(
             f"{loaded.name} has layers with a sliding window of {config.sliding_window} tokens, which the ONNX graph "
-            f"can't hold. Export to quanto or torchao (Mistral also to gguf). Or, if your texts are not longer than "
-            f"the window, set sliding_window to null in config.json and prune the model again."
+            f"can't hold. Export to {'gguf, ' if in_gguf else ''}quanto or torchao. Or, if your texts are not longer "
+            f"than the window, let all layers see all tokens in config.json (sliding_window null, or layer_types with "
+            f"full_attention alone) and prune the model again."
         )
 
 

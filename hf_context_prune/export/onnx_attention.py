@@ -43,6 +43,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,  # noqa: ANN401
 ) -> tuple[torch.Tensor, None]:
     """Attend as an attention function of transformers does, with the query heads of a group as rows of one product.
@@ -55,6 +56,7 @@ def attend(
         attention_mask: Additive mask [batch, 1, tokens, cached and new tokens]; None: every token sees all.
         scaling: Factor of the scores; None: 1 / sqrt(features).
         softcap: Limit of the scores, as in Gemma 2.
+        s_aux: Score of a sink for each query head, whose share of the attention goes nowhere; None: no sinks.
 
     Returns:
         Output [batch, tokens, query heads, features]; no attention weights.
@@ -68,5 +70,9 @@ def attend(
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = (scores.unflatten(2, rows) + attention_mask.unsqueeze(2)).flatten(2, 3)
-    output = torch.softmax(scores, dim=-1) @ value
+    if s_aux is not None:
+        sinks = s_aux.to(scores).view(groups, rows[0], 1).expand(-1, -1, tokens).reshape(1, groups, -1, 1)
+        scores = torch.cat([scores, sinks.expand(batch, -1, -1, -1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    output = (weights if s_aux is None else weights[..., :-1]) @ value
     return output.reshape(batch, heads, tokens, features).transpose(1, 2).contiguous(), None

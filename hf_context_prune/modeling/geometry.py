@@ -40,6 +40,17 @@ class LayerWidths:
         return tuple(target for target in UNIT_NAMES if self.of(target))
 
 
+def widths_vary(layers: Sequence[LayerWidths]) -> bool:
+    """Return whether layers differ in their neurons, or those with removable heads in their KV groups."""
+    groups = {layer.kv_groups for layer in layers if layer.kv_groups}
+    return len({layer.neurons for layer in layers}) > 1 or len(groups) > 1
+
+
+def units_of(layers: Sequence[LayerWidths]) -> tuple[str, ...]:
+    """Return the names of the units that any of the layers has."""
+    return tuple(name for target, name in UNIT_NAMES.items() if any(layer.of(target) for layer in layers))
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of a whole model, read from its config alone.

@@ -8,13 +8,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .specs import PREFIX, SPECS, base_model_type
+from .geometry import WITHOUT_ATTENTION
+from .specs import BUILT_IN, PREFIX, SPECS, base_model_type
 from .wrapper_specs import WRAPPERS
 
-GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma")
-"""Architectures of llama.cpp that GGUF files are written for."""
+NO_GGUF = (
+    *("ministral", "gemma4_text", "vaultgemma", "helium", "cwm", "granite_swa"),
+    *("hyperclovax", "nanochat", "opt", "gpt_neo", "gptj"),
+)
+"""Families that llama.cpp has no architecture for, or none that is verified."""
+GGUF_FAMILIES = tuple(name for name in SPECS if name in BUILT_IN and name not in NO_GGUF)
+"""Families that GGUF files are written for."""
 GGUF_VARIABLE = ("llama", "mistral")
 """Those of them whose widths may differ by layer, if they have no biases."""
+
+
+def why_not_onnx(config: Any) -> str | None:  # noqa: ANN401
+    """Return why a model can't be exported to ONNX; None where it can, but for sliding windows.
+
+    Args:
+        config: The config of the model.
+    """
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) & set(WITHOUT_ATTENTION))
+    return f"the graph can't hold the states of layers without attention ({', '.join(kinds)})" if kinds else None
 
 
 @dataclass(frozen=True)

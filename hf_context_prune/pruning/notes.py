@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import TextSource
+from hf_context_prune.modeling.geometry import widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.thresholds.prune import zeros_note
@@ -27,7 +28,7 @@ def sizes_note(plan: PruningPlan) -> tuple[str, ...]:
     if not {"variable", "native", "base"} <= losses.keys():
         return ()
     more = (losses["native"] - losses["variable"]) / losses["base"]
-    if len(set(plan.widths)) > 1:
+    if widths_vary(plan.widths):
         return (
             f"Widths differ by layer. One width for all layers (--native-architecture), which opens without this "
             f"package, is predicted to cost {more:.1%} more bits per byte.",

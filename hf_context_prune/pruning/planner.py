@@ -116,7 +116,7 @@ def make_plan(
         )
     _refuse_sequential(config)
     view, targets = ModelView.of(model), Requirements.of(config).targets
-    wanted = {(layer, target) for layer in range(len(view.widths)) for target in targets}
+    wanted = set(view.places(targets))
     if not wanted <= set(stats.targets):
         layer, target = min(wanted - set(stats.targets))
         raise ConfigError(

@@ -26,9 +26,12 @@ import hf_context_prune
 from hf_context_prune import EvalOptions, PrunerConfig, RecoveryConfig, prune_to_folder
 from hf_context_prune.cli.app import app, main
 from hf_context_prune.modeling.architectures import SPECS
+from hf_context_prune.modeling.runtimes import GGUF_FAMILIES
+from hf_context_prune.modeling.specs import BUILT_IN
 from hf_context_prune.pruning.criteria import CRITERIA
 from hf_context_prune.publishing.space.settings import read_space_settings
 from hf_context_prune.utils.options import read_options
+from tests.support.families_page import families_page
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -355,6 +358,12 @@ def test_figures_of_the_answers_are_those_of_the_results():
     found = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+|,\d{3})(?![\w.]*\w)", re.sub(r"`[^`]*`", "", prose("docs/faq.md")))
     assert len(found) > 20
     assert [number for number in found if not re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d)", results)] == []
+
+
+def test_the_table_of_families_is_written_from_the_tables():
+    assert PAGES["docs/families.md"] == families_page(), "run python -m tests.support.families_page"
+    assert f"{len(GGUF_FAMILIES)} of [{len(BUILT_IN)} families]" in PAGES["README.md"]
+    assert f"{len(GGUF_FAMILIES)} of {len(BUILT_IN)} [families]" in PAGES["docs/export.md"]
 
 
 def test_install_commands_work_today():

@@ -27,7 +27,18 @@ from hf_context_prune.pipelines.architecture.contract import masked, random_plan
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
-from tests.support.tiny import CASES, COVERING, FAMILIES, VOCABULARY, case, texts, tiny_model, tiny_tokenizer, tokens
+from tests.support.tiny import (
+    CASES,
+    COVERING,
+    FAMILIES,
+    VOCABULARY,
+    case,
+    features_of,
+    texts,
+    tiny_model,
+    tiny_tokenizer,
+    tokens,
+)
 
 IDS = tokens(2, 24).clamp(max=VOCABULARY - 9)
 SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
@@ -327,6 +338,10 @@ def test_a_model_of_several_dtypes_is_not_saved_as_one(tmp_path):
     with pytest.raises(SaveError, match="weights are bfloat16 and float32"):
         save_pruned(same, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_covering_set_has_every_feature():
+    assert set().union(*map(features_of, COVERING)) == set().union(*map(features_of, CASES))
 
 
 def test_every_entry_has_a_tiny_model():

@@ -12,6 +12,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hf_context_prune.modeling.architectures import is_parallel, residual_scale
+from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION, kv_groups_of, shared_kv_heads, why_heads_stay
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.utils import precision
 
@@ -185,10 +187,36 @@ def case(name: str, **more):
 
 
 CASES = [*FAMILIES, *VARIANTS]
-COVERING = ["llama-mqa-tied", "gpt2", "gpt_neox", "gemma2", "granite", "phi"]
-"""Together they have every feature that the code tells apart: gated, stacked, interleaved and transposed projections,
-norms behind a sub-layer, parallel sub-layers, scaled residuals, tied heads; MQA, GQA and MHA. For tests outside the
-contract of the families."""
+COVERING = [
+    *("llama-mqa-tied", "gpt2", "gpt_neox", "gemma2", "granite", "phi"),
+    *("phi3", "qwen3_5_text", "granite_swa", "gpt_bigcode-multi-query", "olmo2", "lfm2"),
+]
+"""Together they have every feature that the code tells apart (`features_of`). For tests outside the contract of the
+families, and for those of its tests that take long."""
+
+
+def features_of(name: str) -> set[object]:
+    """What the code tells apart in a family or variant."""
+    config = case(name).config
+    spec = SPECS[config.model_type]
+    kinds = {kind for kind in getattr(config, "layer_types", None) or () if kind in WITHOUT_ATTENTION}
+    first = config.per_layer_config[0]
+    groups, heads = kv_groups_of(first, spec), getattr(first, spec.query_heads)
+    return {
+        ("MLP", len(spec.mlp_inputs), spec.mlp_blocks, spec.activation is None),
+        *(("projection", len(p.roles) > 1, p.interleaved, p.blocks) for p in spec.attention_inputs),
+        ("transposed", spec.transposed),
+        ("heads", "MQA" if groups == 1 else "MHA" if groups == heads else "GQA"),
+        ("shared head", shared_kv_heads(config, spec) is not None),
+        ("heads stay", why_heads_stay(config, spec) is not None),
+        ("without attention", bool(kinds)),
+        ("head parameters", bool(spec.head_parameters)),
+        ("computed width", bool(spec.computed_width and getattr(config, spec.computed_width))),
+        ("parallel", is_parallel(config, spec)),
+        ("post norms", bool(spec.post_norms)),
+        ("scaled residual", residual_scale(config, spec) != 1.0),
+        ("tied", config.tie_word_embeddings),
+    }
 
 
 def tokens(count: int = 4, length: int = 20, *, seed: int = 1) -> torch.Tensor:

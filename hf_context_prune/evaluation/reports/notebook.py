@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 from html import escape
 
+from hf_context_prune.modeling.geometry import widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 
-from .plots import describe_widths, plot_widths, png_of, widths_vary
+from .plots import describe_widths, plot_widths, png_of
 from .report import EvalReport
 from .rows import table_header, table_rows
 from .summary import headline
@@ -30,7 +31,7 @@ def result_html(report: EvalReport, plan: PruningPlan) -> str:
 
 
 def _widths(plan: PruningPlan) -> str:
-    if not widths_vary(plan):
+    if not widths_vary(plan.widths):
         return ""
     data = base64.b64encode(png_of(plot_widths(plan, describe_widths(plan)), dpi=80)).decode()
     return f'<img alt="Neurons and KV groups of every layer, before and after" src="data:image/png;base64,{data}">'

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_context_prune.errors import SaveError
+from hf_context_prune.modeling.geometry import units_of
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.utils.palette import PALETTE, SERIES
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TITLE_LETTERS = 90
+_UNIT_LABELS = {"neurons": "MLP neurons", "kv_groups": "KV groups"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,6 @@ def _legend_beside(axis: Axes) -> None:
         text.set_parse_math(False)
 
 
-def widths_vary(plan: PruningPlan) -> bool:
-    """Return whether layers differ in width, so that a picture of the widths says something."""
-    return len(set(plan.widths)) > 1
-
-
 def describe_widths(plan: PruningPlan, removed: float | None = None) -> str:
     """Return a title that says the result, as "20 % of the parameters gone; most neurons from layers 12 to 20".
 
@@ -98,9 +95,10 @@ def describe_widths(plan: PruningPlan, removed: float | None = None) -> str:
     """
     gone = {
         unit: [getattr(d, unit) - getattr(w, unit) for d, w in zip(plan.dense, plan.widths, strict=True)]
-        for unit in ("neurons", "kv_groups")
+        for unit in units_of(plan.dense)
     }
-    unit, name = ("neurons", "neurons") if any(gone["neurons"]) else ("kv_groups", "KV groups")
+    heads_alone = not any(gone["neurons"]) and any(gone.get("kv_groups", ()))
+    unit, name = ("kv_groups", "KV groups") if heads_alone else ("neurons", "neurons")
     lost, total = gone[unit], sum(getattr(widths, unit) for widths in plan.dense)
     share = f"{100 * sum(lost) / total:.0f} % of the {name} gone" if removed is None else ""
     start = share or f"{100 * (removed or 0.0):.0f} % of the parameters gone"
@@ -128,9 +126,11 @@ def plot_widths(plan: PruningPlan, title: str) -> Figure:
 
     figure = new_figure(figsize=(8, 4.5))
     figure.subplots_adjust(left=0.1, right=0.86, top=0.92, bottom=0.11)  # a fitted layout takes twice as long
-    axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    units = units_of(plan.dense)
+    axes = figure.subplots(len(units), 1, sharex=True, squeeze=False, height_ratios=(3, 1)[: len(units)])[:, 0]
+    shown = [(axis, unit, _UNIT_LABELS[unit]) for axis, unit in zip(axes, units, strict=True)]
     layers = range(len(plan.dense))
-    for axis, unit, label in ((axes[0], "neurons", "MLP neurons"), (axes[1], "kv_groups", "KV groups")):
+    for axis, unit, label in shown:
         before, kept = ([getattr(widths, unit) for widths in which] for which in (plan.dense, plan.widths))
         removed = [all_ - left for all_, left in zip(before, kept, strict=True)]
         axis.bar(layers, kept, width=0.9, color=PALETTE["pruned"], label="kept")
@@ -140,8 +140,8 @@ def plot_widths(plan: PruningPlan, title: str) -> Figure:
         axis.yaxis.set_major_locator(MaxNLocator(nbins=6 if unit == "neurons" else min(4, max(before)), integer=True))
         style_axis(axis, title if unit == "neurons" else "")
     axes[0].set_xlim(-0.5, len(plan.dense) - 0.5)
-    axes[1].xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
-    axes[1].set_xlabel("layer", color=PALETTE["ink"])
+    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
+    axes[-1].set_xlabel("layer", color=PALETTE["ink"])
     _legend_beside(axes[0])
     return figure
 

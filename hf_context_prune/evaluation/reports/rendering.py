@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.modeling.geometry import widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.manifest import verify_if_ours
 from hf_context_prune.storage.staging import resolve_target, staged_folder
@@ -19,7 +20,7 @@ from hf_context_prune.utils.links import resolve_inside
 
 from .formatting import format_percent
 from .markdown import inert, one_line, table
-from .plots import PlotPoint, describe_widths, plot_curves, plot_losses, plot_matrix, plot_widths, png_of, widths_vary
+from .plots import PlotPoint, describe_widths, plot_curves, plot_losses, plot_matrix, plot_widths, png_of
 from .report import EvalReport, LossFacts
 from .rows import table_header, table_rows
 from .run_report import AnyReport, RunReport, load_report
@@ -230,7 +231,7 @@ def _draw_png(name: str, draw: Callable[..., Figure], *values: Any) -> bytes:  #
 def draw_pictures(folder: Folder) -> dict[str, tuple[str, bytes]]:
     """Return (title, bytes of a PNG file) by file name."""
     found: dict[str, tuple[str, bytes]] = {}
-    if folder.plan is not None and widths_vary(folder.plan):
+    if folder.plan is not None and widths_vary(folder.plan.widths):
         removed = folder.report.size.achieved_ratio if isinstance(folder.report, EvalReport) else None
         result = describe_widths(folder.plan, removed)
         found["widths.png"] = (f"{folder.name}: {result}", _draw_png(folder.name, plot_widths, folder.plan, result))

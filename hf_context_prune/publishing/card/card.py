@@ -18,8 +18,9 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.reports.markdown import Trusted, inert
-from hf_context_prune.evaluation.reports.plots import describe_widths, plot_widths, png_of, widths_vary
+from hf_context_prune.evaluation.reports.plots import describe_widths, plot_widths, png_of
 from hf_context_prune.evaluation.reports.report import EvalReport
+from hf_context_prune.modeling.geometry import widths_vary
 from hf_context_prune.storage.manifest import hash_file, verify_folder
 from hf_context_prune.storage.staging import staged_folder
 from hf_context_prune.utils.file_names import CARD_NAME, PICTURE_NAME, PLAN_NAME, REPORT_NAME, RESULTS_NAME
@@ -73,7 +74,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
     """
     facts = replace(facts, foreign_code=tuple(find_foreign_code(folder)))
     write_file(folder / CARD_NAME, str(build_card(facts)))
-    if widths_vary(facts.plan):
+    if widths_vary(facts.plan.widths):
         removed = facts.report.size.achieved_ratio if facts.report is not None else None
         picture = plot_widths(facts.plan, describe_widths(facts.plan, removed))
         write_file(folder / PICTURE_NAME, png_of(picture))

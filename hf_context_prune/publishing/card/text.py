@@ -8,10 +8,11 @@ from typing import Any
 
 from hf_context_prune.data.records import IN_MEMORY
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
-from hf_context_prune.evaluation.reports.plots import widths_vary
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.evaluation.reports.rows import table_header, table_rows, text_rows
 from hf_context_prune.evaluation.reports.summary import headline
+from hf_context_prune.modeling.geometry import units_of, widths_vary
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.runtimes import runtimes_of
 from hf_context_prune.publishing.prompts import choose_plan_prompts
 from hf_context_prune.utils.file_names import PICTURE_NAME
@@ -36,11 +37,7 @@ def body_values(facts: CardFacts) -> dict[str, Any]:
         "name": facts.name,
         "headline": _headline(facts),
         "summary": _summary(facts),
-        "picture": Trusted(
-            f"![MLP neurons and KV groups of every layer, before and after]({PICTURE_NAME})"
-            if widths_vary(facts.plan)
-            else ""
-        ),
+        "picture": _picture(facts.plan),
         "purpose": _purpose(facts),
         "not_for": _NOT_FOR,
         "removed": _removed(facts),
@@ -108,11 +105,21 @@ def _purpose(facts: CardFacts) -> Trusted:
     return Trusted(f"{text}{domain}: language modelling and completion, and as a starting point for fine-tuning.")
 
 
+def _picture(plan: PruningPlan) -> Trusted:
+    """Return the picture of the widths; "" where all layers are alike."""
+    names = {"neurons": "MLP neurons", "kv_groups": "KV groups"}
+    shown = " and ".join(names[unit] for unit in units_of(plan.dense))
+    return Trusted(f"![{shown} of every layer, before and after]({PICTURE_NAME})" if widths_vary(plan.widths) else "")
+
+
 def _removed(facts: CardFacts) -> Trusted:
     plan, lines = facts.plan, []
-    for label, unit in (("MLP neurons", "neurons"), ("attention KV groups (with their query heads)", "kv_groups")):
-        before = [getattr(widths, unit) for widths in plan.dense]
-        now = [getattr(widths, unit) for widths in plan.widths]
+    labels = {"neurons": "MLP neurons", "kv_groups": "attention KV groups (with their query heads)"}
+    for unit in units_of(plan.dense):
+        before = [count for widths in plan.dense if (count := getattr(widths, unit))]
+        now = [count for widths in plan.widths if (count := getattr(widths, unit))]
+        some = "" if len(before) == len(plan.dense) else f", in {len(before)} of {len(plan.dense)} layers"
+        label = f"{labels[unit]}{some}"
         spread = f"{min(now):,}" if min(now) == max(now) else f"{min(now):,} to {max(now):,}"
         lines.append(
             f"- {label}: {sum(now):,} of {sum(before):,} remain ({_share(sum(now), sum(before))} removed); {spread} "

@@ -16,6 +16,7 @@ from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError
 from hf_context_prune.evaluation.reports.formatting import format_ratio, format_share
 from hf_context_prune.evaluation.reports.report import EvalReport, LossFacts
 from hf_context_prune.evaluation.reports.rows import table_rows
+from hf_context_prune.modeling.geometry import units_of
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.hub_errors import explain_hub_error
 from hf_context_prune.storage.manifest import verify_folder
@@ -141,9 +142,10 @@ def describe_removal(facts: Facts) -> list[str]:
         _describe_units("MLP neurons", [w.neurons for w in dense], [w.neurons for w in kept])
         + " Each is a feature that a layer computes."
     )
-    sentences.append(
-        _describe_units("KV groups (attention heads)", [w.kv_groups for w in dense], [w.kv_groups for w in kept])
-    )
+    if "kv_groups" in units_of(dense):
+        sentences.append(
+            _describe_units("KV groups (attention heads)", [w.kv_groups for w in dense], [w.kv_groups for w in kept])
+        )
     if plan.vocabulary is None:
         sentences.append("The vocabulary is complete.")
     else:
@@ -176,7 +178,7 @@ def _describe_method(facts: Facts) -> list[str]:
 
 
 def _describe_units(what: str, dense: Sequence[int], kept: Sequence[int]) -> str:
-    total, left = sum(dense), sum(kept)
+    total, left, kept = sum(dense), sum(kept), [count for count in kept if count]  # without layers that have none
     if total == left:
         return f"{what}: all {total:,} remain."
     spread = f"{min(kept):,}" if min(kept) == max(kept) else f"{min(kept):,} to {max(kept):,}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_context_prune.evaluation.reports.plots import widths_vary
+from hf_context_prune.modeling.geometry import units_of, widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 
 from .compare import Side, View
@@ -121,26 +121,30 @@ def table_html(content: tuple[list[str], list[list[str]]], caption: str) -> str:
 
 def has_widths(facts: Facts) -> bool:
     """Return whether the widths differ from layer to layer, so that a chart of them says something."""
-    return facts.plan is not None and widths_vary(facts.plan)
+    return facts.plan is not None and widths_vary(facts.plan.widths)
 
 
 def widths_html(facts: Facts) -> str:
     """Return the charts of the kept and removed units of every layer; "" where all layers are alike."""
     if facts.plan is None or not has_widths(facts):
         return ""
-    names = (("neurons", "MLP neurons"), ("kv_groups", "KV groups (groups of attention heads)"))
-    return render("widths", charts=[_chart(facts.plan, unit, name) for unit, name in names])
+    names = {"neurons": "MLP neurons", "kv_groups": "KV groups (groups of attention heads)"}
+    return render("widths", charts=[_chart(facts.plan, unit, names[unit]) for unit in units_of(facts.plan.dense)])
 
 
 def _chart(plan: PruningPlan, unit: str, name: str) -> dict[str, Any]:
     dense, kept = ([getattr(widths, unit) for widths in which] for which in (plan.dense, plan.widths))
     layers = [
-        (f"layer {layer}: {left:,} of {before:,} kept", 100 * left / max(dense), 100 * (before - left) / max(dense))
+        (_kept_in(layer, left, before), 100 * left / max(dense), 100 * (before - left) / max(dense))
         for layer, (before, left) in enumerate(zip(dense, kept, strict=True))
     ]
     share = 1 - sum(kept) / sum(dense)
     title = f"{share:.0%} of the {name} are gone" if share else f"All {name} remain"
     return {"title": title, "name": name, "layers": layers, "most": f"{max(dense):,}", "last": len(dense) - 1}
+
+
+def _kept_in(layer: int, left: int, before: int) -> str:
+    return f"layer {layer}: {left:,} of {before:,} kept" if before else f"layer {layer} has none"
 
 
 def _colour(span: Span) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import BudgetError, ConfigError, PlanError, PruningWarning, SaveError
 from hf_context_prune.modeling.configuration_context_pruned import is_modeling_file
-from hf_context_prune.modeling.geometry import LayerWidths
+from hf_context_prune.modeling.geometry import LayerWidths, widths_vary
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.view import ModelView
@@ -152,14 +152,14 @@ def check_reachable(model: PreTrainedModel, config: PrunerConfig, first: float) 
     view = ModelView.of(model)
     check_round_to(view.widths, config)
     if config.allocation == "uniform":
-        if len(set(view.widths)) > 1:
+        if widths_vary(view.widths):
             raise ConfigError(
                 "The model's widths vary from layer to layer; allocation='uniform' during training needs equal ones. "
                 "Use allocation='adaptive' with pruning_ratio."
             )
         return
     remove = ParameterBudget.of(config, view.num_parameters).remove_params or 0
-    narrowest = [LayerWidths(min(config.round_to, widths.neurons), 1) for widths in view.widths]
+    narrowest = [LayerWidths(min(config.round_to, widths.neurons), min(1, widths.kv_groups)) for widths in view.widths]
     most = removed_params(view.widths, narrowest, view.costs)
     if remove > most:
         raise BudgetError(

@@ -119,12 +119,14 @@ def config_for_pruning(
     first, last, now = dense[0], final[0], current[0]
     neurons = first.neurons - round_half_up(share * (first.neurons - last.neurons))
     neurons = min(now.neurons, -(-neurons // config.round_to) * config.round_to) if share < 1 else last.neurons
-    groups = first.kv_groups - round_half_up(share * (first.kv_groups - last.kv_groups))
+    at = next((index for index, layer in enumerate(dense) if layer.kv_groups), 0)  # not all layers need have them
+    most, fewest, left = dense[at].kv_groups, final[at].kv_groups, current[at].kv_groups
+    groups = most - round_half_up(share * (most - fewest))
     return replace(
         config,
         pruning_ratio=None,
         target_params=None,
         native_architecture=False,  # the last widths are known to fit, and the widths before need not
         mlp_ratio=1 - neurons / now.neurons,
-        attention_ratio=1 - groups / now.kv_groups,
+        attention_ratio=1 - groups / left if left else 0.0,
     )

@@ -14,9 +14,8 @@ from hf_context_prune.evaluation.reports.plots import (
     plot_losses,
     plot_matrix,
     plot_widths,
-    widths_vary,
 )
-from hf_context_prune.modeling.geometry import LayerWidths
+from hf_context_prune.modeling.geometry import LayerWidths, widths_vary
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.utils.palette import PALETTE, css_variables
 
@@ -46,8 +45,8 @@ def test_groups_are_named_where_no_neurons_went():
     one = LayerPlan(tuple(range(10)), (0,))
     plan = replace(plan, layers=(one, *plan.layers[1:]))
     assert describe_widths(plan) == "22 % of the KV groups gone; most KV groups from layer 0"
-    assert widths_vary(plan)
-    assert not widths_vary(plan_of(5, 5, 5))
+    assert widths_vary(plan.widths)
+    assert not widths_vary(plan_of(5, 5, 5).widths)
 
 
 def beside(axis):

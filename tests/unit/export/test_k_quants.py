@@ -155,6 +155,13 @@ def test_importance_is_the_mean_square_of_what_each_weight_reads(tied):
     assert names - set(found) == (set() if tied else {"model.embed_tokens.weight"})
 
 
+def test_importance_is_measured_within_the_positions_of_a_model_and_of_transposed_weights():
+    loaded = LoadedModel(tiny_model("gpt2"), tiny_tokenizer(), "tiny", None, None)  # 128 learned positions
+    found = measure_importance(loaded, load_documents(texts(40)), seed=0)
+    assert found["transformer.h.0.mlp.c_proj.weight"].shape == (192,)
+    assert found["transformer.h.0.attn.c_attn.weight"].shape == (48,)
+
+
 def test_importance_changes_the_file_and_serves_k_quants_alone(tmp_path):
     loaded = calm()
     folder = save_pruned(loaded.model, tmp_path / "base", tokenizer=loaded.tokenizer)

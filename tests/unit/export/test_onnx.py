@@ -13,11 +13,17 @@ import torch
 
 from hf_context_prune import load_pruned
 from hf_context_prune.errors import ExportError
+from hf_context_prune.export import onnx as onnx_export
 from hf_context_prune.export.onnx import OnnxRuntime
 from hf_context_prune.export.run import open_export
 from hf_context_prune.export.runtime import TorchRuntime
+from hf_context_prune.pipelines.architecture.contract import random_plan
 from hf_context_prune.pipelines.export import export_model
+from hf_context_prune.pruning.surgery import apply_plan
+from hf_context_prune.storage.loading import LoadedModel
 from tests.support.export_folders import save
+from tests.support.marks import nightly_beside
+from tests.support.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 PROMPTS = ([1, 40, 41, 90, 91, 200], [7, 8], [30, 31, 32])
 
@@ -141,9 +147,47 @@ def test_int8_holds_projections_with_biases_too(tmp_path, family):
     assert sum(node.op_type == "MatMulNBits" for node in nodes) == 5
 
 
+WHOLE = {"layer_types": ["full_attention"] * 3}
+OPTIONS = dict.fromkeys(
+    ("ministral", "gemma2", "gemma3_text", "vaultgemma", "olmo3", "cwm", "exaone4", "granite_swa", "cohere2"), WHOLE
+)
+OPTIONS |= {"mistral": {"sliding_window": None}, "gemma4_text": {"layer_types": ["full_attention"] * 5}}
+STATES = ("granitemoehybrid", "qwen3_5_text", "lfm2")
+
+
+@pytest.mark.parametrize(
+    "family", nightly_beside(("phi3", "granite_swa"), [name for name in FAMILIES if name not in STATES])
+)
+def test_every_family_with_attention_alone(family, tmp_path):
+    """With widths that differ by layer, and prompts that are padded on the left."""
+    model = tiny_model(family, **OPTIONS.get(family, {}))
+    model = apply_plan(model, random_plan(model))
+    loaded = LoadedModel(model, tiny_tokenizer(), "tiny", None, None)
+    onnx_export.check(loaded, "float32")
+    onnx_export.write(loaded, tmp_path, "float32")
+    runtime, width = OnnxRuntime(tmp_path), max(map(len, PROMPTS))
+    assert runtime.losses(PROMPTS[0]) == pytest.approx(TorchRuntime(model).losses(PROMPTS[0]), abs=1e-4)
+    ids = np.array([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    got, _ = runtime.step(ids, mask)
+    for prompt, logits in zip(PROMPTS, got, strict=True):
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+        np.testing.assert_allclose(logits[-1], alone.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "way_out"), [("lfm2", "gguf, quanto or torchao"), ("qwen3_5_text", "gguf"), ("granitemoehybrid", "gguf")]
+)
+def test_layers_without_attention_are_refused_before_any_work(family, way_out):
+    loaded = LoadedModel(tiny_model(family), tiny_tokenizer(), "tiny", None, None)
+    with pytest.raises(ExportError, match=rf"{family} model, .*without attention \(.*\)\. Export to {way_out}"):
+        onnx_export.check(loaded, "float32")
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_sliding_windows_are_refused(family, tmp_path):
     folder = save(tmp_path / "model", family=family)
-    with pytest.raises(ExportError, match="sliding window of 16 tokens"):
+    with pytest.raises(ExportError, match="sliding window of 16 tokens.*Export to gguf"):
         export_model(folder, tmp_path / "out", format="onnx")
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from hf_context_prune.errors import UnsupportedArchitectureError
-from hf_context_prune.modeling.architectures import TARGETS, unit_costs
+from hf_context_prune.modeling.architectures import unit_costs
 from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.view import ModelView
@@ -24,7 +24,7 @@ def test_it_agrees_with_config_and_modules(name):
     for index, layer in enumerate(view.layers):
         assert view.num_units(index, "mlp") == view.widths[index].neurons
         assert view.num_units(index, "attention") == view.widths[index].kv_groups
-        for target in TARGETS:
+        for target in view.targets(index):
             assert view.output_projection(index, target) in list(layer.modules())
 
 

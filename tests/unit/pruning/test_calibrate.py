@@ -11,8 +11,8 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from hf_context_prune.errors import DataError, NumericsError
-from hf_context_prune.modeling.architectures import TARGETS, layers_of, output_projection
 from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import calibrate, check_weights_finite
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats
@@ -28,12 +28,8 @@ def spec_of_model(model):
 
 
 def projections(model):
-    spec = spec_of_model(model)
-    return {
-        (layer, target): output_projection(block, spec, target)
-        for layer, block in enumerate(layers_of(model, spec))
-        for target in TARGETS
-    }
+    view = ModelView.of(model)
+    return {place: view.output_projection(*place) for place in view.places()}
 
 
 def inputs_by_hand(model, batches, **kwargs):

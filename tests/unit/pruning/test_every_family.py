@@ -11,7 +11,7 @@ from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.surgery import apply_plan
 from tests.support.tiny import CASES, COVERING, case, texts, tiny_tokenizer
 
-ALWAYS = (*COVERING, "lfm2", "phi3", "falcon")
+ALWAYS = (*COVERING, "falcon")
 WALKED = [name for name in CASES if name != "opt-post-norm"]  # normalises its residual stream: the walk refuses it
 
 

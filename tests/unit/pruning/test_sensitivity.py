@@ -28,9 +28,9 @@ def geometry_of(model):
 def random_importance(model, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {
-        (layer, target): torch.rand(widths.neurons if target == "mlp" else widths.kv_groups, generator=generator)
+        (layer, target): torch.rand(widths.of(target), generator=generator)
         for layer, widths in enumerate(geometry_of(model).layers)
-        for target in TARGETS
+        for target in widths.targets
     }
 
 
@@ -70,8 +70,10 @@ def with_small_branches(name, factor=0.01):
     """A model whose sub-layers add little, so that losing units costs little, and second order is enough."""
     model, spec = case(name), SPECS[base_model_type(case(name).config.model_type)]
     with torch.no_grad():
-        for layer in layers_of(model, spec):
-            for target in TARGETS:
+        for layer, widths in zip(layers_of(model, spec), read_geometry(model.config, spec).layers, strict=True):
+            if "attention" not in widths.targets and name == "qwen3_5_text":
+                layer.linear_attn.out_proj.weight *= factor
+            for target in widths.targets:
                 branch = SubLayer(layer, spec, target).branch
                 if branch is output_projection(layer, spec, target):
                     branch.weight *= factor

@@ -201,12 +201,12 @@ def test_costs_are_what_a_unit_takes_with_it(name):
     spec = spec_of(model)
     geometry = read_geometry(model.config, spec)
     costs = unit_costs(model, spec, geometry)
-    neurons, groups = geometry.layers[0].neurons, geometry.layers[0].kv_groups
-    fewer = apply_plan(model, plan_of(model, (range(neurons - 2), range(groups))))
+    neurons, groups = geometry.layers[0].neurons, [layer.kv_groups for layer in geometry.layers]
+    fewer = apply_plan(model, plan_of(model, *((range(neurons - 2), range(count)) for count in groups)))
     assert model.num_parameters() - fewer.num_parameters() == 3 * 2 * costs["mlp"]
-    if groups > 1:
-        fewer = apply_plan(model, plan_of(model, (range(neurons), range(groups - 1))))
-        assert model.num_parameters() - fewer.num_parameters() == 3 * costs["attention"]
+    if max(groups) > 1:
+        fewer = apply_plan(model, plan_of(model, *((range(neurons), range(max(0, count - 1))) for count in groups)))
+        assert model.num_parameters() - fewer.num_parameters() == sum(map(bool, groups)) * costs["attention"]
 
 
 # Stock or not
