@@ -72,15 +72,15 @@ Every family has a tiny random model in the tests. Pruning it equals masking it,
 [CONTRIBUTING](../CONTRIBUTING.md#add-an-architecture) says how to add one. This page is the output of
 `python -m tests.support.families_page`, and a test compares it with the tables of the package.
 
-- Neurons and tokens can be removed everywhere. **KV groups** (a key/value head with its query heads) can be removed where
-  the table says yes.
-- **GGUF**: *uniform* needs the same widths in all layers (`prune --native-architecture`), *yes* takes any. The file is run
-  in llama.cpp, and its losses on the tiny model are those of transformers. Settings that llama.cpp computes in another way
-  (a bias, an activation, an order of windows) are refused by name before any work.
-- **ONNX**: the losses in ONNX Runtime are those of transformers, with any widths. A model with a sliding window is refused
-  until its config lets all layers see all tokens.
-- **vLLM**: whether `serve --engine vllm` takes widths that differ by layer. With the same widths in all layers, a folder is
-  a plain model of its family.
+- Neurons and tokens can be removed everywhere. **KV groups** (a key/value head with its query heads) can be removed
+  where the table says yes.
+- **GGUF**: *uniform* needs the same widths in all layers (`prune --native-architecture`), *yes* takes any. The file is
+  run in llama.cpp, and its losses on the tiny model are those of transformers. Settings that llama.cpp computes in
+  another way (a bias, an activation, an order of windows) are refused by name before any work.
+- **ONNX**: the losses in ONNX Runtime are those of transformers, with any widths. A model with a sliding window is
+  refused until its config lets all layers see all tokens.
+- **vLLM**: whether `serve --engine vllm` accepts widths that differ by layer; only some families were run there
+  ([Export and serving](export.md)). With the same widths in all layers, a folder is a plain model of its family.
 - Tested with transformers {transformers} and torch {torch}.
 """
 

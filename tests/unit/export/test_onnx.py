@@ -188,6 +188,6 @@ def test_layers_without_attention_are_refused_before_any_work(family, way_out):
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_sliding_windows_are_refused(family, tmp_path):
     folder = save(tmp_path / "model", family=family)
-    with pytest.raises(ExportError, match="sliding window of 16 tokens.*Export to gguf"):
+    with pytest.raises(ExportError, match=r"sliding window of 16 tokens.*Export to gguf"):
         export_model(folder, tmp_path / "out", format="onnx")
     assert not (tmp_path / "out").exists()
