@@ -23,6 +23,13 @@ GGUF_VARIABLE = ("llama", "mistral")
 """Those of them whose widths may differ by layer, if they have no biases."""
 
 
+VLLM_TESTED = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "granite", "phi", "gpt_neox"),
+    "opt",
+)
+"""Families that vLLM has served with widths that differ by layer. GPT-2 and wrappers it can't; others are untried."""
+
+
 def why_not_onnx(config: Any) -> str | None:  # noqa: ANN401
     """Return why a model can't be exported to ONNX; None where it can, but for sliding windows.
 
@@ -92,4 +99,5 @@ def _vllm(family: str, folder: str, *, variable: bool) -> Runtime:
         return Runtime(
             "vLLM", f"no: it has no {family} whose layers differ. Prune with --native-architecture", opens=False
         )
-    return Runtime("vLLM", f"hf-context-prune serve {folder} --engine vllm")
+    untried = "" if family in VLLM_TESTED else f" (nobody has tried it with {family})"
+    return Runtime("vLLM", f"hf-context-prune serve {folder} --engine vllm{untried}")

@@ -14,7 +14,7 @@ import torch
 
 from hf_context_prune import load_pruned
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
-from hf_context_prune.modeling.specs import SPECS
+from hf_context_prune.modeling.runtimes import VLLM_TESTED
 from hf_context_prune.pipelines.architecture.contract import random_plan
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
@@ -32,10 +32,7 @@ PROMPT, NEW_TOKENS = [1, 40, 41, 90, 91, 200, 201, 7], 8
 SIZES = {"hidden_size": 128, "num_attention_heads": 4}
 HEADS = {"head_dim": 32, "num_key_value_heads": 2}
 WIDE = {
-    **{
-        family: {**SIZES, **HEADS, "intermediate_size": 96}
-        for family in set(SPECS) - {"gpt2", "gpt_neox", "opt", "phi"}
-    },
+    **{family: {**SIZES, **HEADS, "intermediate_size": 96} for family in VLLM_TESTED},
     "phi": {**SIZES, "num_key_value_heads": 2, "intermediate_size": 96},
     "gpt_neox": {**SIZES, "intermediate_size": 96},
     "opt": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 128},

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION
-from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, GGUF_VARIABLE, why_not_onnx
+from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, GGUF_VARIABLE, VLLM_TESTED, why_not_onnx
 from hf_context_prune.modeling.specs import BUILT_IN, SPECS, ArchSpec
 from tests.support.tiny import tiny_config
 
@@ -79,8 +79,8 @@ Every family has a tiny random model in the tests. Pruning it equals masking it,
   another way (a bias, an activation, an order of windows) are refused by name before any work.
 - **ONNX**: the losses in ONNX Runtime are those of transformers, with any widths. A model with a sliding window is
   refused until its config lets all layers see all tokens.
-- **vLLM**: whether `serve --engine vllm` accepts widths that differ by layer; only some families were run there
-  ([Export and serving](export.md)). With the same widths in all layers, a folder is a plain model of its family.
+- **vLLM**: whether `serve --engine vllm` has served widths that differ by layer (*untried*: nobody has tried). With the
+  same widths in all layers, a folder is a plain model of its family.
 - Tested with transformers {transformers} and torch {torch}.
 """
 
@@ -100,7 +100,14 @@ def _row(spec: ArchSpec) -> tuple[str, ...]:
     gguf = "yes" if name in GGUF_VARIABLE else "uniform" if name in GGUF_FAMILIES else "no"
     why = why_not_onnx(tiny_config(name))
     onnx = "yes" if why is None else f"no: {why}"
-    return f"`{name}`", MODELS[name], _kv_groups(spec), gguf, onnx, "no" if spec.transposed else "yes"
+    return (
+        f"`{name}`",
+        MODELS[name],
+        _kv_groups(spec),
+        gguf,
+        onnx,
+        "yes" if name in VLLM_TESTED else "no" if spec.transposed else "untried",
+    )
 
 
 def _kv_groups(spec: ArchSpec) -> str:
