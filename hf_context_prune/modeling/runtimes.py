@@ -30,12 +30,21 @@ VLLM_TESTED = (
 """Families that vLLM has served with widths that differ by layer. GPT-2 and wrappers it can't; others are untried."""
 
 
+NO_ONNX = {
+    "gemma4_text": "later layers read the keys and values of earlier ones, which the graph can't hand on",
+    "helium": "padded prompts come out of its graph as NaN",
+}
+"""Why a family whose layers all have attention can't be exported to ONNX."""
+
+
 def why_not_onnx(config: Any) -> str | None:  # noqa: ANN401
     """Return why a model can't be exported to ONNX; None where it can, but for sliding windows.
 
     Args:
         config: The config of the model.
     """
+    if (why := NO_ONNX.get(base_model_type(config.model_type))) is not None:
+        return why
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) & set(WITHOUT_ATTENTION))
     return f"the graph can't hold the states of layers without attention ({', '.join(kinds)})" if kinds else None
 

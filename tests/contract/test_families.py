@@ -27,6 +27,7 @@ from hf_context_prune.pipelines.architecture.contract import masked, random_plan
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
+from tests.support.marks import nightly_beside
 from tests.support.tiny import (
     CASES,
     COVERING,
@@ -41,6 +42,9 @@ from tests.support.tiny import (
 )
 
 IDS = tokens(2, 24).clamp(max=VOCABULARY - 9)
+HEADS = COVERING[:6]
+"""For tests of the LM head, which depends on no layer."""
+BY_NIGHT = nightly_beside(COVERING, CASES)
 SCRIPT = Path(__file__).parents[1] / "support" / "reload_without_package.py"
 
 
@@ -82,7 +86,7 @@ def test_empty_plan_is_the_identity(name):
     assert torch.equal(logits(same), logits(model))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BY_NIGHT)
 def test_cached_equals_uncached_and_static_equals_dynamic(name):
     model = case(name)
     smaller = apply_plan(model, random_plan(model))
@@ -113,7 +117,7 @@ def test_cached_equals_uncached_and_static_equals_dynamic(name):
         assert torch.equal(dynamic, smaller.generate(IDS, cache_implementation="static", **options))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BY_NIGHT)
 def test_trains_with_gradient_checkpointing_and_runs_in_bfloat16(name):
     model = case(name)
     smaller = apply_plan(model, random_plan(model))
@@ -137,8 +141,13 @@ def test_trains_with_gradient_checkpointing_and_runs_in_bfloat16(name):
     torch.testing.assert_close(logits(smaller), eager, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *(pytest.param(torch.float32, name, id=f"fp32-{name}") for name in CASES),
+        *(pytest.param(torch.bfloat16, *one.values, id=f"bf16-{one.values[0]}", marks=one.marks) for one in BY_NIGHT),
+    ],
+)
 def test_saved_model_reloads_bit_equal(name, dtype, tmp_path):
     model = case(name).to(dtype)
     for variable in (True, False):
@@ -155,7 +164,7 @@ def test_saved_model_reloads_bit_equal(name, dtype, tmp_path):
             assert (twice / file).read_bytes() == (folder / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BY_NIGHT)
 def test_a_native_model_loads_without_a_warning(name, tokenizer, tmp_path, recwarn):
     model = case(name)
     model.save_pretrained(tmp_path)
@@ -255,7 +264,7 @@ DISAGREEING = {  # what the config says, and what is done to the tensors; the lo
 
 @pytest.mark.filterwarnings("ignore::hf_context_prune.errors.LoadWarning")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in (*COVERING, "llama") else pytest.mark.nightly) for name in FAMILIES]
+    "name", [pytest.param(name, marks=() if name in (*HEADS, "llama") else pytest.mark.nightly) for name in FAMILIES]
 )
 def test_what_is_loaded_is_what_is_pruned_and_saved_whatever_the_config_says(name, tmp_path, subtests):
     model = case(name, tie_word_embeddings=False)
@@ -294,7 +303,7 @@ def check_kept(model, tied, folder):
         shutil.rmtree(folder / "saved")
 
 
-@pytest.mark.parametrize("name", COVERING)
+@pytest.mark.parametrize("name", HEADS)
 def test_a_head_is_tied_if_it_is_tied_in_memory(name, tmp_path, subtests):
     for said in (True, False):
         for tied in (True, False):
