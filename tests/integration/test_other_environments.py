@@ -38,8 +38,10 @@ WIDE = {
     "opt": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 128},
 }
 """Families that vLLM serves, with sizes that its attention on a CPU takes."""
-NEAR = {"gemma2": 0.05}
-"""Allowed difference of logits: transformers 5.24 computes this family's attention otherwise than 5.19."""
+NEAR = {"gemma2": 0.05, "vaultgemma": 0.05}
+"""Allowed difference of logits: transformers 5.24 computes the attention of these families otherwise than 5.19."""
+TOO_NEW = {"lfm2", "nemotron"}
+"""Families whose config transformers 5.16 reads otherwise: it opens no folder of them that 5.24 has saved."""
 
 
 @pytest.mark.parametrize("version", ["5.16.1", "5.24.0"])
@@ -48,6 +50,8 @@ def test_the_files_of_a_folder_run_on_the_oldest_and_the_newest_transformers(ver
     cases = {}
     for name in CASES:
         model = case(name)
+        if version == "5.16.1" and model.config.model_type in TOO_NEW:
+            continue
         smaller = apply_plan(model, random_plan(model))
         folder = save_pruned(smaller, tmp_path / name)
         torch.save(logits(smaller), tmp_path / f"{folder.name}.pt")
@@ -58,7 +62,7 @@ def test_the_files_of_a_folder_run_on_the_oldest_and_the_newest_transformers(ver
     script = SUPPORT / "reload_without_package.py"
     done = subprocess.run([python, script, tmp_path], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"checked": len(CASES)}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"checked": len(cases)}
 
 
 @pytest.fixture(scope="module")
