@@ -41,7 +41,7 @@ WIDE = {
 NEAR = {"gemma2": 0.05, "vaultgemma": 0.05}
 """Allowed difference of logits: transformers 5.24 computes the attention of these families otherwise than 5.19."""
 TOO_NEW = {"lfm2", "nemotron"}
-"""Families whose config transformers 5.16 reads otherwise: it opens no folder of them that 5.24 has saved."""
+"""Families whose folders of variable widths open on the versions that the package needs, but not on 5.16."""
 
 
 @pytest.mark.parametrize("version", ["5.16.1", "5.24.0"])
