@@ -60,12 +60,14 @@ class Geometry:
         head_dim: Features of one head.
         queries_per_group: Query heads that share one key/value head.
         layers: One [`LayerWidths`][] per decoder layer.
+        heads_stay: Why no attention head can be removed; None where heads can.
     """
 
     hidden_size: int
     head_dim: int
     queries_per_group: int
     layers: tuple[LayerWidths, ...]
+    heads_stay: str | None = None
 
     def head_range(self, group: int, role: str) -> range:
         """Return the heads of one KV group: its query heads, or the group's own head for key and value."""
@@ -170,7 +172,7 @@ def read_geometry(config: Any, spec: ArchSpec) -> Geometry:  # noqa: ANN401
     """
     layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     types = getattr(config, "layer_types", None) or [None] * len(layers)
-    first, fixed = layers[0], why_heads_stay(config, spec) is not None
+    first, heads_stay = layers[0], why_heads_stay(config, spec)
     heads = getattr(first, spec.query_heads)
     return Geometry(
         hidden_size=config.hidden_size,
@@ -178,8 +180,10 @@ def read_geometry(config: Any, spec: ArchSpec) -> Geometry:  # noqa: ANN401
         queries_per_group=heads // kv_groups_of(first, spec),
         layers=tuple(
             LayerWidths(
-                neurons_of(layer, spec, index), 0 if fixed or kind in WITHOUT_ATTENTION else kv_groups_of(layer, spec)
+                neurons_of(layer, spec, index),
+                0 if heads_stay or kind in WITHOUT_ATTENTION else kv_groups_of(layer, spec),
             )
             for index, (layer, kind) in enumerate(zip(layers, types, strict=True))
         ),
+        heads_stay=heads_stay,
     )

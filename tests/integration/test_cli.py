@@ -243,7 +243,9 @@ COMMANDS = {
     "cross-domain": (),
     "paper-grid": (),
     "chat": (Sampling,),
-    **dict.fromkeys(("demo", "env", "bench", "report", "space", "card", "push", "export", "serve", "inspect"), ()),
+    **dict.fromkeys(
+        ("demo", "env", "bench", "report", "space", "card", "push", "export", "serve", "inspect", "check"), ()
+    ),
 }
 
 

@@ -69,7 +69,7 @@ def uniform_widths(
         BudgetError: The budget can't be reached; the message names the maximum.
     """
     base = geometry.layers
-    groups = _groups_by_ratio(base, config, native_groups)
+    groups = _groups_by_ratio(geometry, config, native_groups)
     neurons = _neurons_by_ratio(base, config)
     if budget.remove_params is None:
         return _pair(neurons, groups)
@@ -89,13 +89,14 @@ def uniform_widths(
     return widths_at(steps[position])
 
 
-def _groups_by_ratio(base: Sequence[LayerWidths], config: PrunerConfig, native_groups: Collection[int]) -> list[int]:
+def _groups_by_ratio(geometry: Geometry, config: PrunerConfig, native_groups: Collection[int]) -> list[int]:
     """Return the KV groups of every layer after `attention_ratio`; all of them without it."""
-    ratio, groups = config.attention_ratio, [layer.kv_groups for layer in base]
+    ratio, groups = config.attention_ratio, [layer.kv_groups for layer in geometry.layers]
     if ratio is None:
         return groups
     if ratio > 0 and max(groups) <= 1:
-        why = "every layer has a single KV group, which must stay" if max(groups) else "no head can be removed"
+        single = "every layer has a single KV group, which must stay"
+        why = single if max(groups) else f"no attention head can be removed: {geometry.heads_stay}"
         raise BudgetError(
             f"attention_ratio is {ratio}, but {why}. Leave out attention_ratio; MLP neurons can be removed."
         )
