@@ -64,8 +64,8 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     family = base_model_type(config.model_type)
     if family not in FAMILIES:
         raise ExportError(
-            f"GGUF is written for {', '.join(FAMILIES)}, but this is a {family} model. Export to another format, "
-            f"such as onnx."
+            f"GGUF is written for {', '.join(FAMILIES)}, but this is a {family} model. Export to another format; "
+            f"docs/families.md says which are written for it."
         )
     geometry = _geometry(loaded, dtype)
     variable = widths_vary(geometry.layers)

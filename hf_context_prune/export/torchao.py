@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
@@ -26,14 +27,19 @@ def write(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        loaded.folder,
-        use_safetensors=True,
-        dtype=loaded.model.dtype,
-        quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
-        device_map="cpu",
-        trust_remote_code=False,
-    )
+    with tempfile.TemporaryDirectory() as place:
+        source = loaded.folder
+        if loaded.wrapper is not None:  # its folder holds more than the text part
+            source = Path(place)
+            loaded.model.save_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            use_safetensors=True,
+            dtype=loaded.model.dtype,
+            quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
+            device_map="cpu",
+            trust_remote_code=False,
+        )
     model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 

@@ -100,12 +100,7 @@ def check_supported(model: nn.Module) -> ArchSpec:
             raise UnsupportedArchitectureError(
                 f"The weight {name} has dtype {parameter.dtype}; only floating-point weights can be pruned."
             )
-    for name, why in spec.refused:
-        if getattr(model.config, name):
-            raise UnsupportedArchitectureError(
-                f"This {spec.model_type} model has {name}={getattr(model.config, name)!r}: {why}, and only dense "
-                f"layers can be pruned. Take a model of the family without."
-            )
+    refuse_switches(model.config, spec)
     if spec.model_type not in BUILT_IN:
         check_paths(model, spec)
     widths = read_geometry(model.config, spec).layers
@@ -125,6 +120,20 @@ def check_supported(model: nn.Module) -> ArchSpec:
                     f"or load the model without a quantiser."
                 )
     return spec
+
+
+def refuse_switches(config: PreTrainedConfig, spec: ArchSpec) -> None:
+    """Refuse a model of a supported family by what its config switches on.
+
+    Raises:
+        UnsupportedArchitectureError: Names the attribute and the reason.
+    """
+    for name, why in spec.refused:
+        if getattr(config, name):
+            raise UnsupportedArchitectureError(
+                f"This {spec.model_type} model has {name}={getattr(config, name)!r}: {why}, and only dense layers can "
+                f"be pruned. Take a model of the family without."
+            )
 
 
 def _qualified_name(module: nn.Module) -> str:

@@ -74,6 +74,14 @@ def check_paths(model: nn.Module, spec: ArchSpec) -> None:
         if path not in parameters:
             raise _wrong(spec, "head_parameters", path, parameters, "a parameter")
     names = [("width", spec.width), ("query_heads", spec.query_heads), ("kv_heads", spec.kv_heads)]
+    names += [("computed_width", spec.computed_width), ("residual_multiplier", spec.residual_multiplier)]
+    switches: dict[str, Iterable[str | None]] = {
+        "fixed_heads": [name for name, _ in spec.fixed_heads],
+        "refused": [name for name, _ in spec.refused],
+        "multi_query": [name for name, _ in spec.multi_query],
+        "parallel": () if isinstance(spec.parallel, bool) else spec.parallel,
+    }
+    names += [(field, name) for field, listed in switches.items() for name in listed]
     for field, name in names:
         if name is not None and not hasattr(model.config.per_layer_config[0], name):
             known = [key for key in model.config.to_dict() if not key.startswith("_")]

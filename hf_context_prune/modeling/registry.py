@@ -23,6 +23,7 @@ from hf_context_prune.utils.upload_check import refuse_upload
 
 from . import configuration_context_pruned, modeling_context_pruned
 from .configuration_context_pruned import config_class_name, native_class
+from .geometry import UNIT_NAMES
 from .modeling_context_pruned import model_class_name
 from .paths import build_default, check_paths, did_you_mean
 from .specs import PREFIX, SPECS, ArchSpec, Projection
@@ -180,6 +181,18 @@ def check_entry(spec: ArchSpec) -> None:
             f"attention_inputs of {spec.model_type!r} have the roles {', '.join(roles) or 'none'}; each of "
             f"{', '.join(ROLES)} is needed once."
         )
+    for pairs, allowed in (("attention_attributes", ("heads", "groups", "features", "config")), ("post_norms", None)):
+        for pair in getattr(spec, pairs):
+            good = isinstance(pair, tuple) and len(pair) == 2
+            if not good or (pair[1] not in allowed if allowed else pair[0] not in UNIT_NAMES):
+                raise ConfigError(
+                    f"{pairs} of {spec.model_type!r} has {pair!r}; it must be a pair of "
+                    + (
+                        f"an attribute and one of {', '.join(allowed)}."
+                        if allowed
+                        else "'mlp' or 'attention' and a path."
+                    )
+                )
     inputs = (projection.path for projection in spec.attention_inputs)
     own = (spec.attention, spec.attention_output, *inputs, *spec.head_parameters)
     norms = (path for _, path in spec.post_norms)

@@ -10,7 +10,7 @@ from typing import Any
 
 from .geometry import WITHOUT_ATTENTION
 from .specs import BUILT_IN, PREFIX, SPECS, base_model_type
-from .wrapper_specs import WRAPPERS
+from .wrapper_specs import WRAPPERS, text_spec
 
 NO_GGUF = (
     *("ministral", "gemma4_text", "vaultgemma", "helium", "cwm", "granite_swa"),
@@ -86,7 +86,7 @@ def runtimes_of(config: Mapping[str, Any], folder: str) -> list[Runtime]:
 def _llama_cpp(config: Mapping[str, Any], family: str, folder: str, *, variable: bool) -> Runtime:
     name = "llama.cpp, Ollama"
     if family in WRAPPERS:
-        return Runtime(name, "no: GGUF is written for text alone. Prune with --text-only", opens=False)
+        return _text_in_llama_cpp(name, config, folder, variable=variable)
     if family not in GGUF_FAMILIES:
         return Runtime(name, f"no: GGUF is not written for {family}", opens=False)
     biases = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
@@ -99,6 +99,15 @@ def _llama_cpp(config: Mapping[str, Any], family: str, folder: str, *, variable:
         )
     command = f"hf-context-prune export {shlex.quote(folder)} --to gguf --output {shlex.quote(f'{folder}-gguf')}"
     return Runtime(name, command)
+
+
+def _text_in_llama_cpp(name: str, config: Mapping[str, Any], folder: str, *, variable: bool) -> Runtime:
+    """Return how the text part of a model of images and text opens."""
+    spec = text_spec(str((config.get("text_config") or {}).get("model_type")))
+    if variable or spec is None or not any(SPECS[one].model_class == spec.model_class for one in GGUF_FAMILIES):
+        return Runtime(name, "no: GGUF is not written for its text part. Prune with --text-only", opens=False)
+    command = f"hf-context-prune export {shlex.quote(folder)} --to gguf --output {shlex.quote(f'{folder}-gguf')}"
+    return Runtime(name, f"{command} (its text part)")
 
 
 def _vllm(family: str, folder: str, *, variable: bool) -> Runtime:

@@ -16,6 +16,7 @@ from .architectures import (
     check_supported,
     layers_of,
     output_projection,
+    refuse_switches,
     spec_of,
     unit_costs,
 )
@@ -55,6 +56,7 @@ class ModelView:
             UnsupportedArchitectureError: The table has no entry for its model type.
         """
         spec = spec_of(model.config)
+        refuse_switches(model.config, spec)
         return cls(model, spec, read_geometry(model.config, spec))
 
     @cached_property

@@ -46,6 +46,11 @@ def text_part(config: Any) -> tuple[Any, ArchSpec]:  # noqa: ANN401 - a config
     return config.text_config, text_entry(config)
 
 
+def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the causal LM that computes what the text part of a model of images and text does."""
+    return _causal_config(config.text_config, text_entry(config))
+
+
 def text_entry(config: Any) -> ArchSpec:  # noqa: ANN401 - the config of a wrapper, or something with its values
     """Return the table entry of a wrapper's text part.
 

@@ -18,7 +18,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_context_prune import PrunerConfig, RecoveryConfig, ThresholdConfig, load_model, prune, prune_to_folder
+from hf_context_prune import (
+    PrunerConfig,
+    RecoveryConfig,
+    ThresholdConfig,
+    export_model,
+    load_model,
+    prune,
+    prune_to_folder,
+    read_export,
+)
 from hf_context_prune.errors import ConfigError, ContextPruneError
 from hf_context_prune.evaluation.speed import measure_peak_memory
 from hf_context_prune.modeling.runtimes import runtimes_of
@@ -240,6 +249,16 @@ def test_vllm_is_refused_where_widths_vary(tmp_path):
         vllm_command(folder)
     opens = {runtime.name: runtime.opens for runtime in runtimes_of(smaller.config.to_dict(), str(folder))}
     assert opens == {"transformers": True, "llama.cpp, Ollama": False, "vLLM": False}
+
+
+def test_the_text_part_is_exported(tmp_path):
+    model = tiny_wrapper("qwen3_vl")
+    smaller = with_text(model, apply_plan(text_model(model), random_plan(text_model(model), variable=True)))
+    folder = save_pruned(smaller, tmp_path / "pruned", tokenizer=tokenizer_of_images())
+    export_model(folder, tmp_path / "out", format="torchao")
+    assert read_export(tmp_path / "out").format == "torchao"
+    stock = runtimes_of(model.config.to_dict(), "base")
+    assert next(runtime for runtime in stock if "llama" in runtime.name).how.endswith("(its text part)")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from hf_context_prune.modeling.configuration_context_pruned import native_class
 from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.paths import check_paths
 from hf_context_prune.modeling.specs import PREFIX, SPECS, ArchSpec, Projection, base_model_type
+from hf_context_prune.modeling.wrappers import text_config_of, wrapper_spec
 from hf_context_prune.storage.gguf import read_gguf_config
 from hf_context_prune.storage.hub_download import fetch_config
 from hf_context_prune.storage.loading import local_path
@@ -120,6 +121,8 @@ def _read(source: str | Path, revision: str | None, *, trust_remote_code: bool) 
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder} holds no config.json, so it is not a model folder.")
     config = read_any_config(name, folder, commit, trust_remote_code=trust_remote_code)
+    if wrapper_spec(config) is not None:  # `prune` takes the text part of it
+        config = text_config_of(config)
     if not config.model_type.startswith(PREFIX):
         return config, commit
     values = config.to_dict()

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import UnsupportedArchitectureError
+from hf_context_prune.modeling.geometry import read_head_dim
 from hf_context_prune.storage.model_config import describe
 
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "n_embed", "embed_dim")
@@ -107,7 +108,7 @@ def _measured(model: PreTrainedModel) -> TinyCopy:
     heads = getattr(config, own_name(config, HEADS) or HEADS[0])
     name = own_name(config, GROUPS)
     groups = getattr(config, name) if name else None
-    return TinyCopy(model, heads, groups or heads, getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return TinyCopy(model, heads, groups or heads, read_head_dim(config) or config.hidden_size // heads)
 
 
 def own_name(config: PreTrainedConfig, names: tuple[str, ...]) -> str | None:
@@ -128,10 +129,22 @@ def shrink(config: PreTrainedConfig, head_dim: int, *, few_layers: bool = True) 
     old_heads = _first(values, HEADS) or 1
     old_hidden = _first(values, HIDDEN) or 1
     old_dim = values.get("head_dim") or old_hidden // old_heads
+    own = values.get("per_layer_config") or {}
     old_groups = _first(values, GROUPS)
     groups = TINY_HEADS if old_groups == old_heads else 1 if old_groups == 1 else TINY_GROUPS
-    if few_layers:
-        _keep_layers(values)
+    kept = _keep_layers(values) if few_layers else range(_first(values, LAYERS) or 0)
+    if own:  # what the native config sets layer by layer (Gemma 4)
+        sizes = {"head_dim": 2 * head_dim, **dict.fromkeys(GROUPS, groups)}
+        layers: list[dict[str, Any]] = [
+            next((given for layer, given in own.items() if int(layer) == index), {}) for index in kept
+        ]
+        values["per_layer_config"] = {
+            index: {name: sizes.get(name, value) for name, value in given.items()}
+            for index, given in enumerate(layers)
+            if given
+        }
+    if values.get("num_kv_shared_layers"):
+        values["num_kv_shared_layers"] = 0  # the few layers that are kept have keys of their own
     widths = iter(range(TINY_WIDTH, TINY_HIDDEN, 8))
     for name, value in values.items():
         if name in HEADS:
@@ -166,8 +179,10 @@ def _shrunk(name: str, value: Any, old_hidden: int) -> Any:  # noqa: ANN401 - JS
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    if name == "vocab_size":
+    if name.startswith("vocab_size"):
         return TINY_VOCABULARY
+    if name.endswith("per_layer_input"):
+        return _TINY_ROTATION
     if name.endswith("_token_id"):
         return min(value, {"bos_token_id": 1, "eos_token_id": 2}.get(name, 0))
     most = _TINY_POSITIONS if name in POSITIONS else _TINY_WINDOW if name.endswith("window") else None
@@ -178,11 +193,15 @@ def _shrunk(name: str, value: Any, old_hidden: int) -> Any:  # noqa: ANN401 - JS
     return TINY_HIDDEN if value == old_hidden and name.endswith(("dim", "size", "embd")) else value
 
 
-def _keep_layers(values: dict[str, Any]) -> None:
-    """Keep three layers, of as many kinds as there are, with their part of every list that has a value for each."""
+def _keep_layers(values: dict[str, Any]) -> list[int]:
+    """Keep three layers, of as many kinds as there are, with their part of every list that has a value for each.
+
+    Returns:
+        The numbers of the layers that are kept.
+    """
     name = next((name for name in LAYERS if isinstance(values.get(name), int)), None)
     if name is None:
-        return
+        return []
     total = values[name]
     lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == total}
     kinds = list(zip(*lists.values(), strict=True)) if lists else [None] * total
@@ -192,6 +211,7 @@ def _keep_layers(values: dict[str, Any]) -> None:
     values[name] = len(kept)
     for key, value in lists.items():
         values[key] = [value[index] for index in kept]
+    return kept
 
 
 def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON

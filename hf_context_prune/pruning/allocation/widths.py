@@ -105,8 +105,10 @@ def check_adaptive(
     Raises:
         BudgetError: The budget can't be reached; the message names the most that can be removed.
     """
-    view = ModelView.of_shapes(model)
-    free = layer_curves(view, _free_curves(view, targets or Requirements.of(config).targets), config)
+    view, targets = ModelView.of_shapes(model), targets or Requirements.of(config).targets
+    if (why := view.geometry.heads_stay) is not None and set(targets) == {"attention"}:
+        raise BudgetError(f"No attention head can be removed: {why}. Let neurons or tokens go (--units).")
+    free = layer_curves(view, _free_curves(view, targets), config)
     if remove_params > free.most_removable:
         raise beyond_probes(remove_params, free.most_removable, view.num_parameters)
 

@@ -230,6 +230,10 @@ WRONG = {
     "a model type": ({"model_type": "persimon"}, "'persimon', but PersimmonConfig says 'persimmon'"),
     "a role": ({"attention_inputs": (Projection("self_attn.q", ("query",)),)}, "each of query, key, value is needed"),
     "a name": ({"attention_attributes": (("__class__", "heads"),)}, "'__class__'; a path is made of names"),
+    "an attribute": ({"attention_attributes": (("num_heads", "headz"),)}, "'headz'.*one of heads, groups"),
+    "a norm": ({"post_norms": ("norm",)}, "post_norms of 'persimmon' has 'norm'; it must be a pair"),
+    "a switch": ({"fixed_heads": (("qk_layernom", "why"),)}, "fixed_heads='qk_layernom'.*'qk_layernorm'"),
+    "a computed width": ({"computed_width": "double"}, "computed_width='double', but PersimmonConfig has no"),
     "a kind": ({"mlp_blocks": "2"}, "mlp_blocks of the entry is '2'; it must be of type int"),
     "a value": ({"mlp_inputs": (["mlp.up"],)}, "mlp_inputs of the entry"),
 }

@@ -8,6 +8,7 @@ import random
 import re
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import BudgetError, NumericsError
+from hf_context_prune.errors import BudgetError, NumericsError, UnsupportedArchitectureError
 from hf_context_prune.modeling.geometry import Geometry, LayerWidths
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.adaptive import adaptive_widths, loss_on_hull, most_removable, predicted_loss
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
 from hf_context_prune.pruning.allocation.uniform import round_half_up, uniform_widths
+from hf_context_prune.pruning.allocation.widths import check_adaptive
 from hf_context_prune.pruning.scoring import select_units
+from tests.support.tiny import case
 
 COSTS = {"mlp": 3, "attention": 100}
 quick = settings(max_examples=75, deadline=None)
@@ -465,3 +469,16 @@ def test_targets_that_lose_nothing_need_no_importance():
     widths = [LayerWidths(3, 1), LayerWidths(3, 2)]
     plan = select_units({(0, "attention"): torch.tensor([1.0, 2.0])}, shape, widths)
     assert [(layer.neurons, layer.kv_groups) for layer in plan] == [((0, 1, 2), (1,)), ((0, 1, 2), (0, 1))]
+
+
+def test_a_budget_of_heads_that_must_stay_says_why():
+    config = PrunerConfig(pruning_ratio=0.1, units="kv_groups")
+    with pytest.raises(BudgetError, match=r"No attention head can be removed: a norm over all heads.*--units"):
+        check_adaptive(case("olmo2"), config, 1000)
+
+
+def test_a_family_s_models_with_experts_are_refused_from_shapes_alone():
+    config = case("granitemoehybrid").config
+    config.num_local_experts = 4
+    with pytest.raises(UnsupportedArchitectureError, match="num_local_experts=4: its layers have experts"):
+        ModelView.of_shapes(SimpleNamespace(config=config))

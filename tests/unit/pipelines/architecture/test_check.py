@@ -14,6 +14,7 @@ from hf_context_prune.modeling.specs import SPECS, ArchSpec, Projection
 from hf_context_prune.pipelines.architecture.check import check_architecture, entry_code
 from tests.support import brook
 from tests.support.tiny import tiny_config
+from tests.support.tiny_wrappers import tiny_wrapper
 
 REMOTE = {"AutoConfig": "modeling_brook.BrookConfig", "AutoModelForCausalLM": "modeling_brook.BrookForCausalLM"}
 
@@ -54,6 +55,20 @@ REFUSED = {
         "config.json names LlamaForSequenceClassification, and the causal LM of its type is LlamaForCausalLM",
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_of_a_model_of_images_the_text_part_is_checked(name, place):
+    tiny_wrapper(name).config.save_pretrained(place)
+    found = check_architecture(place)
+    assert found.passed
+    assert found.model_type == {"gemma3": "gemma3_text", "qwen3_vl": "qwen3"}[name]
+
+
+def test_gemma_4_is_checked_in_its_full_size(place):
+    """Its config sets sizes of single layers, and doubles some."""
+    transformers.Gemma4TextConfig(num_kv_shared_layers=10, use_double_wide_mlp=True).save_pretrained(place)
+    assert check_architecture(place).passed
 
 
 @pytest.mark.parametrize("what", REFUSED)
