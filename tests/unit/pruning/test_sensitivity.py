@@ -82,7 +82,16 @@ def with_small_branches(name, factor=0.01):
     return model
 
 
-@pytest.mark.parametrize("name", [*COVERING, "llama-biased", "gemma3_text", "opt"])
+SLOW = ("qwen3_5_text",)  # its recurrence runs once for every sample
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in SLOW else ())
+        for name in (*COVERING, "llama-biased", "gemma3_text", "opt")
+    ],
+)
 def test_the_curve_is_the_divergence_of_the_sliced_model(name):
     """Of samples of one token, whose errors can't add up or cancel; what is left is the noise of the signs."""
     model, ids = with_small_branches(name), tokens(2560, 1)
