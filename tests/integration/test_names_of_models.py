@@ -40,7 +40,7 @@ def fetched(place, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["demo", "@tiny.gguf"])
+@pytest.mark.parametrize("name", ["demo", pytest.param("@tiny.gguf", marks=pytest.mark.nightly)])
 def test_every_command_takes_it(name, run, place, subtests):
     out = f"@of-{name.strip('@')}"
     for arguments in (

@@ -13,7 +13,7 @@ from gradio_client import Client
 
 from hf_context_prune.publishing.space.folder import make_space_settings, write_space
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def test_requirements_suffice(tiny_space, tmp_path):

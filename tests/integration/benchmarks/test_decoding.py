@@ -10,7 +10,7 @@ from hf_context_prune.storage.loading import load_model
 from tests.support.export_folders import save
 from tests.support.tiny_domain import write_domains
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def test_the_table_has_every_runtime_and_resumes(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from hf_context_prune.storage.loading import load_model
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import shared_tokenizer, write_domains
 
-pytestmark = [pytest.mark.slow, TINY_TEXT]
+pytestmark = [pytest.mark.nightly, TINY_TEXT]
 
 
 def test_row_section_and_resume(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def losses_of(folder):
     ("kind", "format", "weights"),
     [
         *(("stock", "quanto", "int8"), ("variable", "quanto", "int8"), ("variable", "torchao", "int8")),
-        pytest.param("variable", "quanto", "int4", marks=pytest.mark.slow),  # its kernel is compiled
+        pytest.param("variable", "quanto", "int4", marks=pytest.mark.nightly),  # its kernel is compiled
     ],
 )
 def test_quantised_weights_reload_and_are_smaller(folders, kind, format, weights, tmp_path):
