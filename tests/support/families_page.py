@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION
+from hf_context_prune.modeling.left_out import LEFT_OUT
 from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, GGUF_VARIABLE, VLLM_TESTED, why_not_onnx
 from hf_context_prune.modeling.specs import BUILT_IN, SPECS, ArchSpec
 from tests.support.tiny import tiny_config
@@ -92,7 +93,8 @@ def families_page() -> str:
     header = ("family", "such as", "KV groups", "GGUF", "ONNX", "vLLM")
     rows = [header, ("---",) * len(header), *(_row(spec) for spec in SPECS.values() if spec.model_type in BUILT_IN)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{_INTRODUCTION.format(**versions)}\n{table}\n"
+    left_out = "\n".join(f"- `{name}`: {why}." for name, why in LEFT_OUT.items())
+    return f"{_INTRODUCTION.format(**versions)}\n{table}\n\n## Left out\n\n{left_out}\n"
 
 
 def _row(spec: ArchSpec) -> tuple[str, ...]:
