@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from hf_context_prune.modeling.generation import draw_prompt, fit_prompt, time_generation
 from hf_context_prune.modeling.inference import dtype_name, max_positions, vocabulary_rows
-from hf_context_prune.modeling.wrappers import wrapper_spec
+from hf_context_prune.modeling.wrappers import auto_class
 
 
 def peak_rss() -> tuple[int, str]:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     baseline = psutil.Process().memory_info().rss
     start = time.perf_counter()
     config = AutoConfig.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
-    auto = AutoModelForCausalLM if wrapper_spec(config) is None else AutoModelForImageTextToText
+    auto = auto_class(config)
     model = auto.from_pretrained(
         options.folder, dtype="auto", use_safetensors=True, trust_remote_code=options.trust_remote_code
     )

@@ -27,10 +27,14 @@ class NativeFit:
     reason: str
 
 
+def values_for_another_class(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the values of a config without those that belong to its class, native or of variable width."""
+    own = ("model_type", "auto_map", "per_layer_config", "architectures")
+    return {name: value for name, value in config.to_dict().items() if name not in own}
+
+
 def _with_widths(config: PreTrainedConfig, spec: ArchSpec, geometry: Geometry) -> dict[str, Any]:
-    values = config.to_dict()
-    for key in ("model_type", "auto_map", "per_layer_config", "architectures"):
-        values.pop(key, None)
+    values = values_for_another_class(config)
     if spec.native_overrides:
         values["per_layer_config"] = native_overrides(config, spec)
     elif not isinstance(getattr(type(config), "head_dim", None), property):  # Falcon computes it from the dense values

@@ -16,6 +16,8 @@ from .architectures import layers_of, spec_of
 from .specs import ArchSpec
 
 Forward = Callable[..., Any]
+_RECURRENCES = ("linear_attn", "mamba")
+"""Modules of a layer that pass a state from token to token."""
 
 
 @contextmanager
@@ -99,10 +101,6 @@ def in_bfloat16(layer: nn.Module, forward: Forward) -> Forward:
             return forward(hidden, *args, **kwargs)
 
     return run
-
-
-_RECURRENCES = ("linear_attn", "mamba")
-"""Modules of a layer that pass a state from token to token."""
 
 
 def _in_full_precision(forward: Forward) -> Forward:

@@ -43,6 +43,12 @@ def get_model_class(spec: ArchSpec | WrapperSpec) -> type[Any]:
     return getattr(modeling_context_pruned, model_class_name(spec))
 
 
+def class_of(config: Any, spec: ArchSpec | WrapperSpec) -> type[Any]:  # noqa: ANN401
+    """Return the model class of a config, native or of variable width, by the table entry of its model type."""
+    variable = str(config.model_type).startswith(PREFIX)
+    return get_model_class(spec) if variable else native_class(spec.model_class)
+
+
 def build_auto_map(spec: ArchSpec | WrapperSpec) -> dict[str, str]:
     """Return the ``auto_map`` entry of config.json: the file and class that remote code loads."""
     if isinstance(spec, WrapperSpec):

@@ -153,9 +153,10 @@ _LIKE_LLAMA = {
 """Names of classes, by model type: families whose modules and config attributes are named as Llama's."""
 _QKV = ("query", "key", "value")
 _SANDWICH = (("attention", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
+NORM_OVER_HEADS = "a norm over all heads together reads them"
 _OLMO: dict[str, Any] = {
     "post_norms": _SANDWICH,
-    "fixed_heads": ((None, "a norm over all heads together reads them"),),
+    "fixed_heads": ((None, NORM_OVER_HEADS),),
 }
 _STACKED_GATE: dict[str, Any] = {
     "mlp_inputs": ("mlp.gate_up_proj",),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import SaveError, UnsupportedArchitectureError
 from hf_context_prune.utils.compat import copy_attention_implementation
@@ -21,18 +21,23 @@ from .architectures import QUANTISED, spec_of
 from .buffers import fill_buffers
 from .configuration_context_pruned import has_tied_head
 from .geometry import read_geometry
-from .native_fit import build_native_config, build_variable_config
-from .registry import build_auto_map, get_config_class, get_model_class
+from .modeling_context_pruned import model_class_name
+from .native_fit import build_native_config, build_variable_config, values_for_another_class
+from .registry import build_auto_map, class_of, get_config_class
 from .specs import PREFIX, SPECS, ArchSpec, base_model_type
 from .wrapper_specs import WRAPPERS, WrapperSpec, text_spec
 
 _HEAD = "lm_head."
-_OF_ANOTHER_CLASS = ("model_type", "auto_map", "architectures", "per_layer_config")
 
 
 def wrapper_spec(config: Any) -> WrapperSpec | None:  # noqa: ANN401 - a config, or something with a model type
     """Return the table entry of a model of images and text, native or variable-width; None for any other model."""
     return WRAPPERS.get(base_model_type(str(config.model_type)))
+
+
+def auto_class(config: Any) -> Any:  # noqa: ANN401 - a config, and an auto class of `transformers`
+    """Return the auto class that opens models of a config."""
+    return AutoModelForCausalLM if wrapper_spec(config) is None else AutoModelForImageTextToText
 
 
 def text_part(config: Any) -> tuple[Any, ArchSpec]:  # noqa: ANN401 - a config
@@ -97,7 +102,7 @@ def text_model(wrapper: PreTrainedModel) -> PreTrainedModel:
     state = {f"model.{name}": tensor for name, tensor in part.state_dict().items()}
     if not config.tie_word_embeddings:
         state |= {name: tensor for name, tensor in wrapper.state_dict().items() if name.startswith(_HEAD)}
-    model = _build(_model_class(config), config, state)
+    model = _build(class_of(config, spec_of(config)), config, state)
     if wrapper.device.type != "meta":
         fill_buffers(part, model.get_submodule("model"))  # type: ignore[arg-type]
     learns = {name: parameter.requires_grad for name, parameter in wrapper.named_parameters()}
@@ -140,9 +145,7 @@ def with_text(wrapper: PreTrainedModel, text: PreTrainedModel) -> PreTrainedMode
     state |= {
         names[name]: tensor for name, tensor in text.state_dict().items() if not (tied and name.startswith(_HEAD))
     }
-    variable = str(config.model_type).startswith(PREFIX)
-    model_class = get_model_class(spec) if variable else getattr(transformers, spec.model_class)
-    model = _build(model_class, config, state)
+    model = _build(class_of(config, spec), config, state)
     fill_buffers(wrapper, model)
     learns = {name: parameter.requires_grad for name, parameter in wrapper.named_parameters()}
     learns |= {names[name]: parameter.requires_grad for name, parameter in text.named_parameters()}
@@ -152,7 +155,7 @@ def with_text(wrapper: PreTrainedModel, text: PreTrainedModel) -> PreTrainedMode
 def _causal_config(text: PreTrainedConfig, entry: ArchSpec) -> PreTrainedConfig:
     """Return the config of the causal LM that computes what a text part does on text alone."""
     spec = _causal_spec(entry)
-    values = {name: value for name, value in text.to_dict().items() if name not in _OF_ANOTHER_CLASS}
+    values = values_for_another_class(text)
     if spec is not entry and isinstance(rotation := values.get("rope_parameters"), dict):
         # Sections of a rotation by time, height and width: of a text, all three are the position.
         values["rope_parameters"] = {key: value for key, value in rotation.items() if not key.startswith("mrope")}
@@ -173,12 +176,12 @@ def _wrapper_config(config: PreTrainedConfig, spec: WrapperSpec, text: PreTraine
     entry, variable = text_entry(config), str(text.config.model_type).startswith(PREFIX)
     widths = read_geometry(text.config, _causal_spec(entry)).layers
     part = (build_variable_config if variable else build_native_config)(config.text_config, entry, widths)
-    values = {name: value for name, value in config.to_dict().items() if name not in _OF_ANOTHER_CLASS}
+    values = values_for_another_class(config)
     part.tie_word_embeddings = values["tie_word_embeddings"] = has_tied_head(text)
     vars(part).pop("auto_map", None)  # the wrapper's names the code
     part.architectures = None
     chosen = get_config_class(spec) if variable else getattr(transformers, spec.config_class)
-    architecture = f"ContextPruned{spec.model_class}" if variable else spec.model_class
+    architecture = model_class_name(spec) if variable else spec.model_class
     auto_map = {"auto_map": build_auto_map(spec)} if variable else {}
     result: PreTrainedConfig = chosen.from_dict(
         {**values, "text_config": part, "architectures": [architecture], **auto_map}
@@ -188,12 +191,6 @@ def _wrapper_config(config: PreTrainedConfig, spec: WrapperSpec, text: PreTraine
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [config, *(getattr(config, name) for name in sorted(config.sub_configs))]
-
-
-def _model_class(config: PreTrainedConfig) -> type[Any]:
-    spec = SPECS[base_model_type(config.model_type)]
-    variable = str(config.model_type).startswith(PREFIX)
-    return get_model_class(spec) if variable else getattr(transformers, spec.model_class)
 
 
 def _build(model_class: type[Any], config: PreTrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +20,7 @@ from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, P
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.offloaded import map_offloaded
-from hf_context_prune.modeling.wrappers import text_model, wrapper_spec
+from hf_context_prune.modeling.wrappers import auto_class, text_model, wrapper_spec
 from hf_context_prune.utils.distributed import default_device
 from hf_context_prune.utils.files import expand_home
 
@@ -350,7 +348,7 @@ def load_weights(source: str, folder: Path, revision: str | None = None, **optio
     check_weights(folder, config)
     # Without trust_remote_code=False, transformers would ask on the terminal whether to run a repository's code. It
     # fills missing tensors with random values and reports that only in its log: check_complete refuses them.
-    auto = AutoModelForCausalLM if wrapper_spec(config) is None else AutoModelForImageTextToText
+    auto = auto_class(config)
     model, info = auto.from_pretrained(
         source,
         config=config,  # as checked

@@ -15,10 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
-from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS, native_class
+from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS
 from hf_context_prune.modeling.geometry import neurons_of, read_head_dim
-from hf_context_prune.modeling.registry import get_model_class
-from hf_context_prune.modeling.specs import PREFIX, ArchSpec
+from hf_context_prune.modeling.registry import class_of
+from hf_context_prune.modeling.specs import ArchSpec
 from hf_context_prune.modeling.weights_header import FLOATS, check_header, format_names, read_header
 from hf_context_prune.modeling.wrapper_specs import WrapperSpec
 from hf_context_prune.modeling.wrappers import wrapper_spec
@@ -131,9 +131,7 @@ def _entry_of(config: PreTrainedConfig) -> ArchSpec | WrapperSpec:
 
 def model_class_of(config: PreTrainedConfig) -> type[Any]:
     """Return the class that loads a model of this config, native or of variable width."""
-    spec = _entry_of(config)
-    variable = str(config.model_type).startswith(PREFIX)
-    return get_model_class(spec) if variable else native_class(spec.model_class)
+    return class_of(config, _entry_of(config))
 
 
 def check_weights(folder: Path, config: PreTrainedConfig) -> None:

@@ -5,22 +5,12 @@ no bit). The class without a head, by which servers open the folder, has to give
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
-folder = Path(sys.argv[1])
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
+from without_package import bar_package
 
-
-class Barred:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_context_prune":
-            raise ImportError("hf_context_prune is barred here")
-
-
-sys.meta_path.insert(0, Barred())
+folder = bar_package()
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM

@@ -14,6 +14,7 @@ from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitect
 from hf_context_prune.modeling.architectures import layers_of, output_weight, unit_size
 from hf_context_prune.modeling.configuration_context_pruned import native_class
 from hf_context_prune.modeling.geometry import read_geometry
+from hf_context_prune.modeling.native_fit import values_for_another_class
 from hf_context_prune.modeling.paths import check_paths
 from hf_context_prune.modeling.specs import PREFIX, SPECS, ArchSpec, Projection, base_model_type
 from hf_context_prune.modeling.wrappers import text_config_of, wrapper_spec
@@ -125,10 +126,8 @@ def _read(source: str | Path, revision: str | None, *, trust_remote_code: bool) 
         config = text_config_of(config)
     if not config.model_type.startswith(PREFIX):
         return config, commit
-    values = config.to_dict()
-    for key in ("model_type", "auto_map", "per_layer_config", "architectures"):
-        values.pop(key, None)
-    return native_class(SPECS[base_model_type(config.model_type)].config_class).from_dict(values), commit
+    base_class = native_class(SPECS[base_model_type(config.model_type)].config_class)
+    return base_class.from_dict(values_for_another_class(config)), commit
 
 
 def _build_whole(

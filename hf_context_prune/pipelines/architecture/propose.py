@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import UnsupportedArchitectureError
 from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION
-from hf_context_prune.modeling.specs import ArchSpec, Projection, bare_name
+from hf_context_prune.modeling.specs import NORM_OVER_HEADS, ArchSpec, Projection, bare_name
 
 from .observe import Observed, find_layers, is_fed_by_attention, is_projection, observe
 from .places import Attention, Mlp, attention_of, mlp_of
@@ -27,7 +27,6 @@ from .tiny_copy import HEADS, TinyCopy, own_name
 
 _IDLE_NAMES = ("layer_idx", "layer_id", "head_dim", "num_key_value_groups", "hidden_size", "embed_dim", "embedding_dim")
 """Attributes of attention modules that hold no size which changes with the heads."""
-_NORM_OVER_HEADS = "a norm over all heads together reads them"
 _MULTIPLIERS = ("residual_multiplier",)
 
 
@@ -159,7 +158,7 @@ def _head_parts(
                 own.append(f"{place}.{name}")
             elif parameter.shape[0] in sizes:
                 over_all = parameter.ndim == 1
-                return (), ((None, _NORM_OVER_HEADS if over_all else f"every head has values in {place}.{name}"),)
+                return (), ((None, NORM_OVER_HEADS if over_all else f"every head has values in {place}.{name}"),)
     return tuple(own), ()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_context_prune.config import NATIVE_TOLERANCE
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.geometry import Geometry, LayerWidths
+from hf_context_prune.modeling.geometry import Geometry, LayerWidths, widths_vary
 from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.utils.rounding import six_digits
 
@@ -133,9 +133,9 @@ class UnitCurves:
     @property
     def _common_widths(self) -> LayerWidths | None:
         """Neurons and KV groups that all layers have which have any; None where they differ."""
-        neurons = {layer.neurons for layer in self.geometry.layers}
-        groups = {layer.kv_groups for layer in self.geometry.layers if layer.kv_groups} or {0}
-        return LayerWidths(*neurons, *groups) if len(neurons) == len(groups) == 1 else None
+        layers = self.geometry.layers
+        most = max(layer.kv_groups for layer in layers)
+        return None if widths_vary(layers) else LayerWidths(layers[0].neurons, most)
 
     def _allowed_neurons(self, total: int) -> np.ndarray:
         """Return the widths that all layers may have, widest first."""
