@@ -11,8 +11,5 @@ LEFT_OUT = {
     "gemma3n_text": "its MLPs keep the neurons above a quantile of all of them (`Gemma3nTextMLP`, "
     "`activation_sparsity`), so that removing one changes the others, and hidden states run in several streams "
     "(`Gemma3nTextAltUp`)",
-    "olmo_hybrid": "three tensors of its files become one on loading, and others change their names "
-    "(`linear_attn.q_conv1d`, `k_conv1d` and `v_conv1d`), so widths and weights of a folder can't be compared before "
-    "they are read, and `A_log` stays in float32 in a bfloat16 model",
 }
 """Why a family is refused, by model type: the end of a sentence."""

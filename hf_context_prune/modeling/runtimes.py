@@ -14,7 +14,7 @@ from .wrapper_specs import WRAPPERS, text_spec
 
 NO_GGUF = (
     *("ministral", "gemma4_text", "vaultgemma", "helium", "cwm", "granite_swa"),
-    *("hyperclovax", "nanochat", "opt", "gpt_neo", "gptj"),
+    *("hyperclovax", "nanochat", "olmo_hybrid", "opt", "gpt_neo", "gptj"),
 )
 """Families that llama.cpp has no architecture for, or none that is verified."""
 GGUF_FAMILIES = tuple(name for name in SPECS if name in BUILT_IN and name not in NO_GGUF)

@@ -203,6 +203,7 @@ SPECS: dict[str, ArchSpec] = {
         _llama_like("exaone4", "Exaone4", post_norms=_SANDWICH),
         _llama_like("olmo2", "Olmo2", **_OLMO),
         _llama_like("olmo3", "Olmo3", **_OLMO),
+        _llama_like("olmo_hybrid", "OlmoHybrid", **_OLMO),
         _llama_like("granite", "Granite", **_SCALED),
         _llama_like("granite_swa", "GraniteSWA", head_parameters=("self_attn.sinks",), **_SCALED),
         _llama_like(

@@ -158,8 +158,9 @@ def check_header(
 def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list[str], list[str]]:  # noqa: ANN401
     """Return the tensors of a model that the files lack, and those that have another shape there, with both shapes.
 
-    `from_pretrained` renames some tensors, so one may be absent if the files hold another that the model does not
-    know, of the same shape. Quantised (`packed`) tensors have other names and shapes, and are not compared.
+    `from_pretrained` renames some tensors and joins others, so one may be absent if the files hold another that the
+    model does not know, of the same shape, or several in its place that have its rows together. Quantised (`packed`)
+    tensors have other names and shapes, and are not compared.
     """
     prefix, expected = f"{model.base_model_prefix}.", model.state_dict()
     names = {
@@ -170,14 +171,22 @@ def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list
         names[source] = names[source] if names[source] in tensors else names[target]
         if names[target] not in tensors:
             del names[target]
-    renamed = [list(tensors[name].shape) for name in tensors.keys() - set(names.values())]
+    unknown = {name: list(tensors[name].shape) for name in tensors.keys() - set(names.values())}
+    renamed = list(unknown.values())
     missing, other = [], []
     for name, saved in names.items():
         info, shape = tensors.get(saved), list(expected[name].shape)
         if info is None and shape in renamed:
             renamed.remove(shape)
-        elif info is None and not packed:
+        elif info is None and not packed and not _is_joined(name, shape, unknown):
             missing.append(name)
         elif info is not None and list(info.shape) != shape and not (packed and info.dtype not in FLOATS):
             other.append(f"{name} ({list(info.shape)}, the config asks for {shape})")
     return missing, other
+
+
+def _is_joined(name: str, shape: list[int], unknown: dict[str, list[int]]) -> bool:
+    """Return whether unknown tensors of the same module have the rows of a tensor together."""
+    place = name.rsplit(".", 2)[0]
+    parts = [one for other, one in unknown.items() if other.rsplit(".", 2)[0] == place and one[1:] == shape[1:]]
+    return len(parts) > 1 and sum(part[0] for part in parts) == shape[0]

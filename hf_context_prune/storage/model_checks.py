@@ -186,16 +186,20 @@ def has_own_head(folder: Path, config: PreTrainedConfig) -> bool:
 
 
 def warn_of_rounding(folder: Path, model: PreTrainedModel) -> None:
-    """Say which tensors of a checkpoint with several dtypes were rounded on loading: a loaded model has one dtype.
+    """Say which tensors of a checkpoint with several dtypes were rounded on loading.
+
+    A loaded model has one dtype, but for parameters to which its class gives another.
 
     Warns:
         LoadWarning: Names them.
     """
     tensors = read_header(str(folder), getattr(model.config, "transformers_weights", None))
+    inside = {name: parameter.dtype for name, parameter in model.named_parameters()}
     rounded = {
         name
         for name, info in tensors.items()
-        if info.dtype in FLOATS and torch.promote_types(FLOATS[info.dtype], model.dtype) != model.dtype
+        if info.dtype in FLOATS
+        and torch.promote_types(FLOATS[info.dtype], kept := inside.get(name, model.dtype)) != kept
     }
     if rounded and len(rounded) < len(tensors):
         warnings.warn(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from transformers import AutoTokenizer
 
 from hf_context_prune.errors import LoadError, SaveError
@@ -164,13 +166,29 @@ def _refuse_unsavable(model: PreTrainedModel) -> None:
     reason = getattr(model, "_context_prune_unsavable", None)
     if reason is not None:
         raise SaveError(f"This {type(model).__name__} can't be saved so that it reloads unchanged: {reason}")
-    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in _dtypes_chosen(model))
     if len(dtypes) > 1:
         raise SaveError(
             f"This {type(model).__name__} can't be saved so that it reloads unchanged: its weights are "
             f"{' and '.join(dtypes)}, and a config names one dtype. Convert the model first, such as by "
             f"model.to(torch.float32)."
         )
+
+
+def _dtypes_chosen(model: PreTrainedModel) -> set[torch.dtype]:
+    """Return the dtypes of the parameters, less those that the class itself chooses whatever the model's dtype is."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) == 1:
+        return dtypes
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with torch.device("meta"):
+            made = type(model)(copy.deepcopy(model.config))
+    finally:
+        torch.set_default_dtype(default)
+    fixed = {name: parameter.dtype for name, parameter in made.named_parameters() if parameter.dtype != model.dtype}
+    return {parameter.dtype for name, parameter in model.named_parameters() if parameter.dtype != fixed.get(name)}
 
 
 def _check_auto_map(folder: Path) -> None:

@@ -38,6 +38,7 @@ MODELS = {
     "exaone4": "EXAONE 4.0 1.2B",
     "olmo2": "OLMo 2 1B",
     "olmo3": "Olmo 3 7B",
+    "olmo_hybrid": "Olmo Hybrid 7B",
     "granite": "Granite 3.3 2B",
     "granite_swa": "Granite with sliding windows",
     "granitemoehybrid": "Granite 4.0 H 1B",

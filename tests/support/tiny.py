@@ -70,6 +70,14 @@ FAMILIES: dict[str, dict] = {
     "olmo": GATED | {"clip_qkv": 2.0},
     "olmo2": GATED,
     "olmo3": SLIDING,
+    "olmo_hybrid": GATED
+    | {
+        "layer_types": HYBRID,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "ernie4_5": GATED,
     "hunyuan_v1_dense": GATED,
     "seed_oss": GATED | {"residual_dropout": 0.0, "attention_dropout": 0.0},

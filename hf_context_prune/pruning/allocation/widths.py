@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.modeling.architectures import TARGETS, Target
-from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths
+from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths, units_of
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
@@ -143,9 +143,10 @@ def check_shared_budget(model: PreTrainedModel, config: PrunerConfig, fewest_tok
     if remove > curves.most_removable:
         whole = {**curves.curves, **_free_curves(view, TARGETS)}
         more = most_removable(whole, curves.costs, curves.multiples)
-        missing = [UNIT_NAMES[target] for target in TARGETS if target not in targets]
+        there = {target: name for target, name in UNIT_NAMES.items() if name in units_of(view.widths)}
+        missing = [name for target, name in there.items() if target not in targets]
         helps = f" With {' and '.join(missing)} as well (--units), up to {share_below(more, total)} can."
-        listed = ", ".join(["tokens", *(UNIT_NAMES[target] for target in targets)])
+        listed = ", ".join(["tokens", *(name for target, name in there.items() if target in targets)])
         raise BudgetError(
             f"Asked to remove {remove:,} of {total:,} parameters; {listed} together can give {curves.most_removable:,} "
             f"({share_below(curves.most_removable, total)} of all).{helps if missing else ''} Ask for less."

@@ -35,6 +35,7 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from tests.support.marks import TINY_TEXT
+from tests.support.tiny import tiny_model, tiny_tokenizer
 from tests.support.tiny_domain import documents, model_for, shared_tokenizer
 from tests.support.tiny_tokenizers import WORDS
 
@@ -228,6 +229,8 @@ def test_budgets_that_cannot_be_met(subtests):
     ):
         with subtests.test(**options), pytest.raises(BudgetError, match=said):
             check_budget(dense(), shared_tokenizer("smollm2"), PrunerConfig(**options, **SMALL))
+    with pytest.raises(BudgetError, match="parameters; tokens, neurons together can give"):  # heads that must stay
+        check_budget(tiny_model("olmo2"), tiny_tokenizer(), PrunerConfig(pruning_ratio=0.97, **AUTO, **SMALL))
 
 
 def test_the_fewest_tokens_are_considered_too():

@@ -112,6 +112,19 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(copied):
         load_model(copied, device="cpu")
 
 
+def test_tensors_that_are_joined_on_loading_are_compared_too(tmp_path, tokenizer):
+    """One of a layer's convolutions is stored as three, and a number per head stays in float32."""
+    tiny_model("olmo_hybrid").to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}
+    again = load_model(save_pruned(model, tmp_path / "again", tokenizer=tokenizer), device="cpu").model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+    edit_weights(tmp_path, lambda weights: weights.pop("model.layers.0.linear_attn.k_conv1d.weight"))
+    with pytest.raises(LoadError, match=rf"asks for model.layers.0.linear_attn.conv1d.weight.*{REMEDY}"):
+        load_model(tmp_path, device="cpu")
+
+
 @both
 def test_layers_beyond_the_config_are_refused(copied):
     edit_weights(copied, lambda w: w.update({"model.layers.3.mlp.down_proj.weight": torch.ones(48, 40)}))
