@@ -11,6 +11,7 @@ from .rows import table_header, table_rows, text_table
 
 _NOISY = 1.25
 _SIZE_SHOWN = 0.0005  # a smaller difference would be shown as "0.0 %"
+_SAME_SHARE = 0.01  # of parameters and bytes gone: files also hold names and shapes
 
 
 def headline(report: EvalReport) -> list[str]:
@@ -33,10 +34,14 @@ def describe(report: EvalReport, *, intervals: bool = False) -> str:
 def _size_and_speed(report: EvalReport) -> str:
     size = report.size
     gone = size.achieved_ratio or 0.0
-    change = f"{100 * abs(gone):.1f} % {'smaller' if gone > 0 else 'larger'}"
+    before, after = size.base_weight_bytes, size.pruned_weight_bytes
+    fewer, more = "smaller", "larger"
+    if before and after and abs(1 - after / before - gone) > _SAME_SHARE:  # a text part, or another dtype
+        fewer, more = "fewer parameters", "more parameters"
+    change = f"{100 * abs(gone):.1f} % {fewer if gone > 0 else more}"
     parts = [change if abs(gone) >= _SIZE_SHOWN else "As large as the base"]
-    if size.base_weight_bytes and size.pruned_weight_bytes:
-        parts[0] += f" ({_megabytes(size.base_weight_bytes)} to {_megabytes(size.pruned_weight_bytes)} MB)"
+    if before and after:
+        parts[0] += f" ({_megabytes(before)} to {_megabytes(after)} MB)"
     ratio = report.speed.ratio() if report.speed else None
     parts.append("speed not measured" if ratio is None else _speed(ratio.decode))
     return f"{', '.join(parts)}."

@@ -147,6 +147,13 @@ def test_a_base_that_was_not_measured_is_named_so_in_every_table(report):
         LossFacts(None)
 
 
+def test_a_headline_names_parameters_where_the_bytes_shrank_by_another_share(report):
+    """Those of a text part beside images, or of a model that was saved in another dtype."""
+    for after, said in ((796_000, "20.2 % smaller (1.00 to 0.80 MB)"), (498_000, "20.2 % fewer parameters (1.00 to")):
+        size = dataclasses.replace(report.size, base_weight_bytes=1_000_000, pruned_weight_bytes=after)
+        assert headline(dataclasses.replace(report, size=size))[0].startswith(said)
+
+
 def test_general_text_has_rows_of_its_own(report):
     general = TextLosses(dataclasses.replace(DATASET, name="general text"), report.loss)
     both = dataclasses.replace(report, general=general)
