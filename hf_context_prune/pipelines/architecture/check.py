@@ -126,7 +126,13 @@ def _read(source: str | Path, revision: str | None, *, trust_remote_code: bool) 
         config = text_config_of(config)
     if not config.model_type.startswith(PREFIX):
         return config, commit
-    base_class = native_class(SPECS[base_model_type(config.model_type)].config_class)
+    base = SPECS.get(base_model_type(config.model_type))
+    if base is None:
+        raise UnsupportedArchitectureError(
+            f"{name!r} has the config of a text part alone ({config.model_type}), no causal LM. Take the folder of the "
+            f"whole model of images and text."
+        )
+    base_class = native_class(base.config_class)
     return base_class.from_dict(values_for_another_class(config)), commit
 
 
@@ -170,8 +176,10 @@ def _build_whole(
 
 
 def _refuse_far(config: PreTrainedConfig) -> None:
+    by_layer = (config.to_dict().get("per_layer_config") or {}).values()
     for name, what in _FAR.items():
-        value = getattr(config, name, None)
+        own = [layer[name] for layer in by_layer if name in layer]  # of such a value, the whole config can't be asked
+        value = max(own) if own else getattr(config, name, None)
         if isinstance(value, int) and value > 1:
             raise UnsupportedArchitectureError(
                 f"The model type {config.model_type!r} can't be pruned: {name} is {value}, so it has {what}."

@@ -37,6 +37,16 @@ REFUSED = {
         {"architectures": ["DeepseekV3ForCausalLM"]},
         "kv_lora_rank is 512, so it has multi-head latent attention",
     ),
+    "latent attention in some layers": (
+        transformers.AutoConfig.for_model("dots3_note_text"),
+        {},
+        "kv_lora_rank is .*, so it has multi-head latent attention",
+    ),
+    "a text part": (
+        transformers.AutoConfig.for_model("qwen3_vl_text"),
+        {"model_type": "context_pruned_qwen3_vl_text"},
+        r"config of a text part alone \(context_pruned_qwen3_vl_text\)",
+    ),
     "experts": (
         transformers.MixtralConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=64),
         {},
