@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -86,7 +87,9 @@ def test_a_visitor_compares_and_reads_on(visit, store, screen):
     page.fill("#prompt textarea", "the patient was given the dose")
     store.hold()
     page.click("#run")
-    store.let(80)  # of 122: the streamer holds symbols back until the next space
+    store.run(80)  # of 122: the streamer holds symbols back until the next space
+    time.sleep(0.1)  # the page is shown a text when 0.08 s have passed since the one before, at the end of a step
+    store.let(2)
     page.wait_for_function(
         "['dense', 'pruned'].every(kind => document.querySelector(`#${kind}-text textarea`).value.length > 0)"
     )
@@ -300,9 +303,7 @@ def test_stop_and_leaving_end_the_writing(visit, url, store):
         before = store.steps
         store.hold()
         page.click("#run")
-        store.let(4)
-        for _ in range(5):
-            store.waits.acquire(timeout=60)
+        store.run(4)
         leave()
         Client(url, verbose=False)  # a round trip: the server has seen what went before
         done = threading.Event()

@@ -120,9 +120,7 @@ def test_a_cancelled_request_stops_between_two_tokens(client, store):
     before = store.steps
     store.hold()
     job = client.submit("Law", "the court", new_tokens=100, api_name="/compare")
-    store.let(5)
-    for _ in range(6):
-        store.waits.acquire(timeout=60)
+    store.run(5)
     cancelling = threading.Thread(target=job.cancel)
     cancelling.start()
     while cancelling.is_alive():  # Gradio answers after the step that is on its way

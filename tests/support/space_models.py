@@ -81,6 +81,12 @@ class HeldStore(ModelStore):
         """Let this many steps begin."""
         self._permits.release(steps)
 
+    def run(self, steps: int) -> None:
+        """Let this many steps run, and wait until the next one stands at its beginning."""
+        self.let(steps)
+        for _ in range(steps + 1):
+            assert self.waits.acquire(timeout=60), f"fewer than {steps + 1} steps began"
+
     def release(self) -> None:
         self._free.set()
         self._permits.release(1_000_000)
