@@ -9,9 +9,10 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.utils.memory import fits_in_memory, free_memory, release_weights
+from hf_context_prune.utils.memory import fits_in_memory, free_memory
 
 from .architectures import layers_of, spec_of
+from .layer_device import in_hand, layer_device, move
 from .patching import LayerCall, known_states, record_calls
 
 Inputs = dict[str, torch.Tensor]
@@ -21,7 +22,8 @@ Inputs = dict[str, torch.Tensor]
 def forward_in_turns(model: PreTrainedModel, batches: Iterable[Inputs], *, head: bool = True) -> Iterator[Any]:
     """Yield the outputs of a model for each batch, without a cache.
 
-    A model that fits into memory runs batch by batch. Of any other, each layer runs on many batches before the next one
+    A model that fits into memory runs batch by batch. Of any other, and of one whose layers go to an accelerator one by
+    one, each layer runs on many batches before the next one
     does: its file is read once for all of them, whose hidden states are in memory meanwhile.
 
     Args:
@@ -30,7 +32,7 @@ def forward_in_turns(model: PreTrainedModel, batches: Iterable[Inputs], *, head:
         head: Run the whole model; False: the decoder without the LM head.
     """
     run = model if head else model.base_model
-    if fits_with_weights(model):
+    if fits_with_weights(model) and layer_device(model) == model.device:
         for batch in batches:
             yield run(**batch, use_cache=False)
         return
@@ -60,13 +62,14 @@ def _run_group(model: PreTrainedModel, run: Any, group: Sequence[Inputs]) -> Ite
         hidden, others = record_calls(model, batch)
         states.append(hidden)
         calls.append(others)
-    name = "hf_context_prune.layers"
+    device, name = layer_device(model), "hf_context_prune.layers"
     for index, layer in enumerate(tqdm(layers, desc="Running layers", unit="layer", name=name, leave=False)):
-        for number, hidden in enumerate(states):
-            args, kwargs = calls[number][index]
-            output = layer(hidden, *args, **kwargs)
-            states[number] = output[0] if isinstance(output, tuple) else output
-        release_weights(layer)
+        with in_hand(layer, device):
+            for number, hidden in enumerate(states):
+                args, kwargs = calls[number][index]
+                kwargs = {name: move(value, device) for name, value in kwargs.items()}
+                output = layer(hidden.to(device), *move(args, device), **kwargs)
+                states[number] = (output[0] if isinstance(output, tuple) else output).to(hidden.device)
     for number, batch in enumerate(group):
         with known_states(model, states[number]):
             output = run(**batch, use_cache=False)

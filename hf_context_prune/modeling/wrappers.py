@@ -21,6 +21,7 @@ from .architectures import QUANTISED, spec_of
 from .buffers import fill_buffers
 from .configuration_context_pruned import has_tied_head
 from .geometry import read_geometry
+from .layer_device import run_layers_alike
 from .modeling_context_pruned import model_class_name
 from .native_fit import build_native_config, build_variable_config, values_for_another_class
 from .registry import build_auto_map, class_of, get_config_class
@@ -210,10 +211,11 @@ def _build(model_class: type[Any], config: PreTrainedConfig, state: dict[str, to
 
 
 def _like(source: PreTrainedModel, model: PreTrainedModel, learns: dict[str, bool]) -> PreTrainedModel:
-    """Give a model the generation config, the name and the mode of another, and what of it is frozen."""
+    """Give a model the generation config, the name, the mode and the device of another, and what of it is frozen."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns[name])
     model.generation_config = copy.deepcopy(source.generation_config)
+    run_layers_alike(source, model)
     model.config.name_or_path = source.config.name_or_path
     return model.train(source.training)
 

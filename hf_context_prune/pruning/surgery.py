@@ -15,6 +15,7 @@ from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, 
 from hf_context_prune.modeling.buffers import fill_buffers
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.geometry import Geometry
+from hf_context_prune.modeling.layer_device import run_layers_alike
 from hf_context_prune.modeling.modeling_context_pruned import is_transposed
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import PruningPlan
@@ -222,6 +223,7 @@ def _copy_settings(model: PreTrainedModel, smaller: PreTrainedModel, plan: Pruni
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(name not in frozen)
     smaller.generation_config = copy.deepcopy(model.generation_config)
+    run_layers_alike(model, smaller)
     if plan.vocabulary is not None and smaller.generation_config is not None:
         renumber_token_ids(smaller.generation_config, plan.vocabulary.new_ids)
     smaller.config.name_or_path = model.config.name_or_path

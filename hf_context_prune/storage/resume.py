@@ -18,6 +18,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import PruningWarning, SaveError
+from hf_context_prune.modeling.layer_device import layer_device
 from hf_context_prune.utils.compat import attention_implementation
 from hf_context_prune.utils.distributed import digest_batches, is_main_process, num_processes, on_main_process
 from hf_context_prune.utils.locks import hold_lock
@@ -165,7 +166,7 @@ def resume_key(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]
     # With other threads or processes sums round differently, and other versions may compute differently.
     versions = (__version__, torch.__version__, transformers.__version__)
     computes = (*versions, torch.get_num_threads(), num_processes(), bfloat16_is_fast(model.device), os.name)
-    digest.update(f"{computes} {model.device.type}".encode())
+    digest.update(f"{computes} {layer_device(model).type}".encode())
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(values_digest(value))

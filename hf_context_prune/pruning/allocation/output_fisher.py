@@ -26,13 +26,13 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import NumericsError
 from hf_context_prune.modeling.architectures import Target
+from hf_context_prune.modeling.layer_device import in_hand, layer_device
 from hf_context_prune.modeling.patching import known_states
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.sequential.hidden_states import Stream, StreamStorage, capture_streams, count_positions
 from hf_context_prune.pruning.sequential.sub_layer import SubLayer
 from hf_context_prune.utils.linalg import all_finite
-from hf_context_prune.utils.memory import release_weights
 
 _HEAD_TOKENS = 512
 """Tokens whose logits exist at once, one sample at least."""
@@ -75,7 +75,8 @@ class FisherSketch:
         self.view, self.keys = view, sorted(keys)
         self._generator = torch.Generator().manual_seed(0)
         batches = list(enumerate(batches_of(samples)))
-        self._storage = StreamStorage(count_positions(batches))
+        device = layer_device(view.model)
+        self._storage = StreamStorage(count_positions(batches), device=device)
         layers, name = len(view.layers), "hf_context_prune.sensitivity"
         with (
             tqdm(total=2 * layers, desc="Reading the probe", unit="layer", name=name) as bar,
@@ -83,18 +84,18 @@ class FisherSketch:
         ):
             streams = capture_streams(view, batches, self._storage, base_only=True)
             for index in range(layers):
-                for stream in streams:
-                    self._storage.keep(_states(index), stream.start, stream.base)
-                    stream.base.copy_(stream.call(index, view.layers[index], stream.base))
-                release_weights(view.layers[index])
+                with in_hand(view.layers[index], device):
+                    for stream in streams:
+                        self._storage.keep(_states(index), stream.start, stream.base)
+                        stream.base.copy_(stream.call(index, view.layers[index], stream.base))
                 bar.update()
             for stream, (_, batch) in zip(streams, batches, strict=True):
-                stream.base.copy_(self._head_gradient(batch["input_ids"].to(stream.device), stream.base))
+                stream.base.copy_(self._head_gradient(batch["input_ids"].to(view.model.device), stream.base))
             for index in reversed(range(layers)):
-                for stream in streams:
-                    self._move_back(index, stream)
+                with in_hand(view.layers[index], device):
+                    for stream in streams:
+                        self._move_back(index, stream)
                 self._storage.drop(_states(index))
-                release_weights(view.layers[index])
                 bar.update()
         self._streams = capture_streams(view, batches, self._storage, base_only=True)
 

@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 from hf_context_prune.errors import SaveError, error_context
 from hf_context_prune.modeling.architectures import Target
 from hf_context_prune.modeling.inference import evaluation_mode
+from hf_context_prune.modeling.layer_device import in_hand, layer_device
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite, collect, finish
 from hf_context_prune.pruning.calibration.samples import Batch, batches_of
-from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key
-from hf_context_prune.pruning.sequential.hidden_states import StreamStorage, capture_streams, count_positions
+from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key, TargetStatistics
+from hf_context_prune.pruning.sequential.hidden_states import Stream, StreamStorage, capture_streams, count_positions
 from hf_context_prune.pruning.surgery import ReconstructFn
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process, shard
 from hf_context_prune.utils.files import write_file
-from hf_context_prune.utils.memory import release_weights
 from hf_context_prune.utils.precision import reduced_precision_matmul
 from hf_context_prune.utils.reading import read_json
 
@@ -101,20 +101,27 @@ def _measure_layers(
     check_weights_finite(model)
     main: list[LayerPrices] = []  # where no other process gets a copy
     on_main_process(lambda: main.append(LayerPrices(view, targets, probe)))
-    storage = StreamStorage(count_positions(mine))
+    storage, device = StreamStorage(count_positions(mine), device=layer_device(model)), layer_device(model)
     streams = capture_streams(view, mine, storage, base_only=True)
     for index in tqdm(range(len(view.layers)), desc="Measuring layers", unit="layer", name=_NAME):
-        with error_context(f"layer {index}"), collect(view, targets, [index], gram="gram" in statistics) as collectors:
-            for number, stream in enumerate(streams):
-                for collector in collectors.values():
-                    collector.batch, collector.mask = number, stream.mask
-                with reduced_precision_matmul():  # its rounding is far below the ridge
-                    stream.base.copy_(stream.call(index, view.layers[index], stream.base))
-            found = finish(collectors)
-        importance, reconstruct = prepare(CalibrationStats(found))
-        yield on_main_process(partial(_price, main, index, importance, reconstruct))
-        del found, importance, reconstruct
-        release_weights(view.layers[index])
+        with in_hand(view.layers[index], device):
+            found = _sum_up(view, index, streams, targets, statistics)
+            importance, reconstruct = prepare(CalibrationStats(found))
+            yield on_main_process(partial(_price, main, index, importance, reconstruct))
+            del found, importance, reconstruct
+
+
+def _sum_up(
+    view: ModelView, index: int, streams: Sequence[Stream], targets: tuple[Target, ...], statistics: frozenset[str]
+) -> dict[Key, TargetStatistics]:
+    """Move the streams behind a layer, and return the statistics of its projections' inputs."""
+    with error_context(f"layer {index}"), collect(view, targets, [index], gram="gram" in statistics) as collectors:
+        for number, stream in enumerate(streams):
+            for collector in collectors.values():
+                collector.batch, collector.mask = number, stream.mask
+            with reduced_precision_matmul():  # its rounding is far below the ridge
+                stream.base.copy_(stream.call(index, view.layers[index], stream.base))
+        return finish(collectors)
 
 
 def _price(

@@ -29,6 +29,7 @@ from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.modeling.architectures import Target, output_weight
 from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.inference import evaluation_mode
+from hf_context_prune.modeling.layer_device import in_hand, layer_device
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.pruning.scoring import top_units
@@ -146,7 +147,8 @@ def measure_sensitivity(
     with evaluation_mode(model, inference=False):
         prices = LayerPrices(view, wanted, samples)
         for index in tqdm(range(len(view.layers)), desc="Pricing layers", unit="layer", name=_NAME):
-            curves |= prices.price(index, importance, reconstruct)
+            with in_hand(view.layers[index], layer_device(model)):
+                curves |= prices.price(index, importance, reconstruct)
     return curves
 
 

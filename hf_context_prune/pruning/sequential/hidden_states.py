@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_context_prune.modeling.layer_device import layer_device, move
 from hf_context_prune.modeling.patching import LayerCall, in_bfloat16, record_calls
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
@@ -59,6 +60,7 @@ class Stream:
                 (Gemma 4), both models have their own.
         """
         args, kwargs = self.calls[index]
+        args, kwargs = move(args, self.device), {name: move(value, self.device) for name, value in kwargs.items()}
         if pruned and kwargs.get(_SHARED) is not None:
             self._shared = copy.copy(kwargs[_SHARED]) if self._shared is None else self._shared
             kwargs = {**kwargs, _SHARED: self._shared}
@@ -77,10 +79,11 @@ class StreamStorage:
     Args:
         positions: Positions of all batches together, padding included.
         limit: Bytes that may stay in memory; None: `SPILL_SHARE` of the free memory.
+        device: Where layers run; memory from which a CUDA device reads is pinned.
     """
 
-    def __init__(self, positions: int, *, limit: int | None = None) -> None:
-        self.positions = positions
+    def __init__(self, positions: int, *, limit: int | None = None, device: torch.device | None = None) -> None:
+        self.positions, self._pinned = positions, device is not None and device.type == "cuda"
         self._left = int(SPILL_SHARE * free_memory()) if limit is None else limit
         self._rooms: dict[str, torch.Tensor] = {}
         self._in_memory: set[str] = set()
@@ -117,7 +120,7 @@ class StreamStorage:
             return memmap_zeros(elements, dtype).view(-1, width)
         self._left -= size
         self._in_memory.add(name)
-        return torch.empty(elements, dtype=dtype).view(-1, width)
+        return torch.empty(elements, dtype=dtype, pin_memory=self._pinned).view(-1, width)
 
 
 def capture(
@@ -144,7 +147,8 @@ def capture(
     hidden, calls = record_calls(view.model, inputs)
     base = storage.keep("base", start, hidden)
     pruned = base if base_only else storage.keep("pruned", start, hidden)
-    return Stream(base, pruned, start, calls, mask, hidden.device, validation)
+    device = layer_device(view.model)
+    return Stream(base, pruned, start, calls, move(mask, device), device, validation)
 
 
 def capture_streams(
@@ -171,7 +175,6 @@ def capture_streams(
         if mask is not None and not bool(mask.any()):
             continue
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        mask = None if mask is None else mask.to(model.device)
         is_validation = validation is not None and validation[index]
         streams.append(capture(view, inputs, mask, storage, start, validation=is_validation, base_only=base_only))
         start += batch["input_ids"].numel()

@@ -25,6 +25,7 @@ from hf_context_prune.modeling.architectures import (
     residual_scale,
 )
 from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths
+from hf_context_prune.modeling.layer_device import in_hand, layer_device
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.criteria import Criterion
@@ -32,7 +33,6 @@ from hf_context_prune.pruning.scoring import top_units, weights_of_layer
 from hf_context_prune.pruning.surgery import kept_features
 from hf_context_prune.utils.distributed import all_gather, all_reduce_
 from hf_context_prune.utils.linalg import all_finite
-from hf_context_prune.utils.memory import release_weights
 from hf_context_prune.utils.precision import overflow_remedy
 
 from .checkpoint import FinishedLayer, Output
@@ -75,6 +75,7 @@ class SequentialPruner:
         withheld = [stream for stream in streams if stream.validation]
         self._first_withheld = withheld[0].start if withheld else 0  # validation comes last
         self._num_withheld = sum(stream.base[..., 0].numel() for stream in withheld)
+        self._device, self._home = layer_device(view.model), view.model.device
         self._diverged = False  # whether a layer was pruned, so that the two streams differ
 
     def prune(self, index: int, widths: LayerWidths) -> FinishedLayer:
@@ -85,6 +86,10 @@ class SequentialPruner:
         if not narrower:
             self.replay(index, done)
             return done
+        with in_hand(self.view.layers[index], self._device):
+            return self._prune(index, widths, narrower, done)
+
+    def _prune(self, index: int, widths: LayerWidths, narrower: Sequence[Target], done: FinishedLayer) -> FinishedLayer:
         layer = ReplayedLayer(index, self._copy(index), self.view, self.storage, narrower)
         for target in narrower:
             fit, validation = self._measure(layer, target, base_too=target == narrower[0])
@@ -94,11 +99,14 @@ class SequentialPruner:
         for stream in self.streams:
             stream.pruned.copy_(layer.call(stream, record=False))
         self._diverged = True
-        release_weights(self.view.layers[index])  # no later layer reads them
         return done
 
     def replay(self, index: int, done: FinishedLayer) -> None:
         """Move both streams behind a layer that is done, by an earlier, interrupted run or because it stays whole."""
+        with in_hand(self.view.layers[index], self._device):
+            self._replay(index, done)
+
+    def _replay(self, index: int, done: FinishedLayer) -> None:
         base = pruned = self.view.layers[index]
         if done.outputs:
             pruned, self._diverged = self._copy(index), True
@@ -109,7 +117,6 @@ class SequentialPruner:
             stream.base.copy_(stream.call(index, base, stream.base))
             after = stream.call(index, pruned, stream.pruned, pruned=True) if self._diverged else stream.base
             stream.pruned.copy_(after)
-        release_weights(self.view.layers[index])
 
     def _copy(self, index: int) -> nn.Module:
         """Return a copy of a layer that shares all weights with it but those of the output projections.
@@ -136,7 +143,8 @@ class SequentialPruner:
         alone = target == "attention" and not self.parallel
         tokens = sum(stream.pruned[..., 0].numel() for stream in self.streams if not stream.validation)
         fit = open_regression(weight.shape[1], weight.shape[0], tokens, weight.device, centre=sub_layer.centre)
-        storage = StreamStorage(self._num_withheld)  # that of the streams is overwritten at each layer
+        # That of the streams is overwritten at each layer.
+        storage = StreamStorage(self._num_withheld, device=self._device)
         withheld: list[Rows] = []
         for stream in self.streams:
             reference = self._base_pass(layer.index, stream, recorded=alone) if base_too else None
@@ -204,7 +212,8 @@ class SequentialPruner:
             mean = fit.statistics.mean
             bias = bias.double() + fit.mean_target + old.double() @ mean - weight.double() @ mean[features]
         dtype = sub_layer.projection.weight.dtype
-        return units, (weight.to(dtype), None if bias is None else bias.to(dtype, copy=True))  # type: ignore[arg-type]
+        bias = None if bias is None else bias.to(self._home, dtype, copy=True)  # type: ignore[call-overload]
+        return units, (weight.to(self._home, dtype), bias)  # type: ignore[arg-type]
 
     def _choose_units(
         self, layer: ReplayedLayer, target: Target, count: int, output: torch.Tensor, fit: Regression

@@ -20,6 +20,7 @@ from hf_context_prune.config import DEFAULT_RIDGE
 from hf_context_prune.errors import ConfigError, DataError, error_context
 from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.inference import evaluation_mode
+from hf_context_prune.modeling.layer_device import layer_device
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
@@ -121,7 +122,7 @@ def prune_sequentially(
     checkpoint = SequentialCheckpoint(state_dir, model, batches, widths, criterion.name, ridge, seed)
     with evaluation_mode(model, inference=False):
         mine = shard(batches)
-        storage = StreamStorage(count_positions(mine), limit=memory_limit)
+        storage = StreamStorage(count_positions(mine), limit=memory_limit, device=layer_device(model))
         streams = capture_streams(view, mine, storage, validation=choose_validation(len(batches), VALIDATION_EVERY))
         result = _count(streams)
         pruner = SequentialPruner(view, streams, storage, criterion, ridge, seed)

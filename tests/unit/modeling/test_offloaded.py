@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_context_prune import EvalOptions, PrunerConfig, evaluate, prune
 from hf_context_prune.errors import UnsupportedArchitectureError
+from hf_context_prune.modeling import offloaded
+from hf_context_prune.modeling.layer_device import layer_device
 from hf_context_prune.modeling.offloaded import _hook_of, map_offloaded
 from hf_context_prune.storage.loading import load_model
 from tests.support.marks import TINY_TEXT
@@ -63,7 +65,12 @@ def test_it_is_pruned_and_evaluated_as_the_model_in_memory(place, tmp_path):
     assert after.loss == before.loss
 
 
-def test_layers_that_run_elsewhere_are_refused_with_the_way_out():
-    model = cpu_offload(tiny_model("llama"), execution_device=torch.device("meta"))
-    with pytest.raises(UnsupportedArchitectureError, match=r"runs on meta.*device_map='cpu'"):
+def test_layers_that_run_elsewhere_will_do_so_one_at_a_time(monkeypatch):
+    own = tiny_model("llama")
+    model = cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu", 0))
+    mapped = map_offloaded(model)
+    assert layer_device(mapped) == torch.device("cpu", 0)
+    assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in mapped.state_dict().items())
+    monkeypatch.setattr(offloaded, "free_memory", lambda: -1)
+    with pytest.raises(UnsupportedArchitectureError, match=r"lie on an accelerator.*without a device_map"):
         map_offloaded(model)
