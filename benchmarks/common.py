@@ -128,6 +128,8 @@ def cell(estimate: Estimate | None, digits: int = 3) -> str:
     text = f"{estimate.value:.{digits}f}"
     if estimate.interval is not None:
         text += f" [{estimate.interval[0]:.{digits}f}, {estimate.interval[1]:.{digits}f}]"
+    elif estimate.span is not None:
+        text += f" ({estimate.span[0]:.{digits}f} to {estimate.span[1]:.{digits}f})"
     return text
 
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.common import Rows, corpus, given, highest_load, parser, table, 
 from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, RecoveryConfig
 from hf_context_prune.config import build_config
-from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.evaluation.bootstrap import Estimate, ratio_to_change
 from hf_context_prune.evaluation.reports.formatting import format_change, format_percent
 from hf_context_prune.evaluation.reports.report import LossFacts
 from hf_context_prune.pipelines.presets import PRESETS, preset_options
@@ -55,18 +56,21 @@ def measure(args: argparse.Namespace, name: str, base: LoadedModel) -> dict[str,
 
 
 def _change(loss: LossFacts) -> list[Any]:
-    """Return the change of bits per byte against the base, and its interval."""
+    """Return the change of bits per byte against the base, with its interval and its range over sources."""
     comparison = loss.last_comparison
     assert comparison is not None
-    ratio = comparison.bits_per_byte_ratio
-    return [ratio.value - 1, None if ratio.interval is None else [end - 1 for end in ratio.interval]]
+    return list(astuple(ratio_to_change(comparison.bits_per_byte_ratio)))
+
+
+def _pair(ends: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if ends is None else (ends[0], ends[1])
 
 
 def results_text(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
     """Return the section of RESULTS.md."""
     body = []
     for name, row in rows.items():
-        losses = [Estimate(value, tuple(ends) if ends else None) for value, ends in (row["domain"], row["general"])]
+        losses = [Estimate(value, *map(_pair, ends)) for value, *ends in (row["domain"], row["general"])]
         body.append(
             (
                 f"`{name}`",

@@ -16,7 +16,7 @@ from rich.table import Table
 from hf_context_prune.utils.files import resolve_path
 
 from .options import OutputFormat
-from .tables import report_table
+from .tables import plain_table, report_table
 
 if TYPE_CHECKING:
     from hf_context_prune import EvalReport
@@ -63,11 +63,14 @@ def out_table(table: Table) -> None:
 
 def show_report(report: EvalReport, *, verbose: bool = False) -> None:
     """Show a report: its four numbers in words, then its table, in the end what a reader of it must know."""
+    from hf_context_prune.evaluation.reports.rows import source_rows
     from hf_context_prune.evaluation.reports.summary import headline
 
     for line in headline(report):
         out(line)
     out_table(report_table(report, verbose=verbose))
+    if verbose and (rows := source_rows(report)):
+        out_table(plain_table(rows[0], rows[1:]))
     if verbose:
         out(f"Test text: {report.dataset.held_out}")
     for note in report.notes:

@@ -14,7 +14,15 @@ from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
 from hf_context_prune.evaluation.reports.report import DatasetFacts, LossFacts
 
-from .losses import DocumentLoss, LossComparison, LossSummary, compare_losses, compare_summaries, summarize_losses
+from .losses import (
+    DocumentLoss,
+    LossComparison,
+    LossSummary,
+    compare_losses,
+    compare_summaries,
+    losses_by_source,
+    summarize_losses,
+)
 from .passages import Passages
 
 ModelAndTokenizer: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -121,10 +129,12 @@ def build_loss_facts(
         against = {name: compare_summaries(base, summary) for name, summary in summaries.items()}
     elif base is not None:
         against = {name: compare_losses(base, losses, seed=seed) for name, losses in others.items()}
+    known = {} if base is None or isinstance(base, LossSummary) else {"base": base}
     return LossFacts(
         base=base if base is None or isinstance(base, LossSummary) else summarize_losses(base, seed=seed),
         pruned=summaries.get("pruned"),
         comparison=against.get("pruned"),
         recovered=summaries.get("recovered"),
         recovered_comparison=against.get("recovered"),
+        by_source=losses_by_source({**known, **others}),
     )

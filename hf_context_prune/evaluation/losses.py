@@ -1,12 +1,16 @@
 """Losses of documents: summed up for one model, and compared between two, with bootstrap intervals."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_context_prune.errors import DataError, NumericsError
 
 from .bootstrap import Estimate, Statistic, bits_per_byte, bootstrap_estimate, ratio, ratio_to_change
+
+_LOGGER = logging.getLogger(__name__)
+_MOST_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class DocumentLoss:
 
 @dataclass(frozen=True)
 class LossSummary:
-    """Losses of one model over documents; all intervals are 95 % percentile bootstrap intervals over documents.
+    """Losses of one model over documents, with 95 % percentile bootstrap intervals over sources and documents.
 
     Attributes:
         bits_per_byte: Loss in bits per byte; comparable between vocabularies.
@@ -97,8 +101,9 @@ def summarize_losses(losses: Sequence[DocumentLoss], *, seed: int = 0, n_resampl
     nll = [loss.nll for loss in losses]
     num_tokens = [float(loss.num_tokens) for loss in losses]
     num_bytes = [float(loss.num_bytes) for loss in losses]
-    nats = bootstrap_estimate(ratio, (nll, num_tokens), seed=seed, n_resamples=n_resamples)
-    bits = bootstrap_estimate(bits_per_byte, (nll, num_bytes), seed=seed, n_resamples=n_resamples)
+    sources = [loss.source for loss in losses]
+    nats = bootstrap_estimate(ratio, (nll, num_tokens), sources, seed=seed, n_resamples=n_resamples)
+    bits = bootstrap_estimate(bits_per_byte, (nll, num_bytes), sources, seed=seed, n_resamples=n_resamples)
     return LossSummary(
         bits_per_byte=bits,
         nats_per_token=nats,
@@ -141,10 +146,11 @@ def compare_losses(
     num_bytes = [float(first.num_bytes) for first, _ in pairs]
     num_tokens = [float(first.num_tokens) for first, _ in pairs]
     excess = [second - first for first, second in zip(base_nll, pruned_nll, strict=True)]
+    sources = [first.source for first, _ in pairs]
     same_tokens = all(first.num_tokens == second.num_tokens for first, second in pairs)
 
     def estimate(statistic: Statistic, *columns: Sequence[float]) -> Estimate:
-        return bootstrap_estimate(statistic, columns, seed=seed, n_resamples=n_resamples)
+        return bootstrap_estimate(statistic, columns, sources, seed=seed, n_resamples=n_resamples)
 
     return LossComparison(
         excess_nats_per_token=estimate(ratio, excess, num_tokens) if same_tokens else None,
@@ -172,19 +178,53 @@ def compare_summaries(base: LossSummary, other: LossSummary) -> LossComparison:
     )
 
 
+@dataclass(frozen=True)
+class SourceLoss:
+    """Losses on the documents of one source, in bits per byte.
+
+    Attributes:
+        number: Number of the source, from 1, in the order of their names. A name may be that of a client, and reports
+            are published, so no report has it.
+        num_documents: Its documents.
+        models: Bits per byte by model, such as ``"base"`` and ``"pruned"``.
+    """
+
+    number: int
+    num_documents: int
+    models: dict[str, float]
+
+
+def losses_by_source(measured: Mapping[str, Sequence[DocumentLoss]]) -> tuple[SourceLoss, ...]:
+    """Return the losses of models on each source of a text; none where it has a single one. The log names them.
+
+    Args:
+        measured: Losses on the same documents, by model.
+    """
+    groups: dict[str, dict[str, list[DocumentLoss]]] = {}
+    for model, losses in measured.items():
+        for loss in losses:
+            groups.setdefault(loss.source, {}).setdefault(model, []).append(loss)
+    if len(groups) < 2:
+        return ()
+    found = []
+    for number, (source, models) in enumerate(sorted(groups.items()), start=1):
+        bits = {model: mean_bits_per_byte(losses) for model, losses in models.items()}
+        found.append(SourceLoss(number, len(next(iter(models.values()))), bits))
+    names = [f"{number} {name}" for number, name in enumerate(sorted(groups), start=1)]
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    _LOGGER.info("Sources of the text, by number: %s%s.", ", ".join(names[:_MOST_NAMED]), more)
+    return tuple(found)
+
+
 def relative_change(base: Sequence[DocumentLoss], own: Sequence[DocumentLoss], seed: int) -> Estimate:
     """Return the relative change of the bits per byte against another model, with its paired interval."""
     return ratio_to_change(compare_losses(base, own, seed=seed).bits_per_byte_ratio)
 
 
 def _perplexity(nats_per_token: Estimate) -> Estimate:
-    """Return exp of a loss; since exp is increasing, the ends of its interval are those of the loss, transformed."""
+    """Return exp of a loss."""
     try:
-        interval = nats_per_token.interval and (
-            math.exp(nats_per_token.interval[0]),
-            math.exp(nats_per_token.interval[1]),
-        )
-        return Estimate(math.exp(nats_per_token.value), interval)
+        return nats_per_token.map(math.exp)
     except OverflowError as error:
         raise NumericsError(
             f"The loss is {nats_per_token.value:.4g} nats per token: its perplexity is not a finite number. The model "

@@ -10,7 +10,7 @@ from hf_context_prune.evaluation.speed import Spread
 
 
 def format_estimate(estimate: Estimate, pattern: str, transform: Callable[[float], float] = float) -> str:
-    """Return a figure with its interval in brackets, where it has one.
+    """Return a figure with its interval in brackets, or in parentheses the range over its sources, as it has them.
 
     Args:
         estimate: The figure.
@@ -18,10 +18,13 @@ def format_estimate(estimate: Estimate, pattern: str, transform: Callable[[float
         transform: Increasing function applied to each number first.
     """
     text = pattern.format(transform(estimate.value))
-    if estimate.interval is None:
-        return text
-    low, high = (pattern.format(transform(bound)) for bound in estimate.interval)
-    return f"{text} [{low}, {high}]"
+    if estimate.interval is not None:
+        low, high = (pattern.format(transform(bound)) for bound in estimate.interval)
+        return f"{text} [{low}, {high}]"
+    if estimate.span is not None:
+        low, high = (pattern.format(transform(bound)) for bound in estimate.span)
+        return f"{text} ({low} to {high})"
+    return text
 
 
 def format_change(change: Estimate) -> str:
@@ -40,8 +43,8 @@ def format_share(share: Estimate) -> str:
 
 
 def _format_percents(share: Estimate, pattern: str) -> str:
-    value, bracket, interval = format_estimate(share, pattern, lambda value: 100 * value).partition(" [")
-    return f"{value} %{bracket}{interval}"
+    value, space, rest = format_estimate(share, pattern, lambda value: 100 * value).partition(" ")
+    return f"{value} %{space}{rest}"
 
 
 def format_points(difference: Estimate) -> str:

@@ -11,12 +11,12 @@ import torch
 
 from hf_context_prune.errors import ConfigError, LoadError
 from hf_context_prune.evaluation.accuracy import Accuracy, PairedAccuracy
-from hf_context_prune.evaluation.losses import LossComparison, LossSummary
+from hf_context_prune.evaluation.losses import LossComparison, LossSummary, SourceLoss
 from hf_context_prune.evaluation.speed import MemoryMeasurement, SpeedMeasurement, SpeedRatio, speed_ratio
 
 from .codec import Saved, decode, load_json, now
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 _PACKAGES = ("hf-context-prune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
@@ -90,6 +90,7 @@ class LossFacts:
             output (KL) on calibration text when each layer alone is narrowed; None for other allocations.
         recovered: Losses of the pruned model after recovery; None without one.
         recovered_comparison: Recovered model against base.
+        by_source: Losses on each source of the text; empty where it has a single one.
     """
 
     base: LossSummary | None
@@ -98,6 +99,7 @@ class LossFacts:
     predicted_excess: float | None = None
     recovered: LossSummary | None = None
     recovered_comparison: LossComparison | None = None
+    by_source: tuple[SourceLoss, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse losses without a finite perplexity.
@@ -319,14 +321,14 @@ class EvalReport(Saved):
     def from_dict(cls, data: dict[str, Any]) -> "EvalReport":
         """Return the report that `to_dict` gave.
 
-        Reports of the schema versions 2 to 4 lack what was added later, which reads as not measured.
+        Reports of the schema versions 2 to 5 lack what was added later, which reads as not measured.
 
         Raises:
             LoadError: The schema version is unknown, or a key is missing, unknown or of the wrong type.
         """
         if not isinstance(data, dict):
             raise LoadError(f"An evaluation report must be a JSON object, not {type(data).__name__}.")
-        if (version := data.get("schema_version")) not in (2, 3, 4, SCHEMA_VERSION):
+        if (version := data.get("schema_version")) not in range(2, SCHEMA_VERSION + 1):
             raise LoadError(
                 f"The evaluation report has schema_version {version!r}; this version of hf_context_prune reads 2 to "
                 f"{SCHEMA_VERSION}. Install the version that wrote it, or evaluate again."

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from hf_context_prune.evaluation.bootstrap import Estimate
-from hf_context_prune.evaluation.losses import LossComparison, LossSummary
+from hf_context_prune.evaluation.losses import LossComparison, LossSummary, SourceLoss
 
 from .formatting import (
     format_estimate,
@@ -23,6 +23,8 @@ from .report import EvalReport, LossFacts, MemoryFacts, MultipleChoiceFacts, Siz
 NOT_MEASURED = "not measured"
 Row = tuple[str, ...]
 _MODELS = ("base", "pruned", "recovered")
+MOST_SOURCES = 20
+"""Rows of a table of sources."""
 
 
 def table_header(report: EvalReport) -> Row:
@@ -101,6 +103,40 @@ class _Cells:
 
     def spread(self, value: Any, show: Callable[[Any], str], pattern: str) -> str:  # noqa: ANN401 - a Spread
         return show(value) if self.intervals else pattern.format(value.median)
+
+
+def source_rows(report: EvalReport) -> list[Row]:
+    """Return the bits per byte of each model on each source of the domain's text, the largest loss first.
+
+    Returns:
+        Rows, the first of them the headings; none where the text has a single source. The change is that of the last
+        model against the base. Of more than [`MOST_SOURCES`][] sources, those that lose most are shown.
+    """
+    found = order_sources(report.loss)
+    if not found:
+        return []
+    names = [name for name in _MODELS if name in found[0][0].models]
+    compared = found[0][1] is not None
+    rows: list[Row] = [("source", "documents", *names, *(("change",) if compared else ()))]
+    for one, change in found[:MOST_SOURCES]:
+        figures = [f"{one.models[name]:.4f}" for name in names]
+        shown = () if change is None else (format_percent(change),)
+        rows.append((f"source {one.number}", f"{one.num_documents:,}", *figures, *shown))
+    return rows
+
+
+def order_sources(loss: LossFacts) -> list[tuple[SourceLoss, float | None]]:
+    """Return the losses on each source with their change against the base, the largest first.
+
+    Without a base, or without another model, there is no change, and the largest loss comes first.
+    """
+
+    def change(one: SourceLoss) -> float | None:
+        *_, last = (name for name in _MODELS if name in one.models)
+        return one.models[last] / one.models["base"] - 1 if "base" in one.models and last != "base" else None
+
+    found = [(one, change(one)) for one in loss.by_source]
+    return sorted(found, key=lambda pair: max(pair[0].models.values()) if pair[1] is None else pair[1], reverse=True)
 
 
 def text_rows(report: EvalReport) -> list[Row]:

@@ -7,7 +7,7 @@ from hf_context_prune.evaluation.speed import Spread
 
 from .formatting import format_percent
 from .report import EvalReport, LossFacts
-from .rows import table_header, table_rows, text_table
+from .rows import order_sources, source_rows, table_header, table_rows, text_table
 
 _NOISY = 1.25
 _SIZE_SHOWN = 0.0005  # a smaller difference would be shown as "0.0 %"
@@ -22,13 +22,16 @@ def headline(report: EvalReport) -> list[str]:
     if report.size.pruned_parameters is None:
         bits = f"{report.loss.last.bits_per_byte.value:.4f} bits per byte on {report.dataset.name}"
         return [f"{report.size.base_parameters:,} parameters, {bits}.", *_few(report)]
-    return [_size_and_speed(report), f"{_loss(report.dataset.name, report.loss)}.", _elsewhere(report), *_few(report)]
+    domain = [f"{_loss(report.dataset.name, report.loss)}.", *_sources(report)]
+    return [_size_and_speed(report), *domain, _elsewhere(report), *_few(report)]
 
 
 def describe(report: EvalReport, *, intervals: bool = False) -> str:
     """Return the headline and the table of figures as plain text."""
-    table = text_table(table_header(report), table_rows(report, intervals=intervals))
-    return "\n".join([*headline(report), "", table])
+    tables = [text_table(table_header(report), table_rows(report, intervals=intervals))]
+    if intervals and (rows := source_rows(report)):
+        tables.append(text_table(rows[0], rows[1:]))
+    return "\n".join([*headline(report), *(line for table in tables for line in ("", table))])
 
 
 def _size_and_speed(report: EvalReport) -> str:
@@ -85,3 +88,11 @@ def _few(report: EvalReport) -> list[str]:
         for name, loss in texts
         if (count := loss.last.num_documents) < MIN_DOCUMENTS
     ]
+
+
+def _sources(report: EvalReport) -> list[str]:
+    """Return a sentence on the sources that lose least and most."""
+    changes = [change for _, change in order_sources(report.loss) if change is not None]
+    if not changes:
+        return []
+    return [f"From {format_percent(changes[-1])} to {format_percent(changes[0])} on its {len(changes)} sources."]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_context_prune.data.records import IN_MEMORY
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.evaluation.reports.rows import table_header, table_rows, text_rows
+from hf_context_prune.evaluation.reports.rows import source_rows, table_header, table_rows, text_rows
 from hf_context_prune.evaluation.reports.summary import headline
 from hf_context_prune.modeling.geometry import units_of, widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
@@ -46,6 +46,7 @@ def body_values(facts: CardFacts) -> dict[str, Any]:
         "measured": _measured(report) if report else Trusted(""),
         "text_table": _text_table(report) if report else None,
         "more_table": _table(report, "loss", "general", "budget", "multiple_choice") if report else None,
+        "text_sources": _folded("Loss by source of the text", source_rows(report)) if report else None,
         "sources": _by_source(report) if report else None,
         "notes": [*report.notes] if report else [],
         "measure_command": block("sh", evaluate_command(facts)),
@@ -143,11 +144,15 @@ def _rows_of_sources(report: EvalReport) -> list[tuple[str, ...]]:
 
 
 def _by_source(report: EvalReport) -> Trusted | None:
-    rows = _rows_of_sources(report)
-    if not rows:
+    return _folded("Accuracy by source of the questions", [table_header(report), *_rows_of_sources(report)])
+
+
+def _folded(title: str, rows: Sequence[tuple[str, ...]]) -> Trusted | None:
+    """Return a table that opens at a click, from its headings and rows; None without rows."""
+    if len(rows) < 2:
         return None
-    summary = f"<summary>Accuracy by source of the questions ({len(rows)})</summary>"
-    return Trusted(f"<details>\n{summary}\n\n{table(table_header(report), rows)}\n\n</details>")
+    summary = f"<summary>{title} ({len(rows) - 1})</summary>"
+    return Trusted(f"<details>\n{summary}\n\n{table(rows[0], rows[1:])}\n\n</details>")
 
 
 def _text_table(report: EvalReport) -> Trusted:
@@ -185,7 +190,10 @@ def _measured(report: EvalReport) -> Trusted:
     brackets = ""
     if first.bits_per_byte.interval is not None:
         how = f"{first.n_resamples:,} resamples, seed {first.seed}"
-        brackets = f"Brackets hold 95 % bootstrap intervals over documents ({how}). "
+        over = "sources and documents" if report.loss.by_source else "documents"
+        brackets = f"Brackets hold 95 % bootstrap intervals over {over} ({how}). "
+    elif first.bits_per_byte.span is not None:
+        brackets = "Parentheses hold the lowest and the highest source of the text: there are too few for an interval. "
     return Trusted(
         f"Bits per byte; lower is better. The unit is a byte of text, so models with different vocabularies are "
         f"comparable. {brackets}Base and pruned model read the same documents{windows}, and none of them was used to "

@@ -92,7 +92,7 @@ def _cost(label: str, loss: LossFacts | None) -> Figure:
         return Figure(label, _UNKNOWN)
     change: Estimate = ratio_to_change(comparison.bits_per_byte_ratio)
     documents = "1 test document" if comparison.num_documents == 1 else f"{comparison.num_documents:,} test documents"
-    between = (
-        "" if change.interval is None else f", 95% interval {change.interval[0]:+.1%} to {change.interval[1]:+.1%}"
-    )
+    between = ""
+    if ends := change.interval or change.span:
+        between = f", {'95% interval' if change.interval else 'by source'} {ends[0]:+.1%} to {ends[1]:+.1%}"
     return Figure(label, format_percent(change.value), f"bits per byte, {documents}{between}")

@@ -1,5 +1,6 @@
 """Losses per document against a plain loop, and the statistics on top of them."""
 
+import dataclasses
 import itertools
 import math
 
@@ -18,7 +19,7 @@ from transformers import (
 
 from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
-from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
+from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, losses_by_source, summarize_losses
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.windows import EncodedDocument, batch_windows, cut_windows
 from tests.support.tiny_tokenizers import BYTE_LETTERS, byte_tokenizer
@@ -255,13 +256,6 @@ def test_a_summary_holds_ratios_of_sums_within_their_intervals():
     assert summary != summarize_losses(losses, seed=4, n_resamples=500)
 
 
-def test_intervals_do_not_depend_on_how_resamples_are_batched(monkeypatch):
-    losses, _ = random_losses()
-    whole = summarize_losses(losses, n_resamples=300)
-    monkeypatch.setattr("hf_context_prune.evaluation.bootstrap._VALUES_PER_BATCH", 60 * 7)
-    assert summarize_losses(losses, n_resamples=300) == whole
-
-
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     hits = 0
     for trial in range(100):
@@ -270,6 +264,55 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         low, high = summarize_losses(losses, seed=trial, n_resamples=400).nats_per_token.interval
         hits += low < 2.0 < high
     assert 85 <= hits <= 99
+
+
+def losses_of_sources(seed, sources, documents):
+    """Documents of one source are alike: sources differ by half a nat, documents of a source by a tenth."""
+    random = np.random.default_rng(seed)
+    return [
+        DocumentLoss(f"{source}-{index}", f"s{source}", 100 * (mean + random.normal(0, 0.1)), 100, 400)
+        for source, mean in enumerate(random.normal(2.0, 0.5, sources))
+        for index in range(documents)
+    ]
+
+
+def test_intervals_cover_the_truth_of_other_sources_too():
+    hits, narrow = 0, 0
+    for trial in range(60):
+        losses = losses_of_sources(trial, 12, 8)
+        low, high = summarize_losses(losses, seed=trial, n_resamples=400).nats_per_token.interval
+        hits += low < 2.0 < high
+        alike = [dataclasses.replace(loss, source="one") for loss in losses]
+        low, high = summarize_losses(alike, seed=trial, n_resamples=400).nats_per_token.interval
+        narrow += low < 2.0 < high
+    assert 48 <= hits <= 60
+    assert narrow < 40  # documents alone would claim too much
+
+
+def test_few_sources_have_a_range_in_place_of_an_interval():
+    losses = losses_of_sources(0, 4, 20)
+    for summary in (summarize_losses(losses), summarize_losses(losses[::10])):  # eighty documents, and eight
+        means = [one.models["base"] for one in losses_by_source({"base": losses})]
+        assert summary.bits_per_byte.interval is None
+    assert summarize_losses(losses).bits_per_byte.span == pytest.approx((min(means), max(means)))
+    assert summarize_losses(losses).perplexity.span[0] < summarize_losses(losses).perplexity.value
+    comparison = compare_losses(losses, losses)
+    assert comparison.bits_per_byte_ratio.span == (1, 1)
+    five = summarize_losses(losses_of_sources(0, 5, 20)).bits_per_byte
+    assert five.span is None
+    assert five.interval is not None
+
+
+def test_losses_by_source():
+    losses = losses_of_sources(0, 3, 5)
+    pruned = [dataclasses.replace(loss, nll=2 * loss.nll) for loss in losses]
+    found = losses_by_source({"base": losses, "pruned": pruned})
+    assert [(one.number, one.num_documents) for one in found] == [(1, 5), (2, 5), (3, 5)]
+    for one in found:
+        own = [loss for loss in losses if loss.source == f"s{one.number - 1}"]
+        assert one.models["base"] == pytest.approx(summarize_losses(own).bits_per_byte.value)
+        assert one.models["pruned"] == pytest.approx(2 * one.models["base"])
+    assert losses_by_source({"base": losses[:5]}) == ()
 
 
 def test_a_single_document_has_no_interval():

@@ -9,6 +9,7 @@ import pytest
 from hf_context_prune.errors import ConfigError, LoadError, NumericsError, SaveError
 from hf_context_prune.evaluation.accuracy import Accuracy
 from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.evaluation.general_text import build_loss_facts
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
 from hf_context_prune.evaluation.reports.codec import decode
 from hf_context_prune.evaluation.reports.report import (
@@ -23,7 +24,7 @@ from hf_context_prune.evaluation.reports.report import (
     SpeedFacts,
     TextLosses,
 )
-from hf_context_prune.evaluation.reports.rows import table_header, table_rows, text_rows, text_table
+from hf_context_prune.evaluation.reports.rows import source_rows, table_header, table_rows, text_rows, text_table
 from hf_context_prune.evaluation.reports.summary import headline
 from hf_context_prune.evaluation.speed import MemoryMeasurement, SpeedMeasurement, Spread
 
@@ -92,13 +93,13 @@ def test_json_round_trip(report, single, tmp_path):
         assert EvalReport.from_dict(json.loads(json.dumps(original.to_dict()))) == original
         assert [entry.name for entry in tmp_path.iterdir()] == ["eval_report.json"]
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data["schema_version"] == 5
+    assert data["schema_version"] == 6
     assert list(data) == sorted(data)
 
 
 def test_older_reports_still_load(report):
     data = report.to_dict()
-    for version in (4, 3):
+    for version in (5, 4, 3):
         data["schema_version"] = version
         assert EvalReport.from_dict(json.loads(json.dumps(data))) == report
     del data["general"], data["dataset"]["max_chars"]
@@ -152,6 +153,32 @@ def test_a_headline_names_parameters_where_the_bytes_shrank_by_another_share(rep
     for after, said in ((796_000, "20.2 % smaller (1.00 to 0.80 MB)"), (498_000, "20.2 % fewer parameters (1.00 to")):
         size = dataclasses.replace(report.size, base_weight_bytes=1_000_000, pruned_weight_bytes=after)
         assert headline(dataclasses.replace(report, size=size))[0].startswith(said)
+
+
+def test_sources_are_told_by_their_loss(report, single):
+    """The headline has the least and the most, a verbose summary all, the largest loss first; no name is told."""
+    base = [dataclasses.replace(loss, source=f"s{i % 3}") for i, loss in enumerate(BASE)]
+    pruned = [
+        dataclasses.replace(loss, source=f"s{i % 3}", nll=loss.nll * (1 + i % 3 / 10)) for i, loss in enumerate(BASE)
+    ]
+    by_source = dataclasses.replace(report, loss=build_loss_facts(base, {"pruned": pruned}, seed=0))
+    assert EvalReport.from_dict(json.loads(json.dumps(by_source.to_dict()))) == by_source
+    assert "From +0.0 % to +20.0 % on its 3 sources." in headline(by_source)
+    header, *rows = source_rows(by_source)
+    assert header == ("source", "documents", "base", "pruned", "change")
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("source 3", "4", "+20.0 %"),
+        ("source 2", "4", "+10.0 %"),
+        ("source 1", "4", "+0.0 %"),
+    ]
+    shown = by_source.summary(intervals=True)
+    assert "(+0.0 to +20.0)" in shown
+    assert shown.index("source 3") < shown.index("source 2") < shown.index("source 1")
+    assert "source 2" not in by_source.summary()
+    assert source_rows(report) == []
+    alone = dataclasses.replace(single, loss=build_loss_facts(base, {}, seed=0))
+    assert source_rows(alone)[0] == ("source", "documents", "base")
+    assert not any("sources" in line for line in headline(alone))
 
 
 def test_general_text_has_rows_of_its_own(report):
