@@ -206,11 +206,11 @@ def losses_by_source(measured: Mapping[str, Sequence[DocumentLoss]]) -> tuple[So
             groups.setdefault(loss.source, {}).setdefault(model, []).append(loss)
     if len(groups) < 2:
         return ()
-    found = []
+    found, names = [], []
     for number, (source, models) in enumerate(sorted(groups.items()), start=1):
         bits = {model: mean_bits_per_byte(losses) for model, losses in models.items()}
         found.append(SourceLoss(number, len(next(iter(models.values()))), bits))
-    names = [f"{number} {name}" for number, name in enumerate(sorted(groups), start=1)]
+        names.append(f"{number} {source}")
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     _LOGGER.info("Sources of the text, by number: %s%s.", ", ".join(names[:_MOST_NAMED]), more)
     return tuple(found)
