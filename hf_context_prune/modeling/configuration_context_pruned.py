@@ -8,6 +8,7 @@ pickle, ``auto_map`` and remote code all find them by name.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pprint
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -232,6 +233,7 @@ class ContextPrunedConfigMixin(BoundedConfigMixin):
 
     spec: ArchSpec
     model_type: str
+    _unfinished = False
 
     def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Check the numbers of layers and labels before the native config makes lists of them.
@@ -240,7 +242,7 @@ class ContextPrunedConfigMixin(BoundedConfigMixin):
             ValueError: See [`check_counts`][].
         """
         counts = (kwargs.get(name) for name in ("per_layer_config", "num_labels"))
-        check_counts(self.num_hidden_layers, *counts)  # type: ignore[attr-defined]
+        check_counts(None if self._unfinished else self.num_hidden_layers, *counts)  # type: ignore[attr-defined]
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def validate_architecture(self) -> None:
@@ -250,6 +252,8 @@ class ContextPrunedConfigMixin(BoundedConfigMixin):
             ValueError: A width is not an integer, is below 1 or above the width of the base model, or query heads
                 and KV groups do not have the ratio of the base model.
         """
+        if self._unfinished:
+            return
         spec, overrides = self.spec, self.width_overrides()
         dense = {name: self._dense_value(name) for name in (spec.width, spec.query_heads, spec.kv_heads) if name}
         for name, value in dense.items():
@@ -348,9 +352,34 @@ def _make(spec: ArchSpec | WrapperSpec) -> type:
     }
     if isinstance(spec, WrapperSpec):
         return strict(type(name, (ContextPrunedWrapperConfigMixin, parent), namespace))
+    if (own := _own_init(parent)) is not None:
+        namespace["__init__"] = own
     if isinstance(getattr(parent, "head_dim", None), property):  # computed from head counts (Falcon): those of the base
         namespace["head_dim"] = property(lambda config: config.hidden_size // config._dense_value(spec.query_heads))
     return strict(type(name, (ContextPrunedConfigMixin, parent), namespace))
+
+
+def _own_init(parent: type) -> Callable[..., None] | None:
+    """Return an ``__init__`` that calls the one that a class wrote by hand, as code of others does; None without one.
+
+    Such a one may set values before or after `PreTrainedConfig` looks at them, so they are checked when it is done.
+    """
+    written = next(vars(one)["__init__"] for one in parent.__mro__ if "__init__" in vars(one))
+    if inspect.unwrap(written).__code__.co_filename == "<string>":  # that of a dataclass
+        return None
+
+    def __init__(self: Any, *args: Any, per_layer_config: Any = None, **kwargs: Any) -> None:  # noqa: ANN401, N807
+        object.__setattr__(self, "_unfinished", True)
+        try:
+            parent.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            object.__delattr__(self, "_unfinished")
+        check_counts(self.num_hidden_layers, per_layer_config)
+        if per_layer_config is not None:
+            self.per_layer_config = per_layer_config
+        self.validate_architecture()
+
+    return __init__
 
 
 def _specs_by_name() -> dict[str, ArchSpec | WrapperSpec]:

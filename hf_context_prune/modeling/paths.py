@@ -69,6 +69,11 @@ def check_paths(model: nn.Module, spec: ArchSpec) -> None:
     for field, place in places:
         if place is not None and place not in inside:
             raise _wrong(spec, field, place, inside, "a module")
+    for layer in layers:
+        _check_neurons(layer, spec)
+    if spec.attention in inside:
+        for attribute, _ in spec.attention_attributes:
+            _check_attribute(layers, spec, attribute)
     parameters = {name for layer in layers for name, _ in layer.named_parameters()}
     for path in spec.head_parameters:
         if path not in parameters:
@@ -91,7 +96,38 @@ def check_paths(model: nn.Module, spec: ArchSpec) -> None:
             )
 
 
-def _has_matrix(module: nn.Module) -> bool:
+def _check_neurons(layer: nn.Module, spec: ArchSpec) -> None:
+    """Refuse an MLP whose output projection reads another number of neurons than its input projections write."""
+    modules = dict(layer.named_modules())
+    if not all(_has_matrix(modules.get(path)) for path in (*spec.mlp_inputs, spec.mlp_output)):
+        return  # a layer of another kind
+    rows, columns = (1, 0) if spec.transposed else (0, 1)
+    reads = modules[spec.mlp_output].weight.shape[columns]
+    for path in spec.mlp_inputs:
+        writes = modules[path].weight.shape[rows]
+        if writes != spec.mlp_blocks * reads:
+            raise ConfigError(
+                f"The entry of {spec.model_type!r} has mlp_inputs={path!r}, which writes {writes:,} features, and "
+                f"mlp_output={spec.mlp_output!r}, which reads {reads:,}; with mlp_blocks={spec.mlp_blocks} it must "
+                f"read {writes // spec.mlp_blocks:,}. Name other projections, or other blocks."
+            )
+
+
+def _check_attribute(layers: Iterable[nn.Module], spec: ArchSpec, name: str) -> None:
+    """Refuse the name of an attribute that the attention of no layer has."""
+    found = [dict(layer.named_modules()).get(spec.attention) for layer in layers]
+    modules = [module for module in found if module is not None]
+    owner, _, attribute = name.rpartition(".")
+    places = [dict(module.named_modules()).get(owner) for module in modules]
+    if not any(hasattr(place, attribute) for place in places if place is not None):
+        known = [key for key in vars(modules[0]) if not key.startswith("_")]
+        raise ConfigError(
+            f"The entry of {spec.model_type!r} has attention_attributes with {name!r}, which {spec.attention!r} of no "
+            f"layer has.{did_you_mean(name, known)}"
+        )
+
+
+def _has_matrix(module: nn.Module | None) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.ndim == 2
 

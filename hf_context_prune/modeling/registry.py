@@ -26,7 +26,7 @@ from .configuration_context_pruned import config_class_name, native_class
 from .geometry import UNIT_NAMES
 from .modeling_context_pruned import model_class_name
 from .paths import build_default, check_paths, did_you_mean
-from .specs import PREFIX, SPECS, ArchSpec, Projection
+from .specs import BUILT_IN, PREFIX, SPECS, ArchSpec, Projection
 from .wrapper_specs import TEXT_SPECS, WRAPPERS, WrapperSpec
 
 ROLES = ("query", "key", "value")
@@ -109,11 +109,12 @@ def register_architecture(spec: ArchSpec) -> None:
     too. ``hf-context-prune check MODEL`` proposes the entry of a model, and tests it.
 
     Args:
-        spec: The entry. Registering the same one again changes nothing.
+        spec: The entry. It takes the place of one that was registered before for its model type.
 
     Raises:
-        ConfigError: The model type has another entry, a class does not exist or is of the wrong kind, a role is
-            unknown, or a path does not exist in a model of the class; the message has the nearest existing ones.
+        ConfigError: The model type is one of the table, a class does not exist or is of the wrong kind, a role is
+            unknown, a path does not exist in a model of the class (the message has the nearest existing ones), or the
+            MLP's projections there have other sizes.
 
     Example:
         ```python
@@ -138,13 +139,14 @@ def register_architecture(spec: ArchSpec) -> None:
         )
         ```
     """
-    if (known := SPECS.get(spec.model_type)) is not None:
-        if known == spec:
-            return
+    if not isinstance(spec, ArchSpec):
+        raise ConfigError(f"register_architecture takes an ArchSpec, not {type(spec).__name__}: {spec!r:.80}.")
+    if SPECS.get(spec.model_type) == spec:
+        return
+    if spec.model_type in BUILT_IN:
         raise ConfigError(
             f"The model type {spec.model_type!r} has an entry already, which differs. To change a family of the table, "
-            f"give your config class a model_type of its own; to change an entry that you registered, begin a new "
-            f"process."
+            f"give your config class a model_type of its own."
         )
     check_entry(spec)
     model = build_default(spec)
@@ -187,6 +189,10 @@ def check_entry(spec: ArchSpec) -> None:
             f"attention_inputs of {spec.model_type!r} have the roles {', '.join(roles) or 'none'}; each of "
             f"{', '.join(ROLES)} is needed once."
         )
+    for field in ("fixed_heads", "refused", "multi_query"):
+        for pair in getattr(spec, field):
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ConfigError(f"{field} of {spec.model_type!r} has {pair!r}; it must be a pair (see ArchSpec).")
     for pairs, allowed in (("attention_attributes", ("heads", "groups", "features", "config")), ("post_norms", None)):
         for pair in getattr(spec, pairs):
             good = isinstance(pair, tuple) and len(pair) == 2

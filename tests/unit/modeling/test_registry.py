@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_context_prune import (
     ArchSpec,
@@ -28,6 +28,7 @@ from hf_context_prune import (
     register_architecture,
 )
 from hf_context_prune.errors import ConfigError, LoadError, UnsupportedArchitectureError
+from hf_context_prune.modeling import configuration_context_pruned
 from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.modeling_context_pruned import MODELING_FILES
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
@@ -231,6 +232,12 @@ WRONG = {
     "a role": ({"attention_inputs": (Projection("self_attn.q", ("query",)),)}, "each of query, key, value is needed"),
     "a name": ({"attention_attributes": (("__class__", "heads"),)}, "'__class__'; a path is made of names"),
     "an attribute": ({"attention_attributes": (("num_heads", "headz"),)}, "'headz'.*one of heads, groups"),
+    "an attribute that is not there": (
+        {"attention_attributes": (("num_head", "heads"),)},
+        "'num_head', which.*'num_heads'",
+    ),
+    "the other end of the MLP": ({"mlp_output": "mlp.dense_h_to_4h"}, "which writes .* features, and .*which reads"),
+    "no pair": ({"fixed_heads": ("nope",)}, "fixed_heads of 'persimmon' has 'nope'; it must be a pair"),
     "a norm": ({"post_norms": ("norm",)}, "post_norms of 'persimmon' has 'norm'; it must be a pair"),
     "a switch": ({"fixed_heads": (("qk_layernom", "why"),)}, "fixed_heads='qk_layernom'.*'qk_layernorm'"),
     "a computed width": ({"computed_width": "double"}, "computed_width='double', but PersimmonConfig has no"),
@@ -251,6 +258,66 @@ def test_a_second_entry_of_a_model_type_is_refused():
     with pytest.raises(ConfigError, match="'llama' has an entry already, which differs"):
         register_architecture(dataclasses.replace(SPECS["llama"], activation=None))
     register_architecture(SPECS["llama"])
+    with pytest.raises(ConfigError, match="takes an ArchSpec, not str"):
+        register_architecture("llama")
+
+
+def test_an_entry_that_was_registered_may_be_mended():
+    register_architecture(dataclasses.replace(PERSIMMON, activation=None))
+    register_architecture(PERSIMMON)
+    assert SPECS["persimmon"] == PERSIMMON
+    assert configuration_context_pruned.ContextPrunedPersimmonConfig.spec == PERSIMMON
+
+
+class Before(PreTrainedConfig):
+    """A config with an ``__init__`` of its own, as most code of others has it: values first."""
+
+    model_type = "before"
+
+    def __init__(self, num_hidden_layers=2, hidden_size=48, num_heads=6, ffn_dim=40, **more):
+        self.num_hidden_layers, self.hidden_size, self.num_heads, self.ffn_dim = (
+            num_hidden_layers,
+            hidden_size,
+            num_heads,
+            ffn_dim,
+        )
+        super().__init__(**more)
+
+
+class After(PreTrainedConfig):
+    """The same with the values last."""
+
+    model_type = "after"
+
+    def __init__(self, num_hidden_layers=2, hidden_size=48, num_heads=6, ffn_dim=40, **more):
+        super().__init__(**more)
+        self.num_hidden_layers, self.hidden_size, self.num_heads, self.ffn_dim = (
+            num_hidden_layers,
+            hidden_size,
+            num_heads,
+            ffn_dim,
+        )
+
+
+@pytest.mark.parametrize("native", [Before, After])
+def test_a_config_whose_init_is_written_by_hand(native, monkeypatch):
+    spec = ArchSpec(
+        native.model_type,
+        f"{__name__}:{native.__name__}",
+        f"{__name__}:Nothing",
+        width="ffn_dim",
+        query_heads="num_heads",
+        kv_heads=None,
+    )
+    monkeypatch.setitem(SPECS, native.model_type, spec)
+    made = getattr(configuration_context_pruned, configuration_context_pruned.config_class_name(spec))
+    config = made(num_hidden_layers=3, per_layer_config={1: {"ffn_dim": 20}})
+    assert [layer.ffn_dim for layer in config.per_layer_config] == [40, 20, 40]
+    assert made.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match=r"per_layer_config\[1\]\.ffn_dim is 200; it must be from 1 to 40"):
+        made(num_hidden_layers=3, per_layer_config={1: {"ffn_dim": 200}})
+    with pytest.raises(ValueError, match="at most 512 layers"):
+        made(num_hidden_layers=3_000_000)
 
 
 @pytest.mark.slow
