@@ -74,6 +74,7 @@ class ArchSpec:
             updated when heads are removed.
         head_parameters: Parameters of the layer with one value per query head.
         fixed_heads: (config attribute or None, why attention heads can't be removed where it is true, or ever).
+        fixed_layers: (config attribute, why no whole layer can be removed where it is true).
         refused: (config attribute, why the model can't be pruned where it is true).
         post_norms: (target, module path) of the norms between a projection and the residual stream (Gemma 2 and 3).
             A layer without the module, or with an `Identity` there, has no such norm.
@@ -105,6 +106,7 @@ class ArchSpec:
     attention_attributes: tuple[tuple[str, str], ...] = ()
     head_parameters: tuple[str, ...] = ()
     fixed_heads: tuple[tuple[str | None, str], ...] = ()
+    fixed_layers: tuple[tuple[str, str], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
     post_norms: tuple[tuple[str, str], ...] = ()
     residual_multiplier: str | None = None
@@ -198,6 +200,10 @@ SPECS: dict[str, ArchSpec] = {
             computed_width="use_double_wide_mlp",
             native_overrides=("head_dim", "num_key_value_heads"),
             fixed_heads=((None, "its layers have heads of two sizes, and later ones read keys of earlier ones"),),
+            fixed_layers=(
+                ("hidden_size_per_layer_input", "one table of embeddings holds a part for every layer"),
+                ("num_kv_shared_layers", "the last layers read keys and values of earlier ones"),
+            ),
             refused=(("enable_moe_block", "its layers have experts beside the MLP"),),
         ),
         _llama_like("exaone4", "Exaone4", post_norms=_SANDWICH),
@@ -321,6 +327,7 @@ SPECS: dict[str, ArchSpec] = {
             "GPT2Config",
             "GPT2LMHeadModel",
             transposed=True,
+            fixed_layers=(("scale_attn_by_inverse_layer_idx", "attention is divided by the number of its layer"),),
             **_GPT | {"attention_attributes": (("num_heads", "heads"), ("split_size", "features"))},
         ),
         ArchSpec(

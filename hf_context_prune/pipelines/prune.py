@@ -287,7 +287,7 @@ def _run_stages(
         recovered, note = train_back(pruned, texts.split.calibration, recovery, *shared, resume_dir=resume_dir)
         notes = (*notes, note)
     stages.begin(_RESULT)
-    fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.widths)
+    fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.kept_widths)
     report = _report(
         comparison,
         base,
