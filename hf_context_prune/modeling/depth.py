@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -65,23 +65,11 @@ def check_layers_removable(config: PreTrainedConfig, spec: ArchSpec) -> None:
             )
 
 
-def check_kinds_stay(config: PreTrainedConfig, kept: Sequence[int]) -> None:
-    """Refuse to leave a hybrid model without any layer with attention: caches count positions there.
-
-    Args:
-        config: Config of the model before.
-        kept: Numbers of the layers that stay.
-
-    Raises:
-        UnsupportedArchitectureError: No layer with attention stays.
-    """
+def leaves_attention(config: PreTrainedConfig, kept: Collection[int]) -> bool:
+    """Return whether a layer with attention is among those that stay: caches of hybrids count positions there."""
     kinds = getattr(config, "layer_types", None) or ()
-    attention = [index for index, kind in enumerate(kinds) if kind not in WITHOUT_ATTENTION]
-    if len(attention) < len(kinds) and not set(attention) & set(kept):
-        raise UnsupportedArchitectureError(
-            f"Layers {', '.join(map(str, attention))} are all that have attention in this {config.model_type} model, "
-            f"and one of them must stay: the cache counts positions there."
-        )
+    attention = {index for index, kind in enumerate(kinds) if kind not in WITHOUT_ATTENTION}
+    return len(attention) == len(kinds) or not attention.isdisjoint(kept)
 
 
 def shorten_config(config: PreTrainedConfig, spec: ArchSpec, kept: Sequence[int]) -> PreTrainedConfig:
@@ -96,11 +84,15 @@ def shorten_config(config: PreTrainedConfig, spec: ArchSpec, kept: Sequence[int]
         kept: Numbers of the layers that stay, ascending.
 
     Raises:
-        UnsupportedArchitectureError: See [`check_layers_removable`][] and [`check_kinds_stay`][].
+        UnsupportedArchitectureError: See [`check_layers_removable`][]; or no layer with attention stays.
     """
     layers = config.num_hidden_layers
     check_layers_removable(config, spec)
-    check_kinds_stay(config, kept)
+    if not leaves_attention(config, kept):
+        raise UnsupportedArchitectureError(
+            f"One layer with attention must stay in this {spec.model_type} model, whose cache counts positions there; "
+            f"layers {', '.join(map(str, kept))} have none. Keep another one."
+        )
     values = config.to_dict()
     new = {old: number for number, old in enumerate(kept)}
     for name, value in values.items():
@@ -123,8 +115,8 @@ def describe_layers(plan: PruningPlan) -> str | None:
     if not (removed := plan.removed_layers):
         return None
     count, listed = len(removed), ", ".join(map(str, removed))
-    was = "layer was" if count == 1 else "layers were"
-    return f"{count} of {len(plan.layers)} {was} removed as a whole: {listed} (numbered from 0)."
+    was = "was" if count == 1 else "were"
+    return f"{count} of {len(plan.layers)} layers {was} removed as a whole: {listed} (numbered from 0)."
 
 
 def new_name(name: str, layers: str, kept: Sequence[int]) -> str | None:
