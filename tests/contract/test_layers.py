@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hf_context_prune.errors import UnsupportedArchitectureError
@@ -73,7 +74,24 @@ def test_sliced_equals_skipped_and_is_saved_as_stock(name, tmp_path):
         again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         assert torch.equal(logits(again), logits(smaller))
         assert PruningPlan.load(folder / "pruning_plan.json").removed_layers == (gone,)
-        assert "auto_map" not in json.loads((folder / "config.json").read_text())
+        check_shortened(folder, spec_of(model), len(plan.kept_layers))
+
+
+def spec_of(model):
+    return SPECS[model.config.model_type]
+
+
+def check_shortened(folder, spec, count):
+    """What runtimes and exports read of a folder: as many layers by number as by lists, and a stock config."""
+    values = json.loads((folder / "config.json").read_text())
+    assert "auto_map" not in values
+    named = [values[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values]
+    assert set(named) == {count}
+    by_layer = ("layer_types", "no_rope_layers", "layer_rope_theta", "attention_layers", "mlp_layer_types")
+    assert {len(values[name]) for name in by_layer if values.get(name)} <= {count}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        inside = [name for name in file.keys() if f"{spec.layers}." in f"{name}."]  # noqa: SIM118 - no mapping
+    assert {int(name.removeprefix(f"{spec.layers}.").partition(".")[0]) for name in inside} == set(range(count))
 
 
 @pytest.mark.parametrize("name", nightly_beside(SOME, SHORTER))
