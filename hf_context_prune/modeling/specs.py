@@ -74,8 +74,7 @@ class ArchSpec:
             updated when heads are removed.
         head_parameters: Parameters of the layer with one value per query head.
         fixed_heads: (config attribute or None, why attention heads can't be removed where it is true, or ever).
-        fixed_layers: (config attribute, why no whole layer can be removed where it is true).
-        refused: (config attribute, why the model can't be pruned where it is true).
+        fixed_layers, refused: (config attribute, why no whole layer, or nothing, can be removed where it is true).
         post_norms: (target, module path) of the norms between a projection and the residual stream (Gemma 2 and 3).
             A layer without the module, or with an `Identity` there, has no such norm.
         residual_multiplier: Config attribute that scales a sub-layer's output before it is added (Granite).
@@ -181,7 +180,6 @@ _GPT: dict[str, Any] = {
     "kv_heads": None,
     "attention_attributes": (("num_heads", "heads"),),
 }
-
 
 SPECS: dict[str, ArchSpec] = {
     spec.model_type: spec
