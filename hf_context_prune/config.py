@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
+from hf_context_prune.utils.layer_options import LayerOptions
 from hf_context_prune.utils.options import (
     BUDGET,
     METHOD,
@@ -102,12 +103,13 @@ class CalibrationConfig(SavedOptions):
 
 
 @dataclass(kw_only=True)
-class PrunerConfig(CalibrationConfig):
+class PrunerConfig(LayerOptions, CalibrationConfig):
     """What to remove, how to choose it, and how to reconstruct the rest.
 
     The budget is a share or number of *all* parameters (`pruning_ratio`, `target_params`; by default 0.2), a share of a
-    kind of unit (`mlp_ratio`, `attention_ratio`; beside a share of all parameters, the other kind gives the rest), or
-    the loss that may be added (`max_loss_increase`). Model and text decide what stays None.
+    kind of unit (`mlp_ratio`, `attention_ratio`; beside a share of all parameters, the other kind gives the rest), a
+    number of layers (`num_layers`, `layer_ratio`), or the loss that may be added (`max_loss_increase`). Model and text
+    decide what stays None.
 
     Raises:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
@@ -218,16 +220,16 @@ class PrunerConfig(CalibrationConfig):
     def __post_init__(self) -> None:
         """Check every value, fill in what is open, and refuse contradictions."""
         super().__post_init__()
-        if self.units is not None:
-            self.units = ",".join(_unit_names(self.units) or ())
+        self.units = None if self.units is None else ",".join(_unit_names(self.units) or ())
         self._fill_in()
         self._check_budget()
         self._check_method()
         self._check_units()
+        self.check_layers()
 
     def _fill_in(self) -> None:
         fixed = self.mlp_ratio is not None or self.attention_ratio is not None
-        if not (self.has_total_budget or fixed or self.fixes_tokens):
+        if not (self.has_total_budget or fixed or self.fixes_tokens or self.removes_layers):
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if self.allocation is None:
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
@@ -291,7 +293,7 @@ class PrunerConfig(CalibrationConfig):
 
     @property
     def prunes_layers(self) -> bool:
-        """Whether MLP neurons or KV groups may be removed."""
+        """Whether MLP neurons or KV groups may be removed, inside the layers."""
         layers = self.units is None or self.units != "tokens"
         return (self.has_total_budget and layers) or self.mlp_ratio is not None or self.attention_ratio is not None
 

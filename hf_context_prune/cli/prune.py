@@ -177,6 +177,8 @@ def _dry_run(
     elif format is OutputFormat.quiet:
         out(str(found.pruned_parameters))
     else:
+        if found.removed_layers:
+            out(f"Layers: {found.removed_layers} go as a whole, {len(found.dense)} stay; which ones is measured")
         if found.widths is not None:
             out_table(widths_table(found.dense, found.widths))
         if found.tokens != found.dense_tokens:

@@ -73,7 +73,7 @@ def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]
     for (a, b), run in groupby(zip(dense, widths, strict=True)):
         last = first + len(list(run)) - 1
         layers = str(first) if first == last else f"{first} to {last}"
-        counts = [(getattr(a, unit), getattr(b, unit)) for unit in units]
-        table.add_row(layers, *(str(count) if before else "-" for before, kept in counts for count in (before, kept)))
+        counts = [(getattr(a, unit), "gone" if b.gone else str(getattr(b, unit))) for unit in units]
+        table.add_row(layers, *(text if before else "-" for before, kept in counts for text in (str(before), kept)))
         first = last + 1
     return table

@@ -18,10 +18,10 @@ UNIT_NAMES = {"mlp": "neurons", "attention": "kv_groups"}
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """Widths of one decoder layer.
+    """Widths of one decoder layer; a layer that is removed as a whole has none (`gone`).
 
     Attributes:
-        neurons: MLP neurons.
+        neurons: MLP neurons; 0 alone in a layer that is gone.
         kv_groups: Attention KV groups (a key/value head with its query heads); 0 in a layer without heads that can be
             removed.
     """
@@ -35,15 +35,24 @@ class LayerWidths:
         return width
 
     @property
+    def gone(self) -> bool:
+        """Whether the layer is removed as a whole."""
+        return not self.neurons
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The targets that have units in this layer."""
         return tuple(target for target in UNIT_NAMES if self.of(target))
 
 
+GONE = LayerWidths(0, 0)
+"""Widths of a layer that is removed as a whole."""
+
+
 def widths_vary(layers: Sequence[LayerWidths]) -> bool:
-    """Return whether layers differ in their neurons, or those with removable heads in their KV groups."""
+    """Return whether layers that are not gone differ in their neurons, or those with heads in their KV groups."""
     groups = {layer.kv_groups for layer in layers if layer.kv_groups}
-    return len({layer.neurons for layer in layers}) > 1 or len(groups) > 1
+    return len({layer.neurons for layer in layers if not layer.gone}) > 1 or len(groups) > 1
 
 
 def units_of(layers: Sequence[LayerWidths]) -> tuple[str, ...]:

@@ -23,8 +23,9 @@ from .geometry import UNIT_NAMES, Geometry, LayerWidths
 from .specs import base_model_type
 from .token_rows import num_rows
 
-FORMAT_VERSION = 2
-"""Version of the JSON format. Version 1 had no vocabulary."""
+FORMAT_VERSION = 3
+"""Latest version of the JSON format. Version 1 had no vocabulary; version 3, which alone may lack whole layers, is
+written only of a plan that removes some."""
 _FINGERPRINT_VALUES = 512
 _RECORDED: dict[str, tuple[type[Any] | tuple[type[Any], ...], str]] = {
     **dict.fromkeys(("base_model", "base_revision"), (str, "a string")),
@@ -34,6 +35,8 @@ _RECORDED: dict[str, tuple[type[Any] | tuple[type[Any], ...], str]] = {
     "num_calibration_tokens": (int, "an integer"),
     "config.pruning_seed": (int, "an integer"),
     "config.pruning_ratio": ((int, float), "a number"),
+    "removed_layers": (dict, "a mapping"),
+    "removed_layers.parameters": (int, "an integer"),
 }
 """Entries of the provenance that commands read, with their types where they are not null."""
 _MAX_BYTES = 64 * 2**20  # the plan of 126 layers of 53,248 neurons has 40 MB
@@ -61,7 +64,7 @@ def fingerprint(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Kept units of one layer, ascending.
+    """Kept units of one layer, ascending; none in a layer that is removed as a whole (`gone`).
 
     Attributes:
         neurons: Indices of the kept MLP neurons.
@@ -75,6 +78,11 @@ class LayerPlan:
         """Return the kept units of ``"mlp"`` (neurons) or ``"attention"`` (KV groups)."""
         units: tuple[int, ...] = getattr(self, UNIT_NAMES[target])
         return units
+
+    @property
+    def gone(self) -> bool:
+        """Whether the layer is removed as a whole."""
+        return not self.neurons and not self.kv_groups
 
 
 @dataclass(frozen=True)
@@ -175,12 +183,14 @@ class PruningPlan:
             raise PlanError("The plan has no layers; it must have one entry for each layer of its model.")
         if len(self.layers) != len(self.dense):
             raise PlanError(f"The plan has {len(self.layers)} layers, its model has {len(self.dense)}.")
+        if all(layer.gone for layer in self.layers):
+            raise PlanError(f"The plan removes all {len(self.layers)} layers; at least one must stay.")
         for index, (layer, widths) in enumerate(zip(self.layers, self.dense, strict=True)):
             for target, name in UNIT_NAMES.items():
                 kept, width = layer.kept(target), widths.of(target)
                 if isinstance(width, bool) or not isinstance(width, int):
                     raise PlanError(f"Layer {index} of the plan: dense_{name} is {width!r}; it must be an integer.")
-                if not kept and (width or target == "mlp"):
+                if not kept and (width or target == "mlp") and not layer.gone:
                     raise PlanError(f"Layer {index} of the plan keeps no {name}; at least one must stay.")
                 if any(isinstance(unit, bool) or not isinstance(unit, int) for unit in kept):
                     raise PlanError(f"Layer {index} of the plan has {name} that are not integers: {kept[:8]}.")
@@ -197,8 +207,23 @@ class PruningPlan:
 
     @property
     def widths(self) -> tuple[LayerWidths, ...]:
-        """Widths after pruning, one per layer."""
+        """Widths after pruning, one per layer of the base model."""
         return tuple(LayerWidths(len(layer.neurons), len(layer.kv_groups)) for layer in self.layers)
+
+    @property
+    def removed_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that are removed as a whole, ascending."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.gone)
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Numbers that the layers of the pruned model have in the base model, ascending."""
+        return tuple(index for index, layer in enumerate(self.layers) if not layer.gone)
+
+    @property
+    def kept_widths(self) -> tuple[LayerWidths, ...]:
+        """Widths of the pruned model, one per layer that it has."""
+        return tuple(widths for widths in self.widths if not widths.gone)
 
     @property
     def domain(self) -> str | None:
@@ -255,10 +280,12 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values, which [`from_dict`][] reads."""
+        removed = list(self.removed_layers)
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if removed else 2,
             "model_type": self.model_type,
             "model_fingerprint": self.model_fingerprint,
+            **({"removed_layers": removed} if removed else {}),
             "layers": [
                 {
                     "dense_neurons": widths.neurons,
@@ -288,7 +315,7 @@ class PruningPlan:
                     f"Update hf-context-prune."
                 )
             vocabulary = data["vocabulary"] if data["format_version"] > 1 else None
-            return cls(
+            plan = cls(
                 model_type=data["model_type"],
                 dense=tuple(LayerWidths(x["dense_neurons"], x["dense_kv_groups"]) for x in data["layers"]),
                 layers=tuple(LayerPlan(tuple(x["neurons"]), tuple(x["kv_groups"])) for x in data["layers"]),
@@ -296,6 +323,8 @@ class PruningPlan:
                 provenance=data["provenance"],
                 vocabulary=None if vocabulary is None else Vocabulary(vocabulary["dense"], tuple(vocabulary["kept"])),
             )
+            _check_removed_layers(plan, data["removed_layers"] if data["format_version"] > 2 else [])
+            return plan
         except (KeyError, TypeError) as error:
             raise PlanError(f"This is not a pruning plan: {type(error).__name__} {error}.") from error
 
@@ -332,6 +361,23 @@ class PruningPlan:
         plan = cls.from_dict(data)
         _check_recorded(plan.provenance)
         return plan
+
+
+def _check_removed_layers(plan: PruningPlan, listed: object) -> None:
+    """Refuse a file that lists other layers as removed than those that keep no unit there."""
+    removed, count = list(plan.removed_layers), len(plan.layers)
+    if not isinstance(listed, list) or any(type(index) is not int for index in listed):
+        raise PlanError(f"The plan's removed_layers is {listed!r:.80}; it must be a list of integers.")
+    if missing := [index for index in listed if not 0 <= index < count]:
+        raise PlanError(
+            f"The plan removes layer {', '.join(map(str, missing))}, but its model has {count} layers, numbered from 0 "
+            f"to {count - 1}."
+        )
+    if listed != removed:
+        raise PlanError(
+            f"The plan's removed_layers is {listed}, but the layers that keep no neurons and no KV groups are "
+            f"{removed}. Restore the file, or make the plan again."
+        )
 
 
 def _check_recorded(provenance: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ class ArchSpec:
             updated when heads are removed.
         head_parameters: Parameters of the layer with one value per query head.
         fixed_heads: (config attribute or None, why attention heads can't be removed where it is true, or ever).
-        refused: (config attribute, why the model can't be pruned where it is true).
+        fixed_layers, refused: (config attribute, why no whole layer, or nothing, can be removed where it is true).
         post_norms: (target, module path) of the norms between a projection and the residual stream (Gemma 2 and 3).
             A layer without the module, or with an `Identity` there, has no such norm.
         residual_multiplier: Config attribute that scales a sub-layer's output before it is added (Granite).
@@ -105,6 +105,7 @@ class ArchSpec:
     attention_attributes: tuple[tuple[str, str], ...] = ()
     head_parameters: tuple[str, ...] = ()
     fixed_heads: tuple[tuple[str | None, str], ...] = ()
+    fixed_layers: tuple[tuple[str, str], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
     post_norms: tuple[tuple[str, str], ...] = ()
     residual_multiplier: str | None = None
@@ -180,7 +181,6 @@ _GPT: dict[str, Any] = {
     "attention_attributes": (("num_heads", "heads"),),
 }
 
-
 SPECS: dict[str, ArchSpec] = {
     spec.model_type: spec
     for spec in (
@@ -198,6 +198,10 @@ SPECS: dict[str, ArchSpec] = {
             computed_width="use_double_wide_mlp",
             native_overrides=("head_dim", "num_key_value_heads"),
             fixed_heads=((None, "its layers have heads of two sizes, and later ones read keys of earlier ones"),),
+            fixed_layers=(
+                ("hidden_size_per_layer_input", "one table of embeddings holds a part for every layer"),
+                ("num_kv_shared_layers", "the last layers read keys and values of earlier ones"),
+            ),
             refused=(("enable_moe_block", "its layers have experts beside the MLP"),),
         ),
         _llama_like("exaone4", "Exaone4", post_norms=_SANDWICH),
@@ -232,10 +236,7 @@ SPECS: dict[str, ArchSpec] = {
             attention_attributes=(("num_heads", "heads"), ("num_key_value_heads", "groups")),
             fixed_heads=(("qk_layernorm", "every head has a norm of its own"),),
         ),
-        _llama_like("arcee", "Arcee", **_UP_ALONE),
-        _llama_like("apertus", "Apertus", **_UP_ALONE),
-        _llama_like("nemotron", "Nemotron", **_UP_ALONE),
-        _llama_like("jais2", "Jais2", **_UP_ALONE),
+        *(_llama_like(name.lower(), name, **_UP_ALONE) for name in ("Arcee", "Apertus", "Nemotron", "Jais2")),
         _llama_like("nanochat", "NanoChat", **_FC),
         _llama_like(
             "starcoder2", "Starcoder2", mlp_inputs=("mlp.c_fc",), mlp_output="mlp.c_proj", activation="mlp.act"
@@ -322,6 +323,7 @@ SPECS: dict[str, ArchSpec] = {
             "GPT2Config",
             "GPT2LMHeadModel",
             transposed=True,
+            fixed_layers=(("scale_attn_by_inverse_layer_idx", "attention is divided by the number of its layer"),),
             **_GPT | {"attention_attributes": (("num_heads", "heads"), ("split_size", "features"))},
         ),
         ArchSpec(

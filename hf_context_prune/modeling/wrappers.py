@@ -122,13 +122,19 @@ def with_text(wrapper: PreTrainedModel, text: PreTrainedModel) -> PreTrainedMode
         class of the wrapper. All other weights are the wrapper's.
 
     Raises:
-        SaveError: The text part has what no config of its family can express, or another vocabulary: the wrapper and
-            its processor name tokens of images by their ids.
+        SaveError: The text part has what no config of its family can express, fewer layers, or another vocabulary: the
+            wrapper and its processor name tokens of images by their ids.
     """
     spec = wrapper_spec(wrapper.config)
     assert spec is not None  # `text_model` has checked it
     if reason := getattr(text, "_context_prune_unsavable", None):
         raise SaveError(f"This text part can't be put back into a {spec.model_class}: {reason}")
+    layers, known = text.config.num_hidden_layers, wrapper.config.text_config.num_hidden_layers
+    if layers != known:
+        raise SaveError(
+            f"The text part has {layers} layers, and the {spec.model_class} has {known}: its images may enter at "
+            f"layers by their number. Save the text part alone: --text-only, or text_only=True."
+        )
     if (rows := text.config.vocab_size) != (known := wrapper.config.text_config.vocab_size):
         raise SaveError(
             f"The text part has {rows:,} vocabulary entries, and the {spec.model_class} has {known:,}: its processor "

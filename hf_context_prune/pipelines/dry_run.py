@@ -20,6 +20,7 @@ from hf_context_prune.pruning.allocation.widths import (
     check_units_budget,
     plan_widths_beside_vocabulary,
 )
+from hf_context_prune.pruning.depth import rest_of_budget, stand_in
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
@@ -40,8 +41,9 @@ class DryRun:
         base_parameters: Parameters of the base model, tied ones counted once.
         pruned_parameters: Parameters after pruning; what is measured may remove up to one step more.
         asked_ratio: Share of all parameters to remove, if the config has one.
-        dense: Widths of the base model, one per layer.
-        widths: Widths after pruning, one per layer; None for adaptive widths, which are measured.
+        removed_layers: Layers that are removed as a whole; which ones, is measured.
+        dense: Widths of the base model, one per layer that stays.
+        widths: Widths after pruning, one per layer that stays; None for adaptive widths, which are measured.
         dense_tokens: Embedding rows of the base model.
         tokens: Embedding rows after pruning; all of them where their number is measured.
         native_fit: Whether the native architecture holds the widths, and why or why not.
@@ -53,6 +55,7 @@ class DryRun:
     base_parameters: int
     pruned_parameters: int
     asked_ratio: float | None
+    removed_layers: int
     dense: tuple[LayerWidths, ...]
     widths: tuple[LayerWidths, ...] | None
     dense_tokens: int
@@ -106,7 +109,6 @@ def dry_run(
     loaded = LoadedModel.of(whole, None, str(model), None, None)
     loaded = take_text_only(loaded) if text_only else loaded
     config, empty = keep_image_tokens(loaded, config)[0], loaded.model  # type: ignore[assignment]
-    view = ModelView.of_shapes(empty)
     check_reconstruction(empty, config)
     total, rows = empty.num_parameters(), num_rows(empty)
     budget, kept = ParameterBudget.of(config, total), rows
@@ -116,19 +118,22 @@ def dry_run(
         size = VocabularySize(config.vocab_size, pad_to_multiple_of=config.pad_to_multiple_of)
         size.check_removes(rows)
         kept = min(size.round_up(config.vocab_size), rows)
+    depth = stand_in(empty, config)
+    shorter, rest = (empty, config) if depth is None else (depth.shorten(empty), rest_of_budget(config, empty, depth))
+    view = ModelView.of_shapes(shorter)
     widths: tuple[LayerWidths, ...] | None = view.widths
-    removed = (rows - kept) * token_cost(empty)
+    removed = (rows - kept) * token_cost(empty) + total - view.num_parameters
     warn_of_unused_options(config)
     if config.prunes_layers:
         check_round_to(view.widths, config)
     if config.searches_tokens:
-        check_shared_budget(empty, config, fewest_tokens=1)  # how many must stay, the tokenizer knows
-        removed, widths = budget.remove_params or 0, None
+        check_shared_budget(shorter, rest, fewest_tokens=1)  # how many must stay, the tokenizer knows
+        removed, widths = max(removed, budget.remove_params or 0), None
     elif config.prunes_layers:
-        gone = check_units_budget(empty, config, kept)
+        gone = check_units_budget(shorter, rest, kept)
         removed += gone
         widths = (
-            None if config.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(empty, config, kept)
+            None if config.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(shorter, rest, kept)
         )
     needs = estimate_needs(empty, config, total - removed + parameters_beside(loaded))
     with memory_limit(parse_bytes(max_memory)):
@@ -137,13 +142,14 @@ def dry_run(
         base_parameters=total,
         pruned_parameters=total - removed,
         asked_ratio=budget.asked_ratio,
+        removed_layers=0 if depth is None else len(depth.order),
         dense=view.widths,
         widths=widths,
         dense_tokens=rows,
         tokens=kept,
         native_fit=NativeFit(bool(config.native_architecture), f"{_measured(config)} are measured")
         if widths is None
-        else assess_native_fit(empty.config, view.spec, widths),
+        else assess_native_fit(shorter.config, view.spec, widths),
         needs=needs,
         missing_memory=missing,
         seconds=estimate_seconds(empty, config, eval_options, recovery),

@@ -18,8 +18,10 @@ from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, REPEATS
 from hf_context_prune.modeling.architectures import output_weight
 from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.allocation.layer_choice import CHOICE_TOKENS
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS, TOKENS_PER_FEATURE
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, PROBES
+from hf_context_prune.pruning.depth import removable_layers, stand_in
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.pruning.sequential.regression import keeps_rows
 from hf_context_prune.pruning.vocabulary.refit import num_refit_samples
@@ -128,7 +130,11 @@ def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: f
     if not isinstance(config, PrunerConfig):
         return {"calibration": tokens * dense}
     steps: dict[str, float] = {}
-    if config.prunes_layers:
+    if (depth := stand_in(model, config)) is not None:
+        candidates, count = len(removable_layers(model, config)), len(depth.order)
+        # Every candidate runs through the layers behind it, about half of them, and through the head.
+        steps["choice of layers"] = count * candidates * 0.75 * min(tokens, CHOICE_TOKENS) * dense
+    if config.prunes_layers or depth is not None:
         cost = _timed_costs()
         shapes = [
             tuple(output_weight(view.output_projection(*place)).shape)

@@ -40,8 +40,14 @@ def keep_image_tokens(base: LoadedModel, config: AnyConfig) -> tuple[AnyConfig, 
         (the config, why all tokens stay; None where the model reads text alone or the config removes none).
 
     Raises:
-        ConfigError: The config asks for fewer tokens.
+        ConfigError: The config asks for fewer tokens or layers.
     """
+    if base.wrapper is not None and isinstance(config, PrunerConfig) and config.removes_layers:
+        raise ConfigError(
+            f"Whole layers of {base.name} can't be removed (num_layers, layer_ratio): its images may enter at layers "
+            f"by their number, and the config of the whole model counts them. Prune neurons and KV groups, or save the "
+            f"text part alone (--text-only, text_only=True)."
+        )
     if base.wrapper is None or not config.prunes_vocabulary:
         return config, None
     if not isinstance(config, PrunerConfig) or config.fixes_tokens or config.units is not None:

@@ -122,8 +122,8 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
     steps = {"the logits of a batch": logits}
     sizes = [(output_weight(view.output_projection(*place)).shape, place[1]) for place in view.places()]
     resume = 0
-    if isinstance(config, PrunerConfig) and config.prunes_layers:
-        targets = Requirements.of(config).targets
+    if isinstance(config, PrunerConfig) and (config.prunes_layers or config.removes_layers):
+        targets = {*Requirements.of(config).targets, *(["mlp"] if config.removes_layers else [])}
         shapes = {tuple(shape) for shape, target in sizes if target in targets} or {(1, 1)}
         outputs = max(sum(item * m * n for (m, n), _ in sizes) // len(view.layers), 1)
         activations = batch * _NARROW * max(6 * m + 4 * n for m, n in shapes)

@@ -23,6 +23,7 @@ from hf_context_prune.pruning.calibration.samples import (
     check_general_data_ratio,
     choose_general_share,
 )
+from hf_context_prune.pruning.depth import stand_in
 from hf_context_prune.pruning.notes import plan_notes
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.prune_model import PrunedModel, check_budget, prune_model
@@ -287,7 +288,7 @@ def _run_stages(
         recovered, note = train_back(pruned, texts.split.calibration, recovery, *shared, resume_dir=resume_dir)
         notes = (*notes, note)
     stages.begin(_RESULT)
-    fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.widths)
+    fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.kept_widths)
     report = _report(
         comparison,
         base,
@@ -366,7 +367,9 @@ def _expected_parameters(model: PreTrainedModel, config: AnyConfig) -> int:
     total = model.num_parameters()
     if not isinstance(config, PrunerConfig):
         return total
-    return total - (ParameterBudget.of(config, total).remove_params or 0)
+    depth = stand_in(model, config)
+    layers = 0 if depth is None else depth.count_parameters(model)
+    return total - max(ParameterBudget.of(config, total).remove_params or 0, layers)
 
 
 def _report(

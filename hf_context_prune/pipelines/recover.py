@@ -131,7 +131,7 @@ def recover_folder(
         report = replace(report, notes=(*report.notes, _note_without_parent(given, known=report.loss.base is not None)))
     report = replace(report, example=write_example(*after) if options.example else None)
     stages.end()
-    fit = assess_native_fit(after.model.config, ModelView.of(after.model).spec, plan.widths)
+    fit = assess_native_fit(after.model.config, ModelView.of(after.model).spec, plan.kept_widths)
     return PruneResult(*after, report, fit, parent, None if pruned.wrapper is None else pruned)
 
 

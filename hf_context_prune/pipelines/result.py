@@ -16,6 +16,7 @@ from hf_context_prune.modeling.native_fit import NativeFit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.runtimes import Runtime, runtimes_of
 from hf_context_prune.modeling.wrappers import with_text
+from hf_context_prune.pruning.notes import layers_note
 from hf_context_prune.publishing.card.card import write_card
 from hf_context_prune.publishing.card.facts import facts_in
 from hf_context_prune.publishing.hub import PushResult, push_folder
@@ -58,8 +59,12 @@ class PruneResult:
         return self.model if self.wrapper is None else with_text(self.wrapper.whole, self.model)
 
     def summary(self, *, intervals: bool = False) -> str:
-        """Return sizes, losses and speed in words and as a table; see [`EvalReport.summary`][]."""
-        return self.report.summary(intervals=intervals)
+        """Return sizes, losses and speed in words and as a table; see [`EvalReport.summary`][].
+
+        Layers that were removed as a whole are named, with a warning of what the loss does not show.
+        """
+        figures = self.report.summary(intervals=intervals)
+        return "\n\n".join([figures, *layers_note(self.plan)])
 
     def __repr__(self) -> str:
         """Return two lines: what the model is, and what pruning did to it."""

@@ -34,6 +34,8 @@ def reconstruct_one_shot(stats: CalibrationStats, config: PrunerConfig) -> Recon
     def reconstruct(
         layer: int, target: str, weight: torch.Tensor, bias: torch.Tensor | None, kept: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if len(kept) == weight.shape[1]:  # before removed layers: the statistics do not tell what those did
+            return weight, bias
         with error_context(f"layer {layer} ({target})"):
             new_weight, new_bias = function(
                 weight.cpu(), None if bias is None else bias.cpu(), kept, stats.targets[layer, target], config.ridge

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import TextSource
+from hf_context_prune.modeling.depth import WARNING, describe_layers
 from hf_context_prune.modeling.geometry import widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
@@ -16,10 +17,24 @@ def plan_notes(plan: PruningPlan, calibration: CalibrationSet) -> tuple[str, ...
     """Return sentences for a report on how a plan came about."""
     config, text, general = calibration.config, calibration.domain, calibration.general
     calibrated: tuple[str, ...] = ()
-    if isinstance(config, PrunerConfig | ThresholdConfig) and config.prunes_layers:
+    removes_layers = isinstance(config, PrunerConfig) and config.removes_layers
+    if isinstance(config, PrunerConfig | ThresholdConfig) and (config.prunes_layers or removes_layers):
         mixed = "" if general is None else f", a share of {config.general_data_ratio:g} of {general.name}"
         calibrated = (f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}{mixed}.",)
-    return (*sizes_note(plan), *vocabulary_note(plan, text), *refit_note(plan), *zeros_note(plan), *calibrated)
+    return (
+        *layers_note(plan),
+        *sizes_note(plan),
+        *vocabulary_note(plan, text),
+        *refit_note(plan),
+        *zeros_note(plan),
+        *calibrated,
+    )
+
+
+def layers_note(plan: PruningPlan) -> tuple[str, ...]:
+    """Return a sentence on the layers that were removed as a whole, and a warning; none where all stay."""
+    sentence = describe_layers(plan)
+    return () if sentence is None else (f"{sentence} {WARNING}",)
 
 
 def sizes_note(plan: PruningPlan) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Two ways lead to a plan. From statistics of one pass ([`make_plan`][], with [`re
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
-from hf_context_prune.modeling.geometry import LayerWidths
-from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.geometry import GONE, LayerWidths
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import Curve
 from hf_context_prune.pruning.allocation.probing import search_curves
@@ -28,6 +29,7 @@ from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Ke
 from hf_context_prune.pruning.sequential.prune import SequentialResult, check_sequential, prune_sequentially
 from hf_context_prune.pruning.surgery import ReconstructFn
 
+from .depth import Depth
 from .measurements import LayerMeasurements, build_plan, reconstruct_one_shot
 from .scoring import Requirements, score_with
 
@@ -44,7 +46,7 @@ def check_reconstruction(model: PreTrainedModel, config: PrunerConfig) -> None:
             for.
     """
     needs = Requirements.of(config)
-    if config.reconstruction == "sequential" and config.prunes_layers:
+    if config.reconstruction == "sequential" and (config.prunes_layers or config.removes_layers):
         check_sequential(model, needs.criterion)
     if config.reconstruction != "bias":
         return
@@ -109,10 +111,11 @@ def make_plan(
         ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what statistics alone can't give:
             sequential reconstruction, pruning of the vocabulary, and the refit of the LM head.
     """
-    if config.fixes_tokens or config.units == "tokens" or config.refit_lm_head:
+    if config.fixes_tokens or config.units == "tokens" or config.refit_lm_head or config.removes_layers:
         raise ConfigError(
             "make_plan plans neurons and KV groups alone. To prune the vocabulary, use prune(), or call "
-            "prune_vocabulary() first and leave the vocab_* options out here; for refit_lm_head=True, use prune()."
+            "prune_vocabulary() first and leave the vocab_* options out here; for refit_lm_head=True, num_layers and "
+            "layer_ratio, use prune()."
         )
     _refuse_sequential(config)
     view, targets = ModelView.of(model), Requirements.of(config).targets
@@ -132,6 +135,8 @@ def make_plan(
 class Planner:
     """A model with its samples, measured once where that is needed, to be planned at any size.
 
+    Where layers are removed as a whole, widths are those of the model without them, and plans are for the whole model.
+
     Args:
         model: The base model.
         samples: [samples, length], int64.
@@ -139,6 +144,7 @@ class Planner:
         provenance: Goes into the plans, beside the config and versions.
         resume_dir: Folder where finished layers and measured widths are kept, to resume from; None keeps nothing.
         measured: Measurements of the same units by another planner (before the vocabulary was pruned).
+        depth: The layers that are removed as a whole; None: none are.
     """
 
     def __init__(
@@ -150,7 +156,9 @@ class Planner:
         resume_dir: Path | None = None,
         *,
         measured: LayerMeasurements | None = None,
+        depth: Depth | None = None,
     ) -> None:
+        self.depth, self.shorter = depth, model if depth is None else depth.shorten(model)
         self.model, self.samples, self.provenance, self.resume_dir = model, samples, provenance, resume_dir
         self.needs, self.measured = Requirements.of(config), measured
         self.stats: CalibrationStats | None = None
@@ -160,21 +168,24 @@ class Planner:
         if sequential:  # only widths are searched
             self.measured = LayerMeasurements({}, self._search(config), 0, 0)
             return
+        if not self.needs.targets:  # whole layers alone, which nothing reconstructs
+            self.stats, self.measured = CalibrationStats({}), LayerMeasurements({}, None, len(samples), samples.numel())
+            return
         fit, probe = withhold_probe(samples) if config.allocation == "adaptive" else (samples, None)
         self.stats = calibrate_in_turns(
-            model, batches_of(fit), targets=self.needs.targets, statistics=self.needs.statistics
+            self.shorter, batches_of(fit), targets=self.needs.targets, statistics=self.needs.statistics
         )
-        self.measured = measured or LayerMeasurements.of(model, self.stats, config, probe)
+        self.measured = measured or LayerMeasurements.of(self.shorter, self.stats, config, probe)
 
     def _search(self, config: PrunerConfig) -> dict[Key, Curve]:
         generator = torch.Generator().manual_seed(config.pruning_seed)  # one for all layers, however they are grouped
         return search_curves(
-            self.model,
+            self.shorter,
             self.samples,
             targets=self.needs.targets,
             statistics=self.needs.statistics,
             prepare=lambda stats: (
-                score_with(self.model, stats, config.criterion, generator),
+                score_with(self.shorter, stats, config.criterion, generator),
                 reconstruct_one_shot(stats, config),
             ),
             identity=f"{config.criterion} {config.ridge!r} {config.pruning_seed}",
@@ -183,16 +194,19 @@ class Planner:
 
     def widths(self, config: PrunerConfig) -> tuple[LayerWidths, ...]:
         """Return the widths of the size that a config names."""
-        return self.measured.widths(self.model, config) if self.measured else plan_widths(self.model, config)
+        return self.measured.widths(self.shorter, config) if self.measured else plan_widths(self.shorter, config)
 
     def one_shot(self, config: PrunerConfig, widths: tuple[LayerWidths, ...]) -> tuple[PruningPlan, ReconstructFn]:
         """Plan and reconstruct from the statistics of one pass; for `sequential`, by its `least_squares` fallback."""
         assert self.measured is not None
         assert self.stats is not None
-        return (
-            self.measured.plan(self.model, config, widths, self.provenance),
-            reconstruct_one_shot(self.stats, config),
-        )
+        plan = self.measured.plan(self.shorter, config, widths, self.provenance)
+        reconstruct = reconstruct_one_shot(self.stats, config)
+        if self.depth is None:
+            return plan, reconstruct
+        layers = self.depth.expand(plan.layers, LayerPlan((), ()))
+        base = replace(self.depth.plan(self.model), layers=layers, provenance=plan.provenance)
+        return replace(base, model_fingerprint=fingerprint(self.model)), self.depth.reconstruct_in_base(reconstruct)
 
     def sequential(self, config: PrunerConfig, widths: tuple[LayerWidths, ...]) -> tuple[PruningPlan, SequentialResult]:
         """Plan and reconstruct sequentially on all samples; this chooses the units again, layer by layer."""
@@ -200,7 +214,7 @@ class Planner:
         found = prune_sequentially(
             self.model,
             batches_of(self.samples),
-            widths,
+            widths if self.depth is None else self.depth.expand(widths, GONE),
             self.needs.criterion,
             ridge=config.ridge,
             seed=config.pruning_seed,
@@ -217,7 +231,7 @@ class Planner:
 
         Args:
             config: All choices.
-            widths: Widths after pruning, one per layer; None: those of the size that the config names.
+            widths: Widths after pruning, one per layer that stays; None: those of the size that the config names.
 
         Returns:
             (plan, reconstruction, hidden states of the pruned model on the samples: see `SequentialResult`).
@@ -255,4 +269,6 @@ def plan_and_reconstruct(
     """
     if config.max_loss_increase is not None:
         raise ConfigError("max_loss_increase is found by measuring the loss of models: call prune(), or give a size.")
+    if config.removes_layers:
+        raise ConfigError("Which layers go as a whole is found by measuring: call prune() for num_layers, layer_ratio.")
     return Planner(model, samples, config, provenance, resume_dir).plan(config)[:2]

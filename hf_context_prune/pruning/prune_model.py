@@ -17,6 +17,7 @@ from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, removed_params
+from hf_context_prune.pruning.allocation.layer_choice import choose_layers
 from hf_context_prune.pruning.allocation.loss_search import Candidate, find_smallest
 from hf_context_prune.pruning.allocation.sizes import plain_curves
 from hf_context_prune.pruning.allocation.widths import (
@@ -38,6 +39,7 @@ from hf_context_prune.utils.distributed import is_main_process, on_main_process
 from hf_context_prune.utils.memory import fits_in_memory
 from hf_context_prune.utils.version import versions
 
+from .depth import Depth, count_removed, removable_layers, rest_of_budget, stand_in
 from .planner import Planner
 from .surgery import apply_plan
 from .unit_curves import MeasuredUnits, TokenProbe, measure_units
@@ -70,6 +72,8 @@ def check_budget(
         if config.prunes_layers:
             check_linear(ModelView.of(model).spec)
         return
+    if (depth := stand_in(model, config)) is not None:
+        config, model = rest_of_budget(config, model, depth), depth.shorten(model)
     if config.prunes_layers:
         check_round_to(ModelView.of_shapes(model).widths, config)
     if config.searches_tokens:
@@ -115,10 +119,14 @@ def prune_model(
         raise ConfigError("max_loss_increase is found by measuring; pass validation_loss=, or call prune().")
     if config.searches_tokens and token_probe is None:
         raise ConfigError("How many tokens stay is found by measuring; pass token_probe=, or call prune().")
+    depth = None
+    if (count := count_removed(model, config)) > 0:
+        candidates = removable_layers(model, config)
+        depth = choose_layers(model, calibration.samples(tokenizer), count, candidates, state_dir=resume_dir)
     measured = None
     if config.shares_budget:
-        measured = measure_units(model, tokenizer, calibration, config, token_probe, resume_dir)
-    builder = _Builder(model, tokenizer, calibration, config, dict(provenance or {}), resume_dir, measured)
+        measured = measure_units(model, tokenizer, calibration, config, token_probe, resume_dir, depth)
+    builder = _Builder(model, tokenizer, calibration, config, dict(provenance or {}), resume_dir, measured, depth)
     if config.max_loss_increase is None or validation_loss is None:
         return builder.build(*builder.size(config), to_files=resume_dir is not None)
     return _find_smallest(builder, config, validation_loss)
@@ -149,7 +157,7 @@ class _Size:
 
     Attributes:
         tokens: Tokens that stay.
-        widths: Widths, one per layer; None where the layers are measured for it once the tokens are gone.
+        widths: Widths, one per layer that stays; None where the layers are measured for it once the tokens are gone.
         predicted: Predicted loss increase, in nats per token of the base tokenizer; None where nothing was measured.
     """
 
@@ -169,6 +177,7 @@ class _Builder:
         facts: For the plan's provenance.
         resume_dir: As for [`prune_model`][].
         measured: The curves of a budget that is shared; None for any other.
+        depth: The layers that are removed as a whole; None: none are.
     """
 
     def __init__(
@@ -180,10 +189,12 @@ class _Builder:
         facts: dict[str, Any],
         resume_dir: Path | None,
         measured: MeasuredUnits | None,
+        depth: Depth | None,
     ) -> None:
         self.model, self.tokenizer, self.calibration, self.config = model, tokenizer, calibration, config
-        self.facts, self.resume_dir, self.measured = facts, resume_dir, measured
-        self.view, self.total, self.rows = ModelView.of(model), model.num_parameters(), num_rows(model)
+        self.facts, self.resume_dir, self.measured, self.depth = facts, resume_dir, measured, depth
+        self.shorter = model if depth is None else depth.shorten(model)
+        self.view, self.total, self.rows = ModelView.of(self.shorter), model.num_parameters(), num_rows(model)
         native = config.shares_budget and config.native_architecture is not False
         self.groups = native_groups(self.view) if native else []
         self._trimmed: tuple[int, TrimmedModel] | None = None
@@ -196,8 +207,9 @@ class _Builder:
 
     @property
     def fixed_params(self) -> int:
-        """Parameters that go with the tokens that the config fixes."""
-        return (self.rows - self.fixed) * token_cost(self.model)
+        """Parameters that go with the tokens that the config fixes, and with whole layers."""
+        tokens = (self.rows - self.fixed) * token_cost(self.model)
+        return tokens + self.total - self.shorter.num_parameters()
 
     @property
     def most_removable(self) -> int:
@@ -219,15 +231,20 @@ class _Builder:
         if self.measured is not None:
             curves, remove = self.measured.curves, ParameterBudget.of(config, self.total).remove_params or 0
             if config.fixes_tokens:
-                check_units_budget(self.model, config, self.fixed)
-                remove = max(0, remove - self.fixed_params)
+                check_units_budget(self.shorter, self._for_layers(config), self.fixed)
+            remove = max(0, remove - self.fixed_params)
             found, facts = curves.choose(remove, config.native_architecture, self.groups)
             tokens = self.fixed if config.fixes_tokens else found.tokens
             return _Size(tokens, found.widths, found.loss), {"predicted_losses": facts}
-        check_units_budget(self.model, config, self.fixed)
+        config = self._for_layers(config)
+        check_units_budget(self.shorter, config, self.fixed)
         if config.allocation == "adaptive":
             return _Size(self.fixed, None), {}
-        return _Size(self.fixed, plan_widths_beside_vocabulary(self.model, config, self.fixed)), {}
+        return _Size(self.fixed, plan_widths_beside_vocabulary(self.shorter, config, self.fixed)), {}
+
+    def _for_layers(self, config: PrunerConfig) -> PrunerConfig:
+        """Return the config for what is left of its budget once whole layers are gone."""
+        return config if self.depth is None else rest_of_budget(config, self.model, self.depth)
 
     def build(self, size: _Size, chosen: Mapping[str, Any], *, to_files: bool = False) -> PrunedModel:
         """Build the model of a size: remove tokens, then neurons and KV groups, then refit the rows of the head.
@@ -241,8 +258,10 @@ class _Builder:
         trimmed = self._trimmed_to(size.tokens)
         model, tokenizer = (self.model, self.tokenizer) if trimmed is None else (trimmed.model, trimmed.tokenizer)
         facts = {**self.facts, **chosen, **({} if trimmed is None else trimmed.plan.provenance)}
+        if self.depth is not None:
+            facts["removed_layers"] = self.depth.facts(self.model)
         states, reconstruct = None, None
-        if trimmed is not None and size.widths == self.view.widths:
+        if trimmed is not None and self.depth is None and size.widths == self.view.widths:
             layers = PruningPlan.identity(model.config.model_type, self.view.geometry, fingerprint(model))
             plan = _vocabulary_only_plan(trimmed, facts, self.config)
         else:
@@ -257,7 +276,9 @@ class _Builder:
             shards.belong_to(smaller)
         added: dict[str, Any] = {"config": self.config.to_dict()}
         if self.measured is not None:
-            added["sensitivity"] = plain_curves(self.measured.curves.curves)
+            added["sensitivity"] = plain_curves(
+                self.measured.curves.curves, None if self.depth is None else self.depth.kept
+            )
             added["predicted_loss_increase"] = size.predicted
         if self.config.refit_lm_head or (self.config.refits_lm_head and smaller.num_parameters() < self.total):
             added["refit"] = self._refit(smaller, tokenizer, states)
@@ -273,9 +294,10 @@ class _Builder:
         """Return the files where the layers of a large model go; None: into memory, or where the model lies."""
         if model.device.type != "cpu":
             return None
-        size = model.dtype.itemsize * (
-            model.num_parameters() - removed_params(plan.dense, plan.widths, self.view.costs)
-        )
+        whole = 0 if self.depth is None else self.depth.count_parameters(model)
+        dense = [plan.dense[index] for index in plan.kept_layers]
+        removed = whole + removed_params(dense, plan.kept_widths, self.view.costs)
+        size = model.dtype.itemsize * (model.num_parameters() - removed)
         if folder is not None and is_main_process() and size > SHARD_BYTES:
             return LayerShards(folder)
         return None if fits_in_memory(size) else LayerShards(None)
@@ -308,7 +330,10 @@ class _Builder:
             self._planner = None  # frees its statistics
             layers = None if self.measured is None else self.measured.layers
             samples = self.calibration.samples(tokenizer)
-            self._planner = tokens, Planner(model, samples, self.config, resume_dir=self.resume_dir, measured=layers)
+            self._planner = (
+                tokens,
+                Planner(model, samples, self.config, resume_dir=self.resume_dir, measured=layers, depth=self.depth),
+            )
         return self._planner[1]
 
     def _rest_of_budget(self, trimmed: PreTrainedModel) -> PrunerConfig:
@@ -316,7 +341,8 @@ class _Builder:
         remove = ParameterBudget.of(self.config, self.total).remove_params
         if remove is None:
             return self.config
-        left = min(self.total - remove, trimmed.num_parameters())
+        gone = 0 if self.depth is None else self.depth.count_parameters(trimmed)
+        left = min(self.total - remove, trimmed.num_parameters() - gone)
         return replace(self.config, pruning_ratio=None, target_params=left)
 
     def _refit(

@@ -14,11 +14,13 @@ from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, output_projection, unit_size
 from hf_context_prune.modeling.buffers import fill_buffers
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
+from hf_context_prune.modeling.depth import new_name, shorten_config
 from hf_context_prune.modeling.geometry import Geometry
 from hf_context_prune.modeling.layer_device import run_layers_alike
 from hf_context_prune.modeling.modeling_context_pruned import is_transposed
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.specs import ArchSpec
 from hf_context_prune.modeling.token_rows import build_vocabulary_config, renumber_token_ids, token_rows
 from hf_context_prune.modeling.tying import config_as_tied, head_weight_name
 from hf_context_prune.modeling.view import ModelView
@@ -31,7 +33,7 @@ ReconstructFn = Callable[
 ]
 """(layer, target, W [out, in], bias [out] or None, kept features) -> (new W [out, kept], new bias or None)."""
 KeepFn = Callable[[int, State], State]
-"""(layer, its tensors by their names in the whole model) -> the same tensors, in memory or mapped from a file."""
+"""(layer, its tensors by their names in the smaller model) -> the same tensors, in memory or mapped from a file."""
 
 
 def apply_plan(
@@ -47,8 +49,8 @@ def apply_plan(
     Args:
         model: The base (or an already pruned) model, on any device and in any floating-point dtype.
         plan: The kept units, made for this model.
-        reconstruct: Called for every output projection that loses features; returns its new weight and bias. None:
-            slice.
+        reconstruct: Called for every output projection that loses features, and for that of the MLP before removed
+            layers; returns its new weight and bias. None: slice.
         keep: Called for every layer once it is narrowed, so that no more than one lies in memory; see [`KeepFn`][].
             None: all lie in memory.
         share: Let the new model share the tensors that do not change. Neither may then be changed in place.
@@ -60,22 +62,25 @@ def apply_plan(
 
     Raises:
         PlanError: The plan was made for another model.
-        UnsupportedArchitectureError: See [`check_supported`][].
+        UnsupportedArchitectureError: See [`check_supported`][]; or the plan removes whole layers of a model that needs
+            them all.
     """
     view = ModelView.of(model)
     plan.check_fits(model, model.config.model_type, view.geometry)
     config = config_as_tied(model)
+    if plan.removed_layers:
+        config = shorten_config(config, view.spec, plan.kept_layers)
     if plan.vocabulary is not None:
         config = build_vocabulary_config(config, plan.vocabulary.kept)
-    smaller = build_empty_model(config, view.spec, plan.widths)
+    smaller = build_empty_model(config, view.spec, plan.kept_widths)
     state = _sliced_state(view, plan, reconstruct, keep, share=share)
-    unsavable = _add_missing_biases(smaller, state, view)
+    unsavable = _add_missing_biases(smaller, state, view.spec)
     smaller.load_state_dict(state, strict=False, assign=True)
     smaller.tie_weights()
-    fill_buffers(model, smaller)
+    fill_buffers(model, smaller, partial(new_name, layers=view.spec.layers, kept=plan.kept_layers))
     left = [name for name, tensor in [*smaller.named_parameters(), *smaller.named_buffers()] if tensor.is_meta]
     assert not left, f"not filled: {left}"
-    _copy_settings(model, smaller, plan)
+    _copy_settings(view, smaller, plan)
     if unsavable is not None:
         smaller._context_prune_unsavable = unsavable
         smaller.save_pretrained = partial(_refuse_to_save, unsavable)  # type: ignore[method-assign]
@@ -106,8 +111,10 @@ def _sliced_state(
     for index, layer in enumerate(view.layers):
         prefix = f"{view.spec.layers}.{index}"
         state = {name: rest.pop(name) for name in [f"{prefix}.{name}" for name in layer.state_dict()]}
+        if (new := new_name(prefix, view.spec.layers, plan.kept_layers)) is None:
+            continue
         _prune_layer(view, index, state, plan, reconstruct)
-        state = own(state)
+        state = own({f"{new}{name.removeprefix(prefix)}": tensor for name, tensor in state.items()})
         finished |= state if keep is None else keep(index, state)
     return {**own(rest), **finished}
 
@@ -115,12 +122,13 @@ def _sliced_state(
 def _prune_layer(
     view: ModelView, index: int, state: State, plan: PruningPlan, reconstruct: ReconstructFn | None
 ) -> None:
-    """Narrow the tensors of one layer in `state`."""
+    """Narrow the tensors of one layer in `state`; of one before removed layers, have the MLP reconstructed anyway."""
     spec, geometry, layer = view.spec, view.geometry, view.layers[index]
     prefix, kept = f"{spec.layers}.{index}", plan.layers[index]
+    repaired = reconstruct is not None and index + 1 in plan.removed_layers
     for target in TARGETS:
         units = kept.kept(target)
-        if len(units) == view.num_units(index, target):
+        if len(units) == view.num_units(index, target) and not (repaired and target == "mlp"):
             continue
         if target == "mlp":
             neurons = view.num_units(index, target)
@@ -184,6 +192,8 @@ def kept_entries(model: PreTrainedModel, plan: PruningPlan) -> Iterator[tuple[st
     """
     view = ModelView.of(model)
     for index, layer in enumerate(view.layers):
+        if plan.layers[index].gone:
+            continue
         places = {
             f"{view.spec.layers}.{index}.{name}": torch.arange(parameter.numel()).view(parameter.shape)
             for name, parameter in layer.named_parameters()
@@ -195,17 +205,19 @@ def kept_entries(model: PreTrainedModel, plan: PruningPlan) -> Iterator[tuple[st
                 yield name, tensor
 
 
-def _add_missing_biases(model: nn.Module, state: State, view: ModelView) -> str | None:
+def _add_missing_biases(model: nn.Module, state: State, spec: ArchSpec) -> str | None:
     """Give output projections the biases that a reconstruction added although the architecture has none.
 
     Returns:
         Why the model can't be saved; None if no bias was added.
     """
-    added, spec = 0, view.spec
+    added = 0
     for index, layer in enumerate(layers_of(model, spec)):
-        for target in view.targets(index):
+        for target in TARGETS:
+            if f"{spec.layers}.{index}.{spec.output_path(target)}.bias" not in state:
+                continue
             module = output_projection(layer, spec, target)
-            if module.bias is None and f"{spec.layers}.{index}.{spec.output_path(target)}.bias" in state:
+            if module.bias is None:
                 module.bias = nn.Parameter(torch.empty(module.weight.shape[0], device="meta"))  # type: ignore[union-attr,index]
                 added += 1
     if not added:
@@ -217,9 +229,12 @@ def _add_missing_biases(model: nn.Module, state: State, view: ModelView) -> str 
     )
 
 
-def _copy_settings(model: PreTrainedModel, smaller: PreTrainedModel, plan: PruningPlan) -> None:
+def _copy_settings(view: ModelView, smaller: PreTrainedModel, plan: PruningPlan) -> None:
     """Copy frozen flags, generation config (with new token ids) and name."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model, layers, kept = view.model, view.spec.layers, plan.kept_layers
+    frozen = {
+        new_name(name, layers, kept) for name, parameter in model.named_parameters() if not parameter.requires_grad
+    }
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(name not in frozen)
     smaller.generation_config = copy.deepcopy(model.generation_config)

@@ -26,6 +26,7 @@ from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import on_main_process
 
+from .depth import Depth
 from .measurements import LayerMeasurements
 from .planner import Planner
 
@@ -93,6 +94,7 @@ def measure_units(
     config: PrunerConfig,
     probe: TokenProbe | None,
     resume_dir: Path | None = None,
+    depth: Depth | None = None,
 ) -> MeasuredUnits:
     """Measure what the units of a config cost in loss.
 
@@ -108,18 +110,22 @@ def measure_units(
         config: With a budget that is shared.
         probe: Text to compare vocabularies on; None where tokens have no part in the budget.
         resume_dir: Folder where the measured widths are kept, to resume from; None keeps nothing.
+        depth: Layers that are removed as a whole, whose parameters count in the budget: neurons and KV groups are
+            measured without them. None: none are.
     """
+    shorter = model if depth is None else depth.shorten(model)
     layers: LayerMeasurements | None = None
     measured: Mapping[tuple[int, str], Curve] = {}
     if config.prunes_layers:
-        layers = Planner(model, calibration.samples(tokenizer), config, resume_dir=resume_dir).measured
+        layers = Planner(shorter, calibration.samples(tokenizer), config, resume_dir=resume_dir).measured
         assert layers is not None
         assert layers.curves is not None
         measured = layers.curves
-    curves = layer_curves(ModelView.of(model), measured, config, base_loss=probe.base_loss if probe else None)
+    curves = layer_curves(ModelView.of(shorter), measured, config, base_loss=probe.base_loss if probe else None)
     if not config.searches_tokens or probe is None:
         return MeasuredUnits(curves, layers, None)
     remove = ParameterBudget.of(config, model.num_parameters()).remove_params or 0
+    remove -= 0 if depth is None else depth.count_parameters(model)
     missing = remove - curves.most_removable  # what tokens have to give
 
     pruner = build_vocabulary_pruner(model, tokenizer, probe.counted, config, general=probe.general)

@@ -62,6 +62,8 @@ def _reasons(config: PrunerConfig) -> dict[str, str]:
         reasons |= dict.fromkeys(("pad_to_multiple_of", "vocab_criterion"), _NO_VOCABULARY)
     if not config.prunes_layers:
         reasons |= dict.fromkeys(("criterion", "round_to", "ridge"), _NO_UNITS)
+        if config.removes_layers:
+            return reasons
         if config.allocation == "adaptive" and not config.shares_budget:
             reasons["allocation"] = _NO_UNITS
         if config.reconstruction != "none":  # which also leaves out the refit of the rows

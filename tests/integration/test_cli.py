@@ -145,6 +145,15 @@ def test_dry_run_needs_no_data_and_writes_nothing(run, place):
     assert code == 0
     assert "asked 10.00%" in out
     assert "Architecture: not known yet: tokens and widths are measured" in out
+    options = ("--num-layers", 2, "--removable-layers", "0-2", "--dry-run")
+    code, out, _ = run("prune", "@base", *options)
+    assert code == 0
+    assert "Layers: 1 go as a whole, 2 stay; which ones is measured" in out
+    code, out, _ = run("prune", "@base", *options, "--mlp-ratio", 0.25, "--format", "json")
+    found = json.loads(out)
+    assert [layer["neurons"] for layer in found["widths"]] == [30, 30]
+    assert found["removed_layers"] == 1
+    assert found["native_fit"]["fits"]
     code, out, err = run("prune", "@base", "--max-loss-increase", 0.03, "--dry-run")
     assert code == 2
     assert "--max-loss-increase is found by measuring" in err
@@ -154,6 +163,8 @@ def test_dry_run_needs_no_data_and_writes_nothing(run, place):
 def test_bad_input_says_what_and_writes_nothing(run, place, subtests):
     for arguments, code, message in (
         (("--pruning-ratio", 1.5), 2, "pruning_ratio is 1.5; it must be a share in [0, 1)"),
+        (("--num-layers", 1), 2, "num_layers is 1, so 2 of 3 layers would be removed, and at most 0 may be"),
+        (("--num-layers", 2, "--layer-ratio", 0.5), 2, "num_layers and layer_ratio both say how many layers go"),
         (("--criterion", "wnda"), 2, "Did you mean 'wanda'?"),
         (("--pruning-ratio", 0.9), 2, "tokens, neurons, kv_groups together can give"),
         (("--target-params", 10), 2, "tokens, neurons, kv_groups together can give"),

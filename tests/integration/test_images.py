@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -191,6 +192,13 @@ def test_a_model_in_memory_is_left_as_it_is_and_recovered_in_its_wrapper(place, 
 def test_the_vocabulary_is_refused_with_the_way_out(config, place):
     with pytest.raises(ConfigError, match=r"vocabulary of base can't be pruned.*--text-only"):
         prune(place / "base", texts(40), config, eval_options=QUICK)
+
+
+def test_whole_layers_are_refused_with_the_way_out(place):
+    config = PrunerConfig(num_layers=1, removable_layers="0-1")
+    for call in (partial(prune, place / "base", texts(40)), partial(dry_run, place / "base")):
+        with pytest.raises(ConfigError, match=r"Whole layers of .*base can't be removed .*--text-only"):
+            call(config)
 
 
 def test_text_only_is_refused_for_a_causal_lm(place, tmp_path, model, tokenizer):

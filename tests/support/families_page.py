@@ -74,8 +74,9 @@ Every family has a tiny random model in the tests. Pruning it equals masking it,
 [CONTRIBUTING](../CONTRIBUTING.md#add-an-architecture) says how to add one. This page is the output of
 `python -m tests.support.families_page`, and a test compares it with the tables of the package.
 
-- Neurons and tokens can be removed everywhere. **KV groups** (a key/value head with its query heads) can be removed
-  where the table says yes.
+- Neurons, tokens and whole layers can be removed everywhere, but no whole layer of a Gemma 4 with shared keys or
+  embeddings by layer, and none of a GPT-2 with `scale_attn_by_inverse_layer_idx`. **KV groups** (a key/value head with
+  its query heads) can be removed where the table says yes.
 - **GGUF**: *uniform* needs the same widths in all layers (`prune --native-architecture`), *yes* takes any. The file is
   run in llama.cpp, and its losses on the tiny model are those of transformers. Settings that llama.cpp computes in
   another way (a bias, an activation, an order of windows) are refused by name before any work.

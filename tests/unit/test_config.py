@@ -25,10 +25,11 @@ from hf_context_prune.config import (
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.evaluation.options import EvalOptions, QuestionOptions
 from hf_context_prune.storage.provenance import config_from_provenance
+from hf_context_prune.utils.layer_options import layer_numbers
 from hf_context_prune.utils.options import PANELS, help_of, read_options
 
-RATIOS = ["pruning_ratio", "mlp_ratio", "attention_ratio"]
-OPTIONAL_INTEGERS = {"target_params": 1, "vocab_min_count": 1, "vocab_size": 1}
+RATIOS = ["pruning_ratio", "mlp_ratio", "attention_ratio", "layer_ratio"]
+OPTIONAL_INTEGERS = {"target_params": 1, "vocab_min_count": 1, "vocab_size": 1, "num_layers": 1}
 INTEGERS = {
     **OPTIONAL_INTEGERS,
     "round_to": 1,
@@ -46,6 +47,9 @@ NAMES = {
 EVERYTHING = {
     "pruning_ratio": 0.3,
     "target_params": None,
+    "num_layers": 20,
+    "layer_ratio": None,
+    "removable_layers": "2-20,25",
     "mlp_ratio": None,
     "attention_ratio": 0.5,
     "max_loss_increase": None,
@@ -196,9 +200,28 @@ def test_contradictions(subtests):
         ({"max_loss_increase": 0.03, "mlp_ratio": 0.0}, "and mlp_ratio fixes it"),
         ({"max_loss_increase": 0.03, "attention_ratio": 0.5}, "and attention_ratio fixes it"),
         ({"criterion": "taylor"}, "reconstruction='least_squares'"),
+        ({"num_layers": 3, "layer_ratio": 0.1}, "num_layers and layer_ratio both"),
+        ({"removable_layers": "2-4"}, "removable_layers='2-4' says which layers may be removed, but none is to be"),
+        ({"removable_layers": "2-4", "layer_ratio": 0.0}, "none is to be: give num_layers or layer_ratio"),
     ):
         with subtests.test(**options):
             assert said in refused(**options)
+
+
+def test_layers_are_a_size_of_their_own(subtests):
+    alone = PrunerConfig(num_layers=20)
+    assert (alone.pruning_ratio, alone.allocation, alone.prunes_layers) == (None, "uniform", False)
+    assert alone.removes_layers
+    assert PrunerConfig(layer_ratio=0.1, pruning_ratio=0.2).allocation == "adaptive"
+    assert not PrunerConfig(layer_ratio=0.0).removes_layers
+    assert PrunerConfig(layer_ratio=0.0).pruning_ratio == 0.2
+    for text, numbers in (("3", (3,)), ("2-4,9", (2, 3, 4, 9)), (" 9 , 2 - 3", (2, 3, 9)), ("0-0,0", (0,))):
+        with subtests.test(text=text):
+            assert layer_numbers(text) == numbers
+    for bad in ("", "a", "2-", "-2", "4-2", "1,,2", "1;2", "99999", [1], 3, True):
+        with subtests.test(bad=bad):
+            assert layer_numbers(bad) is None
+            assert f"removable_layers is {bad!r}" in refused(num_layers=3, removable_layers=bad)
 
 
 def test_combinations_that_are_meant():

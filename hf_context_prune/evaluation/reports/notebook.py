@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from html import escape
 
+from hf_context_prune.modeling.depth import WARNING, describe_layers
 from hf_context_prune.modeling.geometry import widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 
@@ -25,7 +26,9 @@ def result_html(report: EvalReport, plan: PruningPlan) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table_rows(report, intervals=True)
     )
-    words = "".join(f"<p>{escape(line)}</p>" for line in headline(report))
+    layers = describe_layers(plan)
+    lines = [*headline(report), *([] if layers is None else [f"{layers} {WARNING}"])]
+    words = "".join(f"<p>{escape(line)}</p>" for line in lines)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<div><p><b>{escape(report.base_model)}, pruned</b></p>{words}{table}{_widths(plan)}</div>"
 

@@ -6,7 +6,7 @@ architecture can hold. The second is preferred where it costs next to nothing, s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,9 +209,16 @@ class UnitCurves:
         return (alike if alike.loss - free.loss <= tolerated else free), facts
 
 
-def plain_curves(curves: Mapping[Key, Curve]) -> dict[str, Any]:
-    """Return curves as plain values: {"layer.target" or "tokens": [[kept units, nats per token], ...]}."""
+def plain_curves(curves: Mapping[Key, Curve], layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return curves as plain values: {"layer.target" or "tokens": [[kept units, nats per token], ...]}.
+
+    Args:
+        curves: The curves.
+        layers: Numbers of the layers in the base model, where some of those are gone.
+    """
     return {
-        "tokens" if key == TOKENS else f"{key[0]}.{key[1]}": [[kept, six_digits(loss)] for kept, loss in curve]
+        "tokens" if key == TOKENS else f"{layers[key[0]] if layers else key[0]}.{key[1]}": [
+            [kept, six_digits(loss)] for kept, loss in curve
+        ]
         for key, curve in curves.items()
     }

@@ -9,7 +9,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune.errors import BudgetError, ConfigError, PlanError
 from hf_context_prune.modeling.architectures import TARGETS, Target
 from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths, units_of
 from hf_context_prune.modeling.native_fit import assess_native_fit
@@ -251,10 +251,26 @@ def _name_vocabulary_share(remove: int, gone: int, tokens: int) -> Iterator[None
 
 
 def count_base_parameters(model: PreTrainedModel, plan: PruningPlan) -> int:
-    """Return the exact parameters of the model that a plan was made for, from the pruned model's shapes alone."""
+    """Return the exact parameters of the model that a plan was made for, from the pruned model's shapes alone.
+
+    Of layers that were removed as a whole, the plan's provenance tells how many they had.
+
+    Raises:
+        PlanError: It does not.
+    """
     view = ModelView.of_shapes(model)
     tokens = 0 if plan.vocabulary is None else plan.vocabulary.dense - num_rows(model)
-    return view.num_parameters + removed_params(plan.dense, plan.widths, view.costs) + tokens * token_cost(model)
+    dense = [plan.dense[index] for index in plan.kept_layers]
+    total = view.num_parameters + removed_params(dense, plan.kept_widths, view.costs) + tokens * token_cost(model)
+    if not plan.removed_layers:
+        return total
+    layers = (plan.provenance.get("removed_layers") or {}).get("parameters")
+    if layers is None:
+        raise PlanError(
+            "The plan removes whole layers, and its provenance does not tell how many parameters they had "
+            "(removed_layers.parameters), so the size of the base model is unknown. Make the plan by prune()."
+        )
+    return total + int(layers)
 
 
 def removed_by_target(

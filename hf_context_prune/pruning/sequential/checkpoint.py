@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, output_weight
-from hf_context_prune.modeling.geometry import LayerWidths
+from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch
@@ -103,7 +103,7 @@ class SequentialCheckpoint:
             return done if self._fits else replace(done, outputs=_spill(done.outputs))
         if not is_main_process():
             return done
-        tensors = {"neurons": torch.tensor(done.layer.neurons), "kv_groups": torch.tensor(done.layer.kv_groups)}
+        tensors = {name: torch.tensor(getattr(done.layer, name), dtype=torch.int64) for name in UNIT_NAMES.values()}
         for target, (weight, bias) in done.outputs.items():
             tensors[f"{target}.weight"] = weight
             if bias is not None:

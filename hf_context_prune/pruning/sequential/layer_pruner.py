@@ -4,12 +4,16 @@ Notation: x are the inputs of an output projection in the pruned stream, W its w
 the pruned residual stream lacks, beside the projection's own output W x, to equal the base model's. `regression` has
 the equation. Its ridge on e is chosen layer by layer on text that is never fitted: every layer fits e again on the same
 tokens, so a small ridge would learn those tokens by heart. `sub_layer` has what changes behind a norm.
+
+Where whole layers are removed, the base stream goes through them together with the layer before the gap. So the target
+of that layer's MLP is the base model's residual stream *behind* the gap: its refit contains every linear map of the
+MLP's output that could stand for the removed layers (ReplaceMe, arXiv 2505.02819).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -43,6 +47,8 @@ from .sub_layer import SubLayer
 
 CORRECTION_RIDGES = (0.1, 0.3, 1.0, 3.0)
 """Ridges tried for the correction of the upstream error, as shares of each feature's mean square."""
+GAP_RIDGES = (0.01, 0.03, *CORRECTION_RIDGES)
+"""The same before removed layers, whose work is far more than an error, and in a larger part predictable."""
 DEFAULT_CORRECTION_RIDGE = 1.0
 """The ridge of that correction where there is too little text to withhold any for validation."""
 
@@ -57,6 +63,7 @@ class SequentialPruner:
         criterion: Ranks units.
         ridge: Share of each feature's mean square.
         seed: For the `random` criterion.
+        gone: Numbers of the layers that are removed as a whole.
     """
 
     def __init__(
@@ -67,7 +74,9 @@ class SequentialPruner:
         criterion: Criterion,
         ridge: float,
         seed: int,
+        gone: Collection[int] = (),
     ) -> None:
+        self.gone = frozenset(gone)
         self.view, self.streams, self.storage = view, streams, storage
         self.criterion, self.ridge, self.seed = criterion, ridge, seed
         config = view.model.config
@@ -79,9 +88,11 @@ class SequentialPruner:
         self._diverged = False  # whether a layer was pruned, so that the two streams differ
 
     def prune(self, index: int, widths: LayerWidths) -> FinishedLayer:
-        """Prune one layer to its widths, and move both streams behind it."""
-        base = self.view.widths[index]
-        narrower = [target for target in ORDER if widths.of(target) < base.of(target)]
+        """Prune one layer to its widths, and move both streams behind it and the removed layers that follow."""
+        if index in self.gone:
+            return self.skip(index)
+        base, gap = self.view.widths[index], index + 1 in self.gone
+        narrower = [target for target in ORDER if widths.of(target) < base.of(target) or (gap and target == "mlp")]
         done = FinishedLayer(LayerPlan(tuple(range(base.neurons)), tuple(range(base.kv_groups))))
         if not narrower:
             self.replay(index, done)
@@ -101,8 +112,20 @@ class SequentialPruner:
         self._diverged = True
         return done
 
+    def skip(self, index: int) -> FinishedLayer:
+        """Remove a layer as a whole; base streams are behind it already, unless no layer that stays comes before."""
+        if self.gone.issuperset(range(index)):
+            with in_hand(self.view.layers[index], self._device):
+                for stream in self.streams:
+                    stream.base.copy_(stream.call(index, self.view.layers[index], stream.base))
+        self._diverged = True
+        return FinishedLayer(LayerPlan((), ()))
+
     def replay(self, index: int, done: FinishedLayer) -> None:
         """Move both streams behind a layer that is done, by an earlier, interrupted run or because it stays whole."""
+        if index in self.gone:
+            self.skip(index)
+            return
         with in_hand(self.view.layers[index], self._device):
             self._replay(index, done)
 
@@ -114,9 +137,18 @@ class SequentialPruner:
             features = kept_features(self.view.geometry, target, done.layer.kept(target))
             SubLayer(pruned, self.view.spec, target).install(features, *output)
         for stream in self.streams:
-            stream.base.copy_(stream.call(index, base, stream.base))
+            stream.base.copy_(self._through_gap(index, stream, stream.call(index, base, stream.base)))
             after = stream.call(index, pruned, stream.pruned, pruned=True) if self._diverged else stream.base
             stream.pruned.copy_(after)
+
+    def _through_gap(self, index: int, stream: Stream, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the removed layers that follow a layer make of its output in the base model."""
+        for removed in range(index + 1, len(self.view.layers)):
+            if removed not in self.gone:
+                break
+            with in_hand(self.view.layers[removed], self._device):
+                hidden = stream.call(removed, self.view.layers[removed], hidden)
+        return hidden
 
     def _copy(self, index: int) -> nn.Module:
         """Return a copy of a layer that shares all weights with it but those of the output projections.
@@ -170,7 +202,7 @@ class SequentialPruner:
         return fit, withheld
 
     def _base_pass(self, index: int, stream: Stream, *, recorded: bool) -> torch.Tensor | None:
-        """Move a base stream behind the layer.
+        """Move a base stream behind the layer and the removed ones that follow it.
 
         Args:
             index: The layer's number.
@@ -183,12 +215,12 @@ class SequentialPruner:
         """
         layer = self.view.layers[index]
         if not recorded:
-            stream.base.copy_(stream.call(index, layer, stream.base))
+            stream.base.copy_(self._through_gap(index, stream, stream.call(index, layer, stream.base)))
             return None
         with record_output(SubLayer(layer, self.view.spec, "attention").branch) as output:
             after = stream.call(index, layer, stream.base)
         lag = stream.rows(stream.base) - stream.rows(stream.pruned)
-        stream.base.copy_(after)
+        stream.base.copy_(self._through_gap(index, stream, after))
         return stream.rows(output[0]) + lag / self.scale
 
     def _choose_and_reconstruct(
@@ -199,14 +231,18 @@ class SequentialPruner:
         old = output_weight(sub_layer.projection)
         correction_ridge = DEFAULT_CORRECTION_RIDGE
         if any(all_gather(bool(withheld))):
-            errors = torch.tensor(fit.errors(CORRECTION_RIDGES, withheld), dtype=torch.float64)
+            ridges = GAP_RIDGES if layer.index + 1 in self.gone else CORRECTION_RIDGES
+            errors = torch.tensor(fit.errors(ridges, withheld), dtype=torch.float64)
             all_reduce_([errors])
-            correction_ridge = CORRECTION_RIDGES[int(errors.argmin())]
+            correction_ridge = ridges[int(errors.argmin())]
         best = fit.solve(old, None, self.ridge, correction_ridge)
-        units = self._choose_units(layer, target, count, best, fit)
-        del best
-        features = kept_features(self.view.geometry, target, units)
-        weight = fit.solve(old, features, self.ridge, correction_ridge)
+        if count == self.view.num_units(layer.index, target):  # before removed layers, where all units may stay
+            units, features, weight = tuple(range(count)), list(range(old.shape[1])), best
+        else:
+            units = self._choose_units(layer, target, count, best, fit)
+            del best
+            features = kept_features(self.view.geometry, target, units)
+            weight = fit.solve(old, features, self.ridge, correction_ridge)
         bias = sub_layer.projection.bias
         if sub_layer.centre:
             mean = fit.statistics.mean

@@ -1,8 +1,9 @@
 """Sequential reconstruction: one pass over the decoder layers with a base and a pruned stream.
 
 A *stream* is the hidden states of the text between two layers. At every layer the regression's target is the *base*
-model's residual stream, so it also absorbs the error made upstream. The Gram matrix of one layer exists at a time, and
-layers are done one after the other: an interrupted run resumes from the last finished layer.
+model's residual stream, so it also absorbs the error made upstream, and before removed layers their work. The Gram
+matrix of one layer exists at a time, and layers are done one after the other: an interrupted run resumes from the last
+finished layer.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def prune_sequentially(
     Args:
         model: The base model; unchanged when this returns.
         batches: As for `calibrate`.
-        widths: Widths after pruning, one per layer.
+        widths: Widths after pruning, one per layer; `GONE` for a layer that is removed as a whole.
         criterion: Ranks units on the pruned stream's statistics and the reconstructed (not yet pruned) weights.
         ridge: Share of each feature's mean square.
         seed: For the `random` criterion.
@@ -125,7 +126,8 @@ def prune_sequentially(
         storage = StreamStorage(count_positions(mine), limit=memory_limit, device=layer_device(model))
         streams = capture_streams(view, mine, storage, validation=choose_validation(len(batches), VALIDATION_EVERY))
         result = _count(streams)
-        pruner = SequentialPruner(view, streams, storage, criterion, ridge, seed)
+        gone = [index for index, width in enumerate(widths) if width.gone]
+        pruner = SequentialPruner(view, streams, storage, criterion, ridge, seed, gone)
         for index, done in enumerate(_finish_layers(pruner, checkpoint, widths)):
             result.layers += (done.layer,)
             result.outputs |= {(index, target): output for target, output in done.outputs.items()}

@@ -11,6 +11,7 @@ from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, i
 from hf_context_prune.evaluation.reports.report import EvalReport
 from hf_context_prune.evaluation.reports.rows import source_rows, table_header, table_rows, text_rows
 from hf_context_prune.evaluation.reports.summary import headline
+from hf_context_prune.modeling.depth import WARNING, describe_layers
 from hf_context_prune.modeling.geometry import units_of, widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.runtimes import runtimes_of
@@ -114,7 +115,8 @@ def _picture(plan: PruningPlan) -> Trusted:
 
 
 def _removed(facts: CardFacts) -> Trusted:
-    plan, lines = facts.plan, []
+    plan = facts.plan
+    lines = [] if (layers := describe_layers(plan)) is None else [f"- {layers} {WARNING}"]
     labels = {"neurons": "MLP neurons", "kv_groups": "attention KV groups (with their query heads)"}
     for unit in units_of(plan.dense):
         before = [count for widths in plan.dense if (count := getattr(widths, unit))]

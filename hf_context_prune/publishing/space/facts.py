@@ -16,6 +16,7 @@ from hf_context_prune.errors import ConfigError, ContextPruneError, LoadError
 from hf_context_prune.evaluation.reports.formatting import format_ratio, format_share
 from hf_context_prune.evaluation.reports.report import EvalReport, LossFacts
 from hf_context_prune.evaluation.reports.rows import table_rows
+from hf_context_prune.modeling.depth import WARNING, describe_layers
 from hf_context_prune.modeling.geometry import units_of
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.hub_errors import explain_hub_error
@@ -137,7 +138,9 @@ def describe_removal(facts: Facts) -> list[str]:
             f"{gone / 1e6:,.1f} of {size.base_parameters / 1e6:,.1f} million parameters were removed "
             f"({gone / size.base_parameters:.0%}). They are not set to zero: the matrices are smaller."
         )
-    dense, kept = plan.dense, plan.widths
+    if (layers := describe_layers(plan)) is not None:
+        sentences.append(f"{layers} {WARNING}")
+    dense, kept = [plan.dense[index] for index in plan.kept_layers], plan.kept_widths
     sentences.append(
         _describe_units("MLP neurons", [w.neurons for w in dense], [w.neurons for w in kept])
         + " Each is a feature that a layer computes."

@@ -55,6 +55,8 @@ def describe_parts(plan: PruningPlan | None) -> str:
         (what, sum(getattr(w, unit) for w in plan.dense), sum(getattr(w, unit) for w in plan.widths))
         for what, unit in (("MLP neurons", "neurons"), ("groups of attention heads", "kv_groups"))
     ]
+    if plan.removed_layers:
+        removed.insert(0, ("layers", len(plan.layers), len(plan.kept_layers)))
     if plan.vocabulary is not None:
         removed.append(("vocabulary entries", plan.vocabulary.dense, len(plan.vocabulary.kept)))
     parts = [f"{before - after:,} of {before:,} {what}" for what, before, after in removed if after < before]

@@ -36,6 +36,11 @@ def check_config(config: PrunerConfig) -> None:
     Raises:
         ConfigError: Names the option.
     """
+    if config.removes_layers:
+        raise ConfigError(
+            "num_layers and layer_ratio remove whole layers, which the callback can't: the optimizer, the schedule and "
+            "the other processes hold every layer. Call prune() with them before the training, and leave them out here."
+        )
     if config.fixes_tokens or config.units == "tokens":
         raise ConfigError(
             "The vocabulary can't be pruned during training: the collator's tokenizer would no longer fit. Prune it "

@@ -23,6 +23,7 @@ from hf_context_prune.export.run import open_export
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.export.verify import TOKENIZER_PROBES
 from hf_context_prune.pipelines.export import export_model
+from hf_context_prune.pruning.depth import Depth
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from tests.support.export_folders import save
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -53,6 +54,22 @@ def test_a_head_of_its_own_is_written_whatever_the_config_says(tmp_path):
     model = tiny_model("llama", tie_word_embeddings=False)
     model.config.tie_word_embeddings = True
     assert_same(LoadedModel(model, tiny_tokenizer(), "model", None, None), tmp_path)
+
+
+def test_fewer_layers_are_the_same_in_llama_cpp(tmp_path):
+    shorter = Depth(4, (1,)).shorten(tiny_model("llama", num_hidden_layers=4))
+    assert_same(LoadedModel(shorter, tiny_tokenizer(), "model", None, None), tmp_path)
+
+
+def test_layers_that_no_longer_follow_the_order_of_llama_cpp_are_refused():
+    whole = tiny_model("smollm3", num_hidden_layers=8, no_rope_layers=[1, 1, 1, 0] * 2)
+    for gone, fits in (((4, 5, 6, 7), True), ((1,), False)):
+        loaded = LoadedModel(Depth(8, gone).shorten(whole), tiny_tokenizer(), "model", None, None)
+        if fits:
+            gguf.check(loaded, "f16")
+        else:
+            with pytest.raises(ExportError, match="no_rope_layers"):
+                gguf.check(loaded, "f16")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_context_prune.errors import PlanError, VocabularyError
-from hf_context_prune.modeling.geometry import LayerWidths, read_geometry
+from hf_context_prune.modeling.geometry import GONE, LayerWidths, read_geometry, widths_vary
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.surgery import apply_plan
@@ -119,6 +119,43 @@ def test_indices(subtests):
             replace(PLAN, layers=(LAYERS[0], layer))
 
 
+DEEP = replace(PLAN, dense=(*DENSE, DENSE[0]), layers=(LAYERS[0], LayerPlan((), ()), LAYERS[0]))
+
+
+def test_a_plan_may_remove_whole_layers(tmp_path):
+    path = tmp_path / "plan.json"
+    DEEP.save(path)
+    data = json.loads(path.read_text())
+    assert (data["format_version"], data["removed_layers"]) == (3, [1])
+    assert PruningPlan.load(path) == DEEP
+    assert DEEP.removed_layers == (1,)
+    assert DEEP.kept_layers == (0, 2)
+    assert DEEP.widths == (LayerWidths(4, 1), GONE, LayerWidths(4, 1))
+    assert DEEP.kept_widths == (LayerWidths(4, 1),) * 2
+    assert not DEEP.is_empty
+    assert not widths_vary(DEEP.widths)
+    assert PLAN.to_dict()["format_version"] == 2  # as before there were such plans
+    assert "removed_layers" not in PLAN.to_dict()
+
+
+def test_layers_that_can_not_be_gone(subtests):
+    data = DEEP.to_dict()
+    none = LayerPlan((), ())
+    for damaged, said in (
+        ({"removed_layers": [3]}, "removes layer 3, but its model has 3 layers, numbered from 0 to 2"),
+        ({"removed_layers": [-1]}, "removes layer -1"),
+        ({"removed_layers": [0]}, r"removed_layers is \[0\], .* are \[1\]"),
+        ({"removed_layers": []}, r"removed_layers is \[\], .* are \[1\]"),
+        ({"removed_layers": [True]}, r"removed_layers is \[True\]; it must be a list of integers"),
+        ({"removed_layers": 1}, "removed_layers is 1; it must be a list of integers"),
+        ({"format_version": 2}, r"removed_layers is \[\], .* are \[1\]"),
+    ):
+        with subtests.test(said=said), pytest.raises(PlanError, match=said):
+            PruningPlan.from_dict({**data, **damaged})
+    with pytest.raises(PlanError, match="removes all 2 layers; at least one must stay"):
+        replace(PLAN, layers=(none, none))
+
+
 def test_layer_counts_must_agree():
     with pytest.raises(PlanError, match="The plan has 1 layers, its model has 2"):
         replace(PLAN, layers=LAYERS[:1])
@@ -137,7 +174,8 @@ def test_damaged_values(subtests, tmp_path):
     path = tmp_path / "plan.json"
     for data, said in (
         *[(damage(**{key: "gone"}), key) for key in PLAN.to_dict()],
-        (damage(format_version=3), "format version 3; this package reads 1 to 2"),
+        (damage(format_version=4), "format version 4; this package reads 1 to 3"),
+        (damage(format_version=3), "removed_layers"),
         (damage(format_version=None), "format version None"),
         (damage(layers=None), "not a pruning plan"),
         (damage(layers=7), "not a pruning plan"),
