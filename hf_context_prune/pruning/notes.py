@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.modeling.depth import WARNING, describe_layers
-from hf_context_prune.modeling.geometry import widths_vary
+from hf_context_prune.modeling.geometry import units_of, widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.thresholds.prune import zeros_note
@@ -60,7 +60,10 @@ def vocabulary_note(plan: PruningPlan, text: TextSource) -> tuple[str, ...]:
         if plan.provenance.get("all_tokens_stay"):
             return (f"All tokens stay: {plan.provenance['all_tokens_stay']}",)
         if "tokens" in (plan.provenance.get("sensitivity") or {}):
-            return ("All tokens stay, since removing tokens costs more than removing neurons and KV groups.",)
+            others = " and ".join(
+                {"neurons": "neurons", "kv_groups": "KV groups"}[unit] for unit in units_of(plan.dense)
+            )
+            return (f"All tokens stay, since removing tokens costs more than removing {others}.",)
         return ()
     facts = plan.provenance["vocabulary"]
     rows = f"; {_describe_rows(facts['refit'])}" if facts["refit"] is not None else ""

@@ -116,6 +116,11 @@ def read_any_config(source: str, folder: Path, revision: str | None, *, trust_re
         _refuse_quantised(source, values)
         check_counts(values.get("num_hidden_layers"), values.get("per_layer_config"), values.get("num_labels"))
         kind = values.get("model_type")
+        if kind is None:
+            raise LoadError(
+                f"The config.json of {source!r} has no model_type, so no class can be chosen. Restore the config.json "
+                f"that was saved with the weights, or download or save the model again."
+            )
         if not trust_remote_code and kind not in CONFIG_MAPPING:
             code = values.get("auto_map")
             raise LoadError(
