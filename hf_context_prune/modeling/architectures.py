@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import UnsupportedArchitectureError
 
+from .experts import check_experts_plain, expert_cost
 from .geometry import Geometry, LayerWidths, read_geometry
 from .left_out import LEFT_OUT
 from .modeling_context_pruned import is_transposed
@@ -119,6 +120,8 @@ def check_supported(model: nn.Module) -> ArchSpec:
                     f"adapter or a quantiser has replaced it. Merge or unload it first (merge_and_unload() for PEFT), "
                     f"or load the model without a quantiser."
                 )
+        if widths[index].experts:
+            check_experts_plain(layer, spec, widths[index].experts, f"{spec.layers}.{index}")
     return spec
 
 
@@ -150,7 +153,8 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _projection_paths(spec: ArchSpec, widths: LayerWidths) -> tuple[str, ...]:
     attention = (*(projection.path for projection in spec.attention_inputs), spec.attention_output)
-    return (*spec.mlp_inputs, spec.mlp_output, *(attention if widths.kv_groups else ()))
+    mlp = (*spec.mlp_inputs, spec.mlp_output) if widths.neurons else ()
+    return (*mlp, *(attention if widths.kv_groups else ()))
 
 
 def layers_of(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
@@ -286,7 +290,7 @@ def unit_costs(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> UnitCost
         geometry: Sizes of the model.
 
     Returns:
-        Parameters by target; 0 where no layer has such units.
+        Parameters by target, and of a family with experts by ``"experts"``; 0 where no layer has such units.
     """
     costs: UnitCosts = {}
     for target in TARGETS:
@@ -307,4 +311,6 @@ def unit_costs(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> UnitCost
             module = layer.get_submodule(path)
             total += features * (output_weight(module).shape[1] + (module.bias is not None))
         costs[target] = total
+    if spec.experts is not None:
+        costs["experts"] = expert_cost(model, spec, geometry)
     return costs

@@ -41,4 +41,6 @@ def fill_buffers(
             fill_computed_buffers(modules[owner], mirror)  # type: ignore[arg-type]
             continue
         for name, buffer in buffers.items():
+            if name not in computed and not getattr(mirror, name).is_meta:
+                continue  # it was saved, and loaded: of fewer experts, perhaps
             mirror.register_buffer(name, buffer.clone(), persistent=name not in computed)

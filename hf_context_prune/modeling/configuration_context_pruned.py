@@ -255,7 +255,9 @@ class ContextPrunedConfigMixin(BoundedConfigMixin):
         if self._unfinished:
             return
         spec, overrides = self.spec, self.width_overrides()
-        dense = {name: self._dense_value(name) for name in (spec.width, spec.query_heads, spec.kv_heads) if name}
+        experts = spec.experts.count if spec.experts else None
+        names = (spec.width, spec.query_heads, spec.kv_heads, experts)
+        dense = {name: self._dense_value(name) for name in names if name}
         for name, value in dense.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; the width of the base model must be an integer of at least 1.")
@@ -274,6 +276,11 @@ class ContextPrunedConfigMixin(BoundedConfigMixin):
                 )
             for name, value in values.items():
                 _check_width(layer, name, value, dense[name])
+            if experts in values and values[experts] < (least := getattr(self, spec.experts.per_token)):
+                raise ValueError(
+                    f"per_layer_config[{layer}].{experts} is {values[experts]}; every token is routed to {least} "
+                    f"experts, so that at least as many must stay."
+                )
             heads = values.get(spec.query_heads, dense[spec.query_heads])
             groups = values.get(spec.kv_heads, dense[spec.kv_heads]) if spec.kv_heads else heads
             if heads != groups * ratio:

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .specs import ArchSpec, Projection
+from .spec_parts import Projection
+from .specs import ArchSpec
 
 UNIT_NAMES = {"mlp": "neurons", "attention": "kv_groups"}
 """The units of a target, by the name that plans, widths and messages use."""
+ALL_UNITS = {**UNIT_NAMES, "experts": "experts"}
+"""The same, with experts, which are no target: no output projection reads them together."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +24,25 @@ class LayerWidths:
     """Widths of one decoder layer; a layer that is removed as a whole has none (`gone`).
 
     Attributes:
-        neurons: MLP neurons; 0 alone in a layer that is gone.
+        neurons: MLP neurons; 0 in a layer with experts, whose inner neurons all stay.
         kv_groups: Attention KV groups (a key/value head with its query heads); 0 in a layer without heads that can be
             removed.
+        experts: Experts that a router chooses from; 0 in a layer with an MLP.
     """
 
     neurons: int
     kv_groups: int
+    experts: int = 0
 
     def of(self, target: str) -> int:
-        """Return the number of units of ``"mlp"`` (neurons) or ``"attention"`` (KV groups)."""
-        width: int = getattr(self, UNIT_NAMES[target])
+        """Return the number of units of ``"mlp"`` (neurons), ``"attention"`` (KV groups) or ``"experts"``."""
+        width: int = getattr(self, ALL_UNITS[target])
         return width
 
     @property
     def gone(self) -> bool:
         """Whether the layer is removed as a whole."""
-        return not self.neurons
+        return not (self.neurons or self.kv_groups or self.experts)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -50,14 +55,13 @@ GONE = LayerWidths(0, 0)
 
 
 def widths_vary(layers: Sequence[LayerWidths]) -> bool:
-    """Return whether layers that are not gone differ in their neurons, or those with heads in their KV groups."""
-    groups = {layer.kv_groups for layer in layers if layer.kv_groups}
-    return len({layer.neurons for layer in layers if not layer.gone}) > 1 or len(groups) > 1
+    """Return whether layers that have neurons, KV groups or experts differ in their number."""
+    return any(len({layer.of(target) for layer in layers} - {0}) > 1 for target in ALL_UNITS)
 
 
 def units_of(layers: Sequence[LayerWidths]) -> tuple[str, ...]:
     """Return the names of the units that any of the layers has."""
-    return tuple(name for target, name in UNIT_NAMES.items() if any(layer.of(target) for layer in layers))
+    return tuple(name for target, name in ALL_UNITS.items() if any(layer.of(target) for layer in layers))
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,30 @@ def width_factor(config: Any, spec: ArchSpec, layer: int) -> int:  # noqa: ANN40
     return 2 if config.kv_sharing_modes[layer] == "reuse" else 1
 
 
+def has_experts(config: Any, spec: ArchSpec, layer: int) -> bool:  # noqa: ANN401
+    """Return whether a layer has a mixture of experts in place of the MLP, by the model's config or the layer's."""
+    if (experts := spec.experts) is None or not getattr(config, experts.count):
+        return False
+
+    def value(name: str | None, default: int) -> int:
+        return default if name is None else getattr(config, name)
+
+    return (
+        value(experts.first, 0) <= layer <= value(experts.last, layer)
+        and (layer + 1) % value(experts.interval, 1) == 0
+        and layer not in (() if experts.dense_layers is None else getattr(config, experts.dense_layers))
+    )
+
+
+def experts_of(config: Any, spec: ArchSpec, layer: int) -> int:  # noqa: ANN401
+    """Return the number of experts that the config of a layer asks for; 0 where the layer has an MLP."""
+    return getattr(config, spec.experts.count) if spec.experts and has_experts(config, spec, layer) else 0
+
+
 def neurons_of(config: Any, spec: ArchSpec, layer: int) -> int:  # noqa: ANN401
-    """Return the number of MLP neurons that the config of a layer asks for."""
+    """Return the number of MLP neurons that the config of a layer asks for; 0 where the layer has experts."""
+    if has_experts(config, spec, layer):
+        return 0
     width = getattr(config, spec.width, None)
     if width is None:  # GPT-2 writes None for its default, four times the hidden size.
         return 4 * config.hidden_size
@@ -191,6 +217,7 @@ def read_geometry(config: Any, spec: ArchSpec) -> Geometry:  # noqa: ANN401
             LayerWidths(
                 neurons_of(layer, spec, index),
                 0 if heads_stay or kind in WITHOUT_ATTENTION else kv_groups_of(layer, spec),
+                experts_of(layer, spec, index),
             )
             for index, (layer, kind) in enumerate(zip(layers, types, strict=True))
         ),

@@ -38,8 +38,8 @@ from .wrapper_specs import TEXT_SPECS, WRAPPERS, WrapperSpec
 REGISTERED_FILE = "registered.py"
 """The modeling file that holds the entry of a registered architecture."""
 MODELING_FILES = (
-    *("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", REGISTERED_FILE, "specs.py"),
-    *("weights_header.py", "wrapper_specs.py"),
+    *("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py", "moe_specs.py", REGISTERED_FILE),
+    *("spec_parts.py", "specs.py", "weights_header.py", "wrapper_specs.py"),
 )
 """Files that are copied, without subfolders, beside every saved variable-width model."""
 MOST_MANIFEST_BYTES = 16 * 2**20
@@ -114,6 +114,35 @@ def set_attention_sizes(layer: nn.Module, spec: ArchSpec, geometry: Geometry, kv
         setattr(layer.get_submodule(path), name, values[value])
 
 
+def keep_experts(layer: nn.Module, spec: ArchSpec, count: int) -> None:
+    """Cut a layer's router and experts down to the first experts, in place.
+
+    Args:
+        layer: One decoder layer with experts.
+        spec: Its architecture.
+        count: Experts that stay.
+    """
+    assert spec.experts is not None
+    block = layer.get_submodule(spec.experts.block)
+    for path, dimension in spec.experts.tensors:
+        owner_path, _, name = path.rpartition(".")
+        owner = block.get_submodule(owner_path)
+        whole = getattr(owner, name, None)
+        if whole is None:
+            continue
+        part = whole.data.narrow(dimension, 0, count).clone()
+        kept = nn.Parameter(part, requires_grad=whole.requires_grad) if isinstance(whole, nn.Parameter) else part
+        setattr(owner, name, kept)
+    set_expert_count(block, count)
+
+
+def set_expert_count(block: nn.Module, count: int) -> None:
+    """Set the number of experts that modules of a mixture of experts keep beside their tensors."""
+    for module in block.modules():
+        if hasattr(module, "num_experts"):
+            module.num_experts = count
+
+
 def narrow_layer(
     layer: nn.Module,
     spec: ArchSpec,
@@ -136,6 +165,8 @@ def narrow_layer(
         for path in spec.mlp_inputs:
             narrow_projection(layer.get_submodule(path), out_features=spec.mlp_blocks * target.neurons)
         narrow_projection(layer.get_submodule(spec.mlp_output), in_features=target.neurons)
+    if target.experts != dense.experts:
+        keep_experts(layer, spec, target.experts)
     if target.kv_groups != dense.kv_groups:
         query_features = target.kv_groups * geometry.queries_per_group * geometry.head_dim
         for projection in spec.attention_inputs:

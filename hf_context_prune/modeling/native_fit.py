@@ -60,8 +60,14 @@ def _common_width(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[Lay
         bases = {divmod(layer.neurons, factor) for layer, factor in zip(widths, factors, strict=True)}
         if len(bases) == 1 and next(iter(bases))[1] == 0:
             return {spec.width: next(iter(bases))[0], str(spec.computed_width): True}
-    neurons = {layer.neurons for layer in widths}
-    return {spec.width: neurons.pop()} if len(neurons) == 1 else None
+    neurons = {layer.neurons for layer in widths} - ({0} if spec.experts else set())
+    return {spec.width: neurons.pop()} if len(neurons) == 1 else None if neurons else {}
+
+
+def _common_experts(spec: ArchSpec, widths: Sequence[LayerWidths]) -> dict[str, int]:
+    """Return the config attribute that gives all layers with experts the same number; none where numbers vary."""
+    counts = {layer.experts for layer in widths if layer.experts}
+    return {spec.experts.count: counts.pop()} if spec.experts and len(counts) == 1 else {}
 
 
 def build_native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence[LayerWidths]) -> PreTrainedConfig:
@@ -70,6 +76,7 @@ def build_native_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequen
     values = _with_widths(config, spec, geometry)
     values |= _common_width(config, spec, widths) or {}
     values |= _head_counts(config, spec, geometry, max(layer.kv_groups for layer in widths))
+    values |= _common_experts(spec, widths)
     values["architectures"] = [bare_name(spec.model_class)]
     result: PreTrainedConfig = native_class(spec.config_class).from_dict(values)
     result.validate()
@@ -80,9 +87,11 @@ def build_variable_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequ
     """Return the variable-width config: dense values stay global, the widths go to ``per_layer_config``."""
     geometry = read_geometry(config, spec)
     values = _with_widths(config, spec, geometry)
-    native = native_overrides(config, spec)
+    native, experts = native_overrides(config, spec), _common_experts(spec, widths)
     overrides = {
-        index: {**native.get(index, {}), spec.width: layer.neurons}
+        index: native.get(index, {})
+        | ({spec.width: layer.neurons} if layer.neurons else {})
+        | ({spec.experts.count: layer.experts} if spec.experts and layer.experts and not experts else {})
         | _head_counts(config, spec, geometry, layer.kv_groups)
         for index, layer in enumerate(widths)
     }
@@ -90,6 +99,7 @@ def build_variable_config(config: PreTrainedConfig, spec: ArchSpec, widths: Sequ
     result: PreTrainedConfig = variable_class.from_dict(
         {
             **values,
+            **experts,
             "per_layer_config": overrides,
             "architectures": [get_model_class(spec).__name__],
             "auto_map": build_auto_map(spec),
@@ -113,7 +123,8 @@ def assess_native_fit(config: PreTrainedConfig, spec: ArchSpec, widths: Sequence
         widths: Widths after pruning, one per layer.
     """
     groups = {layer.kv_groups for layer in widths if layer.kv_groups}
-    if _common_width(config, spec, widths) is None or len(groups) > 1:
+    vary = len({layer.experts for layer in widths if layer.experts}) > 1
+    if _common_width(config, spec, widths) is None or len(groups) > 1 or vary:
         return NativeFit(False, f"widths vary from layer to layer, which {spec.config_class} can't express")
     try:
         candidate = build_native_config(config, spec, widths)

@@ -19,13 +19,13 @@ from hf_context_prune.errors import PlanError, VocabularyError
 from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.reading import read_json, why
 
-from .geometry import UNIT_NAMES, Geometry, LayerWidths
+from .geometry import ALL_UNITS, Geometry, LayerWidths
 from .specs import base_model_type
 from .token_rows import num_rows
 
-FORMAT_VERSION = 3
-"""Latest version of the JSON format. Version 1 had no vocabulary; version 3, which alone may lack whole layers, is
-written only of a plan that removes some."""
+FORMAT_VERSION = 4
+"""Latest version of the JSON format. Version 1 had no vocabulary; version 3, which may lack whole layers, is written
+only of a plan that removes some, and version 4 only of a model with experts."""
 _FINGERPRINT_VALUES = 512
 _RECORDED: dict[str, tuple[type[Any] | tuple[type[Any], ...], str]] = {
     **dict.fromkeys(("base_model", "base_revision"), (str, "a string")),
@@ -69,20 +69,27 @@ class LayerPlan:
     Attributes:
         neurons: Indices of the kept MLP neurons.
         kv_groups: Indices of the kept KV groups; none in a layer without heads that can be removed.
+        experts: Indices of the kept experts; none in a layer with an MLP.
     """
 
     neurons: tuple[int, ...]
     kv_groups: tuple[int, ...]
+    experts: tuple[int, ...] = ()
+
+    @classmethod
+    def whole(cls, widths: LayerWidths) -> LayerPlan:
+        """Return the plan that keeps all units of a layer."""
+        return cls(*(tuple(range(widths.of(target))) for target in ALL_UNITS))
 
     def kept(self, target: str) -> tuple[int, ...]:
-        """Return the kept units of ``"mlp"`` (neurons) or ``"attention"`` (KV groups)."""
-        units: tuple[int, ...] = getattr(self, UNIT_NAMES[target])
+        """Return the kept units of ``"mlp"`` (neurons), ``"attention"`` (KV groups) or ``"experts"``."""
+        units: tuple[int, ...] = getattr(self, ALL_UNITS[target])
         return units
 
     @property
     def gone(self) -> bool:
         """Whether the layer is removed as a whole."""
-        return not self.neurons and not self.kv_groups
+        return not (self.neurons or self.kv_groups or self.experts)
 
 
 @dataclass(frozen=True)
@@ -186,11 +193,13 @@ class PruningPlan:
         if all(layer.gone for layer in self.layers):
             raise PlanError(f"The plan removes all {len(self.layers)} layers; at least one must stay.")
         for index, (layer, widths) in enumerate(zip(self.layers, self.dense, strict=True)):
-            for target, name in UNIT_NAMES.items():
+            if not (widths.neurons or widths.experts):
+                raise PlanError(f"Layer {index} of the plan has no neurons and no experts in the base model.")
+            for target, name in ALL_UNITS.items():
                 kept, width = layer.kept(target), widths.of(target)
                 if isinstance(width, bool) or not isinstance(width, int):
                     raise PlanError(f"Layer {index} of the plan: dense_{name} is {width!r}; it must be an integer.")
-                if not kept and (width or target == "mlp") and not layer.gone:
+                if not kept and width and not layer.gone:
                     raise PlanError(f"Layer {index} of the plan keeps no {name}; at least one must stay.")
                 if any(isinstance(unit, bool) or not isinstance(unit, int) for unit in kept):
                     raise PlanError(f"Layer {index} of the plan has {name} that are not integers: {kept[:8]}.")
@@ -202,13 +211,13 @@ class PruningPlan:
     @classmethod
     def identity(cls, model_type: str, geometry: Geometry, model_fingerprint: str = "") -> PruningPlan:
         """Return the plan that keeps everything."""
-        layers = tuple(LayerPlan(tuple(range(w.neurons)), tuple(range(w.kv_groups))) for w in geometry.layers)
+        layers = tuple(map(LayerPlan.whole, geometry.layers))
         return cls(base_model_type(model_type), geometry.layers, layers, model_fingerprint)
 
     @property
     def widths(self) -> tuple[LayerWidths, ...]:
         """Widths after pruning, one per layer of the base model."""
-        return tuple(LayerWidths(len(layer.neurons), len(layer.kv_groups)) for layer in self.layers)
+        return tuple(LayerWidths(*(len(layer.kept(target)) for target in ALL_UNITS)) for layer in self.layers)
 
     @property
     def removed_layers(self) -> tuple[int, ...]:
@@ -280,19 +289,15 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values, which [`from_dict`][] reads."""
-        removed = list(self.removed_layers)
+        removed, experts = list(self.removed_layers), any(widths.experts for widths in self.dense)
         return {
-            "format_version": FORMAT_VERSION if removed else 2,
+            "format_version": FORMAT_VERSION if experts else 3 if removed else 2,
             "model_type": self.model_type,
             "model_fingerprint": self.model_fingerprint,
-            **({"removed_layers": removed} if removed else {}),
+            **({"removed_layers": removed} if removed or experts else {}),
             "layers": [
-                {
-                    "dense_neurons": widths.neurons,
-                    "dense_kv_groups": widths.kv_groups,
-                    "neurons": list(layer.neurons),
-                    "kv_groups": list(layer.kv_groups),
-                }
+                {f"dense_{name}": getattr(widths, name) for name in _names(experts)}
+                | {name: list(getattr(layer, name)) for name in _names(experts)}
                 for layer, widths in zip(self.layers, self.dense, strict=True)
             ],
             "vocabulary": None
@@ -315,10 +320,11 @@ class PruningPlan:
                     f"Update hf-context-prune."
                 )
             vocabulary = data["vocabulary"] if data["format_version"] > 1 else None
+            units = _names(data["format_version"] > 3)
             plan = cls(
                 model_type=data["model_type"],
-                dense=tuple(LayerWidths(x["dense_neurons"], x["dense_kv_groups"]) for x in data["layers"]),
-                layers=tuple(LayerPlan(tuple(x["neurons"]), tuple(x["kv_groups"])) for x in data["layers"]),
+                dense=tuple(LayerWidths(*(x[f"dense_{name}"] for name in units)) for x in data["layers"]),
+                layers=tuple(LayerPlan(*(tuple(x[name]) for name in units)) for x in data["layers"]),
                 model_fingerprint=data["model_fingerprint"],
                 provenance=data["provenance"],
                 vocabulary=None if vocabulary is None else Vocabulary(vocabulary["dense"], tuple(vocabulary["kept"])),
@@ -363,6 +369,11 @@ class PruningPlan:
         return plan
 
 
+def _names(experts: bool) -> tuple[str, ...]:
+    """Return the names of units that a file has: those of experts where the model has any."""
+    return tuple(name for name in ALL_UNITS.values() if experts or name != "experts")
+
+
 def _check_removed_layers(plan: PruningPlan, listed: object) -> None:
     """Refuse a file that lists other layers as removed than those that keep no unit there."""
     removed, count = list(plan.removed_layers), len(plan.layers)
@@ -390,8 +401,9 @@ def _check_recorded(provenance: Mapping[str, Any]) -> None:
 
 
 def _describe(widths: tuple[LayerWidths, ...]) -> str:
-    neurons, groups = {w.neurons for w in widths}, {w.kv_groups for w in widths if w.kv_groups} or {0}
-    return f"{len(widths)} layers of {_format_range(neurons)} neurons and {_format_range(groups)} KV groups"
+    neurons, groups, experts = ({w.of(target) for w in widths} - {0} or {0} for target in ALL_UNITS)
+    more = f" and {_format_range(experts)} experts" if any(experts) else ""
+    return f"{len(widths)} layers of {_format_range(neurons)} neurons and {_format_range(groups)} KV groups{more}"
 
 
 def _format_range(values: set[int]) -> str:

@@ -5,7 +5,8 @@ and the attention heads, and how the config names their counts. Everything else 
 follows from the entry. To add an architecture, add an entry here and one line to ``tests/support/tiny.py``; programs
 add one by `register_architecture`, and ``registered.py`` brings it along with a saved model.
 
-This file travels with every saved variable-width model, so it imports nothing but the standard library.
+Entries with experts are in ``moe_specs.py``. This file travels with every saved variable-width model, so it imports
+nothing of the package but such files.
 """
 
 from __future__ import annotations
@@ -14,33 +15,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .moe_specs import MOE_ENTRIES
 from .registered import ENTRIES
+from .spec_parts import Experts, Projection, separate
 
 PREFIX = "context_pruned_"
 """Begins the ``model_type`` of every variable-width model."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """An input projection of the attention, and the layout of its output features.
-
-    Attributes:
-        path: Module path relative to the layer.
-        roles: ``"query"``, ``"key"`` and/or ``"value"``, in the order in which they are stacked.
-        interleaved: False: all heads of the first role, then all of the second (GPT-2). True: KV group by KV group,
-            each with its heads of all roles (GPT-NeoX, Falcon).
-        blocks: Blocks of ``head_dim`` features that each head has: 2 where a gate follows every query (Qwen3.5).
-    """
-
-    path: str
-    roles: tuple[str, ...]
-    interleaved: bool = False
-    blocks: int = 1
-
-
-def _separate(prefix: str, query_blocks: int = 1) -> tuple[Projection, ...]:
-    query = Projection(f"{prefix}.q_proj", ("query",), blocks=query_blocks)
-    return query, Projection(f"{prefix}.k_proj", ("key",)), Projection(f"{prefix}.v_proj", ("value",))
 
 
 @dataclass(frozen=True)
@@ -82,6 +62,7 @@ class ArchSpec:
             which one must be true.
         layer_outputs: Length of the tuple that a layer returns, hidden states first; 0 where it returns those alone.
         transposed: Whether projections store their weight as [in_features, out_features] (`Conv1D` of GPT-2).
+        experts: The mixture of experts that some or all layers have in place of the MLP; None: none has.
     """
 
     model_type: str
@@ -93,7 +74,7 @@ class ArchSpec:
     mlp_blocks: int = 1
     mlp_output: str = "mlp.down_proj"
     activation: str | None = "mlp.act_fn"
-    attention_inputs: tuple[Projection, ...] = _separate("self_attn")
+    attention_inputs: tuple[Projection, ...] = separate("self_attn")
     attention_output: str = "self_attn.o_proj"
     attention: str = "self_attn"
     width: str = "intermediate_size"
@@ -112,6 +93,7 @@ class ArchSpec:
     parallel: bool | tuple[str, ...] = False
     layer_outputs: int = 0
     transposed: bool = False
+    experts: Experts | None = None
 
     @property
     def saved_layers(self) -> tuple[str, ...]:
@@ -260,7 +242,7 @@ SPECS: dict[str, ArchSpec] = {
             "Qwen3_5",
             "Qwen3_5TextConfig",
             headless_class="Qwen3_5TextModel",
-            attention_inputs=_separate("self_attn", query_blocks=2),
+            attention_inputs=separate("self_attn", query_blocks=2),
         ),
         _llama_like(
             "lfm2",
@@ -340,7 +322,7 @@ SPECS: dict[str, ArchSpec] = {
             layer_outputs=2,
             **_GPT
             | {
-                "attention_inputs": _separate("attn.attention"),
+                "attention_inputs": separate("attn.attention"),
                 "attention_output": "attn.attention.out_proj",
                 "attention_attributes": (("attention.num_heads", "heads"),),
                 "width": "intermediate_size",
@@ -355,7 +337,7 @@ SPECS: dict[str, ArchSpec] = {
             mlp_inputs=("mlp.fc_in",),
             mlp_output="mlp.fc_out",
             activation="mlp.act",
-            attention_inputs=_separate("attn"),
+            attention_inputs=separate("attn"),
             attention_output="attn.out_proj",
             attention="attn",
             width="n_inner",
@@ -367,6 +349,7 @@ SPECS: dict[str, ArchSpec] = {
     )
 }
 
+SPECS |= {entry["model_type"]: ArchSpec(**entry) for entry in MOE_ENTRIES}
 
 BUILT_IN = frozenset(SPECS)
 """The model types of the table itself; others were registered."""
@@ -380,8 +363,11 @@ def values_of(spec: ArchSpec) -> dict[str, Any]:
 
 def entry_from(values: Mapping[str, Any]) -> ArchSpec:
     """Return the entry with these fields, as from [`values_of`][]."""
-    inputs = values.get("attention_inputs")
-    more = {} if inputs is None else {"attention_inputs": tuple(Projection(**one) for one in inputs)}
+    more: dict[str, Any] = {}
+    if (inputs := values.get("attention_inputs")) is not None:
+        more["attention_inputs"] = tuple(Projection(**one) for one in inputs)
+    if (experts := values.get("experts")) is not None:
+        more["experts"] = Experts(**experts)
     return ArchSpec(**{**values, **more})
 
 

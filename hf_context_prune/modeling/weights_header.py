@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import re
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -19,6 +22,7 @@ from .wrapper_specs import WrapperSpec
 
 MAX_HEADER_BYTES = 8_000_000
 """Most bytes of all safetensors headers of a model together; a thousand layers need about two million."""
+_IN_LAYER = re.compile(r"(\D*\.\d+)\.")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types in which a safetensors file holds weights that are not quantised."""
 
@@ -125,7 +129,10 @@ def check_header(
     )
     places = (*spec.saved_layers, f"{model_class.base_model_prefix}.{spec.layers}")  # or read by a class without a head
     layers = next((one for one in places if one and any(name.startswith(f"{one}.") for name in tensors)), spec.layers)
-    numbers = {name[len(layers) + 1 :].partition(".")[0] for name in tensors if name.startswith(f"{layers}.")}
+    passed_over = [re.compile(one) for one in model_class._keys_to_ignore_on_load_unexpected or ()]  # extra heads
+    inside = [name for name in tensors if name.startswith(f"{layers}.")]
+    inside = [name for name in inside if not any(pattern.search(name) for pattern in passed_over)]
+    numbers = {name[len(layers) + 1 :].partition(".")[0] for name in inside}
     present = {int(number) for number in numbers if number.isdecimal()}
     count = config.get_text_config().num_hidden_layers
     if beyond := sorted(number for number in present if number >= count):
@@ -158,9 +165,10 @@ def check_header(
 def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list[str], list[str]]:  # noqa: ANN401
     """Return the tensors of a model that the files lack, and those that have another shape there, with both shapes.
 
-    `from_pretrained` renames some tensors and joins others, so one may be absent if the files hold another that the
-    model does not know, of the same shape, or several in its place that have its rows together. Quantised (`packed`)
-    tensors have other names and shapes, and are not compared.
+    `from_pretrained` renames some tensors and joins others (experts that were saved one by one). So one may be absent if
+    the files hold another that the model does not know, of the same shape; and several of a layer, if those of the
+    layer that the model does not know hold as many numbers. Quantised (`packed`) tensors have other names and shapes,
+    and are not compared.
     """
     prefix, expected = f"{model.base_model_prefix}.", model.state_dict()
     names = {
@@ -172,21 +180,27 @@ def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list
         if names[target] not in tensors:
             del names[target]
     unknown = {name: list(tensors[name].shape) for name in tensors.keys() - set(names.values())}
-    renamed = list(unknown.values())
     missing, other = [], []
     for name, saved in names.items():
         info, shape = tensors.get(saved), list(expected[name].shape)
-        if info is None and shape in renamed:
-            renamed.remove(shape)
-        elif info is None and not packed and not _is_joined(name, shape, unknown):
+        renamed = next((one for one, there in unknown.items() if there == shape), None) if info is None else None
+        if renamed is not None:
+            del unknown[renamed]
+        elif info is None and not packed:
             missing.append(name)
         elif info is not None and list(info.shape) != shape and not (packed and info.dtype not in FLOATS):
             other.append(f"{name} ({list(info.shape)}, the config asks for {shape})")
-    return missing, other
+    wanted: dict[str | None, int] = Counter()
+    for name in missing:
+        wanted[_layer_of(name, prefix)] += expected[name].numel()
+    there: dict[str | None, int] = Counter()
+    for name, shape in unknown.items():
+        there[_layer_of(name, prefix)] += math.prod(shape)
+    joined = {layer for layer, count in wanted.items() if layer is not None and count == there[layer]}
+    return [name for name in missing if _layer_of(name, prefix) not in joined], other
 
 
-def _is_joined(name: str, shape: list[int], unknown: dict[str, list[int]]) -> bool:
-    """Return whether unknown tensors of the same module have the rows of a tensor together."""
-    place = name.rsplit(".", 2)[0]
-    parts = [one for other, one in unknown.items() if other.rsplit(".", 2)[0] == place and one[1:] == shape[1:]]
-    return len(parts) > 1 and sum(part[0] for part in parts) == shape[0]
+def _layer_of(name: str, prefix: str) -> str | None:
+    """Return the path of the layer that a tensor belongs to, without the head's prefix; None where it is in none."""
+    found = _IN_LAYER.match(name.removeprefix(prefix))
+    return found and found.group(1)

@@ -217,7 +217,7 @@ class _Builder:
         if self.measured is not None:
             curves, native = self.measured.curves, bool(self.config.native_architecture)
             return self.fixed_params + (curves.most_removable_native(self.groups) if native else curves.most_removable)
-        narrowest = [LayerWidths(min(self.config.round_to, w.neurons), w.kv_groups) for w in self.view.widths]
+        narrowest = [replace(w, neurons=min(self.config.round_to, w.neurons)) for w in self.view.widths]
         return self.fixed_params + removed_params(self.view.widths, narrowest, self.view.costs)
 
     def size(self, config: PrunerConfig) -> tuple[_Size, dict[str, Any]]:

@@ -66,7 +66,7 @@ def select_units(
         return top_units(importance[index, target], count, f"layer {index} ({target})")
 
     return tuple(
-        LayerPlan(kept(index, base, width, "mlp"), kept(index, base, width, "attention"))
+        LayerPlan(kept(index, base, width, "mlp"), kept(index, base, width, "attention"), tuple(range(base.experts)))
         for index, (base, width) in enumerate(zip(geometry.layers, widths, strict=True))
     )
 

@@ -15,6 +15,7 @@ from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, 
 from hf_context_prune.modeling.buffers import fill_buffers
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.depth import new_name, shorten_config
+from hf_context_prune.modeling.experts import check_experts_of_plan, expert_slices
 from hf_context_prune.modeling.geometry import Geometry
 from hf_context_prune.modeling.layer_device import run_layers_alike
 from hf_context_prune.modeling.modeling_context_pruned import is_transposed
@@ -61,12 +62,13 @@ def apply_plan(
         embedding where the given model's is tied in memory, and its config says so.
 
     Raises:
-        PlanError: The plan was made for another model.
+        PlanError: The plan was made for another model, or leaves a layer too few experts.
         UnsupportedArchitectureError: See [`check_supported`][]; or the plan removes whole layers of a model that needs
             them all.
     """
     view = ModelView.of(model)
     plan.check_fits(model, model.config.model_type, view.geometry)
+    check_experts_of_plan(model.config, view.spec, plan)
     config = config_as_tied(model)
     if plan.removed_layers:
         config = shorten_config(config, view.spec, plan.kept_layers)
@@ -125,7 +127,11 @@ def _prune_layer(
     """Narrow the tensors of one layer in `state`; of one before removed layers, have the MLP reconstructed anyway."""
     spec, geometry, layer = view.spec, view.geometry, view.layers[index]
     prefix, kept = f"{spec.layers}.{index}", plan.layers[index]
-    repaired = reconstruct is not None and index + 1 in plan.removed_layers
+    repaired = reconstruct is not None and index + 1 in plan.removed_layers and bool(view.widths[index].neurons)
+    if spec.experts is not None and len(kept.experts) < view.widths[index].experts:
+        for name, tensor, dimension in expert_slices(layer, spec.experts):
+            if (full := f"{prefix}.{name}") in state:
+                state[full] = state[full].index_select(dimension, torch.tensor(kept.experts, device=tensor.device))
     for target in TARGETS:
         units = kept.kept(target)
         if len(units) == view.num_units(index, target) and not (repaired and target == "mlp"):

@@ -16,8 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_context_prune.errors import LoadError, LoadWarning
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.configuration_context_pruned import MAX_LAYERS
-from hf_context_prune.modeling.geometry import neurons_of, read_head_dim
+from hf_context_prune.modeling.experts import num_groups
+from hf_context_prune.modeling.geometry import experts_of, has_experts, neurons_of, read_head_dim
 from hf_context_prune.modeling.registry import class_of
+from hf_context_prune.modeling.spec_parts import Experts
 from hf_context_prune.modeling.specs import ArchSpec
 from hf_context_prune.modeling.weights_header import FLOATS, check_header, format_names, read_header
 from hf_context_prune.modeling.wrapper_specs import WrapperSpec
@@ -105,9 +107,14 @@ def check_sizes(config: PreTrainedConfig, spec: ArchSpec) -> None:
     for field, value in (("head_dim", head_dim), ("max_position_embeddings", config.max_position_embeddings)):
         if value is not None:
             check_size(field, value)
+    if spec.experts is not None:
+        _check_experts(config, spec.experts)
     for index in range(config.num_hidden_layers):
         layer = config.per_layer_config[index]
-        check_size(f"{spec.width} of layer {index}", neurons_of(layer, spec, index))
+        if spec.experts is not None and has_experts(layer, spec, index):
+            check_size(f"{spec.experts.count} of layer {index}", experts_of(layer, spec, index))
+        else:
+            check_size(f"{spec.width} of layer {index}", neurons_of(layer, spec, index))
         heads = getattr(layer, spec.query_heads)
         check_size(f"{spec.query_heads} of layer {index}", heads)
         if head_dim is None and config.hidden_size % heads:
@@ -123,6 +130,35 @@ def check_sizes(config: PreTrainedConfig, spec: ArchSpec) -> None:
                     f"The model config gives {spec.query_heads} = {heads} and {spec.kv_heads} = {groups} in layer "
                     f"{index}; the query heads must be a multiple of the key/value heads. {RESTORE}"
                 )
+
+
+def _check_experts(config: PreTrainedConfig, experts: Experts) -> None:
+    """Refuse values that say nothing, or nothing possible, of a mixture of experts.
+
+    Raises:
+        LoadError: The message has the field and the value.
+    """
+    for field in (experts.per_token, *experts.groups, *filter(None, (experts.interval,))):
+        check_size(field, getattr(config, field))
+    per_layer = [getattr(config.per_layer_config[index], experts.count) for index in range(config.num_hidden_layers)]
+    values = [(experts.count, value) for value in per_layer]
+    values += [(field, getattr(config, field)) for field in (experts.first, experts.last) if field is not None]
+    if experts.dense_layers is not None:
+        listed = getattr(config, experts.dense_layers)
+        values += [(experts.dense_layers, one) for one in (listed if isinstance(listed, list | tuple) else [listed])]
+    for field, value in values:
+        if type(value) is not int or not 0 <= value <= MAX_SIZE:
+            raise LoadError(
+                f"The model config gives {field} = {value!r:.80}; it must be an integer from 0 to {MAX_SIZE:,}. "
+                f"{RESTORE}"
+            )
+    fewest, groups = min(per_layer), num_groups(config, experts)
+    if fewest and (getattr(config, experts.per_token) > fewest or any(total % groups for total in per_layer)):
+        raise LoadError(
+            f"The model config gives {experts.count} = {fewest} with {experts.per_token} = "
+            f"{getattr(config, experts.per_token)} in {groups} group{'s' if groups > 1 else ''}; there must be at least "
+            f"as many experts, and as many in every group. {RESTORE}"
+        )
 
 
 def _entry_of(config: PreTrainedConfig) -> ArchSpec | WrapperSpec:

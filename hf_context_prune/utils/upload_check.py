@@ -20,7 +20,7 @@ MODEL_FILES = (
     *("merges.txt", "vocab.txt", "*.model", *PROCESSOR_FILES),
     "additional_chat_templates/*.jinja",
     *("configuration_context_pruned.py", "geometry.py", "modeling_context_pruned.py"),
-    *("registered.py", "specs.py", "weights_header.py", "wrapper_specs.py"),
+    *("moe_specs.py", "registered.py", "spec_parts.py", "specs.py", "weights_header.py", "wrapper_specs.py"),
     *("pruning_plan.json", "eval_report.json", MANIFEST_NAME, "README.md", "widths.png", ".eval_results/*.yaml"),
     *("*.gguf", MODELFILE_NAME, "*.onnx", "*.onnx.data", "export.json", "quanto_qmap.json", EXPORT_REPORT_NAME),
 )

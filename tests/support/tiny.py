@@ -132,6 +132,40 @@ FAMILIES: dict[str, dict] = {
     "gptj": {"n_inner": 40, "rotary_dim": 4},
 }
 
+MOE = GATED | {"num_experts_per_tok": 2}
+"""Eight experts of which every token is routed to two."""
+MOE_FAMILIES: dict[str, dict] = {
+    "mixtral": MOE | {"num_local_experts": 8},
+    "qwen2_moe": MOE
+    | {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
+    "qwen3_moe": MOE | {"num_experts": 8, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "olmoe": MOE | {"num_experts": 8},
+    "granitemoe": GRANITE | {"num_experts_per_tok": 2, "num_local_experts": 8},
+    "gpt_oss": MOE | {"num_local_experts": 8, "sliding_window": 16},
+    "glm4_moe": MOE | {"n_routed_experts": 8, "moe_intermediate_size": 24, "num_mtp_layers": 0},
+    "qwen3_5_moe_text": MOE
+    | {
+        "num_experts": 8,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 20,
+        "layer_types": HYBRID,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "ernie4_5_moe": GATED
+    | {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
+    "lfm2_moe": MOE
+    | {
+        "num_experts": 8,
+        "moe_intermediate_size": 24,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+}
+"""Families with mixtures of experts, whose contract is in ``tests/contract/test_experts.py``."""
+
 VARIANTS: dict[str, tuple[str, dict]] = {
     "llama-mha-untied": ("llama", {"num_key_value_heads": 6, "tie_word_embeddings": False}),
     "llama-mqa-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
@@ -157,7 +191,8 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 
 def tiny_config(family: str, **overrides):
     spec = SPECS[family]
-    return getattr(transformers, spec.config_class)(**(COMMON | FAMILIES[family] | overrides))
+    values = FAMILIES | MOE_FAMILIES
+    return getattr(transformers, spec.config_class)(**(COMMON | values[family] | overrides))
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides):
@@ -185,14 +220,29 @@ def _built(family, seed, overrides):
             if parameter.ndim == 1:
                 centre = 0.0 if name.endswith("bias") or "gemma" in family else 1.0
                 parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+        for name, bias in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):  # of routers, zero when they are made
+                bias.copy_(0.1 * torch.randn_like(bias))
     return model.eval()
 
 
 def case(name: str, **more):
     """The model of a family or variant by its test id."""
-    family, overrides = VARIANTS.get(name, (name, {}))
+    family, overrides = (VARIANTS | MOE_VARIANTS).get(name, (name, {}))
     return tiny_model(family, **(overrides | more))
 
+
+MOE_VARIANTS: dict[str, tuple[str, dict]] = {
+    "qwen2_moe-normed": ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 2}),
+    "qwen3_moe-not-normed": ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [1]}),
+    "olmoe-normed": ("olmoe", {"norm_topk_prob": True}),
+    "glm4_moe-groups": ("glm4_moe", {"n_group": 2, "topk_group": 1}),
+    "ernie4_5_moe-interval": ("ernie4_5_moe", {"moe_layer_interval": 2, "use_bias": True}),
+    "lfm2_moe-unbiased": ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False}),
+}
+MOE_CASES = [*MOE_FAMILIES, *MOE_VARIANTS]
+MOE_COVERING = ["mixtral", "gpt_oss", "glm4_moe-groups", "lfm2_moe", "ernie4_5_moe-interval"]
+"""Together they have every kind of router and of experts that the code tells apart."""
 
 CASES = [*FAMILIES, *VARIANTS]
 COVERING = [

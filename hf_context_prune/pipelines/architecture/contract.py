@@ -60,9 +60,10 @@ def random_plan(model: PreTrainedModel, *, seed: int = 0, variable: bool = True)
     layers = []
     for index, width in enumerate(view.widths):
         step = index if variable else 0
-        neurons = max(1, width.neurons * 3 // 4 - step)
+        neurons = width.neurons and max(1, width.neurons * 3 // 4 - step)
         groups = width.kv_groups and max(1, width.kv_groups - 1 - step % 2)
-        layers.append(LayerPlan(choose(width.neurons, neurons), choose(width.kv_groups, groups)))
+        chosen = choose(width.neurons, neurons), choose(width.kv_groups, groups)
+        layers.append(LayerPlan(*chosen, tuple(range(width.experts))))
     return PruningPlan(view.spec.model_type, view.widths, tuple(layers), fingerprint(model))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -193,7 +194,11 @@ def adaptive_widths(
 def widths_of(counts: Mapping[Key, int], geometry: Geometry) -> tuple[LayerWidths, ...]:
     """Return kept units by (layer, target) as widths; units without a count all stay."""
     return tuple(
-        LayerWidths(counts.get((layer, "mlp"), base.neurons), counts.get((layer, "attention"), base.kv_groups))
+        replace(
+            base,
+            neurons=counts.get((layer, "mlp"), base.neurons),
+            kv_groups=counts.get((layer, "attention"), base.kv_groups),
+        )
         for layer, base in enumerate(geometry.layers)
     )
 

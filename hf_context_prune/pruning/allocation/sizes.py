@@ -7,7 +7,7 @@ architecture can hold. The second is preferred where it costs next to nothing, s
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class UnitCurves:
         """Return the most parameters that one width for all layers can remove, with tokens; 0 where widths differ."""
         if (first := self._common_widths) is None:
             return 0
-        layers, heads = len(self.geometry.layers), self._layers_with_heads
+        layers, heads = self._count("mlp"), self._count("attention")
         neurons, kept = int(self._allowed_neurons(first.neurons)[-1]), min(self._allowed_groups(groups))
         gone = layers * (first.neurons - neurons) * self.costs["mlp"]
         gone += heads * (first.kv_groups - kept) * self.costs["attention"]
@@ -108,7 +108,7 @@ class UnitCurves:
         """
         if (first := self._common_widths) is None:
             return None
-        layers, heads = len(self.geometry.layers), self._layers_with_heads
+        layers, heads = self._count("mlp"), self._count("attention")
         neurons = self._allowed_neurons(first.neurons)
         by_width = self._loss_in_all_layers("mlp", first.neurons, neurons)
         best: tuple[float, Sizes] | None = None
@@ -121,21 +121,26 @@ class UnitCurves:
             place = int(loss.argmin())
             if np.isfinite(loss[place]) and (best is None or loss[place] < best[0]):
                 widths = tuple(
-                    LayerWidths(int(neurons[place]), kept if layer.kv_groups else 0) for layer in self.geometry.layers
+                    replace(
+                        layer,
+                        neurons=int(neurons[place]) if layer.neurons else 0,
+                        kv_groups=kept if layer.kv_groups else 0,
+                    )
+                    for layer in self.geometry.layers
                 )
                 best = float(loss[place]), self.sizes(int(tokens[place]), widths)
         return None if best is None else best[1]
 
-    @property
-    def _layers_with_heads(self) -> int:
-        return sum(bool(layer.kv_groups) for layer in self.geometry.layers)
+    def _count(self, target: str) -> int:
+        """Return how many layers have units of a target."""
+        return sum(bool(layer.of(target)) for layer in self.geometry.layers)
 
     @property
     def _common_widths(self) -> LayerWidths | None:
         """Neurons and KV groups that all layers have which have any; None where they differ."""
         layers = self.geometry.layers
         most = max(layer.kv_groups for layer in layers)
-        return None if widths_vary(layers) else LayerWidths(layers[0].neurons, most)
+        return None if widths_vary(layers) else LayerWidths(max(layer.neurons for layer in layers), most)
 
     def _allowed_neurons(self, total: int) -> np.ndarray:
         """Return the widths that all layers may have, widest first."""

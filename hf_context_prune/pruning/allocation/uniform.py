@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
@@ -72,7 +73,7 @@ def uniform_widths(
     groups = _groups_by_ratio(geometry, config, native_groups)
     neurons = _neurons_by_ratio(base, config)
     if budget.remove_params is None:
-        return _pair(neurons, groups)
+        return _pair(base, neurons, groups)
     steps, widths_at = _narrowing_steps(base, neurons, groups, config, native_groups)
 
     def removed_at(step: int) -> int:
@@ -130,7 +131,9 @@ def _narrowing_steps(
         widest = max(layer.neurons for layer in base)
 
         def narrow_neurons(step: int) -> tuple[LayerWidths, ...]:
-            return _pair([_keep_neurons(layer.neurons, 1 - step / widest, config.round_to) for layer in base], groups)
+            return _pair(
+                base, [_keep_neurons(layer.neurons, 1 - step / widest, config.round_to) for layer in base], groups
+            )
 
         return range(widest, 0, -1), narrow_neurons
     most = max(layer.kv_groups for layer in base)
@@ -140,13 +143,13 @@ def _narrowing_steps(
             layer.kv_groups and max(1, layer.kv_groups - round_half_up(layer.kv_groups * (1 - step / most)))
             for layer in base
         ]
-        return _pair(neurons, kept)
+        return _pair(base, neurons, kept)
 
     return [n for n in range(most, 0, -1) if not native_groups or n in {*native_groups, most}], narrow_groups
 
 
-def _pair(neurons: Sequence[int], groups: Sequence[int]) -> tuple[LayerWidths, ...]:
-    return tuple(LayerWidths(a, b) for a, b in zip(neurons, groups, strict=True))
+def _pair(base: Sequence[LayerWidths], neurons: Sequence[int], groups: Sequence[int]) -> tuple[LayerWidths, ...]:
+    return tuple(replace(w, neurons=a, kv_groups=b) for w, a, b in zip(base, neurons, groups, strict=True))
 
 
 def _refuse(
@@ -160,7 +163,9 @@ def _refuse(
     """Refuse a budget that the smallest widths of these options don't reach."""
     reachable = removed_params(base, smallest, costs)
     everything = removed_params(
-        base, [LayerWidths(min(config.round_to, w.neurons), min(fewest_groups, w.kv_groups)) for w in base], costs
+        base,
+        [replace(w, neurons=min(config.round_to, w.neurons), kv_groups=min(fewest_groups, w.kv_groups)) for w in base],
+        costs,
     )
     more = (
         f" With --attention-ratio as well, up to {share_below(everything, budget.total_params)} can."

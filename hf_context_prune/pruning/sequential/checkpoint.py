@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, output_weight
-from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths
+from hf_context_prune.modeling.geometry import ALL_UNITS, LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch
@@ -86,7 +86,7 @@ class SequentialCheckpoint:
         tensors, _ = kept
         targets = [target for target in TARGETS if f"{target}.weight" in tensors]
         return FinishedLayer(
-            LayerPlan(tuple(tensors["neurons"].tolist()), tuple(tensors["kv_groups"].tolist())),
+            LayerPlan(*(tuple(tensors[name].tolist()) for name in ALL_UNITS.values())),
             {target: (tensors[f"{target}.weight"], tensors.get(f"{target}.bias")) for target in targets},
         )
 
@@ -103,7 +103,7 @@ class SequentialCheckpoint:
             return done if self._fits else replace(done, outputs=_spill(done.outputs))
         if not is_main_process():
             return done
-        tensors = {name: torch.tensor(getattr(done.layer, name), dtype=torch.int64) for name in UNIT_NAMES.values()}
+        tensors = {name: torch.tensor(getattr(done.layer, name), dtype=torch.int64) for name in ALL_UNITS.values()}
         for target, (weight, bias) in done.outputs.items():
             tensors[f"{target}.weight"] = weight
             if bias is not None:

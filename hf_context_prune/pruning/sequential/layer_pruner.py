@@ -92,8 +92,12 @@ class SequentialPruner:
         if index in self.gone:
             return self.skip(index)
         base, gap = self.view.widths[index], index + 1 in self.gone
-        narrower = [target for target in ORDER if widths.of(target) < base.of(target) or (gap and target == "mlp")]
-        done = FinishedLayer(LayerPlan(tuple(range(base.neurons)), tuple(range(base.kv_groups))))
+        narrower = [
+            target
+            for target in ORDER
+            if widths.of(target) < base.of(target) or (gap and target == "mlp" and base.neurons)
+        ]
+        done = FinishedLayer(LayerPlan.whole(base))
         if not narrower:
             self.replay(index, done)
             return done

@@ -54,7 +54,8 @@ class ReplayedLayer:
         self._order = [target for target in ORDER if target in view.targets(index)]
         self.sub_layers = {target: SubLayer(layer, spec, target) for target in self._order}
         self._attention = layer.get_submodule(spec.attention) if "attention" in self._order else None
-        self._mlp_inputs = [layer.get_submodule(path) for path in spec.mlp_inputs]
+        mlp_inputs = spec.mlp_inputs if "mlp" in self._order else ()  # else a mixture of experts, which runs each time
+        self._mlp_inputs = [layer.get_submodule(path) for path in mlp_inputs]
         self._mlp_blocks = spec.mlp_blocks
         self._storage, self._open = storage, set(open_targets)
         self._widths = {target: _widest(view, target) for target in self._order}

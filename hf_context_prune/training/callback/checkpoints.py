@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ class PruningProgress:
         return {
             **{item.name: getattr(self, item.name) for item in fields(self)},
             "plan": None if self.plan is None else self.plan.to_dict(),
-            "dense": [[widths.neurons, widths.kv_groups] for widths in self.dense],
-            "final": None if self.final is None else [[widths.neurons, widths.kv_groups] for widths in self.final],
+            "dense": [astuple(widths) for widths in self.dense],
+            "final": None if self.final is None else [astuple(widths) for widths in self.final],
             "steps": list(self.steps),
         }
 

@@ -164,7 +164,10 @@ def check_reachable(model: PreTrainedModel, config: PrunerConfig, first: float) 
             )
         return
     remove = ParameterBudget.of(config, view.num_parameters).remove_params or 0
-    narrowest = [LayerWidths(min(config.round_to, widths.neurons), min(1, widths.kv_groups)) for widths in view.widths]
+    narrowest = [
+        replace(widths, neurons=min(config.round_to, widths.neurons), kv_groups=min(1, widths.kv_groups))
+        for widths in view.widths
+    ]
     most = removed_params(view.widths, narrowest, view.costs)
     if remove > most:
         raise BudgetError(

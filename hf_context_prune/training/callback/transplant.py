@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_context_prune.errors import ConfigError
+from hf_context_prune.modeling.geometry import ALL_UNITS
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.tying import first_names
 from hf_context_prune.pruning.surgery import kept_entries
@@ -135,9 +136,7 @@ def compose_plans(first: PruningPlan | None, second: PruningPlan, **changes: Any
     if first is not None:
         dense = first.dense
         layers = tuple(
-            LayerPlan(
-                tuple(a.neurons[index] for index in b.neurons), tuple(a.kv_groups[index] for index in b.kv_groups)
-            )
+            LayerPlan(*(tuple(a.kept(target)[index] for index in b.kept(target)) for target in ALL_UNITS))
             for a, b in zip(first.layers, second.layers, strict=True)
         )
     values = {

@@ -1,0 +1,69 @@
+"""Plans that remove experts, and the dense models that they must equal."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from hf_context_prune.modeling.experts import num_groups
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pipelines.architecture.contract import random_plan
+
+
+def expert_plan(model, counts=(6, 4, 4), *, seed=0, units=False, variable=False) -> PruningPlan:
+    """A plan that keeps random experts, as many in every group; other units too if asked."""
+    view = ModelView.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    plan = random_plan(model, variable=variable) if units else PruningPlan.identity(view.spec.model_type, view.geometry)
+    groups = num_groups(model.config, view.spec.experts)
+
+    def choose(total, count):
+        size = total // groups
+        return tuple(
+            group * size + index
+            for group in range(groups)
+            for index in sorted(torch.randperm(size, generator=generator)[: count // groups].tolist())
+        )
+
+    layers = tuple(
+        replace(layer, experts=choose(widths.experts, count)) if widths.experts else layer
+        for layer, widths, count in zip(plan.layers, view.widths, counts, strict=True)
+    )
+    return replace(plan, layers=layers)
+
+
+def without_experts(model, plan: PruningPlan):
+    """A copy of a model whose routers give removed experts minus infinity."""
+    silenced = copy.deepcopy(model)
+    view = ModelView.of(silenced)
+    experts = view.spec.experts
+    for layer, kept, widths in zip(view.layers, plan.layers, view.widths, strict=True):
+        if not widths.experts:
+            continue
+        gone = torch.ones(widths.experts, dtype=torch.bool)
+        gone[list(kept.experts)] = False
+        block = layer.get_submodule(experts.block)
+        for name, bias in (*block.named_parameters(), *block.named_buffers()):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):  # added to scores that are never below 0
+                bias.data[..., gone] = -torch.inf
+        _silence(block.get_submodule(experts.router), gone)
+    return silenced
+
+
+def _silence(router, gone) -> None:
+    forward, linear = router.forward, torch.nn.functional.linear
+
+    def scores(*args, **kwargs):
+        return linear(*args, **kwargs).masked_fill(gone, -torch.inf)
+
+    def silenced(*args, **kwargs):
+        torch.nn.functional.linear = scores
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.nn.functional.linear = linear
+
+    router.forward = silenced
