@@ -21,7 +21,7 @@ from hf_context_prune.modeling.architectures import layers_of, spec_of
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.geometry import Geometry, read_geometry, widths_vary
 from hf_context_prune.modeling.runtimes import GGUF_VARIABLE
-from hf_context_prune.modeling.specs import base_model_type
+from hf_context_prune.modeling.specs import SPECS, base_model_type
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card
 from hf_context_prune.utils.memory import fits_in_memory
@@ -62,6 +62,12 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     """
     config = loaded.model.config
     family = base_model_type(config.model_type)
+    if family in SPECS and SPECS[family].experts is not None:
+        raise ExportError(
+            f"GGUF is not written for models with experts, such as this {family} model. If all its layers keep as many "
+            f"experts, its folder is a plain {family} model, which llama.cpp's own convert_hf_to_gguf.py reads; else "
+            f"serve it with transformers."
+        )
     if family not in FAMILIES:
         raise ExportError(
             f"GGUF is written for {', '.join(FAMILIES)}, but this is a {family} model. Export to another format; "

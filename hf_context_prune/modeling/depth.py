@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from hf_context_prune.errors import UnsupportedArchitectureError
 from hf_context_prune.utils.compat import copy_attention_implementation
 
-from .geometry import WITHOUT_ATTENTION
+from .geometry import WITHOUT_ATTENTION, has_experts
 from .plan import PruningPlan
 from .specs import ArchSpec
 
@@ -39,10 +39,23 @@ def _spelled_out(value: Sequence[Any], kept: Sequence[int], layers: int) -> list
     return [[[kinds[index] for index in kept], 1]]
 
 
+def _first_experts(value: int, kept: Sequence[int], layers: int) -> int:
+    """Return the new number of the first layer with experts: as many layers that are kept come before it."""
+    return sum(index < value for index in kept)
+
+
+def _last_experts(value: int, kept: Sequence[int], layers: int) -> int:
+    """Return the new number of the last layer with experts."""
+    return sum(index <= value for index in kept) - 1
+
+
 _BY_LAYER: dict[str, Callable[[Any, Sequence[int], int], Any]] = {
     "max_window_layers": _count_before,
     "full_attn_idxs": _positions,
     "attention_types": _spelled_out,
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), _first_experts),
+    "moe_layer_end_index": _last_experts,
+    "mlp_only_layers": _positions,
 }
 """Config attributes that speak of layers, and are no list with one entry per layer: (value, kept, layers) -> value."""
 
@@ -107,7 +120,23 @@ def shorten_config(config: PreTrainedConfig, spec: ArchSpec, kept: Sequence[int]
     result: PreTrainedConfig = type(config).from_dict(values)
     copy_attention_implementation(config, result)
     result.name_or_path = config.name_or_path
+    _check_same_kinds(config, result, spec, kept)
     return result
+
+
+def _check_same_kinds(config: PreTrainedConfig, shorter: PreTrainedConfig, spec: ArchSpec, kept: Sequence[int]) -> None:
+    """Refuse a shortened config that gives experts to other layers: some configs say only "every n-th layer"."""
+    if spec.experts is None:
+        return
+    before = [has_experts(config.per_layer_config[old], spec, old) for old in kept]
+    after = [has_experts(shorter.per_layer_config[new], spec, new) for new in range(len(kept))]
+    if before != after:
+        interval = spec.experts.interval
+        raise UnsupportedArchitectureError(
+            f"This {spec.model_type} model has experts in every n-th layer ({interval} = {getattr(config, str(interval))}), "
+            f"and its config can't say which layers have them once only layers {', '.join(map(str, kept))} stay. Remove "
+            f"{getattr(config, str(interval))} neighbours together, or experts instead (num_experts)."
+        )
 
 
 def describe_layers(plan: PruningPlan) -> str | None:

@@ -17,8 +17,10 @@ NO_GGUF = (
     *("hyperclovax", "nanochat", "olmo_hybrid", "opt", "gpt_neo", "gptj"),
 )
 """Families that llama.cpp has no architecture for, or none that is verified."""
-GGUF_FAMILIES = tuple(name for name in SPECS if name in BUILT_IN and name not in NO_GGUF)
-"""Families that GGUF files are written for."""
+GGUF_FAMILIES = tuple(
+    name for name, spec in SPECS.items() if name in BUILT_IN and name not in NO_GGUF and spec.experts is None
+)
+"""Families that GGUF files are written for: none with experts, whose tensors in llama.cpp are not verified."""
 GGUF_VARIABLE = ("llama", "mistral")
 """Those of them whose widths may differ by layer, if they have no biases."""
 
@@ -45,6 +47,8 @@ def why_not_onnx(config: Any) -> str | None:  # noqa: ANN401
     """
     if (why := NO_ONNX.get(base_model_type(config.model_type))) is not None:
         return why
+    if (spec := SPECS.get(base_model_type(config.model_type))) is not None and spec.experts is not None:
+        return "the graph would hold the experts that its example is routed to, and no others"
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) & set(WITHOUT_ATTENTION))
     return f"the graph can't hold the states of layers without attention ({', '.join(kinds)})" if kinds else None
 

@@ -156,8 +156,8 @@ def _check_experts(config: PreTrainedConfig, experts: Experts) -> None:
     if fewest and (getattr(config, experts.per_token) > fewest or any(total % groups for total in per_layer)):
         raise LoadError(
             f"The model config gives {experts.count} = {fewest} with {experts.per_token} = "
-            f"{getattr(config, experts.per_token)} in {groups} group{'s' if groups > 1 else ''}; there must be at least "
-            f"as many experts, and as many in every group. {RESTORE}"
+            f"{getattr(config, experts.per_token)} in {groups} group{'s' if groups > 1 else ''}; there must be at "
+            f"least as many experts, and as many in every group. {RESTORE}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whole experts removed, for every family with a mixture of experts; and the rest of the contract for these families."""
+"""Whole experts removed, for every family with a mixture of experts, and the contract of the other units there."""
 
 from __future__ import annotations
 

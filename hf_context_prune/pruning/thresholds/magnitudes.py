@@ -88,8 +88,13 @@ def check_linear(spec: ArchSpec) -> None:
     """Refuse an architecture whose projections are of another class than `nn.Linear` (GPT-2).
 
     Raises:
-        ConfigError: The projections are of another class.
+        ConfigError: The projections are of another class, or there are experts.
     """
+    if spec.experts is not None:
+        raise ConfigError(
+            f"The paper's thresholds are rules for linear layers, and a {spec.model_type} model has experts in place of "
+            f"MLPs. Give a size instead: pruning_ratio, or num_experts."
+        )
     if spec.transposed:
         raise ConfigError(
             f"The paper's thresholds are rules for nn.Linear, and the projections of a {spec.model_type} model are "
