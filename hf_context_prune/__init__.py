@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from .export.run import open_export, read_export
     from .modeling.plan import PruningPlan
     from .modeling.registry import register_architecture
-    from .modeling.specs import ArchSpec, Projection
+    from .modeling.spec_parts import Projection
+    from .modeling.specs import ArchSpec
     from .pipelines.bench import bench
     from .pipelines.evaluate import evaluate
     from .pipelines.export import export_model
@@ -66,7 +67,7 @@ _HOME = {
     "ContextPruneTrainerMixin": "training.callback.mixin",
     "EvalOptions": "evaluation.options",
     "EvalReport": "evaluation.reports.report",
-    "Projection": "modeling.specs",
+    "Projection": "modeling.spec_parts",
     "PruneResult": "pipelines.result",
     "PrunerConfig": "config",
     "PruningPlan": "modeling.plan",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_args
 
+from hf_context_prune.utils.expert_options import ExpertOptions
 from hf_context_prune.utils.layer_options import LayerOptions
 from hf_context_prune.utils.options import (
     BUDGET,
@@ -42,6 +43,7 @@ DEFAULT_RIDGE = 0.3
 """Ridge of every Gram matrix that is inverted, as a share of each feature's mean square."""
 THRESHOLDS = ("linear_threshold", "activation_threshold", "embedding_threshold")
 UNITS: tuple[UnitName, ...] = get_args(UnitName)
+_EXPERTS = ("num_experts", "experts_ratio")
 _TOKEN_SIZES = ("vocab_size", "vocab_coverage", "vocab_min_count")
 _RATIO = below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing")
 _THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of at least 0 (the paper has 1e-3)")
@@ -103,12 +105,12 @@ class CalibrationConfig(SavedOptions):
 
 
 @dataclass(kw_only=True)
-class PrunerConfig(LayerOptions, CalibrationConfig):
+class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
     """What to remove, how to choose it, and how to reconstruct the rest.
 
     The budget is a share or number of *all* parameters (`pruning_ratio`, `target_params`; by default 0.2), a share of a
     kind of unit (`mlp_ratio`, `attention_ratio`; beside a share of all parameters, the other kind gives the rest), a
-    number of layers (`num_layers`, `layer_ratio`), or the loss that may be added (`max_loss_increase`). Model and text
+    number of layers (`num_layers`, `layer_ratio`) or of experts (`num_experts`, `experts_ratio`), or the loss that may be added (`max_loss_increase`). Model and text
     decide what stays None.
 
     Raises:
@@ -226,10 +228,11 @@ class PrunerConfig(LayerOptions, CalibrationConfig):
         self._check_method()
         self._check_units()
         self.check_layers()
+        self.check_experts()
 
     def _fill_in(self) -> None:
         fixed = self.mlp_ratio is not None or self.attention_ratio is not None
-        if not (self.has_total_budget or fixed or self.fixes_tokens or self.removes_layers):
+        if not (self.has_total_budget or fixed or self.fixes_tokens or self.removes_layers or self.removes_experts):
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if self.allocation is None:
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
@@ -239,7 +242,7 @@ class PrunerConfig(LayerOptions, CalibrationConfig):
         if self.pruning_ratio is not None and self.target_params is not None:
             raise ConfigError("pruning_ratio and target_params both set the size; give one of them.")
         if self.max_loss_increase is not None:
-            for name in ("pruning_ratio", "target_params", "mlp_ratio", "attention_ratio"):
+            for name in ("pruning_ratio", "target_params", "mlp_ratio", "attention_ratio", *_EXPERTS):
                 if getattr(self, name) is not None:
                     raise ConfigError(
                         f"max_loss_increase lets the size follow from the loss, and {name} fixes it; give one of the "

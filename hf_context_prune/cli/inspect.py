@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .export import show_export
@@ -58,7 +59,7 @@ def _facts(files: Mapping[str, Any], plan: PruningPlan, report: EvalReport | Non
         "files": files,
         "plan_sha256": plan.sha256,
         "provenance": dict(plan.provenance),
-        "widths": [{"neurons": w.neurons, "kv_groups": w.kv_groups} for w in plan.widths],
+        "widths": [asdict(w) for w in plan.widths],
         "removed_layers": list(plan.removed_layers),
         "vocabulary_size": len(plan.vocabulary.kept) if plan.vocabulary else None,
         "report": report.to_dict() if report else None,

@@ -60,7 +60,7 @@ def export_table(report: ExportReport) -> Table:
     return table
 
 
-_UNITS = {"neurons": "MLP neurons", "kv_groups": "KV groups"}
+_UNITS = {"neurons": "MLP neurons", "kv_groups": "KV groups", "experts": "experts"}
 
 
 def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:

@@ -15,7 +15,8 @@ from hf_context_prune.errors import ExportError
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION, Geometry, kv_groups_of
-from hf_context_prune.modeling.specs import ArchSpec, Projection
+from hf_context_prune.modeling.spec_parts import Projection
+from hf_context_prune.modeling.specs import ArchSpec
 
 from .gguf_families import GgufFamily
 from .gguf_recurrence import recurrent_values

@@ -276,7 +276,8 @@ class ContextPrunedConfigMixin(BoundedConfigMixin):
                 )
             for name, value in values.items():
                 _check_width(layer, name, value, dense[name])
-            if experts in values and values[experts] < (least := getattr(self, spec.experts.per_token)):
+            least = 1 if spec.experts is None else getattr(self, spec.experts.per_token)
+            if experts in values and values[experts] < least:
                 raise ValueError(
                     f"per_layer_config[{layer}].{experts} is {values[experts]}; every token is routed to {least} "
                     f"experts, so that at least as many must stay."

@@ -131,11 +131,12 @@ def _check_same_kinds(config: PreTrainedConfig, shorter: PreTrainedConfig, spec:
     before = [has_experts(config.per_layer_config[old], spec, old) for old in kept]
     after = [has_experts(shorter.per_layer_config[new], spec, new) for new in range(len(kept))]
     if before != after:
-        interval = spec.experts.interval
+        interval = str(spec.experts.interval)
+        count = getattr(config, interval)
         raise UnsupportedArchitectureError(
-            f"This {spec.model_type} model has experts in every n-th layer ({interval} = {getattr(config, str(interval))}), "
-            f"and its config can't say which layers have them once only layers {', '.join(map(str, kept))} stay. Remove "
-            f"{getattr(config, str(interval))} neighbours together, or experts instead (num_experts)."
+            f"This {spec.model_type} model has experts in every n-th layer ({interval} = {count}), and its config can't "
+            f"say which layers have them once only layers {', '.join(map(str, kept))} stay. Remove {count} neighbours "
+            f"together, or experts instead (num_experts)."
         )
 
 

@@ -26,7 +26,8 @@ from .configuration_context_pruned import config_class_name, native_class
 from .geometry import UNIT_NAMES
 from .modeling_context_pruned import model_class_name
 from .paths import build_default, check_paths, did_you_mean
-from .specs import BUILT_IN, PREFIX, SPECS, ArchSpec, Projection
+from .spec_parts import Projection
+from .specs import BUILT_IN, PREFIX, SPECS, ArchSpec
 from .wrapper_specs import TEXT_SPECS, WRAPPERS, WrapperSpec
 
 ROLES = ("query", "key", "value")
@@ -173,8 +174,14 @@ def check_entry(spec: ArchSpec) -> None:
         ConfigError: A value is of another type, a class does not exist or is of the wrong kind, a role is unknown, or a
             path is no path.
     """
+    if spec.experts is not None and spec.model_type not in BUILT_IN:
+        raise ConfigError(
+            f"The entry of {spec.model_type!r} has experts, and only families of the table may. Add yours to "
+            f"hf_context_prune/modeling/moe_specs.py."
+        )
     for item in fields(spec):
-        _check_type(item, getattr(spec, item.name))
+        if item.name != "experts":
+            _check_type(item, getattr(spec, item.name))
     config_class = _class_of(spec.config_class, "config_class", PreTrainedConfig)
     for field, reference in (("model_class", spec.model_class), ("headless_class", spec.headless().model_class)):
         _class_of(reference, field, PreTrainedModel)

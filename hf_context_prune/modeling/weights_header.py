@@ -165,8 +165,8 @@ def check_header(
 def _compare(model: Any, tensors: dict[str, Any], *, packed: bool) -> tuple[list[str], list[str]]:  # noqa: ANN401
     """Return the tensors of a model that the files lack, and those that have another shape there, with both shapes.
 
-    `from_pretrained` renames some tensors and joins others (experts that were saved one by one). So one may be absent if
-    the files hold another that the model does not know, of the same shape; and several of a layer, if those of the
+    `from_pretrained` renames some tensors and joins others (experts that were saved one by one). So one may be absent
+    if the files hold another that the model does not know, of the same shape; and several of a layer, if those of the
     layer that the model does not know hold as many numbers. Quantised (`packed`) tensors have other names and shapes,
     and are not compared.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hf_context_prune.pruning.allocation.widths import (
     plan_widths_beside_vocabulary,
 )
 from hf_context_prune.pruning.depth import rest_of_budget, stand_in
+from hf_context_prune.pruning.experts import rest_of_experts_budget, without_experts_shape
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
@@ -118,8 +119,12 @@ def dry_run(
         size = VocabularySize(config.vocab_size, pad_to_multiple_of=config.pad_to_multiple_of)
         size.check_removes(rows)
         kept = min(size.round_up(config.vocab_size), rows)
-    depth = stand_in(empty, config)
-    shorter, rest = (empty, config) if depth is None else (depth.shorten(empty), rest_of_budget(config, empty, depth))
+    fewer, rest, experts = empty, config, max(widths.experts for widths in ModelView.of_shapes(empty).widths)
+    if config.removes_experts:
+        fewer = without_experts_shape(empty, config)
+        rest = rest_of_experts_budget(config, empty, fewer)
+    depth = stand_in(fewer, rest)
+    shorter, rest = (fewer, rest) if depth is None else (depth.shorten(fewer), rest_of_budget(rest, fewer, depth))
     view = ModelView.of_shapes(shorter)
     widths: tuple[LayerWidths, ...] | None = view.widths
     removed = (rows - kept) * token_cost(empty) + total - view.num_parameters
@@ -143,7 +148,7 @@ def dry_run(
         pruned_parameters=total - removed,
         asked_ratio=budget.asked_ratio,
         removed_layers=0 if depth is None else len(depth.order),
-        dense=view.widths,
+        dense=tuple(replace(w, experts=w.experts and experts) for w in view.widths),
         widths=widths,
         dense_tokens=rows,
         tokens=kept,

@@ -111,11 +111,17 @@ def make_plan(
         ConfigError: Adaptive allocation without samples, `max_loss_increase`, or what statistics alone can't give:
             sequential reconstruction, pruning of the vocabulary, and the refit of the LM head.
     """
-    if config.fixes_tokens or config.units == "tokens" or config.refit_lm_head or config.removes_layers:
+    if (
+        config.fixes_tokens
+        or config.units == "tokens"
+        or config.refit_lm_head
+        or config.removes_layers
+        or config.removes_experts
+    ):
         raise ConfigError(
             "make_plan plans neurons and KV groups alone. To prune the vocabulary, use prune(), or call "
-            "prune_vocabulary() first and leave the vocab_* options out here; for refit_lm_head=True, num_layers and "
-            "layer_ratio, use prune()."
+            "prune_vocabulary() first and leave the vocab_* options out here; for refit_lm_head=True, num_layers, "
+            "layer_ratio, num_experts and experts_ratio, use prune()."
         )
     _refuse_sequential(config)
     view, targets = ModelView.of(model), Requirements.of(config).targets
@@ -271,4 +277,6 @@ def plan_and_reconstruct(
         raise ConfigError("max_loss_increase is found by measuring the loss of models: call prune(), or give a size.")
     if config.removes_layers:
         raise ConfigError("Which layers go as a whole is found by measuring: call prune() for num_layers, layer_ratio.")
+    if config.removes_experts:
+        raise ConfigError("Which experts go is found by measuring: call prune() for num_experts, experts_ratio.")
     return Planner(model, samples, config, provenance, resume_dir).plan(config)[:2]

@@ -40,6 +40,7 @@ from hf_context_prune.utils.memory import fits_in_memory
 from hf_context_prune.utils.version import versions
 
 from .depth import Depth, count_removed, removable_layers, rest_of_budget, stand_in
+from .experts import remove_experts, rest_of_experts_budget, without_experts_shape
 from .planner import Planner
 from .surgery import apply_plan
 from .unit_curves import MeasuredUnits, TokenProbe, measure_units
@@ -72,6 +73,9 @@ def check_budget(
         if config.prunes_layers:
             check_linear(ModelView.of(model).spec)
         return
+    if config.removes_experts:
+        fewer = without_experts_shape(model, config)
+        config, model = rest_of_experts_budget(config, model, fewer), fewer
     if (depth := stand_in(model, config)) is not None:
         config, model = rest_of_budget(config, model, depth), depth.shorten(model)
     if config.prunes_layers:
@@ -119,6 +123,18 @@ def prune_model(
         raise ConfigError("max_loss_increase is found by measuring; pass validation_loss=, or call prune().")
     if config.searches_tokens and token_probe is None:
         raise ConfigError("How many tokens stay is found by measuring; pass token_probe=, or call prune().")
+    if config.removes_experts:
+        choice, fewer, rest = remove_experts(model, calibration.samples(tokenizer), config, resume_dir)
+        found = prune_model(
+            fewer,
+            tokenizer,
+            calibration,
+            rest,
+            token_probe=None if token_probe is None else token_probe.against(fewer, tokenizer),
+            provenance=provenance,
+            resume_dir=resume_dir,
+        )
+        return found._replace(plan=choice.in_base(model, found.plan, config))
     depth = None
     if (count := count_removed(model, config)) > 0:
         candidates = removable_layers(model, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +70,10 @@ class TokenProbe:
     base_loss: float
     texts: tuple[ProbeText, ...] = ()
     general: TextSource | None = None
+
+    def against(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TokenProbe:
+        """Return the probe that compares with another model than the base model, and measure that."""
+        return replace(self, base_loss=on_main_process(lambda: self.loss(model, tokenizer)))
 
 
 @dataclass(frozen=True)

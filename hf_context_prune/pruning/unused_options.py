@@ -60,6 +60,8 @@ def _reasons(config: PrunerConfig) -> dict[str, str]:
     reasons: dict[str, str] = {}
     if not config.prunes_vocabulary:
         reasons |= dict.fromkeys(("pad_to_multiple_of", "vocab_criterion"), _NO_VOCABULARY)
+    if not config.removes_experts:
+        reasons["expert_criterion"] = "no expert is removed (num_experts or experts_ratio would ask for it)"
     if not config.prunes_layers:
         reasons |= dict.fromkeys(("criterion", "round_to", "ridge"), _NO_UNITS)
         if config.removes_layers:

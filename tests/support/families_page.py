@@ -65,6 +65,16 @@ MODELS = {
     "gpt_bigcode": "StarCoder",
     "gpt_neo": "GPT-Neo 125M",
     "gptj": "GPT-J 6B",
+    "mixtral": "Mixtral 8x7B",
+    "qwen2_moe": "Qwen1.5 MoE A2.7B",
+    "qwen3_moe": "Qwen3 30B A3B",
+    "olmoe": "OLMoE 1B 7B",
+    "granitemoe": "Granite 3.1 3B A800M",
+    "gpt_oss": "gpt-oss 20B",
+    "glm4_moe": "GLM-4.5 Air",
+    "qwen3_5_moe_text": "Qwen3.5 35B A3B, text",
+    "ernie4_5_moe": "ERNIE 4.5 21B A3B",
+    "lfm2_moe": "LFM2 8B A1B",
 }
 """A model of each family that many know."""
 _TESTED = ("transformers", "torch")
@@ -77,6 +87,8 @@ Every family has a tiny random model in the tests. Pruning it equals masking it,
 - Neurons, tokens and whole layers can be removed everywhere, but no whole layer of a Gemma 4 with shared keys or
   embeddings by layer, and none of a GPT-2 with `scale_attn_by_inverse_layer_idx`. **KV groups** (a key/value head with
   its query heads) can be removed where the table says yes.
+- **Experts**: whole experts of a mixture can be removed where the table says yes (`prune --num-experts`). Neurons
+  inside experts, and shared experts, all stay; layers of these families with a plain MLP lose neurons like any other.
 - **GGUF**: *uniform* needs the same widths in all layers (`prune --native-architecture`), *yes* takes any. The file is
   run in llama.cpp, and its losses on the tiny model are those of transformers. Settings that llama.cpp computes in
   another way (a bias, an activation, an order of windows) are refused by name before any work.
@@ -92,7 +104,7 @@ def families_page() -> str:
     """Return the page as it has to be."""
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     versions = {name: next(one.removeprefix(name) for one in needed if one.startswith(f"{name}>")) for name in _TESTED}
-    header = ("family", "such as", "KV groups", "GGUF", "ONNX", "vLLM")
+    header = ("family", "such as", "KV groups", "experts", "GGUF", "ONNX", "vLLM")
     rows = [header, ("---",) * len(header), *(_row(spec) for spec in SPECS.values() if spec.model_type in BUILT_IN)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     left_out = "\n".join(f"- `{name}`: {why}." for name, why in LEFT_OUT.items())
@@ -108,6 +120,7 @@ def _row(spec: ArchSpec) -> tuple[str, ...]:
         f"`{name}`",
         MODELS[name],
         _kv_groups(spec),
+        _experts(spec),
         gguf,
         onnx,
         "yes" if name in VLLM_TESTED else "no" if spec.transposed else "untried",
@@ -120,6 +133,12 @@ def _kv_groups(spec: ArchSpec) -> str:
     kinds = sorted(set(getattr(tiny_config(spec.model_type), "layer_types", None) or ()) & set(WITHOUT_ATTENTION))
     where = f"yes, in layers with attention (not `{'`, `'.join(kinds)}`)" if kinds else "yes"
     return "; ".join([where, *(f"not where `{attribute}` is true: {why}" for attribute, why in spec.fixed_heads)])
+
+
+def _experts(spec: ArchSpec) -> str:
+    if spec.experts is None:
+        return "-"
+    return "yes, as many of every group" if spec.experts.groups else "yes"
 
 
 if __name__ == "__main__":

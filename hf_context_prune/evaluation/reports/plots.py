@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TITLE_LETTERS = 90
-_UNIT_LABELS = {"neurons": "MLP neurons", "kv_groups": "KV groups"}
+_UNIT_LABELS = {"neurons": "MLP neurons", "kv_groups": "KV groups", "experts": "experts"}
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ def describe_widths(plan: PruningPlan, removed: float | None = None) -> str:
         unit: [getattr(d, unit) - getattr(w, unit) for d, w in zip(plan.dense, plan.widths, strict=True)]
         for unit in units_of(plan.dense)
     }
-    heads_alone = not any(gone["neurons"]) and any(gone.get("kv_groups", ()))
-    unit, name = ("kv_groups", "KV groups") if heads_alone else ("neurons", "neurons")
+    named = {"neurons": "neurons", "kv_groups": "KV groups", "experts": "experts"}
+    unit = next((one for one in gone if any(gone[one])), next(iter(gone)))
+    name = named[unit]
     lost, total = gone[unit], sum(getattr(widths, unit) for widths in plan.dense)
     share = f"{100 * sum(lost) / total:.0f} % of the {name} gone" if removed is None else ""
     start = share or f"{100 * (removed or 0.0):.0f} % of the parameters gone"
@@ -127,7 +128,7 @@ def plot_widths(plan: PruningPlan, title: str) -> Figure:
     figure = new_figure(figsize=(8, 4.5))
     figure.subplots_adjust(left=0.1, right=0.86, top=0.92, bottom=0.11)  # a fitted layout takes twice as long
     units = units_of(plan.dense)
-    axes = figure.subplots(len(units), 1, sharex=True, squeeze=False, height_ratios=(3, 1)[: len(units)])[:, 0]
+    axes = figure.subplots(len(units), 1, sharex=True, squeeze=False, height_ratios=(3, 1, 1)[: len(units)])[:, 0]
     shown = [(axis, unit, _UNIT_LABELS[unit]) for axis, unit in zip(axes, units, strict=True)]
     layers = range(len(plan.dense))
     for axis, unit, label in shown:

@@ -16,7 +16,8 @@ from hf_context_prune.modeling.configuration_context_pruned import native_class
 from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.native_fit import values_for_another_class
 from hf_context_prune.modeling.paths import check_paths
-from hf_context_prune.modeling.specs import PREFIX, SPECS, ArchSpec, Projection, base_model_type
+from hf_context_prune.modeling.spec_parts import Projection
+from hf_context_prune.modeling.specs import PREFIX, SPECS, ArchSpec, base_model_type
 from hf_context_prune.modeling.wrappers import text_config_of, wrapper_spec
 from hf_context_prune.storage.gguf import read_gguf_config
 from hf_context_prune.storage.hub_download import fetch_config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from hf_context_prune.errors import UnsupportedArchitectureError
-from hf_context_prune.modeling.specs import Projection
+from hf_context_prune.modeling.spec_parts import Projection
 
 from .observe import Observed, Shape, is_in_attention
 from .tiny_copy import GROUPS, TINY_HIDDEN, WIDTHS, TinyCopy, own_name

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.errors import UnsupportedArchitectureError
 from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION
-from hf_context_prune.modeling.specs import NORM_OVER_HEADS, ArchSpec, Projection, bare_name
+from hf_context_prune.modeling.spec_parts import Projection
+from hf_context_prune.modeling.specs import NORM_OVER_HEADS, ArchSpec, bare_name
 
 from .observe import Observed, find_layers, is_fed_by_attention, is_projection, observe
 from .places import Attention, Mlp, attention_of, mlp_of

@@ -112,6 +112,11 @@ def _neurons_by_ratio(base: Sequence[LayerWidths], config: PrunerConfig) -> list
     kept = [_keep_neurons(n, ratio, config.round_to) for n in neurons]
     if ratio > 0 and kept == neurons:
         widest = max(neurons)
+        if not widest:
+            raise BudgetError(
+                f"mlp_ratio is {ratio}, but the layers have experts in place of MLPs, and no neurons are removed from "
+                f"those. Leave out mlp_ratio; experts can be removed (experts_ratio)."
+            )
         raise BudgetError(
             f"mlp_ratio is {ratio}, which removes no neuron: the layers have {widest}, and round_to is "
             f"{config.round_to}. Ask for at least {math.ceil(1e6 / widest) / 1e6}, with round_to below {widest}."
@@ -132,10 +137,12 @@ def _narrowing_steps(
 
         def narrow_neurons(step: int) -> tuple[LayerWidths, ...]:
             return _pair(
-                base, [_keep_neurons(layer.neurons, 1 - step / widest, config.round_to) for layer in base], groups
+                base,
+                [_keep_neurons(layer.neurons, 1 - step / max(widest, 1), config.round_to) for layer in base],
+                groups,
             )
 
-        return range(widest, 0, -1), narrow_neurons
+        return range(widest, 0, -1) or [0], narrow_neurons
     most = max(layer.kv_groups for layer in base)
 
     def narrow_groups(step: int) -> tuple[LayerWidths, ...]:

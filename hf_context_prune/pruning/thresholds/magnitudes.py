@@ -92,8 +92,8 @@ def check_linear(spec: ArchSpec) -> None:
     """
     if spec.experts is not None:
         raise ConfigError(
-            f"The paper's thresholds are rules for linear layers, and a {spec.model_type} model has experts in place of "
-            f"MLPs. Give a size instead: pruning_ratio, or num_experts."
+            f"The paper's thresholds are rules for linear layers, and a {spec.model_type} model has experts in place "
+            f"of MLPs. Give a size instead: pruning_ratio, or num_experts."
         )
     if spec.transposed:
         raise ConfigError(

@@ -109,7 +109,7 @@ def _purpose(facts: CardFacts) -> Trusted:
 
 def _picture(plan: PruningPlan) -> Trusted:
     """Return the picture of the widths; "" where all layers are alike."""
-    names = {"neurons": "MLP neurons", "kv_groups": "KV groups"}
+    names = {"neurons": "MLP neurons", "kv_groups": "KV groups", "experts": "experts"}
     shown = " and ".join(names[unit] for unit in units_of(plan.dense))
     return Trusted(f"![{shown} of every layer, before and after]({PICTURE_NAME})" if widths_vary(plan.widths) else "")
 
@@ -117,7 +117,11 @@ def _picture(plan: PruningPlan) -> Trusted:
 def _removed(facts: CardFacts) -> Trusted:
     plan = facts.plan
     lines = [] if (layers := describe_layers(plan)) is None else [f"- {layers} {WARNING}"]
-    labels = {"neurons": "MLP neurons", "kv_groups": "attention KV groups (with their query heads)"}
+    labels = {
+        "neurons": "MLP neurons",
+        "kv_groups": "attention KV groups (with their query heads)",
+        "experts": "experts (with their rows of the router)",
+    }
     for unit in units_of(plan.dense):
         before = [count for widths in plan.dense if (count := getattr(widths, unit))]
         now = [count for widths in plan.widths if (count := getattr(widths, unit))]

@@ -141,10 +141,16 @@ def describe_removal(facts: Facts) -> list[str]:
     if (layers := describe_layers(plan)) is not None:
         sentences.append(f"{layers} {WARNING}")
     dense, kept = [plan.dense[index] for index in plan.kept_layers], plan.kept_widths
-    sentences.append(
-        _describe_units("MLP neurons", [w.neurons for w in dense], [w.neurons for w in kept])
-        + " Each is a feature that a layer computes."
-    )
+    if "experts" in units_of(dense):
+        sentences.append(
+            _describe_units("experts", [w.experts for w in dense], [w.experts for w in kept])
+            + " A router sends every token to a few of them."
+        )
+    if "neurons" in units_of(dense):
+        sentences.append(
+            _describe_units("MLP neurons", [w.neurons for w in dense], [w.neurons for w in kept])
+            + " Each is a feature that a layer computes."
+        )
     if "kv_groups" in units_of(dense):
         sentences.append(
             _describe_units("KV groups (attention heads)", [w.kv_groups for w in dense], [w.kv_groups for w in kept])

@@ -53,7 +53,11 @@ def describe_parts(plan: PruningPlan | None) -> str:
         return ""
     removed = [
         (what, sum(getattr(w, unit) for w in plan.dense), sum(getattr(w, unit) for w in plan.widths))
-        for what, unit in (("MLP neurons", "neurons"), ("groups of attention heads", "kv_groups"))
+        for what, unit in (
+            ("MLP neurons", "neurons"),
+            ("groups of attention heads", "kv_groups"),
+            ("experts", "experts"),
+        )
     ]
     if plan.removed_layers:
         removed.insert(0, ("layers", len(plan.layers), len(plan.kept_layers)))

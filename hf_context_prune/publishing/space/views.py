@@ -128,7 +128,7 @@ def widths_html(facts: Facts) -> str:
     """Return the charts of the kept and removed units of every layer; "" where all layers are alike."""
     if facts.plan is None or not has_widths(facts):
         return ""
-    names = {"neurons": "MLP neurons", "kv_groups": "KV groups (groups of attention heads)"}
+    names = {"neurons": "MLP neurons", "kv_groups": "KV groups (groups of attention heads)", "experts": "experts"}
     return render("widths", charts=[_chart(facts.plan, unit, names[unit]) for unit in units_of(facts.plan.dense)])
 
 

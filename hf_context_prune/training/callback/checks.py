@@ -42,6 +42,11 @@ def check_config(config: PrunerConfig) -> None:
             "num_layers and layer_ratio remove whole layers, which the callback can't: the optimizer, the schedule and "
             "the other processes hold every layer. Call prune() with them before the training, and leave them out here."
         )
+    if config.removes_experts:
+        raise ConfigError(
+            "num_experts and experts_ratio remove experts by what a text routes to them, which the callback can't: "
+            "call prune() with them before the training, and leave them out here."
+        )
     if config.fixes_tokens or config.units == "tokens":
         raise ConfigError(
             "The vocabulary can't be pruned during training: the collator's tokenizer would no longer fit. Prune it "

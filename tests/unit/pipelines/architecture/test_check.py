@@ -10,7 +10,8 @@ import pytest
 import transformers
 
 from hf_context_prune.errors import LoadError, UnsupportedArchitectureError
-from hf_context_prune.modeling.specs import SPECS, ArchSpec, Projection
+from hf_context_prune.modeling.spec_parts import Projection
+from hf_context_prune.modeling.specs import SPECS, ArchSpec
 from hf_context_prune.pipelines.architecture.check import check_architecture, entry_code
 from tests.support import brook
 from tests.support.tiny import tiny_config

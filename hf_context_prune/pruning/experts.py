@@ -1,0 +1,229 @@
+"""Experts that are removed from every layer: how many, which, and the model without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.errors import BudgetError
+from hf_context_prune.modeling.experts import experts_spec, num_groups, why_not_kept
+from hf_context_prune.modeling.native_fit import build_empty_model
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.tying import config_as_tied
+from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.calibration.routing import measure_routing
+from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
+from hf_context_prune.storage.resume import resume_key
+from hf_context_prune.utils.distributed import is_main_process
+
+from .expert_criteria import ExpertStatistics, get_expert_criterion
+from .surgery import apply_plan
+
+
+def count_experts(model: PreTrainedModel, config: PrunerConfig) -> int:
+    """Return how many experts a config leaves every layer that has them, from shapes alone.
+
+    Args:
+        model: The base model; its weights may be on the meta device.
+        config: With `num_experts` or `experts_ratio`.
+
+    Raises:
+        BudgetError: No expert would go, or more than may; the message has what is allowed.
+        UnsupportedArchitectureError: The model has no experts.
+    """
+    view = ModelView.of_shapes(model)
+    name = "num_experts" if config.num_experts is not None else "experts_ratio"
+    asked = f"{name} is {getattr(config, name)}"
+    experts = experts_spec(view.spec, asked)
+    totals = {widths.experts for widths in view.widths if widths.experts}
+    if len(totals) != 1:
+        have = f"from {min(totals)} to {max(totals)} of them" if totals else "none"
+        raise BudgetError(
+            f"{asked}, but the layers of this model have {have}. As many experts are removed from every layer, so all "
+            f"must have the same number; a plan of your own (apply_plan) may say which stay in which layer."
+        )
+    total, groups = totals.pop(), num_groups(model.config, experts)
+    if config.num_experts is not None:
+        kept = config.num_experts
+    else:
+        assert config.experts_ratio is not None
+        kept = total - int(total * config.experts_ratio + 0.5 + 1e-9) // groups * groups
+    if kept >= total:
+        raise BudgetError(
+            f"{asked}, but every layer has {total} experts, so none would be removed. Ask for fewer"
+            + (f", a multiple of {groups}." if groups > 1 else ".")
+        )
+    sizes = [kept // groups + (group < kept % groups) for group in range(groups)]
+    spread = [group * (total // groups) + index for group, size in enumerate(sizes) for index in range(size)]
+    if (why := why_not_kept(model.config, experts, spread, total)) is not None:
+        raise BudgetError(f"{asked}: {why}")
+    return kept
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """The experts that every layer keeps.
+
+    Attributes:
+        kept: Numbers of the kept experts, ascending, by the number of the layer.
+        facts: How they were chosen, for a plan's provenance.
+    """
+
+    kept: Mapping[int, tuple[int, ...]]
+    facts: Mapping[str, Any]
+
+    def plan(self, model: PreTrainedModel) -> PruningPlan:
+        """Return the plan that removes the other experts and nothing else."""
+        view = ModelView.of_shapes(model)
+        whole = PruningPlan.identity(view.spec.model_type, view.geometry)
+        layers = tuple(
+            replace(layer, experts=self.kept.get(index, layer.experts)) for index, layer in enumerate(whole.layers)
+        )
+        return replace(whole, layers=layers)
+
+    def in_base(self, model: PreTrainedModel, plan: PruningPlan, config: PrunerConfig) -> PruningPlan:
+        """Return a plan for the model without the other experts as one for the base model.
+
+        Args:
+            model: The base model.
+            plan: A plan for the model that keeps these experts.
+            config: The config of the whole run.
+        """
+        view = ModelView.of_shapes(model)
+
+        def with_experts(index: int, layer: LayerPlan) -> LayerPlan:
+            kept = self.kept.get(index, ())
+            return replace(layer, experts=tuple(kept[expert] for expert in layer.experts))
+
+        provenance = {**plan.provenance, "config": config.to_dict(), "experts": dict(self.facts)}
+        if (gone := provenance.get("removed_layers")) is not None:  # their parameters in the base model
+            more = sum(
+                view.costs["experts"] * (view.widths[index].experts - len(self.kept.get(index, ())))
+                for index in plan.removed_layers
+            )
+            provenance["removed_layers"] = {**gone, "parameters": gone["parameters"] + more}
+        return replace(
+            plan,
+            dense=view.widths,
+            layers=tuple(with_experts(index, layer) for index, layer in enumerate(plan.layers)),
+            model_fingerprint=fingerprint(model),
+            provenance=provenance,
+        )
+
+
+def choose_experts(
+    model: PreTrainedModel, samples: torch.Tensor, config: PrunerConfig, *, state_dir: Path | None = None
+) -> ExpertChoice:
+    """Choose the experts that every layer keeps, by the criterion of a config; of groups, each keeps as many.
+
+    Args:
+        model: The base model.
+        samples: Calibration samples, [samples, length], int64.
+        config: With `num_experts` or `experts_ratio`, and `expert_criterion`.
+        state_dir: Where the finished measurement is kept, to resume from; None keeps nothing.
+
+    Raises:
+        BudgetError: See [`count_experts`][].
+        ContextPruneError: See [`measure_routing`][].
+    """
+    count, view = count_experts(model, config), ModelView.of(model)
+    criterion = get_expert_criterion(config.expert_criterion)
+    groups = num_groups(model.config, experts_spec(view.spec))
+    kept, routed = {}, {}
+    for index, statistics in _measure_or_load(model, samples, state_dir).items():
+        scores = criterion(statistics).view(groups, -1)
+        best = scores.argsort(dim=1, descending=True, stable=True)[:, : count // groups].sort(dim=1).values
+        chosen = (best + torch.arange(groups)[:, None] * scores.shape[1]).flatten()
+        kept[index] = tuple(chosen.tolist())
+        routed[index] = float(statistics.routed[chosen].sum() / statistics.routed.sum())
+    facts = {
+        "kept": count,
+        "of": view.widths[min(kept)].experts,
+        "criterion": config.expert_criterion,
+        "routed_share": {str(index): float(f"{share:.4g}") for index, share in routed.items()},
+    }
+    return ExpertChoice(kept, facts)
+
+
+def _measure_or_load(
+    model: PreTrainedModel, samples: torch.Tensor, state_dir: Path | None
+) -> dict[int, ExpertStatistics]:
+    batches = batches_of(samples)
+    if state_dir is None:
+        return measure_routing(model, batches)
+    key = resume_key(model, batches, "experts")
+    path = state_dir / f"experts-{key[:16]}.safetensors"
+    if (known := read_kept_tensors(path, key, remedy="the experts are measured again")) is not None:
+        layers = [int(name.partition(".")[0]) for name in known[0] if name.endswith(".routed")]
+        return {
+            index: ExpertStatistics(
+                int(known[0][f"{index}.tokens"]), known[0][f"{index}.routed"], known[0][f"{index}.added"]
+            )
+            for index in sorted(layers)
+        }
+    found = measure_routing(model, batches)
+    if is_main_process():
+        tensors = {
+            f"{index}.{name}": value
+            for index, one in found.items()
+            for name, value in (
+                ("tokens", torch.tensor(one.num_tokens)),
+                ("routed", one.routed),
+                ("added", one.added),
+            )
+        }
+        write_kept_tensors(path, tensors, key, what="finished measurement")
+    return found
+
+
+def remove_experts(
+    model: PreTrainedModel, samples: torch.Tensor, config: PrunerConfig, resume_dir: Path | None
+) -> tuple[ExpertChoice, PreTrainedModel, PrunerConfig]:
+    """Choose the experts that stay, and remove the others.
+
+    Args:
+        model: The base model; unchanged.
+        samples: Calibration samples.
+        config: With `num_experts` or `experts_ratio`.
+        resume_dir: As for [`choose_experts`][].
+
+    Returns:
+        (the choice, the model without the other experts, which shares all other tensors, the config for what is left).
+    """
+    choice = choose_experts(model, samples, config, state_dir=resume_dir)
+    fewer = apply_plan(model, choice.plan(model), share=True)
+    return choice, fewer, rest_of_experts_budget(config, model, fewer)
+
+
+def without_experts_shape(model: PreTrainedModel, config: PrunerConfig) -> PreTrainedModel:
+    """Return the model that a config leaves once experts are gone, on the meta device, before it is known which."""
+    count, view = count_experts(model, config), ModelView.of_shapes(model)
+    widths = [replace(one, experts=min(one.experts, count)) for one in view.widths]
+    return build_empty_model(config_as_tied(model), view.spec, widths)
+
+
+def rest_of_experts_budget(config: PrunerConfig, model: PreTrainedModel, fewer: PreTrainedModel) -> PrunerConfig:
+    """Return the config for the model without the removed experts: what they leave of a budget for all parameters.
+
+    Args:
+        config: The config for the whole model.
+        model: The whole model; its weights may be on the meta device.
+        fewer: The model without these experts.
+    """
+    changes: dict[str, Any] = {"num_experts": None, "experts_ratio": None}
+    total, left = model.num_parameters(), fewer.num_parameters()
+    if (remove := ParameterBudget.of(config, total).remove_params) is not None:
+        changes |= {"pruning_ratio": None, "target_params": min(total - remove, left)}
+    elif not (config.prunes_layers or config.prunes_vocabulary or config.removes_layers):  # experts were all
+        changes |= {"pruning_ratio": 0.0, "allocation": "uniform"}
+    if config.refits_lm_head:
+        changes["refit_lm_head"] = True  # it may be all that is left to do
+    return replace(config, **changes)

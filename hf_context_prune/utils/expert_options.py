@@ -1,0 +1,54 @@
+"""The options of a pruning config that remove whole experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_context_prune.errors import ConfigError
+
+from .options import BUDGET, METHOD, at_least, below_one, option
+
+ExpertCriterionName = Literal["reap", "frequency"]
+
+
+@dataclass(kw_only=True)
+class ExpertOptions:
+    """How many experts of every layer are removed, and how those that stay are chosen.
+
+    Raises:
+        ConfigError: Options that contradict each other.
+    """
+
+    num_experts: int | None = option(
+        None,
+        "Number of experts to keep in every layer of a mixture of experts; the others are removed as a whole.",
+        panel=BUDGET,
+        allowed=at_least(1),
+    )
+    experts_ratio: float | None = option(
+        None,
+        "Share of the experts of every layer to remove, in [0, 1), instead of a number.",
+        panel=BUDGET,
+        allowed=below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing"),
+    )
+    expert_criterion: ExpertCriterionName = option(
+        "reap",
+        "How the importance of an expert is measured on the text. reap: mean norm of what it adds to the tokens that "
+        "are routed to it; frequency: how many tokens are.",
+        panel=METHOD,
+    )
+
+    def check_experts(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            ConfigError: Names them.
+        """
+        if self.num_experts is not None and self.experts_ratio is not None:
+            raise ConfigError("num_experts and experts_ratio both say how many experts go; give one of them.")
+
+    @property
+    def removes_experts(self) -> bool:
+        """Whether experts are removed."""
+        return self.num_experts is not None or bool(self.experts_ratio)
