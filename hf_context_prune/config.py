@@ -108,10 +108,10 @@ class CalibrationConfig(SavedOptions):
 class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
     """What to remove, how to choose it, and how to reconstruct the rest.
 
-    The budget is a share or number of *all* parameters (`pruning_ratio`, `target_params`; by default 0.2), a share of a
-    kind of unit (`mlp_ratio`, `attention_ratio`; beside a share of all parameters, the other kind gives the rest), a
-    number of layers (`num_layers`, `layer_ratio`) or of experts (`num_experts`, `experts_ratio`), or the loss that may be added (`max_loss_increase`). Model and text
-    decide what stays None.
+    The budget is a share or number of *all* parameters (`pruning_ratio`, `target_params`; by default 0.2), a share
+    of a kind of unit (`mlp_ratio`, `attention_ratio`; beside a share of all parameters, the other kind gives the
+    rest), a number of layers (`num_layers`, `layer_ratio`) or of experts (`num_experts`, `experts_ratio`), or the
+    loss that may be added (`max_loss_increase`). Model and text decide what stays None.
 
     Raises:
         ConfigError: A value out of range, an unknown name, or options that contradict each other.
