@@ -135,7 +135,7 @@ def _check_same_kinds(config: PreTrainedConfig, shorter: PreTrainedConfig, spec:
         count = getattr(config, interval)
         raise UnsupportedArchitectureError(
             f"This {spec.model_type} model has experts in every n-th layer ({interval} = {count}), and its config "
-            f"can't say which layers have them once only layers {', '.join(map(str, kept))} stay. Remove {count} neighbours "
+            f"can't say which layers have them once only {', '.join(map(str, kept))} stay. Remove {count} neighbours "
             f"together, or experts instead (num_experts)."
         )
 
