@@ -21,6 +21,7 @@ from hf_context_prune.utils.options import (
     below_one,
     check_options,
     is_number,
+    listed_names,
     name_such_as,
     option,
 )
@@ -148,7 +149,7 @@ class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
         f"What may be removed, separated by commas: {', '.join(UNITS)}. By default all of them where the budget is for "
         f"all parameters or the loss; the next best where a tokenizer can't be trimmed.",
         panel=BUDGET,
-        allowed=Allowed(lambda value: _unit_names(value) is not None, f"one or several of {', '.join(UNITS)}"),
+        allowed=Allowed(lambda value: listed_names(value, UNITS) is not None, f"one or several of {', '.join(UNITS)}"),
         metavar="NAMES",
     )
     vocab_size: int | None = option(
@@ -222,7 +223,7 @@ class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
     def __post_init__(self) -> None:
         """Check every value, fill in what is open, and refuse contradictions."""
         super().__post_init__()
-        self.units = None if self.units is None else ",".join(_unit_names(self.units) or ())
+        self.units = None if self.units is None else ",".join(listed_names(self.units, UNITS) or ())
         self._fill_in()
         self._check_budget()
         self._check_method()
@@ -320,14 +321,6 @@ class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
     def refits_lm_head(self) -> bool:
         """Whether the rows of the LM head are refitted after pruning."""
         return self.reconstruction != "none" if self.refit_lm_head is None else self.refit_lm_head
-
-
-def _unit_names(value: object) -> tuple[UnitName, ...] | None:
-    """Return the names in ``"tokens,neurons"``, in the order of `UNITS`; None where it names anything else."""
-    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names or not set(names) <= set(UNITS):
-        return None
-    return tuple(name for name in UNITS if name in names)
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.reading import read_json, why
 
 from .geometry import ALL_UNITS, Geometry, LayerWidths
+from .plan_provenance import check_recorded
 from .specs import base_model_type
 from .token_rows import num_rows
 
@@ -27,18 +28,6 @@ FORMAT_VERSION = 4
 """Latest version of the JSON format. Version 1 had no vocabulary; version 3, which may lack whole layers, is written
 only of a plan that removes some, and version 4 only of a model with experts."""
 _FINGERPRINT_VALUES = 512
-_RECORDED: dict[str, tuple[type[Any] | tuple[type[Any], ...], str]] = {
-    **dict.fromkeys(("base_model", "base_revision"), (str, "a string")),
-    **dict.fromkeys(("base_card", "config", "data", "general_data", "zeroed"), (dict, "a mapping")),
-    **dict.fromkeys(("loss_budget", "refit", "versions", "vocabulary"), (dict, "a mapping")),
-    **dict.fromkeys(("prunings", "recoveries"), (list, "a list")),
-    "num_calibration_tokens": (int, "an integer"),
-    "config.pruning_seed": (int, "an integer"),
-    "config.pruning_ratio": ((int, float), "a number"),
-    "removed_layers": (dict, "a mapping"),
-    "removed_layers.parameters": (int, "an integer"),
-}
-"""Entries of the provenance that commands read, with their types where they are not null."""
 _MAX_BYTES = 64 * 2**20  # the plan of 126 layers of 53,248 neurons has 40 MB
 
 
@@ -365,7 +354,7 @@ class PruningPlan:
         if not isinstance(data, dict):
             raise PlanError(f"{path} is not a pruning plan: its top level is a {type(data).__name__}, not an object.")
         plan = cls.from_dict(data)
-        _check_recorded(plan.provenance)
+        check_recorded(plan.provenance)
         return plan
 
 
@@ -389,15 +378,6 @@ def _check_removed_layers(plan: PruningPlan, listed: object) -> None:
             f"The plan's removed_layers is {listed}, but the layers that keep no neurons and no KV groups are "
             f"{removed}. Restore the file, or make the plan again."
         )
-
-
-def _check_recorded(provenance: Mapping[str, Any]) -> None:
-    for name, (kind, what) in _RECORDED.items():
-        value: Any = provenance
-        for part in name.split("."):
-            value = (value or {}).get(part)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise PlanError(f"The plan's provenance gives {name} = {value!r:.80}; it must be {what} or null.")
 
 
 def _describe(widths: tuple[LayerWidths, ...]) -> str:

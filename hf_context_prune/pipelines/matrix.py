@@ -24,8 +24,9 @@ from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.available_units import choose_units, without_tokens
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, check_share
+from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.notes import plan_notes
-from hf_context_prune.pruning.prune_model import check_budget, prune_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.publishing.card.card import make_card
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model

@@ -21,26 +21,22 @@ from hf_context_prune.pruning.allocation.layer_choice import choose_layers
 from hf_context_prune.pruning.allocation.loss_search import Candidate, find_smallest
 from hf_context_prune.pruning.allocation.sizes import plain_curves
 from hf_context_prune.pruning.allocation.widths import (
-    check_round_to,
-    check_shared_budget,
     check_units_budget,
     native_groups,
     plan_widths_beside_vocabulary,
 )
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
-from hf_context_prune.pruning.thresholds.magnitudes import check_linear, measure_sample_magnitudes
+from hf_context_prune.pruning.thresholds.magnitudes import measure_sample_magnitudes
 from hf_context_prune.pruning.thresholds.prune import prune_below_thresholds
-from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_tokens
-from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for, vocabulary_size
+from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for
 from hf_context_prune.pruning.vocabulary.refit import KnownStates, num_refit_samples, refit_rows_in_all_processes
-from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 from hf_context_prune.storage.layer_shards import SHARD_BYTES, LayerShards
 from hf_context_prune.utils.distributed import is_main_process, on_main_process
 from hf_context_prune.utils.memory import fits_in_memory
 from hf_context_prune.utils.version import versions
 
-from .depth import Depth, count_removed, removable_layers, rest_of_budget, stand_in
-from .experts import remove_experts, rest_of_experts_budget, without_experts_shape
+from .depth import Depth, count_removed, removable_layers, rest_of_budget
+from .experts import remove_experts
 from .planner import Planner
 from .surgery import apply_plan
 from .unit_curves import MeasuredUnits, TokenProbe, measure_units
@@ -55,38 +51,6 @@ class PrunedModel(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: PruningPlan
-
-
-def check_budget(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PrunerConfig | ThresholdConfig
-) -> None:
-    """Refuse what can't be pruned, and a budget that shapes alone say can't be reached, before the long work.
-
-    Raises:
-        ConfigError: See [`check_linear`][].
-        VocabularyError: See [`check_prunable`][].
-        BudgetError: The size can't be reached.
-    """
-    if config.prunes_vocabulary:
-        check_prunable(model, tokenizer, vocabulary_size(config))
-    if isinstance(config, ThresholdConfig):
-        if config.prunes_layers:
-            check_linear(ModelView.of(model).spec)
-        return
-    if config.removes_experts:
-        fewer = without_experts_shape(model, config)
-        config, model = rest_of_experts_budget(config, model, fewer), fewer
-    if (depth := stand_in(model, config)) is not None:
-        config, model = rest_of_budget(config, model, depth), depth.shorten(model)
-    if config.prunes_layers:
-        check_round_to(ModelView.of_shapes(model).widths, config)
-    if config.searches_tokens:
-        check_shared_budget(model, config, fewest_tokens(model, tokenizer, config.pad_to_multiple_of))
-    elif config.prunes_layers and config.max_loss_increase is None and (config.vocab_size or not config.fixes_tokens):
-        rows = num_rows(model)
-        kept = config.vocab_size if config.vocab_size is not None else rows
-        tokens = VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of).round_up(kept)
-        check_units_budget(model, config, min(tokens, rows))
 
 
 def prune_model(

@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -243,3 +243,11 @@ def _with_numbers(value: Any) -> Any:  # noqa: ANN401 - a value of YAML
         return value
     number = float(value)
     return int(number) if number.is_integer() else number
+
+
+def listed_names(value: object, allowed: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the names in ``"tokens,neurons"``, in the order of those allowed; None where it names anything else."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not set(names) <= set(allowed):
+        return None
+    return tuple(name for name in allowed if name in names)

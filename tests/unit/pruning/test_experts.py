@@ -26,9 +26,10 @@ from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.pruning.calibration import routing
 from hf_context_prune.pruning.calibration.routing import measure_routing
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, batches_of
+from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.expert_criteria import EXPERT_CRITERIA, ExpertStatistics, get_expert_criterion
 from hf_context_prune.pruning.experts import choose_experts, count_experts
-from hf_context_prune.pruning.prune_model import check_budget, prune_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.saving import save_pruned

@@ -29,8 +29,9 @@ from hf_context_prune.pipelines.validation_text import (
 from hf_context_prune.pruning.allocation.adaptive import loss_on_hull
 from hf_context_prune.pruning.allocation.sizes import UnitCurves
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.notes import refit_note, sizes_note, vocabulary_note
-from hf_context_prune.pruning.prune_model import check_budget, prune_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize

@@ -19,11 +19,12 @@ from hf_context_prune.pruning.allocation import layer_choice
 from hf_context_prune.pruning.allocation.layer_choice import choose_layers
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.criteria import CRITERIA
 from hf_context_prune.pruning.depth import Depth, count_removed, removable_layers, stand_in
 from hf_context_prune.pruning.notes import layers_note
 from hf_context_prune.pruning.planner import Planner, make_plan, plan_and_reconstruct
-from hf_context_prune.pruning.prune_model import check_budget, prune_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.sequential import layer_pruner
 from hf_context_prune.pruning.sequential.prune import prune_sequentially
 from hf_context_prune.pruning.surgery import apply_plan

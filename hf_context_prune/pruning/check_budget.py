@@ -1,0 +1,49 @@
+"""What a config asks of a model, held against its shapes before the long work."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_context_prune.config import PrunerConfig, ThresholdConfig
+from hf_context_prune.modeling.token_rows import num_rows
+from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.allocation.widths import check_round_to, check_shared_budget, check_units_budget
+from hf_context_prune.pruning.thresholds.magnitudes import check_linear
+from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_tokens
+from hf_context_prune.pruning.vocabulary.prune import vocabulary_size
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+
+from .depth import rest_of_budget, stand_in
+from .experts import rest_of_experts_budget, without_experts_shape
+
+
+def check_budget(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PrunerConfig | ThresholdConfig
+) -> None:
+    """Refuse what can't be pruned, and a budget that shapes alone say can't be reached, before the long work.
+
+    Raises:
+        ConfigError: See [`check_linear`][].
+        VocabularyError: See [`check_prunable`][].
+        BudgetError: The size can't be reached.
+    """
+    if config.prunes_vocabulary:
+        check_prunable(model, tokenizer, vocabulary_size(config))
+    if isinstance(config, ThresholdConfig):
+        if config.prunes_layers:
+            check_linear(ModelView.of(model).spec)
+        return
+    if config.removes_experts:
+        fewer = without_experts_shape(model, config)
+        config, model = rest_of_experts_budget(config, model, fewer), fewer
+    if (depth := stand_in(model, config)) is not None:
+        config, model = rest_of_budget(config, model, depth), depth.shorten(model)
+    if config.prunes_layers:
+        check_round_to(ModelView.of_shapes(model).widths, config)
+    if config.searches_tokens:
+        check_shared_budget(model, config, fewest_tokens(model, tokenizer, config.pad_to_multiple_of))
+    elif config.prunes_layers and config.max_loss_increase is None and (config.vocab_size or not config.fixes_tokens):
+        rows = num_rows(model)
+        kept = config.vocab_size if config.vocab_size is not None else rows
+        tokens = VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of).round_up(kept)
+        check_units_budget(model, config, min(tokens, rows))
