@@ -368,12 +368,9 @@ def _make(spec: ArchSpec | WrapperSpec) -> type:
 
 
 def _own_init(parent: type) -> Callable[..., None] | None:
-    """Return an ``__init__`` that calls the one that a class wrote by hand, as code of others does; None without one.
-
-    Such a one may set values before or after `PreTrainedConfig` looks at them, so they are checked when it is done.
-    """
+    """Return an ``__init__`` that checks what one written by hand has set at its end; None for that of a dataclass."""
     written = next(vars(one)["__init__"] for one in parent.__mro__ if "__init__" in vars(one))
-    if inspect.unwrap(written).__code__.co_filename == "<string>":  # that of a dataclass
+    if inspect.unwrap(written).__code__.co_filename == "<string>":  # generated
         return None
 
     def __init__(self: Any, *args: Any, per_layer_config: Any = None, **kwargs: Any) -> None:  # noqa: ANN401, N807
