@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_context_prune.errors import UnsupportedArchitectureError
 from hf_context_prune.modeling.depth import new_name, shorten_config
-from hf_context_prune.modeling.geometry import read_geometry
+from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION, read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS
@@ -58,7 +58,8 @@ def skipping(model, plan):
 
 def removable(name):
     """The first layer, and the second where it is not the only one with attention."""
-    return (0,) if case(name).config.model_type in ("granitemoehybrid", "qwen3_5_text", "lfm2") else (0, 1)
+    kinds = getattr(case(name).config, "layer_types", None) or ()
+    return (0,) if set(kinds[:1]) & set(WITHOUT_ATTENTION) else (0, 1)
 
 
 @pytest.mark.parametrize("name", SHORTER)
