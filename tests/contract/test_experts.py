@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from hf_context_prune.errors import LoadError
 from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.registry import get_model_class
@@ -94,6 +95,11 @@ def test_a_native_folder_is_compared_with_its_config_and_loaded(name, tokenizer,
     tokenizer.save_pretrained(tmp_path)
     again = load_model(tmp_path, device="cpu").model
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    path = tmp_path / "config.json"
+    count = SPECS[model.config.model_type].experts.count
+    path.write_text(json.dumps(json.loads(path.read_text()) | {count: 6}))
+    with pytest.raises(LoadError, match="experts"):
+        load_model(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("name", BY_NIGHT)

@@ -174,7 +174,7 @@ def test_damaged_values(subtests, tmp_path):
     path = tmp_path / "plan.json"
     for data, said in (
         *[(damage(**{key: "gone"}), key) for key in PLAN.to_dict()],
-        (damage(format_version=4), "format version 4; this package reads 1 to 3"),
+        (damage(format_version=5), "format version 5; this package reads 1 to 4"),
         (damage(format_version=3), "removed_layers"),
         (damage(format_version=None), "format version None"),
         (damage(layers=None), "not a pruning plan"),
