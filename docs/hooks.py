@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_context_prune"
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
 """Files of the repository's root, and their pages."""
-OUTSIDE_GLOBS = ("benchmarks/RESULTS.md", "benchmarks/*.png", "model_cards/*", "examples/*.py", "examples/*.ipynb")
+OUTSIDE_GLOBS = (
+    *("benchmarks/RESULTS.md", "benchmarks/*.png", "model_cards/*.*", "model_cards/exports/*.md"),
+    *("examples/*.py", "examples/*.ipynb"),
+)
 """Further files of the site; they keep their paths."""
 ROOMS = (
     ("core", ("config", "errors")),

@@ -52,6 +52,7 @@ class UnitCurves:
         multiples: What counts stay multiples of, by target.
         base_loss: Loss of the base model on the text of the curves, in nats per token; None where it is not known.
         padding: Rows beyond the tokenizer's.
+        factors: How many times the width of the config each layer has in neurons; empty: once.
     """
 
     curves: Mapping[Key, Curve]
@@ -61,6 +62,7 @@ class UnitCurves:
     multiples: Multiples
     base_loss: float | None = None
     padding: int = 0
+    factors: tuple[int, ...] = ()
 
     @property
     def most_removable(self) -> int:
@@ -71,7 +73,7 @@ class UnitCurves:
         """Return the most parameters that one width for all layers can remove, with tokens; 0 where widths differ."""
         if (first := self._common_widths) is None:
             return 0
-        layers, heads = self._count("mlp"), self._count("attention")
+        layers, heads = self._num_widths, self._count("attention")
         neurons, kept = int(self._allowed_neurons(first.neurons)[-1]), min(self._allowed_groups(groups))
         gone = layers * (first.neurons - neurons) * self.costs["mlp"]
         gone += heads * (first.kv_groups - kept) * self.costs["attention"]
@@ -108,7 +110,7 @@ class UnitCurves:
         """
         if (first := self._common_widths) is None:
             return None
-        layers, heads = self._count("mlp"), self._count("attention")
+        layers, heads = self._num_widths, self._count("attention")
         neurons = self._allowed_neurons(first.neurons)
         by_width = self._loss_in_all_layers("mlp", first.neurons, neurons)
         best: tuple[float, Sizes] | None = None
@@ -123,10 +125,10 @@ class UnitCurves:
                 widths = tuple(
                     replace(
                         layer,
-                        neurons=int(neurons[place]) if layer.neurons else 0,
+                        neurons=self._factor(index) * int(neurons[place]) if layer.neurons else 0,
                         kv_groups=kept if layer.kv_groups else 0,
                     )
-                    for layer in self.geometry.layers
+                    for index, layer in enumerate(self.geometry.layers)
                 )
                 best = float(loss[place]), self.sizes(int(tokens[place]), widths)
         return None if best is None else best[1]
@@ -135,10 +137,21 @@ class UnitCurves:
         """Return how many layers have units of a target."""
         return sum(bool(layer.of(target)) for layer in self.geometry.layers)
 
+    def _factor(self, layer: int) -> int:
+        return self.factors[layer] if self.factors else 1
+
+    @property
+    def _num_widths(self) -> int:
+        """Layers with neurons, one of doubled width counted twice."""
+        return sum(self._factor(index) for index, layer in enumerate(self.geometry.layers) if layer.neurons)
+
     @property
     def _common_widths(self) -> LayerWidths | None:
-        """Neurons and KV groups that all layers have which have any; None where they differ."""
-        layers = self.geometry.layers
+        """Neurons of single width and KV groups that all layers have which have any; None where they differ."""
+        layers = [
+            replace(layer, neurons=layer.neurons // self._factor(index))
+            for index, layer in enumerate(self.geometry.layers)
+        ]
         most = max(layer.kv_groups for layer in layers)
         return None if widths_vary(layers) else LayerWidths(max(layer.neurons for layer in layers), most)
 
@@ -157,15 +170,23 @@ class UnitCurves:
     def _fewest(self, target: str, total: int) -> int:
         """Return the smallest size of a target that was measured in every layer."""
         layers = [index for index, widths in enumerate(self.geometry.layers) if widths.of(target)]
-        measured = ((self.curves[key][-1][0] if (key := (layer, target)) in self.curves else total) for layer in layers)
+        measured = [
+            -(-self.curves[layer, target][-1][0] // self._factor_of(target, layer))
+            if (layer, target) in self.curves
+            else total
+            for layer in layers
+        ]
         return max(measured, default=total)
+
+    def _factor_of(self, target: str, layer: int) -> int:
+        return self._factor(layer) if target == "mlp" else 1
 
     def _loss_in_all_layers(self, target: str, total: int, kept: np.ndarray) -> np.ndarray:
         """Return the sum over layers of the predicted loss at each size."""
         loss = np.zeros(len(kept))
         for key, curve in self.curves.items():
             if key[1] == target:
-                loss += loss_on_hull(curve, list(total - kept))
+                loss += loss_on_hull(curve, list(self._factor_of(target, key[0]) * (total - kept)))
         return loss
 
     def _tokens_for(self, remove_params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError, PlanError
 from hf_context_prune.modeling.architectures import TARGETS, Target
-from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths, units_of
+from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths, units_of, width_factor
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
@@ -88,7 +88,9 @@ def layer_curves(
     view: ModelView, curves: Mapping[Key, Curve], config: PrunerConfig, *, base_loss: float | None = None
 ) -> UnitCurves:
     """Return the measured curves of neurons and KV groups with what their removal saves; all tokens stay."""
-    return UnitCurves(curves, view.geometry, num_rows(view.model), view.costs, {"mlp": config.round_to}, base_loss)
+    factors = tuple(width_factor(view.model.config, view.spec, index) for index in range(len(view.widths)))
+    multiples = {"mlp": config.round_to}
+    return UnitCurves(curves, view.geometry, num_rows(view.model), view.costs, multiples, base_loss, factors=factors)
 
 
 def check_adaptive(
