@@ -155,3 +155,16 @@ def test_padding_goes_as_a_whole():
             assert key_of(found) == (kept, curves.geometry.layers)
             assert found.loss == pytest.approx(loss_on_hull(tokens, [20 - kept])[0])
             assert removed_by(curves, found) >= asked
+
+
+def test_layers_of_doubled_width_stay_doubled():
+    """Gemma 4 doubles some layers by its config: one width says how wide all are."""
+    curves = {(0, "mlp"): ((4, 0.0), (1, 3.0)), (1, "mlp"): ((8, 0.0), (2, 6.0))}
+    costs = {"mlp": 1, "attention": 1, "tokens": 1}
+    units = UnitCurves(curves, geometry((4, 2), (8, 2)), 10, costs, {"mlp": 1}, factors=(1, 2))
+    found = units.cheapest_native(6, [])
+    assert [widths.neurons for widths in found.widths] == [2, 4]
+    assert found.loss == pytest.approx(6.0)
+    assert units.most_removable_native([2]) == 9
+    assert units.cheapest_native(10, []) is None
+    assert replace(units, factors=()).cheapest_native(6, []) is None
