@@ -23,6 +23,7 @@ def plan_notes(plan: PruningPlan, calibration: CalibrationSet) -> tuple[str, ...
         calibrated = (f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}{mixed}.",)
     return (
         *layers_note(plan),
+        *experts_note(plan),
         *sizes_note(plan),
         *vocabulary_note(plan, text),
         *refit_note(plan),
@@ -35,6 +36,20 @@ def layers_note(plan: PruningPlan) -> tuple[str, ...]:
     """Return a sentence on the layers that were removed as a whole, and a warning; none where all stay."""
     sentence = describe_layers(plan)
     return () if sentence is None else (f"{sentence} {WARNING}",)
+
+
+def experts_note(plan: PruningPlan) -> tuple[str, ...]:
+    """Return a sentence on the experts that stay, and how much of the routing they had; none where all stay."""
+    facts = plan.provenance.get("experts")
+    if not facts:
+        return ()
+    low, *_, high = sorted([*facts["routed_share"].values()] * 2)
+    share = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    return (
+        f"{facts['kept']} of {facts['of']} experts stay in every layer that has them, by {facts['criterion']}: {share} "
+        f"of the routing of the calibration text went to them. What the others did is made up for by the refit of the "
+        f"head alone.",
+    )
 
 
 def sizes_note(plan: PruningPlan) -> tuple[str, ...]:

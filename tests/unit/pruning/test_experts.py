@@ -29,6 +29,7 @@ from hf_context_prune.pruning.calibration.samples import CalibrationSet, batches
 from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.expert_criteria import EXPERT_CRITERIA, ExpertStatistics, get_expert_criterion
 from hf_context_prune.pruning.experts import choose_experts, count_experts
+from hf_context_prune.pruning.notes import experts_note
 from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import LoadedModel
@@ -133,6 +134,10 @@ def test_experts_go_together_with_other_units(name, options, tmp_path):
         assert {widths.experts for widths in plan.kept_widths} - {0} == {kept}
         assert plan.provenance["experts"]["kept"] == kept
         assert plan.provenance["config"] == config.to_dict()
+        (note,) = experts_note(plan)
+        assert note.startswith(f"{kept} of 8 experts stay in every layer that has them, by reap: ")
+    else:
+        assert experts_note(plan) == ()
     assert count_base_parameters(found.model, plan) == model.num_parameters()
     gone = model.num_parameters() - found.model.num_parameters()
     assert gone >= (config.pruning_ratio or 0) * model.num_parameters()
