@@ -38,6 +38,13 @@ GATED = {"intermediate_size": 40, "num_key_value_heads": 3, "head_dim": 8}
 SLIDING = GATED | {"sliding_window": 16}
 GRANITE = GATED | {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0}
 HYBRID = ["linear_attention", "full_attention", "linear_attention"]
+DELTA = GATED | {
+    "layer_types": HYBRID,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 3,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 FAMILIES: dict[str, dict] = {
     "llama": GATED,
@@ -70,14 +77,7 @@ FAMILIES: dict[str, dict] = {
     "olmo": GATED | {"clip_qkv": 2.0},
     "olmo2": GATED,
     "olmo3": SLIDING,
-    "olmo_hybrid": GATED
-    | {
-        "layer_types": HYBRID,
-        "linear_num_key_heads": 3,
-        "linear_num_value_heads": 3,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    "olmo_hybrid": DELTA,
     "ernie4_5": GATED,
     "hunyuan_v1_dense": GATED,
     "seed_oss": GATED | {"residual_dropout": 0.0, "attention_dropout": 0.0},
@@ -112,14 +112,7 @@ FAMILIES: dict[str, dict] = {
     "glm": GATED,
     "glm4": GATED,
     "phi3": GATED,
-    "qwen3_5_text": GATED
-    | {
-        "layer_types": HYBRID,
-        "linear_num_key_heads": 3,
-        "linear_num_value_heads": 3,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    "qwen3_5_text": DELTA,
     "lfm2": GATED
     | {"intermediate_size": 60, "block_multiple_of": 8, "layer_types": ["conv", "full_attention", "conv"]},
     "phi": {"intermediate_size": 40, "num_key_value_heads": 3, "qk_layernorm": True},

@@ -8,7 +8,6 @@ candidates of a choice go through the layers together, so each layer's weights a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,20 +16,19 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.errors import BudgetError, NumericsError, SaveError
+from hf_context_prune.errors import BudgetError, NumericsError
 from hf_context_prune.modeling.depth import leaves_attention
 from hf_context_prune.modeling.inference import evaluation_mode
+from hf_context_prune.modeling.layer_device import in_hand, layer_device
 from hf_context_prune.modeling.patching import known_states
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.pruning.depth import Depth
 from hf_context_prune.pruning.sequential.hidden_states import Stream, StreamStorage, capture_streams, count_positions
+from hf_context_prune.storage.kept_values import read_kept_values, write_kept_values
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import on_main_process
-from hf_context_prune.utils.files import write_file
-from hf_context_prune.utils.memory import release_weights
-from hf_context_prune.utils.reading import read_json
 
 CHOICE_TOKENS = 2048
 """Tokens that layers are compared on, in whole samples: spread over the calibration text."""
@@ -78,7 +76,8 @@ def choose_layers(
         path = state_dir / f"removed-layers-{key[:16]}.json"
 
     def search() -> list[Choice]:
-        known = [] if path is None else _read(path, key)
+        kept = None if path is None else read_kept_values(path, key)
+        known: list[Choice] = [(int(index), float(loss)) for index, loss in kept or ()]
         check_weights_finite(model)
         with evaluation_mode(model, inference=False), torch.no_grad():
             comparison = _Comparison(view, probe) if len(known) < count else None
@@ -88,7 +87,7 @@ def choose_layers(
                     gone = [index for index, _ in known]
                     known.append(_cheapest(comparison.losses(gone, _left(view, candidates, gone)), count, gone))
                     if path is not None:
-                        _save(path, key, known)
+                        write_kept_values(path, known, key, what="chosen layers")
                     bar.update()
         return known
 
@@ -125,7 +124,7 @@ class _Comparison:
         self.view, self._tokens = view, samples.numel()
         batches = list(enumerate(batches_of(samples)))
         self._ids = [batch["input_ids"] for _, batch in batches]
-        self._storage = StreamStorage(count_positions(batches))
+        self._storage = StreamStorage(count_positions(batches), device=layer_device(view.model))
         self._streams = capture_streams(view, batches, self._storage, base_only=True)
         for stream in self._streams:
             self._storage.keep("first", stream.start, stream.base)
@@ -164,20 +163,20 @@ class _Comparison:
         for index, layer in enumerate(self.view.layers):
             if index in gone:
                 continue
-            for stream in self._streams:
-                if index in candidates:
-                    self._storage.keep(_without(index), stream.start, stream.base)
-                for states in (stream.base, *(self._kept(_without(other), stream) for other in begun)):
-                    states.copy_(stream.call(index, layer, states))
+            with in_hand(layer, layer_device(self.view.model)):
+                for stream in self._streams:
+                    if index in candidates:
+                        self._storage.keep(_without(index), stream.start, stream.base)
+                    for states in (stream.base, *(self._kept(_without(other), stream) for other in begun)):
+                        states.copy_(stream.call(index, layer, states))
             begun += [index] if index in candidates else []
-            release_weights(layer)
 
     def _kept(self, name: str, stream: Stream) -> torch.Tensor:
         count = stream.base[..., 0].numel()
         return self._storage.room(name)[stream.start : stream.start + count].view(stream.base.shape)
 
     def _logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        device = self._streams[0].device
+        device = self.view.model.device
         with known_states(self.view.model, hidden.to(device)):
             logits = self.view.model(input_ids=ids.to(device), use_cache=False).logits
         return logits.float()
@@ -185,24 +184,3 @@ class _Comparison:
 
 def _without(index: int) -> str:
     return f"without {index}"
-
-
-def _read(path: Path, key: str) -> list[Choice]:
-    """Return the finished choices of the same search, by an earlier run."""
-    try:
-        kept = read_json(path)
-        if not isinstance(kept, dict) or kept.get("key") != key:
-            return []
-        return [(int(index), float(loss)) for index, loss in kept["layers"]]
-    except (OSError, ValueError, KeyError, TypeError):  # cut short by a kill, or damaged: measured again
-        return []
-
-
-def _save(path: Path, key: str, known: Sequence[Choice]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(
-            f"The chosen layers can't be kept in {path}: {error}. Name another folder (resume_dir)."
-        ) from error
-    write_file(path, json.dumps({"key": key, "layers": known}))

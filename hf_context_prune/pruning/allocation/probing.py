@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.errors import SaveError, error_context
+from hf_context_prune.errors import error_context
 from hf_context_prune.modeling.architectures import Target
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.layer_device import in_hand, layer_device
@@ -21,11 +20,10 @@ from hf_context_prune.pruning.calibration.samples import Batch, batches_of
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key, TargetStatistics
 from hf_context_prune.pruning.sequential.hidden_states import Stream, StreamStorage, capture_streams, count_positions
 from hf_context_prune.pruning.surgery import ReconstructFn
+from hf_context_prune.storage.kept_values import read_kept_values, write_kept_values
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import broadcast_object, is_main_process, on_main_process, shard
-from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.precision import reduced_precision_matmul
-from hf_context_prune.utils.reading import read_json
 
 from .budget import Curve
 from .sensitivity import MOST_NATS, PROBES, LayerPrices, withhold_probe
@@ -84,7 +82,8 @@ def search_curves(
         for found in _measure_layers(model, batches_of(fit), probe, targets, statistics, prepare):
             curves |= found
     if path is not None and is_main_process():
-        _save(path, key, curves)
+        values = [[layer, target, curve] for (layer, target), curve in curves.items()]
+        write_kept_values(path, values, key, what="measured widths")
     return curves
 
 
@@ -133,22 +132,5 @@ def _price(
 
 def _read(path: Path, key: str) -> dict[Key, Curve] | None:
     """Return the curves of the same search, if an earlier run completed it."""
-    try:
-        kept = read_json(path)
-        if not isinstance(kept, dict) or kept.get("key") != key:
-            return None
-        return {(layer, target): tuple(map(tuple, curve)) for layer, target, curve in kept["curves"]}  # type: ignore[misc]
-    except (OSError, ValueError, KeyError, TypeError):  # cut short by a kill, or damaged: measured again
-        return None
-
-
-def _save(path: Path, key: str, curves: Mapping[Key, Curve]) -> None:
-    """Write the curves with the key of their search."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(
-            f"The measured widths can't be kept in {path}: {error}. Name another folder (resume_dir)."
-        ) from error
-    values = [[layer, target, curve] for (layer, target), curve in curves.items()]
-    write_file(path, json.dumps({"key": key, "curves": values}))
+    kept = read_kept_values(path, key)
+    return None if kept is None else {(layer, target): tuple(map(tuple, curve)) for layer, target, curve in kept}  # type: ignore[misc]
