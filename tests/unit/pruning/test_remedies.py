@@ -20,7 +20,8 @@ from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import plan_widths
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
-from hf_context_prune.pruning.prune_model import check_budget, prune_model
+from hf_context_prune.pruning.check_budget import check_budget
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.vocabulary.prune import mean_probability
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.schedule import PruningSchedule

@@ -13,7 +13,7 @@ from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pipelines.export import export_model
 from hf_context_prune.pipelines.prune import prune
-from hf_context_prune.pruning.prune_model import check_budget
+from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.training.callback.callback import ContextPruneCallback
