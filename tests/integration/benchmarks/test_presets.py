@@ -28,7 +28,7 @@ def test_rows_section_and_resume(tmp_path, monkeypatch):
     assert rows[1]["native"]
     section = (tmp_path / "RESULTS.md").read_text()
     (line,) = [line for line in section.splitlines() if line.startswith("| `compatible`")]
-    change, _ = rows[1]["domain"]
+    change, _, _ = rows[1]["domain"]
     assert f"{100 * change:+.1f} %" in line
     assert line.endswith("plain transformers |")
     monkeypatch.setattr(presets, "measure", lambda *_: pytest.fail("measured again"))
