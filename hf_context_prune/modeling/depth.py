@@ -39,21 +39,17 @@ def _spelled_out(value: Sequence[Any], kept: Sequence[int], layers: int) -> list
     return [[[kinds[index] for index in kept], 1]]
 
 
-def _first_experts(value: int, kept: Sequence[int], layers: int) -> int:
-    """Return the new number of the first layer with experts: as many layers that are kept come before it."""
-    return sum(index < value for index in kept)
-
-
 def _last_experts(value: int, kept: Sequence[int], layers: int) -> int:
     """Return the new number of the last layer with experts."""
     return sum(index <= value for index in kept) - 1
 
 
 _BY_LAYER: dict[str, Callable[[Any, Sequence[int], int], Any]] = {
-    "max_window_layers": _count_before,
+    **dict.fromkeys(
+        ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), _count_before
+    ),
     "full_attn_idxs": _positions,
     "attention_types": _spelled_out,
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), _first_experts),
     "moe_layer_end_index": _last_experts,
     "mlp_only_layers": _positions,
 }

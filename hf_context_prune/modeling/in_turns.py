@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from hf_context_prune.utils.memory import fits_in_memory, free_memory
 
 from .architectures import layers_of, spec_of
-from .layer_device import in_hand, layer_device, move
-from .patching import LayerCall, known_states, record_calls
+from .layer_device import in_hand, layer_device
+from .patching import LayerCall, known_states, move_call, record_calls
 
 Inputs = dict[str, torch.Tensor]
 """Arguments of a forward pass: ``input_ids`` and, where there is padding, ``attention_mask``."""
@@ -66,9 +66,8 @@ def _run_group(model: PreTrainedModel, run: Any, group: Sequence[Inputs]) -> Ite
     for index, layer in enumerate(tqdm(layers, desc="Running layers", unit="layer", name=name, leave=False)):
         with in_hand(layer, device):
             for number, hidden in enumerate(states):
-                args, kwargs = calls[number][index]
-                kwargs = {name: move(value, device) for name, value in kwargs.items()}
-                output = layer(hidden.to(device), *move(args, device), **kwargs)
+                args, kwargs = move_call(calls[number][index], device)
+                output = layer(hidden.to(device), *args, **kwargs)
                 states[number] = (output[0] if isinstance(output, tuple) else output).to(hidden.device)
     for number, batch in enumerate(group):
         with known_states(model, states[number]):

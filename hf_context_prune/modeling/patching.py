@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.utils.precision import bfloat16_autocast, full_precision
 
 from .architectures import layers_of, spec_of
+from .layer_device import move
 from .specs import ArchSpec
 
 Forward = Callable[..., Any]
@@ -38,6 +39,12 @@ def patch_forwards(layers: Sequence[nn.Module], forwards: Sequence[Forward]) -> 
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a layer beside its hidden states."""
+
+
+def move_call(call: LayerCall, device: torch.device) -> LayerCall:
+    """Return the arguments of a layer with their tensors on a device; see [`move`][]."""
+    args, kwargs = call
+    return move(args, device), {name: move(value, device) for name, value in kwargs.items()}
 
 
 def record_calls(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[LayerCall]]:

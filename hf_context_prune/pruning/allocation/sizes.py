@@ -137,8 +137,9 @@ class UnitCurves:
         """Return how many layers have units of a target."""
         return sum(bool(layer.of(target)) for layer in self.geometry.layers)
 
-    def _factor(self, layer: int) -> int:
-        return self.factors[layer] if self.factors else 1
+    def _factor(self, layer: int, target: str = "mlp") -> int:
+        """Return how many units of a target a layer has for each of its width."""
+        return self.factors[layer] if self.factors and target == "mlp" else 1
 
     @property
     def _num_widths(self) -> int:
@@ -171,22 +172,19 @@ class UnitCurves:
         """Return the smallest size of a target that was measured in every layer."""
         layers = [index for index, widths in enumerate(self.geometry.layers) if widths.of(target)]
         measured = [
-            -(-self.curves[layer, target][-1][0] // self._factor_of(target, layer))
+            -(-self.curves[layer, target][-1][0] // self._factor(layer, target))
             if (layer, target) in self.curves
             else total
             for layer in layers
         ]
         return max(measured, default=total)
 
-    def _factor_of(self, target: str, layer: int) -> int:
-        return self._factor(layer) if target == "mlp" else 1
-
     def _loss_in_all_layers(self, target: str, total: int, kept: np.ndarray) -> np.ndarray:
         """Return the sum over layers of the predicted loss at each size."""
         loss = np.zeros(len(kept))
         for key, curve in self.curves.items():
             if key[1] == target:
-                loss += loss_on_hull(curve, list(self._factor_of(target, key[0]) * (total - kept)))
+                loss += loss_on_hull(curve, list(self._factor(key[0], target) * (total - kept)))
         return loss
 
     def _tokens_for(self, remove_params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hf_context_prune.modeling.layer_device import layer_device, move
-from hf_context_prune.modeling.patching import LayerCall, in_bfloat16, record_calls
+from hf_context_prune.modeling.patching import LayerCall, in_bfloat16, move_call, record_calls
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch, prepare_batch
 from hf_context_prune.utils.memmap import memmap_zeros
@@ -59,8 +59,7 @@ class Stream:
             pruned: Whether they are those of the pruned model. Where later layers read keys and values of earlier ones
                 (Gemma 4), both models have their own.
         """
-        args, kwargs = self.calls[index]
-        args, kwargs = move(args, self.device), {name: move(value, self.device) for name, value in kwargs.items()}
+        args, kwargs = move_call(self.calls[index], self.device)
         if pruned and kwargs.get(_SHARED) is not None:
             self._shared = copy.copy(kwargs[_SHARED]) if self._shared is None else self._shared
             kwargs = {**kwargs, _SHARED: self._shared}
