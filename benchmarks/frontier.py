@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pipelines.kept_model import load_or_prune
 from hf_context_prune.pipelines.validation_text import withhold_token_probe
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.widths import native_groups
@@ -34,7 +36,7 @@ from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
 from hf_context_prune.pruning.unit_curves import TokenProbe, measure_units
 from hf_context_prune.training.recovery.config import RecoveryConfig
-from hf_context_prune.training.recovery.recover import RecoveryResult, recover
+from hf_context_prune.training.recovery.recover import recover
 
 OPTIONS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
@@ -51,6 +53,8 @@ class FrontierDomain(Domain):
 
     label = "frontier"
     """Beginning of the name of the folder of the curves."""
+    keeps_models = True
+    """Whether the default's models, trained back too, stay on the disk for other benchmarks of the same settings."""
     _kept: tuple[str, float, PrunedModel] | None = None
 
     @cached_property
@@ -104,16 +108,28 @@ class FrontierDomain(Domain):
         """Prune as `prune` does, from the curves of the domain; the last model is kept."""
         if self._kept is None or self._kept[:2] != (method, share):
             self._kept = None
-            found = prune_model(
-                self.model,
-                self.load().tokenizer,
-                self.calibration,
-                self.own_config(method, share),
-                token_probe=self.probe,
-                resume_dir=self.folder,
-            )
-            self._kept = method, share, found
+
+            def prune() -> PrunedModel:
+                return prune_model(
+                    self.model,
+                    self.load().tokenizer,
+                    self.calibration,
+                    self.own_config(method, share),
+                    token_probe=self.probe,
+                    resume_dir=self.folder,
+                )
+
+            self._kept = method, share, self.keep(share, prune) if method == DEFAULT else prune()
         return self._kept[2]
+
+    def keep(self, share: float, make: Callable[[], PrunedModel], *facts: object) -> PrunedModel:
+        """Return the model that an earlier run made of the default's, or make it; facts say what is done to it."""
+        if not self.keeps_models:
+            return make()
+        name = "-".join(map(str, ("kept", self.name, share, *facts)))
+        place = Path(self.args.work) / "models" / name
+        place.mkdir(parents=True, exist_ok=True)
+        return load_or_prune(place, self.load(), (self.own_config(DEFAULT, share).to_dict(), facts), make)
 
     def forget(self) -> None:
         """Remove the last model, and the finished layers of its size, whose rows are complete."""
@@ -154,19 +170,24 @@ class FrontierDomain(Domain):
         facts = {name: plan.provenance.get(name) for name in ("predicted_loss_increase", "predicted_losses", "refit")}
         return {**row, **facts, "gone": count_gone(plan), "native": native, "stages": stages}
 
-    def healed(self, share: float) -> RecoveryResult:
-        """Train the default's model back."""
-        model, tokenizer, _ = self.pruned(DEFAULT, share)
+    def healed(self, share: float) -> PrunedModel:
+        """Train the default's model back; its plan's provenance has the history (`training`)."""
         config = RecoveryConfig(
             max_minutes=self.args.minutes, max_seq_length=self.args.length, recovery_seed=self.args.seed
         )
-        return recover(model, self.train, config, tokenizer=tokenizer)
+
+        def train() -> PrunedModel:
+            model, tokenizer, plan = self.pruned(DEFAULT, share)
+            found = recover(model, self.train, config, tokenizer=tokenizer)
+            facts = {**plan.provenance, "training": found.history.to_dict()}
+            return PrunedModel(found.model, tokenizer, replace(plan, provenance=facts))
+
+        return self.keep(share, train, HEALED, self.args.minutes)
 
     def measure_healed(self, share: float, base: Mapping[str, Any]) -> dict[str, Any]:
         """Train the default's model back, and score it."""
-        tokenizer, result = self.pruned(DEFAULT, share)[1], self.healed(share)
-        row = self.scored(result.model, tokenizer, base, general=True)
-        return {**row, "history": result.history.to_dict()}
+        model, tokenizer, plan = self.healed(share)
+        return {**self.scored(model, tokenizer, base, general=True), "history": plan.provenance["training"]}
 
     def measure_peer(self, method: str, share: float, base: dict[str, Any]) -> dict[str, Any]:
         """Prune to a share of all parameters by neurons alone, equally many in every layer, and score the model."""

@@ -35,6 +35,8 @@ MOST_DOMAIN = 0.02
 class SharedDomain(FrontierDomain):
     """A domain that is calibrated on with a share of general text."""
 
+    keeps_models = False
+
     def __init__(self, load: Callable[[], Any], args: argparse.Namespace, name: str, ratio: float) -> None:
         super().__init__(load, args, name, targets=("mlp",))
         self.ratio, self.label = ratio, f"general-{ratio:g}"
