@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.by_source import read_sources
 from benchmarks.common import ROOT, Rows, corpus, given, parser, plot_path, write_section
 from benchmarks.frontier_picture import draw
 from benchmarks.frontier_text import BASE, DEFAULT, FORMS, HEALED, LARGEST_OF_FORMS, LAYERS, results_text
@@ -304,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     section = "frontier_quick" if args.quick else "frontier"
     picture = plot_path(section) if args.quick else PICTURE
     draw(rows.found, args, picture)
-    write_section(section, results_text(rows.found, args, picture))
+    write_section(section, results_text(rows.found, args, picture, read_sources(args, args.domains)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
+from benchmarks.by_source import Sources, mean_and_worst, worst_table
 from benchmarks.common import table
 from benchmarks.methods import METHODS
 from benchmarks.vocabulary import relative
@@ -90,6 +91,22 @@ def domain_table(rows: Found, args: argparse.Namespace) -> str:
             body.append([f"{share:.0%}", label_of(method, args), *map(format_change, found), f"{least:.2%}", *units])
     header = ["asked", "method", *args.domains, "mean", "removed at least"]
     return table([*header, *(f"tokens / neurons / KV groups gone, {domain}" for domain in args.domains)], body)
+
+
+def sources_table(rows: Found, args: argparse.Namespace, sources: Sources) -> str:
+    """Return the table of what the default's worst source loses beside the mean, at each size."""
+    return worst_table(
+        {
+            share: {
+                domain: mean_and_worst(
+                    rows[domain, BASE, 0.0], rows[domain, DEFAULT, share], sources[domain], args.seed
+                )
+                for domain in args.domains
+            }
+            for share in args.shares
+        },
+        args.domains,
+    )
 
 
 def forms_table(rows: Found, args: argparse.Namespace) -> str:
@@ -195,7 +212,7 @@ def time_text(rows: Found, args: argparse.Namespace) -> str:
     )
 
 
-def results_text(rows: Found, args: argparse.Namespace, picture: Path) -> str:
+def results_text(rows: Found, args: argparse.Namespace, picture: Path, sources: Sources) -> str:
     """Return the section of RESULTS.md."""
     base = {domain: rows[domain, BASE, 0.0] for domain in args.domains}
     text = "; ".join(
@@ -226,6 +243,14 @@ sizes are measured once per domain.
 {domain_table(rows, args)}
 
 {verdicts(rows, args)}
+
+### The worst source
+
+The default by source of the test text. Documents of a source are alike, so intervals of the mean draw sources, then documents;
+with fewer than five sources the range from the best to the worst source stands in their place, and a source of fewer than ten
+documents has no interval. A source of one or two documents says how much such a document may lose, and no more.
+
+{sources_table(rows, args, sources)}
 
 ### The native architecture
 

@@ -20,11 +20,12 @@ from benchmarks.frontier import FrontierDomain
 from benchmarks.frontier_text import DEFAULT
 from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
-from hf_context_prune.config import DEFAULT_GENERAL_DATA_RATIO, PrunerConfig
+from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.evaluation.reports.formatting import format_change, format_percent
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.utils.text_options import DEFAULT_GENERAL_DATA_RATIO
 
 MOST_GENERAL = 0.25
 """Goal: largest mean change of bits per byte on general text."""

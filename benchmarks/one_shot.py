@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.by_source import Sources, mean_and_worst, read_sources
 from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
 from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain
 from benchmarks.models import MODELS
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses
+from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.modeling.architectures import TARGETS
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
@@ -78,7 +80,20 @@ def methods_of(args: argparse.Namespace, size: str) -> list[str]:
     return [method for method in args.methods if method != HIGH or SIZES[size].high]
 
 
-def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
+def worst_line(rows: Found, args: argparse.Namespace, name: str, sources: Sources) -> str:
+    """Return what the best of our methods loses on each domain, and on its worst source; empty where none was measured."""
+    method = next((method for method in ("ours-adaptive", "ours") if method in args.methods), None)
+    if method is None:
+        return ""
+    parts = []
+    for domain in args.domains:
+        dense, row = rows[domain, "", "dense"], rows[domain, name, method]
+        mean, worst = mean_and_worst(dense, row, sources[domain], args.seed)
+        parts.append(f"{domain} {format_change(mean)}, " + ("one source" if worst is None else f"at worst {worst}"))
+    return f"{METHODS[method].label}, change of the loss by source of the text: {'; '.join(parts)}."
+
+
+def size_section(rows: Found, args: argparse.Namespace, name: str, sources: Sources) -> str:
     """Return the table of one size, with verdicts on goals, paired differences and notes."""
     dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
     body, lines, notes = [], [], []
@@ -127,6 +142,7 @@ def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
             f"The refit of `refit_lm_head=True` on the base model, with nothing removed: {'; '.join(alone)}. This much of the "
             f"gain of `refit_lm_head=True` may be adaptation to the domain, not reconstruction."
         )
+    lines += [line for line in [worst_line(rows, args, name, sources)] if line]
     header = ["method", *(f"excess, {d}" for d in args.domains), *(f"share, {d}" for d in args.domains)]
     body_text = table([*header, "mean share", "parameters"], body)
     return "\n\n".join(
@@ -177,7 +193,7 @@ def errorbars(axis: Any, places: Any, found: Sequence[Estimate], label: str, *, 
     axis.errorbar(x, y, **{error: bars if len(keep) else None}, fmt="o" if horizontal else "o-", ms=4, label=label)
 
 
-def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str) -> str:
+def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str, sources: Sources) -> str:
     """Return the section of RESULTS.md."""
     dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
     text = "; ".join(
@@ -209,7 +225,7 @@ time of the methods.
 
 ![Excess loss by method]({plot_path(name).name})
 
-{chr(10).join(f"{size_section(rows, args, size)}{chr(10)}" for size in args.sizes)}
+{chr(10).join(f"{size_section(rows, args, size, sources)}{chr(10)}" for size in args.sizes)}
 Calls of the peers:
 
 {chr(10).join(calls) or "- none in this run"}
@@ -247,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model != DEFAULT_MODEL:
         common["model"] = args.model
     domains = {domain: Domain(load, args, domain, targets=args.targets) for domain in args.domains}
+    sources = read_sources(args, args.domains)
     keys = {domain: {**common, "domain": domain} for domain in domains}
     rows: dict[tuple[str, str, str], dict[str, Any]] = {
         (name, "", "dense"): store.get_or_measure({**keys[name], "method": "dense"}, domain.measure_dense)
@@ -269,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
         finished = argparse.Namespace(**{**vars(args), "sizes": args.sizes[:turn]})
         plot(rows, finished, section)
-        write_section(section, results_text(rows, finished, section, store.setting["machine"]))
+        write_section(section, results_text(rows, finished, section, store.setting["machine"], sources))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from hf_context_prune.utils.options import (
     name_such_as,
     option,
 )
-from hf_context_prune.utils.saved_options import SavedOptions
+from hf_context_prune.utils.text_options import TextOptions
 
 from .errors import ConfigError
 
@@ -37,7 +37,6 @@ UnitName = Literal["tokens", "neurons", "kv_groups"]
 
 DEFAULT_PRUNING_RATIO = 0.2
 DEFAULT_PAD_TO_MULTIPLE_OF = 64
-DEFAULT_GENERAL_DATA_RATIO = 0.125
 NATIVE_TOLERANCE = 0.01
 """Bits per byte, as a share of the base model's, that the native architecture may cost to be the default."""
 DEFAULT_RIDGE = 0.3
@@ -51,29 +50,13 @@ _THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of
 
 
 @dataclass(kw_only=True)
-class CalibrationConfig(SavedOptions):
+class CalibrationConfig(TextOptions):
     """The text that a pruning run is calibrated on.
 
     Raises:
         ConfigError: A value out of range, or an unknown name.
     """
 
-    num_calibration_samples: int = option(128, "Samples of calibration text.", panel=TEXT, allowed=at_least(1))
-    max_seq_length: int = option(512, "Tokens per sample.", panel=TEXT, allowed=at_least(2))
-    general_data_ratio: float | None = option(
-        None,
-        "Share of the calibration samples taken from general text instead of domain text, in [0, 1). The model loses a "
-        "little more on the domain and forgets less elsewhere. Needs general text (--general-data), of which a tenth "
-        f"is then held out to measure on. Default {DEFAULT_GENERAL_DATA_RATIO} with general text, else 0.",
-        panel=TEXT,
-        allowed=below_one("0.25 takes a quarter of the calibration samples from general text"),
-    )
-    text_column: str | None = option(
-        None,
-        "Column that holds the text; found automatically if there is one candidate.",
-        panel=TEXT,
-        allowed=name_such_as("text"),
-    )
     # Not `seed`: HfArgumentParser would refuse this class beside TrainingArguments, which has that one.
     pruning_seed: int = option(
         0,

@@ -13,8 +13,6 @@ from hf_context_prune.errors import ConfigError, DataError
 from .decontamination import drop_overlapping
 from .documents import TextData, TextDocument, TextSource, load_documents, stable_hash
 
-_STRETCH_CHARS = 2_000
-
 
 def hold_out_documents(
     source: TextSource, *, fraction: float = 0.1, max_documents: int | None = None, seed: int = 0
@@ -181,22 +179,3 @@ class TextSplit:
         if dropped:
             how += f" {dropped:,} of these documents were dropped, because the general calibration text has them too."
         return replace(self, test=left, how=how)
-
-
-def cut_stretches(text: TextSource, seed: int) -> TextSource:
-    """Cut a stretch of at most 2,000 characters out of each text, so that a few thousand tokens are of many documents.
-
-    Args:
-        text: Documents.
-        seed: Seed of the places, and of the order of the stretches.
-    """
-    cut = []
-    for record in sorted(text.documents, key=lambda record: stable_hash("stretch", seed, record.doc, record.text)):
-        spare = len(record.text) - _STRETCH_CHARS
-        start = 0
-        if spare > 0:
-            start = int.from_bytes(stable_hash("start", seed, record.doc, record.text)[:4], "big") % spare
-            start = record.text.find(" ", start) + 1  # 0 where there is no space
-        if stretch := record.text[start : start + _STRETCH_CHARS].strip():
-            cut.append(replace(record, text=stretch))
-    return TextSource.from_documents(cut, name=text.name)

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from hf_context_prune.data.balance import share_evenly, split_by_source
 from hf_context_prune.data.documents import TextDocument, TextSource, stable_hash
 
 from .windows import group_records
@@ -40,7 +41,13 @@ class Passages:
 
     @classmethod
     def of(
-        cls, source: TextSource, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None, seed: int = 0
+        cls,
+        source: TextSource,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int | None,
+        seed: int = 0,
+        balance_sources: bool = False,
     ) -> Passages:
         """Cut passages of at most `max_tokens` tokens in all; a shorter text stays whole.
 
@@ -49,12 +56,13 @@ class Passages:
             tokenizer: Counts the tokens, without special tokens.
             max_tokens: Largest number of tokens; None takes the whole text.
             seed: Chooses documents and places.
+            balance_sources: As for `within`.
         """
         if max_tokens is None:
             return cls.whole(source)
         max_chars = _CHARS_PER_TOKEN * max_tokens
         while True:
-            found = cls.within(source, max_chars, seed=seed)
+            found = cls.within(source, max_chars, seed=seed, balance_sources=balance_sources)
             tokens = _count_tokens(found.text, tokenizer)
             if tokens <= max_tokens or max_chars == 1:  # a single character may be several tokens
                 return found
@@ -63,7 +71,7 @@ class Passages:
             max_chars = max(1, min(max_chars - 1, int(0.98 * max_chars * max_tokens / tokens)))
 
     @classmethod
-    def within(cls, source: TextSource, max_chars: int, *, seed: int = 0) -> Passages:
+    def within(cls, source: TextSource, max_chars: int, *, seed: int = 0, balance_sources: bool = False) -> Passages:
         """Cut passages of at most `max_chars` characters in all, the same ones whatever the tokenizer.
 
         A hundred documents give a passage each: fewer where a passage would have under 800 characters, more where it
@@ -73,11 +81,14 @@ class Passages:
             source: The text.
             max_chars: Largest number of characters; a shorter text stays whole.
             seed: Chooses documents and places.
+            balance_sources: Every source gives equally many characters, as far as it has them.
         """
         groups = group_records(source, None)
         sizes = {doc: sum(len(record.text) for record in records) for doc, records in groups.items()}
         if sum(sizes.values()) <= max_chars:
             return cls(source, None, len(groups))
+        if balance_sources:
+            return cls._within_each_source(source, max_chars, seed)
         order = sorted(groups)
         random.Random(seed).shuffle(order)
         wanted = max(1, min(max(_DOCUMENTS, max_chars // _LONG_PASSAGE), max_chars // _SHORT_PASSAGE))
@@ -96,6 +107,15 @@ class Passages:
         passages = [record for doc in groups for record in cut.get(doc, ())]
         text = TextSource.from_documents(passages, name=source.name, revision=source.revision)
         return cls(text, max_chars, len(groups))
+
+    @classmethod
+    def _within_each_source(cls, source: TextSource, max_chars: int, seed: int) -> Passages:
+        parts = split_by_source(source)
+        shares = share_evenly([sum(len(record.text) for record in part.documents) for part in parts], max_chars)
+        cut = [cls.within(part, share, seed=seed).text for part, share in zip(parts, shares, strict=True) if share]
+        passages = [record for text in cut for record in text.documents]
+        text = TextSource.from_documents(passages, name=source.name, revision=source.revision)
+        return cls(text, max_chars, _count_documents(source))
 
     def describe(self) -> str:
         """Return a sentence on the choice; empty where the text is whole."""

@@ -36,6 +36,7 @@ class ValidationText:
         tokenizer: PreTrainedTokenizerBase,
         max_tokens: int,
         max_seq_length: int,
+        balance_sources: bool = False,
     ) -> ValidationText:
         """Keep the documents that other text does not repeat, and cut the passages that are scored.
 
@@ -45,13 +46,14 @@ class ValidationText:
             tokenizer: Counts the tokens.
             max_tokens: Largest number of tokens that are scored, in passages of many documents.
             max_seq_length: Tokens per window.
+            balance_sources: As for [`Passages`][].
         """
         text = given
         for other in others:
             text, _ = drop_overlapping(text, other)
         num_dropped = len(given) - len(text)
         if len(text):
-            text = Passages.of(text, tokenizer, max_tokens=max_tokens).text
+            text = Passages.of(text, tokenizer, max_tokens=max_tokens, balance_sources=balance_sources).text
         return cls(text, max_seq_length, num_dropped)
 
     def bits_per_byte(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -266,7 +266,8 @@ def _run_stages(
         recovers=recovery is not None,
     )
     if recovery is not None:
-        text = RecoveryText.of(texts.split.calibration, base.tokenizer, recovery, *texts.calibration.general_share)
+        shared, balances = texts.calibration.general_share, config.balance_sources
+        text = RecoveryText.of(texts.split.calibration, base.tokenizer, recovery, *shared, balance_sources=balances)
         check_recovery_time(base.model, base.tokenizer, text, recovery)
     stages.begin(_BASE)
     comparison = Comparison.begin(

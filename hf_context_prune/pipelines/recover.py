@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_context_prune.data.balance import group_by_source
 from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.splits import TextSplit, hold_out_documents
 from hf_context_prune.errors import ConfigError, DownloadError, LoadError
@@ -147,6 +148,8 @@ def train_back(
 ) -> tuple[PrunedModel, str]:
     """Recover a pruned model; where general text was calibrated on, the same share of it is trained on.
 
+    Where the pruning balanced the sources of its text, so does the training.
+
     Args:
         pruned: The pruned model; left as it is.
         text: Text of the domain, of which [`recover`][] holds validation documents out.
@@ -161,7 +164,7 @@ def train_back(
     Raises:
         ContextPruneError: See [`recover`][].
     """
-    share = 0.0 if general is None else general_data_ratio
+    share, balances = 0.0 if general is None else general_data_ratio, _balances_sources(pruned.plan, text)
     outcome = recover(
         pruned.model,
         text,
@@ -169,15 +172,31 @@ def train_back(
         tokenizer=pruned.tokenizer,
         general_data=general,
         general_data_ratio=share,
+        balance_sources=balances,
         resume_dir=resume_dir,
     )
     run = {"config": config.to_dict(), "history": outcome.history.to_dict()}
     provenance = pruned.plan.provenance
     earlier = provenance.get("recoveries") or ()
     plan = replace(pruned.plan, provenance={**provenance, "recoveries": [*earlier, run]})
-    trained_on = text.name if general is None else f"{text.name}, a share of {share:g} of {general.name},"
+    name = f"{text.name}, as much of every source," if balances else text.name
+    trained_on = name if general is None else f"{name.rstrip(',')}, a share of {share:g} of {general.name},"
     note = _describe_training(config, outcome.history, trained_on)
     return PrunedModel(outcome.model, pruned.tokenizer, plan), note
+
+
+def _balances_sources(plan: PruningPlan, text: TextSource) -> bool:
+    """Return whether the pruning balanced its sources, and this text has several, too."""
+    if not (plan.provenance.get("config") or {}).get("balance_sources"):
+        return False
+    several = len(group_by_source(text.documents)) > 1
+    if not several:
+        _LOGGER.warning(
+            "The pruning took as much text of every source (balance_sources), but %s has a single one: it is trained "
+            "on as it is. Name the source of each record in a column 'source' to balance them.",
+            text.name,
+        )
+    return several
 
 
 @reserves("output")

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.data.splits import cut_stretches, hold_out_documents
+from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
+from hf_context_prune.evaluation.passages import Passages
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import SizeSearch
 from hf_context_prune.evaluation.validation import ValidationText
@@ -25,7 +26,7 @@ from hf_context_prune.utils.distributed import on_main_process
 _VALIDATION_TOKENS = 12_000
 """Upper limit of the tokens that a size is searched on, in whole documents."""
 _PROBE_TOKENS = 6_000
-"""Upper limit of the tokens that vocabularies are compared on."""
+"""Upper limit of the tokens that vocabularies are compared on, in passages of about 30 documents."""
 
 
 def withhold_size_text(
@@ -109,28 +110,29 @@ def withhold_token_probe(
     """Withhold documents of the calibration text that vocabularies are compared on; see [`measure_units`][].
 
     Of several documents of general text that are calibrated on, some are withheld too; their loss counts by its share.
+    With `balance_sources`, the domain's sources count equally.
 
     Raises:
         DataError: The domain's text is a single document.
     """
     several = calibration.general is not None and len(calibration.general) > 1
     share = (config.general_data_ratio or 0.0) if several else 0.0
-    sources = [(calibration.domain, 1 - share)]
+    balances = config.balance_sources
+    parts = [_Part.of(model, tokenizer, calibration.domain, 1 - share, config, balance_sources=balances)]
     if calibration.general is not None and share:
-        sources.append((calibration.general, share))
-    parts = [_Part.of(model, tokenizer, source, weight, config) for source, weight in sources]
+        parts.append(_Part.of(model, tokenizer, calibration.general, share, config))
 
     def loss(candidate: PreTrainedModel, own: PreTrainedTokenizerBase) -> float:
         return sum(part.weight * part.loss(candidate, own) for part in parts)
 
     base_loss = sum(part.weight * part.base_loss for part in parts)
-    texts = tuple(ProbeText(part.withheld, part.measured, part.weight) for part in parts)
+    texts = tuple(ProbeText(part.withheld, part.measured, part.weight, part.balance_sources) for part in parts)
     return TokenProbe(parts[0].counted, loss, base_loss, texts, parts[1].counted if len(parts) > 1 else None)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Documents withheld from one text, with the base model's loss on stretches of some of them."""
+    """Documents withheld from one text, with the base model's loss on passages of some of them."""
 
     counted: TextSource
     withheld: TextSource
@@ -139,6 +141,7 @@ class _Part:
     base_loss: float
     weight: float
     max_seq_length: int
+    balance_sources: bool
 
     @classmethod
     def of(
@@ -148,6 +151,8 @@ class _Part:
         text: TextSource,
         weight: float,
         config: CalibrationConfig,
+        *,
+        balance_sources: bool = False,
     ) -> _Part:
         try:
             counted, withheld = hold_out_documents(text, seed=config.pruning_seed)
@@ -159,21 +164,19 @@ class _Part:
             ) from error
         clean, _ = drop_overlapping(withheld, counted)  # a document that others repeat has no token of its own
         withheld = clean if len(clean) else withheld
-        length, stretches = config.max_seq_length, cut_stretches(withheld, config.pruning_seed)
+        most, length = max(1, round(weight * _PROBE_TOKENS)), config.max_seq_length
+        measured = Passages.of(
+            withheld, tokenizer, max_tokens=most, seed=config.pruning_seed, balance_sources=balance_sources
+        ).text
 
-        def measure_base() -> tuple[list[str], int, float]:
-            most = max(1, round(weight * _PROBE_TOKENS))
+        def measure_base() -> tuple[int, float]:
             with bfloat16_layers(model):
-                base = document_losses(model, tokenizer, stretches, max_seq_length=length, max_tokens=most)
+                base = document_losses(model, tokenizer, measured, max_seq_length=length)
             tokens = sum(loss.num_tokens for loss in base)
-            return [loss.doc for loss in base], tokens, sum(loss.nll for loss in base) / tokens
+            return tokens, sum(loss.nll for loss in base) / tokens
 
-        docs, tokens, base_loss = on_main_process(measure_base)
-        chosen = set(docs)
-        measured = TextSource.from_documents(
-            (record for record in stretches.documents if record.doc in chosen), name=text.name
-        )
-        return cls(counted, withheld, measured, tokens, base_loss, weight, length)
+        tokens, base_loss = on_main_process(measure_base)
+        return cls(counted, withheld, measured, tokens, base_loss, weight, length, balance_sources)
 
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the loss of a model with its tokenizer, in nats per token of the base tokenizer."""

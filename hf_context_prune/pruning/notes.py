@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
+from hf_context_prune.data.balance import group_by_source
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.modeling.depth import WARNING, describe_layers
 from hf_context_prune.modeling.geometry import units_of, widths_vary
@@ -22,6 +23,7 @@ def plan_notes(plan: PruningPlan, calibration: CalibrationSet) -> tuple[str, ...
         mixed = "" if general is None else f", a share of {config.general_data_ratio:g} of {general.name}"
         calibrated = (f"Calibrated on {plan.provenance['num_calibration_tokens']:,} tokens of {text.name}{mixed}.",)
     return (
+        *balance_note(calibration),
         *layers_note(plan),
         *experts_note(plan),
         *sizes_note(plan),
@@ -29,6 +31,17 @@ def plan_notes(plan: PruningPlan, calibration: CalibrationSet) -> tuple[str, ...
         *refit_note(plan),
         *zeros_note(plan),
         *calibrated,
+    )
+
+
+def balance_note(calibration: CalibrationSet) -> tuple[str, ...]:
+    """Return a sentence on sources that count equally; none where they count by their size."""
+    if not calibration.config.balance_sources:
+        return ()
+    count = len(group_by_source(calibration.domain.documents))
+    return (
+        f"The {count:,} sources of {calibration.domain.name} count equally in what is calibrated on, as far as each "
+        f"has text (--balance-sources).",
     )
 
 

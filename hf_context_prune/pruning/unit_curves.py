@@ -13,6 +13,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import PrunerConfig
+from hf_context_prune.data.balance import split_by_source
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
@@ -44,13 +45,15 @@ class ProbeText:
 
     Attributes:
         withheld: All of them.
-        measured: The stretches of some of them that the loss is measured on.
+        measured: The passages of some of them that the loss is measured on.
         weight: Share of this text in the loss.
+        balance_sources: Its sources count equally.
     """
 
     withheld: TextSource
     measured: TextSource
     weight: float
+    balance_sources: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _load_or_measure(
         return measure()
     texts = probe.counted.fingerprint, None if probe.general is None else probe.general.fingerprint
     options = config.vocab_criterion, config.pad_to_multiple_of, SHARES
-    sampling = sorted(pruner.sampling.items()), pruner.general_share, probe.base_loss
+    sampling = sorted(pruner.sampling.items()), pruner.general_share, probe.base_loss, pruner.balance_sources
     key = resume_key(pruner.model, [], "tokens", texts, options, sampling, max(0, missing))
     path = resume_dir / f"tokens-{key[:16]}.safetensors"
     if (kept := read_kept_tensors(path, key, remedy="the vocabularies are measured again")) is not None:
@@ -173,7 +176,7 @@ def _measure_tokens(pruner: VocabularyPruner, config: PrunerConfig, probe: Token
     curve = [(rows, 0.0)]
     if len(pruner.table) < rows:  # removing padding costs nothing
         curve.append((len(pruner.table), 0.0))
-    withheld = [(text.weight, count_tokens(pruner.tokenizer, text.withheld).occurrences) for text in probe.texts]
+    withheld = [part for text in probe.texts for part in _count_withheld(pruner.tokenizer, text)]
     measured = [(text.weight, count_tokens(pruner.tokenizer, text.measured).occurrences) for text in probe.texts]
     enough = rows - math.ceil(max(0, missing) / token_cost(pruner.model))
     sizes = list(_sizes(pruner, config, rows))
@@ -190,6 +193,12 @@ def _measure_tokens(pruner: VocabularyPruner, config: PrunerConfig, probe: Token
             if excess > _TOO_MUCH * probe.base_loss and curve[-1][0] <= enough:
                 break
     return tuple(curve)
+
+
+def _count_withheld(tokenizer: PreTrainedTokenizerBase, text: ProbeText) -> list[tuple[float, Counter[int]]]:
+    """Return (weight, token occurrences) of a text's documents, or of each of its sources where they count equally."""
+    parts = split_by_source(text.withheld) if text.balance_sources else [text.withheld]
+    return [(text.weight / len(parts), count_tokens(tokenizer, part).occurrences) for part in parts]
 
 
 def _removed_share(texts: Sequence[tuple[float, Counter[int]]], kept: Collection[int]) -> float:

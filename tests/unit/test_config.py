@@ -70,6 +70,7 @@ EVERYTHING = {
     "vocab_criterion": "frequency",
     "ridge": 0.1,
     "general_data_ratio": 0.25,
+    "balance_sources": True,
     "domain": "law",
     "num_calibration_samples": 7,
     "max_seq_length": 33,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_context_prune.config import DEFAULT_GENERAL_DATA_RATIO, CalibrationConfig, PrunerConfig
+from hf_context_prune.config import CalibrationConfig, PrunerConfig
+from hf_context_prune.data.balance import check_sources
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.samples import join_samples, tokenize_samples
 from hf_context_prune.errors import ConfigError, DataError
+from hf_context_prune.utils.text_options import DEFAULT_GENERAL_DATA_RATIO
 
 Batch = dict[str, torch.Tensor]
 """What a model's forward takes: ``input_ids`` and, where there is padding, ``attention_mask``."""
@@ -69,10 +71,13 @@ class CalibrationSet:
 
     Raises:
         ConfigError: See [`check_general_data_ratio`][].
+        DataError: `balance_sources` is given, and the domain's text has a single source.
     """
 
     def __init__(self, domain: TextSource, config: CalibrationConfig, general: TextSource | None = None) -> None:
         check_general_data_ratio(config, general)
+        if config.balance_sources:
+            check_sources(domain)
         self.domain, self.config, self.general = domain, config, general
         # The tokenizer is kept beside its samples, so that no other one can get its id.
         self._known: dict[tuple[int, int], tuple[PreTrainedTokenizerBase, torch.Tensor]] = {}
@@ -106,7 +111,7 @@ class CalibrationSet:
         config = self.config
         share, own = config.general_data_ratio or 0.0, config.num_calibration_samples
 
-        def cut(source: TextSource, count: int, first: int) -> torch.Tensor:
+        def cut(source: TextSource, count: int, first: int, *, balance_sources: bool = False) -> torch.Tensor:
             return tokenize_samples(
                 source,
                 tokenizer,
@@ -115,6 +120,7 @@ class CalibrationSet:
                 seed=config.pruning_seed,
                 warn_if_short=wanted <= own,
                 varied_after=first,
+                balance_sources=balance_sources,
             )
 
         def count_mixed(samples: int) -> int:
@@ -122,9 +128,10 @@ class CalibrationSet:
 
         mixed = count_mixed(wanted)
         if not mixed or self.general is None:
-            return cut(self.domain, wanted, own)
+            return cut(self.domain, wanted, own, balance_sources=config.balance_sources)
         first = count_mixed(own)
-        parts = cut(self.domain, wanted - mixed, own - first), cut(self.general, mixed, first)
+        domain = cut(self.domain, wanted - mixed, own - first, balance_sources=config.balance_sources)
+        parts = domain, cut(self.general, mixed, first)
         both = join_samples((self.domain, parts[0]), (self.general, parts[1]))
         # Evenly spread, in an order that more samples only continue.
         places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])

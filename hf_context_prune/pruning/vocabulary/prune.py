@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import Any, get_args
 
 import torch
@@ -13,6 +14,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import DEFAULT_PAD_TO_MULTIPLE_OF, PrunerConfig, ThresholdConfig, VocabCriterion
+from hf_context_prune.data.balance import check_sources, split_by_source
 from hf_context_prune.data.documents import TextData, TextSource, load_documents
 from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown_name
@@ -76,6 +78,7 @@ def prune_vocabulary(
     keep: Collection[str] = (),
     remove: Collection[str] = (),
     seed: int = 0,
+    balance_sources: bool = False,
 ) -> TrimmedModel:
     """Remove the vocabulary entries that a domain does not need; any text can still be encoded and decoded.
 
@@ -98,6 +101,7 @@ def prune_vocabulary(
         keep: Tokens (their contents) that must stay.
         remove: Tokens that must go.
         seed: For the choice of text.
+        balance_sources: Rank tokens by the mean over the text's sources, and refit to as much text of each.
 
     Returns:
         The smaller model, its tokenizer, and the plan with the kept tokens: `trimmed.model`, `trimmed.tokenizer`,
@@ -107,12 +111,15 @@ def prune_vocabulary(
         VocabularyError: The tokenizer is of an unsupported kind or does not belong to the model, or a token that must
             stay is to be removed.
         BudgetError: Fewer tokens are asked for than must stay; the message names the least.
-        DataError: The text is empty.
+        DataError: The text is empty, or `balance_sources` is given and it has a single source.
     """
     size = VocabularySize(vocab_size, vocab_coverage, vocab_min_count, pad_to_multiple_of)
     check_prunable(model, tokenizer, size, keep=keep, remove=remove)
     source = load_documents(data, tokenizer=tokenizer, seed=seed)
-    pruner = VocabularyPruner(model, tokenizer, source, criterion=criterion, keep=keep, remove=remove, seed=seed)
+    if balance_sources:
+        check_sources(source)
+    options: dict[str, Any] = {"criterion": criterion, "keep": keep, "remove": remove, "seed": seed}
+    pruner = VocabularyPruner(model, tokenizer, source, **options, balance_sources=balance_sources)
     return pruner.trim(size, refit=refit, share=False)
 
 
@@ -129,6 +136,7 @@ class VocabularyPruner:
         num_samples: Samples for the refit, which reads up to four times as many.
         max_seq_length: Tokens per sample; no more than the model has positions.
         seed: For the choice of text.
+        balance_sources: As for [`prune_vocabulary`][].
         general: General text whose tokens count too.
         general_share: Weight of its tokens, in [0, 1).
         expected: The model's mean probability of each token, [rows] float64, where it was measured before; None: it is
@@ -153,6 +161,7 @@ class VocabularyPruner:
         num_samples: int = _SAMPLES,
         max_seq_length: int = _LENGTH,
         seed: int = 0,
+        balance_sources: bool = False,
         general: TextSource | None = None,
         general_share: float = 0.0,
         expected: torch.Tensor | None = None,
@@ -167,6 +176,7 @@ class VocabularyPruner:
         self.unwanted = find_ids(self.table, remove, "removed")
         length = min(max_seq_length, getattr(model.config, "max_position_embeddings", None) or max_seq_length)
         self.sampling = {"num_samples": num_samples, "max_seq_length": length, "seed": seed}
+        self.balance_sources = balance_sources
         self.general, self.general_share = general if general_share else None, general_share
         self._expected = expected
 
@@ -178,7 +188,13 @@ class VocabularyPruner:
     @cached_property
     def counts(self) -> TokenCounts:
         """How often the text uses each token."""
-        return count_tokens(self.tokenizer, self.source)
+        return reduce(add, self._counts_by_source)
+
+    @cached_property
+    def _counts_by_source(self) -> list[TokenCounts]:
+        """Counts of the texts that count equally: of the sources, or of the text as a whole."""
+        texts = split_by_source(self.source) if self.balance_sources else [self.source]
+        return [count_tokens(self.tokenizer, text) for text in texts]
 
     @cached_property
     def expected(self) -> torch.Tensor:
@@ -194,21 +210,25 @@ class VocabularyPruner:
             max_seq_length=length,
             seed=self.sampling["seed"],
             warn_if_short=False,
+            balance_sources=self.balance_sources,
         )
         return mean_probability(self.model, samples)
 
     @cached_property
     def scores(self) -> Mapping[int, float]:
-        """Score of each token, by id; higher is kept. With general text, a weighted mean of what both texts say."""
-        scores = self._scores_on(self.counts)
-        if self.general is None:
-            return scores
-        others, share = self._scores_on(count_tokens(self.tokenizer, self.general)), self.general_share
-        whole, other = sum(scores.values()), sum(others.values())
-        return {
-            index: (1 - share) * scores.get(index, 0.0) / whole + share * others.get(index, 0.0) / other
-            for index in scores.keys() | others.keys()
-        }
+        """Score of each token, by id; higher is kept. Of several texts, a weighted mean of what they say."""
+        own = 1 - self.general_share if self.general is not None else 1.0
+        parts = [(own / len(self._counts_by_source), self._scores_on(counts)) for counts in self._counts_by_source]
+        if self.general is not None:
+            parts.append((self.general_share, self._scores_on(count_tokens(self.tokenizer, self.general))))
+        if len(parts) == 1:
+            return parts[0][1]
+        scores: dict[int, float] = {}
+        for weight, found in parts:
+            whole = sum(found.values())
+            for index, score in found.items():
+                scores[index] = scores.get(index, 0.0) + weight * score / whole
+        return scores
 
     def _scores_on(self, counts: TokenCounts) -> Mapping[int, float]:
         """Return the scores by the counts of one text."""
@@ -252,7 +272,9 @@ class VocabularyPruner:
             "refit": None,
         }
         if refit:
-            facts["refit"] = refit_to_text(smaller, tokenizer, self.source, **self.sampling)
+            facts["refit"] = refit_to_text(
+                smaller, tokenizer, self.source, **self.sampling, balance_sources=self.balance_sources
+            )
         plan = replace(plan, provenance={"vocabulary": facts})
         return TrimmedModel(smaller, tokenizer, plan, self._zeroed_by_paper(size.above_share))
 
@@ -318,6 +340,7 @@ def build_vocabulary_pruner(
         num_samples=config.num_calibration_samples,
         max_seq_length=config.max_seq_length,
         seed=config.pruning_seed,
+        balance_sources=config.balance_sources,
         general=general,
         general_share=config.general_data_ratio or 0.0,
         expected=expected,

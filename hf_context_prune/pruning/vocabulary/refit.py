@@ -77,11 +77,13 @@ def refit_to_text(
     num_samples: int,
     max_seq_length: int,
     seed: int,
+    balance_sources: bool = False,
 ) -> dict[str, float] | None:
     """Run [`refit_rows`][] on as many samples of a text as [`num_refit_samples`][] returns."""
     count = num_refit_samples(model, num_samples, max_seq_length)
     options: dict[str, Any] = {"num_samples": count, "max_seq_length": max_seq_length, "seed": seed}
-    samples = tokenize_samples(source, tokenizer, **options, warn_if_short=count <= num_samples)
+    options |= {"balance_sources": balance_sources, "warn_if_short": count <= num_samples}
+    samples = tokenize_samples(source, tokenizer, **options)
     return refit_rows(model, samples)
 
 

@@ -33,6 +33,10 @@ class TokenCounts:
     occurrences: Counter[int] = field(default_factory=Counter)
     documents: Counter[int] = field(default_factory=Counter)
 
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        """Return the counts of two texts together."""
+        return TokenCounts(self.occurrences + other.occurrences, self.documents + other.documents)
+
     def rare(self, share: float) -> set[int]:
         """Return the ids that occur in the text with at most this share of all occurrences."""
         total = self.occurrences.total()

@@ -59,6 +59,11 @@ def check_config(config: PrunerConfig) -> None:
             "The callback calibrates on the training batches alone. Mix general text into the training data, and leave "
             "general_data_ratio out."
         )
+    if config.balance_sources:
+        raise ConfigError(
+            "The callback calibrates on the training batches, whose sources it does not know. Balance the training "
+            "data (datasets.interleave_datasets), and leave balance_sources out."
+        )
     if config.refit_lm_head:
         raise ConfigError(
             "refit_lm_head=True refits the LM head on the text, which training does anyway. Leave refit_lm_head out."

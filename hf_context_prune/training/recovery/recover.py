@@ -76,6 +76,7 @@ def recover(
     text_column: str | None = None,
     general_data: TextData | None = None,
     general_data_ratio: float = 0.0,
+    balance_sources: bool = False,
     resume_dir: Path | None = None,
 ) -> RecoveryResult:
     """Train a pruned model on text of its domain.
@@ -96,6 +97,7 @@ def recover(
         text_column: Column with the text.
         general_data: General text to train on as well, as `data`; it does not choose weights.
         general_data_ratio: Share of the samples to take from it, in [0, 1); see `RecoveryText.samples`.
+        balance_sources: Train on as much text of every source of `data`; see `RecoveryText.samples`.
         resume_dir: An existing folder for the state of the training; the caller removes it. None keeps nothing.
 
     Returns:
@@ -129,7 +131,7 @@ def recover(
     if general_data is not None:
         general = load_documents(general_data, tokenizer=tokenizer, seed=config.recovery_seed)
     config.warn_of_unused_options()
-    text = RecoveryText.of(source, tokenizer, config, general, general_data_ratio)
+    text = RecoveryText.of(source, tokenizer, config, general, general_data_ratio, balance_sources=balance_sources)
     samples, validation = text.samples(tokenizer, config), text.validation
 
     student = copy_without_hooks(model)

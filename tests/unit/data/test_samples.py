@@ -71,17 +71,17 @@ def test_every_window_begins_with_it_and_is_scored_once(led, window):
 
 
 def test_beyond_the_first_samples_each_document_gives_one(plain):
-    text = source(*(f"word{number} " * 400 for number in range(40)))
+    text = source(*(f"word{number} " * 40 for number in range(600)))
     options = {"max_seq_length": 16, "seed": 0}
-    few = tokenize_samples(text, plain, num_samples=8, **options)
-    dense = tokenize_samples(text, plain, num_samples=24, **options)
-    varied = tokenize_samples(text, plain, num_samples=24, varied_after=8, **options)
-    assert torch.equal(varied[:8], few)
-    assert torch.equal(dense[:8], few)
+    few = tokenize_samples(text, plain, num_samples=400, **options)
+    dense = tokenize_samples(text, plain, num_samples=800, **options)
+    varied = tokenize_samples(text, plain, num_samples=800, varied_after=400, **options)
+    assert torch.equal(varied[:400], few)
+    assert torch.equal(dense[:400], few)
 
     def count_documents(samples):
         return (samples == plain.eos_token_id).sum() + 1
 
-    assert count_documents(varied[8:]) > 3 * count_documents(dense[8:])
+    assert count_documents(varied[400:]) > 3 * count_documents(dense[400:])
     # Where the documents are too few for that, they give more, and there are as many samples.
-    assert len(tokenize_samples(text, plain, num_samples=100, varied_after=8, **options)) == 100
+    assert len(tokenize_samples(text, plain, num_samples=1600, varied_after=400, **options)) == 1600
