@@ -27,6 +27,7 @@ from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
+from hf_context_prune.evaluation.passages import Passages
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pipelines.kept_model import load_or_prune
@@ -46,6 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "variable": {"native_architecture": False},
 }
 """Options of `PrunerConfig` beside the size, by method."""
+PASSAGES = "passages"
+"""What is scored, in the keys of rows."""
 PICTURE = ROOT.parent / "docs" / "frontier.png"
 
 
@@ -59,9 +62,18 @@ class FrontierDomain(Domain):
     _kept: tuple[str, float, PrunedModel] | None = None
 
     @cached_property
+    def test_text(self) -> tuple[TextSource, int]:
+        """Passages of a hundred documents of the validation split, as in `evaluate`; how many overlap with the train text."""
+        text, dropped = super().test_text
+        return self._passages(text), dropped
+
+    @cached_property
     def general(self) -> TextSource:
         """General test text (validation split), without documents that overlap with the domain's train text."""
-        return drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0]
+        return self._passages(drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0])
+
+    def _passages(self, text: TextSource) -> TextSource:
+        return Passages.of(text, self.load().tokenizer, max_tokens=self.args.eval_tokens).text
 
     @cached_property
     def calibration(self) -> CalibrationSet:
@@ -215,7 +227,7 @@ class FrontierRows:
         """Return the key of a row: all that decides it."""
         args = self.args
         key = {"domain": name, "method": method, "share": share, "blocks": args.num_samples}
-        key |= {"length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
+        key |= {"length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed, "text": PASSAGES}
         if self.has_general(name, method):
             key["general"] = True
         return key | ({"minutes": args.minutes} if method == HEALED else {})
