@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.by_source import read_sources
+from benchmarks.by_source import read_sources, sources_of
 from benchmarks.common import ROOT, Rows, corpus, given, parser, plot_path, write_section
 from benchmarks.frontier_picture import draw
 from benchmarks.frontier_text import BASE, DEFAULT, FORMS, HEALED, LARGEST_OF_FORMS, LAYERS, results_text
@@ -222,6 +222,7 @@ class FrontierRows:
         self.args, self.domains = args, domains
         self.store = Rows(args, "frontier", seed=args.seed)
         self.found: dict[tuple[str, str, float], dict[str, Any]] = {}
+        self.sources = read_sources(args, [*domains, "general"])
 
     def key(self, name: str, method: str, share: float) -> dict[str, Any]:
         """Return the key of a row: all that decides it."""
@@ -247,6 +248,10 @@ class FrontierRows:
             return {**row, "seconds": round(time.perf_counter() - begin, 4)}
 
         row = self.store.get_or_measure(self.key(name, method, share), measure)
+        if method == BASE:
+            row = {**row, "sources": sources_of(row, self.sources[name])}
+            if "general" in row:
+                row["general"] = {**row["general"], "sources": sources_of(row["general"], self.sources["general"])}
         self.found[name, method, share] = row
         return row
 
@@ -317,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     section = "frontier_quick" if args.quick else "frontier"
     picture = plot_path(section) if args.quick else PICTURE
     draw(rows.found, args, picture)
-    write_section(section, results_text(rows.found, args, picture, read_sources(args, args.domains)))
+    write_section(section, results_text(rows.found, args, picture))
 
 
 if __name__ == "__main__":
