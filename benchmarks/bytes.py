@@ -159,7 +159,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--compared", default="medicine", help="domain with all shares")
     options.add_argument("--other-share", type=float, default=0.3, help="share of the other domains")
     options.add_argument("--minutes", type=float, default=8.0, help="minutes of training")
-    options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
+    options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument("--eval-tokens", type=int, default=12_000, help="at most this many test tokens per text")
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of llama.cpp")

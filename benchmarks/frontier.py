@@ -1,6 +1,6 @@
 """Measure what the default costs at every size, beside its own options, peers and training: README's picture.
 
-python -m benchmarks.frontier --data PATH/TO/data            # three domains, four sizes; resumes
+python -m benchmarks.frontier --data PATH/TO/data            # three domains, four sizes; three hours; resumes
 python -m benchmarks.frontier --data PATH/TO/data --quick    # one domain, two sizes, little text
 """
 
@@ -296,9 +296,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--peers", nargs="*", choices=METHODS, default=["flap+bias", "optipfair-maw"], help="methods to compare with"
     )
     options.add_argument("--minutes", type=float, default=8.0, help="minutes of training")
-    options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
+    options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
-    options.add_argument("--eval-tokens", type=int, default=24_000, help="at most this many test tokens per domain")
+    options.add_argument("--eval-tokens", type=int, default=16_000, help="at most this many test tokens per domain")
     if "--quick" in arguments:
         options.set_defaults(domains=["medicine"], shares=[0.2, 0.3], minutes=1.0, num_samples=16, eval_tokens=5_000)
     args = options.parse_args(arguments)
