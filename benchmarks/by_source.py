@@ -135,9 +135,8 @@ def worst_table(
 
 
 def mean_and_worst(
-    base: Mapping[str, Any], row: Mapping[str, Any], known: Mapping[str, str], seed: int
+    before: Sequence[float], after: Sequence[float], sources: Sequence[str], seed: int
 ) -> tuple[Estimate, SourceChange | None]:
-    """Return the mean change of a row and that of its worst source; None where the text has a single one."""
-    sources = sources_of(base, known)
-    changes = changes_by_source(base["nll"], row["nll"], sources, seed)
-    return mean_change(base["nll"], row["nll"], sources, seed), changes[0] if len(changes) > 1 else None
+    """Return the mean change and that of the worst source; None where the text has a single one."""
+    changes = changes_by_source(before, after, sources, seed)
+    return mean_change(before, after, sources, seed), changes[0] if len(changes) > 1 else None

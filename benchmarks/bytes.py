@@ -68,9 +68,7 @@ def read_back(file: Path, model: Any) -> None:
 
 
 class BytesDomain(FrontierDomain):
-    """A domain whose models are written to files, scored and timed."""
-
-    label = "bytes"
+    """A domain whose models are written to files, scored and timed; `frontier` leaves them, where it ran before."""
 
     def models(self, share: float) -> Iterator[tuple[str, LoadedModel]]:
         """Yield what was done and the model: the base model at 0, else the pruned one and the same trained back."""
@@ -79,7 +77,7 @@ class BytesDomain(FrontierDomain):
             return
         model, tokenizer, _ = self.pruned(DEFAULT, share)
         yield DEFAULT, LoadedModel(model, tokenizer, DEFAULT, None, None)
-        yield HEALED, LoadedModel(self.healed(share).model, tokenizer, HEALED, None, None)
+        yield HEALED, LoadedModel(*self.healed(share)[:2], HEALED, None, None)
         self.forget()
 
     def measure_file(self, loaded: LoadedModel, dtype: str, base: Mapping[str, Any] | None) -> dict[str, Any]:

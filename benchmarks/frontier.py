@@ -12,12 +12,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.by_source import read_sources
+from benchmarks.by_source import read_sources, sources_of
 from benchmarks.common import ROOT, Rows, corpus, given, parser, plot_path, write_section
 from benchmarks.frontier_picture import draw
 from benchmarks.frontier_text import BASE, DEFAULT, FORMS, HEALED, LARGEST_OF_FORMS, LAYERS, results_text
@@ -26,8 +27,10 @@ from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
+from hf_context_prune.evaluation.passages import Passages
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pipelines.kept_model import load_or_prune
 from hf_context_prune.pipelines.validation_text import withhold_token_probe
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.widths import native_groups
@@ -35,7 +38,7 @@ from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
 from hf_context_prune.pruning.unit_curves import TokenProbe, measure_units
 from hf_context_prune.training.recovery.config import RecoveryConfig
-from hf_context_prune.training.recovery.recover import RecoveryResult, recover
+from hf_context_prune.training.recovery.recover import recover
 
 OPTIONS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
@@ -44,6 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "variable": {"native_architecture": False},
 }
 """Options of `PrunerConfig` beside the size, by method."""
+PASSAGES = "passages"
+"""What is scored, in the keys of rows."""
 PICTURE = ROOT.parent / "docs" / "frontier.png"
 
 
@@ -52,12 +57,23 @@ class FrontierDomain(Domain):
 
     label = "frontier"
     """Beginning of the name of the folder of the curves."""
+    keeps_models = True
+    """Whether the default's models, trained back too, stay on the disk for other benchmarks of the same settings."""
     _kept: tuple[str, float, PrunedModel] | None = None
+
+    @cached_property
+    def test_text(self) -> tuple[TextSource, int]:
+        """Passages of a hundred documents of the validation split, as in `evaluate`; how many overlap with the train text."""
+        text, dropped = super().test_text
+        return self._passages(text), dropped
 
     @cached_property
     def general(self) -> TextSource:
         """General test text (validation split), without documents that overlap with the domain's train text."""
-        return drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0]
+        return self._passages(drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0])
+
+    def _passages(self, text: TextSource) -> TextSource:
+        return Passages.of(text, self.load().tokenizer, max_tokens=self.args.eval_tokens).text
 
     @cached_property
     def calibration(self) -> CalibrationSet:
@@ -105,16 +121,28 @@ class FrontierDomain(Domain):
         """Prune as `prune` does, from the curves of the domain; the last model is kept."""
         if self._kept is None or self._kept[:2] != (method, share):
             self._kept = None
-            found = prune_model(
-                self.model,
-                self.load().tokenizer,
-                self.calibration,
-                self.own_config(method, share),
-                token_probe=self.probe,
-                resume_dir=self.folder,
-            )
-            self._kept = method, share, found
+
+            def prune() -> PrunedModel:
+                return prune_model(
+                    self.model,
+                    self.load().tokenizer,
+                    self.calibration,
+                    self.own_config(method, share),
+                    token_probe=self.probe,
+                    resume_dir=self.folder,
+                )
+
+            self._kept = method, share, self.keep(share, prune) if method == DEFAULT else prune()
         return self._kept[2]
+
+    def keep(self, share: float, make: Callable[[], PrunedModel], *facts: object) -> PrunedModel:
+        """Return the model that an earlier run made of the default's, or make it; facts say what is done to it."""
+        if not self.keeps_models:
+            return make()
+        name = "-".join(map(str, ("kept", self.name, share, *facts)))
+        place = Path(self.args.work) / "models" / name
+        place.mkdir(parents=True, exist_ok=True)
+        return load_or_prune(place, self.load(), (self.own_config(DEFAULT, share).to_dict(), facts), make)
 
     def forget(self) -> None:
         """Remove the last model, and the finished layers of its size, whose rows are complete."""
@@ -155,19 +183,24 @@ class FrontierDomain(Domain):
         facts = {name: plan.provenance.get(name) for name in ("predicted_loss_increase", "predicted_losses", "refit")}
         return {**row, **facts, "gone": count_gone(plan), "native": native, "stages": stages}
 
-    def healed(self, share: float) -> RecoveryResult:
-        """Train the default's model back."""
-        model, tokenizer, _ = self.pruned(DEFAULT, share)
+    def healed(self, share: float) -> PrunedModel:
+        """Train the default's model back; its plan's provenance has the history (`training`)."""
         config = RecoveryConfig(
             max_minutes=self.args.minutes, max_seq_length=self.args.length, recovery_seed=self.args.seed
         )
-        return recover(model, self.train, config, tokenizer=tokenizer)
+
+        def train() -> PrunedModel:
+            model, tokenizer, plan = self.pruned(DEFAULT, share)
+            found = recover(model, self.train, config, tokenizer=tokenizer)
+            facts = {**plan.provenance, "training": found.history.to_dict()}
+            return PrunedModel(found.model, tokenizer, replace(plan, provenance=facts))
+
+        return self.keep(share, train, HEALED, self.args.minutes)
 
     def measure_healed(self, share: float, base: Mapping[str, Any]) -> dict[str, Any]:
         """Train the default's model back, and score it."""
-        tokenizer, result = self.pruned(DEFAULT, share)[1], self.healed(share)
-        row = self.scored(result.model, tokenizer, base, general=True)
-        return {**row, "history": result.history.to_dict()}
+        model, tokenizer, plan = self.healed(share)
+        return {**self.scored(model, tokenizer, base, general=True), "history": plan.provenance["training"]}
 
     def measure_peer(self, method: str, share: float, base: dict[str, Any]) -> dict[str, Any]:
         """Prune to a share of all parameters by neurons alone, equally many in every layer, and score the model."""
@@ -189,12 +222,13 @@ class FrontierRows:
         self.args, self.domains = args, domains
         self.store = Rows(args, "frontier", seed=args.seed)
         self.found: dict[tuple[str, str, float], dict[str, Any]] = {}
+        self.sources = read_sources(args, [*domains, "general"])
 
     def key(self, name: str, method: str, share: float) -> dict[str, Any]:
         """Return the key of a row: all that decides it."""
         args = self.args
         key = {"domain": name, "method": method, "share": share, "blocks": args.num_samples}
-        key |= {"length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
+        key |= {"length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed, "text": PASSAGES}
         if self.has_general(name, method):
             key["general"] = True
         return key | ({"minutes": args.minutes} if method == HEALED else {})
@@ -214,6 +248,10 @@ class FrontierRows:
             return {**row, "seconds": round(time.perf_counter() - begin, 4)}
 
         row = self.store.get_or_measure(self.key(name, method, share), measure)
+        if method == BASE:
+            row = {**row, "sources": sources_of(row, self.sources[name])}
+            if "general" in row:
+                row["general"] = {**row["general"], "sources": sources_of(row["general"], self.sources["general"])}
         self.found[name, method, share] = row
         return row
 
@@ -284,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     section = "frontier_quick" if args.quick else "frontier"
     picture = plot_path(section) if args.quick else PICTURE
     draw(rows.found, args, picture)
-    write_section(section, results_text(rows.found, args, picture, read_sources(args, args.domains)))
+    write_section(section, results_text(rows.found, args, picture))
 
 
 if __name__ == "__main__":

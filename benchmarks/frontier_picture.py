@@ -18,11 +18,11 @@ from benchmarks.frontier_text import (
     LARGEST_OF_FORMS,
     LAYERS,
     Found,
+    change,
     changes_of,
     general_change,
     gone,
 )
-from benchmarks.vocabulary import relative
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.plots import new_figure
 
@@ -57,7 +57,7 @@ def domain_lines(rows: Found, args: argparse.Namespace) -> list[Line]:
         found = {share: changes_of(rows, args.domains, method, share, args.seed) for share in args.shares}
         for place, domain in enumerate(args.domains if len(args.domains) > 1 else ()):
             points = [(100 * gone(rows, domain, method, share), found[share][place]) for share in args.shares]
-            alone = [(x, Estimate(change.value, None)) for x, change in points]
+            alone = [(x, Estimate(one.value, None)) for x, one in points]
             result.append(Line("", alone, {"color": color, "ls": dashes, "lw": 0.8, "alpha": 0.55}))
         style = {"color": color, "ls": dashes, "marker": marker, "lw": 2.2, "ms": 5}
         mean = [(_mean_gone(rows, args, method, share), found[share][-1]) for share in args.shares]
@@ -80,13 +80,11 @@ def _mean_gone(rows: Found, args: argparse.Namespace, method: str, share: float)
 def compared_lines(rows: Found, args: argparse.Namespace) -> list[Line]:
     """Return peers, training and general text in one domain."""
     domain, seed = args.compared, args.seed
+    base = rows[domain, BASE, 0.0]
 
     def own(method: str) -> list[tuple[float, Estimate]]:
         return [
-            (
-                100 * gone(rows, domain, method, share),
-                relative(rows[domain, BASE, 0.0], rows[domain, method, share], seed),
-            )
+            (100 * gone(rows, domain, method, share), change(base, base, rows[domain, method, share], seed))
             for share in args.shares
         ]
 
@@ -137,10 +135,10 @@ def draw_panel(axis: Any, lines: Sequence[Line], title: str) -> None:
     bounds, ends = [1.0], []
     last = max(x for line in lines for x, _ in line.points)
     for line in lines:
-        x, y = [x for x, _ in line.points], [1 + change.value for _, change in line.points]
-        spans = [change.interval or (change.value, change.value) for _, change in line.points]
+        x, y = [x for x, _ in line.points], [1 + one.value for _, one in line.points]
+        spans = [one.interval or (one.value, one.value) for _, one in line.points]
         bars = np.array([[value - 1 - low, high + 1 - value] for value, (low, high) in zip(y, spans, strict=True)]).T
-        has_bars = any(change.interval for _, change in line.points)
+        has_bars = any(one.interval for _, one in line.points)
         axis.errorbar(x, y, yerr=np.maximum(bars, 0) if has_bars else None, elinewidth=1, capsize=2, **line.style)
         bounds += [1 + bound for span in spans for bound in span]
         if line.label and x[-1] < 0.9 * last:  # it ends inside the panel, where there is room below

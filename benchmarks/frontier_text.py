@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from benchmarks.by_source import Sources, mean_and_worst, worst_table
+from benchmarks.by_source import mean_and_worst, mean_change, worst_table
 from benchmarks.common import table
 from benchmarks.methods import METHODS
-from benchmarks.vocabulary import relative
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import format_change, format_percent
 
@@ -48,27 +47,32 @@ def label_of(method: str, args: argparse.Namespace) -> str:
     return own[method] if method in own else METHODS[method].label
 
 
-def changes_of(rows: Found, domains: Sequence[str], method: str, share: float, seed: int) -> list[Estimate]:
-    """Return the relative change of bits per byte in each domain, then their mean.
+def change(base: Row, before: Row, after: Row, seed: int) -> Estimate:
+    """Return the relative change of bits per byte from one row to another; sources are drawn, then documents of each.
 
-    Intervals are 95 % percentiles of 2000 resamples of documents; for the mean each domain is resampled independently.
+    Args:
+        base: The row of the base model, with the source of each document.
+        before: A row on the same documents.
+        after: Another.
+        seed: Seed of the draws.
     """
-    rng = np.random.default_rng(seed)
-    pairs = [(rows[domain, BASE, 0.0], rows[domain, method, share]) for domain in domains]
-    resampled = []
-    for base, row in pairs:
-        before, after = np.asarray(base["nll"]), np.asarray(row["nll"])
-        picks = rng.integers(0, len(before), (2000, len(before)))
-        resampled.append(after[picks].sum(axis=1) / before[picks].sum(axis=1) - 1)
-    single = [relative(base, row, seed) for base, row in pairs]
-    span = tuple(np.percentile(np.mean(resampled, axis=0), [2.5, 97.5]).tolist())
-    several = all(len(base["nll"]) > 1 for base, _ in pairs)
-    return [*single, Estimate(float(np.mean([found.value for found in single])), span if several else None)]
+    return mean_change(before["nll"], after["nll"], base["sources"], seed)
+
+
+def changes_of(rows: Found, domains: Sequence[str], method: str, share: float, seed: int) -> list[Estimate]:
+    """Return the relative change of bits per byte in each domain, then their mean with the range over the domains."""
+    found = []
+    for domain in domains:
+        base = rows[domain, BASE, 0.0]
+        found.append(change(base, base, rows[domain, method, share], seed))
+    values = [one.value for one in found]
+    return [*found, Estimate(float(np.mean(values)), None, (min(values), max(values)) if len(values) > 1 else None)]
 
 
 def general_change(rows: Found, domain: str, method: str, share: float, seed: int) -> Estimate:
     """Return the relative change of bits per byte on general text."""
-    return relative(rows[domain, BASE, 0.0]["general"], rows[domain, method, share]["general"], seed)
+    base = rows[domain, BASE, 0.0]["general"]
+    return change(base, base, rows[domain, method, share]["general"], seed)
 
 
 def gone(rows: Found, domain: str, method: str, share: float) -> float:
@@ -93,15 +97,14 @@ def domain_table(rows: Found, args: argparse.Namespace) -> str:
     return table([*header, *(f"tokens / neurons / KV groups gone, {domain}" for domain in args.domains)], body)
 
 
-def sources_table(rows: Found, args: argparse.Namespace, sources: Sources) -> str:
+def sources_table(rows: Found, args: argparse.Namespace) -> str:
     """Return the table of what the default's worst source loses beside the mean, at each size."""
     return worst_table(
         {
             share: {
-                domain: mean_and_worst(
-                    rows[domain, BASE, 0.0], rows[domain, DEFAULT, share], sources[domain], args.seed
-                )
+                domain: mean_and_worst(base["nll"], rows[domain, DEFAULT, share]["nll"], base["sources"], args.seed)
                 for domain in args.domains
+                for base in [rows[domain, BASE, 0.0]]
             }
             for share in args.shares
         },
@@ -117,11 +120,13 @@ def forms_table(rows: Found, args: argparse.Namespace) -> str:
             base, default = rows[domain, BASE, 0.0], rows[domain, DEFAULT, share]
             forms = {form: rows.get((domain, form, share)) for form in FORMS}
             cells = [
-                "can't be reached" if row is None else format_change(relative(base, row, args.seed))
+                "can't be reached" if row is None else format_change(change(base, base, row, args.seed))
                 for row in forms.values()
             ]
             native, variable = forms["native"], forms["variable"]
-            gap = "" if native is None or variable is None else format_change(relative(variable, native, args.seed))
+            gap = ""
+            if native is not None and variable is not None:
+                gap = format_change(change(base, variable, native, args.seed))
             taken = "both: they have the same sizes"
             if not all(default["forms"].values()):
                 taken = "native" if default["forms"]["native"] else "variable"
@@ -138,6 +143,7 @@ def forms_table(rows: Found, args: argparse.Namespace) -> str:
 def compared_table(rows: Found, args: argparse.Namespace) -> str:
     """Return the table of one domain: peers, training and general text."""
     body, domain = [], args.compared
+    base = rows[domain, BASE, 0.0]
     for share in args.shares:
         for method in (DEFAULT, LAYERS, *args.peers, HEALED):
             general = method in (DEFAULT, HEALED)
@@ -145,7 +151,7 @@ def compared_table(rows: Found, args: argparse.Namespace) -> str:
                 [
                     f"{share:.0%}",
                     label_of(method, args),
-                    format_change(relative(rows[domain, BASE, 0.0], rows[domain, method, share], args.seed)),
+                    format_change(change(base, base, rows[domain, method, share], args.seed)),
                     format_change(general_change(rows, domain, method, share, args.seed)) if general else "",
                     f"{gone(rows, domain, method, share):.2%}",
                 ]
@@ -183,7 +189,7 @@ def _behind(rows: Found, args: argparse.Namespace) -> list[tuple[Estimate, str, 
                 if (name, size) == (domain, share) and method not in (DEFAULT, HEALED)
             }
             best = min(others, key=lambda method: sum(others[method]["nll"]))
-            gap = relative(others[best], rows[domain, DEFAULT, share], args.seed)
+            gap = change(rows[domain, BASE, 0.0], others[best], rows[domain, DEFAULT, share], args.seed)
             result.append((gap, domain, share, best))
     return result
 
@@ -212,7 +218,7 @@ def time_text(rows: Found, args: argparse.Namespace) -> str:
     )
 
 
-def results_text(rows: Found, args: argparse.Namespace, picture: Path, sources: Sources) -> str:
+def results_text(rows: Found, args: argparse.Namespace, picture: Path) -> str:
     """Return the section of RESULTS.md."""
     base = {domain: rows[domain, BASE, 0.0] for domain in args.domains}
     text = "; ".join(
@@ -233,8 +239,9 @@ def results_text(rows: Found, args: argparse.Namespace, picture: Path, sources: 
     return f"""## Loss by size
 
 SmolLM2-135M-Instruct (float32, dequantised), pruned on the train text of each domain, tested on the validation split
-({text}). Change of bits per byte against the base model on the same documents, with 95 % bootstrap intervals over
-documents; no training unless it is named. *Default*: `PrunerConfig(pruning_ratio=share)`; *without tokens*:
+({text}). Change of bits per byte against the base model on the same documents; no training unless it is named. Documents of
+a source are alike, so 95 % bootstrap intervals draw sources, then documents; with fewer than five sources the range from the
+best to the worst source stands in their place. Means have the range over the domains. *Default*: `PrunerConfig(pruning_ratio=share)`; *without tokens*:
 `units="neurons,kv_groups"`. All rows have the same calibration text and the same test text; the curves that decide on the
 sizes are measured once per domain.
 
@@ -246,11 +253,10 @@ sizes are measured once per domain.
 
 ### The worst source
 
-The default by source of the test text. Documents of a source are alike, so intervals of the mean draw sources, then documents;
-with fewer than five sources the range from the best to the worst source stands in their place, and a source of fewer than ten
-documents has no interval. A source of one or two documents says how much such a document may lose, and no more.
+The default by source of the test text. A source of fewer than ten documents has no interval; one of one or two says how much
+such a document may lose, and no more.
 
-{sources_table(rows, args, sources)}
+{sources_table(rows, args)}
 
 ### The native architecture
 

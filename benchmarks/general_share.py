@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Rows, corpus, given, parser, table, write_section
-from benchmarks.frontier import FrontierDomain
+from benchmarks.frontier import PASSAGES, FrontierDomain
 from benchmarks.frontier_text import DEFAULT
 from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
@@ -35,6 +35,8 @@ MOST_DOMAIN = 0.02
 
 class SharedDomain(FrontierDomain):
     """A domain that is calibrated on with a share of general text."""
+
+    keeps_models = False
 
     def __init__(self, load: Callable[[], Any], args: argparse.Namespace, name: str, ratio: float) -> None:
         super().__init__(load, args, name, targets=("mlp",))
@@ -75,7 +77,7 @@ def measure_all(rows: Rows, args: argparse.Namespace) -> dict[tuple[str, float |
             row = domain.measure_base(general=True) if base is None else domain.measure_share(base)
             return {**row, "seconds": round(time.perf_counter() - begin, 1)}
 
-        key = {"domain": domain.name, "removed": args.removed, "share": ratio, **sizes}
+        key = {"domain": domain.name, "removed": args.removed, "share": ratio, "text": PASSAGES, **sizes}
         found[domain.name, ratio] = rows.get_or_measure(key, measure)
 
     for ratio in args.shares:

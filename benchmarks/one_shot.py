@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.by_source import Sources, mean_and_worst, read_sources
+from benchmarks.by_source import Sources, mean_and_worst, read_sources, sources_of
 from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
 from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain, add_checkouts
 from benchmarks.models import MODELS
@@ -90,7 +90,7 @@ def worst_line(rows: Found, args: argparse.Namespace, name: str, sources: Source
     parts = []
     for domain in args.domains:
         dense, row = rows[domain, "", "dense"], rows[domain, name, method]
-        mean, worst = mean_and_worst(dense, row, sources[domain], args.seed)
+        mean, worst = mean_and_worst(dense["nll"], row["nll"], sources_of(dense, sources[domain]), args.seed)
         parts.append(f"{domain} {format_change(mean)}, " + ("one source" if worst is None else f"at worst {worst}"))
     return f"{METHODS[method].label}, change of the loss by source of the text: {'; '.join(parts)}."
 

@@ -26,8 +26,6 @@ from hf_context_prune.evaluation.accuracy import wilson_interval
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.multiple_choice import answer_questions
 from hf_context_prune.evaluation.reports.formatting import format_change
-from hf_context_prune.training.recovery.config import RecoveryConfig
-from hf_context_prune.training.recovery.recover import recover
 
 SMALL, LARGE = "small", "large"
 Result = dict[str, Any]
@@ -37,6 +35,7 @@ class SizedDomain(FrontierDomain):
     """A domain whose model is pruned to a number of parameters."""
 
     label = "vendor"
+    keeps_models = False
 
     def own_config(self, method: str, share: float) -> PrunerConfig:
         args = self.args
@@ -46,14 +45,6 @@ class SizedDomain(FrontierDomain):
             max_seq_length=args.length,
             pruning_seed=args.seed,
         )
-
-    def healed(self, target: float) -> Any:
-        """Return the pruned model after training for `--minutes`, with its tokenizer."""
-        model, tokenizer, _ = self.pruned(DEFAULT, target)
-        config = RecoveryConfig(
-            max_minutes=self.args.minutes, max_seq_length=self.args.length, recovery_seed=self.args.seed
-        )
-        return recover(model, self.train, config, tokenizer=tokenizer).model, tokenizer
 
 
 class VendorLine:
@@ -117,7 +108,7 @@ class VendorLine:
                     self.get(
                         name,
                         f"healed {target:g}",
-                        lambda d=domain, t=target, n=name, docs=docs: self.score(n, *d.healed(t), docs),
+                        lambda d=domain, t=target, n=name, docs=docs: self.score(n, *d.healed(t)[:2], docs),
                     )
                 domain.forget()
 

@@ -103,7 +103,7 @@ def prune(
         raise ConfigError(f"With --preset {preset} ({describe_options(preset)}): {error}") from error
     if dry_run:
         how: Given = {"eval_options": eval_options(evaluation), "recovery": recovery, "revision": revision}
-        _dry_run(model, chosen, format, max_memory=max_memory, text_only=text_only, **how)
+        _dry_run(model, chosen, format, max_memory=max_memory, text_only=text_only, dtype=dtype.value, **how)
         return
     if data is None or output is None:
         missing = " and ".join(name for name, value in (("--data", data), ("--output", output)) if value is None)

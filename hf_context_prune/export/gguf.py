@@ -21,14 +21,16 @@ from hf_context_prune.modeling.architectures import layers_of, spec_of
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.geometry import Geometry, read_geometry, widths_vary
 from hf_context_prune.modeling.runtimes import GGUF_VARIABLE
-from hf_context_prune.modeling.specs import SPECS, base_model_type
+from hf_context_prune.modeling.specs import base_model_type
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card
 from hf_context_prune.utils.memory import fits_in_memory
 
 from .arrays import as_file_array
 from .formats import Importance
-from .gguf_families import FAMILIES, GgufFamily, check_conventions
+from .gguf_experts import check_experts, write_experts
+from .gguf_families import FAMILIES, check_conventions
+from .gguf_family import GgufFamily
 from .gguf_rope import check_rope, write_rope
 from .gguf_tensors import Tensors, full_groups, key_value_heads
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
@@ -44,7 +46,10 @@ _TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _TYPES |= {name: (mixture.kind, mixture.file_type) for name, mixture in MIXTURES.items()}
-_EXACT = ("conv1d.weight", "shortconv.conv.weight", "ssm_a", "ssm_d", "ssm_norm.weight", "ssm_dt.bias")
+_EXACT = (
+    *("conv1d.weight", "shortconv.conv.weight", "ssm_a", "ssm_d", "ssm_norm.weight", "ssm_dt.bias"),
+    *("ffn_gate_inp.weight", "ffn_gate_exps.bias", "ffn_up_exps.bias", "ffn_down_exps.bias"),
+)
 """Ends of the names of tensors that llama.cpp takes in float32 alone."""
 _Q8_BLOCK = 32
 _NEURONS = {"f16": 64, "bf16": 64, "q8_0": _Q8_BLOCK}
@@ -62,12 +67,6 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     """
     config = loaded.model.config
     family = base_model_type(config.model_type)
-    if family in SPECS and SPECS[family].experts is not None:
-        raise ExportError(
-            f"GGUF is not written for models with experts, such as this {family} model. If all its layers keep as many "
-            f"experts, its folder is a plain {family} model, which llama.cpp's own convert_hf_to_gguf.py reads; else "
-            f"serve it with transformers."
-        )
     if family not in FAMILIES:
         raise ExportError(
             f"GGUF is written for {', '.join(FAMILIES)}, but this is a {family} model. Export to another format; "
@@ -91,6 +90,7 @@ def check(loaded: LoadedModel, dtype: str) -> None:
         )
     conventions = FAMILIES[family]
     check_conventions(config, family)
+    check_experts(config, spec_of(config), conventions)
     check_rope(config, family, conventions)
     if conventions.full_heads:
         full_groups(geometry)
@@ -168,7 +168,9 @@ class _Blocks:
         if values.ndim == 1 or kind is GGMLQuantizationType.F16:
             data: NDArray[np.generic] = gguf.quants.quantize(values, kind)
         else:
-            data = quantize(values, kind, _filled(self._importance.get(source), values.shape[-1]))
+            rows = values.reshape(-1, values.shape[-1])  # of experts, all one after the other
+            data = quantize(rows, kind, _filled(self._importance.get(source), values.shape[-1]))
+            data = data.reshape(*values.shape[:-1], -1)
         self._all += data.nbytes
         self._other[kind.name] += 0 if packed else data.nbytes
         return kind, data
@@ -220,7 +222,7 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry, fa
         kv_heads = [count and full_groups(geometry) for count in kv_heads]
     heads: Any = [count * geometry.queries_per_group for count in kv_heads]
     if not widths_vary(geometry.layers):
-        neurons, heads = neurons[0], max(heads)
+        neurons, heads = max(neurons), max(heads)
         kv_heads = max(kv_heads) if family.interval or len(set(kv_heads)) == 1 else kv_heads
     writer.add_name(loaded.name)
     writer.add_block_count(len(geometry.layers))
@@ -228,7 +230,8 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry, fa
     window = getattr(config, "sliding_window", None) if _slides(config) and family.period is None else None
     writer.add_context_length(min(filter(None, (config.max_position_embeddings, window))))
     writer.add_embedding_length(geometry.hidden_size)
-    writer.add_feed_forward_length(neurons)
+    writer.add_feed_forward_length(neurons or config.intermediate_size)
+    write_experts(writer, config, spec_of(config))
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(geometry.head_dim)

@@ -2,90 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
 from hf_context_prune.errors import ExportError
 
-Numbers = tuple[tuple[str, str | float], ...]
-_RMS: Numbers = (("layer_norm_rms_eps", "rms_norm_eps"),)
-_LAYER_NORM: Numbers = (("layer_norm_eps", "layer_norm_eps"),)
-_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")
-"""llama.cpp has one for all, the first, which differs from the last by less than 0.0005."""
+from .gguf_family import GELU, GRANITE, LAYER_NORM, LINEAR_ATTENTION, LLAMA3, RMS, UNBIASED, WINDOW, GgufFamily
+from .gguf_moe_families import MOE_FAMILIES
 
-
-@dataclass(frozen=True)
-class GgufFamily:
-    """Name and conventions of an architecture in llama.cpp.
-
-    Attributes:
-        arch: The architecture.
-        reordered: Whether query and key rows are reordered: transformers rotates feature i of a head with i + half,
-            some of llama.cpp's architectures rotate neighbours.
-        activation: Values of the config's activation that it computes; the first is the one that it is known by.
-        numbers: (the writer's method without ``add_``, what it writes: a number, or the product of the config
-            attributes that ``*`` joins). Values that are None are left out.
-        required: (config attribute, the only value that it computes).
-        norm_offset: What a norm adds to its weight before it multiplies, which is then added to the weight.
-        plain_norms: Parts of the names of norms that add nothing.
-        period: (config attribute, n) where it treats all layers but every n-th in another way (a sliding window, no
-            rotation), whatever the config says.
-        ropes: Types of the scaling of the rotation that it computes.
-        full_heads: Whether its query heads have as many features as the hidden size: removed heads are zeros in the
-            file.
-        interval: Whether it knows layers with attention by their interval; else by their key/value heads.
-        own_head: Whether it asks for an LM head even where the embedding is one.
-        names: llama.cpp's names of tensors that the package gguf can't name, by path in the layer: of each of the
-            equal parts, one after the other, that it has there.
-    """
-
-    arch: MODEL_ARCH
-    reordered: bool = False
-    activation: tuple[str, ...] = ("silu",)
-    numbers: Numbers = _RMS
-    required: tuple[tuple[str, Any], ...] = ()
-    norm_offset: float = 0.0
-    plain_norms: tuple[str, ...] = ()
-    period: tuple[str, int] | None = None
-    ropes: tuple[str, ...] = ("default", "linear", "yarn")
-    full_heads: bool = False
-    interval: bool = False
-    own_head: bool = False
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-_GRANITE: Numbers = (
-    *_RMS,
-    ("embedding_scale", "embedding_multiplier"),
-    ("residual_scale", "residual_multiplier"),
-    ("logit_scale", "logits_scaling"),
-    ("attention_scale", "attention_multiplier"),
-)
-_WINDOW = ("sliding_window", "sliding_window")
 _LAYERS = "layer_types"
-_LLAMA3 = ("default", "linear", "yarn", "llama3")
-_UNBIASED = (("attention_bias", False),)
 
 FAMILIES: dict[str, GgufFamily] = {
-    "llama": GgufFamily(MODEL_ARCH.LLAMA, reordered=True, ropes=_LLAMA3),
-    "mistral": GgufFamily(MODEL_ARCH.LLAMA, reordered=True, ropes=_LLAMA3),
+    "llama": GgufFamily(MODEL_ARCH.LLAMA, reordered=True, ropes=LLAMA3),
+    "mistral": GgufFamily(MODEL_ARCH.LLAMA, reordered=True, ropes=LLAMA3),
     "ministral3": GgufFamily(MODEL_ARCH.MISTRAL3, reordered=True),
     "qwen2": GgufFamily(MODEL_ARCH.QWEN2, full_heads=True),
-    "qwen3": GgufFamily(MODEL_ARCH.QWEN3, required=_UNBIASED),
+    "qwen3": GgufFamily(MODEL_ARCH.QWEN3, required=UNBIASED),
     "qwen3_5_text": GgufFamily(
         MODEL_ARCH.QWEN35,
-        numbers=(
-            *_RMS,
-            ("ssm_conv_kernel", "linear_conv_kernel_dim"),
-            ("ssm_state_size", "linear_key_head_dim"),
-            ("ssm_group_count", "linear_num_key_heads"),
-            ("ssm_inner_size", "linear_num_value_heads*linear_value_head_dim"),
-            ("ssm_time_step_rank", "linear_num_value_heads"),
-        ),
-        required=_UNBIASED,
+        numbers=LINEAR_ATTENTION,
+        required=UNBIASED,
         norm_offset=1.0,
         plain_norms=("linear_attn.norm",),
         interval=True,
@@ -94,15 +32,15 @@ FAMILIES: dict[str, GgufFamily] = {
     "smollm3": GgufFamily(
         MODEL_ARCH.SMOLLM3,
         reordered=True,
-        required=(*_UNBIASED, ("mlp_bias", False)),
+        required=(*UNBIASED, ("mlp_bias", False)),
         period=("no_rope_layers", 4),
     ),
-    "granite": GgufFamily(MODEL_ARCH.GRANITE, reordered=True, numbers=_GRANITE),
+    "granite": GgufFamily(MODEL_ARCH.GRANITE, reordered=True, numbers=GRANITE),
     "granitemoehybrid": GgufFamily(
         MODEL_ARCH.GRANITE_HYBRID,
         reordered=True,
         numbers=(
-            *_GRANITE,
+            *GRANITE,
             ("ssm_conv_kernel", "mamba_d_conv"),
             ("ssm_state_size", "mamba_d_state"),
             ("ssm_group_count", "mamba_n_groups"),
@@ -117,75 +55,75 @@ FAMILIES: dict[str, GgufFamily] = {
             "shared_mlp.output_linear.weight": ("ffn_down.weight",),
         },
     ),
-    "gemma": GgufFamily(MODEL_ARCH.GEMMA, activation=_GELU, required=_UNBIASED, norm_offset=1.0),
+    "gemma": GgufFamily(MODEL_ARCH.GEMMA, activation=GELU, required=UNBIASED, norm_offset=1.0),
     "gemma2": GgufFamily(
         MODEL_ARCH.GEMMA2,
-        activation=_GELU,
+        activation=GELU,
         numbers=(
-            *_RMS,
-            _WINDOW,
+            *RMS,
+            WINDOW,
             ("attn_logit_softcapping", "attn_logit_softcapping"),
             ("final_logit_softcapping", "final_logit_softcapping"),
         ),
-        required=_UNBIASED,
+        required=UNBIASED,
         norm_offset=1.0,
         period=(_LAYERS, 2),
     ),
     "gemma3_text": GgufFamily(
         MODEL_ARCH.GEMMA3,
-        activation=_GELU,
-        numbers=(*_RMS, _WINDOW, ("final_logit_softcapping", "final_logit_softcapping")),
-        required=(*_UNBIASED, ("attn_logit_softcapping", None)),
+        activation=GELU,
+        numbers=(*RMS, WINDOW, ("final_logit_softcapping", "final_logit_softcapping")),
+        required=(*UNBIASED, ("attn_logit_softcapping", None)),
         norm_offset=1.0,
         period=(_LAYERS, 6),
     ),
-    "phi": GgufFamily(MODEL_ARCH.PHI2, activation=_GELU, numbers=_LAYER_NORM, own_head=True, full_heads=True),
+    "phi": GgufFamily(MODEL_ARCH.PHI2, activation=GELU, numbers=LAYER_NORM, own_head=True, full_heads=True),
     "phi3": GgufFamily(MODEL_ARCH.PHI3, ropes=("default", "longrope"), full_heads=True),
     "olmo": GgufFamily(
         MODEL_ARCH.OLMO,
         reordered=True,
         numbers=(("layer_norm_eps", 1e-5), ("clamp_kqv", "clip_qkv")),
-        required=_UNBIASED,
+        required=UNBIASED,
         full_heads=True,
     ),
-    "olmo2": GgufFamily(MODEL_ARCH.OLMO2, required=_UNBIASED, own_head=True, full_heads=True),
+    "olmo2": GgufFamily(MODEL_ARCH.OLMO2, required=UNBIASED, own_head=True, full_heads=True),
     "olmo3": GgufFamily(
         MODEL_ARCH.OLMO2,
-        numbers=(*_RMS, _WINDOW),
-        required=_UNBIASED,
+        numbers=(*RMS, WINDOW),
+        required=UNBIASED,
         period=(_LAYERS, 4),
         own_head=True,
         full_heads=True,
     ),
     "cohere": GgufFamily(
         MODEL_ARCH.COMMAND_R,
-        numbers=(*_LAYER_NORM, ("logit_scale", "logit_scale")),
-        required=(*_UNBIASED, ("use_qk_norm", False)),
+        numbers=(*LAYER_NORM, ("logit_scale", "logit_scale")),
+        required=(*UNBIASED, ("use_qk_norm", False)),
         full_heads=True,
     ),
     "cohere2": GgufFamily(
         MODEL_ARCH.COHERE2,
-        numbers=(*_LAYER_NORM, _WINDOW, ("logit_scale", "logit_scale")),
-        required=_UNBIASED,
+        numbers=(*LAYER_NORM, WINDOW, ("logit_scale", "logit_scale")),
+        required=UNBIASED,
         period=(_LAYERS, 4),
         full_heads=True,
     ),
     "glm": GgufFamily(MODEL_ARCH.CHATGLM, full_heads=True),
     "glm4": GgufFamily(MODEL_ARCH.GLM4),
-    "exaone4": GgufFamily(MODEL_ARCH.EXAONE4, required=(("sliding_window", None),), ropes=_LLAMA3, full_heads=True),
+    "exaone4": GgufFamily(MODEL_ARCH.EXAONE4, required=(("sliding_window", None),), ropes=LLAMA3, full_heads=True),
     "ernie4_5": GgufFamily(MODEL_ARCH.ERNIE4_5, required=(("use_bias", False),)),
     "seed_oss": GgufFamily(MODEL_ARCH.SEED_OSS, required=(("attention_out_bias", False), ("mlp_bias", False))),
     "hunyuan_v1_dense": GgufFamily(
-        MODEL_ARCH.HUNYUAN_DENSE, required=_UNBIASED, ropes=("default", "linear", "yarn", "alpha")
+        MODEL_ARCH.HUNYUAN_DENSE, required=UNBIASED, ropes=("default", "linear", "yarn", "alpha")
     ),
     "arcee": GgufFamily(
         MODEL_ARCH.ARCEE,
         reordered=True,
         activation=("relu2",),
-        required=(*_UNBIASED, ("mlp_bias", False)),
-        ropes=_LLAMA3,
+        required=(*UNBIASED, ("mlp_bias", False)),
+        ropes=LLAMA3,
     ),
-    "apertus": GgufFamily(MODEL_ARCH.APERTUS, activation=("xielu",), ropes=_LLAMA3, own_head=True),
+    "apertus": GgufFamily(MODEL_ARCH.APERTUS, activation=("xielu",), ropes=LLAMA3, own_head=True),
     "nemotron": GgufFamily(
         MODEL_ARCH.NEMOTRON,
         activation=("relu2",),
@@ -197,48 +135,48 @@ FAMILIES: dict[str, GgufFamily] = {
     "jais2": GgufFamily(
         MODEL_ARCH.JAIS2,
         activation=("relu2",),
-        numbers=_LAYER_NORM,
+        numbers=LAYER_NORM,
         required=(("attention_bias", True), ("mlp_bias", True)),
     ),
     "stablelm": GgufFamily(
         MODEL_ARCH.STABLELM,
-        numbers=(*_LAYER_NORM, ("parallel_residual", "use_parallel_residual")),
+        numbers=(*LAYER_NORM, ("parallel_residual", "use_parallel_residual")),
         required=(("qk_layernorm", False),),
         own_head=True,
         full_heads=True,
     ),
     "starcoder2": GgufFamily(
         MODEL_ARCH.STARCODER2,
-        activation=_GELU,
+        activation=GELU,
         numbers=(("layer_norm_eps", "norm_epsilon"),),
         required=(("use_bias", True),),
         full_heads=True,
     ),
     "gpt2": GgufFamily(
         MODEL_ARCH.GPT2,
-        activation=_GELU,
+        activation=GELU,
         numbers=(("layer_norm_eps", "layer_norm_epsilon"),),
         required=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)),
         full_heads=True,
     ),
     "gpt_bigcode": GgufFamily(
         MODEL_ARCH.STARCODER,
-        activation=_GELU,
+        activation=GELU,
         numbers=(("layer_norm_eps", "layer_norm_epsilon"),),
         required=(("scale_attn_weights", True),),
         full_heads=True,
     ),
     "gpt_neox": GgufFamily(
         MODEL_ARCH.GPTNEOX,
-        activation=_GELU,
-        numbers=(*_LAYER_NORM, ("parallel_residual", "use_parallel_residual")),
+        activation=GELU,
+        numbers=(*LAYER_NORM, ("parallel_residual", "use_parallel_residual")),
         required=(("attention_bias", True),),
         own_head=True,
         full_heads=True,
     ),
     "falcon": GgufFamily(
         MODEL_ARCH.FALCON,
-        activation=_GELU,
+        activation=GELU,
         numbers=(("layer_norm_eps", "layer_norm_epsilon"),),
         required=(("alibi", False), ("bias", False)),
         full_heads=True,
@@ -249,10 +187,13 @@ FAMILIES: dict[str, GgufFamily] = {
         required=(("conv_bias", False),),
         full_heads=True,
     ),
+    **MOE_FAMILIES,
 }
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _SCALED_BY_HEAD = ("gemma2", "gemma3_text")
 """Families whose attention llama.cpp scales by the size of a head, whatever the config says."""
+_OWN_KEYS = ("olmoe",)
+"""Families in which llama.cpp has keys and values for every query head."""
 _ORDINALS = {2: "second", 4: "fourth", 6: "sixth"}
 
 
@@ -273,7 +214,11 @@ def check_conventions(config: Any, name: str) -> None:  # noqa: ANN401
             f"llama.cpp computes {name} with {family.activation[0]}, but {attribute} is "
             f"{getattr(config, attribute)!r}. Export to another format."
         )
-    required = [*family.required, *([("query_pre_attn_scalar", config.head_dim)] if name in _SCALED_BY_HEAD else ())]
+    required = [*family.required]
+    if name in _SCALED_BY_HEAD:
+        required.append(("query_pre_attn_scalar", config.head_dim))
+    if name in _OWN_KEYS:
+        required.append(("num_key_value_heads", config.num_attention_heads))
     for each, value in required:
         if (has := getattr(config, each)) != value:
             raise ExportError(

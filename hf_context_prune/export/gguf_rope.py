@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,10 @@ import gguf
 import torch
 from gguf import GGUFWriter
 
-from hf_context_prune.errors import ExportError
+from hf_context_prune.errors import ExportError, PruningWarning
 from hf_context_prune.modeling.geometry import Geometry
 
-from .gguf_families import GgufFamily
+from .gguf_family import GgufFamily
 
 _YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 """The values of YaRN that llama.cpp takes whatever the file says."""
@@ -51,7 +52,13 @@ def check_rope(config: Any, name: str, family: GgufFamily) -> None:  # noqa: ANN
         )
     rope = rope_of(config)
     other = {key: rope[key] for key, value in _YARN.items() if kind == "yarn" and rope.get(key) not in (None, value)}
-    if other:
+    if other == {"truncate": False}:  # gpt-oss, which all of its GGUF files run like this
+        warnings.warn(
+            f"This {name} model does not round the ends of YaRN's range, llama.cpp does: losses differ a little.",
+            PruningWarning,
+            stacklevel=2,
+        )
+    elif other:
         raise ExportError(
             f"llama.cpp computes YaRN with {_YARN}, but this model has {other}. Export to another format."
         )

@@ -18,7 +18,8 @@ from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION, Geometry, kv_g
 from hf_context_prune.modeling.spec_parts import Projection
 from hf_context_prune.modeling.specs import ArchSpec
 
-from .gguf_families import GgufFamily
+from .gguf_experts import expert_values, part_axis
+from .gguf_family import GgufFamily
 from .gguf_recurrence import recurrent_values
 from .gguf_rope import rope_tensors
 
@@ -88,18 +89,23 @@ class Tensors:
         state = self._model.state_dict()
         for name, parts in self.sources():
             values = self._values(name, state[name].float())
-            for new, part in zip(parts, values.chunk(len(parts)), strict=True):
+            axis = part_axis(self._spec, self._path(name))
+            for new, part in zip(parts, values.chunk(len(parts), axis), strict=True):
                 yield name, new, part.contiguous().numpy()
         for new, factors in rope_tensors(self._model, self._geometry):
             yield "", new, factors.numpy()
 
     def _new_names(self, name: str) -> tuple[str, ...]:
-        if name.startswith(f"{self._spec.layers}."):
-            index, _, path = name.removeprefix(f"{self._spec.layers}.").partition(".")
-            if path in self._family.names:
-                return tuple(f"blk.{index}.{part}" for part in self._family.names[path])
+        if (path := self._path(name)) in self._family.names:
+            index = name.removeprefix(f"{self._spec.layers}.").partition(".")[0]
+            return tuple(f"blk.{index}.{part}" for part in self._family.names[path])
         found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         return () if found is None else (found,)
+
+    def _path(self, name: str) -> str:
+        """Return the name of a tensor in its layer; empty outside the layers."""
+        prefix = f"{self._spec.layers}."
+        return name.removeprefix(prefix).partition(".")[2] if name.startswith(prefix) else ""
 
     def _values(self, name: str, values: torch.Tensor) -> torch.Tensor:
         family = self._family
@@ -112,6 +118,7 @@ class Tensors:
         if name.endswith("norm.weight") and not any(part in name for part in family.plain_norms):
             values = values + family.norm_offset
         values = recurrent_values(self._model.config, name, values)
+        values = expert_values(self._spec, self._path(name), values)
         if name in self._neurons:
             values = _filled_up(values, *self._neurons[name])
         return values

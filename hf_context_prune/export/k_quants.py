@@ -86,7 +86,7 @@ def type_of(name: str, shape: Sequence[int], mixture: Mixture, *, layers: int, t
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         kind = Kind.Q6_K
     elif name.startswith("blk."):
-        _, layer, part = name.split(".", 2)
+        _, layer, part = name.replace("_exps", "").replace("_shexp", "").split(".", 2)
         kind = mixture.others.get(part, kind)
         if mixture.better is not None and part in mixture.parts and _has_more_bits(int(layer), layers):
             kind = mixture.better

@@ -17,10 +17,8 @@ NO_GGUF = (
     *("hyperclovax", "nanochat", "olmo_hybrid", "opt", "gpt_neo", "gptj"),
 )
 """Families that llama.cpp has no architecture for, or none that is verified."""
-GGUF_FAMILIES = tuple(
-    name for name, spec in SPECS.items() if name in BUILT_IN and name not in NO_GGUF and spec.experts is None
-)
-"""Families that GGUF files are written for: none with experts, whose tensors in llama.cpp are not verified."""
+GGUF_FAMILIES = tuple(name for name in SPECS if name in BUILT_IN and name not in NO_GGUF)
+"""Families that GGUF files are written for."""
 GGUF_VARIABLE = ("llama", "mistral")
 """Those of them whose widths may differ by layer, if they have no biases."""
 

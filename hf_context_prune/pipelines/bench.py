@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hf_context_prune.evaluation.bench import bench as measure
 from hf_context_prune.evaluation.reports.run_report import RunReport
-from hf_context_prune.storage.loading import explain_gguf_sizes, load_model
+from hf_context_prune.storage.gguf import explain_gguf_sizes
+from hf_context_prune.storage.loading import load_model
 
 _MEMORY_ROUNDS = 3
 

@@ -79,6 +79,7 @@ def dry_run(
     recovery: RecoveryConfig | None = None,
     text_only: bool = False,
     revision: str | None = None,
+    dtype: str = "auto",
     max_memory: int | str | None = None,
 ) -> DryRun:
     """Work out the sizes without reading a weight; products of a layer's size are timed.
@@ -90,6 +91,7 @@ def dry_run(
         recovery: The training after it.
         text_only: As for [`prune`][].
         revision: Branch, tag or commit of the Hub model.
+        dtype: Floating-point type to load the weights in.
         max_memory: As for [`prune`][].
 
     Raises:
@@ -106,7 +108,7 @@ def dry_run(
             "--dry-run works from shapes alone, but vocabulary entries are counted on text; give a number for "
             "--vocab-size."
         )
-    whole = load_meta_model(model, revision=revision, whole=True)
+    whole = load_meta_model(model, dtype=dtype, revision=revision, whole=True)
     loaded = LoadedModel.of(whole, None, str(model), None, None)
     loaded = take_text_only(loaded) if text_only else loaded
     config, empty = keep_image_tokens(loaded, config)[0], loaded.model  # type: ignore[assignment]

@@ -22,7 +22,8 @@ from hf_context_prune.evaluation.reports.report import (
 from hf_context_prune.evaluation.scores import answer_with_models
 from hf_context_prune.evaluation.speed import measure_peak_memory, measure_speed
 from hf_context_prune.modeling.inference import dtype_name
-from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, explain_gguf_sizes
+from hf_context_prune.storage.gguf import explain_gguf_sizes
+from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
 from hf_context_prune.storage.saving import count_weight_bytes
 
 from .comparison import MeasuredText

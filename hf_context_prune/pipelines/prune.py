@@ -29,7 +29,8 @@ from hf_context_prune.pruning.notes import plan_notes
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
 from hf_context_prune.pruning.unused_options import warn_of_low_thresholds, warn_of_unused_options
-from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, explain_gguf_sizes, load_model
+from hf_context_prune.storage.gguf import explain_gguf_sizes
+from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model
 from hf_context_prune.storage.provenance import collect_provenance
 from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target, resolve_target

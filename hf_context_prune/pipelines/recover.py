@@ -19,8 +19,9 @@ from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.pruning.prune_model import PrunedModel
+from hf_context_prune.storage.gguf import explain_gguf_sizes
 from hf_context_prune.storage.known_models import DEMO_MODEL, name_of_base
-from hf_context_prune.storage.loading import LoadedModel, explain_gguf_sizes, load_model
+from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.resume import open_resume_folder
 from hf_context_prune.storage.staging import check_target, resolve_target

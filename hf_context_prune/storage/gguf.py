@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
@@ -25,6 +26,9 @@ from .model_config import describe
 from .saving import estimate_bytes
 from .staging import staged_folder
 
+if TYPE_CHECKING:
+    from .loading import LoadedModel
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -33,27 +37,34 @@ def resolve_source(name: str) -> str:
     return str(ensure_dequantised(Path(name))) if os.path.isfile(name) else name
 
 
-def ensure_dequantised(gguf: Path) -> Path:
-    """Return the float32 safetensors folder of a GGUF file, made once and cached under the file's sha256.
+def ensure_dequantised(gguf: Path, dtype: torch.dtype | None = None) -> Path:
+    """Return the safetensors folder of a GGUF file, made once per dtype and cached under the file's sha256.
+
+    Args:
+        gguf: The file.
+        dtype: Floating-point type of the copy; None: as [`gguf_dtype`][] says.
 
     Raises:
         LoadError: The file can't be read as a GGUF model, or the cache can't be written.
     """
     try:
-        folder = cache_dir() / "gguf" / hash_file(gguf)
+        digest = hash_file(gguf)
     except OSError as error:
         raise LoadError(f"{gguf} can't be read: {error}. Check its permissions, or download it again.") from error
+    place = cache_dir() / "gguf"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
+        dtype = dtype or gguf_dtype(gguf)
+        folder = place / f"{digest}-{str(dtype).removeprefix('torch.')}"
         with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first and reads its result
             if not _is_cached(folder):
-                dequantise(gguf, folder)
+                dequantise(gguf, folder, dtype)
     except OSError as error:
         cause = error.__cause__ if isinstance(error, SaveError) else error  # a SaveError advises on --output
         if isinstance(error, LoadError) or cause is None:
             raise
         raise LoadError(
-            f"The dequantised {gguf.name} can't be kept in the cache folder {folder.parent}: {cause}. Set "
+            f"The dequantised {gguf.name} can't be kept in the cache folder {place}: {cause}. Set "
             f"{CACHE_VARIABLE} to a writable folder with free space."
         ) from error
     return folder
@@ -75,12 +86,14 @@ class _Header:
         architecture: Name of the architecture.
         shapes: Shapes by name, as in torch.
         end: First byte behind the tensors.
+        dtype: Floating-point type of the weights; None where blocks of them are quantised.
         is_known: Whether transformers' own reader knows all types of tensors; else the package gguf reads them.
     """
 
     architecture: str
     shapes: dict[str, tuple[int, ...]]
     end: int
+    dtype: torch.dtype | None
     is_known: bool
 
 
@@ -97,9 +110,32 @@ def _read_header(gguf: Path) -> _Header:
             raise
         shapes = {tensor.name: tuple(map(int, reversed(tensor.shape.tolist()))) for tensor in reader.tensors}
         end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
-        return _Header(str(field.contents()), shapes, int(end), is_known=False)
+        return _Header(str(field.contents()), shapes, int(end), None, is_known=False)
     end = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
-    return _Header(header.architecture, {tensor.name: tensor.shape for tensor in header.tensors}, end, is_known=True)
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    return _Header(header.architecture, shapes, end, header.dtype, is_known=True)
+
+
+def gguf_dtype(gguf: Path) -> torch.dtype:
+    """Return the floating-point type of a GGUF file's weights; of quantised ones bfloat16, which rounds them less.
+
+    Raises:
+        LoadError: The file can't be read as a GGUF model.
+    """
+    try:
+        return _read_header(gguf).dtype or torch.bfloat16
+    except Exception as error:  # the readers of GGUF files raise many types
+        raise _unreadable(gguf, error) from error
+
+
+def explain_gguf_sizes(*models: LoadedModel) -> tuple[str, ...]:
+    """Return a sentence per GGUF model, which says that its sizes are those of the dequantised copy."""
+    return tuple(
+        f"{model.name} is a GGUF file of {model.source.stat().st_size / 1e6:,.1f} MB; bytes on disk, load time and "
+        f"memory are those of its copy in {str(model.model.dtype).removeprefix('torch.')}."
+        for model in models
+        if model.source is not None and model.source.suffix.lower() == ".gguf"
+    )
 
 
 def read_gguf_config(gguf: Path) -> PreTrainedConfig:
@@ -157,8 +193,13 @@ def _unreadable(gguf: Path, error: Exception) -> LoadError:
     )
 
 
-def dequantise(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer of a GGUF file to a folder, in float32.
+def dequantise(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model and tokenizer of a GGUF file to a folder.
+
+    Args:
+        gguf: The file.
+        folder: The folder; absent.
+        dtype: Floating-point type of the weights there.
 
     Raises:
         LoadError: The file can't be read as a GGUF model.
@@ -174,7 +215,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
             gguf_file=gguf.name,
             trust_remote_code=False,
             **known,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by check_complete
         )
@@ -187,7 +228,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
     model.config.name_or_path = gguf.stem
     model.hf_quantizer = None  # whichever reader: nothing is quantised any more
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain float32 now
+        del model.config.quantization_config  # the weights are plain numbers now
     with staged_folder(folder, required_bytes=estimate_bytes(model)) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

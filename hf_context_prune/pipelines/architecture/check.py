@@ -34,7 +34,7 @@ _FAR = {
     "and an ArchSpec has no field for such a layout",
     **dict.fromkeys(
         ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-        "a mixture of experts: an ArchSpec describes layers with one dense MLP",
+        "a mixture of experts, for which no entry can be proposed; docs/families.md lists those that have one",
     ),
 }
 """What an unknown architecture has, by a config attribute above 1, that no entry can describe."""

@@ -21,7 +21,7 @@ def load_source(source: Source) -> LoadedModel:
         return load_model(source.repo, revision=source.revision)
     if source.path is not None:
         return load_model(source.path.absolute())  # checks the manifest first; an absolute path is no Hub id
-    return load_model(fetch_smollm2())
+    return load_model(fetch_smollm2(), dtype="float32")
 
 
 class ModelStore:

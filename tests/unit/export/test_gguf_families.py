@@ -6,12 +6,15 @@ of 16 bits, tables of activations). A wrong convention costs more than a tenth o
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
+from gguf.quants import dequantize
 
-from hf_context_prune.errors import ExportError
+from hf_context_prune.errors import ExportError, PruningWarning
 from hf_context_prune.export import gguf
 from hf_context_prune.export.gguf_families import FAMILIES
 from hf_context_prune.export.runtime import TorchRuntime
@@ -28,10 +31,11 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 IDS = (1, 40, 41, 90, 91, 200, 201, 7, 64, 65, 33, 34, 120, 121, 150, 9, 10, 77)
 COVERING = (
     *("qwen2", "qwen3_5_text", "granitemoehybrid", "gemma3_text", "phi3"),
-    *("cohere2", "apertus", "gpt_neox", "lfm2"),
+    *("cohere2", "apertus", "gpt_neox", "lfm2", "gpt_oss", "ernie4_5_moe"),
 )
 """Together they have every convention of the table: heads filled up, layers without attention of three kinds, norms
-with an offset, windows, stacked and interleaved projections, neighbours rotated or not, a head of its own, xIELU."""
+with an offset, windows, stacked and interleaved projections, neighbours rotated or not, a head of its own, xIELU,
+experts with biases and with shared ones."""
 
 
 def sliding(layers, period):
@@ -55,7 +59,12 @@ OPTIONS = {  # what llama.cpp has fixed, beside tests/support/tiny.py
     "apertus": {"rope_parameters": LLAMA3},
     "phi": {"qk_layernorm": False},
     "qwen3_5_text": {"linear_num_value_heads": 6, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "qwen3_5_moe_text": {"linear_num_value_heads": 6, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "qwen2_moe": {"mlp_only_layers": []},
+    "gpt_oss": sliding(3, 2) | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "olmoe": {"num_key_value_heads": 6},
 }
+WIDE = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +78,16 @@ def tiny(family, **options):
 
 
 def pruned(model, groups=(0, 2)):
-    """29 of the neurons and two of three KV groups, in all layers."""
+    """29 of the neurons, two of three KV groups where they may go, and five of eight experts, in all layers."""
     geometry = read_geometry(model.config, spec_of(model.config))
-    layers = [LayerPlan(tuple(range(2, 31)), groups if layer.kv_groups else ()) for layer in geometry.layers]
+    layers = [
+        LayerPlan(
+            tuple(range(2, 31)) if layer.neurons else (),
+            groups if layer.kv_groups else (),
+            (0, 2, 3, 4, 7) if layer.experts else (),
+        )
+        for layer in geometry.layers
+    ]
     return apply_plan(model, PruningPlan(model.config.model_type, geometry.layers, tuple(layers), fingerprint(model)))
 
 
@@ -85,7 +101,10 @@ def written(model, folder):
 def assert_same(model, folder):
     with written(model, folder) as runtime:
         expected = TorchRuntime(model).losses(IDS)
-        assert runtime.losses(IDS, expected) == pytest.approx(expected, abs=0.015)
+        off = [abs(one - other) for one, other in zip(runtime.losses(IDS, expected), expected, strict=True)]
+    # Where two experts are all but equally good for a token, rounding decides.
+    allowed = len(off) // 4 if spec_of(model.config).experts else 0
+    assert sum(one > 0.015 for one in off) <= allowed, off
 
 
 @pytest.mark.parametrize("family", nightly_beside(COVERING, FAMILIES))
@@ -98,7 +117,7 @@ def test_a_pruned_model_is_the_same_in_llama_cpp(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tied_head_and_one_of_its_own(family, tied, tmp_path):
     model = tiny(family, tie_word_embeddings=tied)
-    if family in ("gemma", "gemma2", "cohere", "cohere2") and not tied:
+    if family in ("gemma", "gemma2", "cohere", "cohere2", "lfm2_moe") and not tied:
         with pytest.raises(ExportError, match=r"no tensor for lm_head\.weight"):
             written(model, tmp_path)
     else:
@@ -213,12 +232,48 @@ def test_removed_heads_are_zeros_where_llama_cpp_wants_all(tmp_path):
         ("gpt2", {"activation_function": "relu"}, "gelu_pytorch_tanh, but activation_function is 'relu'"),
         ("qwen2", {"num_attention_heads": 4, "num_key_value_heads": 1}, "which 4 heads of 8"),
         ("opt", {}, "this is a opt model"),
+        ("olmoe", {"num_key_value_heads": 3}, "num_key_value_heads=6, but this model has 3"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "has experts in layers 0, 1, 2, but this model has them in 0, 2"),
+        ("glm4_moe", {"n_group": 2}, "n_group=1, but this model has 2"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=False"),
     ],
 )
 def test_what_llama_cpp_computes_in_another_way_is_refused_at_once(family, options, words):
     loaded = LoadedModel(tiny(family, **options), tiny_tokenizer(), "tiny", None, None)
     with pytest.raises(ExportError, match=words):
         gguf.check(loaded, "f16")
+
+
+def test_layers_with_other_numbers_of_experts_are_refused(tmp_path):
+    model = tiny("mixtral")
+    widths = read_geometry(model.config, spec_of(model.config)).layers
+    kept = [(0, 1, 2), (0, 1, 2, 3), (4, 5, 6)]
+    layers = tuple(LayerPlan((), (0, 1, 2), experts) for experts in kept)
+    varied = apply_plan(model, PruningPlan("mixtral", widths, layers, fingerprint(model)))
+    with pytest.raises(ExportError, match="no mixtral architecture with widths that vary"):
+        written(varied, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_k_m"])
+def test_experts_are_quantised(dtype, tmp_path):
+    model = tiny("qwen2_moe", hidden_size=256, num_attention_heads=8, num_key_value_heads=4, head_dim=32, **WIDE)
+    gguf.write(LoadedModel(model, tiny_tokenizer(), "tiny", None, None), tmp_path, dtype)
+    with closing(gguf.load(tmp_path)) as runtime:
+        assert all(map(math.isfinite, runtime.losses(IDS)))
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / gguf.FILE_NAME).tensors}
+    assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    found = tensors["blk.1.ffn_up_exps.weight"]
+    assert found.tensor_type.name == {"q8_0": "Q8_0", "q4_k_m": "Q4_K"}[dtype]
+    expected = model.model.layers[1].mlp.experts.gate_up_proj[:, 256:].detach()
+    values = torch.from_numpy(dequantize(found.data, found.tensor_type).copy())
+    assert values.shape == expected.shape
+    assert float((values - expected).norm() / expected.norm()) < {"q8_0": 0.01, "q4_k_m": 0.1}[dtype]
+
+
+def test_a_range_of_yarn_that_is_not_rounded_is_told(tmp_path):
+    model = tiny("gpt_oss", rope_parameters=YARN | {"truncate": False})
+    with pytest.warns(PruningWarning, match="does not round the ends of YaRN's range"):
+        gguf.check(LoadedModel(model, tiny_tokenizer(), "tiny", None, None), "f16")
 
 
 def test_both_tables_name_the_same_families():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from hf_context_prune import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
@@ -37,6 +38,16 @@ def test_adaptive_widths_are_measured_and_their_size_is_known(model, tmp_path):
         dry_run(tmp_path, PrunerConfig(pruning_ratio=0.9, units="neurons,kv_groups"))
     with pytest.raises(BudgetError, match="adaptive widths can remove at most"):
         dry_run(tmp_path, PrunerConfig(mlp_ratio=0.8, allocation="adaptive"))
+
+
+def test_the_needs_are_those_of_the_data_type(model, tmp_path):
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    own, wide, narrow = (
+        dry_run(tmp_path, PrunerConfig(pruning_ratio=0.1), dtype=dtype).needs
+        for dtype in ("auto", "float32", "bfloat16")
+    )
+    assert own == narrow
+    assert own.output_disk == wide.output_disk // 2
 
 
 def test_a_repair_that_a_run_would_refuse_is_refused(model, tmp_path):

@@ -25,7 +25,9 @@ def file(tmp_path, monkeypatch):
 
 
 def test_a_full_disk(file, monkeypatch):
-    def fails(_, folder):
+    monkeypatch.setattr(gguf, "gguf_dtype", lambda _: torch.float32)
+
+    def fails(_, folder, dtype):
         with staged_folder(folder, required_bytes=0):
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -39,6 +41,7 @@ def test_a_full_disk(file, monkeypatch):
 
 
 def test_other_errors_pass(file, monkeypatch):
+    monkeypatch.setattr(gguf, "gguf_dtype", lambda _: torch.float32)
     for error in (LoadError("not a model"), SaveError("another run")):
 
         def fails(*_, error=error):
@@ -103,9 +106,25 @@ def test_types_that_transformers_does_not_read_are_read_by_the_package_gguf(tmp_
     file = tmp_path / "q5" / export_gguf.FILE_NAME
     assert "Q5_0" in {tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    found = load_model(file).model
+    found = load_model(file, dtype="float32").model
     assert found.dtype == torch.float32
     assert found.config.vocab_size == loaded.model.config.vocab_size
     for name, expected in loaded.model.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], expected, atol=0.05, rtol=0.05)
     assert load_meta_model(file).num_parameters() == found.num_parameters()
+
+
+def test_the_copy_has_the_precision_of_the_file(tmp_path, monkeypatch, subtests):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    loaded = LoadedModel(tiny_model("llama"), tiny_tokenizer(), "model", None, None)
+    for kind, own in (("f16", torch.float16), ("q8_0", torch.bfloat16)):
+        (tmp_path / kind).mkdir()
+        export_gguf.write(loaded, tmp_path / kind, kind)
+        file = tmp_path / kind / export_gguf.FILE_NAME
+        for asked, dtype in (("auto", own), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            with subtests.test(kind=kind, asked=asked):
+                found, empty = load_model(file, dtype=asked), load_meta_model(file, dtype=asked)
+                assert found.model.dtype == dtype == empty.dtype
+                (note,) = gguf.explain_gguf_sizes(found)
+                assert note.endswith(f"of its copy in {str(dtype).removeprefix('torch.')}.")
+    assert len([path for path in (tmp_path / "cache" / "gguf").iterdir() if path.is_dir()]) == 5

@@ -17,7 +17,8 @@ from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage import cache, loading, model_checks
-from hf_context_prune.storage.loading import LoadedModel, explain_gguf_sizes, load_meta_model, load_model, load_pruned
+from hf_context_prune.storage.gguf import explain_gguf_sizes
+from hf_context_prune.storage.loading import LoadedModel, load_meta_model, load_model, load_pruned
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.tiny import tiny_model, tiny_tokenizer
 

@@ -109,7 +109,7 @@ def test_a_model_in_memory_names_the_folder_that_it_is_from(tmp_path):
 def test_a_model_in_memory_names_the_gguf_file_that_it_is_from(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").touch()
     for reader in (loading, gguf_files):
-        monkeypatch.setattr(reader, "ensure_dequantised", lambda path: tmp_path / "copy")
+        monkeypatch.setattr(reader, "ensure_dequantised", lambda *_: tmp_path / "copy")
     tiny_model("llama").save_pretrained(tmp_path / "copy")
     tiny_tokenizer().save_pretrained(tmp_path / "copy")
     model = loading.load_model(tmp_path / "x.gguf").model
