@@ -15,13 +15,14 @@ from functools import cache, cached_property
 from typing import Any
 
 from benchmarks.by_source import RESAMPLES, changes_by_source, mean_change, worst_change
-from benchmarks.common import Rows, given, parser, table, write_section
+from benchmarks.common import Rows, corpus, given, parser, table, write_section
 from benchmarks.frontier import FrontierDomain
 from benchmarks.frontier_text import DEFAULT
 from benchmarks.methods import documents_of, rounded
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.balance import group_by_source
+from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.evaluation.bootstrap import bootstrap_estimate, ratio
 from hf_context_prune.evaluation.passages import Passages
@@ -46,6 +47,11 @@ class BalancedDomain(FrontierDomain):
 
     def own_config(self, method: str, share: float) -> PrunerConfig:
         return replace(super().own_config(method, share), balance_sources=self.way == BALANCED)
+
+    @cached_property
+    def test_text(self) -> tuple[TextSource, int]:
+        """The whole validation split, of which both test texts are cut, and how many documents overlap with the train text."""
+        return drop_overlapping(corpus(self.args, "validation", self.name), self.train)
 
     @cached_property
     def passages(self) -> dict[str, TextSource]:

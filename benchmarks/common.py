@@ -46,6 +46,8 @@ def given(options: argparse.ArgumentParser, args: argparse.Namespace) -> str:
         if action.dest in ("help", "data", "work", "fresh"):
             continue
         value = getattr(args, action.dest)
+        if isinstance(value, Path):
+            continue
         if value != action.default and action.option_strings:
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[-1], *map(str, values)]

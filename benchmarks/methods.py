@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import peers
+from benchmarks import checkouts, peers
 from benchmarks.common import corpus
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
@@ -68,7 +69,9 @@ METHODS: dict[str, Method] = {
     REFERENCE: _plain("flap", "bias"),
     "taylor": _plain("taylor"),
     "obs": _plain("obs"),
-    "obs+least_squares": _plain("obs", "least_squares"),
+    "obs+least_squares": Method(
+        "`obs` + `least_squares` (SlimGPT, GRAIL)", {"criterion": "obs", "reconstruction": "least_squares"}
+    ),
     "ours": Method("ours: `obs` + `sequential`", OURS),
     "ours-adaptive": Method("ours, adaptive widths", {**OURS, "allocation": "adaptive"}),
     HIGH: Method(
@@ -79,6 +82,12 @@ METHODS: dict[str, Method] = {
     "torch-pruning": Method("torch-pruning, LLM example", peer=peers.torch_pruning_example),
     "torch-pruning-units": Method("torch-pruning, same units", peer=peers.torch_pruning_units),
 }
+
+
+def add_checkouts(folder: Path) -> None:
+    """Add the peers of a folder of checkouts to the methods."""
+    labels = {"grasprune": "GRASPrune", "2ssp": "2SSP", "slicegpt": "SliceGPT"}
+    METHODS.update({name: Method(labels[name], peer=peer) for name, peer in checkouts.checkout_peers(folder).items()})
 
 
 @dataclass(frozen=True)
@@ -201,6 +210,11 @@ class Domain:
                 self.model(**batch, use_cache=False)
         return time.perf_counter() - begin
 
+    @cached_property
+    def forward_seconds(self) -> float:
+        """Seconds of that pass, timed once."""
+        return self.time_forward()
+
     def measure_dense(self) -> dict[str, Any]:
         """Return the row of the base model, which also holds sizes of documents."""
         losses = self.losses(self.model)
@@ -260,9 +274,12 @@ class Domain:
     def _prune_with_peer(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
         assert method.peer is not None
         remove, samples = budgets(self.model, size)[2], self.samples
+        begin = time.perf_counter()
         result = method.peer(self.model, samples, remove, size.attention)
+        seconds = time.perf_counter() - begin
         peers.check_peer(self.model, result, samples, remove)
-        return result.model, {"version": result.version, "call": result.call, "note": result.note}
+        row = {"version": result.version, "call": result.call, "note": result.note}
+        return result.model, {**row, "forwards": round(seconds / self.forward_seconds, 1)}
 
 
 def count_gone(plan: PruningPlan) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 python -m benchmarks.one_shot --data PATH/TO/data            # three domains, neurons; resumes
 python -m benchmarks.one_shot --data PATH/TO/data --sizes all20 all30 --num-samples 64    # neurons and KV groups
+python -m benchmarks.one_shot --data PATH/TO/data --sizes all20 --peers PATH/TO/checkouts    # GRASPrune, 2SSP, SliceGPT too
 python -m benchmarks.one_shot --data PATH/TO/data --quick    # one domain, one size
 python -m benchmarks.one_shot --data PATH/TO/data --model gemma3-270m --sizes mlp25 --methods flap+bias ours ...
 """
@@ -13,13 +14,14 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.by_source import Sources, mean_and_worst, read_sources, sources_of
 from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
-from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain
+from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain, add_checkouts
 from benchmarks.models import MODELS
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses
@@ -123,6 +125,11 @@ def size_section(rows: Found, args: argparse.Namespace, name: str, sources: Sour
             )
         if own[0].get("note"):
             notes.append(f"- {METHODS[method].label}: {own[0]['note']}.")
+        if taken := [f"{d} {row['forwards']:g}" for d, row in zip(args.domains, own, strict=True) if "forwards" in row]:
+            notes.append(
+                f"- {METHODS[method].label} took as long as so many forward passes of the base model over the calibration "
+                f"text: {', '.join(taken)}."
+            )
         predicted = [
             f"{d} {row['predicted']:.3f} and {estimate.value:.3f}"
             for d, row, estimate in zip(args.domains, own, found, strict=True)
@@ -218,6 +225,7 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str,
 {MODELS[args.model][0]} (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
 base model in nats per token; *share*: excess divided by the excess of `flap` + `bias`; 95 % bootstrap intervals over
 documents, paired. All methods have the same calibration text and the same test text, from the validation split ({text}).
+`obs` + `least_squares` is the recipe of SlimGPT (arXiv 2412.18110) for the choice and of GRAIL (arXiv 2602.23795) for the refit.
 All widths are uniform, except for adaptive widths, which have the same total. `bias` adds biases that this architecture
 can't save, so `bias` is measured in memory. The plot leaves out values that are not above zero. All models, the base model
 included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX. The section on costs has the
@@ -236,7 +244,12 @@ Calls of the peers:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--peers", type=Path)
+    if (folder := first.parse_known_args(arguments)[0].peers) is not None:
+        add_checkouts(folder)
     options = parser(__doc__ or "", several=True)
+    options.add_argument("--peers", type=Path, help="folder of checkouts of GRASPrune and 2SSP, which adds methods")
     options.add_argument("--quick", action="store_true", help="one domain, one size, little text")
     options.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="base model")
     options.add_argument(

@@ -1,0 +1,258 @@
+"""Run the code of peers that are on no package index, from a folder of their checkouts, in this process.
+
+The folder has ``GRASPrune/`` (github.com/ZiY-Wang/GRASPrune) and ``2SSP/`` (github.com/FabrizioSandri/2SSP, whose `src`
+also holds SliceGPT). Nothing of them is part of this package, and no file of theirs is changed: what does not run on a
+CPU or with transformers 5 is replaced from outside, for the time of the call. `note` lists every deviation from the
+recommended call. See `peers.py` for what a peer is.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import math
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers import Peer, PeerResult
+
+_TRAINED_LENGTH = 2048
+"""Tokens per calibration sample of 2SSP."""
+_GRASP_MODULES = ("config", "data", "evals", "gates", "pipeline", "rebuild")
+
+
+def checkout_peers(folder: Path) -> dict[str, Peer]:
+    """Return the peers of a folder of checkouts, by the name that ``--methods`` takes."""
+    return {
+        "grasprune": _in_folder(grasprune, folder / "GRASPrune"),
+        "2ssp": _in_folder(two_stage, folder / "2SSP"),
+        "slicegpt": _in_folder(slicegpt, folder / "2SSP"),
+    }
+
+
+def _in_folder(peer: Callable[..., PeerResult], folder: Path) -> Peer:
+    def prune(model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
+        if not folder.is_dir():
+            raise SystemExit(f"{folder} is missing: clone the peer there, or leave it out of --methods.")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return peer(folder, model, samples, remove)
+
+    return prune
+
+
+@contextmanager
+def _imported(folder: Path, names: Sequence[str], absent: Sequence[str] = ()) -> Iterator[list[Any]]:
+    """Import modules of a folder by their names, which are as common as ``config``, and forget them afterwards.
+
+    Args:
+        folder: A checkout.
+        names: Its modules, in the order in which they are returned.
+        absent: Packages that it imports at the top and that the call does not use; empty ones stand for them.
+    """
+    top = {name.partition(".")[0] for name in (*names, *absent)}
+
+    def ours(name: str) -> bool:
+        return name.partition(".")[0] in top
+
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
+    path, sys.path = sys.path, [str(folder), *sys.path]
+    try:
+        for name in absent:
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].ConfigDict = types.SimpleNamespace  # type: ignore[attr-defined] # of ml_collections
+        yield [importlib.import_module(name) for name in names]
+    finally:
+        sys.path = path
+        for name in [name for name in sys.modules if ours(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _layer_parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.model.layers.parameters())
+
+
+class _Blocks:
+    """The calibration samples as GRASPrune's data set."""
+
+    def __init__(self, samples: torch.Tensor, *_: object) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.samples[index]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def grasprune(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> PeerResult:
+    """Prune by GRASPrune (ACL 2026): gates on neurons and KV groups, learned by the loss under a budget for both."""
+    smaller = copy.deepcopy(model).requires_grad_(False)
+    stock = [(layer.mlp, layer.self_attn) for layer in smaller.model.layers]
+    gated = sum(parameter.numel() for parts in stock for part in parts for parameter in part.parameters())
+    with _imported(folder, _GRASP_MODULES) as (config, _, _, gates, pipeline, _):
+        pipeline.load_text_dataset = lambda *_: samples
+        pipeline.TokenBlockDataset = _Blocks
+        options = config.PruningConfig(
+            device="cpu",
+            dtype=torch.float32,
+            keep_ratio=1 - remove / gated,
+            max_len=samples.shape[1],
+            num_samples=len(samples),
+            rescale_num_samples=len(samples),
+        )
+        pipeline.set_seed(0)
+        with torch.enable_grad():
+            gates.attach_pruning_gates(smaller, options.gate_init, options.tau, "cpu", "llama")
+            pipeline.train_gates(smaller, None, options)
+            pipeline.apply_final_hard_masks(smaller, options)
+            pipeline.train_rescale(smaller, None, options)
+        pipeline.materialize_all_pruning(smaller)
+    _put_back(smaller, stock)
+    call = (
+        f"attach_pruning_gates, train_gates, apply_final_hard_masks, train_rescale, materialize_all_pruning with "
+        f"PruningConfig(keep_ratio={options.keep_ratio:.4f}, num_samples={len(samples)}, rescale_num_samples={len(samples)})"
+    )
+    note = (
+        "gates and scales learn on the calibration samples of all methods (recommended: 512 blocks of WikiText-2 train, "
+        "and WikiText-2 validation for the scales); float32 on a CPU; weights without gates are frozen; its narrowed "
+        "projections are put back into the stock layers, since its own no longer run"
+    )
+    return PeerResult(smaller.eval(), "GRASPrune 666f4f0", call, note)
+
+
+def _put_back(model: Any, stock: Sequence[tuple[Any, Any]]) -> None:
+    """Put narrowed projections into the stock modules of the layers."""
+    for layer, (mlp, attention) in zip(model.model.layers, stock, strict=True):
+        for part, narrowed in ((mlp, layer.mlp), (attention, layer.self_attn)):
+            for name, module in narrowed.named_children():
+                if isinstance(module, torch.nn.Linear):
+                    setattr(part, name, module)
+        layer.mlp, layer.self_attn = mlp, attention
+
+
+def two_stage(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> PeerResult:
+    """Prune by 2SSP (TMLR 2025): neurons by the norm of their activations, then whole attentions by the perplexity."""
+    smaller = copy.deepcopy(model)
+    smaller.config.use_cache = False
+    length = max(samples.shape[1], _TRAINED_LENGTH // samples.shape[1] * samples.shape[1])
+    length = min(length, samples.numel())
+    long = samples.flatten()[: samples.numel() // length * length].view(-1, 1, length)
+    rate = remove / _layer_parameters(smaller)
+    modules = ("src.evaluation", "src.utilities", "src.pruning")
+    with _imported(folder, modules, ("lm_eval",)) as (evaluation, utilities, pruning):
+        measure = evaluation.evaluate_perplexity
+
+        def on_cpu(candidate: Any, ids: torch.Tensor, **options: Any) -> float:
+            options |= {"device": "cpu", "seq_len": min(options.get("seq_len", length), ids.numel())}
+            found: float = measure(candidate, ids, **options)
+            return found
+
+        utilities.evaluate_perplexity = pruning.evaluate_perplexity = on_cpu
+        utilities.maskModel = pruning.maskModel = _mask_attention
+        utilities.unmaskModel = pruning.unmaskModel = _unmask_attention
+        pruning.two_stage_2ssp(smaller, list(long), rate)
+    gone = sum(not hasattr(layer.self_attn, "q_proj") for layer in smaller.model.layers)
+    note = (
+        f"{gone} attentions gone, and neurons to one width; float32 on a CPU; calibrated on the samples of all methods, "
+        f"joined to {len(long)} x {length} tokens (recommended: 32 x 2,048 of C4); a masked attention returns two values, "
+        f"as transformers 5 unpacks"
+    )
+    step = (
+        sum(parameter.numel() for parameter in model.model.layers[0].mlp.parameters()) // model.config.intermediate_size
+    )
+    step *= len(model.model.layers)  # a neuron of every layer
+    return PeerResult(smaller, "2SSP 88ab660", f"two_stage_2ssp(model, samples, {rate:.4f})", note, step)
+
+
+def _nothing(hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+    return torch.zeros_like(hidden_states), None
+
+
+def _mask_attention(model: Any, attnMask: Sequence[int], mlpMask: Sequence[int]) -> None:
+    """Let the attentions of a mask add nothing, as 2SSP's `maskModel`, whose three values stock layers can't unpack."""
+    for layer, masked in zip(model.model.layers, attnMask, strict=True):
+        if masked:
+            layer.self_attn.forward = _nothing
+
+
+def _unmask_attention(model: Any, attnMask: Sequence[int], mlpMask: Sequence[int]) -> None:
+    """Undo `_mask_attention`."""
+    for layer, masked in zip(model.model.layers, attnMask, strict=True):
+        if masked:
+            vars(layer.self_attn).pop("forward", None)
+
+
+def slicegpt(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> PeerResult:
+    """Prune by SliceGPT (ICLR 2024): a rotated, narrower residual stream, in the copy that 2SSP holds."""
+    smaller = copy.deepcopy(model)
+    smaller.config.torch_dtype = model.dtype
+    smaller.config.use_cache = False
+    width, step = _sliced_width(smaller, remove)
+    parts = ("adapters.llama_adapter", "layernorm_fusion", "rotate", "slicing_scheduler", "model_utils")
+    modules = tuple(f"src.slicegpt_utils.{part}" for part in parts)
+    with _imported(folder, modules, ("lm_eval", "ml_collections")) as (llama, fusion, rotate, schedule, signals):
+
+        class Layer(llama.CompressedLlamaDecoderLayer):  # type: ignore[name-defined, misc]
+            def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+                found: torch.Tensor = super().forward(hidden_states, **options)[0]
+                return found
+
+        class Adapter(llama.LlamaModelAdapter):  # type: ignore[name-defined, misc]
+            compressed_layer_type = Layer
+
+        rotate.config.device = torch.device("cpu")
+        # Theirs walks the stack to name its caller, which takes longer than the pruning.
+        rotate.cleanup_memory = signals.utils.cleanup_memory = gc.collect
+        adapter = Adapter(smaller)
+        fusion.replace_layers(adapter, verbose=False)
+        for layer in smaller.model.layers:
+            layer.self_attn.forward = _with_a_third(layer.self_attn.forward)
+        fusion.fuse_modules(adapter)
+        smaller.config.tie_word_embeddings = False
+        rotate.rotate_and_slice(
+            adapter,
+            list(samples.unsqueeze(1)),
+            schedule.ConstSlicingScheduler(width),
+            apply_mask=False,
+            final_orientation="random",
+        )
+    note = (
+        f"the residual stream has {width} of {model.config.hidden_size} features; its shortcut matrices and the head, which "
+        f"is no longer the embedding, count as parameters; the width is no multiple of 8, to hit the size; float32 on a CPU; "
+        f"calibrated on the samples of all methods (recommended: 256 x 2,048 of C4)"
+    )
+    call = f"replace_layers, fuse_modules, rotate_and_slice(model, samples, ConstSlicingScheduler({width}))"
+    return PeerResult(smaller, "SliceGPT (in 2SSP 88ab660)", call, note, step)
+
+
+def _with_a_third(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an attention's forward with the third value that SliceGPT's layers unpack."""
+    return lambda *args, **options: (*forward(*args, **options), None)
+
+
+def _sliced_width(model: Any, remove: int) -> tuple[int, int]:
+    """Return the width of the residual stream that leaves a number of parameters, and the parameters of one more feature."""
+    config, layers = model.config, len(model.model.layers)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    rows = 2 * (attention.q_proj.out_features + attention.k_proj.out_features) + 3 * mlp.down_proj.in_features
+
+    def count(width: int) -> int:
+        embedding = config.vocab_size * (width + config.hidden_size)
+        wider = config.hidden_size - width  # of the last layer's output, which the head reads
+        return embedding + layers * (rows + 2 * width) * width + wider * (mlp.down_proj.in_features + width)
+
+    wanted = model.num_parameters() - remove
+    width = min(range(1, config.hidden_size), key=lambda width: abs(count(width) - wanted))
+    if not math.isclose(count(width), wanted, rel_tol=0.01):
+        raise SystemExit(f"SliceGPT leaves at least {count(1):,} parameters of this model; {wanted:,} are asked for.")
+    return width, count(width + 1) - count(width)
