@@ -13,7 +13,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -79,6 +79,7 @@ class Bench:
         return {
             "routed": {name: [layer.routed.tolist() for layer in layers.values()] for name, layers in found.items()},
             "parameters": self.model.num_parameters(),
+            "vocabulary": self.model.config.vocab_size,
             "expert_parameters": ModelView.of(self.model).costs["experts"],
         }
 
@@ -170,6 +171,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument(
         "--save-minutes", type=float, default=4.0, help="minutes between two checkpoints of the training"
     )
+    options.add_argument(
+        "--balance", type=float, default=Shape.balance, help="weight of the loss that balances experts"
+    )
     options.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.5], help="shares of the experts to remove")
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="how experts are chosen")
     options.add_argument("--num-samples", type=int, default=256, help="calibration samples")
@@ -179,7 +183,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.set_defaults(steps=6, num_samples=16, routing_samples=8, eval_tokens=1_500, shares=[0.5])
     args = options.parse_args(arguments)
     args.given = given(options, args)
-    args.shape = QUICK if args.quick else Shape()
+    args.shape = replace(QUICK if args.quick else Shape(), balance=args.balance)
     args.section = "experts_quick" if args.quick else "experts"
     if args.domain not in SHARES:
         options.error(f"--domain is {args.domain}; the model is trained on {', '.join(SHARES)}.")

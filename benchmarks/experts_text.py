@@ -66,7 +66,7 @@ def results_text(rows: Found, args: argparse.Namespace) -> str:
 
 An OLMoE-shaped model that is trained here: {row["parameters"]:,} parameters, of which
 {shape.layers * shape.experts * row["expert_parameters"]:,} in experts; {shape.layers} layers of {shape.experts} experts
-with {shape.neurons} neurons each, {shape.per_token} of them per token; hidden size {shape.hidden_size}; {shape.vocab_size:,} tokens. Trained on
+with {shape.neurons} neurons each, {shape.per_token} of them per token; hidden size {shape.hidden_size}; {row["vocabulary"]:,} tokens. Trained on
 {model["tokens"]:,} tokens of the train text of {", ".join(f"{name} ({share:.0%})" for name, share in SHARES.items())} in
 {model["seconds"] / 60:.0f} minutes ({model["tokens"] / max(1e-9, model["seconds"]):,.0f} tokens/s), balancing loss {shape.balance:g}. Test text, from the
 validation split: {texts}.
@@ -109,16 +109,14 @@ def size_text(rows: Found, args: argparse.Namespace, share: float) -> str:
     body = []
     for method in args.methods:
         row = rows[method, share]
+        left = [one for one in row["error_left"] if one is not None]  # of text that was not fitted, if there was any
+        shown = f"{min(left):.0%} to {max(left):.0%}" if left else ""
         for way, label in WAYS.items():
             own = ""
             if (REFERENCE, share) in rows:
                 own = cell(share_of_reference(rows, method, share, way, args.domain, args.seed), 2)
             cells = (cell(excess(rows, (method, share), way, name, args.seed)) for name in order(args.domain))
-            body.append([METHODS[method], label, *cells, own])
-        left = row["error_left"]
-        body[-1].append(f"{min(left):.0%} to {max(left):.0%}")
-        body[-2].append(body[-1][-1])
-        body[-3].append("")
+            body.append([METHODS[method], label, *cells, own, "" if way == CUT else shown])
     header = ["criterion", "experts", *(f"excess, {name}" for name in order(args.domain))]
     first = rows[args.methods[0], share]
     seconds = max(rows[method, share]["repair_seconds"] for method in args.methods)

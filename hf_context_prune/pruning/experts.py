@@ -198,7 +198,7 @@ def remove_experts(
     fewer = apply_plan(model, choice.plan(model), share=True, keep=_keep_outside_memory(model, choice))
     if config.reconstruction in REPAIRING:
         left = repair_experts(model, fewer, choice.kept, batches_of(samples), state_dir=resume_dir)
-        share = {str(index): float(f"{value:.4g}") for index, value in left.items()}
+        share = {str(index): None if one is None else float(f"{one:.4g}") for index, one in left.items()}
         choice = replace(choice, facts={**choice.facts, "error_left": share})
     return choice, fewer, rest_of_experts_budget(config, model, fewer)
 

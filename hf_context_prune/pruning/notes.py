@@ -43,12 +43,11 @@ def experts_note(plan: PruningPlan) -> tuple[str, ...]:
     facts = plan.provenance.get("experts")
     if not facts:
         return ()
-    repair = (
-        "What the others did is not made up for in the layers."
-        if not facts.get("error_left")
-        else f"They were refitted to what all did: {_describe_range(facts['error_left'])} of the squared error is "
-        f"left, on other text."
-    )
+    repair = "What the others did is not made up for in the layers."
+    if "error_left" in facts:
+        left = {layer: share for layer, share in facts["error_left"].items() if share is not None}
+        known = f": {_describe_range(left)} of the squared error is left, on text that was not fitted" if left else ""
+        repair = f"They were refitted to what all did{known}."
     return (
         f"{facts['kept']} of {facts['of']} experts stay in every layer that has them, by {facts['criterion']}: "
         f"{_describe_range(facts['routed_share'])} of the routing of the calibration text went to them. {repair}",

@@ -29,6 +29,7 @@ from torch import nn
 from hf_context_prune.errors import NumericsError
 from hf_context_prune.modeling.architectures import output_scale, residual_scale
 from hf_context_prune.modeling.experts import expert_inputs, experts_spec, output_tensors
+from hf_context_prune.modeling.layer_device import layer_device
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.distributed import all_reduce_
 from hf_context_prune.utils.linalg import all_finite
@@ -68,12 +69,12 @@ class RepairedExperts:
     Attributes:
         weight: As the layer's module stores them.
         bias: Their biases; None where the family has none.
-        left: Share of the squared error that is left, on text that was never fitted (without any: on all of it).
+        left: Share of the squared error that is left, on text that was never fitted; None where none was withheld.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    left: float
+    left: float | None
 
     def install(self, module: nn.Module) -> None:
         """Set the output projections of a layer's experts, in place."""
@@ -100,16 +101,17 @@ class ExpertRepair:
         weight, bias = output_tensors(self.module)
         self._inside, self._outputs = weight.shape[1:] if self._transposed else weight.shape[:0:-1]
         self._biased = bias is not None
-        self._device = streams[0].device if streams else view.model.device
+        self._device = layer_device(view.model)
         self.parts = [self._route(stream, storage) for stream in streams]
-        self._withheld = sum(len(part.hidden) for part in self.parts if part.validation)
+        withheld = sum(len(part.hidden) for part in self.parts if part.validation)
+        self._withheld = StreamStorage(withheld, device=self._device)
 
     @torch.no_grad()
     def solve(self) -> RepairedExperts:
         """Return the refitted output projections; the layer stays as it is."""
         weight, bias = output_tensors(self.module)
         counts = self._count()
-        before = self._errors()
+        before = self._withheld_error()
         changes: dict[int, tuple[torch.Tensor, float]] = {}
         for sweep in range(SWEEPS):
             for expert, (fitted, withheld) in enumerate(counts.tolist()):
@@ -119,14 +121,15 @@ class ExpertRepair:
                 if (found := self._solve_one(expert, int(fitted), bool(withheld), old, ridge)) is not None:
                     changes[expert] = found
                     self._apply(expert, found[0] if old is None else found[0] - old)
-        after = self._errors()
+        after = self._withheld_error()
         new_weight, new_bias = weight.clone(), None if bias is None else bias.clone()
         for expert, (change, _) in changes.items():
             own = change[:, : self._inside].to(weight.device)
-            new_weight[expert] = (new_weight[expert].double() + (own.T if self._transposed else own)).to(weight.dtype)
+            new_weight[expert] = new_weight[expert].float() + (own.T if self._transposed else own)
             if new_bias is not None:
-                new_bias[expert] = (new_bias[expert].double() + change[:, self._inside].to(bias)).to(new_bias.dtype)
-        return RepairedExperts(new_weight, new_bias, after / before if before else 1.0)
+                new_bias[expert] = new_bias[expert].float() + change[:, self._inside].to(new_bias.device)
+        left = after / before if before else 1.0
+        return RepairedExperts(new_weight, new_bias, left if bool(counts[:, 1].any()) else None)
 
     def _route(self, stream: Stream, storage: StreamStorage) -> _Routed:
         """Run the layer on a stream, and keep what reaches its experts and what its output lacks."""
@@ -157,13 +160,14 @@ class ExpertRepair:
         all_reduce_([counts])
         return counts
 
-    def _errors(self) -> float:
-        """Return the sum of |r|^2 over the withheld tokens of all processes; without any, over all tokens."""
-        found = torch.zeros(2, dtype=torch.float64)
+    def _withheld_error(self) -> float:
+        """Return the sum of |r|^2 over the withheld tokens of all processes."""
+        found = torch.zeros(1, dtype=torch.float64)
         for part in self.parts:
-            found[int(part.validation)] += part.lacking.square().sum(dtype=torch.float64).item()
+            if part.validation:
+                found += part.lacking.square().sum(dtype=torch.float64)
         all_reduce_([found])
-        return float(found[1] or found[0])
+        return float(found)
 
     def _rows(self, expert: int, *, fitted_only: bool) -> Iterator[tuple[_Routed, torch.Tensor, torch.Tensor]]:
         """Yield (batch, tokens that reach an expert, z), where some do."""
@@ -192,7 +196,6 @@ class ExpertRepair:
         """
         features = self._inside + self._biased
         fit = open_regression(features, self._outputs, fitted, self._device, centre=False)
-        storage = StreamStorage(self._withheld, device=self._device)
         rows: list[Rows] = []
         seen = 0
         for part, token, z in self._rows(expert, fitted_only=ridge is not None):
@@ -200,7 +203,7 @@ class ExpertRepair:
             if old is not None:
                 lacking += z @ old.T.to(z)
             if part.validation:
-                rows.append((storage.keep("z", seen, z), storage.keep("r", seen, lacking)))
+                rows.append((self._withheld.keep("z", seen, z), self._withheld.keep("r", seen, lacking)))
                 seen += len(token)
             else:
                 fit.add(z, lacking)

@@ -6,6 +6,7 @@ upstream, too. `expert_repair` has the equations of one layer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def repair_experts(
     *,
     state_dir: Path | None = None,
     memory_limit: int | None = None,
-) -> dict[int, float]:
+) -> dict[int, float | None]:
     """Refit the output projections of the experts that stay, layer by layer, to what the base model computes.
 
     Under ``accelerate launch`` every process has to call it, with the same batches, as for `prune_sequentially`.
@@ -53,7 +54,8 @@ def repair_experts(
         memory_limit: As for `prune_sequentially`.
 
     Returns:
-        The share of the squared error that is left in each layer, on text that was never fitted.
+        The share of the squared error that is left in each layer, on text that was never fitted; None where there is
+        too little text to withhold any.
 
     Raises:
         NumericsError: NaN or Inf, with the layer.
@@ -62,7 +64,8 @@ def repair_experts(
     view, slim, batches = ModelView.of(model), ModelView.of(fewer), list(batches)
     check_weights_finite(model)
     checkpoint = _Checkpoint(state_dir, model, batches, kept)
-    device, left, diverged = layer_device(model), {}, False
+    left: dict[int, float | None] = {}
+    device, diverged = layer_device(model), False
     with evaluation_mode(model, inference=False), evaluation_mode(fewer, inference=False):
         mine = shard(batches)
         storage = StreamStorage(count_positions(mine), limit=memory_limit, device=device)
@@ -123,7 +126,7 @@ class _Checkpoint:
         if found is None:
             return None
         tensors, facts = found
-        return RepairedExperts(tensors["weight"], tensors.get("bias"), float(facts["left"]))
+        return RepairedExperts(tensors["weight"], tensors.get("bias"), json.loads(facts["left"]))
 
     def save(self, index: int, done: RepairedExperts) -> None:
         """Write a finished layer; its file appears whole.
@@ -134,7 +137,7 @@ class _Checkpoint:
         if self.folder is None or not is_main_process():
             return
         tensors = {"weight": done.weight} | ({} if done.bias is None else {"bias": done.bias})
-        write_kept_tensors(self._path(index), tensors, self.key, {"left": repr(done.left)}, what="finished layer")
+        write_kept_tensors(self._path(index), tensors, self.key, {"left": json.dumps(done.left)}, what="finished layer")
 
     def _path(self, index: int) -> Path:
         assert self.folder is not None

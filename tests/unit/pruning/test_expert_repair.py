@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from hf_context_prune.data.documents import load_documents
 from hf_context_prune.errors import NumericsError, SaveError
 from hf_context_prune.modeling.experts import expert_inputs, output_tensors
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.calibration.samples import CalibrationSet
+from hf_context_prune.pruning.calibration.samples import CalibrationSet, batches_of
+from hf_context_prune.pruning.notes import experts_note
 from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.sequential import expert_repair
 from hf_context_prune.pruning.sequential.expert_repair import ExpertRepair
@@ -243,16 +246,21 @@ def test_an_expert_that_no_token_reaches_stays_as_it_is(monkeypatch):
         without(model, batches(2))
 
 
-def test_a_run_repairs_by_default_and_slices_where_nothing_is_reconstructed():
+def test_a_run_repairs_by_default_and_slices_where_nothing_is_reconstructed(monkeypatch):
     model, tokenizer, found = case("mixtral"), tiny_tokenizer(), {}
+    monkeypatch.setattr("hf_context_prune.pruning.experts.batches_of", partial(batches_of, batch_tokens=256))
     for name in ("none", "bias", "least_squares", "sequential"):
-        small = {"num_calibration_samples": 13, "max_seq_length": 16, "refit_lm_head": False}
+        small = {"num_calibration_samples": 48, "max_seq_length": 64, "refit_lm_head": False}
         config = PrunerConfig(num_experts=4, reconstruction=name, **small)
         found[name] = prune_model(
             copy.deepcopy(model), tokenizer, CalibrationSet(load_documents(texts(60)), config), config
         )
         assert ("error_left" in found[name].plan.provenance["experts"]) == (name in ("least_squares", "sequential"))
     assert len({tuple(layer.experts for layer in one.plan.layers) for one in found.values()}) == 1
+    assert re.search(
+        r"They were refitted to what all did: \d+% .* on text that was not fitted\.",
+        experts_note(found["sequential"].plan)[0],
+    )
     sliced = outputs_of(apply_plan(model, found["none"].plan))
     for name, one in found.items():
         same = all(map(torch.equal, outputs_of(one.model), sliced))

@@ -141,7 +141,7 @@ def test_experts_go_together_with_other_units(name, options, tmp_path):
         (note,) = experts_note(plan)
         repaired = config.reconstruction != "none"
         assert ("error_left" in plan.provenance["experts"]) == repaired
-        assert note.endswith("other text." if repaired else "not made up for in the layers.")
+        assert note.endswith("They were refitted to what all did." if repaired else "not made up for in the layers.")
         assert note.startswith(f"{kept} of 8 experts stay in every layer that has them, by reap: ")
     else:
         assert experts_note(plan) == ()
