@@ -201,7 +201,7 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step, self.loss = self.step + 1, float(loss)
+        self.step, self.loss = self.step + 1, float(loss.detach())
 
     def _precision(self) -> AbstractContextManager[None]:
         fast = bfloat16_is_fast(torch.device("cpu"))

@@ -145,11 +145,11 @@ class ExpertRepair:
             raise NumericsError(f"NaN or Inf in the target of {self.where}. {overflow_remedy(self.view.model.dtype)}")
         values = [one if stream.mask is None else one[stream.mask] for one in seen[0]]
         names = ("hidden", "chosen", "gates", "lacking")
-        kept = (
+        hidden, chosen, gates, lacking = (
             storage.keep(f"experts {name}", stream.start, value)
             for name, value in zip(names, (*values, lacking), strict=True)
         )
-        return _Routed(*kept, stream.validation)
+        return _Routed(hidden, chosen, gates, lacking, stream.validation)
 
     def _count(self) -> torch.Tensor:
         """Return the fitted and the withheld tokens that reach each expert, of all processes, [experts, 2]."""
