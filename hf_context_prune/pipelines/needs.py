@@ -139,8 +139,8 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
     if isinstance(config, PrunerConfig) and config.removes_experts and config.reconstruction in REPAIRING:
         outputs, features = expert_shape(view)
         kept = count_experts(model, config) * outputs * features
-        # The changes of all experts of a layer beside their new weights, and the equations of one.
-        steps["the experts of a layer"] = (_NARROW + item) * kept + _solver_bytes(outputs, features, tokens)
+        # The changes of all experts of a layer beside their new weights, and the equations of one, from sums.
+        steps["the experts of a layer"] = (_NARROW + item) * kept + _solver_bytes(outputs, features, features)
         resume += item * kept * sum(bool(widths.experts) for widths in view.widths)
     if isinstance(config, PrunerConfig) and config.refits_lm_head:
         fitted = min(rows, tokens // _TOKENS_PER_ROW)

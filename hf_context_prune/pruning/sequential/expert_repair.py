@@ -37,7 +37,7 @@ from hf_context_prune.utils.precision import bfloat16_autocast, overflow_remedy
 
 from .hidden_states import Stream, StreamStorage
 from .layer_pruner import DEFAULT_CORRECTION_RIDGE, GAP_RIDGES
-from .regression import Rows, open_regression
+from .regression import MomentRegression, Rows
 
 SWEEPS = 2
 """Rounds in which every expert is solved once."""
@@ -118,7 +118,7 @@ class ExpertRepair:
                 if not fitted or (sweep and expert not in changes):
                     continue
                 old, ridge = changes.get(expert, (None, None))
-                if (found := self._solve_one(expert, int(fitted), bool(withheld), old, ridge)) is not None:
+                if (found := self._solve_one(expert, bool(withheld), old, ridge)) is not None:
                     changes[expert] = found
                     self._apply(expert, found[0] if old is None else found[0] - old)
         after = self._withheld_error()
@@ -183,19 +183,20 @@ class ExpertRepair:
             yield part, token, torch.cat([z, gates], dim=1) if self._biased else z
 
     def _solve_one(
-        self, expert: int, fitted: int, withheld: bool, old: torch.Tensor | None, ridge: float | None
+        self, expert: int, withheld: bool, old: torch.Tensor | None, ridge: float | None
     ) -> tuple[torch.Tensor, float] | None:
         """Return the change of an expert that is best while the others stay, and its ridge; None: leave it alone.
 
         Args:
             expert: Its number.
-            fitted: Fitted tokens that reach it.
-            withheld: Whether withheld tokens do.
+            withheld: Whether withheld tokens reach it.
             old: Its change so far, which `lacking` has in it; None: none.
             ridge: Its ridge; None: choose it.
         """
         features = self._inside + self._biased
-        fit = open_regression(features, self._outputs, fitted, self._device, centre=False)
+        # From sums even where few tokens reach it: the rounded products of a few rows, of which one may outweigh all
+        # others, are not positive definite with a small ridge.
+        fit = MomentRegression(features, self._outputs, self._device, centre=False)
         rows: list[Rows] = []
         seen = 0
         for part, token, z in self._rows(expert, fitted_only=ridge is not None):
