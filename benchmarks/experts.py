@@ -90,8 +90,8 @@ class Bench:
             losses = self.losses(self.model, domain)
             documents[domain] = [[one.doc, one.source, one.num_tokens, one.num_bytes] for one in losses]
         refitted = copy.deepcopy(self.model)
-        refit_rows(refitted, self.samples)
-        return {"documents": documents, CUT: self.scored(self.model), HEAD: self.scored(refitted)}
+        refit = refit_rows(refitted, self.samples)
+        return {"documents": documents, "refit": refit, CUT: self.scored(self.model), HEAD: self.scored(refitted)}
 
     def measure(self, method: str, share: float) -> dict[str, Any]:
         """Remove a share of the experts, and score the model as it is, repaired, and with its head refitted too."""
@@ -106,8 +106,8 @@ class Bench:
         row |= {"error_left": list(left.values()), "repair_seconds": round(time.perf_counter() - begin, 1)}
         row[REPAIRED] = self.scored(fewer)
         fewer = copy.deepcopy(fewer)  # its head is that of the whole model
-        refit_rows(fewer, self.samples)
-        return {**row, HEAD: self.scored(fewer)}
+        refit = refit_rows(fewer, self.samples)
+        return {**row, "refit": refit, HEAD: self.scored(fewer)}
 
     def choose(self, method: str, share: float) -> ExpertChoice:
         """Return the experts that stay."""

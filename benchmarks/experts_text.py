@@ -130,7 +130,15 @@ def size_text(rows: Found, args: argparse.Namespace, share: float) -> str:
 def head_text(rows: Found, args: argparse.Namespace) -> str:
     """Return what the refit of the head alone does to the whole model: adaptation to the domain, not repair."""
     alone = [f"{name} {cell(excess(rows, ('base', 0.0), HEAD, name, args.seed))}" for name in order(args.domain)]
-    return f"The refit of the head on the whole model, with nothing removed: {'; '.join(alone)}."
+    kept = [
+        METHODS[method]
+        for (method, _), row in rows.items()
+        if method in METHODS and not (row["refit"] or {}).get("share")
+    ]
+    text = f"The refit of the head on the whole model, with nothing removed: {'; '.join(alone)}."
+    if kept:
+        text += f" It took no step (none lowered the loss on withheld samples) after {', '.join(dict.fromkeys(kept))}."
+    return text
 
 
 def verdict(rows: Found, args: argparse.Namespace) -> str:
