@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from hf_context_prune.errors import PlanError, UnsupportedArchitectureError
 
@@ -43,6 +44,29 @@ def expert_slices(layer: nn.Module, experts: Experts) -> Iterator[tuple[str, tor
         tensor = getattr(block.get_submodule(owner), name, None)
         if tensor is not None:
             yield f"{experts.block}.{path}", tensor.detach(), dimension
+
+
+def output_tensors(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the output projections of a layer's experts as their module stores them, and their biases or None."""
+    weight: torch.Tensor = module.down_proj  # type: ignore[assignment]
+    bias: torch.Tensor | None = getattr(module, "down_proj_bias", None)
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def expert_inputs(module: nn.Module, expert: int, hidden: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """Return the inputs of one expert's output projection, [tokens, neurons].
+
+    Args:
+        module: Computes the experts of a layer; its own gate is applied.
+        expert: Number of the expert.
+        hidden: Inputs of the expert, [tokens, hidden].
+        transposed: See [`Experts`][].
+    """
+    weight = module.gate_up_proj[expert].detach()  # type: ignore[index,union-attr]
+    bias: torch.Tensor | None = getattr(module, "gate_up_proj_bias", None)
+    both = functional.linear(hidden, weight.T if transposed else weight, None if bias is None else bias[expert])
+    inputs: torch.Tensor = module._apply_gate(both)  # type: ignore[operator]
+    return inputs
 
 
 def expert_cost(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> int:

@@ -22,12 +22,17 @@ from hf_context_prune.pruning.allocation.layer_choice import CHOICE_TOKENS
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS, TOKENS_PER_FEATURE
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, PROBES
 from hf_context_prune.pruning.depth import removable_layers, stand_in
+from hf_context_prune.pruning.experts import REPAIRING, count_experts
 from hf_context_prune.pruning.scoring import Requirements
+from hf_context_prune.pruning.sequential.expert_repair import SWEEPS
+from hf_context_prune.pruning.sequential.layer_pruner import GAP_RIDGES
 from hf_context_prune.pruning.sequential.regression import keeps_rows
 from hf_context_prune.pruning.vocabulary.refit import num_refit_samples
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.utils.precision import rounded_product
 from hf_context_prune.utils.stages import format_seconds
+
+from .needs import expert_shape
 
 _TIMED_TOKENS = 256
 """Tokens of the timed products of a layer."""
@@ -37,6 +42,10 @@ _TIMED_SIZE = 1024
 """Rows and columns of the timed products of equations."""
 _WALK = 2.5
 """Forward passes of the walk: the base model's, and the pruned one's before and behind each projection."""
+_ROUTING = 2
+"""Forward passes that the choice of experts is worth, which calls them once per slot of the routing."""
+_REPAIR = 3 + 2 * SWEEPS
+"""Forward passes of the repair of experts: of both models, once more behind it, and of the experts in every round."""
 _SKETCH = 5
 """Forward passes that the gradients of the search are worth."""
 _SYSTEMS = 7
@@ -75,8 +84,21 @@ class TokenCost:
                 known[high, wide] = _timed(partial(_multiply, left, right))
             return known[high, wide] * (weight.numel() / (high * wide)) / tokens
 
-        weights = [one for layer in ModelView.of_shapes(model).layers for one in layer.parameters() if one.ndim > 1]
-        return cls(sum(map(seconds, weights)), seconds(model.get_output_embeddings().weight))
+        view, layers = ModelView.of_shapes(model), 0.0
+        for layer, widths in zip(view.layers, view.widths, strict=True):
+            for name, weight in layer.named_parameters():
+                if weight.ndim > 1:
+                    layers += seconds(weight) * _share_computed(view, name, widths.experts)
+        return cls(layers, seconds(model.get_output_embeddings().weight))
+
+
+def _share_computed(view: ModelView, name: str, experts: int) -> float:
+    """Return the share of a weight that a token runs through: of experts, those that it is routed to."""
+    routed = view.spec.experts
+    if routed is None or not experts or not name.startswith(f"{routed.prefix}."):
+        return 1.0
+    per_token: int = getattr(view.model.config, routed.per_token)
+    return per_token / experts
 
 
 def estimate_seconds(
@@ -134,6 +156,13 @@ def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: f
         candidates, count = len(removable_layers(model, config)), len(depth.order)
         # Every candidate runs through the layers behind it, about half of them, and through the head.
         steps["choice of layers"] = count * candidates * 0.75 * min(tokens, CHOICE_TOKENS) * dense
+    if config.removes_experts:
+        steps["choice of experts"] = _ROUTING * tokens * dense
+        if config.reconstruction in REPAIRING:
+            outputs, features = expert_shape(view)
+            systems = (len(GAP_RIDGES) + SWEEPS) * (features**3 / 3 + features**2 * outputs)
+            solved = count_experts(model, config) * sum(bool(widths.experts) for widths in view.widths)
+            steps["experts"] = _REPAIR * tokens * dense + solved * systems * _timed_costs()["float64"]
     if config.prunes_layers or depth is not None:
         cost = _timed_costs()
         shapes = [

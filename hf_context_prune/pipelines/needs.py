@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import CalibrationConfig, PrunerConfig
 from hf_context_prune.errors import BudgetError, SaveError
 from hf_context_prune.modeling.architectures import output_weight
+from hf_context_prune.modeling.experts import experts_spec, output_tensors
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.experts import REPAIRING, count_experts
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.storage.cache import CACHE_VARIABLE
 from hf_context_prune.storage.layer_shards import SHARD_BYTES
@@ -134,12 +136,27 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
             search = max(int((_NARROW + 1.75 * _WIDE) * n * n) + 9 * _NARROW * m * n for m, n in shapes)
             steps["the search of widths in a layer"] = activations + search
         resume = sum(item * m * n for (m, n), _ in sizes)
+    if isinstance(config, PrunerConfig) and config.removes_experts and config.reconstruction in REPAIRING:
+        outputs, features = expert_shape(view)
+        kept = count_experts(model, config) * outputs * features
+        # The changes of all experts of a layer beside their new weights, and the equations of one, from sums.
+        steps["the experts of a layer"] = (_NARROW + item) * kept + _solver_bytes(outputs, features, features)
+        resume += item * kept * sum(bool(widths.experts) for widths in view.widths)
     if isinstance(config, PrunerConfig) and config.refits_lm_head:
         fitted = min(rows, tokens // _TOKENS_PER_ROW)
         positions = min(4 * tokens, 2**28 // hidden)  # of hidden states, as `num_refit_samples` has it
         steps["the refit of the LM head's rows"] = _NARROW * hidden * (6 * fitted + positions) + logits
     step = max(steps, key=lambda name: steps[name])
     return Needs(step, steps[step], resume, item * parameters)
+
+
+def expert_shape(view: ModelView) -> tuple[int, int]:
+    """Return (output features, neurons) of one expert, of the first layer that has experts."""
+    experts = experts_spec(view.spec)
+    first = next(layer for layer, widths in zip(view.layers, view.widths, strict=True) if widths.experts)
+    weight, _ = output_tensors(first.get_submodule(experts.prefix))
+    outputs, neurons = weight.shape[:0:-1] if experts.transposed else weight.shape[1:]
+    return outputs, neurons
 
 
 def _solver_bytes(outputs: int, features: int, tokens: int) -> int:

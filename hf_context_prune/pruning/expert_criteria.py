@@ -22,11 +22,13 @@ class ExpertStatistics:
         num_tokens: Unpadded tokens of the text.
         routed: Tokens that are routed to each expert, [experts], float64.
         added: Sum over those tokens of gate x norm of the expert's output, [experts], float64.
+        squared: Sum over those tokens of the square of the same, [experts], float64.
     """
 
     num_tokens: int
     routed: torch.Tensor
     added: torch.Tensor
+    squared: torch.Tensor
 
 
 ExpertCriterion = Callable[[ExpertStatistics], torch.Tensor]
@@ -67,3 +69,13 @@ def reap(statistics: ExpertStatistics) -> torch.Tensor:
     An expert that no token is routed to has the score 0.
     """
     return statistics.added / statistics.routed.clamp_min(1)
+
+
+@expert_criterion("energy")
+def energy(statistics: ExpertStatistics) -> torch.Tensor:
+    """Return the mean over all tokens of the squared norm of what each expert adds.
+
+    This is the squared error of the block's output where the expert goes and no other takes its tokens. Unlike `reap`
+    it counts how many tokens there are.
+    """
+    return statistics.squared / statistics.num_tokens

@@ -21,11 +21,18 @@ from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.calibration.routing import measure_routing
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
+from hf_context_prune.storage.layer_shards import LayerShards
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import is_main_process
+from hf_context_prune.utils.memory import fits_in_memory
 
 from .expert_criteria import ExpertStatistics, get_expert_criterion
-from .surgery import apply_plan
+from .sequential.experts import repair_experts
+from .surgery import KeepFn, apply_plan
+
+REPAIRING = ("least_squares", "sequential")
+"""The reconstructions with which the experts that stay are refitted."""
+_SUMS = ("routed", "added", "squared")
 
 
 def count_experts(model: PreTrainedModel, config: PrunerConfig) -> int:
@@ -159,48 +166,48 @@ def _measure_or_load(
     batches = batches_of(samples)
     if state_dir is None:
         return measure_routing(model, batches)
-    key = resume_key(model, batches, "experts")
+    key = resume_key(model, batches, "routing")
     path = state_dir / f"experts-{key[:16]}.safetensors"
     if (known := read_kept_tensors(path, key, remedy="the experts are measured again")) is not None:
-        layers = [int(name.partition(".")[0]) for name in known[0] if name.endswith(".routed")]
-        return {
-            index: ExpertStatistics(
-                int(known[0][f"{index}.tokens"]), known[0][f"{index}.routed"], known[0][f"{index}.added"]
-            )
-            for index in sorted(layers)
-        }
+        layers = sorted({int(name.partition(".")[0]) for name in known[0]})
+        sums = {index: [known[0][f"{index}.{name}"] for name in _SUMS] for index in layers}
+        return {index: ExpertStatistics(int(known[0][f"{index}.tokens"]), *sums[index]) for index in layers}
     found = measure_routing(model, batches)
     if is_main_process():
-        tensors = {
-            f"{index}.{name}": value
-            for index, one in found.items()
-            for name, value in (
-                ("tokens", torch.tensor(one.num_tokens)),
-                ("routed", one.routed),
-                ("added", one.added),
-            )
-        }
-        write_kept_tensors(path, tensors, key, what="finished measurement")
+        tensors = {f"{index}.{name}": getattr(one, name) for index, one in found.items() for name in _SUMS}
+        counts = {f"{index}.tokens": torch.tensor(one.num_tokens) for index, one in found.items()}
+        write_kept_tensors(path, tensors | counts, key, what="finished measurement")
     return found
 
 
 def remove_experts(
     model: PreTrainedModel, samples: torch.Tensor, config: PrunerConfig, resume_dir: Path | None
 ) -> tuple[ExpertChoice, PreTrainedModel, PrunerConfig]:
-    """Choose the experts that stay, and remove the others.
+    """Choose the experts that stay, remove the others, and refit those that stay where the config reconstructs.
 
     Args:
         model: The base model; unchanged.
         samples: Calibration samples.
         config: With `num_experts` or `experts_ratio`.
-        resume_dir: As for [`choose_experts`][].
+        resume_dir: As for [`choose_experts`][]; finished layers of the refit are kept there, too.
 
     Returns:
         (the choice, the model without the other experts, which shares all other tensors, the config for what is left).
     """
     choice = choose_experts(model, samples, config, state_dir=resume_dir)
-    fewer = apply_plan(model, choice.plan(model), share=True)
+    fewer = apply_plan(model, choice.plan(model), share=True, keep=_keep_outside_memory(model, choice))
+    if config.reconstruction in REPAIRING:
+        left = repair_experts(model, fewer, choice.kept, batches_of(samples), state_dir=resume_dir)
+        share = {str(index): None if one is None else float(f"{one:.4g}") for index, one in left.items()}
+        choice = replace(choice, facts={**choice.facts, "error_left": share})
     return choice, fewer, rest_of_experts_budget(config, model, fewer)
+
+
+def _keep_outside_memory(model: PreTrainedModel, choice: ExpertChoice) -> KeepFn | None:
+    """Return what lays layers into files without a name, where the experts that stay do not fit into memory."""
+    view = ModelView.of_shapes(model)
+    size = model.dtype.itemsize * view.costs["experts"] * sum(map(len, choice.kept.values()))
+    return None if model.device.type != "cpu" or fits_in_memory(size) else LayerShards(None).keep
 
 
 def without_experts_shape(model: PreTrainedModel, config: PrunerConfig) -> PreTrainedModel:

@@ -56,13 +56,21 @@ def experts_note(plan: PruningPlan) -> tuple[str, ...]:
     facts = plan.provenance.get("experts")
     if not facts:
         return ()
-    low, *_, high = sorted([*facts["routed_share"].values()] * 2)
-    share = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    repair = "What the others did is not made up for in the layers."
+    if "error_left" in facts:
+        left = {layer: share for layer, share in facts["error_left"].items() if share is not None}
+        known = f": {_describe_range(left)} of the squared error is left, on text that was not fitted" if left else ""
+        repair = f"They were refitted to what all did{known}."
     return (
-        f"{facts['kept']} of {facts['of']} experts stay in every layer that has them, by {facts['criterion']}: {share} "
-        f"of the routing of the calibration text went to them. What the others did is made up for by the refit of the "
-        f"head alone.",
+        f"{facts['kept']} of {facts['of']} experts stay in every layer that has them, by {facts['criterion']}: "
+        f"{_describe_range(facts['routed_share'])} of the routing of the calibration text went to them. {repair}",
     )
+
+
+def _describe_range(shares: Mapping[str, float]) -> str:
+    """Return the lowest and the highest of some shares, as one where they are alike."""
+    low, high = (f"{share:.0%}" for share in (min(shares.values()), max(shares.values())))
+    return low if low == high else f"{low} to {high}"
 
 
 def sizes_note(plan: PruningPlan) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from hf_context_prune.errors import ConfigError
 
 from .options import BUDGET, METHOD, at_least, below_one, option
 
-ExpertCriterionName = Literal["reap", "frequency"]
+ExpertCriterionName = Literal["reap", "frequency", "energy"]
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class ExpertOptions:
     expert_criterion: ExpertCriterionName = option(
         "reap",
         "How the importance of an expert is measured on the text. reap: mean norm of what it adds to the tokens that "
-        "are routed to it; frequency: how many tokens are.",
+        "are routed to it; frequency: how many tokens are; energy: the mean over all tokens of that norm squared.",
         panel=METHOD,
     )
 

@@ -23,7 +23,7 @@ from hf_context_prune.pruning.planner import plan_and_reconstruct
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import distributed
 from hf_context_prune.utils.locks import reserve_output
-from tests.support.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, samples
+from tests.support.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, repaired, samples
 from tests.support.tiny import case, model_and_text
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +130,14 @@ def test_moments_are_those_of_one_process(results, share, centre):
     for index, exact in enumerate((x.T @ x / 150, x.T @ target / 150)):
         assert torch.equal(got[0][1 + index], got[1][1 + index])
         close(got[0][1 + index], exact, tolerance=1e-6)
+
+
+@pytest.mark.slow
+def test_experts_are_repaired_as_by_one_process(results):
+    first, second = (result["experts"] for result in results)
+    for name, expected in repaired().items():
+        assert torch.equal(first[name], second[name])
+        close(first[name], expected, tolerance=1e-3)
 
 
 @pytest.mark.slow

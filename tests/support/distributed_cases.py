@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from hf_context_prune.pruning.calibration.statistics import RegressionMoments
-from tests.support.tiny import VOCABULARY
+from hf_context_prune.pruning.sequential.experts import repair_experts
+from hf_context_prune.pruning.surgery import apply_plan
+from tests.support.experts import expert_plan
+from tests.support.tiny import VOCABULARY, case
 
 MODELS = ("llama", "opt")  # without and with biases, whose sums are taken about a pivot
 CONFIGS = {
@@ -32,6 +35,16 @@ def batches():
     for batch, length in ((result[2], 0), (result[3], 10)):
         batch["attention_mask"] = (torch.arange(20) < length).long().expand(3, 20).contiguous()
     return result
+
+
+def repaired():
+    """Parameters of a mixture without half of its experts; the last batch, of one process alone, chooses ridges."""
+    model = case("mixtral")
+    plan = expert_plan(model, (4, 4, 4))
+    fewer = apply_plan(model, plan, share=True)
+    given = [{"input_ids": ids} for ids in samples()[:52, :16].split(4)]
+    repair_experts(model, fewer, {index: layer.experts for index, layer in enumerate(plan.layers)}, given)
+    return dict(fewer.named_parameters())
 
 
 def parts(count):

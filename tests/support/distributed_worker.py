@@ -23,7 +23,7 @@ from hf_context_prune.pruning.calibration.reduce import reduce_moments
 from hf_context_prune.pruning.planner import plan_and_reconstruct
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import distributed
-from tests.support.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, samples
+from tests.support.distributed_cases import CONFIGS, MODELS, batches, moments_of, parts, repaired, samples
 from tests.support.tiny import case
 
 torch.set_num_threads(1)
@@ -81,6 +81,7 @@ def work(folder):
         plan, reconstruct = plan_and_reconstruct(model, samples(), PrunerConfig(**options))
         plan.save(folder / f"{name}.{rank}.json")
         result[name] = dict(apply_plan(model, plan, reconstruct=reconstruct).named_parameters())
+    result["experts"] = repaired()
     result["errors"] = {
         "nan": raised(lambda: calibrate(poison(case("llama"), rank), batches())),
         "different": raised(lambda: calibrate(case("llama"), batches()[: 3 + rank])),

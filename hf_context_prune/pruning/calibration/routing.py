@@ -31,7 +31,7 @@ class _Collector:
     def __init__(self, experts: int, where: str, dtype: torch.dtype) -> None:
         self.where, self._dtype = where, dtype
         self.mask: torch.Tensor | None = None
-        self.statistics = ExpertStatistics(0, *(torch.zeros(experts, dtype=torch.float64) for _ in range(2)))
+        self.statistics = ExpertStatistics(0, *(torch.zeros(experts, dtype=torch.float64) for _ in range(3)))
         self._inside = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -55,6 +55,7 @@ class _Collector:
         places, values = chosen.cpu(), norms.double().cpu()
         self.statistics.routed.index_add_(0, places, torch.ones_like(values))
         self.statistics.added.index_add_(0, places, values)
+        self.statistics.squared.index_add_(0, places, values.square())
         self.statistics.num_tokens += len(places) if first else 0
 
     def finish(self) -> ExpertStatistics:
@@ -65,7 +66,7 @@ class _Collector:
         """
         found = self.statistics
         count = torch.tensor(found.num_tokens, dtype=torch.float64)
-        all_reduce_([count, found.routed, found.added])
+        all_reduce_([count, found.routed, found.added, found.squared])
         found.num_tokens = int(count)
         if not bool(torch.isfinite(found.added).all()):
             raise NumericsError(f"NaN or Inf in the experts of {self.where}. {overflow_remedy(self._dtype)}")

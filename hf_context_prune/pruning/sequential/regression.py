@@ -134,6 +134,8 @@ class MomentRegression(Regression):
         if _is_silent(gram):
             return [0.0] * len(ridges)
         rows = [self._centred(parts) for parts in withheld]
+        if not rows:  # other processes hold them
+            return [0.0] * len(ridges)
         if sum(len(x) for x, _ in rows) < lacking.shape[1]:  # the smaller right-hand side is solved
             x, e = (torch.cat(parts) for parts in zip(*rows, strict=True))
             solved = (solve_ridge(gram, None, [(ridge, x.T.double())]).float() for ridge in ridges)

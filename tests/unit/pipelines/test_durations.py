@@ -30,6 +30,18 @@ def test_each_long_step_has_its_time(monkeypatch):
     assert list(estimate_seconds(model, ThresholdConfig(linear_threshold=0.1))) == ["calibration", "measuring"]
 
 
+def test_experts_have_their_time(monkeypatch):
+    model, found = tiny_model("mixtral"), {}
+    clock = iter(range(100_000))
+    monkeypatch.setattr(durations.time, "perf_counter", lambda: float(next(clock)))
+    for name in ("none", "sequential"):
+        config = PrunerConfig(num_experts=4, reconstruction=name, num_calibration_samples=8, max_seq_length=32)
+        found[name] = estimate_seconds(model, config)
+    assert list(found["none"]) == ["choice of experts", "measuring"]
+    assert list(found["sequential"]) == ["choice of experts", "experts", "refit of the LM head", "measuring"]
+    assert found["sequential"]["experts"] > found["sequential"]["choice of experts"] > 0
+
+
 def test_measuring_and_training_are_counted(monkeypatch):
     model, config = tiny_model("llama"), PrunerConfig(vocab_size=64, refit_lm_head=False)
     clock = iter(range(100_000))

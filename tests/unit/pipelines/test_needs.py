@@ -147,3 +147,14 @@ def test_a_model_of_8b_fits_into_8_gib(subtests):
     )
     assert few.step_memory < many.step_memory
     assert "GiB of memory" in str(many)
+
+
+def test_the_experts_of_a_layer_count():
+    model, found = tiny_model("mixtral"), {}
+    for name in ("none", "sequential"):
+        config = PrunerConfig(num_experts=4, reconstruction=name, num_calibration_samples=1, max_seq_length=32)
+        found[name] = estimate_needs(model, config, 1000)
+    weights = 4 * 48 * 40  # of the experts that stay, of one layer
+    assert found["sequential"].resume_disk == 3 * 4 * weights
+    assert found["none"].resume_disk == 0
+    assert found["sequential"].step_memory >= 8 * weights

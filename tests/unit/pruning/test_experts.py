@@ -53,7 +53,7 @@ def by_hand(model, layer, ids, mask):
         model(input_ids=ids, attention_mask=mask)
     handle.remove()
     hidden, chosen, gates = seen["args"]
-    routed, added = torch.zeros(view.widths[layer].experts), torch.zeros(view.widths[layer].experts)
+    routed, added, squared = (torch.zeros(view.widths[layer].experts) for _ in range(3))
     for token in mask.flatten().nonzero().flatten().tolist():
         for slot in range(chosen.shape[1]):
             expert = int(chosen[token, slot])
@@ -61,7 +61,8 @@ def by_hand(model, layer, ids, mask):
                 output = module(hidden[token : token + 1], torch.tensor([[expert]]), torch.ones(1, 1))
             routed[expert] += 1
             added[expert] += float(gates[token, slot]) * float(output.norm())
-    return routed, added
+            squared[expert] += (float(gates[token, slot]) * float(output.norm())) ** 2
+    return routed, added, squared
 
 
 @pytest.mark.parametrize("name", MOE_COVERING)
@@ -72,16 +73,19 @@ def test_routing_is_what_counting_by_hand_gives(name):
     found = measure_routing(model, [{"input_ids": ids, "attention_mask": mask}])
     assert found.keys() == {index for index, widths in enumerate(ModelView.of(model).widths) if widths.experts}
     for layer, statistics in found.items():
-        routed, added = by_hand(model, layer, ids, mask)
+        routed, added, squared = by_hand(model, layer, ids, mask)
         assert statistics.num_tokens == 20
         assert torch.equal(statistics.routed.float(), routed)
         torch.testing.assert_close(statistics.added.float(), added, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(statistics.squared.float(), squared, atol=1e-3, rtol=1e-3)
 
 
 def test_criteria():
-    statistics = ExpertStatistics(10, torch.tensor([8.0, 2.0, 0.0]).double(), torch.tensor([4.0, 6.0, 0.0]).double())
+    sums = torch.tensor([[8.0, 2.0, 0.0], [4.0, 6.0, 0.0], [3.0, 18.0, 0.0]]).double()
+    statistics = ExpertStatistics(10, *sums)
     assert EXPERT_CRITERIA["frequency"](statistics).tolist() == [0.8, 0.2, 0]
     assert EXPERT_CRITERIA["reap"](statistics).tolist() == [0.5, 3, 0]
+    assert EXPERT_CRITERIA["energy"](statistics).tolist() == [0.3, 1.8, 0]
     with pytest.raises(ConfigError, match="Did you mean 'reap'"):
         get_expert_criterion("reab")
 
@@ -135,6 +139,9 @@ def test_experts_go_together_with_other_units(name, options, tmp_path):
         assert plan.provenance["experts"]["kept"] == kept
         assert plan.provenance["config"] == config.to_dict()
         (note,) = experts_note(plan)
+        repaired = config.reconstruction != "none"
+        assert ("error_left" in plan.provenance["experts"]) == repaired
+        assert note.endswith("They were refitted to what all did." if repaired else "not made up for in the layers.")
         assert note.startswith(f"{kept} of 8 experts stay in every layer that has them, by reap: ")
     else:
         assert experts_note(plan) == ()
