@@ -24,10 +24,10 @@ def choose_depth(price: Callable[[int], float], rest: Callable[[int], float], mo
     Returns:
         (the number of layers with the least sum, the sums from no layer on: inf where the budget is not met).
     """
-    sums = [rest(0)]
-    best = worse = 0
+    left = rest(0)
+    sums, best, worse = [left], 0, 0
     for count in range(1, most + 1):
-        if worse == PATIENCE or rest(count - 1) == 0:
+        if worse == PATIENCE or left == 0:
             break
         left = rest(count)
         paid = 0.0 if math.isinf(left) else price(count)  # no price matters where the budget is not met

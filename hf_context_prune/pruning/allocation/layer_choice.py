@@ -4,6 +4,9 @@ The change is KL(base || model without the layers so far and this one) of the ne
 token, measured and not estimated: a whole layer is too much for the second order that prices widths (`sensitivity`).
 Every choice is followed by a new measurement, since what one layer does, another may have to do once it is gone. All
 candidates of a choice go through the layers together, so each layer's weights are read once per choice.
+
+These losses are enough for an order, but more than what is lost in the end: the layers before the gaps make up for a
+part. Where layers are held against other units, those are refitted to some text, and the repaired model is measured.
 """
 
 from __future__ import annotations
