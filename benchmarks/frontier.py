@@ -35,7 +35,8 @@ from hf_context_prune.pipelines.validation_text import withhold_token_probe
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
 from hf_context_prune.pruning.allocation.widths import native_groups
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
-from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
+from hf_context_prune.pruning.model_builder import PrunedModel
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.unit_curves import TokenProbe, measure_units
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.training.recovery.recover import recover

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 from hf_context_prune.utils.expert_options import ExpertOptions
-from hf_context_prune.utils.layer_options import LayerOptions
 from hf_context_prune.utils.options import (
     BUDGET,
     METHOD,
@@ -26,6 +25,7 @@ from hf_context_prune.utils.options import (
     option,
 )
 from hf_context_prune.utils.text_options import TextOptions
+from hf_context_prune.utils.unit_options import DEFAULT_UNITS, UNITS, UnitChoices
 
 from .errors import ConfigError
 
@@ -33,7 +33,6 @@ CriterionName = Literal["random", "magnitude", "l1", "wanda", "flap", "taylor", 
 ReconstructionName = Literal["none", "bias", "least_squares", "sequential"]
 AllocationName = Literal["uniform", "adaptive"]
 VocabCriterion = Literal["expected", "frequency"]
-UnitName = Literal["tokens", "neurons", "kv_groups"]
 
 DEFAULT_PRUNING_RATIO = 0.2
 DEFAULT_PAD_TO_MULTIPLE_OF = 64
@@ -42,9 +41,7 @@ NATIVE_TOLERANCE = 0.01
 DEFAULT_RIDGE = 0.3
 """Ridge of every Gram matrix that is inverted, as a share of each feature's mean square."""
 THRESHOLDS = ("linear_threshold", "activation_threshold", "embedding_threshold")
-UNITS: tuple[UnitName, ...] = get_args(UnitName)
 _EXPERTS = ("num_experts", "experts_ratio")
-_TOKEN_SIZES = ("vocab_size", "vocab_coverage", "vocab_min_count")
 _RATIO = below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing")
 _THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of at least 0 (the paper has 1e-3)")
 
@@ -89,7 +86,7 @@ class CalibrationConfig(TextOptions):
 
 
 @dataclass(kw_only=True)
-class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
+class PrunerConfig(ExpertOptions, UnitChoices, CalibrationConfig):
     """What to remove, how to choose it, and how to reconstruct the rest.
 
     The budget is a share or number of *all* parameters (`pruning_ratio`, `target_params`; by default 0.2), a share
@@ -129,8 +126,8 @@ class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
     )
     units: str | None = option(
         None,
-        f"What may be removed, separated by commas: {', '.join(UNITS)}. By default all of them where the budget is for "
-        f"all parameters or the loss; the next best where a tokenizer can't be trimmed.",
+        f"What may be removed, separated by commas: {', '.join(UNITS)}. By default {', '.join(DEFAULT_UNITS)} where "
+        f"the budget is for all parameters or the loss; the next best where a tokenizer can't be trimmed.",
         panel=BUDGET,
         allowed=Allowed(lambda value: listed_names(value, UNITS) is not None, f"one or several of {', '.join(UNITS)}"),
         metavar="NAMES",
@@ -210,13 +207,13 @@ class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
         self._fill_in()
         self._check_budget()
         self._check_method()
-        self._check_units()
         self.check_layers()
+        self.check_units()
         self.check_experts()
 
     def _fill_in(self) -> None:
         fixed = self.mlp_ratio is not None or self.attention_ratio is not None
-        if not (self.has_total_budget or fixed or self.fixes_tokens or self.removes_layers or self.removes_experts):
+        if not (self.has_total_budget or fixed or self.fixes_tokens or self.fixes_layers or self.removes_experts):
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if self.allocation is None:
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
@@ -250,55 +247,6 @@ class PrunerConfig(ExpertOptions, LayerOptions, CalibrationConfig):
                 "refit_lm_head=True reconstructs more, and reconstruction='none' reconstructs nothing; use another "
                 "reconstruction, or leave refit_lm_head out."
             )
-
-    def _check_units(self) -> None:
-        given = [name for name in _TOKEN_SIZES if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} each set the size of the vocabulary; give one of them.")
-        if given and "tokens" not in (self.units or "tokens"):
-            raise ConfigError(
-                f"{given[0]} removes tokens, and units={self.units!r} keeps them all; add tokens to units, or leave "
-                f"{given[0]} out."
-            )
-        if self.units is not None and not self.shares_budget:
-            raise ConfigError(
-                f"units={self.units!r} says what shares one budget by measured loss: it needs pruning_ratio (above 0), "
-                f"target_params or max_loss_increase, with allocation='adaptive' and without mlp_ratio and "
-                f"attention_ratio. Leave units out."
-            )
-
-    @property
-    def has_total_budget(self) -> bool:
-        """Whether the budget is for all parameters, or for the loss."""
-        return any(x is not None for x in (self.pruning_ratio, self.target_params, self.max_loss_increase))
-
-    @property
-    def shares_budget(self) -> bool:
-        """Whether one budget is spent on several kinds of units, by what each costs in measured loss."""
-        ratios = self.mlp_ratio is not None or self.attention_ratio is not None
-        return self.has_total_budget and self.allocation == "adaptive" and not ratios
-
-    @property
-    def prunes_layers(self) -> bool:
-        """Whether MLP neurons or KV groups may be removed, inside the layers."""
-        layers = self.units is None or self.units != "tokens"
-        return (self.has_total_budget and layers) or self.mlp_ratio is not None or self.attention_ratio is not None
-
-    @property
-    def fixes_tokens(self) -> bool:
-        """Whether the number of tokens is given, or follows from the text alone."""
-        return any(getattr(self, name) is not None for name in _TOKEN_SIZES)
-
-    @property
-    def searches_tokens(self) -> bool:
-        """Whether the budget decides how many tokens stay (where the tokenizer can be trimmed)."""
-        listed = self.units is None or "tokens" in self.units.split(",")
-        return self.shares_budget and listed and not self.fixes_tokens
-
-    @property
-    def prunes_vocabulary(self) -> bool:
-        """Whether tokens may be removed."""
-        return self.fixes_tokens or self.searches_tokens
 
     @property
     def refits_lm_head(self) -> bool:

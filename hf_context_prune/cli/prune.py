@@ -177,7 +177,9 @@ def _dry_run(
     elif format is OutputFormat.quiet:
         out(str(found.pruned_parameters))
     else:
-        if found.removed_layers:
+        if found.removed_layers is None:
+            out("Layers: how many go as a whole, and which ones, is measured")
+        elif found.removed_layers:
             out(f"Layers: {found.removed_layers} go as a whole, {len(found.dense)} stay; which ones is measured")
         if found.widths is not None:
             out_table(widths_table(found.dense, found.widths))

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.evaluation.options import EvalOptions
@@ -20,7 +22,7 @@ from hf_context_prune.pruning.allocation.widths import (
     check_units_budget,
     plan_widths_beside_vocabulary,
 )
-from hf_context_prune.pruning.depth import rest_of_budget, stand_in
+from hf_context_prune.pruning.depth import deepest, name_share_of_layers, rest_of_budget, stand_in
 from hf_context_prune.pruning.experts import rest_of_experts_budget, without_experts_shape
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
@@ -42,7 +44,8 @@ class DryRun:
         base_parameters: Parameters of the base model, tied ones counted once.
         pruned_parameters: Parameters after pruning; what is measured may remove up to one step more.
         asked_ratio: Share of all parameters to remove, if the config has one.
-        removed_layers: Layers that are removed as a whole; which ones, is measured.
+        removed_layers: Layers that are removed as a whole, of which it is measured which; None where their number is,
+            too.
         dense: Widths of the base model, one per layer that stays.
         widths: Widths after pruning, one per layer that stays; None for adaptive widths, which are measured.
         dense_tokens: Embedding rows of the base model.
@@ -56,7 +59,7 @@ class DryRun:
     base_parameters: int
     pruned_parameters: int
     asked_ratio: float | None
-    removed_layers: int
+    removed_layers: int | None
     dense: tuple[LayerWidths, ...]
     widths: tuple[LayerWidths, ...] | None
     dense_tokens: int
@@ -133,8 +136,12 @@ def dry_run(
     warn_of_unused_options(config)
     if config.prunes_layers:
         check_round_to(view.widths, config)
-    if config.searches_tokens:
-        check_shared_budget(shorter, rest, fewest_tokens=1)  # how many must stay, the tokenizer knows
+    if (most := deepest(shorter, rest)) is not None:
+        with name_share_of_layers(shorter, rest, most):
+            _check_units(most.shorten(shorter), rest_of_budget(rest, shorter, most), kept)
+        removed, widths = max(removed, budget.remove_params or 0), None
+    elif config.searches_tokens:
+        _check_units(shorter, rest, kept)
         removed, widths = max(removed, budget.remove_params or 0), None
     elif config.prunes_layers:
         gone = check_units_budget(shorter, rest, kept)
@@ -149,7 +156,7 @@ def dry_run(
         base_parameters=total,
         pruned_parameters=total - removed,
         asked_ratio=budget.asked_ratio,
-        removed_layers=0 if depth is None else len(depth.order),
+        removed_layers=None if most is not None else 0 if depth is None else len(depth.order),
         dense=tuple(replace(w, experts=w.experts and experts) for w in view.widths),
         widths=widths,
         dense_tokens=rows,
@@ -163,5 +170,15 @@ def dry_run(
     )
 
 
+def _check_units(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> None:
+    """Refuse a budget that tokens, neurons and KV groups can't give, from shapes alone."""
+    if config.searches_tokens:
+        check_shared_budget(model, config, fewest_tokens=1)  # how many must stay, the tokenizer knows
+    elif config.prunes_layers:
+        check_units_budget(model, config, tokens)
+
+
 def _measured(config: PrunerConfig) -> str:
-    return "tokens and widths" if config.searches_tokens else "widths"
+    units = {"tokens": config.searches_tokens, "layers": config.searches_layers, "widths": config.prunes_layers}
+    *others, last = [name for name, searched in units.items() if searched]
+    return f"{', '.join(others)} and {last}" if others else last

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,10 +18,11 @@ from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, REPEATS
 from hf_context_prune.modeling.architectures import output_weight
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.allocation.layer_choice import CHOICE_TOKENS
+from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.allocation.layer_choice import CHOICE_TOKENS, REPAIR_TOKENS
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS, TOKENS_PER_FEATURE
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, PROBES
-from hf_context_prune.pruning.depth import removable_layers, stand_in
+from hf_context_prune.pruning.depth import Depth, deepest, removable_layers, stand_in
 from hf_context_prune.pruning.experts import REPAIRING, count_experts
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.pruning.sequential.expert_repair import SWEEPS
@@ -152,10 +153,13 @@ def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: f
     if not isinstance(config, PrunerConfig):
         return {"calibration": tokens * dense}
     steps: dict[str, float] = {}
-    if (depth := stand_in(model, config)) is not None:
+    if (depth := stand_in(model, config) or _most_layers(model, config)) is not None:
         candidates, count = len(removable_layers(model, config)), len(depth.order)
         # Every candidate runs through the layers behind it, about half of them, and through the head.
-        steps["choice of layers"] = count * candidates * 0.75 * min(tokens, CHOICE_TOKENS) * dense
+        choice = count * candidates * 0.75 * min(tokens, CHOICE_TOKENS) * dense
+        if config.searches_layers and config.reconstruction == "sequential":
+            choice += count * _WALK * min(tokens, REPAIR_TOKENS) * dense
+        steps["choice of layers, at most" if config.searches_layers else "choice of layers"] = choice
     if config.removes_experts:
         steps["choice of experts"] = _ROUTING * tokens * dense
         if config.reconstruction in REPAIRING:
@@ -169,7 +173,7 @@ def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: f
             tuple(output_weight(view.output_projection(*place)).shape)
             for place in view.places(Requirements.of(config).targets)
         ]
-        if config.allocation == "adaptive":
+        if config.allocation == "adaptive" and shapes:
             widest = max(widths.neurons for widths in view.widths)
             text = min(tokens, max(SEARCH_TOKENS, TOKENS_PER_FEATURE * widest))
             steps["search"] = (text + _SKETCH * PROBE_TOKENS) * dense
@@ -179,6 +183,18 @@ def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: f
         samples = num_refit_samples(model, config.num_calibration_samples, config.max_seq_length)
         steps["refit of the LM head"] = 2 * samples * config.max_seq_length * dense
     return steps
+
+
+def _most_layers(model: PreTrainedModel, config: PrunerConfig) -> Depth | None:
+    """Return the most layers that a search looks at: as many as make up the budget; None where it looks at none."""
+    if (most := deepest(model, config)) is None:
+        return None
+    remove = ParameterBudget.of(config, model.num_parameters()).remove_params
+    for count in range(1, len(most.order)):
+        first = replace(most, order=most.order[:count])
+        if remove is not None and first.count_parameters(model) >= remove:
+            return first
+    return most
 
 
 def describe_seconds(steps: Mapping[str, float]) -> str:

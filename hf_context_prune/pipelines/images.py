@@ -44,9 +44,9 @@ def keep_image_tokens(base: LoadedModel, config: AnyConfig) -> tuple[AnyConfig, 
     """
     if base.wrapper is not None and isinstance(config, PrunerConfig) and config.removes_layers:
         raise ConfigError(
-            f"Whole layers of {base.name} can't be removed (num_layers, layer_ratio): its images may enter at layers "
-            f"by their number, and the config of the whole model counts them. Prune neurons and KV groups, or save the "
-            f"text part alone (--text-only, text_only=True)."
+            f"Whole layers of {base.name} can't be removed (num_layers, layer_ratio, layers in units): its images may "
+            f"enter at layers by their number, and the config of the whole model counts them. Prune neurons and KV "
+            f"groups, or save the text part alone (--text-only, text_only=True)."
         )
     if base.wrapper is None or not config.prunes_vocabulary:
         return config, None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_context_prune.errors import LoadError
 from hf_context_prune.modeling.plan import PruningPlan
-from hf_context_prune.pruning.prune_model import PrunedModel
+from hf_context_prune.pruning.model_builder import PrunedModel
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import verify_folder
 from hf_context_prune.storage.resume import has_room, resume_key

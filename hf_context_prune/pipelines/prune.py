@@ -25,9 +25,10 @@ from hf_context_prune.pruning.calibration.samples import (
 )
 from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.depth import stand_in
+from hf_context_prune.pruning.model_builder import PrunedModel
 from hf_context_prune.pruning.notes import plan_notes
 from hf_context_prune.pruning.planner import check_reconstruction
-from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.unused_options import warn_of_low_thresholds, warn_of_unused_options
 from hf_context_prune.storage.gguf import explain_gguf_sizes
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded, load_model

@@ -18,7 +18,7 @@ from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
-from hf_context_prune.pruning.prune_model import PrunedModel
+from hf_context_prune.pruning.model_builder import PrunedModel
 from hf_context_prune.storage.gguf import explain_gguf_sizes
 from hf_context_prune.storage.known_models import DEMO_MODEL, name_of_base
 from hf_context_prune.storage.loading import LoadedModel, load_model

@@ -23,7 +23,8 @@ from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.modeling.plan import fingerprint
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.check_budget import check_budget
-from hf_context_prune.pruning.prune_model import PrunedModel, prune_model
+from hf_context_prune.pruning.model_builder import PrunedModel
+from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.thresholds.magnitudes import Magnitudes, measure_sample_magnitudes
 from hf_context_prune.pruning.thresholds.prune import count_zeros_of_paper, prune_below_thresholds
 from hf_context_prune.pruning.vocabulary.prune import TrimmedModel, prune_vocabulary_for

@@ -94,7 +94,8 @@ def choose_token_probe(
     Raises:
         DataError: There is a single document, and the config asks for tokens.
     """
-    if not config.shares_budget or not (config.searches_tokens or config.native_architecture is None):
+    weighed = config.searches_tokens or config.searches_layers or config.native_architecture is None
+    if not (config.shares_budget and weighed):
         return config, None, None  # nothing depends on the base model's loss
     try:
         return config, withhold_token_probe(base.model, base.tokenizer, calibration, config), None

@@ -13,7 +13,7 @@ from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_to
 from hf_context_prune.pruning.vocabulary.prune import vocabulary_size
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 
-from .depth import rest_of_budget, stand_in
+from .depth import deepest, name_share_of_layers, rest_of_budget, stand_in
 from .experts import rest_of_experts_budget, without_experts_shape
 
 
@@ -40,6 +40,15 @@ def check_budget(
         config, model = rest_of_budget(config, model, depth), depth.shorten(model)
     if config.prunes_layers:
         check_round_to(ModelView.of_shapes(model).widths, config)
+    if (depth := deepest(model, config)) is not None:
+        with name_share_of_layers(model, config, depth):
+            _check_units(depth.shorten(model), tokenizer, rest_of_budget(config, model, depth))
+        return
+    _check_units(model, tokenizer, config)
+
+
+def _check_units(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PrunerConfig) -> None:
+    """Refuse a budget that tokens, neurons and KV groups can't give."""
     if config.searches_tokens:
         check_shared_budget(model, config, fewest_tokens(model, tokenizer, config.pad_to_multiple_of))
     elif config.prunes_layers and config.max_loss_increase is None and (config.vocab_size or not config.fixes_tokens):

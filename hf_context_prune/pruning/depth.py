@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from hf_context_prune.modeling.depth import check_layers_removable, leaves_atten
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.allocation.budget import ParameterBudget, share_below
 from hf_context_prune.pruning.surgery import ReconstructFn, apply_plan
 from hf_context_prune.utils.layer_options import KEPT_AT_ENDS, layer_numbers
 
@@ -117,7 +118,7 @@ def count_removed(model: PreTrainedModel, config: PrunerConfig) -> int:
         BudgetError: As many can't be removed.
         UnsupportedArchitectureError: See [`removable_layers`][].
     """
-    if not config.removes_layers:
+    if not config.fixes_layers:
         return 0
     allowed, count = removable_layers(model, config), len(ModelView.of_shapes(model).widths)
     if config.num_layers is not None:
@@ -154,6 +155,11 @@ def rest_of_budget(config: PrunerConfig, model: PreTrainedModel, depth: Depth) -
     """
     total = model.num_parameters()
     changes: dict[str, Any] = {"num_layers": None, "layer_ratio": None, "removable_layers": None}
+    if config.units is not None:
+        changes["units"] = ",".join(unit for unit in config.units.split(",") if unit != "layers") or None
+        if changes["units"] is None:
+            changes |= {"pruning_ratio": 0.0, "target_params": None, "max_loss_increase": None, "allocation": "uniform"}
+            return replace(config, **changes)
     if (remove := ParameterBudget.of(config, total).remove_params) is not None:
         left = min(total - remove, total - depth.count_parameters(model))
         changes |= {"pruning_ratio": None, "target_params": left}
@@ -169,16 +175,76 @@ def stand_in(model: PreTrainedModel, config: PrunerConfig) -> Depth | None:
         BudgetError: As many can't be removed.
         UnsupportedArchitectureError: See [`removable_layers`][].
     """
-    removed, count = count_removed(model, config), len(ModelView.of_shapes(model).widths)
-    if not removed:
+    if not (removed := count_removed(model, config)):
         return None
-    order: list[int] = []
-    for index in removable_layers(model, config):
-        if len(order) < removed and leaves_attention(model.config, set(range(count)) - {*order, index}):
-            order.append(index)
-    if len(order) < removed:
+    depth = _first_of(model, removable_layers(model, config), removed)
+    if len(depth.order) < removed:
         raise BudgetError(
-            f"Of the layers that may be removed, {len(order)} can go, not {removed}: one layer with attention must "
-            f"stay. Ask for fewer."
+            f"Of the layers that may be removed, {len(depth.order)} can go, not {removed}: one layer with attention "
+            f"must stay. Ask for fewer."
         )
+    return depth
+
+
+def deepest(model: PreTrainedModel, config: PrunerConfig) -> Depth | None:
+    """Return as many layers as a budget may remove at most, of which it is not known yet which; None: it removes none.
+
+    Args:
+        model: The base model; its weights may be on the meta device.
+        config: All choices.
+
+    Raises:
+        BudgetError: No layer may go.
+        UnsupportedArchitectureError: The model's layers belong together, or the config can't do without a single one.
+    """
+    if not config.searches_layers:
+        return None
+    view, allowed = ModelView.of_shapes(model), removable_layers(model, config)
+    for index in allowed:
+        kept = [other for other in range(len(view.widths)) if other != index]
+        if leaves_attention(model.config, kept):
+            shorten_config(model.config, view.spec, kept)
+    if not (depth := _first_of(model, allowed, len(view.widths) - 1)).order:
+        raise BudgetError(
+            f"units={config.units!r} lets layers go, but of the {len(view.widths)} layers of this model none may: the "
+            f"first and the last {KEPT_AT_ENDS} stay unless removable_layers names them, and one with attention always "
+            f"does. Leave layers out of units, or give removable_layers."
+        )
+    return depth
+
+
+@contextmanager
+def name_share_of_layers(model: PreTrainedModel, config: PrunerConfig, depth: Depth) -> Iterator[None]:
+    """Refuse a budget that layers alone can't give, and re-raise that of the others with what layers give.
+
+    Args:
+        model: The base model; its weights may be on the meta device.
+        config: With layers among the units.
+        depth: As many layers as may go.
+
+    Raises:
+        BudgetError: The budget can't be reached.
+    """
+    total, most = model.num_parameters(), depth.count_parameters(model)
+    remove = ParameterBudget.of(config, total).remove_params or 0
+    given = (
+        f"{most:,} ({share_below(most, total)} of all) can go with the {len(depth.order)} layers that may be removed"
+    )
+    if config.units == "layers" and remove > most:
+        raise BudgetError(
+            f"Of the {remove:,} parameters asked to go, {given}. Ask for less, or let other units go as well (--units, "
+            f"--removable-layers)."
+        )
+    try:
+        yield
+    except BudgetError as error:
+        raise BudgetError(f"Of the {remove:,} parameters asked to go, {given}. For the rest: {error}") from error
+
+
+def _first_of(model: PreTrainedModel, allowed: Sequence[int], most: int) -> Depth:
+    """Return the first of some layers, as many as may go together, up to a number."""
+    count, order = len(ModelView.of_shapes(model).widths), list[int]()
+    for index in allowed:
+        if len(order) < most and leaves_attention(model.config, set(range(count)) - {*order, index}):
+            order.append(index)
     return Depth(count, tuple(order))

@@ -25,6 +25,7 @@ def plan_notes(plan: PruningPlan, calibration: CalibrationSet) -> tuple[str, ...
     return (
         *balance_note(calibration),
         *layers_note(plan),
+        *depth_note(plan),
         *experts_note(plan),
         *sizes_note(plan),
         *vocabulary_note(plan, text),
@@ -49,6 +50,21 @@ def layers_note(plan: PruningPlan) -> tuple[str, ...]:
     """Return a sentence on the layers that were removed as a whole, and a warning; none where all stay."""
     sentence = describe_layers(plan)
     return () if sentence is None else (f"{sentence} {WARNING}",)
+
+
+def depth_note(plan: PruningPlan) -> tuple[str, ...]:
+    """Return a sentence on why as many layers went as did, where a budget decided it; see `DepthSearch`."""
+    losses = plan.provenance.get("predicted_by_removed_layers") or ()
+    count = len(plan.removed_layers)
+    others = {number: loss for number, loss in enumerate(losses) if loss is not None and number != count}
+    if not others or losses[count] is None:
+        return ()
+    next_best = min(others, key=lambda number: others[number])
+    more = others[next_best] - losses[count]
+    return (
+        f"The budget removed {count or 'no'} layer{'' if count == 1 else 's'} as a whole: with {next_best or 'none'} "
+        f"removed, it was predicted to cost {more:.3f} nats per token more.",
+    )
 
 
 def experts_note(plan: PruningPlan) -> tuple[str, ...]:

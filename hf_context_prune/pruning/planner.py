@@ -121,7 +121,7 @@ def make_plan(
         raise ConfigError(
             "make_plan plans neurons and KV groups alone. To prune the vocabulary, use prune(), or call "
             "prune_vocabulary() first and leave the vocab_* options out here; for refit_lm_head=True, num_layers, "
-            "layer_ratio, num_experts and experts_ratio, use prune()."
+            "layer_ratio, layers in units, num_experts and experts_ratio, use prune()."
         )
     _refuse_sequential(config)
     view, targets = ModelView.of(model), Requirements.of(config).targets
@@ -169,7 +169,7 @@ class Planner:
         self.needs, self.measured = Requirements.of(config), measured
         self.stats: CalibrationStats | None = None
         sequential = config.reconstruction == "sequential"
-        if sequential and (measured is not None or config.allocation == "uniform"):
+        if sequential and (measured is not None or config.allocation == "uniform" or not self.needs.targets):
             return  # sequential reconstruction measures all that it needs
         if sequential:  # only widths are searched
             self.measured = LayerMeasurements({}, self._search(config), 0, 0)
@@ -276,7 +276,10 @@ def plan_and_reconstruct(
     if config.max_loss_increase is not None:
         raise ConfigError("max_loss_increase is found by measuring the loss of models: call prune(), or give a size.")
     if config.removes_layers:
-        raise ConfigError("Which layers go as a whole is found by measuring: call prune() for num_layers, layer_ratio.")
+        raise ConfigError(
+            "Which layers go as a whole is found by measuring: call prune() for num_layers, layer_ratio and layers in "
+            "units."
+        )
     if config.removes_experts:
         raise ConfigError("Which experts go is found by measuring: call prune() for num_experts, experts_ratio.")
     return Planner(model, samples, config, provenance, resume_dir).plan(config)[:2]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_context_prune.config import UNITS, PrunerConfig
+from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import NumericsError, error_context
 from hf_context_prune.modeling.architectures import (
     TARGETS,
@@ -20,7 +20,7 @@ from hf_context_prune.modeling.architectures import (
     output_weight,
     unit_size,
 )
-from hf_context_prune.modeling.geometry import UNIT_NAMES, Geometry, LayerWidths
+from hf_context_prune.modeling.geometry import Geometry, LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.statistics import CalibrationStats, Key, TargetWeights
@@ -120,8 +120,8 @@ class Requirements:
 def _targets(config: PrunerConfig) -> tuple[Target, ...]:
     total = config.has_total_budget
     if config.shares_budget:
-        listed = UNITS if config.units is None else config.units.split(",")
-        return tuple(target for target in TARGETS if UNIT_NAMES[target] in listed)
+        listed: dict[Target, bool] = {"mlp": config.lists("neurons"), "attention": config.lists("kv_groups")}
+        return tuple(target for target in TARGETS if listed[target])
     wanted: dict[Target, bool] = {
         "mlp": bool(config.mlp_ratio) or (total and config.mlp_ratio is None),
         "attention": bool(config.attention_ratio) or (total and config.mlp_ratio is not None),

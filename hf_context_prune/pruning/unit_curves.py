@@ -18,7 +18,7 @@ from hf_context_prune.data.documents import TextSource
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import Curve, ParameterBudget
-from hf_context_prune.pruning.allocation.sizes import UnitCurves
+from hf_context_prune.pruning.allocation.sizes import TOKENS, UnitCurves
 from hf_context_prune.pruning.allocation.widths import layer_curves, with_tokens
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, build_vocabulary_pruner
@@ -102,6 +102,8 @@ def measure_units(
     probe: TokenProbe | None,
     resume_dir: Path | None = None,
     depth: Depth | None = None,
+    *,
+    known: MeasuredUnits | None = None,
 ) -> MeasuredUnits:
     """Measure what the units of a config cost in loss.
 
@@ -119,6 +121,7 @@ def measure_units(
         resume_dir: Folder where the measured widths are kept, to resume from; None keeps nothing.
         depth: Layers that are removed as a whole, whose parameters count in the budget: neurons and KV groups are
             measured without them. None: none are.
+        known: What was measured with all layers: what tokens cost there holds for fewer layers, too.
     """
     shorter = model if depth is None else depth.shorten(model)
     layers: LayerMeasurements | None = None
@@ -131,6 +134,9 @@ def measure_units(
     curves = layer_curves(ModelView.of(shorter), measured, config, base_loss=probe.base_loss if probe else None)
     if not config.searches_tokens or probe is None:
         return MeasuredUnits(curves, layers, None)
+    if known is not None:
+        tokens, padding = known.curves.curves[TOKENS], known.curves.padding
+        return MeasuredUnits(with_tokens(curves, model, tokens, config, padding=padding), layers, known.expected)
     remove = ParameterBudget.of(config, model.num_parameters()).remove_params or 0
     remove -= 0 if depth is None else depth.count_parameters(model)
     missing = remove - curves.most_removable  # what tokens have to give

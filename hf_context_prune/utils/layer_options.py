@@ -62,13 +62,8 @@ class LayerOptions:
         """
         if self.num_layers is not None and self.layer_ratio is not None:
             raise ConfigError("num_layers and layer_ratio both say how many layers go; give one of them.")
-        if self.removable_layers is not None and not self.removes_layers:
-            raise ConfigError(
-                f"removable_layers={self.removable_layers!r} says which layers may be removed, but none is to be: give "
-                f"num_layers or layer_ratio (above 0) too, or leave it out."
-            )
 
     @property
-    def removes_layers(self) -> bool:
-        """Whether decoder layers are removed as a whole."""
+    def fixes_layers(self) -> bool:
+        """Whether the number of decoder layers that are removed as a whole is given."""
         return self.num_layers is not None or bool(self.layer_ratio)

@@ -266,7 +266,7 @@ def test_units_that_share_the_budget(subtests):
     for bad in ("token", "", "tokens,", "tokens;neurons", [], 3, True, ["heads"]):
         with subtests.test(bad=str(bad)):
             message = refused(units=bad)
-            assert message == f"units is {bad!r}; it must be one or several of tokens, neurons, kv_groups."
+            assert message == f"units is {bad!r}; it must be one or several of tokens, neurons, kv_groups, layers."
     for options in (
         {"allocation": "uniform"},
         {"pruning_ratio": 0},

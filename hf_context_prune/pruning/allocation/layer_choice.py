@@ -4,40 +4,161 @@ The change is KL(base || model without the layers so far and this one) of the ne
 token, measured and not estimated: a whole layer is too much for the second order that prices widths (`sensitivity`).
 Every choice is followed by a new measurement, since what one layer does, another may have to do once it is gone. All
 candidates of a choice go through the layers together, so each layer's weights are read once per choice.
+
+These losses are enough for an order, but more than what is lost in the end: the layers before the gaps make up for a
+part. Where layers are held against other units, those are refitted to some text, and the repaired model is measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import BudgetError, NumericsError
 from hf_context_prune.modeling.depth import leaves_attention
+from hf_context_prune.modeling.geometry import GONE
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.layer_device import in_hand, layer_device
 from hf_context_prune.modeling.patching import known_states
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import batches_of
+from hf_context_prune.pruning.criteria import get_criterion
 from hf_context_prune.pruning.depth import Depth
 from hf_context_prune.pruning.sequential.hidden_states import Stream, StreamStorage, capture_streams, count_positions
+from hf_context_prune.pruning.sequential.prune import SequentialResult, prune_sequentially
+from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.kept_values import read_kept_values, write_kept_values
 from hf_context_prune.storage.resume import resume_key
-from hf_context_prune.utils.distributed import on_main_process
+from hf_context_prune.utils.distributed import is_main_process, on_main_process
 
 CHOICE_TOKENS = 2048
 """Tokens that layers are compared on, in whole samples: spread over the calibration text."""
+REPAIR_TOKENS = 16_384
+"""Tokens that the layers before removed ones are refitted to, to know what those cost once repaired."""
 _HEAD_TOKENS = 512
 """Tokens whose logits exist at once, one sample at least."""
 _NAME = "hf_context_prune.layers"
 
 Choice = tuple[int, float]
 """A chosen layer, and the loss without it and those before it."""
+
+
+class LayerOrder:
+    """The order in which layers go, as far as it is asked for, and what the model loses without the first of them.
+
+    Under ``accelerate launch``, all processes ask for the same; the main process measures for all, and all repair.
+
+    Args:
+        model: The base model; runs in evaluation mode, and is unchanged.
+        samples: Calibration samples, [samples, length], int64; layers are compared on `CHOICE_TOKENS` of them.
+        candidates: Numbers of the layers that may go.
+        state_dir: Where what was measured is kept; the same search, once interrupted, goes on from there.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        samples: torch.Tensor,
+        candidates: Sequence[int],
+        *,
+        state_dir: Path | None = None,
+    ) -> None:
+        self.view, self._candidates = ModelView.of(model), tuple(candidates)
+        number = max(1, min(len(samples), CHOICE_TOKENS // samples.shape[1]))
+        places = torch.arange(1, number + 1) * len(samples) // number - 1
+        self._probe, others = samples[places], sorted({*range(len(samples))} - {*places.tolist()})
+        count = min(len(others), max(1, REPAIR_TOKENS // samples.shape[1]))
+        self._fitted = samples[[others[index * len(others) // count] for index in range(count)]]
+        self._path, self._key = None, ""
+        self._comparison: _Comparison | None = None  # of the main process, once it has to measure
+        self._found: list[Choice] = []
+        self._repaired: dict[int, float] = {}
+        if state_dir is not None:
+            texts = {"probe": self._probe, "fitted": self._fitted}
+            self._key = resume_key(model, [texts], "layers", self._candidates)
+            self._path = path = state_dir / f"removed-layers-{self._key[:16]}.json"
+            kept = on_main_process(lambda: read_kept_values(path, self._key)) or {}
+            self._found = [(int(index), float(loss)) for index, loss in kept.get("chosen", ())]
+            self._repaired = {int(count): float(loss) for count, loss in kept.get("repaired", ())}
+
+    def depth(self, count: int) -> Depth:
+        """Return the first layers of the order, each with the loss without it and those before, in nats per token.
+
+        Args:
+            count: How many layers go.
+
+        Raises:
+            BudgetError: So many can't go, since a layer with attention must stay.
+            NumericsError: A logit is NaN or Inf.
+            SaveError: A choice can't be written.
+        """
+        if len(self._found) < count:
+            bar = tqdm(total=count, initial=len(self._found), desc="Choosing layers", unit="layer", name=_NAME)
+            with bar:
+                while len(self._found) < count:
+                    self._found.append(on_main_process(lambda: self._next(count)))
+                    self._keep()
+                    bar.update()
+        found = self._found[:count]
+        return Depth(len(self.view.widths), tuple(index for index, _ in found), tuple(loss for _, loss in found))
+
+    def repaired_loss(self, count: int) -> float:
+        """Return KL(base || model without the first layers, repaired), in nats per token.
+
+        Repaired are the MLPs before the gaps, as sequential reconstruction does it, on `REPAIR_TOKENS` of text that the
+        loss is not measured on: the order's own losses, without it, are about twice as high. Where there is no such
+        text, they have to do.
+
+        Args:
+            count: How many layers go; 0: none, without a loss.
+
+        Raises:
+            ContextPruneError: See [`prune_sequentially`][].
+        """
+        depth = self.depth(count)
+        if not count or not len(self._fitted):
+            return depth.losses[-1] if count else 0.0
+        if count not in self._repaired:
+            widths = depth.expand([self.view.widths[index] for index in depth.kept], GONE)
+            batches = [{"input_ids": sample} for sample in self._fitted.split(1)]  # some of them choose ridges
+            # No unit is chosen, so the criterion does not matter.
+            walked = prune_sequentially(self.view.model, batches, widths, get_criterion("obs"))
+            self._repaired[count] = on_main_process(lambda: self._loss_of(depth, walked))
+            self._keep()
+        return self._repaired[count]
+
+    def _next(self, count: int) -> Choice:
+        gone = [index for index, _ in self._found]
+        with evaluation_mode(self.view.model, inference=False), torch.no_grad():
+            losses = self._compare().losses(gone, _left(self.view, self._candidates, gone))
+        return _cheapest(losses, count, gone)
+
+    def _loss_of(self, depth: Depth, walked: SequentialResult) -> float:
+        model = self.view.model
+        smaller = apply_plan(model, depth.plan(model), reconstruct=walked.reconstruct, share=True)
+        layers = zip(depth.kept, ModelView.of(smaller).layers, strict=True)
+        fitted = {index: layer for index, layer in layers if (index, "mlp") in walked.outputs}
+        with evaluation_mode(model, inference=False), evaluation_mode(smaller, inference=False), torch.no_grad():
+            return self._compare().loss(depth.order, fitted)
+
+    def _compare(self) -> _Comparison:
+        if self._comparison is None:
+            check_weights_finite(self.view.model)
+            self._comparison = _Comparison(self.view, self._probe)
+        return self._comparison
+
+    def _keep(self) -> None:
+        if self._path is None or not is_main_process():
+            return
+        values = {"chosen": self._found, "repaired": list(self._repaired.items())}
+        write_kept_values(self._path, values, self._key, what="chosen layers")
 
 
 def choose_layers(
@@ -48,16 +169,14 @@ def choose_layers(
     *,
     state_dir: Path | None = None,
 ) -> Depth:
-    """Choose the layers that are removed as a whole.
-
-    Under ``accelerate launch``, the main process measures for all.
+    """Choose the layers that are removed as a whole: the first ones of a [`LayerOrder`][].
 
     Args:
-        model: The base model; runs in evaluation mode, and is unchanged when this returns.
-        samples: Calibration samples, [samples, length], int64; `CHOICE_TOKENS` of them are read.
+        model: As for [`LayerOrder`][].
+        samples: As for [`LayerOrder`][].
         count: How many layers go.
-        candidates: Numbers of the layers that may.
-        state_dir: Where finished choices are kept; the same search, once interrupted, goes on from there.
+        candidates: As for [`LayerOrder`][].
+        state_dir: As for [`LayerOrder`][].
 
     Returns:
         The layers in the order of their choice, each with the loss without it and those before.
@@ -67,32 +186,7 @@ def choose_layers(
         NumericsError: A logit is NaN or Inf.
         SaveError: A choice can't be written.
     """
-    number = max(1, min(len(samples), CHOICE_TOKENS // samples.shape[1]))
-    probe = samples[torch.arange(1, number + 1) * len(samples) // number - 1]
-    view = ModelView.of(model)
-    path, key = None, ""
-    if state_dir is not None:
-        key = resume_key(model, [{"probe": probe}], "layers", count, tuple(candidates))
-        path = state_dir / f"removed-layers-{key[:16]}.json"
-
-    def search() -> list[Choice]:
-        kept = None if path is None else read_kept_values(path, key)
-        known: list[Choice] = [(int(index), float(loss)) for index, loss in kept or ()]
-        check_weights_finite(model)
-        with evaluation_mode(model, inference=False), torch.no_grad():
-            comparison = _Comparison(view, probe) if len(known) < count else None
-            bar = tqdm(total=count, initial=len(known), desc="Choosing layers", unit="layer", name=_NAME)
-            with bar:
-                while comparison is not None and len(known) < count:
-                    gone = [index for index, _ in known]
-                    known.append(_cheapest(comparison.losses(gone, _left(view, candidates, gone)), count, gone))
-                    if path is not None:
-                        write_kept_values(path, known, key, what="chosen layers")
-                    bar.update()
-        return known
-
-    found = on_main_process(search)
-    return Depth(len(view.widths), tuple(index for index, _ in found), tuple(loss for _, loss in found))
+    return LayerOrder(model, samples, candidates, state_dir=state_dir).depth(count)
 
 
 def _left(view: ModelView, candidates: Sequence[int], gone: Sequence[int]) -> list[int]:
@@ -135,19 +229,7 @@ class _Comparison:
     def losses(self, gone: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
         """Return the loss without the layers that are gone and each of the candidates, in nats per token."""
         self._run(gone, candidates)
-        totals = dict.fromkeys(candidates, 0.0)
-        for stream, ids in zip(self._streams, self._ids, strict=True):
-            size = max(1, _HEAD_TOKENS // ids.shape[1])
-            for start in range(0, len(ids), size):
-                part = slice(start, start + size)
-                dense = torch.log_softmax(self._logits(ids[part], self._kept("dense", stream)[part]), dim=-1)
-                probabilities = dense.exp()
-                negative_entropy = float((probabilities * dense).sum(dim=-1).sum(dtype=torch.float64))
-                for index in candidates:
-                    logits = self._logits(ids[part], self._kept(_without(index), stream)[part])
-                    expected = (probabilities * logits).sum(dim=-1) - logits.logsumexp(dim=-1)
-                    totals[index] += negative_entropy - float(expected.sum(dtype=torch.float64))
-        losses = {index: total / self._tokens for index, total in totals.items()}
+        losses = dict(zip(candidates, self._divergences([_without(index) for index in candidates]), strict=True))
         if bad := [index for index, loss in losses.items() if not math.isfinite(loss)]:
             raise NumericsError(
                 f"The logits without layer {bad[0]} are not finite, so layers can't be compared. Load the model in "
@@ -155,14 +237,48 @@ class _Comparison:
             )
         return losses
 
-    def _run(self, gone: Sequence[int], candidates: Sequence[int]) -> None:
+    def loss(self, gone: Sequence[int], fitted: Mapping[int, nn.Module]) -> float:
+        """Return the loss without the layers that are gone, with others in the place of some, in nats per token."""
+        self._run(gone, (), fitted)
+        for stream in self._streams:
+            self._storage.keep("fitted", stream.start, stream.base)
+        (loss,) = self._divergences(["fitted"])
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"The logits without layers {', '.join(map(str, gone))} are not finite once layers before the gaps are "
+                f"refitted. Load the model in float32 (--dtype float32), or leave layers out of units."
+            )
+        return loss
+
+    def _divergences(self, names: Sequence[str]) -> list[float]:
+        """Return KL(base || model) of each of the models that left hidden states, and free those."""
+        totals = [0.0] * len(names)
+        for stream, ids in zip(self._streams, self._ids, strict=True):
+            size = max(1, _HEAD_TOKENS // ids.shape[1])
+            for start in range(0, len(ids), size):
+                part = slice(start, start + size)
+                dense = torch.log_softmax(self._logits(ids[part], self._kept("dense", stream)[part]), dim=-1)
+                probabilities = dense.exp()
+                negative_entropy = float((probabilities * dense).sum(dim=-1).sum(dtype=torch.float64))
+                for number, name in enumerate(names):
+                    logits = self._logits(ids[part], self._kept(name, stream)[part])
+                    expected = (probabilities * logits).sum(dim=-1) - logits.logsumexp(dim=-1)
+                    totals[number] += negative_entropy - float(expected.sum(dtype=torch.float64))
+        for name in names:
+            self._storage.drop(name)
+        return [total / self._tokens for total in totals]
+
+    def _run(
+        self, gone: Sequence[int], candidates: Sequence[int], fitted: Mapping[int, nn.Module] | None = None
+    ) -> None:
         """Move the text through the layers: without those that are gone, and once more without each candidate."""
         for stream in self._streams:
             stream.base.copy_(self._kept("first", stream))
         begun: list[int] = []
-        for index, layer in enumerate(self.view.layers):
+        for index, own in enumerate(self.view.layers):
             if index in gone:
                 continue
+            layer = own if fitted is None else fitted.get(index, own)
             with in_hand(layer, layer_device(self.view.model)):
                 for stream in self._streams:
                     if index in candidates:

@@ -6,6 +6,7 @@ architecture can hold. The second is preferred where it costs next to nothing, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,14 +90,50 @@ class UnitCurves:
         counts = cheapest_counts(self.curves, self.costs, self.multiples, remove_params)
         return self.sizes(counts.get(TOKENS, self.rows), widths_of(counts, self.geometry))
 
+    def without_layers(self, gone: Collection[int]) -> UnitCurves:
+        """Return the curves of the model without some layers, as they were measured with all of them."""
+        kept = [index for index in range(len(self.geometry.layers)) if index not in gone]
+        new = {old: number for number, old in enumerate(kept)}
+        curves = {
+            key if key == TOKENS else (new[key[0]], key[1]): curve
+            for key, curve in self.curves.items()
+            if key == TOKENS or key[0] in new
+        }
+        return replace(
+            self,
+            curves=curves,
+            geometry=replace(self.geometry, layers=tuple(self.geometry.layers[index] for index in kept)),
+            factors=tuple(self.factors[index] for index in kept) if self.factors else (),
+        )
+
+    def least_loss(
+        self, remove_params: int, native: bool | None, groups: Collection[int], *, repaired: float = 1.0
+    ) -> float:
+        """Return the predicted loss of what [`choose`][] takes for a budget; inf where it can't be reached.
+
+        Args:
+            remove_params: As for `choose`.
+            native: As for `choose`.
+            groups: As for `choose`.
+            repaired: Share of the loss of neurons and KV groups that is left, where they are repaired better than the
+                curves know.
+        """
+        if remove_params > (self.most_removable_native(groups) if native else self.most_removable):
+            return math.inf
+        found = self.choose(remove_params, native, groups)[0]
+        tokens = self.token_loss(found.tokens)
+        return tokens + repaired * (found.loss - tokens)
+
     def sizes(self, tokens: int, widths: tuple[LayerWidths, ...]) -> Sizes:
         """Return these sizes with their predicted loss; of padding, which costs nothing, all goes or nothing."""
         if TOKENS in self.curves and tokens < self.rows:
             tokens = min(tokens, self.rows - self.padding)
         loss = predicted_loss({key: curve for key, curve in self.curves.items() if key != TOKENS}, widths)
-        if TOKENS in self.curves:
-            loss += loss_on_hull(self.curves[TOKENS], [self.rows - tokens])[0]
-        return Sizes(tokens, widths, loss)
+        return Sizes(tokens, widths, loss + self.token_loss(tokens))
+
+    def token_loss(self, tokens: int) -> float:
+        """Return the predicted loss of a vocabulary of this size."""
+        return loss_on_hull(self.curves[TOKENS], [self.rows - tokens])[0] if TOKENS in self.curves else 0.0
 
     def cheapest_native(self, remove_params: int, groups: Collection[int]) -> Sizes | None:
         """Return the sizes with one width for all layers that remove a budget for the least predicted loss.

@@ -39,8 +39,9 @@ def check_config(config: PrunerConfig) -> None:
     """
     if config.removes_layers:
         raise ConfigError(
-            "num_layers and layer_ratio remove whole layers, which the callback can't: the optimizer, the schedule and "
-            "the other processes hold every layer. Call prune() with them before the training, and leave them out here."
+            "num_layers, layer_ratio and layers in units remove whole layers, which the callback can't: the optimizer, "
+            "the schedule and the other processes hold every layer. Call prune() with them before the training, and "
+            "leave them out here."
         )
     if config.removes_experts:
         raise ConfigError(

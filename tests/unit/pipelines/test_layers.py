@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_context_prune import EvalOptions, PrunerConfig, PruningPlan, RecoveryConfig, prune, prune_to_folder
+from hf_context_prune.errors import BudgetError
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pipelines.recover import recover_to_folder
 from hf_context_prune.pruning.allocation import layer_choice
@@ -65,3 +66,23 @@ def test_a_run_killed_between_two_layers_goes_on_to_the_same_bits(base, tmp_path
     assert resumed.plan.layers == whole.plan.layers
     same = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
     assert all(bool((a == b).all()) for a, b in same)
+
+
+def test_a_budget_that_decides_how_many_layers_go(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CONTEXT_PRUNE_CACHE", str(tmp_path / "cache"))
+    sizes = {"num_calibration_samples": 16, "max_seq_length": 32, "reconstruction": "none"}
+    config = PrunerConfig(pruning_ratio=0.2, units="layers", **sizes)
+    result = prune_to_folder(base, texts(60), tmp_path / "out", config, eval_options=OPTIONS)
+    assert result.plan.removed_layers == (2, 3)
+    assert "--units layers" in (tmp_path / "out" / "README.md").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is LlamaForCausalLM
+    assert result.report.size.achieved_ratio >= 0.2
+    outline = dry_run(base, config)
+    assert (outline.removed_layers, outline.widths) == (None, None)
+    assert outline.native_fit.reason == "layers are measured"
+    assert outline.seconds["choice of layers, at most"] > 0
+    mixed = dry_run(base, PrunerConfig(pruning_ratio=0.2, units="tokens,neurons,layers"))
+    assert mixed.native_fit.reason == "tokens, layers and widths are measured"
+    assert mixed.seconds["choice of layers, at most"] > outline.seconds["choice of layers, at most"]  # repaired
+    with pytest.raises(BudgetError, match="can go with the 2 layers that may be removed"):
+        dry_run(base, PrunerConfig(pruning_ratio=0.5, units="layers"))
