@@ -54,7 +54,9 @@ def ensure_dequantised(gguf: Path, dtype: torch.dtype | None = None) -> Path:
     place = cache_dir() / "gguf"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        dtype = dtype or gguf_dtype(gguf)
+        if dtype is None:
+            check_links(gguf.parent)  # before anything there is read
+            dtype = gguf_dtype(gguf)
         folder = place / f"{digest}-{str(dtype).removeprefix('torch.')}"
         with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first and reads its result
             if not _is_cached(folder):
