@@ -32,6 +32,15 @@ PLACES = (
 """Fields that must be those of the table. The others may say of one config what the entry says of all."""
 
 
+@pytest.fixture(autouse=True)
+def entries_in_order():
+    """An entry that is taken away comes back at the end of the table, which other tests read in order."""
+    before = dict(SPECS)
+    yield
+    SPECS.clear()
+    SPECS.update(before)
+
+
 @pytest.fixture
 def config_folder(tmp_path, monkeypatch):
     """Write the tiny config of a family, and take the family's entry away; returns the folder and the entry."""
