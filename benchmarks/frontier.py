@@ -1,6 +1,6 @@
 """Measure what the default costs at every size, beside its own options, peers and training: README's picture.
 
-python -m benchmarks.frontier --data PATH/TO/data            # three domains, four sizes; three hours; resumes
+python -m benchmarks.frontier --data PATH/TO/data            # three domains, four sizes; four hours; resumes
 python -m benchmarks.frontier --data PATH/TO/data --quick    # one domain, two sizes, little text
 """
 
@@ -66,15 +66,16 @@ class FrontierDomain(Domain):
     def test_text(self) -> tuple[TextSource, int]:
         """Passages of a hundred documents of the validation split, as in `evaluate`; how many overlap with the train text."""
         text, dropped = super().test_text
-        return self._passages(text), dropped
+        return self._passages(text, self.args.eval_tokens), dropped
 
     @cached_property
     def general(self) -> TextSource:
         """General test text (validation split), without documents that overlap with the domain's train text."""
-        return self._passages(drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0])
+        text = drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0]
+        return self._passages(text, getattr(self.args, "general_tokens", self.args.eval_tokens))
 
-    def _passages(self, text: TextSource) -> TextSource:
-        return Passages.of(text, self.load().tokenizer, max_tokens=self.args.eval_tokens).text
+    def _passages(self, text: TextSource, max_tokens: int) -> TextSource:
+        return Passages.of(text, self.load().tokenizer, max_tokens=max_tokens).text
 
     @cached_property
     def calibration(self) -> CalibrationSet:
@@ -231,7 +232,7 @@ class FrontierRows:
         key = {"domain": name, "method": method, "share": share, "blocks": args.num_samples}
         key |= {"length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed, "text": PASSAGES}
         if self.has_general(name, method):
-            key["general"] = True
+            key["general"] = self.args.general_tokens
         return key | ({"minutes": args.minutes} if method == HEALED else {})
 
     def has_general(self, name: str, method: str) -> bool:
@@ -299,9 +300,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--minutes", type=float, default=8.0, help="minutes of training")
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
-    options.add_argument("--eval-tokens", type=int, default=16_000, help="at most this many test tokens per domain")
+    options.add_argument(
+        "--eval-tokens",
+        type=int,
+        default=48_000,
+        help="at most this many test tokens per domain: a window per document",
+    )
+    options.add_argument("--general-tokens", type=int, default=16_000, help="at most this many tokens of general text")
     if "--quick" in arguments:
-        options.set_defaults(domains=["medicine"], shares=[0.2, 0.3], minutes=1.0, num_samples=16, eval_tokens=5_000)
+        options.set_defaults(domains=["medicine"], shares=[0.2, 0.3], minutes=1.0, num_samples=16)
+        options.set_defaults(eval_tokens=5_000, general_tokens=5_000)
     args = options.parse_args(arguments)
     if args.compared not in args.domains:
         options.error(f"--compared is {args.compared!r}, which is none of --domains ({', '.join(args.domains)}).")
