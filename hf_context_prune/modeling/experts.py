@@ -53,20 +53,18 @@ def output_tensors(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None
     return weight.detach(), None if bias is None else bias.detach()
 
 
-def expert_inputs(module: nn.Module, expert: int, hidden: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """Return the inputs of one expert's output projection, [tokens, neurons].
+def gate_and_up(module: nn.Module, expert: int, hidden: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """Return what one expert's gate reads, and what it multiplies, as the module's own gate takes both.
 
     Args:
-        module: Computes the experts of a layer; its own gate is applied.
+        module: Computes the experts of a layer.
         expert: Number of the expert.
         hidden: Inputs of the expert, [tokens, hidden].
         transposed: See [`Experts`][].
     """
     weight = module.gate_up_proj[expert].detach()  # type: ignore[index,union-attr]
     bias: torch.Tensor | None = getattr(module, "gate_up_proj_bias", None)
-    both = functional.linear(hidden, weight.T if transposed else weight, None if bias is None else bias[expert])
-    inputs: torch.Tensor = module._apply_gate(both)  # type: ignore[operator]
-    return inputs
+    return functional.linear(hidden, weight.T if transposed else weight, None if bias is None else bias[expert])
 
 
 def expert_cost(model: nn.Module, spec: ArchSpec, geometry: Geometry) -> int:

@@ -91,14 +91,14 @@ class ModelBuilder:
         self.facts, self.resume_dir = facts, resume_dir
         self.total, self.rows = model.num_parameters(), num_rows(model)
         self._trimmed: tuple[int, TrimmedModel] | None = None
-        self._remove(depth, measured)
+        self.remove_layers(depth, measured)
         self.fixed = self.rows  # tokens, where no budget decides on them
         if config.fixes_tokens:
             trimmed = self._trim(None)
             self.fixed = num_rows(trimmed.model)
             self._trimmed = self.fixed, trimmed
 
-    def _remove(self, depth: Depth | None, measured: MeasuredUnits | None) -> None:
+    def remove_layers(self, depth: Depth | None, measured: MeasuredUnits | None) -> None:
         """Set the layers that are removed as a whole, and what was measured without them."""
         self.depth, self.measured = depth, measured
         self.shorter = self.model if depth is None else depth.shorten(self.model)
@@ -110,7 +110,7 @@ class ModelBuilder:
     def without(self, depth: Depth, measured: MeasuredUnits) -> ModelBuilder:
         """Return a builder of forms without these layers, too, for which units were measured without them."""
         other = copy.copy(self)
-        other._remove(depth, measured)
+        other.remove_layers(depth, measured)
         return other
 
     @property

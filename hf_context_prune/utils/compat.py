@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hf_context_prune.errors import ExportError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
@@ -116,6 +117,12 @@ def class_forward(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if own is not None:
             model.forward = own
+
+
+def apply_expert_gate(module: nn.Module, both: torch.Tensor) -> torch.Tensor:
+    """Return the neurons of an expert, from what its gate reads and multiplies, as the family computes them."""
+    neurons: torch.Tensor = module._apply_gate(both)  # type: ignore[operator]
+    return neurons
 
 
 def limit_to_one_gpu(arguments: TrainingArguments) -> None:

@@ -165,7 +165,7 @@ def test_an_interrupted_run_leaves_no_text_in_the_cache(run, place, tmp_path, mo
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_context_prune.pruning.prune_model.apply_plan", interrupt)
+    monkeypatch.setattr("hf_context_prune.pruning.model_builder.apply_plan", interrupt)
     code, _, _ = run("prune", "@base", "--output", "@never", *DATA, *PRUNE)
     assert code == 1
     kept = [path.name for path in (tmp_path / "cache").rglob("*.safetensors")]

@@ -263,6 +263,19 @@ def test_push_to_hub_uploads_by_a_method_that_the_class_overrides(monkeypatch, t
     assert seen == sent != [], "push_to_hub of a variable-width model uploads files that nobody has checked"
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_apply_expert_gate(family):
+    module = tiny_model(family).model.layers[1].mlp.experts.eval()
+    both = torch.randn(5, module.gate_up_proj.shape[1 if family == "mixtral" else 2])
+    breaks = f"the experts of {family} can't be refitted: their own gate is not found"
+    assert callable(getattr(module, "_apply_gate", None)), breaks
+    found = compat.apply_expert_gate(module, both)
+    assert found.shape == (5, both.shape[1] // 2), breaks
+    if family == "mixtral":
+        gate, up = both.chunk(2, dim=1)
+        torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up)
+
+
 def test_no_private_hook_outside_of_compat():
     """A new use of a private name of another library belongs into utils/compat.py, with a test here."""
     package = Path(hf_context_prune.__file__).parent

@@ -28,9 +28,10 @@ from torch import nn
 
 from hf_context_prune.errors import NumericsError
 from hf_context_prune.modeling.architectures import output_scale, residual_scale
-from hf_context_prune.modeling.experts import expert_inputs, experts_spec, output_tensors
+from hf_context_prune.modeling.experts import experts_spec, gate_and_up, output_tensors
 from hf_context_prune.modeling.layer_device import layer_device
 from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.utils.compat import apply_expert_gate
 from hf_context_prune.utils.distributed import all_reduce_
 from hf_context_prune.utils.linalg import all_finite
 from hf_context_prune.utils.precision import bfloat16_autocast, overflow_remedy
@@ -178,7 +179,8 @@ class ExpertRepair:
             hidden = part.hidden[token].to(self._device)
             gates = part.gates[token, slot].to(self._device).float()[:, None]
             with bfloat16_autocast(hidden):
-                inputs = expert_inputs(self.module, expert, hidden, transposed=self._transposed)
+                both = gate_and_up(self.module, expert, hidden, transposed=self._transposed)
+                inputs = apply_expert_gate(self.module, both)
             z = gates * inputs.float()
             yield part, token, torch.cat([z, gates], dim=1) if self._biased else z
 

@@ -12,7 +12,7 @@ import torch
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.errors import NumericsError, SaveError
-from hf_context_prune.modeling.experts import expert_inputs, output_tensors
+from hf_context_prune.modeling.experts import gate_and_up, output_tensors
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, batches_of
 from hf_context_prune.pruning.experts import remove_experts
@@ -25,6 +25,7 @@ from hf_context_prune.pruning.sequential.hidden_states import StreamStorage, cap
 from hf_context_prune.pruning.sequential.layer_pruner import DEFAULT_CORRECTION_RIDGE
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.utils import precision
+from hf_context_prune.utils.compat import apply_expert_gate
 from hf_context_prune.utils.linalg import ridge_diagonal
 from tests.support.experts import expert_plan
 from tests.support.tiny import MOE_CASES, MOE_COVERING, case, texts, tiny_tokenizer, tokens
@@ -98,7 +99,7 @@ def test_an_expert_computes_what_its_module_does(name):
     module, hidden = experts_of(model)[0], torch.randn(5, model.config.hidden_size)
     weight, bias = output_tensors(module)
     for expert in (0, 5):
-        inputs = expert_inputs(module, expert, hidden, transposed=transposed)
+        inputs = apply_expert_gate(module, gate_and_up(module, expert, hidden, transposed=transposed))
         own = inputs @ (weight[expert] if transposed else weight[expert].T)
         with torch.no_grad():
             expected = module(hidden, torch.full((5, 1), expert), torch.ones(5, 1))
@@ -141,7 +142,7 @@ def test_taking_turns_comes_close_to_one_system_for_all(name):
     parts, ridges = [], []
     for expert in range(4):
         reach = ((chosen == expert) * gates).sum(dim=1, keepdim=True)
-        z = reach * expert_inputs(module, expert, hidden, transposed=transposed)
+        z = reach * apply_expert_gate(module, gate_and_up(module, expert, hidden, transposed=transposed))
         z = torch.cat([z, reach], dim=1) if name == "gpt_oss" else z
         count = (chosen == expert).any(dim=1).sum()
         squares = z.double().square().sum(dim=0) / count

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_context_prune import EvalOptions, PrunerConfig, load_pruned, prune, prune_to_folder
-from hf_context_prune.pruning import prune_model
+from hf_context_prune.pruning import model_builder
 from hf_context_prune.storage import layer_shards
 from hf_context_prune.storage.cache import cache_dir
 from hf_context_prune.storage.layer_shards import LayerShards, save_weights
@@ -60,7 +60,7 @@ def assert_same(first, second):
 def test_a_large_model_is_saved_from_its_layers_files(place, tmp_path, monkeypatch, config):
     run(place, tmp_path / "whole", config)
     assert not (tmp_path / "whole" / "model.safetensors.index.json").exists()
-    monkeypatch.setattr(prune_model, "SHARD_BYTES", 1)
+    monkeypatch.setattr(model_builder, "SHARD_BYTES", 1)
     linked = []
     monkeypatch.setattr(layer_shards.os, "link", lambda a, b, link=layer_shards.os.link: (linked.append(b), link(a, b)))
     run(place, tmp_path / "shards", config)
@@ -84,7 +84,7 @@ def test_another_disk_gets_copies(place, tmp_path, monkeypatch):
 
     config = PrunerConfig(mlp_ratio=0.5, **CONFIG)
     run(place, tmp_path / "whole", config)
-    monkeypatch.setattr(prune_model, "SHARD_BYTES", 1)
+    monkeypatch.setattr(model_builder, "SHARD_BYTES", 1)
     monkeypatch.setattr(layer_shards.os, "link", refuse)
     run(place, tmp_path / "copied", config)
     assert_same(states(tmp_path / "whole"), states(tmp_path / "copied"))
@@ -93,7 +93,7 @@ def test_another_disk_gets_copies(place, tmp_path, monkeypatch):
 def test_without_room_in_memory_the_layers_lie_in_files_without_a_name(place, monkeypatch):
     config = PrunerConfig(mlp_ratio=0.5, **CONFIG)
     whole = prune(place / "base", place / "data.jsonl", config, eval_options=QUICK).model
-    monkeypatch.setattr(prune_model, "fits_in_memory", lambda size: False)
+    monkeypatch.setattr(model_builder, "fits_in_memory", lambda size: False)
     opened = []
 
     class Recorded(LayerShards):
@@ -101,7 +101,7 @@ def test_without_room_in_memory_the_layers_lie_in_files_without_a_name(place, mo
             super().__init__(folder)
             opened.append(folder)
 
-    monkeypatch.setattr(prune_model, "LayerShards", Recorded)
+    monkeypatch.setattr(model_builder, "LayerShards", Recorded)
     mapped = prune(place / "base", place / "data.jsonl", config, eval_options=QUICK).model
     assert opened == [None]
     assert_same(whole.state_dict(), mapped.state_dict())
