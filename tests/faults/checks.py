@@ -159,7 +159,7 @@ def _belongs(path: str, command: Command, *, ended: bool = False) -> bool:
 
 _LEFT = (
     r"tmp/hf_context_prune-\d+(/[0-9a-f]{32}\.lock)?"
-    r"|cache/(unfinished(/.*)?|gguf|models|.*\.lock|gguf/[0-9a-f]{64}(/.*)?|models/[^/]*\.gguf)"
+    r"|cache/(unfinished(/.*)?|gguf|models|.*\.lock|gguf/[0-9a-f]{64}-[a-z]+[0-9]+(/.*)?|models/[^/]*\.gguf)"
 )
 """Locks, what the next run resumes from, and finished conversions and downloads."""
 
