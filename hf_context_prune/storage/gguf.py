@@ -17,6 +17,7 @@ from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
 
 from hf_context_prune.errors import ContextPruneError, LoadError, SaveError
 from hf_context_prune.modeling.architectures import spec_of
+from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.utils.foreign_code import drop_foreign_code
 
 from .cache import CACHE_VARIABLE, cache_dir
@@ -134,7 +135,7 @@ def explain_gguf_sizes(*models: LoadedModel) -> tuple[str, ...]:
     """Return a sentence per GGUF model, which says that its sizes are those of the dequantised copy."""
     return tuple(
         f"{model.name} is a GGUF file of {model.source.stat().st_size / 1e6:,.1f} MB; bytes on disk, load time and "
-        f"memory are those of its copy in {str(model.model.dtype).removeprefix('torch.')}."
+        f"memory are those of its copy in {dtype_name(model.model)}."
         for model in models
         if model.source is not None and model.source.suffix.lower() == ".gguf"
     )

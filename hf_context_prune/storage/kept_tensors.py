@@ -74,3 +74,35 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             f"A {what} can't be written to {path}: {error}. Make room, then run the same command again: it resumes "
             f"from the last {what}."
         ) from error
+
+
+class KeptLayers:
+    """Tensors of finished layers: one file each, whole or absent, in a folder for exactly one key.
+
+    Args:
+        folder: The folder; made if it is not there.
+        key: See [`resume_key`][].
+
+    Raises:
+        SaveError: The folder can't be made.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SaveError(
+                f"The folder for resuming, {folder}, can't be made: {error}. Name another (resume_dir)."
+            ) from error
+
+    def read(self, index: int, *, remedy: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        """Return the tensors and facts of a layer; None if none is whole. See [`read_kept_tensors`][]."""
+        return read_kept_tensors(self._path(index), self.key, remedy=remedy)
+
+    def write(self, index: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str] | None = None) -> None:
+        """Write a layer; its file appears whole. See [`write_kept_tensors`][]."""
+        write_kept_tensors(self._path(index), tensors, self.key, facts, what="finished layer")
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"

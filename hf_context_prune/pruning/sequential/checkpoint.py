@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from hf_context_prune.errors import SaveError
 from hf_context_prune.modeling.architectures import TARGETS, Target, output_weight
 from hf_context_prune.modeling.geometry import ALL_UNITS, LayerWidths
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import Batch
-from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
+from hf_context_prune.storage.kept_tensors import KeptLayers
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import is_main_process
 from hf_context_prune.utils.memmap import spill
@@ -57,30 +56,18 @@ class SequentialCheckpoint:
         widths: Sequence[LayerWidths],
         *options: object,
     ) -> None:
-        self.folder = folder
+        self._kept: KeptLayers | None = None
         if folder is None:
             view = ModelView.of(model)
             sizes = (output_weight(view.output_projection(*place)).nbytes for place in view.places())
             self._fits = fits_in_memory(sum(sizes))
             return
-        self.key = resume_key(model, batches, list(widths), *options)
-        self.folder = folder = folder / self.key[:16]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(
-                f"The folder for resuming, {folder}, can't be made: {error}. Name another (resume_dir)."
-            ) from error
-
-    def _path(self, index: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"block-{index:04d}.safetensors"
+        key = resume_key(model, batches, list(widths), *options)
+        self._kept = KeptLayers(folder / key[:16], key)
 
     def load(self, index: int) -> FinishedLayer | None:
         """Return a layer that an earlier run over the same inputs finished; None if there is none."""
-        if self.folder is None:
-            return None
-        kept = read_kept_tensors(self._path(index), self.key, remedy="its layer is pruned again")
+        kept = None if self._kept is None else self._kept.read(index, remedy="its layer is pruned again")
         if kept is None:
             return None
         tensors, _ = kept
@@ -99,7 +86,7 @@ class SequentialCheckpoint:
         Raises:
             SaveError: The file can't be written.
         """
-        if self.folder is None:
+        if self._kept is None:
             return done if self._fits else replace(done, outputs=_spill(done.outputs))
         if not is_main_process():
             return done
@@ -108,7 +95,7 @@ class SequentialCheckpoint:
             tensors[f"{target}.weight"] = weight
             if bias is not None:
                 tensors[f"{target}.bias"] = bias
-        write_kept_tensors(self._path(index), tensors, self.key, what="finished layer")
+        self._kept.write(index, tensors)
         return self.load(index) or done
 
 

@@ -14,14 +14,14 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.errors import SaveError, error_context
+from hf_context_prune.errors import error_context
 from hf_context_prune.modeling.experts import experts_spec
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.layer_device import in_hand, layer_device
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
 from hf_context_prune.pruning.calibration.samples import VALIDATION_EVERY, Batch
-from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
+from hf_context_prune.storage.kept_tensors import KeptLayers
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import broadcast_object, fail_together, is_main_process, shard
 
@@ -106,23 +106,16 @@ class _Checkpoint:
     def __init__(
         self, folder: Path | None, model: PreTrainedModel, batches: Sequence[Batch], kept: Mapping[int, Sequence[int]]
     ) -> None:
-        self.folder = folder
-        if folder is None:
-            return
-        self.key = resume_key(model, batches, "repair of experts", sorted((k, tuple(v)) for k, v in kept.items()))
-        self.folder = folder / f"experts-{self.key[:16]}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(
-                f"The folder for resuming, {folder}, can't be made: {error}. Name another (resume_dir)."
-            ) from error
+        self._kept: KeptLayers | None = None
+        if folder is not None:
+            key = resume_key(model, batches, "repair of experts", sorted((k, tuple(v)) for k, v in kept.items()))
+            self._kept = KeptLayers(folder / f"experts-{key[:16]}", key)
 
     def load(self, index: int) -> RepairedExperts | None:
         """Return a layer that an earlier run over the same inputs finished; None if there is none."""
-        if self.folder is None or not is_main_process():
+        if self._kept is None or not is_main_process():
             return None
-        found = read_kept_tensors(self._path(index), self.key, remedy="its experts are repaired again")
+        found = self._kept.read(index, remedy="its experts are repaired again")
         if found is None:
             return None
         tensors, facts = found
@@ -134,11 +127,7 @@ class _Checkpoint:
         Raises:
             SaveError: The file can't be written.
         """
-        if self.folder is None or not is_main_process():
+        if self._kept is None or not is_main_process():
             return
         tensors = {"weight": done.weight} | ({} if done.bias is None else {"bias": done.bias})
-        write_kept_tensors(self._path(index), tensors, self.key, {"left": json.dumps(done.left)}, what="finished layer")
-
-    def _path(self, index: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"block-{index:04d}.safetensors"
+        self._kept.write(index, tensors, {"left": json.dumps(done.left)})

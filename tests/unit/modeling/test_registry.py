@@ -39,6 +39,7 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
 from tests.support.brook import BrookConfig, BrookForCausalLM
 from tests.support.marks import TINY_TEXT
+from tests.support.table import table_kept
 from tests.support.tiny import texts, tiny_tokenizer, tokens
 
 BROOK = ArchSpec(
@@ -76,10 +77,8 @@ IDS = tokens(2, 16)
 @pytest.fixture(autouse=True)
 def table():
     """The table as it was, afterwards, and no auto class that knows `brook`."""
-    before = dict(SPECS)
-    yield
-    SPECS.clear()
-    SPECS.update(before)
+    with table_kept():
+        yield
     transformers.CONFIG_MAPPING._extra_content.pop("brook", None)
 
 

@@ -14,6 +14,7 @@ from hf_context_prune.pipelines.architecture.check import check_architecture
 from hf_context_prune.pipelines.architecture.contract import holds, run_contract
 from hf_context_prune.pipelines.architecture.propose import propose
 from hf_context_prune.pipelines.architecture.tiny_copy import make_tiny_copy
+from tests.support.table import table_kept
 from tests.support.tiny import FAMILIES, case, tiny_config
 
 DIVERSE = (
@@ -34,11 +35,8 @@ PLACES = (
 
 @pytest.fixture(autouse=True)
 def entries_in_order():
-    """An entry that is taken away comes back at the end of the table, which other tests read in order."""
-    before = dict(SPECS)
-    yield
-    SPECS.clear()
-    SPECS.update(before)
+    with table_kept():
+        yield
 
 
 @pytest.fixture
