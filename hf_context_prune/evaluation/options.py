@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 Scorer = Literal["likelihood_normalised", "likelihood", "letter", "paper"]
 
 
+MAX_TEST_TOKENS = 50_000
+"""Test tokens of a text by default: a window each of about a hundred documents."""
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """How much is measured, always on text that was not used to calibrate.
@@ -34,8 +38,8 @@ class EvalOptions:
     """
 
     max_tokens: int | None = option(
-        20_000,
-        "Largest number of test tokens to measure on, in passages of up to a hundred documents, or more if it allows.",
+        MAX_TEST_TOKENS,
+        "Largest number of test tokens to measure on: a passage of about 2,000 characters of each of many documents.",
         panel=EVALUATION,
         allowed=at_least(1),
         flag="max-eval-tokens",

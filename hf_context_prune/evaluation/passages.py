@@ -14,9 +14,13 @@ from .windows import group_records
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DOCUMENTS = 100  # so many documents give an interval that holds
-_LONG_PASSAGE = 2_000  # characters, about the 512 tokens of a window: a larger budget takes more documents
-_SHORT_PASSAGE = 800  # characters: with less context than that, a loss says little about the model
+WINDOW_CHARS = 2_000
+"""Characters of a passage whose loss is reported: about the 512 tokens of a window.
+
+Shorter ones flatter a pruned model: with little context the base has to guess the domain, which the other knows.
+"""
+SHORT_CHARS = 800
+"""Characters of a passage that sizes are compared on, where many documents matter more than the loss itself."""
 _CHARS_PER_TOKEN = 6  # the first guess, too high on purpose: the budget is then lowered until it fits
 
 
@@ -46,6 +50,7 @@ class Passages:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_tokens: int | None,
+        passage_chars: int = WINDOW_CHARS,
         seed: int = 0,
         balance_sources: bool = False,
     ) -> Passages:
@@ -55,6 +60,7 @@ class Passages:
             source: The text.
             tokenizer: Counts the tokens, without special tokens.
             max_tokens: Largest number of tokens; None takes the whole text.
+            passage_chars: As for `within`.
             seed: Chooses documents and places.
             balance_sources: As for `within`.
         """
@@ -62,7 +68,9 @@ class Passages:
             return cls.whole(source)
         max_chars = _CHARS_PER_TOKEN * max_tokens
         while True:
-            found = cls.within(source, max_chars, seed=seed, balance_sources=balance_sources)
+            found = cls.within(
+                source, max_chars, passage_chars=passage_chars, seed=seed, balance_sources=balance_sources
+            )
             tokens = _count_tokens(found.text, tokenizer)
             if tokens <= max_tokens or max_chars == 1:  # a single character may be several tokens
                 return found
@@ -71,15 +79,24 @@ class Passages:
             max_chars = max(1, min(max_chars - 1, int(0.98 * max_chars * max_tokens / tokens)))
 
     @classmethod
-    def within(cls, source: TextSource, max_chars: int, *, seed: int = 0, balance_sources: bool = False) -> Passages:
+    def within(
+        cls,
+        source: TextSource,
+        max_chars: int,
+        *,
+        passage_chars: int = WINDOW_CHARS,
+        seed: int = 0,
+        balance_sources: bool = False,
+    ) -> Passages:
         """Cut passages of at most `max_chars` characters in all, the same ones whatever the tokenizer.
 
-        A hundred documents give a passage each: fewer where a passage would have under 800 characters, more where it
-        would have over 2,000. What short documents leave goes to the others.
+        As many documents give a passage each as the budget has passages; there are more where documents are shorter,
+        and the passages are longer where there are fewer documents.
 
         Args:
             source: The text.
             max_chars: Largest number of characters; a shorter text stays whole.
+            passage_chars: Characters of a passage: `WINDOW_CHARS` where the loss is reported.
             seed: Chooses documents and places.
             balance_sources: Every source gives equally many characters, as far as it has them.
         """
@@ -88,10 +105,10 @@ class Passages:
         if sum(sizes.values()) <= max_chars:
             return cls(source, None, len(groups))
         if balance_sources:
-            return cls._within_each_source(source, max_chars, seed)
+            return cls._within_each_source(source, max_chars, passage_chars, seed)
         order = sorted(groups)
         random.Random(seed).shuffle(order)
-        wanted = max(1, min(max(_DOCUMENTS, max_chars // _LONG_PASSAGE), max_chars // _SHORT_PASSAGE))
+        wanted = max(1, max_chars // passage_chars)
         chosen, room = list[str](), 0
         for doc in order:
             if len(chosen) >= wanted and room >= max_chars:
@@ -109,11 +126,15 @@ class Passages:
         return cls(text, max_chars, len(groups))
 
     @classmethod
-    def _within_each_source(cls, source: TextSource, max_chars: int, seed: int) -> Passages:
+    def _within_each_source(cls, source: TextSource, max_chars: int, passage_chars: int, seed: int) -> Passages:
         parts = split_by_source(source)
         shares = share_evenly([sum(len(record.text) for record in part.documents) for part in parts], max_chars)
-        cut = [cls.within(part, share, seed=seed).text for part, share in zip(parts, shares, strict=True) if share]
-        passages = [record for text in cut for record in text.documents]
+        cut = [
+            cls.within(part, share, passage_chars=passage_chars, seed=seed)
+            for part, share in zip(parts, shares, strict=True)
+            if share
+        ]
+        passages = [record for found in cut for record in found.text.documents]
         text = TextSource.from_documents(passages, name=source.name, revision=source.revision)
         return cls(text, max_chars, _count_documents(source))
 

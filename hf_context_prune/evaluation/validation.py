@@ -10,7 +10,7 @@ from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 
 from .losses import mean_bits_per_byte
-from .passages import Passages
+from .passages import SHORT_CHARS, Passages
 from .perplexity import document_losses
 
 
@@ -53,7 +53,9 @@ class ValidationText:
             text, _ = drop_overlapping(text, other)
         num_dropped = len(given) - len(text)
         if len(text):
-            text = Passages.of(text, tokenizer, max_tokens=max_tokens, balance_sources=balance_sources).text
+            text = Passages.of(
+                text, tokenizer, max_tokens=max_tokens, passage_chars=SHORT_CHARS, balance_sources=balance_sources
+            ).text
         return cls(text, max_seq_length, num_dropped)
 
     def bits_per_byte(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -30,7 +30,7 @@ from .result import PruneResult
 
 NUM_SAMPLES = 32
 """Calibration samples: a quarter of what `prune` takes, for a demo of three minutes on two processor cores."""
-_MAX_TEST_TOKENS = 6_000
+_MAX_TEST_TOKENS = 12_000
 _SPEED = {"prompt_tokens": 256, "new_tokens": 24, "repeats": 2}
 OTHER_PROMPTS = ("The most important point is", "In other words,", "The first step is to")
 

@@ -15,7 +15,7 @@ from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.errors import ConfigError, LoadError, SaveError, unknown_name
-from hf_context_prune.evaluation.options import QuestionOptions
+from hf_context_prune.evaluation.options import MAX_TEST_TOKENS, QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment, EvalReport
 from hf_context_prune.evaluation.scores import ROW_LAYOUT, HeldOut, Scores, choose_held_out, score
@@ -58,7 +58,7 @@ def domain_matrix(
     questions: Mapping[str, QuestionOptions] | None = None,
     reference: str | None = None,
     mixes: Mapping[str, Sequence[float]] | None = None,
-    max_tokens: int | None = 20_000,
+    max_tokens: int | None = MAX_TEST_TOKENS,
 ) -> DomainMatrix:
     """Prune a model once for each domain, and measure every result on every domain.
 

@@ -15,7 +15,7 @@ from hf_context_prune.config import ThresholdConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.errors import ConfigError, SaveError
-from hf_context_prune.evaluation.options import QuestionOptions
+from hf_context_prune.evaluation.options import MAX_TEST_TOKENS, QuestionOptions
 from hf_context_prune.evaluation.reports.files import check_report_folder, write_run
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.scores import ROW_LAYOUT, HeldOut, Scores, choose_held_out, score
@@ -64,7 +64,7 @@ class SweepOptions:
     recovery: RecoveryConfig | None = None
     num_calibration_samples: int = 128
     max_seq_length: int = 512
-    max_tokens: int | None = 20_000
+    max_tokens: int | None = MAX_TEST_TOKENS
     seed: int = 0
 
     @property

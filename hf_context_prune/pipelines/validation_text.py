@@ -11,7 +11,7 @@ from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import DataError
-from hf_context_prune.evaluation.passages import Passages
+from hf_context_prune.evaluation.passages import SHORT_CHARS, Passages
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.evaluation.reports.report import SizeSearch
 from hf_context_prune.evaluation.validation import ValidationText
@@ -167,7 +167,12 @@ class _Part:
         withheld = clean if len(clean) else withheld
         most, length = max(1, round(weight * _PROBE_TOKENS)), config.max_seq_length
         measured = Passages.of(
-            withheld, tokenizer, max_tokens=most, seed=config.pruning_seed, balance_sources=balance_sources
+            withheld,
+            tokenizer,
+            max_tokens=most,
+            passage_chars=SHORT_CHARS,
+            seed=config.pruning_seed,
+            balance_sources=balance_sources,
         ).text
 
         def measure_base() -> tuple[int, float]:

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_context_prune.data.documents import TextDocument, TextSource
-from hf_context_prune.evaluation.passages import Passages
+from hf_context_prune.evaluation.passages import SHORT_CHARS, WINDOW_CHARS, Passages
 from hf_context_prune.evaluation.windows import group_records
 from tests.support.tiny_tokenizers import byte_tokenizer
 
@@ -43,18 +43,26 @@ def test_a_cap_is_a_cap_and_long_documents_share_it(tokenizer, most, records):
             assert set(record.text.split()) <= set(WORDS)
 
 
-def test_twenty_thousand_tokens_are_of_a_hundred_documents(tokenizer):
+@pytest.mark.parametrize(("chars", "expected"), [(WINDOW_CHARS, 50), (SHORT_CHARS, 125)])
+def test_a_budget_has_a_window_each_of_many_documents(tokenizer, chars, expected):
     """The first documents that filled the budget were two contracts of forty-six."""
     source = corpus(*[5_000] * 300)
-    passages = Passages.of(source, tokenizer, max_tokens=100_000)
+    passages = Passages.of(source, tokenizer, max_tokens=100_000, passage_chars=chars)
     docs = {record.doc for record in passages.text.documents}
-    assert len(docs) == 100
+    assert len(docs) == pytest.approx(expected, rel=0.05)
     lengths = [len(record.text) for record in passages.text.documents]
-    assert max(lengths) < 1.1 * min(lengths)
+    assert 0.9 * chars < min(lengths) <= max(lengths) <= 1.1 * chars
     assert num_tokens(passages.text, tokenizer) > 80_000
-    assert passages.describe() == "A passage each of 100 of 300 documents was measured."
-    other = Passages.of(source, tokenizer, max_tokens=100_000, seed=1)
+    assert passages.describe() == f"A passage each of {len(docs)} of 300 documents was measured."
+    other = Passages.of(source, tokenizer, max_tokens=100_000, passage_chars=chars, seed=1)
     assert {record.doc for record in other.text.documents} != docs
+
+
+def test_passages_are_longer_where_there_are_fewer_documents(tokenizer):
+    passages = Passages.of(corpus(*[5_000] * 10), tokenizer, max_tokens=100_000)
+    lengths = [len(record.text) for record in passages.text.documents]
+    assert len(lengths) == 10
+    assert min(lengths) > 4 * WINDOW_CHARS
 
 
 def test_what_short_documents_leave_goes_to_long_ones(tokenizer):
