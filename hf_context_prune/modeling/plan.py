@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_context_prune.errors import PlanError, VocabularyError
+from hf_context_prune.errors import PlanError
 from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.reading import read_json, why
 
 from .geometry import ALL_UNITS, Geometry, LayerWidths
 from .plan_provenance import check_recorded
+from .plan_vocabulary import Vocabulary
 from .specs import base_model_type
 from .token_rows import num_rows
 
@@ -79,70 +78,6 @@ class LayerPlan:
     def gone(self) -> bool:
         """Whether the layer is removed as a whole."""
         return not (self.neurons or self.kv_groups or self.experts)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The kept vocabulary entries; the position of an entry is its new id.
-
-    Attributes:
-        dense: Embedding rows of the base model.
-        kept: Old ids in the order of the new ids.
-    """
-
-    dense: int
-    kept: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        """Refuse ids that are not integers, out of range or repeated.
-
-        Raises:
-            PlanError: An id or a count is wrong; the message has the value.
-        """
-        if isinstance(self.dense, bool) or not isinstance(self.dense, int) or not self.kept:
-            raise PlanError(
-                f"The plan's vocabulary keeps {len(self.kept)} of {self.dense!r} tokens; both must be counts."
-            )
-        for index in self.kept:
-            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.dense:
-                raise PlanError(f"The plan's vocabulary has {index!r}; ids are integers from 0 to {self.dense - 1}.")
-        if len(set(self.kept)) != len(self.kept):
-            raise PlanError("The plan's vocabulary has an id twice.")
-
-    @cached_property
-    def new_ids(self) -> dict[int, int]:
-        """New ids by old ids."""
-        return {old: new for new, old in enumerate(self.kept)}
-
-    def to_new(self, ids: Iterable[int]) -> list[int | None]:
-        """Return the new ids of a flat sequence (or tensor) of old ids; None for a removed token.
-
-        Raises:
-            VocabularyError: A value is not an id of the old vocabulary.
-        """
-        return [self.new_ids.get(index) for index in _check_ids(ids, self.dense, "old")]
-
-    def to_old(self, ids: Iterable[int]) -> list[int]:
-        """Return the old ids of a flat sequence (or tensor) of new ids.
-
-        Raises:
-            VocabularyError: A value is not an id of the new vocabulary.
-        """
-        return [self.kept[index] for index in _check_ids(ids, len(self.kept), "new")]
-
-
-def _check_ids(ids: Iterable[int], count: int, which: str) -> Iterator[int]:
-    for value in ids:
-        try:
-            index = operator.index(value)
-        except TypeError:
-            index = -1  # a list of lists, or a fraction
-        if not 0 <= index < count:
-            raise VocabularyError(
-                f"{value!r} is not an id of the {which} vocabulary; give a flat sequence of integers from 0 to "
-                f"{count - 1:,}, without labels such as -100."
-            )
-        yield index
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from hf_context_prune import PrunerConfig, RecoveryConfig, prune, recover
 from hf_context_prune.errors import LoadError, LoadWarning, SaveError
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.geometry import read_geometry
-from hf_context_prune.modeling.plan import PruningPlan, Vocabulary
+from hf_context_prune.modeling.plan import PruningPlan
+from hf_context_prune.modeling.plan_vocabulary import Vocabulary
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pipelines.architecture.contract import masked, random_plan

@@ -21,7 +21,8 @@ from hf_context_prune.errors import ConfigError, DataError, NumericsError, Pruni
 from hf_context_prune.modeling.in_turns import forward_in_turns
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.patching import bfloat16_layers
-from hf_context_prune.modeling.plan import PruningPlan, Vocabulary, fingerprint
+from hf_context_prune.modeling.plan import PruningPlan, fingerprint
+from hf_context_prune.modeling.plan_vocabulary import Vocabulary
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.surgery import apply_plan

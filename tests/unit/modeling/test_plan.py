@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_context_prune.errors import PlanError, VocabularyError
 from hf_context_prune.modeling.geometry import GONE, LayerWidths, read_geometry, widths_vary
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, Vocabulary, fingerprint
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.plan_vocabulary import Vocabulary
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.surgery import apply_plan
 from tests.support.tiny import tiny_model
