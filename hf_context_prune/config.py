@@ -41,7 +41,7 @@ NATIVE_TOLERANCE = 0.01
 DEFAULT_RIDGE = 0.3
 """Ridge of every Gram matrix that is inverted, as a share of each feature's mean square."""
 THRESHOLDS = ("linear_threshold", "activation_threshold", "embedding_threshold")
-_EXPERTS = ("num_experts", "experts_ratio")
+_EXPERTS = ("num_experts", "experts_ratio", "expert_neurons_ratio", "shared_expert_ratio")
 _RATIO = below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing")
 _THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of at least 0 (the paper has 1e-3)")
 
@@ -91,7 +91,8 @@ class PrunerConfig(ExpertOptions, UnitChoices, CalibrationConfig):
 
     The budget is a share or number of *all* parameters (`pruning_ratio`, `target_params`; by default 0.2), a share
     of a kind of unit (`mlp_ratio`, `attention_ratio`; beside a share of all parameters, the other kind gives the
-    rest), a number of layers (`num_layers`, `layer_ratio`) or of experts (`num_experts`, `experts_ratio`), or the
+    rest), a number of layers (`num_layers`, `layer_ratio`) or of experts (`num_experts`, `experts_ratio`,
+    `expert_neurons_ratio`, `shared_expert_ratio`), or the
     loss that may be added (`max_loss_increase`). Model and text decide what stays None.
 
     Raises:
@@ -213,7 +214,7 @@ class PrunerConfig(ExpertOptions, UnitChoices, CalibrationConfig):
 
     def _fill_in(self) -> None:
         fixed = self.mlp_ratio is not None or self.attention_ratio is not None
-        if not (self.has_total_budget or fixed or self.fixes_tokens or self.fixes_layers or self.removes_experts):
+        if not (self.has_total_budget or fixed or self.fixes_tokens or self.fixes_layers or self.prunes_experts):
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if self.allocation is None:
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on

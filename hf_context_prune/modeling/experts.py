@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from hf_context_prune.errors import PlanError, UnsupportedArchitectureError
 
+from .expert_neurons import check_neurons_fit
 from .geometry import Geometry
 from .plan import PruningPlan
 from .spec_parts import Experts
@@ -170,8 +171,10 @@ def check_experts_of_plan(config: Any, spec: ArchSpec, plan: PruningPlan) -> Non
         plan: The plan.
 
     Raises:
-        PlanError: Names the layer, how many experts would stay, and how many must.
+        PlanError: Names the layer, how many experts would stay, and how many must; or their neurons do not fit.
     """
+    if plan.expert_neurons is not None:
+        check_neurons_fit(config, spec.experts, plan.expert_neurons)
     for index, (layer, widths) in enumerate(zip(plan.layers, plan.dense, strict=True)):
         if spec.experts is None or layer.gone or len(layer.experts) == widths.experts:
             continue

@@ -12,6 +12,11 @@ from .spec_parts import Experts, separate
 
 _ROUTER = ("router.weight", 0)
 _WEIGHTS = (("experts.gate_up_proj", 0), ("experts.down_proj", 0))
+_SHARED: dict[str, Any] = {
+    "shared": "shared_expert",
+    "shared_width": "shared_expert_intermediate_size",
+    "shared_gate": "shared_expert_gate",
+}
 _BIASED = ("gate.weight", 0), ("gate.e_score_correction_bias", 0), *_WEIGHTS
 
 
@@ -26,18 +31,33 @@ def _entry(model_type: str, name: str, experts: Experts, **differences: Any) -> 
 
 
 MOE_ENTRIES: tuple[dict[str, Any], ...] = (
-    _entry("mixtral", "Mixtral", Experts(count="num_local_experts")),
-    _entry("qwen2_moe", "Qwen2Moe", Experts(interval="decoder_sparse_step", dense_layers="mlp_only_layers")),
+    _entry("mixtral", "Mixtral", Experts(count="num_local_experts", width="intermediate_size")),
+    _entry(
+        "qwen2_moe",
+        "Qwen2Moe",
+        Experts(interval="decoder_sparse_step", dense_layers="mlp_only_layers", **_SHARED),
+    ),
     _entry(
         "qwen3_moe",
         "Qwen3Moe",
         Experts(count="num_local_experts", interval="decoder_sparse_step", dense_layers="mlp_only_layers"),
     ),
-    _entry("olmoe", "Olmoe", Experts(), fixed_heads=((None, "a norm over all heads together reads them"),)),
+    _entry(
+        "olmoe",
+        "Olmoe",
+        Experts(width="intermediate_size"),
+        fixed_heads=((None, "a norm over all heads together reads them"),),
+    ),
     _entry(
         "granitemoe",
         "GraniteMoe",
-        Experts(block="block_sparse_moe", router="router", tensors=(_ROUTER, *_WEIGHTS), count="num_local_experts"),
+        Experts(
+            block="block_sparse_moe",
+            router="router",
+            tensors=(_ROUTER, *_WEIGHTS),
+            width="intermediate_size",
+            count="num_local_experts",
+        ),
         residual_multiplier="residual_multiplier",
     ),
     _entry(
@@ -50,6 +70,7 @@ MOE_ENTRIES: tuple[dict[str, Any], ...] = (
                 *(("experts.gate_up_proj_bias", 0), ("experts.down_proj_bias", 0)),
             ),
             transposed=True,
+            width="intermediate_size",
             count="num_local_experts",
         ),
         head_parameters=("self_attn.sinks",),
@@ -59,6 +80,8 @@ MOE_ENTRIES: tuple[dict[str, Any], ...] = (
         "Glm4Moe",
         Experts(
             tensors=_BIASED,
+            shared="shared_experts",
+            shared_count="n_shared_experts",
             count="n_routed_experts",
             groups=("n_group", "topk_group"),
             first="first_k_dense_replace",
@@ -67,7 +90,7 @@ MOE_ENTRIES: tuple[dict[str, Any], ...] = (
     _entry(
         "qwen3_5_moe_text",
         "Qwen3_5Moe",
-        Experts(),
+        Experts(**_SHARED),
         config_class="Qwen3_5MoeTextConfig",
         headless_class="Qwen3_5MoeTextModel",
         attention_inputs=separate("self_attn", query_blocks=2),
@@ -77,6 +100,8 @@ MOE_ENTRIES: tuple[dict[str, Any], ...] = (
         "Ernie4_5_Moe",
         Experts(
             tensors=(("gate.weight", 0), ("gate.moe_statics.e_score_correction_bias", 1), *_WEIGHTS),
+            shared="shared_experts",
+            shared_count="moe_num_shared_experts",
             count="moe_num_experts",
             per_token="moe_k",
             first="moe_layer_start_index",

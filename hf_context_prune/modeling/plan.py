@@ -17,15 +17,16 @@ from hf_context_prune.errors import PlanError
 from hf_context_prune.utils.files import write_file
 from hf_context_prune.utils.reading import read_json, why
 
+from .expert_neurons import ExpertNeurons
 from .geometry import ALL_UNITS, Geometry, LayerWidths
 from .plan_provenance import check_recorded
 from .plan_vocabulary import Vocabulary
 from .specs import base_model_type
 from .token_rows import num_rows
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Latest version of the JSON format. Version 1 had no vocabulary; version 3, which may lack whole layers, is written
-only of a plan that removes some, and version 4 only of a model with experts."""
+only of a plan that removes some, version 4 only of a model with experts, and 5 of a plan that narrows them."""
 _FINGERPRINT_VALUES = 512
 _MAX_BYTES = 64 * 2**20  # the plan of 126 layers of 53,248 neurons has 40 MB
 
@@ -91,6 +92,7 @@ class PruningPlan:
         model_fingerprint: [`fingerprint`][] of the base model; empty for a plan made from shapes alone.
         provenance: How the plan was made: options, data, seed, versions (JSON values).
         vocabulary: The kept vocabulary entries; None if all stay, with their ids.
+        expert_neurons: The kept neurons inside the experts that stay; None if all stay.
     """
 
     model_type: str
@@ -99,6 +101,7 @@ class PruningPlan:
     model_fingerprint: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
+    expert_neurons: ExpertNeurons | None = None
 
     def __post_init__(self) -> None:
         """Refuse fields of a wrong type, and indices that are out of range, repeated or not ascending.
@@ -114,6 +117,8 @@ class PruningPlan:
             raise PlanError("The plan has no layers; it must have one entry for each layer of its model.")
         if len(self.layers) != len(self.dense):
             raise PlanError(f"The plan has {len(self.layers)} layers, its model has {len(self.dense)}.")
+        if self.expert_neurons is not None:
+            self.expert_neurons.check([len(layer.experts) for layer in self.layers])
         if all(layer.gone for layer in self.layers):
             raise PlanError(f"The plan removes all {len(self.layers)} layers; at least one must stay.")
         for index, (layer, widths) in enumerate(zip(self.layers, self.dense, strict=True)):
@@ -176,7 +181,7 @@ class PruningPlan:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is removed."""
-        return self.widths == self.dense and self.vocabulary is None
+        return self.widths == self.dense and self.vocabulary is None and self.expert_neurons is None
 
     @property
     def sha256(self) -> str:
@@ -214,8 +219,9 @@ class PruningPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values, which [`from_dict`][] reads."""
         removed, experts = list(self.removed_layers), any(widths.experts for widths in self.dense)
+        inside = {} if self.expert_neurons is None else {"expert_neurons": self.expert_neurons.to_dict()}
         return {
-            "format_version": FORMAT_VERSION if experts else 3 if removed else 2,
+            "format_version": FORMAT_VERSION if inside else 4 if experts else 3 if removed else 2,
             "model_type": self.model_type,
             "model_fingerprint": self.model_fingerprint,
             **({"removed_layers": removed} if removed or experts else {}),
@@ -227,6 +233,7 @@ class PruningPlan:
             "vocabulary": None
             if self.vocabulary is None
             else {"dense": self.vocabulary.dense, "kept": list(self.vocabulary.kept)},
+            **inside,
             "provenance": dict(self.provenance),
         }
 
@@ -244,6 +251,7 @@ class PruningPlan:
                     f"Update hf-context-prune."
                 )
             vocabulary = data["vocabulary"] if data["format_version"] > 1 else None
+            inside = data["expert_neurons"] if data["format_version"] > 4 else None
             units = _names(data["format_version"] > 3)
             plan = cls(
                 model_type=data["model_type"],
@@ -252,6 +260,7 @@ class PruningPlan:
                 model_fingerprint=data["model_fingerprint"],
                 provenance=data["provenance"],
                 vocabulary=None if vocabulary is None else Vocabulary(vocabulary["dense"], tuple(vocabulary["kept"])),
+                expert_neurons=None if inside is None else ExpertNeurons.from_dict(inside),
             )
             _check_removed_layers(plan, data["removed_layers"] if data["format_version"] > 2 else [])
             return plan

@@ -42,7 +42,13 @@ class Experts:
         experts: Module that computes them, relative to the block: called with tokens, numbers of experts and gates.
         tensors: (path relative to the block, dimension that has one slice per expert) of parameters and saved buffers;
             one that a model does not have is passed over.
-        transposed: Whether the experts' weights are stored as [experts, in_features, out_features] (gpt-oss).
+        transposed: Whether the experts' weights are stored as [experts, in_features, out_features], with the gate and
+            the other half of every neuron in turns (gpt-oss).
+        width: Config attribute with the neurons of an expert.
+        shared: Name of the shared expert in the block: an MLP through which every token runs. None: there is none.
+        shared_width: Config attribute with its neurons; None: `shared_count` times those of an expert.
+        shared_count: Config attribute with the number of experts that it is as wide as.
+        shared_gate: Name in the block of a linear layer whose sigmoid scales the shared expert; None: nothing does.
         count: Config attribute with the number of experts.
         per_token: Config attribute with the number of experts that a token is routed to.
         groups: Config attributes with the number of groups of experts, and of those that a token may be routed to; the
@@ -62,6 +68,11 @@ class Experts:
         ("experts.down_proj", 0),
     )
     transposed: bool = False
+    width: str = "moe_intermediate_size"
+    shared: str | None = None
+    shared_width: str | None = None
+    shared_count: str | None = None
+    shared_gate: str | None = None
     count: str = "num_experts"
     per_token: str = "num_experts_per_tok"
     groups: tuple[str, ...] = ()

@@ -125,7 +125,7 @@ def dry_run(
         size.check_removes(rows)
         kept = min(size.round_up(config.vocab_size), rows)
     fewer, rest, experts = empty, config, max(widths.experts for widths in ModelView.of_shapes(empty).widths)
-    if config.removes_experts:
+    if config.prunes_experts:
         fewer = without_experts_shape(empty, config)
         rest = rest_of_experts_budget(config, empty, fewer)
     depth = stand_in(fewer, rest)

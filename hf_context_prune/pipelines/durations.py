@@ -23,7 +23,7 @@ from hf_context_prune.pruning.allocation.layer_choice import CHOICE_TOKENS, REPA
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS, TOKENS_PER_FEATURE
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, PROBES
 from hf_context_prune.pruning.depth import Depth, deepest, removable_layers, stand_in
-from hf_context_prune.pruning.experts import REPAIRING, count_experts
+from hf_context_prune.pruning.experts import count_experts, repairs
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.pruning.sequential.expert_repair import SWEEPS
 from hf_context_prune.pruning.sequential.layer_pruner import GAP_RIDGES
@@ -162,11 +162,12 @@ def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: f
         steps["choice of layers, at most" if config.searches_layers else "choice of layers"] = choice
     if config.removes_experts:
         steps["choice of experts"] = _ROUTING * tokens * dense
-        if config.reconstruction in REPAIRING:
-            outputs, features = expert_shape(view)
-            systems = (len(GAP_RIDGES) + SWEEPS) * (features**3 / 3 + features**2 * outputs)
-            solved = count_experts(model, config) * sum(bool(widths.experts) for widths in view.widths)
-            steps["experts"] = _REPAIR * tokens * dense + solved * systems * _timed_costs()["float64"]
+    if config.prunes_experts and repairs(config):
+        outputs, features = expert_shape(view)
+        systems = (len(GAP_RIDGES) + SWEEPS + config.narrows_experts) * (features**3 / 3 + features**2 * outputs)
+        solved = count_experts(model, config) * sum(bool(widths.experts) for widths in view.widths)
+        passes = _REPAIR + config.narrows_experts
+        steps["experts"] = passes * tokens * dense + solved * systems * _timed_costs()["float64"]
     if config.prunes_layers or depth is not None:
         cost = _timed_costs()
         shapes = [

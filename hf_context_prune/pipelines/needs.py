@@ -14,7 +14,7 @@ from hf_context_prune.modeling.architectures import output_weight
 from hf_context_prune.modeling.experts import experts_spec, output_tensors
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.experts import REPAIRING, count_experts
+from hf_context_prune.pruning.experts import count_experts, repairs
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.storage.cache import CACHE_VARIABLE
 from hf_context_prune.storage.layer_shards import SHARD_BYTES
@@ -136,7 +136,7 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
             search = max(int((_NARROW + 1.75 * _WIDE) * n * n) + 9 * _NARROW * m * n for m, n in shapes)
             steps["the search of widths in a layer"] = activations + search
         resume = sum(item * m * n for (m, n), _ in sizes)
-    if isinstance(config, PrunerConfig) and config.removes_experts and config.reconstruction in REPAIRING:
+    if isinstance(config, PrunerConfig) and config.prunes_experts and repairs(config):
         outputs, features = expert_shape(view)
         kept = count_experts(model, config) * outputs * features
         # The changes of all experts of a layer beside their new weights, and the equations of one, from sums.

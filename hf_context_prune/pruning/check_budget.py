@@ -33,7 +33,7 @@ def check_budget(
         if config.prunes_layers:
             check_linear(ModelView.of(model).spec)
         return
-    if config.removes_experts:
+    if config.prunes_experts:
         fewer = without_experts_shape(model, config)
         config, model = rest_of_experts_budget(config, model, fewer), fewer
     if (depth := stand_in(model, config)) is not None:

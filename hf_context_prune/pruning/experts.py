@@ -1,23 +1,27 @@
-"""Experts that are removed from every layer: how many, which, and the model without them."""
+"""Experts that are removed from every layer, and neurons inside those that stay: how many, which, and what is left."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
+from hf_context_prune.modeling.expert_neurons import ExpertNeurons, inner_widths, narrow_config
 from hf_context_prune.modeling.experts import experts_spec, num_groups, why_not_kept
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.tying import config_as_tied
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.allocation.uniform import keep_neurons
 from hf_context_prune.pruning.calibration.routing import measure_routing
 from hf_context_prune.pruning.calibration.samples import batches_of
 from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
@@ -27,11 +31,12 @@ from hf_context_prune.utils.distributed import is_main_process
 from hf_context_prune.utils.memory import fits_in_memory
 
 from .expert_criteria import ExpertStatistics, get_expert_criterion
-from .sequential.experts import repair_experts
+from .sequential.expert_repair import ExpertWidths
+from .sequential.experts import LayerOfExperts, repair_experts
 from .surgery import KeepFn, apply_plan
 
-REPAIRING = ("least_squares", "sequential")
-"""The reconstructions with which the experts that stay are refitted."""
+_ALIGNED = 8  # neurons of an expert: PyTorch multiplies experts together where a row has a multiple of 16 bytes
+_REPAIRING = ("least_squares", "sequential")  # with these, what stays is refitted
 _SUMS = ("routed", "added", "squared")
 
 
@@ -40,13 +45,15 @@ def count_experts(model: PreTrainedModel, config: PrunerConfig) -> int:
 
     Args:
         model: The base model; its weights may be on the meta device.
-        config: With `num_experts` or `experts_ratio`.
+        config: With `num_experts` or `experts_ratio`; of one without, all stay.
 
     Raises:
         BudgetError: No expert would go, or more than may; the message has what is allowed.
         UnsupportedArchitectureError: The model has no experts.
     """
     view = ModelView.of_shapes(model)
+    if not config.removes_experts:
+        return max(widths.experts for widths in view.widths)
     name = "num_experts" if config.num_experts is not None else "experts_ratio"
     asked = f"{name} is {getattr(config, name)}"
     experts = experts_spec(view.spec, asked)
@@ -75,17 +82,88 @@ def count_experts(model: PreTrainedModel, config: PrunerConfig) -> int:
     return kept
 
 
+def count_neurons(model: PreTrainedModel, config: PrunerConfig) -> tuple[int, int]:
+    """Return how many neurons a config leaves every expert, and a shared expert (0: there is none), from shapes alone.
+
+    Args:
+        model: The base model; its weights may be on the meta device.
+        config: With `expert_neurons_ratio` or `shared_expert_ratio`; of one without, all stay.
+
+    Raises:
+        BudgetError: No neuron would go, or the config of the model can't hold the widths.
+        UnsupportedArchitectureError: The model has no experts.
+    """
+    view = ModelView.of_shapes(model)
+    ratios = {name: getattr(config, name) for name in ("expert_neurons_ratio", "shared_expert_ratio")}
+    name, ratio = next((pair for pair in ratios.items() if pair[1]), ("", 0.0))
+    experts = experts_spec(view.spec, f"{name} is {ratio}")
+    if not any(widths.experts for widths in view.widths):
+        raise BudgetError(f"{name} is {ratio}, but no layer of this model has experts. Leave {name} out.")
+    width, shared = inner_widths(model.config, experts)
+    multiple = math.lcm(_ALIGNED, config.round_to)
+    kept = keep_neurons(width, config.expert_neurons_ratio or 0, multiple)
+    kept_shared = shared if experts.shared_width is not None or not shared else kept * (shared // width)
+    if (own := config.shared_expert_ratio) and experts.shared_width is None:
+        raise BudgetError(
+            f"shared_expert_ratio is {own}, but "
+            + (
+                f"the config of this model has one width for its experts and the shared one ({experts.width}), so "
+                f"expert_neurons_ratio narrows both. Use that alone."
+                if shared
+                else f"a {view.spec.model_type} model has no shared experts. Leave it out."
+            )
+        )
+    if own:
+        kept_shared = keep_neurons(shared, own, multiple)
+    for name, asked, stay, total in (
+        ("expert_neurons_ratio", config.expert_neurons_ratio, kept, width),
+        ("shared_expert_ratio", own, kept_shared, shared),
+    ):
+        if asked and stay == total:
+            raise BudgetError(
+                f"{name} is {asked}, which removes no neuron: the experts have {total}, and {multiple} or a multiple "
+                f"of that must stay. Ask for more."
+            )
+    return kept, kept_shared
+
+
 @dataclass(frozen=True)
 class ExpertChoice:
-    """The experts that every layer keeps.
+    """The experts that every layer keeps, and their neurons.
 
     Attributes:
         kept: Numbers of the kept experts, ascending, by the number of the layer.
         facts: How they were chosen, for a plan's provenance.
+        neurons: The neurons that stay inside them, for a plan of the base model; None: all do.
+        gone: Parameters that every layer loses.
     """
 
     kept: Mapping[int, tuple[int, ...]]
     facts: Mapping[str, Any]
+    neurons: ExpertNeurons | None = None
+    gone: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def all_of(cls, model: PreTrainedModel) -> ExpertChoice:
+        """Keep all experts."""
+        widths = ModelView.of_shapes(model).widths
+        return cls({index: tuple(range(one.experts)) for index, one in enumerate(widths) if one.experts}, {})
+
+    def narrowed(self, model: PreTrainedModel, done: Mapping[int, LayerOfExperts]) -> ExpertChoice:
+        """Return the same experts with the neurons that stay inside them.
+
+        Args:
+            model: The base model.
+            done: What became of every layer with experts.
+        """
+        view = ModelView.of_shapes(model)
+        dense, shared = inner_widths(model.config, experts_spec(view.spec))
+        layers = range(len(view.widths))
+        inside = tuple(done[index].neurons if index in done else () for index in layers)
+        in_shared = tuple(done[index].shared if index in done else () for index in layers)
+        neurons = ExpertNeurons(dense, inside if any(inside) else (), shared, in_shared if any(in_shared) else ())
+        facts = {"neurons": [neurons.width, dense], "shared_neurons": [neurons.shared_width, shared]}
+        return replace(self, neurons=neurons, facts={**self.facts, **facts})
 
     def plan(self, model: PreTrainedModel) -> PruningPlan:
         """Return the plan that removes the other experts and nothing else."""
@@ -112,13 +190,11 @@ class ExpertChoice:
 
         provenance = {**plan.provenance, "config": config.to_dict(), "experts": dict(self.facts)}
         if (gone := provenance.get("removed_layers")) is not None:  # their parameters in the base model
-            more = sum(
-                view.costs["experts"] * (view.widths[index].experts - len(self.kept.get(index, ())))
-                for index in plan.removed_layers
-            )
+            more = sum(self.gone.get(index, 0) for index in plan.removed_layers)
             provenance["removed_layers"] = {**gone, "parameters": gone["parameters"] + more}
         return replace(
             plan,
+            expert_neurons=None if self.neurons is None else self.neurons.without(plan.removed_layers),
             dense=view.widths,
             layers=tuple(with_experts(index, layer) for index, layer in enumerate(plan.layers)),
             model_fingerprint=fingerprint(model),
@@ -183,24 +259,52 @@ def _measure_or_load(
 def remove_experts(
     model: PreTrainedModel, samples: torch.Tensor, config: PrunerConfig, resume_dir: Path | None
 ) -> tuple[ExpertChoice, PreTrainedModel, PrunerConfig]:
-    """Choose the experts that stay, remove the others, and refit those that stay where the config reconstructs.
+    """Choose the experts and their neurons that stay, remove the others, and refit what stays if the config says so.
 
     Args:
         model: The base model; unchanged.
         samples: Calibration samples.
-        config: With `num_experts` or `experts_ratio`.
+        config: One that prunes experts.
         resume_dir: As for [`choose_experts`][]; finished layers of the refit are kept there, too.
 
     Returns:
-        (the choice, the model without the other experts, which shares all other tensors, the config for what is left).
+        (the choice, the model without the others, which shares all other tensors, the config for what is left).
     """
-    choice = choose_experts(model, samples, config, state_dir=resume_dir)
-    fewer = apply_plan(model, choice.plan(model), share=True, keep=_keep_outside_memory(model, choice))
-    if config.reconstruction in REPAIRING:
-        left = repair_experts(model, fewer, choice.kept, batches_of(samples), state_dir=resume_dir)
-        share = {str(index): None if one is None else float(f"{one:.4g}") for index, one in left.items()}
-        choice = replace(choice, facts={**choice.facts, "error_left": share})
-    return choice, fewer, rest_of_experts_budget(config, model, fewer)
+    choice, widths = ExpertChoice.all_of(model), _widths(model, config)
+    if config.removes_experts:
+        choice = choose_experts(model, samples, config, state_dir=resume_dir)
+    keep = _keep_outside_memory(model, choice)
+    fewer = apply_plan(model, choice.plan(model), share=True, keep=keep)
+    if repairs(config):
+        done = repair_experts(model, fewer, choice.kept, batches_of(samples), widths, state_dir=resume_dir)
+        if config.narrows_experts:
+            choice = choice.narrowed(model, done)
+            whole = PruningPlan.identity(fewer.config.model_type, ModelView.of(fewer).geometry)
+            fewer = apply_plan(fewer, replace(whole, expert_neurons=choice.neurons), share=True, keep=keep)
+        if widths.refits:
+            left = {str(index): None if one.left is None else float(f"{one.left:.4g}") for index, one in done.items()}
+            choice = replace(choice, facts={**choice.facts, "error_left": left})
+    before, after = (ModelView.of_shapes(one).layers for one in (model, fewer))
+    gone = {index: _size(one) - _size(other) for index, (one, other) in enumerate(zip(before, after, strict=True))}
+    return replace(choice, gone=gone), fewer, rest_of_experts_budget(config, model, fewer)
+
+
+def repairs(config: PrunerConfig) -> bool:
+    """Return whether a config that prunes experts goes through the layers once more: to refit, or to choose neurons."""
+    return config.reconstruction in _REPAIRING or config.narrows_experts
+
+
+def _widths(model: PreTrainedModel, config: PrunerConfig) -> ExpertWidths:
+    refits = config.reconstruction in _REPAIRING
+    if not config.narrows_experts:
+        return ExpertWidths(refits=refits)
+    kept, dense = count_neurons(model, config), inner_widths(model.config, experts_spec(ModelView.of(model).spec))
+    neurons, shared = (None if one == other else one for one, other in zip(kept, dense, strict=True))
+    return ExpertWidths(neurons, shared, config.ridge, refits)
+
+
+def _size(layer: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters())
 
 
 def _keep_outside_memory(model: PreTrainedModel, choice: ExpertChoice) -> KeepFn | None:
@@ -212,9 +316,12 @@ def _keep_outside_memory(model: PreTrainedModel, choice: ExpertChoice) -> KeepFn
 
 def without_experts_shape(model: PreTrainedModel, config: PrunerConfig) -> PreTrainedModel:
     """Return the model that a config leaves once experts are gone, on the meta device, before it is known which."""
-    count, view = count_experts(model, config), ModelView.of_shapes(model)
+    count, view, as_tied = count_experts(model, config), ModelView.of_shapes(model), config_as_tied(model)
     widths = [replace(one, experts=min(one.experts, count)) for one in view.widths]
-    return build_empty_model(config_as_tied(model), view.spec, widths)
+    if config.narrows_experts:
+        inside = count_neurons(model, config)
+        as_tied = narrow_config(as_tied, experts_spec(view.spec), inside)
+    return build_empty_model(as_tied, view.spec, widths)
 
 
 def rest_of_experts_budget(config: PrunerConfig, model: PreTrainedModel, fewer: PreTrainedModel) -> PrunerConfig:
@@ -225,7 +332,8 @@ def rest_of_experts_budget(config: PrunerConfig, model: PreTrainedModel, fewer: 
         model: The whole model; its weights may be on the meta device.
         fewer: The model without these experts.
     """
-    changes: dict[str, Any] = {"num_experts": None, "experts_ratio": None}
+    names = ("num_experts", "experts_ratio", "expert_neurons_ratio", "shared_expert_ratio")
+    changes: dict[str, Any] = dict.fromkeys(names)
     total, left = model.num_parameters(), fewer.num_parameters()
     if (remove := ParameterBudget.of(config, total).remove_params) is not None:
         changes |= {"pruning_ratio": None, "target_params": min(total - remove, left)}

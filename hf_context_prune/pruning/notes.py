@@ -68,19 +68,32 @@ def depth_note(plan: PruningPlan) -> tuple[str, ...]:
 
 
 def experts_note(plan: PruningPlan) -> tuple[str, ...]:
-    """Return a sentence on the experts that stay, and how much of the routing they had; none where all stay."""
+    """Return a note on the experts and their neurons that stay, and how much of the routing they had; () if all do."""
     facts = plan.provenance.get("experts")
     if not facts:
         return ()
+    notes = []
+    if "kept" in facts:
+        notes.append(
+            f"{facts['kept']} of {facts['of']} experts stay in every layer that has them, by {facts['criterion']}: "
+            f"{_describe_range(facts['routed_share'])} of the routing of the calibration text went to them."
+        )
+    inside = [
+        f"{kept:,} of {dense:,} neurons of {owner}"
+        for owner, (kept, dense) in (
+            ("every expert", facts.get("neurons", (0, 0))),
+            ("the shared expert", facts.get("shared_neurons", (0, 0))),
+        )
+        if kept < dense
+    ]
+    if inside:
+        notes.append(f"{' and '.join(inside)} stay.")
     repair = "What the others did is not made up for in the layers."
     if "error_left" in facts:
         left = {layer: share for layer, share in facts["error_left"].items() if share is not None}
         known = f": {_describe_range(left)} of the squared error is left, on text that was not fitted" if left else ""
         repair = f"They were refitted to what all did{known}."
-    return (
-        f"{facts['kept']} of {facts['of']} experts stay in every layer that has them, by {facts['criterion']}: "
-        f"{_describe_range(facts['routed_share'])} of the routing of the calibration text went to them. {repair}",
-    )
+    return (" ".join([*notes, repair]),)
 
 
 def _describe_range(shares: Mapping[str, float]) -> str:

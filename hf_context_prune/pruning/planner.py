@@ -116,12 +116,12 @@ def make_plan(
         or config.units == "tokens"
         or config.refit_lm_head
         or config.removes_layers
-        or config.removes_experts
+        or config.prunes_experts
     ):
         raise ConfigError(
             "make_plan plans neurons and KV groups alone. To prune the vocabulary, use prune(), or call "
             "prune_vocabulary() first and leave the vocab_* options out here; for refit_lm_head=True, num_layers, "
-            "layer_ratio, layers in units, num_experts and experts_ratio, use prune()."
+            "layer_ratio, layers in units, and what removes experts or their neurons, use prune()."
         )
     _refuse_sequential(config)
     view, targets = ModelView.of(model), Requirements.of(config).targets
@@ -280,6 +280,9 @@ def plan_and_reconstruct(
             "Which layers go as a whole is found by measuring: call prune() for num_layers, layer_ratio and layers in "
             "units."
         )
-    if config.removes_experts:
-        raise ConfigError("Which experts go is found by measuring: call prune() for num_experts, experts_ratio.")
+    if config.prunes_experts:
+        raise ConfigError(
+            "Which experts go, and which of their neurons, is found by measuring: call prune() for num_experts, "
+            "experts_ratio, expert_neurons_ratio and shared_expert_ratio."
+        )
     return Planner(model, samples, config, provenance, resume_dir).plan(config)[:2]

@@ -63,7 +63,7 @@ def prune_model(
         raise ConfigError("max_loss_increase is found by measuring; pass validation_loss=, or call prune().")
     if config.searches_tokens and token_probe is None:
         raise ConfigError("How many tokens stay is found by measuring; pass token_probe=, or call prune().")
-    if config.removes_experts:
+    if config.prunes_experts:
         choice, fewer, rest = remove_experts(model, calibration.samples(tokenizer), config, resume_dir)
         found = prune_model(
             fewer,

@@ -15,7 +15,8 @@ from hf_context_prune.modeling.architectures import TARGETS, Target, layers_of, 
 from hf_context_prune.modeling.buffers import fill_buffers
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.depth import new_name, shorten_config
-from hf_context_prune.modeling.experts import check_experts_of_plan, expert_slices
+from hf_context_prune.modeling.expert_neurons import narrow_config, narrow_experts
+from hf_context_prune.modeling.experts import check_experts_of_plan, expert_slices, experts_spec
 from hf_context_prune.modeling.geometry import Geometry
 from hf_context_prune.modeling.layer_device import run_layers_alike
 from hf_context_prune.modeling.modeling_context_pruned import is_transposed
@@ -70,6 +71,9 @@ def apply_plan(
     plan.check_fits(model, model.config.model_type, view.geometry)
     check_experts_of_plan(model.config, view.spec, plan)
     config = config_as_tied(model)
+    if plan.expert_neurons is not None:
+        inside = plan.expert_neurons
+        config = narrow_config(config, experts_spec(view.spec), (inside.width, inside.shared_width))
     if plan.removed_layers:
         config = shorten_config(config, view.spec, plan.kept_layers)
     if plan.vocabulary is not None:
@@ -132,6 +136,8 @@ def _prune_layer(
         for name, tensor, dimension in expert_slices(layer, spec.experts):
             if (full := f"{prefix}.{name}") in state:
                 state[full] = state[full].index_select(dimension, torch.tensor(kept.experts, device=tensor.device))
+    if plan.expert_neurons is not None:
+        narrow_experts(state, prefix, experts_spec(spec), plan.expert_neurons, index)
     for target in TARGETS:
         units = kept.kept(target)
         if len(units) == view.num_units(index, target) and not (repaired and target == "mlp"):

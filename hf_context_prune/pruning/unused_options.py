@@ -63,7 +63,8 @@ def _reasons(config: PrunerConfig) -> dict[str, str]:
     if not config.removes_experts:
         reasons["expert_criterion"] = "no expert is removed (num_experts or experts_ratio would ask for it)"
     if not config.prunes_layers:
-        reasons |= dict.fromkeys(("criterion", "round_to", "ridge"), _NO_UNITS)
+        own = ("criterion",) if config.narrows_experts else ("criterion", "round_to", "ridge")
+        reasons |= dict.fromkeys(own, _NO_UNITS)
         if config.removes_layers:
             return reasons
         if config.allocation == "adaptive" and not config.shares_budget:

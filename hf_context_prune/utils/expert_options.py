@@ -1,4 +1,4 @@
-"""The options of a pruning config that remove whole experts."""
+"""The options of a pruning config that remove whole experts, and neurons inside them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,20 @@ class ExpertOptions:
         panel=BUDGET,
         allowed=below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing"),
     )
+    expert_neurons_ratio: float | None = option(
+        None,
+        "Share of the neurons to remove from inside every expert, in [0, 1). Where a shared expert is as wide as a "
+        "number of experts, it loses the same share.",
+        panel=BUDGET,
+        allowed=below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing"),
+    )
+    shared_expert_ratio: float | None = option(
+        None,
+        "Share of the neurons to remove from the shared expert, in [0, 1), in families where its width is its own "
+        "(Qwen).",
+        panel=BUDGET,
+        allowed=below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing"),
+    )
     expert_criterion: ExpertCriterionName = option(
         "reap",
         "How the importance of an expert is measured on the text. reap: mean norm of what it adds to the tokens that "
@@ -50,5 +64,15 @@ class ExpertOptions:
 
     @property
     def removes_experts(self) -> bool:
-        """Whether experts are removed."""
+        """Whether whole experts are removed."""
         return self.num_experts is not None or bool(self.experts_ratio)
+
+    @property
+    def narrows_experts(self) -> bool:
+        """Whether neurons inside experts are removed."""
+        return bool(self.expert_neurons_ratio or self.shared_expert_ratio)
+
+    @property
+    def prunes_experts(self) -> bool:
+        """Whether anything is removed from a mixture of experts."""
+        return self.removes_experts or self.narrows_experts

@@ -87,8 +87,8 @@ Every family has a tiny random model in the tests. Pruning it equals masking it,
 - Neurons, tokens and whole layers can be removed everywhere, but no whole layer of a Gemma 4 with shared keys or
   embeddings by layer, and none of a GPT-2 with `scale_attn_by_inverse_layer_idx`. **KV groups** (a key/value head with
   its query heads) can be removed where the table says yes.
-- **Experts**: whole experts of a mixture can be removed where the table says yes (`prune --num-experts`). Neurons
-  inside experts, and shared experts, all stay; layers of these families with a plain MLP lose neurons like any other.
+- **Experts**: whole experts of a mixture can be removed where the table says yes (`prune --num-experts`), and neurons
+  inside them (`--expert-neurons-ratio`); layers of these families with a plain MLP lose neurons like any other.
 - **GGUF**: *uniform* needs the same widths in all layers (`prune --native-architecture`), *yes* takes any. The file is
   run in llama.cpp, and its losses on the tiny model are those of transformers. Settings that llama.cpp computes in
   another way (a bias, an activation, an order of windows) are refused by name before any work.

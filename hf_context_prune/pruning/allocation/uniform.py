@@ -19,7 +19,8 @@ def round_half_up(value: float) -> int:
     return int(value + 0.5 + 1e-9)
 
 
-def _keep_neurons(width: int, ratio: float, multiple: int) -> int:
+def keep_neurons(width: int, ratio: float, multiple: int) -> int:
+    """Return the neurons of a layer, or of an expert, that stay when it loses a share: a multiple if it can."""
     kept = width - round_half_up(width * ratio)
     return width if kept == width else max(min(multiple, width), kept - kept % multiple)
 
@@ -109,7 +110,7 @@ def _neurons_by_ratio(base: Sequence[LayerWidths], config: PrunerConfig) -> list
     ratio, neurons = config.mlp_ratio, [layer.neurons for layer in base]
     if ratio is None:
         return neurons
-    kept = [_keep_neurons(n, ratio, config.round_to) for n in neurons]
+    kept = [keep_neurons(n, ratio, config.round_to) for n in neurons]
     if ratio > 0 and kept == neurons:
         widest = max(neurons)
         if not widest:
@@ -138,7 +139,7 @@ def _narrowing_steps(
         def narrow_neurons(step: int) -> tuple[LayerWidths, ...]:
             return _pair(
                 base,
-                [_keep_neurons(layer.neurons, 1 - step / max(widest, 1), config.round_to) for layer in base],
+                [keep_neurons(layer.neurons, 1 - step / max(widest, 1), config.round_to) for layer in base],
                 groups,
             )
 

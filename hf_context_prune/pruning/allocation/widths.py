@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError, PlanError
 from hf_context_prune.modeling.architectures import TARGETS, Target
+from hf_context_prune.modeling.expert_neurons import ExpertNeurons, neurons_cost
+from hf_context_prune.modeling.experts import experts_spec
 from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths, units_of, width_factor
 from hf_context_prune.modeling.native_fit import assess_native_fit
 from hf_context_prune.modeling.plan import PruningPlan
@@ -264,6 +266,8 @@ def count_base_parameters(model: PreTrainedModel, plan: PruningPlan) -> int:
     tokens = 0 if plan.vocabulary is None else plan.vocabulary.dense - num_rows(model)
     dense = [plan.dense[index] for index in plan.kept_layers]
     total = view.num_parameters + removed_params(dense, plan.kept_widths, view.costs) + tokens * token_cost(model)
+    if plan.expert_neurons is not None:
+        total += _removed_inside(view, plan, plan.expert_neurons)
     if not plan.removed_layers:
         return total
     layers = (plan.provenance.get("removed_layers") or {}).get("parameters")
@@ -273,6 +277,17 @@ def count_base_parameters(model: PreTrainedModel, plan: PruningPlan) -> int:
             "(removed_layers.parameters), so the size of the base model is unknown. Make the plan by prune()."
         )
     return total + int(layers)
+
+
+def _removed_inside(view: ModelView, plan: PruningPlan, neurons: ExpertNeurons) -> int:
+    """Return the parameters of removed neurons inside experts, those of removed experts among them."""
+    experts, gone = experts_spec(view.spec), 0
+    for layer, kept, index in zip(view.layers, plan.kept_widths, plan.kept_layers, strict=True):
+        if kept.experts:
+            routed, shared = neurons_cost(layer, experts)
+            routed = routed // kept.experts * plan.dense[index].experts
+            gone += routed * (neurons.dense - neurons.width) + shared * (neurons.dense_shared - neurons.shared_width)
+    return gone
 
 
 def removed_by_target(

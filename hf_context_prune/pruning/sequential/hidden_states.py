@@ -196,6 +196,17 @@ def record_output(module: nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
+@contextmanager
+def record_input(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Record the first argument of a module's next call."""
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def choose_validation(count: int, every: int) -> Sequence[bool]:
     """Return which of `count` batches only choose ridges: the last ones, one in `every`."""
     return [index >= count - count // every for index in range(count)]

@@ -132,6 +132,13 @@ def _removed(facts: CardFacts) -> Trusted:
             f"- {label}: {sum(now):,} of {sum(before):,} remain ({_share(sum(now), sum(before))} removed); {spread} "
             f"per layer, {max(before):,} in the base"
         )
+    if (inside := plan.expert_neurons) is not None:
+        for label, stay, dense in (
+            ("neurons inside every expert", inside.width, inside.dense),
+            ("neurons of every shared expert", inside.shared_width, inside.dense_shared),
+        ):
+            if stay < dense:
+                lines.append(f"- {label}: {stay:,} of {dense:,} remain ({_share(stay, dense)} removed)")
     if plan.vocabulary is not None:
         kept, dense = len(plan.vocabulary.kept), plan.vocabulary.dense
         lines.append(f"- vocabulary entries: {kept:,} of {dense:,} remain ({_share(kept, dense)} removed)")

@@ -146,6 +146,8 @@ def describe_removal(facts: Facts) -> list[str]:
             _describe_units("experts", [w.experts for w in dense], [w.experts for w in kept])
             + " A router sends every token to a few of them."
         )
+    if (inside := plan.expert_neurons) is not None and inside.width < inside.dense:
+        sentences.append(f"Every expert keeps {inside.width:,} of its {inside.dense:,} neurons.")
     if "neurons" in units_of(dense):
         sentences.append(
             _describe_units("MLP neurons", [w.neurons for w in dense], [w.neurons for w in kept])

@@ -43,10 +43,11 @@ def check_config(config: PrunerConfig) -> None:
             "the schedule and the other processes hold every layer. Call prune() with them before the training, and "
             "leave them out here."
         )
-    if config.removes_experts:
+    if config.prunes_experts:
         raise ConfigError(
-            "num_experts and experts_ratio remove experts by what a text routes to them, which the callback can't: "
-            "call prune() with them before the training, and leave them out here."
+            "num_experts, experts_ratio, expert_neurons_ratio and shared_expert_ratio remove experts and their neurons "
+            "by what a text routes to them, which the callback can't: call prune() with them before the training, and "
+            "leave them out here."
         )
     if config.fixes_tokens or config.units == "tokens":
         raise ConfigError(

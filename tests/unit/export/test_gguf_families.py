@@ -25,6 +25,7 @@ from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, NO_GGUF
 from hf_context_prune.modeling.specs import BUILT_IN
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import LoadedModel
+from tests.support.experts import neuron_plan
 from tests.support.marks import nightly_beside
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -78,7 +79,7 @@ def tiny(family, **options):
 
 
 def pruned(model, groups=(0, 2)):
-    """29 of the neurons, two of three KV groups where they may go, and five of eight experts, in all layers."""
+    """29 of the neurons, two of three KV groups where they may go, five of eight experts, and half of their neurons."""
     geometry = read_geometry(model.config, spec_of(model.config))
     layers = [
         LayerPlan(
@@ -88,7 +89,8 @@ def pruned(model, groups=(0, 2)):
         )
         for layer in geometry.layers
     ]
-    return apply_plan(model, PruningPlan(model.config.model_type, geometry.layers, tuple(layers), fingerprint(model)))
+    plan = PruningPlan(model.config.model_type, geometry.layers, tuple(layers), fingerprint(model))
+    return apply_plan(model, neuron_plan(plan, model) if spec_of(model.config).experts else plan)
 
 
 def written(model, folder):

@@ -175,7 +175,7 @@ def test_damaged_values(subtests, tmp_path):
     path = tmp_path / "plan.json"
     for data, said in (
         *[(damage(**{key: "gone"}), key) for key in PLAN.to_dict()],
-        (damage(format_version=5), "format version 5; this package reads 1 to 4"),
+        (damage(format_version=6), "format version 6; this package reads 1 to 5"),
         (damage(format_version=3), "removed_layers"),
         (damage(format_version=None), "format version None"),
         (damage(layers=None), "not a pruning plan"),

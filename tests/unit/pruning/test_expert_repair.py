@@ -12,6 +12,7 @@ import torch
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import load_documents
 from hf_context_prune.errors import NumericsError, SaveError
+from hf_context_prune.modeling.expert_neurons import shared_expert
 from hf_context_prune.modeling.experts import gate_and_up, output_tensors
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.samples import CalibrationSet, batches_of
@@ -43,7 +44,8 @@ def without(model, given, **how):
     plan = expert_plan(model, (4, 4, 4))
     kept = {index: layer.experts for index, layer in enumerate(plan.layers) if layer.experts}
     sliced, repaired = (apply_plan(model, plan, share=True) for _ in range(2))
-    return sliced, repaired, repair_experts(model, repaired, kept, given, **how), kept
+    done = repair_experts(model, repaired, kept, given, **how)
+    return sliced, repaired, {index: one.left for index, one in done.items()}, kept
 
 
 def experts_of(model):
@@ -57,6 +59,15 @@ def experts_of(model):
 
 def outputs_of(model):
     return [tensor for module in experts_of(model) for tensor in output_tensors(module) if tensor is not None]
+
+
+def shared_of(model):
+    """The output projections of shared experts."""
+    return [
+        module.down_proj.weight
+        for layer in ModelView.of(model).layers
+        if (module := shared_expert(layer, ModelView.of(model).spec.experts)) is not None
+    ]
 
 
 def streams_of(model, given):
@@ -83,6 +94,7 @@ def test_less_is_lost_in_every_family(name):
     assert left.keys() == kept.keys()
     assert all(0 < share < 1 for share in left.values())  # of text that was never fitted
     first, last = min(kept), len(ModelView.of(model).layers) - 1
+    assert not any(map(torch.equal, shared_of(sliced), shared_of(repaired)))
     for layer in (first, last):
         target = behind(model, layer, given)
         errors = [float((behind(one, layer, given) - target).square().sum()) for one in (sliced, repaired)]

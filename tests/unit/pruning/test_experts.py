@@ -19,6 +19,7 @@ from hf_context_prune.errors import (
     UnsupportedArchitectureError,
 )
 from hf_context_prune.export import onnx
+from hf_context_prune.modeling.expert_neurons import check_neurons_fit, inner_widths
 from hf_context_prune.modeling.experts import num_groups
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.view import ModelView
@@ -35,7 +36,7 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.training.callback.checks import check_config
-from tests.support.experts import expert_plan
+from tests.support.experts import expert_plan, neuron_plan
 from tests.support.tiny import MOE_COVERING, case, texts, tiny_model, tiny_tokenizer, tokens
 
 IDS = tokens(6, 24)
@@ -119,6 +120,16 @@ CONFIGS = {
     "with tokens": ("mixtral", {"num_experts": 6, "vocab_size": 300, "pad_to_multiple_of": 4}),
     "with heads": ("gpt_oss", {"num_experts": 4, "attention_ratio": 0.34}),
     "with layers": ("mixtral", {"num_experts": 4, "num_layers": 2, "removable_layers": "0-1"}),
+    "neurons inside": ("mixtral", {"expert_neurons_ratio": 0.25}),
+    "neurons inside, sliced": ("gpt_oss", {"expert_neurons_ratio": 0.5, "reconstruction": "none"}),
+    "both, with a budget": (
+        "glm4_moe-groups",
+        {"num_experts": 4, "expert_neurons_ratio": 0.25, "pruning_ratio": 0.4, "units": "neurons,kv_groups"},
+    ),
+    "shared, with layers": (
+        "qwen3_5_moe_text",
+        {"num_experts": 4, "shared_expert_ratio": 0.5, "num_layers": 2, "removable_layers": "0-1"},
+    ),
     "units alone": ("lfm2_moe", {"pruning_ratio": 0.03, "units": "neurons,kv_groups"}),
 }
 
@@ -133,6 +144,11 @@ def test_experts_go_together_with_other_units(name, options, tmp_path):
     found = prune_model(model, tokenizer, calibration, config)
     plan, view = found.plan, ModelView.of(model)
     plan.check_fits(model, view.spec.model_type, view.geometry)
+    dense, shared = inner_widths(model.config, view.spec.experts)
+    inside = inner_widths(found.model.config, view.spec.experts)
+    assert (inside[0] < dense) == bool(config.expert_neurons_ratio)
+    assert (inside[1] < shared) == bool(shared and config.narrows_experts)
+    assert (plan.expert_neurons is not None) == config.narrows_experts
     if config.removes_experts:
         kept = config.num_experts or 4
         assert {widths.experts for widths in plan.kept_widths} - {0} == {kept}
@@ -143,6 +159,9 @@ def test_experts_go_together_with_other_units(name, options, tmp_path):
         assert ("error_left" in plan.provenance["experts"]) == repaired
         assert note.endswith("They were refitted to what all did." if repaired else "not made up for in the layers.")
         assert note.startswith(f"{kept} of 8 experts stay in every layer that has them, by reap: ")
+    elif config.narrows_experts:
+        (note,) = experts_note(plan)
+        assert note.startswith(f"{inside[0]} of {dense} neurons of every expert stay. ")
     else:
         assert experts_note(plan) == ()
     assert count_base_parameters(found.model, plan) == model.num_parameters()
@@ -165,6 +184,14 @@ REFUSED = {
     "of groups": ("glm4_moe-groups", {"num_experts": 3}, "3 of 8 experts would stay, and at least 4"),
     "unequal groups": ("glm4_moe-groups", {"num_experts": 5}, "3, 2 experts of the 2 groups.*multiple of 2"),
     "a dense model": ("llama", {"num_experts": 2}, "num_experts is 2: a llama model has no experts"),
+    "no neuron": (
+        "mixtral",
+        {"expert_neurons_ratio": 0.001},
+        r"ratio is 0\.001, which removes no neuron",
+    ),
+    "neurons of a dense model": ("llama", {"expert_neurons_ratio": 0.5}, "expert_neurons_ratio is 0.5: a llama model"),
+    "one width for both": ("glm4_moe", {"shared_expert_ratio": 0.5}, "one width for its experts and the shared one"),
+    "no shared expert": ("mixtral", {"shared_expert_ratio": 0.5}, "a mixtral model has no shared experts"),
     "neurons": ("mixtral", {"mlp_ratio": 0.5}, "layers have experts in place of MLPs.*experts_ratio"),
 }
 
@@ -185,8 +212,68 @@ def test_options_that_contradict_each_other():
     ):
         with pytest.raises(ConfigError, match=message):
             PrunerConfig(**options)
-    with pytest.raises(ConfigError, match="num_experts"):
-        check_config(PrunerConfig(num_experts=4))
+    for options in ({"num_experts": 4}, {"expert_neurons_ratio": 0.5}):
+        with pytest.raises(ConfigError, match="num_experts"):
+            check_config(PrunerConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mixtral", {"expert_neurons_ratio": 0.5}),
+        ("gpt_oss", {"expert_neurons_ratio": 0.5}),
+        ("qwen2_moe", {"shared_expert_ratio": 0.75}),
+    ],
+)
+def test_the_refit_makes_up_for_neurons(name, options):
+    model, tokenizer, errors = case(name), tiny_tokenizer(), {}
+    small = {"num_calibration_samples": 48, "max_seq_length": 64, "refit_lm_head": False}
+    other = PrunerConfig(**small, pruning_seed=1)
+    ids = CalibrationSet(load_documents(texts(60)), other).samples(tokenizer)[:8]
+    with torch.no_grad():
+        dense = model(input_ids=ids).logits
+        for how in ("none", "sequential"):
+            config = PrunerConfig(**small, reconstruction=how, **options)
+            found = prune_model(model, tokenizer, CalibrationSet(load_documents(texts(60)), config), config)
+            errors[how] = float((found.model(input_ids=ids).logits - dense).square().mean())
+            assert ("error_left" in found.plan.provenance["experts"]) == (how == "sequential")
+    assert errors["sequential"] < 0.9 * errors["none"]
+
+
+def test_neurons_of_a_plan_are_held_to_the_model(subtests):
+    model = case("qwen2_moe")
+    plan = neuron_plan(expert_plan(model), model)
+    neurons = plan.expert_neurons
+    assert PruningPlan.from_dict(plan.to_dict()) == plan
+    assert plan.to_dict()["format_version"] == 5
+    first = neurons.layers[1]
+    wrong = {
+        "expert_neurons.dense is 0": {"dense": 0},
+        "has 2 layers, not 3": {"layers": neurons.layers[:2]},
+        r"Layer 1 of the plan: expert_neurons.layers has the neurons of 3 experts; 4 stay": {
+            "layers": (neurons.layers[0], first[:3], neurons.layers[2])
+        },
+        "ascending numbers": {"layers": (neurons.layers[0], (first[0][::-1], *first[1:]), neurons.layers[2])},
+        "all keep as many": {"layers": (neurons.layers[0], (first[0][1:], *first[1:]), neurons.layers[2])},
+    }
+    for message, changes in wrong.items():
+        with subtests.test(message), pytest.raises(PlanError, match=message):
+            dataclasses.replace(plan, expert_neurons=dataclasses.replace(neurons, **changes))
+    wider = dataclasses.replace(neurons, dense=neurons.dense + 8)
+    with pytest.raises(PlanError, match="made for experts of"):
+        apply_plan(model, dataclasses.replace(plan, expert_neurons=wider))
+    alone = case("glm4_moe")
+    both = neuron_plan(expert_plan(alone), alone)
+    apart = dataclasses.replace(both, expert_neurons=dataclasses.replace(both.expert_neurons, shared=()))
+    with pytest.raises(PlanError, match="one width for both"):
+        apply_plan(alone, apart)
+    with pytest.raises(PlanError, match="has no experts"):
+        check_neurons_fit(case("llama").config, None, neurons)
+    data = plan.to_dict()
+    for mask in ("xyz", "f" * 999, 3):
+        data["expert_neurons"]["shared"][1] = mask
+        with subtests.test(mask=mask), pytest.raises(PlanError, match="mask"):
+            PruningPlan.from_dict(data)
 
 
 def test_plans_of_ones_own_are_held_to_the_same(subtests):
