@@ -114,15 +114,15 @@ def count_neurons(model: PreTrainedModel, config: PrunerConfig) -> tuple[int, in
             )
         )
     if own:
-        kept_shared = keep_neurons(shared, own, multiple)
-    for name, asked, stay, total in (
-        ("expert_neurons_ratio", config.expert_neurons_ratio, kept, width),
-        ("shared_expert_ratio", own, kept_shared, shared),
+        kept_shared = keep_neurons(shared, own, config.round_to)
+    for name, asked, stay, total, least in (
+        ("expert_neurons_ratio", config.expert_neurons_ratio, kept, width, multiple),
+        ("shared_expert_ratio", own, kept_shared, shared, config.round_to),
     ):
         if asked and stay == total:
             raise BudgetError(
-                f"{name} is {asked}, which removes no neuron: the experts have {total}, and {multiple} or a multiple "
-                f"of that must stay. Ask for more."
+                f"{name} is {asked}, which removes no neuron: there are {total}, and {least} or a multiple of it stays. "
+                f"Ask for more."
             )
     return kept, kept_shared
 
