@@ -15,13 +15,14 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.peers import Peer, PeerResult
+from hf_context_prune.pruning.sequential.hidden_states import record_output
 
 _TRAINED_LENGTH = 2048
 """Tokens per calibration sample of 2SSP."""
@@ -172,6 +173,80 @@ def two_stage(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> P
     )
     step *= len(model.model.layers)  # a neuron of every layer
     return PeerResult(smaller, "2SSP 88ab660", f"two_stage_2ssp(model, samples, {rate:.4f})", note, step)
+
+
+DEPTH = ("shortgpt", "window", "blockpruner")
+"""Methods of 2SSP's module that remove whole layers, or their halves."""
+
+
+def depth_masks(
+    folder: Path, name: str, model: Any, samples: torch.Tensor, count: int
+) -> tuple[list[bool], list[bool], str]:
+    """Return which attentions and which MLPs a method of `DEPTH` removes, and its call with every deviation.
+
+    ShortGPT (arXiv 2403.03853) and the window (arXiv 2403.17887) remove whole layers, by the similarity of the hidden
+    states around them; BlockPruner (arXiv 2406.10594) as many attentions and MLPs, one after the other by perplexity.
+
+    Args:
+        folder: The checkout of 2SSP.
+        name: The method.
+        model: The base model; left as it is.
+        samples: Calibration samples, [samples, length].
+        count: Layers to remove, or as many attentions and MLPs.
+    """
+    with _imported(folder, ("src.evaluation", "src.utilities", "src.pruning"), ("lm_eval",)) as (
+        evaluation,
+        _,
+        pruning,
+    ):
+        measure = evaluation.evaluate_perplexity
+
+        def on_cpu(candidate: Any, ids: torch.Tensor, **options: Any) -> float:
+            found: float = measure(candidate, ids, **{**options, "device": "cpu", "seq_len": ids.numel()})
+            return found
+
+        pruning.evaluate_perplexity = on_cpu
+        pruning.compute_intermediate_outputs = _layer_outputs
+        pruning.maskModel, pruning.unmaskModel = mask_layers, _unmask_layers
+        if name == "blockpruner":
+            one = samples.flatten()[:_TRAINED_LENGTH].view(1, -1)
+            attention, mlp = pruning.blockpruner(model, count, one)
+            note = f"blockpruner(model, {count}, one sample of {one.numel()} tokens)"
+        else:
+            function = pruning.shortGPT if name == "shortgpt" else pruning.window_based
+            attention = mlp = function(model, count, list(samples.unsqueeze(1)))
+            note = f"{function.__name__}(model, {count}, samples)"
+    note += "; float32 on a CPU; hidden states are caught by a hook of ours, and masked modules return what transformers 5 unpacks"
+    return list(map(bool, attention)), list(map(bool, mlp)), note
+
+
+@torch.no_grad()
+def _layer_outputs(model: Any, calibration_set: Sequence[torch.Tensor], last_token: bool) -> list[torch.Tensor]:
+    """Return the last token's hidden state behind every layer, [layers, hidden] per sample, as their function does."""
+    assert last_token
+    found = []
+    for ids in calibration_set:
+        with ExitStack() as stack:
+            seen = [stack.enter_context(record_output(layer)) for layer in model.model.layers]
+            model(ids, use_cache=False, logits_to_keep=1)
+        found.append(torch.stack([output[0, -1] for (output,) in seen]))
+    return found
+
+
+def mask_layers(model: Any, attnMask: Sequence[int], mlpMask: Sequence[int]) -> None:
+    """Let attentions and MLPs of masks add nothing; a layer without both passes its input on."""
+    _mask_attention(model, attnMask, ())
+    for layer, masked in zip(model.model.layers, mlpMask, strict=True):
+        if masked:
+            layer.mlp.forward = torch.zeros_like
+
+
+def _unmask_layers(model: Any, attnMask: Sequence[int], mlpMask: Sequence[int]) -> None:
+    """Undo `mask_layers`."""
+    _unmask_attention(model, attnMask, ())
+    for layer, masked in zip(model.model.layers, mlpMask, strict=True):
+        if masked:
+            vars(layer.mlp).pop("forward", None)
 
 
 def _nothing(hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:

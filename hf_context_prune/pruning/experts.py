@@ -121,8 +121,8 @@ def count_neurons(model: PreTrainedModel, config: PrunerConfig) -> tuple[int, in
     ):
         if asked and stay == total:
             raise BudgetError(
-                f"{name} is {asked}, which removes no neuron: there are {total}, and {least} or a multiple of it stays. "
-                f"Ask for more."
+                f"{name} is {asked}, which removes no neuron: there are {total}, and a multiple of {least} stays. Ask "
+                f"for more."
             )
     return kept, kept_shared
 
