@@ -169,6 +169,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if args.compared not in args.domains:
         options.error(f"--compared is {args.compared!r}, which is none of --domains ({', '.join(args.domains)}).")
     args.given = given(options, args)
+    args.general_tokens = args.eval_tokens
     args.dtypes = dict.fromkeys(DTYPES, QUICK) if args.quick else DTYPES
     return args
 

@@ -72,7 +72,7 @@ class FrontierDomain(Domain):
     def general(self) -> TextSource:
         """General test text (validation split), without documents that overlap with the domain's train text."""
         text = drop_overlapping(corpus(self.args, "validation", "general"), self.train)[0]
-        return self._passages(text, getattr(self.args, "general_tokens", self.args.eval_tokens))
+        return self._passages(text, self.args.general_tokens)
 
     def _passages(self, text: TextSource, max_tokens: int) -> TextSource:
         return Passages.of(text, self.load().tokenizer, max_tokens=max_tokens).text
