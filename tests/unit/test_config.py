@@ -52,6 +52,8 @@ EVERYTHING = {
     "removable_layers": "2-20,25",
     "num_experts": None,
     "experts_ratio": None,
+    "expert_neurons_ratio": None,
+    "shared_expert_ratio": None,
     "expert_criterion": "reap",
     "mlp_ratio": None,
     "attention_ratio": 0.5,
