@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.common import Rows, corpus, given, parser, write_section
 from benchmarks.experts_model import QUICK, SHARES, Shape, get_or_train
-from benchmarks.experts_text import CUT, HEAD, METHODS, RANDOM, REPAIRED, results_text
+from benchmarks.experts_text import CUT, HEAD, METHODS, NEURONS, RANDOM, REPAIRED, results_text
 from benchmarks.methods import rounded
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
@@ -31,7 +31,7 @@ from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.calibration.routing import measure_routing
 from hf_context_prune.pruning.calibration.samples import batches_of
-from hf_context_prune.pruning.experts import ExpertChoice, choose_experts
+from hf_context_prune.pruning.experts import ExpertChoice, choose_experts, remove_experts
 from hf_context_prune.pruning.sequential.experts import repair_experts
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.vocabulary.refit import refit_rows
@@ -95,6 +95,8 @@ class Bench:
 
     def measure(self, method: str, share: float) -> dict[str, Any]:
         """Remove a share of the experts, and score the model as it is, repaired, and with its head refitted too."""
+        if method == NEURONS:
+            return self.measure_neurons(share)
         begin = time.perf_counter()
         choice = self.choose(method, share)
         row: dict[str, Any] = {"kept": [list(kept) for kept in choice.kept.values()]}
@@ -102,12 +104,30 @@ class Bench:
         row |= {"parameters": fewer.num_parameters(), "choice_seconds": round(time.perf_counter() - begin, 1)}
         row[CUT] = self.scored(fewer)
         begin = time.perf_counter()
-        left = repair_experts(self.model, fewer, choice.kept, batches_of(self.samples))
-        row |= {"error_left": list(left.values()), "repair_seconds": round(time.perf_counter() - begin, 1)}
-        row[REPAIRED] = self.scored(fewer)
-        fewer = copy.deepcopy(fewer)  # its head is that of the whole model
-        refit = refit_rows(fewer, self.samples)
-        return {**row, "refit": refit, HEAD: self.scored(fewer)}
+        done = repair_experts(self.model, fewer, choice.kept, batches_of(self.samples))
+        left = [layer.left for layer in done.values()]
+        row |= {"error_left": left, "repair_seconds": round(time.perf_counter() - begin, 1)}
+        return row | self.score_repaired(fewer)
+
+    def measure_neurons(self, share: float) -> dict[str, Any]:
+        """Remove a share of the neurons inside every expert, and score the model as it is cut, refitted, and so on."""
+        row: dict[str, Any] = {}
+        for way, reconstruction in ((CUT, "none"), (REPAIRED, "sequential")):
+            begin = time.perf_counter()
+            config = PrunerConfig(expert_neurons_ratio=share, reconstruction=reconstruction)
+            choice, fewer, _ = remove_experts(self.model, self.samples, config, None)
+            name = "choice_seconds" if way == CUT else "repair_seconds"
+            row[name] = round(time.perf_counter() - begin, 1)
+            if way == CUT:
+                row[CUT] = self.scored(fewer)
+        row |= {"kept": [list(kept) for kept in choice.kept.values()], "parameters": fewer.num_parameters()}
+        return row | {"error_left": list(choice.facts["error_left"].values())} | self.score_repaired(fewer)
+
+    def score_repaired(self, fewer: Any) -> dict[str, Any]:
+        """Score a repaired model, and the same with its head refitted, which until then is that of the whole model."""
+        row = {REPAIRED: self.scored(fewer)}
+        fewer = copy.deepcopy(fewer)
+        return {**row, "refit": refit_rows(fewer, self.samples), HEAD: self.scored(fewer)}
 
     def choose(self, method: str, share: float) -> ExpertChoice:
         """Return the experts that stay."""

@@ -12,7 +12,14 @@ from hf_context_prune.evaluation.bootstrap import Estimate, bootstrap_estimate, 
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, summarize_losses
 
 RANDOM, REFERENCE = "random", "reap"
-METHODS = {RANDOM: "random", "frequency": "`frequency`", REFERENCE: "`reap`", "energy": "`energy`"}
+NEURONS = "neurons"
+METHODS = {
+    RANDOM: "random",
+    "frequency": "`frequency`",
+    REFERENCE: "`reap`",
+    "energy": "`energy`",
+    NEURONS: "neurons inside all experts",
+}
 CUT, REPAIRED, HEAD = "cut", "repaired", "head"
 WAYS = {CUT: "cut", REPAIRED: "refitted", HEAD: "refitted, head too"}
 """What a pruned model is: as it is cut, with its experts refitted, and with the rows of its head refitted too."""
@@ -73,7 +80,7 @@ validation split: {texts}.
 
 {routing_text(rows, domain)}
 
-Experts are chosen, and those that stay are refitted, on {args.num_samples} x {shape.length} tokens of `{domain}` train. *Excess*: loss over the
+Experts, or the neurons inside all of them, are chosen, and those that stay are refitted, on {args.num_samples} x {shape.length} tokens of `{domain}` train. *Excess*: loss over the
 whole model in nats per token; *share*: excess divided by that of `reap` as it is cut; 95 % bootstrap intervals over
 sources and documents, paired.
 
@@ -117,11 +124,11 @@ def size_text(rows: Found, args: argparse.Namespace, share: float) -> str:
                 own = cell(share_of_reference(rows, method, share, way, args.domain, args.seed), 2)
             cells = (cell(excess(rows, (method, share), way, name, args.seed)) for name in order(args.domain))
             body.append([METHODS[method], label, *cells, own, "" if way == CUT else shown])
-    header = ["criterion", "experts", *(f"excess, {name}" for name in order(args.domain))]
+    header = ["what goes", "what stays", *(f"excess, {name}" for name in order(args.domain))]
     first = rows[args.methods[0], share]
     seconds = max(rows[method, share]["repair_seconds"] for method in args.methods)
     return (
-        f"### {share:.0%} of the experts removed: {first['parameters']:,} parameters\n\n"
+        f"### {share:.0%} of the experts removed, or of their neurons: {first['parameters']:,} parameters\n\n"
         + table([*header, f"share, {args.domain}", "squared error left"], body)
         + f"\n\nThe refit of the experts took at most {seconds:.0f} seconds."
     )
