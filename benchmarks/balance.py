@@ -205,7 +205,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--fewest", type=int, default=FEWEST, help="documents of a source that may be the worst")
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
-    options.add_argument("--eval-tokens", type=int, default=20_000, help="at most this many test tokens per text")
+    options.add_argument("--eval-tokens", type=int, default=48_000, help="at most this many test tokens per text")
     if "--quick" in arguments:
         options.set_defaults(domains=["medicine"], num_samples=8, length=128, eval_tokens=3_000)
     args = options.parse_args(arguments)

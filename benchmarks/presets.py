@@ -1,6 +1,6 @@
 """Measure the presets: what each removes, costs on the domain and elsewhere, takes in time, and where it opens.
 
-python -m benchmarks.presets --data PATH/TO/data                    # about an hour on 2 idle cores; resumes
+python -m benchmarks.presets --data PATH/TO/data                    # an hour and a half on 2 idle cores; resumes
 python -m benchmarks.presets --data PATH/TO/data --num-samples 16   # about 20 minutes
 """
 
@@ -101,7 +101,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.set_defaults(domain="law")
     options.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS), help="which of them")
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples of 512 tokens")
-    options.add_argument("--eval-tokens", type=int, default=20_000, help="at most this many test tokens per text")
+    options.add_argument("--eval-tokens", type=int, default=48_000, help="at most this many test tokens per text")
     args = options.parse_args(arguments)
     args.given = given(options, args)
     return args
