@@ -96,6 +96,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object) -
         errors.print(f"[yellow]Warning:[/] {escape(str(message))}", soft_wrap=True)
 
 
+_NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, while transformers is imported, of kernels for other processors."""
+
+
 class _ShowMessage(logging.Handler):
     """Shows what the package logs, beside the progress bars."""
 
@@ -155,6 +159,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     wrapt.register_post_import_hook(_calm_progress_bars, "transformers.utils.logging")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     package, handler = logging.getLogger("hf_context_prune"), _ShowMessage()
     level = package.level
     package.setLevel(logging.INFO)
