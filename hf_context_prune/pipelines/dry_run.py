@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_context_prune.pruning.allocation.widths import (
     check_units_budget,
     plan_widths_beside_vocabulary,
 )
+from hf_context_prune.pruning.available_units import let_experts_give
 from hf_context_prune.pruning.depth import deepest, name_share_of_layers, rest_of_budget, stand_in
 from hf_context_prune.pruning.experts import rest_of_experts_budget, without_experts_shape
 from hf_context_prune.pruning.planner import check_reconstruction
@@ -116,6 +118,7 @@ def dry_run(
     loaded = take_text_only(loaded) if text_only else loaded
     config, empty = keep_image_tokens(loaded, config)[0], loaded.model  # type: ignore[assignment]
     check_reconstruction(empty, config)
+    config = let_experts_give(empty, config, partial(_check_beside_experts, empty))
     total, rows = empty.num_parameters(), num_rows(empty)
     budget, kept = ParameterBudget.of(config, total), rows
     if config.vocab_size is not None:
@@ -168,6 +171,13 @@ def dry_run(
         missing_memory=missing,
         seconds=estimate_seconds(empty, config, eval_options, recovery),
     )
+
+
+def _check_beside_experts(model: PreTrainedModel, config: PrunerConfig) -> None:
+    """Refuse a budget that the other units can't give beside the experts that a config removes, if it removes any."""
+    fewer = without_experts_shape(model, config) if config.prunes_experts else model
+    rest = rest_of_experts_budget(config, model, fewer) if config.prunes_experts else config
+    _check_units(fewer, rest, num_rows(model))
 
 
 def _check_units(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> None:

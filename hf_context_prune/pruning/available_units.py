@@ -1,14 +1,19 @@
-"""Which units a run can share its budget between, where its config leaves that open."""
+"""Which units a run can take its budget from, where its config leaves that open."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import VocabularyError
+from hf_context_prune.errors import BudgetError, VocabularyError
+from hf_context_prune.modeling.experts import experts_spec, fewest_experts, num_groups
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
+from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_tokens
 
 SMALL_VOCABULARY = 0.01
@@ -20,10 +25,46 @@ def without_tokens(config: PrunerConfig) -> PrunerConfig:
     return replace(config, units="neurons,kv_groups")
 
 
+def let_experts_give(
+    model: PreTrainedModel, config: PrunerConfig, check: Callable[[PrunerConfig], None]
+) -> PrunerConfig:
+    """Return the config with as many whole experts removed as a budget of all parameters has room for.
+
+    Most parameters of a mixture of experts are in them, and a domain is routed to a part of them. The other units give
+    the rest; where they can't, one expert more goes.
+
+    Args:
+        model: The base model; its weights may be on the meta device.
+        config: All choices; one that names the units, or fixes experts, layers or tokens, is returned as it is.
+        check: Refuses a config whose budget can't be reached, by a `BudgetError`.
+    """
+    view = ModelView.of_shapes(model)
+    counts = {widths.experts for widths in view.widths if widths.experts}
+    fixed = config.prunes_experts or config.removes_layers or config.fixes_tokens or config.units is not None
+    if len(counts) != 1 or not config.shares_budget or fixed:
+        return config
+    if (remove := ParameterBudget.of(config, view.num_parameters).remove_params) is None:
+        return config  # the loss decides on the size
+    total, experts = counts.pop(), experts_spec(view.spec)
+    groups = num_groups(model.config, experts)
+    step = groups * view.costs["experts"] * sum(bool(widths.experts) for widths in view.widths)
+    most = (total - fewest_experts(model.config, experts)) // groups
+    for removed in (min(remove // step, most), min(-(-remove // step), most)):
+        candidate = replace(config, num_experts=total - removed * groups) if removed else config
+        try:
+            check(candidate)
+        except BudgetError:
+            continue
+        return candidate
+    return config
+
+
 def choose_units(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PrunerConfig
 ) -> tuple[PrunerConfig, str | None]:
-    """Leave tokens out of a shared budget where they can't be removed or hardly count, unless the config asks for them.
+    """Let experts give what they can of a shared budget, and leave tokens out where they can't go or hardly count.
+
+    Nothing changes where the config names the units.
 
     Args:
         model: The base model.
@@ -33,7 +74,14 @@ def choose_units(
     Returns:
         (the config with the units that can be removed, why tokens are not among them).
     """
-    if config.units is not None or not config.searches_tokens:
+    if config.units is not None:
+        return config, None
+
+    def check(candidate: PrunerConfig) -> None:
+        check_budget(model, tokenizer, candidate)
+
+    config = let_experts_give(model, config, check)
+    if not config.searches_tokens:
         return config, None
     try:
         check_prunable(model, tokenizer, None)

@@ -335,8 +335,11 @@ def rest_of_experts_budget(config: PrunerConfig, model: PreTrainedModel, fewer: 
     names = ("num_experts", "experts_ratio", "expert_neurons_ratio", "shared_expert_ratio")
     changes: dict[str, Any] = dict.fromkeys(names)
     total, left = model.num_parameters(), fewer.num_parameters()
-    if (remove := ParameterBudget.of(config, total).remove_params) is not None:
-        changes |= {"pruning_ratio": None, "target_params": min(total - remove, left)}
+    remove = ParameterBudget.of(config, total).remove_params
+    if remove is not None and left > total - remove:
+        changes |= {"pruning_ratio": None, "target_params": total - remove}
+    elif remove is not None:  # experts gave it all
+        changes |= {"pruning_ratio": 0.0, "target_params": None, "units": None, "allocation": "uniform"}
     elif not (config.prunes_layers or config.prunes_vocabulary or config.removes_layers):  # experts were all
         changes |= {"pruning_ratio": 0.0, "allocation": "uniform"}
     if config.refits_lm_head:

@@ -9,7 +9,7 @@ from hf_context_prune.errors import ConfigError
 
 from .options import BUDGET, METHOD, at_least, below_one, option
 
-ExpertCriterionName = Literal["reap", "frequency", "energy"]
+ExpertCriterionName = Literal["energy", "reap", "frequency"]
 
 
 @dataclass(kw_only=True)
@@ -47,9 +47,9 @@ class ExpertOptions:
         allowed=below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing"),
     )
     expert_criterion: ExpertCriterionName = option(
-        "reap",
-        "How the importance of an expert is measured on the text. reap: mean norm of what it adds to the tokens that "
-        "are routed to it; frequency: how many tokens are; energy: the mean over all tokens of that norm squared.",
+        "energy",
+        "How the importance of an expert is measured on the text. energy: the mean over all tokens of the squared norm "
+        "of what it adds; reap: the mean norm over the tokens that are routed to it; frequency: how many tokens are.",
         panel=METHOD,
     )
 

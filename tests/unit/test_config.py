@@ -54,7 +54,7 @@ EVERYTHING = {
     "experts_ratio": None,
     "expert_neurons_ratio": None,
     "shared_expert_ratio": None,
-    "expert_criterion": "reap",
+    "expert_criterion": "energy",
     "mlp_ratio": None,
     "attention_ratio": 0.5,
     "max_loss_increase": None,

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune import PrunerConfig, prune
-from hf_context_prune.errors import DataError, VocabularyError
+from hf_context_prune.errors import BudgetError, DataError, VocabularyError
 from hf_context_prune.pruning import available_units
-from hf_context_prune.pruning.available_units import choose_units
+from hf_context_prune.pruning.available_units import choose_units, let_experts_give
 from hf_context_prune.storage.loading import LoadedModel
 from tests.support.marks import TINY_TEXT
 from tests.support.runs import OPTIONS, QUICK
@@ -37,6 +37,46 @@ def pruned(tokenizer=None, text=None, **options):
     base = LoadedModel(model_for("llama", tokenizer), tokenizer, "tiny", None, None)
     how = {"eval_data": documents(WORDS[::-1]), "eval_options": QUICK}
     return prune(base, text or documents(), PrunerConfig(**SMALL, **options), **how)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "experts"), [(0.02, None), (0.2, 6), (0.5, 3)], ids=["others alone", "others too", "most of them"]
+)
+def test_experts_give_what_a_budget_has_room_for(ratio, experts):
+    """An expert of every layer is 8.8 % of this model."""
+    tokenizer = shared_tokenizer("smollm2")
+    base = LoadedModel(model_for("mixtral", tokenizer), tokenizer, "tiny", None, None)
+    config = PrunerConfig(**{**SMALL, "pruning_ratio": ratio})
+    chosen, _ = choose_units(base.model, tokenizer, config)
+    assert chosen.num_experts == experts
+    result = prune(base, documents(), config, eval_data=documents(WORDS[::-1]), eval_options=QUICK)
+    kept = {widths.experts for widths in result.plan.widths}
+    assert kept == {experts or 8}
+    assert result.report.size.achieved_ratio >= ratio
+    for options in ({"units": ALL}, {"num_layers": 2}, {"vocab_size": 64}):
+        given = PrunerConfig(**{**SMALL, "pruning_ratio": ratio, **options})
+        assert choose_units(base.model, tokenizer, given)[0].num_experts is None
+    assert choose_units(base.model, tokenizer, PrunerConfig(max_loss_increase=0.1))[0].num_experts is None
+
+
+def test_one_expert_more_goes_where_the_others_can_not_give_the_rest():
+    model, asked = model_for("mixtral", shared_tokenizer("smollm2")), []
+
+    def check(config):
+        asked.append(config.num_experts)
+        if config.num_experts == 6:
+            raise BudgetError("the rest can't be reached")
+
+    config = PrunerConfig(**SMALL)
+    assert let_experts_give(model, config, check).num_experts == 5
+    assert asked == [6, 5]
+    tokenizer = shared_tokenizer("smollm2")
+    base = LoadedModel(model, tokenizer, "tiny", None, None)
+    given = PrunerConfig(**{**SMALL, "num_experts": 5})
+    result = prune(base, documents(), given, eval_data=documents(WORDS[::-1]), eval_options=QUICK)
+    assert {widths.experts for widths in result.plan.widths} == {5}  # which is all that the budget asks for
+    assert result.plan.vocabulary is None
+    assert {widths.kv_groups for widths in result.plan.widths} == {widths.kv_groups for widths in result.plan.dense}
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_experts_go_together_with_other_units(name, options, tmp_path):
         repaired = config.reconstruction != "none"
         assert ("error_left" in plan.provenance["experts"]) == repaired
         assert note.endswith("They were refitted to what all did." if repaired else "not made up for in the layers.")
-        assert note.startswith(f"{kept} of 8 experts stay in every layer that has them, by reap: ")
+        assert note.startswith(f"{kept} of 8 experts stay in every layer that has them, by energy: ")
     elif config.narrows_experts:
         (note,) = experts_note(plan)
         assert note.startswith(f"{inside[0]} of {dense} neurons of every expert stay. ")
