@@ -181,6 +181,9 @@ def _dry_run(
             out("Layers: how many go as a whole, and which ones, is measured")
         elif found.removed_layers:
             out(f"Layers: {found.removed_layers} go as a whole, {len(found.dense)} stay; which ones is measured")
+        if found.experts is not None:
+            kept, count = found.experts
+            out(f"Experts: {kept} of {count} stay in every layer that has them; which ones is measured")
         if found.widths is not None:
             out_table(widths_table(found.dense, found.widths))
         if found.tokens != found.dense_tokens:

@@ -25,7 +25,7 @@ from hf_context_prune.pruning.allocation.widths import (
 )
 from hf_context_prune.pruning.available_units import let_experts_give
 from hf_context_prune.pruning.depth import deepest, name_share_of_layers, rest_of_budget, stand_in
-from hf_context_prune.pruning.experts import rest_of_experts_budget, without_experts_shape
+from hf_context_prune.pruning.experts import count_experts, rest_of_experts_budget, without_experts_shape
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
@@ -48,6 +48,7 @@ class DryRun:
         asked_ratio: Share of all parameters to remove, if the config has one.
         removed_layers: Layers that are removed as a whole, of which it is measured which; None where their number is,
             too.
+        experts: Experts that stay in every layer that has them, and how many there are; None where all stay.
         dense: Widths of the base model, one per layer that stays.
         widths: Widths after pruning, one per layer that stays; None for adaptive widths, which are measured.
         dense_tokens: Embedding rows of the base model.
@@ -62,6 +63,7 @@ class DryRun:
     pruned_parameters: int
     asked_ratio: float | None
     removed_layers: int | None
+    experts: tuple[int, int] | None
     dense: tuple[LayerWidths, ...]
     widths: tuple[LayerWidths, ...] | None
     dense_tokens: int
@@ -143,15 +145,13 @@ def dry_run(
         with name_share_of_layers(shorter, rest, most):
             _check_units(most.shorten(shorter), rest_of_budget(rest, shorter, most), kept)
         removed, widths = max(removed, budget.remove_params or 0), None
-    elif config.searches_tokens:
+    elif rest.searches_tokens:
         _check_units(shorter, rest, kept)
         removed, widths = max(removed, budget.remove_params or 0), None
-    elif config.prunes_layers:
+    elif rest.prunes_layers:
         gone = check_units_budget(shorter, rest, kept)
         removed += gone
-        widths = (
-            None if config.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(shorter, rest, kept)
-        )
+        widths = None if rest.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(shorter, rest, kept)
     needs = estimate_needs(empty, config, total - removed + parameters_beside(loaded))
     with memory_limit(parse_bytes(max_memory)):
         missing = needs.missing_memory()
@@ -160,6 +160,7 @@ def dry_run(
         pruned_parameters=total - removed,
         asked_ratio=budget.asked_ratio,
         removed_layers=None if most is not None else 0 if depth is None else len(depth.order),
+        experts=(count_experts(empty, config), experts) if config.removes_experts else None,
         dense=tuple(replace(w, experts=w.experts and experts) for w in view.widths),
         widths=widths,
         dense_tokens=rows,

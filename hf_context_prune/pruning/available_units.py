@@ -37,6 +37,9 @@ def let_experts_give(
         model: The base model; its weights may be on the meta device.
         config: All choices; one that names the units, or fixes experts, layers or tokens, is returned as it is.
         check: Refuses a config whose budget can't be reached, by a `BudgetError`.
+
+    Raises:
+        BudgetError: The budget can't be reached with as many experts gone as may go.
     """
     view = ModelView.of_shapes(model)
     counts = {widths.experts for widths in view.widths if widths.experts}
@@ -49,14 +52,18 @@ def let_experts_give(
     groups = num_groups(model.config, experts)
     step = groups * view.costs["experts"] * sum(bool(widths.experts) for widths in view.widths)
     most = (total - fewest_experts(model.config, experts)) // groups
-    for removed in (min(remove // step, most), min(-(-remove // step), most)):
+    fewest, more = (min(count, most) for count in (remove // step, -(-remove // step)))
+    for removed in dict.fromkeys((fewest, more)):
         candidate = replace(config, num_experts=total - removed * groups) if removed else config
         try:
             check(candidate)
-        except BudgetError:
-            continue
-        return candidate
-    return config
+            return candidate
+        except BudgetError as error:
+            refused = error
+    raise BudgetError(
+        f"Asked to remove {remove:,} of {view.num_parameters:,} parameters. Even with {total - more * groups} of {total} "
+        f"experts in every layer the others can't give the rest. {refused}"
+    ) from refused
 
 
 def choose_units(

@@ -71,3 +71,15 @@ def test_a_size_that_has_to_be_measured_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="--max-loss-increase"):
         dry_run(tmp_path, PrunerConfig(max_loss_increase=0.03))
+
+
+def test_experts_that_the_budget_takes_are_told(tmp_path):
+    case("mixtral").save_pretrained(tmp_path)
+    outline = dry_run(tmp_path, PrunerConfig(pruning_ratio=0.2))
+    kept, count = outline.experts
+    assert count == 8
+    assert 2 <= kept < 8
+    assert outline.pruned_parameters <= 0.8 * outline.base_parameters
+    assert {"choice of experts", "experts"} <= outline.seconds.keys()
+    assert dry_run(tmp_path, PrunerConfig(pruning_ratio=0.02, units="tokens,kv_groups")).experts is None
+    assert dry_run(tmp_path, PrunerConfig(num_experts=5)).experts == (5, 8)

@@ -70,6 +70,8 @@ def test_one_expert_more_goes_where_the_others_can_not_give_the_rest():
     config = PrunerConfig(**SMALL)
     assert let_experts_give(model, config, check).num_experts == 5
     assert asked == [6, 5]
+    with pytest.raises(BudgetError, match="Even with 2 of 8 experts in every layer the others can't give the rest"):
+        choose_units(model, shared_tokenizer("smollm2"), PrunerConfig(**{**SMALL, "pruning_ratio": 0.9}))
     tokenizer = shared_tokenizer("smollm2")
     base = LoadedModel(model, tokenizer, "tiny", None, None)
     given = PrunerConfig(**{**SMALL, "num_experts": 5})
