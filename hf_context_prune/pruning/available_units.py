@@ -61,8 +61,8 @@ def let_experts_give(
         except BudgetError as error:
             refused = error
     raise BudgetError(
-        f"Asked to remove {remove:,} of {view.num_parameters:,} parameters. Even with {total - more * groups} of {total} "
-        f"experts in every layer the others can't give the rest. {refused}"
+        f"Asked to remove {remove:,} of {view.num_parameters:,} parameters. Even with {total - more * groups} of "
+        f"{total} experts in every layer the others can't give the rest. {refused}"
     ) from refused
 
 
