@@ -17,6 +17,7 @@ import wrapt
 from rich.markup import escape
 
 from hf_context_prune.errors import ConfigError, ContextPruneError
+from hf_context_prune.utils.compat import silence_import_warnings
 from hf_context_prune.utils.distributed import is_main_process
 
 from .bench import bench
@@ -96,10 +97,6 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object) -
         errors.print(f"[yellow]Warning:[/] {escape(str(message))}", soft_wrap=True)
 
 
-_NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn, while transformers is imported, of kernels for other processors."""
-
-
 class _ShowMessage(logging.Handler):
     """Shows what the package logs, beside the progress bars."""
 
@@ -159,8 +156,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     wrapt.register_post_import_hook(_calm_progress_bars, "transformers.utils.logging")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_import_warnings()
     package, handler = logging.getLogger("hf_context_prune"), _ShowMessage()
     level = package.level
     package.setLevel(logging.INFO)

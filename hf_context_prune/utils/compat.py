@@ -8,6 +8,7 @@ module; the same file tests their hooks.
 from __future__ import annotations
 
 import ctypes
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments
+
+
+def silence_import_warnings() -> None:
+    """Show no warnings of torchao's kernels for other processors, which come whenever transformers finds torchao."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def register_on_demand(auto: ModuleType, *, prefix: str, register: Callable[[], object]) -> None:

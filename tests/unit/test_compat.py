@@ -37,6 +37,18 @@ def variable_model():
     return get_model_class(spec)(build_variable_config(config, spec, widths)).eval()
 
 
+def test_warnings_of_torchao_are_those_that_are_silenced():
+    """If this fails, the command line shows warnings where torchao is installed."""
+    code = (
+        "import torch; from hf_context_prune.utils.compat import silence_import_warnings as silence; silence()\n"
+        "import transformers.quantizers, torchao\n"
+        "assert torch.utils._pytree.log.name == 'torch.utils._pytree' and torchao.logger.name == 'torchao'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert "torchao" not in done.stderr
+    assert "_pytree" not in done.stderr
+
+
 @pytest.mark.parametrize("first", ["hf_context_prune", "transformers.models.auto.configuration_auto"])
 def test_register_on_demand(first, tmp_path):
     """In a fresh process, plain auto classes open a variable-width folder once the package is imported."""

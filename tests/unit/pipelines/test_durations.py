@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hf_context_prune import EvalOptions, PrunerConfig, RecoveryConfig, ThresholdConfig
+from hf_context_prune.evaluation.options import MAX_TEST_TOKENS
 from hf_context_prune.pipelines import durations
 from hf_context_prune.pipelines.dry_run import dry_run
 from hf_context_prune.pipelines.durations import describe_seconds, estimate_seconds
@@ -49,7 +50,8 @@ def test_measuring_and_training_are_counted(monkeypatch):
     losses = EvalOptions(benchmark=False)
     one = estimate_seconds(model, config, losses)["measuring"]
     assert one > 0
-    assert estimate_seconds(model, config, replace(losses, max_tokens=40_000))["measuring"] == pytest.approx(2 * one)
+    twice = replace(losses, max_tokens=2 * MAX_TEST_TOKENS)
+    assert estimate_seconds(model, config, twice)["measuring"] == pytest.approx(2 * one)
     assert estimate_seconds(model, config, replace(losses, general_data="some.txt"))["measuring"] == pytest.approx(
         2 * one
     )
