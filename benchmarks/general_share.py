@@ -140,6 +140,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--eval-tokens", type=int, default=12_000, help="at most this many test tokens per text")
     args = options.parse_args(arguments)
     args.given = given(options, args)
+    args.general_tokens = args.eval_tokens  # as a FrontierDomain reads it
     return args
 
 
