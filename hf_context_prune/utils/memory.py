@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import mmap
 import os
 import sys
@@ -22,6 +23,7 @@ from hf_context_prune.errors import ConfigError
 
 from .temporary import own_temporary_folder
 
+_LOGGER = logging.getLogger(__name__)
 FREE_SHARE = 0.75
 """Share of the free memory that a run may take where no limit is set."""
 SPILL_SHARE = 0.5
@@ -73,9 +75,15 @@ def memory_limit(most: int | None) -> Iterator[None]:
 def reserve_memory(size: int) -> Iterator[None]:
     """Let other runs of this user know, while the block runs, that this process will take so much more memory."""
     note, own = None, psutil.Process()
-    with suppress(OSError):  # without it, another run may begin that this one leaves no room for
+    try:
         note = own_temporary_folder() / f"memory-{os.getpid()}.json"
         note.write_text(json.dumps({"started": own.create_time(), "most": own_memory() + size}))
+    except OSError as error:
+        _LOGGER.warning(
+            "Other runs can't be told of the memory that this one will take (%s), so one may begin that has no room. "
+            "Begin none until this one ends.",
+            error.strerror,
+        )
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 HARMLESS = (
     (r"/run/tmp/[a-z0-9_]{8}$", "Python tries whether $TMPDIR can be written, and else takes another folder"),
     (r"/run/tmp/hf_context_prune-\d+/\.?[0-9a-f]{32}\.json", "the message of a second run is shorter"),
+    (r"/run/tmp/hf_context_prune-\d+/memory-\d+\.json", "the run says that others don't know of its memory"),
     (r"/cache/unfinished(/[0-9a-f]{32}(/\.hf_context_prune-unfinished)?)?$", "the run says that it can't be resumed"),
     (
         r"^fsync .*/(work|models|gguf|unfinished/[0-9a-f]{32})$",

@@ -97,3 +97,11 @@ def test_pages_stay_where_the_system_has_no_such_call(monkeypatch):
     values = torch.ones(3)
     release_pages([values])
     assert torch.equal(values, torch.ones(3))
+
+
+def test_a_note_that_can_not_be_written_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(memory, "own_temporary_folder", lambda: tmp_path / "absent")
+    with memory.reserve_memory(MIB):
+        pass
+    (said,) = caplog.messages
+    assert said.startswith("Other runs can't be told of the memory that this one will take (No such file or directory)")
