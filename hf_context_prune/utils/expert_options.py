@@ -9,6 +9,7 @@ from hf_context_prune.errors import ConfigError
 
 from .options import BUDGET, METHOD, at_least, below_one, option
 
+_RATIO = below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing")
 ExpertCriterionName = Literal["energy", "reap", "frequency"]
 
 
@@ -30,21 +31,21 @@ class ExpertOptions:
         None,
         "Share of the experts of every layer to remove, in [0, 1), instead of a number.",
         panel=BUDGET,
-        allowed=below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing"),
+        allowed=_RATIO,
     )
     expert_neurons_ratio: float | None = option(
         None,
         "Share of the neurons to remove from inside every expert, in [0, 1). Where a shared expert is as wide as a "
         "number of experts, it loses the same share.",
         panel=BUDGET,
-        allowed=below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing"),
+        allowed=_RATIO,
     )
     shared_expert_ratio: float | None = option(
         None,
         "Share of the neurons to remove from the shared expert, in [0, 1), in families where its width is its own "
         "(Qwen).",
         panel=BUDGET,
-        allowed=below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing"),
+        allowed=_RATIO,
     )
     expert_criterion: ExpertCriterionName = option(
         "energy",
