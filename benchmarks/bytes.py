@@ -26,7 +26,7 @@ import torch
 from gguf import GGUFReader
 
 from benchmarks.bytes_text import draw, results_text
-from benchmarks.common import Rows, given, parser, plot_path, write_section
+from benchmarks.common import Rows, parse_compared, parser, plot_path, write_section
 from benchmarks.frontier import FrontierDomain
 from benchmarks.frontier_text import BASE, DEFAULT, HEALED
 from benchmarks.methods import documents_of, rounded
@@ -165,10 +165,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of llama.cpp")
     if "--quick" in arguments:
         options.set_defaults(domains=["medicine"], shares=[0.3], minutes=1.0, num_samples=16, eval_tokens=4_000)
-    args = options.parse_args(arguments)
-    if args.compared not in args.domains:
-        options.error(f"--compared is {args.compared!r}, which is none of --domains ({', '.join(args.domains)}).")
-    args.given = given(options, args)
+    args = parse_compared(options, arguments)
     args.general_tokens = args.eval_tokens
     args.dtypes = dict.fromkeys(DTYPES, QUICK) if args.quick else DTYPES
     return args

@@ -54,6 +54,15 @@ def given(options: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     return "".join(f" {word}" for word in words)
 
 
+def parse_compared(options: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options of a run whose domain ``--compared`` has more rows than the others; see also [`given`][]."""
+    args = options.parse_args(arguments)
+    if args.compared not in args.domains:
+        options.error(f"--compared is {args.compared!r}, which is none of --domains ({', '.join(args.domains)}).")
+    args.given = given(options, args)
+    return args
+
+
 def corpus(options: argparse.Namespace, split: str, domain: str | None = None) -> TextSource:
     """Read the train or validation text of a domain, by default of ``--domain``."""
     return load_documents(options.data / (domain or options.domain) / f"corpus.{split}.jsonl.gz")

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.by_source import mean_change, read_sources, sources_of
 from benchmarks.checkouts import DEPTH, depth_masks, mask_layers
-from benchmarks.common import Rows, given, highest_load, parser, table, write_section
+from benchmarks.common import Rows, highest_load, parse_compared, parser, table, write_section
 from benchmarks.decoding import Artefact, compare, spread
 from benchmarks.frontier import FrontierDomain
 from benchmarks.models import smollm2
@@ -274,11 +274,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=5, help="timed turns")
     if "--quick" in arguments:
         options.set_defaults(domains=["medicine"], shares=[0.2], num_samples=32, eval_tokens=12_000)
-    args = options.parse_args(arguments)
-    if args.compared not in args.domains:
-        options.error(f"--compared is {args.compared!r}, which is none of --domains ({', '.join(args.domains)}).")
-    args.given = given(options, args)
-    return args
+    return parse_compared(options, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.by_source import read_sources, sources_of
-from benchmarks.common import ROOT, Rows, corpus, given, parser, plot_path, write_section
+from benchmarks.common import ROOT, Rows, corpus, parse_compared, parser, plot_path, write_section
 from benchmarks.frontier_picture import draw
 from benchmarks.frontier_text import BASE, DEFAULT, FORMS, HEALED, LARGEST_OF_FORMS, LAYERS, results_text
 from benchmarks.methods import METHODS, Domain, Size, count_gone, documents_of, rounded
@@ -310,11 +310,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if "--quick" in arguments:
         options.set_defaults(domains=["medicine"], shares=[0.2, 0.3], minutes=1.0, num_samples=16)
         options.set_defaults(eval_tokens=5_000, general_tokens=5_000)
-    args = options.parse_args(arguments)
-    if args.compared not in args.domains:
-        options.error(f"--compared is {args.compared!r}, which is none of --domains ({', '.join(args.domains)}).")
-    args.given = given(options, args)
-    return args
+    return parse_compared(options, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

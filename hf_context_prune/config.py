@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
-from hf_context_prune.utils.expert_options import ExpertOptions
+from hf_context_prune.utils.expert_options import EXPERT_SIZES, ExpertOptions
 from hf_context_prune.utils.options import (
     BUDGET,
     METHOD,
@@ -41,7 +41,6 @@ NATIVE_TOLERANCE = 0.01
 DEFAULT_RIDGE = 0.3
 """Ridge of every Gram matrix that is inverted, as a share of each feature's mean square."""
 THRESHOLDS = ("linear_threshold", "activation_threshold", "embedding_threshold")
-_EXPERTS = ("num_experts", "experts_ratio", "expert_neurons_ratio", "shared_expert_ratio")
 _RATIO = below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing")
 _THRESHOLD = Allowed(lambda value: is_number(value) and value >= 0, "a number of at least 0 (the paper has 1e-3)")
 
@@ -224,7 +223,7 @@ class PrunerConfig(ExpertOptions, UnitChoices, CalibrationConfig):
         if self.pruning_ratio is not None and self.target_params is not None:
             raise ConfigError("pruning_ratio and target_params both set the size; give one of them.")
         if self.max_loss_increase is not None:
-            for name in ("pruning_ratio", "target_params", "mlp_ratio", "attention_ratio", *_EXPERTS):
+            for name in ("pruning_ratio", "target_params", "mlp_ratio", "attention_ratio", *EXPERT_SIZES):
                 if getattr(self, name) is not None:
                     raise ConfigError(
                         f"max_loss_increase lets the size follow from the loss, and {name} fixes it; give one of the "

@@ -28,6 +28,7 @@ from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_
 from hf_context_prune.storage.layer_shards import LayerShards
 from hf_context_prune.storage.resume import resume_key
 from hf_context_prune.utils.distributed import is_main_process
+from hf_context_prune.utils.expert_options import EXPERT_SIZES
 from hf_context_prune.utils.memory import fits_in_memory
 
 from .expert_criteria import ExpertStatistics, get_expert_criterion
@@ -332,8 +333,7 @@ def rest_of_experts_budget(config: PrunerConfig, model: PreTrainedModel, fewer: 
         model: The whole model; its weights may be on the meta device.
         fewer: The model without these experts.
     """
-    names = ("num_experts", "experts_ratio", "expert_neurons_ratio", "shared_expert_ratio")
-    changes: dict[str, Any] = dict.fromkeys(names)
+    changes: dict[str, Any] = dict.fromkeys(EXPERT_SIZES)
     total, left = model.num_parameters(), fewer.num_parameters()
     remove = ParameterBudget.of(config, total).remove_params
     if remove is not None and left > total - remove:

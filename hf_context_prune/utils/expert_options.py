@@ -10,6 +10,8 @@ from hf_context_prune.errors import ConfigError
 from .options import BUDGET, METHOD, at_least, below_one, option
 
 _RATIO = below_one("0 removes nothing, 0.25 a quarter, and 1 would leave nothing")
+EXPERT_SIZES = ("num_experts", "experts_ratio", "expert_neurons_ratio", "shared_expert_ratio")
+"""The options that fix how much of a mixture of experts goes."""
 ExpertCriterionName = Literal["energy", "reap", "frequency"]
 
 
