@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ class DepthDomain(FrontierDomain):
             max_seq_length=args.length,
             pruning_seed=args.seed,
         )
+
+    def pruned(self, method: str, share: float) -> PrunedModel:
+        """Prune once and keep the model on the disk: loss and speed, measured apart, are of one model."""
+        return self.keep(share, partial(super().pruned, method, share), method)
 
     def make(self, method: str, share: float) -> tuple[Any, dict[str, Any]]:
         """Return a smaller model, and facts on what was removed."""
@@ -140,14 +145,14 @@ def measure_speed(domain: DepthDomain, method: str, share: float, runtime: str) 
 
 
 def measure_all(rows: Rows, args: argparse.Namespace) -> tuple[Found, dict[tuple[float, str, str], Any]]:
-    """Return the rows of losses and those of speed; each is measured or found on disk."""
+    """Return the rows of losses and those of speed, which come last; each is measured or found on disk."""
     load: Callable[[], Any] = cache(smollm2)
     found: dict[tuple[str, float, str], dict[str, Any]] = {}
     speed: dict[tuple[float, str, str], Any] = {}
     sizes = {"blocks": args.num_samples, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
     known = read_sources(args, args.domains)
-    for name in args.domains:
-        domain = DepthDomain(load, args, name, targets=("mlp", "attention"))
+    domains = {name: DepthDomain(load, args, name, targets=("mlp", "attention")) for name in args.domains}
+    for name, domain in domains.items():
         domain.peers = args.peers
         base = rows.get_or_measure({"domain": name, **sizes}, domain.measure_dense)
         found[name, 0.0, ""] = {**base, "sources": sources_of(base, known[name])}
@@ -155,11 +160,11 @@ def measure_all(rows: Rows, args: argparse.Namespace) -> tuple[Found, dict[tuple
             for method in (*OWN, *DEPTH, PATCH):
                 key = {"domain": name, "share": share, "method": method, **sizes}
                 found[name, share, method] = rows.get_or_measure(key, partial(score, domain, method, share, base))
-                for runtime in RUNTIMES if name == args.compared and method in OWN else ():
-                    key = {"share": share, "method": method, "runtime": runtime, **sizes}
-                    timed = partial(measure_speed, domain, method, share, runtime)
-                    speed[share, method, runtime] = rows.get_or_measure(key, timed)
             domain.forget()
+    for share, method, runtime in product(args.shares, OWN, RUNTIMES):
+        key = {"share": share, "method": method, "runtime": runtime, **sizes}
+        timed = partial(measure_speed, domains[args.compared], method, share, runtime)
+        speed[share, method, runtime] = rows.get_or_measure(key, timed)
     return found, speed
 
 
