@@ -175,12 +175,13 @@ def two_stage(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> P
     return PeerResult(smaller, "2SSP 88ab660", f"two_stage_2ssp(model, samples, {rate:.4f})", note, step)
 
 
-DEPTH = ("shortgpt", "window", "blockpruner")
+BLOCKPRUNER = "blockpruner"
+DEPTH = ("shortgpt", "window", BLOCKPRUNER)
 """Methods of 2SSP's module that remove whole layers, or their halves."""
 
 
 def depth_masks(
-    folder: Path, name: str, model: Any, samples: torch.Tensor, count: int
+    folder: Path, name: str, model: Any, samples: torch.Tensor, count: int, known: dict[Any, float]
 ) -> tuple[list[bool], list[bool], str]:
     """Return which attentions and which MLPs a method of `DEPTH` removes, and its call with every deviation.
 
@@ -193,6 +194,8 @@ def depth_masks(
         model: The base model; left as it is.
         samples: Calibration samples, [samples, length].
         count: Layers to remove, or as many attentions and MLPs.
+        known: Perplexities that BlockPruner has measured on the same sample, by masks; a smaller count's are its first
+            ones. The dict grows.
     """
     with _imported(folder, ("src.evaluation", "src.utilities", "src.pruning"), ("lm_eval",)) as (
         evaluation,
@@ -205,10 +208,17 @@ def depth_masks(
             found: float = measure(candidate, ids, **{**options, "device": "cpu", "seq_len": ids.numel()})
             return found
 
-        pruning.evaluate_perplexity = on_cpu
+        def once(candidate: Any, ids: torch.Tensor, **options: Any) -> float:
+            parts = (part for layer in candidate.model.layers for part in (layer.self_attn, layer.mlp))
+            masks = tuple("forward" in vars(part) for part in parts)
+            if masks not in known:
+                known[masks] = on_cpu(candidate, ids, **options)
+            return known[masks]
+
+        pruning.evaluate_perplexity = once
         pruning.compute_intermediate_outputs = _layer_outputs
         pruning.maskModel, pruning.unmaskModel = mask_layers, _unmask_layers
-        if name == "blockpruner":
+        if name == BLOCKPRUNER:
             one = samples.flatten()[:_TRAINED_LENGTH].view(1, -1)
             attention, mlp = pruning.blockpruner(model, count, one)
             note = f"blockpruner(model, {count}, one sample of {one.numel()} tokens)"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.by_source import mean_change, read_sources, sources_of
-from benchmarks.checkouts import DEPTH, depth_masks, mask_layers
+from benchmarks.checkouts import BLOCKPRUNER, depth_masks, mask_layers
 from benchmarks.common import Rows, highest_load, parse_compared, parser, table, write_section
 from benchmarks.decoding import Artefact, compare, spread
 from benchmarks.frontier import FrontierDomain
@@ -37,7 +37,9 @@ from hf_context_prune.storage.loading import LoadedModel
 
 WHOLE, WIDTHS, BOTH, PATCH = "layers", "widths", "layers and widths", "window and a linear map"
 OWN = (WHOLE, WIDTHS, BOTH)
-LABELS = {"shortgpt": "ShortGPT", "window": "window of layers", "blockpruner": "BlockPruner"}
+METHODS = (*OWN, "shortgpt", "window", PATCH, BLOCKPRUNER)
+"""BlockPruner is the last, since it takes longer than all others together."""
+LABELS = {"shortgpt": "ShortGPT", "window": "window of layers", BLOCKPRUNER: "BlockPruner"}
 RUNTIMES = ("transformers float32", "gguf f16")
 BATCH = 1
 
@@ -49,7 +51,11 @@ class DepthDomain(FrontierDomain):
     """A domain whose layers become fewer, or narrower. A share is of the parameters of all layers."""
 
     label = "depth"
-    peers: Path
+
+    def __init__(self, peers: Path, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.peers = peers
+        self.perplexities: dict[Any, float] = {}
 
     def count(self, share: float) -> int:
         """Return how many whole layers a share is."""
@@ -82,7 +88,9 @@ class DepthDomain(FrontierDomain):
             found: PrunedModel = self.pruned(method, share)
             return found.model, {"gone": list(found.plan.removed_layers)}
         name = "window" if method == PATCH else method
-        attention, mlp, note = depth_masks(self.peers / "2SSP", name, self.model, self.samples, self.count(share))
+        attention, mlp, note = depth_masks(
+            self.peers / "2SSP", name, self.model, self.samples, self.count(share), self.perplexities
+        )
         if attention != mlp:
             masked = copy.deepcopy(self.model)
             mask_layers(masked, attention, mlp)
@@ -151,16 +159,14 @@ def measure_all(rows: Rows, args: argparse.Namespace) -> tuple[Found, dict[tuple
     speed: dict[tuple[float, str, str], Any] = {}
     sizes = {"blocks": args.num_samples, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
     known = read_sources(args, args.domains)
-    domains = {name: DepthDomain(load, args, name, targets=("mlp", "attention")) for name in args.domains}
+    domains = {name: DepthDomain(args.peers, load, args, name, targets=("mlp", "attention")) for name in args.domains}
     for name, domain in domains.items():
-        domain.peers = args.peers
         base = rows.get_or_measure({"domain": name, **sizes}, domain.measure_dense)
         found[name, 0.0, ""] = {**base, "sources": sources_of(base, known[name])}
-        for share in args.shares if name == args.compared else args.others:
-            for method in (*OWN, *DEPTH, PATCH):
-                key = {"domain": name, "share": share, "method": method, **sizes}
-                found[name, share, method] = rows.get_or_measure(key, partial(score, domain, method, share, base))
-            domain.forget()
+        for method, share in product(METHODS, args.shares if name == args.compared else args.others):
+            key = {"domain": name, "share": share, "method": method, **sizes}
+            found[name, share, method] = rows.get_or_measure(key, partial(score, domain, method, share, base))
+        domain.forget()
     for share, method, runtime in product(args.shares, OWN, RUNTIMES):
         key = {"share": share, "method": method, "runtime": runtime, **sizes}
         timed = partial(measure_speed, domains[args.compared], method, share, runtime)
@@ -182,8 +188,8 @@ def change(found: Found, name: str, share: float, method: str, seed: int) -> Any
 def loss_table(found: Found, args: argparse.Namespace) -> str:
     """Return the table of losses."""
     body = []
-    for name, share, method in found:
-        if not method:
+    for name, share, method in product(args.domains, sorted({*args.shares, *args.others}), METHODS):
+        if (name, share, method) not in found:
             continue
         row, base = found[name, share, method], found[name, 0.0, ""]
         if "attentions" in row:

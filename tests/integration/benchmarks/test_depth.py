@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_rows_tables_and_resume(tmp_path, monkeypatch):
     depth.main(options)
     rows = list(map(json.loads, (tmp_path / "rows/depth.jsonl").open()))
     losses = {row["key"].get("method", ""): row for row in rows if "runtime" not in row["key"]}
-    assert losses.keys() == {"", *depth.OWN, *depth.DEPTH, depth.PATCH}
+    assert losses.keys() == {"", *depth.METHODS}
     dense = losses[""]["parameters"]
     layer = sum(parameter.numel() for parameter in loaded.model.model.layers[0].parameters())
     for method in (depth.WHOLE, "shortgpt", "window"):
@@ -60,7 +61,9 @@ def test_rows_tables_and_resume(tmp_path, monkeypatch):
 def test_the_linear_map_is_that_of_least_squares():
     tokenizer = shared_tokenizer("smollm2")
     model = model_for("llama", tokenizer, num_hidden_layers=4)
-    domain = depth.DepthDomain(lambda: LoadedModel(model, tokenizer, "tiny", None, None), None, "x", targets=("mlp",))
+    domain = depth.DepthDomain(
+        Path(), lambda: LoadedModel(model, tokenizer, "tiny", None, None), None, "x", targets=("mlp",)
+    )
     domain.samples = torch.randint(3, 90, (24, 16), generator=torch.Generator().manual_seed(0))
     matrix = domain.linear_map(1, 2)
     states = model(domain.samples, output_hidden_states=True).hidden_states
