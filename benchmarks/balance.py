@@ -17,8 +17,7 @@ from typing import Any
 from benchmarks.by_source import RESAMPLES, changes_by_source, mean_change, worst_change
 from benchmarks.common import Rows, corpus, given, parser, table, write_section
 from benchmarks.frontier import FrontierDomain
-from benchmarks.frontier_text import DEFAULT
-from benchmarks.methods import documents_of, rounded
+from benchmarks.methods import DEFAULT, documents_of, rounded
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.balance import group_by_source

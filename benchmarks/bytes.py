@@ -28,8 +28,8 @@ from gguf import GGUFReader
 from benchmarks.bytes_text import draw, results_text
 from benchmarks.common import Rows, parse_compared, parser, plot_path, write_section
 from benchmarks.frontier import FrontierDomain
-from benchmarks.frontier_text import BASE, DEFAULT, HEALED
-from benchmarks.methods import documents_of, rounded
+from benchmarks.frontier_text import BASE, HEALED
+from benchmarks.methods import DEFAULT, documents_of, rounded
 from benchmarks.models import smollm2
 from hf_context_prune.errors import PruningWarning
 from hf_context_prune.export import gguf

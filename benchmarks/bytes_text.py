@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import highest_load, table
-from benchmarks.frontier_text import BASE, DEFAULT, HEALED
+from benchmarks.frontier_text import BASE, HEALED
+from benchmarks.methods import DEFAULT
 from benchmarks.vocabulary import relative
 from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.evaluation.reports.plots import new_figure

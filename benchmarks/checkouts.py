@@ -1,9 +1,9 @@
-"""Run the code of peers that are on no package index, from a folder of their checkouts, in this process.
+"""Run the code of 2SSP and of what its repository holds beside it, from a checkout, in this process.
 
-The folder has ``GRASPrune/`` (github.com/ZiY-Wang/GRASPrune) and ``2SSP/`` (github.com/FabrizioSandri/2SSP, whose `src`
-also holds SliceGPT). Nothing of them is part of this package, and no file of theirs is changed: what does not run on a
-CPU or with transformers 5 is replaced from outside, for the time of the call. `note` lists every deviation from the
-recommended call. See `peers.py` for what a peer is.
+The checkout is github.com/FabrizioSandri/2SSP, whose `src` also holds SliceGPT, ShortGPT, the window and BlockPruner.
+Nothing of it is part of this package, and no file of it is changed: what does not run on a CPU or with transformers 5 is
+replaced from outside, for the time of the call. `note` lists every deviation from the recommended call. See `peers.py`
+for what a peer is, and `grasprune.py` for the other checkout.
 """
 
 from __future__ import annotations
@@ -21,43 +21,29 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import Peer, PeerResult
+from benchmarks.peers import PeerResult
 from hf_context_prune.pruning.sequential.hidden_states import record_output
 
 _TRAINED_LENGTH = 2048
 """Tokens per calibration sample of 2SSP."""
-_GRASP_MODULES = ("config", "data", "evals", "gates", "pipeline", "rebuild")
-
-
-def checkout_peers(folder: Path) -> dict[str, Peer]:
-    """Return the peers of a folder of checkouts, by the name that ``--methods`` takes."""
-    return {
-        "grasprune": _in_folder(grasprune, folder / "GRASPrune"),
-        "2ssp": _in_folder(two_stage, folder / "2SSP"),
-        "slicegpt": _in_folder(slicegpt, folder / "2SSP"),
-    }
-
-
-def _in_folder(peer: Callable[..., PeerResult], folder: Path) -> Peer:
-    def prune(model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
-        if not folder.is_dir():
-            raise SystemExit(f"{folder} is missing: clone the peer there, or leave it out of --methods.")
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return peer(folder, model, samples, remove)
-
-    return prune
 
 
 @contextmanager
-def _imported(folder: Path, names: Sequence[str], absent: Sequence[str] = ()) -> Iterator[list[Any]]:
+def imported(folder: Path, names: Sequence[str], absent: Sequence[str] = ()) -> Iterator[list[Any]]:
     """Import modules of a folder by their names, which are as common as ``config``, and forget them afterwards.
+
+    The random numbers of the time between are seeded with 0, and those of the caller go on as they were.
 
     Args:
         folder: A checkout.
         names: Its modules, in the order in which they are returned.
         absent: Packages that it imports at the top and that the call does not use; empty ones stand for them.
+
+    Raises:
+        SystemExit: There is no such folder.
     """
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is missing: clone the peer there, or leave it out of --methods.")
     top = {name.partition(".")[0] for name in (*names, *absent)}
 
     def ours(name: str) -> bool:
@@ -69,7 +55,9 @@ def _imported(folder: Path, names: Sequence[str], absent: Sequence[str] = ()) ->
         for name in absent:
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].ConfigDict = types.SimpleNamespace  # type: ignore[attr-defined] # of ml_collections
-        yield [importlib.import_module(name) for name in names]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield [importlib.import_module(name) for name in names]
     finally:
         sys.path = path
         for name in [name for name in sys.modules if ours(name)]:
@@ -81,67 +69,7 @@ def _layer_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.model.layers.parameters())
 
 
-class _Blocks:
-    """The calibration samples as GRASPrune's data set."""
-
-    def __init__(self, samples: torch.Tensor, *_: object) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.samples[index]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def grasprune(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> PeerResult:
-    """Prune by GRASPrune (ACL 2026): gates on neurons and KV groups, learned by the loss under a budget for both."""
-    smaller = copy.deepcopy(model).requires_grad_(False)
-    stock = [(layer.mlp, layer.self_attn) for layer in smaller.model.layers]
-    gated = sum(parameter.numel() for parts in stock for part in parts for parameter in part.parameters())
-    with _imported(folder, _GRASP_MODULES) as (config, _, _, gates, pipeline, _):
-        pipeline.load_text_dataset = lambda *_: samples
-        pipeline.TokenBlockDataset = _Blocks
-        options = config.PruningConfig(
-            device="cpu",
-            dtype=torch.float32,
-            keep_ratio=1 - remove / gated,
-            max_len=samples.shape[1],
-            num_samples=len(samples),
-            rescale_num_samples=len(samples),
-        )
-        pipeline.set_seed(0)
-        with torch.enable_grad():
-            gates.attach_pruning_gates(smaller, options.gate_init, options.tau, "cpu", "llama")
-            pipeline.train_gates(smaller, None, options)
-            pipeline.apply_final_hard_masks(smaller, options)
-            pipeline.train_rescale(smaller, None, options)
-        pipeline.materialize_all_pruning(smaller)
-    _put_back(smaller, stock)
-    call = (
-        f"attach_pruning_gates, train_gates, apply_final_hard_masks, train_rescale, materialize_all_pruning with "
-        f"PruningConfig(keep_ratio={options.keep_ratio:.4f}, num_samples={len(samples)}, rescale_num_samples={len(samples)})"
-    )
-    note = (
-        "gates and scales learn on the calibration samples of all methods (recommended: 512 blocks of WikiText-2 train, "
-        "and WikiText-2 validation for the scales); float32 on a CPU; weights without gates are frozen; its narrowed "
-        "projections are put back into the stock layers, since its own no longer run"
-    )
-    return PeerResult(smaller.eval(), "GRASPrune 666f4f0", call, note)
-
-
-def _put_back(model: Any, stock: Sequence[tuple[Any, Any]]) -> None:
-    """Put narrowed projections into the stock modules of the layers."""
-    for layer, (mlp, attention) in zip(model.model.layers, stock, strict=True):
-        for part, narrowed in ((mlp, layer.mlp), (attention, layer.self_attn)):
-            for name, module in narrowed.named_children():
-                if isinstance(module, torch.nn.Linear):
-                    setattr(part, name, module)
-        layer.mlp, layer.self_attn = mlp, attention
-
-
-def two_stage(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> PeerResult:
+def two_stage(folder: Path, model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
     """Prune by 2SSP (TMLR 2025): neurons by the norm of their activations, then whole attentions by the perplexity."""
     smaller = copy.deepcopy(model)
     smaller.config.use_cache = False
@@ -150,7 +78,7 @@ def two_stage(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> P
     long = samples.flatten()[: samples.numel() // length * length].view(-1, 1, length)
     rate = remove / _layer_parameters(smaller)
     modules = ("src.evaluation", "src.utilities", "src.pruning")
-    with _imported(folder, modules, ("lm_eval",)) as (evaluation, utilities, pruning):
+    with imported(folder, modules, ("lm_eval",)) as (evaluation, utilities, pruning):
         measure = evaluation.evaluate_perplexity
 
         def on_cpu(candidate: Any, ids: torch.Tensor, **options: Any) -> float:
@@ -197,7 +125,7 @@ def depth_masks(
         known: Perplexities that BlockPruner has measured on the same sample, by masks; a smaller count's are its first
             ones. The dict grows.
     """
-    with _imported(folder, ("src.evaluation", "src.utilities", "src.pruning"), ("lm_eval",)) as (
+    with imported(folder, ("src.evaluation", "src.utilities", "src.pruning"), ("lm_eval",)) as (
         evaluation,
         _,
         pruning,
@@ -277,7 +205,7 @@ def _unmask_attention(model: Any, attnMask: Sequence[int], mlpMask: Sequence[int
             vars(layer.self_attn).pop("forward", None)
 
 
-def slicegpt(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> PeerResult:
+def slicegpt(folder: Path, model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
     """Prune by SliceGPT (ICLR 2024): a rotated, narrower residual stream, in the copy that 2SSP holds."""
     smaller = copy.deepcopy(model)
     smaller.config.torch_dtype = model.dtype
@@ -285,7 +213,7 @@ def slicegpt(folder: Path, model: Any, samples: torch.Tensor, remove: int) -> Pe
     width, step = _sliced_width(smaller, remove)
     parts = ("adapters.llama_adapter", "layernorm_fusion", "rotate", "slicing_scheduler", "model_utils")
     modules = tuple(f"src.slicegpt_utils.{part}" for part in parts)
-    with _imported(folder, modules, ("lm_eval", "ml_collections")) as (llama, fusion, rotate, schedule, signals):
+    with imported(folder, modules, ("lm_eval", "ml_collections")) as (llama, fusion, rotate, schedule, signals):
 
         class Layer(llama.CompressedLlamaDecoderLayer):  # type: ignore[name-defined, misc]
             def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:

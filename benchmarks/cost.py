@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.by_source import read_sources, sources_of
 from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
 from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain, documents_of, rounded
 from benchmarks.models import smollm2
@@ -259,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dense = store.get_or_measure(
         {**common, "method": "dense"}, Domain(cache(smollm2), own, args.domain, targets=("mlp",)).measure_dense
     )
+    dense = {**dense, "sources": sources_of(dense, read_sources(args, [args.domain])[args.domain])}
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for method, number in [
         *((method, number) for number in args.num_samples for method in args.methods),

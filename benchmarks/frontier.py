@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.by_source import read_sources, sources_of
 from benchmarks.common import ROOT, Rows, corpus, parse_compared, parser, plot_path, write_section
 from benchmarks.frontier_picture import draw
-from benchmarks.frontier_text import BASE, DEFAULT, FORMS, HEALED, LARGEST_OF_FORMS, LAYERS, results_text
-from benchmarks.methods import METHODS, Domain, Size, count_gone, documents_of, rounded
+from benchmarks.frontier_text import BASE, FORMS, HEALED, LARGEST_OF_FORMS, results_text
+from benchmarks.methods import DEFAULT, LAYERS, METHODS, Domain, Size, count_gone, documents_of, rounded
 from benchmarks.models import smollm2
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
@@ -295,7 +295,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.5], help="parameters to remove")
     options.add_argument("--compared", default="medicine", help="domain with peers, training and general text")
     options.add_argument(
-        "--peers", nargs="*", choices=METHODS, default=["flap+bias", "optipfair-maw"], help="methods to compare with"
+        "--peers",
+        nargs="*",
+        choices=[name for name, method in METHODS.items() if not method.whole],
+        default=["flap+bias", "optipfair-maw"],
+        help="methods to compare with",
     )
     options.add_argument("--minutes", type=float, default=8.0, help="minutes of training")
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples")

@@ -13,16 +13,15 @@ import numpy as np
 
 from benchmarks.frontier_text import (
     BASE,
-    DEFAULT,
     HEALED,
     LARGEST_OF_FORMS,
-    LAYERS,
     Found,
     change,
     changes_of,
     general_change,
     gone,
 )
+from benchmarks.methods import DEFAULT, LAYERS
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.plots import new_figure
 

@@ -14,11 +14,11 @@ import numpy as np
 from benchmarks import common
 from benchmarks.by_source import mean_and_worst, mean_change, worst_table
 from benchmarks.common import table
-from benchmarks.methods import METHODS
+from benchmarks.methods import DEFAULT, LAYERS, METHODS
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import format_change, format_percent
 
-BASE, DEFAULT, LAYERS, HEALED = "base", "default", "layers", "healed"
+BASE, HEALED = "base", "healed"
 FORMS = ("native", "variable")
 """The two forms that the default chooses from: one width for all layers, or a width for each."""
 LARGEST_OF_FORMS = 0.3

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.common import Rows, corpus, given, parser, table, write_section
 from benchmarks.frontier import PASSAGES, FrontierDomain
-from benchmarks.frontier_text import DEFAULT
+from benchmarks.methods import DEFAULT
 from benchmarks.models import smollm2
 from benchmarks.vocabulary import relative
 from hf_context_prune.config import PrunerConfig

@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import checkouts, peers
 from benchmarks.common import corpus
+from benchmarks.grasprune import GRASPrune
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
@@ -39,6 +40,8 @@ from hf_context_prune.utils.rounding import six_digits
 
 OURS = {"criterion": "obs", "reconstruction": "sequential", "refit_lm_head": False}
 """The layers alone, as peers prune them: the default refits the rows of the LM head too."""
+DEFAULT, LAYERS = "default", "layers"
+"""What the command does, and the same without tokens."""
 REFERENCE = "flap+bias"
 HIGH = "ours-high"
 """The adaptive model with its rows refitted, on the same calibration samples that all methods have."""
@@ -53,6 +56,8 @@ class Method:
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
     peer: peers.Peer | None = None
+    whole: bool = False
+    """Whether `prune` itself runs, as the command does: the layers, the rows of the LM head, and the tokens if asked."""
 
     @property
     def adaptive(self) -> bool:
@@ -77,6 +82,8 @@ METHODS: dict[str, Method] = {
     HIGH: Method(
         "ours, adaptive widths, `refit_lm_head=True`", {**OURS, "allocation": "adaptive", "refit_lm_head": True}
     ),
+    LAYERS: Method("the default, neurons and KV groups alone", whole=True),
+    DEFAULT: Method("the default", whole=True),
     "optipfair-maw": Method("optipfair MAW (with data)", peer=peers.optipfair_maw),
     "optipfair-ppm": Method("optipfair PPM", peer=peers.optipfair_ppm),
     "torch-pruning": Method("torch-pruning, LLM example", peer=peers.torch_pruning_example),
@@ -84,10 +91,23 @@ METHODS: dict[str, Method] = {
 }
 
 
-def add_checkouts(folder: Path) -> None:
-    """Add the peers of a folder of checkouts to the methods."""
-    labels = {"grasprune": "GRASPrune", "2ssp": "2SSP", "slicegpt": "SliceGPT"}
-    METHODS.update({name: Method(labels[name], peer=peer) for name, peer in checkouts.checkout_peers(folder).items()})
+def add_checkouts(folder: Path, kept: Path) -> None:
+    """Add the peers of a folder of checkouts to the methods.
+
+    Args:
+        folder: It has ``GRASPrune/`` and ``2SSP/``.
+        kept: Folder where the choices of GRASPrune's gates are kept.
+    """
+    gates, two_stage = GRASPrune(folder / "GRASPrune", kept), folder / "2SSP"
+    found = {
+        "grasprune": ("GRASPrune", gates.prune),
+        "grasprune-repaired": ("GRASPrune's units, our repair", gates.repaired),
+        "grasprune-widths": ("GRASPrune's widths, our units and repair", gates.widths),
+        "ours-scaled": ("our units, GRASPrune's scales", gates.scaled),
+        "2ssp": ("2SSP", partial(checkouts.two_stage, two_stage)),
+        "slicegpt": ("SliceGPT", partial(checkouts.slicegpt, two_stage)),
+    }
+    METHODS.update({name: Method(label, peer=peer) for name, (label, peer) in found.items()})
 
 
 @dataclass(frozen=True)
@@ -140,8 +160,7 @@ class Domain:
         self, load: Callable[[], LoadedModel], args: argparse.Namespace, name: str, *, targets: tuple[Target, ...]
     ) -> None:
         self.load, self.args, self.name, self.targets = load, args, name, targets
-        self._stats: dict[frozenset[str], CalibrationStats] = {}
-        self._planners: dict[tuple[Target, ...], Planner] = {}
+        self._made: dict[Any, tuple[Any, float]] = {}
         self._last: tuple[PrunerConfig, Any, dict[str, Any]] | None = None
 
     @property
@@ -170,18 +189,24 @@ class Domain:
             seed=self.args.seed,
         )
 
-    def stats(self, needs: frozenset[str]) -> CalibrationStats:
-        """Return only the statistics that a method needs, computed once."""
-        if needs not in self._stats:
-            self._stats[needs] = calibrate(self.model, batches_of(self.samples), targets=self.targets, statistics=needs)
-        return self._stats[needs]
+    def _once(self, key: object, make: Callable[[], Any]) -> tuple[Any, float]:
+        """Return what is made once for several methods, and the seconds that it took."""
+        if key not in self._made:
+            begin = time.perf_counter()
+            self._made[key] = make(), time.perf_counter() - begin
+        return self._made[key]
 
-    def adaptive(self, config: PrunerConfig) -> Planner:
-        """Return the planner with the loss of every width of every layer, measured once for all sizes."""
+    def stats(self, needs: frozenset[str]) -> tuple[CalibrationStats, float]:
+        """Return only the statistics that a method needs, computed once, and the seconds that they took."""
+        return self._once(
+            needs,
+            lambda: calibrate(self.model, batches_of(self.samples), targets=self.targets, statistics=needs),
+        )
+
+    def adaptive(self, config: PrunerConfig) -> tuple[Planner, float]:
+        """Return the planner with the loss of every width of every layer, measured once for all sizes, and the seconds."""
         targets = Requirements.of(config).targets
-        if targets not in self._planners:
-            self._planners[targets] = Planner(self.model, self.samples, config)
-        return self._planners[targets]
+        return self._once(targets, lambda: Planner(self.model, self.samples, config))
 
     def losses(
         self,
@@ -234,8 +259,13 @@ class Domain:
         return {"nll": rounded(losses), "refit": refit}
 
     def measure(self, method: Method, size: Size, dense: dict[str, Any]) -> dict[str, Any]:
-        """Prune by one method and score the pruned model on the documents of the base model's row."""
+        """Prune by one method and score the pruned model on the documents of the base model's row.
+
+        ``forwards`` of the row is the time as a multiple of a forward pass of the base model over the calibration
+        samples, with the time of what several methods share.
+        """
         smaller, row = self._prune_with_peer(method, size) if method.peer else self.prune(method, size)
+        row["forwards"] = round(row.pop("seconds") / self.forward_seconds, 1)
         losses = self.losses(smaller)
         if documents_of(losses) != dense["documents"]:
             raise SystemExit(
@@ -251,35 +281,46 @@ class Domain:
         return PrunerConfig(**options)
 
     def prune(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
-        """Prune by a method of this package; return the smaller model, and the loss increase that adaptive widths predicted."""
+        """Prune by a method of this package; return the smaller model, and a row with seconds and a predicted loss increase."""
         config = self.config(method, size)
+        begin, earlier = time.perf_counter(), 0.0
         if config.refit_lm_head:
             model, row = self.prune(METHODS["ours-adaptive"], size)
-            model = copy.deepcopy(model)
-            return model, {**row, "refit": refit_rows(model, self.samples)}
+            begin, model = time.perf_counter(), copy.deepcopy(model)
+            refit = refit_rows(model, self.samples)
+            return model, {**row, "refit": refit, "seconds": row["seconds"] + time.perf_counter() - begin}
         if self._last is not None and self._last[0] == config:
-            return self._last[1:]
+            return self._last[1], dict(self._last[2])
         if method.adaptive:
-            plan, reconstruct, _ = self.adaptive(config).plan(config)
+            planner, earlier = self.adaptive(config)
+            begin = time.perf_counter()
+            plan, reconstruct, _ = planner.plan(config)
         elif config.reconstruction == "sequential":
             plan, reconstruct = plan_and_reconstruct(self.model, self.samples, config)
         else:
-            stats = self.stats(Requirements.of(config).statistics)
+            stats, earlier = self.stats(Requirements.of(config).statistics)
+            begin = time.perf_counter()
             plan, reconstruct = make_plan(self.model, stats, config), reconstruct_with(stats, config)
-        predicted = plan.provenance.get(PREDICTED)
-        row = {} if predicted is None else {"predicted": predicted}
-        self._last = config, apply_plan(self.model, plan, reconstruct=reconstruct), row
-        return self._last[1:]
+        smaller = apply_plan(self.model, plan, reconstruct=reconstruct)
+        row = {"seconds": earlier + time.perf_counter() - begin}
+        if (predicted := plan.provenance.get(PREDICTED)) is not None:
+            row["predicted"] = predicted
+        self._last = config, smaller, row
+        return smaller, dict(row)
 
     def _prune_with_peer(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
         assert method.peer is not None
         remove, samples = budgets(self.model, size)[2], self.samples
         begin = time.perf_counter()
         result = method.peer(self.model, samples, remove, size.attention)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin + result.earlier_seconds
         peers.check_peer(self.model, result, samples, remove)
-        row = {"version": result.version, "call": result.call, "note": result.note}
-        return result.model, {**row, "forwards": round(seconds / self.forward_seconds, 1)}
+        return result.model, {
+            "version": result.version,
+            "call": result.call,
+            "note": result.note,
+            "seconds": seconds,
+        }
 
 
 def count_gone(plan: PruningPlan) -> dict[str, int]:

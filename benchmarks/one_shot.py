@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,11 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.by_source import Sources, mean_and_worst, read_sources, sources_of
-from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
-from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain, add_checkouts
+from benchmarks.by_source import RESAMPLES, mean_and_worst, read_sources, sources_of
+from benchmarks.common import ROOT, Rows, cell, given, highest_load, parser, plot_path, table, write_section
+from benchmarks.frontier import OPTIONS, PASSAGES, FrontierDomain
+from benchmarks.methods import (
+    HIGH,
+    LAYERS,
+    METHODS,
+    REFERENCE,
+    SIZES,
+    Size,
+    add_checkouts,
+    budgets,
+    rounded,
+)
 from benchmarks.models import MODELS
-from hf_context_prune.evaluation.bootstrap import Estimate
+from hf_context_prune.config import PrunerConfig
+from hf_context_prune.evaluation.bootstrap import Estimate, bootstrap_estimate, ratio
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses
 from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.modeling.architectures import TARGETS
@@ -32,10 +46,10 @@ from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
 
 
 def losses_of(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[DocumentLoss]:
-    """Return the losses of a row. Only the row of the base model holds the sizes of the documents."""
+    """Return the losses of a row. Only the row of the base model holds the sizes and sources of the documents."""
     return [
-        DocumentLoss(doc, "", nll, tokens, size)
-        for (doc, tokens, size), nll in zip(dense["documents"], row["nll"], strict=True)
+        DocumentLoss(doc, source, nll, tokens, size)
+        for (doc, tokens, size), source, nll in zip(dense["documents"], dense["sources"], row["nll"], strict=True)
     ]
 
 
@@ -49,27 +63,18 @@ def excess(base: Mapping[str, Any], row: Mapping[str, Any], dense: Mapping[str, 
 def shares(
     triples: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]], seed: int
 ) -> list[Estimate]:
-    """Return the excess loss divided by that of the reference, for each domain, then the mean of all domains.
-
-    Intervals are 95 % percentiles of 2000 resamples of documents. Both methods see the same resample, and for the mean
-    each domain is resampled independently.
+    """Return the excess loss divided by that of the reference, for each domain, then the mean with the range of the domains.
 
     Args:
         triples: (row of the base model, row of the reference, row) of each domain.
-        seed: Seed of the resampling.
+        seed: Seed of the draws: of sources, then of documents, the same for both methods.
     """
-    rng = np.random.default_rng(seed)
-    values, resampled = [], []
-    for dense, reference, row in triples:
-        above = [np.asarray(r["nll"]) - np.asarray(dense["nll"]) for r in (row, reference)]
-        picks = rng.integers(0, len(above[0]), (2000, len(above[0])))
-        values.append(above[0].sum() / above[1].sum())
-        resampled.append(above[0][picks].sum(axis=1) / above[1][picks].sum(axis=1))
-    values.append(float(np.mean(values)))
-    resampled.append(np.mean(resampled, axis=0))
-    spans = [tuple(np.percentile(r, [2.5, 97.5]).tolist()) for r in resampled]
-    several = all(len(dense["nll"]) > 1 for dense, _, _ in triples)
-    return [Estimate(float(v), span if several else None) for v, span in zip(values, spans, strict=True)]
+    found = []
+    for dense, *pair in triples:
+        reference, above = (np.subtract(row["nll"], dense["nll"]).tolist() for row in pair)
+        found.append(bootstrap_estimate(ratio, (above, reference), dense["sources"], seed=seed, n_resamples=RESAMPLES))
+    values = [estimate.value for estimate in found]
+    return [*found, Estimate(float(np.mean(values)), None, (min(values), max(values)) if len(values) > 1 else None)]
 
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -77,25 +82,78 @@ Found = Mapping[tuple[str, str, str], dict[str, Any]]
 """Rows by (domain, size, method); base models by (domain, "", "dense"), refitted base models by (domain, "", "refit")."""
 
 
+class OneShotDomain(FrontierDomain):
+    """A domain whose test text is windows of many documents, and whose sizes are those of the peers."""
+
+    label = "one-shot"
+    keeps_models = False
+
+    def own_config(self, method: str, share: float) -> PrunerConfig:
+        return PrunerConfig(
+            target_params=round(self.model.num_parameters() * (1 - share)),
+            **OPTIONS[method],
+            num_calibration_samples=self.args.num_samples,
+            max_seq_length=self.args.length,
+            pruning_seed=self.args.seed,
+        )
+
+    def row(self, name: str, size: Size, base: dict[str, Any]) -> dict[str, Any]:
+        """Return the row of a method at a size."""
+        method = METHODS[name]
+        if not method.whole:
+            return self.measure(method, size, base)
+        share = budgets(self.model, size)[2] / self.model.num_parameters()
+        shutil.rmtree(self.folder)  # curves of another size would count as no time
+        self.folder.mkdir()
+        begin = time.perf_counter()
+        model, tokenizer, _ = self.pruned(name, share)
+        seconds = time.perf_counter() - begin
+        losses = self.losses(model, tokenizer, [doc for doc, _, _ in base["documents"]])
+        self.forget()
+        forwards = round(seconds / self.forward_seconds, 1)
+        return {"parameters": model.num_parameters(), "nll": rounded(losses), "forwards": forwards}
+
+
 def methods_of(args: argparse.Namespace, size: str) -> list[str]:
     """Return the methods that are measured at a size, in order."""
-    return [method for method in args.methods if method != HIGH or SIZES[size].high]
+
+    def fits(name: str) -> bool:
+        return (name != HIGH or SIZES[size].high) and (not METHODS[name].whole or SIZES[size].attention)
+
+    return [name for name in args.methods if fits(name)]
 
 
-def worst_line(rows: Found, args: argparse.Namespace, name: str, sources: Sources) -> str:
+def best_of_ours(args: argparse.Namespace, name: str) -> str | None:
+    """Return the best of our methods that has the units of the peers, of those that were measured at a size."""
+    return next((method for method in (LAYERS, "ours-adaptive", "ours") if method in methods_of(args, name)), None)
+
+
+def worst_line(rows: Found, args: argparse.Namespace, name: str) -> str:
     """Return what the best of our methods loses on each domain, and on its worst source; empty where none was measured."""
-    method = next((method for method in ("ours-adaptive", "ours") if method in args.methods), None)
+    method = best_of_ours(args, name)
     if method is None:
         return ""
     parts = []
     for domain in args.domains:
         dense, row = rows[domain, "", "dense"], rows[domain, name, method]
-        mean, worst = mean_and_worst(dense["nll"], row["nll"], sources_of(dense, sources[domain]), args.seed)
+        mean, worst = mean_and_worst(dense["nll"], row["nll"], dense["sources"], args.seed)
         parts.append(f"{domain} {format_change(mean)}, " + ("one source" if worst is None else f"at worst {worst}"))
     return f"{METHODS[method].label}, change of the loss by source of the text: {'; '.join(parts)}."
 
 
-def size_section(rows: Found, args: argparse.Namespace, name: str, sources: Sources) -> str:
+def peer_line(rows: Found, args: argparse.Namespace, name: str, peer: str) -> str:
+    """Return how much more a peer loses than the best of our methods that has its units."""
+    own = best_of_ours(args, name)
+    if own is None:
+        return ""
+    gaps = [
+        f"{d} {cell(excess(rows[d, name, own], rows[d, name, peer], rows[d, '', 'dense'], args.seed))}"
+        for d in args.domains
+    ]
+    return f"{METHODS[peer].label} minus {METHODS[own].label}, nats per token, paired: {'; '.join(gaps)}."
+
+
+def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
     """Return the table of one size, with verdicts on goals, paired differences and notes."""
     dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
     body, lines, notes = [], [], []
@@ -114,6 +172,7 @@ def size_section(rows: Found, args: argparse.Namespace, name: str, sources: Sour
                 *(cell(estimate) for estimate in found),
                 *(cell(estimate, 2) for estimate in share or [None] * (len(args.domains) + 1)),
                 " to ".join(f"{size:,}" for size in sorted({sizes[0], sizes[-1]})),
+                ", ".join(f"{row['forwards']:.1f}" for row in own),
             ]
         )
         goal = SIZES[name].goal
@@ -125,11 +184,8 @@ def size_section(rows: Found, args: argparse.Namespace, name: str, sources: Sour
             )
         if own[0].get("note"):
             notes.append(f"- {METHODS[method].label}: {own[0]['note']}.")
-        if taken := [f"{d} {row['forwards']:g}" for d, row in zip(args.domains, own, strict=True) if "forwards" in row]:
-            notes.append(
-                f"- {METHODS[method].label} took as long as so many forward passes of the base model over the calibration "
-                f"text: {', '.join(taken)}."
-            )
+        if METHODS[method].peer and (line := peer_line(rows, args, name, method)):
+            lines.append(line)
         predicted = [
             f"{d} {row['predicted']:.3f} and {estimate.value:.3f}"
             for d, row, estimate in zip(args.domains, own, found, strict=True)
@@ -149,9 +205,9 @@ def size_section(rows: Found, args: argparse.Namespace, name: str, sources: Sour
             f"The refit of `refit_lm_head=True` on the base model, with nothing removed: {'; '.join(alone)}. This much of the "
             f"gain of `refit_lm_head=True` may be adaptation to the domain, not reconstruction."
         )
-    lines += [line for line in [worst_line(rows, args, name, sources)] if line]
+    lines += [line for line in [worst_line(rows, args, name)] if line]
     header = ["method", *(f"excess, {d}" for d in args.domains), *(f"share, {d}" for d in args.domains)]
-    body_text = table([*header, "mean share", "parameters"], body)
+    body_text = table([*header, "mean share", "parameters", "forward passes"], body)
     return "\n\n".join(
         part for part in (f"### {SIZES[name].label}", body_text, "\n\n".join(lines), "\n".join(notes)) if part
     )
@@ -200,11 +256,11 @@ def errorbars(axis: Any, places: Any, found: Sequence[Estimate], label: str, *, 
     axis.errorbar(x, y, **{error: bars if len(keep) else None}, fmt="o" if horizontal else "o-", ms=4, label=label)
 
 
-def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str, sources: Sources) -> str:
+def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str) -> str:
     """Return the section of RESULTS.md."""
     dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
     text = "; ".join(
-        f"{d}: {sum(tokens for _, tokens, _ in row['documents']):,} tokens of {len(row['documents'])} documents, "
+        f"{d}: {sum(tokens for _, tokens, _ in row['documents']):,} tokens, a window of each of {len(row['documents'])} documents, "
         f"perplexity {math.exp(sum(row['nll']) / sum(tokens for _, tokens, _ in row['documents'])):.2f}, "
         f"{row['dropped']} documents dropped as overlapping, calibrated on {row['calibration_tokens']:,} tokens"
         for d, row in dense.items()
@@ -223,22 +279,23 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str,
     return f"""## One-shot pruning side by side{title}
 
 {MODELS[args.model][0]} (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
-base model in nats per token; *share*: excess divided by the excess of `flap` + `bias`; 95 % bootstrap intervals over
-documents, paired. All methods have the same calibration text and the same test text, from the validation split ({text}).
+base model in nats per token of its tokenizer; *share*: excess divided by the excess of `flap` + `bias`; 95 % bootstrap
+intervals, which draw sources and then documents, paired; in brackets without an interval, where there are fewer than five sources: the
+range of the sources, and of the domains for the mean. *Forward passes*: the time, with what methods share, as a multiple of a forward pass of the base
+model over the calibration text, by domain. All methods have the same calibration text and the same test text, from the validation split ({text}).
 `obs` + `least_squares` is the recipe of SlimGPT (arXiv 2412.18110) for the choice and of GRAIL (arXiv 2602.23795) for the refit.
-All widths are uniform, except for adaptive widths, which have the same total. `bias` adds biases that this architecture
+All widths are uniform, except for adaptive widths and the default, which have the same total. `bias` adds biases that this architecture
 can't save, so `bias` is measured in memory. The plot leaves out values that are not above zero. All models, the base model
-included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX. The section on costs has the
-time of the methods.
+included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX.
 
 ![Excess loss by method]({plot_path(name).name})
 
-{chr(10).join(f"{size_section(rows, args, size, sources)}{chr(10)}" for size in args.sizes)}
+{chr(10).join(f"{size_section(rows, args, size)}{chr(10)}" for size in args.sizes)}
 Calls of the peers:
 
 {chr(10).join(calls) or "- none in this run"}
 
-`python -m benchmarks.one_shot --data DATA{args.given}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+`python -m benchmarks.one_shot --data DATA{args.given}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}. Highest load average: {highest_load(rows.values())}.
 """
 
 
@@ -246,8 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--peers", type=Path)
-    if (folder := first.parse_known_args(arguments)[0].peers) is not None:
-        add_checkouts(folder)
+    first.add_argument("--work", type=Path, default=ROOT / "rows")
+    known, _ = first.parse_known_args(arguments)
+    if known.peers is not None:
+        add_checkouts(known.peers, known.work / "models")
     options = parser(__doc__ or "", several=True)
     options.add_argument("--peers", type=Path, help="folder of checkouts of GRASPrune and 2SSP, which adds methods")
     options.add_argument("--quick", action="store_true", help="one domain, one size, little text")
@@ -258,7 +317,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the tables")
     options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
-    options.add_argument("--eval-tokens", type=int, default=24_000, help="at most this many test tokens per domain")
+    options.add_argument(
+        "--eval-tokens",
+        type=int,
+        default=24_000,
+        help="at most this many test tokens per domain: a window per document",
+    )
     if "--quick" in arguments:
         options.set_defaults(domains=["medicine"], sizes=["mlp25"], num_samples=48, eval_tokens=12_000)
     args = options.parse_args(arguments)
@@ -273,15 +337,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         section += f"_{args.model}"
     store, load = Rows(args, "one_shot", seed=args.seed), cache(MODELS[args.model][1])
     common = {"blocks": args.num_samples, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
+    common |= {"text": PASSAGES}
     if args.model != DEFAULT_MODEL:
         common["model"] = args.model
-    domains = {domain: Domain(load, args, domain, targets=args.targets) for domain in args.domains}
+    args.shares = [0.2]  # the calibration text is the same for all
+    domains = {domain: OneShotDomain(load, args, domain, targets=args.targets) for domain in args.domains}
     sources = read_sources(args, args.domains)
     keys = {domain: {**common, "domain": domain} for domain in domains}
     rows: dict[tuple[str, str, str], dict[str, Any]] = {
         (name, "", "dense"): store.get_or_measure({**keys[name], "method": "dense"}, domain.measure_dense)
         for name, domain in domains.items()
     }
+    for name in domains:
+        row = rows[name, "", "dense"]
+        rows[name, "", "dense"] = {**row, "sources": sources_of(row, sources[name])}
     for name, domain in domains.items() if any(HIGH in methods_of(args, size) for size in args.sizes) else ():
         dense = rows[name, "", "dense"]
         rows[name, "", "refit"] = store.get_or_measure(
@@ -293,13 +362,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 searched = {"search": [SEARCH_TOKENS, PROBE_TOKENS]} if METHODS[method].adaptive else {}
                 rows[domain_name, size, method] = store.get_or_measure(
                     {**keys[domain_name], "size": size, "method": method, **searched},
-                    lambda d=domain, m=method, s=size, row=rows[domain_name, "", "dense"]: d.measure(
-                        METHODS[m], SIZES[s], row
-                    ),
+                    lambda d=domain, m=method, s=size, row=rows[domain_name, "", "dense"]: d.row(m, SIZES[s], row),
                 )
         finished = argparse.Namespace(**{**vars(args), "sizes": args.sizes[:turn]})
         plot(rows, finished, section)
-        write_section(section, results_text(rows, finished, section, store.setting["machine"], sources))
+        write_section(section, results_text(rows, finished, section, store.setting["machine"]))
 
 
 if __name__ == "__main__":

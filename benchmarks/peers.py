@@ -33,6 +33,7 @@ class PeerResult:
         call: The call, as code.
         note: Limits of the peer at this size, or how the size was reached; may be empty.
         step: Parameters of the smallest step that the peer can take, where it is larger than the tolerance.
+        earlier_seconds: Seconds of the work that an earlier call did, and left on the disk.
     """
 
     model: Any
@@ -40,6 +41,7 @@ class PeerResult:
     call: str
     note: str = ""
     step: int = 0
+    earlier_seconds: float = 0.0
 
 
 Peer = Callable[[Any, torch.Tensor, int, bool], PeerResult]

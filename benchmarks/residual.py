@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.by_source import read_sources, sources_of
 from benchmarks.common import Rows, cell, given, parser, table, write_section
 from benchmarks.methods import METHODS, OURS, SIZES, Domain, Method, documents_of, rounded
 from benchmarks.models import smollm2
@@ -42,7 +43,7 @@ class ResidualDomain(Domain):
     def sequential(self) -> tuple[PruningPlan, Any]:
         """Plan and smaller model with adaptive widths."""
         config = self.config(METHODS[PRUNED], self.size)
-        plan, reconstruct, _ = self.adaptive(config).plan(config)
+        plan, reconstruct, _ = self.adaptive(config)[0].plan(config)
         return plan, apply_plan(self.model, plan, reconstruct=reconstruct)
 
     def scored(self, model: Any, dense: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class ResidualDomain(Domain):
         plan = self.sequential[0]
         if reconstruction == "none":
             return apply_plan(self.model, plan)
-        stats = self.stats(Requirements.of(config).statistics)
+        stats, _ = self.stats(Requirements.of(config).statistics)
         return apply_plan(self.model, plan, reconstruct=reconstruct_with(stats, config))
 
 
@@ -137,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     get("dense", "", domain.measure_dense)
     dense = rows["dense", ""]
+    dense = {**dense, "sources": sources_of(dense, read_sources(args, [args.domain])[args.domain])}
+    rows["dense", ""] = dense
     if documents_of(domain.losses(domain.model, docs=[dense["documents"][0][0]])) != dense["documents"][:1]:
         raise SystemExit(
             "The row of the base model was measured on other documents than --data has now. Start over with --fresh."

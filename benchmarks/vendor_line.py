@@ -16,8 +16,7 @@ from typing import Any
 
 from benchmarks.common import Rows, cell, given, parser, table, write_section
 from benchmarks.frontier import FrontierDomain
-from benchmarks.frontier_text import DEFAULT
-from benchmarks.methods import documents_of, rounded
+from benchmarks.methods import DEFAULT, documents_of, rounded
 from benchmarks.models import MODELS
 from benchmarks.vocabulary import relative
 from hf_context_prune.config import PrunerConfig

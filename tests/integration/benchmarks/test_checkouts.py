@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from benchmarks import methods, one_shot
-from benchmarks.checkouts import _imported, _mask_attention, _put_back, _sliced_width, _unmask_attention, checkout_peers
+from benchmarks.checkouts import _mask_attention, _sliced_width, _unmask_attention, imported
 from benchmarks.common import given, parser
+from benchmarks.grasprune import _given, _walk, put_back
 from benchmarks.peers import PeerResult, check_peer
+from hf_context_prune.modeling.plan import LayerPlan
 from tests.support.tiny import tiny_model
 
 
@@ -23,23 +25,50 @@ def test_modules_of_a_checkout_are_forgotten(tmp_path, monkeypatch):
     (tmp_path / "config.py").write_text("import absent\nVALUE = absent.ConfigDict\n")
     ours = type(sys)("config")
     monkeypatch.setitem(sys.modules, "config", ours)
-    with _imported(tmp_path, ("config",), ("absent",)) as (theirs,):
+    with imported(tmp_path, ("config",), ("absent",)) as (theirs,):
         assert theirs.VALUE().__dict__ == {}
         assert sys.modules["config"] is theirs
     assert sys.modules["config"] is ours
     assert "absent" not in sys.modules
     assert str(tmp_path) not in sys.path
     (tmp_path / "config.py").write_text("raise OSError('broken')\n")
-    with pytest.raises(OSError, match="broken"), _imported(tmp_path, ("config",)):
+    with pytest.raises(OSError, match="broken"), imported(tmp_path, ("config",)):
         pytest.fail("imported")
     assert sys.modules["config"] is ours
 
 
-def test_a_checkout_that_is_missing_is_named(tmp_path, model):
-    peers = checkout_peers(tmp_path)
-    assert set(peers) == {"grasprune", "2ssp", "slicegpt"}
-    with pytest.raises(SystemExit, match="GRASPrune is missing"):
-        peers["grasprune"](model, torch.zeros(1, 8, dtype=torch.long), 1, False)
+@pytest.mark.parametrize(("name", "folder"), [("grasprune", "GRASPrune"), ("2ssp", "2SSP"), ("slicegpt", "2SSP")])
+def test_a_checkout_that_is_missing_is_named(tmp_path, monkeypatch, model, name, folder):
+    monkeypatch.setattr(methods, "METHODS", {})
+    methods.add_checkouts(tmp_path, tmp_path)
+    with pytest.raises(SystemExit, match=f"{folder} is missing"):
+        methods.METHODS[name].peer(model, torch.zeros(1, 8, dtype=torch.long), 1, False)
+
+
+def test_random_numbers_of_a_checkout_are_seeded_and_those_of_the_caller_go_on(tmp_path):
+    (tmp_path / "config.py").write_text("import torch\nVALUE = torch.rand(()).item()\n")
+    before = torch.get_rng_state()
+    for _ in range(2):
+        with imported(tmp_path, ("config",)) as (theirs,):
+            assert torch.rand((), generator=torch.Generator().manual_seed(0)).item() == theirs.VALUE
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_walk_keeps_a_given_choice(model):
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for neurons, groups in ((30, 2), (40, 1), (17, 2)):  # of 40 and 2: some sub-layers keep all
+        kept = torch.randperm(40, generator=generator)[:neurons].sort().values
+        layers.append(LayerPlan(tuple(kept.tolist()), (1,) if groups == 1 else (0, 1)))
+    samples = torch.randint(5, 100, (6, 32), generator=generator)
+    smaller, kept = _walk(model, samples, layers, _given(layers))
+    assert kept == tuple(layers)
+    assert [layer.mlp.down_proj.in_features for layer in smaller.model.layers] == [30, 40, 17]
+    assert [layer.self_attn.k_proj.out_features // smaller.config.head_dim for layer in smaller.model.layers] == [
+        2,
+        1,
+        2,
+    ]
 
 
 def test_a_masked_attention_adds_nothing(model):
@@ -62,7 +91,7 @@ def test_narrowed_projections_go_into_the_stock_layers(model):
     for layer, projection in zip(model.model.layers, narrow, strict=True):
         layer.mlp, layer.self_attn = torch.nn.Module(), torch.nn.Module()
         layer.mlp.up_proj = projection
-    _put_back(model, stock)
+    put_back(model, stock)
     for layer, (mlp, attention), projection in zip(model.model.layers, stock, narrow, strict=True):
         assert layer.mlp is mlp
         assert layer.self_attn is attention

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import common, frontier
 from benchmarks.frontier_picture import choose_ticks, spread_apart
-from benchmarks.frontier_text import BASE, DEFAULT, HEALED, LAYERS, changes_of, verdicts
+from benchmarks.frontier_text import BASE, HEALED, changes_of, verdicts
+from benchmarks.methods import DEFAULT, LAYERS
 from hf_context_prune.storage.loading import LoadedModel
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains

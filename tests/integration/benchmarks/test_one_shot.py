@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import json
 
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks import common, cost, methods, one_shot, residual
 from benchmarks.methods import METHODS, SIZES, Size, budgets
+from benchmarks.peers import PeerResult
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.storage.loading import LoadedModel
 from tests.support.tiny import tiny_model
@@ -72,12 +74,12 @@ def test_rows_section_plot_and_resume(bench, monkeypatch):
     ]
     dense = rows[0]
     assert dense["calibration_tokens"] == 4 * 32
-    assert len(dense["documents"]) == len(dense["nll"]) == len(rows[4]["nll"]) > 1
+    assert len(dense["documents"]) == len(dense["nll"]) == len(rows[3]["nll"]) > 1
     assert rows[3]["parameters"] == dense["parameters"] - 3 * 10 * 3 * 48  # 10 of 40 neurons of each of three layers
     assert all({"commit", "machine", "seed"} <= row["setting"].keys() for row in rows)
     text = (folder / "RESULTS.md").read_text()
     assert text.count("<!-- begin one_shot -->") == 1
-    for part in ("### 25 % of the MLP neurons", "### 50 %", "| `flap` + `bias` |", "| 1.00 [1.00, 1.00] |", "Goal of"):
+    for part in ("### 25 % of the MLP neurons", "### 50 %", "| `flap` + `bias` |", "| 1.00 |", "Goal of"):
         assert part in text
     # The command names options that differ from the defaults; the sizes do not differ, and paths are left out.
     named = "--domains law medicine --num-samples 4 --length 32 --eval-tokens 900 --methods flap+bias ours"
@@ -101,7 +103,7 @@ def test_other_documents_than_the_dense_row_has_are_refused(bench):
         fewer = file.read().splitlines()[:3]
     with gzip.open(test_text, "wt") as file:
         file.write("\n".join(fewer))
-    with pytest.raises(SystemExit, match="other documents"):
+    with pytest.raises(SystemExit, match="which --data does not have"):
         one_shot.main([*arguments, "random", "magnitude"])
 
 
@@ -120,6 +122,8 @@ def test_adaptive_rows_compare_with_uniform_ones(bench):
     assert (rows[2]["nll"] == rows[1]["nll"]) == (rows[2]["refit"]["share"] == 0)
     text = (folder / "RESULTS.md").read_text()
     assert "adaptive minus uniform" in text
+    assert all(row["forwards"] > 0 for row in rows)
+    assert rows[2]["forwards"] > rows[1]["forwards"]  # what both share counts for each
     assert "on the base model, with nothing removed" in text
     assert "<!-- begin one_shot_all -->" in text
     assert "--sizes all20" in text
@@ -159,20 +163,49 @@ def test_cost_in_a_process_of_its_own_says_what_failed(tmp_path):
         cost.in_fresh_process(args, "ours", 4)
 
 
-def test_shares_are_exact_and_their_mean_resamples_each_domain():
-    dense = {"nll": [1.0, 2.0, 3.0]}
-    reference = {"nll": [2.0, 4.0, 6.0]}
-    half, quarter = {"nll": [1.5, 3.0, 4.5]}, {"nll": [1.25, 2.5, 3.75]}
+def test_shares_are_exact_and_their_mean_has_the_range_of_the_domains():
+    losses = [1.0 + index for index in range(10)]
+    dense = {"nll": losses, "sources": ["one"] * 10}
+    reference = {"nll": [2 * loss for loss in losses]}
+    half, quarter = {"nll": [1.5 * loss for loss in losses]}, {"nll": [1.25 * loss for loss in losses]}
     first, second, mean = one_shot.shares([(dense, reference, half), (dense, reference, quarter)], 0)
     assert (first.value, second.value, mean.value) == (0.5, 0.25, 0.375)
-    assert mean.interval == pytest.approx((0.375, 0.375))
-    single = one_shot.shares([({"nll": [1.0]}, {"nll": [2.0]}, {"nll": [1.5]})], 0)
+    assert first.interval == pytest.approx((0.5, 0.5))
+    assert mean.interval is None
+    assert mean.span == (0.25, 0.5)
+    single = one_shot.shares([({"nll": [1.0], "sources": ["one"]}, {"nll": [2.0]}, {"nll": [1.5]})], 0)
     assert single[0].interval is None
+
+
+def test_the_default_and_a_peer_of_a_checkout_stand_beside_ours(bench, monkeypatch):
+    folder, options = bench
+
+    def peer(model, samples, remove, attention):
+        smaller = copy.deepcopy(model)
+        smaller.config.use_cache = False
+        return PeerResult(smaller, "p 1", "p(model)", "half of a note", step=10**9, earlier_seconds=1e4)
+
+    monkeypatch.setitem(METHODS, "p", methods.Method("P", peer=peer))
+    monkeypatch.setattr(one_shot, "METHODS", METHODS)
+    one_shot.main(
+        with_options(options, "--domains law --sizes all20 --num-samples 12 --methods flap+bias p layers default")
+    )
+    dense, *rows = rows_of(folder, "one_shot")
+    reference, theirs, layers, default = rows
+    assert theirs["nll"] == dense["nll"]  # it removed nothing
+    assert theirs["forwards"] > 1e4  # the seconds of its earlier call count
+    budget = dense["parameters"] - reference["parameters"]
+    for row in (layers, default):
+        assert 0.9 * budget < dense["parameters"] - row["parameters"] < 1.3 * budget
+        assert len(row["nll"]) == len(dense["nll"])
+    text = (folder / "RESULTS.md").read_text()
+    assert "P minus the default, neurons and KV groups alone, nats per token, paired: law " in text
+    assert "- P: half of a note." in text
 
 
 def test_every_method_is_a_valid_config_or_a_peer():
     for method in METHODS.values():
-        assert (method.peer is None) == bool(method.options)
+        assert (method.peer is not None) + bool(method.options) + method.whole == 1
     uniform, adaptive, removed = budgets(tiny_model("llama"), SIZES["mlp25"])
     assert uniform == adaptive == {"mlp_ratio": 0.25}
     assert removed == 3 * 10 * 3 * 48

@@ -151,6 +151,7 @@ def test_nothing_generates_by_the_generation_config_of_a_folder():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # the library compiles its kernels
 def test_int4_falls_back_to_int8_where_inputs_have_no_groups(folders, tmp_path):
     folder = export_model(folders["stock"], tmp_path / "out", format="quanto", dtype="int4", **EASY).folder
     types = {name: entry["weights"] for name, entry in json.loads((folder / "quanto_qmap.json").read_text()).items()}
