@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import PeerResult
-from hf_context_prune.pruning.sequential.hidden_states import record_output
+from hf_context_prune.pruning.sequential.hidden_states import record_input, record_output
 
 _TRAINED_LENGTH = 2048
 """Tokens per calibration sample of 2SSP."""
@@ -136,11 +136,23 @@ def depth_masks(
             found: float = measure(candidate, ids, **{**options, "device": "cpu", "seq_len": ids.numel()})
             return found
 
+        before: dict[int, tuple[Any, torch.Tensor]] = {}  # masks of the layers before a layer, and its input
+
         def once(candidate: Any, ids: torch.Tensor, **options: Any) -> float:
-            parts = (part for layer in candidate.model.layers for part in (layer.self_attn, layer.mlp))
-            masks = tuple("forward" in vars(part) for part in parts)
+            layers = candidate.model.layers
+            masks = tuple("forward" in vars(part) for layer in layers for part in (layer.self_attn, layer.mlp))
             if masks not in known:
-                known[masks] = on_cpu(candidate, ids, **options)
+                first = max(
+                    (index for index, (prefix, _) in before.items() if prefix == masks[: len(prefix)]), default=0
+                )
+                with ExitStack() as stack:
+                    for layer in layers[:first]:
+                        layer.forward = lambda *_, **__: before[first][1]
+                        stack.callback(vars(layer).pop, "forward")
+                    seen = [stack.enter_context(record_input(layer)) for layer in layers[first:]]
+                    known[masks] = on_cpu(candidate, ids, **options)
+                for index, (states,) in enumerate(seen, start=first):
+                    before[index] = masks[: 2 * index], states
             return known[masks]
 
         pruning.evaluate_perplexity = once
