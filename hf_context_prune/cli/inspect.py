@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .export import show_export
 from .options import FolderArgument, FormatOption, OutputFormat, VerboseOption
 from .output import out, out_json, out_table, show_report
-from .tables import widths_table
+from .tables import inside_experts_line, widths_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +41,8 @@ def inspect(folder: FolderArgument, format: FormatOption = OutputFormat.auto, ve
     if plan.vocabulary:
         out(f"Vocabulary: {len(plan.vocabulary.kept):,} of {plan.vocabulary.dense:,} embedding rows kept")
     out_table(widths_table(plan.dense, plan.widths))
+    if plan.expert_neurons is not None:
+        out(inside_experts_line(*plan.expert_neurons.sizes))
     if report:
         show_report(report, verbose=verbose)
 
@@ -61,6 +63,7 @@ def _facts(files: Mapping[str, Any], plan: PruningPlan, report: EvalReport | Non
         "provenance": dict(plan.provenance),
         "widths": [asdict(w) for w in plan.widths],
         "removed_layers": list(plan.removed_layers),
+        "inside_experts": plan.expert_neurons and plan.expert_neurons.sizes,
         "vocabulary_size": len(plan.vocabulary.kept) if plan.vocabulary else None,
         "report": report.to_dict() if report else None,
     }

@@ -34,7 +34,7 @@ from .options import (
     shared,
 )
 from .output import NextSteps, next_steps, out, out_json, out_table, show_result
-from .tables import widths_table
+from .tables import inside_experts_line, widths_table
 
 
 @options_of(EvalOptions, into="evaluation")
@@ -184,6 +184,8 @@ def _dry_run(
         if found.experts is not None:
             kept, count = found.experts
             out(f"Experts: {kept} of {count} stay in every layer that has them; which ones is measured")
+        if found.inside_experts is not None:
+            out(inside_experts_line(*found.inside_experts))
         if found.widths is not None:
             out_table(widths_table(found.dense, found.widths))
         if found.tokens != found.dense_tokens:

@@ -63,6 +63,17 @@ def export_table(report: ExportReport) -> Table:
 _UNITS = {"neurons": "MLP neurons", "kv_groups": "KV groups", "experts": "experts"}
 
 
+def inside_experts_line(neurons: tuple[int, int], shared: tuple[int, int]) -> str:
+    """Return a line on the neurons that stay inside experts.
+
+    Args:
+        neurons: Those of every expert that stay, and how many there are.
+        shared: The same of a shared expert; (0, 0) where there is none.
+    """
+    beside = f", and {shared[0]:,} of {shared[1]:,} of the shared one" if shared[1] else ""
+    return f"Inside experts: {neurons[0]:,} of {neurons[1]:,} neurons of every expert stay{beside}"
+
+
 def widths_table(dense: tuple[LayerWidths, ...], widths: tuple[LayerWidths, ...]) -> Table:
     """Return the sizes before and after pruning; a row for each run of equal layers."""
     table = Table(title="Widths by layer", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)

@@ -71,7 +71,7 @@ def check_supported(model: nn.Module) -> ArchSpec:
 
     Raises:
         UnsupportedArchitectureError: The class is unknown or wrapped, or the weights are quantised, replaced by an
-            adapter or on the meta device.
+            adapter, on the meta device or shared by two layers.
         ConfigError: A registered entry has a path that the model lacks.
     """
     if not isinstance(model, PreTrainedModel):
@@ -105,7 +105,14 @@ def check_supported(model: nn.Module) -> ArchSpec:
     if spec.model_type not in BUILT_IN:
         check_paths(model, spec)
     widths = read_geometry(model.config, spec).layers
+    owners: dict[int, int] = {}
     for index, layer in enumerate(layers_of(model, spec)):
+        for name, parameter in layer.named_parameters():
+            if (owner := owners.setdefault(id(parameter), index)) != index:
+                raise UnsupportedArchitectureError(
+                    f"Layers {owner} and {index} share the weight {spec.layers}.{index}.{name}, so neither can be "
+                    f"pruned without the other. Give each a copy of its own first (copy.deepcopy of the module)."
+                )
         modules = dict(layer.named_modules())
         for path in _projection_paths(spec, widths[index]):
             module = modules.get(path)

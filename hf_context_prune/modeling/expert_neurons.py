@@ -52,6 +52,11 @@ class ExpertNeurons:
         """Neurons of a shared expert that stay."""
         return next((len(kept) for kept in self.shared if kept), self.dense_shared)
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Neurons of an expert that stay and how many there are, and the same of a shared expert."""
+        return (self.width, self.dense), (self.shared_width, self.dense_shared)
+
     def without(self, removed: Sequence[int]) -> ExpertNeurons:
         """Return the same without the neurons of layers that are removed as a whole."""
 

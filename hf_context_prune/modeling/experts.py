@@ -151,7 +151,7 @@ def why_not_kept(config: Any, experts: Experts, kept: Sequence[int], total: int)
         in_groups = f", in {getattr(config, experts.groups[1])} of {groups} groups" if groups > 1 else ""
         return (
             f"{len(kept)} of {total} experts would stay, and at least {fewest} must: every token is routed to "
-            f"{per_token} of them ({experts.per_token}{in_groups}). Keep {fewest} to {total}."
+            f"{per_token} of them ({experts.per_token}{in_groups}). Keep {fewest} or more."
         )
     sizes = Counter(index * groups // total for index in kept)
     if groups > 1 and len({sizes[group] for group in range(groups)}) > 1:

@@ -54,10 +54,13 @@ def check_paths(model: nn.Module, spec: ArchSpec) -> None:
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise _wrong(spec, "layers", spec.layers, lists, "no list of layers")
     inside = {name for layer in layers for name, _ in layer.named_modules() if name}
-    projections: list[tuple[str, str]] = [("mlp_inputs", path) for path in spec.mlp_inputs] + [
-        ("mlp_output", spec.mlp_output)
-    ]
-    places: list[tuple[str, str | None]] = [("activation", spec.activation)]
+    projections: list[tuple[str, str]] = []
+    places: list[tuple[str, str | None]] = []
+    if spec.experts is not None and all(_has(layer, spec.experts.block, spec.experts.experts) for layer in layers):
+        places += [("experts", f"{spec.experts.block}.{spec.experts.router}")]
+    else:  # some layer has an MLP
+        projections += [*(("mlp_inputs", path) for path in spec.mlp_inputs), ("mlp_output", spec.mlp_output)]
+        places += [("activation", spec.activation)]
     if set(getattr(model.config, "layer_types", None) or [None]) - set(WITHOUT_ATTENTION):
         projections += [("attention_inputs", projection.path) for projection in spec.attention_inputs]
         projections += [("attention_output", spec.attention_output)]
@@ -125,6 +128,10 @@ def _check_attribute(layers: Iterable[nn.Module], spec: ArchSpec, name: str) -> 
             f"The entry of {spec.model_type!r} has attention_attributes with {name!r}, which {spec.attention!r} of no "
             f"layer has.{did_you_mean(name, known)}"
         )
+
+
+def _has(layer: nn.Module, *path: str) -> bool:
+    return ".".join(path) in dict(layer.named_modules())
 
 
 def _has_matrix(module: nn.Module | None) -> bool:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError, ConfigError
 from hf_context_prune.evaluation.options import EvalOptions
+from hf_context_prune.modeling.expert_neurons import inner_widths
+from hf_context_prune.modeling.experts import experts_spec
 from hf_context_prune.modeling.geometry import LayerWidths
 from hf_context_prune.modeling.native_fit import NativeFit, assess_native_fit
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
@@ -25,7 +27,13 @@ from hf_context_prune.pruning.allocation.widths import (
 )
 from hf_context_prune.pruning.available_units import let_experts_give
 from hf_context_prune.pruning.depth import deepest, name_share_of_layers, rest_of_budget, stand_in
-from hf_context_prune.pruning.experts import count_experts, rest_of_experts_budget, without_experts_shape
+from hf_context_prune.pruning.experts import (
+    count_experts,
+    count_neurons,
+    name_experts,
+    rest_of_experts_budget,
+    without_experts_shape,
+)
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
@@ -49,6 +57,8 @@ class DryRun:
         removed_layers: Layers that are removed as a whole, of which it is measured which; None where their number is,
             too.
         experts: Experts that stay in every layer that has them, and how many there are; None where all stay.
+        inside_experts: Neurons of every expert that stay, and how many there are; the same of a shared expert (0 and 0
+            where there is none); None where all stay.
         dense: Widths of the base model, one per layer that stays.
         widths: Widths after pruning, one per layer that stays; None for adaptive widths, which are measured.
         dense_tokens: Embedding rows of the base model.
@@ -64,6 +74,7 @@ class DryRun:
     asked_ratio: float | None
     removed_layers: int | None
     experts: tuple[int, int] | None
+    inside_experts: tuple[tuple[int, int], tuple[int, int]] | None
     dense: tuple[LayerWidths, ...]
     widths: tuple[LayerWidths, ...] | None
     dense_tokens: int
@@ -161,6 +172,7 @@ def dry_run(
         asked_ratio=budget.asked_ratio,
         removed_layers=None if most is not None else 0 if depth is None else len(depth.order),
         experts=(count_experts(empty, config), experts) if config.removes_experts else None,
+        inside_experts=_inside_experts(empty, config),
         dense=tuple(replace(w, experts=w.experts and experts) for w in view.widths),
         widths=widths,
         dense_tokens=rows,
@@ -174,19 +186,33 @@ def dry_run(
     )
 
 
+def _inside_experts(model: PreTrainedModel, config: PrunerConfig) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    if not config.narrows_experts:
+        return None
+    kept, shared = count_neurons(model, config)
+    dense, dense_shared = inner_widths(model.config, experts_spec(ModelView.of_shapes(model).spec))
+    return (kept, dense), (shared, dense_shared)
+
+
 def _check_beside_experts(model: PreTrainedModel, config: PrunerConfig) -> None:
-    """Refuse a budget that the other units can't give beside the experts that a config removes, if it removes any."""
-    fewer = without_experts_shape(model, config) if config.prunes_experts else model
-    rest = rest_of_experts_budget(config, model, fewer) if config.prunes_experts else config
-    _check_units(fewer, rest, num_rows(model))
+    """Refuse a budget that the other units can't give beside what a config gives a size of its own."""
+    fewer, rest, rows = model, config, num_rows(model)
+    if config.prunes_experts:
+        fewer = without_experts_shape(model, config)
+        rest = rest_of_experts_budget(config, model, fewer)
+    if (depth := stand_in(fewer, rest)) is not None:
+        fewer, rest = depth.shorten(fewer), rest_of_budget(rest, fewer, depth)
+    size = VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of)
+    _check_units(fewer, rest, rows if config.vocab_size is None else min(rows, size.round_up(config.vocab_size)))
 
 
 def _check_units(model: PreTrainedModel, config: PrunerConfig, tokens: int) -> None:
     """Refuse a budget that tokens, neurons and KV groups can't give, from shapes alone."""
-    if config.searches_tokens:
-        check_shared_budget(model, config, fewest_tokens=1)  # how many must stay, the tokenizer knows
-    elif config.prunes_layers:
-        check_units_budget(model, config, tokens)
+    with name_experts(model):
+        if config.searches_tokens:
+            check_shared_budget(model, config, fewest_tokens=1)  # how many must stay, the tokenizer knows
+        elif config.prunes_layers:
+            check_units_budget(model, config, tokens)
 
 
 def _measured(config: PrunerConfig) -> str:

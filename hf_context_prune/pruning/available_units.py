@@ -12,9 +12,13 @@ from hf_context_prune.errors import BudgetError, VocabularyError
 from hf_context_prune.modeling.experts import experts_spec, fewest_experts, num_groups
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.allocation.budget import ParameterBudget
+from hf_context_prune.pruning.allocation.budget import ParameterBudget, share_below
 from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_tokens
+from hf_context_prune.pruning.vocabulary.selection import VocabularySize
+
+from .depth import stand_in
+from .experts import rest_of_experts_budget, without_experts_shape
 
 SMALL_VOCABULARY = 0.01
 """Share of all parameters in removable tokens below which a vocabulary is not worth the time."""
@@ -30,12 +34,14 @@ def let_experts_give(
 ) -> PrunerConfig:
     """Return the config with as many whole experts removed as a budget of all parameters has room for.
 
-    Most parameters of a mixture of experts are in them, and a domain is routed to a part of them. The other units give
-    the rest; where they can't, one expert more goes.
+    Most parameters of a mixture of experts are in them, and a domain is routed to a part of them. What has a size of
+    its own (layers, tokens, neurons inside experts) goes first, then experts. The other units give the rest; where they
+    can't, one expert more goes.
 
     Args:
         model: The base model; its weights may be on the meta device.
-        config: All choices; one that names the units, or fixes experts, layers or tokens, is returned as it is.
+        config: All choices; one that names the units or fixes the number of experts is returned as it is, and so is
+            one whose tokens are counted on the text.
         check: Refuses a config whose budget can't be reached, by a `BudgetError`.
 
     Raises:
@@ -43,27 +49,51 @@ def let_experts_give(
     """
     view = ModelView.of_shapes(model)
     counts = {widths.experts for widths in view.widths if widths.experts}
-    fixed = config.prunes_experts or config.removes_layers or config.fixes_tokens or config.units is not None
+    counted = config.fixes_tokens and config.vocab_size is None  # how many tokens go is not known yet
+    fixed = config.removes_experts or config.units is not None or counted
     if len(counts) != 1 or not config.shares_budget or fixed:
         return config
     if (remove := ParameterBudget.of(config, view.num_parameters).remove_params) is None:
         return config  # the loss decides on the size
     total, experts = counts.pop(), experts_spec(view.spec)
     groups = num_groups(model.config, experts)
-    step = groups * view.costs["experts"] * sum(bool(widths.experts) for widths in view.widths)
     most = (total - fewest_experts(model.config, experts)) // groups
-    fewest, more = (min(count, most) for count in (remove // step, -(-remove // step)))
+
+    def without(removed: int) -> PrunerConfig:
+        return replace(config, num_experts=total - removed * groups) if removed else config
+
+    before = _parameters_left(model, config)
+    room = max(0, before - view.num_parameters + remove)  # beside what has a size of its own
+    step = before - _parameters_left(model, without(1)) if most else 0
+    fewest, more = (min(count, most) for count in ((room // step, -(-room // step)) if step else (0, 0)))
     for removed in dict.fromkeys((fewest, more)):
-        candidate = replace(config, num_experts=total - removed * groups) if removed else config
         try:
-            check(candidate)
-            return candidate
+            check(without(removed))
+            return without(removed)
         except BudgetError as error:
             refused = error
+    gone = view.num_parameters - before + more * step
+    inside = "" if config.narrows_experts else ", or let neurons inside experts go, too (expert_neurons_ratio)"
     raise BudgetError(
-        f"Asked to remove {remove:,} of {view.num_parameters:,} parameters. Even with {total - more * groups} of "
-        f"{total} experts in every layer the others can't give the rest. {refused}"
+        f"Asked to remove {remove:,} of {view.num_parameters:,} parameters. With {total - more * groups} of {total} "
+        f"experts in every layer {gone:,} are gone ({share_below(gone, view.num_parameters)} of all), and the other "
+        f"units can't give the rest. Ask for less{inside}."
     ) from refused
+
+
+def _parameters_left(model: PreTrainedModel, config: PrunerConfig) -> int:
+    """Return the parameters that are left once everything is gone that a config gives a size of its own."""
+    fewer, rest = model, config
+    if config.prunes_experts:
+        fewer = without_experts_shape(model, config)
+        rest = rest_of_experts_budget(config, model, fewer)
+    if (depth := stand_in(fewer, rest)) is not None:
+        fewer = depth.shorten(fewer)
+    tokens = 0
+    if config.vocab_size is not None:
+        size = VocabularySize(config.vocab_size, pad_to_multiple_of=config.pad_to_multiple_of)
+        tokens = max(0, num_rows(model) - size.round_up(config.vocab_size))
+    return fewer.num_parameters() - tokens * token_cost(model)
 
 
 def choose_units(

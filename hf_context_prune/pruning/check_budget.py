@@ -14,7 +14,7 @@ from hf_context_prune.pruning.vocabulary.prune import vocabulary_size
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
 
 from .depth import deepest, name_share_of_layers, rest_of_budget, stand_in
-from .experts import rest_of_experts_budget, without_experts_shape
+from .experts import name_experts, rest_of_experts_budget, without_experts_shape
 
 
 def check_budget(
@@ -49,10 +49,13 @@ def check_budget(
 
 def _check_units(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PrunerConfig) -> None:
     """Refuse a budget that tokens, neurons and KV groups can't give."""
-    if config.searches_tokens:
-        check_shared_budget(model, config, fewest_tokens(model, tokenizer, config.pad_to_multiple_of))
-    elif config.prunes_layers and config.max_loss_increase is None and (config.vocab_size or not config.fixes_tokens):
-        rows = num_rows(model)
-        kept = config.vocab_size if config.vocab_size is not None else rows
-        tokens = VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of).round_up(kept)
-        check_units_budget(model, config, min(tokens, rows))
+    with name_experts(model):
+        if config.searches_tokens:
+            check_shared_budget(model, config, fewest_tokens(model, tokenizer, config.pad_to_multiple_of))
+        elif (
+            config.prunes_layers and config.max_loss_increase is None and (config.vocab_size or not config.fixes_tokens)
+        ):
+            rows = num_rows(model)
+            kept = config.vocab_size if config.vocab_size is not None else rows
+            tokens = VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of).round_up(kept)
+            check_units_budget(model, config, min(tokens, rows))

@@ -135,7 +135,7 @@ def count_removed(model: PreTrainedModel, config: PrunerConfig) -> int:
     most = min(len(allowed), count - 1)
     if removed > most:
         stay = (
-            f" The first and the last {KEPT_AT_ENDS} stay unless removable_layers names them."
+            f" The first {KEPT_AT_ENDS} and the last {KEPT_AT_ENDS} stay unless removable_layers names them."
             if config.removable_layers is None
             else ""
         )
@@ -207,8 +207,8 @@ def deepest(model: PreTrainedModel, config: PrunerConfig) -> Depth | None:
     if not (depth := _first_of(model, allowed, len(view.widths) - 1)).order:
         raise BudgetError(
             f"units={config.units!r} lets layers go, but of the {len(view.widths)} layers of this model none may: the "
-            f"first and the last {KEPT_AT_ENDS} stay unless removable_layers names them, and one with attention always "
-            f"does. Leave layers out of units, or give removable_layers."
+            f"first {KEPT_AT_ENDS} and the last {KEPT_AT_ENDS} stay unless removable_layers names them, and one with "
+            f"attention always does. Leave layers out of units, or give removable_layers."
         )
     return depth
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,35 @@ def count_experts(model: PreTrainedModel, config: PrunerConfig) -> int:
         assert config.experts_ratio is not None
         kept = total - int(total * config.experts_ratio + 0.5 + 1e-9) // groups * groups
     if kept >= total:
+        least = math.ceil(1e3 * (groups - 0.5) / total) / 1e3
         raise BudgetError(
-            f"{asked}, but every layer has {total} experts, so none would be removed. Ask for fewer"
-            + (f", a multiple of {groups}." if groups > 1 else ".")
+            f"{asked}, but every layer has {total} experts, so none would be removed. "
+            + (f"Ask for at least {least}" if config.num_experts is None else "Ask for fewer")
+            + (f", a multiple of {groups}." if groups > 1 and config.num_experts is not None else ".")
         )
     sizes = [kept // groups + (group < kept % groups) for group in range(groups)]
     spread = [group * (total // groups) + index for group, size in enumerate(sizes) for index in range(size)]
     if (why := why_not_kept(model.config, experts, spread, total)) is not None:
         raise BudgetError(f"{asked}: {why}")
     return kept
+
+
+@contextmanager
+def name_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Let a refused budget of a mixture say that experts can give more.
+
+    Args:
+        model: The model; its weights may be on the meta device.
+    """
+    try:
+        yield
+    except BudgetError as error:
+        if not any(widths.experts for widths in ModelView.of_shapes(model).widths):
+            raise
+        raise BudgetError(
+            f"{error} Most parameters of this model are in its experts: ask for fewer of them (experts_ratio), or for "
+            f"fewer neurons inside (expert_neurons_ratio)."
+        ) from error
 
 
 def count_neurons(model: PreTrainedModel, config: PrunerConfig) -> tuple[int, int]:

@@ -125,9 +125,8 @@ def vocabulary_note(plan: PruningPlan, text: TextSource) -> tuple[str, ...]:
         if plan.provenance.get("all_tokens_stay"):
             return (f"All tokens stay: {plan.provenance['all_tokens_stay']}",)
         if "tokens" in (plan.provenance.get("sensitivity") or {}):
-            others = " and ".join(
-                {"neurons": "neurons", "kv_groups": "KV groups"}[unit] for unit in units_of(plan.dense)
-            )
+            names = {"neurons": "neurons", "kv_groups": "KV groups"}  # experts go first, by a rule of their own
+            others = " and ".join(names[unit] for unit in units_of(plan.dense) if unit in names)
             return (f"All tokens stay, since removing tokens costs more than removing {others}.",)
         return ()
     facts = plan.provenance["vocabulary"]

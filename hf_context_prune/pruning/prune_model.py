@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
 from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.layer_choice import LayerOrder, choose_layers
 from hf_context_prune.pruning.allocation.loss_search import Candidate, find_smallest
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
@@ -120,6 +121,11 @@ def _find_smallest(
     assert limit is not None
     base = on_main_process(lambda: validation_loss(builder.model, builder.tokenizer))
     if not builder.most_removable:
+        if not any(layer.neurons for layer in ModelView.of(builder.model).widths):
+            raise BudgetError(
+                "Nothing can be removed: max_loss_increase finds how many neurons, KV groups and tokens go, and this "
+                "model can lose none of them. Its experts go by a number of your own (experts_ratio)."
+            )
         raise BudgetError(
             f"Nothing can be removed: MLP widths stay multiples of round_to={config.round_to}, and the layers are no "
             f"wider. Give a smaller round_to."

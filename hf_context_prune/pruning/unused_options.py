@@ -69,7 +69,7 @@ def _reasons(config: PrunerConfig) -> dict[str, str]:
             return reasons
         if config.allocation == "adaptive" and not config.shares_budget:
             reasons["allocation"] = _NO_UNITS
-        if config.reconstruction != "none":  # which also leaves out the refit of the rows
+        if config.reconstruction != "none" and not config.prunes_experts:  # which also leaves out the refit of the rows
             reasons["reconstruction"] = _NO_UNITS
         return reasons
     if not config.has_total_budget and not config.mlp_ratio:

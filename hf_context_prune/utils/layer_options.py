@@ -48,7 +48,7 @@ class LayerOptions:
     removable_layers: str | None = option(
         None,
         f"Numbers (from 0) of the layers that may be removed as a whole, such as 2-20,25. By default all but the first "
-        f"and the last {KEPT_AT_ENDS}.",
+        f"{KEPT_AT_ENDS} and the last {KEPT_AT_ENDS}.",
         panel=BUDGET,
         allowed=Allowed(lambda value: layer_numbers(value) is not None, "numbers and ranges of layers, as 2-20,25"),
         metavar="LAYERS",

@@ -15,12 +15,12 @@ from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pipelines.architecture.contract import masked
+from hf_context_prune.pipelines.architecture.contract import masked, without_experts
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.pruning.surgery import apply_plan, kept_entries
 from hf_context_prune.storage.loading import load_meta_model, load_model
 from hf_context_prune.storage.saving import save_pruned
-from tests.support.experts import expert_plan, neuron_plan, without_experts, without_neurons
+from tests.support.experts import expert_plan, neuron_plan, without_neurons
 from tests.support.marks import nightly_beside
 from tests.support.tiny import MOE_CASES, MOE_COVERING, case, tokens
 
@@ -87,7 +87,7 @@ def test_experts_go_beside_other_units_and_layers(name):
     for variable in (True, False):
         plan = expert_plan(model, BY_LAYER if variable else ALIKE, units=True, variable=variable)
         smaller = apply_plan(model, plan)
-        expected = logits(without_experts(masked(model, plan), plan))
+        expected = logits(masked(model, plan))
         torch.testing.assert_close(logits(smaller), expected, atol=MOST, rtol=1e-5)
         assert read_geometry(smaller.config, SPECS[model.config.model_type]).layers == plan.widths
 

@@ -67,37 +67,3 @@ def without_neurons(model, plan: PruningPlan):
             gone = sorted(set(range(neurons.dense_shared)) - set(neurons.shared[index]))
             shared_expert(layer, experts).down_proj.weight[:, gone] = 0
     return silenced
-
-
-def without_experts(model, plan: PruningPlan):
-    """A copy of a model whose routers give removed experts minus infinity."""
-    silenced = copy.deepcopy(model)
-    view = ModelView.of(silenced)
-    experts = view.spec.experts
-    for layer, kept, widths in zip(view.layers, plan.layers, view.widths, strict=True):
-        if not widths.experts:
-            continue
-        gone = torch.ones(widths.experts, dtype=torch.bool)
-        gone[list(kept.experts)] = False
-        block = layer.get_submodule(experts.block)
-        for name, bias in (*block.named_parameters(), *block.named_buffers()):
-            if name.endswith(("e_score_correction_bias", "expert_bias")):  # added to scores that are never below 0
-                bias.data[..., gone] = -torch.inf
-        _silence(block.get_submodule(experts.router), gone)
-    return silenced
-
-
-def _silence(router, gone) -> None:
-    forward, linear = router.forward, torch.nn.functional.linear
-
-    def scores(*args, **kwargs):
-        return linear(*args, **kwargs).masked_fill(gone, -torch.inf)
-
-    def silenced(*args, **kwargs):
-        torch.nn.functional.linear = scores
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch.nn.functional.linear = linear
-
-    router.forward = silenced

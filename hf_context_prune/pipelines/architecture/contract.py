@@ -8,14 +8,20 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from hf_context_prune.errors import ContextPruneError
 from hf_context_prune.modeling.architectures import output_weight
+from hf_context_prune.modeling.experts import experts_spec, fewest_experts, num_groups
 from hf_context_prune.modeling.paths import check_paths
 from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.registry import check_entry, in_the_table
@@ -49,8 +55,8 @@ class Check:
     why: str | None = None
 
 
-def random_plan(model: PreTrainedModel, *, seed: int = 0, variable: bool = True) -> PruningPlan:
-    """Return a plan that keeps a random part of a model: other widths in every layer, or the same."""
+def random_plan(model: PreTrainedModel, *, seed: int = 0, variable: bool = True, experts: bool = False) -> PruningPlan:
+    """Return a plan that keeps a random part of a model: other widths in every layer, or the same; experts if asked."""
     view = ModelView.of(model)
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,11 +70,23 @@ def random_plan(model: PreTrainedModel, *, seed: int = 0, variable: bool = True)
         groups = width.kv_groups and max(1, width.kv_groups - 1 - step % 2)
         chosen = choose(width.neurons, neurons), choose(width.kv_groups, groups)
         layers.append(LayerPlan(*chosen, tuple(range(width.experts))))
+        if experts and width.experts:
+            layers[-1] = replace(layers[-1], experts=_fewer_experts(view, width.experts, 1 + step % 2))
     return PruningPlan(view.spec.model_type, view.widths, tuple(layers), fingerprint(model))
 
 
+def _fewer_experts(view: ModelView, total: int, fewer: int) -> tuple[int, ...]:
+    """Return the experts without the last ones of every group, or all where so few may not stay."""
+    experts = experts_spec(view.spec)
+    groups = num_groups(view.model.config, experts)
+    if total - groups * fewer < fewest_experts(view.model.config, experts):
+        return tuple(range(total))
+    size = total // groups
+    return tuple(expert for expert in range(total) if expert % size < size - fewer)
+
+
 def masked(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """Return a copy of a model with the pruned units silenced: zero columns in the output projections."""
+    """Return a copy of a model in which what a plan removes is silent: zero columns, routers without experts."""
     silenced = copy.deepcopy(model)
     view = ModelView.of(silenced)
     for index, target in view.places():
@@ -76,7 +94,44 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         gone = torch.ones(weight.shape[1], dtype=torch.bool)
         gone[kept_features(view.geometry, target, plan.layers[index].kept(target))] = False
         weight[:, gone] = 0
+    return without_experts(silenced, plan) if view.spec.experts is not None else silenced
+
+
+def without_experts(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """Return a copy of a model whose routers give the experts that a plan removes minus infinity."""
+    silenced = copy.deepcopy(model)
+    view = ModelView.of(silenced)
+    experts = experts_spec(view.spec)
+    for layer, kept, widths in zip(view.layers, plan.layers, view.widths, strict=True):
+        if not widths.experts:
+            continue
+        gone = torch.ones(widths.experts, dtype=torch.bool)
+        gone[list(kept.experts)] = False
+        block = layer.get_submodule(experts.block)
+        for name, bias in (*block.named_parameters(), *block.named_buffers()):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):  # added to scores that are never below 0
+                bias.data[..., gone] = -torch.inf
+        router = block.get_submodule(experts.router)
+        router.forward = partial(_call_silenced, router.forward, gone)
     return silenced
+
+
+def _call_silenced(forward: Callable[..., Any], gone: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    with _MinusInfinity(gone):
+        return forward(*args, **kwargs)
+
+
+class _MinusInfinity(TorchFunctionMode):
+    """Within it, linear layers give some outputs minus infinity."""
+
+    def __init__(self, gone: torch.Tensor) -> None:
+        super().__init__()
+        self._gone = gone
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        return output.masked_fill(self._gone, -torch.inf) if func is functional.linear else output
 
 
 def run_contract(
@@ -152,7 +207,7 @@ def _empty_plan(model: PreTrainedModel, spec: ArchSpec) -> None:
 
 
 def _sliced(model: PreTrainedModel, *, variable: bool) -> None:
-    plan = random_plan(model, variable=variable)
+    plan = random_plan(model, variable=variable, experts=True)
     before, expected = _logits(model), _logits(masked(model, plan))
     if (before - expected).abs().max() <= _MATTERS:
         raise BrokenContract("silencing units changes nothing, so the output projections are not those of the units")
@@ -171,7 +226,7 @@ def _sliced_uniform(model: PreTrainedModel, spec: ArchSpec) -> None:
 
 
 def _cached(model: PreTrainedModel, spec: ArchSpec) -> None:
-    smaller = apply_plan(model, random_plan(model))
+    smaller = apply_plan(model, random_plan(model, experts=True))
     runs = [
         smaller.generate(
             IDS,
@@ -200,7 +255,7 @@ def _reloads(model: PreTrainedModel, dtype: torch.dtype) -> None:
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         for variable in (True, False):
-            plan = random_plan(typed, variable=variable)
+            plan = random_plan(typed, variable=variable, experts=True)
             smaller = apply_plan(typed, plan)
             place = save_pruned(smaller, Path(folder) / str(variable), plan=plan)
             again = type(smaller).from_pretrained(place, dtype="auto")
@@ -218,9 +273,10 @@ def _reloads_bfloat16(model: PreTrainedModel, spec: ArchSpec) -> None:
 
 
 def _trains(model: PreTrainedModel, spec: ArchSpec) -> None:
-    smaller = apply_plan(model, random_plan(model)).train()
+    trained, smaller = _gradients(model), apply_plan(model, random_plan(model, experts=True)).train()
     plain = _gradients(smaller)
-    if without := [name for name, parameter in smaller.named_parameters() if name not in plain]:
+    # Some weights of experts have no gradient in the whole model either, such as the correction of a router.
+    if without := [name for name, _ in smaller.named_parameters() if name in trained and name not in plain]:
         raise BrokenContract(f"{', '.join(without[:3])} get no gradient")
     if not smaller.supports_gradient_checkpointing:
         return

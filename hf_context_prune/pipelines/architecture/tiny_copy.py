@@ -25,7 +25,8 @@ WIDTHS = (
 )
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
 """Names that config attributes have for a size."""
-TINY_HIDDEN, TINY_HEADS, TINY_GROUPS, TINY_WIDTH, TINY_VOCABULARY = 96, 6, 3, 44, 320
+# PyTorch multiplies experts in bfloat16 where their width is a multiple of 8.
+TINY_HIDDEN, TINY_HEADS, TINY_GROUPS, TINY_WIDTH, TINY_VOCABULARY = 96, 6, 3, 40, 320
 _TINY_HEAD_DIMS = (24, 16)
 """Features of a head: one that is not hidden size / heads, where the config can say so, tells shapes apart."""
 _TINY_POSITIONS, _TINY_WINDOW, _TINY_ROTATION = 128, 16, 8

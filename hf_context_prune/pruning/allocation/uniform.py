@@ -99,9 +99,8 @@ def _groups_by_ratio(geometry: Geometry, config: PrunerConfig, native_groups: Co
     if ratio > 0 and max(groups) <= 1:
         single = "every layer has a single KV group, which must stay"
         why = single if max(groups) else f"no attention head can be removed: {geometry.heads_stay}"
-        raise BudgetError(
-            f"attention_ratio is {ratio}, but {why}. Leave out attention_ratio; MLP neurons can be removed."
-        )
+        others = "MLP neurons" if any(layer.neurons for layer in geometry.layers) else "experts (experts_ratio)"
+        raise BudgetError(f"attention_ratio is {ratio}, but {why}. Leave out attention_ratio; {others} can be removed.")
     return [_keep_groups(n, ratio, native_groups or range(1, n + 1)) for n in groups]
 
 
@@ -115,8 +114,8 @@ def _neurons_by_ratio(base: Sequence[LayerWidths], config: PrunerConfig) -> list
         widest = max(neurons)
         if not widest:
             raise BudgetError(
-                f"mlp_ratio is {ratio}, but the layers have experts in place of MLPs, and no neurons are removed from "
-                f"those. Leave out mlp_ratio; experts can be removed (experts_ratio)."
+                f"mlp_ratio is {ratio}, but the layers have experts in place of MLPs. Leave out mlp_ratio: "
+                f"experts_ratio removes whole experts, and expert_neurons_ratio neurons inside them."
             )
         raise BudgetError(
             f"mlp_ratio is {ratio}, which removes no neuron: the layers have {widest}, and round_to is "

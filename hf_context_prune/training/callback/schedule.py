@@ -116,7 +116,8 @@ def config_for_pruning(
     if final is None:
         remove = ParameterBudget.of(config, total_params).remove_params or 0
         return replace(config, pruning_ratio=None, target_params=int(total_params - share * remove))
-    first, last, now = dense[0], final[0], current[0]
+    at = next((index for index, layer in enumerate(dense) if layer.neurons), 0)  # others have experts
+    first, last, now = dense[at], final[at], current[at]
     neurons = first.neurons - round_half_up(share * (first.neurons - last.neurons))
     neurons = min(now.neurons, -(-neurons // config.round_to) * config.round_to) if share < 1 else last.neurons
     at = next((index for index, layer in enumerate(dense) if layer.kv_groups), 0)  # not all layers need have them
@@ -127,6 +128,6 @@ def config_for_pruning(
         pruning_ratio=None,
         target_params=None,
         native_architecture=False,  # the last widths are known to fit, and the widths before need not
-        mlp_ratio=1 - neurons / now.neurons,
+        mlp_ratio=1 - neurons / now.neurons if now.neurons else 0.0,
         attention_ratio=1 - groups / left if left else 0.0,
     )

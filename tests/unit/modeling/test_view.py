@@ -37,6 +37,14 @@ def test_shapes_alone_need_no_weights():
         ModelView.of(empty)
 
 
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_layers_that_share_a_weight_are_refused(part):
+    model = case("llama")
+    setattr(model.model.layers[2], part, getattr(model.model.layers[0], part))
+    with pytest.raises(UnsupportedArchitectureError, match=rf"Layers 0 and 2 share the weight model.layers.2.{part}\."):
+        ModelView.of(model)
+
+
 def test_an_unknown_model_is_refused():
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.BertConfig(

@@ -83,3 +83,6 @@ def test_experts_that_the_budget_takes_are_told(tmp_path):
     assert {"choice of experts", "experts"} <= outline.seconds.keys()
     assert dry_run(tmp_path, PrunerConfig(pruning_ratio=0.02, units="tokens,kv_groups")).experts is None
     assert dry_run(tmp_path, PrunerConfig(num_experts=5)).experts == (5, 8)
+    inside = dry_run(tmp_path, PrunerConfig(expert_neurons_ratio=0.4))
+    assert inside.inside_experts == ((24, 40), (0, 0))
+    assert inside.pruned_parameters < inside.base_parameters

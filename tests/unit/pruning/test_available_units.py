@@ -53,9 +53,16 @@ def test_experts_give_what_a_budget_has_room_for(ratio, experts):
     kept = {widths.experts for widths in result.plan.widths}
     assert kept == {experts or 8}
     assert result.report.size.achieved_ratio >= ratio
-    for options in ({"units": ALL}, {"num_layers": 2}, {"vocab_size": 64}):
+    for options in ({"units": ALL}, {"vocab_coverage": 0.99}):
         given = PrunerConfig(**{**SMALL, "pruning_ratio": ratio, **options})
-        assert choose_units(base.model, tokenizer, given)[0].num_experts is None
+        assert let_experts_give(base.model, given, lambda _: None).num_experts is None
+    for options in (
+        {"num_layers": 2, "removable_layers": "1"},
+        {"vocab_size": 300},
+        {"expert_neurons_ratio": 0.4},
+    ):  # these go first
+        given = PrunerConfig(**{**SMALL, "pruning_ratio": ratio, **options})
+        assert (choose_units(base.model, tokenizer, given)[0].num_experts or 8) >= (experts or 8)
     assert choose_units(base.model, tokenizer, PrunerConfig(max_loss_increase=0.1))[0].num_experts is None
 
 
@@ -70,7 +77,9 @@ def test_one_expert_more_goes_where_the_others_can_not_give_the_rest():
     config = PrunerConfig(**SMALL)
     assert let_experts_give(model, config, check).num_experts == 5
     assert asked == [6, 5]
-    with pytest.raises(BudgetError, match="Even with 2 of 8 experts in every layer the others can't give the rest"):
+    with pytest.raises(
+        BudgetError, match=r"With 2 of 8 experts in every layer .* are gone \(0\.5\d+ of all\), .*expert_neurons_ratio"
+    ):
         choose_units(model, shared_tokenizer("smollm2"), PrunerConfig(**{**SMALL, "pruning_ratio": 0.9}))
     tokenizer = shared_tokenizer("smollm2")
     base = LoadedModel(model, tokenizer, "tiny", None, None)

@@ -16,8 +16,8 @@ from hf_context_prune.data.splits import hold_out_documents
 from hf_context_prune.errors import BudgetError, ConfigError, DataError
 from hf_context_prune.evaluation.perplexity import document_losses
 from hf_context_prune.modeling.architectures import unit_costs
-from hf_context_prune.modeling.geometry import read_geometry
-from hf_context_prune.modeling.plan import PruningPlan, fingerprint
+from hf_context_prune.modeling.geometry import LayerWidths, read_geometry
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
@@ -309,6 +309,8 @@ def test_where_all_tokens_stay_the_report_says_so():
     assert vocabulary_note(plan, documents()) == ()
     weighed = replace(plan, provenance={"sensitivity": {"tokens": [[392, 0.0], [320, 0.4]]}})
     assert vocabulary_note(weighed, documents())[0].startswith("All tokens stay, since removing tokens costs more")
+    mixture = replace(weighed, dense=(LayerWidths(0, 2, 8),) * 3, layers=(LayerPlan((), (0, 1), tuple(range(8))),) * 3)
+    assert vocabulary_note(mixture, documents())[0].endswith("costs more than removing KV groups.")
     unfit = replace(plan, provenance={"all_tokens_stay": "They are few."})
     assert vocabulary_note(unfit, documents()) == ("All tokens stay: They are few.",)
 

@@ -67,6 +67,14 @@ def test_uniform_widths_on_the_way():
     assert (last.mlp_ratio, last.attention_ratio) == (1 - 20 / 32, 1 - 3 / 4)
 
 
+def test_a_mixture_has_layers_without_neurons_on_the_way():
+    for dense in ((LayerWidths(0, 6, 8),) * 2, (LayerWidths(0, 6, 8), LayerWidths(40, 6))):
+        final = tuple(LayerWidths(layer.neurons and 20, 3, layer.experts) for layer in dense)
+        half = config_for_pruning(0.5, PrunerConfig(attention_ratio=0.5, mlp_ratio=0.5), dense, dense, final, 1000)
+        assert half.attention_ratio == 1 - 4 / 6
+        assert half.mlp_ratio == (1 - 30 / 40 if dense[1].neurons else 0.0)
+
+
 def test_budgets_on_the_way():
     config = PrunerConfig(pruning_ratio=0.3, allocation="adaptive")
     half = config_for_pruning(0.5, config, (), (), None, 1000)

@@ -14,10 +14,19 @@ from hf_context_prune.modeling.spec_parts import Projection
 from hf_context_prune.modeling.specs import SPECS, ArchSpec
 from hf_context_prune.pipelines.architecture.check import check_architecture, entry_code
 from tests.support import brook
-from tests.support.tiny import tiny_config
+from tests.support.marks import nightly_beside
+from tests.support.tiny import MOE_CASES, case, tiny_config
 from tests.support.tiny_wrappers import tiny_wrapper
 
 REMOTE = {"AutoConfig": "modeling_brook.BrookConfig", "AutoModelForCausalLM": "modeling_brook.BrookForCausalLM"}
+
+
+@pytest.mark.parametrize("name", nightly_beside(["mixtral", "olmoe"], MOE_CASES))
+def test_mixtures_pass(name, tmp_path):
+    case(name).config.save_pretrained(tmp_path)
+    found = check_architecture(tmp_path)
+    assert found.known
+    assert found.passed, [check.why for check in found.checks if check.why]
 
 
 @pytest.fixture
