@@ -26,6 +26,7 @@ from hf_context_prune.pruning.allocation.widths import (
     plan_widths_beside_vocabulary,
 )
 from hf_context_prune.pruning.available_units import let_experts_give
+from hf_context_prune.pruning.check_budget import without_fixed_sizes
 from hf_context_prune.pruning.depth import deepest, name_share_of_layers, rest_of_budget, stand_in
 from hf_context_prune.pruning.experts import (
     count_experts,
@@ -196,12 +197,7 @@ def _inside_experts(model: PreTrainedModel, config: PrunerConfig) -> tuple[tuple
 
 def _check_beside_experts(model: PreTrainedModel, config: PrunerConfig) -> None:
     """Refuse a budget that the other units can't give beside what a config gives a size of its own."""
-    fewer, rest, rows = model, config, num_rows(model)
-    if config.prunes_experts:
-        fewer = without_experts_shape(model, config)
-        rest = rest_of_experts_budget(config, model, fewer)
-    if (depth := stand_in(fewer, rest)) is not None:
-        fewer, rest = depth.shorten(fewer), rest_of_budget(rest, fewer, depth)
+    (fewer, rest), rows = without_fixed_sizes(model, config), num_rows(model)
     size = VocabularySize(pad_to_multiple_of=config.pad_to_multiple_of)
     _check_units(fewer, rest, rows if config.vocab_size is None else min(rows, size.round_up(config.vocab_size)))
 

@@ -13,12 +13,9 @@ from hf_context_prune.modeling.experts import experts_spec, fewest_experts, num_
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, share_below
-from hf_context_prune.pruning.check_budget import check_budget
+from hf_context_prune.pruning.check_budget import check_budget, without_fixed_sizes
 from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_tokens
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
-
-from .depth import stand_in
-from .experts import rest_of_experts_budget, without_experts_shape
 
 SMALL_VOCABULARY = 0.01
 """Share of all parameters in removable tokens below which a vocabulary is not worth the time."""
@@ -83,13 +80,7 @@ def let_experts_give(
 
 def _parameters_left(model: PreTrainedModel, config: PrunerConfig) -> int:
     """Return the parameters that are left once everything is gone that a config gives a size of its own."""
-    fewer, rest = model, config
-    if config.prunes_experts:
-        fewer = without_experts_shape(model, config)
-        rest = rest_of_experts_budget(config, model, fewer)
-    if (depth := stand_in(fewer, rest)) is not None:
-        fewer = depth.shorten(fewer)
-    tokens = 0
+    fewer, tokens = without_fixed_sizes(model, config)[0], 0
     if config.vocab_size is not None:
         size = VocabularySize(config.vocab_size, pad_to_multiple_of=config.pad_to_multiple_of)
         tokens = max(0, num_rows(model) - size.round_up(config.vocab_size))

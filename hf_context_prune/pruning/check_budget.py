@@ -33,11 +33,7 @@ def check_budget(
         if config.prunes_layers:
             check_linear(ModelView.of(model).spec)
         return
-    if config.prunes_experts:
-        fewer = without_experts_shape(model, config)
-        config, model = rest_of_experts_budget(config, model, fewer), fewer
-    if (depth := stand_in(model, config)) is not None:
-        config, model = rest_of_budget(config, model, depth), depth.shorten(model)
+    model, config = without_fixed_sizes(model, config)
     if config.prunes_layers:
         check_round_to(ModelView.of_shapes(model).widths, config)
     if (depth := deepest(model, config)) is not None:
@@ -45,6 +41,24 @@ def check_budget(
             _check_units(depth.shorten(model), tokenizer, rest_of_budget(config, model, depth))
         return
     _check_units(model, tokenizer, config)
+
+
+def without_fixed_sizes(model: PreTrainedModel, config: PrunerConfig) -> tuple[PreTrainedModel, PrunerConfig]:
+    """Return the model without the experts and layers whose number a config fixes, and the config for what is left.
+
+    Args:
+        model: The base model; its weights may be on the meta device, as those of the result.
+        config: All choices.
+
+    Raises:
+        BudgetError: As many can't be removed.
+    """
+    if config.prunes_experts:
+        fewer = without_experts_shape(model, config)
+        config, model = rest_of_experts_budget(config, model, fewer), fewer
+    if (depth := stand_in(model, config)) is not None:
+        config, model = rest_of_budget(config, model, depth), depth.shorten(model)
+    return model, config
 
 
 def _check_units(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PrunerConfig) -> None:
