@@ -19,7 +19,7 @@ from hf_context_prune.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, REPEATS
 from hf_context_prune.modeling.architectures import output_weight
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget
-from hf_context_prune.pruning.allocation.layer_choice import CHOICE_TOKENS, REPAIR_TOKENS
+from hf_context_prune.pruning.allocation.layer_choice import CHOICE_TOKENS, MAP_TOKENS, REPAIR_TOKENS
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS, TOKENS_PER_FEATURE
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, PROBES
 from hf_context_prune.pruning.depth import Depth, deepest, removable_layers, stand_in
@@ -156,7 +156,7 @@ def _pruning_seconds(model: PreTrainedModel, config: CalibrationConfig, dense: f
     if (depth := stand_in(model, config) or _most_layers(model, config)) is not None:
         candidates, count = len(removable_layers(model, config)), len(depth.order)
         # Every candidate runs through the layers behind it, about half of them, and through the head.
-        choice = count * candidates * 0.75 * min(tokens, CHOICE_TOKENS) * dense
+        choice = count * (candidates * 0.75 * min(tokens, CHOICE_TOKENS) + min(tokens, MAP_TOKENS)) * dense
         if config.searches_layers and config.reconstruction == "sequential":
             choice += count * _WALK * min(tokens, REPAIR_TOKENS) * dense
         steps["choice of layers, at most" if config.searches_layers else "choice of layers"] = choice

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.pruning.unit_curves import TokenProbe
 from hf_context_prune.storage.loading import load_model
 from hf_context_prune.storage.saving import save_pruned
+from hf_context_prune.utils.linalg import ridge_diagonal
 from tests.support.tiny import texts, tiny_model, tiny_tokenizer, tokens
 from tests.unit.pruning.test_allocation import geometry
 
@@ -110,6 +113,50 @@ def deep_model(**options):
     return model
 
 
+def divergence(model, other, probe):
+    with torch.no_grad():
+        base, other = (torch.log_softmax(one(probe).logits.double(), dim=-1) for one in (model, other))
+    return float((base.exp() * (base - other)).sum(dim=-1).mean())
+
+
+def bridge(change, hidden, **_):
+    return hidden + hidden @ change
+
+
+def bridged(model, gone, samples):
+    """A copy of a model without some layers, in the place of whose gaps stands the linear map of ridge regression."""
+    with torch.no_grad():
+        states = model(samples, output_hidden_states=True).hidden_states[:-1]  # before each layer
+    smaller, layers = copy.deepcopy(model), range(len(model.model.layers))
+    for first in (index for index in gone if index - 1 not in gone):
+        behind = next(index for index in layers if index > first and index not in gone)
+        x, y = (states[index].flatten(0, 1).double() for index in (first, behind))
+        gram = x.T @ x
+        change = torch.linalg.solve(gram + ridge_diagonal(gram.diagonal(), 0.03).diag(), x.T @ (y - x)).float()
+        for index in range(first, behind):
+            layer = smaller.model.layers[index]
+            layer.forward = partial(bridge, change if index == first else torch.zeros_like(change))
+    return smaller
+
+
+def test_layers_are_chosen_as_if_linear_maps_stood_in_their_place(monkeypatch):
+    monkeypatch.setattr(layer_choice, "CHOICE_TOKENS", 4 * 24)
+    model, samples = deep_model(), tokens(48, 24)
+    probe = samples[torch.arange(1, 5) * 12 - 1]
+    others = torch.stack([sample for index, sample in enumerate(samples) if (index + 1) % 12])
+    found, order = choose_layers(model, samples, 4, range(1, 7)), []
+    for index, loss in zip(found.order, found.losses, strict=True):
+        losses = {
+            other: divergence(model, bridged(model, [*order, other], others), probe)
+            for other in range(1, 7)
+            if other not in order
+        }
+        assert index == min(losses, key=lambda other: losses[other])
+        assert loss == pytest.approx(losses[index], rel=1e-2)
+        order.append(index)
+    assert any(index + 1 in order for index in order)  # one gap has several layers
+
+
 def test_the_price_is_that_of_the_repaired_model(tmp_path, monkeypatch):
     monkeypatch.setattr(layer_choice, "CHOICE_TOKENS", 4 * 24)
     model, samples = deep_model(), tokens(48, 24)
@@ -126,10 +173,8 @@ def test_the_price_is_that_of_the_repaired_model(tmp_path, monkeypatch):
     batches = [{"input_ids": sample[None]} for sample in others]
     walked = prune_sequentially(model, batches, widths, CRITERIA["magnitude"])
     smaller = apply_plan(model, depth.plan(model), reconstruct=walked.reconstruct)
-    with torch.no_grad():
-        base, other = (torch.log_softmax(one(probe).logits.double(), dim=-1) for one in (model, smaller))
-    assert price == pytest.approx(float((base.exp() * (base - other)).sum(dim=-1).mean()), rel=1e-3)
-    assert price < depth.losses[-1]
+    assert price == pytest.approx(divergence(model, smaller, probe), rel=1e-3)
+    assert price < divergence(model, apply_plan(model, depth.plan(model)), probe)  # as it is cut
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     again = LayerOrder(model, samples, range(2, 6), state_dir=tmp_path)
