@@ -298,9 +298,7 @@ class _Comparison:
         self, gone: Sequence[int], candidates: Sequence[int], fitted: Mapping[int, nn.Module] | None = None
     ) -> None:
         """Move the text through the layers: without those that are gone, and once more without each candidate."""
-        gaps = (
-            [] if fitted is not None else [_Gap(_BASE, *_gap(gone, first)) for first in gone if first - 1 not in gone]
-        )
+        gaps = [_Gap(_BASE, *_gap(gone, first)) for first in gone if first - 1 not in gone and fitted is None]
         gaps += [_Gap(_without(index), *_gap([*gone, index], index)) for index in candidates]
         for storage, streams in self._texts():
             for stream in streams:
@@ -308,13 +306,16 @@ class _Comparison:
         begun: list[str] = []
         for index, own in enumerate(self.view.layers):
             layer = own if fitted is None else fitted.get(index, own)
-            with in_hand(layer, layer_device(self.view.model)):
-                self._open(gaps, index)
-                for stream in self._mapped if any(index <= gap.last for gap in gaps) else ():
-                    stream.base.copy_(stream.call(index, layer, stream.base))
-                for stream in self._streams if index not in gone else ():
-                    for states in (stream.base, *(self._kept(other, stream) for other in begun)):
-                        states.copy_(stream.call(index, layer, states))
+            mapped = self._mapped if any(index <= gap.last for gap in gaps) else []
+            streams = self._streams if index not in gone else []
+            self._open(gaps, index)
+            if mapped or streams:  # no weight of a layer is read that nothing goes through
+                with in_hand(layer, layer_device(self.view.model)):
+                    for stream in mapped:
+                        stream.base.copy_(stream.call(index, layer, stream.base))
+                    for stream in streams:
+                        for states in (stream.base, *(self._kept(other, stream) for other in begun)):
+                            states.copy_(stream.call(index, layer, states))
             begun += self._close(gaps, index, begun)
 
     def _texts(self) -> list[tuple[StreamStorage, list[Stream]]]:
