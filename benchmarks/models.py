@@ -130,14 +130,14 @@ _QWEN_15B = _Pieces(
 )
 
 
-def smollm2() -> LoadedModel:
-    """Load SmolLM2-135M-Instruct (Llama family, Q4_1), dequantised to float32: the base model of all comparisons."""
-    return load_model(fetch_smollm2(), dtype="float32", device="cpu")
+def smollm2(dtype: str = "float32") -> LoadedModel:
+    """Load SmolLM2-135M-Instruct (Llama family, Q4_1), dequantised: the base model of all comparisons."""
+    return load_model(fetch_smollm2(), dtype=dtype, device="cpu")
 
 
-def gemma3() -> LoadedModel:
-    """Load Gemma 3 270M (Q4_K_M), dequantised to float32."""
-    return load_model(gemma3_gguf(), dtype="float32", device="cpu")
+def gemma3(dtype: str = "float32") -> LoadedModel:
+    """Load Gemma 3 270M (Q4_K_M), dequantised."""
+    return load_model(gemma3_gguf(), dtype=dtype, device="cpu")
 
 
 def gemma3_gguf() -> Path:
@@ -145,20 +145,20 @@ def gemma3_gguf() -> Path:
     return _GEMMA.fetch()
 
 
-def qwen_coder_05b() -> LoadedModel:
-    """Load Qwen2.5-Coder-0.5B-Instruct (Q4_K_M), dequantised to float32."""
-    return load_model(_QWEN_05B.fetch(), dtype="float32", device="cpu")
+def qwen_coder_05b(dtype: str = "float32") -> LoadedModel:
+    """Load Qwen2.5-Coder-0.5B-Instruct (Q4_K_M), dequantised."""
+    return load_model(_QWEN_05B.fetch(), dtype=dtype, device="cpu")
 
 
-def qwen_coder_15b() -> LoadedModel:
-    """Load Qwen2.5-Coder-1.5B-Instruct (Q4_K_M), dequantised to float32."""
-    return load_model(_QWEN_15B.fetch(), dtype="float32", device="cpu")
+def qwen_coder_15b(dtype: str = "float32") -> LoadedModel:
+    """Load Qwen2.5-Coder-1.5B-Instruct (Q4_K_M), dequantised."""
+    return load_model(_QWEN_15B.fetch(), dtype=dtype, device="cpu")
 
 
-MODELS: dict[str, tuple[str, Callable[[], LoadedModel]]] = {
+MODELS: dict[str, tuple[str, Callable[..., LoadedModel]]] = {
     "smollm2-135m": ("SmolLM2-135M-Instruct", smollm2),
     "gemma3-270m": ("Gemma 3 270M", gemma3),
     "qwen-coder-0.5b": ("Qwen2.5-Coder-0.5B-Instruct", qwen_coder_05b),
     "qwen-coder-1.5b": ("Qwen2.5-Coder-1.5B-Instruct", qwen_coder_15b),
 }
-"""(name in the tables, loader) by the value of `--model`."""
+"""(name in the tables, loader for a dtype) by the value of `--model`."""

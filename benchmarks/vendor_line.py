@@ -11,14 +11,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from benchmarks.common import Rows, cell, given, parser, table, write_section
+from benchmarks.by_source import mean_change, read_sources, sources_of
+from benchmarks.common import Rows, cell, given, highest_load, parser, table, write_section
 from benchmarks.frontier import FrontierDomain
 from benchmarks.methods import DEFAULT, documents_of, rounded
 from benchmarks.models import MODELS
-from benchmarks.vocabulary import relative
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.questions import load_questions
 from hf_context_prune.evaluation.accuracy import wilson_interval
@@ -56,17 +56,19 @@ class VendorLine:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.rows = args, Rows(args, "vendor_line", seed=args.seed)
         self.load: dict[str, Callable[[], Any]] = {
-            SMALL: cache(MODELS[args.small][1]),
-            LARGE: cache(MODELS[args.large][1]),
+            SMALL: cache(partial(MODELS[args.small][1], args.dtype)),
+            LARGE: cache(partial(MODELS[args.large][1], args.dtype)),
         }
         self.domains = {name: SizedDomain(self.load[LARGE], args, name, targets=("mlp",)) for name in args.domains}
         self.found: dict[tuple[str, str], Result] = {}
+        self.sources = read_sources(args, args.domains)
 
     def get(self, name: str, kind: str, measure: Callable[[], Result]) -> Result:
         """Return a row of a domain, measured or found on disk."""
         args = self.args
         key = {"domain": name, "kind": kind, "small": args.small, "large": args.large, "blocks": args.num_samples}
         key |= {"length": args.length, "eval_tokens": args.eval_tokens, "questions": args.questions, "seed": args.seed}
+        key["dtype"] = args.dtype
         if kind.startswith("healed"):
             key["minutes"] = args.minutes
 
@@ -78,37 +80,46 @@ class VendorLine:
         return self.found[name, kind]
 
     def score(self, name: str, model: Any, tokenizer: Any, docs: Sequence[str] | None = None) -> Result:
-        """Return parameters, losses on the test text, and which questions were answered rightly."""
+        """Return parameters and losses on the test text."""
         losses = self.domains[name].losses(model, tokenizer, docs)
-        row = {"parameters": model.num_parameters(), "documents": documents_of(losses), "nll": rounded(losses)}
+        return {"parameters": model.num_parameters(), "documents": documents_of(losses), "nll": rounded(losses)}
+
+    def ask(self, model: Any, tokenizer: Any) -> dict[str, list[int]]:
+        """Return which questions of each set are answered rightly."""
+        right = {}
         for asked in self.args.asked if self.args.questions else ():
             questions = load_questions(str(self.args.data / asked / "mcq.jsonl"), max_questions=self.args.questions)
-            answers = answer_questions(model, tokenizer, questions)
-            row.setdefault("right", {})[asked] = [int(answer.correct) for answer in answers]
-        return row
+            right[asked] = [int(answer.correct) for answer in answer_questions(model, tokenizer, questions)]
+        return right
+
+    def measure(
+        self, name: str, make: Callable[[], Any], docs: Sequence[str] | None = None, right: Any = None
+    ) -> Result:
+        """Return the row of a model on a domain; the questions are asked unless the answers are known."""
+        model, tokenizer, *_ = make()
+        row = self.score(name, model, tokenizer, docs)
+        return {**row, "right": self.ask(model, tokenizer) if right is None else right}
+
+    def dense(self, kind: str) -> tuple[Any, Any]:
+        """Return a model of the vendor and its tokenizer."""
+        loaded = self.load[kind]()
+        return loaded.model, loaded.tokenizer
 
     def run(self) -> None:
         """Measure all rows, domain by domain."""
+        args = self.args
         for name, domain in self.domains.items():
-
-            def dense(kind: str, name: str = name) -> Result:
-                loaded = self.load[kind]()
-                return self.score(name, loaded.model, loaded.tokenizer)
-
-            docs = [doc for doc, _, _ in self.get(name, LARGE, lambda: dense(LARGE))["documents"]]
-            self.get(name, SMALL, lambda: dense(SMALL))
-            for target in self.args.targets:
-                self.get(
-                    name,
-                    f"pruned {target:g}",
-                    lambda d=domain, t=target, n=name, docs=docs: self.score(n, *d.pruned(DEFAULT, t)[:2], docs),
-                )
-                if self.args.minutes and name == self.args.trained and target == min(self.args.targets):
-                    self.get(
-                        name,
-                        f"healed {target:g}",
-                        lambda d=domain, t=target, n=name, docs=docs: self.score(n, *d.healed(t)[:2], docs),
-                    )
+            docs: list[str] | None = None
+            for kind in (LARGE, SMALL):
+                right = self.found.get((args.domains[0], kind), {}).get("right")  # the same in all domains
+                row = self.get(name, kind, partial(self.measure, name, partial(self.dense, kind), docs, right))
+                docs = [doc for doc, _, _ in row["documents"]]
+            for target in args.targets:
+                pruned = partial(domain.pruned, DEFAULT, target)
+                self.get(name, f"pruned {target:g}", partial(self.measure, name, pruned, docs))
+                if args.minutes and name == args.trained and target == min(args.targets):
+                    healed = partial(domain.healed, target)
+                    self.get(name, f"healed {target:g}", partial(self.measure, name, healed, docs))
                 domain.forget()
 
 
@@ -138,20 +149,21 @@ def results_text(run: VendorLine) -> str:
         line = on_the_line(small, large, row["parameters"])
         change = bits_per_byte(row) / line - 1
         cells = [f"{name}: {kind}", f"{row['parameters'] / 1e9:.2f}", f"{bits_per_byte(row):.4f}"]
-        cells += (
-            ["", ""] if kind in (SMALL, LARGE) else [format_change(relative(large, row, args.seed)), f"{change:+.1%}"]
-        )
+        sources = sources_of(large, run.sources[name])
+        against = format_change(mean_change(large["nll"], row["nll"], sources, args.seed))
+        cells += ["", ""] if kind in (SMALL, LARGE) else [against, f"{change:+.1%}"]
         body.append(cells + [accuracy(row["right"][asked]) for asked in args.asked if args.questions])
         if kind not in (SMALL, LARGE):
             verdicts.append(f"{name}, {kind}: {abs(change):.1%} {'below' if change < 0 else 'above'} the line")
     header = ["model", "parameters (1e9)", "bits per byte", "against the larger model", "against the line"]
     header += [f"{asked}: right (%)" for asked in args.asked if args.questions]
-    first = next(iter(run.found.values()))["setting"]
+    first, kind = next(iter(run.found.values()))["setting"], args.dtype
     return f"""## The smaller model of the vendor, or the larger one pruned
 
-{MODELS[args.small][0]} and {MODELS[args.large][0]} (dequantised to float32; the LM head is stored apart from the embedding and
+{MODELS[args.small][0]} and {MODELS[args.large][0]} (dequantised to {kind}; the LM head is stored apart from the embedding and
 counts), and the larger one pruned by the default on {args.num_samples} x {args.length} tokens of the domain's train text, and trained on it for
-{args.minutes:g} minutes (*healed*). Test text: validation split, at most {args.eval_tokens:,} tokens; 95 % bootstrap intervals over documents. The
+{args.minutes:g} minutes (*healed*). Test text: validation split, at most {args.eval_tokens:,} tokens in windows of many documents; 95 %
+intervals draw sources, then documents, and where there are fewer than five sources the range over them stands. The
 line joins the vendor's two models, in bits per byte against the logarithm of the parameters (goal: below it). Questions:
 {args.questions} of each set, 95 % Wilson intervals.
 
@@ -159,7 +171,7 @@ line joins the vendor's two models, in bits per byte against the logarithm of th
 
 {"; ".join(verdicts)}.
 
-`python -m benchmarks.vendor_line --data DATA{args.given}` at `{first["commit"]}`, {first["machine"]}, seed {args.seed}.
+`python -m benchmarks.vendor_line --data DATA{args.given}` at `{first["commit"]}`, {first["machine"]}, seed {args.seed}. Highest load average: {highest_load(run.found.values())}.
 """
 
 
@@ -175,7 +187,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--num-samples", type=int, default=32, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument("--eval-tokens", type=int, default=10_000, help="at most this many test tokens per domain")
-    options.add_argument("--questions", type=int, default=500, help="multiple-choice questions per set; 0: none")
+    options.add_argument("--questions", type=int, default=170, help="multiple-choice questions per set; 0: none")
+    options.add_argument(
+        "--dtype", default="bfloat16", help="of all models; bfloat16 is what `prune` takes for such a file"
+    )
     options.add_argument("--asked", nargs="+", default=["medicine", "law", "general"], help="sets of questions")
     args = options.parse_args(arguments)
     args.shares, args.given = args.targets, given(options, args)

@@ -37,8 +37,8 @@ def test_rows_table_and_resume(tmp_path, monkeypatch):
         return LoadedModel(model, tokenizer, "tiny", None, None)
 
     small, large = loaded(40), loaded(160)
-    monkeypatch.setitem(vendor_line.MODELS, "qwen-coder-0.5b", ("Small", lambda: small))
-    monkeypatch.setitem(vendor_line.MODELS, "qwen-coder-1.5b", ("Large", lambda: large))
+    monkeypatch.setitem(vendor_line.MODELS, "qwen-coder-0.5b", ("Small", lambda dtype: small))
+    monkeypatch.setitem(vendor_line.MODELS, "qwen-coder-1.5b", ("Large", lambda dtype: large))
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
     target = int(0.8 * large.model.num_parameters())
     sizes = f"--domains law --trained law --asked law --questions 4 --targets {target} --minutes 0.05"
