@@ -49,7 +49,7 @@ def test_a_folder_with_fewer_layers(base, tmp_path, monkeypatch):
 def test_a_run_killed_between_two_layers_goes_on_to_the_same_bits(base, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_CONTEXT_PRUNE_CACHE", str(tmp_path / "cache"))
     whole = prune(base, texts(60), CONFIG, eval_options=OPTIONS)
-    own, calls = layer_choice._Comparison.losses, []
+    own, calls = layer_choice.LayerComparison.losses, []
 
     def losses(self, gone, candidates):
         calls.append(gone)
@@ -57,7 +57,7 @@ def test_a_run_killed_between_two_layers_goes_on_to_the_same_bits(base, tmp_path
             raise KeyboardInterrupt
         return own(self, gone, candidates)
 
-    monkeypatch.setattr(layer_choice._Comparison, "losses", losses)
+    monkeypatch.setattr(layer_choice.LayerComparison, "losses", losses)
     with pytest.raises(KeyboardInterrupt):
         prune_to_folder(base, texts(60), tmp_path / "out", CONFIG, eval_options=OPTIONS)
     assert not (tmp_path / "out").exists()

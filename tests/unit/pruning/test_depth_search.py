@@ -180,7 +180,7 @@ def test_the_price_is_that_of_the_repaired_model(tmp_path, monkeypatch):
     again = LayerOrder(model, samples, range(2, 6), state_dir=tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(layer_choice, "prune_sequentially", None)
-        patched.setattr(layer_choice, "_Comparison", None)
+        patched.setattr(layer_choice, "LayerComparison", None)
         assert (again.depth(3), again.repaired_loss(3)) == (depth, price)
     monkeypatch.setattr(layer_choice, "CHOICE_TOKENS", 10**6)  # no text is left to repair with
     order = LayerOrder(model, samples, range(2, 6))
@@ -264,7 +264,7 @@ def test_a_killed_search_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         folder = tmp_path / place
         with monkeypatch.context() as patched:
             if place == "second choice":
-                patched.setattr(layer_choice._Comparison, "losses", dies(layer_choice._Comparison.losses, 1))
+                patched.setattr(layer_choice.LayerComparison, "losses", dies(layer_choice.LayerComparison.losses, 1))
             elif place == "second price":
                 patched.setattr(layer_choice, "prune_sequentially", dies(layer_choice.prune_sequentially, 1))
             else:

@@ -160,7 +160,7 @@ def test_a_hybrid_keeps_a_layer_with_attention():
 def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
     model = tiny_model("llama", **DEEP)
     whole = choose_layers(model, IDS, 3, range(8))
-    own, calls = layer_choice._Comparison.losses, []
+    own, calls = layer_choice.LayerComparison.losses, []
 
     def losses(self, gone, candidates):
         calls.append(list(gone))
@@ -168,7 +168,7 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return own(self, gone, candidates)
 
-    monkeypatch.setattr(layer_choice._Comparison, "losses", losses)
+    monkeypatch.setattr(layer_choice.LayerComparison, "losses", losses)
     with pytest.raises(KeyboardInterrupt):
         choose_layers(model, IDS, 3, range(8), state_dir=tmp_path)
     assert choose_layers(model, IDS, 3, range(8), state_dir=tmp_path) == whole
