@@ -163,11 +163,14 @@ def measure_all(rows: Rows, args: argparse.Namespace) -> tuple[Found, dict[tuple
     for name, domain in domains.items():
         base = rows.get_or_measure({"domain": name, **sizes}, domain.measure_dense)
         found[name, 0.0, ""] = {**base, "sources": sources_of(base, known[name])}
-        for method, share in product(METHODS, args.shares if name == args.compared else args.others):
+        wanted = [*product(METHODS, args.shares if name == args.compared else args.others)]
+        wanted += [(WIDTHS, share) for share in args.narrower if name == args.compared]
+        for method, share in wanted:
             key = {"domain": name, "share": share, "method": method, **sizes}
             found[name, share, method] = rows.get_or_measure(key, partial(score, domain, method, share, base))
         domain.forget()
-    for share, method, runtime in product(args.shares, OWN, RUNTIMES):
+    timed_sizes = [*product(args.shares, OWN), *((share, WIDTHS) for share in args.narrower)]
+    for (share, method), runtime in product(timed_sizes, RUNTIMES):
         key = {"share": share, "method": method, "runtime": runtime, **sizes}
         timed = partial(measure_speed, domains[args.compared], method, share, runtime)
         speed[share, method, runtime] = rows.get_or_measure(key, timed)
@@ -188,7 +191,7 @@ def change(found: Found, name: str, share: float, method: str, seed: int) -> Any
 def loss_table(found: Found, args: argparse.Namespace) -> str:
     """Return the table of losses."""
     body = []
-    for name, share, method in product(args.domains, sorted({*args.shares, *args.others}), METHODS):
+    for name, share, method in product(args.domains, sorted({*args.shares, *args.others, *args.narrower}), METHODS):
         if (name, share, method) not in found:
             continue
         row, base = found[name, share, method], found[name, 0.0, ""]
@@ -218,7 +221,7 @@ def verdicts(found: Found, speed: Mapping[tuple[float, str, str], Any], args: ar
     for runtime in RUNTIMES:
         line = [
             (float(np.median(gains(speed[share, WIDTHS, runtime])[0])), value.value)
-            for share in args.shares
+            for share in (*args.shares, *args.narrower)
             for value in [change(found, args.compared, share, WIDTHS, args.seed)]
         ]
         line = sorted([(1.0, 0.0), *line])
@@ -241,7 +244,9 @@ def results_text(
     """Return the section of RESULTS.md."""
     used = [*found.values(), *speed.values()]
     commits, machines = (sorted({row["setting"][name] for row in used}) for name in ("commit", "machine"))
-    calls = {row["call"] for row in found.values() if "call" in row}
+    calls = sorted({row["call"] for row in found.values() if "call" in row})
+    named = "; ".join(call.partition("; ")[0] for call in calls)
+    deviations = "; ".join(sorted({call.partition("; ")[2] for call in calls}))
     return f"""## Whole layers
 
 SmolLM2-135M-Instruct (float32, dequantised): a share of the parameters of its 30 layers removed as whole layers
@@ -250,7 +255,8 @@ calibrated on {args.num_samples} x {args.length} tokens, without refit of the he
 repository of 2SSP, commit 88ab660) on the same calibration samples; none of them repairs anything. *{PATCH.capitalize()}*: the
 layers of the window replaced by one matrix, by least squares on the hidden states around them. Change of bits per byte on
 windows of {len(next(iter(found.values()))["nll"])} and more documents of the validation split; 95 % intervals draw sources, then documents; ranges over sources
-where there are fewer than five. Seconds: of pruning alone.
+where there are fewer than five. Seconds: of pruning alone, on one of two busy cores; what an earlier row found out (widths,
+the order of the layers, BlockPruner's perplexities) is not measured twice.
 
 {loss_table(found, args)}
 
@@ -263,7 +269,7 @@ turns, on {args.compared}.
 
 {verdicts(found, speed, args)}
 
-Calls: {"; ".join(sorted(calls))}.
+Calls: {named}. Deviations: {deviations}.
 
 `python -m benchmarks.depth --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}. Highest load average: {highest_load(used)}.
 """
@@ -277,6 +283,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--compared", default="medicine", help="domain with all sizes, and with speed")
     options.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.2, 0.3], help="sizes there")
     options.add_argument("--others", nargs="+", type=float, default=[0.2], help="sizes in the other domains")
+    options.add_argument(
+        "--narrower", nargs="*", type=float, default=[0.4, 0.5], help="sizes of widths alone, which decode as fast"
+    )
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument("--eval-tokens", type=int, default=24_000, help="at most this many test tokens per domain")
@@ -284,7 +293,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--new-tokens", type=int, default=32, help="decode steps in a timed turn")
     options.add_argument("--rounds", type=int, default=5, help="timed turns")
     if "--quick" in arguments:
-        options.set_defaults(domains=["medicine"], shares=[0.2], num_samples=32, eval_tokens=12_000)
+        options.set_defaults(domains=["medicine"], shares=[0.2], narrower=[0.3], num_samples=32, eval_tokens=12_000)
     return parse_compared(options, arguments)
 
 

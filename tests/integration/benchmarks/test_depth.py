@@ -33,11 +33,15 @@ def test_rows_tables_and_resume(tmp_path, monkeypatch):
     sizes = (
         "--domains medicine --shares 0.34 --num-samples 16 --length 32 --eval-tokens 900 --context 64 --new-tokens 2"
     )
-    sizes += " --rounds 2"
+    sizes += " --rounds 2 --narrower 0.5"
     options = f"--data {tmp_path} --work {tmp_path / 'rows'} --peers {tmp_path} {sizes}".split()
     depth.main(options)
     rows = list(map(json.loads, (tmp_path / "rows/depth.jsonl").open()))
-    losses = {row["key"].get("method", ""): row for row in rows if "runtime" not in row["key"]}
+    lost = [row for row in rows if "runtime" not in row["key"]]
+    losses = {row["key"].get("method", ""): row for row in lost if row["key"].get("share") != 0.5}
+    (narrower,) = [row for row in lost if row["key"].get("share") == 0.5]
+    assert narrower["key"]["method"] == depth.WIDTHS
+    assert narrower["parameters"] < losses[depth.WIDTHS]["parameters"]
     assert losses.keys() == {"", *depth.METHODS}
     dense = losses[""]["parameters"]
     layer = sum(parameter.numel() for parameter in loaded.model.model.layers[0].parameters())
@@ -48,7 +52,7 @@ def test_rows_tables_and_resume(tmp_path, monkeypatch):
     assert losses[depth.PATCH]["nll"] != losses["window"]["nll"]
     assert losses["blockpruner"]["parameters"] == pytest.approx(dense - 2 * layer, rel=0.01)
     assert losses[depth.WIDTHS]["parameters"] <= dense - 2 * layer
-    assert sum("runtime" in row["key"] for row in rows) == len(depth.OWN) * len(depth.RUNTIMES)
+    assert sum("runtime" in row["key"] for row in rows) == (len(depth.OWN) + 1) * len(depth.RUNTIMES)
     text = (tmp_path / "RESULTS.md").read_text()
     for part in ("| medicine | 34% | ShortGPT |", "2 attentions, 2 MLPs", "times as fast", "layers 2, 3"):
         assert part in text
