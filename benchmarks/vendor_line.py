@@ -157,10 +157,10 @@ def results_text(run: VendorLine) -> str:
             verdicts.append(f"{name}, {kind}: {abs(change):.1%} {'below' if change < 0 else 'above'} the line")
     header = ["model", "parameters (1e9)", "bits per byte", "against the larger model", "against the line"]
     header += [f"{asked}: right (%)" for asked in args.asked if args.questions]
-    first, kind = next(iter(run.found.values()))["setting"], args.dtype
+    first = next(iter(run.found.values()))["setting"]
     return f"""## The smaller model of the vendor, or the larger one pruned
 
-{MODELS[args.small][0]} and {MODELS[args.large][0]} (dequantised to {kind}; the LM head is stored apart from the embedding and
+{MODELS[args.small][0]} and {MODELS[args.large][0]} (dequantised to {args.dtype}; the LM head is stored apart from the embedding and
 counts), and the larger one pruned by the default on {args.num_samples} x {args.length} tokens of the domain's train text, and trained on it for
 {args.minutes:g} minutes (*healed*). Test text: validation split, at most {args.eval_tokens:,} tokens in windows of many documents; 95 %
 intervals draw sources, then documents, and where there are fewer than five sources the range over them stands. The
