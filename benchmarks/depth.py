@@ -36,7 +36,8 @@ from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import LoadedModel
 
 WHOLE, WIDTHS, BOTH, PATCH = "layers", "widths", "layers and widths", "window and a linear map"
-OWN = (WHOLE, WIDTHS, BOTH)
+HALF = "half layers, half widths"
+OWN = (WHOLE, WIDTHS, BOTH, HALF)
 METHODS = (*OWN, "shortgpt", "window", PATCH, BLOCKPRUNER)
 """BlockPruner is the last, since it takes longer than all others together."""
 LABELS = {"shortgpt": "ShortGPT", "window": "window of layers", BLOCKPRUNER: "BlockPruner"}
@@ -70,6 +71,8 @@ class DepthDomain(FrontierDomain):
             size = {"num_layers": layers - self.count(share)}
         elif method in OWN:
             size["units"] = "neurons,kv_groups" + (",layers" if method == BOTH else "")
+        if method == HALF:
+            size["num_layers"] = layers - self.count(share / 2)
         return PrunerConfig(
             **size,
             refit_lm_head=False,
@@ -226,7 +229,7 @@ def verdicts(found: Found, speed: Mapping[tuple[float, str, str], Any], args: ar
         ]
         line = sorted([(1.0, 0.0), *line])
         for share in args.shares:
-            for method in (WHOLE, BOTH):
+            for method in (WHOLE, BOTH, HALF):
                 fast = float(np.median(gains(speed[share, method, runtime])[0]))
                 own = change(found, args.compared, share, method, args.seed).value
                 if fast > line[-1][0]:
@@ -250,7 +253,8 @@ def results_text(
     return f"""## Whole layers
 
 SmolLM2-135M-Instruct (float32, dequantised): a share of the parameters of its 30 layers removed as whole layers
-(`num_layers`), as neurons and KV groups (`units="neurons,kv_groups"`), or as both by one budget (`units=...,layers`);
+(`num_layers`), as neurons and KV groups (`units="neurons,kv_groups"`), as both by one budget (`units=...,layers`), or half of
+the share as layers and the rest as neurons and KV groups (`num_layers` beside `target_params`);
 calibrated on {args.num_samples} x {args.length} tokens, without refit of the head's rows and without training. Peers by their own code (in the
 repository of 2SSP, commit 88ab660) on the same calibration samples; none of them repairs anything. *{PATCH.capitalize()}*: the
 layers of the window replaced by one matrix, by least squares on the hidden states around them. Change of bits per byte on
