@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from hf_context_prune.errors import ExportError
 from hf_context_prune.modeling.generation import get_end_token_ids, with_plain_generation
-from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, why_not_onnx
+from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, has_expert_tensors, why_not_onnx
 from hf_context_prune.modeling.specs import base_model_type
 from hf_context_prune.storage.loading import LoadedModel
 
@@ -44,17 +44,16 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     """
     config = loaded.model.config
     family = base_model_type(config.model_type)
-    in_gguf = family in GGUF_FAMILIES
+    others = ["gguf"] if family in GGUF_FAMILIES else []
+    others += [] if has_expert_tensors(config) else ["quanto or torchao"]
+    elsewhere = f"Export to {', '.join(others)}."
     if (why := why_not_onnx(config)) is not None:
-        raise ExportError(
-            f"{loaded.name} is a {family} model, which can't be exported to ONNX: {why}. Export to "
-            f"{'gguf, ' if in_gguf else ''}quanto or torchao."
-        )
+        raise ExportError(f"{loaded.name} is a {family} model, which can't be exported to ONNX: {why}. {elsewhere}")
     cache = DynamicCache(config=config)
     if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         raise ExportError(
             f"{loaded.name} has layers with a sliding window of {config.sliding_window} tokens, which the ONNX graph "
-            f"can't hold. Export to {'gguf, ' if in_gguf else ''}quanto or torchao. Or, if your texts are not longer "
+            f"can't hold. {elsewhere} Or, if your texts are not longer "
             f"than the window, let all layers see all tokens in config.json (sliding_window null, or layer_types with "
             f"full_attention alone) and prune the model again."
         )

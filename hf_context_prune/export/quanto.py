@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_context_prune.errors import ExportError
+from hf_context_prune.modeling.runtimes import has_expert_tensors
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.compat import unwrap_quanto
 
@@ -22,7 +23,7 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     """Refuse a model that would not get smaller.
 
     Raises:
-        ExportError: Its projections are not ``nn.Linear`` modules.
+        ExportError: Its projections, or those of its experts, are not ``nn.Linear`` modules.
     """
     check_projections(loaded, "Quanto")
 
@@ -35,8 +36,13 @@ def check_projections(loaded: LoadedModel, quantiser: str) -> None:
         quantiser: Name of the quantiser, for the message.
 
     Raises:
-        ExportError: The projections are not ``nn.Linear`` modules.
+        ExportError: The projections, or those of experts, are not ``nn.Linear`` modules.
     """
+    if has_expert_tensors(loaded.model.config):
+        raise ExportError(
+            f"The experts of a {loaded.model.config.model_type} model are one tensor for all, which {quantiser} leaves "
+            f"as it is, so the model would hardly get smaller. Export to gguf; with --dtype q8_0 it gets smaller."
+        )
     if any(isinstance(module, Conv1D) for module in loaded.model.modules()):
         raise ExportError(
             f"The projections of a {loaded.model.config.model_type} model are Conv1D modules, which {quantiser} does "

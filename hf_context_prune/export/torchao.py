@@ -17,7 +17,7 @@ def check(loaded: LoadedModel, dtype: str) -> None:
     """Refuse a model that would not get smaller.
 
     Raises:
-        ExportError: Its projections are not ``nn.Linear`` modules.
+        ExportError: Its projections, or those of its experts, are not ``nn.Linear`` modules.
     """
     check_projections(loaded, "torchao")
 

@@ -37,6 +37,16 @@ NO_ONNX = {
 """Why a family whose layers all have attention can't be exported to ONNX."""
 
 
+def has_expert_tensors(config: Any) -> bool:  # noqa: ANN401
+    """Return whether a model's experts are one tensor for all of a layer, as in every family of the table.
+
+    Args:
+        config: The config of the model.
+    """
+    spec = SPECS.get(base_model_type(config.model_type))
+    return spec is not None and spec.experts is not None
+
+
 def why_not_onnx(config: Any) -> str | None:  # noqa: ANN401
     """Return why a model can't be exported to ONNX; None where it can, but for sliding windows.
 
@@ -45,7 +55,7 @@ def why_not_onnx(config: Any) -> str | None:  # noqa: ANN401
     """
     if (why := NO_ONNX.get(base_model_type(config.model_type))) is not None:
         return why
-    if (spec := SPECS.get(base_model_type(config.model_type))) is not None and spec.experts is not None:
+    if has_expert_tensors(config):
         return "the graph would hold the experts that its example is routed to, and no others"
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) & set(WITHOUT_ATTENTION))
     return f"the graph can't hold the states of layers without attention ({', '.join(kinds)})" if kinds else None

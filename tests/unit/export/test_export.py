@@ -168,9 +168,14 @@ def test_quanto_reads_back_a_head_that_checkpoints_call_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["quanto", "torchao"])
-def test_projections_that_are_not_quantised_are_refused(tmp_path, format):
-    folder = save(tmp_path / "model", family="gpt2")
-    with pytest.raises(ExportError, match=r"gpt2 model are Conv1D.*onnx"):
+@pytest.mark.parametrize(
+    ("family", "message"), [("gpt2", r"gpt2 model are Conv1D.*onnx"), ("mixtral", r"experts of a mixtral model.*gguf")]
+)
+def test_projections_that_are_not_quantised_are_refused(tmp_path, format, family, message):
+    folder = tmp_path / "model"
+    tiny_model(family).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with pytest.raises(ExportError, match=message):
         export_model(folder, tmp_path / "out", format=format, **EASY)
     assert not (tmp_path / "out").exists()
 

@@ -155,6 +155,7 @@ OPTIONS["mistral"] = {"sliding_window": None}
 REFUSED = {
     **dict.fromkeys(("granitemoehybrid", "qwen3_5_text", "lfm2"), "without attention .*gguf, quanto or torchao"),
     "gemma4_text": "read the keys and values of earlier ones.* Export to quanto",
+    "mixtral": "routed to, and no others. Export to gguf.$",
     "helium": "NaN.* Export to quanto or torchao",
 }
 
