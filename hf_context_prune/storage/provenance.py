@@ -13,6 +13,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_context_prune.config import THRESHOLDS, PrunerConfig, ThresholdConfig, build_config
 from hf_context_prune.errors import LoadError
+from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.utils.links import resolve_inside
 from hf_context_prune.utils.reading import parse_yaml, read_text
 
@@ -62,7 +63,12 @@ def read_base_card(base: LoadedModel) -> dict[str, Any]:
 
 def collect_provenance(base: LoadedModel) -> dict[str, Any]:
     """Return the entries of a plan's provenance that describe the base model."""
-    return {"base_model": base.name, "base_revision": base.revision, "base_card": read_base_card(base)}
+    return {
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "base_dtype": dtype_name(base.model),
+        "base_card": read_base_card(base),
+    }
 
 
 def _read_readme_in(folder: Path) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def _callback(facts: CardFacts, config: PrunerConfig | ThresholdConfig) -> Trust
 def _prune_command(facts: CardFacts, config: PrunerConfig | ThresholdConfig, output: str) -> str:
     provenance, report = facts.plan.provenance, facts.report
     data = _data_of(facts)
-    options = [_option("revision", provenance["base_revision"])] if provenance.get("base_revision") else []
+    pinned = {"revision": provenance.get("base_revision"), "dtype": provenance.get("base_dtype")}
+    options = [_option(name, value) for name, value in pinned.items() if value]
     options.append(_option("data", data))
     general = facts.recorded("general_data").get("name")
     if report is not None and not provenance.get("recoveries"):

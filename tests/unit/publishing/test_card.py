@@ -226,6 +226,8 @@ def test_the_command_asks_for_what_the_plan_records(facts, subtests):
             names = {item.name for item in dataclasses.fields(config)}
             asked = {name: value for name, value in given.items() if name in names and value is not None}
             assert build_config(asked) == config
+    exact = build_card(with_provenance(facts, base_dtype="float32", base_revision="abc")).text
+    assert "--revision abc \\\n  --dtype float32 \\\n  --data" in exact
 
 
 def test_without_a_report_it_says_that_nothing_was_measured(place):
@@ -317,6 +319,7 @@ def test_hostile_facts_stay_text(facts, hostile):
         base_card=stated,
         base_model=hostile,
         base_revision=hostile,
+        base_dtype=hostile,
         config=config,
         data={"name": hostile, "revision": hostile, "fingerprint": hostile},
         search_data={"name": hostile},
