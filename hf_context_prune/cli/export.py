@@ -48,9 +48,10 @@ def export(
     seed: Annotated[int, shared("Seed of the text to compare on.", EVALUATION, min=0)] = 0,
     format: FormatOption = OutputFormat.auto,
 ) -> None:
-    """Write DIR for another runtime, and keep the export only if that runtime gives the same results.
+    """Write DIR for another runtime, and keep the export only if its loss there stays within a limit.
 
-    The other runtime loads the export, which is compared with DIR on test text: loss, greedy text, size, speed.
+    The other runtime loads the export, which is compared with DIR on test text: loss, greedy text, size, speed. The
+    limit is that of the data type, wide for few bits (perplexity: 1 % for f16, 25 % for q4_k_m); --tolerance sets one.
     `inspect` verifies and shows it later. Beside a GGUF file lies a Modelfile for Ollama. The k-quants (q6_k to q2_k)
     take about 6.6, 5.7, 4.9, 3.9 and 3.0 bits per weight; rows that blocks of 256 don't divide take more.
     """
