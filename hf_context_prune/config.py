@@ -214,7 +214,8 @@ class PrunerConfig(ExpertOptions, UnitChoices, CalibrationConfig):
     def _fill_in(self) -> None:
         fixed = self.mlp_ratio is not None or self.attention_ratio is not None
         if not (self.has_total_budget or fixed or self.fixes_tokens or self.fixes_layers or self.prunes_experts):
-            self.pruning_ratio = DEFAULT_PRUNING_RATIO
+            zero = any(getattr(self, name) is not None for name in ("layer_ratio", *EXPERT_SIZES))
+            self.pruning_ratio = 0.0 if zero else DEFAULT_PRUNING_RATIO  # a share of 0 removes nothing, as asked
         if self.allocation is None:
             nothing = self.pruning_ratio == 0 or self.num_calibration_samples < 2  # to remove, or to measure on
             self.allocation = "adaptive" if self.has_total_budget and not (fixed or nothing) else "uniform"

@@ -20,7 +20,7 @@ from hf_context_prune.errors import ExportError, PruningWarning
 from hf_context_prune.modeling.architectures import layers_of, spec_of
 from hf_context_prune.modeling.configuration_context_pruned import has_tied_head
 from hf_context_prune.modeling.geometry import Geometry, read_geometry, widths_vary
-from hf_context_prune.modeling.runtimes import GGUF_VARIABLE
+from hf_context_prune.modeling.runtimes import GGUF_INTERVALS, GGUF_PERIODS, GGUF_VARIABLE
 from hf_context_prune.modeling.specs import base_model_type
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.storage.provenance import read_base_card
@@ -216,6 +216,7 @@ def _filled_up(neurons: int, hidden: int, dtype: str) -> int:
 
 def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry, family: GgufFamily) -> None:
     config = loaded.model.config
+    name = base_model_type(config.model_type)
     neurons: Any = [widths.neurons for widths in geometry.layers]
     kv_heads: Any = key_value_heads(config, spec_of(config))
     if family.full_heads:
@@ -223,11 +224,11 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry, fa
     heads: Any = [count * geometry.queries_per_group for count in kv_heads]
     if not widths_vary(geometry.layers):
         neurons, heads = max(neurons), max(heads)
-        kv_heads = max(kv_heads) if family.interval or len(set(kv_heads)) == 1 else kv_heads
+        kv_heads = max(kv_heads) if name in GGUF_INTERVALS or len(set(kv_heads)) == 1 else kv_heads
     writer.add_name(loaded.name)
     writer.add_block_count(len(geometry.layers))
     # A sliding window that llama.cpp does not have: beyond it, the file would give other results than the model.
-    window = getattr(config, "sliding_window", None) if _slides(config) and family.period is None else None
+    window = getattr(config, "sliding_window", None) if _slides(config) and name not in GGUF_PERIODS else None
     writer.add_context_length(min(filter(None, (config.max_position_embeddings, window))))
     writer.add_embedding_length(geometry.hidden_size)
     writer.add_feed_forward_length(neurons or config.intermediate_size)
@@ -237,7 +238,7 @@ def _write_sizes(writer: GGUFWriter, loaded: LoadedModel, geometry: Geometry, fa
     writer.add_key_length(geometry.head_dim)
     writer.add_value_length(geometry.head_dim)
     write_rope(writer, loaded.model, geometry, family)
-    if family.interval:
+    if name in GGUF_INTERVALS:
         writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
     for method, source in family.numbers:
         values = [getattr(config, name) for name in source.split("*")] if isinstance(source, str) else [source]

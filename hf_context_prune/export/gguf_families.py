@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
 from hf_context_prune.errors import ExportError
+from hf_context_prune.modeling.runtimes import why_not_gguf_order
 
 from .gguf_family import GELU, GRANITE, LAYER_NORM, LINEAR_ATTENTION, LLAMA3, RMS, UNBIASED, WINDOW, GgufFamily
 from .gguf_moe_families import MOE_FAMILIES
-
-_LAYERS = "layer_types"
 
 FAMILIES: dict[str, GgufFamily] = {
     "llama": GgufFamily(MODEL_ARCH.LLAMA, reordered=True, ropes=LLAMA3),
@@ -26,14 +24,12 @@ FAMILIES: dict[str, GgufFamily] = {
         required=UNBIASED,
         norm_offset=1.0,
         plain_norms=("linear_attn.norm",),
-        interval=True,
         names={"linear_attn.dt_bias": ("ssm_dt.bias",)},
     ),
     "smollm3": GgufFamily(
         MODEL_ARCH.SMOLLM3,
         reordered=True,
         required=(*UNBIASED, ("mlp_bias", False)),
-        period=("no_rope_layers", 4),
     ),
     "granite": GgufFamily(MODEL_ARCH.GRANITE, reordered=True, numbers=GRANITE),
     "granitemoehybrid": GgufFamily(
@@ -67,7 +63,6 @@ FAMILIES: dict[str, GgufFamily] = {
         ),
         required=UNBIASED,
         norm_offset=1.0,
-        period=(_LAYERS, 2),
     ),
     "gemma3_text": GgufFamily(
         MODEL_ARCH.GEMMA3,
@@ -75,7 +70,6 @@ FAMILIES: dict[str, GgufFamily] = {
         numbers=(*RMS, WINDOW, ("final_logit_softcapping", "final_logit_softcapping")),
         required=(*UNBIASED, ("attn_logit_softcapping", None)),
         norm_offset=1.0,
-        period=(_LAYERS, 6),
     ),
     "phi": GgufFamily(MODEL_ARCH.PHI2, activation=GELU, numbers=LAYER_NORM, own_head=True, full_heads=True),
     "phi3": GgufFamily(MODEL_ARCH.PHI3, ropes=("default", "longrope"), full_heads=True),
@@ -91,7 +85,6 @@ FAMILIES: dict[str, GgufFamily] = {
         MODEL_ARCH.OLMO2,
         numbers=(*RMS, WINDOW),
         required=UNBIASED,
-        period=(_LAYERS, 4),
         own_head=True,
         full_heads=True,
     ),
@@ -105,7 +98,6 @@ FAMILIES: dict[str, GgufFamily] = {
         MODEL_ARCH.COHERE2,
         numbers=(*LAYER_NORM, WINDOW, ("logit_scale", "logit_scale")),
         required=UNBIASED,
-        period=(_LAYERS, 4),
         full_heads=True,
     ),
     "glm": GgufFamily(MODEL_ARCH.CHATGLM, full_heads=True),
@@ -194,7 +186,6 @@ _SCALED_BY_HEAD = ("gemma2", "gemma3_text")
 """Families whose attention llama.cpp scales by the size of a head, whatever the config says."""
 _OWN_KEYS = ("olmoe",)
 """Families in which llama.cpp has keys and values for every query head."""
-_ORDINALS = {2: "second", 4: "fourth", 6: "sixth"}
 
 
 def check_conventions(config: Any, name: str) -> None:  # noqa: ANN401
@@ -225,33 +216,5 @@ def check_conventions(config: Any, name: str) -> None:  # noqa: ANN401
                 f"llama.cpp's architecture {known} computes {each}={value}, but this model has {has}. Export to "
                 f"another format."
             )
-    if family.interval:
-        _check_interval(config.layer_types)
-    if family.period is not None:
-        _check_period(config, name, *family.period)
-
-
-def _check_interval(kinds: Sequence[str]) -> None:
-    """Refuse layers with attention that are not every n-th."""
-    every = list(kinds).index("full_attention") + 1 if "full_attention" in kinds else 0
-    if not every or any((kind == "full_attention") != ((i + 1) % every == 0) for i, kind in enumerate(kinds)):
-        raise ExportError(
-            f"llama.cpp computes attention in every n-th layer, but layer_types is {list(kinds)}. Export to another "
-            f"format."
-        )
-
-
-def _check_period(config: Any, name: str, attribute: str, period: int) -> None:  # noqa: ANN401
-    """Refuse layers of two kinds in another order than every `period`-th of the second."""
-    kinds = getattr(config, attribute)
-    if attribute == "layer_types":
-        if config.sliding_window is None:
-            return
-        found, what = [kind == "sliding_attention" for kind in kinds], "slides a window over"
-    else:
-        found, what = [bool(kind) for kind in kinds], "rotates"
-    if any(use != bool((index + 1) % period) for index, use in enumerate(found)):
-        raise ExportError(
-            f"llama.cpp {what} all layers of {name} except every {_ORDINALS[period]}, but {attribute} is "
-            f"{list(kinds)}. Export to another format."
-        )
+    if (why := why_not_gguf_order(config.to_dict(), name)) is not None:
+        raise ExportError(f"{why}. Export to another format.")

@@ -47,12 +47,9 @@ class GgufFamily:
         required: (config attribute, the only value that it computes).
         norm_offset: What a norm adds to its weight before it multiplies, which is then added to the weight.
         plain_norms: Parts of the names of norms that add nothing.
-        period: (config attribute, n) where it treats all layers but every n-th in another way (a sliding window, no
-            rotation), whatever the config says.
         ropes: Types of the scaling of the rotation that it computes.
         full_heads: Whether its query heads have as many features as the hidden size: removed heads are zeros in the
             file.
-        interval: Whether it knows layers with attention by their interval; else by their key/value heads.
         own_head: Whether it asks for an LM head even where the embedding is one.
         stepped: Whether it knows layers with experts by the number of the first and an interval; else all behind the
             first have them.
@@ -67,10 +64,8 @@ class GgufFamily:
     required: tuple[tuple[str, Any], ...] = ()
     norm_offset: float = 0.0
     plain_norms: tuple[str, ...] = ()
-    period: tuple[str, int] | None = None
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     full_heads: bool = False
-    interval: bool = False
     own_head: bool = False
     stepped: bool = False
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -46,7 +46,6 @@ MOE_FAMILIES: dict[str, GgufFamily] = {
     "gpt_oss": GgufFamily(
         MODEL_ARCH.GPT_OSS,
         numbers=(*RMS, WINDOW, ("expert_feed_forward_length", "intermediate_size")),
-        period=("layer_types", 2),
         own_head=True,
         names={
             **_EXPERTS,
@@ -76,7 +75,6 @@ MOE_FAMILIES: dict[str, GgufFamily] = {
         required=UNBIASED,
         norm_offset=1.0,
         plain_norms=("linear_attn.norm",),
-        interval=True,
         names={**_SHARED_WITH_GATE, "linear_attn.dt_bias": ("ssm_dt.bias",)},
     ),
     "ernie4_5_moe": GgufFamily(

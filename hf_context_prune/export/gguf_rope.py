@@ -13,6 +13,8 @@ from gguf import GGUFWriter
 
 from hf_context_prune.errors import ExportError, PruningWarning
 from hf_context_prune.modeling.geometry import Geometry
+from hf_context_prune.modeling.runtimes import GGUF_INTERVALS
+from hf_context_prune.modeling.specs import base_model_type
 
 from .gguf_family import GgufFamily
 
@@ -81,7 +83,7 @@ def write_rope(writer: GGUFWriter, model: Any, geometry: Geometry, family: GgufF
     writer.add_rope_freq_base(base * rope["alpha"] ** (dims / (dims - 2)) if kind == "alpha" else base)
     if (sliding := config.rope_parameters.get("sliding_attention")) is not None:
         writer.add_rope_freq_base_swa(float(sliding["rope_theta"]))
-    if family.interval:
+    if base_model_type(config.model_type) in GGUF_INTERVALS:
         writer.add_rope_dimension_sections([dims // 2, 0, 0, 0])  # a text has positions of one kind
     if hasattr(config, "position_embedding_type"):  # Granite's hybrids, most of which have no rotation
         writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from hf_context_prune.errors import UnsupportedArchitectureError
@@ -74,7 +75,22 @@ def check_layers_removable(config: PreTrainedConfig, spec: ArchSpec) -> None:
             )
 
 
-def leaves_attention(config: PreTrainedConfig, kept: Collection[int]) -> bool:
+def why_not_shortened(config: PreTrainedConfig, spec: ArchSpec, kept: Collection[int]) -> str | None:
+    """Return why a model can't keep these layers and no others; None if it can.
+
+    Args:
+        config: The model's config.
+        spec: Its table entry.
+        kept: Numbers of the layers that stay.
+    """
+    try:
+        shorten_config(config, spec, sorted(kept))
+    except UnsupportedArchitectureError as error:
+        return str(error)
+    return None
+
+
+def _leaves_attention(config: PreTrainedConfig, kept: Collection[int]) -> bool:
     """Return whether a layer with attention is among those that stay: caches of hybrids count positions there."""
     kinds = getattr(config, "layer_types", None) or ()
     attention = {index for index, kind in enumerate(kinds) if kind not in WITHOUT_ATTENTION}
@@ -93,11 +109,12 @@ def shorten_config(config: PreTrainedConfig, spec: ArchSpec, kept: Sequence[int]
         kept: Numbers of the layers that stay, ascending.
 
     Raises:
-        UnsupportedArchitectureError: See [`check_layers_removable`][]; or no layer with attention stays.
+        UnsupportedArchitectureError: See [`check_layers_removable`][]; or no layer with attention stays; or the
+            family's config can't say that the layers that stay are what they were.
     """
     layers = config.num_hidden_layers
     check_layers_removable(config, spec)
-    if not leaves_attention(config, kept):
+    if not _leaves_attention(config, kept):
         raise UnsupportedArchitectureError(
             f"One layer with attention must stay in this {spec.model_type} model, whose cache counts positions there; "
             f"layers {', '.join(map(str, kept))} have none. Keep another one."
@@ -113,7 +130,15 @@ def shorten_config(config: PreTrainedConfig, spec: ArchSpec, kept: Sequence[int]
         values["per_layer_config"] = {new[int(old)]: own for old, own in overrides.items() if int(old) in new}
     count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values |= dict.fromkeys({count, "num_hidden_layers"} & {count, *values}, len(kept))
-    result: PreTrainedConfig = type(config).from_dict(values)
+    kinds = list(values.get("layer_types") or ())  # some configs change the list that they are given
+    try:
+        result: PreTrainedConfig = type(config).from_dict(values)
+    except (StrictDataclassError, ValueError) as error:  # a rule of the family, such as one layer of every kind
+        reason = str(error).splitlines()[-1].strip()
+        raise UnsupportedArchitectureError(_refused(spec, kept, f"its config refuses them ({reason})")) from error
+    if list(getattr(result, "layer_types", None) or ()) != kinds:
+        found = ", ".join(result.layer_types)
+        raise UnsupportedArchitectureError(_refused(spec, kept, f"its config makes them layers of {found}"))
     copy_attention_implementation(config, result)
     result.name_or_path = config.name_or_path
     _check_same_kinds(config, result, spec, kept)
@@ -129,11 +154,14 @@ def _check_same_kinds(config: PreTrainedConfig, shorter: PreTrainedConfig, spec:
     if before != after:
         interval = str(spec.experts.interval)
         count = getattr(config, interval)
-        raise UnsupportedArchitectureError(
-            f"This {spec.model_type} model has experts in every n-th layer ({interval} = {count}), and its config "
-            f"can't say which layers have them once only {', '.join(map(str, kept))} stay. Remove {count} neighbours "
-            f"together, or experts instead (num_experts)."
-        )
+        together = f" Or name {count} neighbours in removable_layers, and let both go." if count > 1 else ""
+        why = f"its config says by a rule which layers have experts ({interval} = {count}), and would name others"
+        raise UnsupportedArchitectureError(f"{_refused(spec, kept, why)}{together} Or remove experts (num_experts).")
+
+
+def _refused(spec: ArchSpec, kept: Sequence[int], why: str) -> str:
+    listed = ", ".join(map(str, kept))
+    return f"This {spec.model_type} model can't keep layers {listed} alone: {why}. Keep another one."
 
 
 def describe_layers(plan: PruningPlan) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,19 @@ def fingerprint(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Kept units of one layer, ascending; none in a layer that is removed as a whole (`gone`).
+    """Kept units of one layer, ascending.
 
     Attributes:
         neurons: Indices of the kept MLP neurons.
         kv_groups: Indices of the kept KV groups; none in a layer without heads that can be removed.
         experts: Indices of the kept experts; none in a layer with an MLP.
+        gone: Whether the layer is removed as a whole; it then keeps no units.
     """
 
     neurons: tuple[int, ...]
     kv_groups: tuple[int, ...]
     experts: tuple[int, ...] = ()
+    gone: bool = field(default=False, kw_only=True)
 
     @classmethod
     def whole(cls, widths: LayerWidths) -> LayerPlan:
@@ -75,10 +77,9 @@ class LayerPlan:
         units: tuple[int, ...] = getattr(self, ALL_UNITS[target])
         return units
 
-    @property
-    def gone(self) -> bool:
-        """Whether the layer is removed as a whole."""
-        return not (self.neurons or self.kv_groups or self.experts)
+
+GONE_LAYER = LayerPlan((), (), gone=True)
+"""The plan of a layer that is removed as a whole."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,13 @@ class PruningPlan:
                 kept, width = layer.kept(target), widths.of(target)
                 if isinstance(width, bool) or not isinstance(width, int):
                     raise PlanError(f"Layer {index} of the plan: dense_{name} is {width!r}; it must be an integer.")
+                if kept and layer.gone:
+                    raise PlanError(f"Layer {index} of the plan is removed as a whole, but keeps {name}.")
                 if not kept and width and not layer.gone:
-                    raise PlanError(f"Layer {index} of the plan keeps no {name}; at least one must stay.")
+                    raise PlanError(
+                        f"Layer {index} of the plan keeps no {name}; at least one must stay, or the whole layer goes "
+                        f"(LayerPlan((), (), gone=True); removed_layers in a file)."
+                    )
                 if any(isinstance(unit, bool) or not isinstance(unit, int) for unit in kept):
                     raise PlanError(f"Layer {index} of the plan has {name} that are not integers: {kept[:8]}.")
                 if (kept and (kept[0] < 0 or kept[-1] >= width)) or any(a >= b for a, b in pairwise(kept)):
@@ -253,17 +259,20 @@ class PruningPlan:
             vocabulary = data["vocabulary"] if data["format_version"] > 1 else None
             inside = data["expert_neurons"] if data["format_version"] > 4 else None
             units = _names(data["format_version"] > 3)
-            plan = cls(
+            removed = data["removed_layers"] if data["format_version"] > 2 else []
+            _check_removed_layers(removed, len(data["layers"]))
+            return cls(
                 model_type=data["model_type"],
                 dense=tuple(LayerWidths(*(x[f"dense_{name}"] for name in units)) for x in data["layers"]),
-                layers=tuple(LayerPlan(*(tuple(x[name]) for name in units)) for x in data["layers"]),
+                layers=tuple(
+                    replace(LayerPlan(*(tuple(x[name]) for name in units)), gone=index in removed)
+                    for index, x in enumerate(data["layers"])
+                ),
                 model_fingerprint=data["model_fingerprint"],
                 provenance=data["provenance"],
                 vocabulary=None if vocabulary is None else Vocabulary(vocabulary["dense"], tuple(vocabulary["kept"])),
                 expert_neurons=None if inside is None else ExpertNeurons.from_dict(inside),
             )
-            _check_removed_layers(plan, data["removed_layers"] if data["format_version"] > 2 else [])
-            return plan
         except (KeyError, TypeError) as error:
             raise PlanError(f"This is not a pruning plan: {type(error).__name__} {error}.") from error
 
@@ -307,9 +316,8 @@ def _names(experts: bool) -> tuple[str, ...]:
     return tuple(name for name in ALL_UNITS.values() if experts or name != "experts")
 
 
-def _check_removed_layers(plan: PruningPlan, listed: object) -> None:
-    """Refuse a file that lists other layers as removed than those that keep no unit there."""
-    removed, count = list(plan.removed_layers), len(plan.layers)
+def _check_removed_layers(listed: object, count: int) -> None:
+    """Refuse a file whose list of removed layers is none, or names a layer that is not there."""
     if not isinstance(listed, list) or any(type(index) is not int for index in listed):
         raise PlanError(f"The plan's removed_layers is {listed!r:.80}; it must be a list of integers.")
     if missing := [index for index in listed if not 0 <= index < count]:
@@ -317,11 +325,8 @@ def _check_removed_layers(plan: PruningPlan, listed: object) -> None:
             f"The plan removes layer {', '.join(map(str, missing))}, but its model has {count} layers, numbered from 0 "
             f"to {count - 1}."
         )
-    if listed != removed:
-        raise PlanError(
-            f"The plan's removed_layers is {listed}, but the layers that keep no neurons and no KV groups are "
-            f"{removed}. Restore the file, or make the plan again."
-        )
+    if any(first >= second for first, second in pairwise(listed)):
+        raise PlanError(f"The plan's removed_layers is {listed!r:.80}; its numbers must ascend.")
 
 
 def _describe(widths: tuple[LayerWidths, ...]) -> str:

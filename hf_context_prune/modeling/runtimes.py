@@ -21,6 +21,15 @@ GGUF_FAMILIES = tuple(name for name in SPECS if name in BUILT_IN and name not in
 """Families that GGUF files are written for."""
 GGUF_VARIABLE = ("llama", "mistral")
 """Those of them whose widths may differ by layer, if they have no biases."""
+GGUF_PERIODS = {
+    "smollm3": ("no_rope_layers", 4),
+    **{name: ("layer_types", n) for name, n in (("gemma2", 2), ("gemma3_text", 6), ("olmo3", 4), ("cohere2", 4))},
+    "gpt_oss": ("layer_types", 2),
+}
+"""Those of which llama.cpp treats all layers but every n-th in another way, whatever the config says in this list."""
+GGUF_INTERVALS = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Those of which it knows layers with attention by their interval; of others by their key/value heads."""
+_ORDINALS = {2: "second", 4: "fourth", 6: "sixth"}
 
 
 VLLM_TESTED = (
@@ -35,6 +44,33 @@ NO_ONNX = {
     "helium": "padded prompts come out of its graph as NaN",
 }
 """Why a family whose layers all have attention can't be exported to ONNX."""
+
+
+def why_not_gguf_order(config: Mapping[str, Any], family: str) -> str | None:
+    """Return what llama.cpp computes where it would take a layer for one of another kind; None where it does not.
+
+    Args:
+        config: The values of the model's config.
+        family: The native model type.
+    """
+    kinds = list(config.get("layer_types") or ())
+    if family in GGUF_INTERVALS:
+        every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+        if not every or any((kind == "full_attention") != ((i + 1) % every == 0) for i, kind in enumerate(kinds)):
+            return f"llama.cpp computes attention in every n-th layer, but layer_types is {kinds}"
+    if family not in GGUF_PERIODS:
+        return None
+    attribute, period = GGUF_PERIODS[family]
+    if attribute == "layer_types":
+        if config.get("sliding_window") is None:
+            return None
+        found, what = [kind == "sliding_attention" for kind in kinds], "slides a window over"
+    else:
+        kinds = list(config.get(attribute) or ())
+        found, what = [bool(kind) for kind in kinds], "rotates"
+    if any(use != bool((index + 1) % period) for index, use in enumerate(found)):
+        return f"llama.cpp {what} all layers of {family} except every {_ORDINALS[period]}, but {attribute} is {kinds}"
+    return None
 
 
 def has_expert_tensors(config: Any) -> bool:  # noqa: ANN401
@@ -101,6 +137,8 @@ def _llama_cpp(config: Mapping[str, Any], family: str, folder: str, *, variable:
         return _text_in_llama_cpp(name, config, folder, variable=variable)
     if family not in GGUF_FAMILIES:
         return Runtime(name, f"no: GGUF is not written for {family}", opens=False)
+    if why_not_gguf_order(config, family) is not None:
+        return Runtime(name, "no: it tells layers apart by their number, and these are in another order", opens=False)
     biases = any(config.get(key) for key in ("attention_bias", "mlp_bias"))
     if variable and (family not in GGUF_VARIABLE or biases):
         kind = f"{family} with biases" if family in GGUF_VARIABLE else family

@@ -19,6 +19,7 @@ from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.pruning.model_builder import PrunedModel
+from hf_context_prune.pruning.notes import experts_note, layers_note
 from hf_context_prune.storage.gguf import explain_gguf_sizes
 from hf_context_prune.storage.known_models import DEMO_MODEL, name_of_base
 from hf_context_prune.storage.loading import LoadedModel, load_model
@@ -127,7 +128,13 @@ def recover_folder(
         pruned=before[:2],
         recovered=after[:2],
         trained_again=bool(plan.provenance.get("recoveries")),
-        notes=(note, *(() if parent is None else explain_gguf_sizes(parent)), *images_note(pruned)),
+        notes=(
+            note,
+            *layers_note(plan),
+            *experts_note(plan),
+            *(() if parent is None else explain_gguf_sizes(parent)),
+            *images_note(pruned),
+        ),
     )
     if parent is None:
         report = replace(report, notes=(*report.notes, _note_without_parent(given, known=report.loss.base is not None)))

@@ -47,7 +47,7 @@ def let_experts_give(
     view = ModelView.of_shapes(model)
     counts = {widths.experts for widths in view.widths if widths.experts}
     counted = config.fixes_tokens and config.vocab_size is None  # how many tokens go is not known yet
-    fixed = config.removes_experts or config.units is not None or counted
+    fixed = config.removes_experts or config.experts_ratio is not None or config.units is not None or counted
     if len(counts) != 1 or not config.shares_budget or fixed:
         return config
     if (remove := ParameterBudget.of(config, view.num_parameters).remove_params) is None:

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.depth import check_layers_removable, leaves_attention, shorten_config
+from hf_context_prune.modeling.depth import check_layers_removable, shorten_config, why_not_shortened
 from hf_context_prune.modeling.native_fit import build_empty_model
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
+from hf_context_prune.modeling.plan import GONE_LAYER, PruningPlan
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import ParameterBudget, share_below
 from hf_context_prune.pruning.surgery import ReconstructFn, apply_plan
@@ -70,7 +70,7 @@ class Depth:
         """Return the plan that removes these layers and nothing else."""
         view = ModelView.of_shapes(model)
         whole = PruningPlan.identity(view.spec.model_type, view.geometry).layers
-        layers = self.expand([whole[index] for index in self.kept], LayerPlan((), ()))
+        layers = self.expand([whole[index] for index in self.kept], GONE_LAYER)
         return PruningPlan(view.spec.model_type, view.widths, layers)
 
     def reconstruct_in_base(self, reconstruct: ReconstructFn) -> ReconstructFn:
@@ -103,9 +103,9 @@ def removable_layers(model: PreTrainedModel, config: PrunerConfig) -> tuple[int,
     count = len(view.widths)
     if (listed := layer_numbers(config.removable_layers)) is None:
         return tuple(range(KEPT_AT_ENDS, count - KEPT_AT_ENDS))
-    if missing := [str(index) for index in listed if index >= count]:
+    if listed[-1] >= count:
         raise BudgetError(
-            f"removable_layers names layer {', '.join(missing)}, but the model has {count} layers, numbered from 0 to "
+            f"removable_layers names layer {listed[-1]}, but the model has {count} layers, numbered from 0 to "
             f"{count - 1}."
         )
     return listed
@@ -177,11 +177,15 @@ def stand_in(model: PreTrainedModel, config: PrunerConfig) -> Depth | None:
     """
     if not (removed := count_removed(model, config)):
         return None
-    depth = _first_of(model, removable_layers(model, config), removed)
+    view, allowed = ModelView.of_shapes(model), removable_layers(model, config)
+    if removed == len(allowed):  # nothing is left to choose, so a part of them need not make a model
+        shorten_config(model.config, view.spec, sorted(set(range(len(view.widths))) - set(allowed)))
+        return Depth(len(view.widths), allowed)
+    depth, why_no_more = _first_of(model, allowed, removed)
     if len(depth.order) < removed:
         raise BudgetError(
-            f"Of the layers that may be removed, {len(depth.order)} can go, not {removed}: one layer with attention "
-            f"must stay. Ask for fewer."
+            f"Of the layers that may be removed, {len(depth.order)} can go one after the other, not {removed}. "
+            f"{why_no_more} Or ask for fewer."
         )
     return depth
 
@@ -195,20 +199,17 @@ def deepest(model: PreTrainedModel, config: PrunerConfig) -> Depth | None:
 
     Raises:
         BudgetError: No layer may go.
-        UnsupportedArchitectureError: The model's layers belong together, or the config can't do without a single one.
+        UnsupportedArchitectureError: The model's layers belong together.
     """
     if not config.searches_layers:
         return None
     view, allowed = ModelView.of_shapes(model), removable_layers(model, config)
-    for index in allowed:
-        kept = [other for other in range(len(view.widths)) if other != index]
-        if leaves_attention(model.config, kept):
-            shorten_config(model.config, view.spec, kept)
-    if not (depth := _first_of(model, allowed, len(view.widths) - 1)).order:
+    depth, why_no_more = _first_of(model, allowed, len(view.widths) - 1)
+    if not depth.order:
+        ends = f"the first {KEPT_AT_ENDS} and the last {KEPT_AT_ENDS} stay unless removable_layers names them."
         raise BudgetError(
-            f"units={config.units!r} lets layers go, but of the {len(view.widths)} layers of this model none may: the "
-            f"first {KEPT_AT_ENDS} and the last {KEPT_AT_ENDS} stay unless removable_layers names them, and one with "
-            f"attention always does. Leave layers out of units, or give removable_layers."
+            f"units={config.units!r} lets layers go, but of the {len(view.widths)} layers of this model none can go by "
+            f"itself: {why_no_more or ends} Or leave layers out of units."
         )
     return depth
 
@@ -241,10 +242,16 @@ def name_share_of_layers(model: PreTrainedModel, config: PrunerConfig, depth: De
         raise BudgetError(f"Of the {remove:,} parameters asked to go, {given}. For the rest: {error}") from error
 
 
-def _first_of(model: PreTrainedModel, allowed: Sequence[int], most: int) -> Depth:
-    """Return the first of some layers, as many as may go together, up to a number."""
-    count, order = len(ModelView.of_shapes(model).widths), list[int]()
+def _first_of(model: PreTrainedModel, allowed: Sequence[int], most: int) -> tuple[Depth, str]:
+    """Return the first of some layers, as many as can go one after the other up to a number, and why no more can."""
+    view, order, reason = ModelView.of_shapes(model), list[int](), ""
+    count = len(view.widths)
     for index in allowed:
-        if len(order) < most and leaves_attention(model.config, set(range(count)) - {*order, index}):
+        if len(order) == most:
+            break
+        why_not = why_not_shortened(model.config, view.spec, set(range(count)) - {*order, index})
+        if why_not is None:
             order.append(index)
-    return Depth(count, tuple(order))
+        else:
+            reason = why_not
+    return Depth(count, tuple(order)), reason

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.errors import ConfigError
 from hf_context_prune.modeling.geometry import GONE, LayerWidths
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.plan import GONE_LAYER, PruningPlan, fingerprint
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.allocation.budget import Curve
 from hf_context_prune.pruning.allocation.probing import search_curves
@@ -210,7 +210,7 @@ class Planner:
         reconstruct = reconstruct_one_shot(self.stats, config)
         if self.depth is None:
             return plan, reconstruct
-        layers = self.depth.expand(plan.layers, LayerPlan((), ()))
+        layers = self.depth.expand(plan.layers, GONE_LAYER)
         base = replace(self.depth.plan(self.model), layers=layers, provenance=plan.provenance)
         return replace(base, model_fingerprint=fingerprint(self.model)), self.depth.reconstruct_in_base(reconstruct)
 

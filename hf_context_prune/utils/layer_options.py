@@ -21,8 +21,10 @@ def layer_numbers(value: object) -> tuple[int, ...] | None:
     found: set[int] = set()
     for part in value.split(","):
         first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            return None
         found |= set(range(int(first), int(last or first) + 1))
-    return tuple(sorted(found)) or None
+    return tuple(sorted(found))
 
 
 @dataclass(kw_only=True)
@@ -50,7 +52,10 @@ class LayerOptions:
         f"Numbers (from 0) of the layers that may be removed as a whole, such as 2-20,25. By default all but the first "
         f"{KEPT_AT_ENDS} and the last {KEPT_AT_ENDS}.",
         panel=BUDGET,
-        allowed=Allowed(lambda value: layer_numbers(value) is not None, "numbers and ranges of layers, as 2-20,25"),
+        allowed=Allowed(
+            lambda value: layer_numbers(value) is not None,
+            "a string of numbers and ascending ranges of layers, as '2-20,25'",
+        ),
         metavar="LAYERS",
     )
 

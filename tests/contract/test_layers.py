@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hf_context_prune.errors import UnsupportedArchitectureError
 from hf_context_prune.modeling.depth import new_name, shorten_config
 from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION, read_geometry
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
+from hf_context_prune.modeling.plan import GONE_LAYER, PruningPlan
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.view import ModelView
@@ -36,9 +36,17 @@ def logits(model):
         return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
 
 
+DEEP_GEMMA4 = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "use_double_wide_mlp": False,
+}
+
+
 def without(plan, *gone):
     """A plan that removes these layers too."""
-    layers = tuple(LayerPlan((), ()) if index in gone else layer for index, layer in enumerate(plan.layers))
+    layers = tuple(GONE_LAYER if index in gone else layer for index, layer in enumerate(plan.layers))
     return replace(plan, layers=layers)
 
 
@@ -149,6 +157,26 @@ def test_a_hybrid_keeps_a_layer_with_attention():
         UnsupportedArchitectureError, match=r"One layer with attention must stay .* layers 0, 2 have none"
     ):
         apply_plan(model, depth_plan(model, 1))
+
+
+REFUSED = (
+    ("olmo_hybrid", {}, (0, 2), "its config refuses them .*at least one 'linear_attention' layer"),
+    (
+        "gemma4_text",
+        {**DEEP_GEMMA4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
+        (3,),
+        "its config makes them layers of sliding_attention, full_attention, full_attention",
+    ),
+    ("ernie4_5_moe", {"num_hidden_layers": 4, "moe_layer_interval": 2}, (1,), "Or name 2 neighbours in removable"),
+    ("ernie4_5_moe", {"num_hidden_layers": 4, "moe_layer_end_index": 0}, (0,), "by a rule .*Or remove experts"),
+)
+
+
+@pytest.mark.parametrize(("family", "options", "gone", "said"), REFUSED, ids=[str(case[0]) for case in REFUSED])
+def test_layers_that_a_config_can_not_keep_alone(family, options, gone, said):
+    model = tiny_model(family, **options)
+    with pytest.raises(UnsupportedArchitectureError, match=f"This {family} model can't keep layers .*{said}"):
+        apply_plan(model, depth_plan(model, *gone))
 
 
 def test_a_pruned_model_loses_layers_too():

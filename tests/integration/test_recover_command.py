@@ -182,6 +182,17 @@ def test_recovered_twice(run, place, pruned):
     assert second.loss.pruned == first.loss.pruned
 
 
+def test_what_was_removed_as_a_whole_is_said_again(run, place):
+    options = ("--num-layers", 2, "--removable-layers", "1", "--max-seq-length", 32, "--num-calibration-samples", 8)
+    code, _, err = run("prune", "@base", "--data", "@data.jsonl", "--output", "@shorter", *options, *QUICK)
+    assert code == 0, err
+    how = ("--max-seq-length", 32, "--max-steps", 1, *QUICK, "--output", "@shorter-recovered")
+    code, out, err = run("recover", "@shorter", "--data", "@data.jsonl", *how)
+    assert code == 0, err
+    assert "1 of 3 layers was removed as a whole: 1" in " ".join(out.split())
+    assert any("GSM8K" in note for note in EvalReport.load(place / "shorter-recovered/eval_report.json").notes)
+
+
 def test_a_folder_that_is_not_ours(run, place):
     code, _, err = run("recover", "@base", "--data", "@data.jsonl", "--output", "@bad")
     assert code == 1

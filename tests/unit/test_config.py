@@ -220,11 +220,12 @@ def test_layers_are_a_size_of_their_own(subtests):
     assert alone.removes_layers
     assert PrunerConfig(layer_ratio=0.1, pruning_ratio=0.2).allocation == "adaptive"
     assert not PrunerConfig(layer_ratio=0.0).removes_layers
-    assert PrunerConfig(layer_ratio=0.0).pruning_ratio == 0.2
+    for name in ("layer_ratio", "experts_ratio", "expert_neurons_ratio"):
+        assert PrunerConfig(**{name: 0.0}).pruning_ratio == 0.0  # nothing goes, as asked
     for text, numbers in (("3", (3,)), ("2-4,9", (2, 3, 4, 9)), (" 9 , 2 - 3", (2, 3, 9)), ("0-0,0", (0,))):
         with subtests.test(text=text):
             assert layer_numbers(text) == numbers
-    for bad in ("", "a", "2-", "-2", "4-2", "1,,2", "1;2", "99999", [1], 3, True):
+    for bad in ("", "a", "2-", "-2", "4-2", "5-2,3", "1,,2", "1;2", "99999", [1], 3, True):
         with subtests.test(bad=bad):
             assert layer_numbers(bad) is None
             assert f"removable_layers is {bad!r}" in refused(num_layers=3, removable_layers=bad)

@@ -19,7 +19,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from hf_context_prune.errors import BudgetError
-from hf_context_prune.modeling.depth import leaves_attention
+from hf_context_prune.modeling.depth import why_not_shortened
 from hf_context_prune.modeling.geometry import GONE
 from hf_context_prune.modeling.inference import evaluation_mode
 from hf_context_prune.modeling.view import ModelView
@@ -91,7 +91,7 @@ class LayerOrder:
             count: How many layers go.
 
         Raises:
-            BudgetError: So many can't go, since a layer with attention must stay.
+            BudgetError: So many can't go one after the other.
             NumericsError: A logit is NaN or Inf.
             SaveError: A choice can't be written.
         """
@@ -133,7 +133,7 @@ class LayerOrder:
     def _next(self, count: int) -> Choice:
         gone = [index for index, _ in self._found]
         with evaluation_mode(self.view.model, inference=False), torch.no_grad():
-            losses = self._compare().losses(gone, _left(self.view, self._candidates, gone))
+            losses = self._compare().losses(gone, _left(self.view, self._candidates, gone, count))
         return _cheapest(losses, count, gone)
 
     def _loss_of(self, depth: Depth, walked: SequentialResult) -> float:
@@ -180,23 +180,27 @@ def choose_layers(
         The layers in the order of their choice, each with the loss without it and those before.
 
     Raises:
-        BudgetError: So many can't go, since a layer with attention must stay.
+        BudgetError: So many can't go one after the other.
         NumericsError: A logit is NaN or Inf.
         SaveError: A choice can't be written.
     """
     return LayerOrder(model, samples, candidates, state_dir=state_dir).depth(count)
 
 
-def _left(view: ModelView, candidates: Sequence[int], gone: Sequence[int]) -> list[int]:
-    """Return the candidates that may still go."""
+def _left(view: ModelView, candidates: Sequence[int], gone: Sequence[int], count: int) -> list[int]:
+    """Return the candidates that may still go: those without which there is a model, unless all of them go."""
     stay = set(range(len(view.widths))) - set(gone)
-    return [index for index in candidates if index in stay and leaves_attention(view.model.config, stay - {index})]
+    left = [index for index in candidates if index in stay]
+    config, last = view.model.config, stay - set(left)
+    if count == len(candidates) and last and why_not_shortened(config, view.spec, last) is None:
+        return left
+    return [index for index in left if why_not_shortened(config, view.spec, stay - {index}) is None]
 
 
 def _cheapest(losses: dict[int, float], count: int, gone: Sequence[int]) -> Choice:
     if not losses:
         raise BudgetError(
-            f"Of the layers that may be removed, {len(gone)} can go, not {count}: one layer with attention must stay. "
-            f"Ask for fewer."
+            f"Of the layers that may be removed, {len(gone)} can go one after the other, not {count}: without another "
+            f"one there is no such model. Ask for fewer."
         )
     return min(losses.items(), key=lambda choice: (choice[1], choice[0]))

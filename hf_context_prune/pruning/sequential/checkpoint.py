@@ -72,8 +72,9 @@ class SequentialCheckpoint:
             return None
         tensors, _ = kept
         targets = [target for target in TARGETS if f"{target}.weight" in tensors]
+        units = [tuple(tensors[name].tolist()) for name in ALL_UNITS.values()]
         return FinishedLayer(
-            LayerPlan(*(tuple(tensors[name].tolist()) for name in ALL_UNITS.values())),
+            LayerPlan(*units, gone=not any(units)),
             {target: (tensors[f"{target}.weight"], tensors.get(f"{target}.bias")) for target in targets},
         )
 

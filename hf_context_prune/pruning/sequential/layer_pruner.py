@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from hf_context_prune.modeling.architectures import (
 )
 from hf_context_prune.modeling.geometry import UNIT_NAMES, LayerWidths
 from hf_context_prune.modeling.layer_device import in_hand, layer_device
-from hf_context_prune.modeling.plan import LayerPlan
+from hf_context_prune.modeling.plan import GONE_LAYER, LayerPlan
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pruning.criteria import Criterion
 from hf_context_prune.pruning.scoring import top_units, weights_of_layer
@@ -109,7 +110,8 @@ class SequentialPruner:
         for target in narrower:
             fit, validation = self._measure(layer, target, base_too=target == narrower[0])
             units, output = self._choose_and_reconstruct(layer, target, widths.of(target), fit, validation)
-            done = FinishedLayer(replace(done.layer, **{UNIT_NAMES[target]: units}), {**done.outputs, target: output})
+            kept: dict[str, Any] = {UNIT_NAMES[target]: units}
+            done = FinishedLayer(replace(done.layer, **kept), {**done.outputs, target: output})
             layer.settle(target, kept_features(self.view.geometry, target, units), output)
         for stream in self.streams:
             stream.pruned.copy_(layer.call(stream, record=False))
@@ -123,7 +125,7 @@ class SequentialPruner:
                 for stream in self.streams:
                     stream.base.copy_(stream.call(index, self.view.layers[index], stream.base))
         self._diverged = True
-        return FinishedLayer(LayerPlan((), ()))
+        return FinishedLayer(GONE_LAYER)
 
     def replay(self, index: int, done: FinishedLayer) -> None:
         """Move both streams behind a layer that is done, by an earlier, interrupted run or because it stays whole."""

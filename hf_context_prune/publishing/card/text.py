@@ -123,10 +123,14 @@ def _removed(facts: CardFacts) -> Trusted:
         "experts": "experts (with their rows of the router)",
     }
     for unit in units_of(plan.dense):
-        before = [count for widths in plan.dense if (count := getattr(widths, unit))]
+        left = [widths for index, widths in enumerate(plan.dense) if index not in plan.removed_layers]
+        before = [count for widths in left if (count := getattr(widths, unit))]
         now = [count for widths in plan.widths if (count := getattr(widths, unit))]
-        some = "" if len(before) == len(plan.dense) else f", in {len(before)} of {len(plan.dense)} layers"
-        label = f"{labels[unit]}{some}"
+        if not before:
+            continue
+        of_these = " of the layers that stay" if plan.removed_layers else ""
+        some = "" if len(before) == len(left) else f", in {len(before)} of {len(left)} layers"
+        label = f"{labels[unit]}{of_these}{some}"
         spread = f"{min(now):,}" if min(now) == max(now) else f"{min(now):,} to {max(now):,}"
         lines.append(
             f"- {label}: {sum(now):,} of {sum(before):,} remain ({_share(sum(now), sum(before))} removed); {spread} "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from hf_context_prune.export.gguf_families import FAMILIES
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.geometry import read_geometry
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, NO_GGUF
+from hf_context_prune.modeling.plan import GONE_LAYER, LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, NO_GGUF, runtimes_of
 from hf_context_prune.modeling.specs import BUILT_IN
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import LoadedModel
@@ -244,6 +245,32 @@ def test_what_llama_cpp_computes_in_another_way_is_refused_at_once(family, optio
     loaded = LoadedModel(tiny(family, **options), tiny_tokenizer(), "tiny", None, None)
     with pytest.raises(ExportError, match=words):
         gguf.check(loaded, "f16")
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "smollm3", "qwen3_5_text"])
+def test_a_folder_that_lacks_layers_is_offered_as_gguf_where_their_order_is_llama_cpps(family):
+    def opens(model):
+        return {runtime.name: runtime.opens for runtime in runtimes_of(model.config.to_dict(), "x")}[
+            "llama.cpp, Ollama"
+        ]
+
+    def without(model, *gone):
+        plan = PruningPlan.identity(family, read_geometry(model.config, spec_of(model.config)))
+        layers = tuple(GONE_LAYER if index in gone else layer for index, layer in enumerate(plan.layers))
+        return apply_plan(model, replace(plan, layers=layers))
+
+    period = {"gemma3_text": 6, "smollm3": 4, "qwen3_5_text": 2}[family]
+    kinds = ["linear_attention" if family == "qwen3_5_text" else "sliding_attention"] * (period - 1) + [
+        "full_attention"
+    ]
+    order = {"no_rope_layers": [1, 1, 1, 0] * 2} if family == "smollm3" else {"layer_types": kinds * 2}
+    model = tiny(family, num_hidden_layers=2 * period, **order)
+    assert opens(model)
+    assert opens(without(model, *range(period)))  # a whole period
+    other = without(model, 0)
+    assert not opens(other)
+    with pytest.raises(ExportError, match="Export to another format"):
+        gguf.check(LoadedModel(other, tiny_tokenizer(), "tiny", None, None), "f16")
 
 
 def test_layers_with_other_numbers_of_experts_are_refused(tmp_path):

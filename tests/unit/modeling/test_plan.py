@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_context_prune.errors import PlanError, VocabularyError
 from hf_context_prune.modeling.geometry import GONE, LayerWidths, read_geometry, widths_vary
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.plan import GONE_LAYER, LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.plan_vocabulary import Vocabulary
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.pruning.surgery import apply_plan
@@ -120,7 +120,7 @@ def test_indices(subtests):
             replace(PLAN, layers=(LAYERS[0], layer))
 
 
-DEEP = replace(PLAN, dense=(*DENSE, DENSE[0]), layers=(LAYERS[0], LayerPlan((), ()), LAYERS[0]))
+DEEP = replace(PLAN, dense=(*DENSE, DENSE[0]), layers=(LAYERS[0], GONE_LAYER, LAYERS[0]))
 
 
 def test_a_plan_may_remove_whole_layers(tmp_path):
@@ -141,20 +141,24 @@ def test_a_plan_may_remove_whole_layers(tmp_path):
 
 def test_layers_that_can_not_be_gone(subtests):
     data = DEEP.to_dict()
-    none = LayerPlan((), ())
     for damaged, said in (
         ({"removed_layers": [3]}, "removes layer 3, but its model has 3 layers, numbered from 0 to 2"),
         ({"removed_layers": [-1]}, "removes layer -1"),
-        ({"removed_layers": [0]}, r"removed_layers is \[0\], .* are \[1\]"),
-        ({"removed_layers": []}, r"removed_layers is \[\], .* are \[1\]"),
+        ({"removed_layers": [0]}, "Layer 0 of the plan is removed as a whole, but keeps neurons"),
+        ({"removed_layers": []}, "Layer 1 of the plan keeps no neurons; .* or the whole layer goes"),
+        ({"removed_layers": [1, 1]}, r"removed_layers is \[1, 1\]; its numbers must ascend"),
         ({"removed_layers": [True]}, r"removed_layers is \[True\]; it must be a list of integers"),
         ({"removed_layers": 1}, "removed_layers is 1; it must be a list of integers"),
-        ({"format_version": 2}, r"removed_layers is \[\], .* are \[1\]"),
+        ({"format_version": 2}, "Layer 1 of the plan keeps no neurons"),
     ):
         with subtests.test(said=said), pytest.raises(PlanError, match=said):
             PruningPlan.from_dict({**data, **damaged})
     with pytest.raises(PlanError, match="removes all 2 layers; at least one must stay"):
-        replace(PLAN, layers=(none, none))
+        replace(PLAN, layers=(GONE_LAYER, GONE_LAYER))
+    mixture = {"dense": (LayerWidths(0, 0, 4),) * 2}  # as of OLMoE, whose heads all stay
+    with pytest.raises(PlanError, match="Layer 0 of the plan keeps no experts"):
+        replace(PLAN, **mixture, layers=(LayerPlan((), ()), LayerPlan((), (), (0, 2))))
+    assert replace(PLAN, **mixture, layers=(GONE_LAYER, LayerPlan((), (), (0, 2)))).removed_layers == (0,)
 
 
 def test_layer_counts_must_agree():

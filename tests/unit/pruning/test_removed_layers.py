@@ -21,7 +21,7 @@ from hf_context_prune.pruning.allocation.widths import count_base_parameters
 from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.criteria import CRITERIA
-from hf_context_prune.pruning.depth import Depth, count_removed, removable_layers, stand_in
+from hf_context_prune.pruning.depth import Depth, count_removed, deepest, removable_layers, stand_in
 from hf_context_prune.pruning.notes import layers_note
 from hf_context_prune.pruning.planner import Planner, make_plan, plan_and_reconstruct
 from hf_context_prune.pruning.prune_model import prune_model
@@ -153,7 +153,7 @@ def test_layers_are_chosen_one_after_the_other_by_the_loss_without_them(name):
 def test_a_hybrid_keeps_a_layer_with_attention():
     model = tiny_model("lfm2")
     assert set(choose_layers(model, IDS, 2, range(3)).order) == {0, 2}
-    with pytest.raises(BudgetError, match="2 can go, not 3: one layer with attention must stay"):
+    with pytest.raises(BudgetError, match="2 can go one after the other, not 3"):
         choose_layers(model, IDS, 3, range(3))
 
 
@@ -207,13 +207,29 @@ def test_which_layers_may_go(subtests):
         ({"layer_ratio": 0.9}, r"layer_ratio is 0\.9, so 7 of 8 layers .* at most 4 may be"),
         ({"layer_ratio": 0.01}, r"removes none of 8 layers. Ask for at least 0\.063"),
         ({"num_layers": 5, "removable_layers": "1,2"}, "3 of 8 layers would be removed, and at most 2 may be. Ask"),
-        ({"num_layers": 5, "removable_layers": "6-9"}, "removable_layers names layer 8, 9, but the model has 8 layers"),
+        ({"num_layers": 5, "removable_layers": "6-9"}, "removable_layers names layer 9, but the model has 8 layers"),
     ):
         with subtests.test(options=options), pytest.raises(BudgetError, match=said):
             check_budget(model, tiny_tokenizer(), PrunerConfig(**options))
+    with pytest.raises(
+        BudgetError, match=r"of the model's .* parameters go with the layers .* Of the rest: Asked to r"
+    ):
+        check_budget(model, tiny_tokenizer(), PrunerConfig(num_layers=6, pruning_ratio=0.95, units="neurons"))
     refused = tiny_model("gemma4_text")
     with pytest.raises(UnsupportedArchitectureError, match="hidden_size_per_layer_input"):
         check_budget(refused, tiny_tokenizer(), PrunerConfig(num_layers=4))
+
+
+def test_layers_that_a_config_can_not_name_one_by_one_are_refused_before_the_work():
+    mixture = tiny_model("ernie4_5_moe", num_hidden_layers=8, moe_layer_interval=2)
+    with pytest.raises(BudgetError, match=r"0 can go one after the other, not 2.*moe_layer_interval = 2.*2 neighbours"):
+        stand_in(mixture, PrunerConfig(num_layers=6, removable_layers="2,3,5"))
+    assert stand_in(mixture, PrunerConfig(num_layers=6, removable_layers="2,3")).order == (2, 3)
+    assert set(choose_layers(mixture, IDS, 2, (2, 3)).order) == {2, 3}
+    with pytest.raises(UnsupportedArchitectureError, match="can't keep layers 0, 1, 3, 4, 6, 7 alone"):
+        stand_in(mixture, PrunerConfig(num_layers=6, removable_layers="2,5"))
+    with pytest.raises(BudgetError, match=r"none can go by itself: .* would name others"):
+        deepest(mixture, PrunerConfig(units="neurons,layers"))
 
 
 def test_where_only_prune_removes_layers():

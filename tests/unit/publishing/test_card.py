@@ -26,7 +26,7 @@ from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.codec import decode
 from hf_context_prune.evaluation.reports.report import EvalReport, MultipleChoiceFacts
 from hf_context_prune.evaluation.reports.rows import text_rows
-from hf_context_prune.modeling.plan import LayerPlan, PruningPlan
+from hf_context_prune.modeling.plan import GONE_LAYER, PruningPlan
 from hf_context_prune.pipelines.recover import recover_folder
 from hf_context_prune.publishing.card.card import build_card, make_card
 from hf_context_prune.publishing.card.facts import CardFacts, read_facts
@@ -282,9 +282,11 @@ def test_a_base_of_the_hub_is_named_in_the_metadata(facts):
 
 def test_a_card_names_the_layers_that_went_and_warns(facts):
     kept = facts.plan.layers
-    shorter = dataclasses.replace(facts.plan, layers=(kept[0], LayerPlan((), ()), kept[2]))
+    shorter = dataclasses.replace(facts.plan, layers=(kept[0], GONE_LAYER, kept[2]))
     text = build_card(dataclasses.replace(facts, plan=shorter)).text
     assert "1 of 3 layers was removed as a whole: 1 (numbered from 0)." in text
+    before = sum(facts.plan.dense[index].neurons for index in (0, 2))
+    assert f"MLP neurons of the layers that stay: {len(kept[0].neurons) + len(kept[2].neurons)} of {before} rem" in text
     assert "GSM8K fell from .87 to .29" in text
     assert "GSM8K" not in build_card(facts).text
 
