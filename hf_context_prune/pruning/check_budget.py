@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
-from hf_context_prune.errors import BudgetError
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.allocation.budget import for_the_rest
 from hf_context_prune.pruning.allocation.widths import check_round_to, check_shared_budget, check_units_budget
 from hf_context_prune.pruning.thresholds.magnitudes import check_linear
 from hf_context_prune.pruning.vocabulary.checks import check_prunable, fewest_tokens
@@ -40,27 +37,14 @@ def check_budget(
     left, rest = without_fixed_sizes(model, config)
     if rest.prunes_layers:
         check_round_to(ModelView.of_shapes(left).widths, rest)
-    with _name_fixed_sizes(model, left):
+    gone, total = model.num_parameters() - left.num_parameters(), model.num_parameters()
+    given = f"{gone:,} of the model's {total:,} parameters go with the layers and experts whose number is given"
+    with for_the_rest(given if gone else ""):
         if (depth := deepest(left, rest)) is not None:
             with name_share_of_layers(left, rest, depth):
                 _check_units(depth.shorten(left), tokenizer, rest_of_budget(rest, left, depth))
         else:
             _check_units(left, tokenizer, rest)
-
-
-@contextmanager
-def _name_fixed_sizes(model: PreTrainedModel, left: PreTrainedModel) -> Iterator[None]:
-    """Say in an error on what is left of a model how much of it the given numbers of layers and experts take."""
-    gone, total = model.num_parameters() - left.num_parameters(), model.num_parameters()
-    try:
-        yield
-    except BudgetError as error:
-        if not gone:
-            raise
-        raise BudgetError(
-            f"{gone:,} of the model's {total:,} parameters go with the layers and experts whose number was given. Of "
-            f"the rest: {error}"
-        ) from error
 
 
 def without_fixed_sizes(model: PreTrainedModel, config: PrunerConfig) -> tuple[PreTrainedModel, PrunerConfig]:

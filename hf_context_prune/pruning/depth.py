@@ -15,7 +15,7 @@ from hf_context_prune.modeling.depth import check_layers_removable, shorten_conf
 from hf_context_prune.modeling.native_fit import build_empty_model
 from hf_context_prune.modeling.plan import GONE_LAYER, PruningPlan
 from hf_context_prune.modeling.view import ModelView
-from hf_context_prune.pruning.allocation.budget import ParameterBudget, share_below
+from hf_context_prune.pruning.allocation.budget import ParameterBudget, for_the_rest, share_below
 from hf_context_prune.pruning.surgery import ReconstructFn, apply_plan
 from hf_context_prune.utils.layer_options import KEPT_AT_ENDS, layer_numbers
 
@@ -236,10 +236,8 @@ def name_share_of_layers(model: PreTrainedModel, config: PrunerConfig, depth: De
             f"Of the {remove:,} parameters asked to go, {given}. Ask for less, or let other units go as well (--units, "
             f"--removable-layers)."
         )
-    try:
+    with for_the_rest(f"Of the {remove:,} parameters asked to go, {given}"):
         yield
-    except BudgetError as error:
-        raise BudgetError(f"Of the {remove:,} parameters asked to go, {given}. For the rest: {error}") from error
 
 
 def _first_of(model: PreTrainedModel, allowed: Sequence[int], most: int) -> tuple[Depth, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hf_context_prune.config import PrunerConfig
@@ -75,3 +76,18 @@ def beyond_probes(remove_params: int, most: int, total: int | None = None) -> Bu
         f"layer is narrowed below its smallest probed width. Ask for less, let tokens go as well (--units), or set "
         f"both ratios (--mlp-ratio, --attention-ratio, --allocation uniform), which reach further."
     )
+
+
+@contextmanager
+def for_the_rest(given: str) -> Iterator[None]:
+    """Re-raise a `BudgetError` on the rest of a budget with what goes in any case; with "", as it is.
+
+    Args:
+        given: What goes in any case, as a sentence without its full stop.
+    """
+    try:
+        yield
+    except BudgetError as error:
+        if not given:
+            raise
+        raise BudgetError(f"{given}. For the rest: {error}") from error

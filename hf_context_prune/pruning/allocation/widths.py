@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -22,7 +21,7 @@ from hf_context_prune.pruning.calibration.statistics import Key
 from hf_context_prune.pruning.scoring import Requirements
 
 from .adaptive import adaptive_widths, most_removable
-from .budget import Costs, Curve, ParameterBudget, beyond_probes, removed_params, share_below
+from .budget import Costs, Curve, ParameterBudget, beyond_probes, for_the_rest, removed_params, share_below
 from .sensitivity import choose_probe_counts
 from .sizes import TOKENS, UnitCurves
 from .uniform import uniform_widths
@@ -208,7 +207,7 @@ def check_units_budget(model: PreTrainedModel, config: PrunerConfig, tokens: int
     if config.shares_budget and remove is not None:
         gone = (num_rows(model) - tokens) * token_cost(model)
         rest = max(0, remove - gone)
-        with _name_vocabulary_share(remove, gone, tokens):
+        with for_the_rest(_share_of_tokens(remove, gone, tokens)):
             check_adaptive(model, config, rest)
             if config.native_architecture:
                 free = layer_curves(view, _free_curves(view, Requirements.of(config).targets), config)
@@ -236,22 +235,13 @@ def plan_widths_beside_vocabulary(model: PreTrainedModel, config: PrunerConfig, 
     if budget.remove_params is None or not gone:
         return plan_widths(model, config)
     rest = max(0, budget.remove_params - gone)
-    with _name_vocabulary_share(budget.remove_params, gone, tokens):
+    with for_the_rest(_share_of_tokens(budget.remove_params, gone, tokens)):
         return plan_widths(model, replace(config, pruning_ratio=None, target_params=budget.total_params - rest))
 
 
-@contextmanager
-def _name_vocabulary_share(remove: int, gone: int, tokens: int) -> Iterator[None]:
-    """Re-raise a `BudgetError` with the share that the removed vocabulary already covers."""
-    try:
-        yield
-    except BudgetError as error:
-        if not gone:
-            raise
-        raise BudgetError(
-            f"Of the {remove:,} parameters asked to go, {gone:,} go with the tokens beyond {tokens:,}. "
-            f"For the rest: {error}"
-        ) from error
+def _share_of_tokens(remove: int, gone: int, tokens: int) -> str:
+    """Return what the removed tokens give to a budget, for an error on the rest of it; "" where all stay."""
+    return f"Of the {remove:,} parameters asked to go, {gone:,} go with the tokens beyond {tokens:,}" if gone else ""
 
 
 def count_base_parameters(model: PreTrainedModel, plan: PruningPlan) -> int:

@@ -212,7 +212,7 @@ def test_which_layers_may_go(subtests):
         with subtests.test(options=options), pytest.raises(BudgetError, match=said):
             check_budget(model, tiny_tokenizer(), PrunerConfig(**options))
     with pytest.raises(
-        BudgetError, match=r"of the model's .* parameters go with the layers .* Of the rest: Asked to r"
+        BudgetError, match=r"of the model's .* parameters go with the layers .* For the rest: Asked to r"
     ):
         check_budget(model, tiny_tokenizer(), PrunerConfig(num_layers=6, pruning_ratio=0.95, units="neurons"))
     refused = tiny_model("gemma4_text")
