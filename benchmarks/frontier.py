@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.by_source import read_sources, sources_of
 from benchmarks.common import ROOT, Rows, corpus, parse_compared, parser, plot_path, write_section
 from benchmarks.frontier_picture import draw
@@ -144,7 +146,19 @@ class FrontierDomain(Domain):
         name = "-".join(map(str, ("kept", self.name, share, *facts)))
         place = Path(self.args.work) / "models" / name
         place.mkdir(parents=True, exist_ok=True)
-        return load_or_prune(place, self.load(), (self.own_config(DEFAULT, share).to_dict(), facts), make)
+        threads = torch.get_num_threads()
+
+        def make_with_threads() -> PrunedModel:
+            torch.set_num_threads(threads)
+            return make()
+
+        torch.set_num_threads(1)  # in the key: what one thread has pruned is timed and exported with all of them
+        try:
+            return load_or_prune(
+                place, self.load(), (self.own_config(DEFAULT, share).to_dict(), facts), make_with_threads
+            )
+        finally:
+            torch.set_num_threads(threads)
 
     def forget(self) -> None:
         """Remove the last model, and the finished layers of its size, whose rows are complete."""
