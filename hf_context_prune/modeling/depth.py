@@ -154,7 +154,7 @@ def _check_same_kinds(config: PreTrainedConfig, shorter: PreTrainedConfig, spec:
     if before != after:
         interval = str(spec.experts.interval)
         count = getattr(config, interval)
-        together = f" Or name {count} neighbours in removable_layers, and let both go." if count > 1 else ""
+        together = f" Or name {count} neighbours in removable_layers, and let all of them go." if count > 1 else ""
         why = f"its config says by a rule which layers have experts ({interval} = {count}), and would name others"
         raise UnsupportedArchitectureError(f"{_refused(spec, kept, why)}{together} Or remove experts (num_experts).")
 

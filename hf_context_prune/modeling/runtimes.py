@@ -53,7 +53,7 @@ def why_not_gguf_order(config: Mapping[str, Any], family: str) -> str | None:
         config: The values of the model's config.
         family: The native model type.
     """
-    kinds = list(config.get("layer_types") or ())
+    kinds = _listed(config, "layer_types")
     if family in GGUF_INTERVALS:
         every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
         if not every or any((kind == "full_attention") != ((i + 1) % every == 0) for i, kind in enumerate(kinds)):
@@ -66,11 +66,17 @@ def why_not_gguf_order(config: Mapping[str, Any], family: str) -> str | None:
             return None
         found, what = [kind == "sliding_attention" for kind in kinds], "slides a window over"
     else:
-        kinds = list(config.get(attribute) or ())
+        kinds = _listed(config, attribute)
         found, what = [bool(kind) for kind in kinds], "rotates"
     if any(use != bool((index + 1) % period) for index, use in enumerate(found)):
         return f"llama.cpp {what} all layers of {family} except every {_ORDINALS[period]}, but {attribute} is {kinds}"
     return None
+
+
+def _listed(config: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a list of a config that may have been written by anybody; [] where the value is none."""
+    value = config.get(name)
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def has_expert_tensors(config: Any) -> bool:  # noqa: ANN401

@@ -22,7 +22,7 @@ from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.modeling.plan import GONE_LAYER, LayerPlan, PruningPlan, fingerprint
-from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, NO_GGUF, runtimes_of
+from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, NO_GGUF, runtimes_of, why_not_gguf_order
 from hf_context_prune.modeling.specs import BUILT_IN
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import LoadedModel
@@ -271,6 +271,14 @@ def test_a_folder_that_lacks_layers_is_offered_as_gguf_where_their_order_is_llam
     assert not opens(other)
     with pytest.raises(ExportError, match="Export to another format"):
         gguf.check(LoadedModel(other, tiny_tokenizer(), "tiny", None, None), "f16")
+
+
+@pytest.mark.parametrize("value", [5, "full_attention", {"0": 1}, None])
+def test_a_config_of_others_may_hold_anything_in_place_of_a_list(value):
+    config = {"model_type": "gemma3_text", "layer_types": value, "no_rope_layers": value, "sliding_window": 4}
+    for family in ("gemma3_text", "smollm3"):
+        assert why_not_gguf_order(config, family) is None
+    assert "every n-th layer" in why_not_gguf_order(config, "qwen3_5_text")
 
 
 def test_layers_with_other_numbers_of_experts_are_refused(tmp_path):
