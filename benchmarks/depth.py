@@ -214,8 +214,8 @@ def speed_table(found: Found, speed: Mapping[tuple[float, str, str], Any], args:
     for (share, method, runtime), row in speed.items():
         decode, prefill = gains(row)
         cells = [spread(decode), spread(prefill), format_change(change(found, args.compared, share, method, args.seed))]
-        body.append([f"{share:.0%}", method, runtime, *cells])
-    return table(["of layers", "method", "runtime", "decode gain", "prefill gain", "bits per byte"], body)
+        body.append([f"{share:.0%}", method, runtime, str(len(decode)), *cells])
+    return table(["of layers", "method", "runtime", "turns", "decode gain", "prefill gain", "bits per byte"], body)
 
 
 def verdicts(found: Found, speed: Mapping[tuple[float, str, str], Any], args: argparse.Namespace) -> str:
@@ -266,8 +266,8 @@ the order of the layers, BlockPruner's perplexities) is not measured twice.
 
 ### At equal speed
 
-The base model and a smaller one take turns: context of {args.context} tokens, batch {BATCH}. How many times as fast, median and range of the
-turns, on {args.compared}.
+The base model and a smaller one take turns: context of {args.context} tokens, batch {BATCH}. How many times as fast, median and range over
+the turns, on {args.compared}.
 
 {speed_table(found, speed, args)}
 
