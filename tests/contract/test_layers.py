@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +13,14 @@ from transformers import AutoModelForCausalLM
 from hf_context_prune.errors import UnsupportedArchitectureError
 from hf_context_prune.modeling.depth import new_name, shorten_config
 from hf_context_prune.modeling.geometry import WITHOUT_ATTENTION, read_geometry
-from hf_context_prune.modeling.plan import GONE_LAYER, PruningPlan
+from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.modeling.registry import get_model_class
 from hf_context_prune.modeling.specs import SPECS
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.pipelines.architecture.contract import masked, random_plan
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.saving import save_pruned
+from tests.support.layers import depth_plan, without_layers
 from tests.support.marks import nightly_beside
 from tests.support.tiny import CASES, COVERING, case, tiny_config, tiny_model, tokens
 
@@ -42,16 +42,6 @@ DEEP_GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "use_double_wide_mlp": False,
 }
-
-
-def without(plan, *gone):
-    """A plan that removes these layers too."""
-    layers = tuple(GONE_LAYER if index in gone else layer for index, layer in enumerate(plan.layers))
-    return replace(plan, layers=layers)
-
-
-def depth_plan(model, *gone):
-    return without(PruningPlan.identity(model.config.model_type, ModelView.of(model).geometry), *gone)
 
 
 def skipping(model, plan):
@@ -108,7 +98,7 @@ def test_layers_and_units_go_together(name, tmp_path):
     model = case(name)
     for variable in (True, False):
         units = random_plan(model, variable=variable)
-        plan = without(units, 0)
+        plan = without_layers(units, 0)
         smaller = apply_plan(model, plan)
         expected = logits(skipping(masked(model, units), plan))
         torch.testing.assert_close(logits(smaller), expected, atol=5e-5, rtol=1e-5)  # of recurrences, other chunks

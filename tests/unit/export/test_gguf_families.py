@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,12 +20,13 @@ from hf_context_prune.export.gguf_families import FAMILIES
 from hf_context_prune.export.runtime import TorchRuntime
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.geometry import read_geometry
-from hf_context_prune.modeling.plan import GONE_LAYER, LayerPlan, PruningPlan, fingerprint
+from hf_context_prune.modeling.plan import LayerPlan, PruningPlan, fingerprint
 from hf_context_prune.modeling.runtimes import GGUF_FAMILIES, NO_GGUF, runtimes_of, why_not_gguf_order
 from hf_context_prune.modeling.specs import BUILT_IN
 from hf_context_prune.pruning.surgery import apply_plan
 from hf_context_prune.storage.loading import LoadedModel
 from tests.support.experts import neuron_plan
+from tests.support.layers import depth_plan
 from tests.support.marks import nightly_beside
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -255,9 +255,7 @@ def test_a_folder_that_lacks_layers_is_offered_as_gguf_where_their_order_is_llam
         ]
 
     def without(model, *gone):
-        plan = PruningPlan.identity(family, read_geometry(model.config, spec_of(model.config)))
-        layers = tuple(GONE_LAYER if index in gone else layer for index, layer in enumerate(plan.layers))
-        return apply_plan(model, replace(plan, layers=layers))
+        return apply_plan(model, depth_plan(model, *gone))
 
     period = {"gemma3_text": 6, "smollm3": 4, "qwen3_5_text": 2}[family]
     kinds = ["linear_attention" if family == "qwen3_5_text" else "sliding_attention"] * (period - 1) + [
