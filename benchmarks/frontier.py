@@ -177,7 +177,7 @@ class FrontierDomain(Domain):
 
     def measure_base(self, *, general: bool) -> dict[str, Any]:
         """Return the row of the base model, which also holds the sizes of documents."""
-        row = self.measure_dense() | {"forward_seconds": round(self.time_forward(), 4)}
+        row = self.measure_dense()
         if general:
             losses = self.losses(self.model, source=self.general)
             row["general"] = {"documents": documents_of(losses), "nll": rounded(losses)}

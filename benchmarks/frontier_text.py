@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ GOALS = {0.2: 0.0, 0.3: 0.04, 0.5: 0.18}
 """Share removed -> largest mean change of bits per byte of the default."""
 MOST_BEHIND = 0.01
 """Largest change of bits per byte of the default against the best other choice at the same size."""
-MOST_FORWARDS = 4.0
-"""Most forward passes of the base model over the calibration text that the default may take as long as."""
 
 Row = Mapping[str, Any]
 Found = Mapping[tuple[str, str, float], Row]
@@ -205,16 +202,9 @@ def time_text(rows: Found, args: argparse.Namespace) -> str:
         parts.append(f"{label}: {len(seconds)} rows, {sum(seconds) / 60:.1f} minutes")
     curves = sum(row["stages"].get("curves", 0.0) for _, row in own.values() if "stages" in row)
     total = sum(row["seconds"] for _, row in own.values())
-    forwards = []
-    for domain in args.domains:
-        stages = [rows[domain, DEFAULT, share]["stages"] for share in args.shares]
-        whole = max(stage["curves"] for stage in stages) + statistics.median(stage["prune"] for stage in stages)
-        forwards.append(f"{whole / rows[domain, BASE, 0.0]['forward_seconds']:.1f} ({domain})")
     return (
-        f"The whole default, with the curves, takes as long as {', '.join(forwards)} forward passes of the base model over "
-        f"its calibration text (goal: {MOST_FORWARDS:g}; median of the sizes). "
-        f"Time of all rows: {total / 3600:.2f} hours, including {curves / 60:.1f} minutes for the curves, which all sizes of a "
-        f"domain share ({'; '.join(parts)})."
+        f"Time of all rows, on cores that other work may have shared: {total / 3600:.2f} hours, including "
+        f"{curves / 60:.1f} minutes for the curves, which all sizes of a domain share ({'; '.join(parts)})."
     )
 
 

@@ -343,15 +343,6 @@ def test_figures_are_those_of_the_results(page):
     assert unknown == []
 
 
-def test_the_picture_is_drawn_from_the_rows(tmp_path):
-    from benchmarks.picture import change, lines, main
-
-    main(["--output", str(tmp_path / "picture.png")])
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    last = lines(ROOT / "benchmarks/rows")[-1].points[0]  # 30 % gone, 30 minutes of training: as in README's table
-    assert [round(change(*pair)[1], 1) for pair in last] == [-7.1, -8.3]
-
-
 def test_figures_of_the_answers_are_those_of_the_results():
     """Also the bare ones: every number of the questions and answers with a decimal or thousands."""
     results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
