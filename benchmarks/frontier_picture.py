@@ -114,7 +114,7 @@ def compared_lines(rows: Found, args: argparse.Namespace) -> list[Line]:
 def draw(rows: Found, args: argparse.Namespace, target: Path) -> None:
     """Write the picture as PNG: all domains on the left, one domain with everything else on the right."""
     figure = new_figure(figsize=(8, 4.3))
-    figure.subplots_adjust(left=0.1, right=0.845, top=0.83, bottom=0.115, wspace=0.68)
+    figure.subplots_adjust(left=0.1, right=0.845, top=0.83, bottom=0.115, wspace=0.74)
     left, right = figure.subplots(1, 2)
     figure.suptitle("SmolLM2-135M-Instruct pruned for one domain: bits per byte on held-out text", fontsize=11, y=0.985)
     names = args.domains
@@ -141,7 +141,9 @@ def draw_panel(axis: Any, lines: Sequence[Line], title: str) -> None:
         axis.errorbar(x, y, yerr=np.maximum(bars, 0) if has_bars else None, elinewidth=1, capsize=2, **line.style)
         bounds += [1 + bound for span in spans for bound in span]
         if line.label and x[-1] < 0.9 * last:  # it ends inside the panel, where there is room below
-            axis.annotate(line.label, (x[-1], y[-1]), (6, -15), textcoords="offset points", **label_style(line))
+            box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85}  # other lines pass there
+            style = label_style(line) | {"bbox": box}
+            axis.annotate(line.label, (x[-1], y[-1]), (8, -13), textcoords="offset points", zorder=5, **style)
         elif line.label:
             ends.append((line, y[-1]))
     low, high = np.log(min(bounds)), np.log(max(bounds))
