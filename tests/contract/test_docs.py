@@ -343,6 +343,22 @@ def test_figures_are_those_of_the_results(page):
     assert unknown == []
 
 
+def test_the_results_in_readme_are_those_of_the_picture():
+    """Also the bare ones, with the general text behind them: README's table beside the rows that the picture shows."""
+    results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8").partition("## Loss by size")[2]
+    results = results.partition("<!-- end frontier -->")[0]
+    lines = re.findall(r"^\| (\d+) % \| (.+) \|$", PAGES["README.md"], re.MULTILINE)
+    assert [share for share, _ in lines] == ["10", "20", "30", "50"]
+    for share, cells in lines:
+        law, medicine, finance, trained, general, general_trained = map(re.escape, re.split(r" \| |(?<=%), ", cells))
+        by_domain = rf"^\| {share}% \| default \| {law} \(.+ \| {medicine} \| {finance} \("
+        compared = rf"^\| {share}% \| default \| {medicine} \| {general} \["
+        healed = rf"^\| {share}% \| default, 8 .+ \| {trained} \| {general_trained} \["
+        assert all(re.search(row, results, re.MULTILINE) for row in (by_domain, compared, healed)), share
+    assert "](docs/frontier.png)" in PAGES["README.md"]
+    assert (ROOT / "docs/frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_figures_of_the_answers_are_those_of_the_results():
     """Also the bare ones: every number of the questions and answers with a decimal or thousands."""
     results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
