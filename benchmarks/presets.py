@@ -86,8 +86,9 @@ def results_text(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> s
     return f"""## Presets
 
 SmolLM2-135M-Instruct (float32, dequantised), pruned for {args.domain} by each preset with {args.num_samples} x 512 calibration tokens, an
-eighth of them general text where the preset calibrates on any. Change of bits per byte against the base model on at most
-{args.eval_tokens:,} tokens each ({first["documents"][0]} and {first["documents"][1]} documents), 95 % bootstrap intervals over documents. Highest load average: {highest_load(rows.values())}.
+eighth of them general text where the preset calibrates on any. Change of bits per byte against the base model on passages of
+{first["documents"][0]} and {first["documents"][1]} documents, at most {args.eval_tokens:,} tokens each. 95 % bootstrap intervals draw sources, then
+documents; with fewer than five sources there is none. Highest load average: {highest_load(rows.values())}.
 
 {table(header, body)}
 
