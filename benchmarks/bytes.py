@@ -1,22 +1,21 @@
 """Measure what a byte of a file buys: quantised base models beside pruned ones, at every size that llama.cpp runs.
 
-python -m benchmarks.bytes --data PATH/TO/data            # medicine, four sizes; resumes; hours
+python -m benchmarks.bytes --data PATH/TO/data            # medicine, four sizes; two hours; resumes
 python -m benchmarks.bytes --data PATH/TO/data --quick    # one size, three data types, little text
 
 The weights of every file are read back and scored by PyTorch: llama.cpp has the same weights, and rounds what they read,
-too, which `export` compares on a smaller text. Speed is llama.cpp's own.
+too, which `export` compares on a smaller text. Speed is llama.cpp's own, in turns with the base model; all speeds are
+measured after all losses, in a few minutes, because only they need an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ import gguf as library
 import torch
 from gguf import GGUFReader
 
-from benchmarks.bytes_text import draw, results_text
+from benchmarks.by_source import read_sources, sources_of
+from benchmarks.bytes_text import REFERENCE, Key, draw, results_text
 from benchmarks.common import Rows, parse_compared, parser, plot_path, write_section
 from benchmarks.frontier import FrontierDomain
 from benchmarks.frontier_text import BASE, HEALED
@@ -45,7 +45,8 @@ DTYPES = {
 }
 """Data types of the files, by what was done to the model."""
 QUICK = ("f16", "q8_0", "q4_k_m")
-_PROMPT, _NEW_TOKENS, _TIMES = 32, 64, 3
+_PROMPT, _NEW_TOKENS, _TURNS = 32, 64, 5
+LOSS, SPEED = "loss", "speed"
 
 
 def read_back(file: Path, model: Any) -> None:
@@ -80,74 +81,126 @@ class BytesDomain(FrontierDomain):
         yield HEALED, LoadedModel(*self.healed(share)[:2], HEALED, None, None)
         self.forget()
 
-    def measure_file(self, loaded: LoadedModel, dtype: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Write a file, score its weights on test text and general text, and time it in llama.cpp."""
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    def write(self, loaded: LoadedModel, dtype: str, folder: Path) -> Path:
+        """Write a file, and return it."""
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", PruningWarning)  # rows that blocks don't divide: the bytes are counted
-            gguf.write(loaded, Path(folder), dtype)
-            file = Path(folder) / gguf.FILE_NAME
+            gguf.write(loaded, folder, dtype)
+        return folder / gguf.FILE_NAME
+
+    def measure_loss(self, loaded: LoadedModel, dtype: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Write a file, and score its weights on test text and general text."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = self.write(loaded, dtype, Path(folder))
             row: dict[str, Any] = {"bytes": file.stat().st_size, "parameters": loaded.model.num_parameters()}
             kept = {name: value.detach().clone() for name, value in loaded.model.named_parameters()}
             try:
                 read_back(file, loaded.model)
-                row |= self._score(loaded, base)
+                return row | self._score(loaded, base)
             finally:
                 with torch.no_grad():
                     for name, value in loaded.model.named_parameters():
                         value.copy_(kept[name])
-            return row | {"tokens_per_second": time_decoding(file, self.args.threads)}
 
     def _score(self, loaded: LoadedModel, base: Mapping[str, Any] | None) -> dict[str, Any]:
         row: dict[str, Any] = {}
-        for key, source in (("domain", self.test_text[0]), ("general", self.general)):
+        texts = {"domain": self.test_text[0]} | ({"general": self.general} if self.name == self.args.compared else {})
+        for key, source in texts.items():
             docs = None if base is None else [doc for doc, _, _ in base[key]["documents"]]
             losses = self.losses(loaded.model, loaded.tokenizer, docs, source=source)
             row[key] = {"documents": documents_of(losses), "nll": rounded(losses)}
         return row
 
 
-def time_decoding(file: Path, threads: int) -> float:
-    """Return the decode speed of a file in llama.cpp, tokens per second: the median of a few measurements."""
+def time_in_turns(base: Path, file: Path, threads: int) -> list[list[float]]:
+    """Return the decode speed of two files in llama.cpp, in tokens per second, by turn; the first turn warms up."""
     prompt = [100 + index for index in range(_PROMPT)]
-    with closing(LlamaCppRuntime(file, threads=threads, positions=_PROMPT + _NEW_TOKENS + 2)) as runtime:
-        runtime.time_generation([prompt], 8)
-        return statistics.median(_NEW_TOKENS / runtime.time_generation([prompt], _NEW_TOKENS)[1] for _ in range(_TIMES))
+    with ExitStack() as stack:
+        runtimes = [
+            stack.enter_context(closing(LlamaCppRuntime(one, threads=threads, positions=_PROMPT + _NEW_TOKENS + 2)))
+            for one in (base, file)
+        ]
+        turns = [
+            [_NEW_TOKENS / runtime.time_generation([prompt], _NEW_TOKENS)[1] for runtime in runtimes]
+            for _ in range(_TURNS + 1)
+        ]
+    return turns[1:]
 
 
-def measure(args: argparse.Namespace, domains: Mapping[str, BytesDomain]) -> dict[tuple[str, str, float, str], Any]:
-    """Return the rows by (domain, what was done, share, data type); each is measured or found on disk."""
-    store = Rows(args, "bytes", seed=args.seed)
-    found: dict[tuple[str, str, float, str], Any] = {}
-    for name, domain in domains.items():
-        for share in (0.0, *(args.shares if name == args.compared else (args.other_share,))):
-            wanted = [
-                (form, dtype) for form in ((BASE,) if not share else (DEFAULT, HEALED)) for dtype in args.dtypes[form]
-            ]
-            keys = {one: key_of(args, name, one[0], share, one[1]) for one in wanted}
-            if all(store.find(key) for key in keys.values()):
-                found |= {(name, form, share, dtype): store.find(keys[form, dtype]) for form, dtype in wanted}
-                continue
-            for form, loaded in domain.models(share):
-                for dtype in args.dtypes[form]:
-                    base = found.get((name, BASE, 0.0, args.dtypes[BASE][0]))
+class BytesRows:
+    """The rows of a run, by (domain, what was done, share, data type); each is measured or found on disk.
 
-                    def measured(
-                        loaded: LoadedModel = loaded, dtype: str = dtype, base: Any = base, domain: BytesDomain = domain
-                    ) -> dict[str, Any]:
-                        begin = time.perf_counter()
-                        row = domain.measure_file(loaded, dtype, base)
-                        return row | {"seconds": round(time.perf_counter() - begin, 1)}
+    Args:
+        args: Options of the run.
+        domains: The domains, by name.
+    """
 
-                    found[name, form, share, dtype] = store.get_or_measure(keys[form, dtype], measured)
-    return found
+    def __init__(self, args: argparse.Namespace, domains: Mapping[str, BytesDomain]) -> None:
+        self.args, self.domains = args, domains
+        self.store = Rows(args, "bytes", seed=args.seed)
+        self.found: dict[Key, dict[str, Any]] = {}
 
+    def places(self) -> Iterator[tuple[str, float, list[tuple[str, str]]]]:
+        """Yield domain, share and files (what was done, data type) of every model that is pruned, the base model first."""
+        for name in self.domains:
+            for share in (0.0, *(self.args.shares if name == self.args.compared else (self.args.other_share,))):
+                forms = (DEFAULT, HEALED) if share else (BASE,)
+                yield name, share, [(form, dtype) for form in forms for dtype in self.args.dtypes[form]]
 
-def key_of(args: argparse.Namespace, name: str, form: str, share: float, dtype: str) -> dict[str, Any]:
-    """Return the key of a row: all that decides it."""
-    key = {"domain": name, "form": form, "share": share, "dtype": dtype, "eval_tokens": args.eval_tokens}
-    if share:
-        key |= {"blocks": args.num_samples, "length": args.length, "seed": args.seed}
-    return key | ({"minutes": args.minutes} if form == HEALED else {})
+    def key(self, what: str, name: str, form: str, share: float, dtype: str) -> dict[str, Any]:
+        """Return the key of a row: all that decides it. The base model is as fast in every domain."""
+        args = self.args
+        key = {"what": what, "form": form, "share": share, "dtype": dtype}
+        if what == LOSS or share:
+            key["domain"] = name
+        if what == LOSS:
+            key["eval_tokens"] = args.eval_tokens
+            key |= {"general": args.general_tokens} if name == args.compared else {}
+        else:
+            key["threads"] = args.threads
+        if share:
+            key |= {"blocks": args.num_samples, "length": args.length, "seed": args.seed}
+        return key | ({"minutes": args.minutes} if form == HEALED else {})
+
+    def get_all(self) -> dict[Key, dict[str, Any]]:
+        """Return all rows: losses first, then speeds."""
+        self._get(LOSS, self._measure_loss)
+        with tempfile.TemporaryDirectory() as folder:
+
+            @cache
+            def base_file() -> Path:
+                domain = next(iter(self.domains.values()))
+                return domain.write(domain.load(), REFERENCE, Path(folder))
+
+            def measure(key: Key, loaded: LoadedModel) -> dict[str, Any]:
+                with tempfile.TemporaryDirectory() as own:
+                    file = self.domains[key[0]].write(loaded, key[3], Path(own))
+                    return {"turns": time_in_turns(base_file(), file, self.args.threads)}
+
+            self._get(SPEED, measure)
+        known = read_sources(self.args, [*self.domains, "general"])
+        for name in self.domains:
+            base = self.found[name, BASE, 0.0, REFERENCE]
+            for text in {"domain", "general"} & base.keys():
+                base[text]["sources"] = sources_of(base[text], known[name if text == "domain" else text])
+        return self.found
+
+    def _measure_loss(self, key: Key, loaded: LoadedModel) -> dict[str, Any]:
+        name, base = key[0], self.found.get((key[0], BASE, 0.0, REFERENCE))
+        return self.domains[name].measure_loss(loaded, key[3], base)
+
+    def _get(self, what: str, measure: Callable[[Key, LoadedModel], dict[str, Any]]) -> None:
+        for name, share, files in self.places():
+            keys = {(name, form, share, dtype): self.key(what, name, form, share, dtype) for form, dtype in files}
+            if any(self.store.find(key) is None for key in keys.values()):
+                for form, loaded in self.domains[name].models(share):
+                    for place, key in keys.items():
+                        if place[1] == form:
+                            self.store.get_or_measure(key, lambda place=place, loaded=loaded: measure(place, loaded))
+            for place, key in keys.items():
+                row = self.store.find(key)
+                assert row is not None
+                self.found[place] = {**self.found.get(place, {}), **row}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -161,12 +214,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--minutes", type=float, default=8.0, help="minutes of training")
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
-    options.add_argument("--eval-tokens", type=int, default=12_000, help="at most this many test tokens per text")
+    options.add_argument("--eval-tokens", type=int, default=48_000, help="at most this many test tokens per domain")
+    options.add_argument("--general-tokens", type=int, default=16_000, help="at most this many tokens of general text")
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of llama.cpp")
     if "--quick" in arguments:
-        options.set_defaults(domains=["medicine"], shares=[0.3], minutes=1.0, num_samples=16, eval_tokens=4_000)
+        options.set_defaults(domains=["medicine"], shares=[0.3], minutes=1.0, num_samples=16)
+        options.set_defaults(eval_tokens=4_000, general_tokens=4_000)
     args = parse_compared(options, arguments)
-    args.general_tokens = args.eval_tokens
     args.dtypes = dict.fromkeys(DTYPES, QUICK) if args.quick else DTYPES
     return args
 
@@ -174,7 +228,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(sys.argv[1:] if arguments is None else arguments)
     load: Callable[[], Any] = cache(smollm2)
-    found = measure(args, {name: BytesDomain(load, args, name, targets=("mlp",)) for name in args.domains})
+    domains = {name: BytesDomain(load, args, name, targets=("mlp",)) for name in args.domains}
+    found = BytesRows(args, domains).get_all()
     section = "bytes_quick" if args.quick else "bytes"
     picture = plot_path(section)
     draw(found, args, picture)

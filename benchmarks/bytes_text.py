@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.by_source import mean_change
 from benchmarks.common import highest_load, table
 from benchmarks.frontier_text import BASE, HEALED
 from benchmarks.methods import DEFAULT
-from benchmarks.vocabulary import relative
+from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.evaluation.reports.plots import new_figure
 
@@ -41,7 +43,18 @@ def front(found: Found, keys: Iterable[Key], cost: str, text: str = "domain") ->
 
 
 def _cost(row: Mapping[str, Any], cost: str) -> float:
-    return row["bytes"] if cost == "bytes" else 1 / row["tokens_per_second"]
+    return row["bytes"] if cost == "bytes" else 1 / gain_of(row)
+
+
+def gain_of(row: Mapping[str, Any]) -> float:
+    """Return the decode speed against the base model's reference file, the median of the turns."""
+    return statistics.median(own / base for base, own in row["turns"])
+
+
+def change_of(found: Found, key: Key, text: str, seed: int) -> Estimate:
+    """Return the relative change of bits per byte against the reference file; sources are drawn, then documents."""
+    base = found[key[0], BASE, 0.0, REFERENCE][text]
+    return mean_change(base["nll"], found[key][text]["nll"], base["sources"], seed)
 
 
 def keys_of(found: Found, domain: str) -> list[Key]:
@@ -67,29 +80,30 @@ def verdict(found: Found, domain: str) -> str:
 
 def file_table(found: Found, args: argparse.Namespace, domain: str) -> str:
     """Return the table of all files of a domain, by bytes."""
-    base = found[domain, BASE, 0.0, REFERENCE]
     fronts = {cost: front(found, keys_of(found, domain), cost) for cost in ("bytes", "time")}
+    texts = [text for text in ("domain", "general") if text in found[domain, BASE, 0.0, REFERENCE]]
     body = []
     for key in sorted(keys_of(found, domain), key=lambda key: found[key]["bytes"]):
         row = found[key]
-        losses = (format_change(relative(base[text], row[text], args.seed)) for text in ("domain", "general"))
+        losses = (format_change(change_of(found, key, text, args.seed)) for text in texts)
         marks = " ".join(cost for cost, best in fronts.items() if key in best)
-        size, speed = f"{row['bytes'] / 1e6:,.1f}", f"{row['tokens_per_second']:,.1f}"
-        body.append([label_of(key), size, *losses, speed, marks])
-    return table(["file", "MB", f"{domain}", "general text", "tokens/s", "on the front of"], body)
+        gains = [own / base for base, own in row["turns"]]
+        speed = f"{gain_of(row):.2f} ({min(gains):.2f} to {max(gains):.2f})"
+        body.append([label_of(key), f"{row['bytes'] / 1e6:,.1f}", *losses, speed, marks])
+    names = [domain if text == "domain" else "general text" for text in texts]
+    return table(["file", "MB", *names, "decode speed", "on the front of"], body)
 
 
 def draw(found: Found, args: argparse.Namespace, target: Path) -> None:
     """Write the picture as PNG: loss by bytes on the domain and on general text."""
     domain = args.compared
-    base = found[domain, BASE, 0.0, REFERENCE]
     figure = new_figure(figsize=(8, 4))
     figure.subplots_adjust(left=0.09, right=0.98, top=0.85, bottom=0.13, wspace=0.22)
     figure.suptitle("SmolLM2-135M-Instruct: bits per byte by size of the GGUF file", fontsize=11)
     for axis, text in zip(figure.subplots(1, 2), ("domain", "general"), strict=True):
         for form, (label, color, marker) in STYLES.items():
             keys = [key for key in keys_of(found, domain) if key[1] == form]
-            changes = [relative(base[text], found[key][text], args.seed) for key in keys]
+            changes = [change_of(found, key, text, args.seed) for key in keys]
             values = [1 + change.value for change in changes]
             spans = [change.interval or (change.value, change.value) for change in changes]
             bars = [
@@ -101,9 +115,7 @@ def draw(found: Found, args: argparse.Namespace, target: Path) -> None:
                 sizes, values, yerr=bars, ls="", marker=marker, color=color, ms=5, elinewidth=0.8, label=label
             )
         line = front(found, keys_of(found, domain), "bytes", text)
-        points = [
-            (found[key]["bytes"] / 1e6, 1 + relative(base[text], found[key][text], args.seed).value) for key in line
-        ]
+        points = [(found[key]["bytes"] / 1e6, 1 + change_of(found, key, text, args.seed).value) for key in line]
         axis.step(*zip(*points, strict=True), where="post", color="0.6", lw=1, zorder=0)
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -133,15 +145,17 @@ def _set_ticks(axis: Any, sizes: Sequence[float]) -> None:
 def results_text(found: Found, args: argparse.Namespace, picture: Path) -> str:
     """Return the section of RESULTS.md."""
     rows = list(found.values())
+    base_speed = statistics.median(base for base, _ in found[args.compared, BASE, 0.0, REFERENCE]["turns"])
     parts = [
         f"""## Loss by bytes{", quick" if args.quick else ""}
 
 ![Bits per byte by size of the file]({picture.name})
 
 SmolLM2-135M-Instruct in GGUF, as it is and pruned by the default ({args.num_samples} x {args.length} tokens; "trained": {args.minutes:g} minutes of
-`recover`), all from the same weights. Change of bits per byte against the base model in {REFERENCE}, on {args.eval_tokens:,} tokens of
-validation text of the domain and of general text; 95 % intervals over documents. Decode speed is llama.cpp's own on {args.threads} threads.
-A file is on a front where no file of as few bytes, or as fast, has less loss on the domain."""
+`recover`), all from the same weights. Change of bits per byte against the base model in {REFERENCE}, on passages of validation text,
+at most {args.eval_tokens:,} tokens of the domain and {args.general_tokens:,} of general text; 95 % bootstrap intervals draw sources, then documents.
+Decode speed: times that of the base model in {REFERENCE} ({base_speed:.0f} tokens/s), by llama.cpp's own clock on {args.threads} threads, in turns: median
+and range. A file is on a front where no file of as few bytes, or as fast, has less loss on the domain."""
     ]
     for domain in args.domains:
         parts += [f"### {domain}", file_table(found, args, domain), verdict(found, domain)]

@@ -181,7 +181,7 @@ class PrunerConfig(ExpertOptions, UnitChoices, CalibrationConfig):
     )
     round_to: int = option(
         1,
-        "Keep MLP widths at a multiple of this number (8 or 32 run faster on most hardware).",
+        "Keep MLP widths at a multiple of this number. Any width is as fast on a CPU; GPUs like multiples of 8 or 64.",
         panel=METHOD,
         allowed=at_least(1),
     )

@@ -47,11 +47,13 @@ def test_rows_table_picture_and_resume(tmp_path, monkeypatch):
     )
     loss_by_bytes.main(options)
     rows = [json.loads(line) for line in (tmp_path / "rows/bytes.jsonl").open()]
-    by = {(row["key"]["form"], row["key"]["dtype"]): row for row in rows}
-    assert len(by) == len(rows) == 9
+    by = {(row["key"]["form"], row["key"]["dtype"]): row for row in rows if row["key"]["what"] == "loss"}
+    speeds = [row["turns"] for row in rows if row["key"]["what"] == "speed"]
+    assert len(by) == len(speeds) == 9
+    assert len(rows) == 18
+    assert all(speed > 0 for turns in speeds for turn in turns for speed in turn)
     for form in ("base", "default", "healed"):
         assert by[form, "f16"]["bytes"] > by[form, "q8_0"]["bytes"] > by[form, "q4_k_m"]["bytes"]
-        assert by[form, "f16"]["tokens_per_second"] > 0
         assert len({len(by[form, dtype]["general"]["nll"]) for dtype in loss_by_bytes.QUICK}) == 1
     assert by["default", "f16"]["bytes"] < by["base", "f16"]["bytes"]
     assert by["base", "f16"]["domain"]["nll"] != by["base", "q4_k_m"]["domain"]["nll"]
@@ -59,14 +61,14 @@ def test_rows_table_picture_and_resume(tmp_path, monkeypatch):
     assert "30% gone, trained, q4_k_m" in text
     assert "smaller than the base model in q4_k_m" in text
     assert (tmp_path / "bytes_quick.png").stat().st_size > 10_000
-    monkeypatch.setattr(loss_by_bytes.BytesDomain, "measure_file", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(loss_by_bytes.BytesDomain, "write", lambda *_: pytest.fail("measured again"))
     loss_by_bytes.main(options)
     assert (tmp_path / "RESULTS.md").read_text() == text
 
 
 def test_the_front_holds_what_nothing_beats():
     def row(size, loss, speed):
-        return {"bytes": size, "tokens_per_second": speed, "domain": {"nll": [loss]}, "general": {"nll": [loss]}}
+        return {"bytes": size, "turns": [[10.0, speed]], "domain": {"nll": [loss]}, "general": {"nll": [loss]}}
 
     rows = {
         ("a", "base", 0.0, "f16"): row(100, 1.0, 10),
