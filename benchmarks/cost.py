@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -21,16 +22,15 @@ import torch
 
 from benchmarks.by_source import read_sources, sources_of
 from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
-from benchmarks.methods import HIGH, METHODS, REFERENCE, SIZES, Domain, documents_of, rounded
+from benchmarks.methods import DEFAULT, METHODS, REFERENCE, SIZES, Domain, documents_of, rounded
 from benchmarks.models import smollm2
-from benchmarks.one_shot import errorbars, excess
+from benchmarks.one_shot import OneShotDomain, errorbars, excess
 from hf_context_prune.evaluation._memory_worker import peak_rss
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.modeling.architectures import TARGETS, spec_of, unit_size
 from hf_context_prune.modeling.geometry import read_geometry
 from hf_context_prune.pruning.allocation.probing import SEARCH_TOKENS
 from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS, choose_probe_counts
-from hf_context_prune.pruning.vocabulary.refit import refit_rows
 
 COMPARED = ("ours", "obs+least_squares", REFERENCE)
 SEARCHED = "ours-adaptive"
@@ -38,6 +38,8 @@ SIZE, SEARCHED_SIZE = "mlp25", "all20"
 """Sizes for uniform widths, and for the search, which removes neurons and KV groups as the default budget does."""
 GOAL = 3.0
 """Most forward passes of the base model that a pruning to uniform widths may take."""
+SHARE, GOAL_OF_DEFAULT = 0.2, 4.0
+"""Share of all parameters that the default removes, and the forward passes that it may take, its search included."""
 
 
 def run_once(args: argparse.Namespace, method: str, num_samples: int) -> dict[str, Any]:
@@ -66,14 +68,27 @@ def run_once(args: argparse.Namespace, method: str, num_samples: int) -> dict[st
         "search_seconds": searched - begin,
         "seconds": pruned - searched,
     }
-    if method == SEARCHED:  # the cost that `refit_lm_head=True` adds
-        begin = time.perf_counter()
-        refit_rows(smaller, samples)
-        row |= {"refit_seconds": time.perf_counter() - begin, "refit_peak": peak_rss()[0]}
     if num_samples in args.timed:  # after the peak was read, because the logits of a batch are large
         row["forward_seconds"] = domain.time_forward()
     losses = [] if method == SEARCHED else domain.losses(smaller)  # another size, so not in the table of losses
     return {**row, "documents": documents_of(losses), "nll": rounded(losses)}
+
+
+def run_default(args: argparse.Namespace, num_samples: int) -> dict[str, Any]:
+    """Prune by the default in this process, tokens and the refit of the head included; return seconds and bytes."""
+    with tempfile.TemporaryDirectory() as work:
+        own = argparse.Namespace(**{**vars(args), "num_samples": num_samples, "work": work, "shares": [SHARE]})
+        domain = OneShotDomain(cache(smollm2), own, args.domain, targets=TARGETS)
+        domain.calibration  # noqa: B018  # read before anything is measured
+        before = psutil.Process().memory_info().rss
+        model, begin = domain.model, time.perf_counter()
+        domain.compare_forms(SHARE)
+        searched = time.perf_counter()
+        smaller, _, _ = domain.pruned(DEFAULT, SHARE)
+        pruned = time.perf_counter()
+        row = {"before": before, "peak": peak_rss()[0], "model": model_bytes(model), "pruned": model_bytes(smaller)}
+        row |= {"search_seconds": searched - begin, "seconds": pruned - searched, "tokens": domain.samples.numel()}
+        return {**row, "forward_seconds": domain.time_forward()}
 
 
 def model_bytes(model: Any) -> int:
@@ -148,25 +163,23 @@ def plot(tokens: Sequence[int], found: Mapping[str, Sequence[Estimate]]) -> None
 
 def cost_cells(method: str, row: Mapping[str, Any]) -> list[str]:
     """Return one row of the table of time and memory."""
-    mebibyte = 2**20
-    formula = row["before"] + row["model"] + row["pruned"] + row["held"]
+    mebibyte, searches = 2**20, method in (SEARCHED, DEFAULT)
+    parts = [row["peak"]]
+    if "held" in row:
+        formula = row["before"] + row["model"] + row["pruned"] + row["held"]
+        parts += [formula, row["peak"] - formula]
     forward = row.get("forward_seconds")
+    what = {SEARCHED: f", {SIZES[SEARCHED_SIZE].label}", DEFAULT: f", {SHARE:.0%} of all parameters"}
     return [
-        METHODS[method].label + (f", {SIZES[SEARCHED_SIZE].label}" if method == SEARCHED else ""),
+        METHODS[method].label + what.get(method, ""),
         f"{row['tokens']:,}",
         f"{row['seconds']:.0f}",
         f"{row['seconds'] / forward:.2f}" if forward else "",
-        f"{row['search_seconds'] / forward:.2f}" if forward and METHODS[method].adaptive else "",
+        f"{row['search_seconds'] / forward:.2f}" if forward and searches else "",
         f"{(row['peak'] - row['before']) / row['model']:.2f}",
-        *(f"{part / mebibyte:,.0f}" for part in (row["peak"], formula, row["peak"] - formula)),
+        *(f"{part / mebibyte:,.0f}" for part in parts),
+        *[""] * (3 - len(parts)),
     ]
-
-
-def high_cells(row: Mapping[str, Any]) -> list[str]:
-    """Return the row of `refit_lm_head=True`: the searched pruning, then the refit, whose memory no formula covers."""
-    row = {**row, "seconds": row["seconds"] + row["refit_seconds"], "peak": row["refit_peak"]}
-    _, *found = cost_cells(SEARCHED, row)
-    return [f"{METHODS[HIGH].label}, of the same size", *found[:-2], "", ""]
 
 
 COST_HEADER = [
@@ -179,7 +192,7 @@ def results_text(
     dense: Mapping[str, Any], rows: Mapping[tuple[str, int], dict[str, Any]], args: argparse.Namespace, machine: str
 ) -> str:
     """Return the section of RESULTS.md."""
-    sizes = sorted({number for method, number in rows if method != SEARCHED})
+    sizes = sorted({number for method, number in rows if method not in (SEARCHED, DEFAULT)})
     found = {
         method: [excess(dense, rows[method, number], dense, args.seed) for number in sizes] for method in args.methods
     }
@@ -196,8 +209,11 @@ def results_text(
         if ours
         else ""
     )
+    whole = [
+        (row["search_seconds"] + row["seconds"]) / row["forward_seconds"] for row in rows.values() if "held" not in row
+    ]
+    verdict += f" The default with its search: {whole[0]:.2f} passes (goal: {GOAL_OF_DEFAULT:g})." if whole else ""
     costs = [cost_cells(method, row) for (method, _), row in sorted(rows.items())]
-    costs += [high_cells(row) for (method, _), row in rows.items() if method == SEARCHED]
     commits = sorted({row["setting"]["commit"] for row in rows.values()})
     return f"""## Cost of pruning, and loss by calibration text
 
@@ -219,8 +235,8 @@ matrices (of as many layers at once as fit in a quarter of the free memory); `se
 hidden states of two models, tokens x hidden size x 4 bytes each. The search, during which there is no pruned model yet, holds
 beside its Gram matrices every output projection at each of the three to five widths that are probed, 4 bytes per weight.
 *Rest*: activations of one batch, the float64 workspace of one layer's solver, libraries that are loaded during the run, and
-slack of the allocator. `refit_lm_head=True` refits the rows of the vocabulary after the sequential run; its peak is that of
-search, sequential run and refit.
+slack of the allocator. The default prices tokens, too, and refits the rows of the vocabulary behind the sequential run; no
+formula covers its memory.
 
 {table(COST_HEADER, costs)}
 
@@ -243,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--search-samples", type=int, default=96, help="calibration samples for adaptive widths; one of --timed"
     )
+    options.add_argument("--default-samples", type=int, default=128, help="calibration samples of the default")
     options.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(COMPARED), help="methods, all with uniform widths"
     )
@@ -251,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args(arguments)
     if args.worker:
-        print(json.dumps(run_once(args, args.worker[0], int(args.worker[1]))))
+        method, number = args.worker[0], int(args.worker[1])
+        print(json.dumps(run_default(args, number) if method == DEFAULT else run_once(args, method, number)))
         return
     args.given = given(options, args)
     store = Rows(args, "cost", seed=args.seed)
@@ -265,12 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for method, number in [
         *((method, number) for number in args.num_samples for method in args.methods),
         (SEARCHED, args.search_samples),
+        (DEFAULT, args.default_samples),
     ]:
         key = {**common, "method": method, "blocks": number, "timed": number in args.timed}
         if method == SEARCHED:
             key["search"] = [SEARCH_TOKENS, PROBE_TOKENS]
         row = store.get_or_measure(key, lambda m=method, n=number: in_fresh_process(args, m, n))
-        if method != SEARCHED and row["documents"] != dense["documents"]:
+        if method not in (SEARCHED, DEFAULT) and row["documents"] != dense["documents"]:
             raise SystemExit(
                 "The row of the base model was measured on other documents than --data has now. Start over with --fresh."
             )
