@@ -189,7 +189,7 @@ COST_HEADER = [
 
 
 def results_text(
-    dense: Mapping[str, Any], rows: Mapping[tuple[str, int], dict[str, Any]], args: argparse.Namespace, machine: str
+    dense: Mapping[str, Any], rows: Mapping[tuple[str, int], dict[str, Any]], args: argparse.Namespace
 ) -> str:
     """Return the section of RESULTS.md."""
     sizes = sorted({number for method, number in rows if method not in (SEARCHED, DEFAULT)})
@@ -214,13 +214,13 @@ def results_text(
     ]
     verdict += f" The default with its search: {whole[0]:.2f} passes (goal: {GOAL_OF_DEFAULT:g})." if whole else ""
     costs = [cost_cells(method, row) for (method, _), row in sorted(rows.items())]
-    commits = sorted({row["setting"]["commit"] for row in rows.values()})
+    commits, machines = (sorted({row["setting"][name] for row in rows.values()}) for name in ("commit", "machine"))
     return f"""## Cost of pruning, and loss by calibration text
 
 SmolLM2-135M-Instruct, {SIZES[SIZE].label} removed (except with adaptive widths), calibrated on samples of {args.length} tokens of
 `{args.domain}` train, every pruning in its own process. Excess loss over the base model in nats per token on
-{sum(tokens for _, tokens, _ in dense["documents"]):,} tokens ({len(dense["documents"])} whole documents) of its validation split, 95 % bootstrap
-interval over documents, paired.
+{sum(tokens for _, tokens, _ in dense["documents"]):,} tokens ({len(dense["documents"])} whole documents) of its validation split; 95 % bootstrap
+intervals draw sources, then documents, paired.
 
 ![Excess loss by calibration tokens]({plot_path("cost").name})
 
@@ -240,7 +240,7 @@ formula covers its memory.
 
 {table(COST_HEADER, costs)}
 
-`python -m benchmarks.cost --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {machine}, seed {args.seed}.
+`python -m benchmarks.cost --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}.
 """
 
 
@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "The row of the base model was measured on other documents than --data has now. Start over with --fresh."
             )
         rows[method, number] = row
-    write_section("cost", results_text(dense, rows, args, store.setting["machine"]))
+    write_section("cost", results_text(dense, rows, args))
 
 
 if __name__ == "__main__":
