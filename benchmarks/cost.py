@@ -43,7 +43,9 @@ SHARE, GOAL_OF_DEFAULT = 0.2, 4.0
 
 
 def run_once(args: argparse.Namespace, method: str, num_samples: int) -> dict[str, Any]:
-    """Prune in this process and return seconds, bytes and losses."""
+    """Prune in this process and return seconds, bytes and losses; of the default, no losses."""
+    if method == DEFAULT:
+        return _run_default(args, num_samples)
     size = SIZES[SEARCHED_SIZE if method == SEARCHED else SIZE]
     own = argparse.Namespace(**{**vars(args), "num_samples": num_samples})
     domain = Domain(cache(smollm2), own, args.domain, targets=TARGETS if size.attention else ("mlp",))
@@ -74,8 +76,8 @@ def run_once(args: argparse.Namespace, method: str, num_samples: int) -> dict[st
     return {**row, "documents": documents_of(losses), "nll": rounded(losses)}
 
 
-def run_default(args: argparse.Namespace, num_samples: int) -> dict[str, Any]:
-    """Prune by the default in this process, tokens and the refit of the head included; return seconds and bytes."""
+def _run_default(args: argparse.Namespace, num_samples: int) -> dict[str, Any]:
+    """Prune by the default, tokens and the refit of the head included."""
     with tempfile.TemporaryDirectory() as work:
         own = argparse.Namespace(**{**vars(args), "num_samples": num_samples, "work": work, "shares": [SHARE]})
         domain = OneShotDomain(cache(smollm2), own, args.domain, targets=TARGETS)
@@ -268,8 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args(arguments)
     if args.worker:
-        method, number = args.worker[0], int(args.worker[1])
-        print(json.dumps(run_default(args, number) if method == DEFAULT else run_once(args, method, number)))
+        print(json.dumps(run_once(args, args.worker[0], int(args.worker[1]))))
         return
     args.given = given(options, args)
     store = Rows(args, "cost", seed=args.seed)

@@ -137,7 +137,7 @@ def test_sizes_of_one_kind_a_run(bench, capsys):
 
 def test_cost(bench):
     folder, options = bench
-    sizes = "--num-samples 2 4 --timed 4 --search-samples 4"
+    sizes = "--num-samples 2 4 --timed 4 --search-samples 4 --default-samples 12"
     arguments = with_options(options, f"--domain law {sizes} --methods obs+least_squares ours flap+bias")
     cost.main(arguments)
     rows = rows_of(folder, "cost")
@@ -145,15 +145,20 @@ def test_cost(bench):
         ("dense", None),
         *((method, blocks) for blocks in (2, 4) for method in ("obs+least_squares", "ours", "flap+bias")),
         ("ours-adaptive", 4),
+        ("default", 12),
     ]
-    pruned = rows[1:]
+    pruned, default = rows[1:-1], rows[-1]
     assert all(row["peak"] > row["model"] > row["pruned"] > 0 for row in pruned)
     assert all(("forward_seconds" in row) == (row["key"]["blocks"] == 4) for row in pruned)
     assert [row["held"] for row in pruned[:3]] == [3 * 4 * 40**2, 4 * 40**2 + 2 * 2 * 32 * 48 * 4, 0]
     assert pruned[-1]["search_seconds"] > 0
+    assert default["peak"] > default["model"] > default["pruned"] > 0
+    assert min(default[name] for name in ("search_seconds", "seconds", "forward_seconds")) > 0
+    assert default["tokens"] == 12 * 32
     text = (folder / "RESULTS.md").read_text()
     assert "| 64 |" in text
     assert "forward passes of the base model (goal: 3)" in text
+    assert "The default with its search: " in text
     assert (folder / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
