@@ -82,17 +82,20 @@ def results_text(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> s
             )
         )
     first = next(iter(rows.values()))
+    general = ", ".join(f"`{name}`: {row['documents'][1]}" for name, row in rows.items())
+    commits, machines = (sorted({row["setting"][name] for row in rows.values()}) for name in ("commit", "machine"))
     header = ("preset", "what it is", "parameters", args.domain, "general text", "time", "opens in")
     return f"""## Presets
 
 SmolLM2-135M-Instruct (float32, dequantised), pruned for {args.domain} by each preset with {args.num_samples} x 512 calibration tokens, an
-eighth of them general text where the preset calibrates on any. Change of bits per byte against the base model on passages of
-{first["documents"][0]} and {first["documents"][1]} documents, at most {args.eval_tokens:,} tokens each. 95 % bootstrap intervals draw sources, then
-documents; with fewer than five sources there is none. Highest load average: {highest_load(rows.values())}.
+eighth of them general text where the preset calibrates on any. Change of bits per byte against the base model on passages, at
+most {args.eval_tokens:,} tokens of each text: of {first["documents"][0]} documents of {args.domain}, and of the general documents that were not
+calibrated on ({general}). 95 % bootstrap intervals draw sources, then documents; with fewer than five sources the range from
+the best to the worst stands in their place, with fewer than ten documents nothing. Times with a load average of up to {highest_load(rows.values())}.
 
 {table(header, body)}
 
-`python -m benchmarks.presets --data DATA{args.given}` at `{first["setting"]["commit"]}`, {first["setting"]["machine"]}, seed {args.seed}.
+`python -m benchmarks.presets --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}.
 """
 
 
