@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from benchmarks.by_source import RESAMPLES, changes_by_source, mean_change, worst_change
-from benchmarks.common import Rows, corpus, given, parser, table, write_section
+from benchmarks.common import Rows, corpus, describe_runs, given, parser, table, write_section
 from benchmarks.frontier import FrontierDomain
 from benchmarks.methods import DEFAULT, documents_of, rounded
 from benchmarks.models import smollm2
@@ -168,7 +168,6 @@ def verdict(found: Found, args: argparse.Namespace) -> str:
 
 def results_text(found: Found, args: argparse.Namespace) -> str:
     """Return the section of RESULTS.md."""
-    commits, machines = (sorted({row["setting"][name] for row in found.values()}) for name in ("commit", "machine"))
     gone = min(
         1 - found[domain, way]["parameters"] / found[domain, ""]["parameters"]
         for domain in args.domains
@@ -192,7 +191,7 @@ draw, of sources with at least {args.fewest} documents. Differences are paired.
 
 {source_table(found, args)}
 
-`python -m benchmarks.balance --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}.
+`python -m benchmarks.balance --data DATA{args.given}` at {describe_runs(found.values())}, seed {args.seed}.
 """
 
 

@@ -68,6 +68,14 @@ def read_back(file: Path, model: Any) -> None:
             value.copy_(read[tuple(slice(size) for size in value.shape)])  # less the neurons that fill it up
 
 
+def write_file(loaded: LoadedModel, dtype: str, folder: Path) -> Path:
+    """Write a model as GGUF, and return the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PruningWarning)  # rows that blocks don't divide: the bytes are counted
+        gguf.write(loaded, folder, dtype)
+    return folder / gguf.FILE_NAME
+
+
 class BytesDomain(FrontierDomain):
     """A domain whose models are written to files, scored and timed; `frontier` leaves them, where it ran before."""
 
@@ -81,17 +89,10 @@ class BytesDomain(FrontierDomain):
         yield HEALED, LoadedModel(*self.healed(share)[:2], HEALED, None, None)
         self.forget()
 
-    def write(self, loaded: LoadedModel, dtype: str, folder: Path) -> Path:
-        """Write a file, and return it."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PruningWarning)  # rows that blocks don't divide: the bytes are counted
-            gguf.write(loaded, folder, dtype)
-        return folder / gguf.FILE_NAME
-
     def measure_loss(self, loaded: LoadedModel, dtype: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
         """Write a file, and score its weights on test text and general text."""
         with tempfile.TemporaryDirectory() as folder:
-            file = self.write(loaded, dtype, Path(folder))
+            file = write_file(loaded, dtype, Path(folder))
             row: dict[str, Any] = {"bytes": file.stat().st_size, "parameters": loaded.model.num_parameters()}
             kept = {name: value.detach().clone() for name, value in loaded.model.named_parameters()}
             try:
@@ -169,12 +170,11 @@ class BytesRows:
 
             @cache
             def base_file() -> Path:
-                domain = next(iter(self.domains.values()))
-                return domain.write(domain.load(), REFERENCE, Path(folder))
+                return write_file(next(iter(self.domains.values())).load(), REFERENCE, Path(folder))
 
             def measure(key: Key, loaded: LoadedModel) -> dict[str, Any]:
                 with tempfile.TemporaryDirectory() as own:
-                    file = self.domains[key[0]].write(loaded, key[3], Path(own))
+                    file = write_file(loaded, key[3], Path(own))
                     return {"turns": time_in_turns(base_file(), file, self.args.threads)}
 
             self._get(SPEED, measure)

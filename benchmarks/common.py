@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,13 @@ def highest_load(rows: Iterable[dict[str, Any]]) -> str:
     """Return the highest load average behind rows and the number of cores; rows before 2026-11-29 have none."""
     known = [row["setting"]["load"] for row in rows if "load" in row["setting"]]
     return f"{max(known):.1f} on {os.cpu_count()} cores" if known else "not known"
+
+
+def describe_runs(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the commits and machines that rows were measured with, for the last line of a section."""
+    settings = [row["setting"] for row in rows]
+    commits, machines = (sorted({setting[name] for setting in settings}) for name in ("commit", "machine"))
+    return f"{', '.join(f'`{commit}`' for commit in commits)}, {'; '.join(machines)}"
 
 
 def commit() -> str:

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from benchmarks.by_source import read_sources, sources_of
-from benchmarks.common import Rows, cell, given, parser, plot_path, table, write_section
+from benchmarks.common import Rows, cell, describe_runs, given, parser, plot_path, table, write_section
 from benchmarks.methods import DEFAULT, METHODS, REFERENCE, SIZES, Domain, documents_of, rounded
 from benchmarks.models import smollm2
 from benchmarks.one_shot import OneShotDomain, errorbars, excess
@@ -216,7 +216,6 @@ def results_text(
     ]
     verdict += f" The default with its search: {whole[0]:.2f} passes (goal: {GOAL_OF_DEFAULT:g})." if whole else ""
     costs = [cost_cells(method, row) for (method, _), row in sorted(rows.items())]
-    commits, machines = (sorted({row["setting"][name] for row in rows.values()}) for name in ("commit", "machine"))
     return f"""## Cost of pruning, and loss by calibration text
 
 SmolLM2-135M-Instruct, {SIZES[SIZE].label} removed (except with adaptive widths), calibrated on samples of {args.length} tokens of
@@ -242,7 +241,7 @@ formula covers its memory.
 
 {table(COST_HEADER, costs)}
 
-`python -m benchmarks.cost --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}.
+`python -m benchmarks.cost --data DATA{args.given}` at {describe_runs(rows.values())}, seed {args.seed}.
 """
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Rows, given, highest_load, parser, table, write_section
+from benchmarks.common import Rows, describe_runs, given, highest_load, parser, table, write_section
 from benchmarks.models import smollm2
 from benchmarks.speed import plan_of
 from hf_context_prune.export import gguf
@@ -273,7 +273,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = options.parse_args(arguments)
     rows = Rows(args, "decoding", seed=args.seed)
     measure_all(rows, args)
-    commits, machines = (sorted({row["setting"][name] for row in rows.rows}) for name in ("commit", "machine"))
     write_section(
         "decoding",
         f"""## Speed for bytes
@@ -292,7 +291,7 @@ average after a row: {highest_load(rows.rows)} (above 1 per core: run again on a
 
 {table(HEADER, [line_of(row) for row in rows.rows])}
 
-`python -m benchmarks.decoding --data DATA{given(options, args)}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}.
+`python -m benchmarks.decoding --data DATA{given(options, args)}` at {describe_runs(rows.rows)}, seed {args.seed}.
 """,
     )
 

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.by_source import mean_change, read_sources, sources_of
 from benchmarks.checkouts import BLOCKPRUNER, depth_masks, mask_layers
-from benchmarks.common import Rows, highest_load, parse_compared, parser, table, write_section
+from benchmarks.common import Rows, describe_runs, highest_load, parse_compared, parser, table, write_section
 from benchmarks.decoding import Artefact, compare, spread
 from benchmarks.frontier import FrontierDomain
 from benchmarks.models import smollm2
@@ -246,7 +246,6 @@ def results_text(
 ) -> str:
     """Return the section of RESULTS.md."""
     used = [*found.values(), *speed.values()]
-    commits, machines = (sorted({row["setting"][name] for row in used}) for name in ("commit", "machine"))
     calls = sorted({row["call"] for row in found.values() if "call" in row})
     named = "; ".join(call.partition("; ")[0] for call in calls)
     deviations = "; ".join(sorted({call.partition("; ")[2] for call in calls}))
@@ -275,7 +274,7 @@ the turns, on {args.compared}.
 
 Calls: {named}. Deviations: {deviations}.
 
-`python -m benchmarks.depth --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}. Highest load average: {highest_load(used)}.
+`python -m benchmarks.depth --data DATA{args.given}` at {describe_runs(used)}, seed {args.seed}. Highest load average: {highest_load(used)}.
 """
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.by_source import mean_and_worst, mean_change, worst_table
-from benchmarks.common import table
+from benchmarks.common import describe_runs, table
 from benchmarks.methods import DEFAULT, LAYERS, METHODS
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import format_change, format_percent
@@ -224,7 +224,6 @@ def results_text(rows: Found, args: argparse.Namespace, picture: Path) -> str:
         for share in args.shares
         for row in [rows[args.compared, method, share]]
     ]
-    commits, machines = (sorted({row["setting"][name] for row in rows.values()}) for name in ("commit", "machine"))
     link = os.path.relpath(picture, common.RESULTS.parent)
     return f"""## Loss by size
 
@@ -268,5 +267,5 @@ General text is not calibrated or trained on.
 
 {time_text(rows, args)}
 
-`python -m benchmarks.frontier --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}.
+`python -m benchmarks.frontier --data DATA{args.given}` at {describe_runs(rows.values())}, seed {args.seed}.
 """

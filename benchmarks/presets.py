@@ -14,7 +14,7 @@ from dataclasses import astuple
 from functools import cache
 from typing import Any
 
-from benchmarks.common import Rows, corpus, given, highest_load, parser, table, write_section
+from benchmarks.common import Rows, corpus, describe_runs, given, highest_load, parser, table, write_section
 from benchmarks.models import smollm2
 from hf_context_prune import EvalOptions, RecoveryConfig
 from hf_context_prune.config import build_config
@@ -83,7 +83,6 @@ def results_text(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> s
         )
     first = next(iter(rows.values()))
     general = ", ".join(f"`{name}`: {row['documents'][1]}" for name, row in rows.items())
-    commits, machines = (sorted({row["setting"][name] for row in rows.values()}) for name in ("commit", "machine"))
     header = ("preset", "what it is", "parameters", args.domain, "general text", "time", "opens in")
     return f"""## Presets
 
@@ -95,7 +94,7 @@ the best to the worst stands in their place, with fewer than ten documents nothi
 
 {table(header, body)}
 
-`python -m benchmarks.presets --data DATA{args.given}` at {", ".join(f"`{commit}`" for commit in commits)}, {"; ".join(machines)}, seed {args.seed}.
+`python -m benchmarks.presets --data DATA{args.given}` at {describe_runs(rows.values())}, seed {args.seed}.
 """
 
 

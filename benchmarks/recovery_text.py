@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.common import table
+from benchmarks.common import describe_runs, table
 from benchmarks.vocabulary import relative
 from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.training.recovery.config import RecoveryConfig
@@ -87,9 +87,8 @@ _HEADER = [
 
 def section(heading: str, rows: Iterable[Mapping[str, Any]], args: argparse.Namespace, *parts: str) -> str:
     """Return a section of RESULTS.md, with the commits and machines of its rows."""
-    commits, machines = (sorted({row["setting"][name] for row in rows}) for name in ("commit", "machine"))
-    how = f"`python -m benchmarks.recovery --data DATA{args.given}` at {', '.join(f'`{c}`' for c in commits)}"
-    return "\n\n".join((f"## Recovery: {heading}", *parts, f"{how}, {'; '.join(machines)}, seed {args.seed}."))
+    how = f"`python -m benchmarks.recovery --data DATA{args.given}` at {describe_runs(rows)}"
+    return "\n\n".join((f"## Recovery: {heading}", *parts, f"{how}, seed {args.seed}."))
 
 
 def domain_text(domain: str, rows: Found, args: argparse.Namespace) -> str:

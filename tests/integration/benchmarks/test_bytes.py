@@ -61,7 +61,7 @@ def test_rows_table_picture_and_resume(tmp_path, monkeypatch):
     assert "30% gone, trained, q4_k_m" in text
     assert "smaller than the base model in q4_k_m" in text
     assert (tmp_path / "bytes_quick.png").stat().st_size > 10_000
-    monkeypatch.setattr(loss_by_bytes.BytesDomain, "write", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(loss_by_bytes, "write_file", lambda *_: pytest.fail("measured again"))
     loss_by_bytes.main(options)
     assert (tmp_path / "RESULTS.md").read_text() == text
 
