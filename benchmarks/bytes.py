@@ -200,7 +200,8 @@ class BytesRows:
             for place, key in keys.items():
                 row = self.store.find(key)
                 assert row is not None
-                self.found[place] = {**self.found.get(place, {}), **row}
+                earlier = self.found.get(place, {"settings": []})
+                self.found[place] = {**earlier, **row, "settings": [*earlier["settings"], row["setting"]]}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.by_source import mean_change
-from benchmarks.common import highest_load, table
+from benchmarks.common import describe_runs, highest_load, table
 from benchmarks.frontier_text import BASE, HEALED
 from benchmarks.methods import DEFAULT
 from hf_context_prune.evaluation.bootstrap import Estimate
@@ -159,9 +159,9 @@ and range. A file is on a front where no file of as few bytes, or as fast, has l
     ]
     for domain in args.domains:
         parts += [f"### {domain}", file_table(found, args, domain), verdict(found, domain)]
-    last = rows[-1]["setting"]
+    runs = describe_runs({"setting": setting} for row in rows for setting in row["settings"])
     parts.append(
-        f"`python -m benchmarks.bytes --data DATA{args.given}` at `{last['commit']}`, {last['machine']}, load up to "
-        f"{highest_load(rows)}, seed {args.seed}."
+        f"`python -m benchmarks.bytes --data DATA{args.given}` at {runs}, load of the speeds up to {highest_load(rows)}, "
+        f"seed {args.seed}."
     )
     return "\n\n".join(part for part in parts if part)
