@@ -254,21 +254,27 @@ def _connect_comparison(page: PageModels, form: _Form, outputs: _Outputs) -> Any
         for view in page.comparer.compare(entry.name, request):
             question = prompt if mode == CHAT and not view.refused else ""
             shown = _show_view(view, turns, question)
-            yield (*shown, gr.Button(interactive=True), keep, keep)
+            yield (*shown, gr.Button(interactive=True), keep)
         after = turns
         if question and not any(side.problem for side in view.sides):
             after = (*turns, Turn(question, *(side.progress.text.strip() for side in view.sides)))
-        yield (*shown, gr.Button(interactive=False), after, "" if len(after) > len(turns) else keep)
+        yield (*shown, gr.Button(interactive=False), after)
 
     writing = gr.on(
         [form.run.click, form.prompt.submit],
         show,
         form.request,
-        [outputs.status, *outputs.panels, outputs.surprise, form.stop, form.turns, form.prompt],
+        [outputs.status, *outputs.panels, outputs.surprise, form.stop, form.turns],
         concurrency_id=_GENERATION,
         api_visibility="private",
         show_progress="minimal",
         show_progress_on=[outputs.status],
+    )
+    writing.then(  # Gradio shows the last output of a generator twice, which would clear what was typed in between
+        lambda turns, prompt: "" if turns and turns[-1].question == prompt else gr.update(),
+        [form.turns, form.prompt],
+        [form.prompt],
+        **_QUIET,
     )
     form.stop.click(
         lambda: (render("status", text="Stopped.", bad=False), gr.Button(interactive=False)),
