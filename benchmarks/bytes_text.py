@@ -95,10 +95,10 @@ def file_table(found: Found, args: argparse.Namespace, domain: str) -> str:
 
 
 def draw(found: Found, args: argparse.Namespace, target: Path) -> None:
-    """Write the picture as PNG: loss by bytes on the domain and on general text."""
+    """Write the picture as PNG: loss by bytes on the domain and on general text; the broad grey line is the front."""
     domain = args.compared
-    figure = new_figure(figsize=(8, 4))
-    figure.subplots_adjust(left=0.09, right=0.98, top=0.85, bottom=0.13, wspace=0.22)
+    figure = new_figure(figsize=(8, 4.2))
+    figure.subplots_adjust(left=0.09, right=0.98, top=0.81, bottom=0.13, wspace=0.22)
     figure.suptitle("SmolLM2-135M-Instruct: bits per byte by size of the GGUF file", fontsize=11)
     for axis, text in zip(figure.subplots(1, 2), ("domain", "general"), strict=True):
         for form, (label, color, marker) in STYLES.items():
@@ -112,11 +112,19 @@ def draw(found: Found, args: argparse.Namespace, target: Path) -> None:
             ]
             sizes = [found[key]["bytes"] / 1e6 for key in keys]
             axis.errorbar(
-                sizes, values, yerr=bars, ls="", marker=marker, color=color, ms=5, elinewidth=0.8, label=label
+                sizes, values, yerr=bars, ls="", marker=marker, color=color, ms=4.5, elinewidth=0.6, label=label
             )
+            for share in sorted({key[2] for key in keys}):  # one model in all data types
+                points = sorted(
+                    (size, value) for key, size, value in zip(keys, sizes, values, strict=True) if key[2] == share
+                )
+                axis.plot(*zip(*points, strict=True), color=color, lw=0.8, alpha=0.6)
+                if share:
+                    offset = {"textcoords": "offset points", "xytext": (5, -3)}
+                    axis.annotate(f"-{100 * share:.0f} %", points[-1], color=color, fontsize=7.5, **offset)
         line = front(found, keys_of(found, domain), "bytes", text)
         points = [(found[key]["bytes"] / 1e6, 1 + change_of(found, key, text, args.seed).value) for key in line]
-        axis.step(*zip(*points, strict=True), where="post", color="0.6", lw=1, zorder=0)
+        axis.step(*zip(*points, strict=True), where="post", color="0.75", lw=3, zorder=0, label="best at its size")
         axis.set_xscale("log")
         axis.set_yscale("log")
         _set_ticks(axis, [found[key]["bytes"] / 1e6 for key in keys_of(found, domain)])
@@ -126,7 +134,8 @@ def draw(found: Found, args: argparse.Namespace, target: Path) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     figure.axes[0].set_ylabel("bits per byte, times the base model's", fontsize=9)
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.945), ncols=4)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=200, metadata={"Software": None})
 

@@ -27,7 +27,7 @@ _EXAMPLES = {
     "report": ("report mini-gpt smaller", "report mini-gpt smaller speed --output comparison"),
     "check": ("check Qwen/Qwen3-0.6B", "check my-model --trust-remote-code"),
     "export": (
-        "export mini-gpt --to gguf --dtype q8_0 --output mini-gguf",
+        "export mini-gpt --to gguf --output mini-gguf",
         "export mini-gpt --to onnx --output mini-onnx --data a.txt",
     ),
     "serve": ("serve mini-gpt --port 8001", "serve mini-gpt --engine vllm --python vllm/bin/python"),

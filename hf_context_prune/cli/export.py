@@ -28,7 +28,7 @@ def export(
     dtype: Annotated[
         str | None,
         shared(
-            "Data type of the weights. quanto: int8, int4; torchao: int8; onnx: float32, int8; gguf: f16, bf16, q8_0, "
+            "Data type of the weights. quanto: int8, int4; torchao: int8; onnx: float32, int8; gguf: q8_0, f16, bf16, "
             "q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k. By default the first."
         ),
     ] = None,
@@ -51,7 +51,7 @@ def export(
     """Write DIR for another runtime, and keep the export only if its loss there stays within a limit.
 
     The other runtime loads the export, which is compared with DIR on test text: loss, greedy text, size, speed. The
-    limit is that of the data type, wide for few bits (perplexity: 1 % for f16, 25 % for q4_k_m); --tolerance sets one.
+    limit is that of the data type, wide for few bits (perplexity: 3 % for q8_0, 25 % for q4_k_m); --tolerance sets one.
     `inspect` verifies and shows it later. Beside a GGUF file lies a Modelfile for Ollama. The k-quants (q6_k to q2_k)
     take about 6.6, 5.7, 4.9, 3.9 and 3.0 bits per weight; rows that blocks of 256 don't divide take more.
     """

@@ -145,9 +145,9 @@ FORMATS: dict[str, ExportFormat] = {
             "gguf",
             ("xllamacpp",),
             {
+                "q8_0": _QUANTISED,
                 "f16": Tolerance(perplexity=0.01, gap=_TIE),
                 "bf16": Tolerance(perplexity=0.02, gap=0.2),
-                "q8_0": _QUANTISED,
                 "q6_k": _QUANTISED,
                 "q5_k_m": Tolerance(perplexity=0.1),
                 "q4_k_m": Tolerance(perplexity=0.25),

@@ -55,7 +55,7 @@ def export_model(
         ```python
         from hf_context_prune import export_model
 
-        result = export_model("mini-gpt", "mini-gguf", format="gguf", dtype="q8_0")
+        result = export_model("mini-gpt", "mini-gguf", format="gguf", dtype="q4_k_m")
         print(result.folder, result.report.verification.perplexity_change)
         ```
     """

@@ -78,7 +78,7 @@ def variable(tmp_path_factory):
 
 
 def test_widths_and_heads_that_vary(variable, tmp_path):
-    result = export_model(variable, tmp_path / "out", format="gguf")
+    result = export_model(variable, tmp_path / "out", format="gguf", dtype="f16")
     found = result.report.verification
     assert abs(found.perplexity_change) < 0.01
     assert found.largest_gap < 0.05
