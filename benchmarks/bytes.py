@@ -109,7 +109,7 @@ class BytesDomain(FrontierDomain):
         for key, source in texts.items():
             docs = None if base is None else [doc for doc, _, _ in base[key]["documents"]]
             losses = self.losses(loaded.model, loaded.tokenizer, docs, source=source)
-            row[key] = {"documents": documents_of(losses), "nll": rounded(losses)}
+            row[key] = {"nll": rounded(losses)} | ({"documents": documents_of(losses)} if base is None else {})
         return row
 
 

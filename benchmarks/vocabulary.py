@@ -1,7 +1,7 @@
-"""Measure pruned vocabularies: size, text tokens and bits per byte by number of entries; share of one budget; speed.
+"""Measure pruned vocabularies: size, text tokens and bits per byte by number of entries; the worst source; speed.
 
 python -m benchmarks.vocabulary --data PATH/TO/data            # three domains; resumes
-python -m benchmarks.vocabulary --data PATH/TO/data --quick    # one domain, two sizes, little text
+python -m benchmarks.vocabulary --data PATH/TO/data --quick    # one domain, one size, little text
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
-import numpy as np
-
-from benchmarks.common import Rows, given, parser, table, write_section
-from benchmarks.methods import Domain, count_gone, documents_of, rounded
+from benchmarks.by_source import mean_and_worst, mean_change, read_sources, sources_of
+from benchmarks.common import Rows, describe_runs, given, parser, table, write_section
+from benchmarks.frontier import PASSAGES, FrontierDomain
+from benchmarks.methods import Domain, documents_of, rounded
 from benchmarks.models import smollm2
-from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import format_change
 from hf_context_prune.evaluation.speed import measure_speed, speed_ratio
 from hf_context_prune.modeling.architectures import TARGETS
-from hf_context_prune.pipelines.validation_text import withhold_token_probe
-from hf_context_prune.pruning.calibration.samples import CalibrationSet
-from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.vocabulary.prune import VocabularyPruner, prune_vocabulary
 from hf_context_prune.pruning.vocabulary.refit import MORE_TEXT, refit_to_text
 from hf_context_prune.pruning.vocabulary.row_regression import MAX_STEPS
@@ -42,23 +38,17 @@ WAYS = {
 }
 REFIT = {"refit": [MORE_TEXT, MAX_STEPS]}
 """Part of the keys of rows with a refit."""
-REFIT_LAST = {"refit": [MORE_TEXT, MAX_STEPS, "last"]}
-"""The same where the refit follows the layers."""
-DEFAULT = "default"
-"""Place of the rows of the default, whose budget finds the number of entries."""
 GOALS: dict[int, tuple[float, dict[str, float | None]]] = {
     16_384: (0.14, {"law": 0.01, "medicine": 0.01, "finance": 0.01}),
     8_192: (0.17, {"law": None, "medicine": None, "finance": 0.03}),
 }
 """By number of entries: the least share of all parameters to remove, and the largest increase of bits per byte by domain;
 None: half of the increase with selection by frequency."""
-COMBINED_RATIO = 0.3
-UNITS = ("entries", "neurons", "KV groups", "parameters")
 SPEED_BYTES, SPEED_TOKENS = 10_000_000, 16_384
 
 
-class VocabularyDomain(Domain):
-    """A domain with the worth of its vocabulary entries, counted once per criterion."""
+class VocabularyDomain(FrontierDomain):
+    """A domain, whose test text is that of `frontier`, with the worth of its vocabulary entries, counted once per criterion."""
 
     @cached_property
     def _pruners(self) -> dict[str, VocabularyPruner]:
@@ -103,32 +93,6 @@ class VocabularyDomain(Domain):
             model, tokenizer, self.train, num_samples=args.num_samples, max_seq_length=args.length, seed=args.seed
         )
         return {**self.scored(model, tokenizer, dense), "refit": refit}
-
-    def measure_combined(self, tokens: int | str, dense: Mapping[str, Any]) -> dict[str, Any]:
-        """Prune to one budget for all parameters: with a given number of entries, with all (0), or by `DEFAULT`."""
-        loaded = self.load()
-        how: dict[str, Any] = {}
-        if tokens != DEFAULT:
-            how["native_architecture"] = False
-            how |= {"vocab_size": tokens} if tokens else {"units": "neurons,kv_groups", "refit_lm_head": False}
-        config = PrunerConfig(
-            pruning_ratio=COMBINED_RATIO,
-            num_calibration_samples=self.args.combined_samples,
-            max_seq_length=self.args.length,
-            pruning_seed=self.args.seed,
-            **how,
-        )
-        calibration, probe = CalibrationSet(self.train, config), None
-        if tokens == DEFAULT:
-            probe = withhold_token_probe(loaded.model, loaded.tokenizer, calibration, config)
-        model, tokenizer, plan = prune_model(loaded.model, loaded.tokenizer, calibration, config, token_probe=probe)
-        facts = {name: plan.provenance.get(name) for name in ("predicted_losses", "predicted_loss_increase")}
-        return {
-            **self.scored(model, tokenizer, dense),
-            "gone": count_gone(plan),
-            "native": len(set(plan.widths)) == 1,
-            **facts,
-        }
 
     def measure_speed(self, tokens: int) -> dict[str, Any]:
         """Compare the speed of the base model and of the model with a pruned vocabulary."""
@@ -175,12 +139,8 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def relative(dense: Mapping[str, Any], row: Mapping[str, Any], seed: int) -> Estimate:
-    """Return the relative change of bits per byte, with a 95 % bootstrap interval over documents, paired."""
-    before, after = np.asarray(dense["nll"]), np.asarray(row["nll"])
-    picks = np.random.default_rng(seed).integers(0, len(before), (2000, len(before)))
-    resampled = after[picks].sum(axis=1) / before[picks].sum(axis=1) - 1
-    span = tuple(np.percentile(resampled, [2.5, 97.5]).tolist()) if len(before) > 1 else None
-    return Estimate(float(after.sum() / before.sum() - 1), span)
+    """Return the relative change of bits per byte, paired by document; sources are drawn, then documents."""
+    return mean_change(dense["nll"], row["nll"], dense["sources"], seed)
 
 
 def _tokens_per_byte(row: Mapping[str, Any]) -> float:
@@ -231,23 +191,17 @@ def verdicts(rows: Found, args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def combined_table(rows: Found, args: argparse.Namespace) -> str:
-    """Return the table of one budget, split between entries, neurons and KV groups in several ways."""
-    body = []
-    for domain in args.combined_domains:
-        dense = rows[domain, "dense"]
-        for tokens in (DEFAULT, *args.combined):
-            row = rows[domain, "combined", tokens]
-            body.append(
-                [
-                    domain,
-                    "found (the default)" if tokens == DEFAULT else f"{tokens:,}" if tokens else "all",
-                    format_change(relative(dense, row, args.seed)),
-                    *(f"{row['gone'][unit]:,}" for unit in ("tokens", "neurons", "kv_groups")),
-                    f"{1 - row['parameters'] / dense['parameters']:.2%}",
-                ]
-            )
-    return table(["domain", "entries kept", "bits per byte", *(f"{unit} removed" for unit in UNITS)], body)
+def worst_lines(rows: Found, args: argparse.Namespace) -> str:
+    """Return what the source that loses most loses, by number of entries and domain."""
+    lines = []
+    for tokens in args.sizes:
+        parts = []
+        for domain in args.domains:
+            dense, ours = rows[domain, "dense"], rows[domain, "ours", tokens]
+            _, worst = mean_and_worst(dense["nll"], ours["nll"], dense["sources"], args.seed)
+            parts.append(f"{domain} " + ("has one source" if worst is None else str(worst)))
+        lines.append(f"- {tokens:,} entries by default, the worst source: {'; '.join(parts)}.")
+    return "\n".join(lines)
 
 
 def speed_table(rows: Found, args: argparse.Namespace) -> str:
@@ -266,7 +220,7 @@ def speed_table(rows: Found, args: argparse.Namespace) -> str:
     return table([*header, "decode, tokens/s", "ratio", "bytes/s, ratio"], body)
 
 
-def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
+def results_text(rows: Found, args: argparse.Namespace) -> str:
     """Return the section of RESULTS.md."""
     dense = {domain: rows[domain, "dense"] for domain in args.domains}
     text = "; ".join(
@@ -276,30 +230,20 @@ def results_text(rows: Found, args: argparse.Namespace, machine: str) -> str:
     tool = rows["tool",]
     ratio = statistics.median(before / after for before, after in tool["pairs"])
     speed = tool["megabytes"] / statistics.median(after for _, after in tool["pairs"])
-    commits = sorted({row["setting"]["commit"] for row in rows.values()})
-    combined = ""
-    if args.combined_domains:
-        combined = f"""### One budget: {COMBINED_RATIO:.0%} of all parameters
-
-Adaptive widths and `obs` + `sequential` on {args.combined_samples} x {args.length} tokens, then the refit on up to {MORE_TEXT} times as many
-(no refit if all entries are kept). The default may give all layers one width; the other rows may not.
-
-{combined_table(rows, args)}
-
-"""
     return f"""## Vocabulary
 
 SmolLM2-135M-Instruct (float32, dequantised), entries chosen on the train text of each domain, tested on the validation
-split ({text}). Change of bits per byte against the base model on the same documents, with 95 % bootstrap intervals over
-documents; no training. *Tokens per byte*: ratio to the base model. The refit reads up to {MORE_TEXT} times {args.num_samples} x {args.length} tokens of the train
+split ({text}: passages, as `frontier` has them). Change of bits per byte against the base model on the same passages; 95 % bootstrap
+intervals draw sources, then documents, and where there are fewer than five sources the range over them stands; no training. *Tokens per byte*: ratio to the base model. The refit reads up to {MORE_TEXT} times {args.num_samples} x {args.length} tokens of the train
 text, fewer if many entries are left. *Refit alone*: the base model with its rows refitted, to separate reconstruction from
 adaptation to the domain.
 
 {loss_table(rows, args)}
 
+{worst_lines(rows, args)}
 {verdicts(rows, args)}
 
-{combined}### Speed
+### Speed
 
 A prompt of 512 tokens and 32 decoded tokens, 7 interleaved rounds; ratios to the base model (median, quartiles). *Bytes/s*:
 the ratio of tokens per second divided by the ratio of tokens per byte, lowest to highest of the domains.
@@ -310,44 +254,41 @@ Counting {tool["bytes"] / 1e6:.1f} MB of text and pruning the vocabulary to {SPE
 {tool["seconds"]:.1f} s (goal: 60). The pruned tokenizer encodes {speed:.1f} MB/s, {ratio:.2f} times as fast as the full one
 (median of {len(tool["pairs"])} interleaved pairs).
 
-`python -m benchmarks.vocabulary --data DATA{args.given}` at {", ".join(f"`{c}`" for c in commits)}, {machine}, seed {args.seed}.
+`python -m benchmarks.vocabulary --data DATA{args.given}` at {describe_runs(rows.values())}, seed {args.seed}.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser(__doc__ or "", several=True)
-    options.add_argument("--quick", action="store_true", help="one domain, two sizes, little text")
-    options.add_argument("--sizes", nargs="+", type=int, default=[32_768, 16_384, 8_192, 4_096], help="entries to keep")
-    options.add_argument(
-        "--combined", nargs="+", type=int, default=[0, 16_384, 8_192], help="entries in one budget; 0: all"
-    )
-    options.add_argument(
-        "--combined-domains", nargs="*", default=["medicine"], help="domains of one budget; may be empty"
-    )
-    options.add_argument("--combined-samples", type=int, default=48, help="calibration samples of one budget")
+    options.add_argument("--quick", action="store_true", help="one domain, one size, little text")
+    options.add_argument("--sizes", nargs="+", type=int, default=[16_384, 8_192], help="entries to keep")
     options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
-    options.add_argument("--eval-tokens", type=int, default=24_000, help="at most this many test tokens per domain")
+    options.add_argument("--eval-tokens", type=int, default=48_000, help="at most this many test tokens per domain")
     if "--quick" in arguments:
-        small: dict[str, Any] = {"domains": ["medicine"], "sizes": [16_384, 8_192], "combined": [0, 16_384]}
-        options.set_defaults(**small, combined_samples=24, num_samples=48, eval_tokens=8_000)
+        options.set_defaults(domains=["medicine"], sizes=[16_384], num_samples=48, eval_tokens=8_000)
     args = options.parse_args(arguments)
     args.given = given(options, args)
     store, load = Rows(args, "vocabulary", seed=args.seed), cache(smollm2)
     domains = {name: VocabularyDomain(load, args, name, targets=TARGETS) for name in args.domains}
+    sources = read_sources(args, args.domains)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def get(place: tuple[Any, ...], measure: Callable[[], dict[str, Any]], **more: Any) -> None:
         setting = {
             "blocks": args.num_samples,
             **{name: getattr(args, name) for name in ("length", "eval_tokens", "seed")},
+            "text": PASSAGES,
         }
         rows[place] = store.get_or_measure({"place": list(place), **setting, **more}, measure)
 
     for name, domain in domains.items():
         get((name, "dense"), lambda d=domain: d.scored(d.model, None))
-        dense = rows[name, "dense"]
+        dense = rows[name, "dense"] = {
+            **rows[name, "dense"],
+            "sources": sources_of(rows[name, "dense"], sources[name]),
+        }
         for tokens, way in itertools.product(args.sizes, WAYS):
             how = REFIT if WAYS[way][2] else {}
             get(
@@ -358,15 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for tokens in args.sizes:
         get(("speed", tokens), lambda n=tokens: first.measure_speed(n))
     get(("tool",), lambda: measure_tool_speed(domains.values()))
-    for name, tokens in itertools.product(args.combined_domains, (DEFAULT, *args.combined)):
-        get(
-            (name, "combined", tokens),
-            lambda d=domains[name], n=tokens, row=rows[name, "dense"]: d.measure_combined(n, row),
-            combined_blocks=args.combined_samples,
-            **(REFIT_LAST if tokens else {}),
-        )
     section = "vocabulary_quick" if args.quick else "vocabulary"
-    write_section(section, results_text(rows, args, store.setting["machine"]))
+    write_section(section, results_text(rows, args))
 
 
 if __name__ == "__main__":
