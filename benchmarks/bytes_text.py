@@ -161,7 +161,8 @@ def results_text(found: Found, args: argparse.Namespace, picture: Path) -> str:
 ![Bits per byte by size of the file]({picture.name})
 
 SmolLM2-135M-Instruct in GGUF, as it is and pruned by the default ({args.num_samples} x {args.length} tokens; "trained": {args.minutes:g} minutes of
-`recover`), all from the same weights, without an importance matrix. Change of bits per byte against the base model in {REFERENCE}, on passages of validation text,
+`recover`), all from the same weights (dequantised from a Q4_1 file of 98.4 MB), without an importance matrix. The weights of every file are read
+back and scored by PyTorch; llama.cpp rounds activations, too. Change of bits per byte against the base model in {REFERENCE}, on passages of validation text,
 at most {args.eval_tokens:,} tokens of the domain and {args.general_tokens:,} of general text; 95 % bootstrap intervals draw sources, then documents.
 Decode speed: times that of the base model in {REFERENCE} ({base_speed:.0f} tokens/s), by llama.cpp's own clock on {args.threads} threads, in turns: median
 and range. A file is on a front where no file of as few bytes, or as fast, has less loss on the domain."""

@@ -92,6 +92,8 @@ def run_export(
             f"importance_data serves data types that can weigh their errors ({'; '.join(able)}), and {chosen} of "
             f"{kind.name} is none. Leave it out, or choose one of them (--dtype)."
         )
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2**63.")
     if tolerance is not None:
         if not 0 <= tolerance < float("inf"):
             raise ConfigError(f"tolerance is {tolerance}; it must be a relative change of at least 0, such as 0.05.")
@@ -101,6 +103,8 @@ def run_export(
     source = resolve_path(folder, LoadError)
     if goal == source or source in goal.parents:
         raise ConfigError(f"--output {output} lies in {folder}, which would then be damaged. Name another folder.")
+    if goal in source.parents:
+        raise ConfigError(f"{folder} lies in --output {output}, which would replace it. Name another folder.")
     if (source / EXPORT_REPORT_NAME).is_file():
         made = read_export(source)
         raise ConfigError(

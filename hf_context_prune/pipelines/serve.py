@@ -56,6 +56,10 @@ def check_is_folder(folder: Path) -> None:
         LoadError: There is no such folder.
     """
     if not folder.is_dir():
+        if str(folder).startswith("-"):
+            raise LoadError(
+                f"{folder} stands where the folder should: `hf-context-prune serve DIR`, and all options after it."
+            )
         raise LoadError(
             f"There is no folder {folder}. `serve` takes a local pruned folder; download one from the Hub first "
             f"(hf download OWNER/NAME --local-dir DIR)."

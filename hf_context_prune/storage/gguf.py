@@ -81,6 +81,10 @@ def _is_cached(folder: Path) -> bool:
         raise LoadError(f"{error} Or remove {folder}, which the next run makes again from the GGUF file.") from error
 
 
+_VARIABLE = "deci"
+"""Architecture of llama.cpp whose layers have sizes of their own; transformers reads none of it."""
+
+
 @dataclass(frozen=True)
 class _Header:
     """What the header of a GGUF file says of its tensors.
@@ -152,6 +156,11 @@ def read_gguf_config(gguf: Path) -> PreTrainedConfig:
     """
     try:
         header, (metadata, names) = _read_header(gguf), read_gguf_metadata(str(gguf))
+        if header.architecture == _VARIABLE:
+            raise LoadError(
+                f"{gguf} holds a model whose layers differ in width (architecture {_VARIABLE!r}), which only llama.cpp "
+                f"opens. Take the folder that it was exported from."
+            )
         blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
         _compare(
             gguf, f"{header.architecture}.block_count", metadata.get(f"{header.architecture}.block_count"), len(blocks)

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_context_prune import prune_vocabulary
-from hf_context_prune.errors import ExportError
+from hf_context_prune.errors import ConfigError, ExportError, LoadError
 from hf_context_prune.export import gguf, llama_cpp, run
 from hf_context_prune.export.llama_cpp import LlamaCppRuntime
 from hf_context_prune.export.run import open_export
@@ -193,6 +193,22 @@ def test_the_chat_template_and_special_tokens_travel(tmp_path):
     assert fields["tokenizer.ggml.bos_token_id"].contents() == tokenizer.bos_token_id
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
+def test_a_file_of_variable_widths_is_not_read_back_nor_replaced_by_its_own_export(variable, tmp_path):
+    folder = export_model(variable, tmp_path / "out", format="gguf").folder
+    before = (folder / gguf.FILE_NAME).read_bytes()
+    with pytest.raises(LoadError, match=r"layers differ in width .*only llama\.cpp"):
+        export_model(folder / gguf.FILE_NAME, tmp_path / "again", format="gguf")
+    with pytest.raises(ConfigError, match=r"lies in --output .*which would replace it"):
+        export_model(folder / gguf.FILE_NAME, folder, format="gguf", dtype="q4_k_m")
+    assert (folder / gguf.FILE_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", [-1, 10**20])
+def test_a_seed_that_torch_cannot_take_is_refused(seed, variable, tmp_path):
+    with pytest.raises(ConfigError, match=f"seed is {seed}; .*below 2"):
+        export_model(variable, tmp_path / "out", format="gguf", seed=seed)
 
 
 def test_the_licence_of_the_card_travels(variable, tmp_path):

@@ -139,6 +139,8 @@ def test_the_command_line_becomes_the_server(folders, tmp_path):
 def test_damaged_folders_and_exports_are_refused(folders, environment, tmp_path, monkeypatch):
     with pytest.raises(LoadError, match=r"no readable manifest\.json"):
         vllm_command(tmp_path, python=environment())
+    with pytest.raises(LoadError, match="--port stands where the folder should"):
+        vllm_command(Path("--port"), python=environment())
     with pytest.raises(LoadError, match="There is no folder org/name"):
         vllm_command(Path("org/name"), python=environment())
     from hf_context_prune.pipelines import vllm_server
