@@ -103,7 +103,7 @@ def run_export(
     source = resolve_path(folder, LoadError)
     if goal == source or source in goal.parents:
         raise ConfigError(f"--output {output} lies in {folder}, which would then be damaged. Name another folder.")
-    if goal in source.parents:
+    if source.exists() and goal in source.parents:
         raise ConfigError(f"{folder} lies in --output {output}, which would replace it. Name another folder.")
     if (source / EXPORT_REPORT_NAME).is_file():
         made = read_export(source)
