@@ -19,7 +19,7 @@ from benchmarks.common import Rows, corpus, given, parser, table, write_section
 from benchmarks.frontier import PASSAGES, FrontierDomain
 from benchmarks.methods import DEFAULT
 from benchmarks.models import smollm2
-from benchmarks.vocabulary import relative
+from benchmarks.recovery_text import relative
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource

@@ -138,7 +138,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def relative(dense: Mapping[str, Any], row: Mapping[str, Any], seed: int) -> Estimate:
+def change_of(dense: Mapping[str, Any], row: Mapping[str, Any], seed: int) -> Estimate:
     """Return the relative change of bits per byte, paired by document; sources are drawn, then documents."""
     return mean_change(dense["nll"], row["nll"], dense["sources"], seed)
 
@@ -161,11 +161,11 @@ def loss_table(rows: Found, args: argparse.Namespace) -> str:
                     f"{tokens:,}",
                     label,
                     f"{1 - own[args.domains[0]]['parameters'] / rows[args.domains[0], 'dense']['parameters']:.2%}",
-                    *(format_change(relative(rows[d, "dense"], row, args.seed)) for d, row in own.items()),
+                    *(format_change(change_of(rows[d, "dense"], row, args.seed)) for d, row in own.items()),
                     *(f"{_tokens_per_byte(row) / _tokens_per_byte(rows[d, 'dense']):.3f}" for d, row in own.items()),
                 ]
             )
-    refit = [format_change(relative(rows[d, "dense"], rows[d, "refit"], args.seed)) for d in args.domains]
+    refit = [format_change(change_of(rows[d, "dense"], rows[d, "refit"], args.seed)) for d in args.domains]
     body.append(["all", "refit alone", "0.00%", *refit, *("1.000" for _ in args.domains)])
     header = ["entries", "chosen", "parameters removed", *(f"bits per byte, {d}" for d in args.domains)]
     return table([*header, *(f"tokens per byte, {d}" for d in args.domains)], body)
@@ -178,9 +178,9 @@ def verdicts(rows: Found, args: argparse.Namespace) -> str:
         share, limits = GOALS[tokens]
         for domain in (domain for domain in args.domains if domain in limits):
             dense, ours = rows[domain, "dense"], rows[domain, "ours", tokens]
-            loss, limit, what = relative(dense, ours, args.seed).value, limits[domain], ""
+            loss, limit, what = change_of(dense, ours, args.seed).value, limits[domain], ""
             if limit is None:
-                limit = relative(dense, rows[domain, "frequency", tokens], args.seed).value / 2
+                limit = change_of(dense, rows[domain, "frequency", tokens], args.seed).value / 2
                 what = ", half of the loss by frequency"
             gone = 1 - ours["parameters"] / dense["parameters"]
             met = loss <= limit and gone >= share

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import common, recovery
+from benchmarks import common, recovery, recovery_text
 from hf_context_prune.storage.loading import LoadedModel
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains
@@ -65,3 +65,10 @@ def test_sizes_have_rows_and_a_section_of_their_own(options, tmp_path):
     for part in ("<!-- begin recovery_sizes-law -->", ": law, by size\n", "- 30% removed: ", " --sizes"):
         assert part in text
     assert "ablations" not in text
+
+
+def test_relative_loss_is_paired():
+    dense, row = {"nll": [1.0, 2.0, 3.0]}, {"nll": [1.5, 3.0, 4.5]}
+    estimate = recovery_text.relative(dense, row, 0)
+    assert (estimate.value, estimate.interval) == (0.5, pytest.approx((0.5, 0.5)))
+    assert recovery_text.relative({"nll": [2.0]}, {"nll": [1.0]}, 0).interval is None
