@@ -97,9 +97,10 @@ def test_a_visitor_compares_and_reads_on(visit, store, screen):
     assert all(early.values())
     store.release()
     wait_for_status(page, "times as fast")
-    for kind, text in early.items():  # streamed: what was there stayed, and more came
+    # Streamed: what was there stayed, and more came. On a busy machine one model may write all of its text first.
+    assert any(len(written(page, kind)) > len(text) for kind, text in early.items())
+    for kind, text in early.items():
         assert written(page, kind).startswith(text)
-        assert len(written(page, kind)) > len(text)
         stats = page.inner_text(f"#{kind}-stats")
         assert re.search(r"tokens/s\s*[\d.]+\s+first token\s*[\d.]+ s\s+weights\s*\d+ MB\s+written\s*60", stats)
     page.get_by_text("What was lost, token by token").wait_for()
