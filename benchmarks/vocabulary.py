@@ -71,7 +71,7 @@ class VocabularyDomain(FrontierDomain):
             )
         return self._pruners[criterion].trim(VocabularySize(tokens), refit=refit)
 
-    def scored(self, model: Any, tokenizer: Any, dense: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def score_model(self, model: Any, tokenizer: Any, dense: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Score a model on the documents of the base model's row."""
         losses = self.losses(model, tokenizer, [doc for doc, _, _ in dense["documents"]] if dense else None)
         return {
@@ -83,7 +83,7 @@ class VocabularyDomain(FrontierDomain):
     def measure_vocabulary(self, way: str, tokens: int, dense: Mapping[str, Any]) -> dict[str, Any]:
         """Prune the vocabulary alone, and score the model."""
         trimmed = self.trimmed(way, tokens)
-        return {**self.scored(trimmed.model, trimmed.tokenizer, dense), **trimmed.plan.provenance["vocabulary"]}
+        return {**self.score_model(trimmed.model, trimmed.tokenizer, dense), **trimmed.plan.provenance["vocabulary"]}
 
     def measure_dense_refit(self, dense: Mapping[str, Any]) -> dict[str, Any]:
         """Score the base model after the refit alone, with all entries kept."""
@@ -92,7 +92,7 @@ class VocabularyDomain(FrontierDomain):
         refit = refit_to_text(
             model, tokenizer, self.train, num_samples=args.num_samples, max_seq_length=args.length, seed=args.seed
         )
-        return {**self.scored(model, tokenizer, dense), "refit": refit}
+        return {**self.score_model(model, tokenizer, dense), "refit": refit}
 
     def measure_speed(self, tokens: int) -> dict[str, Any]:
         """Compare the speed of the base model and of the model with a pruned vocabulary."""
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows[place] = store.get_or_measure({"place": list(place), **setting, **more}, measure)
 
     for name, domain in domains.items():
-        get((name, "dense"), lambda d=domain: d.scored(d.model, None))
+        get((name, "dense"), lambda d=domain: d.score_model(d.model, None))
         dense = rows[name, "dense"] = {
             **rows[name, "dense"],
             "sources": sources_of(rows[name, "dense"], sources[name]),

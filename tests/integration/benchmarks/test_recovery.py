@@ -71,4 +71,5 @@ def test_relative_loss_is_paired():
     dense, row = {"nll": [1.0, 2.0, 3.0]}, {"nll": [1.5, 3.0, 4.5]}
     estimate = recovery_text.relative(dense, row, 0)
     assert (estimate.value, estimate.interval) == (0.5, pytest.approx((0.5, 0.5)))
+    assert recovery_text.format_change(estimate) == "+50.0 % [+50.0, +50.0]"
     assert recovery_text.relative({"nll": [2.0]}, {"nll": [1.0]}, 0).interval is None

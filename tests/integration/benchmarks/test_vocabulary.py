@@ -47,6 +47,6 @@ def test_rows_verdicts_and_resume(options, tmp_path, monkeypatch):
     assert "(goal: at most -100.0%): missed." in text
     assert "256 entries by default, the worst source: law has one source; medicine has one source." in text
 
-    monkeypatch.setattr(vocabulary.VocabularyDomain, "scored", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(vocabulary.VocabularyDomain, "score_model", lambda *_: pytest.fail("measured again"))
     vocabulary.main(options)
     assert (tmp_path / "RESULTS.md").read_text() == text
