@@ -25,6 +25,7 @@ from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
 from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.foreign_code import refuse_foreign_code
 from hf_context_prune.utils.memory import fits_in_memory
+from hf_context_prune.utils.options import at_least
 
 from .formats import FORMATS, ExportFormat, FormatModule, Importance, format_of
 from .importance import measure_importance
@@ -92,8 +93,8 @@ def run_export(
             f"importance_data serves data types that can weigh their errors ({'; '.join(able)}), and {chosen} of "
             f"{kind.name} is none. Leave it out, or choose one of them (--dtype)."
         )
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2**63.")
+    if not (seeds := at_least(0)).test(seed):
+        raise ConfigError(f"seed is {seed!r}; it must be {seeds.text}.")
     if tolerance is not None:
         if not 0 <= tolerance < float("inf"):
             raise ConfigError(f"tolerance is {tolerance}; it must be a relative change of at least 0, such as 0.05.")
