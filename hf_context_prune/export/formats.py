@@ -171,11 +171,11 @@ def _is_installed(name: str) -> bool:
 
 
 def format_of(name: str) -> ExportFormat:
-    """Return a format by its name.
+    """Return a format by its name, in letters of any case.
 
     Raises:
         ConfigError: There is no format of that name.
     """
-    if name not in FORMATS:
+    if name.lower() not in FORMATS:
         raise ConfigError(unknown_name("format", name, FORMATS))
-    return FORMATS[name]
+    return FORMATS[name.lower()]

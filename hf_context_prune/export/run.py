@@ -118,6 +118,8 @@ def run_export(
     if loaded.folder is not None and claims_to_be_ours(loaded.folder):
         refuse_foreign_code(loaded.folder, saved_here=True)
     module.check(loaded, chosen)
+    required_bytes = _bytes_to_write(kind, loaded)
+    check_target(goal, replaces=EXPORT_REPORT_NAME, required_bytes=required_bytes)  # before the model is measured
     importance: dict[str, Importance] = {}
     weighed_by = None if importance_data is None else load_documents(importance_data, text_column=text_column)
     if weighed_by is not None:
@@ -133,7 +135,7 @@ def run_export(
     reference = TorchRuntime(loaded.model)
     before = measure(reference, sample)
     plan_sha256, bytes_before = _plan_sha256(loaded), _bytes_of(loaded)
-    with staged_folder(goal, required_bytes=_bytes_to_write(kind, loaded), replaces=EXPORT_REPORT_NAME) as staging:
+    with staged_folder(goal, required_bytes=required_bytes, replaces=EXPORT_REPORT_NAME) as staging:
         _LOGGER.info("Writing %s.", kind.name)
         _write(kind, module, load_model(folder, dtype=kept_dtype, device="cpu"), staging, chosen, **importance)
         _LOGGER.info("Running the artefact.")

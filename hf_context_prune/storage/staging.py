@@ -62,7 +62,13 @@ _DEBRIS = re.compile(r"\..+\.(staging-[0-9a-f]{16}|previous)", re.DOTALL)
 _LOGGER = logging.getLogger(__name__)
 
 
-def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False, replaces: str | None = None) -> None:
+def check_target(
+    target: str | os.PathLike[str],
+    *,
+    discard_edits: bool = False,
+    replaces: str | None = None,
+    required_bytes: int | None = None,
+) -> None:
     """Refuse a folder that can't or must not be written, before the long work; leave nothing behind.
 
     Allowed are a path that is absent (missing parents are made later), an empty folder, and a folder that this package
@@ -73,15 +79,19 @@ def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False,
         discard_edits: Allow a folder whose card was edited by hand; the edits are lost.
         replaces: File that tells the kind of folder that is written, and that alone may be replaced: ``space.yaml``,
             ``export_report.json`` or ``report.md``; None: a model.
+        required_bytes: Bytes that will be written, if known: the disk must have room for them, as for `staged_folder`.
 
     Raises:
         ConfigError: The target names the home folder of an unknown user.
-        SaveError: The target is something else, its parent is not a writable folder, or another run is saving to it.
+        SaveError: The target is something else, its parent is not a writable folder, the disk is too full, or another
+            run is saving to it.
     """
     goal = resolve_target(target)
     _check_occupant(goal, discard_edits=discard_edits, replaces=replaces)
     check_writable(goal.parent)
     _refuse_beside_other_run(goal)
+    if required_bytes is not None:
+        _check_space(goal, required_bytes)
 
 
 def resolve_target(target: str | os.PathLike[str]) -> Path:
@@ -193,7 +203,7 @@ def staged_folder(
             _sweep(goal)
             check_target(goal, discard_edits=discard_edits, replaces=replaces)
             goal.parent.mkdir(parents=True, exist_ok=True)
-            _check_space(goal, required_bytes, needed)
+            _check_space(goal, required_bytes)
             make_own(place)
             held.enter_context(hold_own(place))
             staging.mkdir()
@@ -282,17 +292,18 @@ def _sweep_previous(previous: Path, goal: Path) -> None:
         remove_folder(previous, last=MANIFEST_NAME)
 
 
-def _check_space(goal: Path, required: int, needed: int) -> None:
-    free = shutil.disk_usage(goal.parent).free
+def _check_space(goal: Path, required: int) -> None:
+    needed, place = bytes_with_margin(required), next(folder for folder in goal.parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise SaveError(
-            f"{goal.parent} has {format_bytes(free)} free, but saving needs {format_bytes(needed)} (the model's "
+            f"{place} has {format_bytes(free)} free, but saving needs {format_bytes(needed)} (the model's "
             f"{format_bytes(required)} plus 5 % and 16 MiB): free {format_bytes(needed - free)} or choose another "
             f"--output."
         )
-    if has_no_inodes(goal.parent):
+    if has_no_inodes(place):
         raise SaveError(
-            f"The disk of {goal.parent} has no inodes left, of which every file needs one: remove some files there or "
+            f"The disk of {place} has no inodes left, of which every file needs one: remove some files there or "
             f"choose another --output."
         )
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,14 @@ def test_a_format_that_needs_the_whole_model_says_how_much_memory(folders, tmp_p
     with pytest.raises(ExportError, match=rf"Writing {format} takes about .* GiB of memory.*Export to gguf"):
         export_model(folders["stock"], tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_before_the_model_is_measured(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "measure", lambda *_: pytest.fail("measured before"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    with pytest.raises(SaveError, match=rf"{re.escape(str(tmp_path))} has 999 bytes free, but saving needs"):
+        export_model(folders["stock"], tmp_path / "new" / "out", format="GGUF")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_the_generation_config_of_a_folder_asks_for_is_not_run(folders, tmp_path, subtests):
