@@ -107,6 +107,11 @@ class FrontierDomain(Domain):
             pruning_seed=self.args.seed,
         )
 
+    def own_recovery(self) -> RecoveryConfig:
+        """Return the config of the training."""
+        args = self.args
+        return RecoveryConfig(max_minutes=args.minutes, max_seq_length=args.length, recovery_seed=args.seed)
+
     def compare_forms(self, share: float) -> dict[str, bool | None]:
         """Return for both forms whether the default has its sizes; None where a form can't become so small."""
         config, view = self.own_config(DEFAULT, share), ModelView.of(self.model)
@@ -201,13 +206,10 @@ class FrontierDomain(Domain):
 
     def healed(self, share: float) -> PrunedModel:
         """Train the default's model back; its plan's provenance has the history (`training`)."""
-        config = RecoveryConfig(
-            max_minutes=self.args.minutes, max_seq_length=self.args.length, recovery_seed=self.args.seed
-        )
 
         def train() -> PrunedModel:
             model, tokenizer, plan = self.pruned(DEFAULT, share)
-            found = recover(model, self.train, config, tokenizer=tokenizer)
+            found = recover(model, self.train, self.own_recovery(), tokenizer=tokenizer)
             facts = {**plan.provenance, "training": found.history.to_dict()}
             return PrunedModel(found.model, tokenizer, replace(plan, provenance=facts))
 

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from hf_context_prune.evaluation.accuracy import wilson_interval
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.multiple_choice import answer_questions
 from hf_context_prune.evaluation.reports.formatting import format_change
+from hf_context_prune.training.recovery.config import LEARNING_RATES, RecoveryConfig
 
 SMALL, LARGE = "small", "large"
 Result = dict[str, Any]
@@ -44,6 +46,9 @@ class SizedDomain(FrontierDomain):
             max_seq_length=args.length,
             pruning_seed=args.seed,
         )
+
+    def own_recovery(self) -> RecoveryConfig:
+        return replace(super().own_recovery(), method=self.args.method)
 
 
 class VendorLine:
@@ -70,7 +75,7 @@ class VendorLine:
         key |= {"length": args.length, "eval_tokens": args.eval_tokens, "questions": args.questions, "seed": args.seed}
         key["dtype"] = args.dtype
         if kind.startswith("healed"):
-            key["minutes"] = args.minutes
+            key |= {"minutes": args.minutes, "method": args.method}
 
         def timed() -> Result:
             begin = time.perf_counter()
@@ -162,7 +167,7 @@ def results_text(run: VendorLine) -> str:
 
 {MODELS[args.small][0]} and {MODELS[args.large][0]} (dequantised to {args.dtype}; the LM head is stored apart from the embedding and
 counts), and the larger one pruned by the default on {args.num_samples} x {args.length} tokens of the domain's train text, and trained on it for
-{args.minutes:g} minutes (*healed*). Test text: validation split, at most {args.eval_tokens:,} tokens in windows of many documents; 95 %
+{args.minutes:g} minutes (*healed*, method `{args.method}`: all weights of a billion take 22 GB and more). Test text: validation split, at most {args.eval_tokens:,} tokens in windows of many documents; 95 %
 intervals draw sources, then documents, and where there are fewer than five sources the range over them stands. The
 line joins the vendor's two models, in bits per byte against the logarithm of the parameters (goal: below it). Questions:
 {args.questions} of each set, 95 % Wilson intervals.
@@ -184,6 +189,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--targets", nargs="+", type=float, default=[1.2e9, 1.0e9], help="parameters after pruning")
     options.add_argument("--trained", default="medicine", help="domain whose smallest model is trained")
     options.add_argument("--minutes", type=float, default=30.0, help="minutes of training; 0: none")
+    options.add_argument("--method", choices=LEARNING_RATES, default="lora", help="method of the training")
     options.add_argument("--num-samples", type=int, default=32, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument("--eval-tokens", type=int, default=10_000, help="at most this many test tokens per domain")

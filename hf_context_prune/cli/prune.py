@@ -85,7 +85,12 @@ def prune(
     ] = None,
     dry_run: Annotated[
         bool,
-        shared("Only print the sizes, from shapes alone (layer by layer for uniform widths).", OUTPUT, "--dry-run"),
+        shared(
+            "Only print the sizes, from shapes alone (layer by layer for uniform widths), and the memory, disk and "
+            "time that the run needs.",
+            OUTPUT,
+            "--dry-run",
+        ),
     ] = False,
     format: FormatOption = OutputFormat.auto,
     verbose: VerboseOption = False,
@@ -103,6 +108,7 @@ def prune(
         raise ConfigError(f"With --preset {preset} ({describe_options(preset)}): {error}") from error
     if dry_run:
         how: Given = {"eval_options": eval_options(evaluation), "recovery": recovery, "revision": revision}
+        how["output"] = output
         _dry_run(model, chosen, format, max_memory=max_memory, text_only=text_only, dtype=dtype.value, **how)
         return
     if data is None or output is None:
@@ -200,7 +206,10 @@ def _dry_run(
         )
         other = "not known yet" if found.widths is None else "variable widths"
         out(str(found.needs))
+        if found.conversion_disk:
+            out(f"The GGUF file is converted first, once, to {found.conversion_disk / 1e9:.1f} GB in the cache.")
         out(describe_seconds(found.seconds))
-        if found.missing_memory is not None:
-            out(f"Here the run would be refused. {found.missing_memory}")
+        for missing in (found.missing_memory, found.missing_disk):
+            if missing is not None:
+                out(f"Here the run would be refused. {missing}")
         out(f"Architecture: {'native' if found.native_fit.fits else other}: {found.native_fit.reason}")

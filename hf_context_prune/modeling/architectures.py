@@ -90,7 +90,8 @@ def check_supported(model: nn.Module) -> ArchSpec:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise UnsupportedArchitectureError(
-                f"The weight {name} is on the meta device, so there is nothing to prune. Load the model with weights."
+                f"The weight {name} is on the meta device, which holds no numbers. Load the model with its weights; of "
+                f"one that accelerate offloaded (device_map), prune, evaluate and recover read them from the disk."
             )
         if type(parameter) is not nn.Parameter:
             raise UnsupportedArchitectureError(

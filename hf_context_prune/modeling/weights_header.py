@@ -76,18 +76,26 @@ def read_header(folder: str, weights: str | None = None) -> dict[str, Any]:
         if not os.path.isfile(path):
             raise ValueError(f"the shard {name}, which the index names, is missing. Download or save the model again.")
         with open(path, "rb") as file:
-            total += int.from_bytes(file.read(8), "little")
+            header = 8 + int.from_bytes(file.read(8), "little")
+        total += header
         if total > MAX_HEADER_BYTES:
             raise ValueError(
                 f"the header of {name} is longer than {MAX_HEADER_BYTES:,} bytes, so {name} is no safetensors file of "
                 f"a model. Download or save the model again."
             )
         try:
-            tensors.update(get_local_safetensors_metadata(path).files_metadata[name].tensors)
+            found = get_local_safetensors_metadata(path).files_metadata[name].tensors
+            end = header + max((tensor.data_offsets[1] for tensor in found.values()), default=0)
         except Exception as error:  # what a damaged header raises depends on where it is damaged
             raise ValueError(
                 f"the header of {name} is damaged ({type(error).__name__}). Download or save the model again."
             ) from error
+        if (size := os.path.getsize(path)) < end:
+            raise ValueError(
+                f"{name} has {size:,} bytes, but its header lists tensors up to byte {end:,}: the file was cut. "
+                f"Download or save the model again."
+            )
+        tensors.update(found)
     return tensors
 
 

@@ -37,6 +37,7 @@ from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.distributed import on_main_process
 
+NO_SPEED = "No speed was measured: a model that does not fit into memory is read again for each token."
 _SAME_LOSS = 2e-3  # relative: of one model on one text in two runs (another dtype, another number of threads)
 
 
@@ -263,8 +264,7 @@ class Comparison:
             return None, ()
         base = self.base.model
         if not (fits_with_weights(base) and fits_with_weights(last)):
-            why = "No speed was measured: a model that does not fit into memory is read again for each token."
-            return None, (why,)
+            return None, (NO_SPEED,)
         # In one process: several would slow each other down.
         speed = on_main_process(lambda: measure_speed({"base": base, "pruned": last}))
         return SpeedFacts(speed["base"], speed["pruned"]), ()

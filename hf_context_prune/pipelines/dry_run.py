@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.errors import BudgetError, ConfigError
+from hf_context_prune.errors import BudgetError, ConfigError, SaveError
 from hf_context_prune.evaluation.options import EvalOptions
 from hf_context_prune.modeling.expert_neurons import inner_widths
 from hf_context_prune.modeling.experts import experts_spec
@@ -38,7 +38,10 @@ from hf_context_prune.pruning.experts import (
 from hf_context_prune.pruning.planner import check_reconstruction
 from hf_context_prune.pruning.unused_options import warn_of_unused_options
 from hf_context_prune.pruning.vocabulary.selection import VocabularySize
-from hf_context_prune.storage.loading import LoadedModel, load_meta_model
+from hf_context_prune.storage.cache import cache_dir
+from hf_context_prune.storage.gguf import conversion_bytes
+from hf_context_prune.storage.loading import LoadedModel, load_meta_model, local_path
+from hf_context_prune.storage.staging import resolve_target
 from hf_context_prune.training.recovery.config import RecoveryConfig
 from hf_context_prune.utils.memory import memory_limit, parse_bytes
 
@@ -66,7 +69,9 @@ class DryRun:
         tokens: Embedding rows after pruning; all of them where their number is measured.
         native_fit: Whether the native architecture holds the widths, and why or why not.
         needs: Memory and disk that the run needs.
+        conversion_disk: Bytes that the converted copy of a GGUF file will take in the cache; 0: none is made.
         missing_memory: Why this machine would refuse the run; None if it fits.
+        missing_disk: Why a disk would refuse the run; None if all has room, or no output was named.
         seconds: Time of each long step, as [`estimate_seconds`][] estimates it.
     """
 
@@ -82,7 +87,9 @@ class DryRun:
     tokens: int
     native_fit: NativeFit
     needs: Needs
+    conversion_disk: int
     missing_memory: str | None
+    missing_disk: str | None
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +107,7 @@ def dry_run(
     revision: str | None = None,
     dtype: str = "auto",
     max_memory: int | str | None = None,
+    output: str | Path | None = None,
 ) -> DryRun:
     """Work out the sizes without reading a weight; products of a layer's size are timed.
 
@@ -112,11 +120,13 @@ def dry_run(
         revision: Branch, tag or commit of the Hub model.
         dtype: Floating-point type to load the weights in.
         max_memory: As for [`prune`][].
+        output: The folder that would be written, whose disk is looked at.
 
     Raises:
-        ConfigError: The size is found by measuring.
+        ConfigError: The size is found by measuring, or the limit is no size.
         ContextPruneError: The model is unknown, can't have or save the reconstruction, or the budget can't be reached.
     """
+    limit = parse_bytes(max_memory)
     if config.max_loss_increase is not None:
         raise ConfigError(
             "--dry-run works from shapes alone, but the size for --max-loss-increase is found by measuring; use "
@@ -164,9 +174,13 @@ def dry_run(
         gone = check_units_budget(shorter, rest, kept)
         removed += gone
         widths = None if rest.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(shorter, rest, kept)
-    needs = estimate_needs(empty, config, total - removed + parameters_beside(loaded))
-    with memory_limit(parse_bytes(max_memory)):
-        missing = needs.missing_memory()
+    needs = estimate_needs(empty, config, total - removed + parameters_beside(loaded), recovery)
+    place = local_path(model)
+    held = 0 if place is None else _converted_bytes(whole, place, dtype)
+    conversion = 0 if place is None else conversion_bytes(place, whole.dtype)
+    with memory_limit(limit):
+        missing = replace(needs, step_memory=needs.step_memory + held).missing_memory()
+        missing_disk = None if output is None else _missing_disk(needs, resolve_target(output), conversion)
     return DryRun(
         base_parameters=total,
         pruned_parameters=total - removed,
@@ -182,9 +196,26 @@ def dry_run(
         if widths is None
         else assess_native_fit(shorter.config, view.spec, widths),
         needs=needs,
+        conversion_disk=conversion,
         missing_memory=missing,
+        missing_disk=missing_disk,
         seconds=estimate_seconds(empty, config, eval_options, recovery),
     )
+
+
+def _converted_bytes(model: PreTrainedModel, folder: Path, dtype: str) -> int:
+    """Return the bytes of memory that loading takes: none where the file is mapped, all in another type."""
+    saved = None if dtype == "auto" or folder.is_file() else load_meta_model(folder, whole=True).dtype
+    return 0 if saved in (None, model.dtype) else sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _missing_disk(needs: Needs, output: Path, conversion: int) -> str | None:
+    """Return why the disks of output, cache and temporary files would refuse a run; None if all has room."""
+    try:
+        replace(needs, resume_disk=needs.resume_disk + conversion).check_disk(output, cache_dir())
+    except SaveError as error:
+        return str(error)
+    return None
 
 
 def _inside_experts(model: PreTrainedModel, config: PrunerConfig) -> tuple[tuple[int, int], tuple[int, int]] | None:

@@ -21,12 +21,13 @@ from hf_context_prune.evaluation.reports.report import (
 )
 from hf_context_prune.evaluation.scores import answer_with_models
 from hf_context_prune.evaluation.speed import measure_peak_memory, measure_speed
+from hf_context_prune.modeling.in_turns import fits_with_weights
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.gguf import explain_gguf_sizes
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
 from hf_context_prune.storage.saving import count_weight_bytes
 
-from .comparison import MeasuredText
+from .comparison import NO_SPEED, MeasuredText
 
 
 def evaluate(
@@ -94,7 +95,8 @@ def evaluate(
     if questions is not None and asked is not None:
         choice = answer_with_models(asked, questions, dense, pair)
     both = {"base": first.model} if base is None else {"base": first.model, "pruned": own.model}
-    speed = measure_speed(both) if options.benchmark else None
+    fit = all(map(fits_with_weights, both.values()))
+    speed = measure_speed(both) if options.benchmark and fit else None
     return EvalReport(
         base_model=first.name,
         dataset=domain.dataset,
@@ -110,7 +112,10 @@ def evaluate(
         memory=_memory(first, None if base is None else own) if options.memory else None,
         multiple_choice=choice,
         general=general_facts,
-        notes=explain_gguf_sizes(*((own,) if base is None else (first, own))),
+        notes=(
+            *explain_gguf_sizes(*((own,) if base is None else (first, own))),
+            *((NO_SPEED,) if options.benchmark and not fit else ()),
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,11 +15,17 @@ from hf_context_prune.modeling.architectures import output_weight
 from hf_context_prune.modeling.experts import experts_spec, output_tensors
 from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
+from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
 from hf_context_prune.pruning.experts import count_experts, repairs
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.storage.cache import CACHE_VARIABLE
 from hf_context_prune.storage.layer_shards import SHARD_BYTES
-from hf_context_prune.utils.memory import free_memory, own_memory
+from hf_context_prune.storage.saving import SIDE_FILES_BYTES
+from hf_context_prune.storage.staging import bytes_with_margin
+from hf_context_prune.storage.write_errors import format_bytes
+from hf_context_prune.training.recovery.config import RecoveryConfig
+from hf_context_prune.training.recovery.needs import USE_ADAPTERS, kept_bytes, training_bytes
+from hf_context_prune.utils.memory import fits_in_memory, free_memory, free_on_machine, own_memory, reserved_by_others
 
 _BATCH_TOKENS = 2048
 """Tokens of a batch, at least one sample."""
@@ -28,6 +35,8 @@ _LIBRARIES = 2**27
 """Bytes that libraries and tokenizer take before the largest step, beside what is held as the needs are worked out."""
 _WIDE, _NARROW = 8, 4
 """Bytes of a float64 and of a float32."""
+_TRAINING = "the training"
+_LESS_TEXT = "give less calibration text (num_calibration_samples, max_seq_length)"
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,18 @@ class Needs:
         step: The step that takes the most memory.
         step_memory: Bytes of memory that it takes, beside what the process holds already.
         resume_disk: Bytes in the cache, until the run is finished: finished layers.
-        output_disk: Bytes of the saved weights.
+        output_disk: Bytes of the saved folder.
+        streams: Bytes of hidden states, which lie in the folder of temporary files where they don't fit into memory.
+        training_disk: Bytes in the cache, until the run is finished: the pruned model and the state of its training,
+            which are kept where there is room.
     """
 
     step: str
     step_memory: int
     resume_disk: int
     output_disk: int
+    streams: int = 0
+    training_disk: int = 0
 
     def to_dict(self) -> dict[str, int | str]:
         """Return all values as JSON values."""
@@ -52,21 +66,33 @@ class Needs:
 
     def __str__(self) -> str:
         """Return a sentence."""
+        spilled = "" if fits_in_memory(self.streams) else f", {self.streams / 1e9:.1f} GB for hidden states meanwhile"
+        cache = self.resume_disk + self.training_disk
         return (
-            f"Needs about {self.step_memory / 2**30:.1f} GiB of memory ({self.step}), {self.resume_disk / 1e9:.1f} GB "
-            f"of disk for finished layers until the end, and {self.output_disk / 1e9:.1f} GB for the result."
+            f"Needs about {self.step_memory / 2**30:.1f} GiB of memory ({self.step}), {cache / 1e9:.1f} GB "
+            f"of disk for finished work until the end{spilled}, and {self.output_disk / 1e9:.1f} GB for the result."
         )
 
     def missing_memory(self) -> str | None:
         """Return why a run does not fit into the memory that it may take, with the least that does; None if it fits."""
-        free, held = free_memory(), own_memory()
-        if self.step_memory <= free:
+        free, machine, held, needed = free_memory(), free_on_machine(), own_memory(), self.step_memory
+        if needed <= free:
             return None
-        left, takes, least = (size / 2**30 for size in (free, self.step_memory, held + self.step_memory + _LIBRARIES))
+        takes, remedy = f"{needed / 2**30:.2f} GiB", USE_ADAPTERS if self.step == _TRAINING else _LESS_TEXT
+        if needed <= machine:
+            return (
+                f"The memory limit leaves {free / 2**30:.2f} GiB beside what is held already, but the largest step "
+                f"({self.step}) takes {takes}. Allow {(held + needed + _LIBRARIES) / 2**30:.2f} GiB in all "
+                f"(max_memory), or {remedy}."
+            )
+        others = {process: size for process, size in reserved_by_others().items() if size}
+        taken, wait = "", "Close other programs"
+        if others:
+            taken = f" beside the {sum(others.values()) / 2**30:.2f} GiB that other runs will take"
+            wait = f"Wait for them (process {', '.join(map(str, others))})"
         return (
-            f"The memory limit leaves {left:.2f} GiB beside what is held already, but the largest step ({self.step}) "
-            f"takes {takes:.2f} GiB. Allow {least:.2f} GiB in all (max_memory), or give less calibration text "
-            f"(num_calibration_samples, max_seq_length)."
+            f"The largest step ({self.step}) takes {takes} beside what is held already, and this machine has "
+            f"{machine / 2**30:.2f} GiB free{taken}. {wait}, take a machine with more memory, or {remedy}."
         )
 
     def check_memory(self) -> None:
@@ -79,42 +105,53 @@ class Needs:
             raise BudgetError(why)
 
     def check_disk(self, output: Path, resume_dir: Path | None) -> None:
-        """Refuse a run whose result or finished layers have no room, before it begins.
+        """Refuse a run whose result, finished work or hidden states have no room, before it begins.
 
         Args:
-            output: The folder to write, which need not exist.
-            resume_dir: Folder of finished layers, if there is one; those of a large model become files of the result.
+            output: The folder to write; neither it nor its parents need exist.
+            resume_dir: Folder of finished work, if there is one, which need not exist either; the finished layers of a
+                large model become files of the result.
 
         Raises:
             SaveError: The message names the disk and what is missing there.
         """
-        parent = next(folder for folder in output.parents if folder.is_dir())
-        places = {"result": (parent, self.output_disk)}
+        result = bytes_with_margin(self.output_disk)  # as saving will ask for
+        needed = [("the result", _first_folder(output.parent), result, "--output")]
         if resume_dir is not None:
-            places["finished layers"] = resume_dir, self.resume_disk
-            if _disk(parent) == _disk(resume_dir):
-                places = {"result and finished layers": (parent, self.output_disk + self.resume_disk)}
-            elif self.output_disk > SHARD_BYTES:
-                places["finished layers"] = resume_dir, self.resume_disk + self.output_disk
-        for what, (folder, size) in places.items():
-            if (free := shutil.disk_usage(folder).free) < size:
+            kept = self.resume_disk + (result if self.output_disk > SHARD_BYTES else 0)
+            needed.append(("finished work", _first_folder(resume_dir), kept, CACHE_VARIABLE))
+            if _disk(needed[0][1]) == _disk(needed[1][1]):
+                needed[1] = *needed[1][:2], self.resume_disk, CACHE_VARIABLE  # shards are renamed, not copied
+        if not fits_in_memory(self.streams):
+            needed.append(("hidden states", Path(tempfile.gettempdir()), self.streams, "TMPDIR"))
+        for disk in dict.fromkeys(_disk(folder) for _, folder, _, _ in needed):
+            whats, folders, sizes, remedies = zip(*(one for one in needed if _disk(one[1]) == disk), strict=True)
+            if (free := shutil.disk_usage(folders[0]).free) < sum(sizes):
                 raise SaveError(
-                    f"The disk of {folder} has {free / 1e9:.1f} GB free, but the {what} will need {size / 1e9:.1f} GB. "
-                    f"Make room there, or use another disk (--output, {CACHE_VARIABLE})."
+                    f"The disk of {folders[0]} has {format_bytes(free)} free, but {' and '.join(whats)} will need "
+                    f"{format_bytes(sum(sizes))}. Make room there, or use another disk ({', '.join(remedies)})."
                 )
+
+
+def _first_folder(path: Path) -> Path:
+    """Return a folder if it exists, else the nearest one above it."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _disk(folder: Path) -> int:
     return folder.stat().st_dev
 
 
-def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters: int) -> Needs:
+def estimate_needs(
+    model: PreTrainedModel, config: CalibrationConfig, parameters: int, recovery: RecoveryConfig | None = None
+) -> Needs:
     """Work out the needs of a run from shapes alone.
 
     Args:
         model: The base model; its weights may be on the meta device. They count where they lie in memory.
         config: All choices.
         parameters: Parameters after pruning.
+        recovery: The training after it.
     """
     view, item = ModelView.of_shapes(model), model.dtype.itemsize
     tokens = config.num_calibration_samples * config.max_seq_length
@@ -123,7 +160,7 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
     logits = batch * rows * (item + _NARROW)
     steps = {"the logits of a batch": logits}
     sizes = [(output_weight(view.output_projection(*place)).shape, place[1]) for place in view.places()]
-    resume = 0
+    resume = streams = 0
     if isinstance(config, PrunerConfig) and (config.prunes_layers or config.removes_layers):
         targets = {*Requirements.of(config).targets, *(["mlp"] if config.removes_layers else [])}
         shapes = {tuple(shape) for shape, target in sizes if target in targets} or {(1, 1)}
@@ -135,6 +172,11 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
             # A Gram matrix, its float64 copy, and the system of three quarters of the features.
             search = max(int((_NARROW + 1.75 * _WIDE) * n * n) + 9 * _NARROW * m * n for m, n in shapes)
             steps["the search of widths in a layer"] = activations + search
+            streams = 2 * item * min(PROBE_TOKENS, tokens) * hidden * len(view.layers)
+        widest = {
+            target: max(n for (_, n), other in sizes if other == target) for target in targets & {t for _, t in sizes}
+        }
+        streams = max(streams, item * tokens * (2 * hidden + sum(widest.values())))
         resume = sum(item * m * n for (m, n), _ in sizes)
     if isinstance(config, PrunerConfig) and config.prunes_experts and repairs(config):
         outputs, features = expert_shape(view)
@@ -146,8 +188,11 @@ def estimate_needs(model: PreTrainedModel, config: CalibrationConfig, parameters
         fitted = min(rows, tokens // _TOKENS_PER_ROW)
         positions = min(4 * tokens, 2**28 // hidden)  # of hidden states, as `num_refit_samples` has it
         steps["the refit of the LM head's rows"] = _NARROW * hidden * (6 * fitted + positions) + logits
+    if recovery is not None:
+        steps[_TRAINING] = item * parameters + training_bytes(model, recovery, parameters)
     step = max(steps, key=lambda name: steps[name])
-    return Needs(step, steps[step], resume, item * parameters)
+    kept = 0 if recovery is None else item * parameters + kept_bytes(recovery, parameters)
+    return Needs(step, steps[step], resume, item * parameters + SIDE_FILES_BYTES, streams, kept)
 
 
 def expert_shape(view: ModelView) -> tuple[int, int]:

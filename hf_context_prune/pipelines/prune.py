@@ -181,8 +181,10 @@ def prune_to_folder(
     config, options, target = config or PrunerConfig(), eval_options or EvalOptions(), resolve_target(output)
     check_general_data_ratio(config, options.general_data)
     _check_recovery(recovery)
+    limit = parse_bytes(max_memory)
     check_target(target)
-    loaded = load_model(model, dtype=dtype, revision=revision, device=device)
+    with memory_limit(limit):
+        loaded = load_model(model, dtype=dtype, revision=revision, device=device)
     # Without `recovery`: what is pruned stays of use where the same command is given another time for it.
     identity = ("prune", target, model, revision, data, eval_data, config)
     with open_resume_folder(*identity) as resume_dir:
@@ -195,7 +197,7 @@ def prune_to_folder(
             recovery=recovery,
             text_only=text_only,
             resume_dir=resume_dir,
-            max_memory=max_memory,
+            max_memory=limit,
             output=target,
         )
         on_main_process(lambda: result.save_pretrained(target, measure_memory=options.memory))
@@ -230,7 +232,7 @@ def run_pruning(
     with memory_limit(limit), remember_weights(base.model):
         config, tokens_stay = _check_before_the_long_work(base, config, options)
         saved = _expected_parameters(base.model, config) + parameters_beside(base)
-        needs = estimate_needs(base.model, config, saved)
+        needs = estimate_needs(base.model, config, saved, recovery)
         needs.check_memory()
         if output is not None and is_main_process():
             needs.check_disk(output, resume_dir)

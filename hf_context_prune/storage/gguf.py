@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +20,15 @@ from hf_context_prune.errors import ContextPruneError, LoadError, SaveError
 from hf_context_prune.modeling.architectures import spec_of
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.utils.foreign_code import drop_foreign_code
+from hf_context_prune.utils.memory import free_memory
 
 from .cache import CACHE_VARIABLE, cache_dir
 from .manifest import hash_file, verify_if_ours
 from .model_checks import check_complete, check_links, check_sizes
 from .model_config import describe
-from .saving import estimate_bytes
-from .staging import staged_folder
+from .saving import SIDE_FILES_BYTES, estimate_bytes
+from .staging import bytes_with_margin, staged_folder
+from .write_errors import format_bytes
 
 if TYPE_CHECKING:
     from .loading import LoadedModel
@@ -58,7 +61,7 @@ def ensure_dequantised(gguf: Path, dtype: torch.dtype | None = None) -> Path:
         if dtype is None:
             check_links(gguf.parent)  # before anything there is read
             dtype = gguf_dtype(gguf)
-        folder = place / f"{digest}-{str(dtype).removeprefix('torch.')}"
+        folder = _copy_of(digest, dtype)
         with FileLock(folder.with_suffix(".lock")):  # a second run waits for the first and reads its result
             if not _is_cached(folder):
                 dequantise(gguf, folder, dtype)
@@ -71,6 +74,42 @@ def ensure_dequantised(gguf: Path, dtype: torch.dtype | None = None) -> Path:
             f"{CACHE_VARIABLE} to a writable folder with free space."
         ) from error
     return folder
+
+
+def conversion_bytes(path: Path, dtype: torch.dtype) -> int:
+    """Return the bytes that the dequantised copy of a GGUF file will take; 0 of a folder, or if it is there.
+
+    Args:
+        path: A GGUF file or model folder.
+        dtype: Floating-point type of the copy.
+    """
+    if not path.is_file() or _copy_of(hash_file(path), dtype).is_dir():
+        return 0
+    return _weight_bytes(path, dtype)
+
+
+def _copy_of(digest: str, dtype: torch.dtype) -> Path:
+    return cache_dir() / "gguf" / f"{digest}-{str(dtype).removeprefix('torch.')}"
+
+
+def _check_room(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Refuse a conversion that has no room in memory or in the cache, before it begins."""
+    size = _weight_bytes(gguf, dtype)
+    needed, free = bytes_with_margin(size + SIDE_FILES_BYTES), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise LoadError(
+            f"The dequantised {gguf.name} takes {format_bytes(needed)} in the cache, and the disk of {folder.parent} "
+            f"has {format_bytes(free)} free. Make room there, or set {CACHE_VARIABLE} to a folder on another disk."
+        )
+    if size > free_memory():
+        raise LoadError(
+            f"Converting {gguf.name} takes at least {size / 2**30:.1f} GiB of memory, and {free_memory() / 2**30:.1f} "
+            f"GiB may be taken. Take the safetensors of the same model, which are read layer by layer."
+        )
+
+
+def _weight_bytes(gguf: Path, dtype: torch.dtype) -> int:
+    return dtype.itemsize * sum(math.prod(shape) for shape in _read_header(gguf).shapes.values())
 
 
 def _is_cached(folder: Path) -> bool:
@@ -221,6 +260,7 @@ def dequantise(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     _LOGGER.info("Dequantising %s once; the result is kept in the cache.", gguf.name)
     try:
         read_gguf_config(gguf)
+        _check_room(gguf, folder, dtype)
         known = {"quantization_config": GgufConfig(dequantize=True)} if _read_header(gguf).is_known else {}
         model, info = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

@@ -227,6 +227,7 @@ def load_meta_model(
             config = read_config(name, folder, commit)
             own = config.dtype or torch.float32
             if path is not None:
+                _refuse_pickles(folder)
                 check_weights(folder, config)
                 config.tie_word_embeddings = config.tie_word_embeddings and not has_own_head(folder, config)
         with torch.device("meta"):
@@ -279,16 +280,20 @@ def _check_folder(folder: Path) -> None:
     refuse_adapter(str(folder))
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder} holds no config.json, so it is not a model folder.")
+    _refuse_pickles(folder)
     if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLE_SUFFIXES)
-        if pickles:
-            raise LoadError(
-                f"{folder} holds its weights as a pickle ({', '.join(pickles)}), which can run any code when it is "
-                f"loaded, and is refused. {CONVERT}"
-            )
         raise LoadError(f"{folder} holds no *.safetensors file, so there are no weights to load.")
     check_links(folder)
     check_files(folder)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLE_SUFFIXES)
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise LoadError(
+            f"{folder} holds its weights as a pickle ({', '.join(pickles)}), which can run any code when it is loaded, "
+            f"and is refused. {CONVERT}"
+        )
 
 
 def _load_folder(folder: Path, source: Path, dtype: str, device: str | None) -> LoadedModel:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_SIDE_FILES_BYTES = 8 * 2**20
+SIDE_FILES_BYTES = 8 * 2**20
+"""Room for tokenizer, card and JSON files beside the weights."""
 
 
 class _Savable(Protocol):
@@ -39,7 +40,7 @@ class _Savable(Protocol):
 def estimate_bytes(model: PreTrainedModel) -> int:
     """Return the bytes that saving a model needs: its tensors, shared ones once, and 8 MiB for tokenizer and JSON."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _SIDE_FILES_BYTES
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SIDE_FILES_BYTES
 
 
 def save_pruned(

@@ -7,6 +7,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import convert_file_size_to_int
 from torch import nn
 
 from hf_context_prune.errors import ConfigError
@@ -35,21 +35,24 @@ _GROUP_FILES = {  # of control groups version 2 and 1: limit, usage, and prefix 
     "": ("memory.max", "memory.current", ""),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
+_SIZE = re.compile(r"(\d+)|(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b", re.ASCII | re.IGNORECASE)
 _MADV_PAGEOUT = 21  # linux/mman-common.h; Python's mmap module has no name for it
 
 
 def parse_bytes(value: int | str | None) -> int | None:
     """Return the bytes of a limit such as "8GiB", "800MB" or 8000000000; None stays None.
 
+    A unit is one of B, KB, MB, GB and TB (thousands) or KiB, MiB, GiB and TiB (1,024), in letters of any case.
+
     Raises:
         ConfigError: It is none, or not above 0.
     """
     if value is None:
         return None
-    try:
-        size = value if isinstance(value, int) and not isinstance(value, bool) else convert_file_size_to_int(str(value))
-    except ValueError:
-        size = 0
+    size, found = 0, None if isinstance(value, bool) else _SIZE.fullmatch(str(value).strip())
+    if found is not None:
+        power = " kmgt".index((found[3] or " ").lower())
+        size = int(found[1]) if found[1] else round(float(found[2]) * (1024 if found[4] else 1000) ** power)
     if size <= 0:
         raise ConfigError(f"max_memory is {value!r}; it must be a size above 0, such as '8GiB', '800MB' or 8000000000.")
     return size
@@ -63,7 +66,7 @@ def memory_limit(most: int | None) -> Iterator[None]:
         most: Bytes that the process may hold in all; None: what it holds now, and `FREE_SHARE` of what is free.
     """
     if most is None:
-        most = own_memory() + int(FREE_SHARE * _free_on_machine())
+        most = own_memory() + int(FREE_SHARE * free_on_machine())
     token = _LIMIT.set(most)
     try:
         yield
@@ -92,13 +95,13 @@ def reserve_memory(size: int) -> Iterator[None]:
                 note.unlink()
 
 
-def _reserved_by_others() -> int:
-    """Return the bytes that other runs of this user will still take; notes of runs that were killed are removed."""
-    total = 0
+def reserved_by_others() -> dict[int, int]:
+    """Return the bytes that other runs of this user will still take, by process; notes of killed runs are removed."""
+    found: dict[int, int] = {}
     try:
         notes = list(own_temporary_folder().glob("memory-*.json"))
     except OSError:  # no such folder can be made, so no run has left a note there
-        return 0
+        return found
     for note in notes:
         try:
             other = psutil.Process(int(note.stem.partition("-")[2]))
@@ -106,13 +109,13 @@ def _reserved_by_others() -> int:
             if other.create_time() != about["started"]:  # another process has its number now
                 raise psutil.NoSuchProcess(other.pid)
             if other.pid != os.getpid():
-                total += max(0, int(about["most"]) - _held_by(other))
+                found[other.pid] = max(0, int(about["most"]) - _held_by(other))
         except psutil.NoSuchProcess:
             with suppress(OSError):
                 note.unlink()
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):  # it is being written, or just ended
             continue
-    return total
+    return found
 
 
 def free_memory(device: torch.device | None = None) -> int:
@@ -123,7 +126,7 @@ def free_memory(device: torch.device | None = None) -> int:
     """
     if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free, limit = _free_on_machine(), _LIMIT.get()
+    free, limit = free_on_machine(), _LIMIT.get()
     return free if limit is None else max(0, min(free, limit - own_memory()))
 
 
@@ -142,8 +145,8 @@ def _held_by(process: psutil.Process) -> int:
     return int(info.rss - getattr(info, "shared", 0))
 
 
-def _free_on_machine() -> int:
-    """Return the bytes that are free: in a container or another control group, of its own limit."""
+def free_on_machine() -> int:
+    """Return the bytes that are free and that no other run will take: in a control group, of its own limit."""
     free = int(psutil.virtual_memory().available)
     for folder, controller in _own_groups():
         limit, usage, prefix = _GROUP_FILES[controller]
@@ -154,7 +157,7 @@ def _free_on_machine() -> int:
         except (OSError, ValueError, KeyError):  # no such group, or "max"
             continue
         free = min(free, most - used + pages)
-    return max(0, free - _reserved_by_others())
+    return max(0, free - sum(reserved_by_others().values()))
 
 
 def _own_groups() -> Iterator[tuple[Path, str]]:

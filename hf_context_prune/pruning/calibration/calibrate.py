@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.modeling.architectures import TARGETS, Target, output_weight
 from hf_context_prune.modeling.inference import evaluation_mode
+from hf_context_prune.modeling.offloaded import map_offloaded
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.distributed import fail_together, shard, sum_counts
 from hf_context_prune.utils.linalg import add_gram_
@@ -56,6 +57,7 @@ def calibrate(
         NumericsError: NaN or Inf in weights or activations, with layer and batch.
         UnsupportedArchitectureError: See `check_supported`.
     """
+    model = map_offloaded(model)
     view = ModelView.of(model)
     check_weights_finite(model)
     targets = tuple(targets)

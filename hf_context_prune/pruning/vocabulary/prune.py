@@ -20,6 +20,7 @@ from hf_context_prune.data.samples import tokenize_samples
 from hf_context_prune.errors import ConfigError, DataError, NumericsError, PruningWarning, unknown_name
 from hf_context_prune.modeling.in_turns import forward_in_turns
 from hf_context_prune.modeling.inference import evaluation_mode
+from hf_context_prune.modeling.offloaded import map_offloaded
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.plan import PruningPlan, fingerprint
 from hf_context_prune.modeling.plan_vocabulary import Vocabulary
@@ -115,6 +116,7 @@ def prune_vocabulary(
         DataError: The text is empty, or `balance_sources` is given and it has a single source.
     """
     size = VocabularySize(vocab_size, vocab_coverage, vocab_min_count, pad_to_multiple_of)
+    model = map_offloaded(model)
     check_prunable(model, tokenizer, size, keep=keep, remove=remove)
     source = load_documents(data, tokenizer=tokenizer, seed=seed)
     if balance_sources:

@@ -149,7 +149,11 @@ class RecoveryMonitor(TrainerCallback):
         self.start = time.monotonic() - kept.course["elapsed"]
 
     def _keep_best(self) -> None:
-        self.best_state = {name: weight.detach().clone() for name, weight in trainable_weights(self.model)}
+        for name, weight in trainable_weights(self.model):
+            if name in self.best_state:  # in place: two copies of a large model would not fit
+                self.best_state[name].copy_(weight.detach())
+            else:
+                self.best_state[name] = weight.detach().clone()
 
     def measure_validation(self, step: int) -> None:
         """Measure the validation text, and keep a copy of the weights if they are the best so far.

@@ -21,6 +21,7 @@ from hf_context_prune.errors import ConfigError, NumericsError
 from hf_context_prune.evaluation.perplexity import check_positions
 from hf_context_prune.evaluation.validation import ValidationText
 from hf_context_prune.modeling.architectures import check_supported
+from hf_context_prune.modeling.offloaded import map_offloaded
 from hf_context_prune.modeling.patching import bfloat16_layers
 from hf_context_prune.modeling.specs import ArchSpec
 from hf_context_prune.pruning.calibration.calibrate import check_weights_finite
@@ -31,6 +32,7 @@ from hf_context_prune.utils.distributed import num_processes
 from .checkpoint import RecoveryCheckpoint, state_bytes
 from .config import RecoveryConfig
 from .monitor import History, check_minutes
+from .needs import check_memory
 from .text import RecoveryText
 from .training import train
 
@@ -104,8 +106,8 @@ def recover(
         The recovered model, in evaluation mode, and the history of the training: `result.model`, `result.history`.
 
     Raises:
-        ConfigError: An argument of another type, nothing to train, several processes, a GPU that is not the first, or
-            a time limit that leaves no time to train.
+        ConfigError: An argument of another type, nothing to train, several processes, a GPU that is not the first,
+            too little memory, or a time limit that leaves no time to train.
         DataError: Too little text.
         SaveError: The state of the training can't be kept.
         ContextPruneError: See `hf_context_prune.errors`.
@@ -121,8 +123,10 @@ def recover(
     """
     start = time.monotonic()
     config = config or RecoveryConfig()
+    model = map_offloaded(model)
     spec = check_supported(model)
     check_recoverable(model, config)
+    check_memory(model, config)
     if not callable(tokenizer):
         raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; it must be the model's tokenizer.")
     check_weights_finite(model)

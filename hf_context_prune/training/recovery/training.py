@@ -29,7 +29,8 @@ from .zeros import KeepZeros
 
 _WARMUP = 0.05
 """Share of the training in which the learning rate rises."""
-_MICRO_BATCH_TOKENS = 1024
+MICRO_BATCH_TOKENS = 1024
+"""Tokens of a pass forward and back, at least one sample."""
 
 
 class _Samples(Dataset[dict[str, torch.Tensor]]):
@@ -135,7 +136,7 @@ def train(
         ConfigError: `max_minutes` leaves no time to train.
         SaveError: A measured state can't be kept.
     """
-    most = max(1, _MICRO_BATCH_TOKENS // samples.shape[1])
+    most = max(1, MICRO_BATCH_TOKENS // samples.shape[1])
     micro = max(size for size in range(1, min(config.batch_size, most) + 1) if config.batch_size % size == 0)
     accumulation = config.batch_size // micro
     steps = max(1, round(config.num_epochs * math.ceil(math.ceil(len(samples) / micro) / accumulation)))

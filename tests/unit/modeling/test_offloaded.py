@@ -7,12 +7,15 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_context_prune import EvalOptions, PrunerConfig, evaluate, prune
+from hf_context_prune import EvalOptions, PrunerConfig, RecoveryConfig, evaluate, prune, recover
 from hf_context_prune.errors import UnsupportedArchitectureError
 from hf_context_prune.modeling import offloaded
 from hf_context_prune.modeling.layer_device import layer_device
 from hf_context_prune.modeling.offloaded import _hook_of, map_offloaded
+from hf_context_prune.pruning.calibration.calibrate import calibrate
+from hf_context_prune.pruning.vocabulary.prune import prune_vocabulary
 from hf_context_prune.storage.loading import load_model
+from hf_context_prune.utils.memory import memory_limit, own_memory
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny import model_and_text, tiny_model, tokens
 
@@ -65,6 +68,26 @@ def test_it_is_pruned_and_evaluated_as_the_model_in_memory(place, tmp_path):
     assert after.loss == before.loss
 
 
+def test_it_is_trained_and_calibrated_as_the_model_in_memory(place, tmp_path):
+    own, offloaded_model = load_model(place / "base"), load_on_disk(place / "base", tmp_path)
+    trained = [
+        recover(
+            model, place / "data.jsonl", RecoveryConfig(max_steps=2, max_seq_length=32), tokenizer=own.tokenizer
+        ).model.state_dict()
+        for model in (own.model, offloaded_model)
+    ]
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+    batches = [{"input_ids": tokens()}]
+    sums = [
+        calibrate(model, batches, statistics={"gram"}).targets[1, "mlp"].gram for model in (own.model, offloaded_model)
+    ]
+    assert torch.equal(*sums)
+    smaller = prune_vocabulary(
+        offloaded_model, own.tokenizer, place / "data.jsonl", vocab_size=300, pad_to_multiple_of=1
+    )
+    assert smaller.model.config.vocab_size == 300
+
+
 def test_layers_that_run_elsewhere_will_do_so_one_at_a_time(monkeypatch):
     own = tiny_model("llama")
     model = cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu", 0))
@@ -74,3 +97,11 @@ def test_layers_that_run_elsewhere_will_do_so_one_at_a_time(monkeypatch):
     monkeypatch.setattr(offloaded, "free_memory", lambda: -1)
     with pytest.raises(UnsupportedArchitectureError, match=r"lie on an accelerator.*without a device_map"):
         map_offloaded(model)
+
+
+def test_no_speed_is_measured_of_a_model_that_does_not_fit(place):
+    timed = EvalOptions(max_tokens=300, memory=False)
+    with memory_limit(own_memory()):
+        report = evaluate(place / "base", place / "data.jsonl", eval_options=timed, max_seq_length=64)
+    assert report.speed is None
+    assert "No speed was measured: a model that does not fit into memory" in report.notes[-1]

@@ -1,6 +1,7 @@
 """Dequantised GGUF files in the cache: an error speaks of the cache, not of the output of a command."""
 
 import errno
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,27 @@ def test_a_full_disk(file, monkeypatch):
         gguf.ensure_dequantised(file)
     assert "--output" not in str(caught.value)
     assert not [path for path in (file.parent / "cache" / "gguf").iterdir() if path.suffix != ".lock"]
+
+
+def test_without_room_nothing_is_converted(tmp_path, monkeypatch, subtests):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    model = tiny_model("llama")
+    export_gguf.write(LoadedModel(model, tiny_tokenizer(), "tiny", None, None), tmp_path, "f16")
+    (path,) = tmp_path.glob("*.gguf")
+    assert gguf.conversion_bytes(path, torch.float16) >= 2 * model.num_parameters()
+    monkeypatch.setattr(gguf.AutoModelForCausalLM, "from_pretrained", None)
+    with monkeypatch.context() as patch, subtests.test("disk"):
+        patch.setattr(gguf.shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+        with pytest.raises(LoadError, match=rf"has 999 bytes free\. Make room there, or set {CACHE_VARIABLE}"):
+            load_model(path)
+    with monkeypatch.context() as patch, subtests.test("memory"):
+        patch.setattr(gguf, "free_memory", lambda: 0)
+        with pytest.raises(LoadError, match=r"Converting .* takes at least .* GiB of memory"):
+            load_model(path)
+    monkeypatch.undo()
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    load_model(path)
+    assert gguf.conversion_bytes(path, torch.float16) == 0
 
 
 def test_other_errors_pass(file, monkeypatch):

@@ -240,3 +240,24 @@ def test_sizes_of_a_gguf_file_are_told_to_be_those_of_its_copy(tmp_path):
     file = LoadedModel(model, tokenizer, "small.GGUF", None, tmp_path, tmp_path / "small.GGUF")
     (note,) = explain_gguf_sizes(file, LoadedModel(model, tokenizer, "folder", None, tmp_path, tmp_path))
     assert note.startswith("small.GGUF is a GGUF file of 1.5 MB; bytes on disk")
+
+
+@both
+def test_a_cut_file_is_named_with_both_sizes(copied, subtests):
+    path = copied / "model.safetensors"
+    whole = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(whole - 5)
+    for load in (load_model, load_meta_model):
+        with subtests.test(load=load.__name__), pytest.raises(LoadError) as caught:
+            load(copied)
+        said = f"model.safetensors has {whole - 5:,} bytes, but its header lists tensors up to byte {whole:,}"
+        assert said in str(caught.value)
+        assert REMEDY in str(caught.value).lower()
+
+
+@only_native
+def test_a_pickle_is_refused_without_reading_a_weight_too(copied):
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(LoadError, match=r"as a pickle \(pytorch_model\.bin\)"):
+        load_meta_model(copied)

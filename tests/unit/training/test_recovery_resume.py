@@ -30,7 +30,7 @@ class Killed(BaseException):
     ],
 )
 def test_a_killed_training_goes_on_to_the_same_bits(tokenizer, tmp_path, monkeypatch, family, options, kills, subtests):
-    monkeypatch.setattr(training, "_MICRO_BATCH_TOKENS", 64)
+    monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", 64)
     dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1} if family == "gpt2" else {}
     model = case(family, **dropout)
     config = RecoveryConfig(**SMALL | {"num_evals": 4} | options)
