@@ -90,7 +90,7 @@ def open_resume_folder(*identity: object) -> Iterator[Path | None]:
         except BaseException:
             if is_main_process():
                 with suppress(OSError):
-                    if os.listdir(folder) == [MARKER]:  # nothing was finished
+                    if {path.name for path in folder.rglob("*") if not path.is_dir()} == {MARKER}:  # nothing finished
                         remove_own(folder, held)
             raise
         if is_main_process():

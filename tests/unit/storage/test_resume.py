@@ -85,6 +85,7 @@ def test_it_goes_with_the_work_and_stays_for_another_try():
         with open_resume_folder(name) as folder:
             for file in files:
                 (folder / file).touch()
+            (folder / "key").mkdir()
             places.append(folder)
             raise KeyboardInterrupt
 
