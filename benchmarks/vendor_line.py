@@ -85,9 +85,15 @@ class VendorLine:
         return self.found[name, kind]
 
     def score(self, name: str, model: Any, tokenizer: Any, docs: Sequence[str] | None = None) -> Result:
-        """Return parameters and losses on the test text."""
+        """Return parameters, those of embedding and head among them, and losses on the test text."""
         losses = self.domains[name].losses(model, tokenizer, docs)
-        return {"parameters": model.num_parameters(), "documents": documents_of(losses), "nll": rounded(losses)}
+        tables = {id(one.weight): one.weight for one in (model.get_input_embeddings(), model.get_output_embeddings())}
+        return {
+            "parameters": model.num_parameters(),
+            "embeddings": sum(table.numel() for table in tables.values()),
+            "documents": documents_of(losses),
+            "nll": rounded(losses),
+        }
 
     def ask(self, model: Any, tokenizer: Any) -> dict[str, list[int]]:
         """Return which questions of each set are answered rightly."""
@@ -133,11 +139,21 @@ def bits_per_byte(row: Result) -> float:
     return sum(row["nll"]) / math.log(2) / sum(size for _, _, size in row["documents"])
 
 
-def on_the_line(small: Result, large: Result, parameters: int) -> float:
-    """Return the bits per byte between two models at a size, linear in the logarithm of the parameters."""
-    low, high = math.log(small["parameters"]), math.log(large["parameters"])
-    share = (math.log(parameters) - low) / (high - low)
-    return (1 - share) * bits_per_byte(small) + share * bits_per_byte(large)
+def against_the_line(small: Result, large: Result, row: Result, size_of: Callable[[Result], int]) -> float:
+    """Return the relative change from the line between two models, in bits per byte against the logarithm of the size."""
+    low, high, own = (math.log(size_of(one)) for one in (small, large, row))
+    share = (own - low) / (high - low)
+    return bits_per_byte(row) / ((1 - share) * bits_per_byte(small) + share * bits_per_byte(large)) - 1
+
+
+def all_parameters(row: Result) -> int:
+    """Return the parameters of a model."""
+    return int(row["parameters"])
+
+
+def layer_parameters(row: Result) -> int:
+    """Return the parameters of a model without embedding and head."""
+    return int(row["parameters"] - row["embeddings"])
 
 
 def accuracy(right: Sequence[int]) -> str:
@@ -151,16 +167,17 @@ def results_text(run: VendorLine) -> str:
     args, body, verdicts = run.args, [], []
     for (name, kind), row in run.found.items():
         small, large = run.found[name, SMALL], run.found[name, LARGE]
-        line = on_the_line(small, large, row["parameters"])
-        change = bits_per_byte(row) / line - 1
-        cells = [f"{name}: {kind}", f"{row['parameters'] / 1e9:.2f}", f"{bits_per_byte(row):.4f}"]
+        change, inside = (against_the_line(small, large, row, size) for size in (all_parameters, layer_parameters))
+        cells = [f"{name}: {kind}", *(f"{size(row) / 1e9:.2f}" for size in (all_parameters, layer_parameters))]
+        cells.append(f"{bits_per_byte(row):.4f}")
         sources = sources_of(large, run.sources[name])
         against = format_change(mean_change(large["nll"], row["nll"], sources, args.seed))
-        cells += ["", ""] if kind in (SMALL, LARGE) else [against, f"{change:+.1%}"]
+        cells += ["", "", ""] if kind in (SMALL, LARGE) else [against, f"{change:+.1%}", f"{inside:+.1%}"]
         body.append(cells + [accuracy(row["right"][asked]) for asked in args.asked if args.questions])
         if kind not in (SMALL, LARGE):
             verdicts.append(f"{name}, {kind}: {abs(change):.1%} {'below' if change < 0 else 'above'} the line")
-    header = ["model", "parameters (1e9)", "bits per byte", "against the larger model", "against the line"]
+    header = ["model", "parameters (1e9)", "of layers (1e9)", "bits per byte", "against the larger model"]
+    header += ["against the line", "by those of layers"]
     header += [f"{asked}: right (%)" for asked in args.asked if args.questions]
     first = next(iter(run.found.values()))["setting"]
     return f"""## The smaller model of the vendor, or the larger one pruned
@@ -169,7 +186,8 @@ def results_text(run: VendorLine) -> str:
 counts), and the larger one pruned by the default on {args.num_samples} x {args.length} tokens of the domain's train text, and trained on it for
 {args.minutes:g} minutes (*healed*, method `{args.method}`: all weights of a billion take 22 GB and more). Test text: validation split, at most {args.eval_tokens:,} tokens in windows of many documents; 95 %
 intervals draw sources, then documents, and where there are fewer than five sources the range over them stands. The
-line joins the vendor's two models, in bits per byte against the logarithm of the parameters (goal: below it). Questions:
+line joins the vendor's two models, in bits per byte against the logarithm of the parameters (goal: below it), of all and of those
+without embedding and head (*of layers*): the default removes rows of both, which are a quarter of the larger model. Questions:
 {args.questions} of each set, 95 % Wilson intervals.
 
 {table(header, body)}

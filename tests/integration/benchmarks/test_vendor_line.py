@@ -8,7 +8,7 @@ import math
 import pytest
 
 from benchmarks import common, vendor_line
-from benchmarks.vendor_line import accuracy, bits_per_byte, on_the_line
+from benchmarks.vendor_line import accuracy, against_the_line, all_parameters, bits_per_byte, layer_parameters
 from hf_context_prune.storage.loading import LoadedModel
 from tests.support.marks import TINY_TEXT
 from tests.support.tiny_domain import model_for, shared_tokenizer, write_domains
@@ -48,6 +48,7 @@ def test_rows_table_and_resume(tmp_path, monkeypatch):
     rows = {row["key"]["kind"]: row for row in map(json.loads, (tmp_path / "rows/vendor_line.jsonl").open())}
     assert list(rows) == ["large", "small", f"pruned {target:g}", f"healed {target:g}"]
     assert rows[f"pruned {target:g}"]["parameters"] <= target
+    assert rows["large"]["embeddings"] == large.model.get_input_embeddings().weight.numel()  # tied
     assert all(len(row["nll"]) == len(rows["large"]["nll"]) and len(row["right"]["law"]) == 4 for row in rows.values())
     text = (tmp_path / "RESULTS.md").read_text()
     assert f"law, healed {target:g}: " in text
@@ -57,11 +58,14 @@ def test_rows_table_and_resume(tmp_path, monkeypatch):
 
 
 def test_the_line_meets_both_models():
-    small = {"parameters": 100, "nll": [math.log(2)], "documents": [["a", "s", 1]]}
-    large = {"parameters": 400, "nll": [math.log(2)], "documents": [["a", "s", 2]]}
+    small = {"parameters": 100, "embeddings": 0, "nll": [math.log(2)], "documents": [["a", "s", 1]]}
+    large = {"parameters": 400, "embeddings": 240, "nll": [math.log(2)], "documents": [["a", "s", 2]]}
     assert bits_per_byte(small) == pytest.approx(1.0)
     assert bits_per_byte(large) == pytest.approx(0.5)
-    assert on_the_line(small, large, 100) == pytest.approx(1.0)
-    assert on_the_line(small, large, 400) == pytest.approx(0.5)
-    assert on_the_line(small, large, 200) == pytest.approx(0.75)  # half of the way, in the logarithm
+    for size in (all_parameters, layer_parameters):
+        assert against_the_line(small, large, small, size) == pytest.approx(0)
+        assert against_the_line(small, large, large, size) == pytest.approx(0)
+    half = {**large, "parameters": 200}  # half of the way, in the logarithm
+    assert against_the_line(small, large, half, all_parameters) == pytest.approx(0.5 / 0.75 - 1)
+    assert layer_parameters(large) == 160
     assert accuracy([1, 0, 1, 1]) == "75.0 [30.1, 95.4]"
