@@ -48,7 +48,7 @@ from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.saving import save_pruned
 from hf_context_prune.training.callback.callback import ContextPruneCallback
 from hf_context_prune.training.callback.schedule import PruningSchedule
-from hf_context_prune.training.recovery.config import RecoveryConfig
+from hf_context_prune.training.recovery.config import MEASURED_HIDDEN_SIZE, RecoveryConfig
 from hf_context_prune.training.recovery.recover import recover
 from hf_context_prune.utils.precision import bfloat16_is_fast, reduced_precision_matmul
 
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if share:
             more["tokens"] = args.tokens[str(share)]
         if run.options is not None:
-            more["learning_rate"] = RecoveryConfig(**run.options).peak_learning_rate
+            more["learning_rate"] = RecoveryConfig(**run.options).peak_learning_rate(MEASURED_HIDDEN_SIZE)
         get((domain.name, key, share), lambda: domain.measure(run, share, minutes, dense), **more)
 
     first, least = domains[args.domains[0]], args.shares[0]

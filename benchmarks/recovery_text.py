@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.common import describe_runs, table
 from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.reports.formatting import format_change
-from hf_context_prune.training.recovery.config import RecoveryConfig
+from hf_context_prune.training.recovery.config import LEARNING_RATES
 
 GOALS = {("dense", 0.3): 0.0, ("dense-tuned", 0.3): 0.03}
 """(row of the base model, share removed) -> largest change of bits per byte against that row after `GOAL_MINUTES`."""
@@ -20,7 +20,7 @@ GOAL_MINUTES = 30.0
 SHORT_MINUTES = 8.0
 """Minutes of training for the ablations and for ``--sizes``."""
 
-LEARNING_RATE = RecoveryConfig().peak_learning_rate
+LEARNING_RATE = LEARNING_RATES["full"]
 
 
 def relative(dense: Mapping[str, Any], row: Mapping[str, Any], seed: int) -> Estimate:

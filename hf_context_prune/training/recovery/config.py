@@ -24,6 +24,8 @@ from hf_context_prune.utils.unused import warn_of_unused
 MethodName = Literal["full", "lora"]
 
 LEARNING_RATES = {"full": 1.5e-4, "lora": 2e-3}
+"""Peak learning rates by default, up to a hidden size of `MEASURED_HIDDEN_SIZE`, where they were chosen."""
+MEASURED_HIDDEN_SIZE = 576
 
 _POSITIVE = Allowed(lambda value: is_number(value) and value > 0, "a number above 0")
 _BITS = 31
@@ -46,7 +48,10 @@ class RecoveryConfig:
         "full", "full: train all weights; lora: train low-rank adapters and merge them.", panel=METHOD
     )
     learning_rate: float | None = option(
-        None, "Peak learning rate. Default: 1.5e-4, for lora 2e-3.", panel=METHOD, allowed=_POSITIVE
+        None,
+        "Peak learning rate. Default: 1.5e-4, for lora 2e-3; of a hidden size above 576 less, in inverse proportion.",
+        panel=METHOD,
+        allowed=_POSITIVE,
     )
     lora_rank: int = option(32, "Rank of the adapters of lora.", panel=METHOD, allowed=at_least(1, _BITS))
     batch_size: int = option(4, "Samples per step.", panel=METHOD, allowed=at_least(1, _BITS))
@@ -86,10 +91,15 @@ class RecoveryConfig:
         """Check every value."""
         check_options(self)
 
-    @property
-    def peak_learning_rate(self) -> float:
-        """The given learning rate, or the method's default."""
-        return self.learning_rate if self.learning_rate is not None else LEARNING_RATES[self.method]
+    def peak_learning_rate(self, hidden_size: int) -> float:
+        """Return the given learning rate, or the method's default for a model of a hidden size.
+
+        AdamW moves each weight by about the learning rate, so a product of twice as many inputs moves twice as far:
+        rates that suit a narrow model let a wide one diverge (Yang et al., arXiv 2203.03466, table 8).
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LEARNING_RATES[self.method] * min(1.0, MEASURED_HIDDEN_SIZE / hidden_size)
 
     def warn_of_unused_options(self) -> None:
         """Warn about options that were given and change nothing.

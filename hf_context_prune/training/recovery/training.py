@@ -148,7 +148,7 @@ def train(
             max_steps=steps,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,
-            learning_rate=config.peak_learning_rate,
+            learning_rate=config.peak_learning_rate(model.get_input_embeddings().weight.shape[1]),
             adam_beta2=0.95,
             weight_decay=0.01,
             seed=config.recovery_seed,

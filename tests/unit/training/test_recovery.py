@@ -363,7 +363,9 @@ def test_bad_options(subtests):
 def test_options_as_a_mapping():
     config = RecoveryConfig(method="lora", max_minutes=3)
     assert RecoveryConfig.from_dict(config.to_dict()) == config
-    assert (config.peak_learning_rate, RecoveryConfig(learning_rate=1e-5).peak_learning_rate) == (2e-3, 1e-5)
+    given = RecoveryConfig(learning_rate=1e-5)
+    for hidden, rate in ((48, 2e-3), (576, 2e-3), (1152, 1e-3)):
+        assert (config.peak_learning_rate(hidden), given.peak_learning_rate(hidden)) == (rate, 1e-5)
     with pytest.raises(ConfigError, match="Did you mean 'early_stopping_patience'"):
         RecoveryConfig.from_dict({"early_stopping_patients": 3})
 
