@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 from benchmarks.by_source import mean_change, read_sources, sources_of
-from benchmarks.common import Rows, cell, given, highest_load, parser, table, write_section
+from benchmarks.common import Rows, cell, describe_runs, given, parser, table, write_section
 from benchmarks.frontier import FrontierDomain
 from benchmarks.methods import DEFAULT, documents_of, rounded
 from benchmarks.models import MODELS
@@ -172,20 +172,21 @@ def results_text(run: VendorLine) -> str:
         cells.append(f"{bits_per_byte(row):.4f}")
         sources = sources_of(large, run.sources[name])
         against = format_change(mean_change(large["nll"], row["nll"], sources, args.seed))
-        cells += ["", "", ""] if kind in (SMALL, LARGE) else [against, f"{change:+.1%}", f"{inside:+.1%}"]
+        cells += (
+            ["", "", ""] if kind in (SMALL, LARGE) else [against, f"{100 * change:+.1f} %", f"{100 * inside:+.1f} %"]
+        )
         body.append(cells + [accuracy(row["right"][asked]) for asked in args.asked if args.questions])
         if kind not in (SMALL, LARGE):
-            verdicts.append(f"{name}, {kind}: {abs(change):.1%} {'below' if change < 0 else 'above'} the line")
+            verdicts.append(f"{name}, {kind}: {100 * abs(change):.1f} % {'below' if change < 0 else 'above'} the line")
     header = ["model", "parameters (1e9)", "of layers (1e9)", "bits per byte", "against the larger model"]
     header += ["against the line", "by those of layers"]
     header += [f"{asked}: right (%)" for asked in args.asked if args.questions]
-    first = next(iter(run.found.values()))["setting"]
     return f"""## The smaller model of the vendor, or the larger one pruned
 
 {MODELS[args.small][0]} and {MODELS[args.large][0]} (dequantised to {args.dtype}; the LM head is stored apart from the embedding and
 counts), and the larger one pruned by the default on {args.num_samples} x {args.length} tokens of the domain's train text, and trained on it for
-{args.minutes:g} minutes (*healed*, method `{args.method}`: all weights of a billion take 22 GB and more). Test text: validation split, at most {args.eval_tokens:,} tokens in windows of many documents; 95 %
-intervals draw sources, then documents, and where there are fewer than five sources the range over them stands. The
+{args.minutes:g} minutes (*healed*, method `{args.method}`: all weights of a billion take 22 GB and more). Test text: validation split, at
+most {args.eval_tokens:,} tokens in windows of many documents; 95 % intervals draw sources, then documents, and where there are fewer than five sources the range over them stands. The
 line joins the vendor's two models, in bits per byte against the logarithm of the parameters (goal: below it), of all and of those
 without embedding and head (*of layers*): the default removes rows of both, which are a quarter of the larger model. Questions:
 {args.questions} of each set, 95 % Wilson intervals.
@@ -194,7 +195,7 @@ without embedding and head (*of layers*): the default removes rows of both, whic
 
 {"; ".join(verdicts)}.
 
-`python -m benchmarks.vendor_line --data DATA{args.given}` at `{first["commit"]}`, {first["machine"]}, seed {args.seed}. Highest load average: {highest_load(run.found.values())}.
+`python -m benchmarks.vendor_line --data DATA{args.given}` at {describe_runs(run.found.values())}, seed {args.seed}.
 """
 
 
