@@ -169,7 +169,7 @@ def results_text(run: VendorLine) -> str:
         small, large = run.found[name, SMALL], run.found[name, LARGE]
         change, inside = (against_the_line(small, large, row, size) for size in (all_parameters, layer_parameters))
         cells = [f"{name}: {kind}", *(f"{size(row) / 1e9:.2f}" for size in (all_parameters, layer_parameters))]
-        cells.append(f"{bits_per_byte(row):.4f}")
+        cells.append(f"{bits_per_byte(row):.3f}")
         sources = sources_of(large, run.sources[name])
         against = format_change(mean_change(large["nll"], row["nll"], sources, args.seed))
         cells += (
