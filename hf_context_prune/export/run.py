@@ -19,7 +19,7 @@ from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.loading import LoadedModel, load_model
 from hf_context_prune.storage.manifest import claims_to_be_ours, verify_folder
 from hf_context_prune.storage.saving import count_weight_bytes, estimate_bytes, leave_out_foreign_code
-from hf_context_prune.storage.staging import check_target, resolve_target, staged_folder
+from hf_context_prune.storage.staging import check_space, check_target, resolve_target, staged_folder
 from hf_context_prune.utils.failed_writes import find_failed_write
 from hf_context_prune.utils.file_names import EXPORT_REPORT_NAME, PLAN_NAME
 from hf_context_prune.utils.files import resolve_path
@@ -119,7 +119,7 @@ def run_export(
         refuse_foreign_code(loaded.folder, saved_here=True)
     module.check(loaded, chosen)
     required_bytes = _bytes_to_write(kind, loaded)
-    check_target(goal, replaces=EXPORT_REPORT_NAME, required_bytes=required_bytes)  # before the model is measured
+    check_space(goal, required_bytes)  # before the model is measured
     importance: dict[str, Importance] = {}
     weighed_by = None if importance_data is None else load_documents(importance_data, text_column=text_column)
     if weighed_by is not None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig
@@ -176,7 +177,7 @@ def dry_run(
         widths = None if rest.allocation == "adaptive" and gone else plan_widths_beside_vocabulary(shorter, rest, kept)
     needs = estimate_needs(empty, config, total - removed + parameters_beside(loaded), recovery)
     place = local_path(model)
-    held = 0 if place is None else _converted_bytes(whole, place, dtype)
+    held = 0 if place is None else _converted_bytes(whole, place)
     conversion = 0 if place is None else conversion_bytes(place, whole.dtype)
     with memory_limit(limit):
         missing = replace(needs, step_memory=needs.step_memory + held).missing_memory()
@@ -203,10 +204,11 @@ def dry_run(
     )
 
 
-def _converted_bytes(model: PreTrainedModel, folder: Path, dtype: str) -> int:
+def _converted_bytes(model: PreTrainedModel, folder: Path) -> int:
     """Return the bytes of memory that loading takes: none where the file is mapped, all in another type."""
-    saved = None if dtype == "auto" or folder.is_file() else load_meta_model(folder, whole=True).dtype
-    return 0 if saved in (None, model.dtype) else sum(parameter.nbytes for parameter in model.parameters())
+    if folder.is_file() or model.dtype == (model.config.dtype or torch.float32):
+        return 0
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _missing_disk(needs: Needs, output: Path, conversion: int) -> str | None:

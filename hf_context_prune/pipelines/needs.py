@@ -19,6 +19,7 @@ from hf_context_prune.pruning.allocation.sensitivity import PROBE_TOKENS
 from hf_context_prune.pruning.experts import count_experts, repairs
 from hf_context_prune.pruning.scoring import Requirements
 from hf_context_prune.storage.cache import CACHE_VARIABLE
+from hf_context_prune.storage.files import find_existing_folder
 from hf_context_prune.storage.layer_shards import SHARD_BYTES
 from hf_context_prune.storage.saving import SIDE_FILES_BYTES
 from hf_context_prune.storage.staging import bytes_with_margin
@@ -116,10 +117,10 @@ class Needs:
             SaveError: The message names the disk and what is missing there.
         """
         result = bytes_with_margin(self.output_disk)  # as saving will ask for
-        needed = [("the result", _first_folder(output.parent), result, "--output")]
+        needed = [("the result", find_existing_folder(output.parent), result, "--output")]
         if resume_dir is not None:
             kept = self.resume_disk + (result if self.output_disk > SHARD_BYTES else 0)
-            needed.append(("finished work", _first_folder(resume_dir), kept, CACHE_VARIABLE))
+            needed.append(("finished work", find_existing_folder(resume_dir), kept, CACHE_VARIABLE))
             if _disk(needed[0][1]) == _disk(needed[1][1]):
                 needed[1] = *needed[1][:2], self.resume_disk, CACHE_VARIABLE  # shards are renamed, not copied
         if not fits_in_memory(self.streams):
@@ -131,11 +132,6 @@ class Needs:
                     f"The disk of {folders[0]} has {format_bytes(free)} free, but {' and '.join(whats)} will need "
                     f"{format_bytes(sum(sizes))}. Make room there, or use another disk ({', '.join(remedies)})."
                 )
-
-
-def _first_folder(path: Path) -> Path:
-    """Return a folder if it exists, else the nearest one above it."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _disk(folder: Path) -> int:
@@ -173,10 +169,8 @@ def estimate_needs(
             search = max(int((_NARROW + 1.75 * _WIDE) * n * n) + 9 * _NARROW * m * n for m, n in shapes)
             steps["the search of widths in a layer"] = activations + search
             streams = 2 * item * min(PROBE_TOKENS, tokens) * hidden * len(view.layers)
-        widest = {
-            target: max(n for (_, n), other in sizes if other == target) for target in targets & {t for _, t in sizes}
-        }
-        streams = max(streams, item * tokens * (2 * hidden + sum(widest.values())))
+        widest = (max((n for (_, n), other in sizes if other == target), default=0) for target in targets)
+        streams = max(streams, item * tokens * (2 * hidden + sum(widest)))
         resume = sum(item * m * n for (m, n), _ in sizes)
     if isinstance(config, PrunerConfig) and config.prunes_experts and repairs(config):
         outputs, features = expert_shape(view)

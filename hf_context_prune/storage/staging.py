@@ -36,7 +36,7 @@ from hf_context_prune.utils.file_names import (
 from hf_context_prune.utils.files import resolve_path
 from hf_context_prune.utils.locks import hold_lock
 
-from .files import check_writable, refuse_inside_own
+from .files import check_writable, find_existing_folder, refuse_inside_own
 from .manifest import (
     claims_to_be_ours,
     find_changed_files,
@@ -62,13 +62,7 @@ _DEBRIS = re.compile(r"\..+\.(staging-[0-9a-f]{16}|previous)", re.DOTALL)
 _LOGGER = logging.getLogger(__name__)
 
 
-def check_target(
-    target: str | os.PathLike[str],
-    *,
-    discard_edits: bool = False,
-    replaces: str | None = None,
-    required_bytes: int | None = None,
-) -> None:
+def check_target(target: str | os.PathLike[str], *, discard_edits: bool = False, replaces: str | None = None) -> None:
     """Refuse a folder that can't or must not be written, before the long work; leave nothing behind.
 
     Allowed are a path that is absent (missing parents are made later), an empty folder, and a folder that this package
@@ -79,19 +73,15 @@ def check_target(
         discard_edits: Allow a folder whose card was edited by hand; the edits are lost.
         replaces: File that tells the kind of folder that is written, and that alone may be replaced: ``space.yaml``,
             ``export_report.json`` or ``report.md``; None: a model.
-        required_bytes: Bytes that will be written, if known: the disk must have room for them, as for `staged_folder`.
 
     Raises:
         ConfigError: The target names the home folder of an unknown user.
-        SaveError: The target is something else, its parent is not a writable folder, the disk is too full, or another
-            run is saving to it.
+        SaveError: The target is something else, its parent is not a writable folder, or another run is saving to it.
     """
     goal = resolve_target(target)
     _check_occupant(goal, discard_edits=discard_edits, replaces=replaces)
     check_writable(goal.parent)
     _refuse_beside_other_run(goal)
-    if required_bytes is not None:
-        _check_space(goal, required_bytes)
 
 
 def resolve_target(target: str | os.PathLike[str]) -> Path:
@@ -203,7 +193,7 @@ def staged_folder(
             _sweep(goal)
             check_target(goal, discard_edits=discard_edits, replaces=replaces)
             goal.parent.mkdir(parents=True, exist_ok=True)
-            _check_space(goal, required_bytes)
+            check_space(goal, required_bytes)
             make_own(place)
             held.enter_context(hold_own(place))
             staging.mkdir()
@@ -292,8 +282,17 @@ def _sweep_previous(previous: Path, goal: Path) -> None:
         remove_folder(previous, last=MANIFEST_NAME)
 
 
-def _check_space(goal: Path, required: int) -> None:
-    needed, place = bytes_with_margin(required), next(folder for folder in goal.parents if folder.is_dir())
+def check_space(goal: Path, required: int) -> None:
+    """Refuse a target whose disk has no room.
+
+    Args:
+        goal: Absolute path of the output; its parents need not exist.
+        required: Bytes that will be written; see `staged_folder`.
+
+    Raises:
+        SaveError: The message says how much room there is, and how much saving needs.
+    """
+    needed, place = bytes_with_margin(required), find_existing_folder(goal.parent)
     free = shutil.disk_usage(place).free
     if free < needed:
         raise SaveError(

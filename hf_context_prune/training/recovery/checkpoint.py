@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerState
 from hf_context_prune.storage.kept_tensors import read_kept_tensors, write_kept_tensors
 
 Tensors = dict[str, torch.Tensor]
-STATE_BYTES = 16
+_BYTES = 16
 """Largest number of bytes of a parameter: the weight, two moments of AdamW, and the best weight so far, in float32."""
 
 
@@ -25,9 +25,9 @@ def trainable_weights(model: PreTrainedModel) -> Iterable[tuple[str, torch.Tenso
     return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
-def state_bytes(model: PreTrainedModel) -> int:
+def state_bytes(num_trained: int) -> int:
     """Return the bytes that the states of a training may take: the last one, and a newer one that takes its place."""
-    return 2 * STATE_BYTES * sum(weight.numel() for _, weight in trainable_weights(model))
+    return 2 * _BYTES * num_trained
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hf_context_prune.modeling.token_rows import num_rows
 from hf_context_prune.modeling.view import ModelView
 from hf_context_prune.utils.memory import free_memory
 
-from .checkpoint import STATE_BYTES
+from .checkpoint import state_bytes
 from .config import RecoveryConfig
 from .training import MICRO_BATCH_TOKENS
 
@@ -41,7 +41,7 @@ def training_bytes(model: PreTrainedModel, config: RecoveryConfig, parameters: i
 
 def kept_bytes(config: RecoveryConfig, parameters: int) -> int:
     """Return the bytes of disk that the states of a training may take: the last one, and one that takes its place."""
-    return 2 * STATE_BYTES * parameters if config.method == "full" else 0  # adapters are few
+    return state_bytes(parameters) if config.method == "full" else 0  # adapters are few
 
 
 def check_memory(model: PreTrainedModel, config: RecoveryConfig) -> None:

@@ -29,7 +29,7 @@ from hf_context_prune.storage.resume import has_room, resume_key
 from hf_context_prune.training.progress import hide_progress_bars
 from hf_context_prune.utils.distributed import num_processes
 
-from .checkpoint import RecoveryCheckpoint, state_bytes
+from .checkpoint import RecoveryCheckpoint, state_bytes, trainable_weights
 from .config import RecoveryConfig
 from .monitor import History, check_minutes
 from .needs import check_memory
@@ -144,8 +144,8 @@ def recover(
     cast_parameters(student.train(), torch.float32)  # half precision loses small updates
     adapters = _add_adapters(student, config, spec, frozen) if config.method == "lora" else None
 
-    checkpoint = None
-    if resume_dir is not None and has_room(resume_dir, state_bytes(student), what="The state of the training"):
+    checkpoint, needed = None, state_bytes(sum(weight.numel() for _, weight in trainable_weights(student)))
+    if resume_dir is not None and has_room(resume_dir, needed, what="The state of the training"):
         decided_by = config.to_dict(), validation.text.fingerprint, sorted(frozen)
         checkpoint = RecoveryCheckpoint(resume_dir, resume_key(model, [{"input_ids": samples}], *decided_by))
 

@@ -190,7 +190,7 @@ def test_another_time_for_the_recovery_prunes_nothing_again(place, tmp_path):
 def test_without_room_nothing_is_kept_and_it_says_so(place, whole, tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=10**7)
     monkeypatch.setattr("hf_context_prune.storage.resume.shutil.disk_usage", lambda path: full)
-    monkeypatch.setattr("hf_context_prune.storage.staging._check_space", lambda *_: None)
+    monkeypatch.setattr("hf_context_prune.storage.staging.check_space", lambda *_: None)
     monkeypatch.setattr("hf_context_prune.pipelines.needs.Needs.check_disk", lambda *_: None)
     with pytest.warns(PruningWarning) as told:
         run(place, tmp_path / "out")
