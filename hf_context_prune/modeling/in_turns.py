@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
-from hf_context_prune.utils.memory import fits_in_memory, free_memory
+from hf_context_prune.utils.memory import fits_in_memory, free_memory, mapped_bytes
 
 from .architectures import layers_of, spec_of
 from .layer_device import in_hand, layer_device
@@ -49,9 +49,8 @@ def forward_in_turns(model: PreTrainedModel, batches: Iterable[Inputs], *, head:
 
 
 def fits_with_weights(model: PreTrainedModel) -> bool:
-    """Return whether the weights fit into the memory that is free, or lie on another device than the CPU."""
-    weights = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
-    return sum(parameter.nbytes for parameter in weights) <= free_memory()
+    """Return whether the weights that lie in files fit into free memory; others are in memory or on a device."""
+    return mapped_bytes(model.parameters()) <= free_memory()
 
 
 def _run_group(model: PreTrainedModel, run: Any, group: Sequence[Inputs]) -> Iterator[Any]:  # noqa: ANN401 - a module

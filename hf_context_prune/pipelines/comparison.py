@@ -37,7 +37,7 @@ from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.distributed import on_main_process
 
-NO_SPEED = "No speed was measured: a model that does not fit into memory is read again for each token."
+_NO_SPEED = "No speed was measured: a model that does not fit into memory is read again for each token."
 _SAME_LOSS = 2e-3  # relative: of one model on one text in two runs (another dtype, another number of threads)
 
 
@@ -259,15 +259,20 @@ class Comparison:
         )
 
     def _measure_speed(self, last: PreTrainedModel) -> tuple[SpeedFacts | None, tuple[str, ...]]:
-        """Measure the last model beside the base; otherwise return why not, where it was asked for."""
+        """Measure the last model beside the base, where it was asked for."""
         if not self.options.benchmark or self.base is None:
             return None, ()
-        base = self.base.model
-        if not (fits_with_weights(base) and fits_with_weights(last)):
-            return None, (NO_SPEED,)
-        # In one process: several would slow each other down.
-        speed = on_main_process(lambda: measure_speed({"base": base, "pruned": last}))
-        return SpeedFacts(speed["base"], speed["pruned"]), ()
+        return speed_facts(self.base.model, last)
+
+
+def speed_facts(base: PreTrainedModel, pruned: PreTrainedModel | None) -> tuple[SpeedFacts | None, tuple[str, ...]]:
+    """Measure models in one call, each that fits into memory with its weights; otherwise return why not."""
+    models = {"base": base} if pruned is None else {"base": base, "pruned": pruned}
+    if not all(map(fits_with_weights, models.values())):
+        return None, (_NO_SPEED,)
+    # In one process: several would slow each other down.
+    speed = on_main_process(lambda: measure_speed(models))
+    return SpeedFacts(speed["base"], speed.get("pruned")), ()
 
 
 def _on_texts(

@@ -16,18 +16,16 @@ from hf_context_prune.evaluation.reports.report import (
     EvalReport,
     MemoryFacts,
     SizeFacts,
-    SpeedFacts,
     TextLosses,
 )
 from hf_context_prune.evaluation.scores import answer_with_models
-from hf_context_prune.evaluation.speed import measure_peak_memory, measure_speed
-from hf_context_prune.modeling.in_turns import fits_with_weights
+from hf_context_prune.evaluation.speed import measure_peak_memory
 from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.gguf import explain_gguf_sizes
 from hf_context_prune.storage.loading import LoadedModel, ensure_loaded
 from hf_context_prune.storage.saving import count_weight_bytes
 
-from .comparison import NO_SPEED, MeasuredText
+from .comparison import MeasuredText, speed_facts
 
 
 def evaluate(
@@ -94,9 +92,7 @@ def evaluate(
     choice = None
     if questions is not None and asked is not None:
         choice = answer_with_models(asked, questions, dense, pair)
-    both = {"base": first.model} if base is None else {"base": first.model, "pruned": own.model}
-    fit = all(map(fits_with_weights, both.values()))
-    speed = measure_speed(both) if options.benchmark and fit else None
+    speed, notes = speed_facts(first.model, None if base is None else own.model) if options.benchmark else (None, ())
     return EvalReport(
         base_model=first.name,
         dataset=domain.dataset,
@@ -108,14 +104,11 @@ def evaluate(
         ),
         loss=domain.loss,
         environment=Environment.current(dtype_name(own.model)),
-        speed=SpeedFacts(speed["base"], speed.get("pruned")) if speed else None,
+        speed=speed,
         memory=_memory(first, None if base is None else own) if options.memory else None,
         multiple_choice=choice,
         general=general_facts,
-        notes=(
-            *explain_gguf_sizes(*((own,) if base is None else (first, own))),
-            *((NO_SPEED,) if options.benchmark and not fit else ()),
-        ),
+        notes=(*explain_gguf_sizes(*((own,) if base is None else (first, own))), *notes),
     )
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -196,6 +196,24 @@ def release_pages(tensors: Iterable[torch.Tensor]) -> None:
 def release_weights(module: nn.Module) -> None:
     """Give the pages of a module's mapped weights back once nothing reads them soon; see [`release_pages`][]."""
     release_pages(parameter.detach() for parameter in module.parameters())
+
+
+def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of tensors on the CPU that files back; elsewhere than on Linux, of all tensors on the CPU.
+
+    The system may drop those and read them again. All others count in [`own_memory`][] already.
+    """
+    mapped = _mapped_ranges() if sys.platform == "linux" else [(0, sys.maxsize)]
+    return sum(
+        tensor.nbytes
+        for tensor in tensors
+        if tensor.device.type == "cpu" and tensor.nbytes and _is_within(mapped, tensor.data_ptr())
+    )
+
+
+def _is_within(ranges: Sequence[tuple[int, int]], address: int) -> bool:
+    place = bisect_right(ranges, (address, sys.maxsize)) - 1
+    return place >= 0 and address < ranges[place][1]
 
 
 def _mapped_ranges() -> list[tuple[int, int]]:
