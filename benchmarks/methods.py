@@ -43,6 +43,9 @@ OURS = {"criterion": "obs", "reconstruction": "sequential", "refit_lm_head": Fal
 DEFAULT, LAYERS = "default", "layers"
 """What the command does, and the same without tokens."""
 REFERENCE = "flap+bias"
+OWN_RECIPE = "grasprune-own"
+_OWN_SAMPLES = 512
+"""Calibration samples of GRASPrune's recipe, of 512 tokens each."""
 HIGH = "ours-high"
 """The adaptive model with its rows refitted, on the same calibration samples that all methods have."""
 PREDICTED = "predicted_loss_increase"
@@ -58,6 +61,8 @@ class Method:
     peer: peers.Peer | None = None
     whole: bool = False
     """Whether `prune` itself runs, as the command does: the layers, the rows of the LM head, and the tokens if asked."""
+    num_samples: int | None = None
+    """Calibration samples of a peer's own recipe; None: the samples of all methods."""
 
     @property
     def adaptive(self) -> bool:
@@ -101,13 +106,19 @@ def add_checkouts(folder: Path, kept: Path) -> None:
     gates, two_stage = GRASPrune(folder / "GRASPrune", kept), folder / "2SSP"
     found = {
         "grasprune": ("GRASPrune", gates.prune),
+        OWN_RECIPE: ("GRASPrune, as many tokens as its own recipe", gates.prune),
         "grasprune-repaired": ("GRASPrune's units, our repair", gates.repaired),
         "grasprune-widths": ("GRASPrune's widths, our units and repair", gates.widths),
         "ours-scaled": ("our units, GRASPrune's scales", gates.scaled),
         "2ssp": ("2SSP", partial(checkouts.two_stage, two_stage)),
         "slicegpt": ("SliceGPT", partial(checkouts.slicegpt, two_stage)),
     }
-    METHODS.update({name: Method(label, peer=peer) for name, (label, peer) in found.items()})
+    METHODS.update(
+        {
+            name: Method(label, peer=peer, num_samples=_OWN_SAMPLES if name == OWN_RECIPE else None)
+            for name, (label, peer) in found.items()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -180,11 +191,15 @@ class Domain:
 
     @cached_property
     def samples(self) -> torch.Tensor:
-        """Calibration samples, [samples, length] int64."""
+        """Calibration samples of all methods, [samples, length] int64."""
+        return self.tokenize(self.args.num_samples)
+
+    def tokenize(self, num_samples: int) -> torch.Tensor:
+        """Return so many calibration samples, [samples, length] int64."""
         return tokenize_samples(
             self.train,
             self.load().tokenizer,
-            num_samples=self.args.num_samples,
+            num_samples=num_samples,
             max_seq_length=self.args.length,
             seed=self.args.seed,
         )
@@ -310,7 +325,8 @@ class Domain:
 
     def _prune_with_peer(self, method: Method, size: Size) -> tuple[Any, dict[str, Any]]:
         assert method.peer is not None
-        remove, samples = budgets(self.model, size)[2], self.samples
+        remove = budgets(self.model, size)[2]
+        samples = self.samples if method.num_samples is None else self.tokenize(method.num_samples)
         begin = time.perf_counter()
         result = method.peer(self.model, samples, remove, size.attention)
         seconds = time.perf_counter() - begin + result.earlier_seconds

@@ -3,6 +3,8 @@
 python -m benchmarks.one_shot --data PATH/TO/data            # three domains, neurons; resumes
 python -m benchmarks.one_shot --data PATH/TO/data --sizes all20 all30 --num-samples 64    # neurons and KV groups
 python -m benchmarks.one_shot --data PATH/TO/data --sizes all20 --peers PATH/TO/checkouts    # GRASPrune, 2SSP, SliceGPT too
+python -m benchmarks.one_shot --data PATH/TO/data --domains medicine --sizes all20 --peers PATH/TO/checkouts \
+    --methods layers default grasprune grasprune-own    # GRASPrune on as many tokens as it asks for: hours
 python -m benchmarks.one_shot --data PATH/TO/data --quick    # one domain, one size
 python -m benchmarks.one_shot --data PATH/TO/data --model gemma3-270m --sizes mlp25 --methods flap+bias ours ...
 """
@@ -28,6 +30,7 @@ from benchmarks.methods import (
     HIGH,
     LAYERS,
     METHODS,
+    OWN_RECIPE,
     REFERENCE,
     SIZES,
     Size,
@@ -112,6 +115,11 @@ class OneShotDomain(FrontierDomain):
         self.forget()
         forwards = round(seconds / self.forward_seconds, 1)
         return {"parameters": model.num_parameters(), "nll": rounded(losses), "forwards": forwards}
+
+
+def common_methods() -> list[str]:
+    """Return the methods that have the same calibration samples."""
+    return [name for name, method in METHODS.items() if method.num_samples is None]
 
 
 def methods_of(args: argparse.Namespace, size: str) -> list[str]:
@@ -276,6 +284,9 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str)
     title = "" if args.model == DEFAULT_MODEL else f", {MODELS[args.model][0]}"
     if args.targets == TARGETS:
         title += ", neurons and KV groups"
+    if args.peers is not None:
+        title += ", newest peers, " + " and ".join(f"{SIZES[size].share:.0%}" for size in args.sizes)
+        title += ", one by its own recipe" if OWN_RECIPE in args.methods else ""
     return f"""## One-shot pruning side by side{title}
 
 {MODELS[args.model][0]} (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
@@ -284,7 +295,7 @@ intervals, which draw sources and then documents, paired; in brackets without an
 range of the sources, and of the domains for the mean. *Forward passes*: the time, with what methods share, as a multiple of a forward pass of the base
 model over the calibration text, by domain. All methods have the same calibration text and the same test text, from the validation split ({text}).
 `obs` + `least_squares` is the recipe of SlimGPT (arXiv 2412.18110) for the choice and of GRAIL (arXiv 2602.23795) for the refit.
-All widths are uniform, except for adaptive widths and the default, which have the same total. `bias` adds biases that this architecture
+All widths are uniform, except for adaptive widths, the default and GRASPrune's, which have the same total. `bias` adds biases that this architecture
 can't save, so `bias` is measured in memory. The plot leaves out values that are not above zero. All models, the base model
 included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX.
 
@@ -314,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--sizes", nargs="+", choices=SIZES, default=["mlp25", "mlp50"], help="sizes, either all mlp… or all all…"
     )
-    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the tables")
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=common_methods(), help="rows of the tables")
     options.add_argument("--num-samples", type=int, default=128, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument(
@@ -335,6 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         section += "_all"
     if args.model != DEFAULT_MODEL:
         section += f"_{args.model}"
+    if args.peers is not None:
+        section += f"_peers_{'_'.join(args.sizes)}" + ("_own" if OWN_RECIPE in args.methods else "")
     store, load = Rows(args, "one_shot", seed=args.seed), cache(MODELS[args.model][1])
     common = {"blocks": args.num_samples, "length": args.length, "eval_tokens": args.eval_tokens, "seed": args.seed}
     common |= {"text": PASSAGES}

@@ -190,13 +190,22 @@ def test_the_default_and_a_peer_of_a_checkout_stand_beside_ours(bench, monkeypat
         smaller.config.use_cache = False
         return PeerResult(smaller, "p 1", "p(model)", "half of a note", step=10**9, earlier_seconds=1e4)
 
+    seen = []
     monkeypatch.setitem(METHODS, "p", methods.Method("P", peer=peer))
+    monkeypatch.setitem(
+        METHODS,
+        "own",
+        methods.Method("Own", peer=lambda *given: (seen.append(given[1].shape), peer(*given))[1], num_samples=16),
+    )
     monkeypatch.setattr(one_shot, "METHODS", METHODS)
     one_shot.main(
-        with_options(options, "--domains law --sizes all20 --num-samples 12 --methods flap+bias p layers default")
+        with_options(options, "--domains law --sizes all20 --num-samples 12 --methods flap+bias p own layers default")
     )
     dense, *rows = rows_of(folder, "one_shot")
-    reference, theirs, layers, default = rows
+    reference, theirs, own, layers, default = rows
+    assert seen == [(16, 32)]  # samples of its own
+    assert own["nll"] == theirs["nll"]
+    assert "own" not in one_shot.common_methods()
     assert theirs["nll"] == dense["nll"]  # it removed nothing
     assert theirs["forwards"] > 1e4  # the seconds of its earlier call count
     budget = dense["parameters"] - reference["parameters"]
