@@ -37,6 +37,8 @@ from hf_context_prune.modeling.inference import dtype_name
 from hf_context_prune.storage.loading import LoadedModel
 from hf_context_prune.utils.distributed import on_main_process
 
+_MUCH_MORE = 0.01
+"""Share of all parameters above the budget that is no rounding."""
 _NO_SPEED = "No speed was measured: a model that does not fit into memory is read again for each token."
 _SAME_LOSS = 2e-3  # relative: of one model on one text in two runs (another dtype, another number of threads)
 
@@ -255,7 +257,7 @@ class Comparison:
             speed=speed,
             budget=search,
             general=facts[1] if len(facts) > 1 else None,
-            notes=(*notes, *more),
+            notes=(*notes, *_more_than_asked(size), *more),
         )
 
     def _measure_speed(self, last: PreTrainedModel) -> tuple[SpeedFacts | None, tuple[str, ...]]:
@@ -263,6 +265,16 @@ class Comparison:
         if not self.options.benchmark or self.base is None:
             return None, ()
         return speed_facts(self.base.model, last)
+
+
+def _more_than_asked(size: SizeFacts) -> tuple[str, ...]:
+    """Return why much more was removed than the budget asks for; () where it was not."""
+    if size.asked_ratio is None or size.achieved_ratio is None or size.achieved_ratio <= size.asked_ratio + _MUCH_MORE:
+        return ()
+    return (
+        f"More was removed than the asked {size.asked_ratio:.1%}: a number or a share of tokens, layers, experts or "
+        f"other units that was given beside the budget takes more than that, or one step of what may be removed does.",
+    )
 
 
 def speed_facts(base: PreTrainedModel, pruned: PreTrainedModel | None) -> tuple[SpeedFacts | None, tuple[str, ...]]:
