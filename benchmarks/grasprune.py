@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.checkouts import imported
-from benchmarks.peers import PeerResult
+from benchmarks.peers import TOLERANCE, PeerResult
 from hf_context_prune.config import PrunerConfig
 from hf_context_prune.modeling.plan import LayerPlan
 from hf_context_prune.modeling.view import ModelView
@@ -37,6 +37,7 @@ from hf_context_prune.pruning.surgery import apply_plan
 VERSION = "GRASPrune 666f4f0"
 _MODULES = ("config", "data", "evals", "gates", "pipeline", "rebuild")
 _OURS = PrunerConfig()
+_TRIES = 8
 
 
 class _Blocks:
@@ -86,8 +87,9 @@ class GRASPrune:
         note = (
             f"gates and scales learn on {len(samples)} x {samples.shape[1]} tokens of the domain's calibration text "
             f"(recommended: 512 x 512 of WikiText-2 train, and of its validation split for the scales); float32 on a CPU; "
-            f"weights without gates are frozen; its narrowed projections are put back into the stock layers, since its own "
-            f"no longer run; the seed is set again between gates and scales"
+            f"weights without gates are frozen; a layer that loses all KV groups gets one back, so the final masks are "
+            f"applied with a keep ratio that reaches the size; its narrowed projections are put back into the stock layers, "
+            f"since its own no longer run; the seed is set again between gates and scales"
         )
         return PeerResult(smaller, VERSION, call, note, earlier_seconds=seconds)
 
@@ -128,11 +130,7 @@ class GRASPrune:
         begin = time.perf_counter()
         with self._gates(model, samples, remove) as (gated, _, pipeline, options), torch.enable_grad():
             pipeline.train_gates(gated, None, options)
-            pipeline.apply_final_hard_masks(gated, options)
-            layers = tuple(
-                LayerPlan(_indices(layer.mlp.eval_keep_mask), _indices(layer.self_attn.eval_keep_mask_kv))
-                for layer in gated.model.layers
-            )
+            layers = _harden(model, gated, pipeline, options, remove)
         pairs = [(layer.neurons, layer.kv_groups) for layer in layers]
         self.kept.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"layers": pairs, "seconds": time.perf_counter() - begin}))
@@ -151,8 +149,7 @@ class GRASPrune:
         return gated.eval()
 
     def _keep_ratio(self, model: Any, remove: int) -> float:
-        parts = (part for layer in model.model.layers for part in (layer.mlp, layer.self_attn))
-        return 1 - remove / sum(parameter.numel() for part in parts for parameter in part.parameters())
+        return 1 - remove / sum(sum(_sizes(layer)) for layer in model.model.layers)
 
     @contextmanager
     def _gates(self, model: Any, samples: torch.Tensor, remove: int) -> Iterator[_Gated]:
@@ -172,6 +169,35 @@ class GRASPrune:
             pipeline.set_seed(0)
             gates.attach_pruning_gates(smaller, options.gate_init, options.tau, "cpu", "llama")
             yield _Gated(smaller, stock, pipeline, options)
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Return the parameters of the MLP and of the attention of a layer."""
+    mlp, attention = (
+        sum(parameter.numel() for parameter in part.parameters()) for part in (layer.mlp, layer.self_attn)
+    )
+    return mlp, attention
+
+
+def _harden(model: Any, gated: Any, pipeline: Any, options: Any, remove: int) -> tuple[LayerPlan, ...]:
+    """Return the units that the gates keep, at the keep ratio that removes as many parameters as are to be removed.
+
+    Its rule puts one KV group back where a layer would lose all, beyond the budget.
+    """
+    sizes = [_sizes(layer) for layer in model.model.layers]
+    for _ in range(_TRIES):
+        pipeline.apply_final_hard_masks(gated, options)
+        masks = [(layer.mlp.eval_keep_mask, layer.self_attn.eval_keep_mask_kv) for layer in gated.model.layers]
+        kept = sum(
+            size * float(mask.float().mean())
+            for pair, both in zip(sizes, masks, strict=True)
+            for size, mask in zip(pair, both, strict=True)
+        )
+        total = sum(map(sum, sizes))
+        if abs(over := kept - (total - remove)) <= TOLERANCE * remove / 2:
+            break
+        options = replace(options, keep_ratio=options.keep_ratio - over / total)
+    return tuple(LayerPlan(_indices(neurons), _indices(groups)) for neurons, groups in masks)
 
 
 def put_back(model: Any, stock: Sequence[tuple[Any, Any]]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from dataclasses import make_dataclass
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from benchmarks import methods, one_shot
 from benchmarks.checkouts import _mask_attention, _sliced_width, _unmask_attention, imported
 from benchmarks.common import given, parser
-from benchmarks.grasprune import _given, _walk, put_back
+from benchmarks.grasprune import _given, _harden, _walk, put_back
 from benchmarks.peers import PeerResult, check_peer
 from hf_context_prune.modeling.plan import LayerPlan
 from tests.support.tiny import tiny_model
@@ -69,6 +71,29 @@ def test_the_walk_keeps_a_given_choice(model):
         1,
         2,
     ]
+
+
+def test_masks_reach_the_size_though_a_layer_gets_a_group_back(model):
+    sizes = [[sum(p.numel() for p in part.parameters()) for part in (x.mlp, x.self_attn)] for x in model.model.layers]
+    asked = []
+
+    class Pipeline:
+        @staticmethod
+        def apply_final_hard_masks(gated, options):
+            asked.append(options.keep_ratio)
+            for index, layer in enumerate(gated.model.layers):  # the last layer loses both groups, and gets one back
+                neurons, groups = torch.arange(40) < round(40 * options.keep_ratio), torch.tensor([True, index < 2])
+                layer.mlp.eval_keep_mask, layer.self_attn.eval_keep_mask_kv = neurons, groups
+
+    remove = sizes[0][0] + sizes[2][1]  # more than the masks of the first ratio remove
+    options = make_dataclass("Options", ["keep_ratio"])(0.8)
+    kept = _harden(model, copy.deepcopy(model), Pipeline, options, remove)
+    gone = sum(
+        mlp * (1 - len(layer.neurons) / 40) + attention * (1 - len(layer.kv_groups) / 2)
+        for (mlp, attention), layer in zip(sizes, kept, strict=True)
+    )
+    assert len(asked) > 1
+    assert abs(gone - remove) <= sizes[0][0] / 40 * 3 / 2  # a neuron of each layer
 
 
 def test_a_masked_attention_adds_nothing(model):
