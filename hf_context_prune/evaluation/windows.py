@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_context_prune.data.documents import TextDocument, TextSource
+from hf_context_prune.data.samples import leading_token
 from hf_context_prune.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,13 +38,25 @@ class Window:
 
 
 def context_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the token that leads the first window of a record."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise DataError(
-        "The tokenizer has neither a bos nor an eos token to lead a document's first token. Set tokenizer.bos_token."
-    )
+    """Return the token that leads the first window of a record: bos, else eos.
+
+    A bos that pads, and that the tokenizer itself puts before no text, is no beginning: GGUF files of Qwen2.5 name
+    ``<|endoftext|>`` so, behind which its chat models lose up to half a nat per token. Then eos leads, which parts
+    documents.
+
+    Raises:
+        DataError: The tokenizer has neither.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is not None and bos == tokenizer.pad_token_id and leading_token(tokenizer) is None:
+        bos = None
+    token = eos if bos is None else bos
+    if token is None:
+        raise DataError(
+            "The tokenizer has neither a bos nor an eos token to lead a document's first token. Set "
+            "tokenizer.bos_token."
+        )
+    return int(token)
 
 
 def group_records(source: TextSource, docs: Collection[str] | None) -> dict[str, list[TextDocument]]:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -21,7 +22,7 @@ from hf_context_prune.data.documents import TextDocument, TextSource
 from hf_context_prune.errors import ConfigError, DataError, NumericsError
 from hf_context_prune.evaluation.losses import DocumentLoss, compare_losses, losses_by_source, summarize_losses
 from hf_context_prune.evaluation.perplexity import document_losses
-from hf_context_prune.evaluation.windows import EncodedDocument, batch_windows, cut_windows
+from hf_context_prune.evaluation.windows import EncodedDocument, batch_windows, context_token, cut_windows
 from tests.support.tiny_tokenizers import BYTE_LETTERS, byte_tokenizer
 
 VOCAB_SIZE = len(BYTE_LETTERS) + 2
@@ -201,6 +202,20 @@ def test_eos_leads_where_there_is_no_bos_and_neither_is_refused(model, tokenizer
     )
     with pytest.raises(DataError, match="neither a bos nor an eos"):
         document_losses(model, byte_tokenizer(unk_token="<s>"), source, max_seq_length=16)
+
+
+def test_a_bos_that_only_pads_leads_nothing(subtests):
+    for names, lead in (
+        ({"bos_token": "<s>", "eos_token": "a", "pad_token": "<s>"}, "a"),  # Qwen2.5 in GGUF files
+        ({"bos_token": "<s>", "eos_token": "a", "pad_token": "b"}, "<s>"),  # SmolLM2
+        ({"bos_token": "<s>", "pad_token": "<s>"}, "<s>"),
+    ):
+        with subtests.test(**names):
+            tokenizer = byte_tokenizer(**names)
+            assert context_token(tokenizer) == tokenizer.convert_tokens_to_ids(lead)
+    adds = byte_tokenizer(bos_token="<s>", eos_token="a", pad_token="<s>")
+    adds._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", adds.bos_token_id)])
+    assert context_token(adds) == adds.bos_token_id
 
 
 def test_non_finite_logits_name_the_document(tokenizer):
