@@ -185,6 +185,7 @@ def _harden(model: Any, gated: Any, pipeline: Any, options: Any, remove: int) ->
     Its rule puts one KV group back where a layer would lose all, beyond the budget.
     """
     sizes = [_sizes(layer) for layer in model.model.layers]
+    total = sum(map(sum, sizes))
     for _ in range(_TRIES):
         pipeline.apply_final_hard_masks(gated, options)
         masks = [(layer.mlp.eval_keep_mask, layer.self_attn.eval_keep_mask_kv) for layer in gated.model.layers]
@@ -193,7 +194,6 @@ def _harden(model: Any, gated: Any, pipeline: Any, options: Any, remove: int) ->
             for pair, both in zip(sizes, masks, strict=True)
             for size, mask in zip(pair, both, strict=True)
         )
-        total = sum(map(sum, sizes))
         if abs(over := kept - (total - remove)) <= TOLERANCE * remove / 2:
             break
         options = replace(options, keep_ratio=options.keep_ratio - over / total)

@@ -44,8 +44,6 @@ DEFAULT, LAYERS = "default", "layers"
 """What the command does, and the same without tokens."""
 REFERENCE = "flap+bias"
 OWN_RECIPE = "grasprune-own"
-_OWN_SAMPLES = 512
-"""Calibration samples of GRASPrune's recipe, of 512 tokens each."""
 HIGH = "ours-high"
 """The adaptive model with its rows refitted, on the same calibration samples that all methods have."""
 PREDICTED = "predicted_loss_increase"
@@ -106,19 +104,14 @@ def add_checkouts(folder: Path, kept: Path) -> None:
     gates, two_stage = GRASPrune(folder / "GRASPrune", kept), folder / "2SSP"
     found = {
         "grasprune": ("GRASPrune", gates.prune),
-        OWN_RECIPE: ("GRASPrune, as many tokens as its own recipe", gates.prune),
         "grasprune-repaired": ("GRASPrune's units, our repair", gates.repaired),
         "grasprune-widths": ("GRASPrune's widths, our units and repair", gates.widths),
         "ours-scaled": ("our units, GRASPrune's scales", gates.scaled),
         "2ssp": ("2SSP", partial(checkouts.two_stage, two_stage)),
         "slicegpt": ("SliceGPT", partial(checkouts.slicegpt, two_stage)),
     }
-    METHODS.update(
-        {
-            name: Method(label, peer=peer, num_samples=_OWN_SAMPLES if name == OWN_RECIPE else None)
-            for name, (label, peer) in found.items()
-        }
-    )
+    METHODS.update({name: Method(label, peer=peer) for name, (label, peer) in found.items()})
+    METHODS[OWN_RECIPE] = Method("GRASPrune, as many tokens as its own recipe", peer=gates.prune, num_samples=512)
 
 
 @dataclass(frozen=True)

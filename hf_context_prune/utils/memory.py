@@ -188,8 +188,7 @@ def release_pages(tensors: Iterable[torch.Tensor]) -> None:
             continue
         begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        place = bisect_right(mapped, (begin, sys.maxsize)) - 1
-        if begin < end and place >= 0 and end <= mapped[place][1]:
+        if begin < end <= _end_of_range(mapped, begin):
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)  # Linux 5.4; else refused
 
 
@@ -207,13 +206,14 @@ def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(
         tensor.nbytes
         for tensor in tensors
-        if tensor.device.type == "cpu" and tensor.nbytes and _is_within(mapped, tensor.data_ptr())
+        if tensor.device.type == "cpu" and tensor.data_ptr() < _end_of_range(mapped, tensor.data_ptr())
     )
 
 
-def _is_within(ranges: Sequence[tuple[int, int]], address: int) -> bool:
+def _end_of_range(ranges: Sequence[tuple[int, int]], address: int) -> int:
+    """Return where the last of some ascending ranges that begins at or before an address ends; 0: none does."""
     place = bisect_right(ranges, (address, sys.maxsize)) - 1
-    return place >= 0 and address < ranges[place][1]
+    return ranges[place][1] if place >= 0 else 0
 
 
 def _mapped_ranges() -> list[tuple[int, int]]:
