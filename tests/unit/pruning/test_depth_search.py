@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hf_context_prune.pruning.calibration.samples import CalibrationSet
 from hf_context_prune.pruning.check_budget import check_budget
 from hf_context_prune.pruning.criteria import CRITERIA
 from hf_context_prune.pruning.depth import Depth, deepest
+from hf_context_prune.pruning.depth_search import DepthSearch
 from hf_context_prune.pruning.notes import depth_note
 from hf_context_prune.pruning.prune_model import prune_model
 from hf_context_prune.pruning.sequential.prune import prune_sequentially
@@ -295,6 +297,15 @@ def test_the_size_for_a_loss_may_lack_layers(tmp_path):
         ids = tokens(2, 12)
         with torch.no_grad():
             assert torch.equal(reloaded(ids).logits, found.model(ids).logits)
+
+
+def test_how_many_layers_an_allowed_loss_looks_at():
+    """Twice the allowed loss, and what refitting the rows of the LM head will give back; here each costs 0.1 more."""
+    order = SimpleNamespace(repaired_loss=lambda count: 0.1 * count - 0.01)
+    for limit, refits, most in ((0.05, False, 3), (0.05, True, 5), (0.5, False, 8)):
+        config = PrunerConfig(units="neurons,layers", max_loss_increase=limit, refit_lm_head=refits)
+        whole = SimpleNamespace(config=config, base_loss=3.0, measured=object(), model=None, tokenizer=None, total=1)
+        assert DepthSearch(whole, order, 8, None).most == most
 
 
 def test_what_a_budget_with_layers_can_reach(subtests):
