@@ -104,6 +104,11 @@ class TextSplit:
     test: TextSource
     how: str
 
+    @property
+    def test_name(self) -> str | None:
+        """The name of test text of its own; None where the test documents were held out of the other text."""
+        return None if self.test.name == self.calibration.name else self.test.name
+
     @classmethod
     def of(
         cls,

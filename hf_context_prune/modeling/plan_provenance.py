@@ -8,7 +8,7 @@ from typing import Any
 from hf_context_prune.errors import PlanError
 
 _RECORDED: dict[str, tuple[type[Any] | tuple[type[Any], ...], str]] = {
-    **dict.fromkeys(("base_model", "base_revision", "base_dtype"), (str, "a string")),
+    **dict.fromkeys(("base_model", "base_revision", "base_dtype", "test_data"), (str, "a string")),
     **dict.fromkeys(("base_card", "config", "data", "general_data", "zeroed"), (dict, "a mapping")),
     **dict.fromkeys(("loss_budget", "refit", "versions", "vocabulary"), (dict, "a mapping")),
     **dict.fromkeys(("prunings", "recoveries"), (list, "a list")),

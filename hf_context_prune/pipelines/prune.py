@@ -291,7 +291,7 @@ def _run_stages(
     if recovery is not None:
         stages.begin(_TRAINING)
         shared = texts.calibration.general_share
-        recovered, note = train_back(pruned, texts.split.calibration, recovery, *shared, resume_dir=resume_dir)
+        recovered, note = train_back(pruned, texts.split, recovery, *shared, resume_dir=resume_dir)
         notes = (*notes, note)
     stages.begin(_RESULT)
     fit = assess_native_fit(pruned.model.config, ModelView.of(base.model).spec, pruned.plan.kept_widths)

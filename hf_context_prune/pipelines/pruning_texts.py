@@ -89,6 +89,8 @@ class PruningTexts:
     def provenance(self) -> dict[str, Any]:
         """Return the names and fingerprints of the texts that decided the plan."""
         facts: dict[str, Any] = {"data": self.calibration.domain.identity}
+        if self.split.test_name is not None:  # then nothing was held out of the other text
+            facts["test_data"] = self.split.test_name
         if self.validation is not None:
             text = self.validation.text
             facts["search_data"] = {"name": text.name, "fingerprint": text.fingerprint}

@@ -111,7 +111,7 @@ def recover_folder(
     made_with = plan.provenance.get("config") or {}
     after, note = train_back(
         before,
-        split.calibration,
+        split,
         config,
         general=None if general is None else general.calibration,
         general_data_ratio=made_with.get("general_data_ratio") or 0.0,
@@ -146,7 +146,7 @@ def recover_folder(
 
 def train_back(
     pruned: PrunedModel,
-    text: TextSource,
+    split: TextSplit,
     config: RecoveryConfig,
     general: TextSource | None = None,
     general_data_ratio: float = 0.0,
@@ -159,7 +159,7 @@ def train_back(
 
     Args:
         pruned: The pruned model; left as it is.
-        text: Text of the domain, of which [`recover`][] holds validation documents out.
+        split: Text of the domain, of which [`recover`][] holds validation documents out, and the test text.
         config: All choices.
         general: The general text that was calibrated on; None where none was.
         general_data_ratio: Share of the calibration samples that came from it.
@@ -171,6 +171,7 @@ def train_back(
     Raises:
         ContextPruneError: See [`recover`][].
     """
+    text = split.calibration
     share, balances = 0.0 if general is None else general_data_ratio, _balances_sources(pruned.plan, text)
     outcome = recover(
         pruned.model,
@@ -182,7 +183,9 @@ def train_back(
         balance_sources=balances,
         resume_dir=resume_dir,
     )
-    run = {"config": config.to_dict(), "history": outcome.history.to_dict()}
+    run: dict[str, Any] = {"config": config.to_dict(), "history": outcome.history.to_dict()}
+    if split.test_name is not None:
+        run["test_data"] = split.test_name
     provenance = pruned.plan.provenance
     earlier = provenance.get("recoveries") or ()
     plan = replace(pruned.plan, provenance={**provenance, "recoveries": [*earlier, run]})

@@ -27,7 +27,7 @@ class TextOptions(SavedOptions):
     balance_sources: bool = option(
         False,
         "Calibrate, refit and train on equally much text of every source, as far as each has it, so that none is "
-        "sacrificed to larger ones. A source is what the column 'source' names, or a file of a folder.",
+        "sacrificed to larger ones. A source is what the column 'source' names, or a file of a folder (not .txt).",
         panel=TEXT,
     )
     text_column: str | None = option(

@@ -47,7 +47,7 @@ def reproduce_commands(facts: CardFacts) -> Trusted:
         made_with = run.get("config") if isinstance(run, Mapping) else None
         if isinstance(made_with, Mapping):
             after = f"{name}-recovered" if number == 1 else f"mini-gpt-recovered-{number}"
-            commands += _recover_commands(facts, made_with, name, after)
+            commands += _recover_commands(facts, made_with, run.get("test_data"), name, after)
             name = after
     return Trusted(block("sh", "\n".join(commands)))
 
@@ -79,12 +79,13 @@ def _prune_command(facts: CardFacts, config: PrunerConfig | ThresholdConfig, out
     pinned = {"revision": provenance.get("base_revision"), "dtype": provenance.get("base_dtype")}
     options = [_option(name, value) for name, value in pinned.items() if value]
     options.append(_option("data", data))
-    general = facts.recorded("general_data").get("name")
+    general, test = facts.recorded("general_data").get("name"), provenance.get("test_data")
     if report is not None and not provenance.get("recoveries"):
-        if report.dataset.name != data:
-            options.append(_option("eval_data", report.dataset.name))
+        test = report.dataset.name
         if report.general is not None:
             general = report.general.dataset.name
+    if test and test != data:
+        options.append(_option("eval_data", test))
     if general:
         options.append(_option("general_data", general))
     flags = {item.name: about.flag for item in dataclasses.fields(config) if (about := help_of(item)) is not None}
@@ -93,10 +94,13 @@ def _prune_command(facts: CardFacts, config: PrunerConfig | ThresholdConfig, out
     return _command("prune", facts.base_place, [*options, _option("output", output)])
 
 
-def _recover_commands(facts: CardFacts, made_with: Mapping[str, Any], folder: str, output: str) -> list[str]:
+def _recover_commands(
+    facts: CardFacts, made_with: Mapping[str, Any], test: object, folder: str, output: str
+) -> list[str]:
     asked = {_RENAMED.get(name, name): value for name, value in made_with.items()}
     flags = {"recovery_seed": "seed"}
-    options = [_option(flags.get(name, name), asked[name]) for name in _RECOVERY if asked.get(name) is not None]
+    options = [_option("eval_data", test)] if test else []
+    options += [_option(flags.get(name, name), asked[name]) for name in _RECOVERY if asked.get(name) is not None]
     gone = [_option(name, asked[name]) for name, idle in _REMOVED.items() if asked.get(name, idle) not in (None, idle)]
     note = [f"# This run also had {' '.join(gone)}, which `recover` no longer has:"] if gone else []
     if general := facts.recorded("general_data").get("name"):  # the same share of it is trained on

@@ -49,12 +49,12 @@ def check_config(config: PrunerConfig) -> None:
             "by what a text routes to them, which the callback can't: call prune() with them before the training, and "
             "leave them out here."
         )
-    if config.fixes_tokens or config.units == "tokens":
+    if config.fixes_tokens or "tokens" in (config.units or "").split(","):
         raise ConfigError(
             "The vocabulary can't be pruned during training: the collator's tokenizer would no longer fit. Prune it "
             "before: trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "
-            "trimmed.tokenizer to the Trainer, and leave the vocab_* options out here. Keep trimmed.model: it is the "
-            "base that the result is compared with."
+            "trimmed.tokenizer to the Trainer, and leave the vocab_* options, and tokens among the units, out here. Keep "
+            "trimmed.model: it is the base that the result is compared with."
         )
     if config.general_data_ratio:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -120,6 +121,15 @@ def test_one_folder_with_one_card_shows_all_three(place, tmp_path):
     loaded = load_pruned(tmp_path / "out").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in result.model.state_dict().items())
     assert not list((cache_dir() / "unfinished").iterdir())
+
+
+def test_test_text_of_its_own_is_recorded_of_both_steps(place, tmp_path):
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps({"text": f"{text} held {i}"}) + "\n" for i, text in enumerate(texts(seed=9))))
+    run(place, tmp_path / "out", eval_data=held)
+    facts = PruningPlan.load(tmp_path / "out/pruning_plan.json").provenance
+    assert facts["test_data"] == facts["recoveries"][0]["test_data"] == "held.jsonl"
+    assert (tmp_path / "out/README.md").read_text().count("--eval-data held.jsonl") == 2
 
 
 def test_it_is_what_the_two_commands_give(place, whole, tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from hf_context_prune import EvalOptions, PrunerConfig, prune, prune_vocabulary
 from hf_context_prune.data.documents import TextDocument, TextSource
+from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.errors import ConfigError, DataError
 from hf_context_prune.pipelines.recover import train_back
 from hf_context_prune.pipelines.validation_text import withhold_token_probe
@@ -123,9 +124,9 @@ def test_a_run_says_that_it_was_used(base, caplog):
     )
     pruned = PrunedModel(result.model, result.tokenizer, result.plan)
     steps = RecoveryConfig(max_seq_length=32, max_steps=1)
-    assert "as much of every source," in train_back(pruned, text_of(), steps)[1]
+    assert "as much of every source," in train_back(pruned, TextSplit.of(text_of()), steps)[1]
     with caplog.at_level(logging.WARNING):
-        assert "of every source" not in train_back(pruned, text_of(few=0), steps)[1]
+        assert "of every source" not in train_back(pruned, TextSplit.of(text_of(few=0)), steps)[1]
     assert "has a single one" in caplog.text
 
 

@@ -190,6 +190,16 @@ def test_a_recovery_of_an_older_version_is_shown_by_the_names_of_today(facts):
     assert not any(word in text for word in ("--temperature", "--rewind", "--patience", "--evaluations"))
 
 
+def test_test_text_of_its_own_is_named_in_every_command(facts):
+    """Without it, a tenth of the other text would be held out, and the model would be another one."""
+    recoveries = [{"config": {"method": "full"}, "test_data": "held.jsonl"}]
+    text = build_card(with_provenance(facts, test_data="held.jsonl", recoveries=recoveries)).text
+    prune_command, recover_command = text.split("hf-context-prune recover mini-gpt")
+    assert "--eval-data held.jsonl" in prune_command.split("hf-context-prune prune")[1]
+    assert "--eval-data held.jsonl" in recover_command
+    assert "--eval-data" not in build_card(with_provenance(facts, recoveries=[{"config": {"method": "full"}}])).text
+
+
 def test_options_of_another_version_are_shown_as_they_are(facts):
     text = build_card(with_provenance(facts, config={"mlp_ratio": 0.25, "quantum": "x`y"})).text
     assert "does not have all options of the run" in text
