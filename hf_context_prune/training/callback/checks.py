@@ -53,7 +53,7 @@ def check_config(config: PrunerConfig) -> None:
         raise ConfigError(
             "The vocabulary can't be pruned during training: the collator's tokenizer would no longer fit. Prune it "
             "before: trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "
-            "trimmed.tokenizer to the Trainer, and leave the vocab_* options, and tokens among the units, out here. Keep "
+            "trimmed.tokenizer to the Trainer, and leave the vocab_* options and tokens in units out here. Keep "
             "trimmed.model: it is the base that the result is compared with."
         )
     if config.general_data_ratio:

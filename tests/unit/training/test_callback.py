@@ -397,10 +397,11 @@ def test_batches_without_token_ids(tmp_path):
 
 
 def test_configs_that_need_more_than_batches(subtests):
+    budget = {"mlp_ratio": None, "attention_ratio": None, "pruning_ratio": 0.2}
     for options, said in (
         ({"num_layers": 2}, r"num_layers.* Call prune\(\) with them before the training"),
         ({"vocab_size": 128}, "trimmed = prune_vocabulary"),
-        ({"mlp_ratio": None, "pruning_ratio": 0.2, "units": "tokens,neurons"}, "trimmed = prune_vocabulary"),
+        ({**budget, "units": "tokens,neurons"}, "trimmed = prune_vocabulary"),
         ({"general_data_ratio": 0.5}, "general_data_ratio"),
         ({"mlp_ratio": None, "attention_ratio": None, "max_loss_increase": 0.1}, "max_loss_increase finds the size"),
         ({"allocation": "adaptive"}, "one budget for all parameters"),
