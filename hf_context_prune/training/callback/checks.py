@@ -49,7 +49,7 @@ def check_config(config: PrunerConfig) -> None:
             "by what a text routes to them, which the callback can't: call prune() with them before the training, and "
             "leave them out here."
         )
-    if config.fixes_tokens or "tokens" in (config.units or "").split(","):
+    if config.fixes_tokens or (config.units is not None and config.lists("tokens")):
         raise ConfigError(
             "The vocabulary can't be pruned during training: the collator's tokenizer would no longer fit. Prune it "
             "before: trimmed = prune_vocabulary(model, tokenizer, text, vocab_size=...), then give trimmed.model and "
