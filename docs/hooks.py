@@ -53,6 +53,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         markdown = re.sub(r"\]\(docs/", "](", markdown)
     for name, target in OUTSIDE.items():
         markdown = re.sub(rf"\]\((\.\./)?{re.escape(name)}", f"]({target}", markdown)
+    markdown = markdown.replace("](../docs/", "](../")
     return re.sub(r"\]\(\.\./(benchmarks|model_cards|examples)/", r"](\1/", markdown)
 
 

@@ -87,7 +87,7 @@ def least_squares(
         bias: [out_features] or None.
         kept: Kept features, ascending.
         statistics: With a Gram matrix.
-        ridge: Share of each feature's mean square, above 0; see [`add_ridge`][].
+        ridge: Share of each feature's mean square, above 0; see [`add_ridge_`][].
 
     Raises:
         NumericsError: The system is singular in spite of the ridge.
