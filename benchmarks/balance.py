@@ -27,7 +27,7 @@ from hf_context_prune.evaluation.bootstrap import bootstrap_estimate, ratio
 from hf_context_prune.evaluation.passages import Passages
 from hf_context_prune.evaluation.reports.formatting import format_change
 
-FEWEST = 5
+FEWEST = 10
 """Sources with fewer test documents are listed, but are never "the worst": they say little about a source."""
 BY_SIZE, BALANCED = "by size", "balanced"
 TEXTS = ("domain", "sources")
@@ -173,12 +173,12 @@ def results_text(found: Found, args: argparse.Namespace) -> str:
         for domain in args.domains
         for way in (BY_SIZE, BALANCED)
     )
-    first = found[args.domains[0], ""]
+    fewest = min(len(found[domain, ""]["domain"]["nll"]) for domain in args.domains)
     return f"""## Sources that count equally
 
 SmolLM2-135M-Instruct (float32, dequantised) with {args.removed:.0%} of all parameters removed by the default (at least {gone:.2%}),
 calibrated on {args.num_samples} x {args.length} tokens, without and with `balance_sources`. Change of bits per byte against the base model on
-the validation split. *All documents*: passages of {len(first["domain"]["nll"])} and more documents, as they come, at most {args.eval_tokens:,} tokens;
+the validation split. *All documents*: passages of {fewest} and more documents, as they come, at most {args.eval_tokens:,} tokens;
 intervals draw sources, then documents, and with fewer than five sources the range over them stands in their place. *Worst
 source*: of as many tokens of equal parts of the sources; intervals draw documents within each source, and take the worst of each
 draw, of sources with at least {args.fewest} documents. Differences are paired.

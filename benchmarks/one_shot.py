@@ -108,6 +108,7 @@ class OneShotDomain(FrontierDomain):
         share = budgets(self.model, size)[2] / self.model.num_parameters()
         shutil.rmtree(self.folder)  # curves of another size would count as no time
         self.folder.mkdir()
+        vars(self).pop("probe", None)  # each whole method pays for its own
         begin = time.perf_counter()
         model, tokenizer, _ = self.pruned(name, share)
         seconds = time.perf_counter() - begin
@@ -264,6 +265,14 @@ def errorbars(axis: Any, places: Any, found: Sequence[Estimate], label: str, *, 
     axis.errorbar(x, y, **{error: bars if len(keep) else None}, fmt="o" if horizontal else "o-", ms=4, label=label)
 
 
+_WHOLE = """The default removes tokens too, so that its layers keep more; it counts the tokens of the whole train text, and both defaults
+refit the rows of the LM head on up to four times the samples. """
+_CHECKOUTS = """SliceGPT can't tie the LM head to the embedding any more: it pays for a second one out of its
+layers. All random numbers begin with seed 0, GRASPrune's too (its own: 42). Times are less exact than losses: the forward pass is timed
+once in a run, in float32, as the peers' code computes on this CPU, while ours rounds factors to bfloat16 where the CPU has AMX; and the
+machine was shared, so that the time of one method differs between domains."""
+
+
 def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str) -> str:
     """Return the section of RESULTS.md."""
     dense = {domain: rows[domain, "", "dense"] for domain in args.domains}
@@ -287,6 +296,8 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str)
     if args.peers is not None:
         title += ", newest peers, " + " and ".join(f"{SIZES[size].share:.0%}" for size in args.sizes)
         title += ", one by its own recipe" if OWN_RECIPE in args.methods else ""
+    whole = any(METHODS[method].whole for method in args.methods)
+    exceptions = f"\n\n{(_WHOLE if whole else '')}{_CHECKOUTS}" if args.peers is not None else ""
     return f"""## One-shot pruning side by side{title}
 
 {MODELS[args.model][0]} (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
@@ -297,7 +308,7 @@ model over the calibration text, by domain. All methods have the same calibratio
 `obs` + `least_squares` is the recipe of SlimGPT (arXiv 2412.18110) for the choice and of GRAIL (arXiv 2602.23795) for the refit.
 All widths are uniform, except for adaptive widths, the default and GRASPrune's, which have the same total. `bias` adds biases that this architecture
 can't save, so `bias` is measured in memory. The plot leaves out values that are not above zero. All models, the base model
-included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX.
+included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX.{exceptions}
 
 ![Excess loss by method]({plot_path(name).name})
 

@@ -63,15 +63,18 @@ def out_table(table: Table) -> None:
 
 def show_report(report: EvalReport, *, verbose: bool = False) -> None:
     """Show a report: its four numbers in words, then its table, in the end what a reader of it must know."""
-    from hf_context_prune.evaluation.reports.rows import source_rows
-    from hf_context_prune.evaluation.reports.summary import headline
+    from hf_context_prune.evaluation.reports.rows import source_tables
+    from hf_context_prune.evaluation.reports.summary import headline, legend
 
     for line in headline(report):
         out(line)
     out_table(report_table(report, verbose=verbose))
-    if verbose and (rows := source_rows(report)):
-        out_table(plain_table(rows[0], rows[1:]))
     if verbose:
+        for title, rows in source_tables(report):
+            out(f"{title}:")
+            out_table(plain_table(rows[0], rows[1:]))
+        for line in legend(report):
+            out(line)
         out(f"Test text: {report.dataset.held_out}")
     for note in report.notes:
         out(note)

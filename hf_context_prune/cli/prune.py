@@ -133,6 +133,7 @@ def prune(
     steps = _next_steps(
         output,
         recovery,
+        base=model if Path(model).exists() else None,  # a path of this machine is not in the plan
         data=data,
         eval_data=eval_data,
         general_data=evaluation.get("general_data"),

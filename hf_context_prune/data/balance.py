@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hf_context_prune.errors import DataError
 
-from .documents import TextDocument, TextSource
+from .documents import TextDocument, TextSource, stable_hash
 
 _MOST_COPIES = 4
 """Text that is read up to four times teaches a language model nearly as much as new text (arXiv 2305.16264)."""
@@ -30,6 +30,16 @@ def split_by_source(text: TextSource) -> list[TextSource]:
     """Return a text for each source, under the name of the whole."""
     groups = group_by_source(text.documents).values()
     return [TextSource.from_documents(group, name=text.name, revision=text.revision) for group in groups]
+
+
+def count_sources(text: TextSource) -> int:
+    """Return the number of sources of a text."""
+    return len({document.source for document in text.documents})
+
+
+def identify_sources(text: TextSource) -> str:
+    """Return a hash of the sources of the documents, in order: fingerprints are of the texts alone."""
+    return stable_hash(*(document.source for document in text.documents)).hex()
 
 
 def check_sources(text: TextSource) -> None:

@@ -7,6 +7,8 @@ split.
 
 import hashlib
 import itertools
+import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ without ``datasets`` agrees.
 
 
 _CHUNK = 64  # records that are rendered together
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ def _read_documents(
 ) -> list[TextDocument]:
     texts: dict[str, list[str]] = {}
     sources: dict[str, str] = {}
+    spread: dict[str, str] = {}
     for table in tables:
         records = iter(table.records)
         head = list(itertools.islice(records, PEEK))
@@ -190,14 +194,23 @@ def _read_documents(
             for (row, record), text in zip(chunk, _texts_of(chunk, columns, tokenizer, table.name), strict=True):
                 if not text.strip():
                     continue
-                ids = {key: record.get(key) for key in ("doc", "source") if key not in columns}
-                doc = str(ids["doc"]) if ids.get("doc") not in (None, "") else f"{table.name}#{row}"
+                doc, source = (_name_of(record.get(key)) if key not in columns else None for key in ("doc", "source"))
+                doc, source = doc or f"{table.name}#{row}", source or table.source
                 if doc not in texts:
                     if len(texts) == max_documents:
-                        return _joined(texts, sources)
-                    sources[doc] = str(ids["source"]) if ids.get("source") not in (None, "") else table.source
+                        return _joined(texts, sources, spread)
+                    sources[doc] = source
+                elif source != sources[doc]:
+                    spread.setdefault(doc, source)
                 texts.setdefault(doc, []).append(text)
-    return _joined(texts, sources)
+    return _joined(texts, sources, spread)
+
+
+def _name_of(value: object) -> str | None:
+    """Return what a record calls its document or its source; None where it names none (also by NaN, or by spaces)."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return str(value).strip() or None
 
 
 def _chunk_size(max_documents: int | None, found: int) -> int:
@@ -217,7 +230,18 @@ def _texts_of(
         yield "\n".join(part for part in row_parts if part.strip()).removeprefix("\ufeff")
 
 
-def _joined(texts: dict[str, list[str]], sources: dict[str, str]) -> list[TextDocument]:
+def _joined(texts: dict[str, list[str]], sources: dict[str, str], spread: dict[str, str]) -> list[TextDocument]:
+    if spread:
+        doc, other = next(iter(spread.items()))
+        _LOGGER.warning(
+            "%s of %s documents have records of several sources, such as doc %.80r in %.80r and %.80r. Each counts as "
+            "one document of its first source; different documents need different names in the column 'doc'.",
+            f"{len(spread):,}",
+            f"{len(texts):,}",
+            doc,
+            sources[doc],
+            other,
+        )
     return [TextDocument("\n\n".join(parts), doc, sources[doc]) for doc, parts in texts.items()]
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_context_prune.errors import ConfigError, DataError
 
+from .balance import count_sources
 from .decontamination import drop_overlapping
 from .documents import TextData, TextDocument, TextSource, load_documents, stable_hash
 
@@ -146,7 +147,11 @@ class TextSplit:
                 if withholds:
                     raise
                 raise DataError(f"{error}, or give test text of its own (--eval-data)") from error
-            how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before {use}, by document."
+            how = f"{len(given):,} of {len(text):,} documents of {text.name} were held out before {use}, by document"
+            sources, tested = count_sources(text), count_sources(given)
+            if tested < sources:
+                how += f", of {tested:,} of its {sources:,} sources"
+            how += "."
             what = "held-out document"
             remedy = "Give test text of its own (--eval-data), or text with fewer repetitions."
         else:

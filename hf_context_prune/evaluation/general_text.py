@@ -114,7 +114,11 @@ def dataset_facts(passages: Passages, how: str, max_seq_length: int) -> DatasetF
 
 
 def build_loss_facts(
-    base: Sequence[DocumentLoss] | LossSummary | None, others: Mapping[str, Sequence[DocumentLoss]], *, seed: int
+    base: Sequence[DocumentLoss] | LossSummary | None,
+    others: Mapping[str, Sequence[DocumentLoss]],
+    *,
+    seed: int,
+    what: str = "text",
 ) -> LossFacts:
     """Return losses on the same documents as facts of a report.
 
@@ -122,6 +126,7 @@ def build_loss_facts(
         base: Losses of the base; a summary of them gives comparisons without intervals, and None gives none.
         others: Losses of the ``"pruned"`` and the ``"recovered"`` model, as far as they exist.
         seed: Seed of the intervals.
+        what: What the log calls the text, where it names its sources.
     """
     summaries = {name: summarize_losses(losses, seed=seed) for name, losses in others.items()}
     against: dict[str, LossComparison] = {}
@@ -136,5 +141,5 @@ def build_loss_facts(
         comparison=against.get("pruned"),
         recovered=summaries.get("recovered"),
         recovered_comparison=against.get("recovered"),
-        by_source=losses_by_source({**known, **others}),
+        by_source=losses_by_source({**known, **others}, what=what),
     )

@@ -10,7 +10,7 @@ from hf_context_prune.errors import DataError, NumericsError
 from .bootstrap import Estimate, Statistic, bits_per_byte, bootstrap_estimate, ratio, ratio_to_change
 
 _LOGGER = logging.getLogger(__name__)
-_MOST_NAMED = 20
+_MOST_NAMED = 100
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def mean_bits_per_byte(losses: Sequence[DocumentLoss]) -> float:
 
 
 def summarize_losses(losses: Sequence[DocumentLoss], *, seed: int = 0, n_resamples: int = 2000) -> LossSummary:
-    """Sum up the losses of one model, with bootstrap intervals over documents.
+    """Sum up the losses of one model, with bootstrap intervals over sources and documents.
 
     Raises:
         DataError: `losses` is empty.
@@ -194,11 +194,12 @@ class SourceLoss:
     models: dict[str, float]
 
 
-def losses_by_source(measured: Mapping[str, Sequence[DocumentLoss]]) -> tuple[SourceLoss, ...]:
+def losses_by_source(measured: Mapping[str, Sequence[DocumentLoss]], *, what: str = "text") -> tuple[SourceLoss, ...]:
     """Return the losses of models on each source of a text; none where it has a single one. The log names them.
 
     Args:
         measured: Losses on the same documents, by model.
+        what: What the log calls the text.
     """
     groups: dict[str, dict[str, list[DocumentLoss]]] = {}
     for model, losses in measured.items():
@@ -210,9 +211,9 @@ def losses_by_source(measured: Mapping[str, Sequence[DocumentLoss]]) -> tuple[So
     for number, (source, models) in enumerate(sorted(groups.items()), start=1):
         bits = {model: mean_bits_per_byte(losses) for model, losses in models.items()}
         found.append(SourceLoss(number, len(next(iter(models.values()))), bits))
-        names.append(f"{number} {source}")
+        names.append(f"{number} {source!r:.80}")  # foreign text: no line breaks, no terminal codes
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    _LOGGER.info("Sources of the text, by number: %s%s.", ", ".join(names[:_MOST_NAMED]), more)
+    _LOGGER.info("Sources of the %s, by number: %s%s.", what, ", ".join(names[:_MOST_NAMED]), more)
     return tuple(found)
 
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hf_context_prune.data.balance import share_evenly, split_by_source
+from hf_context_prune.data.balance import count_sources, share_evenly, split_by_source
 from hf_context_prune.data.documents import TextDocument, TextSource, stable_hash
 
 from .windows import group_records
@@ -32,16 +32,18 @@ class Passages:
         text: The passages, each under the name of its document.
         max_chars: Characters that all passages may have together; None where the text is whole.
         num_documents: Number of documents of the text that they were cut from.
+        num_sources: Number of its sources.
     """
 
     text: TextSource
     max_chars: int | None
     num_documents: int
+    num_sources: int
 
     @classmethod
     def whole(cls, source: TextSource) -> Passages:
         """Take a whole text."""
-        return cls(source, None, _count_documents(source))
+        return cls(source, None, _count_documents(source), count_sources(source))
 
     @classmethod
     def of(
@@ -103,7 +105,7 @@ class Passages:
         groups = group_records(source, None)
         sizes = {doc: sum(len(record.text) for record in records) for doc, records in groups.items()}
         if sum(sizes.values()) <= max_chars:
-            return cls(source, None, len(groups))
+            return cls.whole(source)
         if balance_sources:
             return cls._within_each_source(source, max_chars, passage_chars, seed)
         order = sorted(groups)
@@ -122,8 +124,7 @@ class Passages:
             cut[doc] = _cut_passage(groups[doc], length, seed)
             left -= sum(len(record.text) for record in cut[doc])
         passages = [record for doc in groups for record in cut.get(doc, ())]
-        text = TextSource.from_documents(passages, name=source.name, revision=source.revision)
-        return cls(text, max_chars, len(groups))
+        return cls._cut_from(source, passages, max_chars)
 
     @classmethod
     def _within_each_source(cls, source: TextSource, max_chars: int, passage_chars: int, seed: int) -> Passages:
@@ -134,16 +135,20 @@ class Passages:
             for part, share in zip(parts, shares, strict=True)
             if share
         ]
-        passages = [record for found in cut for record in found.text.documents]
+        return cls._cut_from(source, [record for found in cut for record in found.text.documents], max_chars)
+
+    @classmethod
+    def _cut_from(cls, source: TextSource, passages: list[TextDocument], max_chars: int) -> Passages:
         text = TextSource.from_documents(passages, name=source.name, revision=source.revision)
-        return cls(text, max_chars, _count_documents(source))
+        return cls(text, max_chars, _count_documents(source), count_sources(source))
 
     def describe(self) -> str:
         """Return a sentence on the choice; empty where the text is whole."""
         if self.max_chars is None:
             return ""
-        documents = _count_documents(self.text)
-        return f"A passage each of {documents:,} of {self.num_documents:,} documents was measured."
+        documents, sources = _count_documents(self.text), count_sources(self.text)
+        of_sources = f" (of {sources:,} of {self.num_sources:,} sources)" if sources < self.num_sources else ""
+        return f"A passage each of {documents:,} of {self.num_documents:,} documents was measured{of_sources}."
 
 
 def _count_documents(source: TextSource) -> int:

@@ -133,7 +133,9 @@ class MeasuredText:
             for name, pair in models.items()
         }
 
-    def loss_facts(self, measured: Mapping[str, list[DocumentLoss]], *, trained_again: bool, seed: int) -> LossFacts:
+    def loss_facts(
+        self, measured: Mapping[str, list[DocumentLoss]], *, trained_again: bool, seed: int, what: str
+    ) -> LossFacts:
         """Return the facts of the losses, those of an earlier report included.
 
         Args:
@@ -141,6 +143,7 @@ class MeasuredText:
             trained_again: Whether the pruned model had been recovered before: then it is not the pruned model of the
                 report, which an earlier report may know.
             seed: Seed of the intervals.
+            what: What the log calls the text.
         """
         known = self.known
         if known is not None:
@@ -148,7 +151,7 @@ class MeasuredText:
             if abs(found / stated - 1) > _SAME_LOSS:  # measured in another way, so the other figures were too
                 known = None
         base = self.base if self.base is not None or known is None else known.base
-        facts = build_loss_facts(base, measured, seed=seed)
+        facts = build_loss_facts(base, measured, seed=seed, what=what)
         if trained_again:
             pruned, comparison = (None, None) if known is None else (known.pruned, known.comparison)
             facts = replace(facts, pruned=pruned, comparison=comparison)
@@ -240,9 +243,10 @@ class Comparison:
         models = {"pruned": pruned} if recovered is None else {"pruned": pruned, "recovered": recovered}
         last, _ = recovered or pruned
         facts = list[TextLosses]()
-        for text in (self.domain, *(() if self.general is None else (self.general,))):
+        texts = {"text": self.domain, **({} if self.general is None else {"general text": self.general})}
+        for what, text in texts.items():
             measured = text.losses(models, self.max_seq_length)
-            found = text.loss_facts(measured, trained_again=trained_again, seed=self.seed)
+            found = text.loss_facts(measured, trained_again=trained_again, seed=self.seed, what=what)
             facts.append(TextLosses(text.facts, found))
             if recovered is not None and (found.base is None or trained_again):
                 gain = format_change(relative_change(measured["pruned"], measured["recovered"], self.seed))

@@ -80,15 +80,15 @@ def evaluate(
     how_long: dict[str, Any] = {"max_seq_length": max_seq_length, "max_tokens": options.max_tokens, "seed": seed}
     dense, pair = (first.model, first.tokenizer), None if base is None else (own.model, own.tokenizer)
 
-    def measure(source: TextSource, how: str) -> TextLosses:
+    def measure(source: TextSource, how: str, what: str) -> TextLosses:
         found = MeasuredText.measure(source, how, first, **how_long)
         others = {} if pair is None else found.losses({"pruned": pair}, max_seq_length)
-        return TextLosses(found.facts, build_loss_facts(found.base, others, seed=seed))
+        return TextLosses(found.facts, build_loss_facts(found.base, others, seed=seed, what=what))
 
     if questions is not None and asked is not None and questions.harness_task is not None:
         write_harness_task(asked, questions.harness_task, num_fewshot=questions.num_fewshot)
-    domain = measure(text, "The given text, unchanged.")
-    general_facts = None if general is None else measure(general.source, general.how)
+    domain = measure(text, "The given text, unchanged.", "text")
+    general_facts = None if general is None else measure(general.source, general.how, "general text")
     choice = None
     if questions is not None and asked is not None:
         choice = answer_with_models(asked, questions, dense, pair)

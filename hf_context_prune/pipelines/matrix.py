@@ -11,6 +11,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
+from hf_context_prune.data.balance import identify_sources
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.data.splits import TextSplit
@@ -101,6 +102,7 @@ def domain_matrix(
         "model": [base.name, fingerprint(base.model), str(base.model.dtype)],
         "config": config.to_dict(),
         "domains": {name: text.fingerprint for name, text in train.items()},
+        **({"sources": {n: identify_sources(text) for n, text in train.items()}} if config.balance_sources else {}),
         "held_out": {name: one.setting() for name, one in held_out.items()},
     }
     scores: dict[tuple[str, str], Scores] = {}

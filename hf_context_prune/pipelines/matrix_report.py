@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_context_prune.evaluation.accuracy import Accuracy, PairedAccuracy, compare_answers, summarize_answers
-from hf_context_prune.evaluation.bootstrap import MIN_DOCUMENTS, Estimate
+from hf_context_prune.evaluation.bootstrap import Estimate
 from hf_context_prune.evaluation.general_text import build_loss_facts, dataset_facts
 from hf_context_prune.evaluation.losses import relative_change, summarize_losses
-from hf_context_prune.evaluation.reports.formatting import format_accuracy, format_change
+from hf_context_prune.evaluation.reports.formatting import INTERVALS, format_accuracy, format_change
 from hf_context_prune.evaluation.reports.report import (
     DatasetFacts,
     Environment,
@@ -125,7 +125,7 @@ class DomainMatrix:
             losses = self.scores[DENSE, domain].losses
             tokens = sum(loss.num_tokens for loss in losses)
             parts.append(f"{domain} {tokens:,} tokens of {len(losses):,} document{'' if len(losses) == 1 else 's'}")
-        return f"Scored: {'; '.join(parts)} (fewer than {MIN_DOCUMENTS} documents have no interval)."
+        return f"Scored: {'; '.join(parts)}."
 
     def _dataset(self, domain: str) -> DatasetFacts:
         held_out = self.held_out[domain]
@@ -281,8 +281,8 @@ class DomainMatrix:
                 "Bits per byte",
                 ("calibrated on", "parameters", *(f"on {name}" for name in self.domains)),
                 tuple(self.loss_rows()),
-                f"Bits per byte on test text; in brackets the change against the base model, with a 95 % interval "
-                f"over documents. {self._scored()}",
+                f"Bits per byte on test text; in parentheses the change against the base model. {INTERVALS} "
+                f"{self._scored()}",
             )
         ]
         if reference is not None:

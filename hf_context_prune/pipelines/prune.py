@@ -280,7 +280,7 @@ def _run_stages(
     pruned = load_or_prune(
         None if recovery is None else resume_dir,
         base,
-        (config.to_dict(), texts.provenance()),
+        (config.to_dict(), texts.identity()),
         lambda: _prune(base, texts, config, tokens_stay, resume_dir),
     )
     if isinstance(config, ThresholdConfig):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_context_prune.config import PrunerConfig, ThresholdConfig
+from hf_context_prune.data.balance import identify_sources
 from hf_context_prune.data.documents import TextData
 from hf_context_prune.data.splits import TextSplit
 from hf_context_prune.errors import DataError
@@ -85,6 +86,12 @@ class PruningTexts:
         if isinstance(config, PrunerConfig) and config.max_loss_increase is not None:
             text, validation = withhold_size_text(text, tokenizer, config, general=mixed_in)
         return cls(split, CalibrationSet(text, config, mixed_in), validation, general)
+
+    def identity(self) -> list[Any]:
+        """Return all of the texts that the plan depends on; with `balance_sources` also the sources of documents."""
+        calibration = self.calibration
+        balanced = [calibration.domain, calibration.general] if calibration.config.balance_sources else []
+        return [self.provenance(), *(identify_sources(text) for text in balanced if text is not None)]
 
     def provenance(self) -> dict[str, Any]:
         """Return the names and fingerprints of the texts that decided the plan."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_context_prune.evaluation.accuracy import compare_answers, summarize_answers
 from hf_context_prune.evaluation.losses import relative_change, summarize_losses
-from hf_context_prune.evaluation.reports.formatting import format_accuracy, format_change
+from hf_context_prune.evaluation.reports.formatting import INTERVALS, format_accuracy, format_change
 from hf_context_prune.evaluation.reports.report import Environment
 from hf_context_prune.evaluation.reports.run_report import ReportTable, RunReport
 from hf_context_prune.evaluation.scores import HeldOut, Scores, summarize_scores
@@ -151,8 +151,8 @@ class Sweep:
             "Removed: share of the parameters that are gone from the file. Zeroed, not removed: zeros that stay in the "
             "file, because no whole unit is dead; training leaves them zero. Paper's non-zero size: the relative size "
             "in the paper's terms, with everything still in the file; its code also zeroes rows of tokens that must "
-            "stay here. Bits per byte: in brackets the change, with a 95 % interval over documents. A perplexity with "
-            "* is per token of another vocabulary, and can't be compared."
+            f"stay here. Bits per byte: in parentheses the change. {INTERVALS} A perplexity with * is per token of "
+            f"another vocabulary, and can't be compared."
         )
         notes = [f"{self.text} Scored on {sum(x.num_tokens for x in losses):,} tokens of {len(losses):,} documents."]
         tables = [ReportTable("Grid of thresholds", self.header, tuple(self.table_rows()), caption)]

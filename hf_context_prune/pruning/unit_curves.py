@@ -13,7 +13,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_context_prune.config import PrunerConfig
-from hf_context_prune.data.balance import split_by_source
+from hf_context_prune.data.balance import identify_sources, split_by_source
 from hf_context_prune.data.documents import TextSource
 from hf_context_prune.modeling.token_rows import num_rows, token_cost
 from hf_context_prune.modeling.view import ModelView
@@ -161,7 +161,9 @@ def _load_or_measure(
 
     if resume_dir is None:
         return measure()
-    texts = probe.counted.fingerprint, None if probe.general is None else probe.general.fingerprint
+    texts = [None if text is None else text.fingerprint for text in (probe.counted, probe.general)]
+    if pruner.balance_sources:
+        texts.append(identify_sources(probe.counted))
     options = config.vocab_criterion, config.pad_to_multiple_of, SHARES
     sampling = sorted(pruner.sampling.items()), pruner.general_share, probe.base_loss, pruner.balance_sources
     key = resume_key(pruner.model, [], "tokens", texts, options, sampling, max(0, missing))

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hf_context_prune.evaluation.accuracy import Accuracy, PairedAccuracy
-from hf_context_prune.evaluation.bootstrap import Estimate, ratio_to_change
+from hf_context_prune.evaluation.bootstrap import MIN_DOCUMENTS, MIN_SOURCES, Estimate, ratio_to_change
 from hf_context_prune.evaluation.speed import Spread
+
+INTERVALS = (
+    f"Square brackets behind a change hold its 95 % bootstrap interval over sources and documents; "
+    f'"(a to b)" is the range over the sources, where there are fewer than {MIN_SOURCES} of them or than '
+    f"{MIN_DOCUMENTS} documents; of a single source with fewer documents there is neither."
+)
+"""What stands behind a change that [`format_change`][] shows."""
 
 
 def format_estimate(estimate: Estimate, pattern: str, transform: Callable[[float], float] = float) -> str:

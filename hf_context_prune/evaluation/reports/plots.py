@@ -30,6 +30,7 @@ class PlotPoint:
         x: Position on the horizontal axis.
         y: The loss.
         interval: Interval of the loss.
+        change: Interval of its relative change against the base, paired by document.
         marker: Marker of matplotlib; ``"*"`` is a base.
     """
 
@@ -37,6 +38,7 @@ class PlotPoint:
     x: float
     y: float
     interval: tuple[float, float] | None = None
+    change: tuple[float, float] | None = None
     marker: str = "o"
 
 
@@ -186,15 +188,11 @@ def plot_losses(panels: Mapping[str, Sequence[PlotPoint]]) -> Figure:
 
 
 def _against(point: PlotPoint, base: PlotPoint | None) -> PlotPoint:
-    """Return a point in per cent of a base: its size, and the change of its loss."""
+    """Return a point in per cent of a base: its size, and the change of its loss with the paired interval."""
     if base is None:
         return point
-
-    def change(value: float) -> float:
-        return 100 * (value / base.y - 1)
-
-    interval = None if point.interval is None else (change(point.interval[0]), change(point.interval[1]))
-    return replace(point, x=100 * point.x / base.x, y=change(point.y), interval=interval)
+    interval = None if point.change is None else (100 * point.change[0], 100 * point.change[1])
+    return replace(point, x=100 * point.x / base.x, y=100 * (point.y / base.y - 1), interval=interval)
 
 
 def _describe_losses(points: Sequence[PlotPoint]) -> str:

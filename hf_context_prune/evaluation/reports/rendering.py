@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_context_prune.errors import ConfigError, LoadError
+from hf_context_prune.evaluation.bootstrap import ratio_to_change
 from hf_context_prune.modeling.geometry import widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
 from hf_context_prune.storage.manifest import verify_if_ours
@@ -22,9 +23,9 @@ from .formatting import format_percent
 from .markdown import inert, one_line, table
 from .plots import PlotPoint, describe_widths, plot_curves, plot_losses, plot_matrix, plot_widths, png_of
 from .report import EvalReport, LossFacts
-from .rows import table_header, table_rows
+from .rows import source_tables, table_header, table_rows
 from .run_report import AnyReport, RunReport, load_report
-from .summary import headline
+from .summary import headline, legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,15 +198,17 @@ def _environment_text(report: AnyReport) -> str:
 def _model_markdown(report: EvalReport) -> list[str]:
     single = report.size.pruned_parameters is None
     about = f"{report.base_model}, alone." if single else f"Pruned from {report.base_model}."
-    return [
+    parts: list[str] = [
         inert(" ".join([about, *headline(report)])),
-        "",
         table(table_header(report), table_rows(report, intervals=True)),
-        "",
-        inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"),
-        "",
-        *(line for note in report.notes for line in (f"- {inert(note)}", "")),
     ]
+    for title, (header, *rows) in source_tables(report):
+        parts += [f"{inert(title)}:", table(header, rows)]
+    if brackets := legend(report):
+        parts.append(inert(" ".join(brackets)))
+    parts.append(inert(f"Text: {report.dataset.name}. {report.dataset.held_out}"))
+    parts += [f"- {inert(note)}" for note in report.notes]
+    return [line for part in parts for line in (part, "")]
 
 
 def run_markdown(report: RunReport) -> list[str]:
@@ -279,9 +282,10 @@ _DRAWINGS: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], Figure]]
 
 
 def _point(label: str, scores: Mapping[str, Any], marker: str) -> PlotPoint:
-    bits = scores["loss"]["bits_per_byte"]
-    interval = bits["interval"]
-    return PlotPoint(label, scores["parameters"] / 1e6, bits["value"], interval and (interval[0], interval[1]), marker)
+    bits, place = scores["loss"]["bits_per_byte"], scores["parameters"] / 1e6
+    interval = bits["interval"] and tuple(bits["interval"])
+    against = scores["change"]["bits_per_byte_ratio"]["interval"] if "change" in scores else None
+    return PlotPoint(label, place, bits["value"], interval, against and (against[0] - 1, against[1] - 1), marker)
 
 
 def _panels(folders: Sequence[Folder]) -> dict[str, list[PlotPoint]]:
@@ -302,12 +306,16 @@ def _panels(folders: Sequence[Folder]) -> dict[str, list[PlotPoint]]:
         points = panels.setdefault(f"{texts[text.fingerprint]}: {amount}", [])
         if loss.base is not None:
             name = f"base: {report.base_model}"
-            base = PlotPoint(name, size.base_parameters / 1e6, loss.base.bits_per_byte.value, None, "*")
+            base = PlotPoint(name, size.base_parameters / 1e6, loss.base.bits_per_byte.value, marker="*")
             if base not in points:
                 points.append(base)
-        for summary, marker, when in ((loss.pruned, "o", ""), (loss.recovered, "s", " (recovered)")):
+        models = (
+            ("", loss.pruned, loss.comparison, "o"),
+            (" (recovered)", loss.recovered, loss.recovered_comparison, "s"),
+        )
+        for when, summary, against, marker in models:
             if summary is not None:
-                bits = summary.bits_per_byte
-                place = report.size.pruned_parameters / 1e6
-                points.append(PlotPoint(f"{folder.name}{when}", place, bits.value, bits.interval, marker))
+                bits, place = summary.bits_per_byte, report.size.pruned_parameters / 1e6
+                change = None if against is None else ratio_to_change(against.bits_per_byte_ratio).interval
+                points.append(PlotPoint(f"{folder.name}{when}", place, bits.value, bits.interval, change, marker))
     return panels

@@ -105,16 +105,22 @@ class _Cells:
         return show(value) if self.intervals else pattern.format(value.median)
 
 
-def source_rows(report: EvalReport) -> list[Row]:
-    """Return the bits per byte of each model on each source of the domain's text, the largest loss first.
+def source_tables(report: EvalReport) -> list[tuple[str, list[Row]]]:
+    """Return the bits per byte of each model on each source of the domain's text and of the general text.
 
     Returns:
-        Rows, the first of them the headings; none where the text has a single source. The change is that of the last
-        model against the base. Of more than [`MOST_SOURCES`][] sources, those that lose most are shown.
+        (title, rows) of each text that has several sources. The first row has the headings; then the largest loss comes
+        first. The change is that of the last model against the base. Of more than [`MOST_SOURCES`][] sources, those
+        that lose most are shown.
     """
-    found = order_sources(report.loss)
-    if not found:
-        return []
+    losses = [("Loss by source of the text", report.loss)]
+    if report.general is not None:
+        losses.append(("Loss by source of the general text", report.general.loss))
+    return [(title, _source_rows(loss)) for title, loss in losses if loss.by_source]
+
+
+def _source_rows(loss: LossFacts) -> list[Row]:
+    found = order_sources(loss)
     names = [name for name in _MODELS if name in found[0][0].models]
     compared = found[0][1] is not None
     rows: list[Row] = [("source", "documents", *names, *(("change",) if compared else ()))]

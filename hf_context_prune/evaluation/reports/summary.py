@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hf_context_prune.evaluation.bootstrap import MIN_DOCUMENTS
+from hf_context_prune.evaluation.bootstrap import MIN_DOCUMENTS, MIN_SOURCES
 from hf_context_prune.evaluation.speed import Spread
 
 from .formatting import format_percent
 from .report import EvalReport, LossFacts
-from .rows import order_sources, source_rows, table_header, table_rows, text_table
+from .rows import order_sources, source_tables, table_header, table_rows, text_table
 
 _NOISY = 1.25
 _SIZE_SHOWN = 0.0005  # a smaller difference would be shown as "0.0 %"
@@ -28,10 +28,28 @@ def headline(report: EvalReport) -> list[str]:
 
 def describe(report: EvalReport, *, intervals: bool = False) -> str:
     """Return the headline and the table of figures as plain text."""
-    tables = [text_table(table_header(report), table_rows(report, intervals=intervals))]
-    if intervals and (rows := source_rows(report)):
-        tables.append(text_table(rows[0], rows[1:]))
-    return "\n".join([*headline(report), *(line for table in tables for line in ("", table))])
+    parts = [text_table(table_header(report), table_rows(report, intervals=intervals))]
+    if intervals:
+        parts += [f"{title}:\n{text_table(rows[0], rows[1:])}" for title, rows in source_tables(report)]
+        parts += legend(report)
+    return "\n".join([*headline(report), *(line for part in parts for line in ("", part))])
+
+
+def legend(report: EvalReport) -> list[str]:
+    """Return sentences on what stands in brackets and in parentheses behind the losses."""
+    losses = [report.loss, *([] if report.general is None else [report.general.loss])]
+    drawn = [loss for loss in losses if loss.last.bits_per_byte.interval is not None]
+    found = []
+    if drawn:
+        over = "sources and documents" if any(loss.by_source for loss in drawn) else "documents"
+        how = f"{report.loss.last.n_resamples:,} resamples, seed {report.loss.last.seed}"
+        found.append(f"Brackets hold 95 % bootstrap intervals over {over} ({how}).")
+    if any(loss.last.bits_per_byte.span is not None for loss in losses):
+        found.append(
+            f"Parentheses behind a loss hold the lowest and the highest source of a text with too few sources "
+            f"({MIN_SOURCES} are needed) or documents for an interval."
+        )
+    return found
 
 
 def _size_and_speed(report: EvalReport) -> str:

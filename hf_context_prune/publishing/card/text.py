@@ -9,8 +9,8 @@ from typing import Any
 from hf_context_prune.data.records import IN_MEMORY
 from hf_context_prune.evaluation.reports.markdown import Trusted, block, code, inert, one_line, table
 from hf_context_prune.evaluation.reports.report import EvalReport
-from hf_context_prune.evaluation.reports.rows import source_rows, table_header, table_rows, text_rows
-from hf_context_prune.evaluation.reports.summary import headline
+from hf_context_prune.evaluation.reports.rows import source_tables, table_header, table_rows, text_rows
+from hf_context_prune.evaluation.reports.summary import headline, legend
 from hf_context_prune.modeling.depth import WARNING, describe_layers
 from hf_context_prune.modeling.geometry import units_of, widths_vary
 from hf_context_prune.modeling.plan import PruningPlan
@@ -47,7 +47,7 @@ def body_values(facts: CardFacts) -> dict[str, Any]:
         "measured": _measured(report) if report else Trusted(""),
         "text_table": _text_table(report) if report else None,
         "more_table": _table(report, "loss", "general", "budget", "multiple_choice") if report else None,
-        "text_sources": _folded("Loss by source of the text", source_rows(report)) if report else None,
+        "text_sources": _text_sources(report) if report else None,
         "sources": _by_source(report) if report else None,
         "notes": [*report.notes] if report else [],
         "measure_command": block("sh", evaluate_command(facts)),
@@ -164,6 +164,11 @@ def _by_source(report: EvalReport) -> Trusted | None:
     return _folded("Accuracy by source of the questions", [table_header(report), *_rows_of_sources(report)])
 
 
+def _text_sources(report: EvalReport) -> Trusted | None:
+    found = [_folded(title, rows) for title, rows in source_tables(report)]
+    return Trusted("\n\n".join(one for one in found if one)) or None
+
+
 def _folded(title: str, rows: Sequence[tuple[str, ...]]) -> Trusted | None:
     """Return a table that opens at a click, from its headings and rows; None without rows."""
     if len(rows) < 2:
@@ -190,7 +195,9 @@ def _calibration(facts: CardFacts) -> Trusted:
     else:
         parts.append("The plan does not name the text.")
     if isinstance(tokens, int):
-        parts.append(f"{tokens:,} of its tokens chose the units to remove and reconstructed the layers.")
+        mixed_in = facts.recorded("general_data").get("name")
+        also = f" and of {_text_name(mixed_in)}" if mixed_in else ""
+        parts.append(f"{tokens:,} tokens of it{also} chose the units to remove and reconstructed the layers.")
     search = facts.recorded("search_data")
     if search.get("name"):
         parts.append(f"The size was searched on validation documents of it ({_text_name(search['name'])}).")
@@ -202,15 +209,9 @@ def _text_name(name: object) -> Trusted:
 
 
 def _measured(report: EvalReport) -> Trusted:
-    first, length = report.loss.last, report.dataset.max_seq_length
+    length = report.dataset.max_seq_length
     windows = "" if length is None else f" in windows of {length:,} tokens"
-    brackets = ""
-    if first.bits_per_byte.interval is not None:
-        how = f"{first.n_resamples:,} resamples, seed {first.seed}"
-        over = "sources and documents" if report.loss.by_source else "documents"
-        brackets = f"Brackets hold 95 % bootstrap intervals over {over} ({how}). "
-    elif first.bits_per_byte.span is not None:
-        brackets = "Parentheses hold the lowest and the highest source of the text: there are too few for an interval. "
+    brackets = "".join(f"{sentence} " for sentence in legend(report))
     return Trusted(
         f"Bits per byte; lower is better. The unit is a byte of text, so models with different vocabularies are "
         f"comparable. {brackets}Base and pruned model read the same documents{windows}, and none of them was used to "

@@ -29,8 +29,8 @@ from .views import (
 )
 
 DOMAINS_CAPTION = (
-    "Change of the bits per byte against the dense model on test text, with the 95% interval over documents. Zero is "
-    "as good as the dense model, below zero is better. Text outside a model's domain usually suffers more."
+    "Change of the bits per byte against the dense model on test text, with its 95% interval or, of few sources, their "
+    "range. Zero is as good as the dense model, below zero is better. Text of other domains usually suffers more."
 )
 QUESTIONS_CAPTION = (
     "Share of multiple-choice questions answered correctly, with the 95% interval. Near the share of guessing, a "

@@ -78,8 +78,14 @@ def test_passages_of_equal_parts(tokenizer):
         assert 0.95 < sizes["a"] / sizes["b"] < 1.05
         assert 0.95 * max_chars < sum(sizes.values()) <= max_chars
         assert found.num_documents == 71
+        assert "sources" not in found.describe()
         assert found == Passages.within(text, max_chars, balance_sources=True)
     assert Passages.of(text, tokenizer, max_tokens=10**6, balance_sources=True).max_chars is None
+
+
+def test_passages_tell_how_many_sources_they_have():
+    text = text_of({"a": [60] * 60, "b": [60], "c": [60]})
+    assert Passages.within(text, 2_000).describe().endswith("documents was measured (of 1 of 3 sources).")
 
 
 def test_shares():

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_context_prune.data import hub_datasets, json_records
 from hf_context_prune.data.documents import TextDocument, TextSource, check_readable, load_documents
 from hf_context_prune.data.samples import tokenize_samples
-from hf_context_prune.data.splits import hold_out_documents
+from hf_context_prune.data.splits import TextSplit, hold_out_documents
 from hf_context_prune.errors import CalibrationWarning, ConfigError, DataError
 from tests.support.limits import within
 
@@ -135,6 +135,27 @@ def test_records_of_a_doc_are_joined_in_order_and_source_is_kept(tmp_path):
         ("b1", "7", "y"),
         ("alone", "c.jsonl#4", "c.jsonl"),
     ]
+
+
+def test_records_without_a_name_are_documents_of_their_own(tmp_path):
+    """NaN is what pandas writes for nothing: all such records were once one document."""
+    names = [float("nan"), " ", "", None]
+    records = [{"text": f"text {i}", "doc": name, "source": name} for i, name in enumerate(names)]
+    write_jsonl(tmp_path / "c.jsonl", [*records, {"text": "last", "doc": "d", "source": " a "}])
+    documents = load_documents(tmp_path / "c.jsonl").documents
+    assert [document.doc for document in documents] == ["c.jsonl#0", "c.jsonl#1", "c.jsonl#2", "c.jsonl#3", "d"]
+    assert [document.source for document in documents] == [*["c.jsonl"] * 4, "a"]
+
+
+def test_a_document_of_several_sources_is_told(tmp_path, caplog):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}", "doc": i} for i in range(3)])
+    source = load_documents(tmp_path)
+    assert next((document.text, document.source) for document in source.documents) == ("a0\n\nb0", "a.jsonl")
+    assert "3 of 3 documents have records of several sources, such as doc '0' in 'a.jsonl' and 'b.jsonl'" in caplog.text
+    caplog.clear()
+    load_documents(tmp_path / "a.jsonl")
+    assert not caplog.text
 
 
 def test_nothing_is_left_in_the_hugging_face_cache(tmp_path, hugging_face_cache):
@@ -469,6 +490,12 @@ def test_hold_out_takes_its_share_of_every_source():
     _, held = hold_out_documents(source, fraction=0.2)
     counts = {s: sum(d.source == s for d in held.documents) for s in "abc"}
     assert counts == {"a": 12, "b": 6, "c": 2}
+    assert TextSplit.of(source).how.endswith("held out before calibration, by document.")
+
+
+def test_a_split_tells_sources_that_are_too_small_to_be_tested():
+    source = source_of(*(f"text {i}" for i in range(62)), sources=["a"] * 60 + ["b", "c"])
+    assert TextSplit.of(source).how.endswith("by document, of 1 of its 3 sources.")
 
 
 def test_hold_out_keeps_docs_and_equal_texts_together():

@@ -67,15 +67,24 @@ def test_widths():
         assert tick == int(tick)
 
 
+def drawn_ends(axis):
+    """The ends of the only interval in a picture."""
+    (bars,) = axis.containers
+    (line,) = bars.lines[2][0].get_segments()
+    return [y for _, y in line]
+
+
 def test_losses_are_in_per_cent_of_one_base():
-    points = [PlotPoint("base: big", 200, 1.0, None, "*"), PlotPoint("small", 100, 1.1, (1.05, 1.2))]
+    points = [PlotPoint("base: big", 200, 1.0, marker="*"), PlotPoint("small", 100, 1.1, (0.7, 1.5), (0.08, 0.13))]
     (axis,) = plot_losses({"a text": points}).axes
     assert axis.get_title(loc="left") == "At 50 % of the size, +10.0 % bits per byte\na text"
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["base: big", "small"]
     assert beside(axis)
     assert [(line.get_xdata()[0], round(line.get_ydata()[0], 6)) for line in axis.lines[:2]] == [(100, 0), (50, 10)]
-    points.append(PlotPoint("base: other", 300, 0.9, None, "*"))
+    assert drawn_ends(axis) == pytest.approx([8, 13])  # paired, and not those of the loss itself
+    points.append(PlotPoint("base: other", 300, 0.9, marker="*"))
     (axis,) = plot_losses({"a text": points}).axes
+    assert drawn_ends(axis) == pytest.approx([0.7, 1.5])
     assert axis.get_xlabel() == "parameters, millions"  # two bases have no per cent in common
     assert axis.get_title(loc="left") == "a text"
 

@@ -24,8 +24,8 @@ from hf_context_prune.evaluation.reports.report import (
     SpeedFacts,
     TextLosses,
 )
-from hf_context_prune.evaluation.reports.rows import source_rows, table_header, table_rows, text_rows, text_table
-from hf_context_prune.evaluation.reports.summary import headline
+from hf_context_prune.evaluation.reports.rows import source_tables, table_header, table_rows, text_rows, text_table
+from hf_context_prune.evaluation.reports.summary import headline, legend
 from hf_context_prune.evaluation.speed import MemoryMeasurement, SpeedMeasurement, Spread
 
 BASE = [DocumentLoss(f"d{i}", "s", 200.0 + 9 * i, 100, 400) for i in range(12)]
@@ -164,7 +164,8 @@ def test_sources_are_told_by_their_loss(report, single):
     by_source = dataclasses.replace(report, loss=build_loss_facts(base, {"pruned": pruned}, seed=0))
     assert EvalReport.from_dict(json.loads(json.dumps(by_source.to_dict()))) == by_source
     assert "From +0.0 % to +20.0 % on its 3 sources." in headline(by_source)
-    header, *rows = source_rows(by_source)
+    ((title, (header, *rows)),) = source_tables(by_source)
+    assert title == "Loss by source of the text"
     assert header == ("source", "documents", "base", "pruned", "change")
     assert [(row[0], row[1], row[-1]) for row in rows] == [
         ("source 3", "4", "+20.0 %"),
@@ -175,9 +176,14 @@ def test_sources_are_told_by_their_loss(report, single):
     assert "(+0.0 to +20.0)" in shown
     assert shown.index("source 3") < shown.index("source 2") < shown.index("source 1")
     assert "source 2" not in by_source.summary()
-    assert source_rows(report) == []
+    assert "Parentheses behind a loss hold the lowest and the highest source" in shown
+    assert "Brackets hold" not in shown
+    assert source_tables(report) == []
     alone = dataclasses.replace(single, loss=build_loss_facts(base, {}, seed=0))
-    assert source_rows(alone)[0] == ("source", "documents", "base")
+    assert source_tables(alone)[0][1][0] == ("source", "documents", "base")
+    both = dataclasses.replace(report, general=TextLosses(DATASET, by_source.loss))
+    assert [title for title, _ in source_tables(both)] == ["Loss by source of the general text"]
+    assert {"Brackets hold", "Parentheses behind"} <= {" ".join(line.split()[:2]) for line in legend(both)}
     assert not any("sources" in line for line in headline(alone))
 
 

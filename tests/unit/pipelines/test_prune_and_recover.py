@@ -123,6 +123,28 @@ def test_one_folder_with_one_card_shows_all_three(place, tmp_path):
     assert not list((cache_dir() / "unfinished").iterdir())
 
 
+def test_other_sources_of_the_same_text_are_balanced_anew(place, tmp_path):
+    """A resumed run once took the model that had been pruned for the sources of before."""
+    data, held = tmp_path / "data.jsonl", tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps({"text": f"{text} held {i}"}) + "\n" for i, text in enumerate(texts(seed=9))))
+
+    def name_sources(names):
+        records = [{"text": text, "source": names[i % len(names)]} for i, text in enumerate(texts())]
+        data.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    config = replace(CONFIG, balance_sources=True)
+    options = {"config": config, "recovery": RECOVERY, "eval_options": QUICK, "eval_data": held}
+    work = partial(prune_to_folder, place / "base", data, tmp_path / "out", **options)
+    name_sources("abc")
+    kill(work, TRAINER, "compute_loss", 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "prune_model", lambda *_, **__: pytest.fail("pruned again"))
+        kill(work, TRAINER, "compute_loss", 2)  # of the same sources it goes on
+        name_sources("ab")
+        with pytest.raises(pytest.fail.Exception, match="pruned again"):
+            work()
+
+
 def test_test_text_of_its_own_is_recorded_of_both_steps(place, tmp_path):
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps({"text": f"{text} held {i}"}) + "\n" for i, text in enumerate(texts(seed=9))))
