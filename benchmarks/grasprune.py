@@ -91,7 +91,7 @@ class GRASPrune:
             f"applied with a keep ratio that reaches the size; its narrowed projections are put back into the stock layers, "
             f"since its own no longer run; the seed is set again between gates and scales"
         )
-        return PeerResult(smaller, VERSION, call, note, earlier_seconds=seconds)
+        return PeerResult(smaller, VERSION, call, note, step=_step(model), earlier_seconds=seconds)
 
     def repaired(self, model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
         """Keep what GRASPrune's gates keep, and refit it as this package does."""
@@ -99,13 +99,15 @@ class GRASPrune:
         smaller, kept = _walk(model, samples, layers, _given(layers))
         if kept != layers:
             raise RuntimeError("The walk kept other units than the gates.")
-        return PeerResult(smaller, VERSION, "train_gates; sequential reconstruction", earlier_seconds=seconds)
+        call = "train_gates; sequential reconstruction"
+        return PeerResult(smaller, VERSION, call, step=_step(model), earlier_seconds=seconds)
 
     def widths(self, model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
         """Keep as many units of every layer as GRASPrune's gates, but choose and refit them as this package does."""
         layers, seconds = self.choose(model, samples, remove)
         smaller, _ = _walk(model, samples, layers, get_criterion(_OURS.criterion))
-        return PeerResult(smaller, VERSION, "widths of train_gates; obs; sequential", earlier_seconds=seconds)
+        call = "widths of train_gates; obs; sequential"
+        return PeerResult(smaller, VERSION, call, step=_step(model), earlier_seconds=seconds)
 
     def scaled(self, model: Any, samples: torch.Tensor, remove: int, attention: bool) -> PeerResult:
         """Keep what this package keeps at measured widths, and scale it as GRASPrune does."""
@@ -179,13 +181,18 @@ def _sizes(layer: Any) -> tuple[int, int]:
     return mlp, attention
 
 
+def _step(model: Any) -> int:
+    """Return the parameters of a KV group, by which the gates step over a size."""
+    return _sizes(model.model.layers[0])[1] // int(model.config.num_key_value_heads)
+
+
 def _harden(model: Any, gated: Any, pipeline: Any, options: Any, remove: int) -> tuple[LayerPlan, ...]:
     """Return the units that the gates keep, at the keep ratio that removes as many parameters as are to be removed.
 
     Its rule puts one KV group back where a layer would lose all, beyond the budget.
     """
     sizes = [_sizes(layer) for layer in model.model.layers]
-    total = sum(map(sum, sizes))
+    total, found = sum(map(sum, sizes)), list[tuple[float, tuple[LayerPlan, ...]]]()
     for _ in range(_TRIES):
         pipeline.apply_final_hard_masks(gated, options)
         masks = [(layer.mlp.eval_keep_mask, layer.self_attn.eval_keep_mask_kv) for layer in gated.model.layers]
@@ -194,10 +201,12 @@ def _harden(model: Any, gated: Any, pipeline: Any, options: Any, remove: int) ->
             for pair, both in zip(sizes, masks, strict=True)
             for size, mask in zip(pair, both, strict=True)
         )
-        if abs(over := kept - (total - remove)) <= TOLERANCE * remove / 2:
+        over = kept - (total - remove)
+        found.append((abs(over), tuple(LayerPlan(_indices(neurons), _indices(groups)) for neurons, groups in masks)))
+        if abs(over) <= TOLERANCE * remove / 2:
             break
         options = replace(options, keep_ratio=options.keep_ratio - over / total)
-    return tuple(LayerPlan(_indices(neurons), _indices(groups)) for neurons, groups in masks)
+    return min(found, key=lambda one: one[0])[1]
 
 
 def put_back(model: Any, stock: Sequence[tuple[Any, Any]]) -> None:
