@@ -205,7 +205,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument("--eval-tokens", type=int, default=48_000, help="at most this many test tokens per text")
     if "--quick" in arguments:
-        options.set_defaults(domains=["medicine"], num_samples=8, length=128, eval_tokens=3_000)
+        options.set_defaults(domains=["medicine"], num_samples=8, length=128, eval_tokens=3_000, fewest=1)
     args = options.parse_args(arguments)
     args.shares = [args.removed]  # as a FrontierDomain reads it
     args.given = given(options, args)

@@ -97,7 +97,7 @@ def worst_change(
     names, counts = np.unique(np.asarray(sources), return_counts=True)
     groups = [np.flatnonzero(np.asarray(sources) == name) for name in names[counts >= fewest]]
     if not groups:
-        raise ValueError(f"no source has {fewest} documents")
+        raise ValueError(f"no source has {fewest} test documents; allow fewer (--fewest), or more text (--eval-tokens)")
     rng = np.random.default_rng(seed)
     draws = [rng.integers(0, len(group), (RESAMPLES, len(group))) for group in groups]
     dense = np.asarray(before, dtype=np.float64)

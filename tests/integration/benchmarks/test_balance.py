@@ -41,7 +41,7 @@ def test_rows_tables_and_resume(tmp_path, monkeypatch):
     loaded = LoadedModel(model_for("llama", tokenizer, intermediate_size=160), tokenizer, "tiny", None, None)
     monkeypatch.setattr(balance, "smollm2", lambda: loaded)
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
-    sizes = "--domains law --removed 0.2 --num-samples 16 --length 32 --eval-tokens 900"
+    sizes = "--domains law --removed 0.2 --num-samples 16 --length 32 --eval-tokens 900 --fewest 5"
     options = f"--data {tmp_path} --work {tmp_path / 'rows'} {sizes}".split()
     balance.main(options)
     rows = {row["key"]["way"]: row for row in map(json.loads, (tmp_path / "rows/balance.jsonl").open())}
