@@ -97,7 +97,7 @@ def test_the_worst_source_of_each_draw_and_the_paired_difference():
     assert one.interval[0] < 0.3 < one.interval[1]
     assert gap.interval == pytest.approx((-0.1, -0.1))
     assert worst_change(BEFORE, (AFTER,), SOURCES, 0)[0].value == 1.0
-    with pytest.raises(ValueError, match="no source has 11 documents"):
+    with pytest.raises(ValueError, match="no source has 11 test documents"):
         worst_change(BEFORE, (AFTER,), SOURCES, 0, fewest=11)
 
 
