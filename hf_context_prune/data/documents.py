@@ -235,7 +235,7 @@ def _joined(texts: dict[str, list[str]], sources: dict[str, str], spread: dict[s
         doc, other = next(iter(spread.items()))
         _LOGGER.warning(
             "%s of %s documents have records of several sources, such as doc %.80r in %.80r and %.80r. Each counts as "
-            "one document of its first source; different documents need different names in the column 'doc'.",
+            "one document, of its first source. Name documents that differ differently in the column 'doc'.",
             f"{len(spread):,}",
             f"{len(texts):,}",
             doc,
