@@ -23,12 +23,10 @@ from hf_context_prune.config import PrunerConfig
 from hf_context_prune.data.balance import group_by_source
 from hf_context_prune.data.decontamination import drop_overlapping
 from hf_context_prune.data.documents import TextSource
-from hf_context_prune.evaluation.bootstrap import bootstrap_estimate, ratio
+from hf_context_prune.evaluation.bootstrap import MIN_DOCUMENTS, bootstrap_estimate, ratio
 from hf_context_prune.evaluation.passages import Passages
 from hf_context_prune.evaluation.reports.formatting import format_change
 
-FEWEST = 10
-"""Sources with fewer test documents are listed, but are never "the worst": they say little about a source."""
 BY_SIZE, BALANCED = "by size", "balanced"
 TEXTS = ("domain", "sources")
 """The two test texts: passages as the domain's documents come, and passages of equal parts of its sources."""
@@ -200,7 +198,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser(__doc__ or "", several=True)
     options.add_argument("--quick", action="store_true", help="one domain, little text")
     options.add_argument("--removed", type=float, default=0.3, help="share of all parameters to remove")
-    options.add_argument("--fewest", type=int, default=FEWEST, help="documents of a source that may be the worst")
+    options.add_argument(
+        "--fewest", type=int, default=MIN_DOCUMENTS, help="documents of a source that may be the worst"
+    )
     options.add_argument("--num-samples", type=int, default=64, help="calibration samples")
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument("--eval-tokens", type=int, default=48_000, help="at most this many test tokens per text")

@@ -88,10 +88,9 @@ class PruningTexts:
         return cls(split, CalibrationSet(text, config, mixed_in), validation, general)
 
     def identity(self) -> list[Any]:
-        """Return all of the texts that the plan depends on; with `balance_sources` also the sources of documents."""
-        calibration = self.calibration
-        balanced = [calibration.domain, calibration.general] if calibration.config.balance_sources else []
-        return [self.provenance(), *(identify_sources(text) for text in balanced if text is not None)]
+        """Return all of the texts that the plan depends on; with `balance_sources` also the domain's sources."""
+        balances = self.calibration.config.balance_sources
+        return [self.provenance(), *([identify_sources(self.calibration.domain)] if balances else [])]
 
     def provenance(self) -> dict[str, Any]:
         """Return the names and fingerprints of the texts that decided the plan."""
