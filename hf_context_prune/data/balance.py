@@ -52,9 +52,8 @@ def check_sources(text: TextSource) -> None:
     if len(sources) < 2:
         raise DataError(
             f"{text.name}: balance_sources (--balance-sources) takes as much text of every source, but all "
-            f"{len(text):,} documents are of one ({', '.join(map(repr, sources))}). Name the source of each record in "
-            f"a column 'source', or give a folder with a file (.jsonl, .csv, .parquet) for each; or leave "
-            f"balance_sources out."
+            f"documents are of one ({', '.join(map(repr, sources))}). Name the source of each record in a column "
+            f"'source', or give a folder with a file (.jsonl, .csv, .parquet) for each; or leave balance_sources out."
         )
 
 
