@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--length", type=int, default=512, help="tokens per calibration sample")
     options.add_argument("--recover-minutes", type=float, default=10, help="time of the training after it; 0: none")
     options.add_argument("--export", default="q8_0", help="data type of the GGUF export; empty: none")
-    options.add_argument("--eval-tokens", type=int, default=16_000, help="at most this many test tokens")
+    options.add_argument("--eval-tokens", type=int, default=48_000, help="at most this many test tokens")
     options.add_argument("--questions", type=int, default=200, help="multiple-choice questions per domain; 0: none")
     options.add_argument("--benchmark", action=argparse.BooleanOptionalAction, default=True, help="measure speed")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
