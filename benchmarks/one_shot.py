@@ -150,16 +150,18 @@ def worst_line(rows: Found, args: argparse.Namespace, name: str) -> str:
     return f"{METHODS[method].label}, change of the loss by source of the text: {'; '.join(parts)}."
 
 
-def peer_line(rows: Found, args: argparse.Namespace, name: str, peer: str) -> str:
-    """Return how much more a peer loses than the best of our methods that has its units."""
-    own = best_of_ours(args, name)
-    if own is None:
-        return ""
-    gaps = [
-        f"{d} {cell(excess(rows[d, name, own], rows[d, name, peer], rows[d, '', 'dense'], args.seed))}"
-        for d in args.domains
-    ]
-    return f"{METHODS[peer].label} minus {METHODS[own].label}, nats per token, paired: {'; '.join(gaps)}."
+def peer_lines(rows: Found, args: argparse.Namespace, name: str, peer: str) -> list[str]:
+    """Return how much more a peer loses than the best of our methods that has its units, and than adaptive widths."""
+    lines = []
+    for own in dict.fromkeys((best_of_ours(args, name), "ours-adaptive")):
+        if own is None or own not in methods_of(args, name):
+            continue
+        gaps = [
+            f"{d} {cell(excess(rows[d, name, own], rows[d, name, peer], rows[d, '', 'dense'], args.seed))}"
+            for d in args.domains
+        ]
+        lines.append(f"{METHODS[peer].label} minus {METHODS[own].label}, nats per token, paired: {'; '.join(gaps)}.")
+    return lines
 
 
 def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
@@ -193,8 +195,8 @@ def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
             )
         if own[0].get("note"):
             notes.append(f"- {METHODS[method].label}: {own[0]['note']}.")
-        if METHODS[method].peer and (line := peer_line(rows, args, name, method)):
-            lines.append(line)
+        if METHODS[method].peer:
+            lines += peer_lines(rows, args, name, method)
         predicted = [
             f"{d} {row['predicted']:.3f} and {estimate.value:.3f}"
             for d, row, estimate in zip(args.domains, own, found, strict=True)

@@ -233,8 +233,9 @@ def results_text(rows: Found, args: argparse.Namespace) -> str:
     return f"""## Vocabulary
 
 SmolLM2-135M-Instruct (float32, dequantised), entries chosen on the train text of each domain, tested on the validation
-split ({text}: passages, as `frontier` has them). Change of bits per byte against the base model on the same passages; 95 % bootstrap
-intervals draw sources, then documents, and where there are fewer than five sources the range over them stands; no training. *Tokens per byte*: ratio to the base model. The refit reads up to {MORE_TEXT} times {args.num_samples} x {args.length} tokens of the train
+split ({text}: the passages of "Loss by size"). Change of bits per byte against the base model on the same passages; 95 % bootstrap
+intervals draw sources, then documents, and where there are fewer than five sources the range over them stands in parentheses; the
+interval of a single source is over its documents; no training. *Tokens per byte*: ratio to the base model. The refit reads up to {MORE_TEXT} times {args.num_samples} x {args.length} tokens of the train
 text, fewer if many entries are left. *Refit alone*: the base model with its rows refitted, to separate reconstruction from
 adaptation to the domain.
 
@@ -242,6 +243,9 @@ adaptation to the domain.
 
 {worst_lines(rows, args)}
 {verdicts(rows, args)}
+
+The goals compare rows that were refitted with rows that were not. How tokens are chosen is the difference between the first two rows of
+a size, and the refit between the last two.
 
 ### Speed
 

@@ -156,7 +156,7 @@ class TextSplit:
             remedy = "Give test text of its own (--eval-data), or text with fewer repetitions."
         else:
             rest, given = text, load_documents(eval_data, **options)
-            how = f"Documents of {given.name}, beside the {use} text {text.name}."
+            how = f"The documents are of {given.name}; the {use} text is {text.name}."
             what = f"document of the evaluation text {given.name}"
             remedy = f"Give other text, or leave --eval-data out to hold out documents of {text.name}."
         test, dropped = drop_overlapping(given, rest)

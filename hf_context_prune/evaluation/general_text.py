@@ -92,7 +92,7 @@ def read_general(
                 f"its 13-word sequences are). Give text of no domain, or leave --general-data out."
             )
     if apart_from is not None:
-        how = f"Documents of {source.name}, beside the calibration text {apart_from.name}."
+        how = f"The documents are of {source.name}; the calibration text is {apart_from.name}."
         if rest is not None:
             how = f"A tenth of the documents of {all_of_it.name}, whose other documents are calibrated on too."
     if dropped:

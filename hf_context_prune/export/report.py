@@ -72,6 +72,16 @@ class ExportReport:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LoadError(f"{path} is not an export report: {why(error)}. Export the model again.") from error
 
+    def caption(self) -> str:
+        """Return what the figures of the table were measured on, and what its differences are."""
+        found = self.verification
+        return (
+            f"Losses of {found.num_tokens:,} tokens ({found.text}): they check the export, not the model. The largest "
+            f"difference is that of the log-probability of one token; the largest gap, how much the model before "
+            f"preferred its own token where a greedy text parts from it. Speed on {self.machine}, each in its own "
+            f"runtime."
+        )
+
     def table_rows(self) -> list[tuple[str, str, str, str]]:
         """Return rows of measure, the folder's own model, the artefact, change."""
         found = self.verification

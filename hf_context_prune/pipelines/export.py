@@ -82,4 +82,5 @@ def _write_card(staging: Path, loaded: LoadedModel, report: ExportReport, name: 
         base=read_base_card(loaded),
         made_as=(report.format, report.weights, report.source),
         rows=report.table_rows(),
+        caption=report.caption(),
     )

@@ -43,11 +43,15 @@ def legend(report: EvalReport) -> list[str]:
     if drawn:
         over = "sources and documents" if any(loss.by_source for loss in drawn) else "documents"
         how = f"{report.loss.last.n_resamples:,} resamples, seed {report.loss.last.seed}"
-        found.append(f"Brackets hold 95 % bootstrap intervals over {over} ({how}).")
+        found.append(f"Brackets behind a loss hold 95 % bootstrap intervals over {over} ({how}).")
     if any(loss.last.bits_per_byte.span is not None for loss in losses):
         found.append(
             f"Parentheses behind a loss hold the lowest and the highest source of a text with too few sources "
             f"({MIN_SOURCES} are needed) or documents for an interval."
+        )
+    if report.multiple_choice is not None:
+        found.append(
+            "Brackets behind an accuracy hold 95 % intervals over questions: Wilson's, and Newcombe's for a change."
         )
     return found
 

@@ -31,6 +31,7 @@ def write_export_card(
     base: Mapping[str, Any],
     made_as: tuple[str, str, str],
     rows: Sequence[Sequence[str]],
+    caption: str,
 ) -> None:
     """Write the card of an export into its folder.
 
@@ -41,6 +42,7 @@ def write_export_card(
         base: What the model that it was made from states of itself, where it has no plan.
         made_as: Format, data type of the weights, and name of the model that it was made from.
         rows: Rows of measure, that model, the export, change.
+        caption: What they were measured on.
 
     Raises:
         SaveError: The file can't be written.
@@ -54,7 +56,7 @@ def write_export_card(
         "name": name,
         "summary": _summary(format, weights, origin, facts),
         "run": _run_lines(format, name),
-        "comparison": table(("measure", "before", "export", "change"), rows),
+        "comparison": Trusted(f"{table(('measure', 'before', 'export', 'change'), rows)}\n\n{inert(caption)}"),
         "limits": _LIMITS,
         "licence": licence_text(stated, place),
     }

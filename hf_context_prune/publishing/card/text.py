@@ -228,7 +228,7 @@ def _hardware(report: EvalReport) -> Trusted:
     return Trusted(
         f"Both models measured in turns on {inert(speed.hardware)} ({inert(speed.device)}, {speed.threads} threads, "
         f"{inert(speed.dtype)}, {place}): a prompt of {speed.prompt_tokens} tokens, then {speed.new_tokens} new ones, "
-        f"batch size {speed.batch_size}; median and quartiles."
+        f"batch size {speed.batch_size}; median and quartiles of the rounds, and of their ratios."
     )
 
 
@@ -297,6 +297,13 @@ def _versions(facts: CardFacts) -> Trusted:
 def _limits(facts: CardFacts) -> list[Trusted]:
     general = facts.report.general if facts.report else None
     limits = [_forgotten(facts)]
+    if facts.plan.provenance.get("recoveries"):
+        limits.append(
+            Trusted(
+                "The base of the tables was not trained. Training on text of the domain would improve it, too: what "
+                "this model gains is not a gain of the pruning alone."
+            )
+        )
     if general is None and facts.report is not None:
         limits.append(
             Trusted(f"Measure this loss: {code(' '.join(evaluate_command(facts).replace(chr(92), '').split()))}.")

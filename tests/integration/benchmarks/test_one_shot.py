@@ -217,6 +217,22 @@ def test_the_default_and_a_peer_of_a_checkout_stand_beside_ours(bench, monkeypat
     assert "- P: half of a note." in text
 
 
+def test_a_peer_is_compared_with_the_default_units_and_with_adaptive_widths():
+    dense = {"documents": [[f"d{i}", 10, 40] for i in range(4)], "sources": ["a", "a", "b", "b"], "nll": [20.0] * 4}
+    rows = {("law", "", "dense"): dense}
+    for method, excess in {"layers": 1.0, "ours-adaptive": 2.0, "optipfair-maw": 4.0}.items():
+        rows["law", "all20", method] = {"nll": [20.0 + excess] * 4}
+    args = argparse.Namespace(domains=["law"], methods=["layers", "ours-adaptive", "optipfair-maw"], seed=0)
+    label = METHODS["optipfair-maw"].label
+    default, adaptive = one_shot.peer_lines(rows, args, "all20", "optipfair-maw")
+    assert default.startswith(
+        f"{label} minus the default, neurons and KV groups alone, nats per token, paired: law 0.300"
+    )
+    assert adaptive.startswith(f"{label} minus ours, adaptive widths, nats per token, paired: law 0.200")
+    args.methods = ["ours-adaptive", "optipfair-maw"]
+    assert one_shot.peer_lines(rows, args, "all20", "optipfair-maw") == [adaptive]
+
+
 def test_every_method_is_a_valid_config_or_a_peer():
     for method in METHODS.values():
         assert (method.peer is not None) + bool(method.options) + method.whole == 1

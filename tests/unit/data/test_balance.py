@@ -104,9 +104,7 @@ def test_documents_of_small_sources_are_repeated_up_to_four_times():
 
 def test_a_text_of_one_source_says_how_to_name_several(tmp_path):
     text = load_documents(["the court", "the dose"])
-    with pytest.raises(
-        DataError, match=r"balance_sources.*all documents.*column 'source'.*leave balance_sources out"
-    ):
+    with pytest.raises(DataError, match=r"balance_sources.*all documents.*column 'source'.*leave balance_sources out"):
         check_sources(text)
     for name in ("one", "two"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "the court finds"}\n')

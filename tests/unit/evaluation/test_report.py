@@ -177,13 +177,13 @@ def test_sources_are_told_by_their_loss(report, single):
     assert shown.index("source 3") < shown.index("source 2") < shown.index("source 1")
     assert "source 2" not in by_source.summary()
     assert "Parentheses behind a loss hold the lowest and the highest source" in shown
-    assert "Brackets hold" not in shown
+    assert "Brackets behind a loss" not in shown
     assert source_tables(report) == []
     alone = dataclasses.replace(single, loss=build_loss_facts(base, {}, seed=0))
     assert source_tables(alone)[0][1][0] == ("source", "documents", "base")
     both = dataclasses.replace(report, general=TextLosses(DATASET, by_source.loss))
     assert [title for title, _ in source_tables(both)] == ["Loss by source of the general text"]
-    assert {"Brackets hold", "Parentheses behind"} <= {" ".join(line.split()[:2]) for line in legend(both)}
+    assert {"Brackets behind", "Parentheses behind"} <= {" ".join(line.split()[:2]) for line in legend(both)}
     assert not any("sources" in line for line in headline(alone))
 
 

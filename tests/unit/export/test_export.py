@@ -67,6 +67,7 @@ def test_an_export_has_a_card_and_may_be_published(folders, format, tmp_path):
     assert "`stock` was pruned from `org/base`" in card.text
     line = "ollama create out -f Modelfile" if format == "gguf" else "open_export('out')"
     assert line in card.text
+    assert f"Losses of {found.report.verification.num_tokens:,} tokens" in card.text
 
 
 def test_the_card_of_an_export_without_a_plan_gives_no_licence(tmp_path):

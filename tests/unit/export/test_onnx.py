@@ -154,6 +154,7 @@ OPTIONS = dict.fromkeys(
 OPTIONS["mistral"] = {"sliding_window": None}
 REFUSED = {
     **dict.fromkeys(("granitemoehybrid", "qwen3_5_text", "lfm2"), "without attention .*gguf, quanto or torchao"),
+    "olmo_hybrid": "without attention .*Export to quanto or torchao",
     "gemma4_text": "read the keys and values of earlier ones.* Export to quanto",
     "mixtral": "routed to, and no others. Export to gguf.$",
     "helium": "NaN.* Export to quanto or torchao",

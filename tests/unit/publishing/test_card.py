@@ -145,7 +145,7 @@ def test_the_card_of_a_folder(place, facts):
     assert "| general: in-memory |" in text
     assert f"{report.size.pruned_parameters:,} of {report.size.base_parameters:,} parameters" in text
     assert report.speed.base.hardware in text.replace("\\", "")
-    assert "Brackets hold" not in text  # of fewer than ten documents there is no interval
+    assert "Brackets behind a loss" not in text  # of fewer than ten documents there is no interval
     assert "read the same documents in windows of" in text
     assert "**Loss outside the domain:** on general text" in text
     assert "--mlp-ratio 0.25" in text
@@ -184,6 +184,8 @@ def test_a_recovery_of_an_older_version_is_shown_by_the_names_of_today(facts):
     old = {"method": "lora", "evaluations": 4, "patience": 2, "temperature": 1.0, "rewind": "none"}
     runs = [{"config": {**old, "distillation": 0.5}}, {"config": {**old, "distillation": 0.0}}]
     text = build_card(with_provenance(facts, recoveries=runs)).text
+    assert "The base of the tables was not trained." in text
+    assert "was not trained" not in build_card(facts).text
     for part in ("--method lora", "--num-evals 4", "--early-stopping-patience 2"):
         assert text.count(part) == 2
     assert text.count("# This run also had --distillation 0.5, which `recover` no longer has:") == 1
