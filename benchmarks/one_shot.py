@@ -225,7 +225,7 @@ def size_section(rows: Found, args: argparse.Namespace, name: str) -> str:
 
 
 def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
-    """Plot the excess loss by method with intervals, one panel per size, on a log scale."""
+    """Plot the excess loss by method with intervals, one panel per size; a log scale has no place for losses below zero."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -245,8 +245,13 @@ def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
             methods = methods_of(args, size)
             found = [excess(dense, rows[domain, size, method], dense, args.seed) for method in methods]
             above = 0.18 * ((len(args.domains) - 1) / 2 - turn)
-            errorbars(axis, [places[method] + above for method in methods], found, domain, horizontal=True)
-        axis.set(xscale="log", xlabel="excess, nats per token", title="\n".join(SIZES[size].label.split(", ")))
+            ordinates = [places[method] + above for method in methods]
+            errorbars(axis, ordinates, found, domain, horizontal=True, log=is_log(args))
+        axis.set(
+            xscale="log" if is_log(args) else "linear",
+            xlabel="excess, nats per token",
+            title="\n".join(SIZES[size].label.split(", ")),
+        )
         axis.title.set_fontsize("small")
         axis.grid(axis="x", which="both", alpha=0.3)
     axes[0][0].set_yticks(list(places.values()), [METHODS[method].label.replace("`", "") for method in args.methods])
@@ -256,12 +261,21 @@ def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
     plt.close(figure)
 
 
-def errorbars(axis: Any, places: Any, found: Sequence[Estimate], label: str, *, horizontal: bool) -> None:
-    """Draw values with intervals on a log scale, without values that are not above zero."""
-    keep = [i for i, estimate in enumerate(found) if estimate.value > 0]
+def is_log(args: argparse.Namespace) -> bool:
+    """Return whether losses are drawn on a log scale: the default itself may lose less than nothing."""
+    return not any(METHODS[method].whole for method in args.methods)
+
+
+def errorbars(
+    axis: Any, places: Any, found: Sequence[Estimate], label: str, *, horizontal: bool, log: bool = True
+) -> None:
+    """Draw values with intervals; on a log scale without values that are not above zero."""
+    keep = [i for i, estimate in enumerate(found) if estimate.value > 0 or not log]
     values = [found[i].value for i in keep]
     spans = [found[i].interval or (found[i].value, found[i].value) for i in keep]
-    bars = np.array([[v - max(low, v / 1e3), high - v] for v, (low, high) in zip(values, spans, strict=True)]).T
+    bars = np.array(
+        [[v - (max(low, v / 1e3) if log else low), high - v] for v, (low, high) in zip(values, spans, strict=True)]
+    ).T
     at = [places[i] for i in keep]
     x, y, error = (values, at, "xerr") if horizontal else (at, values, "yerr")
     axis.errorbar(x, y, **{error: bars if len(keep) else None}, fmt="o" if horizontal else "o-", ms=4, label=label)
@@ -309,7 +323,7 @@ range of the sources, and of the domains for the mean. *Forward passes*: the tim
 model over the calibration text, by domain. All methods have the same calibration text and the same test text, from the validation split ({text}).
 `obs` + `least_squares` is the recipe of SlimGPT (arXiv 2412.18110) for the choice and of GRAIL (arXiv 2602.23795) for the refit.
 All widths are uniform, except for adaptive widths, the default and GRASPrune's, which have the same total. `bias` adds biases that this architecture
-can't save, so `bias` is measured in memory. The plot leaves out values that are not above zero. All models, the base model
+can't save, so `bias` is measured in memory.{" The plot leaves out values that are not above zero." if is_log(args) else ""} All models, the base model
 included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX.{exceptions}
 
 ![Excess loss by method]({plot_path(name).name})
