@@ -22,7 +22,7 @@ def test_a_general_text_is_measured_beside_the_domain():
     config, general = PrunerConfig(mlp_ratio=0.25, general_data_ratio=0.0, **OPTIONS), texts(seed=5)
     result = prune(tiny_model("llama"), texts(), config, tokenizer=tiny_tokenizer(), eval_options=options(general))
     facts = result.report.general
-    assert facts.dataset.held_out.startswith("Documents of")
+    assert facts.dataset.held_out.startswith("The documents are of")
     assert facts.loss.base.num_documents == facts.loss.comparison.num_documents
     alone = evaluate(
         result.model, general, tokenizer=tiny_tokenizer(), max_seq_length=32, eval_options=options(texts(seed=6))

@@ -192,7 +192,7 @@ def test_text_that_can_not_be_mixed_in_is_only_measured_unless_a_share_is_asked_
             options = EvalOptions(benchmark=False, memory=False, general_data=general)
             config = PrunerConfig(**OPTIONS | {"max_seq_length": 64})
             report = prune(base, documents(WORDS[:8]), config, eval_options=options).report
-            assert report.general.dataset.held_out.startswith("Documents of")
+            assert report.general.dataset.held_out.startswith("The documents are of")
             (line,) = (note for note in report.notes if note.startswith("No general text is calibrated on: "))
             assert said in line
             with pytest.raises(DataError, match=said):
