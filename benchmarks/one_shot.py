@@ -246,9 +246,9 @@ def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
             found = [excess(dense, rows[domain, size, method], dense, args.seed) for method in methods]
             above = 0.18 * ((len(args.domains) - 1) / 2 - turn)
             ordinates = [places[method] + above for method in methods]
-            errorbars(axis, ordinates, found, domain, horizontal=True, log=is_log(args))
+            errorbars(axis, ordinates, found, domain, horizontal=True, log=not has_default(args))
         axis.set(
-            xscale="log" if is_log(args) else "linear",
+            xscale="linear" if has_default(args) else "log",
             xlabel="excess, nats per token",
             title="\n".join(SIZES[size].label.split(", ")),
         )
@@ -261,9 +261,9 @@ def plot(rows: Found, args: argparse.Namespace, name: str) -> None:
     plt.close(figure)
 
 
-def is_log(args: argparse.Namespace) -> bool:
-    """Return whether losses are drawn on a log scale: the default itself may lose less than nothing."""
-    return not any(METHODS[method].whole for method in args.methods)
+def has_default(args: argparse.Namespace) -> bool:
+    """Return whether the default itself is among the methods, which may lose less than nothing."""
+    return any(METHODS[method].whole for method in args.methods)
 
 
 def errorbars(
@@ -312,8 +312,7 @@ def results_text(rows: Found, args: argparse.Namespace, name: str, machine: str)
     if args.peers is not None:
         title += ", newest peers, " + " and ".join(f"{SIZES[size].share:.0%}" for size in args.sizes)
         title += ", one by its own recipe" if OWN_RECIPE in args.methods else ""
-    whole = any(METHODS[method].whole for method in args.methods)
-    exceptions = f"\n\n{(_WHOLE if whole else '')}{_CHECKOUTS}" if args.peers is not None else ""
+    exceptions = f"\n\n{(_WHOLE if has_default(args) else '')}{_CHECKOUTS}" if args.peers is not None else ""
     return f"""## One-shot pruning side by side{title}
 
 {MODELS[args.model][0]} (float32, dequantised, {dense[args.domains[0]]["parameters"]:,} parameters). *Excess*: loss over the
@@ -323,7 +322,7 @@ range of the sources, and of the domains for the mean. *Forward passes*: the tim
 model over the calibration text, by domain. All methods have the same calibration text and the same test text, from the validation split ({text}).
 `obs` + `least_squares` is the recipe of SlimGPT (arXiv 2412.18110) for the choice and of GRAIL (arXiv 2602.23795) for the refit.
 All widths are uniform, except for adaptive widths, the default and GRASPrune's, which have the same total. `bias` adds biases that this architecture
-can't save, so `bias` is measured in memory.{" The plot leaves out values that are not above zero." if is_log(args) else ""} All models, the base model
+can't save, so `bias` is measured in memory.{"" if has_default(args) else " The plot leaves out values that are not above zero."} All models, the base model
 included, are scored with matrix products of factors rounded to bfloat16 if the CPU has AMX.{exceptions}
 
 ![Excess loss by method]({plot_path(name).name})

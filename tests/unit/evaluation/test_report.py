@@ -183,7 +183,9 @@ def test_sources_are_told_by_their_loss(report, single):
     assert source_tables(alone)[0][1][0] == ("source", "documents", "base")
     both = dataclasses.replace(report, general=TextLosses(DATASET, by_source.loss))
     assert [title for title, _ in source_tables(both)] == ["Loss by source of the general text"]
-    assert {"Brackets behind", "Parentheses behind"} <= {" ".join(line.split()[:2]) for line in legend(both)}
+    assert {"Brackets behind a loss", "Parentheses behind a loss"} <= {
+        " ".join(line.split()[:4]) for line in legend(both)
+    }
     assert not any("sources" in line for line in headline(alone))
 
 

@@ -501,4 +501,5 @@ def test_committed_cards(path):
     assert path.stem.rpartition("-")[2] in data["tags"]
     assert "**Loss outside the domain:**" in card.text
     assert "(from `SmolLM2-135M-Instruct.Q4_1.gguf`)" in card.text
+    assert "Brackets behind an accuracy hold 95 % intervals over questions" in card.text
     assert (path.parent / f"{path.stem}.png").read_bytes().startswith(b"\x89PNG")
